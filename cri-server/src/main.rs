@@ -1,0 +1,2 @@
+//! Placeholder of the first commit; its owner replaces it.
+fn main() {}

@@ -1,0 +1,36 @@
+//! Generates the wire code of `boxlite/v1` and `cri/v1` (tonic) and of the shim's ttrpc extension.
+//!
+//! Needs `protoc` (Debian: protobuf-compiler) for the gRPC half only; the ttrpc half has a compiler of its own.
+
+use std::error::Error;
+use std::path::PathBuf;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    println!("cargo:rerun-if-changed=boxlite");
+    println!("cargo:rerun-if-changed=cri");
+    tonic_prost_build::configure()
+        .bytes(".")
+        .compile_protos(&["boxlite/v1/service.proto"], &["."])?;
+    if std::env::var_os("CARGO_FEATURE_CRI").is_some() {
+        tonic_prost_build::configure()
+            .bytes(".")
+            .build_client(false)
+            .compile_protos(&["cri/v1/api.proto"], &["."])?;
+    }
+    if std::env::var_os("CARGO_FEATURE_SHIM").is_some() {
+        let out = PathBuf::from(std::env::var("OUT_DIR")?).join("shim");
+        std::fs::create_dir_all(&out)?;
+        ttrpc_codegen::Codegen::new()
+            .out_dir(&out)
+            .inputs(["boxlite/v1/shim.proto"])
+            .include(".")
+            .rust_protobuf()
+            .customize(ttrpc_codegen::Customize {
+                async_all: true,
+                ..Default::default()
+            })
+            .rust_protobuf_customize(ttrpc_codegen::ProtobufCustomize::default().gen_mod_rs(true))
+            .run()?;
+    }
+    Ok(())
+}

@@ -1,0 +1,42 @@
+//! Wire types and names that two boxlite processes share: what one of them writes, another reads.
+//!
+//! No behaviour lives here beyond parsing and printing; no path, no socket, no async code.
+//!
+//! `boxlite::v1` is the guest protocol, `cri::v1` the kubelet's, `shim` the ttrpc extension of the shim, [`vmm`] the
+//! description of a VM that the shim hands to its vmm child.
+
+#![forbid(unsafe_code)]
+
+pub mod error;
+pub mod exit;
+pub mod names;
+pub mod vmm;
+
+/// The guest protocol (`boxlite/v1/service.proto`).
+pub mod boxlite {
+    /// Version 1.
+    #[expect(
+        clippy::doc_overindented_list_items,
+        clippy::large_enum_variant,
+        reason = "generated from the .proto"
+    )]
+    #[allow(unfulfilled_lint_expectations, reason = "depends on the generator's version")]
+    pub mod v1 {
+        tonic::include_proto!("boxlite.v1");
+    }
+}
+
+/// CRI v1 as published for Kubernetes 1.36 (`cri/v1/api.proto`).
+#[cfg(feature = "cri")]
+pub mod cri {
+    /// Version 1; the proto package is `runtime.v1`.
+    pub mod v1 {
+        tonic::include_proto!("runtime.v1");
+    }
+}
+
+/// The shim's ttrpc extension (`boxlite/v1/shim.proto`).
+#[cfg(feature = "shim")]
+pub mod shim {
+    include!(concat!(env!("OUT_DIR"), "/shim/mod.rs"));
+}

@@ -1,0 +1,41 @@
+//! Ports, tags, guest paths and file names that two processes must agree on.
+//!
+//! Host paths are built in runtime's FilesystemLayout; only the last components stand here.
+
+/// vsock port on which the agent serves gRPC. The host connects.
+pub const GUEST_PORT: u32 = 2695;
+/// vsock port of the host to which the agent connects once it serves. The payload is ignored, one accept.
+pub const READY_PORT: u32 = 2696;
+/// Tag of the one virtiofs share.
+pub const SHARE_TAG: &str = "share";
+/// Serial of the scratch disk's virtio-blk device (`/sys/block/*/serial`).
+pub const SCRATCH_SERIAL: &str = "scratch";
+
+/// Where the agent mounts the share.
+pub const GUEST_SHARE: &str = "/run/boxlite/share";
+/// Where the agent mounts the scratch disk.
+pub const GUEST_SCRATCH: &str = "/run/boxlite/scratch";
+
+/// In the VM's working directory: the unix socket to the guest. Krun: a connect reaches [`GUEST_PORT`] at once. Qemu:
+/// hybrid vsock, the client first writes `CONNECT 2695\n` and reads `OK <port>\n`.
+pub const VSOCK_SOCKET: &str = "vsock";
+/// In the VM's working directory: the unix socket on which the shim accepts the ready call, on both VMMs.
+pub const READY_SOCKET: &str = "vsock_2696";
+/// In the VM's working directory: what the guest's console printed.
+pub const CONSOLE_LOG: &str = "console.log";
+
+/// Type URL of the `options` Any of CreateSandbox as boxlite-cri sends it: JSON of [`crate::vmm::SandboxOptions`].
+pub const SANDBOX_OPTIONS_TYPE: &str = "boxlite.v1.SandboxOptions";
+/// URI scheme of a stdout that is a CRI log file: `cri:///var/log/pods/…/0.log`. Both streams go there.
+pub const CRI_LOG_SCHEME: &str = "cri";
+
+/// Key of the binary gRPC metadata that carries an encoded [`crate::boxlite::v1::ErrorDetail`].
+pub const ERROR_METADATA: &str = "boxlite-error-bin";
+
+/// Largest gRPC message either side of the guest protocol accepts, in bytes.
+pub const GUEST_MESSAGE_LIMIT: usize = 4 << 20;
+/// Largest `data` of one output or input chunk, in bytes.
+pub const CHUNK_LIMIT: usize = 32 << 10;
+/// HTTP/2 stream and connection window towards the guest, in bytes: libkrun's vsock bridge loses bytes on a short
+/// write, so no more than this may ever be under way unread.
+pub const GUEST_WINDOW: u32 = 64 << 10;
