@@ -1,2 +1,14 @@
-//! Placeholder of the first commit; its owner replaces it.
-fn main() {}
+//! The binary: a role of its own (`vmm`, `probe`) or the shim protocol's command line.
+//!
+//! Nothing but the choice is made here.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let args: Vec<std::ffi::OsString> = std::env::args_os().skip(1).collect();
+    if let Some(code) = boxlite_shim_v2::roles::run(&args) {
+        return code;
+    }
+    eprintln!("containerd-shim-boxlite-v2: unknown command line");
+    ExitCode::from(boxlite_proto::exit::ExitCode::BadArguments)
+}

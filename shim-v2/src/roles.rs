@@ -1,0 +1,12 @@
+//! The roles in which this binary is started by itself or by boxlite-cri: `vmm` and `probe`.
+//!
+//! The shim protocol's own command line (`start`, `delete`, …) belongs to the cli module; main asks here first.
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+/// Runs the role named by the first argument. None: the arguments are not a role's.
+pub fn run(args: &[OsString]) -> Option<ExitCode> {
+    let _role = args.first()?;
+    None
+}
