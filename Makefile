@@ -1,0 +1,72 @@
+# boxlite-cri: build, show, test, measure. Every target may be run again; what is there already is not made twice.
+#
+# One profile for the product as demo, tests and bench run it: `dev` of this workspace (own code without optimisation
+# for quick builds, dependencies optimised: they move the bytes). The agent is always the static release build, since its
+# size is what every VM boots.
+
+CACHE      ?= $(HOME)/.cache/boxlite-cri
+PREFIX     ?= /usr/local
+TARGET     ?= $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),$(CURDIR)/target)
+TRIPLE     := x86_64-unknown-linux-gnu
+GUEST      := $(TARGET)/guest/$(TRIPLE)/release/boxlite-guest
+BIN        := $(TARGET)/debug
+
+export BOXLITE_CACHE := $(CACHE)
+export BOXLITE_GUEST := $(GUEST)
+export BOXLITE_BIN   := $(BIN)
+export CARGO_TARGET_DIR := $(TARGET)
+export PATH := $(HOME)/.cargo/bin:$(PATH)
+
+.PHONY: all tools build guest host demo test e2e-qemu e2e-krun bench lint unit fmt install clean help
+all: build
+
+help:
+	@echo "make demo     install what is needed, build, and show a pod in a real VM from pull to removal"
+	@echo "make test     lints, unit tests, end-to-end tests on QEMU and on libkrun (45 minutes on two cores)"
+	@echo "make bench    ratios against a bare boot of the same VMM and kernel"
+	@echo "make build    programs into $(TARGET);  make install PREFIX=/usr/local puts them in place"
+	@echo "make tools    Debian packages, the guest kernel, virtiofsd and vhost-device-vsock"
+
+tools:
+	@e2e/scripts/tools
+
+host: tools
+	cargo build --locked -p boxlite-cri -p boxlite-shim-v2 -p boxlite-e2e
+
+guest: tools
+	RUSTFLAGS="-C target-feature=+crt-static" cargo build --locked -p boxlite-guest --target $(TRIPLE) --target-dir $(TARGET)/guest --release
+
+build: host guest
+
+demo: build
+	@$(BIN)/boxlite-e2e demo
+
+# Everything, with one count for each home and a last line "N passed, N failed, N skipped".
+test: build
+	@e2e/scripts/test-all
+
+# One home alone: make e2e-qemu FILTER=logs
+e2e-qemu: build
+	@$(BIN)/boxlite-e2e test --home qemu $(if $(FILTER),--filter $(FILTER))
+
+e2e-krun: build
+	@e2e/kvmhost/run -- $(BIN)/boxlite-e2e test --home krun $(if $(FILTER),--filter $(FILTER))
+
+bench: build
+	@$(BIN)/boxlite-e2e bench
+
+lint:
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+
+unit:
+	cargo test --locked --workspace
+
+fmt:
+	cargo fmt --all
+
+install:
+	@e2e/scripts/install "$(DESTDIR)" "$(PREFIX)"
+
+clean:
+	cargo clean
