@@ -1,0 +1,63 @@
+//! [`Cri`]: a CRI v1 client over the daemon's unix socket, on k8s-cri's types (not ours): what a kubelet would send.
+//!
+//! Every call has a deadline, as a kubelet's have. Judges nothing; tests do.
+
+use crate::outcome::{During, Failure, Result};
+use hyper_util::rt::TokioIo;
+use k8s_cri::v1::image_service_client::ImageServiceClient;
+use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
+use std::path::Path;
+use std::time::Duration;
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint, Uri};
+
+/// A client of both services.
+#[derive(Debug, Clone)]
+pub struct Cri {
+    channel: Channel,
+}
+
+/// Largest answer taken, in bytes: the kubelet's.
+const MESSAGE: usize = 16 << 20;
+
+impl Cri {
+    /// Connects on first use, and again after the daemon came back.
+    pub fn lazy(socket: &Path) -> Result<Self> {
+        let socket = socket.to_owned();
+        let connector = tower::service_fn(move |_: Uri| {
+            let socket = socket.clone();
+            async move { UnixStream::connect(socket).await.map(TokioIo::new) }
+        });
+        let channel = Endpoint::try_from("http://localhost")?
+            .timeout(Duration::from_secs(300))
+            .connect_with_connector_lazy(connector);
+        Ok(Self { channel })
+    }
+
+    /// The runtime service.
+    pub fn runtime(&self) -> RuntimeServiceClient<Channel> {
+        RuntimeServiceClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE)
+    }
+
+    /// The image service.
+    pub fn image(&self) -> ImageServiceClient<Channel> {
+        ImageServiceClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE)
+    }
+}
+
+/// The answer's content, or the status in words.
+pub fn answer<T>(what: &str, answer: std::result::Result<tonic::Response<T>, tonic::Status>) -> Result<T> {
+    answer.map(tonic::Response::into_inner).map_err(|s| status_failure(&s)).during(what)
+}
+
+/// A status as a failure.
+pub fn status_failure(status: &tonic::Status) -> Failure {
+    Failure(format!("{:?}: {}", status.code(), status.message()))
+}
+
+/// A request that gives up, at both ends, after `limit`.
+pub fn within<T>(limit: Duration, message: T) -> tonic::Request<T> {
+    let mut request = tonic::Request::new(message);
+    request.set_timeout(limit);
+    request
+}

@@ -1,0 +1,115 @@
+//! The enclave: network, mount, PID, IPC and UTS namespaces that the whole program runs in, so that bridges, iptables
+//! rules, a registry on port 5000, mounts and orphaned shims touch nothing of the machine and end with the program.
+//!
+//! Three processes: the one that was called waits outside; [`Stage::Init`] is PID 1 of the namespaces and only reaps
+//! (orphaned shims become its children, as they would be init's on a node); the third does the work.
+
+use crate::outcome::{During, Result};
+use nix::mount::MsFlags;
+use nix::sys::wait::{WaitStatus, wait};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+const STAGE: &str = "BOXLITE_E2E_STAGE";
+const SCRATCH: &str = "BOXLITE_E2E_SCRATCH";
+
+/// Which of the three processes this is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// On the machine.
+    Outside,
+    /// PID 1 of the namespaces.
+    Init,
+    /// Inside, the worker.
+    Inside,
+}
+
+impl Stage {
+    /// By the environment.
+    pub fn current() -> Self {
+        match std::env::var(STAGE).as_deref() {
+            Ok("init") => Self::Init,
+            Ok("inside") => Self::Inside,
+            _ => Self::Outside,
+        }
+    }
+}
+
+/// Makes the namespaces, runs this same command line in them and gives its exit code. Removes the scratch directory.
+pub fn enter() -> Result<ExitCode> {
+    // Short, because unix socket paths end at 107 bytes.
+    let scratch = tempfile::Builder::new().prefix("bx-").rand_bytes(4).tempdir_in("/tmp")?;
+    let status = Command::new("unshare")
+        .args(["--mount", "--net", "--pid", "--ipc", "--uts", "--fork", "--kill-child", "--mount-proc"])
+        .args(["--propagation", "private", "--"])
+        .arg(std::env::current_exe()?)
+        .args(std::env::args_os().skip(1))
+        .env(STAGE, "init")
+        .env(SCRATCH, scratch.path())
+        .status()
+        .during("unshare (util-linux; needs root)")?;
+    Ok(exit_code(status.code()))
+}
+
+/// Runs the worker and reaps whatever becomes an orphan until the worker has ended.
+pub fn reap() -> Result<ExitCode> {
+    prepare().during("preparing the namespaces")?;
+    let worker = Command::new(std::env::current_exe()?)
+        .args(std::env::args_os().skip(1))
+        .env(STAGE, "inside")
+        .spawn()?;
+    let worker = nix::unistd::Pid::from_raw(i32::try_from(worker.id())?);
+    loop {
+        match wait() {
+            Ok(WaitStatus::Exited(pid, code)) if pid == worker => return Ok(exit_code(Some(code))),
+            Ok(WaitStatus::Signaled(pid, _, _)) if pid == worker => return Ok(ExitCode::FAILURE),
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
+/// The scratch directory: a tmpfs of this enclave's own. For timings all state is in memory, on disk a runtime differs
+/// from itself by more than two.
+pub fn scratch() -> PathBuf {
+    std::env::var_os(SCRATCH).map_or_else(|| "/tmp".into(), PathBuf::from)
+}
+
+fn exit_code(code: Option<i32>) -> ExitCode {
+    code.and_then(|c| u8::try_from(c).ok()).map_or(ExitCode::FAILURE, ExitCode::from)
+}
+
+fn prepare() -> Result {
+    // A node's mounts are shared; pods' volumes and the shims' slave namespaces rely on it.
+    mount(None, "/".as_ref(), None, MsFlags::MS_SHARED | MsFlags::MS_REC, None)?;
+    tmpfs(&scratch(), "mode=0755,size=75%")?;
+    for dir in ["/run/netns", "/var/lib/cni", "/run/boxlite"] {
+        std::fs::create_dir_all(dir)?;
+        tmpfs(dir.as_ref(), "mode=0755,size=64m")?;
+    }
+    run("ip", &["link", "set", "lo", "up"])?;
+    std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")?;
+    Ok(())
+}
+
+fn tmpfs(target: &Path, options: &str) -> Result {
+    mount(Some("tmpfs"), target, Some("tmpfs"), MsFlags::empty(), Some(options))
+}
+
+fn mount(source: Option<&str>, target: &Path, kind: Option<&str>, flags: MsFlags, data: Option<&str>) -> Result {
+    nix::mount::mount(source, target, kind, flags, data).during(format!("mount {}", target.display()))
+}
+
+/// Runs a program to its end; its standard error is part of the failure.
+pub fn run(program: &str, args: &[&str]) -> Result<String> {
+    let output = Command::new(program).args(args).output().during(program)?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    crate::ensure!(
+        output.status.success(),
+        "{program} {}: {}: {}",
+        args.join(" "),
+        output.status,
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    Ok(text)
+}

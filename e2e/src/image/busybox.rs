@@ -1,0 +1,47 @@
+//! The base layer of every test image: Debian's dynamic busybox with its libraries, one hard link for each applet
+//! (masking one must not hide another), and a user database that the tests of users know.
+
+use super::layer::{Compression, Layer, LayerTar};
+use crate::enclave::run;
+use crate::outcome::{During, Result};
+use std::path::Path;
+
+/// `/etc/passwd` of the image.
+const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\nwww-data:x:33:33:www-data:/var/www:/bin/sh\n\
+    app:x:1000:1000:app:/home/app:/bin/sh\n";
+/// `/etc/group` of the image: `app` is in two more groups.
+const GROUP: &str = "root:x:0:\nwww-data:x:33:\napp:x:1000:\nextra:x:50000:app\nmore:x:50001:app,www-data\n";
+
+/// The layer, compressed as asked.
+pub fn layer(busybox: &Path, compression: Compression) -> Result<Layer> {
+    let mut tar = LayerTar::default();
+    for dir in ["bin", "etc", "lib", "lib/x86_64-linux-gnu", "lib64", "usr", "usr/bin", "var", "var/www", "proc", "sys", "dev"] {
+        tar.dir(dir, 0o755)?;
+    }
+    tar.dir("tmp", 0o1777)?.dir("root", 0o700)?.dir("home", 0o755)?;
+    tar.owned_dir("home/app", 0o755, (1000, 1000))?;
+    let program = std::fs::read(busybox).during(busybox.display())?;
+    tar.file("bin/busybox", 0o755, &program)?;
+    let path = busybox.to_str().unwrap_or("/bin/busybox");
+    for applet in run(path, &["--list"])?.lines().filter(|a| *a != "busybox") {
+        tar.hard_link(&format!("bin/{applet}"), "bin/busybox")?;
+    }
+    for library in libraries(path)? {
+        let bytes = std::fs::read(&library).during(&library)?;
+        tar.file(library.trim_start_matches('/'), 0o755, &bytes)?;
+    }
+    tar.file("etc/passwd", 0o644, PASSWD.as_bytes())?;
+    tar.file("etc/group", 0o644, GROUP.as_bytes())?;
+    tar.file("var/www/index.html", 0o644, b"hello from the pod\n")?;
+    tar.finish(compression)
+}
+
+/// The paths that the dynamic linker would load, itself included.
+fn libraries(program: &str) -> Result<Vec<String>> {
+    let listing = run("ldd", &[program])?;
+    Ok(listing
+        .lines()
+        .filter_map(|line| line.split_whitespace().find(|word| word.starts_with('/')))
+        .map(str::to_owned)
+        .collect())
+}
