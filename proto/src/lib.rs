@@ -10,6 +10,7 @@
 pub mod error;
 pub mod exit;
 pub mod names;
+pub mod task;
 pub mod vmm;
 
 /// The guest protocol (`boxlite/v1/service.proto`).
@@ -20,7 +21,10 @@ pub mod boxlite {
         clippy::large_enum_variant,
         reason = "generated from the .proto"
     )]
-    #[allow(unfulfilled_lint_expectations, reason = "depends on the generator's version")]
+    #[allow(
+        unfulfilled_lint_expectations,
+        reason = "depends on the generator's version"
+    )]
     pub mod v1 {
         tonic::include_proto!("boxlite.v1");
     }

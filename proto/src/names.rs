@@ -26,6 +26,8 @@ pub const CONSOLE_LOG: &str = "console.log";
 
 /// Type URL of the `options` Any of CreateSandbox as boxlite-cri sends it: JSON of [`crate::vmm::SandboxOptions`].
 pub const SANDBOX_OPTIONS_TYPE: &str = "boxlite.v1.SandboxOptions";
+/// Type URL of the `options` Any of Task.Create as boxlite-cri sends it: JSON of [`crate::task::TaskOptions`].
+pub const TASK_OPTIONS_TYPE: &str = "boxlite.v1.TaskOptions";
 /// URI scheme of a stdout that is a CRI log file: `cri:///var/log/pods/…/0.log`. Both streams go there.
 pub const CRI_LOG_SCHEME: &str = "cri";
 

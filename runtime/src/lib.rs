@@ -1,1 +1,35 @@
-//! Placeholder of the first commit; its owner replaces it.
+//! Boxes (one VM per pod), their images, shims and the Portal into their guests: everything boxlite-cri does that is not CRI.
+//!
+//! Knows paths, images and the database; knows neither CRI types (cri-server converts) nor a VMM (shim-v2 does).
+//!
+//! [`BoxliteRuntime`] holds all boxes; a [`LiteBox`] is one. Starting, stopping and exits go through the shim (`shim_controller`),
+//! exec and stats through the [`portal`].
+
+pub mod error;
+pub mod litebox;
+pub mod management;
+pub mod metrics;
+pub mod portal;
+pub mod runtime;
+pub mod types;
+pub mod unix_socket;
+
+/// Stand-in until the image store lands here; its owner replaces this by `pub mod images;`.
+pub mod images {
+    /// How registries are reached.
+    #[derive(Debug, Clone, Default)]
+    pub struct RegistryOptions {}
+    /// The image store.
+    #[derive(Debug)]
+    pub struct ImageManager {}
+}
+
+pub use error::{ErrorKind, Result, RuntimeError, report};
+pub use litebox::LiteBox;
+pub use metrics::{BoxMetricsSnapshot, RuntimeMetricsSnapshot, Stage, StageTimers};
+pub use portal::ExecOutput;
+pub use runtime::BoxliteRuntime;
+pub use types::{
+    BoxOptions, BoxSnapshot, BoxState, ContainerOptions, ContainerSnapshot, ContainerState,
+    PidMode, RuntimeOptions,
+};

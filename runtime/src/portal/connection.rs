@@ -1,0 +1,211 @@
+//! [`Connection`]: one lazy HTTP/2 channel to the agent of one VM, and where that agent is ([`GuestAddress`]).
+//!
+//! Nothing is dialled before the first call; a broken channel is dialled again by the next call. Retrying a call is the
+//! caller's affair (`interfaces::follow` does it for output).
+
+use super::error::PortalError;
+use crate::unix_socket;
+use boxlite_proto::names;
+use hyper_util::rt::TokioIo;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint, Uri};
+
+/// Longest wait for the unix connect and the hybrid greeting together. The peer is a process of this host; under
+/// emulation on a busy machine it answers within a second.
+pub const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+/// Between two HTTP/2 pings while a call is open: finds a dead peer behind a vsock bridge that stays silent.
+pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
+/// Longest wait for the answer to such a ping; long, since an emulated guest under load answers late.
+pub const KEEPALIVE_LIMIT: Duration = Duration::from_secs(45);
+/// Longest hybrid greeting, "OK <port>\n", in bytes.
+const GREETING_LIMIT: usize = 32;
+/// HTTP/2 window of one stream, in bytes: a fraction of the connection's, so that one stream whose reader pauses does not take the whole
+/// connection from the others.
+const STREAM_WINDOW: u32 = names::GUEST_WINDOW / 4;
+/// Largest header list accepted from the guest, in bytes.
+const HEADER_LIMIT: u32 = 16 << 10;
+
+/// Where an agent listens, seen from the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum GuestAddress {
+    /// A unix socket whose every connect reaches the agent (libkrun).
+    Direct(PathBuf),
+    /// A unix socket that speaks Firecracker's hybrid vsock: `CONNECT <port>\n`, then `OK <number>\n` (vhost-device-vsock).
+    Hybrid {
+        /// The unix socket.
+        path: PathBuf,
+        /// vsock port in the guest.
+        port: u32,
+    },
+}
+
+impl GuestAddress {
+    /// The address of the agent of a VM of `kind` whose socket is `path`.
+    ///
+    /// libkrun maps one vsock port to the socket; every other VMM is expected to speak hybrid vsock.
+    pub fn of(kind: &boxlite_proto::vmm::VmmKind, path: PathBuf) -> Self {
+        match kind {
+            boxlite_proto::vmm::VmmKind::Krun => Self::Direct(path),
+            _ => Self::Hybrid {
+                path,
+                port: names::GUEST_PORT,
+            },
+        }
+    }
+
+    /// The unix socket.
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Direct(path) | Self::Hybrid { path, .. } => path,
+        }
+    }
+
+    /// Connects and, on a hybrid socket, does the greeting. Dropping the future closes the socket.
+    ///
+    /// # Errors
+    /// Those of connect(2); `TimedOut` after [`CONNECT_LIMIT`]; `InvalidData` on a wrong greeting.
+    pub async fn connect(&self) -> io::Result<UnixStream> {
+        tokio::time::timeout(CONNECT_LIMIT, self.connect_unbounded())
+            .await
+            .unwrap_or_else(|_| {
+                Err(io::Error::new(
+                    io::ErrorKind::TimedOut,
+                    format!(
+                        "{} did not answer within {CONNECT_LIMIT:?}",
+                        self.path().display()
+                    ),
+                ))
+            })
+    }
+
+    async fn connect_unbounded(&self) -> io::Result<UnixStream> {
+        let mut stream = unix_socket::connect(self.path()).await?;
+        if let Self::Hybrid { port, .. } = self {
+            stream
+                .write_all(format!("CONNECT {port}\n").as_bytes())
+                .await?;
+            read_greeting(&mut stream).await?;
+        }
+        Ok(stream)
+    }
+}
+
+/// Reads "OK <number>\n" byte by byte: what follows belongs to HTTP/2.
+async fn read_greeting(stream: &mut UnixStream) -> io::Result<()> {
+    let mut line = Vec::with_capacity(GREETING_LIMIT);
+    loop {
+        let byte = match stream.read_u8().await {
+            Ok(byte) => byte,
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                return Err(io::Error::new(
+                    io::ErrorKind::ConnectionRefused,
+                    "the vsock bridge closed the connection: nobody listens in the guest",
+                ));
+            }
+            Err(error) => return Err(error),
+        };
+        if byte == b'\n' {
+            break;
+        }
+        line.push(byte);
+        if line.len() > GREETING_LIMIT {
+            break;
+        }
+    }
+    let number = line
+        .strip_prefix(b"OK ")
+        .filter(|n| !n.is_empty() && n.iter().all(u8::is_ascii_digit));
+    match number {
+        Some(_) => Ok(()),
+        None => Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!(
+                "vsock greeting {:?} is not \"OK <port>\"",
+                String::from_utf8_lossy(&line)
+            ),
+        )),
+    }
+}
+
+/// A lazy channel to one agent. Clones share the channel.
+#[derive(Debug, Clone)]
+pub struct Connection {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    address: GuestAddress,
+    channel: OnceLock<Channel>,
+}
+
+impl Connection {
+    /// A connection that dials at the first call.
+    pub fn lazy(address: GuestAddress) -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                address,
+                channel: OnceLock::new(),
+            }),
+        }
+    }
+
+    /// A second connection to the same agent. All streams of one HTTP/2 connection share one flow-control window: a stream whose
+    /// reader may stall gets a connection of its own, or it stalls every other call.
+    pub fn dedicated(&self) -> Self {
+        Self::lazy(self.inner.address.clone())
+    }
+
+    /// Where it leads.
+    pub fn address(&self) -> &GuestAddress {
+        &self.inner.address
+    }
+
+    /// The channel; made at the first call, within a tokio runtime.
+    pub(super) fn channel(&self) -> Channel {
+        self.inner
+            .channel
+            .get_or_init(|| open_channel(self.inner.address.clone()))
+            .clone()
+    }
+
+    /// Dials once, to learn whether somebody listens. Leaves nothing open.
+    ///
+    /// # Errors
+    /// [`PortalError::Connect`].
+    pub async fn probe(&self) -> Result<(), PortalError> {
+        let address = self.address();
+        address
+            .connect()
+            .await
+            .map(drop)
+            .map_err(|source| PortalError::Connect {
+                path: address.path().to_owned(),
+                source,
+            })
+    }
+}
+
+fn open_channel(address: GuestAddress) -> Channel {
+    // The URI only fills `:authority`; the connector below ignores it.
+    Endpoint::from_static("http://boxlite-guest")
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(names::GUEST_WINDOW)
+        .http2_max_header_list_size(HEADER_LIMIT)
+        .connect_timeout(CONNECT_LIMIT)
+        .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
+        .keep_alive_timeout(KEEPALIVE_LIMIT)
+        .keep_alive_while_idle(false)
+        .connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
+            let address = address.clone();
+            async move { address.connect().await.map(TokioIo::new) }
+        }))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,201 @@
+//! [`PortalError`]: what a call into a guest can end with, decoded from tonic's Status in one place.
+//!
+//! Text that comes from the guest is cut to [`MESSAGE_LIMIT`] and stripped of control characters here, since it ends in logs.
+
+use boxlite_proto::boxlite::v1::{ErrorDetail, ErrorKind};
+use boxlite_proto::names;
+use prost::Message;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Longest error text taken over from a guest, in bytes.
+pub const MESSAGE_LIMIT: usize = 4 << 10;
+
+/// The guest's own classification of a refusal; see `ErrorKind` in service.proto.
+pub type GuestErrorKind = ErrorKind;
+
+/// Why a call into the guest did not succeed.
+#[derive(Debug, thiserror::Error)]
+pub enum PortalError {
+    /// The agent answered with an error.
+    #[error("guest refused {call} of {subject:?}: {message}")]
+    Guest {
+        /// Name of the rpc, "Container.Init".
+        call: &'static str,
+        /// What kind of refusal.
+        kind: GuestErrorKind,
+        /// What it was about.
+        subject: String,
+        /// The agent's words.
+        message: String,
+    },
+    /// No answer within the call's deadline.
+    #[error("guest did not answer {call} within {limit:?}")]
+    Deadline {
+        /// Name of the rpc.
+        call: &'static str,
+        /// The deadline.
+        limit: Duration,
+    },
+    /// The connection broke or could not be made.
+    #[error("connection to the guest failed in {call}")]
+    Transport {
+        /// Name of the rpc.
+        call: &'static str,
+        /// tonic's account.
+        #[source]
+        source: Box<tonic::Status>,
+    },
+    /// The unix socket of the VM could not be connected.
+    #[error("cannot connect to the guest at {path}")]
+    Connect {
+        /// The unix socket.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The guest sent what the protocol forbids.
+    #[error("guest broke the protocol in {call}: {what}")]
+    Protocol {
+        /// Name of the rpc.
+        call: &'static str,
+        /// What was wrong.
+        what: String,
+    },
+    /// A process in the guest was killed because it ran longer than the caller allowed.
+    #[error("{what} did not end within {limit:?} and was killed")]
+    ExecDeadline {
+        /// The command.
+        what: String,
+        /// The caller's limit.
+        limit: Duration,
+    },
+}
+
+impl PortalError {
+    /// The typed error of a Status.
+    pub fn from_status(call: &'static str, status: tonic::Status) -> Self {
+        use tonic::Code;
+        let detail = status
+            .metadata()
+            .get_bin(names::ERROR_METADATA)
+            .and_then(|value| value.to_bytes().ok())
+            .and_then(|bytes| ErrorDetail::decode(bytes).ok());
+        if let Some(detail) = detail {
+            return Self::Guest {
+                call,
+                kind: detail.kind(),
+                subject: clean(&detail.subject),
+                message: clean(status.message()),
+            };
+        }
+        // A status that tonic made itself has a source (the transport's error); an agent's has none.
+        let transport = std::error::Error::source(&status).is_some();
+        let kind = match status.code() {
+            _ if transport => None,
+            Code::Unavailable | Code::Cancelled | Code::Unknown => None,
+            Code::NotFound => Some(ErrorKind::NotFound),
+            Code::AlreadyExists => Some(ErrorKind::AlreadyExists),
+            Code::InvalidArgument | Code::OutOfRange => Some(ErrorKind::InvalidArgument),
+            Code::FailedPrecondition => Some(ErrorKind::WrongState),
+            _ => Some(ErrorKind::Internal),
+        };
+        match kind {
+            Some(kind) => Self::Guest {
+                call,
+                kind,
+                subject: String::new(),
+                message: clean(status.message()),
+            },
+            None => Self::Transport {
+                call,
+                source: Box::new(status),
+            },
+        }
+    }
+
+    /// The guest's kind, where the guest answered at all.
+    pub fn guest_kind(&self) -> Option<GuestErrorKind> {
+        match self {
+            Self::Guest { kind, .. } => Some(*kind),
+            _ => None,
+        }
+    }
+
+    /// Whether the same call may succeed on a new connection.
+    pub fn is_transport(&self) -> bool {
+        matches!(self, Self::Transport { .. } | Self::Connect { .. })
+    }
+
+    /// Whether what was asked for is not there.
+    pub fn is_not_found(&self) -> bool {
+        self.guest_kind() == Some(ErrorKind::NotFound)
+    }
+}
+
+/// Guest text made fit for a log line.
+pub(crate) fn clean(text: &str) -> String {
+    let mut end = text.len().min(MESSAGE_LIMIT);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text[..end]
+        .chars()
+        .map(|c| {
+            if c.is_control() && c != '\n' && c != '\t' {
+                '\u{fffd}'
+            } else {
+                c
+            }
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tonic::metadata::MetadataValue;
+
+    #[test]
+    fn detail_is_decoded() {
+        let mut status = tonic::Status::internal("no such program");
+        let detail = ErrorDetail {
+            kind: ErrorKind::ExecutableNotFound.into(),
+            subject: "sh".into(),
+        };
+        status.metadata_mut().insert_bin(
+            names::ERROR_METADATA,
+            MetadataValue::from_bytes(&detail.encode_to_vec()),
+        );
+        let error = PortalError::from_status("Execution.Exec", status);
+        assert_eq!(error.guest_kind(), Some(ErrorKind::ExecutableNotFound));
+        assert_eq!(
+            error.to_string(),
+            "guest refused Execution.Exec of \"sh\": no such program"
+        );
+    }
+
+    #[test]
+    fn plain_codes_are_kinds_and_unavailable_is_transport() {
+        let kind = |status| PortalError::from_status("Guest.Ping", status).guest_kind();
+        assert_eq!(
+            kind(tonic::Status::not_found("x")),
+            Some(ErrorKind::NotFound)
+        );
+        assert_eq!(
+            kind(tonic::Status::data_loss("x")),
+            Some(ErrorKind::Internal)
+        );
+        assert!(
+            PortalError::from_status("Guest.Ping", tonic::Status::unavailable("x")).is_transport()
+        );
+    }
+
+    #[test]
+    fn guest_text_is_bounded_and_cleaned() {
+        let text = clean(&format!("a\u{1b}[31mb{}", "é".repeat(MESSAGE_LIMIT)));
+        assert!(text.starts_with("a\u{fffd}[31mb"));
+        assert!(text.len() <= MESSAGE_LIMIT + 8);
+    }
+}

@@ -1,0 +1,229 @@
+//! [`ContainerInterface`]: the Container service — lifecycle, limits and counters of containers.
+//!
+//! The shim calls the lifecycle half; boxlite-cri itself only reads (stats, list), so that there is one owner of exits.
+
+use super::{QUICK_LIMIT, WORK_LIMIT, unary};
+use crate::portal::error::PortalError;
+use boxlite_proto::boxlite::v1::container_client::ContainerClient;
+use boxlite_proto::boxlite::v1::{
+    ContainerDeleteRequest, ContainerEvent, ContainerEventsRequest, ContainerInfo,
+    ContainerInitRequest, ContainerKillRequest, ContainerListRequest, ContainerPauseRequest,
+    ContainerPidsRequest, ContainerResumeRequest, ContainerStartRequest, ContainerStatsRequest,
+    ContainerStatsResponse, ContainerUpdateRequest,
+};
+use boxlite_proto::names;
+use bytes::Bytes;
+use std::time::Duration;
+use tonic::Streaming;
+use tonic::transport::Channel;
+
+/// Typed calls of the Container service.
+#[derive(Debug, Clone)]
+pub struct ContainerInterface {
+    client: ContainerClient<Channel>,
+}
+
+impl ContainerInterface {
+    pub(in crate::portal) fn new(channel: Channel) -> Self {
+        let client = ContainerClient::new(channel)
+            .max_decoding_message_size(names::GUEST_MESSAGE_LIMIT)
+            .max_encoding_message_size(names::GUEST_MESSAGE_LIMIT);
+        Self { client }
+    }
+
+    /// Assembles the root filesystem and creates the container; answers the guest's pid of its init.
+    ///
+    /// # Errors
+    /// Every kind of [`PortalError`]; `Deadline` after [`WORK_LIMIT`].
+    pub async fn init(&self, request: ContainerInitRequest) -> Result<u32, PortalError> {
+        let response = unary(
+            "Container.Init",
+            WORK_LIMIT,
+            self.client.clone().init(request),
+        )
+        .await?;
+        Ok(response.pid)
+    }
+
+    /// Lets the created container run; answers the pid.
+    ///
+    /// # Errors
+    /// Every kind of [`PortalError`].
+    pub async fn start(&self, container_id: &str) -> Result<u32, PortalError> {
+        let request = ContainerStartRequest {
+            container_id: container_id.to_owned(),
+        };
+        let response = unary(
+            "Container.Start",
+            WORK_LIMIT,
+            self.client.clone().start(request),
+        )
+        .await?;
+        Ok(response.pid)
+    }
+
+    /// Signals the init process, or every process with `all`. `signal` is the Linux number.
+    ///
+    /// # Errors
+    /// Every kind of [`PortalError`].
+    pub async fn kill(
+        &self,
+        container_id: &str,
+        signal: u32,
+        all: bool,
+    ) -> Result<(), PortalError> {
+        let request = ContainerKillRequest {
+            container_id: container_id.to_owned(),
+            signal,
+            all,
+        };
+        unary(
+            "Container.Kill",
+            QUICK_LIMIT,
+            self.client.clone().kill(request),
+        )
+        .await?;
+        Ok(())
+    }
+
+    /// Removes what is left of the container; succeeds on what is gone.
+    ///
+    /// # Errors
+    /// Every kind of [`PortalError`].
+    pub async fn delete(&self, container_id: &str, force: bool) -> Result<(), PortalError> {
+        let request = ContainerDeleteRequest {
+            container_id: container_id.to_owned(),
+            force,
+        };
+        unary(
+            "Container.Delete",
+            WORK_LIMIT,
+            self.client.clone().delete(request),
+        )
+        .await?;
+        Ok(())
+    }
+
+    /// New limits: OCI LinuxResources as JSON.
+    ///
+    /// # Errors
+    /// Every kind of [`PortalError`].
+    pub async fn update(
+        &self,
+        container_id: &str,
+        resources_json: impl Into<Bytes>,
+    ) -> Result<(), PortalError> {
+        let request = ContainerUpdateRequest {
+            container_id: container_id.to_owned(),
+            resources_json: resources_json.into(),
+        };
+        unary(
+            "Container.Update",
+            QUICK_LIMIT,
+            self.client.clone().update(request),
+        )
+        .await?;
+        Ok(())
+    }
+
+    /// Freezes the container.
+    ///
+    /// # Errors
+    /// Every kind of [`PortalError`].
+    pub async fn pause(&self, container_id: &str) -> Result<(), PortalError> {
+        let request = ContainerPauseRequest {
+            container_id: container_id.to_owned(),
+        };
+        unary(
+            "Container.Pause",
+            QUICK_LIMIT,
+            self.client.clone().pause(request),
+        )
+        .await?;
+        Ok(())
+    }
+
+    /// Thaws it.
+    ///
+    /// # Errors
+    /// Every kind of [`PortalError`].
+    pub async fn resume(&self, container_id: &str) -> Result<(), PortalError> {
+        let request = ContainerResumeRequest {
+            container_id: container_id.to_owned(),
+        };
+        unary(
+            "Container.Resume",
+            QUICK_LIMIT,
+            self.client.clone().resume(request),
+        )
+        .await?;
+        Ok(())
+    }
+
+    /// Counters of the container's cgroup and writable layer, within `limit`.
+    ///
+    /// # Errors
+    /// Every kind of [`PortalError`].
+    pub async fn stats(
+        &self,
+        container_id: &str,
+        limit: Duration,
+    ) -> Result<ContainerStatsResponse, PortalError> {
+        let request = ContainerStatsRequest {
+            container_id: container_id.to_owned(),
+        };
+        unary("Container.Stats", limit, self.client.clone().stats(request)).await
+    }
+
+    /// Pids in the guest of every process of the container.
+    ///
+    /// # Errors
+    /// Every kind of [`PortalError`].
+    pub async fn pids(&self, container_id: &str) -> Result<Vec<u32>, PortalError> {
+        let request = ContainerPidsRequest {
+            container_id: container_id.to_owned(),
+        };
+        let response = unary(
+            "Container.Pids",
+            QUICK_LIMIT,
+            self.client.clone().pids(request),
+        )
+        .await?;
+        Ok(response.pids)
+    }
+
+    /// All containers, or the one named.
+    ///
+    /// # Errors
+    /// Every kind of [`PortalError`].
+    pub async fn list(
+        &self,
+        container_id: Option<&str>,
+    ) -> Result<Vec<ContainerInfo>, PortalError> {
+        let request = ContainerListRequest {
+            container_id: container_id.unwrap_or_default().to_owned(),
+        };
+        let response = unary(
+            "Container.List",
+            QUICK_LIMIT,
+            self.client.clone().list(request),
+        )
+        .await?;
+        Ok(response.containers)
+    }
+
+    /// Events from sequence number `from` on. The stream has no deadline and ends when the caller drops it or the
+    /// connection breaks; a caller that comes back asks for the last sequence number plus one.
+    ///
+    /// # Errors
+    /// Every kind of [`PortalError`] when opening; Status items later.
+    pub async fn events(&self, from: u64) -> Result<Streaming<ContainerEvent>, PortalError> {
+        let request = ContainerEventsRequest { from };
+        unary(
+            "Container.Events",
+            QUICK_LIMIT,
+            self.client.clone().events(request),
+        )
+        .await
+    }
+}

@@ -1,0 +1,360 @@
+//! [`ExecutionInterface`]: the Execution service — processes of containers, their output, input and ends — and
+//! [`ExecutionInterface::exec_sync`], one command from start to exit code.
+//!
+//! Following output over reconnects is [`super::follow`]'s.
+
+use super::follow::OutputFollower;
+use super::{QUICK_LIMIT, WORK_LIMIT, unary};
+use crate::portal::connection::Connection;
+use crate::portal::error::PortalError;
+use boxlite_proto::boxlite::v1::execution_client::ExecutionClient;
+use boxlite_proto::boxlite::v1::{
+    AckRequest, AttachChunk, AttachRequest, ExecDeleteRequest, ExecRequest, Exit, KillRequest,
+    OutputStream, ResizeTtyRequest, SendInputRequest, WaitRequest,
+};
+use boxlite_proto::names;
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+use tonic::Streaming;
+use tonic::transport::Channel;
+
+/// Output still awaited after an exec'd process ended: its last chunks are under way, a child that inherited the pipe may never end.
+pub const DRAIN_LIMIT: Duration = Duration::from_secs(10);
+/// Wait for the end of a process tree that got SIGKILL; after that the agent's Delete reaps it.
+const KILLED_LIMIT: Duration = Duration::from_secs(10);
+/// Default bound of each of stdout and stderr of an exec_sync, in bytes (the kubelet's own limit is 16 MiB for both).
+pub const EXEC_OUTPUT_LIMIT: usize = 16 << 20;
+
+/// What a command left behind.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ExecOutput {
+    /// At most the caller's limit.
+    pub stdout: Vec<u8>,
+    /// At most the caller's limit.
+    pub stderr: Vec<u8>,
+    /// 0–255; a death by signal is 128 + signal.
+    pub exit_code: i32,
+    /// Whether output beyond the limit was thrown away.
+    pub truncated: bool,
+}
+
+/// Typed calls of the Execution service.
+#[derive(Debug, Clone)]
+pub struct ExecutionInterface {
+    connection: Connection,
+    client: ExecutionClient<Channel>,
+    bytes: Arc<AtomicU64>,
+}
+
+impl ExecutionInterface {
+    pub(in crate::portal) fn new(connection: Connection, bytes: Arc<AtomicU64>) -> Self {
+        let client = ExecutionClient::new(connection.channel())
+            .max_decoding_message_size(names::GUEST_MESSAGE_LIMIT)
+            .max_encoding_message_size(names::GUEST_MESSAGE_LIMIT);
+        Self {
+            connection,
+            client,
+            bytes,
+        }
+    }
+
+    /// Starts a process in a container; a repeated `exec_id` answers the one that runs. Answers the guest's pid.
+    ///
+    /// # Errors
+    /// Every kind of [`PortalError`].
+    pub async fn exec(&self, request: ExecRequest) -> Result<u32, PortalError> {
+        let response = unary(
+            "Execution.Exec",
+            WORK_LIMIT,
+            self.client.clone().exec(request),
+        )
+        .await?;
+        Ok(response.pid)
+    }
+
+    /// Opens one output stream. No deadline once open; ends when the caller drops it. [`Self::follow`] survives reconnects.
+    ///
+    /// # Errors
+    /// Every kind of [`PortalError`] when opening; Status items later.
+    pub async fn attach(
+        &self,
+        request: AttachRequest,
+    ) -> Result<Streaming<AttachChunk>, PortalError> {
+        unary(
+            "Execution.Attach",
+            QUICK_LIMIT,
+            self.client.clone().attach(request),
+        )
+        .await
+    }
+
+    /// Output of a process from `offset` on, over reconnects, each byte once. `exec_id` is empty for the init process.
+    pub fn follow(&self, container_id: &str, exec_id: &str, offset: u64) -> OutputFollower {
+        OutputFollower::new(self.clone(), container_id, exec_id, offset)
+    }
+
+    /// Frees output below `offset` in the guest.
+    ///
+    /// # Errors
+    /// Every kind of [`PortalError`].
+    pub async fn ack(
+        &self,
+        container_id: &str,
+        exec_id: &str,
+        offset: u64,
+    ) -> Result<(), PortalError> {
+        let request = AckRequest {
+            container_id: container_id.to_owned(),
+            exec_id: exec_id.to_owned(),
+            offset,
+        };
+        unary(
+            "Execution.Ack",
+            QUICK_LIMIT,
+            self.client.clone().ack(request),
+        )
+        .await?;
+        Ok(())
+    }
+
+    /// Sends input until `incoming` ends; answers how many bytes the process' pipe took. The first message names the process. No
+    /// deadline: a process that doesn't read holds the stream; dropping the future ends it.
+    ///
+    /// # Errors
+    /// Every kind of [`PortalError`].
+    pub async fn send_input<S>(&self, incoming: S) -> Result<u64, PortalError>
+    where
+        S: futures::Stream<Item = SendInputRequest> + Send + 'static,
+    {
+        let bytes = self.bytes.clone();
+        let counted = futures::StreamExt::inspect(incoming, move |message: &SendInputRequest| {
+            bytes.fetch_add(message.data.len() as u64, Ordering::Relaxed);
+        });
+        match self.client.clone().send_input(counted).await {
+            Ok(response) => Ok(response.into_inner().accepted),
+            Err(status) => Err(PortalError::from_status("Execution.SendInput", status)),
+        }
+    }
+
+    /// Waits for the end of a process. No deadline: ends with the process, the connection, or the caller.
+    ///
+    /// # Errors
+    /// Every kind of [`PortalError`].
+    pub async fn wait(&self, container_id: &str, exec_id: &str) -> Result<Exit, PortalError> {
+        let call = "Execution.Wait";
+        let request = WaitRequest {
+            container_id: container_id.to_owned(),
+            exec_id: exec_id.to_owned(),
+        };
+        let response = self.client.clone().wait(request).await;
+        let response = response.map_err(|status| PortalError::from_status(call, status))?;
+        response
+            .into_inner()
+            .exit
+            .ok_or_else(|| PortalError::Protocol {
+                call,
+                what: "an answer without exit".into(),
+            })
+    }
+
+    /// Signals an exec'd process; with `all` everything it started too. `signal` is the Linux number.
+    ///
+    /// # Errors
+    /// Every kind of [`PortalError`].
+    pub async fn kill(
+        &self,
+        container_id: &str,
+        exec_id: &str,
+        signal: u32,
+        all: bool,
+    ) -> Result<(), PortalError> {
+        let request = KillRequest {
+            container_id: container_id.to_owned(),
+            exec_id: exec_id.to_owned(),
+            signal,
+            all,
+        };
+        unary(
+            "Execution.Kill",
+            QUICK_LIMIT,
+            self.client.clone().kill(request),
+        )
+        .await?;
+        Ok(())
+    }
+
+    /// New size of a process' terminal, in characters.
+    ///
+    /// # Errors
+    /// Every kind of [`PortalError`].
+    pub async fn resize_tty(
+        &self,
+        container_id: &str,
+        exec_id: &str,
+        rows: u32,
+        cols: u32,
+    ) -> Result<(), PortalError> {
+        let request = ResizeTtyRequest {
+            container_id: container_id.to_owned(),
+            exec_id: exec_id.to_owned(),
+            rows,
+            cols,
+        };
+        unary(
+            "Execution.ResizeTty",
+            QUICK_LIMIT,
+            self.client.clone().resize_tty(request),
+        )
+        .await?;
+        Ok(())
+    }
+
+    /// Forgets an exec'd process that ended; succeeds on what is gone.
+    ///
+    /// # Errors
+    /// Every kind of [`PortalError`].
+    pub async fn delete(&self, container_id: &str, exec_id: &str) -> Result<(), PortalError> {
+        let request = ExecDeleteRequest {
+            container_id: container_id.to_owned(),
+            exec_id: exec_id.to_owned(),
+        };
+        unary(
+            "Execution.Delete",
+            QUICK_LIMIT,
+            self.client.clone().delete(request),
+        )
+        .await?;
+        Ok(())
+    }
+
+    /// Runs one command to its end and collects its output.
+    ///
+    /// Ends early when `limit` runs out or `cancelled` resolves; then the process and all it started are killed. In every case the
+    /// process is forgotten by the guest before this returns. The future itself must be driven to its end: dropped, it leaves the
+    /// process running (that is why a vanished caller is told through `cancelled`).
+    ///
+    /// # Errors
+    /// [`PortalError::ExecDeadline`] when `limit` ran out or `cancelled` resolved; every other kind as it comes.
+    pub async fn exec_sync(
+        &self,
+        request: ExecRequest,
+        limit: Option<Duration>,
+        output_limit: usize,
+        cancelled: impl Future<Output = ()>,
+    ) -> Result<ExecOutput, PortalError> {
+        let container = request.container_id.clone();
+        let exec = request.exec_id.clone();
+        let timer = async {
+            match limit {
+                Some(limit) => tokio::time::sleep(limit).await,
+                None => std::future::pending().await,
+            }
+        };
+        let result = tokio::select! {
+            result = self.exec_and_collect(request, output_limit) => result,
+            () = timer => Err(self.kill_tree(&container, &exec, limit).await),
+            () = cancelled => Err(self.kill_tree(&container, &exec, limit).await),
+        };
+        if let Err(error) = self.delete(&container, &exec).await {
+            tracing::debug!(container, exec, %error, "exec'd process could not be forgotten");
+        }
+        result
+    }
+
+    async fn exec_and_collect(
+        &self,
+        request: ExecRequest,
+        output_limit: usize,
+    ) -> Result<ExecOutput, PortalError> {
+        let container = request.container_id.clone();
+        let exec = request.exec_id.clone();
+        self.exec(request).await?;
+        let mut output = ExecOutput::default();
+        let exit = {
+            let collecting = self.collect(&container, &exec, output_limit, &mut output);
+            tokio::pin!(collecting);
+            let waiting = self.wait(&container, &exec);
+            tokio::pin!(waiting);
+            tokio::select! {
+                collected = &mut collecting => {
+                    collected?;
+                    waiting.await?
+                }
+                exit = &mut waiting => {
+                    let exit = exit?;
+                    // A child that keeps the pipe open must not hold the answer back for ever.
+                    if let Ok(collected) = tokio::time::timeout(DRAIN_LIMIT, &mut collecting).await {
+                        collected?;
+                    }
+                    exit
+                }
+            }
+        };
+        output.exit_code = i32::try_from(exit.code.min(255)).unwrap_or(255);
+        Ok(output)
+    }
+
+    async fn collect(
+        &self,
+        container: &str,
+        exec: &str,
+        limit: usize,
+        output: &mut ExecOutput,
+    ) -> Result<(), PortalError> {
+        let mut follower = self.follow(container, exec, 0).shared();
+        let mut acks = FuturesUnordered::new();
+        loop {
+            let chunk = tokio::select! {
+                chunk = follower.next() => chunk?,
+                // An Ack that is lost with its connection is made good by the next one.
+                Some(_) = acks.next() => continue,
+            };
+            let Some(chunk) = chunk else { return Ok(()) };
+            let buffer = match chunk.stream {
+                OutputStream::Stderr => &mut output.stderr,
+                _ => &mut output.stdout,
+            };
+            let room = limit.saturating_sub(buffer.len());
+            let taken = chunk.data.len().min(room);
+            buffer.extend_from_slice(&chunk.data[..taken]);
+            output.truncated |= taken < chunk.data.len();
+            acks.extend(follower.due_ack());
+        }
+    }
+
+    /// Kills the tree, waits a little for its end, and makes the error of it.
+    async fn kill_tree(&self, container: &str, exec: &str, limit: Option<Duration>) -> PortalError {
+        const SIGKILL: u32 = 9;
+        if let Err(error) = self.kill(container, exec, SIGKILL, true).await
+            && !error.is_not_found()
+        {
+            tracing::warn!(container, exec, %error, "process tree could not be killed after its time ran out");
+        }
+        match tokio::time::timeout(KILLED_LIMIT, self.wait(container, exec)).await {
+            Ok(_) => {}
+            Err(_) => tracing::warn!(
+                container,
+                exec,
+                "killed process did not end within {KILLED_LIMIT:?}"
+            ),
+        }
+        PortalError::ExecDeadline {
+            what: format!("process {exec} of container {container}"),
+            limit: limit.unwrap_or_default(),
+        }
+    }
+
+    /// Adds streamed payload to the counter.
+    pub(super) fn count(&self, bytes: usize) {
+        self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// The same calls over a connection of their own.
+    pub(super) fn dedicated(&self) -> Self {
+        Self::new(self.connection.dedicated(), self.bytes.clone())
+    }
+}

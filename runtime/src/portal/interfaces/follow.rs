@@ -1,0 +1,241 @@
+//! [`OutputFollower`]: a process' output from an offset on, each byte once, across broken connections.
+//!
+//! Where the output goes, and when it may be freed (Ack), is the caller's: the shim's log writer acks what is on disk, exec_sync what it
+//! has in memory. Output is never skipped: a gap is a protocol error, OUTPUT_GONE an error of the guest.
+
+use super::execution::ExecutionInterface;
+use crate::portal::error::PortalError;
+use boxlite_proto::boxlite::v1::{AttachChunk, AttachRequest, OutputStream};
+use boxlite_proto::names::CHUNK_LIMIT;
+use bytes::Bytes;
+use std::future::Future;
+use std::time::Duration;
+use tokio::time::Instant;
+use tonic::Streaming;
+
+/// How long a follower tries to reach a guest that was there before. A dead VM is noticed by other means (the shim's child, its
+/// socket) and sooner.
+pub const RECONNECT_LIMIT: Duration = Duration::from_secs(30);
+/// First pause between two attempts; doubled up to [`RECONNECT_PAUSE_MAX`].
+const RECONNECT_PAUSE: Duration = Duration::from_millis(50);
+/// Longest pause between two attempts.
+const RECONNECT_PAUSE_MAX: Duration = Duration::from_secs(1);
+/// [`OutputFollower::ack_if_due`] acks once this much was read, in bytes: often enough that the guest's buffer never fills behind
+/// a reader that keeps up.
+const ACK_EVERY: u64 = 256 << 10;
+
+/// A piece of output.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OutputChunk {
+    /// Of the first byte of `data`, counted over both streams.
+    pub offset: u64,
+    /// Which stream it was written to.
+    pub stream: OutputStream,
+    /// At most [`CHUNK_LIMIT`] bytes, never empty.
+    pub data: Bytes,
+}
+
+/// Reads one process' output; made by [`ExecutionInterface::follow`].
+#[derive(Debug)]
+pub struct OutputFollower {
+    /// For calls.
+    execution: ExecutionInterface,
+    /// For the stream: a connection of its own unless [`OutputFollower::shared`], since a reader that waits for an Ack while its
+    /// unread stream fills the shared window waits for ever.
+    streaming: ExecutionInterface,
+    request: AttachRequest,
+    /// Offset of the next byte wanted.
+    next: u64,
+    acked: u64,
+    stream: Option<Streaming<AttachChunk>>,
+    done: bool,
+}
+
+impl OutputFollower {
+    pub(super) fn new(
+        execution: ExecutionInterface,
+        container_id: &str,
+        exec_id: &str,
+        offset: u64,
+    ) -> Self {
+        Self {
+            streaming: execution.dedicated(),
+            execution,
+            request: AttachRequest {
+                container_id: container_id.to_owned(),
+                exec_id: exec_id.to_owned(),
+                offset,
+                from_end: false,
+                observer: false,
+            },
+            next: offset,
+            acked: offset,
+            stream: None,
+            done: false,
+        }
+    }
+
+    /// Makes it a reader that never acks and holds nothing back: output it is too slow for ends it with OUTPUT_GONE. It also starts at the
+    /// present end with `from_end`.
+    #[must_use]
+    pub fn observing(mut self, from_end: bool) -> Self {
+        self.request.observer = true;
+        self.request.from_end = from_end;
+        self
+    }
+
+    /// Reads over the shared connection: only for a reader that never stops reading, not even during an Ack.
+    pub(super) fn shared(mut self) -> Self {
+        self.streaming = self.execution.clone();
+        self
+    }
+
+    /// Offset of the next byte that [`Self::next`] would give.
+    pub fn position(&self) -> u64 {
+        self.next
+    }
+
+    /// The next piece of output, `None` after the last. May be dropped between polls and called again: nothing is lost.
+    ///
+    /// # Errors
+    /// A refusal of the guest at once; `Transport` after [`RECONNECT_LIMIT`] without connection; `Protocol` on a gap or an oversized
+    /// chunk.
+    pub async fn next(&mut self) -> Result<Option<OutputChunk>, PortalError> {
+        let mut broken_since: Option<Instant> = None;
+        let mut pause = RECONNECT_PAUSE;
+        loop {
+            if self.done {
+                return Ok(None);
+            }
+            match self.step().await {
+                Ok(Some(chunk)) => {
+                    if let Some(chunk) = self.accept(chunk)? {
+                        self.execution.count(chunk.data.len());
+                        return Ok(Some(chunk));
+                    }
+                    broken_since = None;
+                }
+                Ok(None) => {
+                    // The stream ended without `eof`: the agent closed it; ask again.
+                    self.stream = None;
+                    let since = *broken_since.get_or_insert_with(Instant::now);
+                    if since.elapsed() > RECONNECT_LIMIT {
+                        return Err(self.protocol("output ends again and again without eof".into()));
+                    }
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(RECONNECT_PAUSE_MAX);
+                }
+                Err(error) if error.is_transport() => {
+                    self.stream = None;
+                    let since = *broken_since.get_or_insert_with(Instant::now);
+                    if since.elapsed() > RECONNECT_LIMIT {
+                        return Err(error);
+                    }
+                    tracing::debug!(offset = self.next, %error, "output stream broke; trying again");
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(RECONNECT_PAUSE_MAX);
+                }
+                Err(error) => {
+                    self.stream = None;
+                    return Err(error);
+                }
+            }
+        }
+    }
+
+    async fn step(&mut self) -> Result<Option<AttachChunk>, PortalError> {
+        if self.stream.is_none() {
+            self.request.offset = self.next;
+            self.stream = Some(self.streaming.attach(self.request.clone()).await?);
+        }
+        let Some(stream) = self.stream.as_mut() else {
+            return Ok(None);
+        };
+        stream
+            .message()
+            .await
+            .map_err(|status| PortalError::from_status("Execution.Attach", status))
+    }
+
+    /// Checks a chunk against the position; `None` where there is nothing new in it.
+    fn accept(&mut self, chunk: AttachChunk) -> Result<Option<OutputChunk>, PortalError> {
+        if chunk.data.len() > CHUNK_LIMIT {
+            return Err(self.protocol(format!("a chunk of {} bytes", chunk.data.len())));
+        }
+        if self.request.from_end {
+            self.next = chunk.offset;
+            self.acked = chunk.offset;
+            self.request.from_end = false;
+        }
+        if chunk.offset > self.next {
+            return Err(self.protocol(format!(
+                "a gap in output: {} after {}",
+                chunk.offset, self.next
+            )));
+        }
+        self.done = chunk.eof;
+        let stream = chunk.stream();
+        let seen = usize::try_from(self.next - chunk.offset).unwrap_or(usize::MAX);
+        if seen >= chunk.data.len() {
+            return Ok(None);
+        }
+        let data = chunk.data.slice(seen..);
+        let offset = self.next;
+        self.next += data.len() as u64;
+        Ok(Some(OutputChunk {
+            offset,
+            stream,
+            data,
+        }))
+    }
+
+    /// Frees everything below `offset` in the guest.
+    ///
+    /// # Errors
+    /// Every kind of [`PortalError`].
+    pub async fn ack(&mut self, offset: u64) -> Result<(), PortalError> {
+        self.execution
+            .ack(&self.request.container_id, &self.request.exec_id, offset)
+            .await?;
+        self.acked = self.acked.max(offset);
+        Ok(())
+    }
+
+    /// A call that acks everything given so far, where that is worth one; to be driven beside [`Self::next`]. It counts as done at once.
+    pub(super) fn due_ack(
+        &mut self,
+    ) -> Option<impl Future<Output = Result<(), PortalError>> + use<>> {
+        if self.next - self.acked < ACK_EVERY {
+            return None;
+        }
+        self.acked = self.next;
+        let execution = self.execution.clone();
+        let (container, exec) = (
+            self.request.container_id.clone(),
+            self.request.exec_id.clone(),
+        );
+        let offset = self.next;
+        Some(async move { execution.ack(&container, &exec, offset).await })
+    }
+
+    /// Acks everything given so far, once that is worth a call. A broken connection is left to the next [`Self::next`].
+    ///
+    /// # Errors
+    /// Every kind of [`PortalError`] but the transport's.
+    pub async fn ack_if_due(&mut self) -> Result<(), PortalError> {
+        if self.next - self.acked < ACK_EVERY {
+            return Ok(());
+        }
+        match self.ack(self.next).await {
+            Err(error) if error.is_transport() => Ok(()),
+            result => result,
+        }
+    }
+
+    fn protocol(&self, what: String) -> PortalError {
+        PortalError::Protocol {
+            call: "Execution.Attach",
+            what,
+        }
+    }
+}

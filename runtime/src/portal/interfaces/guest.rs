@@ -1,0 +1,125 @@
+//! [`GuestInterface`]: the Guest service — the VM itself, its network counters and ports.
+
+use super::{QUICK_LIMIT, WORK_LIMIT, unary};
+use crate::portal::error::PortalError;
+use boxlite_proto::boxlite::v1::guest_client::GuestClient;
+use boxlite_proto::boxlite::v1::{
+    GuestInitRequest, GuestInitResponse, GuestStatsRequest, GuestStatsResponse, PingRequest,
+    PingResponse, PortForwardRequest, PortForwardResponse, SetTimeRequest, ShutdownRequest,
+};
+use boxlite_proto::names;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+use tonic::Streaming;
+use tonic::transport::Channel;
+
+/// Typed calls of the Guest service.
+#[derive(Debug, Clone)]
+pub struct GuestInterface {
+    client: GuestClient<Channel>,
+    bytes: Arc<AtomicU64>,
+}
+
+impl GuestInterface {
+    pub(in crate::portal) fn new(channel: Channel, bytes: Arc<AtomicU64>) -> Self {
+        let client = GuestClient::new(channel)
+            .max_decoding_message_size(names::GUEST_MESSAGE_LIMIT)
+            .max_encoding_message_size(names::GUEST_MESSAGE_LIMIT);
+        Self { client, bytes }
+    }
+
+    /// Mounts, network, clock and identity of the pod, once per boot.
+    ///
+    /// # Errors
+    /// Every kind of [`PortalError`]; `Deadline` after [`WORK_LIMIT`].
+    pub async fn init(&self, request: GuestInitRequest) -> Result<GuestInitResponse, PortalError> {
+        unary("Guest.Init", WORK_LIMIT, self.client.clone().init(request)).await
+    }
+
+    /// Whether the agent answers within `limit`.
+    ///
+    /// # Errors
+    /// Every kind of [`PortalError`].
+    pub async fn ping(&self, limit: Duration) -> Result<PingResponse, PortalError> {
+        unary(
+            "Guest.Ping",
+            limit,
+            self.client.clone().ping(PingRequest {}),
+        )
+        .await
+    }
+
+    /// Asks the VM to end: containers killed after `grace`, disks synced, power off. The connection may break before the answer;
+    /// that is success too.
+    ///
+    /// # Errors
+    /// A refusal of the agent, or `Deadline` after `grace` and [`QUICK_LIMIT`].
+    pub async fn shutdown(&self, grace: Duration) -> Result<(), PortalError> {
+        let grace_ms = u32::try_from(grace.as_millis()).unwrap_or(u32::MAX);
+        let request = ShutdownRequest { grace_ms };
+        match unary(
+            "Guest.Shutdown",
+            grace + QUICK_LIMIT,
+            self.client.clone().shutdown(request),
+        )
+        .await
+        {
+            Ok(_) => Ok(()),
+            Err(error) if error.is_transport() => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// CPU, memory and network counters of the VM, within `limit`.
+    ///
+    /// # Errors
+    /// Every kind of [`PortalError`].
+    pub async fn stats(&self, limit: Duration) -> Result<GuestStatsResponse, PortalError> {
+        unary(
+            "Guest.Stats",
+            limit,
+            self.client.clone().stats(GuestStatsRequest {}),
+        )
+        .await
+    }
+
+    /// Sets the guest's wall clock, ns since the epoch.
+    ///
+    /// # Errors
+    /// Every kind of [`PortalError`].
+    pub async fn set_time(&self, time_unix_ns: i64) -> Result<(), PortalError> {
+        let request = SetTimeRequest { time_unix_ns };
+        unary(
+            "Guest.SetTime",
+            QUICK_LIMIT,
+            self.client.clone().set_time(request),
+        )
+        .await?;
+        Ok(())
+    }
+
+    /// Opens a byte stream to a port inside the guest. The first message of `outgoing` names the port. Use a
+    /// [dedicated](crate::portal::GuestSession::dedicated) session: a slow client must not stall other calls. Ends when either side drops.
+    ///
+    /// # Errors
+    /// Every kind of [`PortalError`]; the stream itself has no deadline.
+    pub async fn port_forward<S>(
+        &self,
+        outgoing: S,
+    ) -> Result<Streaming<PortForwardResponse>, PortalError>
+    where
+        S: futures::Stream<Item = PortForwardRequest> + Send + 'static,
+    {
+        let bytes = self.bytes.clone();
+        let counted = futures::StreamExt::inspect(outgoing, move |message: &PortForwardRequest| {
+            bytes.fetch_add(message.data.len() as u64, Ordering::Relaxed);
+        });
+        unary(
+            "Guest.PortForward",
+            QUICK_LIMIT,
+            self.client.clone().port_forward(counted),
+        )
+        .await
+    }
+}

@@ -1,0 +1,32 @@
+//! One typed interface per service of the guest: same shape, a thin method per rpc with its deadline.
+//!
+//! A method dropped midway cancels its HTTP/2 stream; the guest may or may not have done the work, and since every rpc is
+//! idempotent by id the caller may simply ask again.
+
+pub mod container;
+pub mod execution;
+pub mod follow;
+pub mod guest;
+
+use super::error::PortalError;
+use std::future::Future;
+use std::time::Duration;
+use tonic::{Response, Status};
+
+/// For calls that only read or signal: an agent answers in milliseconds, an emulated one under load in seconds.
+pub const QUICK_LIMIT: Duration = Duration::from_secs(20);
+/// For calls that mount, fork or wait for a cgroup to empty.
+pub const WORK_LIMIT: Duration = Duration::from_secs(120);
+
+/// Runs one unary call with a deadline.
+async fn unary<T>(
+    call: &'static str,
+    limit: Duration,
+    future: impl Future<Output = Result<Response<T>, Status>>,
+) -> Result<T, PortalError> {
+    match tokio::time::timeout(limit, future).await {
+        Ok(Ok(response)) => Ok(response.into_inner()),
+        Ok(Err(status)) => Err(PortalError::from_status(call, status)),
+        Err(_) => Err(PortalError::Deadline { call, limit }),
+    }
+}

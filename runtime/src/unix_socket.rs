@@ -1,0 +1,89 @@
+//! Unix sockets at paths of any length: [`connect`] and [`bind`].
+//!
+//! A `sockaddr_un` holds 107 bytes of path and bundle paths can be longer; the way round is `/proc/self/fd/<dir>/<name>`.
+//! Says nothing on any protocol; the Portal and ShimController do.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use tokio::net::{UnixListener, UnixStream};
+
+/// Longest path that fits a `sockaddr_un`, without its final NUL, in bytes (unix(7)).
+pub const SOCKET_PATH_LIMIT: usize = 107;
+
+/// A path that fits a `sockaddr_un`, and the directory it leans on while it is used.
+struct ShortPath {
+    path: PathBuf,
+    _directory: Option<File>,
+}
+
+fn shorten(path: &Path) -> io::Result<ShortPath> {
+    if path.as_os_str().len() <= SOCKET_PATH_LIMIT {
+        return Ok(ShortPath {
+            path: path.to_owned(),
+            _directory: None,
+        });
+    }
+    let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("{} names no socket", path.display()),
+        ));
+    };
+    let directory = std::fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC)
+        .open(directory)?;
+    let short = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd())).join(name);
+    Ok(ShortPath {
+        path: short,
+        _directory: Some(directory),
+    })
+}
+
+/// Connects to the unix socket at `path`. Dropping the future leaves nothing behind.
+///
+/// # Errors
+/// Those of open(2) on the directory and connect(2).
+pub async fn connect(path: &Path) -> io::Result<UnixStream> {
+    let short = shorten(path)?;
+    UnixStream::connect(&short.path).await
+}
+
+/// Listens on the unix socket at `path`, in the place of a dead one. The caller made sure that the directory is private
+/// and that no other process serves there.
+///
+/// # Errors
+/// Those of unlink(2), bind(2) and listen(2).
+pub fn bind(path: &Path) -> io::Result<UnixListener> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let short = shorten(path)?;
+    UnixListener::bind(&short.path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    #[tokio::test]
+    async fn long_paths_connect() {
+        let root = tempfile::tempdir().unwrap();
+        let directory = root.path().join("d".repeat(120));
+        std::fs::create_dir(&directory).unwrap();
+        let path = directory.join("socket");
+        let listener = bind(&path).unwrap();
+        let mut client = connect(&path).await.unwrap();
+        let (mut server, _) = listener.accept().await.unwrap();
+        client.write_all(b"x").await.unwrap();
+        assert_eq!(server.read_u8().await.unwrap(), b'x');
+        // A dead socket file is replaced.
+        drop(listener);
+        bind(&path).unwrap();
+    }
+}
