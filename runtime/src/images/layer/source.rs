@@ -1,0 +1,159 @@
+//! [`Source`]: the compressed bytes of a layer, first those of an earlier attempt, then those that arrive.
+//!
+//! Appends what arrives to the partial file and hashes everything, so that whoever reads it to its end knows the blob's
+//! digest. Blocks; lives on the conversion's thread.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use sha2::{Digest as _, Sha256};
+use tokio::sync::mpsc;
+
+use super::download::Piece;
+use crate::images::error::{ImageError, ImageResult};
+use crate::images::reference::Digest;
+
+/// Step in which an earlier attempt's bytes and the rest of a blob are read, in bytes.
+const STEP: usize = 256 << 10;
+
+/// See the module's header.
+pub(super) struct Source {
+    path: PathBuf,
+    partial: File,
+    /// Bytes of the partial file that are still to be replayed.
+    replay: u64,
+    input: mpsc::Receiver<Piece>,
+    chunk: Bytes,
+    hash: Sha256,
+    bytes: u64,
+    state: State,
+}
+
+enum State {
+    Reading,
+    /// The download said that everything has come.
+    Ended,
+    /// What reading ended with; io::Error can't carry it.
+    Failed(ImageError),
+}
+
+impl Source {
+    /// Opens the partial file, and says how many bytes of it will be replayed. One that is too long is emptied.
+    pub(super) fn open(path: &Path, size: u64, input: mpsc::Receiver<Piece>) -> ImageResult<(Self, u64)> {
+        let failed = |e| ImageError::io("opening", path, e);
+        let mut partial = OpenOptions::new()
+            .create(true)
+            .read(true)
+            .write(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(path)
+            .map_err(failed)?;
+        let mut replay = partial.metadata().map_err(failed)?.len();
+        if replay > size {
+            partial.set_len(0).map_err(failed)?;
+            replay = 0;
+        }
+        partial.seek(SeekFrom::Start(0)).map_err(failed)?;
+        let source = Self {
+            path: path.to_path_buf(),
+            partial,
+            replay,
+            input,
+            chunk: Bytes::new(),
+            hash: Sha256::new(),
+            bytes: 0,
+            state: State::Reading,
+        };
+        Ok((source, replay))
+    }
+
+    /// Reads what is left, and gives the digest and size of the whole blob, or why it isn't all here.
+    pub(super) fn finish(&mut self) -> ImageResult<(Digest, u64)> {
+        let mut rest = vec![0; STEP];
+        loop {
+            match self.read(&mut rest) {
+                Ok(0) => return Ok((Digest::from_hash(self.hash.clone().finalize()), self.bytes)),
+                Ok(_) => {}
+                Err(e) => return Err(self.failure().unwrap_or_else(|| ImageError::io("reading", &self.path, e))),
+            }
+        }
+    }
+
+    /// Why the last read failed, if it was the source's own fault and not the content's.
+    pub(super) fn failure(&self) -> Option<ImageError> {
+        match &self.state {
+            State::Failed(error) => Some(error.clone()),
+            _ => None,
+        }
+    }
+
+    fn fail(&mut self, error: ImageError) -> io::Error {
+        self.state = State::Failed(error);
+        io::Error::other("the layer's source failed")
+    }
+
+    fn replay(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let most = buffer.len().min(usize::try_from(self.replay).unwrap_or(usize::MAX));
+        match self.partial.read(&mut buffer[..most]) {
+            Ok(0) => {
+                let error = io::Error::new(io::ErrorKind::UnexpectedEof, "the file was cut while it was read");
+                Err(self.fail(ImageError::io("reading", &self.path.clone(), error)))
+            }
+            Ok(read) => {
+                self.replay -= read as u64;
+                Ok(read)
+            }
+            Err(e) => Err(self.fail(ImageError::io("reading", &self.path.clone(), e))),
+        }
+    }
+
+    /// Waits for the next chunk and keeps it in the partial file. False at the end.
+    fn next_chunk(&mut self) -> io::Result<bool> {
+        match self.input.blocking_recv() {
+            Some(Piece::Data(chunk)) => {
+                if let Err(e) = self.partial.write_all(&chunk) {
+                    return Err(self.fail(ImageError::io("writing", &self.path.clone(), e)));
+                }
+                self.chunk = chunk;
+                Ok(true)
+            }
+            Some(Piece::End) => {
+                self.state = State::Ended;
+                Ok(false)
+            }
+            None => Err(self.fail(ImageError::Cancelled)),
+        }
+    }
+}
+
+impl Read for Source {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self.state {
+            State::Ended => return Ok(0),
+            State::Failed(_) => return Err(io::Error::other("the layer's source failed")),
+            State::Reading => {}
+        }
+        if buffer.is_empty() {
+            return Ok(0);
+        }
+        let read = if self.replay > 0 {
+            self.replay(buffer)?
+        } else {
+            while self.chunk.is_empty() {
+                if !self.next_chunk()? {
+                    return Ok(0);
+                }
+            }
+            let read = self.chunk.len().min(buffer.len());
+            buffer[..read].copy_from_slice(&self.chunk.split_to(read));
+            read
+        };
+        self.hash.update(&buffer[..read]);
+        self.bytes += read as u64;
+        Ok(read)
+    }
+}

@@ -1,0 +1,171 @@
+//! One pull, from a reference to an image in the store.
+//!
+//! Only the order of things: the conversation is in `registry`, the documents in `manifest`, the layers in `layer`.
+//! Called by `ImageManager::pull`.
+//!
+//! resolve (indexes down to this platform) → config → lease → layers, a few at a time → commit. A failure gives the
+//! lease up and, unless trying again may help, deletes the layers that came.
+
+use std::sync::Arc;
+
+use futures::stream::{self, StreamExt, TryStreamExt};
+
+use super::error::{ImageError, ImageResult};
+use super::layer::LayerRequest;
+use super::manifest::{self, Document, MAX_CONFIG_BYTES, MAX_INDEX_DEPTH, Manifest, Platform};
+use super::reference::{Digest, Reference};
+use super::registry::Session;
+use super::store::{NewImage, Store};
+use super::types::{ImageRecord, LayerProgress, LayerState, ProgressSender, RegistryAuth};
+use super::{Inner, blocking};
+
+/// What resolving a reference gave.
+struct Resolved {
+    /// Digest of what the reference names itself.
+    target: Digest,
+    documents: Vec<(Digest, Vec<u8>)>,
+    manifest: Manifest,
+}
+
+pub(super) async fn pull(
+    inner: &Inner,
+    text: &str,
+    auth: Option<RegistryAuth>,
+    progress: Option<ProgressSender>,
+) -> ImageResult<ImageRecord> {
+    let reference = Reference::parse(text)?;
+    let progress = Progress(progress);
+    progress.start(&reference);
+    let outcome = run(inner, &reference, auth, &progress).await;
+    outcome.map_err(|e| ImageError::Pull { reference: reference.to_string(), source: Box::new(e) })
+}
+
+async fn run(
+    inner: &Inner,
+    reference: &Reference,
+    auth: Option<RegistryAuth>,
+    progress: &Progress,
+) -> ImageResult<ImageRecord> {
+    let platform = Platform::host();
+    let session = Arc::new(Session::new(&inner.hosts, reference, auth)?);
+    let resolved = resolve(&session, reference, platform).await?;
+    let manifest = resolved.manifest;
+    for layer in &manifest.layers {
+        manifest::check_layer_type(&format!("layer {}", layer.digest), &layer.media_type)?;
+    }
+    let what = format!("config {} of {}", manifest.config.digest, reference.name());
+    let config = session.small_blob(&what, &manifest.config, MAX_CONFIG_BYTES).await?;
+    let (_, diff_ids) = manifest::parse_config(&what, &config, manifest.layers.len(), platform)?;
+    let requests: Vec<LayerRequest> = manifest
+        .layers
+        .into_iter()
+        .zip(&diff_ids)
+        .map(|(blob, diff_id)| LayerRequest {
+            blob,
+            diff_id: diff_id.clone(),
+            max_bytes: inner.options.max_layer_bytes,
+        })
+        .collect();
+    progress.layers(&requests);
+    let lease = inner.store.lease(&diff_ids);
+    let outcome = match fetch_layers(inner, &session, &requests, progress).await {
+        Err(e) => Err(e),
+        Ok(()) => {
+            let new = NewImage {
+                reference: reference.clone(),
+                target: resolved.target,
+                documents: resolved.documents,
+                config: (manifest.config.digest, config),
+                layers: diff_ids.clone(),
+            };
+            let store = inner.store.clone();
+            blocking(move || store.commit(new)).await
+        }
+    };
+    drop(lease);
+    match &outcome {
+        Ok(_) => progress.done(),
+        Err(e) if !e.is_transient() => discard(&inner.store, diff_ids).await,
+        Err(_) => {}
+    }
+    outcome
+}
+
+/// Follows the reference through indexes to the manifest for this machine.
+async fn resolve(session: &Session, reference: &Reference, platform: Platform) -> ImageResult<Resolved> {
+    let mut fetched = session.manifest(reference.target(), reference.digest()).await?;
+    let target = fetched.digest.clone();
+    let mut documents = Vec::new();
+    for _ in 0..=MAX_INDEX_DEPTH {
+        let what = format!("manifest {} of {}", fetched.digest, reference.name());
+        let document = manifest::parse(&what, fetched.media_type.as_deref(), &fetched.bytes, platform)?;
+        documents.push((fetched.digest, fetched.bytes));
+        match document {
+            Document::Manifest(manifest) => return Ok(Resolved { target, documents, manifest }),
+            Document::Index(next) => fetched = session.manifest(next.digest.as_str(), Some(&next.digest)).await?,
+        }
+    }
+    let what = format!("the nesting of indexes of {}", reference.name());
+    Err(ImageError::TooLarge { what, limit: MAX_INDEX_DEPTH as u64, unit: "levels" })
+}
+
+/// Brings all layers into the store; the first failure drops the others.
+async fn fetch_layers(
+    inner: &Inner,
+    session: &Arc<Session>,
+    requests: &[LayerRequest],
+    progress: &Progress,
+) -> ImageResult<()> {
+    stream::iter(requests.iter().enumerate())
+        .map(|(at, request)| inner.jobs.obtain(session, request, move |state| progress.layer(at, state)))
+        .buffer_unordered(inner.options.parallel_layers.max(1))
+        .try_collect()
+        .await
+}
+
+/// Deletes what came of a pull that failed for good.
+async fn discard(store: &Arc<Store>, layers: Vec<Digest>) {
+    let store = store.clone();
+    if let Err(e) = blocking(move || store.discard(&layers)).await {
+        tracing::warn!(error = %e.report(), "layers of a failed pull could not be deleted");
+    }
+}
+
+/// The progress channel, if anybody asked for one.
+struct Progress(Option<ProgressSender>);
+
+impl Progress {
+    fn start(&self, reference: &Reference) {
+        if let Some(sender) = &self.0 {
+            sender.send_modify(|p| p.reference = reference.to_string());
+        }
+    }
+
+    fn layers(&self, requests: &[LayerRequest]) {
+        let layer = |r: &LayerRequest| LayerProgress {
+            digest: r.blob.digest.to_string(),
+            total_bytes: r.blob.size,
+            received_bytes: 0,
+            state: LayerState::Waiting,
+        };
+        if let Some(sender) = &self.0 {
+            sender.send_modify(|p| p.layers = requests.iter().map(layer).collect());
+        }
+    }
+
+    fn layer(&self, at: usize, state: LayerProgress) {
+        if let Some(sender) = &self.0 {
+            sender.send_modify(|p| {
+                if let Some(layer) = p.layers.get_mut(at) {
+                    *layer = state;
+                }
+            });
+        }
+    }
+
+    fn done(&self) {
+        if let Some(sender) = &self.0 {
+            sender.send_modify(|p| p.done = true);
+        }
+    }
+}

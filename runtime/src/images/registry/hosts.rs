@@ -1,0 +1,401 @@
+//! Which hosts serve a registry's name: containerd's `certs.d/<host>/hosts.toml`, and the defaults without one.
+//!
+//! Reads configuration, builds one HTTP client per host; sends nothing. Called once per pull, so that an edited file
+//! counts from the next pull on, as with containerd.
+//!
+//! The layout is containerd's (docs/hosts.md): the directory is `host_port_`, `host:port` or `host`, else `_default`;
+//! mirrors are tried in the file's order, the `server` last. A directory without `hosts.toml` may hold Docker's
+//! `*.crt`, `*.cert` + `*.key`. Unknown keys are ignored, since newer containerd versions add some.
+
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
+use reqwest::{Certificate, Client, Identity, Url};
+use serde::Deserialize;
+
+use crate::images::error::{ImageError, ImageResult};
+use crate::images::types::RegistryOptions;
+
+/// Largest `hosts.toml` and certificate file in bytes: far past any real one.
+const MAX_CONFIG_FILE: u64 = 1 << 20;
+
+/// One host that may serve a repository.
+#[derive(Clone)]
+pub(super) struct RegistryHost {
+    /// Scheme, authority and the path up to and including `/v2`; no trailing slash.
+    pub base: Url,
+    /// Host and port, for messages and as key of its token.
+    pub name: String,
+    /// May turn a tag into a digest.
+    pub resolve: bool,
+    /// May serve content by digest.
+    pub pull: bool,
+    /// Sent with every request to this host, to no other.
+    pub headers: HeaderMap,
+    /// The host isn't the one the reference names, so it is told by `?ns=`.
+    pub mirror: bool,
+    pub client: Client,
+}
+
+/// Builds hosts; keeps the client that has no settings of its own, since loading the system's roots takes a while.
+pub(super) struct HostDirectory {
+    options: RegistryOptions,
+    default_client: OnceLock<Client>,
+}
+
+#[derive(Deserialize, Default)]
+struct HostsFile {
+    server: Option<String>,
+    #[serde(default)]
+    host: toml::Table,
+    #[serde(flatten)]
+    settings: HostSettings,
+}
+
+#[derive(Deserialize, Default)]
+struct HostSettings {
+    capabilities: Option<Vec<String>>,
+    ca: Option<OneOrMany>,
+    client: Option<ClientCerts>,
+    #[serde(default)]
+    skip_verify: bool,
+    #[serde(default)]
+    override_path: bool,
+    #[serde(default)]
+    header: std::collections::BTreeMap<String, OneOrMany>,
+}
+
+#[derive(Deserialize, Clone)]
+#[serde(untagged)]
+enum OneOrMany {
+    One(String),
+    Many(Vec<String>),
+}
+
+/// `"both.pem"`, `["a.pem", "b.pem"]` or `[["cert", "key"], …]`.
+#[derive(Deserialize, Clone)]
+#[serde(untagged)]
+enum ClientCerts {
+    One(String),
+    Many(Vec<OneOrMany>),
+}
+
+impl OneOrMany {
+    fn into_vec(self) -> Vec<String> {
+        match self {
+            Self::One(one) => vec![one],
+            Self::Many(many) => many,
+        }
+    }
+}
+
+/// TLS material of a host, paths made absolute.
+#[derive(Default)]
+struct Tls {
+    ca: Vec<PathBuf>,
+    /// Certificate and key; the same file twice if it holds both.
+    client: Vec<(PathBuf, PathBuf)>,
+    skip_verify: bool,
+}
+
+impl HostDirectory {
+    pub(super) fn new(options: RegistryOptions) -> Self {
+        Self { options, default_client: OnceLock::new() }
+    }
+
+    /// The hosts for `domain`, in the order in which they are to be tried; never empty.
+    pub(super) fn hosts(&self, domain: &str) -> ImageResult<Vec<RegistryHost>> {
+        let Some(dir) = self.directory(domain) else {
+            return Ok(vec![self.host(&default_server(domain), domain, &self.options.certs_dir, HostSettings::default())?]);
+        };
+        let path = dir.join("hosts.toml");
+        let Some(text) = read_limited(&path)? else {
+            let tls = docker_style(&dir)?;
+            let scheme = if tls.ca.is_empty() && tls.client.is_empty() { None } else { Some("https") };
+            let url = scheme.map_or_else(|| default_server(domain), |s| format!("{s}://{}", upstream(domain)));
+            return Ok(vec![self.host_with(&url, domain, &path, HostSettings::default(), tls)?]);
+        };
+        let text = String::from_utf8(text).map_err(|_| config(&path, "is not UTF-8"))?;
+        let file: HostsFile = toml::from_str(&text).map_err(|e| config(&path, e.message()))?;
+        let mut hosts = Vec::new();
+        for (url, settings) in file.host {
+            let settings: HostSettings =
+                settings.try_into().map_err(|e: toml::de::Error| config(&path, &format!("host {url:?}: {}", e.message())))?;
+            hosts.push(self.host(&url, domain, &path, settings)?);
+        }
+        let server = file.server.unwrap_or_else(|| default_server(domain));
+        hosts.push(self.host(&server, domain, &path, file.settings)?);
+        Ok(hosts)
+    }
+
+    /// The first directory that exists for `domain`.
+    fn directory(&self, domain: &str) -> Option<PathBuf> {
+        let mut names = Vec::new();
+        if let Some((host, port)) = domain.rsplit_once(':') {
+            names.push(format!("{host}_{port}_"));
+        }
+        names.push(domain.to_owned());
+        names.push("_default".to_owned());
+        names.into_iter().map(|name| self.options.certs_dir.join(name)).find(|dir| dir.is_dir())
+    }
+
+    fn host(&self, url: &str, domain: &str, path: &Path, settings: HostSettings) -> ImageResult<RegistryHost> {
+        let dir = path.parent().unwrap_or(Path::new("/"));
+        let tls = Tls {
+            ca: settings.ca.clone().map_or(Vec::new(), OneOrMany::into_vec).iter().map(|p| dir.join(p)).collect(),
+            client: client_pairs(dir, settings.client.clone()).map_err(|reason| config(path, &reason))?,
+            skip_verify: settings.skip_verify,
+        };
+        self.host_with(url, domain, path, settings, tls)
+    }
+
+    fn host_with(
+        &self,
+        url: &str,
+        domain: &str,
+        path: &Path,
+        settings: HostSettings,
+        tls: Tls,
+    ) -> ImageResult<RegistryHost> {
+        let text = if url.contains("://") { url.to_owned() } else { format!("{}://{url}", scheme_for(url)) };
+        let mut base = Url::parse(&text).map_err(|e| config(path, &format!("host {url:?}: {e}")))?;
+        if !matches!(base.scheme(), "http" | "https") || base.host_str().is_none() {
+            return Err(config(path, &format!("host {url:?} is no http or https URL")));
+        }
+        let has_v2 = base.path().trim_end_matches('/').ends_with("/v2");
+        let prefix = base.path().trim_end_matches('/').to_owned();
+        base.set_path(&if settings.override_path || has_v2 { prefix } else { format!("{prefix}/v2") });
+        base.set_query(None);
+        let name = authority(&base);
+        let (pull, resolve) = match &settings.capabilities {
+            None => (true, true),
+            Some(list) => (list.iter().any(|c| c == "pull"), list.iter().any(|c| c == "resolve")),
+        };
+        let headers = headers(path, settings.header)?;
+        let client = self.client(&base, &tls).map_err(|reason| config(path, &format!("host {url:?}: {reason}")))?;
+        Ok(RegistryHost { mirror: name != upstream(domain), base, name, resolve, pull, headers, client })
+    }
+
+    fn client(&self, base: &Url, tls: &Tls) -> Result<Client, String> {
+        let plain = base.scheme() == "http";
+        let loopback = is_loopback(base.host_str().unwrap_or(""));
+        let own = plain || loopback || tls.skip_verify || !tls.ca.is_empty() || !tls.client.is_empty();
+        if !own && let Some(client) = self.default_client.get() {
+            return Ok(client.clone());
+        }
+        super::http::install_crypto_provider();
+        let mut builder = Client::builder()
+            .user_agent(concat!("boxlite-cri/", env!("CARGO_PKG_VERSION")))
+            .redirect(reqwest::redirect::Policy::none())
+            .connect_timeout(self.options.connect_timeout)
+            .read_timeout(self.options.stall_timeout);
+        if loopback {
+            builder = builder.no_proxy();
+        }
+        if plain {
+            // No TLS will be spoken: don't load the system's roots, which a node may not even have.
+            builder = builder.tls_certs_only([]);
+        }
+        for ca in &tls.ca {
+            let pem = read_limited(ca).map_err(|e| e.report())?.ok_or(format!("{} is missing", ca.display()))?;
+            let certs = Certificate::from_pem_bundle(&pem).map_err(|e| format!("{}: {e}", ca.display()))?;
+            builder = builder.tls_certs_merge(certs);
+        }
+        for (cert, key) in &tls.client {
+            let mut pem = read_limited(cert).map_err(|e| e.report())?.ok_or(format!("{} is missing", cert.display()))?;
+            if key != cert {
+                pem.push(b'\n');
+                pem.extend(read_limited(key).map_err(|e| e.report())?.ok_or(format!("{} is missing", key.display()))?);
+            }
+            // The cause is left out: it might quote the key.
+            let identity = Identity::from_pem(&pem).map_err(|_| format!("{} holds no usable key pair", cert.display()))?;
+            builder = builder.identity(identity);
+        }
+        if tls.skip_verify {
+            builder = builder.tls_danger_accept_invalid_certs(true);
+        }
+        let client = builder.build().map_err(|e| ImageError::transport("TLS", "setting up", e).report())?;
+        if !own {
+            return Ok(self.default_client.get_or_init(|| client).clone());
+        }
+        Ok(client)
+    }
+}
+
+/// Where a domain's registry is: the same host, but for Docker Hub.
+fn upstream(domain: &str) -> &str {
+    if domain == "docker.io" { "registry-1.docker.io" } else { domain }
+}
+
+fn default_server(domain: &str) -> String {
+    let host = upstream(domain);
+    format!("{}://{host}", scheme_for(host))
+}
+
+/// Plain HTTP for registries on this machine, as containerd and Docker do, unless the port says TLS.
+fn scheme_for(host: &str) -> &'static str {
+    if is_loopback(host.split('/').next().unwrap_or(host)) && !host.ends_with(":443") { "http" } else { "https" }
+}
+
+/// Whether `host`, with or without port, is this machine.
+pub(super) fn is_loopback(host: &str) -> bool {
+    let name = match host.strip_prefix('[') {
+        Some(rest) => rest.split(']').next().unwrap_or(rest),
+        None => match host.rsplit_once(':') {
+            // More than one colon: a bare IPv6 address.
+            Some((name, _)) if !name.contains(':') => name,
+            _ => host,
+        },
+    };
+    name == "localhost" || name.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}
+
+/// Host and port of a URL as a reference would write them.
+pub(super) fn authority(url: &Url) -> String {
+    let host = url.host_str().unwrap_or_default();
+    match url.port() {
+        Some(port) => format!("{host}:{port}"),
+        None => host.to_owned(),
+    }
+}
+
+fn client_pairs(dir: &Path, client: Option<ClientCerts>) -> Result<Vec<(PathBuf, PathBuf)>, String> {
+    let entries = match client {
+        None => return Ok(Vec::new()),
+        Some(ClientCerts::One(one)) => vec![OneOrMany::One(one)],
+        Some(ClientCerts::Many(many)) => many,
+    };
+    entries
+        .into_iter()
+        .map(|entry| match entry.into_vec().as_slice() {
+            [both] => Ok((dir.join(both), dir.join(both))),
+            [cert, key] => Ok((dir.join(cert), dir.join(if key.is_empty() { cert } else { key }))),
+            other => Err(format!("client: {} files where a certificate and a key belong", other.len())),
+        })
+        .collect()
+}
+
+fn headers(path: &Path, table: std::collections::BTreeMap<String, OneOrMany>) -> ImageResult<HeaderMap> {
+    let mut headers = HeaderMap::new();
+    for (name, values) in table {
+        let key: HeaderName = name.parse().map_err(|_| config(path, &format!("header {name:?} is no header name")))?;
+        for value in values.into_vec() {
+            // The value may be a secret: not in the message.
+            let mut value = HeaderValue::from_str(&value)
+                .map_err(|_| config(path, &format!("the value of header {name:?} has forbidden characters")))?;
+            value.set_sensitive(true);
+            headers.append(key.clone(), value);
+        }
+    }
+    Ok(headers)
+}
+
+/// Docker's layout: every `*.crt` is a root, every `*.cert` has its `*.key`.
+fn docker_style(dir: &Path) -> ImageResult<Tls> {
+    let mut tls = Tls::default();
+    let entries = std::fs::read_dir(dir).map_err(|e| ImageError::io("reading", dir, e))?;
+    for entry in entries {
+        let path = entry.map_err(|e| ImageError::io("reading", dir, e))?.path();
+        match path.extension().and_then(|e| e.to_str()) {
+            Some("crt") => tls.ca.push(path),
+            Some("cert") => tls.client.push((path.clone(), path.with_extension("key"))),
+            _ => {}
+        }
+    }
+    tls.ca.sort();
+    tls.client.sort();
+    Ok(tls)
+}
+
+/// The file's content, None if it isn't there.
+fn read_limited(path: &Path) -> ImageResult<Option<Vec<u8>>> {
+    use std::io::Read;
+    let file = match std::fs::File::open(path) {
+        Ok(file) => file,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(ImageError::io("reading", path, e)),
+    };
+    let mut bytes = Vec::new();
+    file.take(MAX_CONFIG_FILE + 1).read_to_end(&mut bytes).map_err(|e| ImageError::io("reading", path, e))?;
+    if bytes.len() as u64 > MAX_CONFIG_FILE {
+        return Err(ImageError::TooLarge { what: path.display().to_string(), limit: MAX_CONFIG_FILE, unit: "bytes" });
+    }
+    Ok(Some(bytes))
+}
+
+fn config(path: &Path, reason: &str) -> ImageError {
+    ImageError::Config { path: path.to_path_buf(), reason: reason.to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn directory(files: &[(&str, &str)]) -> (tempfile::TempDir, HostDirectory) {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            let path = dir.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        }
+        let options = RegistryOptions { certs_dir: dir.path().to_path_buf(), ..Default::default() };
+        let hosts = HostDirectory::new(options);
+        (dir, hosts)
+    }
+
+    fn urls(hosts: &[RegistryHost]) -> Vec<&str> {
+        hosts.iter().map(|h| h.base.as_str()).collect()
+    }
+
+    #[test]
+    fn mirrors_come_in_the_files_order_and_the_server_last() {
+        let (_dir, hosts) = directory(&[(
+            "registry.k8s.io/hosts.toml",
+            r#"
+            server = "http://127.0.0.1:9"
+            [host."http://127.0.0.1:7"]
+            capabilities = ["pull"]
+            [host."http://127.0.0.1:5/mirror/v2/k8s"]
+            override_path = true
+            [host."http://127.0.0.1:5/mirror".header]
+            x-key = ["a", "b"]
+            "#,
+        )]);
+        let found = hosts.hosts("registry.k8s.io").unwrap();
+        assert_eq!(
+            urls(&found),
+            ["http://127.0.0.1:7/v2", "http://127.0.0.1:5/mirror/v2/k8s", "http://127.0.0.1:5/mirror/v2", "http://127.0.0.1:9/v2"]
+        );
+        assert!(!found[0].resolve && found[0].pull && found[1].resolve && found[0].mirror);
+        assert_eq!(found[2].headers.get_all("x-key").iter().count(), 2);
+    }
+
+    #[test]
+    fn directory_names_and_defaults() {
+        let (_dir, hosts) = directory(&[
+            ("localhost_5000_/hosts.toml", "server = 'http://127.0.0.1:1'"),
+            ("_default/hosts.toml", "[host.'http://127.0.0.1:2']\n"),
+        ]);
+        assert_eq!(urls(&hosts.hosts("localhost:5000").unwrap()), ["http://127.0.0.1:1/v2"]);
+        assert_eq!(urls(&hosts.hosts("127.0.0.1:77").unwrap()), ["http://127.0.0.1:2/v2", "http://127.0.0.1:77/v2"]);
+        let (_dir, none) = directory(&[]);
+        let local = none.hosts("localhost:5000").unwrap();
+        assert_eq!(urls(&local), ["http://localhost:5000/v2"]);
+        assert!(!local[0].mirror);
+        assert_eq!(default_server("docker.io"), "https://registry-1.docker.io");
+        assert_eq!(default_server("[::1]:5000"), "http://[::1]:5000");
+        assert_eq!(default_server("localhost:443"), "https://localhost:443");
+        assert_eq!(default_server("ghcr.io"), "https://ghcr.io");
+    }
+
+    #[test]
+    fn mistakes_name_the_file() {
+        for text in ["server = 1", "[host.'ftp://x']", "[host.'http://x']\nca = 'gone.pem'", "[host.'http://x'.header]\n'a b'='c'"] {
+            let (_dir, hosts) = directory(&[("x.io/hosts.toml", text)]);
+            let Err(error) = hosts.hosts("x.io") else { panic!("{text} was taken") };
+            assert!(matches!(error, ImageError::Config { .. }), "{text}: {error}");
+            assert!(error.to_string().contains("x.io/hosts.toml"), "{error}");
+        }
+    }
+}

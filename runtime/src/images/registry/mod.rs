@@ -1,0 +1,270 @@
+//! [`Session`]: one pull's conversation with the hosts of a registry.
+//!
+//! Own HTTP on reqwest and not the crate oci-client: that has neither containerd's `hosts.toml` (mirrors with their own
+//! paths, certificates and headers) nor continuing a blob at an offset on another host, and both reach into its middle.
+//!
+//! Gives bytes: manifests and configs with their digest checked, blobs as a stream whose digest the caller checks while
+//! it writes. Decides nothing about images. Called by `pull` and `download`; calls `hosts`, `auth` and `http`.
+//!
+//! Hosts are tried in order, the registry itself last; what the last one says decides the kind of the error.
+
+mod auth;
+mod hosts;
+mod http;
+
+use std::collections::HashMap;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_RANGE, CONTENT_TYPE, HeaderMap, HeaderValue, RANGE};
+use reqwest::{Response, Url};
+
+use super::error::{ImageError, ImageErrorKind, ImageResult};
+use super::manifest::{DOCKER_LIST, DOCKER_MANIFEST, Descriptor, MAX_MANIFEST_BYTES, OCI_INDEX, OCI_MANIFEST};
+use super::reference::{Digest, Reference};
+use super::types::RegistryAuth;
+use hosts::RegistryHost;
+
+pub(super) use hosts::HostDirectory;
+
+/// Rounds over all hosts for a manifest or config while the failures look temporary.
+const ROUNDS: u32 = 3;
+/// Pause before the second round; doubles.
+const ROUND_PAUSE: Duration = Duration::from_millis(300);
+
+/// See the module's header. Dropping it, or any future of its methods, ends the connections and leaves nothing.
+pub(super) struct Session {
+    reference: Reference,
+    hosts: Vec<RegistryHost>,
+    auth: Option<RegistryAuth>,
+    /// Authorization header per host name, once a challenge was answered.
+    tokens: Mutex<HashMap<String, HeaderValue>>,
+}
+
+/// A manifest or index with its checked digest.
+pub(super) struct FetchedManifest {
+    pub digest: Digest,
+    pub media_type: Option<String>,
+    pub bytes: Vec<u8>,
+}
+
+/// An open blob.
+pub(super) struct BlobStream {
+    /// Where it comes from, for messages.
+    pub host: String,
+    pub response: Response,
+    /// Bytes at the front that the caller has already: the host ignored the Range.
+    pub skip: u64,
+}
+
+impl Session {
+    /// Reads the host configuration for `reference`. Sends nothing yet.
+    pub(super) fn new(directory: &HostDirectory, reference: &Reference, auth: Option<RegistryAuth>) -> ImageResult<Self> {
+        let hosts = directory.hosts(reference.domain())?;
+        let auth = auth.filter(|a| applies(a, reference.domain()));
+        Ok(Self { reference: reference.clone(), hosts, auth, tokens: Mutex::default() })
+    }
+
+    /// The manifest or index that `target` (a tag or digest) names.
+    pub(super) async fn manifest(&self, target: &str, expected: Option<&Digest>) -> ImageResult<FetchedManifest> {
+        let what = match expected {
+            Some(digest) => format!("manifest {digest} of {}", self.reference.name()),
+            None => format!("manifest {}:{target}", self.reference.name()),
+        };
+        let by_tag = expected.is_none();
+        self.on_hosts(&what, |host| if by_tag { host.resolve } else { host.pull }, async |host| {
+            let path = format!("manifests/{target}");
+            let accept = format!("{OCI_INDEX}, {DOCKER_LIST}, {OCI_MANIFEST}, {DOCKER_MANIFEST}, */*;q=0.1");
+            let response = self.get(host, &path, &what, &accept, 0).await?;
+            let media_type = response
+                .headers()
+                .get(CONTENT_TYPE)
+                .and_then(|v| v.to_str().ok())
+                .map(|v| v.split(';').next().unwrap_or(v).trim().to_owned());
+            let bytes = http::body(response, MAX_MANIFEST_BYTES, &host.name, &what).await?;
+            let digest = Digest::of(&bytes);
+            if let Some(expected) = expected.filter(|e| **e != digest) {
+                return Err(ImageError::corrupt(format!("{what} from {}", host.name), expected.as_str(), digest.as_str()));
+            }
+            Ok(FetchedManifest { digest, media_type, bytes })
+        })
+        .await
+    }
+
+    /// The small blob `descriptor` names, with size and digest checked.
+    pub(super) async fn small_blob(&self, what: &str, descriptor: &Descriptor, limit: u64) -> ImageResult<Vec<u8>> {
+        if descriptor.size > limit {
+            return Err(ImageError::TooLarge { what: what.into(), limit, unit: "bytes" });
+        }
+        self.on_hosts(what, |host| host.pull, async |host| {
+            let path = format!("blobs/{}", descriptor.digest);
+            let response = self.get(host, &path, what, "*/*", 0).await?;
+            let bytes = http::body(response, limit, &host.name, what).await?;
+            let digest = Digest::of(&bytes);
+            if bytes.len() as u64 != descriptor.size || digest != descriptor.digest {
+                let show = |d: &Digest, size| format!("{d} ({size} bytes)");
+                return Err(ImageError::corrupt(
+                    format!("{what} from {}", host.name),
+                    show(&descriptor.digest, descriptor.size),
+                    show(&digest, bytes.len() as u64),
+                ));
+            }
+            Ok(bytes)
+        })
+        .await
+    }
+
+    /// Opens the blob at `offset`. `turn` rotates the hosts, so that one that keeps failing isn't asked first for ever.
+    pub(super) async fn blob(&self, digest: &Digest, offset: u64, turn: usize) -> ImageResult<BlobStream> {
+        let what = format!("blob {digest} of {}", self.reference.name());
+        let path = format!("blobs/{digest}");
+        let pullers: Vec<&RegistryHost> = self.hosts.iter().filter(|h| h.pull).collect();
+        let mut failures = Vec::new();
+        for at in 0..pullers.len() {
+            let host = pullers[(at + turn) % pullers.len()];
+            match self.get(host, &path, &what, "*/*", offset).await.and_then(|r| blob_stream(host, r, offset, &what)) {
+                Ok(stream) => return Ok(stream),
+                Err(e) => failures.push(e),
+            }
+        }
+        Err(combine(&what, failures))
+    }
+
+    /// Runs `ask` on every host that `can`, until one answers; again while all failures look temporary.
+    async fn on_hosts<T>(
+        &self,
+        what: &str,
+        can: impl Fn(&RegistryHost) -> bool,
+        ask: impl AsyncFn(&RegistryHost) -> ImageResult<T>,
+    ) -> ImageResult<T> {
+        let mut round = 0;
+        loop {
+            let mut failures = Vec::new();
+            for host in self.hosts.iter().filter(|h| can(h)) {
+                match ask(host).await {
+                    Ok(answer) => return Ok(answer),
+                    Err(e) => failures.push(e),
+                }
+            }
+            round += 1;
+            if round == ROUNDS || !failures.iter().any(|e| e.is_transient() && !refused(e)) {
+                return Err(combine(what, failures));
+            }
+            tokio::time::sleep(ROUND_PAUSE * 2u32.pow(round - 1)).await;
+        }
+    }
+
+    /// One GET below the repository, with the answer to a challenge.
+    async fn get(&self, host: &RegistryHost, path: &str, what: &str, accept: &str, offset: u64) -> ImageResult<Response> {
+        let url = self.url(host, path)?;
+        let mut public = HeaderMap::new();
+        if let Ok(accept) = HeaderValue::from_str(accept) {
+            public.insert(ACCEPT, accept);
+        }
+        if offset > 0
+            && let Ok(range) = HeaderValue::from_str(&format!("bytes={offset}-"))
+        {
+            public.insert(RANGE, range);
+        }
+        let mut challenged = false;
+        loop {
+            let mut private = host.headers.clone();
+            if let Some(token) = self.token(host) {
+                private.insert(AUTHORIZATION, token);
+            }
+            let answer = http::get(&host.client, &url, &private, &public, &host.name, what).await?;
+            let status = answer.response.status().as_u16();
+            match status {
+                200 | 206 => return Ok(answer.response),
+                401 if !challenged && answer.same_origin => {
+                    challenged = true;
+                    let scope = format!("repository:{}:pull", self.reference.path());
+                    let asked = auth::Asked { client: &host.client, url: &url, host: &host.name, what, scope: &scope };
+                    let token = auth::answer(&asked, answer.response.headers(), self.auth.as_ref()).await?;
+                    self.tokens_lock().insert(host.name.clone(), token);
+                }
+                401 | 403 => {
+                    let said = http::error_text(answer, &host.name).await;
+                    let reason = if said.is_empty() { format!("status {status}") } else { said };
+                    return Err(ImageError::Unauthorized { host: host.name.clone(), what: what.into(), reason });
+                }
+                404 => return Err(ImageError::NotFound { what: what.into(), host: Some(host.name.clone()) }),
+                status => {
+                    let message = http::error_text(answer, &host.name).await;
+                    return Err(ImageError::Status { host: host.name.clone(), what: what.into(), status, message });
+                }
+            }
+        }
+    }
+
+    fn url(&self, host: &RegistryHost, path: &str) -> ImageResult<Url> {
+        let mut url = host.base.clone();
+        url.set_path(&format!("{}/{}/{path}", host.base.path(), self.reference.path()));
+        if host.mirror {
+            // containerd's way to tell a mirror of many registries which one is meant.
+            url.query_pairs_mut().append_pair("ns", self.reference.domain());
+        }
+        Ok(url)
+    }
+
+    fn token(&self, host: &RegistryHost) -> Option<HeaderValue> {
+        let token = self.tokens_lock().get(&host.name).cloned();
+        token.or_else(|| auth::preset(self.auth.as_ref()))
+    }
+
+    fn tokens_lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, HeaderValue>> {
+        self.tokens.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+fn blob_stream(host: &RegistryHost, response: Response, offset: u64, what: &str) -> ImageResult<BlobStream> {
+    let skip = if response.status().as_u16() == 206 {
+        let range = response.headers().get(CONTENT_RANGE).and_then(|v| v.to_str().ok()).unwrap_or("");
+        let start = range.strip_prefix("bytes ").and_then(|r| r.split('-').next()).and_then(|s| s.trim().parse().ok());
+        if start != Some(offset) {
+            return Err(ImageError::Protocol {
+                host: host.name.clone(),
+                what: what.to_owned(),
+                reason: format!("asked from byte {offset}, got Content-Range {range:?}"),
+            });
+        }
+        0
+    } else {
+        offset
+    };
+    Ok(BlobStream { host: host.name.clone(), response, skip })
+}
+
+/// Whether the credentials are meant for `domain`.
+fn applies(auth: &RegistryAuth, domain: &str) -> bool {
+    let address = auth.server_address.trim();
+    let address = address.strip_prefix("https://").or(address.strip_prefix("http://")).unwrap_or(address);
+    let host = address.split('/').next().unwrap_or(address);
+    match host {
+        "" => true,
+        "docker.io" | "index.docker.io" | "registry-1.docker.io" => domain == "docker.io",
+        host => host == domain,
+    }
+}
+
+/// A refused connection or an unknown name won't get better within a second.
+fn refused(error: &ImageError) -> bool {
+    match error {
+        ImageError::Transport { source, .. } => {
+            source.downcast_ref::<reqwest::Error>().is_some_and(reqwest::Error::is_connect)
+        }
+        _ => false,
+    }
+}
+
+fn combine(what: &str, mut failures: Vec<ImageError>) -> ImageError {
+    match failures.len() {
+        0 => ImageError::invalid(what, "no host of its registry configuration has the capability for it"),
+        1 => failures.remove(0),
+        _ => {
+            let kind = failures.last().map_or(ImageErrorKind::Unavailable, ImageError::kind);
+            let attempts = failures.iter().map(ImageError::report).collect::<Vec<_>>().join("; ");
+            ImageError::AllHosts { what: what.to_owned(), attempts, kind }
+        }
+    }
+}

@@ -1,0 +1,413 @@
+//! [`Store`]: the images, their manifests and configs, and the layer files, on disk and in memory.
+//!
+//! Downloads nothing and converts nothing; it is told what is complete. Called by `ImageManager` and `pull`.
+//!
+//! On disk, below the store's directory (0700):
+//!
+//! ```text
+//! index.json                   the images with tags, digests and layers; replaced atomically, 0600
+//! blobs/sha256/<hex>           manifests, indexes and configs as they came
+//! layers/sha256/<hex>.erofs    one file per layer, by diff ID, 0444
+//! ingest/                      what is not complete; see `layer`
+//! lock                         held while a process has the store open
+//! ```
+//!
+//! One JSON file and not a database: it has a few hundred entries at most, is rewritten only by pulls and removals, and
+//! a rename moves a tag from one image to another in one step. A crash leaves either the old index or the new one, and
+//! at most files nobody refers to, which `open` and every removal delete.
+//!
+//! Readers look at an immutable snapshot; writers take turns on `writer`. Holds and leases live in memory only: whoever
+//! holds an image says so again after a restart, before the first removal can be asked for.
+
+mod disk;
+
+pub(super) use disk::{PARTIAL, delete};
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use serde::{Deserialize, Serialize};
+
+use super::error::{ImageError, ImageResult};
+use super::manifest::{self, Platform};
+use super::reference::{Digest, Reference};
+use super::types::{ImageFsInfo, ImageRecord, LayerFile};
+
+/// Version of `index.json`; another one is refused, so that an older daemon doesn't destroy a newer one's store.
+const INDEX_VERSION: u32 = 1;
+
+/// See the module's header.
+pub(super) struct Store {
+    dir: PathBuf,
+    images: RwLock<Arc<Images>>,
+    uses: Mutex<Uses>,
+    /// Taken by whoever changes files or the index. Never taken on an async thread.
+    writer: Mutex<()>,
+    /// Keeps other processes out; released with the process.
+    _lock: File,
+}
+
+type Images = BTreeMap<String, Arc<Stored>>;
+
+/// One image: what the index says, and the record made of it.
+struct Stored {
+    entry: IndexEntry,
+    record: ImageRecord,
+}
+
+#[derive(Serialize, Deserialize)]
+struct IndexFile {
+    version: u32,
+    images: Vec<IndexEntry>,
+}
+
+#[derive(Serialize, Deserialize, Clone)]
+#[serde(deny_unknown_fields)]
+struct IndexEntry {
+    /// Digest of the config.
+    id: String,
+    tags: BTreeSet<String>,
+    digests: BTreeSet<String>,
+    /// Digests of the manifest, of the indexes above it, and of the config.
+    blobs: BTreeSet<String>,
+    /// Diff IDs, lowest first.
+    layers: Vec<String>,
+}
+
+#[derive(Default)]
+struct Uses {
+    /// Image ID to holders.
+    holds: HashMap<String, BTreeSet<String>>,
+    /// Layer digests that pulls under way rely on, counted.
+    leases: HashMap<String, usize>,
+    /// Images whose removal is under way: nobody may take a hold any more.
+    removing: HashSet<String>,
+}
+
+/// What a pull brings.
+pub(super) struct NewImage {
+    pub reference: Reference,
+    /// What the reference resolved to: an index's or a manifest's digest.
+    pub target: Digest,
+    /// Manifest and indexes with their digests.
+    pub documents: Vec<(Digest, Vec<u8>)>,
+    pub config: (Digest, Vec<u8>),
+    /// Diff IDs, lowest first; their files are in the store.
+    pub layers: Vec<Digest>,
+}
+
+/// Keeps layers from being collected while a pull relies on them. Dropping it gives them up.
+pub(super) struct Lease {
+    store: Arc<Store>,
+    layers: Vec<String>,
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        let mut uses = self.store.uses();
+        for layer in &self.layers {
+            if let Some(count) = uses.leases.get_mut(layer) {
+                *count -= 1;
+                if *count == 0 {
+                    uses.leases.remove(layer);
+                }
+            }
+        }
+    }
+}
+
+impl Store {
+    /// Opens or creates the store. Images whose files are gone or damaged are dropped with a warning; leftovers of a
+    /// crash are deleted, partial downloads kept for a while (see `disk::clean_ingest`). Blocks.
+    pub(super) fn open(dir: &Path) -> ImageResult<Arc<Self>> {
+        for sub in ["", "blobs/sha256", "layers/sha256", "ingest"] {
+            disk::private_dir(&dir.join(sub))?;
+        }
+        let lock = disk::lock(dir)?;
+        let store = Self {
+            dir: dir.to_path_buf(),
+            images: RwLock::default(),
+            uses: Mutex::default(),
+            writer: Mutex::default(),
+            _lock: lock,
+        };
+        let entries = match disk::read(&store.index_path())? {
+            None => Vec::new(),
+            Some(bytes) => store.parse_index(&bytes)?,
+        };
+        let mut images = Images::new();
+        for entry in entries {
+            let id = entry.id.clone();
+            match store.load(entry) {
+                Ok(stored) => drop(images.insert(id, Arc::new(stored))),
+                Err(e) => tracing::warn!(image = %id, error = %e.report(), "image dropped from the store"),
+            }
+        }
+        store.replace(images);
+        disk::clean_ingest(&store.ingest_dir())?;
+        store.collect()?;
+        Ok(Arc::new(store))
+    }
+
+    fn parse_index(&self, bytes: &[u8]) -> ImageResult<Vec<IndexEntry>> {
+        let path = self.index_path();
+        let file: IndexFile = serde_json::from_slice(bytes)
+            .map_err(|e| ImageError::Config { path: path.clone(), reason: format!("is no image index: {e}") })?;
+        if file.version != INDEX_VERSION {
+            let reason = format!("has version {}, this program writes {INDEX_VERSION}", file.version);
+            return Err(ImageError::Config { path, reason });
+        }
+        Ok(file.images)
+    }
+
+    /// Makes the record of an index entry, checking what is on disk.
+    fn load(&self, entry: IndexEntry) -> ImageResult<Stored> {
+        let bad = |reason: String| ImageError::invalid(format!("image {}", entry.id), reason);
+        let id = Digest::parse(&entry.id).map_err(bad)?;
+        let path = self.blob_path(&id);
+        let bytes = disk::read(&path)?.ok_or_else(|| bad("its config is gone".into()))?;
+        if Digest::of(&bytes) != id {
+            return Err(ImageError::corrupt(format!("config {id}"), id.as_str(), Digest::of(&bytes).as_str()));
+        }
+        let what = format!("config {id}");
+        let (config, diff_ids) = manifest::parse_config(&what, &bytes, entry.layers.len(), Platform::host())?;
+        let mut size_bytes = 0;
+        for digest in &diff_ids {
+            size_bytes += self.layer(digest)?.ok_or_else(|| bad(format!("its layer {digest} is gone")))?.bytes;
+        }
+        for blob in &entry.blobs {
+            let blob = Digest::parse(blob).map_err(bad)?;
+            size_bytes += std::fs::metadata(self.blob_path(&blob)).map(|m| m.len()).unwrap_or(0);
+        }
+        let record = ImageRecord {
+            id: entry.id.clone(),
+            repo_tags: entry.tags.iter().cloned().collect(),
+            repo_digests: entry.digests.iter().cloned().collect(),
+            size_bytes,
+            layers: diff_ids.iter().map(Digest::to_string).collect(),
+            config: Arc::new(config),
+            pinned: false,
+        };
+        Ok(Stored { entry, record })
+    }
+
+    /// Adds what a pull brought, or adds its reference to the image that is there; a tag that another image had moves.
+    /// On an error the index is as before. Blocks.
+    pub(super) fn commit(&self, new: NewImage) -> ImageResult<ImageRecord> {
+        let _writer = self.writer();
+        let mut images = Images::clone(&self.snapshot());
+        let id = new.config.0.to_string();
+        for (digest, bytes) in new.documents.iter().chain([&new.config]) {
+            disk::write_atomic(&self.blob_path(digest), bytes)?;
+        }
+        let mut entry = images.get(&id).map_or_else(
+            || IndexEntry {
+                id: id.clone(),
+                tags: BTreeSet::new(),
+                digests: BTreeSet::new(),
+                blobs: BTreeSet::new(),
+                layers: new.layers.iter().map(Digest::to_string).collect(),
+            },
+            |stored| stored.entry.clone(),
+        );
+        entry.digests.insert(new.reference.with_digest(&new.target));
+        entry.blobs.extend(new.documents.iter().chain([&new.config]).map(|(d, _)| d.to_string()));
+        if new.reference.tag().is_some() {
+            let tag = new.reference.to_string();
+            let owner = images.iter().find(|(i, s)| **i != id && s.entry.tags.contains(&tag));
+            if let Some((owner, stored)) = owner.map(|(i, s)| (i.clone(), s.clone())) {
+                let mut left = stored.entry.clone();
+                left.tags.remove(&tag);
+                images.insert(owner, Arc::new(self.load(left)?));
+            }
+            entry.tags.insert(tag);
+        }
+        let stored = Arc::new(self.load(entry)?);
+        images.insert(id, stored.clone());
+        self.save(&images)?;
+        self.replace(images);
+        Ok(stored.record.clone())
+    }
+
+    /// Removes the image with every reference to it, and the files no other image needs. False if it isn't there. Blocks.
+    pub(super) fn remove(&self, what: &str) -> ImageResult<bool> {
+        let _writer = self.writer();
+        let Some(record) = self.find(what) else { return Ok(false) };
+        {
+            let mut uses = self.uses();
+            if let Some(holders) = uses.holds.get(&record.id) {
+                return Err(ImageError::InUse { image: record.id, holders: holders.iter().cloned().collect() });
+            }
+            uses.removing.insert(record.id.clone());
+        }
+        let mut images = Images::clone(&self.snapshot());
+        images.remove(&record.id);
+        let saved = self.save(&images);
+        if saved.is_ok() {
+            self.replace(images);
+        }
+        self.uses().removing.remove(&record.id);
+        saved?;
+        self.collect()?;
+        Ok(true)
+    }
+
+    /// Deletes layers and blobs that no image and no pull under way needs. Blocks; the caller has `writer` or is `open`.
+    fn collect(&self) -> ImageResult<()> {
+        let images = self.snapshot();
+        let layers: HashSet<&str> = images.values().flat_map(|s| s.entry.layers.iter().map(|l| hex_of(l))).collect();
+        let blobs: HashSet<&str> = images.values().flat_map(|s| s.entry.blobs.iter().map(|b| hex_of(b))).collect();
+        disk::retain(&self.dir.join("blobs/sha256"), |name| blobs.contains(name))?;
+        // The lock stays while files go: a pull that takes a lease looks for its layers after it has it.
+        let uses = self.uses();
+        disk::retain(&self.dir.join("layers/sha256"), |name| {
+            name.strip_suffix(".erofs").is_some_and(|hex| {
+                layers.contains(hex) || uses.leases.contains_key(&format!("sha256:{hex}"))
+            })
+        })
+    }
+
+    /// Deletes those of `layers` nobody needs, after a pull that failed for good. Blocks.
+    pub(super) fn discard(&self, layers: &[Digest]) -> ImageResult<()> {
+        let _writer = self.writer();
+        let images = self.snapshot();
+        let uses = self.uses();
+        for layer in layers {
+            let needed = uses.leases.contains_key(layer.as_str())
+                || images.values().any(|s| s.entry.layers.iter().any(|l| l == layer.as_str()));
+            if !needed {
+                disk::delete(&self.layer_path(layer))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Keeps `layers` from being deleted until the lease is dropped.
+    pub(super) fn lease(self: &Arc<Self>, layers: &[Digest]) -> Lease {
+        let layers: Vec<String> = layers.iter().map(Digest::to_string).collect();
+        let mut uses = self.uses();
+        for layer in &layers {
+            *uses.leases.entry(layer.clone()).or_default() += 1;
+        }
+        drop(uses);
+        Lease { store: self.clone(), layers }
+    }
+
+    /// The layer's file, if it is there.
+    pub(super) fn layer(&self, diff_id: &Digest) -> ImageResult<Option<LayerFile>> {
+        let path = self.layer_path(diff_id);
+        match std::fs::metadata(&path) {
+            Ok(meta) => Ok(Some(LayerFile { diff_id: diff_id.to_string(), path, bytes: meta.len() })),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(ImageError::io("looking at", &path, e)),
+        }
+    }
+
+    /// Moves a finished, synced file to its place and makes that durable. Blocks.
+    pub(super) fn adopt_layer(&self, finished: &Path, diff_id: &Digest) -> ImageResult<()> {
+        disk::rename_durably(finished, &self.layer_path(diff_id))
+    }
+
+    /// All images, by ID.
+    pub(super) fn list(&self) -> Vec<ImageRecord> {
+        self.snapshot().values().map(|s| s.record.clone()).collect()
+    }
+
+    /// By ID (whole, or a unique beginning of its hex digits), tag or digest reference.
+    pub(super) fn find(&self, what: &str) -> Option<ImageRecord> {
+        let images = self.snapshot();
+        let id = if what.starts_with("sha256:") { what.to_owned() } else { format!("sha256:{what}") };
+        if let Some(stored) = images.get(&id) {
+            return Some(stored.record.clone());
+        }
+        if let Ok(reference) = Reference::parse(what) {
+            let name = reference.to_string();
+            let named = |s: &&Arc<Stored>| s.entry.tags.contains(&name) || s.entry.digests.contains(&name);
+            if let Some(stored) = images.values().find(named) {
+                return Some(stored.record.clone());
+            }
+        }
+        if id.len() == "sha256:".len() {
+            return None;
+        }
+        let mut starting = images.range(id.clone()..).take_while(|(i, _)| i.starts_with(&id));
+        match (starting.next(), starting.next()) {
+            (Some((_, stored)), None) => Some(stored.record.clone()),
+            _ => None,
+        }
+    }
+
+    /// Keeps the image `what` until `holder` releases it; holding twice is holding once.
+    pub(super) fn hold(&self, what: &str, holder: &str) -> ImageResult<ImageRecord> {
+        let not_found = || ImageError::NotFound { what: format!("image {what}"), host: None };
+        let mut uses = self.uses();
+        let record = self.find(what).ok_or_else(not_found)?;
+        if uses.removing.contains(&record.id) {
+            return Err(not_found());
+        }
+        uses.holds.entry(record.id.clone()).or_default().insert(holder.to_owned());
+        Ok(record)
+    }
+
+    /// Ends a hold; nothing happens if there is none.
+    pub(super) fn release(&self, id: &str, holder: &str) {
+        let mut uses = self.uses();
+        if let Some(holders) = uses.holds.get_mut(id) {
+            holders.remove(holder);
+            if holders.is_empty() {
+                uses.holds.remove(id);
+            }
+        }
+    }
+
+    /// Counts what is below the store's directory. Blocks.
+    pub(super) fn fs_info(&self) -> ImageResult<ImageFsInfo> {
+        disk::usage(&self.dir)
+    }
+
+    /// Where incomplete files lie.
+    pub(super) fn ingest_dir(&self) -> PathBuf {
+        self.dir.join("ingest")
+    }
+
+    fn save(&self, images: &Images) -> ImageResult<()> {
+        let file = IndexFile { version: INDEX_VERSION, images: images.values().map(|s| s.entry.clone()).collect() };
+        let path = self.index_path();
+        let json = serde_json::to_vec_pretty(&file).map_err(|e| ImageError::io("encoding", &path, e.into()))?;
+        disk::write_atomic(&path, &json)
+    }
+
+    fn index_path(&self) -> PathBuf {
+        self.dir.join("index.json")
+    }
+
+    fn blob_path(&self, digest: &Digest) -> PathBuf {
+        self.dir.join("blobs/sha256").join(digest.hex())
+    }
+
+    fn layer_path(&self, digest: &Digest) -> PathBuf {
+        self.dir.join("layers/sha256").join(format!("{}.erofs", digest.hex()))
+    }
+
+    fn snapshot(&self) -> Arc<Images> {
+        self.images.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn replace(&self, images: Images) {
+        *self.images.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(images);
+    }
+
+    fn uses(&self) -> MutexGuard<'_, Uses> {
+        self.uses.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn writer(&self) -> MutexGuard<'_, ()> {
+        self.writer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn hex_of(digest: &str) -> &str {
+    digest.strip_prefix("sha256:").unwrap_or(digest)
+}
