@@ -6,6 +6,7 @@
 //! exec and stats through the [`portal`].
 
 pub mod error;
+pub mod images;
 pub mod litebox;
 pub mod management;
 pub mod metrics;
@@ -13,16 +14,6 @@ pub mod portal;
 pub mod runtime;
 pub mod types;
 pub mod unix_socket;
-
-/// Stand-in until the image store lands here; its owner replaces this by `pub mod images;`.
-pub mod images {
-    /// How registries are reached.
-    #[derive(Debug, Clone, Default)]
-    pub struct RegistryOptions {}
-    /// The image store.
-    #[derive(Debug)]
-    pub struct ImageManager {}
-}
 
 pub use error::{ErrorKind, Result, RuntimeError, report};
 pub use litebox::LiteBox;

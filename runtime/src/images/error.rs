@@ -54,22 +54,48 @@ pub enum ImageError {
     NotFound { what: String, host: Option<String> },
     /// `host` refused to give `what`.
     #[error("{host} refuses {what}: {reason}")]
-    Unauthorized { host: String, what: String, reason: String },
+    Unauthorized {
+        host: String,
+        what: String,
+        reason: String,
+    },
     /// `host` answered with an unexpected status.
     #[error("{host} answered {status} for {what}{}", detail(.message))]
-    Status { host: String, what: String, status: u16, message: String },
+    Status {
+        host: String,
+        what: String,
+        status: u16,
+        message: String,
+    },
     /// `host` could not be reached, stalled, or cut the connection.
     #[error("{what} from {host}")]
-    Transport { host: String, what: String, #[source] source: Arc<dyn std::error::Error + Send + Sync> },
+    Transport {
+        host: String,
+        what: String,
+        #[source]
+        source: Arc<dyn std::error::Error + Send + Sync>,
+    },
     /// `host` broke the protocol.
     #[error("{host}: {what}: {reason}")]
-    Protocol { host: String, what: String, reason: String },
+    Protocol {
+        host: String,
+        what: String,
+        reason: String,
+    },
     /// Every configured host failed; `attempts` says how, in their order.
     #[error("{what}: {attempts}")]
-    AllHosts { what: String, attempts: String, kind: ImageErrorKind },
+    AllHosts {
+        what: String,
+        attempts: String,
+        kind: ImageErrorKind,
+    },
     /// Content is not what its descriptor promises.
     #[error("{what} is corrupt: expected {expected}, got {got}")]
-    Corrupt { what: String, expected: String, got: String },
+    Corrupt {
+        what: String,
+        expected: String,
+        got: String,
+    },
     /// The manifest, index or config can't be used.
     #[error("{what}: {reason}")]
     InvalidImage { what: String, reason: String },
@@ -78,16 +104,29 @@ pub enum ImageError {
     LayerEntry { entry: String, reason: String },
     /// The index has no entry for this machine.
     #[error("{what} has nothing for {wanted}; it offers {offered}")]
-    NoPlatform { what: String, wanted: String, offered: String },
+    NoPlatform {
+        what: String,
+        wanted: String,
+        offered: String,
+    },
     /// The image is held by `holders`.
     #[error("image {image} is in use by {}", .holders.join(", "))]
     InUse { image: String, holders: Vec<String> },
     /// The file system of the image store is full.
     #[error("no space left for {what} on the file system of {}", .path.display())]
-    NoSpace { what: String, path: PathBuf, #[source] source: Arc<io::Error> },
+    NoSpace {
+        what: String,
+        path: PathBuf,
+        #[source]
+        source: Arc<io::Error>,
+    },
     /// `what` is larger than `limit` (in `unit`).
     #[error("{what} exceeds the limit of {limit} {unit}")]
-    TooLarge { what: String, limit: u64, unit: &'static str },
+    TooLarge {
+        what: String,
+        limit: u64,
+        unit: &'static str,
+    },
     /// A registry configuration file is wrong.
     #[error("registry configuration {}: {reason}", .path.display())]
     Config { path: PathBuf, reason: String },
@@ -96,24 +135,43 @@ pub enum ImageError {
     Cancelled,
     /// `what` failed on `path`.
     #[error("{what} {}", .path.display())]
-    Io { what: String, path: PathBuf, #[source] source: Arc<io::Error> },
+    Io {
+        what: String,
+        path: PathBuf,
+        #[source]
+        source: Arc<io::Error>,
+    },
     /// A layer failed; the cause says how.
     #[error("layer {digest}")]
-    Layer { digest: String, #[source] source: Box<ImageError> },
+    Layer {
+        digest: String,
+        #[source]
+        source: Box<ImageError>,
+    },
     /// A pull failed; the cause says how.
     #[error("pulling {reference}")]
-    Pull { reference: String, #[source] source: Box<ImageError> },
+    Pull {
+        reference: String,
+        #[source]
+        source: Box<ImageError>,
+    },
     /// A task of the store ended without an answer (a panic).
     #[error("{what} ended without an answer")]
     Lost { what: &'static str },
 }
 
 fn at(host: &Option<String>) -> String {
-    host.as_ref().map(|h| format!(" at {h}")).unwrap_or_default()
+    host.as_ref()
+        .map(|h| format!(" at {h}"))
+        .unwrap_or_default()
 }
 
 fn detail(message: &str) -> String {
-    if message.is_empty() { String::new() } else { format!(": {message}") }
+    if message.is_empty() {
+        String::new()
+    } else {
+        format!(": {message}")
+    }
 }
 
 impl ImageError {
@@ -145,7 +203,10 @@ impl ImageError {
             // 408 and 429 ask for patience; any other 4xx will be the same next time.
             Self::Status { status, .. } => *status >= 500 || matches!(status, 408 | 429),
             Self::Layer { source, .. } | Self::Pull { source, .. } => source.is_transient(),
-            other => matches!(other.kind(), ImageErrorKind::Unavailable | ImageErrorKind::Cancelled),
+            other => matches!(
+                other.kind(),
+                ImageErrorKind::Unavailable | ImageErrorKind::Cancelled
+            ),
         }
     }
 
@@ -168,25 +229,46 @@ impl ImageError {
     pub(super) fn io(what: impl Into<String>, path: &Path, source: io::Error) -> Self {
         let (what, path) = (what.into(), path.to_path_buf());
         match source.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-                Self::NoSpace { what, path, source: Arc::new(source) }
-            }
-            _ => Self::Io { what, path, source: Arc::new(source) },
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::NoSpace {
+                what,
+                path,
+                source: Arc::new(source),
+            },
+            _ => Self::Io {
+                what,
+                path,
+                source: Arc::new(source),
+            },
         }
     }
 
     /// `host` could not be reached or cut the connection. The URL is taken out of the cause: it may carry a token.
     pub(super) fn transport(host: &str, what: impl Into<String>, source: reqwest::Error) -> Self {
-        Self::Transport { host: host.into(), what: what.into(), source: Arc::new(source.without_url()) }
+        Self::Transport {
+            host: host.into(),
+            what: what.into(),
+            source: Arc::new(source.without_url()),
+        }
     }
 
     /// Content that isn't what its descriptor says.
-    pub(super) fn corrupt(what: impl Into<String>, expected: impl Into<String>, got: impl Into<String>) -> Self {
-        Self::Corrupt { what: what.into(), expected: expected.into(), got: got.into() }
+    pub(super) fn corrupt(
+        what: impl Into<String>,
+        expected: impl Into<String>,
+        got: impl Into<String>,
+    ) -> Self {
+        Self::Corrupt {
+            what: what.into(),
+            expected: expected.into(),
+            got: got.into(),
+        }
     }
 
     /// A manifest or config that can't be used.
     pub(super) fn invalid(what: impl Into<String>, reason: impl Into<String>) -> Self {
-        Self::InvalidImage { what: what.into(), reason: reason.into() }
+        Self::InvalidImage {
+            what: what.into(),
+            reason: reason.into(),
+        }
     }
 }

@@ -75,7 +75,10 @@ impl Platform {
             "aarch64" => "arm64",
             other => other,
         };
-        Self { os: "linux", architecture }
+        Self {
+            os: "linux",
+            architecture,
+        }
     }
 
     fn name(&self) -> String {
@@ -90,7 +93,10 @@ impl Platform {
         };
         platform.os == self.os
             && platform.architecture == self.architecture
-            && platform.variant.as_deref().is_none_or(|v| v.is_empty() || v == base)
+            && platform
+                .variant
+                .as_deref()
+                .is_none_or(|v| v.is_empty() || v == base)
     }
 }
 
@@ -126,17 +132,30 @@ struct RawPlatform {
 
 impl RawDescriptor {
     fn check(self, what: &str) -> ImageResult<Descriptor> {
-        let digest = Digest::parse(&self.digest).map_err(|reason| ImageError::invalid(what, reason))?;
-        Ok(Descriptor { media_type: self.media_type, digest, size: self.size })
+        let digest =
+            Digest::parse(&self.digest).map_err(|reason| ImageError::invalid(what, reason))?;
+        Ok(Descriptor {
+            media_type: self.media_type,
+            digest,
+            size: self.size,
+        })
     }
 }
 
 /// Reads a manifest or index. `what` names it in errors; `media_type` is the response's Content-Type, if it had a useful one.
-pub(super) fn parse(what: &str, media_type: Option<&str>, bytes: &[u8], platform: Platform) -> ImageResult<Document> {
+pub(super) fn parse(
+    what: &str,
+    media_type: Option<&str>,
+    bytes: &[u8],
+    platform: Platform,
+) -> ImageResult<Document> {
     let raw: RawDocument = serde_json::from_slice(bytes)
         .map_err(|e| ImageError::invalid(what, format!("is no image manifest: {e}")))?;
     if raw.fs_layers.is_some() || raw.schema_version != 2 {
-        return Err(ImageError::invalid(what, "has schema version 1, which is no longer supported"));
+        return Err(ImageError::invalid(
+            what,
+            "has schema version 1, which is no longer supported",
+        ));
     }
     let named = raw.media_type.as_deref().or(media_type).unwrap_or("");
     match (raw.manifests, raw.layers, raw.config) {
@@ -146,23 +165,40 @@ pub(super) fn parse(what: &str, media_type: Option<&str>, bytes: &[u8], platform
         (None, Some(layers), Some(config)) if !matches!(named, OCI_INDEX | DOCKER_LIST) => {
             if layers.len() > MAX_LAYERS {
                 let what = format!("the number of layers of {what}");
-                return Err(ImageError::TooLarge { what, limit: MAX_LAYERS as u64, unit: "layers" });
+                return Err(ImageError::TooLarge {
+                    what,
+                    limit: MAX_LAYERS as u64,
+                    unit: "layers",
+                });
             }
             let config = config.check(what)?;
-            let layers = layers.into_iter().map(|l| l.check(what)).collect::<ImageResult<Vec<_>>>()?;
+            let layers = layers
+                .into_iter()
+                .map(|l| l.check(what))
+                .collect::<ImageResult<Vec<_>>>()?;
             Ok(Document::Manifest(Manifest { config, layers }))
         }
-        _ => Err(ImageError::invalid(what, format!("is neither an index nor a manifest (media type {named:?})"))),
+        _ => Err(ImageError::invalid(
+            what,
+            format!("is neither an index nor a manifest (media type {named:?})"),
+        )),
     }
 }
 
 fn choose(what: &str, entries: Vec<RawDescriptor>, platform: Platform) -> ImageResult<Descriptor> {
     if entries.len() > MAX_INDEX_ENTRIES {
         let what = format!("the number of entries of {what}");
-        return Err(ImageError::TooLarge { what, limit: MAX_INDEX_ENTRIES as u64, unit: "entries" });
+        return Err(ImageError::TooLarge {
+            what,
+            limit: MAX_INDEX_ENTRIES as u64,
+            unit: "entries",
+        });
     }
     let known = |d: &RawDescriptor| {
-        matches!(d.media_type.as_str(), OCI_INDEX | OCI_MANIFEST | DOCKER_LIST | DOCKER_MANIFEST)
+        matches!(
+            d.media_type.as_str(),
+            OCI_INDEX | OCI_MANIFEST | DOCKER_LIST | DOCKER_MANIFEST
+        )
     };
     let mut offered = Vec::new();
     let mut without_platform = None;
@@ -188,7 +224,11 @@ fn choose(what: &str, entries: Vec<RawDescriptor>, platform: Platform) -> ImageR
         None => Err(ImageError::NoPlatform {
             what: what.to_owned(),
             wanted: platform.name(),
-            offered: if offered.is_empty() { "nothing".into() } else { offered.join(", ") },
+            offered: if offered.is_empty() {
+                "nothing".into()
+            } else {
+                offered.join(", ")
+            },
         }),
     }
 }
@@ -200,7 +240,8 @@ pub(super) fn parse_config(
     layers: usize,
     platform: Platform,
 ) -> ImageResult<(ImageConfiguration, Vec<Digest>)> {
-    let no_config = |e: serde_json::Error| ImageError::invalid(what, format!("is no image config: {e}"));
+    let no_config =
+        |e: serde_json::Error| ImageError::invalid(what, format!("is no image config: {e}"));
     let mut value: serde_json::Value = serde_json::from_slice(bytes).map_err(no_config)?;
     // Docker writes `"Volumes": null` and the like where OCI leaves the field out.
     drop_nulls(&mut value);
@@ -220,7 +261,10 @@ pub(super) fn parse_config(
     }
     let diff_ids = diff_ids
         .iter()
-        .map(|d| Digest::parse(d).map_err(|reason| ImageError::invalid(what, format!("diff ID: {reason}"))))
+        .map(|d| {
+            Digest::parse(d)
+                .map_err(|reason| ImageError::invalid(what, format!("diff ID: {reason}")))
+        })
         .collect::<ImageResult<Vec<_>>>()?;
     Ok((config, diff_ids))
 }
@@ -259,9 +303,18 @@ pub(super) fn check_layer_type(what: &str, media_type: &str) -> ImageResult<()> 
         "application/vnd.docker.image.rootfs.foreign.diff.tar",
     ];
     let ok = known.iter().any(|k| {
-        media_type.strip_prefix(k).is_some_and(|suffix| matches!(suffix, "" | "+gzip" | "+zstd" | ".gzip" | ".zstd"))
+        media_type
+            .strip_prefix(k)
+            .is_some_and(|suffix| matches!(suffix, "" | "+gzip" | "+zstd" | ".gzip" | ".zstd"))
     });
-    if ok { Ok(()) } else { Err(ImageError::invalid(what, format!("has media type {media_type:?}, which is no layer"))) }
+    if ok {
+        Ok(())
+    } else {
+        Err(ImageError::invalid(
+            what,
+            format!("has media type {media_type:?}, which is no layer"),
+        ))
+    }
 }
 
 #[cfg(test)]

@@ -26,8 +26,8 @@ use std::sync::Arc;
 pub use error::{ImageError, ImageErrorKind, ImageResult};
 pub use reference::{Digest, Reference};
 pub use types::{
-    ImageFsInfo, ImageRecord, ImageUser, LayerFile, LayerProgress, LayerState, ProgressSender, PullProgress,
-    RegistryAuth, RegistryOptions,
+    ImageFsInfo, ImageRecord, ImageUser, LayerFile, LayerProgress, LayerState, ProgressSender,
+    PullProgress, RegistryAuth, RegistryOptions,
 };
 
 use layer::LayerJobs;
@@ -38,6 +38,14 @@ use store::Store;
 #[derive(Clone)]
 pub struct ImageManager {
     inner: Arc<Inner>,
+}
+
+impl std::fmt::Debug for ImageManager {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ImageManager")
+            .field("options", &self.inner.options)
+            .finish_non_exhaustive()
+    }
 }
 
 struct Inner {
@@ -61,7 +69,9 @@ impl ImageManager {
             store,
             options,
         };
-        Ok(Self { inner: Arc::new(inner) })
+        Ok(Self {
+            inner: Arc::new(inner),
+        })
     }
 
     /// Pulls `reference` and gives the image it names now. `progress` sees every step; nobody has to read it.
@@ -105,7 +115,9 @@ impl ImageManager {
     /// they may be deleted at any time.
     pub fn layers(&self, image: &str) -> ImageResult<Vec<LayerFile>> {
         let not_found = |what: String| ImageError::NotFound { what, host: None };
-        let record = self.status(image).ok_or_else(|| not_found(format!("image {image}")))?;
+        let record = self
+            .status(image)
+            .ok_or_else(|| not_found(format!("image {image}")))?;
         record
             .layers
             .iter()
@@ -135,6 +147,12 @@ impl ImageManager {
 }
 
 /// Runs file work off the async threads. It runs to its end even if the future is dropped.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> ImageResult<T> + Send + 'static) -> ImageResult<T> {
-    tokio::task::spawn_blocking(work).await.unwrap_or(Err(ImageError::Lost { what: "work on the image store" }))
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> ImageResult<T> + Send + 'static,
+) -> ImageResult<T> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or(Err(ImageError::Lost {
+            what: "work on the image store",
+        }))
 }

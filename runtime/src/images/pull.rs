@@ -37,7 +37,10 @@ pub(super) async fn pull(
     let progress = Progress(progress);
     progress.start(&reference);
     let outcome = run(inner, &reference, auth, &progress).await;
-    outcome.map_err(|e| ImageError::Pull { reference: reference.to_string(), source: Box::new(e) })
+    outcome.map_err(|e| ImageError::Pull {
+        reference: reference.to_string(),
+        source: Box::new(e),
+    })
 }
 
 async fn run(
@@ -54,7 +57,9 @@ async fn run(
         manifest::check_layer_type(&format!("layer {}", layer.digest), &layer.media_type)?;
     }
     let what = format!("config {} of {}", manifest.config.digest, reference.name());
-    let config = session.small_blob(&what, &manifest.config, MAX_CONFIG_BYTES).await?;
+    let config = session
+        .small_blob(&what, &manifest.config, MAX_CONFIG_BYTES)
+        .await?;
     let (_, diff_ids) = manifest::parse_config(&what, &config, manifest.layers.len(), platform)?;
     let requests: Vec<LayerRequest> = manifest
         .layers
@@ -92,21 +97,46 @@ async fn run(
 }
 
 /// Follows the reference through indexes to the manifest for this machine.
-async fn resolve(session: &Session, reference: &Reference, platform: Platform) -> ImageResult<Resolved> {
-    let mut fetched = session.manifest(reference.target(), reference.digest()).await?;
+async fn resolve(
+    session: &Session,
+    reference: &Reference,
+    platform: Platform,
+) -> ImageResult<Resolved> {
+    let mut fetched = session
+        .manifest(reference.target(), reference.digest())
+        .await?;
     let target = fetched.digest.clone();
     let mut documents = Vec::new();
     for _ in 0..=MAX_INDEX_DEPTH {
         let what = format!("manifest {} of {}", fetched.digest, reference.name());
-        let document = manifest::parse(&what, fetched.media_type.as_deref(), &fetched.bytes, platform)?;
+        let document = manifest::parse(
+            &what,
+            fetched.media_type.as_deref(),
+            &fetched.bytes,
+            platform,
+        )?;
         documents.push((fetched.digest, fetched.bytes));
         match document {
-            Document::Manifest(manifest) => return Ok(Resolved { target, documents, manifest }),
-            Document::Index(next) => fetched = session.manifest(next.digest.as_str(), Some(&next.digest)).await?,
+            Document::Manifest(manifest) => {
+                return Ok(Resolved {
+                    target,
+                    documents,
+                    manifest,
+                });
+            }
+            Document::Index(next) => {
+                fetched = session
+                    .manifest(next.digest.as_str(), Some(&next.digest))
+                    .await?
+            }
         }
     }
     let what = format!("the nesting of indexes of {}", reference.name());
-    Err(ImageError::TooLarge { what, limit: MAX_INDEX_DEPTH as u64, unit: "levels" })
+    Err(ImageError::TooLarge {
+        what,
+        limit: MAX_INDEX_DEPTH as u64,
+        unit: "levels",
+    })
 }
 
 /// Brings all layers into the store; the first failure drops the others.
@@ -117,7 +147,11 @@ async fn fetch_layers(
     progress: &Progress,
 ) -> ImageResult<()> {
     stream::iter(requests.iter().enumerate())
-        .map(|(at, request)| inner.jobs.obtain(session, request, move |state| progress.layer(at, state)))
+        .map(|(at, request)| {
+            inner
+                .jobs
+                .obtain(session, request, move |state| progress.layer(at, state))
+        })
         .buffer_unordered(inner.options.parallel_layers.max(1))
         .try_collect()
         .await

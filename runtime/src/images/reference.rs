@@ -28,7 +28,9 @@ impl Digest {
             return Err(format!("{text:?} is no digest (algorithm:hex)"));
         };
         if algorithm != "sha256" {
-            return Err(format!("digest algorithm {algorithm:?} is not supported, only sha256"));
+            return Err(format!(
+                "digest algorithm {algorithm:?} is not supported, only sha256"
+            ));
         }
         if hex.len() != 64 || !hex.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
             return Err(format!("digest {text:?} has not 64 lower-case hex digits"));
@@ -81,8 +83,10 @@ enum Target {
 impl Reference {
     /// Parses and normalises `text`. The error names `text` and says which part is wrong.
     pub fn parse(text: &str) -> ImageResult<Self> {
-        Self::parse_inner(text)
-            .map_err(|reason| ImageError::InvalidReference { reference: shorten(text), reason })
+        Self::parse_inner(text).map_err(|reason| ImageError::InvalidReference {
+            reference: shorten(text),
+            reason,
+        })
     }
 
     fn parse_inner(text: &str) -> Result<Self, String> {
@@ -98,7 +102,9 @@ impl Reference {
         };
         let (name, tag) = match rest.rfind(':') {
             // A colon before the last slash belongs to the domain's port.
-            Some(colon) if !rest[colon..].contains('/') => (&rest[..colon], Some(&rest[colon + 1..])),
+            Some(colon) if !rest[colon..].contains('/') => {
+                (&rest[..colon], Some(&rest[colon + 1..]))
+            }
             _ => (rest, None),
         };
         if let Some(tag) = tag {
@@ -114,7 +120,11 @@ impl Reference {
             (Some(digest), _) => Target::Digest(digest),
             (None, tag) => Target::Tag(tag.unwrap_or(DEFAULT_TAG).to_owned()),
         };
-        Ok(Self { domain, path, target })
+        Ok(Self {
+            domain,
+            path,
+            target,
+        })
     }
 
     /// The registry's name: host and, where given, port.
@@ -180,7 +190,11 @@ fn split_domain(name: &str) -> (String, String) {
         Some((first, rest)) if is_domain(first) => (first, rest),
         _ => (DEFAULT_DOMAIN, name),
     };
-    let domain = if domain == LEGACY_DEFAULT_DOMAIN { DEFAULT_DOMAIN } else { domain };
+    let domain = if domain == LEGACY_DEFAULT_DOMAIN {
+        DEFAULT_DOMAIN
+    } else {
+        domain
+    };
     if domain == DEFAULT_DOMAIN && !path.contains('/') {
         return (domain.to_owned(), format!("{OFFICIAL_PREFIX}{path}"));
     }
@@ -188,7 +202,9 @@ fn split_domain(name: &str) -> (String, String) {
 }
 
 fn is_domain(first: &str) -> bool {
-    first == "localhost" || first.contains(['.', ':']) || first.bytes().any(|b| b.is_ascii_uppercase())
+    first == "localhost"
+        || first.contains(['.', ':'])
+        || first.bytes().any(|b| b.is_ascii_uppercase())
 }
 
 fn check_domain(domain: &str) -> Result<(), String> {
@@ -199,7 +215,12 @@ fn check_domain(domain: &str) -> Result<(), String> {
             if address.parse::<std::net::Ipv6Addr>().is_err() {
                 return Err(bad());
             }
-            (None, after.strip_prefix(':').or(if after.is_empty() { None } else { Some("x") }))
+            (
+                None,
+                after
+                    .strip_prefix(':')
+                    .or(if after.is_empty() { None } else { Some("x") }),
+            )
         }
         None => match domain.split_once(':') {
             Some((host, port)) => (Some(host), Some(port)),
@@ -216,7 +237,11 @@ fn check_domain(domain: &str) -> Result<(), String> {
             && !l.starts_with('-')
             && !l.ends_with('-')
     };
-    if host.split('.').all(label) { Ok(()) } else { Err(bad()) }
+    if host.split('.').all(label) {
+        Ok(())
+    } else {
+        Err(bad())
+    }
 }
 
 fn check_path(path: &str) -> Result<(), String> {
@@ -244,7 +269,9 @@ fn is_path_component(component: &[u8]) -> bool {
     component
         .split(alnum)
         .filter(|separator| !separator.is_empty())
-        .all(|separator| matches!(separator, b"." | b"_" | b"__") || separator.iter().all(|&b| b == b'-'))
+        .all(|separator| {
+            matches!(separator, b"." | b"_" | b"__") || separator.iter().all(|&b| b == b'-')
+        })
 }
 
 fn check_tag(tag: &str) -> Result<(), String> {
@@ -252,7 +279,11 @@ fn check_tag(tag: &str) -> Result<(), String> {
     let ok = tag.len() <= MAX_TAG
         && tag.bytes().next().is_some_and(word)
         && tag.bytes().all(|b| word(b) || matches!(b, b'.' | b'-'));
-    if ok { Ok(()) } else { Err(format!("{:?} is no tag", shorten(tag))) }
+    if ok {
+        Ok(())
+    } else {
+        Err(format!("{:?} is no tag", shorten(tag)))
+    }
 }
 
 #[cfg(test)]
@@ -266,18 +297,31 @@ mod tests {
         let d = format!("sha256:{HEX}");
         for (text, want) in [
             ("busybox", "docker.io/library/busybox:latest".to_owned()),
-            ("index.docker.io/busybox:1", "docker.io/library/busybox:1".into()),
+            (
+                "index.docker.io/busybox:1",
+                "docker.io/library/busybox:1".into(),
+            ),
             ("a/b", "docker.io/a/b:latest".into()),
             ("localhost/b", "localhost/b:latest".into()),
             ("localhost:5000/b/c_d:t", "localhost:5000/b/c_d:t".into()),
             ("[::1]:5000/b", "[::1]:5000/b:latest".into()),
-            ("registry.k8s.io/pause:3.9", "registry.k8s.io/pause:3.9".into()),
-            (&format!("busybox@{d}"), format!("docker.io/library/busybox@{d}")),
+            (
+                "registry.k8s.io/pause:3.9",
+                "registry.k8s.io/pause:3.9".into(),
+            ),
+            (
+                &format!("busybox@{d}"),
+                format!("docker.io/library/busybox@{d}"),
+            ),
             (&format!("quay.io/x/y:tag@{d}"), format!("quay.io/x/y@{d}")),
         ] {
             let parsed = Reference::parse(text).unwrap_or_else(|e| panic!("{text}: {e}"));
             assert_eq!(parsed.to_string(), want);
-            assert_eq!(Reference::parse(&want).unwrap(), parsed, "normal form is stable");
+            assert_eq!(
+                Reference::parse(&want).unwrap(),
+                parsed,
+                "normal form is stable"
+            );
         }
     }
 
@@ -285,11 +329,33 @@ mod tests {
     fn refuses_what_is_no_reference() {
         let long = "a/".repeat(200);
         for text in [
-            "", ":", "Busybox", "busy box", "a//b", "-a", "a..b", "a/b:", "a/b:-x", "http://a/b", "a@sha256:12",
-            "a@sha512:00", "../a", "a/../b", "x:y/z", "host_.x/y", "[::1/x", "[zz]/x", "[::1]x/y", "a:b@", &long,
+            "",
+            ":",
+            "Busybox",
+            "busy box",
+            "a//b",
+            "-a",
+            "a..b",
+            "a/b:",
+            "a/b:-x",
+            "http://a/b",
+            "a@sha256:12",
+            "a@sha512:00",
+            "../a",
+            "a/../b",
+            "x:y/z",
+            "host_.x/y",
+            "[::1/x",
+            "[zz]/x",
+            "[::1]x/y",
+            "a:b@",
+            &long,
         ] {
             let error = Reference::parse(text).expect_err(text);
-            assert!(matches!(error, ImageError::InvalidReference { .. }), "{text}: {error}");
+            assert!(
+                matches!(error, ImageError::InvalidReference { .. }),
+                "{text}: {error}"
+            );
         }
     }
 }

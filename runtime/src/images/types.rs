@@ -44,7 +44,12 @@ pub enum ImageUser {
 impl ImageRecord {
     /// The user of the image's config without its group, as CRI's `Image.uid` and `Image.username` want it.
     pub fn user(&self) -> ImageUser {
-        let user = self.config.config().as_ref().and_then(|c| c.user().as_deref()).unwrap_or("");
+        let user = self
+            .config
+            .config()
+            .as_ref()
+            .and_then(|c| c.user().as_deref())
+            .unwrap_or("");
         let user = user.split(':').next().unwrap_or("");
         match user.parse::<i64>() {
             _ if user.is_empty() => ImageUser::Unset,
@@ -128,7 +133,9 @@ pub struct RegistryAuth {
 
 impl fmt::Debug for RegistryAuth {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RegistryAuth").field("server_address", &self.server_address).finish_non_exhaustive()
+        f.debug_struct("RegistryAuth")
+            .field("server_address", &self.server_address)
+            .finish_non_exhaustive()
     }
 }
 

@@ -16,5 +16,8 @@ pub(super) fn write_layer(
     _scratch: &Path,
     what: &str,
 ) -> ImageResult<()> {
-    Err(ImageError::invalid(what, "this build has no EROFS writer yet"))
+    Err(ImageError::invalid(
+        what,
+        "this build has no EROFS writer yet",
+    ))
 }

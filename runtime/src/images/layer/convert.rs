@@ -61,7 +61,10 @@ fn convert(store: &Store, request: &LayerRequest, source: &mut Source) -> ImageR
         return Err(error);
     }
     if let Err(error) = &written
-        && matches!(error.kind(), ImageErrorKind::NoSpace | ImageErrorKind::Internal)
+        && matches!(
+            error.kind(),
+            ImageErrorKind::NoSpace | ImageErrorKind::Internal
+        )
     {
         return written.map(drop);
     }
@@ -69,14 +72,24 @@ fn convert(store: &Store, request: &LayerRequest, source: &mut Source) -> ImageR
     let (digest, bytes) = source.finish()?;
     if digest != blob.digest || bytes != blob.size {
         let show = |d: &Digest, size| format!("{d} ({size} bytes)");
-        return Err(ImageError::corrupt("the layer's blob", show(&blob.digest, blob.size), show(&digest, bytes)));
+        return Err(ImageError::corrupt(
+            "the layer's blob",
+            show(&blob.digest, blob.size),
+            show(&digest, bytes),
+        ));
     }
     let diff_id = written?;
     if diff_id != request.diff_id {
-        return Err(ImageError::corrupt("the layer's tar stream (diff ID)", request.diff_id.as_str(), diff_id.as_str()));
+        return Err(ImageError::corrupt(
+            "the layer's tar stream (diff ID)",
+            request.diff_id.as_str(),
+            diff_id.as_str(),
+        ));
     }
     let failed = |e| ImageError::io("finishing the layer", file.path(), e);
-    file.as_file().set_permissions(std::fs::Permissions::from_mode(0o444)).map_err(failed)?;
+    file.as_file()
+        .set_permissions(std::fs::Permissions::from_mode(0o444))
+        .map_err(failed)?;
     file.as_file().sync_all().map_err(failed)?;
     // Renamed away, the temporary file's own deletion finds nothing.
     store.adopt_layer(file.path(), &request.diff_id)
@@ -90,25 +103,41 @@ fn unpack(
     scratch: &std::path::Path,
 ) -> ImageResult<Digest> {
     let mut input = BufReader::with_capacity(BUFFER, source);
-    let start = input.fill_buf().map_err(|e| stream_error("the layer's blob", &e))?;
+    let start = input
+        .fill_buf()
+        .map_err(|e| stream_error("the layer's blob", &e))?;
     let compression = Compression::sniff(start);
     let (name, plain): (&str, Box<dyn Read + '_>) = match compression {
         Compression::Plain => ("tar stream", Box::new(input)),
-        Compression::Gzip => ("gzip stream", Box::new(flate2::bufread::MultiGzDecoder::new(input))),
+        Compression::Gzip => (
+            "gzip stream",
+            Box::new(flate2::bufread::MultiGzDecoder::new(input)),
+        ),
         Compression::Zstd => {
             let mut decoder = zstd::stream::read::Decoder::with_buffer(input)
                 .map_err(|e| stream_error("the layer's zstd stream", &e))?;
-            decoder.window_log_max(ZSTD_WINDOW_LOG).map_err(|e| stream_error("the layer's zstd stream", &e))?;
+            decoder
+                .window_log_max(ZSTD_WINDOW_LOG)
+                .map_err(|e| stream_error("the layer's zstd stream", &e))?;
             ("zstd stream", Box::new(decoder))
         }
     };
     let what = format!("the layer's {name}");
-    let mut plain = Hashing { inner: plain, hash: Sha256::new(), left: request.max_bytes, exceeded: false };
+    let mut plain = Hashing {
+        inner: plain,
+        hash: Sha256::new(),
+        left: request.max_bytes,
+        exceeded: false,
+    };
     let tree = erofs::write_layer(&mut plain, file.as_file(), file.path(), scratch, &what)
         .and_then(|()| drain(&mut plain, &what));
     if plain.exceeded {
         let what = format!("the unpacked layer {}", request.diff_id);
-        return Err(ImageError::TooLarge { what, limit: request.max_bytes, unit: "bytes" });
+        return Err(ImageError::TooLarge {
+            what,
+            limit: request.max_bytes,
+            unit: "bytes",
+        });
     }
     tree?;
     Ok(Digest::from_hash(plain.hash.finalize()))

@@ -78,7 +78,10 @@ impl LayerJobs {
         request: &LayerRequest,
         report: impl Fn(LayerProgress),
     ) -> ImageResult<()> {
-        let layer = |source| ImageError::Layer { digest: request.blob.digest.to_string(), source: Box::new(source) };
+        let layer = |source| ImageError::Layer {
+            digest: request.blob.digest.to_string(),
+            source: Box::new(source),
+        };
         loop {
             if self.store.layer(&request.diff_id)?.is_some() {
                 report(progress(request, LayerState::Present, request.blob.size));
@@ -102,10 +105,19 @@ impl LayerJobs {
     }
 
     /// The job for the layer that runs already (then true), or a new one.
-    fn job(&self, session: &Arc<Session>, request: &LayerRequest) -> (Job, watch::Receiver<LayerProgress>, bool) {
+    fn job(
+        &self,
+        session: &Arc<Session>,
+        request: &LayerRequest,
+    ) -> (Job, watch::Receiver<LayerProgress>, bool) {
         let key = partial_name(request);
         let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
-        jobs.retain(|_, running| running.job.upgrade().is_some_and(|job| job.peek().is_none()));
+        jobs.retain(|_, running| {
+            running
+                .job
+                .upgrade()
+                .is_some_and(|job| job.peek().is_none())
+        });
         if let Some(running) = jobs.get(&key)
             && let Some(job) = running.job.upgrade()
         {
@@ -123,13 +135,22 @@ impl LayerJobs {
         let permits = self.permits.clone();
         let job = async move {
             // The semaphore is never closed.
-            let _permit = permits.acquire_owned().await.map_err(|_| ImageError::Cancelled)?;
+            let _permit = permits
+                .acquire_owned()
+                .await
+                .map_err(|_| ImageError::Cancelled)?;
             work.run().await
         }
         .boxed()
         .shared();
         if let Some(weak) = job.downgrade() {
-            jobs.insert(key, Running { job: weak, progress: receiver.clone() });
+            jobs.insert(
+                key,
+                Running {
+                    job: weak,
+                    progress: receiver.clone(),
+                },
+            );
         }
         (job, receiver, false)
     }
@@ -206,14 +227,22 @@ impl Work {
         // An error before the start answers nothing here and everything below.
         let resumed = resumed.await.unwrap_or(0);
         self.report(LayerState::Pulling, resumed);
-        let fed = download::feed(&self.session, &self.request.blob, resumed, sender, |received| {
-            self.report(LayerState::Pulling, received);
-        })
+        let fed = download::feed(
+            &self.session,
+            &self.request.blob,
+            resumed,
+            sender,
+            |received| {
+                self.report(LayerState::Pulling, received);
+            },
+        )
         .await;
         if fed.is_ok() {
             self.report(LayerState::Finishing, self.request.blob.size);
         }
-        let converted = thread.await.unwrap_or(Err(ImageError::Lost { what: "the conversion of a layer" }));
+        let converted = thread.await.unwrap_or(Err(ImageError::Lost {
+            what: "the conversion of a layer",
+        }));
         let outcome = match (fed, converted) {
             // The thread's own failure closed the channel, or the download's did: the one that isn't the echo counts.
             (Err(fed), Err(ImageError::Cancelled)) => Err(fed),
@@ -228,12 +257,16 @@ impl Work {
     }
 
     fn report(&self, state: LayerState, received: u64) {
-        self.progress.send_replace(progress(&self.request, state, received));
+        self.progress
+            .send_replace(progress(&self.request, state, received));
     }
 }
 
 fn is_content(error: &ImageError) -> bool {
-    matches!(error.kind(), ImageErrorKind::Corrupt | ImageErrorKind::InvalidImage | ImageErrorKind::TooLarge)
+    matches!(
+        error.kind(),
+        ImageErrorKind::Corrupt | ImageErrorKind::InvalidImage | ImageErrorKind::TooLarge
+    )
 }
 
 fn progress(request: &LayerRequest, state: LayerState, received_bytes: u64) -> LayerProgress {
@@ -248,5 +281,10 @@ fn progress(request: &LayerRequest, state: LayerState, received_bytes: u64) -> L
 /// The partial file's name, also the job's key. Both digests: two images may disagree about what is in a blob, and the
 /// wrong one must not disturb the other.
 fn partial_name(request: &LayerRequest) -> String {
-    format!("{}-{}{}", request.blob.digest.hex(), request.diff_id.hex(), super::store::PARTIAL)
+    format!(
+        "{}-{}{}",
+        request.blob.digest.hex(),
+        request.diff_id.hex(),
+        super::store::PARTIAL
+    )
 }

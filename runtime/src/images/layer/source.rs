@@ -42,7 +42,11 @@ enum State {
 
 impl Source {
     /// Opens the partial file, and says how many bytes of it will be replayed. One that is too long is emptied.
-    pub(super) fn open(path: &Path, size: u64, input: mpsc::Receiver<Piece>) -> ImageResult<(Self, u64)> {
+    pub(super) fn open(
+        path: &Path,
+        size: u64,
+        input: mpsc::Receiver<Piece>,
+    ) -> ImageResult<(Self, u64)> {
         let failed = |e| ImageError::io("opening", path, e);
         let mut partial = OpenOptions::new()
             .create(true)
@@ -78,7 +82,11 @@ impl Source {
             match self.read(&mut rest) {
                 Ok(0) => return Ok((Digest::from_hash(self.hash.clone().finalize()), self.bytes)),
                 Ok(_) => {}
-                Err(e) => return Err(self.failure().unwrap_or_else(|| ImageError::io("reading", &self.path, e))),
+                Err(e) => {
+                    return Err(self
+                        .failure()
+                        .unwrap_or_else(|| ImageError::io("reading", &self.path, e)));
+                }
             }
         }
     }
@@ -97,10 +105,15 @@ impl Source {
     }
 
     fn replay(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let most = buffer.len().min(usize::try_from(self.replay).unwrap_or(usize::MAX));
+        let most = buffer
+            .len()
+            .min(usize::try_from(self.replay).unwrap_or(usize::MAX));
         match self.partial.read(&mut buffer[..most]) {
             Ok(0) => {
-                let error = io::Error::new(io::ErrorKind::UnexpectedEof, "the file was cut while it was read");
+                let error = io::Error::new(
+                    io::ErrorKind::UnexpectedEof,
+                    "the file was cut while it was read",
+                );
                 Err(self.fail(ImageError::io("reading", &self.path.clone(), error)))
             }
             Ok(read) => {

@@ -3,14 +3,19 @@
 use super::*;
 use serde_json::json;
 
-const AMD64: Platform = Platform { os: "linux", architecture: "amd64" };
+const AMD64: Platform = Platform {
+    os: "linux",
+    architecture: "amd64",
+};
 
 fn digest(n: u8) -> String {
     Digest::of(&[n]).to_string()
 }
 
 fn index(entries: serde_json::Value) -> Vec<u8> {
-    json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}).to_string().into_bytes()
+    json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries})
+        .to_string()
+        .into_bytes()
 }
 
 fn entry(n: u8, os: &str, arch: &str, variant: Option<&str>) -> serde_json::Value {
@@ -43,11 +48,19 @@ fn the_index_entry_is_this_machines() {
 
 #[test]
 fn an_index_without_this_platform_says_what_it_has() {
-    let error = chosen(json!([entry(1, "linux", "arm64", Some("v8")), entry(2, "unknown", "unknown", None)]))
-        .unwrap_err();
+    let error = chosen(json!([
+        entry(1, "linux", "arm64", Some("v8")),
+        entry(2, "unknown", "unknown", None)
+    ]))
+    .unwrap_err();
     let text = error.to_string();
     assert!(matches!(error, ImageError::NoPlatform { .. }), "{text}");
-    assert!(text.contains("linux/amd64") && text.contains("linux/arm64/v8") && !text.contains("unknown"), "{text}");
+    assert!(
+        text.contains("linux/amd64")
+            && text.contains("linux/arm64/v8")
+            && !text.contains("unknown"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -64,7 +77,10 @@ fn ambiguous_and_old_documents_are_refused() {
     ] {
         let text = document.to_string();
         let error = parse("x", None, text.as_bytes(), AMD64).expect_err(&text);
-        assert!(matches!(error, ImageError::InvalidImage { .. }), "{text}: {error}");
+        assert!(
+            matches!(error, ImageError::InvalidImage { .. }),
+            "{text}: {error}"
+        );
     }
 }
 
@@ -81,10 +97,22 @@ fn a_docker_config_with_nulls_is_read() {
     let bytes = config.to_string().into_bytes();
     let (parsed, diff_ids) = parse_config("x", &bytes, 1, AMD64).unwrap();
     assert_eq!(diff_ids[0].as_str(), digest(1));
-    assert_eq!(parsed.config().as_ref().unwrap().stop_signal().as_deref(), Some("SIGQUIT"));
-    assert!(matches!(parse_config("x", &bytes, 2, AMD64), Err(ImageError::InvalidImage { .. })));
-    let arm = Platform { os: "linux", architecture: "arm64" };
-    assert!(matches!(parse_config("x", &bytes, 1, arm), Err(ImageError::NoPlatform { .. })));
+    assert_eq!(
+        parsed.config().as_ref().unwrap().stop_signal().as_deref(),
+        Some("SIGQUIT")
+    );
+    assert!(matches!(
+        parse_config("x", &bytes, 2, AMD64),
+        Err(ImageError::InvalidImage { .. })
+    ));
+    let arm = Platform {
+        os: "linux",
+        architecture: "arm64",
+    };
+    assert!(matches!(
+        parse_config("x", &bytes, 1, arm),
+        Err(ImageError::NoPlatform { .. })
+    ));
 }
 
 #[test]
@@ -96,11 +124,18 @@ fn layer_types_and_magic() {
     ] {
         check_layer_type("x", good).unwrap();
     }
-    for bad in ["", "application/vnd.in-toto+json", "application/vnd.oci.image.layer.v1.tar+encrypted"] {
+    for bad in [
+        "",
+        "application/vnd.in-toto+json",
+        "application/vnd.oci.image.layer.v1.tar+encrypted",
+    ] {
         check_layer_type("x", bad).unwrap_err();
     }
     assert_eq!(Compression::sniff(&[0x1f, 0x8b, 8]), Compression::Gzip);
-    assert_eq!(Compression::sniff(&[0x28, 0xb5, 0x2f, 0xfd, 0]), Compression::Zstd);
+    assert_eq!(
+        Compression::sniff(&[0x28, 0xb5, 0x2f, 0xfd, 0]),
+        Compression::Zstd
+    );
     assert_eq!(Compression::sniff(b"etc/"), Compression::Plain);
     assert_eq!(Compression::sniff(b""), Compression::Plain);
 }

@@ -29,7 +29,11 @@ struct Challenge {
 
 impl Challenge {
     fn param(&self, name: &str) -> Option<&str> {
-        self.params.iter().find(|(k, _)| k == name).map(|(_, v)| v.as_str()).filter(|v| !v.is_empty())
+        self.params
+            .iter()
+            .find(|(k, _)| k == name)
+            .map(|(_, v)| v.as_str())
+            .filter(|v| !v.is_empty())
     }
 }
 
@@ -46,14 +50,22 @@ pub(super) struct Asked<'a> {
 
 impl Asked<'_> {
     fn unauthorized(&self, reason: impl Into<String>) -> ImageError {
-        ImageError::Unauthorized { host: self.host.into(), what: self.what.into(), reason: reason.into() }
+        ImageError::Unauthorized {
+            host: self.host.into(),
+            what: self.what.into(),
+            reason: reason.into(),
+        }
     }
 }
 
 /// The Authorization header that needs no challenge: a registry token.
 pub(super) fn preset(auth: Option<&RegistryAuth>) -> Option<HeaderValue> {
     let token = &auth?.registry_token;
-    if token.is_empty() { None } else { secret(format!("Bearer {token}")) }
+    if token.is_empty() {
+        None
+    } else {
+        secret(format!("Bearer {token}"))
+    }
 }
 
 /// The Authorization header that answers a 401 with `headers`.
@@ -62,16 +74,24 @@ pub(super) async fn answer(
     headers: &HeaderMap,
     auth: Option<&RegistryAuth>,
 ) -> ImageResult<HeaderValue> {
-    let challenges: Vec<Challenge> =
-        headers.get_all(WWW_AUTHENTICATE).iter().filter_map(|v| v.to_str().ok()).flat_map(parse).collect();
+    let challenges: Vec<Challenge> = headers
+        .get_all(WWW_AUTHENTICATE)
+        .iter()
+        .filter_map(|v| v.to_str().ok())
+        .flat_map(parse)
+        .collect();
     let basic = auth.and_then(basic_credentials);
     if let Some(bearer) = challenges.iter().find(|c| c.scheme == "bearer") {
         let token = fetch_token(asked, bearer, auth, basic).await?;
-        return secret(format!("Bearer {token}")).ok_or_else(|| asked.unauthorized("the token has forbidden characters"));
+        return secret(format!("Bearer {token}"))
+            .ok_or_else(|| asked.unauthorized("the token has forbidden characters"));
     }
     if challenges.iter().any(|c| c.scheme == "basic") {
-        let basic = basic.ok_or_else(|| asked.unauthorized("it wants a user name and password, and none were given"))?;
-        return secret(format!("Basic {basic}")).ok_or_else(|| asked.unauthorized("the credentials are unusable"));
+        let basic = basic.ok_or_else(|| {
+            asked.unauthorized("it wants a user name and password, and none were given")
+        })?;
+        return secret(format!("Basic {basic}"))
+            .ok_or_else(|| asked.unauthorized("the credentials are unusable"));
     }
     Err(asked.unauthorized("it offers neither Basic nor Bearer authentication"))
 }
@@ -82,16 +102,26 @@ async fn fetch_token(
     auth: Option<&RegistryAuth>,
     basic: Option<String>,
 ) -> ImageResult<String> {
-    let protocol = |reason: String| ImageError::Protocol { host: asked.host.into(), what: "token endpoint".into(), reason };
-    let realm = challenge.param("realm").ok_or_else(|| protocol("the challenge names no realm".into()))?;
+    let protocol = |reason: String| ImageError::Protocol {
+        host: asked.host.into(),
+        what: "token endpoint".into(),
+        reason,
+    };
+    let realm = challenge
+        .param("realm")
+        .ok_or_else(|| protocol("the challenge names no realm".into()))?;
     let mut realm = Url::parse(realm).map_err(|e| protocol(format!("realm: {e}")))?;
     if !matches!(realm.scheme(), "http" | "https") {
         return Err(protocol("the realm is no http URL".into()));
     }
-    let identity = auth.map(|a| a.identity_token.as_str()).filter(|t| !t.is_empty());
+    let identity = auth
+        .map(|a| a.identity_token.as_str())
+        .filter(|t| !t.is_empty());
     let has_secret = identity.is_some() || basic.is_some();
     if has_secret && realm.scheme() == "http" && asked.url.scheme() == "https" {
-        return Err(asked.unauthorized("its token endpoint is plain http; credentials are not sent there"));
+        return Err(
+            asked.unauthorized("its token endpoint is plain http; credentials are not sent there")
+        );
     }
     let service = challenge.param("service").unwrap_or("");
     let scope = challenge.param("scope").unwrap_or(asked.scope);
@@ -108,7 +138,11 @@ async fn fetch_token(
                 ("scope", scope),
             ]))
     } else {
-        realm.query_pairs_mut().extend_pairs([("service", service), ("scope", scope)].iter().filter(|(_, v)| !v.is_empty()));
+        realm.query_pairs_mut().extend_pairs(
+            [("service", service), ("scope", scope)]
+                .iter()
+                .filter(|(_, v)| !v.is_empty()),
+        );
         let request = asked.client.get(realm);
         match basic.and_then(|b| secret(format!("Basic {b}"))) {
             Some(value) => request.header(AUTHORIZATION, value),
@@ -116,15 +150,21 @@ async fn fetch_token(
         }
     };
     // A redirect of the token endpoint is not followed: the credentials would go along.
-    let response = request.send().await.map_err(|e| ImageError::transport(asked.host, "token", e))?;
+    let response = request
+        .send()
+        .await
+        .map_err(|e| ImageError::transport(asked.host, "token", e))?;
     match response.status().as_u16() {
         200..=299 => {}
-        400 | 401 | 403 if has_secret => return Err(asked.unauthorized("its token endpoint rejects the credentials")),
+        400 | 401 | 403 if has_secret => {
+            return Err(asked.unauthorized("its token endpoint rejects the credentials"));
+        }
         400 | 401 | 403 => return Err(asked.unauthorized("it gives no anonymous access")),
         other => return Err(protocol(format!("answered {other}"))),
     }
     let bytes = http::body(response, MAX_TOKEN_BYTES, asked.host, "token").await?;
-    let token: Token = serde_json::from_slice(&bytes).map_err(|_| protocol("gave no JSON with a token".into()))?;
+    let token: Token =
+        serde_json::from_slice(&bytes).map_err(|_| protocol("gave no JSON with a token".into()))?;
     [token.token, token.access_token]
         .into_iter()
         .flatten()
@@ -144,7 +184,10 @@ fn basic_credentials(auth: &RegistryAuth) -> Option<String> {
         return Some(BASE64.encode(format!("{}:{}", auth.username, auth.password)));
     }
     // Some clients pad with NULs, as old Docker did.
-    let decoded = BASE64.decode(auth.auth.trim()).ok().filter(|d| d.contains(&b':'))?;
+    let decoded = BASE64
+        .decode(auth.auth.trim())
+        .ok()
+        .filter(|d| d.contains(&b':'))?;
     let end = decoded.iter().rposition(|&b| b != 0).map_or(0, |p| p + 1);
     Some(BASE64.encode(&decoded[..end]))
 }
@@ -182,7 +225,10 @@ fn parse(value: &str) -> Vec<Challenge> {
             (Some(value), _) => rest = parse_value(value).1,
             (None, _) => {
                 if !word.is_empty() {
-                    challenges.push(Challenge { scheme: word.to_ascii_lowercase(), params: Vec::new() });
+                    challenges.push(Challenge {
+                        scheme: word.to_ascii_lowercase(),
+                        params: Vec::new(),
+                    });
                 }
                 rest = after;
             }
@@ -217,19 +263,34 @@ mod tests {
 
     #[test]
     fn challenges_are_read() {
-        let got = parse(r#"Bearer realm="https://a/t,x",service="s \"q\"" , scope=repository:a:pull,push, Basic realm=r"#);
+        let got = parse(
+            r#"Bearer realm="https://a/t,x",service="s \"q\"" , scope=repository:a:pull,push, Basic realm=r"#,
+        );
         assert_eq!(got.len(), 2);
         assert_eq!(got[0].param("realm"), Some("https://a/t,x"));
         assert_eq!(got[0].param("service"), Some("s \"q\""));
         assert_eq!(got[0].param("scope"), Some("repository:a:pull"));
-        assert_eq!((got[1].scheme.as_str(), got[1].param("realm")), ("push", None));
-        assert_eq!((got[2].scheme.as_str(), got[2].param("realm")), ("basic", Some("r")));
+        assert_eq!(
+            (got[1].scheme.as_str(), got[1].param("realm")),
+            ("push", None)
+        );
+        assert_eq!(
+            (got[2].scheme.as_str(), got[2].param("realm")),
+            ("basic", Some("r"))
+        );
     }
 
     #[test]
     fn credentials_in_both_forms() {
-        let pair = RegistryAuth { username: "u".into(), password: "p:q".into(), ..Default::default() };
-        let encoded = RegistryAuth { auth: BASE64.encode("u:p:q\0\0"), ..Default::default() };
+        let pair = RegistryAuth {
+            username: "u".into(),
+            password: "p:q".into(),
+            ..Default::default()
+        };
+        let encoded = RegistryAuth {
+            auth: BASE64.encode("u:p:q\0\0"),
+            ..Default::default()
+        };
         assert_eq!(basic_credentials(&pair), basic_credentials(&encoded));
         assert_eq!(basic_credentials(&RegistryAuth::default()), None);
         assert!(!format!("{pair:?}").contains("p:q"));

@@ -39,7 +39,7 @@ pub(super) struct RegistryHost {
 }
 
 /// Builds hosts; keeps the client that has no settings of its own, since loading the system's roots takes a while.
-pub(super) struct HostDirectory {
+pub(in crate::images) struct HostDirectory {
     options: RegistryOptions,
     default_client: OnceLock<Client>,
 }
@@ -100,28 +100,50 @@ struct Tls {
 }
 
 impl HostDirectory {
-    pub(super) fn new(options: RegistryOptions) -> Self {
-        Self { options, default_client: OnceLock::new() }
+    pub(in crate::images) fn new(options: RegistryOptions) -> Self {
+        Self {
+            options,
+            default_client: OnceLock::new(),
+        }
     }
 
     /// The hosts for `domain`, in the order in which they are to be tried; never empty.
     pub(super) fn hosts(&self, domain: &str) -> ImageResult<Vec<RegistryHost>> {
         let Some(dir) = self.directory(domain) else {
-            return Ok(vec![self.host(&default_server(domain), domain, &self.options.certs_dir, HostSettings::default())?]);
+            return Ok(vec![self.host(
+                &default_server(domain),
+                domain,
+                &self.options.certs_dir,
+                HostSettings::default(),
+            )?]);
         };
         let path = dir.join("hosts.toml");
         let Some(text) = read_limited(&path)? else {
             let tls = docker_style(&dir)?;
-            let scheme = if tls.ca.is_empty() && tls.client.is_empty() { None } else { Some("https") };
-            let url = scheme.map_or_else(|| default_server(domain), |s| format!("{s}://{}", upstream(domain)));
-            return Ok(vec![self.host_with(&url, domain, &path, HostSettings::default(), tls)?]);
+            let scheme = if tls.ca.is_empty() && tls.client.is_empty() {
+                None
+            } else {
+                Some("https")
+            };
+            let url = scheme.map_or_else(
+                || default_server(domain),
+                |s| format!("{s}://{}", upstream(domain)),
+            );
+            return Ok(vec![self.host_with(
+                &url,
+                domain,
+                &path,
+                HostSettings::default(),
+                tls,
+            )?]);
         };
         let text = String::from_utf8(text).map_err(|_| config(&path, "is not UTF-8"))?;
         let file: HostsFile = toml::from_str(&text).map_err(|e| config(&path, e.message()))?;
         let mut hosts = Vec::new();
         for (url, settings) in file.host {
-            let settings: HostSettings =
-                settings.try_into().map_err(|e: toml::de::Error| config(&path, &format!("host {url:?}: {}", e.message())))?;
+            let settings: HostSettings = settings.try_into().map_err(|e: toml::de::Error| {
+                config(&path, &format!("host {url:?}: {}", e.message()))
+            })?;
             hosts.push(self.host(&url, domain, &path, settings)?);
         }
         let server = file.server.unwrap_or_else(|| default_server(domain));
@@ -137,14 +159,30 @@ impl HostDirectory {
         }
         names.push(domain.to_owned());
         names.push("_default".to_owned());
-        names.into_iter().map(|name| self.options.certs_dir.join(name)).find(|dir| dir.is_dir())
+        names
+            .into_iter()
+            .map(|name| self.options.certs_dir.join(name))
+            .find(|dir| dir.is_dir())
     }
 
-    fn host(&self, url: &str, domain: &str, path: &Path, settings: HostSettings) -> ImageResult<RegistryHost> {
+    fn host(
+        &self,
+        url: &str,
+        domain: &str,
+        path: &Path,
+        settings: HostSettings,
+    ) -> ImageResult<RegistryHost> {
         let dir = path.parent().unwrap_or(Path::new("/"));
         let tls = Tls {
-            ca: settings.ca.clone().map_or(Vec::new(), OneOrMany::into_vec).iter().map(|p| dir.join(p)).collect(),
-            client: client_pairs(dir, settings.client.clone()).map_err(|reason| config(path, &reason))?,
+            ca: settings
+                .ca
+                .clone()
+                .map_or(Vec::new(), OneOrMany::into_vec)
+                .iter()
+                .map(|p| dir.join(p))
+                .collect(),
+            client: client_pairs(dir, settings.client.clone())
+                .map_err(|reason| config(path, &reason))?,
             skip_verify: settings.skip_verify,
         };
         self.host_with(url, domain, path, settings, tls)
@@ -158,29 +196,55 @@ impl HostDirectory {
         settings: HostSettings,
         tls: Tls,
     ) -> ImageResult<RegistryHost> {
-        let text = if url.contains("://") { url.to_owned() } else { format!("{}://{url}", scheme_for(url)) };
-        let mut base = Url::parse(&text).map_err(|e| config(path, &format!("host {url:?}: {e}")))?;
+        let text = if url.contains("://") {
+            url.to_owned()
+        } else {
+            format!("{}://{url}", scheme_for(url))
+        };
+        let mut base =
+            Url::parse(&text).map_err(|e| config(path, &format!("host {url:?}: {e}")))?;
         if !matches!(base.scheme(), "http" | "https") || base.host_str().is_none() {
-            return Err(config(path, &format!("host {url:?} is no http or https URL")));
+            return Err(config(
+                path,
+                &format!("host {url:?} is no http or https URL"),
+            ));
         }
         let has_v2 = base.path().trim_end_matches('/').ends_with("/v2");
         let prefix = base.path().trim_end_matches('/').to_owned();
-        base.set_path(&if settings.override_path || has_v2 { prefix } else { format!("{prefix}/v2") });
+        base.set_path(&if settings.override_path || has_v2 {
+            prefix
+        } else {
+            format!("{prefix}/v2")
+        });
         base.set_query(None);
         let name = authority(&base);
         let (pull, resolve) = match &settings.capabilities {
             None => (true, true),
-            Some(list) => (list.iter().any(|c| c == "pull"), list.iter().any(|c| c == "resolve")),
+            Some(list) => (
+                list.iter().any(|c| c == "pull"),
+                list.iter().any(|c| c == "resolve"),
+            ),
         };
         let headers = headers(path, settings.header)?;
-        let client = self.client(&base, &tls).map_err(|reason| config(path, &format!("host {url:?}: {reason}")))?;
-        Ok(RegistryHost { mirror: name != upstream(domain), base, name, resolve, pull, headers, client })
+        let client = self
+            .client(&base, &tls)
+            .map_err(|reason| config(path, &format!("host {url:?}: {reason}")))?;
+        Ok(RegistryHost {
+            mirror: name != upstream(domain),
+            base,
+            name,
+            resolve,
+            pull,
+            headers,
+            client,
+        })
     }
 
     fn client(&self, base: &Url, tls: &Tls) -> Result<Client, String> {
         let plain = base.scheme() == "http";
         let loopback = is_loopback(base.host_str().unwrap_or(""));
-        let own = plain || loopback || tls.skip_verify || !tls.ca.is_empty() || !tls.client.is_empty();
+        let own =
+            plain || loopback || tls.skip_verify || !tls.ca.is_empty() || !tls.client.is_empty();
         if !own && let Some(client) = self.default_client.get() {
             return Ok(client.clone());
         }
@@ -198,24 +262,36 @@ impl HostDirectory {
             builder = builder.tls_certs_only([]);
         }
         for ca in &tls.ca {
-            let pem = read_limited(ca).map_err(|e| e.report())?.ok_or(format!("{} is missing", ca.display()))?;
-            let certs = Certificate::from_pem_bundle(&pem).map_err(|e| format!("{}: {e}", ca.display()))?;
+            let pem = read_limited(ca)
+                .map_err(|e| e.report())?
+                .ok_or(format!("{} is missing", ca.display()))?;
+            let certs =
+                Certificate::from_pem_bundle(&pem).map_err(|e| format!("{}: {e}", ca.display()))?;
             builder = builder.tls_certs_merge(certs);
         }
         for (cert, key) in &tls.client {
-            let mut pem = read_limited(cert).map_err(|e| e.report())?.ok_or(format!("{} is missing", cert.display()))?;
+            let mut pem = read_limited(cert)
+                .map_err(|e| e.report())?
+                .ok_or(format!("{} is missing", cert.display()))?;
             if key != cert {
                 pem.push(b'\n');
-                pem.extend(read_limited(key).map_err(|e| e.report())?.ok_or(format!("{} is missing", key.display()))?);
+                pem.extend(
+                    read_limited(key)
+                        .map_err(|e| e.report())?
+                        .ok_or(format!("{} is missing", key.display()))?,
+                );
             }
             // The cause is left out: it might quote the key.
-            let identity = Identity::from_pem(&pem).map_err(|_| format!("{} holds no usable key pair", cert.display()))?;
+            let identity = Identity::from_pem(&pem)
+                .map_err(|_| format!("{} holds no usable key pair", cert.display()))?;
             builder = builder.identity(identity);
         }
         if tls.skip_verify {
             builder = builder.tls_danger_accept_invalid_certs(true);
         }
-        let client = builder.build().map_err(|e| ImageError::transport("TLS", "setting up", e).report())?;
+        let client = builder
+            .build()
+            .map_err(|e| ImageError::transport("TLS", "setting up", e).report())?;
         if !own {
             return Ok(self.default_client.get_or_init(|| client).clone());
         }
@@ -225,7 +301,11 @@ impl HostDirectory {
 
 /// Where a domain's registry is: the same host, but for Docker Hub.
 fn upstream(domain: &str) -> &str {
-    if domain == "docker.io" { "registry-1.docker.io" } else { domain }
+    if domain == "docker.io" {
+        "registry-1.docker.io"
+    } else {
+        domain
+    }
 }
 
 fn default_server(domain: &str) -> String {
@@ -235,7 +315,11 @@ fn default_server(domain: &str) -> String {
 
 /// Plain HTTP for registries on this machine, as containerd and Docker do, unless the port says TLS.
 fn scheme_for(host: &str) -> &'static str {
-    if is_loopback(host.split('/').next().unwrap_or(host)) && !host.ends_with(":443") { "http" } else { "https" }
+    if is_loopback(host.split('/').next().unwrap_or(host)) && !host.ends_with(":443") {
+        "http"
+    } else {
+        "https"
+    }
 }
 
 /// Whether `host`, with or without port, is this machine.
@@ -248,7 +332,10 @@ pub(super) fn is_loopback(host: &str) -> bool {
             _ => host,
         },
     };
-    name == "localhost" || name.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+    name == "localhost"
+        || name
+            .parse::<std::net::IpAddr>()
+            .is_ok_and(|ip| ip.is_loopback())
 }
 
 /// Host and port of a URL as a reference would write them.
@@ -260,7 +347,10 @@ pub(super) fn authority(url: &Url) -> String {
     }
 }
 
-fn client_pairs(dir: &Path, client: Option<ClientCerts>) -> Result<Vec<(PathBuf, PathBuf)>, String> {
+fn client_pairs(
+    dir: &Path,
+    client: Option<ClientCerts>,
+) -> Result<Vec<(PathBuf, PathBuf)>, String> {
     let entries = match client {
         None => return Ok(Vec::new()),
         Some(ClientCerts::One(one)) => vec![OneOrMany::One(one)],
@@ -270,20 +360,35 @@ fn client_pairs(dir: &Path, client: Option<ClientCerts>) -> Result<Vec<(PathBuf,
         .into_iter()
         .map(|entry| match entry.into_vec().as_slice() {
             [both] => Ok((dir.join(both), dir.join(both))),
-            [cert, key] => Ok((dir.join(cert), dir.join(if key.is_empty() { cert } else { key }))),
-            other => Err(format!("client: {} files where a certificate and a key belong", other.len())),
+            [cert, key] => Ok((
+                dir.join(cert),
+                dir.join(if key.is_empty() { cert } else { key }),
+            )),
+            other => Err(format!(
+                "client: {} files where a certificate and a key belong",
+                other.len()
+            )),
         })
         .collect()
 }
 
-fn headers(path: &Path, table: std::collections::BTreeMap<String, OneOrMany>) -> ImageResult<HeaderMap> {
+fn headers(
+    path: &Path,
+    table: std::collections::BTreeMap<String, OneOrMany>,
+) -> ImageResult<HeaderMap> {
     let mut headers = HeaderMap::new();
     for (name, values) in table {
-        let key: HeaderName = name.parse().map_err(|_| config(path, &format!("header {name:?} is no header name")))?;
+        let key: HeaderName = name
+            .parse()
+            .map_err(|_| config(path, &format!("header {name:?} is no header name")))?;
         for value in values.into_vec() {
             // The value may be a secret: not in the message.
-            let mut value = HeaderValue::from_str(&value)
-                .map_err(|_| config(path, &format!("the value of header {name:?} has forbidden characters")))?;
+            let mut value = HeaderValue::from_str(&value).map_err(|_| {
+                config(
+                    path,
+                    &format!("the value of header {name:?} has forbidden characters"),
+                )
+            })?;
             value.set_sensitive(true);
             headers.append(key.clone(), value);
         }
@@ -317,15 +422,24 @@ fn read_limited(path: &Path) -> ImageResult<Option<Vec<u8>>> {
         Err(e) => return Err(ImageError::io("reading", path, e)),
     };
     let mut bytes = Vec::new();
-    file.take(MAX_CONFIG_FILE + 1).read_to_end(&mut bytes).map_err(|e| ImageError::io("reading", path, e))?;
+    file.take(MAX_CONFIG_FILE + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|e| ImageError::io("reading", path, e))?;
     if bytes.len() as u64 > MAX_CONFIG_FILE {
-        return Err(ImageError::TooLarge { what: path.display().to_string(), limit: MAX_CONFIG_FILE, unit: "bytes" });
+        return Err(ImageError::TooLarge {
+            what: path.display().to_string(),
+            limit: MAX_CONFIG_FILE,
+            unit: "bytes",
+        });
     }
     Ok(Some(bytes))
 }
 
 fn config(path: &Path, reason: &str) -> ImageError {
-    ImageError::Config { path: path.to_path_buf(), reason: reason.to_owned() }
+    ImageError::Config {
+        path: path.to_path_buf(),
+        reason: reason.to_owned(),
+    }
 }
 
 #[cfg(test)]
@@ -339,7 +453,10 @@ mod tests {
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             std::fs::write(path, text).unwrap();
         }
-        let options = RegistryOptions { certs_dir: dir.path().to_path_buf(), ..Default::default() };
+        let options = RegistryOptions {
+            certs_dir: dir.path().to_path_buf(),
+            ..Default::default()
+        };
         let hosts = HostDirectory::new(options);
         (dir, hosts)
     }
@@ -365,7 +482,12 @@ mod tests {
         let found = hosts.hosts("registry.k8s.io").unwrap();
         assert_eq!(
             urls(&found),
-            ["http://127.0.0.1:7/v2", "http://127.0.0.1:5/mirror/v2/k8s", "http://127.0.0.1:5/mirror/v2", "http://127.0.0.1:9/v2"]
+            [
+                "http://127.0.0.1:7/v2",
+                "http://127.0.0.1:5/mirror/v2/k8s",
+                "http://127.0.0.1:5/mirror/v2",
+                "http://127.0.0.1:9/v2"
+            ]
         );
         assert!(!found[0].resolve && found[0].pull && found[1].resolve && found[0].mirror);
         assert_eq!(found[2].headers.get_all("x-key").iter().count(), 2);
@@ -374,11 +496,20 @@ mod tests {
     #[test]
     fn directory_names_and_defaults() {
         let (_dir, hosts) = directory(&[
-            ("localhost_5000_/hosts.toml", "server = 'http://127.0.0.1:1'"),
+            (
+                "localhost_5000_/hosts.toml",
+                "server = 'http://127.0.0.1:1'",
+            ),
             ("_default/hosts.toml", "[host.'http://127.0.0.1:2']\n"),
         ]);
-        assert_eq!(urls(&hosts.hosts("localhost:5000").unwrap()), ["http://127.0.0.1:1/v2"]);
-        assert_eq!(urls(&hosts.hosts("127.0.0.1:77").unwrap()), ["http://127.0.0.1:2/v2", "http://127.0.0.1:77/v2"]);
+        assert_eq!(
+            urls(&hosts.hosts("localhost:5000").unwrap()),
+            ["http://127.0.0.1:1/v2"]
+        );
+        assert_eq!(
+            urls(&hosts.hosts("127.0.0.1:77").unwrap()),
+            ["http://127.0.0.1:2/v2", "http://127.0.0.1:77/v2"]
+        );
         let (_dir, none) = directory(&[]);
         let local = none.hosts("localhost:5000").unwrap();
         assert_eq!(urls(&local), ["http://localhost:5000/v2"]);
@@ -391,10 +522,20 @@ mod tests {
 
     #[test]
     fn mistakes_name_the_file() {
-        for text in ["server = 1", "[host.'ftp://x']", "[host.'http://x']\nca = 'gone.pem'", "[host.'http://x'.header]\n'a b'='c'"] {
+        for text in [
+            "server = 1",
+            "[host.'ftp://x']",
+            "[host.'http://x']\nca = 'gone.pem'",
+            "[host.'http://x'.header]\n'a b'='c'",
+        ] {
             let (_dir, hosts) = directory(&[("x.io/hosts.toml", text)]);
-            let Err(error) = hosts.hosts("x.io") else { panic!("{text} was taken") };
-            assert!(matches!(error, ImageError::Config { .. }), "{text}: {error}");
+            let Err(error) = hosts.hosts("x.io") else {
+                panic!("{text} was taken")
+            };
+            assert!(
+                matches!(error, ImageError::Config { .. }),
+                "{text}: {error}"
+            );
             assert!(error.to_string().contains("x.io/hosts.toml"), "{error}");
         }
     }

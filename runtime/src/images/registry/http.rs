@@ -50,11 +50,21 @@ pub(super) async fn get(
         if same_origin {
             request = request.headers(private.clone());
         }
-        let response = request.send().await.map_err(|e| ImageError::transport(host, what, e))?;
+        let response = request
+            .send()
+            .await
+            .map_err(|e| ImageError::transport(host, what, e))?;
         if !is_redirect(response.status()) {
-            return Ok(Answer { response, same_origin });
+            return Ok(Answer {
+                response,
+                same_origin,
+            });
         }
-        let protocol = |reason: &str| ImageError::Protocol { host: host.into(), what: what.into(), reason: reason.into() };
+        let protocol = |reason: &str| ImageError::Protocol {
+            host: host.into(),
+            what: what.into(),
+            reason: reason.into(),
+        };
         let next = response
             .headers()
             .get(LOCATION)
@@ -67,7 +77,11 @@ pub(super) async fn get(
             _ => return Err(protocol("redirect to something that is no http URL")),
         }
     }
-    Err(ImageError::Protocol { host: host.into(), what: what.into(), reason: "too many redirects".into() })
+    Err(ImageError::Protocol {
+        host: host.into(),
+        what: what.into(),
+        reason: "too many redirects".into(),
+    })
 }
 
 fn is_redirect(status: StatusCode) -> bool {
@@ -75,13 +89,26 @@ fn is_redirect(status: StatusCode) -> bool {
 }
 
 /// The body, if it has no more than `limit` bytes.
-pub(super) async fn body(mut response: Response, limit: u64, host: &str, what: &str) -> ImageResult<Vec<u8>> {
-    let too_large = || ImageError::TooLarge { what: what.into(), limit, unit: "bytes" };
+pub(super) async fn body(
+    mut response: Response,
+    limit: u64,
+    host: &str,
+    what: &str,
+) -> ImageResult<Vec<u8>> {
+    let too_large = || ImageError::TooLarge {
+        what: what.into(),
+        limit,
+        unit: "bytes",
+    };
     if response.content_length().is_some_and(|l| l > limit) {
         return Err(too_large());
     }
     let mut bytes = Vec::new();
-    while let Some(chunk) = response.chunk().await.map_err(|e| ImageError::transport(host, what, e))? {
+    while let Some(chunk) = response
+        .chunk()
+        .await
+        .map_err(|e| ImageError::transport(host, what, e))?
+    {
         if (bytes.len() + chunk.len()) as u64 > limit {
             return Err(too_large());
         }
@@ -103,6 +130,13 @@ pub(super) async fn error_text(answer: Answer, host: &str) -> String {
     };
     let error = &value["errors"][0];
     let part = |key: &str| error[key].as_str().unwrap_or_default().to_owned();
-    let text = [part("code"), part("message")].into_iter().filter(|s| !s.is_empty()).collect::<Vec<_>>().join(", ");
-    text.chars().filter(|c| !c.is_control()).take(MAX_ERROR_TEXT).collect()
+    let text = [part("code"), part("message")]
+        .into_iter()
+        .filter(|s| !s.is_empty())
+        .collect::<Vec<_>>()
+        .join(", ");
+    text.chars()
+        .filter(|c| !c.is_control())
+        .take(MAX_ERROR_TEXT)
+        .collect()
 }

@@ -16,11 +16,15 @@ use std::collections::HashMap;
 use std::sync::Mutex;
 use std::time::Duration;
 
-use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_RANGE, CONTENT_TYPE, HeaderMap, HeaderValue, RANGE};
+use reqwest::header::{
+    ACCEPT, AUTHORIZATION, CONTENT_RANGE, CONTENT_TYPE, HeaderMap, HeaderValue, RANGE,
+};
 use reqwest::{Response, Url};
 
 use super::error::{ImageError, ImageErrorKind, ImageResult};
-use super::manifest::{DOCKER_LIST, DOCKER_MANIFEST, Descriptor, MAX_MANIFEST_BYTES, OCI_INDEX, OCI_MANIFEST};
+use super::manifest::{
+    DOCKER_LIST, DOCKER_MANIFEST, Descriptor, MAX_MANIFEST_BYTES, OCI_INDEX, OCI_MANIFEST,
+};
 use super::reference::{Digest, Reference};
 use super::types::RegistryAuth;
 use hosts::RegistryHost;
@@ -59,70 +63,119 @@ pub(super) struct BlobStream {
 
 impl Session {
     /// Reads the host configuration for `reference`. Sends nothing yet.
-    pub(super) fn new(directory: &HostDirectory, reference: &Reference, auth: Option<RegistryAuth>) -> ImageResult<Self> {
+    pub(super) fn new(
+        directory: &HostDirectory,
+        reference: &Reference,
+        auth: Option<RegistryAuth>,
+    ) -> ImageResult<Self> {
         let hosts = directory.hosts(reference.domain())?;
         let auth = auth.filter(|a| applies(a, reference.domain()));
-        Ok(Self { reference: reference.clone(), hosts, auth, tokens: Mutex::default() })
+        Ok(Self {
+            reference: reference.clone(),
+            hosts,
+            auth,
+            tokens: Mutex::default(),
+        })
     }
 
     /// The manifest or index that `target` (a tag or digest) names.
-    pub(super) async fn manifest(&self, target: &str, expected: Option<&Digest>) -> ImageResult<FetchedManifest> {
+    pub(super) async fn manifest(
+        &self,
+        target: &str,
+        expected: Option<&Digest>,
+    ) -> ImageResult<FetchedManifest> {
         let what = match expected {
             Some(digest) => format!("manifest {digest} of {}", self.reference.name()),
             None => format!("manifest {}:{target}", self.reference.name()),
         };
         let by_tag = expected.is_none();
-        self.on_hosts(&what, |host| if by_tag { host.resolve } else { host.pull }, async |host| {
-            let path = format!("manifests/{target}");
-            let accept = format!("{OCI_INDEX}, {DOCKER_LIST}, {OCI_MANIFEST}, {DOCKER_MANIFEST}, */*;q=0.1");
-            let response = self.get(host, &path, &what, &accept, 0).await?;
-            let media_type = response
-                .headers()
-                .get(CONTENT_TYPE)
-                .and_then(|v| v.to_str().ok())
-                .map(|v| v.split(';').next().unwrap_or(v).trim().to_owned());
-            let bytes = http::body(response, MAX_MANIFEST_BYTES, &host.name, &what).await?;
-            let digest = Digest::of(&bytes);
-            if let Some(expected) = expected.filter(|e| **e != digest) {
-                return Err(ImageError::corrupt(format!("{what} from {}", host.name), expected.as_str(), digest.as_str()));
-            }
-            Ok(FetchedManifest { digest, media_type, bytes })
-        })
+        self.on_hosts(
+            &what,
+            |host| if by_tag { host.resolve } else { host.pull },
+            async |host| {
+                let path = format!("manifests/{target}");
+                let accept = format!(
+                    "{OCI_INDEX}, {DOCKER_LIST}, {OCI_MANIFEST}, {DOCKER_MANIFEST}, */*;q=0.1"
+                );
+                let response = self.get(host, &path, &what, &accept, 0).await?;
+                let media_type = response
+                    .headers()
+                    .get(CONTENT_TYPE)
+                    .and_then(|v| v.to_str().ok())
+                    .map(|v| v.split(';').next().unwrap_or(v).trim().to_owned());
+                let bytes = http::body(response, MAX_MANIFEST_BYTES, &host.name, &what).await?;
+                let digest = Digest::of(&bytes);
+                if let Some(expected) = expected.filter(|e| **e != digest) {
+                    return Err(ImageError::corrupt(
+                        format!("{what} from {}", host.name),
+                        expected.as_str(),
+                        digest.as_str(),
+                    ));
+                }
+                Ok(FetchedManifest {
+                    digest,
+                    media_type,
+                    bytes,
+                })
+            },
+        )
         .await
     }
 
     /// The small blob `descriptor` names, with size and digest checked.
-    pub(super) async fn small_blob(&self, what: &str, descriptor: &Descriptor, limit: u64) -> ImageResult<Vec<u8>> {
+    pub(super) async fn small_blob(
+        &self,
+        what: &str,
+        descriptor: &Descriptor,
+        limit: u64,
+    ) -> ImageResult<Vec<u8>> {
         if descriptor.size > limit {
-            return Err(ImageError::TooLarge { what: what.into(), limit, unit: "bytes" });
+            return Err(ImageError::TooLarge {
+                what: what.into(),
+                limit,
+                unit: "bytes",
+            });
         }
-        self.on_hosts(what, |host| host.pull, async |host| {
-            let path = format!("blobs/{}", descriptor.digest);
-            let response = self.get(host, &path, what, "*/*", 0).await?;
-            let bytes = http::body(response, limit, &host.name, what).await?;
-            let digest = Digest::of(&bytes);
-            if bytes.len() as u64 != descriptor.size || digest != descriptor.digest {
-                let show = |d: &Digest, size| format!("{d} ({size} bytes)");
-                return Err(ImageError::corrupt(
-                    format!("{what} from {}", host.name),
-                    show(&descriptor.digest, descriptor.size),
-                    show(&digest, bytes.len() as u64),
-                ));
-            }
-            Ok(bytes)
-        })
+        self.on_hosts(
+            what,
+            |host| host.pull,
+            async |host| {
+                let path = format!("blobs/{}", descriptor.digest);
+                let response = self.get(host, &path, what, "*/*", 0).await?;
+                let bytes = http::body(response, limit, &host.name, what).await?;
+                let digest = Digest::of(&bytes);
+                if bytes.len() as u64 != descriptor.size || digest != descriptor.digest {
+                    let show = |d: &Digest, size| format!("{d} ({size} bytes)");
+                    return Err(ImageError::corrupt(
+                        format!("{what} from {}", host.name),
+                        show(&descriptor.digest, descriptor.size),
+                        show(&digest, bytes.len() as u64),
+                    ));
+                }
+                Ok(bytes)
+            },
+        )
         .await
     }
 
     /// Opens the blob at `offset`. `turn` rotates the hosts, so that one that keeps failing isn't asked first for ever.
-    pub(super) async fn blob(&self, digest: &Digest, offset: u64, turn: usize) -> ImageResult<BlobStream> {
+    pub(super) async fn blob(
+        &self,
+        digest: &Digest,
+        offset: u64,
+        turn: usize,
+    ) -> ImageResult<BlobStream> {
         let what = format!("blob {digest} of {}", self.reference.name());
         let path = format!("blobs/{digest}");
         let pullers: Vec<&RegistryHost> = self.hosts.iter().filter(|h| h.pull).collect();
         let mut failures = Vec::new();
         for at in 0..pullers.len() {
             let host = pullers[(at + turn) % pullers.len()];
-            match self.get(host, &path, &what, "*/*", offset).await.and_then(|r| blob_stream(host, r, offset, &what)) {
+            match self
+                .get(host, &path, &what, "*/*", offset)
+                .await
+                .and_then(|r| blob_stream(host, r, offset, &what))
+            {
                 Ok(stream) => return Ok(stream),
                 Err(e) => failures.push(e),
             }
@@ -155,7 +208,14 @@ impl Session {
     }
 
     /// One GET below the repository, with the answer to a challenge.
-    async fn get(&self, host: &RegistryHost, path: &str, what: &str, accept: &str, offset: u64) -> ImageResult<Response> {
+    async fn get(
+        &self,
+        host: &RegistryHost,
+        path: &str,
+        what: &str,
+        accept: &str,
+        offset: u64,
+    ) -> ImageResult<Response> {
         let url = self.url(host, path)?;
         let mut public = HeaderMap::new();
         if let Ok(accept) = HeaderValue::from_str(accept) {
@@ -179,19 +239,44 @@ impl Session {
                 401 if !challenged && answer.same_origin => {
                     challenged = true;
                     let scope = format!("repository:{}:pull", self.reference.path());
-                    let asked = auth::Asked { client: &host.client, url: &url, host: &host.name, what, scope: &scope };
-                    let token = auth::answer(&asked, answer.response.headers(), self.auth.as_ref()).await?;
+                    let asked = auth::Asked {
+                        client: &host.client,
+                        url: &url,
+                        host: &host.name,
+                        what,
+                        scope: &scope,
+                    };
+                    let token =
+                        auth::answer(&asked, answer.response.headers(), self.auth.as_ref()).await?;
                     self.tokens_lock().insert(host.name.clone(), token);
                 }
                 401 | 403 => {
                     let said = http::error_text(answer, &host.name).await;
-                    let reason = if said.is_empty() { format!("status {status}") } else { said };
-                    return Err(ImageError::Unauthorized { host: host.name.clone(), what: what.into(), reason });
+                    let reason = if said.is_empty() {
+                        format!("status {status}")
+                    } else {
+                        said
+                    };
+                    return Err(ImageError::Unauthorized {
+                        host: host.name.clone(),
+                        what: what.into(),
+                        reason,
+                    });
                 }
-                404 => return Err(ImageError::NotFound { what: what.into(), host: Some(host.name.clone()) }),
+                404 => {
+                    return Err(ImageError::NotFound {
+                        what: what.into(),
+                        host: Some(host.name.clone()),
+                    });
+                }
                 status => {
                     let message = http::error_text(answer, &host.name).await;
-                    return Err(ImageError::Status { host: host.name.clone(), what: what.into(), status, message });
+                    return Err(ImageError::Status {
+                        host: host.name.clone(),
+                        what: what.into(),
+                        status,
+                        message,
+                    });
                 }
             }
         }
@@ -199,10 +284,15 @@ impl Session {
 
     fn url(&self, host: &RegistryHost, path: &str) -> ImageResult<Url> {
         let mut url = host.base.clone();
-        url.set_path(&format!("{}/{}/{path}", host.base.path(), self.reference.path()));
+        url.set_path(&format!(
+            "{}/{}/{path}",
+            host.base.path(),
+            self.reference.path()
+        ));
         if host.mirror {
             // containerd's way to tell a mirror of many registries which one is meant.
-            url.query_pairs_mut().append_pair("ns", self.reference.domain());
+            url.query_pairs_mut()
+                .append_pair("ns", self.reference.domain());
         }
         Ok(url)
     }
@@ -213,14 +303,28 @@ impl Session {
     }
 
     fn tokens_lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, HeaderValue>> {
-        self.tokens.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.tokens
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 }
 
-fn blob_stream(host: &RegistryHost, response: Response, offset: u64, what: &str) -> ImageResult<BlobStream> {
+fn blob_stream(
+    host: &RegistryHost,
+    response: Response,
+    offset: u64,
+    what: &str,
+) -> ImageResult<BlobStream> {
     let skip = if response.status().as_u16() == 206 {
-        let range = response.headers().get(CONTENT_RANGE).and_then(|v| v.to_str().ok()).unwrap_or("");
-        let start = range.strip_prefix("bytes ").and_then(|r| r.split('-').next()).and_then(|s| s.trim().parse().ok());
+        let range = response
+            .headers()
+            .get(CONTENT_RANGE)
+            .and_then(|v| v.to_str().ok())
+            .unwrap_or("");
+        let start = range
+            .strip_prefix("bytes ")
+            .and_then(|r| r.split('-').next())
+            .and_then(|s| s.trim().parse().ok());
         if start != Some(offset) {
             return Err(ImageError::Protocol {
                 host: host.name.clone(),
@@ -232,13 +336,20 @@ fn blob_stream(host: &RegistryHost, response: Response, offset: u64, what: &str)
     } else {
         offset
     };
-    Ok(BlobStream { host: host.name.clone(), response, skip })
+    Ok(BlobStream {
+        host: host.name.clone(),
+        response,
+        skip,
+    })
 }
 
 /// Whether the credentials are meant for `domain`.
 fn applies(auth: &RegistryAuth, domain: &str) -> bool {
     let address = auth.server_address.trim();
-    let address = address.strip_prefix("https://").or(address.strip_prefix("http://")).unwrap_or(address);
+    let address = address
+        .strip_prefix("https://")
+        .or(address.strip_prefix("http://"))
+        .unwrap_or(address);
     let host = address.split('/').next().unwrap_or(address);
     match host {
         "" => true,
@@ -250,21 +361,34 @@ fn applies(auth: &RegistryAuth, domain: &str) -> bool {
 /// A refused connection or an unknown name won't get better within a second.
 fn refused(error: &ImageError) -> bool {
     match error {
-        ImageError::Transport { source, .. } => {
-            source.downcast_ref::<reqwest::Error>().is_some_and(reqwest::Error::is_connect)
-        }
+        ImageError::Transport { source, .. } => source
+            .downcast_ref::<reqwest::Error>()
+            .is_some_and(reqwest::Error::is_connect),
         _ => false,
     }
 }
 
 fn combine(what: &str, mut failures: Vec<ImageError>) -> ImageError {
     match failures.len() {
-        0 => ImageError::invalid(what, "no host of its registry configuration has the capability for it"),
+        0 => ImageError::invalid(
+            what,
+            "no host of its registry configuration has the capability for it",
+        ),
         1 => failures.remove(0),
         _ => {
-            let kind = failures.last().map_or(ImageErrorKind::Unavailable, ImageError::kind);
-            let attempts = failures.iter().map(ImageError::report).collect::<Vec<_>>().join("; ");
-            ImageError::AllHosts { what: what.to_owned(), attempts, kind }
+            let kind = failures
+                .last()
+                .map_or(ImageErrorKind::Unavailable, ImageError::kind);
+            let attempts = failures
+                .iter()
+                .map(ImageError::report)
+                .collect::<Vec<_>>()
+                .join("; ");
+            ImageError::AllHosts {
+                what: what.to_owned(),
+                attempts,
+                kind,
+            }
         }
     }
 }

@@ -20,19 +20,30 @@ const MAX_READ: u64 = 256 << 20;
 
 /// Creates `dir` and its parents with mode 0700.
 pub(super) fn private_dir(dir: &Path) -> ImageResult<()> {
-    DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|e| ImageError::io("creating", dir, e))
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .map_err(|e| ImageError::io("creating", dir, e))
 }
 
 /// Takes the store's lock without waiting.
 pub(super) fn lock(dir: &Path) -> ImageResult<File> {
     let path = dir.join("lock");
     let failed = |e| ImageError::io("locking", &path, e);
-    let file = OpenOptions::new().create(true).write(true).truncate(false).mode(0o600).open(&path).map_err(failed)?;
+    let file = OpenOptions::new()
+        .create(true)
+        .write(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(&path)
+        .map_err(failed)?;
     match file.try_lock() {
         Ok(()) => Ok(file),
-        Err(fs::TryLockError::WouldBlock) => {
-            Err(ImageError::Config { path, reason: "another process has this image store open".into() })
-        }
+        Err(fs::TryLockError::WouldBlock) => Err(ImageError::Config {
+            path,
+            reason: "another process has this image store open".into(),
+        }),
         Err(fs::TryLockError::Error(e)) => Err(failed(e)),
     }
 }
@@ -46,7 +57,9 @@ pub(super) fn read(path: &Path) -> ImageResult<Option<Vec<u8>>> {
         Err(e) => return Err(failed(e)),
     };
     let mut bytes = Vec::new();
-    file.take(MAX_READ).read_to_end(&mut bytes).map_err(failed)?;
+    file.take(MAX_READ)
+        .read_to_end(&mut bytes)
+        .map_err(failed)?;
     Ok(Some(bytes))
 }
 
@@ -55,7 +68,10 @@ pub(super) fn write_atomic(path: &Path, bytes: &[u8]) -> ImageResult<()> {
     let failed = |e| ImageError::io("writing", path, e);
     let dir = path.parent().unwrap_or(Path::new("/"));
     // tempfile creates with 0600, and deletes on every way out but persist.
-    let mut file = tempfile::Builder::new().prefix(".tmp-").tempfile_in(dir).map_err(failed)?;
+    let mut file = tempfile::Builder::new()
+        .prefix(".tmp-")
+        .tempfile_in(dir)
+        .map_err(failed)?;
     file.write_all(bytes).map_err(failed)?;
     file.as_file().sync_all().map_err(failed)?;
     file.persist(path).map_err(|e| failed(e.error))?;
@@ -69,7 +85,9 @@ pub(super) fn rename_durably(from: &Path, to: &Path) -> ImageResult<()> {
 }
 
 fn sync_dir(dir: &Path) -> ImageResult<()> {
-    File::open(dir).and_then(|d| d.sync_all()).map_err(|e| ImageError::io("syncing", dir, e))
+    File::open(dir)
+        .and_then(|d| d.sync_all())
+        .map_err(|e| ImageError::io("syncing", dir, e))
 }
 
 /// Deletes the file, which may be gone.
@@ -95,14 +113,22 @@ pub(super) fn retain(dir: &Path, keep: impl Fn(&str) -> bool) -> ImageResult<()>
 pub(super) fn clean_ingest(dir: &Path) -> ImageResult<()> {
     let now = SystemTime::now();
     retain(dir, |name| {
-        let age = fs::metadata(dir.join(name)).and_then(|m| m.modified()).ok().and_then(|t| now.duration_since(t).ok());
+        let age = fs::metadata(dir.join(name))
+            .and_then(|m| m.modified())
+            .ok()
+            .and_then(|t| now.duration_since(t).ok());
         name.ends_with(PARTIAL) && age.is_none_or(|age| age < PARTIAL_AGE)
     })
 }
 
 /// Counts bytes and inodes below `dir`. What vanishes meanwhile isn't counted.
 pub(super) fn usage(dir: &Path) -> ImageResult<ImageFsInfo> {
-    let mut info = ImageFsInfo { path: dir.to_path_buf(), used_bytes: 0, inodes_used: 0, timestamp_ns: 0 };
+    let mut info = ImageFsInfo {
+        path: dir.to_path_buf(),
+        used_bytes: 0,
+        inodes_used: 0,
+        timestamp_ns: 0,
+    };
     let mut todo = vec![dir.to_path_buf()];
     while let Some(path) = todo.pop() {
         let entries = match fs::read_dir(&path) {
@@ -122,7 +148,9 @@ pub(super) fn usage(dir: &Path) -> ImageResult<ImageFsInfo> {
             }
         }
     }
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let now = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default();
     info.timestamp_ns = i64::try_from(now.as_nanos()).unwrap_or(i64::MAX);
     Ok(info)
 }

@@ -142,7 +142,9 @@ impl Store {
             let id = entry.id.clone();
             match store.load(entry) {
                 Ok(stored) => drop(images.insert(id, Arc::new(stored))),
-                Err(e) => tracing::warn!(image = %id, error = %e.report(), "image dropped from the store"),
+                Err(e) => {
+                    tracing::warn!(image = %id, error = %e.report(), "image dropped from the store")
+                }
             }
         }
         store.replace(images);
@@ -153,10 +155,15 @@ impl Store {
 
     fn parse_index(&self, bytes: &[u8]) -> ImageResult<Vec<IndexEntry>> {
         let path = self.index_path();
-        let file: IndexFile = serde_json::from_slice(bytes)
-            .map_err(|e| ImageError::Config { path: path.clone(), reason: format!("is no image index: {e}") })?;
+        let file: IndexFile = serde_json::from_slice(bytes).map_err(|e| ImageError::Config {
+            path: path.clone(),
+            reason: format!("is no image index: {e}"),
+        })?;
         if file.version != INDEX_VERSION {
-            let reason = format!("has version {}, this program writes {INDEX_VERSION}", file.version);
+            let reason = format!(
+                "has version {}, this program writes {INDEX_VERSION}",
+                file.version
+            );
             return Err(ImageError::Config { path, reason });
         }
         Ok(file.images)
@@ -169,17 +176,27 @@ impl Store {
         let path = self.blob_path(&id);
         let bytes = disk::read(&path)?.ok_or_else(|| bad("its config is gone".into()))?;
         if Digest::of(&bytes) != id {
-            return Err(ImageError::corrupt(format!("config {id}"), id.as_str(), Digest::of(&bytes).as_str()));
+            return Err(ImageError::corrupt(
+                format!("config {id}"),
+                id.as_str(),
+                Digest::of(&bytes).as_str(),
+            ));
         }
         let what = format!("config {id}");
-        let (config, diff_ids) = manifest::parse_config(&what, &bytes, entry.layers.len(), Platform::host())?;
+        let (config, diff_ids) =
+            manifest::parse_config(&what, &bytes, entry.layers.len(), Platform::host())?;
         let mut size_bytes = 0;
         for digest in &diff_ids {
-            size_bytes += self.layer(digest)?.ok_or_else(|| bad(format!("its layer {digest} is gone")))?.bytes;
+            size_bytes += self
+                .layer(digest)?
+                .ok_or_else(|| bad(format!("its layer {digest} is gone")))?
+                .bytes;
         }
         for blob in &entry.blobs {
             let blob = Digest::parse(blob).map_err(bad)?;
-            size_bytes += std::fs::metadata(self.blob_path(&blob)).map(|m| m.len()).unwrap_or(0);
+            size_bytes += std::fs::metadata(self.blob_path(&blob))
+                .map(|m| m.len())
+                .unwrap_or(0);
         }
         let record = ImageRecord {
             id: entry.id.clone(),
@@ -213,10 +230,17 @@ impl Store {
             |stored| stored.entry.clone(),
         );
         entry.digests.insert(new.reference.with_digest(&new.target));
-        entry.blobs.extend(new.documents.iter().chain([&new.config]).map(|(d, _)| d.to_string()));
+        entry.blobs.extend(
+            new.documents
+                .iter()
+                .chain([&new.config])
+                .map(|(d, _)| d.to_string()),
+        );
         if new.reference.tag().is_some() {
             let tag = new.reference.to_string();
-            let owner = images.iter().find(|(i, s)| **i != id && s.entry.tags.contains(&tag));
+            let owner = images
+                .iter()
+                .find(|(i, s)| **i != id && s.entry.tags.contains(&tag));
             if let Some((owner, stored)) = owner.map(|(i, s)| (i.clone(), s.clone())) {
                 let mut left = stored.entry.clone();
                 left.tags.remove(&tag);
@@ -234,11 +258,16 @@ impl Store {
     /// Removes the image with every reference to it, and the files no other image needs. False if it isn't there. Blocks.
     pub(super) fn remove(&self, what: &str) -> ImageResult<bool> {
         let _writer = self.writer();
-        let Some(record) = self.find(what) else { return Ok(false) };
+        let Some(record) = self.find(what) else {
+            return Ok(false);
+        };
         {
             let mut uses = self.uses();
             if let Some(holders) = uses.holds.get(&record.id) {
-                return Err(ImageError::InUse { image: record.id, holders: holders.iter().cloned().collect() });
+                return Err(ImageError::InUse {
+                    image: record.id,
+                    holders: holders.iter().cloned().collect(),
+                });
             }
             uses.removing.insert(record.id.clone());
         }
@@ -257,8 +286,14 @@ impl Store {
     /// Deletes layers and blobs that no image and no pull under way needs. Blocks; the caller has `writer` or is `open`.
     fn collect(&self) -> ImageResult<()> {
         let images = self.snapshot();
-        let layers: HashSet<&str> = images.values().flat_map(|s| s.entry.layers.iter().map(|l| hex_of(l))).collect();
-        let blobs: HashSet<&str> = images.values().flat_map(|s| s.entry.blobs.iter().map(|b| hex_of(b))).collect();
+        let layers: HashSet<&str> = images
+            .values()
+            .flat_map(|s| s.entry.layers.iter().map(|l| hex_of(l)))
+            .collect();
+        let blobs: HashSet<&str> = images
+            .values()
+            .flat_map(|s| s.entry.blobs.iter().map(|b| hex_of(b)))
+            .collect();
         disk::retain(&self.dir.join("blobs/sha256"), |name| blobs.contains(name))?;
         // The lock stays while files go: a pull that takes a lease looks for its layers after it has it.
         let uses = self.uses();
@@ -276,7 +311,9 @@ impl Store {
         let uses = self.uses();
         for layer in layers {
             let needed = uses.leases.contains_key(layer.as_str())
-                || images.values().any(|s| s.entry.layers.iter().any(|l| l == layer.as_str()));
+                || images
+                    .values()
+                    .any(|s| s.entry.layers.iter().any(|l| l == layer.as_str()));
             if !needed {
                 disk::delete(&self.layer_path(layer))?;
             }
@@ -292,14 +329,21 @@ impl Store {
             *uses.leases.entry(layer.clone()).or_default() += 1;
         }
         drop(uses);
-        Lease { store: self.clone(), layers }
+        Lease {
+            store: self.clone(),
+            layers,
+        }
     }
 
     /// The layer's file, if it is there.
     pub(super) fn layer(&self, diff_id: &Digest) -> ImageResult<Option<LayerFile>> {
         let path = self.layer_path(diff_id);
         match std::fs::metadata(&path) {
-            Ok(meta) => Ok(Some(LayerFile { diff_id: diff_id.to_string(), path, bytes: meta.len() })),
+            Ok(meta) => Ok(Some(LayerFile {
+                diff_id: diff_id.to_string(),
+                path,
+                bytes: meta.len(),
+            })),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(ImageError::io("looking at", &path, e)),
         }
@@ -318,13 +362,18 @@ impl Store {
     /// By ID (whole, or a unique beginning of its hex digits), tag or digest reference.
     pub(super) fn find(&self, what: &str) -> Option<ImageRecord> {
         let images = self.snapshot();
-        let id = if what.starts_with("sha256:") { what.to_owned() } else { format!("sha256:{what}") };
+        let id = if what.starts_with("sha256:") {
+            what.to_owned()
+        } else {
+            format!("sha256:{what}")
+        };
         if let Some(stored) = images.get(&id) {
             return Some(stored.record.clone());
         }
         if let Ok(reference) = Reference::parse(what) {
             let name = reference.to_string();
-            let named = |s: &&Arc<Stored>| s.entry.tags.contains(&name) || s.entry.digests.contains(&name);
+            let named =
+                |s: &&Arc<Stored>| s.entry.tags.contains(&name) || s.entry.digests.contains(&name);
             if let Some(stored) = images.values().find(named) {
                 return Some(stored.record.clone());
             }
@@ -332,7 +381,9 @@ impl Store {
         if id.len() == "sha256:".len() {
             return None;
         }
-        let mut starting = images.range(id.clone()..).take_while(|(i, _)| i.starts_with(&id));
+        let mut starting = images
+            .range(id.clone()..)
+            .take_while(|(i, _)| i.starts_with(&id));
         match (starting.next(), starting.next()) {
             (Some((_, stored)), None) => Some(stored.record.clone()),
             _ => None,
@@ -341,13 +392,19 @@ impl Store {
 
     /// Keeps the image `what` until `holder` releases it; holding twice is holding once.
     pub(super) fn hold(&self, what: &str, holder: &str) -> ImageResult<ImageRecord> {
-        let not_found = || ImageError::NotFound { what: format!("image {what}"), host: None };
+        let not_found = || ImageError::NotFound {
+            what: format!("image {what}"),
+            host: None,
+        };
         let mut uses = self.uses();
         let record = self.find(what).ok_or_else(not_found)?;
         if uses.removing.contains(&record.id) {
             return Err(not_found());
         }
-        uses.holds.entry(record.id.clone()).or_default().insert(holder.to_owned());
+        uses.holds
+            .entry(record.id.clone())
+            .or_default()
+            .insert(holder.to_owned());
         Ok(record)
     }
 
@@ -373,9 +430,13 @@ impl Store {
     }
 
     fn save(&self, images: &Images) -> ImageResult<()> {
-        let file = IndexFile { version: INDEX_VERSION, images: images.values().map(|s| s.entry.clone()).collect() };
+        let file = IndexFile {
+            version: INDEX_VERSION,
+            images: images.values().map(|s| s.entry.clone()).collect(),
+        };
         let path = self.index_path();
-        let json = serde_json::to_vec_pretty(&file).map_err(|e| ImageError::io("encoding", &path, e.into()))?;
+        let json = serde_json::to_vec_pretty(&file)
+            .map_err(|e| ImageError::io("encoding", &path, e.into()))?;
         disk::write_atomic(&path, &json)
     }
 
@@ -388,11 +449,16 @@ impl Store {
     }
 
     fn layer_path(&self, digest: &Digest) -> PathBuf {
-        self.dir.join("layers/sha256").join(format!("{}.erofs", digest.hex()))
+        self.dir
+            .join("layers/sha256")
+            .join(format!("{}.erofs", digest.hex()))
     }
 
     fn snapshot(&self) -> Arc<Images> {
-        self.images.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.images
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     fn replace(&self, images: Images) {
