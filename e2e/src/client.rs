@@ -46,8 +46,14 @@ impl Cri {
 }
 
 /// The answer's content, or the status in words.
-pub fn answer<T>(what: &str, answer: std::result::Result<tonic::Response<T>, tonic::Status>) -> Result<T> {
-    answer.map(tonic::Response::into_inner).map_err(|s| status_failure(&s)).during(what)
+pub fn answer<T>(
+    what: &str,
+    answer: std::result::Result<tonic::Response<T>, tonic::Status>,
+) -> Result<T> {
+    answer
+        .map(tonic::Response::into_inner)
+        .map_err(|s| status_failure(&s))
+        .during(what)
 }
 
 /// A status as a failure.

@@ -38,9 +38,21 @@ impl Stage {
 /// Makes the namespaces, runs this same command line in them and gives its exit code. Removes the scratch directory.
 pub fn enter() -> Result<ExitCode> {
     // Short, because unix socket paths end at 107 bytes.
-    let scratch = tempfile::Builder::new().prefix("bx-").rand_bytes(4).tempdir_in("/tmp")?;
+    let scratch = tempfile::Builder::new()
+        .prefix("bx-")
+        .rand_bytes(4)
+        .tempdir_in("/tmp")?;
     let status = Command::new("unshare")
-        .args(["--mount", "--net", "--pid", "--ipc", "--uts", "--fork", "--kill-child", "--mount-proc"])
+        .args([
+            "--mount",
+            "--net",
+            "--pid",
+            "--ipc",
+            "--uts",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+        ])
         .args(["--propagation", "private", "--"])
         .arg(std::env::current_exe()?)
         .args(std::env::args_os().skip(1))
@@ -76,12 +88,19 @@ pub fn scratch() -> PathBuf {
 }
 
 fn exit_code(code: Option<i32>) -> ExitCode {
-    code.and_then(|c| u8::try_from(c).ok()).map_or(ExitCode::FAILURE, ExitCode::from)
+    code.and_then(|c| u8::try_from(c).ok())
+        .map_or(ExitCode::FAILURE, ExitCode::from)
 }
 
 fn prepare() -> Result {
     // A node's mounts are shared; pods' volumes and the shims' slave namespaces rely on it.
-    mount(None, "/".as_ref(), None, MsFlags::MS_SHARED | MsFlags::MS_REC, None)?;
+    mount(
+        None,
+        "/".as_ref(),
+        None,
+        MsFlags::MS_SHARED | MsFlags::MS_REC,
+        None,
+    )?;
     tmpfs(&scratch(), "mode=0755,size=75%")?;
     for dir in ["/run/netns", "/var/lib/cni", "/run/boxlite"] {
         std::fs::create_dir_all(dir)?;
@@ -93,11 +112,24 @@ fn prepare() -> Result {
 }
 
 fn tmpfs(target: &Path, options: &str) -> Result {
-    mount(Some("tmpfs"), target, Some("tmpfs"), MsFlags::empty(), Some(options))
+    mount(
+        Some("tmpfs"),
+        target,
+        Some("tmpfs"),
+        MsFlags::empty(),
+        Some(options),
+    )
 }
 
-fn mount(source: Option<&str>, target: &Path, kind: Option<&str>, flags: MsFlags, data: Option<&str>) -> Result {
-    nix::mount::mount(source, target, kind, flags, data).during(format!("mount {}", target.display()))
+fn mount(
+    source: Option<&str>,
+    target: &Path,
+    kind: Option<&str>,
+    flags: MsFlags,
+    data: Option<&str>,
+) -> Result {
+    nix::mount::mount(source, target, kind, flags, data)
+        .during(format!("mount {}", target.display()))
 }
 
 /// Runs a program to its end; its standard error is part of the failure.

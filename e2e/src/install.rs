@@ -66,7 +66,10 @@ impl Install {
             &install.registry,
         ] {
             if !path.exists() {
-                bail!("{} is missing: `make build` makes or installs it", path.display());
+                bail!(
+                    "{} is missing: `make build` makes or installs it",
+                    path.display()
+                );
             }
         }
         Ok(Self {

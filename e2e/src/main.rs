@@ -1,2 +1,94 @@
-//! Placeholder of the first commit; its owner replaces it.
-fn main() {}
+//! boxlite-e2e: black-box tests, demo and bench of boxlite-cri on real VMs.
+//!
+//! It knows the product by its programs, its CRI socket, its configuration file and the file system, and shares no code
+//! with it: the CRI types are those of the crate k8s-cri. The whole program runs in namespaces of its own ([`enclave`]).
+
+#![forbid(unsafe_code)]
+
+mod cases;
+mod client;
+mod demo;
+mod enclave;
+mod image;
+mod install;
+mod leak;
+mod logs;
+mod node;
+mod outcome;
+mod pod;
+mod runner;
+#[cfg(test)]
+mod tidy;
+mod wait;
+mod world;
+
+use clap::{Parser, Subcommand};
+use enclave::Stage;
+use std::process::ExitCode;
+
+#[derive(Parser)]
+#[command(about = "Black-box tests, demo and bench of boxlite-cri")]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Shows a pod from pull to removal.
+    Demo,
+    /// Runs the end-to-end suite in one home.
+    Test {
+        /// Which VMM.
+        #[arg(long, value_enum, default_value = "qemu")]
+        home: world::Home,
+        /// Only cases whose name contains this.
+        #[arg(long, default_value = "")]
+        filter: String,
+        /// Prints the names and ends.
+        #[arg(long)]
+        list: bool,
+    },
+    /// Ratios against a bare boot of the same VMM and kernel.
+    Bench,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let result = match Stage::current() {
+        Stage::Outside => enclave::enter(),
+        Stage::Init => enclave::reap(),
+        Stage::Inside => work(args),
+    };
+    result.unwrap_or_else(|failure| {
+        eprintln!("boxlite-e2e: {failure}");
+        ExitCode::FAILURE
+    })
+}
+
+fn work(args: Args) -> outcome::Result<ExitCode> {
+    // reqwest is built without a TLS provider of its own choice.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?;
+    let good = match args.command {
+        Command::Demo => runtime.block_on(demo::run())?,
+        Command::Bench => bail!("not here yet"),
+        Command::Test { list: true, .. } => {
+            for case in cases::all() {
+                println!("{}", case.name());
+            }
+            true
+        }
+        Command::Test { home, filter, .. } => {
+            runtime.block_on(runner::run(home, &filter, cases::all()))?
+        }
+    };
+    Ok(if good {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}

@@ -21,7 +21,10 @@ where
             Err(seen) => seen,
         };
         if start.elapsed() > limit {
-            bail!("{what}: not within {:.1} s; last seen: {seen}", limit.as_secs_f64());
+            bail!(
+                "{what}: not within {:.1} s; last seen: {seen}",
+                limit.as_secs_f64()
+            );
         }
         tokio::time::sleep(PAUSE).await;
     }

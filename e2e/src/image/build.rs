@@ -114,8 +114,9 @@ impl Image {
             Format::Oci => "application/vnd.oci.image.index.v1+json",
             Format::Docker => "application/vnd.docker.distribution.manifest.list.v2+json",
         };
-        let bytes =
-            serde_json::to_vec(&json!({"schemaVersion": 2, "mediaType": kind, "manifests": [first, own]}))?;
+        let bytes = serde_json::to_vec(
+            &json!({"schemaVersion": 2, "mediaType": kind, "manifests": [first, own]}),
+        )?;
         Ok(Blob {
             kind: kind.into(),
             bytes,

@@ -10,15 +10,31 @@ use std::path::Path;
 const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\nwww-data:x:33:33:www-data:/var/www:/bin/sh\n\
     app:x:1000:1000:app:/home/app:/bin/sh\n";
 /// `/etc/group` of the image: `app` is in two more groups.
-const GROUP: &str = "root:x:0:\nwww-data:x:33:\napp:x:1000:\nextra:x:50000:app\nmore:x:50001:app,www-data\n";
+const GROUP: &str =
+    "root:x:0:\nwww-data:x:33:\napp:x:1000:\nextra:x:50000:app\nmore:x:50001:app,www-data\n";
 
 /// The layer, compressed as asked.
 pub fn layer(busybox: &Path, compression: Compression) -> Result<Layer> {
     let mut tar = LayerTar::default();
-    for dir in ["bin", "etc", "lib", "lib/x86_64-linux-gnu", "lib64", "usr", "usr/bin", "var", "var/www", "proc", "sys", "dev"] {
+    for dir in [
+        "bin",
+        "etc",
+        "lib",
+        "lib/x86_64-linux-gnu",
+        "lib64",
+        "usr",
+        "usr/bin",
+        "var",
+        "var/www",
+        "proc",
+        "sys",
+        "dev",
+    ] {
         tar.dir(dir, 0o755)?;
     }
-    tar.dir("tmp", 0o1777)?.dir("root", 0o700)?.dir("home", 0o755)?;
+    tar.dir("tmp", 0o1777)?
+        .dir("root", 0o700)?
+        .dir("home", 0o755)?;
     tar.owned_dir("home/app", 0o755, (1000, 1000))?;
     let program = std::fs::read(busybox).during(busybox.display())?;
     tar.file("bin/busybox", 0o755, &program)?;

@@ -72,7 +72,10 @@ impl Front {
             upstream: upstream.to_owned(),
             host: host.clone(),
             guard,
-            faults: faults.into_iter().map(|(path, fault)| (path.to_owned(), fault)).collect(),
+            faults: faults
+                .into_iter()
+                .map(|(path, fault)| (path.to_owned(), fault))
+                .collect(),
             seen: BTreeMap::new(),
         }));
         let shared = rules.clone();
@@ -89,14 +92,28 @@ impl Front {
 
     /// How many GETs whose path contains `part` reached the registry.
     pub fn count(&self, part: &str) -> usize {
-        let rules = self.rules.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        rules.seen.iter().filter(|(path, _)| path.contains(part)).map(|(_, n)| n).sum()
+        let rules = self
+            .rules
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        rules
+            .seen
+            .iter()
+            .filter(|(path, _)| path.contains(part))
+            .map(|(_, n)| n)
+            .sum()
     }
 
     /// From now on these faults and no others.
     pub fn set_faults(&self, faults: Vec<(&str, Fault)>) {
-        let mut rules = self.rules.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        rules.faults = faults.into_iter().map(|(path, fault)| (path.to_owned(), fault)).collect();
+        let mut rules = self
+            .rules
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        rules.faults = faults
+            .into_iter()
+            .map(|(path, fault)| (path.to_owned(), fault))
+            .collect();
     }
 }
 
@@ -111,7 +128,10 @@ impl Rules {
     fn judge(&mut self, method: &str, path: &str, head: &str) -> Verdict {
         let authorization = head
             .lines()
-            .find_map(|l| l.split_once(':').filter(|(k, _)| k.eq_ignore_ascii_case("authorization")))
+            .find_map(|l| {
+                l.split_once(':')
+                    .filter(|(k, _)| k.eq_ignore_ascii_case("authorization"))
+            })
             .map(|(_, v)| v.trim().to_owned())
             .unwrap_or_default();
         match &self.guard {
@@ -122,23 +142,36 @@ impl Rules {
             }
             Guard::Bearer(secret) if path.starts_with("/token") => {
                 if secret.is_empty() || authorization == format!("Basic {secret}") {
-                    return Verdict::Answer(answer(200, "", &format!("{{\"token\":\"{TOKEN}\",\"expires_in\":300}}")));
+                    return Verdict::Answer(answer(
+                        200,
+                        "",
+                        &format!("{{\"token\":\"{TOKEN}\",\"expires_in\":300}}"),
+                    ));
                 }
                 return Verdict::Answer(answer(401, "", "{}"));
             }
             Guard::Bearer(_) if authorization == format!("Bearer {TOKEN}") => {}
             Guard::Bearer(_) => {
-                let realm = format!("Bearer realm=\"http://{}/token\",service=\"e2e\"", self.host);
+                let realm = format!(
+                    "Bearer realm=\"http://{}/token\",service=\"e2e\"",
+                    self.host
+                );
                 return Verdict::Answer(unauthorized(&realm));
             }
         }
-        let fault = self.faults.iter_mut().find(|(part, _)| path.contains(part.as_str()));
+        let fault = self
+            .faults
+            .iter_mut()
+            .find(|(part, _)| path.contains(part.as_str()));
         let fault = match fault {
             Some((_, Fault::Status(code))) => return Verdict::Answer(answer(*code, "", "")),
             Some((_, Fault::Hang)) => return Verdict::Hang,
             Some((_, Fault::Cut { after, times })) if *times > 0 && method == "GET" => {
                 *times -= 1;
-                Some(Fault::Cut { after: *after, times: 0 })
+                Some(Fault::Cut {
+                    after: *after,
+                    times: 0,
+                })
             }
             Some((_, Fault::Corrupt)) if method == "GET" => Some(Fault::Corrupt),
             _ => None,
@@ -178,9 +211,14 @@ async fn head(stream: &mut TcpStream) -> Result<(String, Vec<u8>)> {
 async fn serve(mut client: TcpStream, rules: Arc<Mutex<Rules>>) -> Result {
     let (request, _) = head(&mut client).await?;
     let mut words = request.split_whitespace();
-    let (method, path) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+    let (method, path) = (
+        words.next().unwrap_or_default(),
+        words.next().unwrap_or_default(),
+    );
     let (verdict, upstream) = {
-        let mut rules = rules.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut rules = rules
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         (rules.judge(method, path, &request), rules.upstream.clone())
     };
     let fault = match verdict {
@@ -205,7 +243,9 @@ async fn serve(mut client: TcpStream, rules: Arc<Mutex<Rules>>) -> Result {
             !name.eq_ignore_ascii_case("connection") && !name.eq_ignore_ascii_case("authorization")
         })
         .collect();
-    server.write_all(format!("{}\r\nconnection: close\r\n\r\n", kept.join("\r\n")).as_bytes()).await?;
+    server
+        .write_all(format!("{}\r\nconnection: close\r\n\r\n", kept.join("\r\n")).as_bytes())
+        .await?;
     let (response, mut body) = head(&mut server).await?;
     client.write_all(response.as_bytes()).await?;
     match fault {

@@ -65,7 +65,13 @@ impl LayerTar {
     }
 
     /// A regular file of this user and group.
-    pub fn owned_file(&mut self, path: &str, mode: u32, owner: (u64, u64), content: &[u8]) -> Result<&mut Self> {
+    pub fn owned_file(
+        &mut self,
+        path: &str,
+        mode: u32,
+        owner: (u64, u64),
+        content: &[u8],
+    ) -> Result<&mut Self> {
         let mut header = Self::header(EntryType::Regular, mode, content.len() as u64);
         header.set_uid(owner.0);
         header.set_gid(owner.1);
@@ -128,7 +134,13 @@ impl LayerTar {
     }
 
     /// An entry whose name and link target are written byte by byte, whatever they are. At most 100 bytes each.
-    pub fn raw(&mut self, kind: EntryType, name: &str, target: &str, content: &[u8]) -> Result<&mut Self> {
+    pub fn raw(
+        &mut self,
+        kind: EntryType,
+        name: &str,
+        target: &str,
+        content: &[u8],
+    ) -> Result<&mut Self> {
         let mut header = Self::header(kind, 0o644, content.len() as u64);
         let old = header.as_old_mut();
         old.name[..name.len()].copy_from_slice(name.as_bytes());
@@ -145,7 +157,8 @@ impl LayerTar {
         let blob = match compression {
             Compression::Plain => tar,
             Compression::Gzip => {
-                let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+                let mut encoder =
+                    flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
                 encoder.write_all(&tar)?;
                 encoder.finish()?
             }

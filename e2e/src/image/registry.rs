@@ -44,7 +44,8 @@ impl Registry {
                 dir.display()
             ));
             let path = dir.join("ca.crt");
-            client = client.tls_certs_only([reqwest::Certificate::from_pem(&std::fs::read(&path)?)?]);
+            client =
+                client.tls_certs_only([reqwest::Certificate::from_pem(&std::fs::read(&path)?)?]);
             ca = Some(path);
         }
         let file = dir.join("config.yml");
@@ -94,11 +95,14 @@ impl Registry {
         };
         let foreign_manifest = foreign.manifest()?;
         self.push_blobs(name, &foreign).await?;
-        self.put_manifest(name, &digest(&foreign_manifest.bytes), &foreign_manifest).await?;
+        self.put_manifest(name, &digest(&foreign_manifest.bytes), &foreign_manifest)
+            .await?;
         self.push_blobs(name, image).await?;
         let manifest = image.manifest()?;
-        self.put_manifest(name, &digest(&manifest.bytes), &manifest).await?;
-        self.put_manifest(name, tag, &image.index(&foreign_manifest)?).await
+        self.put_manifest(name, &digest(&manifest.bytes), &manifest)
+            .await?;
+        self.put_manifest(name, tag, &image.index(&foreign_manifest)?)
+            .await
     }
 
     async fn push_blobs(&self, name: &str, image: &Image) -> Result {
@@ -111,21 +115,42 @@ impl Registry {
     /// Puts bytes under their digest.
     pub async fn put_blob(&self, name: &str, bytes: &[u8]) -> Result {
         let digest = digest(bytes);
-        let there = self.client.head(self.url(&format!("{name}/blobs/{digest}"))).send().await?;
+        let there = self
+            .client
+            .head(self.url(&format!("{name}/blobs/{digest}")))
+            .send()
+            .await?;
         if there.status().is_success() {
             return Ok(());
         }
-        let begun = self.client.post(self.url(&format!("{name}/blobs/uploads/"))).send().await?;
-        let location = begun.headers().get("location").and_then(|l| l.to_str().ok()).unwrap_or_default();
+        let begun = self
+            .client
+            .post(self.url(&format!("{name}/blobs/uploads/")))
+            .send()
+            .await?;
+        let location = begun
+            .headers()
+            .get("location")
+            .and_then(|l| l.to_str().ok())
+            .unwrap_or_default();
         let joint = if location.contains('?') { '&' } else { '?' };
         let url = format!("{location}{joint}digest={digest}");
         let answer = self.client.put(url).body(bytes.to_vec()).send().await?;
-        ensure!(answer.status().is_success(), "pushing a blob of {name}: {}", answer.status());
+        ensure!(
+            answer.status().is_success(),
+            "pushing a blob of {name}: {}",
+            answer.status()
+        );
         Ok(())
     }
 
     /// Puts a manifest or index under a tag or digest; gives its digest.
-    pub async fn put_manifest(&self, name: &str, reference: &str, manifest: &Blob) -> Result<String> {
+    pub async fn put_manifest(
+        &self,
+        name: &str,
+        reference: &str,
+        manifest: &Blob,
+    ) -> Result<String> {
         let answer = self
             .client
             .put(self.url(&format!("{name}/manifests/{reference}")))
@@ -135,7 +160,10 @@ impl Registry {
             .await?;
         let status = answer.status();
         let text = answer.text().await.unwrap_or_default();
-        ensure!(status.is_success(), "pushing {name}:{reference}: {status} {text}");
+        ensure!(
+            status.is_success(),
+            "pushing {name}:{reference}: {status} {text}"
+        );
         Ok(digest(&manifest.bytes))
     }
 }
@@ -143,19 +171,69 @@ impl Registry {
 /// A CA and a server certificate for 127.0.0.1, by openssl.
 fn certificate(dir: &Path) -> Result {
     let at = |name: &str| dir.join(name).display().to_string();
-    let (ca, ca_key, key, csr, crt, ext) =
-        (at("ca.crt"), at("ca.key"), at("server.key"), at("server.csr"), at("server.crt"), at("ext"));
-    std::fs::write(&ext, "subjectAltName=IP:127.0.0.1,DNS:localhost\nextendedKeyUsage=serverAuth\n")?;
-    let curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"];
-    let mut authority = vec!["req", "-x509", "-subj", "/CN=boxlite test CA", "-days", "2", "-keyout", &ca_key, "-out", &ca];
+    let (ca, ca_key, key, csr, crt, ext) = (
+        at("ca.crt"),
+        at("ca.key"),
+        at("server.key"),
+        at("server.csr"),
+        at("server.crt"),
+        at("ext"),
+    );
+    std::fs::write(
+        &ext,
+        "subjectAltName=IP:127.0.0.1,DNS:localhost\nextendedKeyUsage=serverAuth\n",
+    )?;
+    let curve = [
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+        "-nodes",
+    ];
+    let mut authority = vec![
+        "req",
+        "-x509",
+        "-subj",
+        "/CN=boxlite test CA",
+        "-days",
+        "2",
+        "-keyout",
+        &ca_key,
+        "-out",
+        &ca,
+    ];
     authority.extend(curve);
     run("openssl", &authority)?;
-    let mut request = vec!["req", "-subj", "/CN=127.0.0.1", "-keyout", &key, "-out", &csr];
+    let mut request = vec![
+        "req",
+        "-subj",
+        "/CN=127.0.0.1",
+        "-keyout",
+        &key,
+        "-out",
+        &csr,
+    ];
     request.extend(curve);
     run("openssl", &request)?;
     run(
         "openssl",
-        &["x509", "-req", "-in", &csr, "-CA", &ca, "-CAkey", &ca_key, "-CAcreateserial", "-days", "2", "-extfile", &ext, "-out", &crt],
+        &[
+            "x509",
+            "-req",
+            "-in",
+            &csr,
+            "-CA",
+            &ca,
+            "-CAkey",
+            &ca_key,
+            "-CAcreateserial",
+            "-days",
+            "2",
+            "-extfile",
+            &ext,
+            "-out",
+            &crt,
+        ],
     )?;
     Ok(())
 }

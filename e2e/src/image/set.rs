@@ -40,14 +40,18 @@ impl ImageSet {
         );
         let base_digest = registry.push_index("base", "1", &base).await?;
         let mut second = LayerTar::default();
-        second.dir("opt", 0o755)?.file("opt/zstd", 0o644, b"from a zstd layer\n")?;
+        second
+            .dir("opt", 0o755)?
+            .file("opt/zstd", 0o644, b"from a zstd layer\n")?;
         let zstd = Image::new(
             vec![busybox.clone(), second.finish(Compression::Zstd)?],
             json!({"Cmd": ["sh"], "Env": ["PATH=/bin"]}),
         );
         registry.push("zstd", "1", &zstd).await?;
         let mut third = LayerTar::default();
-        third.dir("opt", 0o755)?.file("opt/docker", 0o644, b"from a docker manifest\n")?;
+        third
+            .dir("opt", 0o755)?
+            .file("opt/docker", 0o644, b"from a docker manifest\n")?;
         let mut docker = Image::new(
             vec![busybox.clone(), third.finish(Compression::Gzip)?],
             json!({"Cmd": ["sh"], "Env": ["PATH=/bin"]}),
@@ -77,20 +81,37 @@ impl ImageSet {
 /// Three layers above busybox that hide, replace and link.
 fn layered(busybox: &Layer) -> Result<Image> {
     let mut one = LayerTar::default();
-    one.dir("data", 0o755)?.file("data/gone", 0o644, b"must not be seen\n")?.file("data/stays", 0o600, b"one\n")?;
-    one.dir("opaque", 0o755)?.file("opaque/old", 0o644, b"must not be seen\n")?;
-    one.dir("dir-to-file", 0o755)?.file("dir-to-file/x", 0o644, b"")?.file("replaced", 0o644, b"old\n")?;
+    one.dir("data", 0o755)?
+        .file("data/gone", 0o644, b"must not be seen\n")?
+        .file("data/stays", 0o600, b"one\n")?;
+    one.dir("opaque", 0o755)?
+        .file("opaque/old", 0o644, b"must not be seen\n")?;
+    one.dir("dir-to-file", 0o755)?
+        .file("dir-to-file/x", 0o644, b"")?
+        .file("replaced", 0o644, b"old\n")?;
     let mut two = LayerTar::default();
-    two.whiteout("data", "gone")?.opaque("opaque")?.file("opaque/new", 0o644, b"new\n")?;
-    two.file("dir-to-file", 0o644, b"now a file\n")?.file("replaced", 0o755, b"new\n")?;
+    two.whiteout("data", "gone")?
+        .opaque("opaque")?
+        .file("opaque/new", 0o644, b"new\n")?;
+    two.file("dir-to-file", 0o644, b"now a file\n")?
+        .file("replaced", 0o755, b"new\n")?;
     let mut three = LayerTar::default();
-    three.dir("links", 0o755)?.file("links/a", 0o644, b"linked\n")?.hard_link("links/b", "links/a")?;
-    three.symlink("links/c", "a")?.symlink("links/absolute", "/data/stays")?;
-    three.xattr("user.e2e", b"value")?.file("links/xattr", 0o644, b"x")?;
+    three
+        .dir("links", 0o755)?
+        .file("links/a", 0o644, b"linked\n")?
+        .hard_link("links/b", "links/a")?;
+    three
+        .symlink("links/c", "a")?
+        .symlink("links/absolute", "/data/stays")?;
+    three
+        .xattr("user.e2e", b"value")?
+        .file("links/xattr", 0o644, b"x")?;
     three.char_device("links/null", 1, 3)?;
     three.owned_file("links/owned", 0o4755, (1000, 50_000), b"o\n")?;
     let big: Vec<u8> = (0..3_000_000_u32).flat_map(u32::to_le_bytes).collect();
-    three.file("links/big", 0o644, &big)?.file("links/holes", 0o644, &vec![0; 5_000_000])?;
+    three
+        .file("links/big", 0o644, &big)?
+        .file("links/holes", 0o644, &vec![0; 5_000_000])?;
     let long = format!("links/{}", "long-name-".repeat(20));
     three.file(&long, 0o644, b"long\n")?;
     let layers = vec![
@@ -99,5 +120,8 @@ fn layered(busybox: &Layer) -> Result<Image> {
         two.finish(Compression::Plain)?,
         three.finish(Compression::Zstd)?,
     ];
-    Ok(Image::new(layers, json!({"Cmd": ["sh"], "Env": ["PATH=/bin"]})))
+    Ok(Image::new(
+        layers,
+        json!({"Cmd": ["sh"], "Env": ["PATH=/bin"]}),
+    ))
 }

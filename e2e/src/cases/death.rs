@@ -1,0 +1,466 @@
+//! Death: kill -9 of the daemon at random moments loses nothing; kill -9 of a shim or a VMM is seen within 2 s and what
+//! is left is removed cleanly. Each on a node of its own, repeatedly.
+
+use crate::leak::Trace;
+use crate::logs;
+use crate::node::Node;
+use crate::outcome::Result;
+use crate::pod::{Pod, pod_spec, pull};
+use crate::runner::{Case, Shared, case};
+use crate::{ensure, same, wait};
+use k8s_cri::v1::*;
+use rand::Rng;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+pub fn cases() -> Vec<Case> {
+    vec![
+        case("death::daemon_while_a_pod_logs", 120, daemon_while_logging),
+        case(
+            "death::daemon_and_what_ended_meanwhile",
+            120,
+            ended_meanwhile,
+        ),
+        case(
+            "death::daemon_at_random_moments_of_a_start",
+            300,
+            random_moments,
+        ),
+        case("death::daemon_during_a_pull", 120, during_pull),
+        case("death::daemon_terminated_and_started", 90, terminated),
+        case("death::shim_killed", 120, shim_killed),
+        case("death::vmm_killed", 120, vmm_killed),
+        case("death::helpers_killed", 120, helpers_killed),
+        case(
+            "death::pods_removed_behind_a_dead_daemon",
+            120,
+            removed_behind,
+        ),
+    ]
+}
+
+async fn node(world: &Shared, name: &str) -> Result<Arc<Node>> {
+    let node = world.own_node(name, |_| {}).await?;
+    pull(&node, &world.images.base).await?;
+    Ok(node)
+}
+
+async fn daemon_while_logging(world: Shared) -> Result {
+    let node = node(&world, "dlog").await?;
+    let pod = Pod::run(&node, "logs").await?;
+    let script =
+        "i=0; while [ $i -lt 1500 ]; do echo line $i; i=$((i+1)); usleep 2000; done; exit 17";
+    let c = pod
+        .start("c", &world.images.base, &["sh", "-c", script])
+        .await?;
+    for turn in 0..3 {
+        let seen = logs::read(&c.log())?.len();
+        wait::until("more lines", world.patience(20), || async {
+            let n = logs::read(&c.log())?.len();
+            ensure!(n > seen + 30, "{n} lines after {seen}, turn {turn}");
+            Ok(())
+        })
+        .await?;
+        node.kill().await?;
+        let dead = logs::read(&c.log())?.len();
+        wait::until("lines while no daemon runs", world.patience(20), || async {
+            let n = logs::read(&c.log())?.len();
+            ensure!(n > dead + 10, "{n} lines after {dead}");
+            Ok(())
+        })
+        .await?;
+        node.serve().await?;
+        same!(
+            pod.status().await?.state(),
+            PodSandboxState::SandboxReady,
+            "the pod, turn {turn}"
+        );
+        same!(
+            c.out(&["echo", "exec"]).await?,
+            "exec\n",
+            "ExecSync, turn {turn}"
+        );
+    }
+    same!(
+        c.exited(world.patience(60)).await?.exit_code,
+        17,
+        "exit code"
+    );
+    let wanted: String = (0..1500).map(|i| format!("line {i}\n")).collect();
+    ensure!(
+        logs::stream(&logs::read(&c.log())?, "stdout") == wanted.as_bytes(),
+        "the log has a gap or a line twice"
+    );
+    pod.end().await
+}
+
+async fn ended_meanwhile(world: Shared) -> Result {
+    let node = node(&world, "dend").await?;
+    let pod = Pod::run(&node, "ends").await?;
+    let flag = node.dir.join("go");
+    std::fs::create_dir_all(&flag)?;
+    let mut config = crate::pod::container_spec(
+        "c",
+        &world.images.base,
+        &[
+            "sh",
+            "-c",
+            "while ! test -e /go/now; do usleep 50000; done; echo bye; exit 23",
+        ],
+    );
+    config.mounts = vec![Mount {
+        host_path: flag.display().to_string(),
+        container_path: "/go".into(),
+        ..Default::default()
+    }];
+    let c = pod.start_with(config).await?;
+    let stays = pod
+        .start("stays", &world.images.base, &["sleep", "1000"])
+        .await?;
+    let created = pod
+        .create("created", &world.images.base, &["sh", "-c", "exit 4"])
+        .await?;
+    let before = (pod.status().await?, stays.status().await?);
+    node.kill().await?;
+    std::fs::write(flag.join("now"), "")?;
+    c.printed("bye", world.patience(20)).await?;
+    node.serve().await?;
+    same!(
+        c.exited(world.patience(5)).await?.exit_code,
+        23,
+        "exit code of what ended meanwhile"
+    );
+    let after = (pod.status().await?, stays.status().await?);
+    same!(
+        (after.0.created_at, after.0.network, after.0.metadata),
+        (before.0.created_at, before.0.network, before.0.metadata),
+        "the pod"
+    );
+    same!(
+        (after.1.state(), after.1.started_at, after.1.metadata),
+        (before.1.state(), before.1.started_at, before.1.metadata),
+        "the neighbour"
+    );
+    created.start().await?;
+    same!(
+        created.exited(world.patience(20)).await?.exit_code,
+        4,
+        "one that was created before and started after"
+    );
+    pod.end().await
+}
+
+async fn random_moments(world: Shared) -> Result {
+    let node = node(&world, "drnd").await?;
+    let clean = Trace::take(&node)?;
+    // About the length of run + create + start + exec in each home.
+    let span = world.patience(3).as_millis() as u64;
+    for turn in 0..10 {
+        let config = pod_spec(&node, &format!("r{turn}"));
+        let work = tokio::spawn({
+            let (node, config, image) = (node.clone(), config.clone(), world.images.base.clone());
+            async move {
+                let pod = Pod::run_with(&node, config).await?;
+                let c = pod
+                    .start("c", &image, &["sh", "-c", "echo started; sleep 1000"])
+                    .await?;
+                c.exec(&["true"]).await
+            }
+        });
+        let delay = rand::rng().random_range(0..span);
+        tokio::time::sleep(Duration::from_millis(delay)).await;
+        node.kill().await?;
+        drop(work.await);
+        node.serve().await?;
+        // The kubelet's retry of the same pod must end well, whatever the first attempt left.
+        let pod = Pod::run_with(&node, config)
+            .await
+            .map_err(|e| e.during(format!("turn {turn}, killed after {delay} ms")))?;
+        let list = node
+            .cri
+            .runtime()
+            .list_containers(ListContainersRequest::default())
+            .await?
+            .into_inner()
+            .containers;
+        for old in list {
+            node.cri
+                .runtime()
+                .remove_container(RemoveContainerRequest {
+                    container_id: old.id,
+                })
+                .await?;
+        }
+        same!(
+            pod.sh(&world.images.base, "echo alive").await?,
+            "alive\n",
+            "turn {turn}, killed after {delay} ms"
+        );
+        pod.end().await?;
+        let daemon = |name: &String| name.contains("boxlite-cri");
+        let left: Vec<_> = wait::until("nothing left", Duration::from_secs(10), || async {
+            let left: Vec<_> = Trace::take(&node)?
+                .beyond(&clean)
+                .into_iter()
+                .filter(|n| !daemon(n))
+                .collect();
+            ensure!(
+                left.is_empty(),
+                "turn {turn}, killed after {delay} ms: {left:?}"
+            );
+            Ok(left)
+        })
+        .await?;
+        drop(left);
+    }
+    Ok(())
+}
+
+async fn during_pull(world: Shared) -> Result {
+    let node = node(&world, "dpull").await?;
+    let image = super::images::bulky(&world.images, 3, 8 << 20)?;
+    world.registry.push("killed", "1", &image).await?;
+    for _ in 0..4 {
+        let work = tokio::spawn({
+            let node = node.clone();
+            async move { pull(&node, "127.0.0.1:5000/killed:1").await }
+        });
+        let delay = rand::rng().random_range(20..400);
+        tokio::time::sleep(Duration::from_millis(delay)).await;
+        node.kill().await?;
+        drop(work.await);
+        node.serve().await?;
+    }
+    pull(&node, "127.0.0.1:5000/killed:1").await?;
+    let pod = Pod::run(&node, "after").await?;
+    same!(
+        pod.sh("127.0.0.1:5000/killed:1", "ls /bulk | wc -l")
+            .await?,
+        "3\n",
+        "files of the image"
+    );
+    pod.end().await
+}
+
+async fn terminated(world: Shared) -> Result {
+    let node = node(&world, "dterm").await?;
+    let pod = Pod::run(&node, "upgrade").await?;
+    let c = pod
+        .start("c", &world.images.base, &["sleep", "1000"])
+        .await?;
+    node.terminate().await?;
+    node.serve().await?;
+    same!(
+        c.status().await?.state(),
+        ContainerState::ContainerRunning,
+        "after an upgrade"
+    );
+    c.out(&["true"]).await?;
+    pod.end().await
+}
+
+/// Process ids whose command line or name holds all of the words, in this PID namespace.
+fn pids(words: &[&str]) -> Result<Vec<i32>> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc")? {
+        let entry = entry?;
+        let Ok(pid) = entry.file_name().to_string_lossy().parse::<i32>() else {
+            continue;
+        };
+        let Ok(args) = std::fs::read(entry.path().join("cmdline")) else {
+            continue;
+        };
+        let name = std::fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
+        let text = format!(
+            "{name} {}",
+            String::from_utf8_lossy(&args).replace('\0', " ")
+        );
+        if words.iter().all(|w| text.contains(w)) {
+            found.push(pid);
+        }
+    }
+    Ok(found)
+}
+
+/// Process ids of the shim of a pod and of everything below it.
+fn family(pod: &Pod) -> Result<(i32, Vec<i32>)> {
+    let shims = pids(&["containerd-shim", &pod.id])?;
+    let parent = |pid: i32| -> Option<i32> {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()
+    };
+    let Some(&shim) = shims
+        .iter()
+        .find(|&&p| parent(p).is_none_or(|pp| !shims.contains(&pp)))
+    else {
+        crate::bail!("no shim process names the pod {}", pod.id)
+    };
+    let mut below = vec![shim];
+    let all = pids(&[])?;
+    loop {
+        let more: Vec<_> = all
+            .iter()
+            .copied()
+            .filter(|&p| !below.contains(&p) && parent(p).is_some_and(|pp| below.contains(&pp)))
+            .collect();
+        if more.is_empty() {
+            below.remove(0);
+            return Ok((shim, below));
+        }
+        below.extend(more);
+    }
+}
+
+fn kill(pid: i32) -> Result {
+    Ok(nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(pid),
+        nix::sys::signal::Signal::SIGKILL,
+    )?)
+}
+
+/// NOTREADY and EXITED within 2 s of `since`, then Stop and Remove leave nothing.
+async fn noticed(
+    pod: &Pod,
+    c: &crate::pod::Container,
+    since: Instant,
+    clean: &Trace,
+    world: &Shared,
+) -> Result {
+    let limit = Duration::from_secs(2);
+    wait::until("NOTREADY", limit, || async {
+        let state = pod.status().await?.state();
+        ensure!(state == PodSandboxState::SandboxNotready, "{state:?}");
+        Ok(())
+    })
+    .await?;
+    let status = c
+        .exited(
+            limit
+                .saturating_sub(since.elapsed())
+                .max(Duration::from_millis(50)),
+        )
+        .await?;
+    ensure!(
+        status.exit_code != 0,
+        "a container that was killed exited with 0"
+    );
+    ensure!(status.finished_at > 0, "no finish time");
+    let exec = c.exec_raw(&["true"], 5).await;
+    ensure!(exec.is_err(), "ExecSync in a dead pod: {exec:?}");
+    pod.end().await?;
+    clean.restored(&pod.node).await?;
+    let again = Pod::run(&pod.node, "next").await?;
+    same!(
+        again.sh(&world.images.base, "echo fine").await?,
+        "fine\n",
+        "the next pod"
+    );
+    again.end().await
+}
+
+async fn shim_killed(world: Shared) -> Result {
+    let node = node(&world, "kshim").await?;
+    let clean = Trace::take(&node)?;
+    for _ in 0..2 {
+        let pod = Pod::run(&node, "shim").await?;
+        let c = pod
+            .start("c", &world.images.base, &["sleep", "1000"])
+            .await?;
+        let (shim, _) = family(&pod)?;
+        let since = Instant::now();
+        kill(shim)?;
+        noticed(&pod, &c, since, &clean, &world).await?;
+    }
+    Ok(())
+}
+
+async fn vmm_killed(world: Shared) -> Result {
+    let node = node(&world, "kvmm").await?;
+    let clean = Trace::take(&node)?;
+    for _ in 0..2 {
+        let pod = Pod::run(&node, "vmm").await?;
+        let c = pod
+            .start("c", &world.images.base, &["sleep", "1000"])
+            .await?;
+        let (_, below) = family(&pod)?;
+        let vm = below.iter().copied().max_by_key(|&p| rss(p));
+        let Some(vm) = vm else {
+            crate::bail!("the shim has no VMM child")
+        };
+        let since = Instant::now();
+        kill(vm)?;
+        noticed(&pod, &c, since, &clean, &world).await?;
+    }
+    Ok(())
+}
+
+/// Resident pages; the VMM has the most.
+fn rss(pid: i32) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/statm")).unwrap_or_default();
+    text.split(' ')
+        .nth(1)
+        .and_then(|n| n.parse().ok())
+        .unwrap_or_default()
+}
+
+async fn helpers_killed(world: Shared) -> Result {
+    let node = node(&world, "khelp").await?;
+    let clean = Trace::take(&node)?;
+    let mut helpers = vec!["virtiofsd", "vhost-device"];
+    if world.home == crate::world::Home::Krun {
+        // libkrun has no helpers: there the VMM is all there is below the shim.
+        helpers.clear();
+    }
+    for helper in helpers {
+        let pod = Pod::run(&node, "helper").await?;
+        let c = pod
+            .start("c", &world.images.base, &["sleep", "1000"])
+            .await?;
+        let (_, below) = family(&pod)?;
+        let named = |pid: &i32| {
+            std::fs::read_to_string(format!("/proc/{pid}/comm"))
+                .is_ok_and(|n| n.starts_with(helper))
+        };
+        let Some(pid) = below.into_iter().find(named) else {
+            crate::bail!("no {helper} below the shim")
+        };
+        let since = Instant::now();
+        kill(pid)?;
+        noticed(&pod, &c, since, &clean, &world).await?;
+    }
+    Ok(())
+}
+
+async fn removed_behind(world: Shared) -> Result {
+    let node = node(&world, "kboth").await?;
+    let clean = Trace::take(&node)?;
+    let pod = Pod::run(&node, "both").await?;
+    let c = pod
+        .start("c", &world.images.base, &["sleep", "1000"])
+        .await?;
+    let (shim, _) = family(&pod)?;
+    node.kill().await?;
+    kill(shim)?;
+    node.serve().await?;
+    same!(
+        pod.status().await?.state(),
+        PodSandboxState::SandboxNotready,
+        "a pod whose shim died behind the daemon's back"
+    );
+    same!(
+        c.status().await?.state(),
+        ContainerState::ContainerExited,
+        "its container"
+    );
+    pod.end().await?;
+    wait::until("nothing left", Duration::from_secs(10), || async {
+        let left: Vec<_> = Trace::take(&node)?
+            .beyond(&clean)
+            .into_iter()
+            .filter(|n| !n.contains("boxlite-cri"))
+            .collect();
+        ensure!(left.is_empty(), "{left:?}");
+        Ok(())
+    })
+    .await
+}

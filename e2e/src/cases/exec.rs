@@ -1,0 +1,356 @@
+//! ExecSync: output, exit codes, timeouts that kill whole trees, many at once; ContainerStats and the metrics page.
+
+use crate::client::answer;
+use crate::outcome::Result;
+use crate::pod::{Pod, container_spec};
+use crate::runner::{Case, Shared, case};
+use crate::{ensure, same, wait};
+use k8s_cri::v1::*;
+use std::time::{Duration, Instant};
+
+pub fn cases() -> Vec<Case> {
+    vec![
+        case("exec::output_and_exit_code", 60, output_and_exit_code),
+        case("exec::large_output", 60, large_output),
+        case("exec::timeout_kills_the_whole_tree", 60, timeout_kills_tree),
+        case("exec::many_at_once", 90, many_at_once),
+        case("exec::in_what_does_not_run", 60, in_what_does_not_run),
+        case("exec::has_the_container_s_identity", 60, identity),
+        case("stats::container_and_pod", 60, stats),
+        case("stats::metrics_page", 60, metrics_page),
+    ]
+}
+
+async fn output_and_exit_code(world: Shared) -> Result {
+    let pod = Pod::run(&world.node, "exec").await?;
+    let c = pod
+        .start("c", &world.images.base, &["sleep", "1000"])
+        .await?;
+    let response = c
+        .exec(&["sh", "-c", "echo out; echo err >&2; exit 42"])
+        .await?;
+    same!(
+        (
+            response.stdout.as_slice(),
+            response.stderr.as_slice(),
+            response.exit_code
+        ),
+        (b"out\n".as_slice(), b"err\n".as_slice(), 42),
+        "exec"
+    );
+    same!(
+        c.exec(&["sh", "-c", "kill -KILL $$"]).await?.exit_code,
+        137,
+        "death by signal"
+    );
+    same!(
+        c.out(&["cat", "/proc/1/comm"]).await?,
+        "sleep\n",
+        "PID 1 of the container"
+    );
+    let missing = c.exec_raw(&["/no/such/program"], 0).await;
+    let said = match &missing {
+        Ok(response) => String::from_utf8_lossy(&response.get_ref().stderr).into_owned(),
+        Err(status) => status.message().to_owned(),
+    };
+    ensure!(
+        said.contains("/no/such/program"),
+        "a missing program is not named: {missing:?}"
+    );
+    pod.end().await
+}
+
+async fn large_output(world: Shared) -> Result {
+    let pod = Pod::run(&world.node, "large").await?;
+    let c = pod
+        .start("c", &world.images.base, &["sleep", "1000"])
+        .await?;
+    let response = c
+        .exec(&[
+            "sh",
+            "-c",
+            "head -c 3000000 /dev/zero; head -c 1000000 /dev/zero >&2",
+        ])
+        .await?;
+    same!(
+        (response.stdout.len(), response.stderr.len()),
+        (3_000_000, 1_000_000),
+        "bytes"
+    );
+    // The kubelet takes 16 MiB of both; what is more than that must not take the daemon's memory.
+    let endless = c
+        .exec_raw(&["sh", "-c", "head -c 100000000 /dev/zero"], 60)
+        .await;
+    if let Ok(response) = endless {
+        ensure!(
+            response.get_ref().stdout.len() <= 16 << 20,
+            "{} bytes of output",
+            response.get_ref().stdout.len()
+        );
+    }
+    c.out(&["true"]).await?;
+    pod.end().await
+}
+
+async fn timeout_kills_tree(world: Shared) -> Result {
+    let pod = Pod::run(&world.node, "timeout").await?;
+    let c = pod
+        .start("c", &world.images.base, &["sleep", "1000"])
+        .await?;
+    let tree = "sleep 4321 & (sleep 4321 & setsid sleep 4321) & nohup sleep 4321";
+    let start = Instant::now();
+    let status = match c.exec_raw(&["sh", "-c", tree], 2).await {
+        Ok(response) => crate::bail!("no error but {response:?}"),
+        Err(status) => status,
+    };
+    same!(
+        status.code(),
+        tonic::Code::DeadlineExceeded,
+        "code of {status:?}"
+    );
+    ensure!(
+        start.elapsed() >= Duration::from_secs(2),
+        "gave up after {:?}",
+        start.elapsed()
+    );
+    ensure!(
+        start.elapsed() < world.patience(6),
+        "gave up only after {:?}",
+        start.elapsed()
+    );
+    wait::until(
+        "no process of the tree is left",
+        world.patience(5),
+        || async {
+            let left = c
+                .out(&["sh", "-c", "ps | grep '[s]leep 4321' | wc -l"])
+                .await?;
+            ensure!(left.trim() == "0", "{} left", left.trim());
+            Ok(())
+        },
+    )
+    .await?;
+    same!(
+        c.status().await?.state(),
+        ContainerState::ContainerRunning,
+        "the container"
+    );
+    pod.end().await
+}
+
+async fn many_at_once(world: Shared) -> Result {
+    let pod = Pod::run(&world.node, "many").await?;
+    let c = pod
+        .start("c", &world.images.base, &["sleep", "1000"])
+        .await?;
+    let all = (0..20).map(|i| {
+        let c = c.clone();
+        async move {
+            let text = c
+                .out(&[
+                    "sh",
+                    "-c",
+                    &format!("usleep {}; echo {i}", (20 - i) * 10_000),
+                ])
+                .await?;
+            same!(text.trim(), i.to_string(), "output of exec {i}");
+            Ok::<_, crate::outcome::Failure>(())
+        }
+    });
+    futures::future::try_join_all(all).await?;
+    pod.end().await
+}
+
+async fn in_what_does_not_run(world: Shared) -> Result {
+    let pod = Pod::run(&world.node, "dead").await?;
+    let c = pod.start("c", &world.images.base, &["true"]).await?;
+    c.exited(world.patience(20)).await?;
+    let status = c.exec_raw(&["true"], 0).await;
+    ensure!(
+        status
+            .as_ref()
+            .is_err_and(|s| s.code() != tonic::Code::Internal),
+        "exec in an exited container: {status:?}"
+    );
+    let mut ghost = c.clone();
+    ghost.id = "f".repeat(64);
+    let status = ghost.exec_raw(&["true"], 0).await;
+    ensure!(
+        status
+            .as_ref()
+            .is_err_and(|s| s.code() == tonic::Code::NotFound),
+        "exec in no container: {status:?}"
+    );
+    pod.end().await
+}
+
+async fn identity(world: Shared) -> Result {
+    let pod = Pod::run(&world.node, "who").await?;
+    let mut config = container_spec("c", &world.images.base, &["sleep", "1000"]);
+    config.working_dir = "/tmp".into();
+    config.envs = vec![KeyValue {
+        key: "GIVEN".into(),
+        value: "by the pod".into(),
+    }];
+    if let Some(linux) = &mut config.linux {
+        linux.security_context = Some(LinuxContainerSecurityContext {
+            run_as_user: Some(Int64Value { value: 1000 }),
+            ..Default::default()
+        });
+    }
+    let c = pod.start_with(config).await?;
+    let said = c
+        .out(&[
+            "sh",
+            "-c",
+            "id -u; pwd; echo $GIVEN; echo $FROM_IMAGE; hostname",
+        ])
+        .await?;
+    same!(
+        said,
+        "1000\n/tmp\nby the pod\nbase\nwho\n",
+        "identity of an exec"
+    );
+    pod.end().await
+}
+
+async fn stats(world: Shared) -> Result {
+    let pod = Pod::run(&world.node, "stats").await?;
+    let busy = pod
+        .start(
+            "busy",
+            &world.images.base,
+            &[
+                "sh",
+                "-c",
+                "head -c 20000000 /dev/zero > /tmp/fill; while :; do :; done",
+            ],
+        )
+        .await?;
+    let idle = pod
+        .start("idle", &world.images.base, &["sleep", "1000"])
+        .await?;
+    let cpu = |s: &ContainerStats| {
+        s.cpu
+            .clone()
+            .unwrap_or_default()
+            .usage_core_nano_seconds
+            .unwrap_or_default()
+            .value
+    };
+    let first = cpu(&busy.stats().await?);
+    let stats = wait::until("CPU time grows by 200 ms", world.patience(20), || async {
+        let stats = busy.stats().await?;
+        ensure!(
+            cpu(&stats) > first + 200_000_000,
+            "{} after {first}",
+            cpu(&stats)
+        );
+        Ok(stats)
+    })
+    .await?;
+    let memory = stats.memory.clone().unwrap_or_default();
+    let used = memory.working_set_bytes.unwrap_or_default().value;
+    ensure!((1..300 << 20).contains(&used), "working set {used}");
+    let written = wait::until(
+        "the writable layer shows 20 MB",
+        world.patience(20),
+        || async {
+            let layer = busy.stats().await?.writable_layer.unwrap_or_default();
+            let bytes = layer.used_bytes.unwrap_or_default().value;
+            ensure!(bytes >= 20_000_000, "{bytes}");
+            Ok(bytes)
+        },
+    )
+    .await?;
+    ensure!(written < 200_000_000, "writable layer {written}");
+    ensure!(
+        cpu(&idle.stats().await?) < cpu(&stats),
+        "an idle container used more CPU than a busy one"
+    );
+    let list = answer(
+        "ListContainerStats",
+        world
+            .node
+            .cri
+            .runtime()
+            .list_container_stats(ListContainerStatsRequest::default())
+            .await,
+    )?;
+    same!(list.stats.len(), 2, "containers in ListContainerStats");
+    let one = ListContainerStatsRequest {
+        filter: Some(ContainerStatsFilter {
+            id: idle.id.clone(),
+            ..Default::default()
+        }),
+    };
+    let list = answer(
+        "ListContainerStats",
+        world.node.cri.runtime().list_container_stats(one).await,
+    )?;
+    same!(
+        list.stats
+            .iter()
+            .filter_map(|s| s.attributes.clone())
+            .map(|a| a.id)
+            .collect::<Vec<_>>(),
+        [idle.id.clone()],
+        "filtered"
+    );
+    pod.end().await
+}
+
+async fn metrics_page(world: Shared) -> Result {
+    let pod = Pod::run(&world.node, "metrics").await?;
+    let c = pod
+        .start("c", &world.images.base, &["sleep", "1000"])
+        .await?;
+    let count = |page: &str, name: &str| -> Option<f64> {
+        let lines = page
+            .lines()
+            .filter(|l| l.starts_with(name) && !l.starts_with('#'));
+        lines
+            .filter_map(|l| l.rsplit(' ').next()?.parse::<f64>().ok())
+            .reduce(|a, b| a + b)
+    };
+    let before = world.node.metrics_page().await?;
+    c.out(&["true"]).await?;
+    c.out(&["true"]).await?;
+    let page = world.node.metrics_page().await?;
+    for seed in [
+        "boxes_created",
+        "boxes_destroyed",
+        "total_exec_calls",
+        "total_bytes_transferred",
+    ] {
+        ensure!(
+            page.lines()
+                .any(|l| l.contains(seed) && !l.starts_with('#')),
+            "{seed} is not on the page:\n{page}"
+        );
+    }
+    for seed in [
+        "cpu_time_ms",
+        "memory_usage_bytes",
+        "exec_count",
+        "network_bytes_sent",
+        "network_bytes_received",
+    ] {
+        let labelled = |l: &&str| l.contains(seed) && l.contains("metrics") && l.contains("uid");
+        ensure!(
+            page.lines().any(|l| labelled(&l)),
+            "{seed} has no line with the pod's labels:\n{page}"
+        );
+    }
+    let name = page
+        .lines()
+        .find(|l| l.contains("total_exec_calls") && !l.starts_with('#'))
+        .and_then(|l| l.split([' ', '{']).next())
+        .unwrap_or_default();
+    let (old, new) = (
+        count(&before, name).unwrap_or_default(),
+        count(&page, name).unwrap_or_default(),
+    );
+    same!(new - old, 2.0, "{name} grows with two execs");
+    pod.end().await
+}

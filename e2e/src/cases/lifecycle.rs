@@ -1,0 +1,496 @@
+//! Sandboxes and containers from run to removal: states, lists and filters, idempotence, joins of retries.
+
+use crate::client::{answer, within};
+use crate::outcome::Result;
+use crate::pod::{LONG, Pod, container_spec, pod_spec};
+use crate::runner::{Case, Shared, case};
+use crate::{ensure, same};
+use k8s_cri::v1::*;
+use std::time::{Duration, Instant};
+
+pub fn cases() -> Vec<Case> {
+    vec![
+        case("lifecycle::version_and_status", 20, version_and_status),
+        case(
+            "lifecycle::pod_from_run_to_removal",
+            60,
+            pod_from_run_to_removal,
+        ),
+        case(
+            "lifecycle::container_states_and_exit_code",
+            60,
+            container_states,
+        ),
+        case("lifecycle::lists_and_filters", 90, lists_and_filters),
+        case("lifecycle::stop_and_remove_are_idempotent", 60, idempotent),
+        case(
+            "lifecycle::retried_run_joins_the_one_in_flight",
+            60,
+            retry_joins,
+        ),
+        case("lifecycle::two_pods_of_one_name", 60, one_name_twice),
+        case(
+            "lifecycle::lists_answer_while_a_vm_boots",
+            60,
+            lists_while_booting,
+        ),
+        case(
+            "lifecycle::restart_beside_a_running_neighbour",
+            60,
+            restart_beside_neighbour,
+        ),
+        case("lifecycle::stop_grace_and_signals", 90, stop_and_signals),
+    ]
+}
+
+async fn version_and_status(world: Shared) -> Result {
+    let mut client = world.node.cri.runtime();
+    let version = answer("Version", client.version(VersionRequest::default()).await)?;
+    same!(version.runtime_api_version, "v1", "API version");
+    same!(version.runtime_name, "boxlite-cri", "runtime name");
+    let status = answer(
+        "Status",
+        client.status(StatusRequest { verbose: true }).await,
+    )?;
+    for wanted in ["RuntimeReady", "NetworkReady"] {
+        let conditions = status.status.clone().unwrap_or_default().conditions;
+        let condition = conditions.iter().find(|c| c.r#type == wanted);
+        ensure!(
+            condition.is_some_and(|c| c.status),
+            "{wanted}: {condition:?}"
+        );
+    }
+    let config = answer(
+        "RuntimeConfig",
+        client.runtime_config(RuntimeConfigRequest {}).await,
+    )?;
+    ensure!(config.linux.is_some(), "RuntimeConfig has no linux part");
+    Ok(())
+}
+
+async fn pod_from_run_to_removal(world: Shared) -> Result {
+    let pod = Pod::run(&world.node, "life").await?;
+    let status = pod.status().await?;
+    same!(status.state(), PodSandboxState::SandboxReady, "state");
+    same!(status.metadata, pod.config.metadata, "metadata");
+    same!(status.labels, pod.config.labels, "labels");
+    let age = now() - status.created_at;
+    ensure!(
+        (0..120_000_000_000).contains(&age),
+        "created_at is {age} ns ago"
+    );
+    ensure!(
+        pod.ip().await?.starts_with("10.88."),
+        "address {:?}",
+        pod.ip().await?
+    );
+    pod.stop().await?;
+    same!(
+        pod.status().await?.state(),
+        PodSandboxState::SandboxNotready,
+        "state after Stop"
+    );
+    pod.remove().await?;
+    let gone = pod.status_verbose(false).await;
+    ensure!(
+        gone.as_ref().is_err_and(|e| e.0.contains("NotFound")),
+        "status of a removed pod: {gone:?}"
+    );
+    Ok(())
+}
+
+async fn container_states(world: Shared) -> Result {
+    let pod = Pod::run(&world.node, "states").await?;
+    let container = pod
+        .create("c", &world.images.base, &["sh", "-c", "echo hi; exit 7"])
+        .await?;
+    same!(
+        container.status().await?.state(),
+        ContainerState::ContainerCreated,
+        "after Create"
+    );
+    let before = now();
+    container.start().await?;
+    let status = container.exited(world.patience(20)).await?;
+    same!(status.exit_code, 7, "exit code");
+    same!(status.reason, "Error", "reason");
+    ensure!(
+        status.started_at >= before - 2_000_000_000,
+        "started_at {} before {before}",
+        status.started_at
+    );
+    ensure!(
+        status.finished_at >= status.started_at,
+        "finished {} before started {}",
+        status.finished_at,
+        status.started_at
+    );
+    same!(
+        status.log_path,
+        container.log().display().to_string(),
+        "log path"
+    );
+    same!(
+        status.image_ref.contains("sha256:"),
+        true,
+        "image_ref {:?}",
+        status.image_ref
+    );
+    let good = pod
+        .start("good", &world.images.base, &["true"])
+        .await?
+        .exited(world.patience(20))
+        .await?;
+    same!(
+        (good.exit_code, good.reason.as_str()),
+        (0, "Completed"),
+        "a success"
+    );
+    let again = container.start().await;
+    ensure!(again.is_err(), "an exited container can't be started again");
+    pod.end().await
+}
+
+async fn lists_and_filters(world: Shared) -> Result {
+    let one = Pod::run(&world.node, "one").await?;
+    let two = Pod::run(&world.node, "two").await?;
+    let a = one
+        .start("a", &world.images.base, &["sleep", "1000"])
+        .await?;
+    let b = two
+        .create("b", &world.images.base, &["sleep", "1000"])
+        .await?;
+    let mut client = world.node.cri.runtime();
+    let pods = |filter: PodSandboxFilter| ListPodSandboxRequest {
+        filter: Some(filter),
+    };
+    let by_label = pods(PodSandboxFilter {
+        label_selector: one.config.labels.clone(),
+        ..Default::default()
+    });
+    same!(
+        ids(
+            client.list_pod_sandbox(by_label).await?.into_inner().items,
+            |p| p.id
+        ),
+        [one.id.clone()],
+        "by label"
+    );
+    let by_id = pods(PodSandboxFilter {
+        id: two.id[..13].into(),
+        ..Default::default()
+    });
+    same!(
+        ids(
+            client.list_pod_sandbox(by_id).await?.into_inner().items,
+            |p| p.id
+        ),
+        [two.id.clone()],
+        "by id prefix"
+    );
+    two.stop().await?;
+    let ready = PodSandboxStateValue {
+        state: PodSandboxState::SandboxReady.into(),
+    };
+    let by_state = pods(PodSandboxFilter {
+        state: Some(ready),
+        ..Default::default()
+    });
+    same!(
+        ids(
+            client.list_pod_sandbox(by_state).await?.into_inner().items,
+            |p| p.id
+        ),
+        [one.id.clone()],
+        "ready ones"
+    );
+    let containers = |filter: ContainerFilter| ListContainersRequest {
+        filter: Some(filter),
+    };
+    let of_pod = containers(ContainerFilter {
+        pod_sandbox_id: two.id.clone(),
+        ..Default::default()
+    });
+    same!(
+        ids(
+            client
+                .list_containers(of_pod)
+                .await?
+                .into_inner()
+                .containers,
+            |c| c.id
+        ),
+        [b.id.clone()],
+        "of a pod"
+    );
+    let running = ContainerStateValue {
+        state: ContainerState::ContainerRunning.into(),
+    };
+    let by_state = containers(ContainerFilter {
+        state: Some(running),
+        ..Default::default()
+    });
+    same!(
+        ids(
+            client
+                .list_containers(by_state)
+                .await?
+                .into_inner()
+                .containers,
+            |c| c.id
+        ),
+        [a.id.clone()],
+        "running ones"
+    );
+    let none = containers(ContainerFilter {
+        id: "feedbeef".into(),
+        ..Default::default()
+    });
+    same!(
+        client
+            .list_containers(none)
+            .await?
+            .into_inner()
+            .containers
+            .len(),
+        0,
+        "of no id"
+    );
+    one.end().await?;
+    two.end().await
+}
+
+fn ids<T>(items: Vec<T>, id: impl Fn(T) -> String) -> Vec<String> {
+    items.into_iter().map(id).collect()
+}
+
+async fn idempotent(world: Shared) -> Result {
+    let pod = Pod::run(&world.node, "twice").await?;
+    let container = pod
+        .start("c", &world.images.base, &["sleep", "1000"])
+        .await?;
+    for _ in 0..2 {
+        container.stop(0).await?;
+    }
+    same!(
+        container.status().await?.exit_code,
+        137,
+        "exit code after SIGKILL"
+    );
+    for _ in 0..2 {
+        container.remove().await?;
+    }
+    container.stop(0).await?;
+    for _ in 0..2 {
+        pod.stop().await?;
+    }
+    for _ in 0..2 {
+        pod.remove().await?;
+    }
+    pod.stop().await
+}
+
+async fn retry_joins(world: Shared) -> Result {
+    let config = pod_spec(&world.node, "retry");
+    let request = RunPodSandboxRequest {
+        config: Some(config.clone()),
+        runtime_handler: String::new(),
+    };
+    // The kubelet's first call runs into its deadline; the second comes while the first boot is under way.
+    let impatient = world
+        .node
+        .cri
+        .runtime()
+        .run_pod_sandbox(within(Duration::from_millis(150), request.clone()))
+        .await;
+    ensure!(
+        impatient.is_err(),
+        "a VM in 150 ms: this test needs a shorter deadline"
+    );
+    let pod = Pod::run_with(&world.node, config.clone()).await?;
+    let (one, two) = tokio::join!(
+        Pod::run_with(&world.node, config.clone()),
+        Pod::run_with(&world.node, config)
+    );
+    same!(
+        (one?.id, two?.id),
+        (pod.id.clone(), pod.id.clone()),
+        "ids of repeated calls"
+    );
+    let list = world
+        .node
+        .cri
+        .runtime()
+        .list_pod_sandbox(ListPodSandboxRequest::default())
+        .await?
+        .into_inner()
+        .items;
+    same!(list.len(), 1, "pods after four calls for one");
+    pod.end().await
+}
+
+async fn one_name_twice(world: Shared) -> Result {
+    let config = pod_spec(&world.node, "name");
+    let (one, two) = tokio::join!(
+        Pod::run_with(&world.node, config.clone()),
+        Pod::run_with(&world.node, config.clone())
+    );
+    same!(one?.id, two?.id, "two callers at once get one pod");
+    let mut next = config.clone();
+    if let Some(metadata) = &mut next.metadata {
+        metadata.attempt += 1;
+    }
+    let first = Pod::run_with(&world.node, config).await?;
+    let second = Pod::run_with(&world.node, next).await?;
+    ensure!(first.id != second.id, "another attempt is another pod");
+    let a = first.create("same", &world.images.base, &["true"]).await?;
+    let b = first
+        .create_with(container_spec("same", &world.images.base, &["true"]))
+        .await;
+    ensure!(
+        b.as_ref()
+            .map_or_else(|e| e.0.contains("same"), |b| b.id == a.id),
+        "second container of one name: {:?}",
+        b.map(|b| b.id)
+    );
+    first.end().await?;
+    second.end().await
+}
+
+async fn lists_while_booting(world: Shared) -> Result {
+    let boot = tokio::spawn({
+        let node = world.node.clone();
+        async move { Pod::run(&node, "slow").await }
+    });
+    let mut looks = 0;
+    while !boot.is_finished() {
+        let start = Instant::now();
+        let mut client = world.node.cri.runtime();
+        client
+            .list_pod_sandbox(ListPodSandboxRequest::default())
+            .await?;
+        client
+            .list_containers(ListContainersRequest::default())
+            .await?;
+        client
+            .list_pod_sandbox_stats(ListPodSandboxStatsRequest::default())
+            .await
+            .ok();
+        ensure!(
+            start.elapsed() < world.patience(1),
+            "lists took {:?} while a VM booted",
+            start.elapsed()
+        );
+        looks += 1;
+    }
+    ensure!(looks > 3, "only {looks} looks during a boot");
+    boot.await??.end().await
+}
+
+async fn restart_beside_neighbour(world: Shared) -> Result {
+    let pod = Pod::run(&world.node, "restart").await?;
+    let neighbour = pod
+        .start("stays", &world.images.base, &["sleep", "1000"])
+        .await?;
+    let pid_before = neighbour.status().await?.started_at;
+    for attempt in 0..3 {
+        let mut config = container_spec(
+            "again",
+            &world.images.base,
+            &["sh", "-c", "echo run; exit 3"],
+        );
+        if let Some(metadata) = &mut config.metadata {
+            metadata.attempt = attempt;
+        }
+        config.log_path = format!("again/{attempt}.log");
+        let container = pod.start_with(config).await?;
+        same!(
+            container.exited(world.patience(20)).await?.exit_code,
+            3,
+            "attempt {attempt}"
+        );
+        same!(container.output()?, "run\n", "output of attempt {attempt}");
+        container.remove().await?;
+    }
+    let status = neighbour.status().await?;
+    same!(
+        (status.state(), status.started_at),
+        (ContainerState::ContainerRunning, pid_before),
+        "the neighbour"
+    );
+    pod.end().await
+}
+
+async fn stop_and_signals(world: Shared) -> Result {
+    let pod = Pod::run(&world.node, "signals").await?;
+    let trap = "trap 'echo got TERM; exit 5' TERM; echo ready; while :; do sleep 0.1; done";
+    let polite = pod
+        .start("polite", &world.images.base, &["sh", "-c", trap])
+        .await?;
+    polite.printed("ready", world.patience(20)).await?;
+    polite.stop(20).await?;
+    same!(
+        polite.status().await?.exit_code,
+        5,
+        "exit code of the TERM handler"
+    );
+    let deaf = pod
+        .start(
+            "deaf",
+            &world.images.base,
+            &[
+                "sh",
+                "-c",
+                "trap '' TERM; echo ready; while :; do sleep 0.1; done",
+            ],
+        )
+        .await?;
+    deaf.printed("ready", world.patience(20)).await?;
+    let start = Instant::now();
+    deaf.stop(2).await?;
+    ensure!(
+        start.elapsed() >= Duration::from_secs(2),
+        "killed before its grace ended: {:?}",
+        start.elapsed()
+    );
+    same!(
+        deaf.status().await?.exit_code,
+        137,
+        "exit code after SIGKILL"
+    );
+    let request = PullImageRequest {
+        image: Some(ImageSpec {
+            image: world.images.user.clone(),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    answer(
+        "PullImage",
+        world
+            .node
+            .cri
+            .image()
+            .pull_image(within(LONG, request))
+            .await,
+    )?;
+    let quits = "trap 'echo QUIT; exit 6' QUIT; echo ready; while :; do sleep 0.1; done";
+    let own = pod
+        .start("own", &world.images.user, &["sh", "-c", quits])
+        .await?;
+    own.printed("ready", world.patience(20)).await?;
+    own.stop(20).await?;
+    same!(
+        own.status().await?.exit_code,
+        6,
+        "the image's StopSignal SIGQUIT"
+    );
+    pod.end().await
+}
+
+fn now() -> i64 {
+    let since = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap_or_default();
+    i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
+}

@@ -1,0 +1,29 @@
+//! The end-to-end cases, by subject. Each is an async function that reads as what a kubelet would see.
+
+mod bad_input;
+mod death;
+mod exec;
+mod images;
+mod lifecycle;
+mod logs;
+pub mod network;
+mod spec;
+
+use crate::runner::Case;
+
+/// All cases in the order they run.
+pub fn all() -> Vec<Case> {
+    [
+        lifecycle::cases(),
+        exec::cases(),
+        logs::cases(),
+        network::cases(),
+        spec::cases(),
+        images::cases(),
+        death::cases(),
+        bad_input::cases(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}

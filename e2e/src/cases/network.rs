@@ -1,0 +1,232 @@
+//! The pod's network: CNI addresses, HTTP from the host, pods to pods, hostPort, IPv6, DNS and hosts files, and that
+//! nothing of it is left.
+
+use crate::outcome::{During, Result};
+use crate::pod::{Pod, pod_spec};
+use crate::runner::{Case, Shared, case};
+use crate::{ensure, same, wait};
+use k8s_cri::v1::*;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+pub fn cases() -> Vec<Case> {
+    vec![
+        case("network::http_from_host_to_pod", 60, http_from_host),
+        case("network::host_port", 60, host_port),
+        case("network::pod_to_pod_and_out", 90, pod_to_pod),
+        case("network::addresses_in_the_guest", 60, addresses),
+        case("network::dns_hostname_and_hosts", 60, names),
+        case("network::bulk_transfer_is_whole", 120, bulk),
+    ]
+}
+
+/// GET over HTTP/1.0, the whole answer.
+pub async fn get(address: &str, path: &str) -> Result<String> {
+    let work = async {
+        let mut stream = TcpStream::connect(address).await.during(address)?;
+        stream
+            .write_all(format!("GET {path} HTTP/1.0\r\nHost: pod\r\n\r\n").as_bytes())
+            .await?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text).await?;
+        Ok(text)
+    };
+    tokio::time::timeout(Duration::from_secs(10), work)
+        .await
+        .during(format!("GET {address}{path}"))?
+}
+
+/// GET until it is answered with the test page.
+pub async fn served(address: &str, limit: Duration) -> Result {
+    wait::until(&format!("HTTP from {address}"), limit, || async {
+        let text = get(address, "/index.html").await?;
+        ensure!(text.contains("hello from the pod"), "{text:?}");
+        Ok(())
+    })
+    .await
+}
+
+const HTTPD: [&str; 6] = ["httpd", "-f", "-p", "80", "-h", "/var/www"];
+
+async fn http_from_host(world: Shared) -> Result {
+    let pod = Pod::run(&world.node, "web").await?;
+    pod.start("web", &world.images.base, &HTTPD).await?;
+    served(&format!("{}:80", pod.ip().await?), world.patience(10)).await?;
+    let more = pod
+        .status()
+        .await?
+        .network
+        .unwrap_or_default()
+        .additional_ips;
+    let v6 = more.iter().find(|ip| ip.ip.contains(':'));
+    ensure!(v6.is_some(), "no IPv6 address in the status: {more:?}");
+    served(
+        &format!("[{}]:80", v6.map(|v| v.ip.as_str()).unwrap_or_default()),
+        world.patience(10),
+    )
+    .await?;
+    pod.end().await
+}
+
+async fn host_port(world: Shared) -> Result {
+    let mut config = pod_spec(&world.node, "port");
+    config.port_mappings = vec![PortMapping {
+        protocol: Protocol::Tcp.into(),
+        container_port: 80,
+        host_port: 8081,
+        host_ip: String::new(),
+    }];
+    let pod = Pod::run_with(&world.node, config).await?;
+    pod.start("web", &world.images.base, &HTTPD).await?;
+    // By an address of the host that is not loopback: what a client of the node uses.
+    let gateway = pod
+        .ip()
+        .await?
+        .rsplit_once('.')
+        .map(|(net, _)| format!("{net}.1"))
+        .unwrap_or_default();
+    served(&format!("{gateway}:8081"), world.patience(10)).await?;
+    pod.end().await?;
+    ensure!(
+        get(&format!("{gateway}:8081"), "/").await.is_err(),
+        "the host port answers after the pod is gone"
+    );
+    Ok(())
+}
+
+async fn pod_to_pod(world: Shared) -> Result {
+    let server = Pod::run(&world.node, "server").await?;
+    server.start("web", &world.images.base, &HTTPD).await?;
+    let ip = server.ip().await?;
+    served(&format!("{ip}:80"), world.patience(10)).await?;
+    let client = Pod::run(&world.node, "client").await?;
+    let text = client
+        .sh(
+            &world.images.base,
+            &format!("wget -qO- http://{ip}/index.html"),
+        )
+        .await?;
+    same!(text, "hello from the pod\n", "pod to pod");
+    let own = client.ip().await?;
+    ensure!(own != ip, "two pods with one address {ip}");
+    // A listener of the host, by the bridge's address: the way out, and the pod's own address as source.
+    let gateway = ip
+        .rsplit_once('.')
+        .map(|(net, _)| format!("{net}.1"))
+        .unwrap_or_default();
+    let listener = tokio::net::TcpListener::bind((gateway.as_str(), 8099)).await?;
+    let caller = tokio::spawn(async move {
+        let (mut stream, from) = listener.accept().await?;
+        stream.write_all(b"from the host\n").await?;
+        Ok::<_, std::io::Error>(from.ip().to_string())
+    });
+    let text = client
+        .sh(
+            &world.images.base,
+            &format!("nc {gateway} 8099 < /dev/null"),
+        )
+        .await?;
+    same!(text, "from the host\n", "pod to host");
+    same!(caller.await??, own, "source address at the host");
+    server.end().await?;
+    client.end().await
+}
+
+async fn addresses(world: Shared) -> Result {
+    let pod = Pod::run(&world.node, "addr").await?;
+    let text = pod
+        .sh(&world.images.base, "ip addr; ip route; ip -6 route")
+        .await?;
+    let ip = pod.ip().await?;
+    ensure!(
+        text.contains(&format!("inet {ip}/24")),
+        "no {ip}/24 in the guest:\n{text}"
+    );
+    ensure!(
+        text.contains("inet 127.0.0.1/8"),
+        "loopback is down:\n{text}"
+    );
+    ensure!(
+        text.contains("default via 10.88."),
+        "no IPv4 default route:\n{text}"
+    );
+    ensure!(text.contains("inet6 fd88:"), "no IPv6 address:\n{text}");
+    ensure!(
+        text.contains("default via fd88:"),
+        "no IPv6 default route:\n{text}"
+    );
+    pod.end().await
+}
+
+async fn names(world: Shared) -> Result {
+    let mut config = pod_spec(&world.node, "named");
+    config.hostname = "a-host-name".into();
+    config.dns_config = Some(DnsConfig {
+        servers: vec!["10.96.0.10".into()],
+        searches: vec!["e2e.svc.cluster.local".into(), "svc.cluster.local".into()],
+        options: vec!["ndots:5".into()],
+    });
+    let pod = Pod::run_with(&world.node, config).await?;
+    let text = pod
+        .sh(
+            &world.images.base,
+            "hostname; cat /etc/hostname; cat /etc/resolv.conf; cat /etc/hosts",
+        )
+        .await?;
+    ensure!(
+        text.starts_with("a-host-name\na-host-name\n"),
+        "hostname: {text}"
+    );
+    for wanted in [
+        "nameserver 10.96.0.10",
+        "search e2e.svc.cluster.local svc.cluster.local",
+        "options ndots:5",
+        "localhost",
+    ] {
+        ensure!(
+            text.contains(wanted),
+            "no {wanted:?} in resolv.conf or hosts:\n{text}"
+        );
+    }
+    pod.end().await
+}
+
+async fn bulk(world: Shared) -> Result {
+    let pod = Pod::run(&world.node, "bulk").await?;
+    pod.start(
+        "web",
+        &world.images.base,
+        &[
+            "sh",
+            "-c",
+            "seq 1 4000000 > /var/www/big; exec httpd -f -p 80 -h /var/www",
+        ],
+    )
+    .await?;
+    let address = format!("{}:80", pod.ip().await?);
+    served(&address, world.patience(60)).await?;
+    let mut stream = TcpStream::connect(&address).await?;
+    stream.write_all(b"GET /big HTTP/1.0\r\n\r\n").await?;
+    let mut bytes = Vec::new();
+    tokio::time::timeout(world.patience(60), stream.read_to_end(&mut bytes))
+        .await
+        .during("30 MB by HTTP")??;
+    let body = bytes
+        .windows(4)
+        .position(|w| w == b"\r\n\r\n")
+        .map(|at| &bytes[at + 4..])
+        .unwrap_or_default();
+    let wanted: String = (1..=4_000_000).fold(String::new(), |mut text, i| {
+        text.push_str(&i.to_string());
+        text.push('\n');
+        text
+    });
+    ensure!(
+        body == wanted.as_bytes(),
+        "{} bytes of {} arrived, or others",
+        body.len(),
+        wanted.len()
+    );
+    pod.end().await
+}

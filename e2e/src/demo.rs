@@ -1,0 +1,320 @@
+//! `make demo`: the main job from pull to removal, with output that says what is seen.
+//!
+//! Asserts as it goes: the demo fails where a test would, also when anything is left behind.
+
+use crate::cases::network::{get, served};
+use crate::client::{answer, within};
+use crate::image::registry::Registry;
+use crate::image::set::ImageSet;
+use crate::install::Install;
+use crate::leak::Trace;
+use crate::node::Node;
+use crate::outcome::{During, Result};
+use crate::pod::{Container, LONG, Pod, pod_spec};
+use crate::{ensure, wait};
+use k8s_cri::v1::*;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// A table row: what, and how long in ms.
+type Stage = (String, f64);
+
+/// Shows everything; `true` when all held.
+pub async fn run() -> Result<bool> {
+    let scratch = crate::enclave::scratch();
+    let install = Install::find()?;
+    title("A registry on loopback, with images made from Debian's busybox");
+    let registry = Registry::start(&install.registry, &scratch, 5000, false).await?;
+    let images = ImageSet::push(&registry, &install.busybox)
+        .await
+        .during("pushing the images")?;
+    say(&format!(
+        "{}   an OCI index, a foreign platform first",
+        images.base
+    ));
+    say(&format!("{}   its second layer is zstd", images.zstd));
+
+    title("boxlite-cri serve, vmm = \"auto\"");
+    let options = crate::world::options("demo", "auto", &registry);
+    let node = Arc::new(Node::start(&scratch, &install, &options).await?);
+    say(&format!(
+        "serving on {}",
+        node.dir.join("cri.sock").display()
+    ));
+    for line in node
+        .log_tail(200)
+        .lines()
+        .filter(|l| l.contains("vmm") || l.contains("kvm"))
+        .take(3)
+    {
+        say(line.trim());
+    }
+    let before = Trace::take(&node)?;
+
+    let mut stages = Vec::new();
+    title("PullImage");
+    for reference in [&images.base, &images.zstd] {
+        let start = Instant::now();
+        pull_with_progress(&node, reference).await?;
+        stages.push((format!("PullImage {reference}"), ms(start)));
+    }
+    let pod = start_pod(&node, &mut stages).await?;
+    look(&pod, &images, &mut stages).await?;
+    let internal = pod.status_verbose(true).await?.info;
+
+    title("StopPodSandbox and RemovePodSandbox");
+    let start = Instant::now();
+    pod.stop().await?;
+    stages.push(("StopPodSandbox".into(), ms(start)));
+    let start = Instant::now();
+    pod.remove().await?;
+    stages.push(("RemovePodSandbox".into(), ms(start)));
+    say("both succeeded");
+
+    title("The start, stage by stage");
+    stages.extend(inner_stages(&internal));
+    stages.extend(page_stages(&node.metrics_page().await?));
+    for (name, ms) in &stages {
+        println!("    {name:<44} {ms:>9.1} ms");
+    }
+    title("Leak check");
+    say(&format!("before: {}", before.counts()));
+    let after = before.restored(&node).await?;
+    say(&format!("after:  {}", after.counts()));
+    say(
+        "nothing is left of the pod: no process, mount, namespace, cgroup, interface, lease or socket",
+    );
+    node.terminate().await?;
+    println!("\nDemo passed.");
+    Ok(true)
+}
+
+fn title(text: &str) {
+    println!("\n== {text}");
+}
+
+fn say(text: &str) {
+    println!("    {text}");
+}
+
+fn show(text: &str) {
+    for line in text.lines() {
+        println!("    | {line}");
+    }
+}
+
+fn ms(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64() * 1000.0
+}
+
+/// Pulls, and shows how the image store grows meanwhile: CRI has no progress of its own.
+async fn pull_with_progress(node: &Arc<Node>, reference: &str) -> Result {
+    let call = tokio::spawn({
+        let (node, reference) = (node.clone(), reference.to_owned());
+        async move { crate::pod::pull(&node, &reference).await }
+    });
+    let mut last = 0;
+    while !call.is_finished() {
+        let info = answer(
+            "ImageFsInfo",
+            node.cri.image().image_fs_info(ImageFsInfoRequest {}).await,
+        )?;
+        let used = info
+            .image_filesystems
+            .iter()
+            .filter_map(|f| f.used_bytes)
+            .map(|u| u.value)
+            .sum();
+        if used != last {
+            say(&format!(
+                "{reference}: {:.2} MiB in the image store",
+                used as f64 / 1_048_576.0
+            ));
+            last = used;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let id = call.await??;
+    say(&format!("{reference} is here: {id}"));
+    Ok(())
+}
+
+async fn start_pod(node: &Arc<Node>, stages: &mut Vec<Stage>) -> Result<Pod> {
+    title("RunPodSandbox: CNI (bridge, host-local, portmap), then a VM");
+    let mut config = pod_spec(node, "demo");
+    config.port_mappings = vec![PortMapping {
+        protocol: Protocol::Tcp.into(),
+        container_port: 80,
+        host_port: 8080,
+        host_ip: String::new(),
+    }];
+    let start = Instant::now();
+    let pod = Pod::run_with(node, config).await?;
+    stages.push(("RunPodSandbox".into(), ms(start)));
+    let network = pod.status().await?.network.unwrap_or_default();
+    let more: Vec<_> = network
+        .additional_ips
+        .iter()
+        .map(|ip| ip.ip.as_str())
+        .collect();
+    say(&format!(
+        "pod {} is READY at {} {}",
+        &pod.id[..13],
+        network.ip,
+        more.join(" ")
+    ));
+    Ok(pod)
+}
+
+async fn timed(
+    pod: &Pod,
+    name: &str,
+    image: &str,
+    argv: &[&str],
+    stages: &mut Vec<Stage>,
+) -> Result<Container> {
+    let start = Instant::now();
+    let container = pod.create(name, image, argv).await?;
+    stages.push((format!("CreateContainer {name}"), ms(start)));
+    let start = Instant::now();
+    container.start().await?;
+    stages.push((format!("StartContainer {name}"), ms(start)));
+    Ok(container)
+}
+
+async fn look(pod: &Pod, images: &ImageSet, stages: &mut Vec<Stage>) -> Result {
+    title("Two containers in it");
+    let script = "echo kernel $(uname -r); echo hostname $(hostname); ip -o addr | grep -v ' lo ' | cut -c1-60";
+    let info = timed(pod, "info", &images.zstd, &["sh", "-c", script], stages).await?;
+    let web = timed(
+        pod,
+        "web",
+        &images.base,
+        &["httpd", "-f", "-p", "80", "-h", "/var/www"],
+        stages,
+    )
+    .await?;
+    let status = info.exited(Duration::from_secs(30)).await?;
+    ensure!(
+        status.exit_code == 0,
+        "the first container ended with {}",
+        status.exit_code
+    );
+    say(&format!(
+        "the host's kernel is {}, the log file of \"info\" says:",
+        crate::enclave::run("uname", &["-r"])?.trim()
+    ));
+    show(&std::fs::read_to_string(info.log())?);
+    let output = info.output()?;
+    ensure!(
+        output.contains("kernel ") && output.contains("hostname demo"),
+        "{output}"
+    );
+
+    title("ExecSync in \"web\"");
+    let start = Instant::now();
+    let listing = web
+        .out(&["sh", "-c", "cat /proc/1/comm; cat /proc/loadavg"])
+        .await?;
+    stages.push(("ExecSync".into(), ms(start)));
+    show(&listing);
+
+    title("HTTP from the host: the pod's address, then the node's port 8080");
+    let ip = pod.ip().await?;
+    served(&format!("{ip}:80"), Duration::from_secs(10)).await?;
+    show(
+        get(&format!("{ip}:80"), "/index.html")
+            .await?
+            .lines()
+            .last()
+            .unwrap_or_default(),
+    );
+    let gateway = ip
+        .rsplit_once('.')
+        .map(|(net, _)| format!("{net}.1"))
+        .unwrap_or_default();
+    served(&format!("{gateway}:8080"), Duration::from_secs(10)).await?;
+    say(&format!("http://{gateway}:8080 answers the same"));
+
+    title("ContainerStats, from the guest's cgroup");
+    let stats = wait::until("CPU time", Duration::from_secs(10), || async {
+        let stats = web.stats().await?;
+        let used = stats
+            .cpu
+            .clone()
+            .and_then(|c| c.usage_core_nano_seconds)
+            .unwrap_or_default()
+            .value;
+        ensure!(used > 0, "no CPU time");
+        Ok(stats)
+    })
+    .await?;
+    let cpu = stats
+        .cpu
+        .and_then(|c| c.usage_core_nano_seconds)
+        .unwrap_or_default()
+        .value;
+    let memory = stats
+        .memory
+        .and_then(|m| m.working_set_bytes)
+        .unwrap_or_default()
+        .value;
+    say(&format!(
+        "web: {:.1} ms of CPU, working set {} KiB",
+        cpu as f64 / 1e6,
+        memory / 1024
+    ));
+    answer(
+        "ListContainerStats",
+        pod.node
+            .cri
+            .runtime()
+            .list_container_stats(within(LONG, ListContainerStatsRequest::default()))
+            .await,
+    )?;
+
+    title("The Prometheus page, in part");
+    let page = pod.node.metrics_page().await?;
+    let lines: Vec<_> = page
+        .lines()
+        .filter(|l| l.contains("boxlite") && !l.starts_with('#') && !l.contains("_bucket"))
+        .take(14)
+        .collect();
+    ensure!(!lines.is_empty(), "no boxlite metric on the page");
+    show(&lines.join("\n"));
+    Ok(())
+}
+
+/// Numbers by stage name out of PodSandboxStatus's verbose info: values that are JSON objects with numbers under
+/// "timers_ms" or "timers".
+fn inner_stages(info: &std::collections::HashMap<String, String>) -> Vec<Stage> {
+    let mut rows = Vec::new();
+    for text in info.values() {
+        let Ok(value) = serde_json::from_str::<serde_json::Value>(text) else {
+            continue;
+        };
+        for key in ["timers_ms", "timers", "stages_ms"] {
+            if let Some(map) = value.get(key).and_then(|v| v.as_object()) {
+                rows.extend(
+                    map.iter()
+                        .filter_map(|(k, v)| Some((format!("  stage {k}"), v.as_f64()?))),
+                );
+            }
+        }
+    }
+    rows
+}
+
+/// Stage timers of the metrics page: `…stage…_sum{…stage="x"…} seconds`.
+fn page_stages(page: &str) -> Vec<Stage> {
+    page.lines()
+        .filter(|l| !l.starts_with('#') && l.contains("stage=\"") && l.contains("_sum"))
+        .filter_map(|l| {
+            let name = l.split("stage=\"").nth(1)?.split('"').next()?;
+            Some((
+                format!("  stage {name}"),
+                l.rsplit(' ').next()?.parse::<f64>().ok()? * 1000.0,
+            ))
+        })
+        .collect()
+}

@@ -1,0 +1,124 @@
+//! Reading CRI log files: `<RFC 3339 with nanoseconds> <stdout|stderr> <F|P> <content>`.
+//!
+//! Strict: a line in any other form is a failure.
+
+use crate::ensure;
+use crate::outcome::{During, Result};
+use std::path::Path;
+
+/// One line of the file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogLine {
+    /// As written.
+    pub time: String,
+    /// `stdout` or `stderr`.
+    pub stream: String,
+    /// Whether the container's line ends here (F) or goes on (P).
+    pub full: bool,
+    /// The container's bytes; with the newline where `full`.
+    pub content: Vec<u8>,
+}
+
+/// All lines.
+pub fn read(path: &Path) -> Result<Vec<LogLine>> {
+    let bytes = std::fs::read(path).during(path.display())?;
+    let mut lines = Vec::new();
+    for raw in bytes.split_inclusive(|&b| b == b'\n') {
+        // The writer may be in the middle of its last line.
+        if raw.ends_with(b"\n") {
+            lines.push(parse(&raw[..raw.len() - 1])?);
+        }
+    }
+    Ok(lines)
+}
+
+/// One line without its newline.
+pub fn parse(raw: &[u8]) -> Result<LogLine> {
+    let mut parts = raw.splitn(4, |&b| b == b' ');
+    let mut next = || {
+        parts
+            .next()
+            .map(|p| String::from_utf8_lossy(p).into_owned())
+            .unwrap_or_default()
+    };
+    let (time, stream, tag) = (next(), next(), next());
+    let content = parts.next();
+    let shown = || String::from_utf8_lossy(&raw[..raw.len().min(120)]).into_owned();
+    ensure!(
+        is_time(&time),
+        "no RFC 3339 time with nanoseconds in front: {:?}",
+        shown()
+    );
+    ensure!(
+        stream == "stdout" || stream == "stderr",
+        "no stream name: {:?}",
+        shown()
+    );
+    ensure!(tag == "F" || tag == "P", "no tag F or P: {:?}", shown());
+    let mut content = content.map(<[u8]>::to_vec).unwrap_or_default();
+    if tag == "F" {
+        content.push(b'\n');
+    }
+    Ok(LogLine {
+        time,
+        stream,
+        full: tag == "F",
+        content,
+    })
+}
+
+/// `2026-01-02T03:04:05.123456789Z` or with a numeric zone.
+fn is_time(text: &str) -> bool {
+    let Some((date, rest)) = text.split_once('T') else {
+        return false;
+    };
+    let zone = rest
+        .trim_end_matches('Z')
+        .split(['+', '-'])
+        .next()
+        .unwrap_or_default();
+    let Some((clock, nanos)) = zone.split_once('.') else {
+        return false;
+    };
+    date.len() == 10
+        && clock.len() == 8
+        && nanos.len() == 9
+        && nanos.bytes().all(|b| b.is_ascii_digit())
+}
+
+/// The bytes of one stream, joined.
+pub fn stream(lines: &[LogLine], name: &str) -> Vec<u8> {
+    lines
+        .iter()
+        .filter(|l| l.stream == name)
+        .flat_map(|l| l.content.iter().copied())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn takes_a_line_and_refuses_others() {
+        let line = parse(b"2026-01-02T03:04:05.123456789Z stdout F a b").unwrap();
+        assert_eq!(
+            (line.stream.as_str(), line.content.as_slice()),
+            ("stdout", b"a b\n".as_slice())
+        );
+        assert_eq!(
+            parse(b"2026-01-02T03:04:05.123456789+00:00 stderr P x")
+                .unwrap()
+                .content,
+            b"x"
+        );
+        for bad in [
+            "",
+            "x stdout F a",
+            "2026-01-02T03:04:05Z stdout F a",
+            "2026-01-02T03:04:05.123456789Z out F a",
+        ] {
+            assert!(parse(bad.as_bytes()).is_err(), "{bad}");
+        }
+    }
+}

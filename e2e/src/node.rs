@@ -1,0 +1,290 @@
+//! [`Node`]: one boxlite-cri with roots, CNI and registry configuration of its own, and a client of it.
+//!
+//! Starts, kills and restarts the daemon as an init system would; what runs in pods is [`crate::pod`]'s affair. Called by
+//! tests, demo and bench.
+
+use crate::client::Cri;
+use crate::install::Install;
+use crate::outcome::{During, Failure, Result};
+use crate::{ensure, wait};
+use k8s_cri::v1::VersionRequest;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::Duration;
+use tokio::process::{Child, Command};
+use tokio::sync::Mutex;
+
+/// What differs between nodes.
+#[derive(Debug, Clone)]
+pub struct NodeOptions {
+    /// Short: its files lie below `<scratch>/<name>`.
+    pub name: String,
+    /// `auto`, `qemu`, `krun`.
+    pub vmm: String,
+    /// `host` → `server` (a URL, or several) and an optional CA: one hosts.toml each.
+    pub registries: Vec<(String, String, Option<PathBuf>)>,
+    /// Whether there is a CNI configuration.
+    pub network: bool,
+    /// Instead of the default CNI plugin chain.
+    pub cni_plugins: Option<serde_json::Value>,
+    /// More directories with CNI plugins, in front.
+    pub cni_bin: Option<PathBuf>,
+    /// Seconds until a hanging plugin is killed.
+    pub cni_timeout: u32,
+    /// Instead of the installed agent.
+    pub guest: Option<PathBuf>,
+    /// Seconds for one RunPodSandbox.
+    pub run_pod_seconds: u32,
+}
+
+impl NodeOptions {
+    /// The usual node of this name.
+    pub fn new(name: &str, vmm: &str) -> Self {
+        Self {
+            name: name.into(),
+            vmm: vmm.into(),
+            registries: Vec::new(),
+            network: true,
+            cni_plugins: None,
+            cni_bin: None,
+            cni_timeout: 20,
+            guest: None,
+            run_pod_seconds: 230,
+        }
+    }
+}
+
+/// A node.
+pub struct Node {
+    /// All its files.
+    pub dir: PathBuf,
+    /// CRI client.
+    pub cri: Cri,
+    /// `127.0.0.1:<port>` of the metrics page.
+    pub metrics: String,
+    /// Third byte of the pods' 10.88.x.0/24.
+    subnet: u16,
+    program: PathBuf,
+    process: Mutex<Option<Child>>,
+}
+
+static SUBNET: AtomicU16 = AtomicU16::new(1);
+
+/// Longest time until the daemon serves; it probes the VMM first.
+const START: Duration = Duration::from_secs(60);
+
+impl Node {
+    /// Writes the configuration and starts the daemon.
+    pub async fn start(scratch: &Path, install: &Install, options: &NodeOptions) -> Result<Self> {
+        let node = Self::prepare(scratch, install, options)?;
+        node.serve().await?;
+        Ok(node)
+    }
+
+    /// Writes the configuration only.
+    pub fn prepare(scratch: &Path, install: &Install, options: &NodeOptions) -> Result<Self> {
+        let dir = scratch.join(&options.name);
+        let subnet = SUBNET.fetch_add(1, Ordering::Relaxed);
+        for sub in ["cni", "certs.d", "logs", "ipam"] {
+            std::fs::create_dir_all(dir.join(sub))?;
+        }
+        let metrics = format!("127.0.0.1:{}", 9700 + subnet);
+        if options.network {
+            std::fs::write(
+                dir.join("cni/10-e2e.conflist"),
+                conflist(&dir, subnet, options)?,
+            )?;
+        }
+        for (host, server, ca) in &options.registries {
+            let at = dir.join("certs.d").join(host);
+            std::fs::create_dir_all(&at)?;
+            let mut toml = format!(
+                "server = \"{server}\"\n\n[host.\"{server}\"]\n  capabilities = [\"pull\", \"resolve\"]\n"
+            );
+            if let Some(ca) = ca {
+                toml.push_str(&format!("  ca = \"{}\"\n", ca.display()));
+            }
+            std::fs::write(at.join("hosts.toml"), toml)?;
+        }
+        std::fs::write(
+            dir.join("config.toml"),
+            config(&dir, install, options, &metrics),
+        )?;
+        Ok(Self {
+            cri: Cri::lazy(&dir.join("cri.sock"))?,
+            metrics,
+            subnet,
+            program: install.daemon.clone(),
+            process: Mutex::new(None),
+            dir,
+        })
+    }
+
+    /// Runs the daemon and waits until it answers.
+    pub async fn serve(&self) -> Result {
+        let log = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.log())?;
+        let child = Command::new(&self.program)
+            .args(["serve", "--config"])
+            .arg(self.dir.join("config.toml"))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .kill_on_drop(true)
+            .spawn()
+            .during("boxlite-cri")?;
+        *self.process.lock().await = Some(child);
+        // A daemon that ended will never answer: its death is a result of the wait, not a reason to go on.
+        wait::until("boxlite-cri answers Version", START, || async {
+            if let Some(child) = self.process.lock().await.as_mut()
+                && child.try_wait()?.is_some()
+            {
+                let text = format!("boxlite-cri ended:\n{}", self.log_tail(20));
+                return Ok(Err(Failure(text)));
+            }
+            let mut client = self.cri.runtime();
+            client.version(VersionRequest::default()).await?;
+            Ok(Ok(()))
+        })
+        .await?
+    }
+
+    /// kill -9 of the daemon alone, as a crash would.
+    pub async fn kill(&self) -> Result {
+        if let Some(mut child) = self.process.lock().await.take() {
+            child.start_kill()?;
+            child.wait().await?;
+        }
+        Ok(())
+    }
+
+    /// SIGTERM and wait, as an upgrade would; pods go on.
+    pub async fn terminate(&self) -> Result {
+        if let Some(mut child) = self.process.lock().await.take() {
+            if let Some(pid) = child.id() {
+                let pid = nix::unistd::Pid::from_raw(i32::try_from(pid)?);
+                nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?;
+            }
+            let status = tokio::time::timeout(Duration::from_secs(20), child.wait())
+                .await
+                .during("SIGTERM")??;
+            ensure!(
+                status.success(),
+                "after SIGTERM boxlite-cri ended with {status}:\n{}",
+                self.log_tail(10)
+            );
+        }
+        Ok(())
+    }
+
+    /// The daemon's process id.
+    pub async fn pid(&self) -> Option<u32> {
+        self.process.lock().await.as_ref().and_then(Child::id)
+    }
+
+    /// The daemon's log.
+    pub fn log(&self) -> PathBuf {
+        self.dir.join("daemon.log")
+    }
+
+    /// Its last lines.
+    pub fn log_tail(&self, lines: usize) -> String {
+        let text = std::fs::read_to_string(self.log()).unwrap_or_default();
+        let all: Vec<_> = text.lines().collect();
+        all[all.len().saturating_sub(lines)..].join("\n")
+    }
+
+    /// Where IPAM keeps leases.
+    pub fn leases(&self) -> PathBuf {
+        self.dir.join("ipam/e2e")
+    }
+
+    /// The bridge's name.
+    pub fn bridge(&self) -> String {
+        format!("bx{}", self.subnet)
+    }
+
+    /// The Prometheus page.
+    pub async fn metrics_page(&self) -> Result<String> {
+        let url = format!("http://{}/metrics", self.metrics);
+        let client = reqwest::Client::builder()
+            .no_proxy()
+            .timeout(Duration::from_secs(20))
+            .build()?;
+        let answer = client.get(url).send().await?;
+        ensure!(
+            answer.status().is_success(),
+            "/metrics: {}",
+            answer.status()
+        );
+        Ok(answer.text().await?)
+    }
+}
+
+fn conflist(dir: &Path, subnet: u16, options: &NodeOptions) -> Result<String> {
+    let plugins = options.cni_plugins.clone().unwrap_or_else(|| {
+        serde_json::json!([
+            {"type": "bridge", "bridge": format!("bx{subnet}"), "isGateway": true, "ipMasq": true, "hairpinMode": true,
+             "ipam": {"type": "host-local", "dataDir": dir.join("ipam"),
+                      "ranges": [[{"subnet": format!("10.88.{subnet}.0/24")}], [{"subnet": format!("fd88:{subnet:x}::/64")}]],
+                      "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]}},
+            {"type": "portmap", "capabilities": {"portMappings": true}, "snat": true}
+        ])
+    });
+    Ok(serde_json::to_string_pretty(
+        &serde_json::json!({"cniVersion": "1.0.0", "name": "e2e", "plugins": plugins}),
+    )?)
+}
+
+fn config(dir: &Path, install: &Install, options: &NodeOptions, metrics: &str) -> String {
+    let at = dir.display();
+    let bins: Vec<_> = options
+        .cni_bin
+        .iter()
+        .chain([&install.cni])
+        .map(|p| format!("\"{}\"", p.display()))
+        .collect();
+    format!(
+        r#"root = "{at}/root"
+state = "{at}/state"
+listen = "unix://{at}/cri.sock"
+log_level = "info"
+vmm = "{}"
+
+[paths]
+guest = "{}"
+shim = "{}"
+libkrunfw = "{}"
+qemu = "{}"
+virtiofsd = "{}"
+vhost_device_vsock = "{}"
+
+[cni]
+conf_dir = "{at}/cni"
+bin_dirs = [{}]
+timeout_seconds = {}
+
+[registry]
+config_path = "{at}/certs.d"
+
+[metrics]
+listen = "{metrics}"
+
+[timeouts]
+run_pod_seconds = {}
+"#,
+        options.vmm,
+        options.guest.as_ref().unwrap_or(&install.guest).display(),
+        install.shim.display(),
+        install.libkrunfw.display(),
+        install.qemu.display(),
+        install.virtiofsd.display(),
+        install.vhost_device_vsock.display(),
+        bins.join(", "),
+        options.cni_timeout,
+        options.run_pod_seconds,
+    )
+}

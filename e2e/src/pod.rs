@@ -1,0 +1,416 @@
+//! [`Pod`] and [`Container`]: the calls a kubelet makes, under names that let a test read as prose.
+//!
+//! [`PodSpec`] and [`ContainerSpec`] hold CRI messages to be changed at will before use. No judgement here beyond "the call
+//! succeeded".
+
+use crate::client::{answer, within};
+use crate::node::Node;
+use crate::outcome::Result;
+use crate::wait;
+use k8s_cri::v1::*;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+static SERIAL: AtomicU32 = AtomicU32::new(1);
+
+/// Deadline of a call that may boot a VM: a kubelet's is 4 minutes.
+pub const LONG: Duration = Duration::from_secs(120);
+
+/// A sandbox configuration under construction.
+pub fn pod_spec(node: &Node, name: &str) -> PodSandboxConfig {
+    let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
+    PodSandboxConfig {
+        metadata: Some(PodSandboxMetadata {
+            name: format!("{name}-{serial}"),
+            uid: format!("uid-{serial}"),
+            namespace: "e2e".into(),
+            attempt: 0,
+        }),
+        hostname: name.to_owned(),
+        log_directory: node
+            .dir
+            .join(format!("logs/{name}-{serial}"))
+            .display()
+            .to_string(),
+        labels: [("e2e".to_owned(), name.to_owned())].into(),
+        linux: Some(LinuxPodSandboxConfig::default()),
+        ..Default::default()
+    }
+}
+
+/// A container configuration under construction: `argv` in `image`, log file `<name>.log`.
+pub fn container_spec(name: &str, image: &str, argv: &[&str]) -> ContainerConfig {
+    ContainerConfig {
+        metadata: Some(ContainerMetadata {
+            name: name.into(),
+            attempt: 0,
+        }),
+        image: Some(ImageSpec {
+            image: image.into(),
+            ..Default::default()
+        }),
+        command: argv.iter().map(|&a| a.to_owned()).collect(),
+        log_path: format!("{name}.log"),
+        labels: [("e2e".to_owned(), name.to_owned())].into(),
+        linux: Some(LinuxContainerConfig::default()),
+        ..Default::default()
+    }
+}
+
+/// A sandbox that runs.
+#[derive(Clone)]
+pub struct Pod {
+    /// Whose.
+    pub node: Arc<Node>,
+    /// Sandbox id.
+    pub id: String,
+    /// As it was asked for.
+    pub config: PodSandboxConfig,
+}
+
+impl Pod {
+    /// RunPodSandbox with the usual configuration.
+    pub async fn run(node: &Arc<Node>, name: &str) -> Result<Self> {
+        Self::run_with(node, pod_spec(node, name)).await
+    }
+
+    /// RunPodSandbox.
+    pub async fn run_with(node: &Arc<Node>, config: PodSandboxConfig) -> Result<Self> {
+        let request = RunPodSandboxRequest {
+            config: Some(config.clone()),
+            runtime_handler: String::new(),
+        };
+        let id = answer(
+            "RunPodSandbox",
+            node.cri
+                .runtime()
+                .run_pod_sandbox(within(LONG, request))
+                .await,
+        )?
+        .pod_sandbox_id;
+        Ok(Self {
+            node: node.clone(),
+            id,
+            config,
+        })
+    }
+
+    /// CreateContainer with the usual configuration.
+    pub async fn create(&self, name: &str, image: &str, argv: &[&str]) -> Result<Container> {
+        self.create_with(container_spec(name, image, argv)).await
+    }
+
+    /// CreateContainer.
+    pub async fn create_with(&self, config: ContainerConfig) -> Result<Container> {
+        let request = CreateContainerRequest {
+            pod_sandbox_id: self.id.clone(),
+            config: Some(config.clone()),
+            sandbox_config: Some(self.config.clone()),
+        };
+        let id = answer(
+            "CreateContainer",
+            self.node
+                .cri
+                .runtime()
+                .create_container(within(LONG, request))
+                .await,
+        )?
+        .container_id;
+        Ok(Container {
+            pod: self.clone(),
+            id,
+            config,
+        })
+    }
+
+    /// CreateContainer and StartContainer.
+    pub async fn start(&self, name: &str, image: &str, argv: &[&str]) -> Result<Container> {
+        self.start_with(container_spec(name, image, argv)).await
+    }
+
+    /// CreateContainer and StartContainer.
+    pub async fn start_with(&self, config: ContainerConfig) -> Result<Container> {
+        let container = self.create_with(config).await?;
+        container.start().await?;
+        Ok(container)
+    }
+
+    /// Runs `sh -c script` to its end and gives what it printed; its exit code must be 0.
+    pub async fn sh(&self, image: &str, script: &str) -> Result<String> {
+        let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
+        let container = self
+            .start(&format!("sh{serial}"), image, &["sh", "-c", script])
+            .await?;
+        let status = container.exited(LONG).await?;
+        let output = container.output()?;
+        crate::ensure!(
+            status.exit_code == 0,
+            "`{script}` ended with {}: {output}",
+            status.exit_code
+        );
+        container.remove().await?;
+        Ok(output)
+    }
+
+    /// PodSandboxStatus.
+    pub async fn status(&self) -> Result<PodSandboxStatus> {
+        Ok(self.status_verbose(false).await?.status.unwrap_or_default())
+    }
+
+    /// PodSandboxStatus, whole.
+    pub async fn status_verbose(&self, verbose: bool) -> Result<PodSandboxStatusResponse> {
+        let request = PodSandboxStatusRequest {
+            pod_sandbox_id: self.id.clone(),
+            verbose,
+        };
+        answer(
+            "PodSandboxStatus",
+            self.node
+                .cri
+                .runtime()
+                .pod_sandbox_status(within(LONG, request))
+                .await,
+        )
+    }
+
+    /// The pod's first address.
+    pub async fn ip(&self) -> Result<String> {
+        Ok(self.status().await?.network.unwrap_or_default().ip)
+    }
+
+    /// StopPodSandbox.
+    pub async fn stop(&self) -> Result {
+        let request = StopPodSandboxRequest {
+            pod_sandbox_id: self.id.clone(),
+        };
+        answer(
+            "StopPodSandbox",
+            self.node
+                .cri
+                .runtime()
+                .stop_pod_sandbox(within(LONG, request))
+                .await,
+        )?;
+        Ok(())
+    }
+
+    /// RemovePodSandbox.
+    pub async fn remove(&self) -> Result {
+        let request = RemovePodSandboxRequest {
+            pod_sandbox_id: self.id.clone(),
+        };
+        answer(
+            "RemovePodSandbox",
+            self.node
+                .cri
+                .runtime()
+                .remove_pod_sandbox(within(LONG, request))
+                .await,
+        )?;
+        Ok(())
+    }
+
+    /// StopPodSandbox and RemovePodSandbox.
+    pub async fn end(&self) -> Result {
+        self.stop().await?;
+        self.remove().await
+    }
+}
+
+/// A container.
+#[derive(Clone)]
+pub struct Container {
+    /// Of this pod.
+    pub pod: Pod,
+    /// Container id.
+    pub id: String,
+    /// As it was asked for.
+    pub config: ContainerConfig,
+}
+
+impl Container {
+    /// StartContainer.
+    pub async fn start(&self) -> Result {
+        let request = StartContainerRequest {
+            container_id: self.id.clone(),
+        };
+        answer(
+            "StartContainer",
+            self.pod
+                .node
+                .cri
+                .runtime()
+                .start_container(within(LONG, request))
+                .await,
+        )?;
+        Ok(())
+    }
+
+    /// StopContainer with so many seconds of grace.
+    pub async fn stop(&self, grace: i64) -> Result {
+        let request = StopContainerRequest {
+            container_id: self.id.clone(),
+            timeout: grace,
+        };
+        answer(
+            "StopContainer",
+            self.pod
+                .node
+                .cri
+                .runtime()
+                .stop_container(within(LONG, request))
+                .await,
+        )?;
+        Ok(())
+    }
+
+    /// RemoveContainer.
+    pub async fn remove(&self) -> Result {
+        let request = RemoveContainerRequest {
+            container_id: self.id.clone(),
+        };
+        answer(
+            "RemoveContainer",
+            self.pod
+                .node
+                .cri
+                .runtime()
+                .remove_container(within(LONG, request))
+                .await,
+        )?;
+        Ok(())
+    }
+
+    /// ContainerStatus.
+    pub async fn status(&self) -> Result<ContainerStatus> {
+        let request = ContainerStatusRequest {
+            container_id: self.id.clone(),
+            verbose: false,
+        };
+        let response = answer(
+            "ContainerStatus",
+            self.pod
+                .node
+                .cri
+                .runtime()
+                .container_status(within(LONG, request))
+                .await,
+        )?;
+        Ok(response.status.unwrap_or_default())
+    }
+
+    /// Waits for EXITED.
+    pub async fn exited(&self, limit: Duration) -> Result<ContainerStatus> {
+        wait::until("the container is EXITED", limit, || async {
+            let status = self.status().await?;
+            crate::ensure!(
+                status.state() == ContainerState::ContainerExited,
+                "{:?}",
+                status.state()
+            );
+            Ok(status)
+        })
+        .await
+    }
+
+    /// ExecSync without a timeout of its own.
+    pub async fn exec(&self, argv: &[&str]) -> Result<ExecSyncResponse> {
+        answer(&format!("ExecSync {argv:?}"), self.exec_raw(argv, 0).await)
+    }
+
+    /// ExecSync: standard output of a command that must succeed.
+    pub async fn out(&self, argv: &[&str]) -> Result<String> {
+        let response = self.exec(argv).await?;
+        let text = String::from_utf8_lossy(&response.stdout).into_owned();
+        crate::ensure!(
+            response.exit_code == 0,
+            "{argv:?} ended with {}: {text}{}",
+            response.exit_code,
+            String::from_utf8_lossy(&response.stderr)
+        );
+        Ok(text)
+    }
+
+    /// ExecSync with a timeout in seconds; the bare answer.
+    pub async fn exec_raw(
+        &self,
+        argv: &[&str],
+        timeout: i64,
+    ) -> std::result::Result<tonic::Response<ExecSyncResponse>, tonic::Status> {
+        let request = ExecSyncRequest {
+            container_id: self.id.clone(),
+            cmd: argv.iter().map(|&a| a.to_owned()).collect(),
+            timeout,
+        };
+        self.pod
+            .node
+            .cri
+            .runtime()
+            .exec_sync(within(LONG, request))
+            .await
+    }
+
+    /// ContainerStats.
+    pub async fn stats(&self) -> Result<ContainerStats> {
+        let request = ContainerStatsRequest {
+            container_id: self.id.clone(),
+        };
+        let response = answer(
+            "ContainerStats",
+            self.pod
+                .node
+                .cri
+                .runtime()
+                .container_stats(within(LONG, request))
+                .await,
+        )?;
+        Ok(response.stats.unwrap_or_default())
+    }
+
+    /// The log file.
+    pub fn log(&self) -> PathBuf {
+        PathBuf::from(&self.pod.config.log_directory).join(&self.config.log_path)
+    }
+
+    /// What it printed on both streams so far, out of the log file.
+    pub fn output(&self) -> Result<String> {
+        Ok(crate::logs::read(&self.log())?
+            .iter()
+            .map(|l| String::from_utf8_lossy(&l.content).into_owned())
+            .collect())
+    }
+
+    /// Waits until the log holds this text.
+    pub async fn printed(&self, text: &str, limit: Duration) -> Result {
+        wait::until(&format!("the log has {text:?}"), limit, || async {
+            let output = self.output()?;
+            crate::ensure!(output.contains(text), "{output:?}");
+            Ok(())
+        })
+        .await
+    }
+}
+
+/// PullImage; gives the image reference that CRI answers.
+pub async fn pull(node: &Node, reference: &str) -> Result<String> {
+    pull_with(node, reference, None).await
+}
+
+/// PullImage with credentials.
+pub async fn pull_with(node: &Node, reference: &str, auth: Option<AuthConfig>) -> Result<String> {
+    let request = PullImageRequest {
+        image: Some(ImageSpec {
+            image: reference.into(),
+            ..Default::default()
+        }),
+        auth,
+        sandbox_config: None,
+    };
+    Ok(answer(
+        &format!("PullImage {reference}"),
+        node.cri.image().pull_image(within(LONG, request)).await,
+    )?
+    .image_ref)
+}

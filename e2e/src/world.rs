@@ -1,0 +1,100 @@
+//! [`World`]: what every test gets: the home, the scratch directory, the registry with its images, a node shared by the
+//! tests that leave it well, and a factor for patience.
+
+use crate::image::registry::Registry;
+use crate::image::set::ImageSet;
+use crate::install::Install;
+use crate::node::{Node, NodeOptions};
+use crate::outcome::{During, Result};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Where the suite runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Home {
+    /// VmmKind::Qemu on this machine.
+    Qemu,
+    /// VmmKind::Krun, where KVM works: the emulated KVM host.
+    Krun,
+}
+
+impl Home {
+    /// The daemon's `vmm`.
+    pub fn vmm(self) -> &'static str {
+        match self {
+            Self::Qemu => "qemu",
+            Self::Krun => "krun",
+        }
+    }
+}
+
+/// What tests share.
+pub struct World {
+    /// Which VMM.
+    pub home: Home,
+    /// A tmpfs.
+    pub scratch: PathBuf,
+    /// Programs.
+    pub install: Install,
+    /// Plain HTTP on loopback.
+    pub registry: Registry,
+    /// What it serves.
+    pub images: ImageSet,
+    /// The shared node; the images are pulled.
+    pub node: Arc<Node>,
+}
+
+impl World {
+    /// Starts registry and shared node, pushes and pulls the images.
+    pub async fn build(home: Home) -> Result<Self> {
+        let scratch = crate::enclave::scratch();
+        let install = Install::find()?;
+        let registry = Registry::start(&install.registry, &scratch, 5000, false).await?;
+        let images = ImageSet::push(&registry, &install.busybox)
+            .await
+            .during("pushing the images")?;
+        let node = Node::start(&scratch, &install, &options("n", home.vmm(), &registry)).await?;
+        crate::pod::pull(&node, &images.base).await?;
+        Ok(Self {
+            home,
+            scratch,
+            install,
+            registry,
+            images,
+            node: Arc::new(node),
+        })
+    }
+
+    /// A further node of its own for a test that kills, breaks or configures.
+    pub async fn own_node(
+        &self,
+        name: &str,
+        change: impl FnOnce(&mut NodeOptions),
+    ) -> Result<Arc<Node>> {
+        let mut options = options(name, self.home.vmm(), &self.registry);
+        change(&mut options);
+        Ok(Arc::new(
+            Node::start(&self.scratch, &self.install, &options).await?,
+        ))
+    }
+
+    /// A time limit that is fair in this home: nested emulation is several times slower.
+    pub fn patience(&self, seconds: u64) -> Duration {
+        Duration::from_secs(match self.home {
+            Home::Qemu => seconds,
+            Home::Krun => seconds * 5,
+        })
+    }
+}
+
+/// A node that knows the plain-HTTP registry.
+pub fn options(name: &str, vmm: &str, registry: &Registry) -> NodeOptions {
+    let mut options = NodeOptions::new(name, vmm);
+    options.registries.push((
+        registry.host.clone(),
+        format!("http://{}", registry.host),
+        None,
+    ));
+    options
+}
