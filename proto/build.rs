@@ -31,6 +31,11 @@ fn main() -> Result<(), Box<dyn Error>> {
             })
             .rust_protobuf_customize(ttrpc_codegen::ProtobufCustomize::default().gen_mod_rs(true))
             .run()?;
+        // The generator's mod.rs names the messages only.
+        let modules = out.join("mod.rs");
+        let mut text = std::fs::read_to_string(&modules)?;
+        text.push_str("pub mod shim_ttrpc;\n");
+        std::fs::write(&modules, text)?;
     }
     Ok(())
 }

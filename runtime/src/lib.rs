@@ -5,13 +5,17 @@
 //! [`BoxliteRuntime`] holds all boxes; a [`LiteBox`] is one. Starting, stopping and exits go through the shim (`shim_controller`),
 //! exec and stats through the [`portal`].
 
+mod database;
 pub mod error;
+pub mod filesystem_layout;
 pub mod images;
+pub mod init_rootfs;
 pub mod litebox;
 pub mod management;
 pub mod metrics;
 pub mod portal;
 pub mod runtime;
+pub mod shim_controller;
 pub mod types;
 pub mod unix_socket;
 

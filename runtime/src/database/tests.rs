@@ -1,0 +1,127 @@
+//! Rows survive a reload, with mode, schema and cascades as promised.
+
+use super::*;
+use crate::types::ContainerState;
+
+pub(crate) fn box_row(id: &str, name: &str) -> BoxRow {
+    BoxRow {
+        options: BoxOptions {
+            id: id.into(),
+            name: name.into(),
+            metadata: vec![0, 255, 7],
+            vcpus: 1,
+            memory_mib: 256,
+            scratch_bytes: 1 << 30,
+            hostname: "h".into(),
+            netns: None,
+            sysctls: Default::default(),
+            cgroup_parent: String::new(),
+            vmm: None,
+            debug_console: false,
+        },
+        phase: Phase::Created,
+        reason: String::new(),
+        created_at_ns: 5,
+        shim: None,
+        timers: StageTimers::default(),
+    }
+}
+
+fn container_row(id: &str, box_id: &str) -> ContainerRow {
+    ContainerRow {
+        snapshot: ContainerSnapshot {
+            id: id.into(),
+            box_id: box_id.into(),
+            name: "c".into(),
+            image_id: "sha256:0".into(),
+            state: ContainerState::Created,
+            created_at_ns: 1,
+            started_at_ns: 0,
+            finished_at_ns: 0,
+            exit_code: 0,
+            reason: String::new(),
+            message: String::new(),
+            metadata: b"\x00m".to_vec(),
+            log_path: None,
+            tty: false,
+            stdin: false,
+            stdin_once: false,
+        },
+        complete: true,
+    }
+}
+
+#[tokio::test]
+async fn rows_come_back_after_a_reload() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("runtime.db");
+    let first = box_row("a", "pod-a");
+    let container = container_row("c1", "a");
+    {
+        let database = Database::open(&path).unwrap();
+        database.insert_box(first.clone()).await.unwrap();
+        database.insert_box(box_row("b", "pod-b")).await.unwrap();
+        database.put_container(container.clone()).await.unwrap();
+        database
+            .put_container(container_row("c2", "b"))
+            .await
+            .unwrap();
+    }
+    let database = Database::open(&path).unwrap();
+    let rows = database.load().await.unwrap();
+    assert_eq!(rows.len(), 2);
+    assert_eq!(rows[0], (first.clone(), vec![container]));
+
+    let mut changed = first;
+    changed.phase = Phase::Ready;
+    database.update_box(changed.clone()).await.unwrap();
+    database.delete_box("b").await.unwrap();
+    database.delete_box("b").await.unwrap();
+    let rows = database.load().await.unwrap();
+    assert_eq!(rows.len(), 1);
+    assert_eq!(rows[0].0, changed);
+    // The container of the deleted box went with it.
+    database.insert_box(box_row("b", "pod-b")).await.unwrap();
+    let rows = database.load().await.unwrap();
+    assert!(rows[1].1.is_empty());
+}
+
+#[tokio::test]
+async fn names_are_unique_and_containers_need_their_box() {
+    let directory = tempfile::tempdir().unwrap();
+    let database = Database::open(&directory.path().join("runtime.db")).unwrap();
+    database.insert_box(box_row("a", "pod")).await.unwrap();
+    assert!(database.insert_box(box_row("b", "pod")).await.is_err());
+    assert!(!database.has_box("b").await.unwrap());
+    assert!(
+        database
+            .put_container(container_row("c", "none"))
+            .await
+            .is_err()
+    );
+}
+
+#[tokio::test]
+async fn every_file_is_private_and_a_newer_schema_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("runtime.db");
+    let database = Database::open(&path).unwrap();
+    database.insert_box(box_row("a", "pod")).await.unwrap();
+    for entry in std::fs::read_dir(directory.path()).unwrap() {
+        let entry = entry.unwrap();
+        let mode = entry.metadata().unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "{:?}", entry.path());
+    }
+    database
+        .run("test", |connection| {
+            connection.pragma_update(None, "user_version", 99)
+        })
+        .await
+        .unwrap();
+    drop(database);
+    let error = Database::open(&path).unwrap_err();
+    assert!(
+        matches!(error, RuntimeError::DatabaseSchema { found: 99, .. }),
+        "{error}"
+    );
+}
