@@ -1,2 +1,49 @@
-//! Placeholder of the first commit; its owner replaces it.
-fn main() {}
+//! `boxlite-guest`: the agent of a pod's VM. As PID 1 it prepares the VM, forks the spawner and serves the guest protocol.
+//!
+//! It decides nothing about pods: what to run, where and when comes from the host. It never returns while the VM is to
+//! live: any way out of `main`, and any panic, powers the VM off.
+//!
+//! Flow: [`boot`] (mounts, cgroups, single-threaded) → [`spawner`] forked → tokio → [`serve`] (vsock 2695, ready on 2696)
+//! → [`services`] → [`container`], [`execution`], [`storage`], [`network`].
+
+mod agent;
+mod boot;
+mod cgroup;
+mod descriptor;
+mod forward;
+mod network;
+mod serve;
+mod services;
+mod spawner;
+mod storage;
+mod system;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    if std::process::id() != 1 {
+        eprintln!(
+            "boxlite-guest {} is the PID 1 of a boxlite VM and does nothing elsewhere",
+            env!("CARGO_PKG_VERSION")
+        );
+        return ExitCode::from(64);
+    }
+    boot::power::off_on_panic();
+    if let Err(error) = run() {
+        boot::console::print_error("agent", &*error);
+    }
+    boot::power::off()
+}
+
+/// Boots, serves, and comes back only when the VM is to end.
+fn run() -> Result<(), Box<dyn std::error::Error>> {
+    boot::prepare()?;
+    boot::console::start_logging();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        // A VM has one or two CPUs and as little as 128 MiB; what blocks is mounts and directory walks.
+        .max_blocking_threads(8)
+        .build()?;
+    runtime.block_on(serve::serve())?;
+    Ok(())
+}

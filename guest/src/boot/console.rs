@@ -1,0 +1,44 @@
+//! The console: few lines, because the host shows the last of them when a boot fails.
+//!
+//! Nothing a container wrote and no environment variable is ever printed here.
+
+use std::error::Error;
+use tracing_subscriber::filter::LevelFilter;
+
+/// Sends the agent's log to standard error, which the kernel connected to the console. Not called in the spawner: its
+/// children's standard error becomes a container's.
+pub fn start_logging() {
+    let level = match std::fs::read_to_string("/proc/cmdline") {
+        Ok(line) if line.split_whitespace().any(|word| word == "boxlite.debug") => {
+            LevelFilter::DEBUG
+        }
+        _ => LevelFilter::WARN,
+    };
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .without_time()
+        .init();
+}
+
+/// Prints an error with its causes in one line.
+pub fn print_error(who: &str, error: &(dyn Error + 'static)) {
+    eprintln!("boxlite-guest: {who}: {}", chain(error));
+}
+
+/// An error and its causes, separated by colons.
+pub fn chain(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        let message = inner.to_string();
+        // Transparent errors repeat their cause.
+        if !text.ends_with(&message) {
+            text.push_str(": ");
+            text.push_str(&message);
+        }
+        cause = inner.source();
+    }
+    text
+}

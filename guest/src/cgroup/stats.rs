@@ -1,0 +1,119 @@
+//! Reads a cgroup's figures into the wire's [`CgroupStats`]; the names are the kernel's
+//! (Documentation/admin-guide/cgroup-v2.rst). A file that isn't there leaves its fields 0.
+
+use super::Cgroup;
+use boxlite_proto::boxlite::v1::{BlkioStats, CgroupStats};
+use std::collections::HashMap;
+
+/// Everything the wire carries about one cgroup.
+pub fn read(cgroup: &Cgroup) -> CgroupStats {
+    let cpu = keyed(cgroup, "cpu.stat");
+    let events = keyed(cgroup, "memory.events");
+    let of = |map: &HashMap<String, u64>, key: &str| map.get(key).copied().unwrap_or(0);
+    CgroupStats {
+        cpu_usage_usec: of(&cpu, "usage_usec"),
+        cpu_user_usec: of(&cpu, "user_usec"),
+        cpu_system_usec: of(&cpu, "system_usec"),
+        cpu_nr_periods: of(&cpu, "nr_periods"),
+        cpu_nr_throttled: of(&cpu, "nr_throttled"),
+        cpu_throttled_usec: of(&cpu, "throttled_usec"),
+        memory_current: single(cgroup, "memory.current"),
+        memory_peak: single(cgroup, "memory.peak"),
+        memory_max: single(cgroup, "memory.max"),
+        memory_swap_current: single(cgroup, "memory.swap.current"),
+        memory_stat: keyed(cgroup, "memory.stat"),
+        memory_events_oom: of(&events, "oom"),
+        memory_events_oom_kill: of(&events, "oom_kill"),
+        pids_current: single(cgroup, "pids.current"),
+        pids_max: single(cgroup, "pids.max"),
+        io: cgroup
+            .read("io.stat")
+            .map(|text| parse_io(&text))
+            .unwrap_or_default(),
+    }
+}
+
+/// How often the kernel killed a process of this cgroup (or below) for memory.
+pub fn oom_kills(cgroup: &Cgroup) -> u64 {
+    keyed(cgroup, "memory.events")
+        .get("oom_kill")
+        .copied()
+        .unwrap_or(0)
+}
+
+/// A file of one number; `max` reads as the largest one.
+fn single(cgroup: &Cgroup, file: &str) -> u64 {
+    match cgroup.read(file).as_deref().map(str::trim) {
+        Some("max") => u64::MAX,
+        Some(text) => text.parse().unwrap_or(0),
+        None => 0,
+    }
+}
+
+/// A "flat keyed" file: one `name number` per line.
+fn keyed(cgroup: &Cgroup, file: &str) -> HashMap<String, u64> {
+    cgroup
+        .read(file)
+        .map(|text| parse_keyed(&text))
+        .unwrap_or_default()
+}
+
+fn parse_keyed(text: &str) -> HashMap<String, u64> {
+    text.lines()
+        .filter_map(|line| {
+            let (key, value) = line.split_once(' ')?;
+            Some((key.to_owned(), value.trim().parse().ok()?))
+        })
+        .collect()
+}
+
+/// `io.stat`: `major:minor rbytes=… wbytes=… rios=… wios=… …` per line.
+fn parse_io(text: &str) -> Vec<BlkioStats> {
+    text.lines().filter_map(parse_io_line).collect()
+}
+
+fn parse_io_line(line: &str) -> Option<BlkioStats> {
+    let mut words = line.split_whitespace();
+    let (major, minor) = words.next()?.split_once(':')?;
+    let mut stats = BlkioStats {
+        major: major.parse().ok()?,
+        minor: minor.parse().ok()?,
+        ..BlkioStats::default()
+    };
+    for (key, value) in words.filter_map(|word| word.split_once('=')) {
+        let value = value.parse().unwrap_or(0);
+        match key {
+            "rbytes" => stats.rbytes = value,
+            "wbytes" => stats.wbytes = value,
+            "rios" => stats.rios = value,
+            "wios" => stats.wios = value,
+            _ => {}
+        }
+    }
+    Some(stats)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn io_lines_are_read_and_unknown_keys_skipped() {
+        let text =
+            "254:0 rbytes=4096 wbytes=8192 rios=1 wios=2 dbytes=0 dios=0\n254:16\nnonsense\n";
+        let parsed = parse_io(text);
+        assert_eq!(parsed.len(), 2);
+        assert_eq!(
+            (parsed[0].major, parsed[0].rbytes, parsed[0].wios),
+            (254, 4096, 2)
+        );
+        assert_eq!((parsed[1].minor, parsed[1].rbytes), (16, 0));
+    }
+
+    #[test]
+    fn keyed_lines_are_read_and_broken_ones_skipped() {
+        let parsed = parse_keyed("usage_usec 12\nbroken\nuser_usec x\nsystem_usec 3\n");
+        assert_eq!(parsed.len(), 2);
+        assert_eq!(parsed["usage_usec"], 12);
+    }
+}

@@ -1,0 +1,59 @@
+//! [`AsyncDescriptor`]: any pollable descriptor (pipe, terminal, socket) in the runtime, with the caller's own system
+//! call on it. The only place that registers descriptors.
+
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use tokio::io::unix::AsyncFd;
+
+/// A non-blocking descriptor registered with the runtime.
+#[derive(Debug)]
+pub struct AsyncDescriptor {
+    inner: AsyncFd<OwnedFd>,
+}
+
+impl AsyncDescriptor {
+    /// Makes it non-blocking and registers it.
+    ///
+    /// # Errors
+    /// The descriptor can't be polled (a regular file), or the runtime is out of resources.
+    pub fn new(descriptor: OwnedFd) -> io::Result<Self> {
+        let flags = fcntl_getfl(&descriptor)?;
+        fcntl_setfl(&descriptor, flags | OFlags::NONBLOCK)?;
+        // SAFETY: the OwnedFd owns its descriptor, and nothing replaces or closes it while the AsyncFd has it.
+        let inner = unsafe { AsyncFd::register(descriptor) }?;
+        Ok(Self { inner })
+    }
+
+    /// The descriptor, for calls that don't block.
+    pub fn get(&self) -> BorrowedFd<'_> {
+        self.inner.get_ref().as_fd()
+    }
+
+    /// Runs `call` when the descriptor is readable until it doesn't answer EWOULDBLOCK. Dropping the future loses nothing
+    /// that `call` hasn't done.
+    pub async fn read_with<T>(
+        &self,
+        mut call: impl FnMut(BorrowedFd<'_>) -> io::Result<T>,
+    ) -> io::Result<T> {
+        loop {
+            let mut guard = self.inner.readable().await?;
+            if let Ok(result) = guard.try_io(|inner| call(inner.get_ref().as_fd())) {
+                return result;
+            }
+        }
+    }
+
+    /// The same when it is writable.
+    pub async fn write_with<T>(
+        &self,
+        mut call: impl FnMut(BorrowedFd<'_>) -> io::Result<T>,
+    ) -> io::Result<T> {
+        loop {
+            let mut guard = self.inner.writable().await?;
+            if let Ok(result) = guard.try_io(|inner| call(inner.get_ref().as_fd())) {
+                return result;
+            }
+        }
+    }
+}

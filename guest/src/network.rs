@@ -1,0 +1,335 @@
+//! Gives the pod's network card the name, addresses and routes the host took over from CNI.
+//!
+//! The card is found by its MAC. The tap behind it carries what the plugin's interface on the host carried, so addresses
+//! are the pod's already: no DHCP, no duplicate address detection (the host's own copy would answer it).
+//! Called once by `Guest.Init`.
+
+use boxlite_proto::boxlite::v1::{Interface, Route};
+use futures::TryStreamExt;
+use netlink_packet_route::address::{AddressAttribute, AddressFlags};
+use netlink_packet_route::link::{LinkAttribute, LinkMessage};
+use netlink_packet_route::route::{RouteMessage, RouteScope};
+use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+/// What of the network could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum NetworkError {
+    /// No netlink socket.
+    #[error("netlink socket")]
+    Socket(#[source] std::io::Error),
+    /// A field of the request is not what it should be.
+    #[error("{field} {value:?}: {reason}")]
+    Invalid {
+        field: &'static str,
+        value: String,
+        reason: &'static str,
+    },
+    /// No card has that MAC.
+    #[error("no network card has the address {mac}; there are: {present}")]
+    NoCard { mac: String, present: String },
+    /// The kernel refused a step.
+    #[error("{step}")]
+    Step {
+        step: String,
+        #[source]
+        source: rtnetlink::Error,
+    },
+}
+
+/// Sets up the loopback, then interfaces, then routes, in the order given.
+///
+/// Dropping the future leaves the network half set up; calling it again completes it.
+pub async fn configure(interfaces: &[Interface], routes: &[Route]) -> Result<(), NetworkError> {
+    let (connection, handle, _) = rtnetlink::new_connection().map_err(NetworkError::Socket)?;
+    let connection = tokio::spawn(connection);
+    let result = apply(&handle, interfaces, routes).await;
+    connection.abort();
+    result
+}
+
+async fn apply(
+    handle: &Handle,
+    interfaces: &[Interface],
+    routes: &[Route],
+) -> Result<(), NetworkError> {
+    let links: Vec<LinkMessage> = handle
+        .link()
+        .get()
+        .execute()
+        .try_collect()
+        .await
+        .map_err(|source| step("list network cards", source))?;
+    if let Some(loopback) = links.iter().find(|link| name_of(link) == Some("lo")) {
+        let up = LinkUnspec::new_with_index(loopback.header.index)
+            .up()
+            .build();
+        handle
+            .link()
+            .set(up)
+            .execute()
+            .await
+            .map_err(|source| step("loopback up", source))?;
+    }
+    let mut indexes = HashMap::new();
+    for interface in interfaces {
+        let index = find(&links, &interface.mac)?;
+        set_up(handle, index, interface).await?;
+        indexes.insert(interface.name.as_str(), index);
+    }
+    for route in routes {
+        let message = route_message(route, &indexes)?;
+        let what = || {
+            format!(
+                "route {} via {:?} dev {}",
+                destination_of(route),
+                route.gateway,
+                route.interface
+            )
+        };
+        // A repeated Init finds its routes there.
+        handle
+            .route()
+            .add(message)
+            .replace()
+            .execute()
+            .await
+            .map_err(|source| step(what(), source))?;
+    }
+    Ok(())
+}
+
+async fn set_up(handle: &Handle, index: u32, interface: &Interface) -> Result<(), NetworkError> {
+    let name = &interface.name;
+    if name.is_empty() || name.len() >= libc::IFNAMSIZ || name.contains('/') {
+        return Err(invalid(
+            "interface name",
+            name,
+            "not a name the kernel takes",
+        ));
+    }
+    // A card is renamed while it is down.
+    let mut link = LinkUnspec::new_with_index(index).name(name.clone());
+    if interface.mtu != 0 {
+        link = link.mtu(interface.mtu);
+    }
+    handle
+        .link()
+        .set(link.build())
+        .execute()
+        .await
+        .map_err(|source| step(format!("name card {name}"), source))?;
+    for address in &interface.addresses {
+        let (ip, prefix) = parse_cidr("address", address)?;
+        let mut request = handle.address().add(index, ip, prefix).replace();
+        if ip.is_ipv6() {
+            let message = request.message_mut();
+            message.attributes.push(AddressAttribute::Flags(
+                AddressFlags::Nodad | AddressFlags::Permanent,
+            ));
+        }
+        request
+            .execute()
+            .await
+            .map_err(|source| step(format!("address {address} on {name}"), source))?;
+    }
+    let up = LinkUnspec::new_with_index(index).up().build();
+    handle
+        .link()
+        .set(up)
+        .execute()
+        .await
+        .map_err(|source| step(format!("{name} up"), source))
+}
+
+/// The card with the MAC `wanted`.
+fn find(links: &[LinkMessage], wanted: &str) -> Result<u32, NetworkError> {
+    let bytes = parse_mac(wanted)?;
+    let has = |link: &&LinkMessage| {
+        link.attributes
+            .iter()
+            .any(|attribute| matches!(attribute, LinkAttribute::Address(mac) if *mac == bytes))
+    };
+    match links.iter().find(has) {
+        Some(link) => Ok(link.header.index),
+        None => {
+            let present: Vec<_> = links.iter().filter_map(name_of).collect();
+            Err(NetworkError::NoCard {
+                mac: wanted.to_owned(),
+                present: present.join(", "),
+            })
+        }
+    }
+}
+
+fn name_of(link: &LinkMessage) -> Option<&str> {
+    link.attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            LinkAttribute::IfName(name) => Some(name.as_str()),
+            _ => None,
+        })
+}
+
+fn parse_mac(text: &str) -> Result<Vec<u8>, NetworkError> {
+    let bytes: Option<Vec<u8>> = text
+        .split(':')
+        .map(|part| u8::from_str_radix(part, 16).ok())
+        .collect();
+    bytes
+        .filter(|bytes| bytes.len() == 6)
+        .ok_or_else(|| invalid("MAC", text, "expected aa:bb:cc:dd:ee:ff"))
+}
+
+fn parse_cidr(field: &'static str, text: &str) -> Result<(IpAddr, u8), NetworkError> {
+    let parsed = text
+        .split_once('/')
+        .and_then(|(ip, prefix)| Some((ip.parse().ok()?, prefix.parse::<u8>().ok()?)));
+    match parsed {
+        Some((ip @ IpAddr::V4(_), prefix)) if prefix <= 32 => Ok((ip, prefix)),
+        Some((ip @ IpAddr::V6(_), prefix)) if prefix <= 128 => Ok((ip, prefix)),
+        _ => Err(invalid(
+            field,
+            text,
+            "expected an address and a prefix length",
+        )),
+    }
+}
+
+fn destination_of(route: &Route) -> &str {
+    if route.destination.is_empty() {
+        "default"
+    } else {
+        &route.destination
+    }
+}
+
+/// The netlink form of a route.
+fn route_message(
+    route: &Route,
+    indexes: &HashMap<&str, u32>,
+) -> Result<RouteMessage, NetworkError> {
+    let index = match indexes.get(route.interface.as_str()) {
+        Some(index) => *index,
+        None => {
+            return Err(invalid(
+                "route interface",
+                &route.interface,
+                "not among the interfaces",
+            ));
+        }
+    };
+    let gateway = match route.gateway.as_str() {
+        "" => None,
+        text => Some(
+            text.parse::<IpAddr>()
+                .map_err(|_| invalid("gateway", text, "not an address"))?,
+        ),
+    };
+    let source = match route.source.as_str() {
+        "" => None,
+        text => Some(
+            text.parse::<IpAddr>()
+                .map_err(|_| invalid("route source", text, "not an address"))?,
+        ),
+    };
+    let ipv6 = route.ipv6 || gateway.is_some_and(|ip| ip.is_ipv6());
+    let (destination, prefix) = match (route.destination.as_str(), ipv6) {
+        ("" | "default", true) => (IpAddr::V6(Ipv6Addr::UNSPECIFIED), 0),
+        ("" | "default", false) => (IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0),
+        (text, _) => parse_cidr("route destination", text)?,
+    };
+    let mixed = || invalid("route", destination_of(route), "mixes IPv4 and IPv6");
+    let scope = u8::try_from(route.scope)
+        .map(RouteScope::from)
+        .unwrap_or(RouteScope::Universe);
+    let mut builder = RouteMessageBuilder::<IpAddr>::new().output_interface(index);
+    builder = builder
+        .destination_prefix(destination, prefix)
+        .map_err(|_| mixed())?;
+    if let Some(source) = source {
+        builder = builder.pref_source(source).map_err(|_| mixed())?;
+    }
+    builder = match gateway {
+        // Gateways outside every subnet (as ptp and calico have them) are reached on the link itself; the flag does no harm
+        // to others.
+        Some(gateway) => builder.gateway(gateway).map_err(|_| mixed())?.onlink(),
+        None => builder,
+    };
+    let scope = match scope {
+        RouteScope::Universe if gateway.is_none() && !destination.is_ipv6() => RouteScope::Link,
+        other => other,
+    };
+    Ok(builder.scope(scope).build())
+}
+
+fn step(step: impl Into<String>, source: rtnetlink::Error) -> NetworkError {
+    NetworkError::Step {
+        step: step.into(),
+        source,
+    }
+}
+
+fn invalid(field: &'static str, value: &str, reason: &'static str) -> NetworkError {
+    NetworkError::Invalid {
+        field,
+        value: value.to_owned(),
+        reason,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn route(destination: &str, gateway: &str, ipv6: bool) -> Route {
+        Route {
+            destination: destination.into(),
+            gateway: gateway.into(),
+            interface: "eth0".into(),
+            source: String::new(),
+            scope: 0,
+            ipv6,
+        }
+    }
+
+    #[test]
+    fn defaults_of_both_families() {
+        let indexes = HashMap::from([("eth0", 2)]);
+        let four = route_message(&route("", "10.0.0.1", false), &indexes).unwrap();
+        assert_eq!(four.header.destination_prefix_length, 0);
+        assert_eq!(
+            four.header.address_family,
+            netlink_packet_route::AddressFamily::Inet
+        );
+        let six = route_message(&route("", "fe80::1", false), &indexes).unwrap();
+        assert_eq!(
+            six.header.address_family,
+            netlink_packet_route::AddressFamily::Inet6
+        );
+    }
+
+    #[test]
+    fn a_route_without_gateway_is_a_link_route() {
+        let indexes = HashMap::from([("eth0", 2)]);
+        let message = route_message(&route("169.254.1.1/32", "", false), &indexes).unwrap();
+        assert_eq!(message.header.scope, RouteScope::Link);
+        assert_eq!(message.header.destination_prefix_length, 32);
+    }
+
+    #[test]
+    fn nonsense_is_refused() {
+        let indexes = HashMap::from([("eth0", 2)]);
+        assert!(route_message(&route("10.0.0.0/33", "", false), &indexes).is_err());
+        assert!(route_message(&route("10.0.0.0/8", "fe80::1", false), &indexes).is_err());
+        assert!(route_message(&route("", "nowhere", false), &indexes).is_err());
+        assert!(route_message(&route("", "10.0.0.1", false), &HashMap::new()).is_err());
+        assert!(parse_mac("aa:bb:cc:dd:ee").is_err());
+        assert!(parse_mac("aa:bb:cc:dd:ee:fg").is_err());
+        assert_eq!(
+            parse_mac("0a:bb:cc:dd:ee:ff").unwrap(),
+            [0x0a, 0xbb, 0xcc, 0xdd, 0xee, 0xff]
+        );
+    }
+}

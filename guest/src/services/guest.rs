@@ -1,0 +1,156 @@
+//! The `Guest` service: the VM and its pod as a whole.
+
+use super::status::status;
+use crate::agent::Agent;
+use crate::cgroup::{self, Cgroup};
+use crate::storage::pod;
+use crate::{network, system};
+use boxlite_proto::boxlite::v1::guest_server::Guest;
+use boxlite_proto::boxlite::v1::{
+    ErrorKind, GuestInitRequest, GuestInitResponse, GuestStatsRequest, GuestStatsResponse,
+    PingRequest, PingResponse, PortForwardRequest, PortForwardResponse, SetTimeRequest,
+    SetTimeResponse, ShutdownRequest, ShutdownResponse,
+};
+use std::pin::Pin;
+use std::sync::Arc;
+use tokio_stream::Stream;
+use tonic::{Request, Response, Status, Streaming};
+
+/// See the service in `service.proto`.
+#[derive(Debug)]
+pub struct GuestService {
+    agent: Arc<Agent>,
+    /// The request that initialized the pod, without what differs between retries. Held while one is carried out.
+    initialized: tokio::sync::Mutex<Option<GuestInitRequest>>,
+}
+
+impl GuestService {
+    /// The service of `agent`.
+    pub fn new(agent: Arc<Agent>) -> Self {
+        Self {
+            agent,
+            initialized: tokio::sync::Mutex::new(None),
+        }
+    }
+}
+
+/// Carries out what a pod needs, in order: what comes later may need what comes first.
+async fn initialize(request: &GuestInitRequest) -> Result<(), Status> {
+    if request.time_unix_ns != 0 {
+        system::set_time(request.time_unix_ns)?;
+    }
+    system::add_entropy(&request.entropy)?;
+    if !request.hostname.is_empty() {
+        system::set_hostname(&request.hostname)?;
+    }
+    let (share, scratch, shm) = (
+        request.share_tag.clone(),
+        request.scratch_device.clone(),
+        request.shm_size,
+    );
+    let mounts = tokio::task::spawn_blocking(move || {
+        pod::mount_share(&share)?;
+        pod::mount_scratch(&scratch)?;
+        pod::resize_shm(shm)
+    });
+    network::configure(&request.interfaces, &request.routes).await?;
+    super::joined(mounts).await??;
+    // Last: some name an interface.
+    for (name, value) in &request.sysctls {
+        system::set_sysctl(name, value)?;
+    }
+    Ok(())
+}
+
+/// What must be equal in a repeated Init.
+fn essence(request: &GuestInitRequest) -> GuestInitRequest {
+    GuestInitRequest {
+        time_unix_ns: 0,
+        entropy: Default::default(),
+        ..request.clone()
+    }
+}
+
+#[tonic::async_trait]
+impl Guest for GuestService {
+    async fn init(
+        &self,
+        request: Request<GuestInitRequest>,
+    ) -> Result<Response<GuestInitResponse>, Status> {
+        let request = request.into_inner();
+        let mut initialized = self.initialized.lock().await;
+        match initialized.as_ref() {
+            None => {
+                initialize(&request).await?;
+                *initialized = Some(essence(&request));
+            }
+            Some(before) if *before == essence(&request) => {}
+            Some(before) => {
+                let message = format!("the VM belongs to sandbox {} already", before.sandbox_id);
+                return Err(status(
+                    ErrorKind::AlreadyExists,
+                    &before.sandbox_id,
+                    message,
+                ));
+            }
+        }
+        let kernel_release = nix::sys::utsname::uname()
+            .map(|name| name.release().to_string_lossy().into_owned())
+            .unwrap_or_default();
+        Ok(Response::new(GuestInitResponse {
+            kernel_release,
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            devices: pod::devices(),
+        }))
+    }
+
+    async fn ping(&self, _: Request<PingRequest>) -> Result<Response<PingResponse>, Status> {
+        Ok(Response::new(PingResponse {
+            uptime_ms: system::uptime_ms(),
+            containers: 0,
+        }))
+    }
+
+    async fn shutdown(
+        &self,
+        _: Request<ShutdownRequest>,
+    ) -> Result<Response<ShutdownResponse>, Status> {
+        self.agent.request_shutdown();
+        Ok(Response::new(ShutdownResponse {}))
+    }
+
+    async fn stats(
+        &self,
+        _: Request<GuestStatsRequest>,
+    ) -> Result<Response<GuestStatsResponse>, Status> {
+        let pod = Cgroup::pod();
+        Ok(Response::new(GuestStatsResponse {
+            time_unix_ns: system::unix_time_ns(),
+            cpu_usage_ns: system::cpu_usage_ns(),
+            memory_total_bytes: cgroup::memory_total().unwrap_or(0),
+            memory_available_bytes: cgroup::meminfo("MemAvailable:").unwrap_or(0),
+            networks: system::network_stats(),
+            process_count: pod.processes().len() as u32,
+            pod: Some(cgroup::stats::read(&pod)),
+        }))
+    }
+
+    async fn set_time(
+        &self,
+        request: Request<SetTimeRequest>,
+    ) -> Result<Response<SetTimeResponse>, Status> {
+        system::set_time(request.into_inner().time_unix_ns)?;
+        Ok(Response::new(SetTimeResponse {}))
+    }
+
+    type PortForwardStream =
+        Pin<Box<dyn Stream<Item = Result<PortForwardResponse, Status>> + Send>>;
+
+    async fn port_forward(
+        &self,
+        request: Request<Streaming<PortForwardRequest>>,
+    ) -> Result<Response<Self::PortForwardStream>, Status> {
+        let stream = crate::forward::open(request.into_inner()).await?;
+        Ok(Response::new(Box::pin(stream)))
+    }
+}

@@ -1,0 +1,26 @@
+//! The guest protocol's three gRPC services: each call is checked, handed to its module, and its error made a status.
+//!
+//! No state and no system call lives here.
+
+pub mod guest;
+pub mod status;
+
+use crate::agent::Agent;
+use boxlite_proto::boxlite::v1::guest_server::GuestServer;
+use boxlite_proto::names;
+use std::sync::Arc;
+use tonic::service::Routes;
+
+/// All services, with the limits of messages.
+pub fn routes(agent: &Arc<Agent>) -> Routes {
+    let guest = GuestServer::new(guest::GuestService::new(Arc::clone(agent)))
+        .max_decoding_message_size(names::GUEST_MESSAGE_LIMIT)
+        .max_encoding_message_size(names::GUEST_MESSAGE_LIMIT);
+    Routes::new(guest)
+}
+
+/// The result of blocking work that nobody aborts; that it panicked is the one way it can fail.
+pub async fn joined<T>(task: tokio::task::JoinHandle<T>) -> Result<T, tonic::Status> {
+    task.await
+        .map_err(|error| tonic::Status::internal(error.to_string()))
+}

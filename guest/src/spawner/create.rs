@@ -1,0 +1,151 @@
+//! Role *create*: libcontainer makes a container's init process, which stops before its exec.
+//!
+//! libcontainer enters the namespaces, mounts, pivots, drops privileges, and waits on its notify socket. What it is not
+//! left to do: cgroup limits (the agent's, they must also be updated), seccomp (not in a static build without
+//! libseccomp), looking for and executing the program (typed errors and the exact environment, see [`Program`]).
+
+use super::executable;
+use super::wire::{self, CreateRequest, Failure, FailureKind, Message};
+use crate::boot::console::chain;
+use libcontainer::container::builder::ContainerBuilder;
+use libcontainer::oci_spec::runtime::Spec;
+use libcontainer::syscall::syscall::SyscallType;
+use libcontainer::workload::{
+    Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError,
+};
+use std::collections::HashMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::rc::Rc;
+
+/// Name of the socket in the bundle on which libcontainer hands over the terminal's master.
+const CONSOLE_SOCKET: &str = "console.sock";
+
+/// Makes the process and answers its pid, and its terminal if it has one.
+pub fn run(request: &CreateRequest, stdio: Vec<OwnedFd>, reply: &OwnedFd) -> Result<(), Failure> {
+    let own_reply = reply
+        .try_clone()
+        .map_err(|error| Failure::step("dup", error))?;
+    let failed = |error: libcontainer::error::LibcontainerError| {
+        Failure::new(
+            FailureKind::Internal,
+            format!("create container: {}", chain(&error)),
+        )
+    };
+    let mut builder = ContainerBuilder::new(request.id.clone(), SyscallType::default())
+        .with_root_path(&request.state)
+        .map_err(failed)?
+        .with_executor(Program {
+            reply: Rc::new(own_reply),
+        })
+        .validate_id()
+        .map_err(failed)?;
+    let mut listener = None;
+    if request.terminal {
+        let path = request.bundle.join(CONSOLE_SOCKET);
+        listener = Some(
+            UnixListener::bind(&path).map_err(|error| Failure::step("console socket", error))?,
+        );
+        builder = builder.with_console_socket(Some(path));
+    } else {
+        let mut stdio = stdio.into_iter();
+        let (Some(stdin), Some(stdout), Some(stderr)) = (stdio.next(), stdio.next(), stdio.next())
+        else {
+            return Err(Failure::new(
+                FailureKind::Internal,
+                "standard input and output are missing",
+            ));
+        };
+        builder = builder
+            .with_stdin(stdin)
+            .with_stdout(stdout)
+            .with_stderr(stderr);
+    }
+    let container = builder
+        .as_init(&request.bundle)
+        .with_systemd(false)
+        .with_detach(true)
+        // The agent's child, as everything is.
+        .as_sibling(true)
+        .build()
+        .map_err(failed)?;
+    let pid = container
+        .pid()
+        .ok_or_else(|| Failure::new(FailureKind::Internal, "the container has no process"))?;
+    if let Some(listener) = listener {
+        hand_over_console(&listener, reply)?;
+    }
+    wire::send(reply.as_fd(), &Message::Created { pid: pid.as_raw() }, None)
+        .map_err(|error| Failure::step("reply", error))
+}
+
+/// Takes the terminal's master, which libcontainer has sent already, and passes it to the agent.
+fn hand_over_console(listener: &UnixListener, reply: &OwnedFd) -> Result<(), Failure> {
+    let (connection, _) = listener
+        .accept()
+        .map_err(|error| Failure::step("console socket", error))?;
+    let mut name = [0; 64];
+    let (_, mut descriptors) = wire::receive_with(connection.as_fd(), &mut name)
+        .map_err(|error| Failure::step("receive console", error))?;
+    let master = descriptors
+        .pop()
+        .ok_or_else(|| Failure::new(FailureKind::Internal, "libcontainer sent no terminal"))?;
+    wire::send(reply.as_fd(), &Message::Console, Some(master.as_fd()))
+        .map_err(|error| Failure::step("reply", error))
+}
+
+/// Finds and executes the program in place of libcontainer's own executor, which loses the order of the environment and
+/// reports in prose. Failures go to the agent at once; the socket closes with the exec.
+#[derive(Clone)]
+struct Program {
+    reply: Rc<OwnedFd>,
+}
+
+impl Program {
+    fn report(&self, failure: Failure) -> String {
+        let message = failure.message.clone();
+        let _ = wire::send(self.reply.as_fd(), &Message::Failed(failure), None);
+        message
+    }
+
+    fn parts(spec: &Spec) -> (Vec<String>, Vec<String>) {
+        let process = spec.process().as_ref();
+        let args = process
+            .and_then(|process| process.args().clone())
+            .unwrap_or_default();
+        let env = process
+            .and_then(|process| process.env().clone())
+            .unwrap_or_default();
+        (args, env)
+    }
+}
+
+impl Executor for Program {
+    fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
+        let (args, env) = Self::parts(spec);
+        let name = args.first().map_or("", String::as_str);
+        match executable::find(name, &env) {
+            Ok(_) => Ok(()),
+            Err(failure) => Err(ExecutorValidationError::ArgValidationError(
+                self.report(failure),
+            )),
+        }
+    }
+
+    fn setup_envs(&self, _: HashMap<String, String>) -> Result<(), ExecutorSetEnvsError> {
+        // The program gets its environment with the exec.
+        Ok(())
+    }
+
+    fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
+        let (args, env) = Self::parts(spec);
+        let name = args.first().map_or("", String::as_str);
+        let failure = match executable::find(name, &env)
+            .and_then(|path| executable::execute(&path, &args, &env))
+        {
+            Ok(never) => match never {},
+            Err(failure) => failure,
+        };
+        Err(ExecutorError::Other(self.report(failure)))
+    }
+}

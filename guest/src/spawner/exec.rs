@@ -1,0 +1,283 @@
+//! Role *exec*: runs a further process in a container.
+//!
+//! Done with system calls and not with libcontainer's tenant builder: that needs the state of a *running* container on
+//! disk, forks three times, starts the program before its pid is known, and reports a missing program only as prose. An
+//! exec probe runs this every few seconds in every container. Steps and order are runc's.
+//!
+//! The helper joins the cgroup and the namespaces and clones the process; the process waits until the agent has
+//! registered its pid, drops its privileges and executes the program.
+
+use super::executable::{self, words};
+use super::server::{Parent, clone_child};
+use super::user::{self, ResolvedUser};
+use super::wire::{self, ExecRequest, Failure, FailureKind, Message, ProcessPlan};
+use caps::{CapSet, Capability, CapsHashSet};
+use nix::errno::Errno;
+use nix::sched::{CloneFlags, setns};
+use nix::sys::prctl;
+use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::stat::{Mode, umask};
+use nix::unistd::{
+    Gid, Uid, chdir, dup2_stderr, dup2_stdin, dup2_stdout, setgroups, setresgid, setresuid, setsid,
+};
+use oci_spec::runtime::{Capabilities, LinuxCapabilities, PosixRlimit, PosixRlimitType};
+use std::convert::Infallible;
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
+
+/// The namespaces a container has of its own; the others are the VM's.
+const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWNS
+    .union(CloneFlags::CLONE_NEWPID)
+    .union(CloneFlags::CLONE_NEWCGROUP);
+
+/// Makes the process and answers its pid.
+pub fn run(
+    request: &ExecRequest,
+    descriptors: Vec<OwnedFd>,
+    reply: &OwnedFd,
+) -> Result<(), Failure> {
+    let mut descriptors = descriptors.into_iter();
+    let container = descriptors
+        .next()
+        .ok_or_else(|| Failure::new(FailureKind::Internal, "the container's pidfd is missing"))?;
+    let stdio: Vec<OwnedFd> = descriptors.collect();
+    // From here on nothing in the container may look into this process.
+    prctl::set_dumpable(false).map_err(|errno| Failure::step("set undumpable", errno))?;
+    fs::write(
+        "/proc/self/oom_score_adj",
+        request.process.oom_score_adj.to_string(),
+    )
+    .map_err(|error| Failure::step("oom_score_adj", error))?;
+    fs::write(&request.cgroup_procs, "0").map_err(|error| Failure::step("join cgroup", error))?;
+    setns(&container, NAMESPACES).map_err(|errno| match errno {
+        Errno::ESRCH => Failure::new(FailureKind::Internal, "the container has ended"),
+        errno => Failure::step("join namespaces", errno),
+    })?;
+    match clone_child(Parent::Grand) {
+        Ok(Some(pid)) => wire::send(reply.as_fd(), &Message::Created { pid }, None)
+            .map_err(|error| Failure::step("reply", error)),
+        Ok(None) => {
+            let failure = match become_program(&request.process, stdio, reply) {
+                Ok(never) => match never {},
+                Err(failure) => failure,
+            };
+            let _ = wire::send(reply.as_fd(), &Message::Failed(failure), None);
+            std::process::exit(127)
+        }
+        Err(error) => Err(Failure::step("clone", error)),
+    }
+}
+
+/// The process: everything from its first instruction to the exec.
+fn become_program(
+    plan: &ProcessPlan,
+    stdio: Vec<OwnedFd>,
+    reply: &OwnedFd,
+) -> Result<Infallible, Failure> {
+    let mut mark = [0];
+    match wire::receive_with(reply.as_fd(), &mut mark) {
+        Ok((1, _)) => {}
+        _ => {
+            return Err(Failure::new(
+                FailureKind::Internal,
+                "the agent gave the process up",
+            ));
+        }
+    }
+    setsid().map_err(|errno| Failure::step("setsid", errno))?;
+    let user = user::resolve(Path::new("/"), &plan.user)
+        .map_err(|error| Failure::new(FailureKind::UserNotFound, error.to_string()))?;
+    if plan.terminal {
+        open_terminal(plan.console_size, &user, reply)?;
+    } else {
+        connect_stdio(&stdio, &user)?;
+    }
+    drop(stdio);
+    for limit in &plan.rlimits {
+        set_limit(limit)?;
+    }
+    // As root first: the user may be forbidden a directory that the runtime may enter.
+    let entered = enter_directory(&plan.cwd);
+    let capabilities = CapabilitySets::of(plan.capabilities.as_ref());
+    capabilities.limit_bounding()?;
+    change_user(&user)?;
+    capabilities.apply()?;
+    if entered.is_err() {
+        enter_directory(&plan.cwd).map_err(|errno| {
+            let message = format!("chdir to cwd ({:?}) failed: {}", plan.cwd, words(errno));
+            Failure::new(FailureKind::InvalidArgument, message)
+        })?;
+    }
+    if let Some(mask) = plan.user.umask {
+        umask(Mode::from_bits_truncate(mask));
+    }
+    if plan.no_new_privileges {
+        prctl::set_no_new_privs().map_err(|errno| Failure::step("no_new_privs", errno))?;
+    }
+    let mut env = plan.env.clone();
+    if !env.iter().any(|entry| entry.starts_with("HOME=")) {
+        env.push(format!("HOME={}", user.home));
+    }
+    let name = plan.args.first().map_or("", String::as_str);
+    let path = executable::find(name, &env)?;
+    executable::execute(&path, &plan.args, &env)
+}
+
+fn enter_directory(cwd: &Path) -> Result<(), Errno> {
+    chdir(cwd)?;
+    // A working directory that lies outside of the root (as a leaked descriptor would allow) reads as unreachable.
+    match std::env::current_dir() {
+        Ok(path) if path.is_absolute() => Ok(()),
+        _ => Err(Errno::ENOENT),
+    }
+}
+
+fn connect_stdio(stdio: &[OwnedFd], user: &ResolvedUser) -> Result<(), Failure> {
+    let [stdin, stdout, stderr] = stdio else {
+        return Err(Failure::new(
+            FailureKind::Internal,
+            "standard input and output are missing",
+        ));
+    };
+    // The user must be able to open /dev/stdout again; /dev/null refuses, and needs it not.
+    for pipe in stdio {
+        let _ = nix::unistd::fchown(pipe, Some(Uid::from_raw(user.uid)), None);
+    }
+    let connected = dup2_stdin(stdin)
+        .and_then(|()| dup2_stdout(stdout))
+        .and_then(|()| dup2_stderr(stderr));
+    connected.map_err(|errno| Failure::step("connect standard input and output", errno))
+}
+
+mod terminal_ioctl {
+    nix::ioctl_write_int_bad!(set_controlling, libc::TIOCSCTTY);
+    nix::ioctl_write_ptr_bad!(set_size, libc::TIOCSWINSZ, libc::winsize);
+}
+
+/// Sets a terminal's size.
+pub fn set_terminal_size(terminal: &OwnedFd, rows: u16, cols: u16) -> Result<(), Errno> {
+    let size = libc::winsize {
+        ws_row: rows,
+        ws_col: cols,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    // SAFETY: the descriptor is open and the pointer is to a live winsize, which the kernel only reads.
+    unsafe { terminal_ioctl::set_size(terminal.as_raw_fd(), &size) }.map(|_| ())
+}
+
+/// A terminal of the container's own devpts, so that its name exists in the container.
+fn open_terminal(size: (u16, u16), user: &ResolvedUser, reply: &OwnedFd) -> Result<(), Failure> {
+    let failed = |errno| Failure::step("open terminal", errno);
+    let pty = nix::pty::openpty(None, None).map_err(failed)?;
+    if size != (0, 0) {
+        set_terminal_size(&pty.master, size.0, size.1).map_err(failed)?;
+    }
+    let _ = nix::unistd::fchown(&pty.slave, Some(Uid::from_raw(user.uid)), None);
+    // SAFETY: the descriptor is open; the ioctl takes a plain number.
+    unsafe { terminal_ioctl::set_controlling(pty.slave.as_raw_fd(), 0) }.map_err(failed)?;
+    let connected = dup2_stdin(&pty.slave)
+        .and_then(|()| dup2_stdout(&pty.slave))
+        .and_then(|()| dup2_stderr(&pty.slave));
+    connected.map_err(failed)?;
+    wire::send(reply.as_fd(), &Message::Console, Some(pty.master.as_fd()))
+        .map_err(|error| Failure::step("reply", error))
+}
+
+fn change_user(user: &ResolvedUser) -> Result<(), Failure> {
+    let failed = |errno| Failure::step("change user", errno);
+    let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
+    let groups: Vec<Gid> = user
+        .additional_gids
+        .iter()
+        .copied()
+        .map(Gid::from_raw)
+        .collect();
+    // Capabilities must survive the change of the user until they are set as asked.
+    caps::securebits::set_keepcaps(true)
+        .map_err(|error| Failure::step("keep capabilities", error))?;
+    setgroups(&groups).map_err(failed)?;
+    setresgid(gid, gid, gid).map_err(failed)?;
+    setresuid(uid, uid, uid).map_err(failed)?;
+    caps::securebits::set_keepcaps(false).map_err(|error| Failure::step("keep capabilities", error))
+}
+
+/// The five sets, without names this kernel doesn't have.
+struct CapabilitySets {
+    bounding: CapsHashSet,
+    effective: CapsHashSet,
+    permitted: CapsHashSet,
+    inheritable: CapsHashSet,
+    ambient: CapsHashSet,
+}
+
+impl CapabilitySets {
+    fn of(capabilities: Option<&LinuxCapabilities>) -> Self {
+        let set = |choose: fn(&LinuxCapabilities) -> &Option<Capabilities>| -> CapsHashSet {
+            let names = capabilities.and_then(|all| choose(all).as_ref());
+            names
+                .into_iter()
+                .flatten()
+                .filter_map(|name| name.to_string().parse::<Capability>().ok())
+                .collect()
+        };
+        Self {
+            bounding: set(LinuxCapabilities::bounding),
+            effective: set(LinuxCapabilities::effective),
+            permitted: set(LinuxCapabilities::permitted),
+            inheritable: set(LinuxCapabilities::inheritable),
+            ambient: set(LinuxCapabilities::ambient),
+        }
+    }
+
+    /// Before the change of the user: it needs CAP_SETPCAP.
+    fn limit_bounding(&self) -> Result<(), Failure> {
+        let present = caps::read(None, CapSet::Bounding)
+            .map_err(|error| Failure::step("read bounding set", error))?;
+        for capability in present.difference(&self.bounding) {
+            caps::drop(None, CapSet::Bounding, *capability)
+                .map_err(|error| Failure::step("bounding set", error))?;
+        }
+        Ok(())
+    }
+
+    fn apply(&self) -> Result<(), Failure> {
+        // Setting permitted first would take away what effective still needs; the crate writes one set at a time, and
+        // the kernel wants effective within permitted. So: raise permitted's superset is there, lower effective, then it.
+        let set = |kind, value: &CapsHashSet| {
+            caps::set(None, kind, value).map_err(|error| Failure::step("set capabilities", error))
+        };
+        set(CapSet::Inheritable, &self.inheritable)?;
+        set(CapSet::Effective, &self.effective)?;
+        set(CapSet::Permitted, &self.permitted)?;
+        for capability in &self.ambient {
+            // Like runc: an ambient capability that isn't permitted and inheritable is no reason to fail.
+            let _ = caps::raise(None, CapSet::Ambient, *capability);
+        }
+        Ok(())
+    }
+}
+
+fn set_limit(limit: &PosixRlimit) -> Result<(), Failure> {
+    let resource = match limit.typ() {
+        PosixRlimitType::RlimitCpu => Resource::RLIMIT_CPU,
+        PosixRlimitType::RlimitFsize => Resource::RLIMIT_FSIZE,
+        PosixRlimitType::RlimitData => Resource::RLIMIT_DATA,
+        PosixRlimitType::RlimitStack => Resource::RLIMIT_STACK,
+        PosixRlimitType::RlimitCore => Resource::RLIMIT_CORE,
+        PosixRlimitType::RlimitRss => Resource::RLIMIT_RSS,
+        PosixRlimitType::RlimitNproc => Resource::RLIMIT_NPROC,
+        PosixRlimitType::RlimitNofile => Resource::RLIMIT_NOFILE,
+        PosixRlimitType::RlimitMemlock => Resource::RLIMIT_MEMLOCK,
+        PosixRlimitType::RlimitAs => Resource::RLIMIT_AS,
+        PosixRlimitType::RlimitLocks => Resource::RLIMIT_LOCKS,
+        PosixRlimitType::RlimitSigpending => Resource::RLIMIT_SIGPENDING,
+        PosixRlimitType::RlimitMsgqueue => Resource::RLIMIT_MSGQUEUE,
+        PosixRlimitType::RlimitNice => Resource::RLIMIT_NICE,
+        PosixRlimitType::RlimitRtprio => Resource::RLIMIT_RTPRIO,
+        PosixRlimitType::RlimitRttime => Resource::RLIMIT_RTTIME,
+    };
+    setrlimit(resource, limit.soft(), limit.hard())
+        .map_err(|errno| Failure::step(&format!("rlimit {}", limit.typ()), errno))
+}

@@ -1,0 +1,64 @@
+//! File systems of the pod: the virtiofs share, the scratch disk, image layers, and containers' root file systems.
+//!
+//! Everything here blocks in the kernel and is called through `spawn_blocking`. What lies in a layer is hostile: nothing
+//! here follows a path inside one.
+//!
+//! ```text
+//! /run/boxlite/share            virtiofs: l/*.erofs, m/<container>/<n>, r/<container>
+//! /run/boxlite/scratch          ext4 on virtio-blk, or a tmpfs
+//! /run/boxlite/scratch/c/<id>/  upper and work of a container's overlay
+//! /run/boxlite/c/<id>/          bundle: config.json, rootfs
+//! /l/<n>                        a layer, mounted once for all containers that have it
+//! ```
+
+pub mod pod;
+
+use std::io;
+
+/// What of a file system could not be set up or taken down.
+#[derive(Debug, thiserror::Error)]
+pub enum StorageError {
+    /// A mount was refused.
+    #[error("mount {fstype} {origin} on {target}")]
+    Mount {
+        fstype: String,
+        origin: String,
+        target: String,
+        #[source]
+        source: io::Error,
+    },
+    /// An unmount was refused.
+    #[error("unmount {target}")]
+    Unmount {
+        target: String,
+        #[source]
+        source: io::Error,
+    },
+    /// A directory could not be made or removed, a file not written.
+    #[error("{step} {path}")]
+    Path {
+        step: &'static str,
+        path: String,
+        #[source]
+        source: io::Error,
+    },
+    /// A path of the request leaves the place it must be in, or is no plain path.
+    #[error("path {path:?} is not a plain path below {base}")]
+    Escape { path: String, base: &'static str },
+    /// The scratch disk isn't there.
+    #[error("no disk with serial {serial:?}; there are: {present}")]
+    NoDisk { serial: String, present: String },
+    /// More layers than overlayfs stacks.
+    #[error("{count} layers, and at most {limit} can be stacked")]
+    TooManyLayers { count: usize, limit: usize },
+}
+
+impl StorageError {
+    pub(crate) fn path(
+        step: &'static str,
+        path: impl AsRef<std::path::Path>,
+    ) -> impl FnOnce(io::Error) -> Self {
+        let path = path.as_ref().display().to_string();
+        move |source| Self::Path { step, path, source }
+    }
+}

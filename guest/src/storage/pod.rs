@@ -1,0 +1,158 @@
+//! The pod's own mounts: share, scratch disk, /dev/shm. Called once by `Guest.Init`, undone by `Guest.Shutdown`.
+
+use super::StorageError;
+use boxlite_proto::names;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use std::fs;
+use std::path::Path;
+
+/// Size of the pod's /dev/shm where the request gives none, in bytes (what container runtimes give).
+const DEFAULT_SHM: u64 = 64 << 20;
+/// Where block devices are listed.
+const BLOCK_DEVICES: &str = "/sys/block";
+
+/// Mounts the virtiofs share with the tag `tag`; nothing where the tag is empty.
+pub fn mount_share(tag: &str) -> Result<(), StorageError> {
+    if tag.is_empty() || is_mount_point(names::GUEST_SHARE) {
+        return Ok(());
+    }
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    make_and_mount(tag, names::GUEST_SHARE, "virtiofs", flags, None)
+}
+
+/// Mounts the scratch disk, found by serial or by path; a tmpfs stands in where `device` is empty.
+pub fn mount_scratch(device: &str) -> Result<(), StorageError> {
+    if is_mount_point(names::GUEST_SCRATCH) {
+        return Ok(());
+    }
+    if device.is_empty() {
+        return make_and_mount(
+            "scratch",
+            names::GUEST_SCRATCH,
+            "tmpfs",
+            MsFlags::MS_NOATIME,
+            Some("mode=0700"),
+        );
+    }
+    let path = find_disk(device)?;
+    // Discard gives deleted blocks back to the sparse image on the host.
+    make_and_mount(
+        &path,
+        names::GUEST_SCRATCH,
+        "ext4",
+        MsFlags::MS_NOATIME,
+        Some("discard"),
+    )
+}
+
+/// Gives the pod's /dev/shm its size in bytes.
+pub fn resize_shm(bytes: u64) -> Result<(), StorageError> {
+    let bytes = if bytes == 0 { DEFAULT_SHM } else { bytes };
+    let options = format!("mode=1777,size={bytes}");
+    let flags = MsFlags::MS_REMOUNT | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(
+        Some("tmpfs"),
+        "/dev/shm",
+        Some("tmpfs"),
+        flags,
+        Some(options.as_str()),
+    )
+    .map_err(|errno| mount_error("tmpfs", "size", "/dev/shm", errno))
+}
+
+/// Writes all dirty data and unmounts the scratch disk; what still holds it is cut off.
+pub fn release_scratch() -> Result<(), StorageError> {
+    rustix::fs::sync();
+    match umount2(names::GUEST_SCRATCH, MntFlags::empty()) {
+        Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => Ok(()),
+        Err(errno) => Err(StorageError::Unmount {
+            target: names::GUEST_SCRATCH.to_owned(),
+            source: errno.into(),
+        }),
+    }
+}
+
+/// Block devices of the guest, for messages: `vda (serial)`.
+pub fn devices() -> Vec<String> {
+    disks()
+        .into_iter()
+        .map(|(name, serial)| {
+            if serial.is_empty() {
+                name
+            } else {
+                format!("{name} ({serial})")
+            }
+        })
+        .collect()
+}
+
+/// Device node of the disk with that serial; of the only writable one where no VMM reports serials.
+fn find_disk(wanted: &str) -> Result<String, StorageError> {
+    if wanted.starts_with("/dev/") {
+        return Ok(wanted.to_owned());
+    }
+    let disks = disks();
+    let by_serial = disks.iter().find(|(_, serial)| serial == wanted);
+    let nameless = || {
+        disks
+            .iter()
+            .find(|(name, serial)| serial.is_empty() && is_writable(name))
+    };
+    match by_serial.or_else(nameless) {
+        Some((name, _)) => Ok(format!("/dev/{name}")),
+        None => Err(StorageError::NoDisk {
+            serial: wanted.to_owned(),
+            present: devices().join(", "),
+        }),
+    }
+}
+
+/// virtio-blk disks with their serials, by name.
+fn disks() -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(BLOCK_DEVICES).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name.starts_with("vd") {
+            let serial = fs::read_to_string(entry.path().join("serial")).unwrap_or_default();
+            found.push((name, serial.trim().to_owned()));
+        }
+    }
+    found.sort();
+    found
+}
+
+fn is_writable(name: &str) -> bool {
+    let flag = Path::new(BLOCK_DEVICES).join(name).join("ro");
+    fs::read_to_string(flag).is_ok_and(|text| text.trim() == "0")
+}
+
+/// Whether something is mounted on `path`, by the device number changing there.
+fn is_mount_point(path: &str) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let parent = Path::new(path).parent().unwrap_or(Path::new("/"));
+    match (fs::metadata(path), fs::metadata(parent)) {
+        (Ok(own), Ok(above)) => own.dev() != above.dev(),
+        _ => false,
+    }
+}
+
+fn make_and_mount(
+    origin: &str,
+    target: &str,
+    fstype: &str,
+    flags: MsFlags,
+    options: Option<&str>,
+) -> Result<(), StorageError> {
+    fs::create_dir_all(target).map_err(StorageError::path("mkdir", target))?;
+    mount(Some(origin), target, Some(fstype), flags, options)
+        .map_err(|errno| mount_error(fstype, origin, target, errno))
+}
+
+fn mount_error(fstype: &str, origin: &str, target: &str, errno: nix::Error) -> StorageError {
+    StorageError::Mount {
+        fstype: fstype.to_owned(),
+        origin: origin.to_owned(),
+        target: target.to_owned(),
+        source: errno.into(),
+    }
+}
