@@ -59,7 +59,8 @@ pub async fn run() -> Result<bool> {
         stages.push((format!("PullImage {reference}"), ms(start)));
     }
     let pod = start_pod(&node, &mut stages).await?;
-    look(&pod, &images, &mut stages).await?;
+    let web = look(&pod, &images, &mut stages).await?;
+    measure(&pod, &web).await?;
     let internal = pod.status_verbose(true).await?.info;
 
     title("StopPodSandbox and RemovePodSandbox");
@@ -182,7 +183,7 @@ async fn timed(
     Ok(container)
 }
 
-async fn look(pod: &Pod, images: &ImageSet, stages: &mut Vec<Stage>) -> Result {
+async fn look(pod: &Pod, images: &ImageSet, stages: &mut Vec<Stage>) -> Result<Container> {
     title("Two containers in it");
     let script = "echo kernel $(uname -r); echo hostname $(hostname); ip -o addr | grep -v ' lo ' | cut -c1-60";
     let info = timed(pod, "info", &images.zstd, &["sh", "-c", script], stages).await?;
@@ -236,6 +237,11 @@ async fn look(pod: &Pod, images: &ImageSet, stages: &mut Vec<Stage>) -> Result {
     served(&format!("{gateway}:8080"), Duration::from_secs(10)).await?;
     say(&format!("http://{gateway}:8080 answers the same"));
 
+    Ok(web)
+}
+
+/// ContainerStats and the Prometheus page.
+async fn measure(pod: &Pod, web: &Container) -> Result {
     title("ContainerStats, from the guest's cgroup");
     let stats = wait::until("CPU time", Duration::from_secs(10), || async {
         let stats = web.stats().await?;

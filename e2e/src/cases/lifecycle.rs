@@ -160,108 +160,56 @@ async fn lists_and_filters(world: Shared) -> Result {
     let b = two
         .create("b", &world.images.base, &["sleep", "1000"])
         .await?;
-    let mut client = world.node.cri.runtime();
-    let pods = |filter: PodSandboxFilter| ListPodSandboxRequest {
-        filter: Some(filter),
-    };
-    let by_label = pods(PodSandboxFilter {
+    let mut filter = PodSandboxFilter {
         label_selector: one.config.labels.clone(),
         ..Default::default()
-    });
-    same!(
-        ids(
-            client.list_pod_sandbox(by_label).await?.into_inner().items,
-            |p| p.id
-        ),
-        [one.id.clone()],
-        "by label"
-    );
-    let by_id = pods(PodSandboxFilter {
+    };
+    same!(pods(&world, filter).await?, [one.id.clone()], "by label");
+    filter = PodSandboxFilter {
         id: two.id[..13].into(),
         ..Default::default()
-    });
-    same!(
-        ids(
-            client.list_pod_sandbox(by_id).await?.into_inner().items,
-            |p| p.id
-        ),
-        [two.id.clone()],
-        "by id prefix"
-    );
+    };
+    same!(pods(&world, filter).await?, [two.id.clone()], "by prefix");
     two.stop().await?;
-    let ready = PodSandboxStateValue {
+    filter = PodSandboxFilter::default();
+    filter.state = Some(PodSandboxStateValue {
         state: PodSandboxState::SandboxReady.into(),
-    };
-    let by_state = pods(PodSandboxFilter {
-        state: Some(ready),
-        ..Default::default()
     });
-    same!(
-        ids(
-            client.list_pod_sandbox(by_state).await?.into_inner().items,
-            |p| p.id
-        ),
-        [one.id.clone()],
-        "ready ones"
-    );
-    let containers = |filter: ContainerFilter| ListContainersRequest {
-        filter: Some(filter),
-    };
-    let of_pod = containers(ContainerFilter {
+    same!(pods(&world, filter).await?, [one.id.clone()], "ready ones");
+    let mut filter = ContainerFilter {
         pod_sandbox_id: two.id.clone(),
         ..Default::default()
-    });
-    same!(
-        ids(
-            client
-                .list_containers(of_pod)
-                .await?
-                .into_inner()
-                .containers,
-            |c| c.id
-        ),
-        [b.id.clone()],
-        "of a pod"
-    );
-    let running = ContainerStateValue {
-        state: ContainerState::ContainerRunning.into(),
     };
-    let by_state = containers(ContainerFilter {
-        state: Some(running),
-        ..Default::default()
+    same!(containers(&world, filter).await?, [b.id], "of a pod");
+    filter = ContainerFilter::default();
+    filter.state = Some(ContainerStateValue {
+        state: ContainerState::ContainerRunning.into(),
     });
-    same!(
-        ids(
-            client
-                .list_containers(by_state)
-                .await?
-                .into_inner()
-                .containers,
-            |c| c.id
-        ),
-        [a.id.clone()],
-        "running ones"
-    );
-    let none = containers(ContainerFilter {
+    same!(containers(&world, filter).await?, [a.id], "running ones");
+    filter = ContainerFilter {
         id: "feedbeef".into(),
         ..Default::default()
-    });
-    same!(
-        client
-            .list_containers(none)
-            .await?
-            .into_inner()
-            .containers
-            .len(),
-        0,
-        "of no id"
-    );
+    };
+    same!(containers(&world, filter).await?.len(), 0, "of no id");
     one.end().await?;
     two.end().await
 }
 
-fn ids<T>(items: Vec<T>, id: impl Fn(T) -> String) -> Vec<String> {
-    items.into_iter().map(id).collect()
+/// Ids of the pods that pass the filter.
+async fn pods(world: &Shared, filter: PodSandboxFilter) -> Result<Vec<String>> {
+    let filter = Some(filter);
+    let request = ListPodSandboxRequest { filter };
+    let list = world.node.cri.runtime().list_pod_sandbox(request).await?;
+    Ok(list.into_inner().items.into_iter().map(|p| p.id).collect())
+}
+
+/// Ids of the containers that pass the filter.
+async fn containers(world: &Shared, filter: ContainerFilter) -> Result<Vec<String>> {
+    let filter = Some(filter);
+    let request = ListContainersRequest { filter };
+    let list = world.node.cri.runtime().list_containers(request).await?;
+    let list = list.into_inner().containers;
+    Ok(list.into_iter().map(|c| c.id).collect())
 }
 
 async fn idempotent(world: Shared) -> Result {
