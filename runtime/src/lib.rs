@@ -14,6 +14,7 @@ pub mod litebox;
 pub mod management;
 pub mod metrics;
 pub mod portal;
+mod recovery;
 pub mod runtime;
 pub mod shim_controller;
 pub mod types;

@@ -11,7 +11,7 @@ use crate::management::box_state::Phase;
 use crate::metrics::StageTimers;
 use crate::shim_controller::ShimRecord;
 use crate::types::{BoxOptions, ContainerSnapshot};
-use rusqlite::{Connection, OptionalExtension, params};
+use rusqlite::{Connection, params};
 use serde::{Deserialize, Serialize};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -63,6 +63,8 @@ pub struct ContainerRow {
     pub snapshot: ContainerSnapshot,
     /// Whether Create was carried out. A row without it is half a container.
     pub complete: bool,
+    /// Whether the kernel killed a process of it for want of memory.
+    pub oom: bool,
 }
 
 /// The database. Cheap to clone.
@@ -267,21 +269,6 @@ impl Database {
                 Ok((row, own))
             })
             .collect()
-    }
-
-    /// Whether a box has a row; for tests and checks.
-    ///
-    /// # Errors
-    /// `Database`.
-    pub async fn has_box(&self, id: &str) -> Result<bool> {
-        let id = id.to_owned();
-        self.run("look for a box", move |connection| {
-            connection
-                .query_row("SELECT 1 FROM boxes WHERE id = ?1", params![id], |_| Ok(()))
-                .optional()
-                .map(|found| found.is_some())
-        })
-        .await
     }
 }
 

@@ -48,6 +48,7 @@ fn container_row(id: &str, box_id: &str) -> ContainerRow {
             stdin_once: false,
         },
         complete: true,
+        oom: false,
     }
 }
 
@@ -92,7 +93,7 @@ async fn names_are_unique_and_containers_need_their_box() {
     let database = Database::open(&directory.path().join("runtime.db")).unwrap();
     database.insert_box(box_row("a", "pod")).await.unwrap();
     assert!(database.insert_box(box_row("b", "pod")).await.is_err());
-    assert!(!database.has_box("b").await.unwrap());
+    assert_eq!(database.load().await.unwrap().len(), 1);
     assert!(
         database
             .put_container(container_row("c", "none"))

@@ -1,143 +1,301 @@
-//! [`LiteBox`]: one pod's VM and the containers in it. Signatures first; bodies follow.
+//! [`LiteBox`]: a handle to one box — one VM per pod, and the containers in it.
+//!
+//! A handle decides nothing: requests go to the box's [`driver`], the one task that writes its state (machine drawn in
+//! `management::box_state`); answers and reads come from the [`BoxView`] it publishes. `create` (by `BoxliteRuntime::create_box`) returns at once
+//! and starts nothing; the first use runs the start [`pipeline`], shared by all who come meanwhile.
+//!
+//! ```text
+//!  callers ── Message ──▶ driver ── spawns ──▶ pipeline | teardown   (one at a time)
+//!     ▲                     │  ▲                      │
+//!     └── watch BoxView ◀───┘  └──── ends, exits ─────┘
+//! ```
 
+mod containers;
+pub(crate) mod driver;
+mod inspect;
+pub(crate) mod pipeline;
+pub(crate) mod teardown;
+#[cfg(test)]
+mod tests;
+
+use crate::database::Database;
 use crate::error::{Result, RuntimeError};
-use crate::metrics::BoxMetricsSnapshot;
-use crate::portal::{ExecOutput, GuestSession};
-use crate::types::{BoxSnapshot, ContainerOptions, ContainerSnapshot};
-use boxlite_proto::boxlite::v1::{ContainerStatsResponse, GuestStatsResponse};
-use std::time::Duration;
+use crate::filesystem_layout::FilesystemLayout;
+use crate::images::ImageManager;
+use crate::init_rootfs::InitRootfs;
+use crate::management::box_manager::unique;
+use crate::management::box_state::{Denied, Phase, Request};
+use crate::metrics::{BoxMetrics, BoxMetricsSnapshot, StageTimers};
+use crate::portal::GuestSession;
+use crate::shim_controller::{ShimController, ShimProgram};
+use crate::types::{BoxOptions, BoxSnapshot, ContainerSnapshot};
+use boxlite_proto::vmm::{Acceleration, VmmKind};
+use driver::Message;
+use std::collections::{BTreeMap, HashMap};
+use std::future::Future;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
-/// A handle to one box. Cheap to clone.
-#[derive(Debug, Clone)]
-pub struct LiteBox {
-    present: std::sync::Arc<BoxSnapshot>,
+/// What all boxes of a runtime share.
+#[derive(Debug)]
+pub(crate) struct BoxEnv {
+    pub layout: FilesystemLayout,
+    pub database: Database,
+    pub init_rootfs: InitRootfs,
+    pub program: ShimProgram,
+    pub images: ImageManager,
+    pub vmm: VmmKind,
+    pub acceleration: Acceleration,
+    /// Longest StartSandbox.
+    pub start_limit: Duration,
+    /// Owns every task of every box; awaited by the runtime's shutdown.
+    pub tasks: TaskTracker,
+    /// Cancelled when the runtime goes down: drivers end and leave their boxes running.
+    pub closing: CancellationToken,
+    /// Told the id of a box that is removed, before its removers are answered.
+    pub removed: Arc<dyn RemovedBox>,
 }
 
-fn not_yet<T>() -> Result<T> {
-    Err(RuntimeError::Internal {
-        what: "not yet built".into(),
-    })
+/// Who wants to know that a box is gone: the runtime, which takes it out of its maps and sums up its metrics.
+pub(crate) trait RemovedBox: Send + Sync + std::fmt::Debug {
+    /// Called once per box, by its driver.
+    fn removed(&self, id: &str, metrics: &BoxMetricsSnapshot);
+}
+
+/// What a driver publishes.
+#[derive(Debug, Clone)]
+pub(crate) struct BoxView {
+    /// Counts publications.
+    pub generation: u64,
+    pub phase: Phase,
+    pub reason: String,
+    pub timers: StageTimers,
+    /// The shim and the guest, while the VM is believed to run.
+    pub running: Option<Running>,
+    pub vmm: VmmKind,
+    pub containers: BTreeMap<String, ContainerSnapshot>,
+}
+
+/// The ways into a VM that runs.
+#[derive(Debug, Clone)]
+pub(crate) struct Running {
+    pub shim: ShimController,
+    pub session: GuestSession,
+}
+
+/// A handle to one box. Cheap to clone; clones are the same box.
+#[derive(Clone)]
+pub struct LiteBox {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    options: BoxOptions,
+    created_at_ns: i64,
+    env: Arc<BoxEnv>,
+    messages: mpsc::Sender<Message>,
+    view: watch::Receiver<Arc<BoxView>>,
+    metrics: Arc<BoxMetrics>,
+    /// One per container that is being created, started or removed: these exclude each other.
+    operations: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
+}
+
+impl std::fmt::Debug for LiteBox {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LiteBox")
+            .field("id", &self.inner.options.id)
+            .finish_non_exhaustive()
+    }
 }
 
 impl LiteBox {
     /// Id.
     pub fn id(&self) -> &str {
-        ""
+        &self.inner.options.id
     }
-    /// Runs the start pipeline, or joins the one that runs. Dropping the future leaves the pipeline running.
+
+    /// Name.
+    pub fn name(&self) -> &str {
+        &self.inner.options.name
+    }
+
+    /// Runs the start pipeline, or joins the one that runs; ok at once where the box is ready. Dropping the future leaves the pipeline running for
+    /// the others; a later call joins it.
     ///
     /// # Errors
-    /// `Start` with the stage, `Denied` on a stopped box.
+    /// `Start` with the stage and its cause, after which it may be tried again; `Denied` on a stopped box.
     pub async fn start(&self) -> Result<()> {
-        not_yet()
+        if self.view().phase == Phase::Ready {
+            return Ok(());
+        }
+        self.ask(Request::Start).await
     }
-    /// Ends the VM; idempotent.
+
+    /// Ends the VM and its shim; ok where they have ended. Containers are Exited afterwards. Dropping the future does not stop the stopping.
     ///
     /// # Errors
-    /// Whatever kept the shim from ending.
+    /// Whatever kept the shim from ending; it may be asked again.
     pub async fn stop(&self) -> Result<()> {
-        not_yet()
+        match self.ask(Request::Stop).await {
+            Err(RuntimeError::NotFound { .. }) => Ok(()),
+            result => result,
+        }
     }
-    /// Stops, removes containers, bundle and record; idempotent.
+
+    /// Stops it, removes its containers, bundle and record, and forgets it; ok where that was done. Log files stay.
     ///
     /// # Errors
-    /// Whatever is left, by name.
+    /// Whatever is left; it may be asked again.
     pub async fn remove(&self) -> Result<()> {
-        not_yet()
+        match self.ask(Request::Remove).await {
+            Err(RuntimeError::NotFound { .. }) => Ok(()),
+            result => result,
+        }
     }
-    /// State at this moment; never waits.
+
+    /// The box at this moment; never waits.
     pub fn snapshot(&self) -> BoxSnapshot {
-        self.present.as_ref().clone()
+        let view = self.view();
+        let options = self.inner.options.clone();
+        let process = view
+            .running
+            .as_ref()
+            .and_then(|r| r.shim.record().process.as_ref());
+        BoxSnapshot {
+            id: options.id.clone(),
+            name: options.name.clone(),
+            state: view.phase.public(),
+            reason: view.reason.clone(),
+            created_at_ns: self.inner.created_at_ns,
+            metadata: options.metadata.clone(),
+            timers: view.timers.clone(),
+            vmm: view.vmm.clone(),
+            shim_pid: process.map(|process| process.pid),
+            metrics: self.metrics(),
+            options,
+        }
     }
-    /// All containers; never waits.
+
+    /// All containers, by id; never waits.
     pub fn containers(&self) -> Vec<ContainerSnapshot> {
-        Vec::new()
+        self.view().containers.values().cloned().collect()
     }
-    /// One container, by full id; never waits.
+
+    /// One container by id or unique prefix; never waits.
     ///
     /// # Errors
-    /// `NotFound`.
-    pub fn container(&self, _id: &str) -> Result<ContainerSnapshot> {
-        not_yet()
+    /// `NotFound`, `AmbiguousId`.
+    pub fn container(&self, id: &str) -> Result<ContainerSnapshot> {
+        unique("container", id, &self.view().containers).cloned()
     }
-    /// Creates a container; starts the box first if need be.
-    ///
-    /// # Errors
-    /// Many.
-    pub async fn create_container(&self, _options: ContainerOptions) -> Result<ContainerSnapshot> {
-        not_yet()
+
+    /// Returns once `ready` holds of the published state, or the box is gone. No limit of its own: bound it by the caller's. May be dropped.
+    pub async fn changed_until(&self, mut ready: impl FnMut(&BoxSnapshot) -> bool) {
+        let mut view = self.inner.view.clone();
+        loop {
+            view.borrow_and_update();
+            if ready(&self.snapshot()) || view.changed().await.is_err() {
+                return;
+            }
+        }
     }
-    /// Lets it run.
-    ///
-    /// # Errors
-    /// `ContainerState` unless it is Created.
-    pub async fn start_container(&self, _id: &str) -> Result<()> {
-        not_yet()
-    }
-    /// `signal` (Linux number), `grace`, SIGKILL. Ok where it ended already.
-    ///
-    /// # Errors
-    /// `Deadline`.
-    pub async fn stop_container(&self, _id: &str, _grace: Duration, _signal: i32) -> Result<()> {
-        not_yet()
-    }
-    /// Kills and removes; ok where it is gone.
-    ///
-    /// # Errors
-    /// Whatever is left.
-    pub async fn remove_container(&self, _id: &str) -> Result<()> {
-        not_yet()
-    }
-    /// New limits: OCI LinuxResources as JSON.
-    ///
-    /// # Errors
-    /// As the guest has it.
-    pub async fn update_container(&self, _id: &str, _resources_json: Vec<u8>) -> Result<()> {
-        not_yet()
-    }
-    /// Runs a command in a running container.
-    ///
-    /// # Errors
-    /// `DeadlineExceeded` after `timeout`, with the whole tree killed.
-    pub async fn exec_sync(
-        &self,
-        _id: &str,
-        _argv: Vec<String>,
-        _timeout: Option<Duration>,
-        _output_limit: usize,
-    ) -> Result<ExecOutput> {
-        not_yet()
-    }
-    /// Counters of one container, from the guest, within a deadline of its own.
-    ///
-    /// # Errors
-    /// Of the Portal.
-    pub async fn container_stats(&self, _id: &str) -> Result<ContainerStatsResponse> {
-        not_yet()
-    }
-    /// Counters of the VM, from the guest, within a deadline of its own.
-    ///
-    /// # Errors
-    /// Of the Portal.
-    pub async fn stats(&self) -> Result<GuestStatsResponse> {
-        not_yet()
-    }
-    /// Has the shim close and reopen the container's log.
-    ///
-    /// # Errors
-    /// Of the shim.
-    pub async fn reopen_log(&self, _id: &str) -> Result<()> {
-        not_yet()
-    }
+
     /// Counters as last sampled; never waits.
     pub fn metrics(&self) -> BoxMetricsSnapshot {
-        BoxMetricsSnapshot::default()
+        self.inner.metrics.snapshot()
     }
+
     /// The way into the guest.
     ///
     /// # Errors
     /// `BoxGone` without a running VM.
     pub fn portal(&self) -> Result<GuestSession> {
-        not_yet()
+        self.running().map(|running| running.session)
     }
+
+    fn view(&self) -> Arc<BoxView> {
+        self.inner.view.borrow().clone()
+    }
+
+    fn running(&self) -> Result<Running> {
+        let view = self.view();
+        view.running.clone().ok_or_else(|| RuntimeError::BoxGone {
+            id: self.id().to_owned(),
+            reason: match view.phase {
+                Phase::Created | Phase::Starting => "it has not started".into(),
+                _ if view.reason.is_empty() => "it is stopped".into(),
+                _ => view.reason.clone(),
+            },
+        })
+    }
+
+    async fn ask(&self, request: Request) -> Result<()> {
+        let answer = self.send(|reply| Message::Ask { request, reply }).await?;
+        answer.map_err(RuntimeError::Shared)
+    }
+
+    /// Sends a message and waits for its answer. The driver answers every message unless it ends.
+    async fn send<T>(&self, make: impl FnOnce(oneshot::Sender<T>) -> Message) -> Result<T> {
+        let (reply, answer) = oneshot::channel();
+        self.inner
+            .messages
+            .send(make(reply))
+            .await
+            .map_err(|_| self.driver_gone())?;
+        answer.await.map_err(|_| self.driver_gone())
+    }
+
+    fn driver_gone(&self) -> RuntimeError {
+        if self.inner.env.closing.is_cancelled() {
+            return RuntimeError::ShuttingDown;
+        }
+        match self.view().phase {
+            Phase::Removed => RuntimeError::NotFound {
+                what: "box",
+                id: self.id().to_owned(),
+            },
+            _ => RuntimeError::Denied {
+                id: self.id().to_owned(),
+                denied: Denied::Removing,
+            },
+        }
+    }
+
+    /// Runs `work` to its end even if the caller leaves: half a container is worse than one nobody waited for.
+    async fn to_the_end<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T>> + Send + 'static,
+    ) -> Result<T> {
+        let (done, answer) = oneshot::channel();
+        self.inner.env.tasks.spawn(async move {
+            let _ = done.send(work.await);
+        });
+        answer.await.unwrap_or(Err(RuntimeError::ShuttingDown))
+    }
+
+    /// The lock that create, start and remove of one container share.
+    fn operation(&self, container_id: &str) -> Arc<tokio::sync::Mutex<()>> {
+        let mut operations = self
+            .inner
+            .operations
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        // Locks that nobody holds or waits for are forgotten here.
+        operations.retain(|_, lock| Arc::strong_count(lock) > 1);
+        operations
+            .entry(container_id.to_owned())
+            .or_default()
+            .clone()
+    }
+}
+
+/// ns since the epoch.
+pub(crate) fn now_ns() -> i64 {
+    let since = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default();
+    i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
 }

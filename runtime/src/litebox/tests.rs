@@ -1,0 +1,1 @@
+//! Boxes against a fake shim.
