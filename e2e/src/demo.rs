@@ -291,24 +291,22 @@ async fn measure(pod: &Pod, web: &Container) -> Result {
     Ok(())
 }
 
-/// Numbers by stage name out of PodSandboxStatus's verbose info: values that are JSON objects with numbers under
-/// "timers_ms" or "timers".
+/// The stages that PodSandboxStatus tells in its verbose info: `"startStages": [{"stage", "ms"}]`.
 fn inner_stages(info: &std::collections::HashMap<String, String>) -> Vec<Stage> {
-    let mut rows = Vec::new();
-    for text in info.values() {
-        let Ok(value) = serde_json::from_str::<serde_json::Value>(text) else {
-            continue;
-        };
-        for key in ["timers_ms", "timers", "stages_ms"] {
-            if let Some(map) = value.get(key).and_then(|v| v.as_object()) {
-                rows.extend(
-                    map.iter()
-                        .filter_map(|(k, v)| Some((format!("  stage {k}"), v.as_f64()?))),
-                );
-            }
-        }
-    }
-    rows
+    let values = info
+        .values()
+        .filter_map(|text| serde_json::from_str::<serde_json::Value>(text).ok());
+    let stages = values
+        .filter_map(|value| value.get("startStages")?.as_array().cloned())
+        .flatten();
+    stages
+        .filter_map(|s| {
+            Some((
+                format!("  {}", s.get("stage")?.as_str()?),
+                s.get("ms")?.as_f64()?,
+            ))
+        })
+        .collect()
 }
 
 /// Stage timers of the metrics page: `…stage…_sum{…stage="x"…} seconds`.

@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+mod bench;
 mod cases;
 mod client;
 mod demo;
@@ -16,6 +17,7 @@ mod logs;
 mod node;
 mod outcome;
 mod pod;
+mod process;
 mod runner;
 #[cfg(test)]
 mod tidy;
@@ -75,7 +77,7 @@ fn work(args: Args) -> outcome::Result<ExitCode> {
         .build()?;
     let good = match args.command {
         Command::Demo => runtime.block_on(demo::run())?,
-        Command::Bench => bail!("not here yet"),
+        Command::Bench => runtime.block_on(bench::run())?,
         Command::Test { list: true, .. } => {
             for case in cases::all() {
                 println!("{}", case.name());

@@ -6,6 +6,7 @@ use crate::logs;
 use crate::node::Node;
 use crate::outcome::Result;
 use crate::pod::{Pod, pod_spec, pull};
+use crate::process::{family, kill, rss};
 use crate::runner::{Case, Shared, case};
 use crate::{ensure, same, wait};
 use k8s_cri::v1::*;
@@ -259,65 +260,6 @@ async fn terminated(world: Shared) -> Result {
     pod.end().await
 }
 
-/// Process ids whose command line or name holds all of the words, in this PID namespace.
-fn pids(words: &[&str]) -> Result<Vec<i32>> {
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir("/proc")? {
-        let entry = entry?;
-        let Ok(pid) = entry.file_name().to_string_lossy().parse::<i32>() else {
-            continue;
-        };
-        let Ok(args) = std::fs::read(entry.path().join("cmdline")) else {
-            continue;
-        };
-        let name = std::fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
-        let text = format!(
-            "{name} {}",
-            String::from_utf8_lossy(&args).replace('\0', " ")
-        );
-        if words.iter().all(|w| text.contains(w)) {
-            found.push(pid);
-        }
-    }
-    Ok(found)
-}
-
-/// Process ids of the shim of a pod and of everything below it.
-fn family(pod: &Pod) -> Result<(i32, Vec<i32>)> {
-    let shims = pids(&["containerd-shim", &pod.id])?;
-    let parent = |pid: i32| -> Option<i32> {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()
-    };
-    let Some(&shim) = shims
-        .iter()
-        .find(|&&p| parent(p).is_none_or(|pp| !shims.contains(&pp)))
-    else {
-        crate::bail!("no shim process names the pod {}", pod.id)
-    };
-    let mut below = vec![shim];
-    let all = pids(&[])?;
-    loop {
-        let more: Vec<_> = all
-            .iter()
-            .copied()
-            .filter(|&p| !below.contains(&p) && parent(p).is_some_and(|pp| below.contains(&pp)))
-            .collect();
-        if more.is_empty() {
-            below.remove(0);
-            return Ok((shim, below));
-        }
-        below.extend(more);
-    }
-}
-
-fn kill(pid: i32) -> Result {
-    Ok(nix::sys::signal::kill(
-        nix::unistd::Pid::from_raw(pid),
-        nix::sys::signal::Signal::SIGKILL,
-    )?)
-}
-
 /// NOTREADY and EXITED within 2 s of `since`, then Stop and Remove leave nothing.
 async fn noticed(
     pod: &Pod,
@@ -366,7 +308,7 @@ async fn shim_killed(world: Shared) -> Result {
         let c = pod
             .start("c", &world.images.base, &["sleep", "1000"])
             .await?;
-        let (shim, _) = family(&pod)?;
+        let (shim, _) = family(&pod.id)?;
         let since = Instant::now();
         kill(shim)?;
         noticed(&pod, &c, since, &clean, &world).await?;
@@ -382,7 +324,7 @@ async fn vmm_killed(world: Shared) -> Result {
         let c = pod
             .start("c", &world.images.base, &["sleep", "1000"])
             .await?;
-        let (_, below) = family(&pod)?;
+        let (_, below) = family(&pod.id)?;
         let vm = below.iter().copied().max_by_key(|&p| rss(p));
         let Some(vm) = vm else {
             crate::bail!("the shim has no VMM child")
@@ -392,15 +334,6 @@ async fn vmm_killed(world: Shared) -> Result {
         noticed(&pod, &c, since, &clean, &world).await?;
     }
     Ok(())
-}
-
-/// Resident pages; the VMM has the most.
-fn rss(pid: i32) -> u64 {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/statm")).unwrap_or_default();
-    text.split(' ')
-        .nth(1)
-        .and_then(|n| n.parse().ok())
-        .unwrap_or_default()
 }
 
 async fn helpers_killed(world: Shared) -> Result {
@@ -416,7 +349,7 @@ async fn helpers_killed(world: Shared) -> Result {
         let c = pod
             .start("c", &world.images.base, &["sleep", "1000"])
             .await?;
-        let (_, below) = family(&pod)?;
+        let (_, below) = family(&pod.id)?;
         let named = |pid: &i32| {
             std::fs::read_to_string(format!("/proc/{pid}/comm"))
                 .is_ok_and(|n| n.starts_with(helper))
@@ -438,7 +371,7 @@ async fn removed_behind(world: Shared) -> Result {
     let c = pod
         .start("c", &world.images.base, &["sleep", "1000"])
         .await?;
-    let (shim, _) = family(&pod)?;
+    let (shim, _) = family(&pod.id)?;
     node.kill().await?;
     kill(shim)?;
     node.serve().await?;

@@ -1,0 +1,257 @@
+//! `make bench`: what a pod costs, in one run and as ratios to a bare boot of the same VMM, kernel and agent.
+//!
+//! Medians, with the fastest and slowest beside them. State is in memory (tmpfs). Prints; writes no file.
+
+use crate::enclave::run as command;
+use crate::image::registry::Registry;
+use crate::image::set::ImageSet;
+use crate::install::Install;
+use crate::node::Node;
+use crate::outcome::{During, Failure, Result};
+use crate::pod::{Pod, pull};
+use crate::process::{family, pss};
+use crate::{bail, ensure};
+use k8s_cri::v1::*;
+use serde_json::json;
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::io::AsyncWriteExt;
+use tokio::net::UnixListener;
+use tokio::process::Command;
+
+/// Repetitions of what boots a VM.
+const BOOTS: usize = 9;
+/// Repetitions of what does not.
+const CALLS: usize = 30;
+
+/// Milliseconds of repeated runs.
+struct Series(Vec<f64>);
+
+impl Series {
+    fn new(mut values: Vec<f64>) -> Self {
+        values.sort_by(f64::total_cmp);
+        Self(values)
+    }
+
+    fn median(&self) -> f64 {
+        self.0[self.0.len() / 2]
+    }
+
+    fn row(&self, name: &str, unit: f64) {
+        let (first, last) = (self.0[0], self.0[self.0.len() - 1]);
+        let median = self.median();
+        println!(
+            "{name:<44} {median:>9.1} {first:>9.1} {last:>9.1} {:>8.3} {:>4}",
+            median / unit,
+            self.0.len()
+        );
+    }
+}
+
+/// Measures and prints everything.
+pub async fn run() -> Result<bool> {
+    let scratch = crate::enclave::scratch();
+    let install = Install::find()?;
+    let registry = Registry::start(&install.registry, &scratch, 5000, false).await?;
+    let images = ImageSet::push(&registry, &install.busybox).await?;
+    let node = Arc::new(
+        Node::start(
+            &scratch,
+            &install,
+            &crate::world::options("b", "auto", &registry),
+        )
+        .await?,
+    );
+    let pulls = pulls(&node, &images).await?;
+    let warm = Pod::run(&node, "warm").await?;
+    let kind = vmm_of(&warm).await?;
+    warm.end().await?;
+    machine(&kind)?;
+
+    let mut bare = Vec::new();
+    for i in 0..BOOTS {
+        bare.push(
+            bare_boot(&scratch, &install, &kind, i)
+                .await
+                .during("bare boot")?,
+        );
+    }
+    let bare = Series::new(bare);
+    let mut cold = Vec::new();
+    let mut ends = Vec::new();
+    for _ in 0..BOOTS {
+        let start = Instant::now();
+        let pod = Pod::run(&node, "cold").await?;
+        cold.push(ms(start));
+        let start = Instant::now();
+        pod.end().await?;
+        ends.push(ms(start));
+    }
+    let pod = Pod::run(&node, "idle").await?;
+    let (starts, execs) = calls(&pod, &images).await?;
+    let unit = bare.median();
+    println!(
+        "{:<44} {:>9} {:>9} {:>9} {:>8} {:>4}",
+        "", "median ms", "fastest", "slowest", "ratio", "n"
+    );
+    bare.row("bare boot: VMM, kernel, agent ready", unit);
+    Series::new(cold).row("RunPodSandbox, cold", unit);
+    starts.row("CreateContainer + StartContainer", unit);
+    execs.row("ExecSync true", unit);
+    pulls.row("PullImage, one layer", unit);
+    Series::new(ends).row("StopPodSandbox + RemovePodSandbox", unit);
+    memory(&pod)?;
+    pod.end().await?;
+    Ok(true)
+}
+
+fn ms(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64() * 1000.0
+}
+
+async fn vmm_of(pod: &Pod) -> Result<String> {
+    for text in pod.status_verbose(true).await?.info.values() {
+        let value: serde_json::Value = serde_json::from_str(text)?;
+        if let Some(kind) = value.get("vmm").and_then(|v| v.as_str()) {
+            return Ok(kind.to_owned());
+        }
+    }
+    bail!("PodSandboxStatus does not tell the VMM")
+}
+
+fn machine(kind: &str) -> Result {
+    let cpu = std::fs::read_to_string("/proc/cpuinfo")?;
+    let model = cpu
+        .lines()
+        .find_map(|l| l.strip_prefix("model name"))
+        .unwrap_or(": unknown")
+        .trim_start_matches([' ', '\t', ':']);
+    let cores = cpu.lines().filter(|l| l.starts_with("processor")).count();
+    let memory = std::fs::read_to_string("/proc/meminfo")?;
+    let total = memory
+        .split_whitespace()
+        .nth(1)
+        .and_then(|n| n.parse::<u64>().ok())
+        .unwrap_or_default();
+    println!(
+        "machine: {cores} × {model}, {} GiB, Linux {}",
+        total >> 20,
+        command("uname", &["-r"])?.trim()
+    );
+    println!("VMM: {kind}, guests of 1 vCPU; all state on tmpfs\n");
+    Ok(())
+}
+
+async fn pulls(node: &Arc<Node>, images: &ImageSet) -> Result<Series> {
+    let mut times = Vec::new();
+    for _ in 0..BOOTS {
+        let image = Some(ImageSpec {
+            image: images.base.clone(),
+            ..Default::default()
+        });
+        node.cri
+            .image()
+            .remove_image(RemoveImageRequest { image })
+            .await?;
+        let start = Instant::now();
+        pull(node, &images.base).await?;
+        times.push(ms(start));
+    }
+    Ok(Series::new(times))
+}
+
+async fn calls(pod: &Pod, images: &ImageSet) -> Result<(Series, Series)> {
+    let mut starts = Vec::new();
+    for i in 0..BOOTS {
+        let start = Instant::now();
+        let container = pod
+            .start(&format!("c{i}"), &images.base, &["sleep", "1000"])
+            .await?;
+        starts.push(ms(start));
+        container.stop(0).await?;
+        container.remove().await?;
+    }
+    let container = pod.start("exec", &images.base, &["sleep", "1000"]).await?;
+    let mut execs = Vec::new();
+    for _ in 0..CALLS {
+        let start = Instant::now();
+        container.out(&["true"]).await?;
+        execs.push(ms(start));
+    }
+    container.stop(0).await?;
+    container.remove().await?;
+    Ok((Series::new(starts), Series::new(execs)))
+}
+
+/// From the spawn of a vmm child to the agent's call on the ready port: no network, no scratch disk, an empty share.
+async fn bare_boot(scratch: &Path, install: &Install, kind: &str, turn: usize) -> Result<f64> {
+    let dir = scratch.join(format!("bare{turn}"));
+    let (work, share) = (dir.join("vm"), dir.join("share"));
+    std::fs::create_dir_all(&work)?;
+    std::fs::create_dir_all(&share)?;
+    let spec = json!({
+        "id": format!("bare{turn}"), "kind": kind, "vcpus": 1, "memory_mib": 320, "acceleration": "tcg",
+        "installation": {
+            "guest": install.guest, "libkrunfw": install.libkrunfw, "qemu": install.qemu, "virtiofsd": install.virtiofsd,
+            "vhost_device_vsock": install.vhost_device_vsock, "cache": scratch.join("b/root/cache"),
+        },
+        "work_dir": work, "share_dir": share, "disks": [], "nics": [], "netns": null, "debug_console": false,
+    });
+    std::fs::create_dir_all(scratch.join("b/root/cache"))?;
+    let listener = UnixListener::bind(work.join("vsock_2696"))?;
+    let log = std::fs::File::create(dir.join("log"))?;
+    let start = Instant::now();
+    let mut child = Command::new(&install.shim)
+        .arg("vmm")
+        .current_dir(&work)
+        .stdin(Stdio::piped())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .kill_on_drop(true)
+        .spawn()?;
+    if let Some(mut stdin) = child.stdin.take() {
+        stdin.write_all(&serde_json::to_vec(&spec)?).await?;
+    }
+    let told = |what: &str| {
+        let text = |name: &Path| std::fs::read_to_string(name).unwrap_or_default();
+        Failure(format!(
+            "{what}; log: {} console: {}",
+            text(&dir.join("log")),
+            text(&work.join("console.log"))
+        ))
+    };
+    let ready = tokio::select! {
+        accepted = listener.accept() => accepted.map(|_| ()).map_err(Failure::from),
+        ended = child.wait() => Err(told(&format!("the vmm child ended: {ended:?}"))),
+        () = tokio::time::sleep(Duration::from_secs(60)) => Err(told("not ready within 60 s")),
+    };
+    let elapsed = ms(start);
+    ready?;
+    child.start_kill()?;
+    child.wait().await?;
+    Ok(elapsed)
+}
+
+/// PSS by process name: what one more idle pod costs.
+fn memory(pod: &Pod) -> Result {
+    let (shim, below) = family(&pod.id)?;
+    let mut by_name = BTreeMap::<String, u64>::new();
+    for pid in std::iter::once(shim).chain(below) {
+        let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        *by_name.entry(name.trim().to_owned()).or_default() += pss(pid);
+    }
+    ensure!(by_name.values().sum::<u64>() > 0, "no PSS to read in /proc");
+    println!("\nPSS of one idle pod (a guest of 320 MiB):");
+    for (name, kib) in &by_name {
+        println!("{name:<44} {:>9.1} MiB", *kib as f64 / 1024.0);
+    }
+    println!(
+        "{:<44} {:>9.1} MiB",
+        "together",
+        by_name.values().sum::<u64>() as f64 / 1024.0
+    );
+    Ok(())
+}
