@@ -247,7 +247,6 @@ async fn measure(pod: &Pod, web: &Container) -> Result {
         let stats = web.stats().await?;
         let used = stats
             .cpu
-            .clone()
             .and_then(|c| c.usage_core_nano_seconds)
             .unwrap_or_default()
             .value;

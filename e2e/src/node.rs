@@ -63,8 +63,6 @@ pub struct Node {
     pub cri: Cri,
     /// `127.0.0.1:<port>` of the metrics page.
     pub metrics: String,
-    /// Third byte of the pods' 10.88.x.0/24.
-    subnet: u16,
     program: PathBuf,
     process: Mutex<Option<Child>>,
 }
@@ -114,7 +112,6 @@ impl Node {
         Ok(Self {
             cri: Cri::lazy(&dir.join("cri.sock"))?,
             metrics,
-            subnet,
             program: install.daemon.clone(),
             process: Mutex::new(None),
             dir,
@@ -180,11 +177,6 @@ impl Node {
         Ok(())
     }
 
-    /// The daemon's process id.
-    pub async fn pid(&self) -> Option<u32> {
-        self.process.lock().await.as_ref().and_then(Child::id)
-    }
-
     /// The daemon's log.
     pub fn log(&self) -> PathBuf {
         self.dir.join("daemon.log")
@@ -200,11 +192,6 @@ impl Node {
     /// Where IPAM keeps leases.
     pub fn leases(&self) -> PathBuf {
         self.dir.join("ipam/e2e")
-    }
-
-    /// The bridge's name.
-    pub fn bridge(&self) -> String {
-        format!("bx{}", self.subnet)
     }
 
     /// The Prometheus page.

@@ -14,6 +14,9 @@ const FUNCTION_MAX: usize = 100;
 /// The only files with unsafe code; each block has its `// SAFETY:`.
 const UNSAFE: &[&str] = &[];
 
+/// Crates of ours that a crate may depend on, and the features it may take.
+type Allowed = &'static [(&'static str, &'static [&'static str])];
+
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
@@ -70,7 +73,7 @@ fn fail(mistakes: &[String]) {
 #[test]
 fn crates_know_only_what_they_should() {
     // proto ◄ runtime ◄ cri-server, shim-v2; proto ◄ guest; e2e ► nothing of ours.
-    let ours: [(&str, &[(&str, &[&str])]); 6] = [
+    let ours: [(&str, Allowed); 6] = [
         ("proto", &[]),
         ("runtime", &[("boxlite-proto", &["shim"])]),
         (

@@ -8,6 +8,7 @@ use crate::outcome::Result;
 use crate::pod::{Pod, pod_spec, pull};
 use crate::process::{family, kill, rss};
 use crate::runner::{Case, Shared, case};
+use crate::world::Home;
 use crate::{ensure, same, wait};
 use k8s_cri::v1::*;
 use rand::Rng;
@@ -31,7 +32,8 @@ pub fn cases() -> Vec<Case> {
         case("death::daemon_terminated_and_started", 90, terminated),
         case("death::shim_killed", 120, shim_killed),
         case("death::vmm_killed", 120, vmm_killed),
-        case("death::helpers_killed", 120, helpers_killed),
+        case("death::helpers_killed", 120, helpers_killed)
+            .not_in(Home::Krun, "libkrun has no helper processes"),
         case(
             "death::pods_removed_behind_a_dead_daemon",
             120,
@@ -339,12 +341,7 @@ async fn vmm_killed(world: Shared) -> Result {
 async fn helpers_killed(world: Shared) -> Result {
     let node = node(&world, "khelp").await?;
     let clean = Trace::take(&node)?;
-    let mut helpers = vec!["virtiofsd", "vhost-device"];
-    if world.home == crate::world::Home::Krun {
-        // libkrun has no helpers: there the VMM is all there is below the shim.
-        helpers.clear();
-    }
-    for helper in helpers {
+    for helper in ["virtiofsd", "vhost-device"] {
         let pod = Pod::run(&node, "helper").await?;
         let c = pod
             .start("c", &world.images.base, &["sleep", "1000"])

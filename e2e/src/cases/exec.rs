@@ -232,7 +232,6 @@ async fn stats(world: Shared) -> Result {
         .await?;
     let cpu = |s: &ContainerStats| {
         s.cpu
-            .clone()
             .unwrap_or_default()
             .usage_core_nano_seconds
             .unwrap_or_default()
@@ -249,7 +248,7 @@ async fn stats(world: Shared) -> Result {
         Ok(stats)
     })
     .await?;
-    let memory = stats.memory.clone().unwrap_or_default();
+    let memory = stats.memory.unwrap_or_default();
     let used = memory.working_set_bytes.unwrap_or_default().value;
     ensure!((1..300 << 20).contains(&used), "working set {used}");
     let written = wait::until(
@@ -294,7 +293,7 @@ async fn stats(world: Shared) -> Result {
             .filter_map(|s| s.attributes.clone())
             .map(|a| a.id)
             .collect::<Vec<_>>(),
-        [idle.id.clone()],
+        std::slice::from_ref(&idle.id),
         "filtered"
     );
     pod.end().await

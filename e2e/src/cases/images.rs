@@ -234,7 +234,7 @@ async fn by_digest(world: Shared) -> Result {
     let image = image_of(&node, &reference).await?.unwrap_or_default();
     same!(
         image.repo_tags,
-        [world.images.base.clone()],
+        std::slice::from_ref(&world.images.base),
         "the tag that came later"
     );
     Ok(())

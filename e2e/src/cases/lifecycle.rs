@@ -164,18 +164,30 @@ async fn lists_and_filters(world: Shared) -> Result {
         label_selector: one.config.labels.clone(),
         ..Default::default()
     };
-    same!(pods(&world, filter).await?, [one.id.clone()], "by label");
+    same!(
+        pods(&world, filter).await?,
+        std::slice::from_ref(&one.id),
+        "by label"
+    );
     filter = PodSandboxFilter {
         id: two.id[..13].into(),
         ..Default::default()
     };
-    same!(pods(&world, filter).await?, [two.id.clone()], "by prefix");
+    same!(
+        pods(&world, filter).await?,
+        std::slice::from_ref(&two.id),
+        "by prefix"
+    );
     two.stop().await?;
     filter = PodSandboxFilter::default();
     filter.state = Some(PodSandboxStateValue {
         state: PodSandboxState::SandboxReady.into(),
     });
-    same!(pods(&world, filter).await?, [one.id.clone()], "ready ones");
+    same!(
+        pods(&world, filter).await?,
+        std::slice::from_ref(&one.id),
+        "ready ones"
+    );
     let mut filter = ContainerFilter {
         pod_sandbox_id: two.id.clone(),
         ..Default::default()

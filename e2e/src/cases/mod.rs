@@ -1,5 +1,6 @@
 //! The end-to-end cases, by subject. Each is an async function that reads as what a kubelet would see.
 
+mod bad_images;
 mod bad_input;
 mod death;
 mod exec;
@@ -22,6 +23,7 @@ pub fn all() -> Vec<Case> {
         images::cases(),
         death::cases(),
         bad_input::cases(),
+        bad_images::cases(),
     ]
     .into_iter()
     .flatten()
