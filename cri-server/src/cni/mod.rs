@@ -1,0 +1,245 @@
+//! The pods' networks by CNI: `Cni` makes a network namespace, runs the configured plugins in it and undoes both.
+//!
+//! It knows nothing of VMs: the shim joins the plugin's interface to a tap. What must be undone is on disk before the first
+//! plugin runs, so a daemon that dies at any line leaves nothing that `collect` (at start) does not find.
+//!
+//! Flow: sandbox_run → `attach`; sandbox_stop and sandbox_remove → `detach`; status → `ready`; serve → `collect`.
+//!
+//! ```text
+//!  attach:  record on disk → namespace → ADD, ADD, … → result on disk        failure: DEL …, namespace, record, in this order
+//!  detach:  DEL in reverse order → namespace → record                        repeatable; succeeds on what is gone
+//! ```
+
+mod attachment;
+mod conf;
+mod netns;
+mod plugin;
+mod record;
+mod result;
+#[cfg(test)]
+mod tests;
+
+pub use attachment::{Bandwidth, PodNetwork, PortMap};
+pub use conf::{ConfError, NetworkConf};
+pub use plugin::PluginError;
+pub use record::Record;
+pub use result::{CniResult, Interface, IpConfig};
+
+use crate::config::CniConfig;
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+
+/// The pod's interface inside the namespace; the kubelet and every plugin expect this name.
+pub const INTERFACE: &str = "eth0";
+
+/// What can go wrong with a pod's network.
+#[derive(Debug, thiserror::Error)]
+pub enum CniError {
+    /// There is no usable configuration.
+    #[error(transparent)]
+    Conf(#[from] ConfError),
+    /// A plugin refused, broke or hung.
+    #[error("network {network:?}: {command} by plugin {plugin:?} failed")]
+    Plugin {
+        network: String,
+        command: &'static str,
+        plugin: String,
+        #[source]
+        source: PluginError,
+    },
+    /// The plugins succeeded and gave no address.
+    #[error("network {network:?}: the plugins gave the pod no address")]
+    NoAddress { network: String },
+    /// The namespace could not be made or removed.
+    #[error("network namespace {}: {step} failed", path.display())]
+    Namespace {
+        path: PathBuf,
+        step: &'static str,
+        #[source]
+        source: std::io::Error,
+    },
+    /// The record on disk could not be written, read or removed.
+    #[error("CNI record {}: {step} failed", path.display())]
+    Record {
+        path: PathBuf,
+        step: &'static str,
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// Runs plugins. Cheap to clone; holds no state but directories: what is true is on disk.
+#[derive(Debug, Clone)]
+pub struct Cni {
+    conf_dir: PathBuf,
+    plugins: plugin::Plugins,
+    records: PathBuf,
+    namespaces: PathBuf,
+}
+
+impl Cni {
+    /// `root` and `state` are the daemon's two directories; `cni/` and `netns/` below them are this module's.
+    pub fn new(config: &CniConfig, root: &Path, state: &Path) -> Self {
+        Self {
+            conf_dir: config.conf_dir.clone(),
+            plugins: plugin::Plugins::new(config.bin_dirs.clone(), config.timeout),
+            records: root.join("cni"),
+            namespaces: state.join("netns"),
+        }
+    }
+
+    /// Whether a pod could get a network now: a valid configuration whose plugins are all there. Read anew each time,
+    /// so a changed directory is seen at once.
+    pub fn ready(&self) -> Result<NetworkConf, CniError> {
+        let conf = conf::load(&self.conf_dir)?;
+        for plugin in &conf.plugins {
+            self.plugins
+                .find(&plugin.kind)
+                .map_err(|source| CniError::Plugin {
+                    network: conf.name.clone(),
+                    command: "look-up",
+                    plugin: plugin.kind.clone(),
+                    source,
+                })?;
+        }
+        Ok(conf)
+    }
+
+    /// Where the namespace of `sandbox` is or would be.
+    pub fn namespace(&self, sandbox: &str) -> PathBuf {
+        self.namespaces.join(sandbox)
+    }
+
+    /// Makes the namespace, brings its loopback up and runs ADD of every plugin. On failure everything is undone.
+    /// Dropping the future leaves the record, which `detach` or `collect` works off.
+    pub async fn attach(&self, pod: &PodNetwork) -> Result<Record, CniError> {
+        let conf = self.ready()?;
+        let mut record = Record::new(pod, conf, self.namespace(&pod.sandbox_id));
+        record.save(&self.records)?;
+        match self.add_all(&mut record).await {
+            Ok(()) => Ok(record),
+            Err(error) => {
+                if let Err(undo) = self.detach(&pod.sandbox_id).await {
+                    tracing::warn!(sandbox = pod.sandbox_id, error = %crate::errors::chain(&undo), "network not fully undone");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn add_all(&self, record: &mut Record) -> Result<(), CniError> {
+        netns::create(record.netns.clone()).await?;
+        let mut previous = None;
+        for plugin in &record.conf.plugins {
+            let input = attachment::input(&record.conf, plugin, &record.pod, previous.as_ref());
+            let output = self.run("ADD", record, &plugin.kind, &input).await?;
+            let value = result::parse_value(&output).map_err(|source| CniError::Plugin {
+                network: record.conf.name.clone(),
+                command: "ADD",
+                plugin: plugin.kind.clone(),
+                source,
+            })?;
+            // A plugin that only adjusts something (tuning, bandwidth) may answer nothing.
+            previous = value.or(previous);
+        }
+        let result = previous.as_ref().map(CniResult::from_value).unwrap_or_default();
+        if result.addresses().next().is_none() {
+            return Err(CniError::NoAddress {
+                network: record.conf.name.clone(),
+            });
+        }
+        record.result = previous;
+        record.save(&self.records)
+    }
+
+    /// Runs DEL of every plugin in reverse order, then removes namespace and record. Succeeds on what is gone. When a
+    /// plugin fails the others still run, and the record stays so that the next call tries again.
+    pub async fn detach(&self, sandbox: &str) -> Result<(), CniError> {
+        let Some(record) = Record::load(&self.records, sandbox)? else {
+            return netns::remove(self.namespace(sandbox)).await;
+        };
+        let mut failure = None;
+        for plugin in record.conf.plugins.iter().rev() {
+            let input =
+                attachment::input(&record.conf, plugin, &record.pod, record.result.as_ref());
+            if let Err(error) = self.run("DEL", &record, &plugin.kind, &input).await {
+                tracing::warn!(sandbox, error = %crate::errors::chain(&error), "CNI DEL failed");
+                failure.get_or_insert(error);
+            }
+        }
+        if let Some(error) = failure {
+            return Err(error);
+        }
+        netns::remove(record.netns.clone()).await?;
+        Record::remove(&self.records, sandbox)
+    }
+
+    /// Runs CHECK of every plugin against the recorded result. Nothing to check where the configuration is older than
+    /// 0.4.0, switched it off, or there was no ADD.
+    pub async fn check(&self, sandbox: &str) -> Result<(), CniError> {
+        let Some(record) = Record::load(&self.records, sandbox)? else {
+            return Ok(());
+        };
+        let Some(result) = record.result.as_ref() else {
+            return Ok(());
+        };
+        if record.conf.disable_check || !record.conf.at_least(0, 4) {
+            return Ok(());
+        }
+        for plugin in &record.conf.plugins {
+            let input = attachment::input(&record.conf, plugin, &record.pod, Some(result));
+            self.run("CHECK", &record, &plugin.kind, &input).await?;
+        }
+        Ok(())
+    }
+
+    /// The record of a sandbox's network, if there is one.
+    pub fn record(&self, sandbox: &str) -> Result<Option<Record>, CniError> {
+        Record::load(&self.records, sandbox)
+    }
+
+    /// Undoes what belongs to no sandbox in `live`: records, and namespaces without record. Only this daemon's own are
+    /// looked at (its two directories), so nothing of another runtime on the node is touched. Returns how many went.
+    pub async fn collect(&self, live: &HashSet<String>) -> usize {
+        let mut stale: HashSet<String> = Record::names(&self.records).into_iter().collect();
+        stale.extend(netns::names(&self.namespaces));
+        let mut gone = 0;
+        for sandbox in stale.difference(live) {
+            match self.detach(sandbox).await {
+                Ok(()) => gone += 1,
+                Err(error) => tracing::warn!(
+                    sandbox,
+                    error = %crate::errors::chain(&error),
+                    "leaked network could not be removed; the next start tries again"
+                ),
+            }
+        }
+        gone
+    }
+
+    async fn run(
+        &self,
+        command: &'static str,
+        record: &Record,
+        kind: &str,
+        input: &serde_json::Value,
+    ) -> Result<Vec<u8>, CniError> {
+        // After a reboot the namespace is gone with /run; the protocol wants an empty or missing CNI_NETNS then, and
+        // plugins still free their addresses.
+        let netns = if command == "DEL" && !netns::is_namespace(&record.netns) {
+            String::new()
+        } else {
+            record.netns.to_string_lossy().into_owned()
+        };
+        let environment = attachment::environment(command, &record.pod, &netns);
+        self.plugins
+            .run(kind, &environment, input)
+            .await
+            .map_err(|source| CniError::Plugin {
+                network: record.conf.name.clone(),
+                command,
+                plugin: kind.to_owned(),
+                source,
+            })
+    }
+}

@@ -1,0 +1,126 @@
+//! What is needed to undo a pod's network, on disk: one JSON file per sandbox below `root/cni`.
+//!
+//! Written before the first plugin runs and again with the result, each time by rename, so a reader sees the old or the new.
+
+use super::attachment::PodNetwork;
+use super::conf::NetworkConf;
+use super::result::CniResult;
+use super::CniError;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::fs::{self, DirBuilder, OpenOptions};
+use std::io::Write;
+use std::net::IpAddr;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+/// A pod's network as ADD made it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// The pod.
+    pub pod: PodNetwork,
+    /// The configuration at ADD: DEL uses it even when the directory says something else by then.
+    pub conf: NetworkConf,
+    /// Its namespace.
+    pub netns: PathBuf,
+    /// The last plugin's result; `None` until all succeeded.
+    pub result: Option<Value>,
+}
+
+impl Record {
+    /// A record without result.
+    pub fn new(pod: &PodNetwork, conf: NetworkConf, netns: PathBuf) -> Self {
+        Self {
+            pod: pod.clone(),
+            conf,
+            netns,
+            result: None,
+        }
+    }
+
+    /// The pod's addresses, the primary one first.
+    pub fn addresses(&self) -> Vec<IpAddr> {
+        self.result
+            .as_ref()
+            .map(|value| CniResult::from_value(value).addresses().collect())
+            .unwrap_or_default()
+    }
+
+    /// Writes the record (0600, in a 0700 directory).
+    pub fn save(&self, directory: &Path) -> Result<(), CniError> {
+        let path = file(directory, &self.pod.sandbox_id);
+        let fail = |step| {
+            let path = path.clone();
+            move |source| CniError::Record { path, step, source }
+        };
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(directory)
+            .map_err(fail("making its directory"))?;
+        let text = serde_json::to_vec(self)
+            .map_err(std::io::Error::other)
+            .map_err(fail("encoding"))?;
+        let draft = path.with_extension("tmp");
+        let mut out = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&draft)
+            .map_err(fail("creating"))?;
+        out.write_all(&text).map_err(fail("writing"))?;
+        out.sync_all().map_err(fail("writing"))?;
+        fs::rename(&draft, &path).map_err(fail("renaming"))
+    }
+
+    /// Reads the record of `sandbox`. One that can't be decoded (a crash of the machine while writing) is an error.
+    pub fn load(directory: &Path, sandbox: &str) -> Result<Option<Self>, CniError> {
+        let path = file(directory, sandbox);
+        let text = match fs::read(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => {
+                let step = "reading";
+                return Err(CniError::Record { path, step, source });
+            }
+        };
+        serde_json::from_slice(&text)
+            .map(Some)
+            .map_err(|error| CniError::Record {
+                path,
+                step: "decoding",
+                source: std::io::Error::other(error),
+            })
+    }
+
+    /// Removes the record of `sandbox`; succeeds where there is none.
+    pub fn remove(directory: &Path, sandbox: &str) -> Result<(), CniError> {
+        let path = file(directory, sandbox);
+        match fs::remove_file(&path) {
+            Err(source) if source.kind() != std::io::ErrorKind::NotFound => Err(CniError::Record {
+                path,
+                step: "removing",
+                source,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Sandboxes that have a record.
+    pub fn names(directory: &Path) -> Vec<String> {
+        let Ok(entries) = fs::read_dir(directory) else {
+            return Vec::new();
+        };
+        entries
+            .filter_map(|entry| {
+                let name = entry.ok()?.file_name().into_string().ok()?;
+                name.strip_suffix(".json").map(str::to_owned)
+            })
+            .collect()
+    }
+}
+
+fn file(directory: &Path, sandbox: &str) -> PathBuf {
+    directory.join(format!("{sandbox}.json"))
+}

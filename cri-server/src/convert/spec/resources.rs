@@ -1,0 +1,60 @@
+//! `linux.resources` of a container: what the CRI says of CPU and memory, as OCI has it.
+
+use super::ConvertError;
+use boxlite_proto::cri::v1::LinuxContainerResources;
+use serde_json::{Map, Value, json};
+
+/// The object, empty where nothing is limited. Hugepage limits are left out: the guest has no reserved hugepages.
+pub fn resources(wish: Option<&LinuxContainerResources>) -> Result<Value, ConvertError> {
+    let Some(wish) = wish else {
+        return Ok(json!({}));
+    };
+    let mut cpu = Map::new();
+    for (key, value) in [
+        ("shares", wish.cpu_shares),
+        ("quota", wish.cpu_quota),
+        ("period", wish.cpu_period),
+    ] {
+        if value != 0 {
+            // A quota of -1 is "no limit"; the others have no negative meaning.
+            if value < 0 && key != "quota" {
+                return Err(ConvertError::invalid("linux.resources.cpu", format!("{key} {value}"), "must not be negative"));
+            }
+            cpu.insert(key.into(), json!(value));
+        }
+    }
+    for (key, value) in [("cpus", &wish.cpuset_cpus), ("mems", &wish.cpuset_mems)] {
+        if !value.is_empty() {
+            cpu.insert(key.into(), json!(value));
+        }
+    }
+    let mut memory = Map::new();
+    for (key, value) in [
+        ("limit", wish.memory_limit_in_bytes),
+        ("swap", wish.memory_swap_limit_in_bytes),
+    ] {
+        if value != 0 {
+            memory.insert(key.into(), json!(value));
+        }
+    }
+    if !wish.hugepage_limits.is_empty() {
+        tracing::debug!("hugepage limits are left out: the guest has no reserved hugepages");
+    }
+    let mut resources = json!({});
+    if !cpu.is_empty() {
+        resources["cpu"] = Value::Object(cpu);
+    }
+    if !memory.is_empty() {
+        resources["memory"] = Value::Object(memory);
+    }
+    if !wish.unified.is_empty() {
+        for key in wish.unified.keys() {
+            let name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_');
+            if !key.contains('.') || !key.chars().all(name) {
+                return Err(ConvertError::invalid("linux.resources.unified", key.clone(), "is no cgroup v2 file"));
+            }
+        }
+        resources["unified"] = json!(wish.unified);
+    }
+    Ok(resources)
+}

@@ -1,0 +1,97 @@
+//! Binds the CRI socket: private from its first moment, and never in place of one that somebody answers on.
+
+use std::fs::{self, DirBuilder, Permissions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::path::{Path, PathBuf};
+use tokio::net::UnixListener;
+
+/// Why the socket could not be bound.
+#[derive(Debug, thiserror::Error)]
+pub enum SocketError {
+    /// Another process serves there.
+    #[error("{}: somebody answers on it already", .0.display())]
+    InUse(PathBuf),
+    /// There is a file of another kind.
+    #[error("{}: there is a file that is no socket", .0.display())]
+    NoSocket(PathBuf),
+    /// The directory lets anybody in.
+    #[error("{}: its directory is world-writable", .0.display())]
+    OpenDirectory(PathBuf),
+    /// A system call failed.
+    #[error("{}: {step} failed", path.display())]
+    Io {
+        path: PathBuf,
+        step: &'static str,
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Binds `path`, mode 0600. A missing directory is made with 0700; a stale socket is replaced.
+pub fn bind(path: &Path) -> Result<UnixListener, SocketError> {
+    let fail = |step| {
+        move |source| SocketError::Io {
+            path: path.to_owned(),
+            step,
+            source,
+        }
+    };
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory)
+        .map_err(fail("making its directory"))?;
+    let mode = fs::metadata(directory).map_err(fail("stat of its directory"))?.permissions().mode();
+    if mode & 0o002 != 0 {
+        return Err(SocketError::OpenDirectory(path.to_owned()));
+    }
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(fail("stat")(error)),
+        Ok(old) if !old.file_type().is_socket() => {
+            return Err(SocketError::NoSocket(path.to_owned()));
+        }
+        Ok(_) => match StdUnixStream::connect(path) {
+            Ok(_) => return Err(SocketError::InUse(path.to_owned())),
+            Err(_) => fs::remove_file(path).map_err(fail("removing the stale socket"))?,
+        },
+    }
+    let listener = UnixListener::bind(path).map_err(fail("bind"))?;
+    // A freshly bound socket has the umask's mode until this line: its directory keeps others out, or gives them 0755 at
+    // most, where connecting needs write permission that the umask (022) took.
+    fs::set_permissions(path, Permissions::from_mode(0o600)).map_err(fail("chmod"))?;
+    Ok(listener)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn stale_is_replaced_live_is_not_and_files_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run/cri.sock");
+        let first = bind(&path).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert!(matches!(bind(&path), Err(SocketError::InUse(_))));
+        drop(first);
+        drop(bind(&path).unwrap());
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, "mine").unwrap();
+        assert!(matches!(bind(&path), Err(SocketError::NoSocket(_))));
+        assert_eq!(fs::read_to_string(&path).unwrap(), "mine");
+    }
+
+    #[tokio::test]
+    async fn a_world_writable_directory_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::set_permissions(dir.path(), Permissions::from_mode(0o777)).unwrap();
+        assert!(matches!(
+            bind(&dir.path().join("cri.sock")),
+            Err(SocketError::OpenDirectory(_))
+        ));
+    }
+}
