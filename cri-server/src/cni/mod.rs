@@ -19,15 +19,16 @@ mod result;
 #[cfg(test)]
 mod tests;
 
-pub use attachment::{Bandwidth, PodNetwork, PortMap};
+pub use attachment::{Bandwidth, DnsSettings, PodNetwork, PortMap};
 pub use conf::{ConfError, NetworkConf};
 pub use plugin::PluginError;
 pub use record::Record;
 pub use result::{CniResult, Interface, IpConfig};
 
 use crate::config::CniConfig;
+use crate::layout::Layout;
 use std::collections::HashSet;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// The pod's interface inside the namespace; the kubelet and every plugin expect this name.
 pub const INTERFACE: &str = "eth0";
@@ -78,13 +79,13 @@ pub struct Cni {
 }
 
 impl Cni {
-    /// `root` and `state` are the daemon's two directories; `cni/` and `netns/` below them are this module's.
-    pub fn new(config: &CniConfig, root: &Path, state: &Path) -> Self {
+    /// The layout's CNI records and namespaces are this module's.
+    pub fn new(config: &CniConfig, layout: &Layout) -> Self {
         Self {
             conf_dir: config.conf_dir.clone(),
             plugins: plugin::Plugins::new(config.bin_dirs.clone(), config.timeout),
-            records: root.join("cni"),
-            namespaces: state.join("netns"),
+            records: layout.cni_records(),
+            namespaces: layout.namespaces(),
         }
     }
 
@@ -120,7 +121,7 @@ impl Cni {
             Ok(()) => Ok(record),
             Err(error) => {
                 if let Err(undo) = self.detach(&pod.sandbox_id).await {
-                    tracing::warn!(sandbox = pod.sandbox_id, error = %crate::errors::chain(&undo), "network not fully undone");
+                    tracing::warn!(sandbox = pod.sandbox_id, error = %boxlite_runtime::report(&undo), "network not fully undone");
                 }
                 Err(error)
             }
@@ -163,7 +164,7 @@ impl Cni {
             let input =
                 attachment::input(&record.conf, plugin, &record.pod, record.result.as_ref());
             if let Err(error) = self.run("DEL", &record, &plugin.kind, &input).await {
-                tracing::warn!(sandbox, error = %crate::errors::chain(&error), "CNI DEL failed");
+                tracing::warn!(sandbox, error = %boxlite_runtime::report(&error), "CNI DEL failed");
                 failure.get_or_insert(error);
             }
         }
@@ -209,7 +210,7 @@ impl Cni {
                 Ok(()) => gone += 1,
                 Err(error) => tracing::warn!(
                     sandbox,
-                    error = %crate::errors::chain(&error),
+                    error = %boxlite_runtime::report(&error),
                     "leaked network could not be removed; the next start tries again"
                 ),
             }

@@ -11,6 +11,7 @@ mod tests;
 
 use boxlite_proto::vmm::{Acceleration, VmmKind};
 use reader::Section;
+pub use reader::socket_path;
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};

@@ -1,0 +1,179 @@
+//! A container: from CreateContainer's config to what the runtime starts, and what this crate keeps of it.
+
+use super::ConvertError;
+use super::sandbox::SandboxRecord;
+use super::signal;
+use super::spec::{self, Source};
+use boxlite_proto::cri::v1::{ContainerConfig, LinuxContainerResources, NamespaceMode};
+use boxlite_runtime::images::ImageRecord;
+use boxlite_runtime::{ContainerOptions, PidMode};
+use prost::Message;
+use std::path::{Component, Path, PathBuf};
+
+/// What this crate keeps about a container. No environment: it may hold secrets, and no call gives it back.
+#[derive(Clone, PartialEq, Message)]
+pub struct ContainerRecord {
+    /// As CreateContainer had it, less `envs`.
+    #[prost(message, optional, tag = "1")]
+    pub config: Option<ContainerConfig>,
+    /// Digest reference of the image, or its id.
+    #[prost(string, tag = "2")]
+    pub image_ref: String,
+    /// Linux number of the signal that StopContainer sends.
+    #[prost(uint32, tag = "3")]
+    pub stop_signal: u32,
+    /// Absolute path of the log; empty: none.
+    #[prost(string, tag = "4")]
+    pub log_path: String,
+}
+
+impl ContainerRecord {
+    /// Reads what was kept; what can't be read is an empty record, so that the container can still be removed.
+    pub fn decoded(bytes: &[u8]) -> Self {
+        Self::decode(bytes).unwrap_or_else(|error| {
+            tracing::warn!(%error, "a container's record cannot be read");
+            Self::default()
+        })
+    }
+
+    /// The config, empty where it is lost.
+    pub fn config(&self) -> ContainerConfig {
+        self.config.clone().unwrap_or_default()
+    }
+
+    /// Resources as created.
+    pub fn resources(&self) -> Option<LinuxContainerResources> {
+        self.config.as_ref()?.linux.as_ref()?.resources.clone()
+    }
+}
+
+/// The checks that need neither pod nor image.
+pub fn validate(config: &ContainerConfig) -> Result<(), ConvertError> {
+    let metadata = config.metadata.as_ref().ok_or(ConvertError::Missing("config.metadata"))?;
+    if metadata.name.is_empty() {
+        return Err(ConvertError::Missing("config.metadata.name"));
+    }
+    match &config.image {
+        Some(image) if !image.image.is_empty() => Ok(()),
+        _ => Err(ConvertError::Missing("config.image.image")),
+    }
+}
+
+/// Unique name among a pod's containers.
+pub fn key(config: &ContainerConfig) -> String {
+    let metadata = config.metadata.clone().unwrap_or_default();
+    format!("{}/{}", metadata.name.replace('%', "%25").replace('/', "%2F"), metadata.attempt)
+}
+
+/// The container for the runtime.
+pub fn options(
+    id: &str,
+    sandbox_id: &str,
+    sandbox: &SandboxRecord,
+    config: ContainerConfig,
+    image: &ImageRecord,
+    files: &Path,
+) -> Result<ContainerOptions, ConvertError> {
+    validate(&config)?;
+    let spec = spec::spec(Source {
+        config: &config,
+        sandbox,
+        sandbox_id,
+        image: &image.config,
+        files,
+    })?;
+    let log_path = log_path(sandbox, &config)?;
+    let security = config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
+    let namespaces = security.and_then(|security| security.namespace_options.clone()).unwrap_or_default();
+    let stop_signal = signal::from_cri(config.stop_signal)
+        .or_else(|| spec::image_stop_signal(&image.config))
+        .unwrap_or(signal::TERM);
+    let mut kept = config.clone();
+    kept.envs.clear();
+    let record = ContainerRecord {
+        config: Some(kept),
+        image_ref: image.repo_digests.first().unwrap_or(&image.id).clone(),
+        stop_signal,
+        log_path: log_path.as_ref().map(|path| path.to_string_lossy().into_owned()).unwrap_or_default(),
+    };
+    Ok(ContainerOptions {
+        id: id.to_owned(),
+        name: key(&config),
+        image_id: image.id.clone(),
+        spec,
+        metadata: record.encode_to_vec(),
+        log_path,
+        stdin: config.stdin,
+        stdin_once: config.stdin_once,
+        tty: config.tty,
+        pid_mode: pid_mode(namespaces.pid),
+        pid_target: namespaces.target_id,
+        read_only_rootfs: security.is_some_and(|security| security.readonly_rootfs),
+    })
+}
+
+fn pid_mode(mode: i32) -> PidMode {
+    match NamespaceMode::try_from(mode) {
+        Ok(NamespaceMode::Pod) => PidMode::Pod,
+        Ok(NamespaceMode::Target) => PidMode::Target,
+        // NODE was refused before.
+        _ => PidMode::Container,
+    }
+}
+
+/// `log_directory` + `log_path`, where the request has both; never outside the directory.
+fn log_path(sandbox: &SandboxRecord, config: &ContainerConfig) -> Result<Option<PathBuf>, ConvertError> {
+    let directory = sandbox.config.as_ref().map(|pod| pod.log_directory.as_str()).unwrap_or_default();
+    if directory.is_empty() || config.log_path.is_empty() {
+        return Ok(None);
+    }
+    let relative = Path::new(&config.log_path);
+    let inside = relative.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
+    if !inside || config.log_path.contains('\0') {
+        return Err(ConvertError::invalid(
+            "config.log_path",
+            config.log_path.clone(),
+            "must be a path below log_directory",
+        ));
+    }
+    Ok(Some(Path::new(directory).join(relative)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use boxlite_proto::cri::v1::PodSandboxConfig;
+
+    fn pod(directory: &str) -> SandboxRecord {
+        SandboxRecord {
+            config: Some(PodSandboxConfig { log_directory: directory.into(), ..Default::default() }),
+            ..Default::default()
+        }
+    }
+
+    fn path(directory: &str, log: &str) -> Result<Option<PathBuf>, ConvertError> {
+        log_path(&pod(directory), &ContainerConfig { log_path: log.into(), ..Default::default() })
+    }
+
+    #[test]
+    fn log_paths() {
+        assert_eq!(path("/var/log/pods/x", "web/0.log"), Ok(Some("/var/log/pods/x/web/0.log".into())));
+        assert_eq!(path("", "web/0.log"), Ok(None));
+        assert_eq!(path("/var/log", ""), Ok(None));
+        assert!(path("/var/log", "../x").is_err());
+        assert!(path("/var/log", "/etc/passwd").is_err());
+        assert!(path("/var/log", "a/../../x").is_err());
+    }
+
+    #[test]
+    fn pid_modes() {
+        assert_eq!(pid_mode(0), PidMode::Pod);
+        assert_eq!(pid_mode(1), PidMode::Container);
+        assert_eq!(pid_mode(3), PidMode::Target);
+    }
+
+    #[test]
+    fn what_the_cri_requires_is_named() {
+        assert_eq!(validate(&ContainerConfig::default()), Err(ConvertError::Missing("config.metadata")));
+    }
+}

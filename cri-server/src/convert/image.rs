@@ -1,0 +1,67 @@
+//! Images of the store to the CRI's, and the CRI's credentials to the registry's.
+
+use boxlite_proto::cri::v1::{
+    AuthConfig, FilesystemIdentifier, FilesystemUsage, Image, ImageSpec, Int64Value, UInt64Value,
+};
+use boxlite_runtime::images::{ImageError, ImageErrorKind, ImageFsInfo, ImageRecord, ImageUser, RegistryAuth};
+use tonic::{Code, Status};
+
+/// An image.
+pub fn image(record: &ImageRecord) -> Image {
+    let (uid, username) = match record.user() {
+        ImageUser::Unset => (Some(Int64Value { value: 0 }), String::new()),
+        ImageUser::Uid(value) => (Some(Int64Value { value }), String::new()),
+        ImageUser::Name(name) => (None, name),
+    };
+    Image {
+        id: record.id.clone(),
+        repo_tags: record.repo_tags.clone(),
+        repo_digests: record.repo_digests.clone(),
+        size: record.size_bytes,
+        uid,
+        username,
+        spec: Some(ImageSpec { image: record.id.clone(), ..Default::default() }),
+        pinned: record.pinned,
+    }
+}
+
+/// Credentials; `None` where the request has none, which an empty AuthConfig is too.
+pub fn auth(auth: Option<AuthConfig>) -> Option<RegistryAuth> {
+    let auth = auth.filter(|auth| *auth != AuthConfig::default())?;
+    Some(RegistryAuth {
+        username: auth.username,
+        password: auth.password,
+        auth: auth.auth,
+        identity_token: auth.identity_token,
+        registry_token: auth.registry_token,
+        server_address: auth.server_address,
+    })
+}
+
+/// Usage of the image store.
+pub fn usage(info: &ImageFsInfo) -> FilesystemUsage {
+    FilesystemUsage {
+        timestamp: info.timestamp_ns,
+        fs_id: Some(FilesystemIdentifier { mountpoint: info.path.to_string_lossy().into_owned() }),
+        used_bytes: Some(UInt64Value { value: info.used_bytes }),
+        inodes_used: Some(UInt64Value { value: info.inodes_used }),
+    }
+}
+
+/// The gRPC status of an image error.
+pub fn status(error: &ImageError) -> Status {
+    let code = match error.kind() {
+        ImageErrorKind::InvalidReference => Code::InvalidArgument,
+        ImageErrorKind::NotFound => Code::NotFound,
+        ImageErrorKind::Unauthorized => Code::Unauthenticated,
+        ImageErrorKind::Corrupt => Code::DataLoss,
+        ImageErrorKind::InvalidImage | ImageErrorKind::NoPlatform | ImageErrorKind::InUse | ImageErrorKind::Config => {
+            Code::FailedPrecondition
+        }
+        ImageErrorKind::NoSpace | ImageErrorKind::TooLarge => Code::ResourceExhausted,
+        ImageErrorKind::Unavailable => Code::Unavailable,
+        ImageErrorKind::Cancelled => Code::Cancelled,
+        ImageErrorKind::Internal => Code::Internal,
+    };
+    Status::new(code, error.report())
+}

@@ -1,0 +1,279 @@
+//! A pod: from RunPodSandbox's config to what the runtime keeps and the network needs.
+//!
+//! [`SandboxRecord`] is the runtime's opaque metadata of a box: the CRI's own messages, encoded as the CRI encodes them, so a newer
+//! kubelet's fields survive a restart of this daemon.
+
+use super::ConvertError;
+use super::size::{VmSize, vm_size};
+use super::spec;
+use crate::cni::{Bandwidth, DnsSettings, PodNetwork, PortMap};
+use crate::config::PodDefaults;
+use boxlite_proto::cri::v1::{PodSandboxConfig, PodSandboxMetadata, Protocol};
+use boxlite_runtime::BoxOptions;
+use prost::Message;
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+/// Longest hostname Linux takes, in bytes.
+const HOSTNAME_LIMIT: usize = 64;
+/// Longest label of a name made from the pod's, in bytes (RFC 1123).
+const LABEL_LIMIT: usize = 63;
+const MIB: u64 = 1 << 20;
+
+/// What this crate keeps about a pod.
+#[derive(Clone, PartialEq, Message)]
+pub struct SandboxRecord {
+    /// As RunPodSandbox had it.
+    #[prost(message, optional, tag = "1")]
+    pub config: Option<PodSandboxConfig>,
+    /// Handler asked for.
+    #[prost(string, tag = "2")]
+    pub runtime_handler: String,
+    /// The pod's addresses, the primary one first.
+    #[prost(string, repeated, tag = "3")]
+    pub addresses: Vec<String>,
+    /// What CNI took, in ms.
+    #[prost(uint64, tag = "4")]
+    pub network_ms: u64,
+}
+
+impl SandboxRecord {
+    /// A record of a pod without network yet. Checks what the CRI requires and what this runtime refuses.
+    pub fn new(config: PodSandboxConfig, runtime_handler: String) -> Result<Self, ConvertError> {
+        let metadata = config.metadata.as_ref().ok_or(ConvertError::Missing("config.metadata"))?;
+        if metadata.name.is_empty() {
+            return Err(ConvertError::Missing("config.metadata.name"));
+        }
+        let security = config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
+        spec::namespaces(security.and_then(|security| security.namespace_options.as_ref()))?;
+        for mapping in &config.port_mappings {
+            port(mapping.host_port, mapping.container_port)?;
+        }
+        let record = Self {
+            config: Some(config),
+            runtime_handler,
+            ..Self::default()
+        };
+        let hostname = record.hostname();
+        if hostname.len() > HOSTNAME_LIMIT || hostname.chars().any(|c| c.is_control() || c == '/' || c.is_whitespace()) {
+            return Err(ConvertError::invalid("config.hostname", hostname, "is no hostname"));
+        }
+        if let Some(directory) = record.config.as_ref().map(|config| &config.log_directory)
+            && !directory.is_empty()
+            && !directory.starts_with('/')
+        {
+            return Err(ConvertError::invalid("config.log_directory", directory.clone(), "must be an absolute path"));
+        }
+        Ok(record)
+    }
+
+    /// Reads what [`Self::encoded`] wrote; what can't be read is an empty record, so that the pod can still be removed.
+    pub fn decoded(bytes: &[u8]) -> Self {
+        Self::decode(bytes).unwrap_or_else(|error| {
+            tracing::warn!(%error, "a pod's record cannot be read");
+            Self::default()
+        })
+    }
+
+    /// For the runtime to keep.
+    pub fn encoded(&self) -> Vec<u8> {
+        self.encode_to_vec()
+    }
+
+    /// Name, namespace, uid, attempt.
+    pub fn metadata(&self) -> PodSandboxMetadata {
+        self.config
+            .as_ref()
+            .and_then(|config| config.metadata.clone())
+            .unwrap_or_default()
+    }
+
+    /// Unique key of a pod: no part of it can have a `/`, so no two pods share one.
+    pub fn key(&self) -> String {
+        key(&self.metadata())
+    }
+
+    /// The pod's hostname: what the config says, else the pod's name as far as a label goes.
+    pub fn hostname(&self) -> String {
+        let wanted = self.config.as_ref().map(|config| config.hostname.clone()).unwrap_or_default();
+        if !wanted.is_empty() {
+            return wanted;
+        }
+        let mut label: String = self
+            .metadata()
+            .name
+            .chars()
+            .map(|c| if c.is_ascii_alphanumeric() { c } else { '-' })
+            .take(LABEL_LIMIT)
+            .collect();
+        label.truncate(label.trim_end_matches('-').len());
+        if label.is_empty() { "pod".into() } else { label }
+    }
+
+    /// Cgroup parent, empty where none was given.
+    pub fn cgroup_parent(&self) -> String {
+        self.config
+            .as_ref()
+            .and_then(|config| config.linux.as_ref())
+            .map(|linux| linux.cgroup_parent.clone())
+            .unwrap_or_default()
+    }
+
+    /// Sets the addresses.
+    pub fn set_addresses(&mut self, addresses: &[IpAddr]) {
+        self.addresses = addresses.iter().map(IpAddr::to_string).collect();
+    }
+
+    /// The box for this pod. `limit` is the pod cgroup's memory limit in bytes, where known.
+    pub fn box_options(
+        &self,
+        id: &str,
+        netns: Option<PathBuf>,
+        defaults: &PodDefaults,
+        limit: Option<u64>,
+    ) -> Result<BoxOptions, ConvertError> {
+        let linux = self.config.as_ref().and_then(|config| config.linux.as_ref());
+        let VmSize { vcpus, memory_mib } = vm_size(linux, defaults, limit)?;
+        Ok(BoxOptions {
+            id: id.to_owned(),
+            name: self.key(),
+            metadata: self.encoded(),
+            vcpus,
+            memory_mib,
+            scratch_bytes: u64::from(defaults.scratch_mib) * MIB,
+            hostname: self.hostname(),
+            netns,
+            sysctls: linux
+                .map(|linux| linux.sysctls.clone().into_iter().collect())
+                .unwrap_or_default(),
+            cgroup_parent: self.cgroup_parent(),
+            vmm: None,
+            debug_console: defaults.debug_console,
+        })
+    }
+
+    /// The pod for CNI; `ranges` are the node's pod CIDRs, where the kubelet told them.
+    pub fn network(&self, id: &str, ranges: &[String]) -> Result<PodNetwork, ConvertError> {
+        let none = PodSandboxConfig::default();
+        let config = self.config.as_ref().unwrap_or(&none);
+        let metadata = self.metadata();
+        let mut port_mappings = Vec::new();
+        for mapping in &config.port_mappings {
+            let (host_port, container_port) = port(mapping.host_port, mapping.container_port)?;
+            // A port without host port is documentation.
+            if host_port > 0 {
+                port_mappings.push(PortMap {
+                    host_port,
+                    container_port,
+                    protocol: match mapping.protocol() {
+                        Protocol::Tcp => "tcp",
+                        Protocol::Udp => "udp",
+                        Protocol::Sctp => "sctp",
+                    }
+                    .into(),
+                    host_ip: mapping.host_ip.clone(),
+                });
+            }
+        }
+        let rate = |key: &'static str| config.annotations.get(key).map(|text| quantity(key, text)).transpose();
+        let dns = config.dns_config.clone().unwrap_or_default();
+        Ok(PodNetwork {
+            sandbox_id: id.to_owned(),
+            name: metadata.name,
+            namespace: metadata.namespace,
+            uid: metadata.uid,
+            port_mappings,
+            bandwidth: Bandwidth::new(
+                rate("kubernetes.io/ingress-bandwidth")?,
+                rate("kubernetes.io/egress-bandwidth")?,
+            ),
+            ip_ranges: ranges.to_vec(),
+            dns: DnsSettings {
+                servers: dns.servers,
+                searches: dns.searches,
+                options: dns.options,
+            },
+            annotations: config.annotations.clone().into_iter().collect(),
+            cgroup_parent: self.cgroup_parent(),
+        })
+    }
+
+    /// The pod's resolv.conf; `None` where it has no DNS config and takes the node's.
+    pub fn resolv_conf(&self) -> Option<String> {
+        let dns = self.config.as_ref()?.dns_config.as_ref()?;
+        let mut text = String::new();
+        if !dns.searches.is_empty() {
+            text.push_str(&format!("search {}\n", dns.searches.join(" ")));
+        }
+        for server in &dns.servers {
+            text.push_str(&format!("nameserver {server}\n"));
+        }
+        if !dns.options.is_empty() {
+            text.push_str(&format!("options {}\n", dns.options.join(" ")));
+        }
+        (!text.is_empty()).then_some(text)
+    }
+
+    /// The pod's hosts file, for containers whose kubelet mounts none.
+    pub fn hosts(&self) -> String {
+        let mut text = String::from(
+            "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n",
+        );
+        let hostname = self.hostname();
+        for address in &self.addresses {
+            text.push_str(&format!("{address}\t{hostname}\n"));
+        }
+        text
+    }
+}
+
+/// `namespace/name/uid/attempt`.
+pub fn key(metadata: &PodSandboxMetadata) -> String {
+    let clean = |text: &str| text.replace('%', "%25").replace('/', "%2F");
+    format!(
+        "{}/{}/{}/{}",
+        clean(&metadata.namespace),
+        clean(&metadata.name),
+        clean(&metadata.uid),
+        metadata.attempt
+    )
+}
+
+fn port(host: i32, container: i32) -> Result<(u16, u16), ConvertError> {
+    let number = |port: i32| {
+        u16::try_from(port)
+            .map_err(|_| ConvertError::invalid("config.port_mappings", port.to_string(), "is no port"))
+    };
+    let pair = (number(host)?, number(container)?);
+    if pair.0 > 0 && pair.1 == 0 {
+        return Err(ConvertError::invalid("config.port_mappings", "0", "is no container port"));
+    }
+    Ok(pair)
+}
+
+/// A Kubernetes quantity in bits per second: a decimal number with an optional suffix (k M G T, Ki Mi Gi Ti), in the range
+/// the kubelet accepts, 1k to 1P.
+fn quantity(field: &'static str, text: &str) -> Result<u64, ConvertError> {
+    let fail = |reason: &str| ConvertError::invalid(field, text, reason);
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let factor: u64 = match &text[digits..] {
+        "" => 1,
+        "k" => 1_000,
+        "M" => 1_000_000,
+        "G" => 1_000_000_000,
+        "T" => 1_000_000_000_000,
+        "Ki" => 1 << 10,
+        "Mi" => 1 << 20,
+        "Gi" => 1 << 30,
+        "Ti" => 1 << 40,
+        _ => return Err(fail("is no quantity such as 10M")),
+    };
+    let number: u64 = text[..digits].parse().map_err(|_| fail("is no quantity such as 10M"))?;
+    number
+        .checked_mul(factor)
+        .filter(|rate| (1_000..=1_000_000_000_000_000).contains(rate))
+        .ok_or_else(|| fail("must be 1k to 1P"))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,148 @@
+//! Tests of a pod's conversion.
+
+use super::*;
+use crate::config::Config;
+use boxlite_proto::cri::v1::{
+    DnsConfig, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceMode, NamespaceOption, PortMapping,
+};
+use proptest::prelude::*;
+
+fn config() -> PodSandboxConfig {
+    PodSandboxConfig {
+        metadata: Some(PodSandboxMetadata {
+            name: "web".into(),
+            uid: "u-1".into(),
+            namespace: "default".into(),
+            attempt: 2,
+        }),
+        hostname: "web-0".into(),
+        ..Default::default()
+    }
+}
+
+fn record(config: PodSandboxConfig) -> SandboxRecord {
+    SandboxRecord::new(config, "boxlite".into()).unwrap()
+}
+
+#[test]
+fn what_the_cri_requires_is_named() {
+    let refused = |config| SandboxRecord::new(config, String::new()).unwrap_err().to_string();
+    assert_eq!(refused(PodSandboxConfig::default()), "config.metadata is missing");
+    let mut nameless = config();
+    nameless.metadata = Some(PodSandboxMetadata::default());
+    assert_eq!(refused(nameless), "config.metadata.name is missing");
+    let mut wrong = config();
+    wrong.hostname = "a/b".into();
+    assert!(refused(wrong).contains("is no hostname"));
+    let mut relative = config();
+    relative.log_directory = "logs".into();
+    assert!(refused(relative).contains("log_directory"));
+}
+
+#[test]
+fn namespaces_of_the_node_are_refused_by_name() {
+    for (network, pid, ipc, word) in [(2, 0, 0, "network"), (0, 2, 0, "pid"), (0, 0, 2, "ipc")] {
+        let mut pod = config();
+        pod.linux = Some(LinuxPodSandboxConfig {
+            security_context: Some(LinuxSandboxSecurityContext {
+                namespace_options: Some(NamespaceOption { network, pid, ipc, ..Default::default() }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        });
+        let text = SandboxRecord::new(pod, String::new()).unwrap_err().to_string();
+        assert!(text.contains(word) && text.contains("NODE"), "{text}");
+        assert_eq!(NamespaceMode::Node as i32, 2);
+    }
+}
+
+#[test]
+fn box_options_have_name_size_and_the_record() {
+    let mut pod = config();
+    pod.linux = Some(LinuxPodSandboxConfig {
+        cgroup_parent: "/kubepods/podu-1".into(),
+        sysctls: [("net.ipv4.ip_forward".to_owned(), "1".to_owned())].into(),
+        ..Default::default()
+    });
+    let record = record(pod);
+    let options = record
+        .box_options("ab", Some("/run/x".into()), &Config::default().pod, None)
+        .unwrap();
+    assert_eq!(options.name, "default/web/u-1/2");
+    assert_eq!((options.vcpus, options.memory_mib, options.scratch_bytes), (1, 320, 10 << 30));
+    assert_eq!(options.hostname, "web-0");
+    assert_eq!(options.cgroup_parent, "/kubepods/podu-1");
+    assert_eq!(options.sysctls["net.ipv4.ip_forward"], "1");
+    assert_eq!(SandboxRecord::decoded(&options.metadata), record);
+}
+
+#[test]
+fn hostname_comes_from_the_pod_name_where_none_is_given() {
+    let mut pod = config();
+    pod.hostname.clear();
+    pod.metadata.as_mut().unwrap().name = format!("a.b{}", "c".repeat(80));
+    let hostname = record(pod).hostname();
+    assert_eq!(hostname.len(), 63);
+    assert!(hostname.starts_with("a-bc"));
+}
+
+#[test]
+fn network_has_ports_bandwidth_and_dns() {
+    let mut pod = config();
+    pod.port_mappings = vec![
+        PortMapping { protocol: 1, container_port: 53, host_port: 5353, host_ip: "127.0.0.1".into() },
+        PortMapping { protocol: 0, container_port: 80, host_port: 0, ..Default::default() },
+    ];
+    pod.annotations.insert("kubernetes.io/ingress-bandwidth".into(), "10M".into());
+    pod.dns_config = Some(DnsConfig {
+        servers: vec!["10.0.0.10".into()],
+        searches: vec!["svc".into(), "local".into()],
+        options: vec!["ndots:5".into()],
+    });
+    let record = record(pod);
+    let network = record.network("ab", &["10.1.0.0/24".into()]).unwrap();
+    assert_eq!(
+        serde_json::to_value(&network.port_mappings).unwrap(),
+        serde_json::json!([{"hostPort": 5353, "containerPort": 53, "protocol": "udp", "hostIP": "127.0.0.1"}])
+    );
+    let bandwidth = network.bandwidth.unwrap();
+    assert_eq!((bandwidth.ingress_rate, bandwidth.egress_rate), (10_000_000, 0));
+    assert_eq!(network.dns.servers, ["10.0.0.10"]);
+    assert_eq!(
+        record.resolv_conf().unwrap(),
+        "search svc local\nnameserver 10.0.0.10\noptions ndots:5\n"
+    );
+}
+
+#[test]
+fn wrong_ports_and_rates_are_refused() {
+    let mut pod = config();
+    pod.port_mappings = vec![PortMapping { container_port: 70_000, ..Default::default() }];
+    assert!(SandboxRecord::new(pod, String::new()).is_err());
+    for rate in ["", "10X", "-1", "999", "2000000T", "99999999999999999999"] {
+        assert!(quantity("x", rate).is_err(), "{rate}");
+    }
+    assert_eq!(quantity("x", "1Mi"), Ok(1 << 20));
+}
+
+#[test]
+fn hosts_names_the_pod() {
+    let mut record = record(config());
+    record.set_addresses(&["10.1.0.5".parse().unwrap()]);
+    assert!(record.hosts().ends_with("10.1.0.5\tweb-0\n"));
+}
+
+proptest! {
+    #[test]
+    fn different_pods_have_different_keys(a in ("\\PC{0,8}", "\\PC{0,8}", "\\PC{0,8}", 0_u32..3), b in ("\\PC{0,8}", "\\PC{0,8}", "\\PC{0,8}", 0_u32..3)) {
+        let of = |(name, namespace, uid, attempt): &(String, String, String, u32)| PodSandboxMetadata {
+            name: name.clone(), namespace: namespace.clone(), uid: uid.clone(), attempt: *attempt,
+        };
+        prop_assert_eq!(a == b, key(&of(&a)) == key(&of(&b)));
+    }
+
+    #[test]
+    fn no_bytes_panic(bytes in prop::collection::vec(any::<u8>(), 0..64)) {
+        let _ = SandboxRecord::decoded(&bytes).hostname();
+    }
+}

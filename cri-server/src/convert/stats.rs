@@ -1,0 +1,158 @@
+//! Counters of a guest's cgroups to the CRI's stats. The guest is hostile: numbers are passed on, sums and products saturate.
+
+use super::container::ContainerRecord;
+use super::status;
+use boxlite_proto::boxlite::v1::{CgroupStats, ContainerStatsResponse, GuestStatsResponse};
+use boxlite_proto::cri::v1::{
+    ContainerAttributes, ContainerStats, CpuUsage, FilesystemIdentifier, FilesystemUsage, LinuxPodSandboxStats,
+    MemoryUsage, NetworkInterfaceUsage, NetworkUsage, PodSandboxAttributes, PodSandboxStats, ProcessUsage, SwapUsage,
+    UInt64Value,
+};
+use boxlite_runtime::{BoxSnapshot, ContainerSnapshot};
+
+/// A limit from here on is none: cgroup v2's `max` and v1's largest multiple of a page.
+const NO_LIMIT: u64 = 1 << 60;
+
+fn wrap(value: u64) -> Option<UInt64Value> {
+    Some(UInt64Value { value })
+}
+
+fn cpu(stats: &CgroupStats, timestamp: i64) -> CpuUsage {
+    CpuUsage {
+        timestamp,
+        usage_core_nano_seconds: wrap(stats.cpu_usage_usec.saturating_mul(1000)),
+        // The kubelet works the rate out from two samples.
+        usage_nano_cores: None,
+        psi: None,
+    }
+}
+
+/// Working set as the kubelet and cAdvisor define it: usage less what was not looked at lately of the page cache.
+fn memory(stats: &CgroupStats, timestamp: i64) -> MemoryUsage {
+    let stat = |key: &str| stats.memory_stat.get(key).copied().unwrap_or(0);
+    let working_set = stats.memory_current.saturating_sub(stat("inactive_file"));
+    let limited = stats.memory_max > 0 && stats.memory_max < NO_LIMIT;
+    MemoryUsage {
+        timestamp,
+        working_set_bytes: wrap(working_set),
+        available_bytes: if limited { wrap(stats.memory_max.saturating_sub(working_set)) } else { None },
+        usage_bytes: wrap(stats.memory_current),
+        rss_bytes: wrap(stat("anon")),
+        page_faults: wrap(stat("pgfault")),
+        major_page_faults: wrap(stat("pgmajfault")),
+        psi: None,
+    }
+}
+
+/// Which container it is.
+pub fn attributes(snapshot: &ContainerSnapshot) -> ContainerAttributes {
+    let config = ContainerRecord::decoded(&snapshot.metadata).config();
+    ContainerAttributes {
+        id: snapshot.id.clone(),
+        metadata: config.metadata,
+        labels: config.labels,
+        annotations: config.annotations,
+    }
+}
+
+/// A container's stats; without `answer` (it does not run, or its guest did not answer) only its attributes and zeros.
+/// `scratch` is the host's file that the writable layer is in.
+pub fn container(snapshot: &ContainerSnapshot, answer: Option<&ContainerStatsResponse>, scratch: &str, now: i64) -> ContainerStats {
+    let Some(answer) = answer else {
+        return ContainerStats { attributes: Some(attributes(snapshot)), ..Default::default() };
+    };
+    // The guest's clock is the guest's: the host's time stands in every sample.
+    let cgroup = answer.cgroup.clone().unwrap_or_default();
+    ContainerStats {
+        attributes: Some(attributes(snapshot)),
+        cpu: Some(cpu(&cgroup, now)),
+        memory: Some(memory(&cgroup, now)),
+        writable_layer: Some(FilesystemUsage {
+            timestamp: now,
+            fs_id: Some(FilesystemIdentifier { mountpoint: scratch.to_owned() }),
+            used_bytes: wrap(answer.upper_bytes),
+            inodes_used: wrap(answer.upper_inodes),
+        }),
+        swap: Some(SwapUsage {
+            timestamp: now,
+            swap_available_bytes: wrap(0),
+            swap_usage_bytes: wrap(cgroup.memory_swap_current),
+        }),
+        io: None,
+    }
+}
+
+/// A pod's stats; without `answer` only its attributes and its containers'.
+pub fn sandbox(snapshot: &BoxSnapshot, answer: Option<&GuestStatsResponse>, containers: Vec<ContainerStats>, now: i64) -> PodSandboxStats {
+    let listed = status::sandbox(snapshot);
+    let mut linux = LinuxPodSandboxStats { containers, ..Default::default() };
+    if let Some(answer) = answer {
+        let pod = answer.pod.clone().unwrap_or_default();
+        linux.cpu = Some(cpu(&pod, now));
+        linux.memory = Some(memory(&pod, now));
+        linux.process = Some(ProcessUsage { timestamp: now, process_count: wrap(u64::from(answer.process_count)) });
+        let interfaces: Vec<NetworkInterfaceUsage> = answer
+            .networks
+            .iter()
+            .filter(|network| network.interface != "lo")
+            .map(|network| NetworkInterfaceUsage {
+                name: network.interface.clone(),
+                rx_bytes: wrap(network.rx_bytes),
+                rx_errors: wrap(network.rx_errors),
+                tx_bytes: wrap(network.tx_bytes),
+                tx_errors: wrap(network.tx_errors),
+            })
+            .collect();
+        let (default, others): (Vec<_>, Vec<_>) =
+            interfaces.into_iter().partition(|interface| interface.name == crate::cni::INTERFACE);
+        linux.network = Some(NetworkUsage {
+            timestamp: now,
+            default_interface: default.into_iter().next(),
+            interfaces: others,
+        });
+    }
+    PodSandboxStats {
+        attributes: Some(PodSandboxAttributes {
+            id: listed.id,
+            metadata: listed.metadata,
+            labels: listed.labels,
+            annotations: listed.annotations,
+        }),
+        linux: Some(linux),
+        windows: None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn working_set_is_usage_less_inactive_file() {
+        let stats = CgroupStats {
+            memory_current: 1000,
+            memory_max: 4000,
+            memory_stat: [("inactive_file".to_owned(), 300), ("anon".to_owned(), 500)].into(),
+            ..Default::default()
+        };
+        let usage = memory(&stats, 7);
+        assert_eq!(usage.working_set_bytes, wrap(700));
+        assert_eq!(usage.available_bytes, wrap(3300));
+        assert_eq!(usage.rss_bytes, wrap(500));
+    }
+
+    #[test]
+    fn a_lying_guest_breaks_nothing() {
+        let stats = CgroupStats {
+            cpu_usage_usec: u64::MAX,
+            memory_current: 1,
+            memory_max: u64::MAX,
+            memory_stat: [("inactive_file".to_owned(), u64::MAX)].into(),
+            ..Default::default()
+        };
+        assert_eq!(cpu(&stats, 0).usage_core_nano_seconds, wrap(u64::MAX));
+        let usage = memory(&stats, 0);
+        assert_eq!(usage.working_set_bytes, wrap(0));
+        assert_eq!(usage.available_bytes, None);
+    }
+}

@@ -1,0 +1,137 @@
+//! Snapshots of the runtime to the CRI's states and statuses.
+
+use super::container::ContainerRecord;
+use super::sandbox::SandboxRecord;
+use super::signal;
+use boxlite_proto::cri::v1::{
+    Container, ContainerResources, ContainerState, ContainerStatus, ImageSpec, LinuxContainerResources,
+    LinuxPodSandboxStatus, Namespace, PodIp, PodSandbox, PodSandboxNetworkStatus, PodSandboxState, PodSandboxStatus,
+};
+use boxlite_runtime as runtime;
+use boxlite_runtime::{BoxSnapshot, BoxState, ContainerSnapshot, ErrorKind, RuntimeError};
+use tonic::{Code, Status};
+
+/// The gRPC status of a runtime error: its kind, and its whole chain of causes as the message.
+pub fn status(error: &RuntimeError) -> Status {
+    let code = match error.kind() {
+        ErrorKind::NotFound => Code::NotFound,
+        ErrorKind::AlreadyExists => Code::AlreadyExists,
+        ErrorKind::InvalidArgument => Code::InvalidArgument,
+        ErrorKind::FailedPrecondition => Code::FailedPrecondition,
+        ErrorKind::DeadlineExceeded => Code::DeadlineExceeded,
+        ErrorKind::ResourceExhausted => Code::ResourceExhausted,
+        ErrorKind::Unavailable => Code::Unavailable,
+        ErrorKind::Internal => Code::Internal,
+    };
+    Status::new(code, runtime::report(error))
+}
+
+fn sandbox_state(state: BoxState) -> PodSandboxState {
+    match state {
+        BoxState::Ready => PodSandboxState::SandboxReady,
+        BoxState::Created | BoxState::Starting | BoxState::NotReady | BoxState::Removing => {
+            PodSandboxState::SandboxNotready
+        }
+    }
+}
+
+/// The list form of a pod.
+pub fn sandbox(snapshot: &BoxSnapshot) -> PodSandbox {
+    let record = SandboxRecord::decoded(&snapshot.metadata);
+    let config = record.config.clone().unwrap_or_default();
+    PodSandbox {
+        id: snapshot.id.clone(),
+        metadata: config.metadata,
+        state: sandbox_state(snapshot.state) as i32,
+        created_at: snapshot.created_at_ns,
+        labels: config.labels,
+        annotations: config.annotations,
+        runtime_handler: record.runtime_handler,
+    }
+}
+
+/// The status form of a pod. A pod that is not ready has no network any more.
+pub fn sandbox_status(snapshot: &BoxSnapshot) -> PodSandboxStatus {
+    let record = SandboxRecord::decoded(&snapshot.metadata);
+    let config = record.config.clone().unwrap_or_default();
+    let addresses: &[String] = if snapshot.state == BoxState::Ready { &record.addresses } else { &[] };
+    let options = config
+        .linux
+        .and_then(|linux| linux.security_context)
+        .and_then(|security| security.namespace_options);
+    PodSandboxStatus {
+        id: snapshot.id.clone(),
+        metadata: config.metadata,
+        state: sandbox_state(snapshot.state) as i32,
+        created_at: snapshot.created_at_ns,
+        network: Some(PodSandboxNetworkStatus {
+            ip: addresses.first().cloned().unwrap_or_default(),
+            additional_ips: addresses.iter().skip(1).map(|ip| PodIp { ip: ip.clone() }).collect(),
+        }),
+        linux: Some(LinuxPodSandboxStatus {
+            namespaces: Some(Namespace { options: Some(options.unwrap_or_default()) }),
+        }),
+        labels: config.labels,
+        annotations: config.annotations,
+        runtime_handler: record.runtime_handler,
+    }
+}
+
+fn container_state(state: runtime::ContainerState) -> ContainerState {
+    match state {
+        runtime::ContainerState::Created => ContainerState::ContainerCreated,
+        runtime::ContainerState::Running => ContainerState::ContainerRunning,
+        runtime::ContainerState::Exited => ContainerState::ContainerExited,
+        runtime::ContainerState::Unknown => ContainerState::ContainerUnknown,
+    }
+}
+
+/// The list form of a container.
+pub fn container(snapshot: &ContainerSnapshot) -> Container {
+    let record = ContainerRecord::decoded(&snapshot.metadata);
+    let config = record.config();
+    Container {
+        id: snapshot.id.clone(),
+        pod_sandbox_id: snapshot.box_id.clone(),
+        metadata: config.metadata,
+        image: config.image,
+        image_ref: record.image_ref,
+        state: container_state(snapshot.state) as i32,
+        created_at: snapshot.created_at_ns,
+        labels: config.labels,
+        annotations: config.annotations,
+        image_id: snapshot.image_id.clone(),
+    }
+}
+
+/// The status form of a container; `resources` where an update changed them.
+pub fn container_status(snapshot: &ContainerSnapshot, resources: Option<LinuxContainerResources>) -> ContainerStatus {
+    let record = ContainerRecord::decoded(&snapshot.metadata);
+    let config = record.config();
+    let linux = resources.or_else(|| record.resources());
+    ContainerStatus {
+        id: snapshot.id.clone(),
+        metadata: config.metadata,
+        state: container_state(snapshot.state) as i32,
+        created_at: snapshot.created_at_ns,
+        started_at: snapshot.started_at_ns,
+        finished_at: snapshot.finished_at_ns,
+        exit_code: snapshot.exit_code,
+        image: Some(ImageSpec {
+            // The kubelet shows the name the pod asked for.
+            image: config.image.map(|image| if image.user_specified_image.is_empty() { image.image } else { image.user_specified_image }).unwrap_or_default(),
+            ..Default::default()
+        }),
+        image_ref: record.image_ref,
+        reason: snapshot.reason.clone(),
+        message: snapshot.message.clone(),
+        labels: config.labels,
+        annotations: config.annotations,
+        mounts: config.mounts,
+        log_path: record.log_path,
+        resources: linux.map(|linux| ContainerResources { linux: Some(linux), windows: None }),
+        image_id: snapshot.image_id.clone(),
+        user: None,
+        stop_signal: signal::to_cri(record.stop_signal) as i32,
+    }
+}

@@ -1,0 +1,51 @@
+//! The paths that are cri-server's own, below the daemon's two directories; everything else is the runtime's FilesystemLayout.
+//!
+//! ```text
+//! root/cni/<sandbox id>.json     what is needed to undo a pod's network
+//! state/netns/<sandbox id>       the pod's network namespace (a bind mount)
+//! state/pods/<sandbox id>/       resolv.conf, hostname, hosts
+//! ```
+
+use std::path::{Path, PathBuf};
+
+/// Where cri-server keeps things.
+#[derive(Debug, Clone)]
+pub struct Layout {
+    root: PathBuf,
+    state: PathBuf,
+}
+
+impl Layout {
+    /// `root` persists, `state` ends with the boot.
+    pub fn new(root: &Path, state: &Path) -> Self {
+        Self {
+            root: root.to_owned(),
+            state: state.to_owned(),
+        }
+    }
+
+    /// CNI records.
+    pub fn cni_records(&self) -> PathBuf {
+        self.root.join("cni")
+    }
+
+    /// Network namespaces.
+    pub fn namespaces(&self) -> PathBuf {
+        self.state.join("netns")
+    }
+
+    /// A pod's scratch disk: the shim makes it, at the place the bundle contract names.
+    pub fn scratch(&self, sandbox: &str) -> PathBuf {
+        self.state.join("s").join(sandbox).join("scratch.img")
+    }
+
+    /// All pods' files.
+    pub fn pods(&self) -> PathBuf {
+        self.state.join("pods")
+    }
+
+    /// One pod's files. `sandbox` is an id this daemon made.
+    pub fn pod(&self, sandbox: &str) -> PathBuf {
+        self.pods().join(sandbox)
+    }
+}

@@ -1,0 +1,89 @@
+//! What Prometheus sees: RPC latencies, stage timers of starts, the runtime's totals, and every pod's counters with its labels.
+//!
+//! A scrape reads memory only: the runtime samples its guests on its own and marks what is stale. `http` serves the page.
+
+pub mod http;
+mod page;
+#[cfg(test)]
+mod tests;
+
+use crate::convert::sandbox::SandboxRecord;
+use boxlite_runtime::{BoxSnapshot, BoxliteRuntime};
+use prometheus::{HistogramOpts, HistogramVec, Registry};
+use std::sync::Arc;
+use std::time::Duration;
+use tonic::Code;
+
+/// Buckets of calls in seconds: a list takes under a ms, a pod's start seconds under TCG.
+const RPC_BUCKETS: [f64; 12] = [0.001, 0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0];
+/// Buckets of stages in seconds.
+const STAGE_BUCKETS: [f64; 12] = [0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0];
+
+/// Latencies of calls.
+#[derive(Debug)]
+pub struct RpcMetrics {
+    seconds: HistogramVec,
+}
+
+impl RpcMetrics {
+    /// Notes one call.
+    pub fn observe(&self, method: &str, code: Code, took: Duration) {
+        let code = format!("{code:?}");
+        self.seconds.with_label_values(&[method, &code]).observe(took.as_secs_f64());
+    }
+}
+
+/// Everything that is counted here.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    rpc: Arc<RpcMetrics>,
+    stages: HistogramVec,
+}
+
+impl Metrics {
+    /// Empty counters.
+    ///
+    /// # Errors
+    /// Two metrics of one name: a mistake in this file.
+    pub fn new() -> prometheus::Result<Self> {
+        let registry = Registry::new();
+        let seconds = HistogramVec::new(
+            HistogramOpts::new("boxlite_cri_request_duration_seconds", "Latency of CRI calls").buckets(RPC_BUCKETS.into()),
+            &["method", "code"],
+        )?;
+        let stages = HistogramVec::new(
+            HistogramOpts::new("boxlite_start_stage_duration_seconds", "Stages of pod starts").buckets(STAGE_BUCKETS.into()),
+            &["stage"],
+        )?;
+        registry.register(Box::new(seconds.clone()))?;
+        registry.register(Box::new(stages.clone()))?;
+        Ok(Self {
+            registry,
+            rpc: Arc::new(RpcMetrics { seconds }),
+            stages,
+        })
+    }
+
+    /// For the layer around the services.
+    pub fn rpc(&self) -> Arc<RpcMetrics> {
+        self.rpc.clone()
+    }
+
+    /// Notes the stages of a pod that has just started.
+    pub fn started(&self, pod: &BoxSnapshot) {
+        let network = SandboxRecord::decoded(&pod.metadata).network_ms;
+        let stages = pod.timers.stages.iter().map(|(stage, ms)| (stage.as_str(), *ms));
+        for (stage, ms) in std::iter::once(("cni", network)).chain(stages) {
+            self.stages.with_label_values(&[stage]).observe(ms as f64 / 1e3);
+        }
+    }
+
+    /// The page. Never waits for a VM.
+    ///
+    /// # Errors
+    /// Of the encoder.
+    pub fn page(&self, runtime: &BoxliteRuntime) -> prometheus::Result<String> {
+        page::render(&self.registry, &runtime.metrics(), &runtime.boxes(), &runtime.containers())
+    }
+}

@@ -1,0 +1,18 @@
+//! ListContainers and StreamContainers: from memory, never from a VM.
+
+use super::Server;
+use crate::convert::{filter, status};
+use boxlite_proto::cri::v1::{Container, ContainerFilter};
+
+/// The containers that `wanted` selects, newest first.
+pub fn list(server: &Server, wanted: Option<&ContainerFilter>) -> Vec<Container> {
+    let mut containers: Vec<Container> = server
+        .runtime
+        .containers()
+        .iter()
+        .map(status::container)
+        .filter(|container| filter::container(wanted, container))
+        .collect();
+    containers.sort_by_key(|container| std::cmp::Reverse(container.created_at));
+    containers
+}

@@ -1,0 +1,24 @@
+//! StopContainer: the container's stop signal, the grace, SIGKILL. Succeeds on what is stopped or gone.
+
+use super::{Server, present, refused, unless_gone};
+use crate::convert::container::ContainerRecord;
+use crate::convert::signal;
+use boxlite_proto::cri::v1::{StopContainerRequest, StopContainerResponse};
+use std::time::Duration;
+use tonic::Status;
+
+/// The call.
+pub async fn stop(server: &Server, request: StopContainerRequest) -> Result<StopContainerResponse, Status> {
+    present("container_id", &request.container_id)?;
+    let Some((pod, container)) = unless_gone(server.runtime.find_container(&request.container_id))? else {
+        return Ok(StopContainerResponse {});
+    };
+    let record = ContainerRecord::decoded(&container.metadata);
+    let number = if record.stop_signal == 0 { signal::TERM } else { record.stop_signal };
+    let number = i32::try_from(number).map_err(|_| Status::internal("the stop signal's number is out of range"))?;
+    // A negative timeout has no meaning; the CRI's 0 is "at once".
+    let grace = Duration::from_secs(u64::try_from(request.timeout).unwrap_or(0));
+    let work = async move { pod.stop_container(&container.id, grace, number).await.map_err(refused) };
+    server.detached(work).await?;
+    Ok(StopContainerResponse {})
+}

@@ -1,0 +1,37 @@
+//! ExecSync: a command from start to exit code, its output bounded.
+
+use super::{Server, present, refused};
+use boxlite_proto::cri::v1::{ExecSyncRequest, ExecSyncResponse};
+use boxlite_runtime::ContainerState;
+use std::time::Duration;
+use tonic::Status;
+
+/// Most bytes of stdout and of stderr: both, with their framing, fit into the 16 MiB that a kubelet reads.
+const OUTPUT_LIMIT: usize = (8 << 20) - (4 << 10);
+
+/// The call. A timeout is DEADLINE_EXCEEDED, with the command's whole process tree killed; a client that goes away leaves the command to
+/// its timeout.
+pub async fn exec(server: &Server, request: ExecSyncRequest) -> Result<ExecSyncResponse, Status> {
+    present("container_id", &request.container_id)?;
+    if request.cmd.first().is_none_or(String::is_empty) {
+        return Err(Status::invalid_argument("cmd is missing"));
+    }
+    let (pod, container) = server.runtime.find_container(&request.container_id).map_err(refused)?;
+    if container.state != ContainerState::Running {
+        return Err(Status::failed_precondition(format!("container {} is {}", container.id, container.state)));
+    }
+    // 0, and what is below, is "no timeout".
+    let timeout = u64::try_from(request.timeout).ok().filter(|seconds| *seconds > 0).map(Duration::from_secs);
+    let work = async move {
+        pod.exec_sync(&container.id, request.cmd, timeout, OUTPUT_LIMIT).await.map_err(refused)
+    };
+    let output = server.detached(work).await?;
+    if output.truncated {
+        tracing::info!(limit = OUTPUT_LIMIT, "output of an ExecSync was cut");
+    }
+    Ok(ExecSyncResponse {
+        stdout: output.stdout.into(),
+        stderr: output.stderr.into(),
+        exit_code: output.exit_code,
+    })
+}

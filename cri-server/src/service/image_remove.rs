@@ -1,0 +1,14 @@
+//! RemoveImage. Succeeds on what is gone; an image in use is kept, and the error names who holds it.
+
+use super::{Server, present};
+use crate::convert::image;
+use boxlite_proto::cri::v1::{RemoveImageRequest, RemoveImageResponse};
+use tonic::Status;
+
+/// The call.
+pub async fn remove(server: &Server, request: RemoveImageRequest) -> Result<RemoveImageResponse, Status> {
+    let wanted = request.image.unwrap_or_default().image;
+    present("image.image", &wanted)?;
+    server.runtime.images().remove(&wanted).await.map_err(|error| image::status(&error))?;
+    Ok(RemoveImageResponse {})
+}

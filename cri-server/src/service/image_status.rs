@@ -1,0 +1,29 @@
+//! ImageStatus. An image that is not here is an answer without image, not an error.
+
+use super::{Server, present};
+use crate::convert::image;
+use boxlite_proto::cri::v1::{ImageStatusRequest, ImageStatusResponse};
+use boxlite_runtime::images::ImageRecord;
+use serde_json::json;
+use std::collections::HashMap;
+use tonic::Status;
+
+/// The call.
+pub fn status(server: &Server, request: ImageStatusRequest) -> Result<ImageStatusResponse, Status> {
+    let wanted = request.image.unwrap_or_default().image;
+    present("image.image", &wanted)?;
+    let Some(record) = find(server, &wanted) else {
+        return Ok(ImageStatusResponse::default());
+    };
+    let mut info = HashMap::new();
+    if request.verbose {
+        let details = json!({"layers": record.layers, "imageSpec": record.config.as_ref()});
+        info.insert("info".to_owned(), details.to_string());
+    }
+    Ok(ImageStatusResponse { image: Some(image::image(&record)), info })
+}
+
+/// The image that a request names, by id, tag or digest.
+pub fn find(server: &Server, wanted: &str) -> Option<ImageRecord> {
+    server.runtime.images().status(wanted)
+}

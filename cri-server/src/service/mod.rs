@@ -1,0 +1,197 @@
+//! The CRI: one file per verb. `Server` is what a verb works with; `runtime` and `image` are the traits of the two services and only
+//! hand on.
+//!
+//! A verb converts, makes one or two calls of the runtime, answers. It holds no state but what is in `Server`, reads no path, and
+//! waits for a VM only where the CRI's meaning is to wait. Logging, latency and panics are `server::layer`'s.
+//!
+//! What changes something runs as a task of its own (`Server::detached`): a client that goes away tears nothing half-way.
+
+mod container_create;
+mod container_list;
+mod container_log;
+mod container_remove;
+mod container_start;
+mod container_stats;
+mod container_status;
+mod container_stop;
+mod container_update;
+mod exec_sync;
+mod flights;
+mod image;
+mod image_fs;
+mod image_list;
+mod image_pull;
+mod image_remove;
+mod image_status;
+mod pod_files;
+mod runtime;
+mod runtime_config;
+mod runtime_status;
+mod sandbox_list;
+mod sandbox_remove;
+mod sandbox_run;
+mod sandbox_stats;
+mod sandbox_status;
+mod sandbox_stop;
+mod streams;
+#[cfg(test)]
+mod tests;
+pub mod unimplemented;
+mod updates;
+mod version;
+
+use crate::cni::{Cni, CniError};
+use crate::config::Config;
+use crate::convert::{sandbox::SandboxRecord, status};
+use crate::layout::Layout;
+use crate::metrics::Metrics;
+use boxlite_proto::cri::v1::{ContainerConfig, RunPodSandboxRequest};
+use boxlite_runtime::{BoxliteRuntime, ErrorKind, LiteBox, RuntimeError};
+use flights::Flights;
+use rand::RngCore;
+use std::collections::HashSet;
+use std::future::Future;
+use std::sync::{Arc, Mutex, PoisonError};
+use tokio_util::task::TaskTracker;
+use tonic::Status;
+use tracing::Instrument;
+
+/// What both services work with. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Server(Arc<Inner>);
+
+/// See [`Server`].
+#[derive(Debug)]
+pub struct Inner {
+    pub runtime: BoxliteRuntime,
+    pub config: Config,
+    pub cni: Cni,
+    pub layout: Layout,
+    pub metrics: Arc<Metrics>,
+    /// What runs pods and why, for Status.
+    pub vmm: String,
+    /// Pods whose RunPodSandbox is under way; no list shows them yet.
+    starting: Mutex<HashSet<String>>,
+    runs: Flights<RunPodSandboxRequest>,
+    creates: Flights<ContainerConfig>,
+    updates: updates::Updates,
+    pod_cidrs: Mutex<Vec<String>>,
+    tasks: TaskTracker,
+}
+
+impl std::ops::Deref for Server {
+    type Target = Inner;
+
+    fn deref(&self) -> &Inner {
+        &self.0
+    }
+}
+
+impl Server {
+    /// `vmm` says in words what runs pods and why.
+    pub fn new(runtime: BoxliteRuntime, config: Config, metrics: Arc<Metrics>, vmm: String) -> Self {
+        let layout = Layout::new(&config.root, &config.state);
+        Self(Arc::new(Inner {
+            cni: Cni::new(&config.cni, &layout),
+            runtime,
+            config,
+            layout,
+            metrics,
+            vmm,
+            starting: Mutex::default(),
+            runs: Flights::default(),
+            creates: Flights::default(),
+            updates: updates::Updates::default(),
+            pod_cidrs: Mutex::default(),
+            tasks: TaskTracker::new(),
+        }))
+    }
+
+    /// Undoes networks and files of pods that are gone. For the start, before the first call.
+    pub async fn collect(&self) {
+        let live: HashSet<String> = self.runtime.boxes().into_iter().map(|pod| pod.id).collect();
+        let networks = self.cni.collect(&live).await;
+        let files = pod_files::collect(&self.layout, &live);
+        if networks + files > 0 {
+            tracing::info!(networks, files, "removed what pods of an earlier run left behind");
+        }
+    }
+
+    /// Waits for the tasks of calls whose clients have gone. No new call may come any more.
+    pub async fn finished(&self) {
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+
+    /// Runs `work` to its end even when the caller's future is dropped.
+    async fn detached<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T, Status>> + Send + 'static,
+    ) -> Result<T, Status> {
+        match self.tasks.spawn(work.in_current_span()).await {
+            Ok(done) => done,
+            Err(_) => Err(Status::internal("the call's task panicked; the daemon's log has the place")),
+        }
+    }
+
+    /// The pod of a request, by id or unique prefix.
+    fn pod(&self, id: &str) -> Result<LiteBox, Status> {
+        present("pod_sandbox_id", id)?;
+        self.runtime.get_box(id).map_err(|error| status::status(&error))
+    }
+
+    /// The pod of a request, or `None` where it is gone: for the verbs that succeed on what is gone.
+    fn pod_if_any(&self, id: &str) -> Result<Option<LiteBox>, Status> {
+        present("pod_sandbox_id", id)?;
+        unless_gone(self.runtime.get_box(id))
+    }
+
+    /// The pod's own record.
+    fn pod_record(&self, pod: &LiteBox) -> SandboxRecord {
+        SandboxRecord::decoded(&pod.snapshot().metadata)
+    }
+}
+
+/// An error of a request's identifier that is not there.
+fn present(field: &'static str, value: &str) -> Result<(), Status> {
+    if value.is_empty() {
+        return Err(Status::invalid_argument(format!("{field} is missing")));
+    }
+    Ok(())
+}
+
+/// NotFound as `None`, every other error as a status.
+fn unless_gone<T>(found: Result<T, RuntimeError>) -> Result<Option<T>, Status> {
+    match found {
+        Ok(found) => Ok(Some(found)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(status::status(&error)),
+    }
+}
+
+/// For `map_err`.
+fn refused(error: RuntimeError) -> Status {
+    status::status(&error)
+}
+
+/// The status of a network's failure.
+fn network_failed(error: &CniError) -> Status {
+    let text = boxlite_runtime::report(error);
+    match error {
+        CniError::Conf(_) => Status::failed_precondition(text),
+        CniError::Plugin { source: crate::cni::PluginError::Timeout(_), .. } => Status::deadline_exceeded(text),
+        _ => Status::internal(text),
+    }
+}
+
+/// 64 hex digits of the system's random generator.
+fn new_id() -> String {
+    let mut bytes = [0; 32];
+    rand::rng().fill_bytes(&mut bytes);
+    hex::encode(bytes)
+}
+
+/// A lock whose holder panicked still guards plain data.
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,68 @@
+//! The files that every container of a pod sees: resolv.conf, hostname, hosts.
+
+use crate::convert::sandbox::SandboxRecord;
+use crate::layout::Layout;
+use std::collections::HashSet;
+use std::fs::{self, DirBuilder, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::Path;
+
+/// Where a pod without DNS config takes its resolv.conf from.
+const NODE_RESOLV_CONF: &str = "/etc/resolv.conf";
+/// Most bytes of that file that are copied; glibc reads three servers and six searches.
+const RESOLV_LIMIT: u64 = 64 << 10;
+
+/// Writes the files. The directory is private; the files are readable to whatever user a container has.
+pub fn write(layout: &Layout, id: &str, record: &SandboxRecord) -> io::Result<()> {
+    let directory = layout.pod(id);
+    DirBuilder::new().recursive(true).mode(0o700).create(&directory)?;
+    let resolv = match record.resolv_conf() {
+        Some(text) => text.into_bytes(),
+        None => node_resolv_conf()?,
+    };
+    file(&directory.join("resolv.conf"), &resolv)?;
+    file(&directory.join("hostname"), format!("{}\n", record.hostname()).as_bytes())?;
+    file(&directory.join("hosts"), record.hosts().as_bytes())
+}
+
+/// Removes them; succeeds on what is gone.
+pub fn remove(layout: &Layout, id: &str) -> io::Result<()> {
+    match fs::remove_dir_all(layout.pod(id)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Removes those of pods that are not in `live`. Returns how many went.
+pub fn collect(layout: &Layout, live: &HashSet<String>) -> usize {
+    let Ok(entries) = fs::read_dir(layout.pods()) else {
+        return 0;
+    };
+    entries
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter(|id| !live.contains(id) && remove(layout, id).is_ok())
+        .count()
+}
+
+fn file(path: &Path, content: &[u8]) -> io::Result<()> {
+    OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o644)
+        .open(path)?
+        .write_all(content)
+}
+
+fn node_resolv_conf() -> io::Result<Vec<u8>> {
+    let mut text = Vec::new();
+    match fs::File::open(NODE_RESOLV_CONF) {
+        Ok(file) => {
+            file.take(RESOLV_LIMIT).read_to_end(&mut text)?;
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
+    }
+    Ok(text)
+}

@@ -1,0 +1,53 @@
+//! Status: whether this runtime and its network can take pods, what they can do, and with verbose how they are set.
+
+use super::Server;
+use boxlite_proto::cri::v1::{
+    RuntimeCondition, RuntimeFeatures, RuntimeHandler, RuntimeHandlerFeatures, RuntimeStatus, StatusRequest,
+    StatusResponse,
+};
+use serde_json::json;
+use std::collections::HashMap;
+
+/// The call.
+pub fn status(server: &Server, request: &StatusRequest) -> StatusResponse {
+    let network = server.cni.ready();
+    let conditions = vec![
+        RuntimeCondition { r#type: "RuntimeReady".into(), status: true, ..Default::default() },
+        match &network {
+            Ok(_) => RuntimeCondition { r#type: "NetworkReady".into(), status: true, ..Default::default() },
+            Err(error) => RuntimeCondition {
+                r#type: "NetworkReady".into(),
+                status: false,
+                reason: "NetworkPluginNotReady".into(),
+                message: format!("Network plugin returns error: {}", boxlite_runtime::report(error)),
+            },
+        },
+    ];
+    let handlers = server.config.runtime_handlers.iter().map(|name| RuntimeHandler {
+        name: name.clone(),
+        features: Some(RuntimeHandlerFeatures::default()),
+    });
+    let mut info = HashMap::new();
+    if request.verbose {
+        let config = &server.config;
+        let details = json!({
+            "vmm": server.vmm,
+            "root": config.root,
+            "state": config.state,
+            "cniConfDir": config.cni.conf_dir,
+            "cniBinDirs": config.cni.bin_dirs,
+            "network": network.as_ref().ok().map(|conf| json!({"name": conf.name, "file": conf.source})),
+            "podVcpus": config.pod.vcpus,
+            "podMemoryMiB": config.pod.memory_mib,
+            "podOverheadMiB": config.pod.overhead_mib,
+            "unimplemented": super::unimplemented::TABLE.map(|(call, _)| call),
+        });
+        info.insert("config".to_owned(), details.to_string());
+    }
+    StatusResponse {
+        status: Some(RuntimeStatus { conditions }),
+        info,
+        runtime_handlers: handlers.collect(),
+        features: Some(RuntimeFeatures::default()),
+    }
+}

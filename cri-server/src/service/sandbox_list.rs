@@ -1,0 +1,20 @@
+//! ListPodSandbox and StreamPodSandboxes: from memory, never from a VM.
+
+use super::{Server, lock};
+use crate::convert::{filter, status};
+use boxlite_proto::cri::v1::{PodSandbox, PodSandboxFilter};
+
+/// The pods that `wanted` selects, newest first.
+pub fn list(server: &Server, wanted: Option<&PodSandboxFilter>) -> Vec<PodSandbox> {
+    let starting = lock(&server.starting).clone();
+    let mut pods: Vec<PodSandbox> = server
+        .runtime
+        .boxes()
+        .iter()
+        .filter(|pod| !starting.contains(&pod.id))
+        .map(status::sandbox)
+        .filter(|pod| filter::sandbox(wanted, pod))
+        .collect();
+    pods.sort_by_key(|pod| std::cmp::Reverse(pod.created_at));
+    pods
+}

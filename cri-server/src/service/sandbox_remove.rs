@@ -1,0 +1,28 @@
+//! RemovePodSandbox: stops what still runs, then nothing of the pod is left. Succeeds on what is gone.
+
+use super::{Server, pod_files, refused, sandbox_stop};
+use boxlite_proto::cri::v1::{RemovePodSandboxRequest, RemovePodSandboxResponse};
+use tonic::Status;
+
+/// The call.
+pub async fn remove(server: &Server, request: RemovePodSandboxRequest) -> Result<RemovePodSandboxResponse, Status> {
+    let Some(pod) = server.pod_if_any(&request.pod_sandbox_id)? else {
+        return Ok(RemovePodSandboxResponse {});
+    };
+    let task = server.clone();
+    let work = async move {
+        let id = pod.id().to_owned();
+        let containers = pod.containers();
+        sandbox_stop::take_down(&task, &pod).await?;
+        // The box goes last: as long as something is left, the pod is listed and Remove can be called again.
+        pod_files::remove(&task.layout, &id)
+            .map_err(|error| Status::internal(format!("the pod's files in {}: {error}", task.layout.pod(&id).display())))?;
+        pod.remove().await.map_err(refused)?;
+        for container in containers {
+            task.updates.remove(&container.id);
+            task.creates.forget(&container.id);
+        }
+        Ok(RemovePodSandboxResponse {})
+    };
+    server.detached(work).await
+}

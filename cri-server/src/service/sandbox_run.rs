@@ -1,0 +1,129 @@
+//! RunPodSandbox: network, files, box, start; on failure all of it undone, in the opposite order.
+//!
+//! ```text
+//!  checked → network → files → registered → started → answered
+//!     └────────┴─────────┴─────────┴───────────┴──▶ undone
+//! ```
+//!
+//! One task per pod does it; a retry joins that task (see `flights`).
+
+use super::{Server, lock, network_failed, new_id, pod_files, refused};
+use crate::cni::CniError;
+use crate::convert::sandbox::SandboxRecord;
+use crate::convert::size;
+use boxlite_proto::cri::v1::{RunPodSandboxRequest, RunPodSandboxResponse};
+use boxlite_runtime::LiteBox;
+use std::path::Path;
+use std::time::{Duration, Instant};
+use tonic::Status;
+
+/// Mount point of the cgroup file systems.
+const CGROUPS: &str = "/sys/fs/cgroup";
+
+/// The call.
+pub async fn run(server: &Server, request: RunPodSandboxRequest) -> Result<RunPodSandboxResponse, Status> {
+    let handler = &request.runtime_handler;
+    if !server.config.runtime_handlers.contains(handler) {
+        return Err(Status::invalid_argument(format!(
+            "runtime handler {handler:?} is not known; this runtime has {:?}",
+            server.config.runtime_handlers
+        )));
+    }
+    let record = SandboxRecord::new(request.config.clone().unwrap_or_default(), handler.clone())?;
+    let work = || {
+        let server = server.clone();
+        let record = record.clone();
+        async move { make(&server, record).await }
+    };
+    let pod_sandbox_id = server.runs.join(&server.tasks, record.key(), request, work).await?;
+    Ok(RunPodSandboxResponse { pod_sandbox_id })
+}
+
+async fn make(server: &Server, record: SandboxRecord) -> Result<String, Status> {
+    if let Some(present) = server.runtime.find_box_by_name(&record.key()) {
+        return Err(Status::already_exists(format!(
+            "pod {:?} exists already as {}",
+            record.key(),
+            present.id()
+        )));
+    }
+    let limit = size::cgroup_memory_limit(Path::new(CGROUPS), &record.cgroup_parent());
+    let id = new_id();
+    // A pod that can't have a VM of its size must not cost an address first.
+    record.box_options(&id, None, &server.config.pod, limit)?;
+    let _hidden = Hidden::new(server, &id);
+    let limit_of_time = server.config.timeouts.run_pod;
+    let made = match tokio::time::timeout(limit_of_time, stages(server, &id, record, limit)).await {
+        Ok(made) => made,
+        Err(_) => Err(Status::deadline_exceeded(format!(
+            "the pod was not ready within {} s (timeouts.run_pod_seconds)",
+            limit_of_time.as_secs()
+        ))),
+    };
+    match made {
+        Ok(pod) => {
+            server.metrics.started(&pod.snapshot());
+            Ok(id)
+        }
+        Err(error) => {
+            undo(server, &id).await;
+            Err(error)
+        }
+    }
+}
+
+async fn stages(server: &Server, id: &str, mut record: SandboxRecord, limit: Option<u64>) -> Result<LiteBox, Status> {
+    let ranges = lock(&server.pod_cidrs).clone();
+    let begun = Instant::now();
+    let network = server
+        .cni
+        .attach(&record.network(id, &ranges)?)
+        .await
+        .map_err(|error: CniError| network_failed(&error))?;
+    record.network_ms = milliseconds(begun.elapsed());
+    record.set_addresses(&network.addresses());
+    pod_files::write(&server.layout, id, &record)
+        .map_err(|error| Status::internal(format!("the pod's files in {}: {error}", server.layout.pod(id).display())))?;
+    let options = record.box_options(id, Some(network.netns), &server.config.pod, limit)?;
+    let pod = server.runtime.create_box(options).await.map_err(refused)?;
+    pod.start().await.map_err(refused)?;
+    Ok(pod)
+}
+
+/// Takes apart whatever there is; what can't be is said in the log and found again at the next start.
+async fn undo(server: &Server, id: &str) {
+    if let Ok(pod) = server.runtime.get_box(id)
+        && let Err(error) = pod.remove().await
+    {
+        tracing::warn!(id, error = boxlite_runtime::report(&error), "a failed pod's box is left");
+    }
+    if let Err(error) = server.cni.detach(id).await {
+        tracing::warn!(id, error = boxlite_runtime::report(&error), "a failed pod's network is left");
+    }
+    if let Err(error) = pod_files::remove(&server.layout, id) {
+        tracing::warn!(id, %error, "a failed pod's files are left");
+    }
+}
+
+fn milliseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Keeps a pod out of lists until RunPodSandbox is done with it: a kubelet that saw it NOTREADY would replace it.
+struct Hidden<'a> {
+    server: &'a Server,
+    id: String,
+}
+
+impl<'a> Hidden<'a> {
+    fn new(server: &'a Server, id: &str) -> Self {
+        lock(&server.starting).insert(id.to_owned());
+        Self { server, id: id.to_owned() }
+    }
+}
+
+impl Drop for Hidden<'_> {
+    fn drop(&mut self) {
+        lock(&self.server.starting).remove(&self.id);
+    }
+}

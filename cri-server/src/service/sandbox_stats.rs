@@ -1,0 +1,48 @@
+//! PodSandboxStats, ListPodSandboxStats and StreamPodSandboxStats. Each guest has a deadline; one that does not answer has no numbers, and
+//! holds nobody else up.
+
+use super::{Server, container_stats, refused, sandbox_list};
+use crate::convert::{filter, stats, time};
+use boxlite_proto::cri::v1::{
+    PodSandboxStats, PodSandboxStatsFilter, PodSandboxStatsRequest, PodSandboxStatsResponse,
+};
+use boxlite_runtime::{BoxState, LiteBox};
+use tonic::Status;
+
+/// The call for one pod: a guest that does not answer is an error.
+pub async fn stats(server: &Server, request: PodSandboxStatsRequest) -> Result<PodSandboxStatsResponse, Status> {
+    let pod = server.pod(&request.pod_sandbox_id)?;
+    let limit = server.config.timeouts.stats;
+    let answer = if pod.snapshot().state == BoxState::Ready {
+        let asked = tokio::time::timeout(limit, pod.stats()).await;
+        Some(asked.map_err(|_| super::container_stats::silent(limit))?.map_err(refused)?)
+    } else {
+        None
+    };
+    let containers = container_stats::of_pod(server, &pod).await;
+    Ok(PodSandboxStatsResponse {
+        stats: Some(stats::sandbox(&pod.snapshot(), answer.as_ref(), containers, time::now_ns())),
+    })
+}
+
+/// All that `wanted` selects and that are ready.
+pub async fn list(server: &Server, wanted: Option<PodSandboxStatsFilter>) -> Vec<PodSandboxStats> {
+    let wanted = filter::of_sandbox_stats(wanted);
+    let pods = sandbox_list::list(server, wanted.as_ref());
+    let asked = pods
+        .into_iter()
+        .filter_map(|pod| server.runtime.get_box(&pod.id).ok())
+        .filter(|pod| pod.snapshot().state == BoxState::Ready)
+        .map(|pod| one(server, pod));
+    futures::future::join_all(asked).await
+}
+
+async fn one(server: &Server, pod: LiteBox) -> PodSandboxStats {
+    let limit = server.config.timeouts.stats;
+    let (answer, containers) = tokio::join!(
+        tokio::time::timeout(limit, pod.stats()),
+        container_stats::of_pod(server, &pod)
+    );
+    let answer = answer.ok().and_then(Result::ok);
+    stats::sandbox(&pod.snapshot(), answer.as_ref(), containers, time::now_ns())
+}

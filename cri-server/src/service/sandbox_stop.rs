@@ -1,0 +1,23 @@
+//! StopPodSandbox: the VM ends, then the network goes. Succeeds on what is stopped or gone.
+
+use super::{Server, network_failed, refused};
+use boxlite_proto::cri::v1::{StopPodSandboxRequest, StopPodSandboxResponse};
+use boxlite_runtime::LiteBox;
+use tonic::Status;
+
+/// The call.
+pub async fn stop(server: &Server, request: StopPodSandboxRequest) -> Result<StopPodSandboxResponse, Status> {
+    let Some(pod) = server.pod_if_any(&request.pod_sandbox_id)? else {
+        return Ok(StopPodSandboxResponse {});
+    };
+    let task = server.clone();
+    server.detached(async move { take_down(&task, &pod).await }).await?;
+    Ok(StopPodSandboxResponse {})
+}
+
+/// Ends VM and network; repeatable.
+pub async fn take_down(server: &Server, pod: &LiteBox) -> Result<(), Status> {
+    server.runs.forget(pod.id());
+    pod.stop().await.map_err(refused)?;
+    server.cni.detach(pod.id()).await.map_err(|error| network_failed(&error))
+}

@@ -1,0 +1,43 @@
+//! The streaming forms of the lists: the same answer, in portions that stay below the message limit.
+
+use futures::stream::{self, BoxStream, StreamExt};
+use tonic::{Response, Status};
+
+/// Items of one portion. One item is a few KiB at most (labels and annotations), 256 KiB by the kubelet's limits; 16 MiB is the most a
+/// client reads.
+const PORTION: usize = 50;
+
+/// Answer of a streaming call.
+pub type Stream<T> = BoxStream<'static, Result<T, Status>>;
+
+/// `items` in portions, each made a message by `message`. No item, no message.
+pub fn portions<I, T>(items: Vec<I>, message: impl Fn(Vec<I>) -> T + Send + 'static) -> Response<Stream<T>>
+where
+    I: Send + 'static,
+    T: Send + 'static,
+{
+    let mut rest = items.into_iter().peekable();
+    let portions = std::iter::from_fn(move || {
+        rest.peek()?;
+        Some(Ok(message(rest.by_ref().take(PORTION).collect())))
+    });
+    Response::new(stream::iter(portions).boxed())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn nothing_is_lost_or_doubled() {
+        for count in [0, 1, 49, 50, 51, 120] {
+            let portions: Vec<Vec<usize>> = portions((0..count).collect(), |portion| portion)
+                .into_inner()
+                .map(Result::unwrap)
+                .collect()
+                .await;
+            assert!(portions.iter().all(|portion| (1..=PORTION).contains(&portion.len())));
+            assert_eq!(portions.concat(), (0..count).collect::<Vec<_>>());
+        }
+    }
+}
