@@ -8,7 +8,7 @@
 
 use std::sync::Arc;
 
-use futures::stream::{self, StreamExt, TryStreamExt};
+use futures::{FutureExt, StreamExt, TryStreamExt, stream};
 
 use super::error::{ImageError, ImageResult};
 use super::layer::LayerRequest;
@@ -146,12 +146,13 @@ async fn fetch_layers(
     requests: &[LayerRequest],
     progress: &Progress,
 ) -> ImageResult<()> {
-    stream::iter(requests.iter().enumerate())
-        .map(|(at, request)| {
-            inner
-                .jobs
-                .obtain(session, request, move |state| progress.layer(at, state))
-        })
+    // Boxed and made first: with the closure inside the stream the compiler cannot see that the whole pull is Send.
+    let mut jobs = Vec::new();
+    for (at, request) in requests.iter().enumerate() {
+        let report = move |state| progress.layer(at, state);
+        jobs.push(inner.jobs.obtain(session, request, report).boxed());
+    }
+    stream::iter(jobs)
         .buffer_unordered(inner.options.parallel_layers.max(1))
         .try_collect()
         .await

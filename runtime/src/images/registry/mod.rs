@@ -89,21 +89,22 @@ impl Session {
             None => format!("manifest {}:{target}", self.reference.name()),
         };
         let by_tag = expected.is_none();
+        let what = what.as_str();
         self.on_hosts(
-            &what,
+            what,
             |host| if by_tag { host.resolve } else { host.pull },
-            async |host| {
+            |host| async move {
                 let path = format!("manifests/{target}");
                 let accept = format!(
                     "{OCI_INDEX}, {DOCKER_LIST}, {OCI_MANIFEST}, {DOCKER_MANIFEST}, */*;q=0.1"
                 );
-                let response = self.get(host, &path, &what, &accept, 0).await?;
+                let response = self.get(host, &path, what, &accept, 0).await?;
                 let media_type = response
                     .headers()
                     .get(CONTENT_TYPE)
                     .and_then(|v| v.to_str().ok())
                     .map(|v| v.split(';').next().unwrap_or(v).trim().to_owned());
-                let bytes = http::body(response, MAX_MANIFEST_BYTES, &host.name, &what).await?;
+                let bytes = http::body(response, MAX_MANIFEST_BYTES, &host.name, what).await?;
                 let digest = Digest::of(&bytes);
                 if let Some(expected) = expected.filter(|e| **e != digest) {
                     return Err(ImageError::corrupt(
@@ -139,7 +140,7 @@ impl Session {
         self.on_hosts(
             what,
             |host| host.pull,
-            async |host| {
+            |host| async move {
                 let path = format!("blobs/{}", descriptor.digest);
                 let response = self.get(host, &path, what, "*/*", 0).await?;
                 let bytes = http::body(response, limit, &host.name, what).await?;
@@ -184,12 +185,17 @@ impl Session {
     }
 
     /// Runs `ask` on every host that `can`, until one answers; again while all failures look temporary.
-    async fn on_hosts<T>(
-        &self,
+    ///
+    /// One lifetime for all hosts, not an `AsyncFn` over any: with that the compiler cannot see that a pull is Send.
+    async fn on_hosts<'s, T, F>(
+        &'s self,
         what: &str,
         can: impl Fn(&RegistryHost) -> bool,
-        ask: impl AsyncFn(&RegistryHost) -> ImageResult<T>,
-    ) -> ImageResult<T> {
+        ask: impl Fn(&'s RegistryHost) -> F,
+    ) -> ImageResult<T>
+    where
+        F: Future<Output = ImageResult<T>>,
+    {
         let mut round = 0;
         loop {
             let mut failures = Vec::new();
