@@ -23,7 +23,7 @@ pub use attachment::{Bandwidth, DnsSettings, PodNetwork, PortMap};
 pub use conf::{ConfError, NetworkConf};
 pub use plugin::PluginError;
 pub use record::Record;
-pub use result::{CniResult, Interface, IpConfig};
+pub use result::CniResult;
 
 use crate::config::CniConfig;
 use crate::layout::Layout;
