@@ -68,7 +68,9 @@ impl Common {
     fn load(self) -> Result<Config, ConfigError> {
         let mut config = match self.config {
             Some(path) => Config::load(&path)?,
-            None if std::path::Path::new(DEFAULT_FILE).exists() => Config::load(DEFAULT_FILE.as_ref())?,
+            None if std::path::Path::new(DEFAULT_FILE).exists() => {
+                Config::load(DEFAULT_FILE.as_ref())?
+            }
             None => Config::default(),
         };
         let absolute = |path: PathBuf| std::path::absolute(&path).unwrap_or(path);
@@ -92,11 +94,15 @@ pub fn run(cli: Cli) -> ExitCode {
             on_runtime(serve::serve(config))
         }),
         Verb::Check(common) => with(common, |config| on_runtime(check::check(config))),
-        Verb::Config { verb: ConfigVerb::Default } => {
+        Verb::Config {
+            verb: ConfigVerb::Default,
+        } => {
             print!("{DEFAULT_TOML}");
             ExitCode::SUCCESS
         }
-        Verb::Config { verb: ConfigVerb::Check(common) } => with(common, |_| {
+        Verb::Config {
+            verb: ConfigVerb::Check(common),
+        } => with(common, |_| {
             println!("the configuration is fine");
             ExitCode::SUCCESS
         }),
@@ -118,7 +124,10 @@ fn with(common: Common, work: impl FnOnce(Config) -> ExitCode) -> ExitCode {
 }
 
 fn on_runtime(work: impl Future<Output = ExitCode>) -> ExitCode {
-    match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    match tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+    {
         Ok(runtime) => runtime.block_on(work),
         Err(error) => {
             eprintln!("boxlite-cri: cannot start the async runtime: {error}");

@@ -86,7 +86,11 @@ pub fn installation(config: &Config) -> Installation {
 async fn run(config: Config) -> Result<(), ServeError> {
     let stop = stop_on_signal()?;
     let choice = vmm::choose(&config).await?;
-    eprintln!("boxlite-cri {}: {}", env!("CARGO_PKG_VERSION"), choice.sentence());
+    eprintln!(
+        "boxlite-cri {}: {}",
+        env!("CARGO_PKG_VERSION"),
+        choice.sentence()
+    );
     let options = RuntimeOptions {
         root: config.root.clone(),
         state: config.state.clone(),
@@ -99,7 +103,9 @@ async fn run(config: Config) -> Result<(), ServeError> {
             ..RegistryOptions::default()
         },
     };
-    let runtime = BoxliteRuntime::open(options).await.map_err(ServeError::Runtime)?;
+    let runtime = BoxliteRuntime::open(options)
+        .await
+        .map_err(ServeError::Runtime)?;
     let counters = Arc::new(Metrics::new()?);
     let listener = socket::bind(&config.listen)?;
     let page = metrics_page(&config, &counters, &runtime, &stop).await?;
@@ -111,8 +117,13 @@ async fn run(config: Config) -> Result<(), ServeError> {
     if let Some(page) = page {
         let _ = page.await;
     }
-    if tokio::time::timeout(config.timeouts.drain, server.finished()).await.is_err() {
-        tracing::warn!("calls are still under way; their pods are taken up again at the next start");
+    if tokio::time::timeout(config.timeouts.drain, server.finished())
+        .await
+        .is_err()
+    {
+        tracing::warn!(
+            "calls are still under way; their pods are taken up again at the next start"
+        );
     }
     runtime.shutdown().await;
     let _ = std::fs::remove_file(&config.listen);
@@ -121,14 +132,19 @@ async fn run(config: Config) -> Result<(), ServeError> {
 }
 
 /// Serves until `stop`, then waits for calls under way, at most the configured time.
-async fn grpc(server: &Server, listener: UnixListener, stop: CancellationToken) -> Result<(), ServeError> {
+async fn grpc(
+    server: &Server,
+    listener: UnixListener,
+    stop: CancellationToken,
+) -> Result<(), ServeError> {
     let runtime_service = RuntimeServiceServer::new(server.clone())
         .max_decoding_message_size(MESSAGE_LIMIT)
         .max_encoding_message_size(MESSAGE_LIMIT);
     let image_service = ImageServiceServer::new(server.clone())
         .max_decoding_message_size(MESSAGE_LIMIT)
         .max_encoding_message_size(MESSAGE_LIMIT);
-    let connections = UnixListenerStream::new(listener).map(|accepted| accepted.map(Connection::new));
+    let connections =
+        UnixListenerStream::new(listener).map(|accepted| accepted.map(Connection::new));
     let serving = tonic::transport::Server::builder()
         .layer(CallLayer::new(server.metrics.rpc()))
         .add_service(runtime_service)
@@ -142,7 +158,10 @@ async fn grpc(server: &Server, listener: UnixListener, stop: CancellationToken) 
     match tokio::time::timeout(server.config.timeouts.drain, serving).await {
         Ok(done) => Ok(done?),
         Err(_) => {
-            tracing::warn!(seconds = server.config.timeouts.drain.as_secs(), "clients did not finish in time");
+            tracing::warn!(
+                seconds = server.config.timeouts.drain.as_secs(),
+                "clients did not finish in time"
+            );
             Ok(())
         }
     }

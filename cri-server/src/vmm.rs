@@ -27,5 +27,9 @@ impl Choice {
 
 /// Asks.
 pub async fn choose(config: &Config) -> Result<Choice, ChoiceError> {
-    Ok(Choice { kind: config.vmm.clone().unwrap_or(VmmKind::Qemu), acceleration: Acceleration::Tcg, reason: String::new() })
+    Ok(Choice {
+        kind: config.vmm.clone().unwrap_or(VmmKind::Qemu),
+        acceleration: Acceleration::Tcg,
+        reason: String::new(),
+    })
 }

@@ -106,7 +106,9 @@ pub fn load(directory: &Path) -> Result<NetworkConf, ConfError> {
 fn read(path: &Path) -> Result<NetworkConf, String> {
     let size = std::fs::metadata(path).map_err(|e| e.to_string())?.len();
     if size > FILE_LIMIT {
-        return Err(format!("{size} bytes are more than the {FILE_LIMIT} that are read"));
+        return Err(format!(
+            "{size} bytes are more than the {FILE_LIMIT} that are read"
+        ));
     }
     let text = std::fs::read(path).map_err(|e| e.to_string())?;
     parse(&text, path)
@@ -120,7 +122,9 @@ pub fn parse(text: &[u8], path: &Path) -> Result<NetworkConf, String> {
     };
     let name = string(&object, "name")?.unwrap_or_default();
     if !valid_name(&name) {
-        return Err(format!("name {name:?} is empty or has characters CNI forbids"));
+        return Err(format!(
+            "name {name:?} is empty or has characters CNI forbids"
+        ));
     }
     let cni_version = string(&object, "cniVersion")?.unwrap_or_else(|| "0.2.0".into());
     if !version(&cni_version).is_some_and(|have| have >= (0, 3)) {
@@ -138,7 +142,10 @@ pub fn parse(text: &[u8], path: &Path) -> Result<NetworkConf, String> {
         Some(_) => return Err("plugins is no list".into()),
     };
     if plugins.is_empty() || plugins.len() > PLUGIN_LIMIT {
-        return Err(format!("{} plugins: must be 1 to {PLUGIN_LIMIT}", plugins.len()));
+        return Err(format!(
+            "{} plugins: must be 1 to {PLUGIN_LIMIT}",
+            plugins.len()
+        ));
     }
     Ok(NetworkConf {
         name,

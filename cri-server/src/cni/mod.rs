@@ -143,7 +143,10 @@ impl Cni {
             // A plugin that only adjusts something (tuning, bandwidth) may answer nothing.
             previous = value.or(previous);
         }
-        let result = previous.as_ref().map(CniResult::from_value).unwrap_or_default();
+        let result = previous
+            .as_ref()
+            .map(CniResult::from_value)
+            .unwrap_or_default();
         if result.addresses().next().is_none() {
             return Err(CniError::NoAddress {
                 network: record.conf.name.clone(),

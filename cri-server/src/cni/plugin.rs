@@ -111,7 +111,10 @@ impl Plugins {
         let child = Command::new(program)
             .env_clear()
             // Plugins call iptables, ip and the like by name.
-            .env("PATH", std::env::var_os("PATH").unwrap_or_else(|| "/usr/sbin:/usr/bin:/sbin:/bin".into()))
+            .env(
+                "PATH",
+                std::env::var_os("PATH").unwrap_or_else(|| "/usr/sbin:/usr/bin:/sbin:/bin".into()),
+            )
             .env("CNI_PATH", path)
             .envs(environment.iter().map(|(key, value)| (key, value)))
             .current_dir("/")

@@ -2,10 +2,10 @@
 //!
 //! Written before the first plugin runs and again with the result, each time by rename, so a reader sees the old or the new.
 
+use super::CniError;
 use super::attachment::PodNetwork;
 use super::conf::NetworkConf;
 use super::result::CniResult;
-use super::CniError;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::fs::{self, DirBuilder, OpenOptions};

@@ -61,10 +61,12 @@ impl CniResult {
     pub fn addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
         self.ips
             .iter()
-            .filter(|ip| match ip.interface.and_then(|i| self.interfaces.get(i)) {
-                Some(interface) => !interface.sandbox.is_empty(),
-                None => true,
-            })
+            .filter(
+                |ip| match ip.interface.and_then(|i| self.interfaces.get(i)) {
+                    Some(interface) => !interface.sandbox.is_empty(),
+                    None => true,
+                },
+            )
             .filter_map(|ip| ip.address.split('/').next()?.parse().ok())
     }
 }

@@ -63,7 +63,10 @@ pub enum ConfigError {
     /// All wrong entries.
     #[error("{} has {} mistake(s):\n{}", path.display(), mistakes.len(),
         mistakes.iter().map(|m| format!("  {m}")).collect::<Vec<_>>().join("\n"))]
-    Mistakes { path: PathBuf, mistakes: Vec<Mistake> },
+    Mistakes {
+        path: PathBuf,
+        mistakes: Vec<Mistake>,
+    },
 }
 
 /// Everything an operator may set.
@@ -263,7 +266,11 @@ impl Config {
             log_level: top.take("log_level", default.log_level, reader::log_filter),
             vmm: top.take("vmm", default.vmm, reader::vmm),
             acceleration: top.take("acceleration", default.acceleration, reader::acceleration),
-            runtime_handlers: top.take("runtime_handlers", default.runtime_handlers, reader::handlers),
+            runtime_handlers: top.take(
+                "runtime_handlers",
+                default.runtime_handlers,
+                reader::handlers,
+            ),
         };
         top.finish(mistakes);
         if config.root == config.state {

@@ -95,7 +95,9 @@ fn text(value: &Value) -> Result<&str, String> {
 
 /// true or false.
 pub fn boolean(value: &Value) -> Result<bool, String> {
-    value.as_bool().ok_or_else(|| "must be true or false".into())
+    value
+        .as_bool()
+        .ok_or_else(|| "must be true or false".into())
 }
 
 /// An integer of `least..=most`.

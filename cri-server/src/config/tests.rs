@@ -55,7 +55,10 @@ fn every_mistake_is_reported_with_key_and_value() {
 
 #[test]
 fn a_value_instead_of_a_table_is_named() {
-    assert_eq!(mistakes("cni = 3")[0].to_string(), "cni = 3: must be a table");
+    assert_eq!(
+        mistakes("cni = 3")[0].to_string(),
+        "cni = 3: must be a table"
+    );
 }
 
 #[test]

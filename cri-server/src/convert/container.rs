@@ -49,7 +49,10 @@ impl ContainerRecord {
 
 /// The checks that need neither pod nor image.
 pub fn validate(config: &ContainerConfig) -> Result<(), ConvertError> {
-    let metadata = config.metadata.as_ref().ok_or(ConvertError::Missing("config.metadata"))?;
+    let metadata = config
+        .metadata
+        .as_ref()
+        .ok_or(ConvertError::Missing("config.metadata"))?;
     if metadata.name.is_empty() {
         return Err(ConvertError::Missing("config.metadata.name"));
     }
@@ -62,7 +65,11 @@ pub fn validate(config: &ContainerConfig) -> Result<(), ConvertError> {
 /// Unique name among a pod's containers.
 pub fn key(config: &ContainerConfig) -> String {
     let metadata = config.metadata.clone().unwrap_or_default();
-    format!("{}/{}", metadata.name.replace('%', "%25").replace('/', "%2F"), metadata.attempt)
+    format!(
+        "{}/{}",
+        metadata.name.replace('%', "%25").replace('/', "%2F"),
+        metadata.attempt
+    )
 }
 
 /// The container for the runtime.
@@ -83,8 +90,13 @@ pub fn options(
         files,
     })?;
     let log_path = log_path(sandbox, &config)?;
-    let security = config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
-    let namespaces = security.and_then(|security| security.namespace_options.clone()).unwrap_or_default();
+    let security = config
+        .linux
+        .as_ref()
+        .and_then(|linux| linux.security_context.as_ref());
+    let namespaces = security
+        .and_then(|security| security.namespace_options.clone())
+        .unwrap_or_default();
     let stop_signal = signal::from_cri(config.stop_signal)
         .or_else(|| spec::image_stop_signal(&image.config))
         .unwrap_or(signal::TERM);
@@ -94,7 +106,10 @@ pub fn options(
         config: Some(kept),
         image_ref: image.repo_digests.first().unwrap_or(&image.id).clone(),
         stop_signal,
-        log_path: log_path.as_ref().map(|path| path.to_string_lossy().into_owned()).unwrap_or_default(),
+        log_path: log_path
+            .as_ref()
+            .map(|path| path.to_string_lossy().into_owned())
+            .unwrap_or_default(),
     };
     Ok(ContainerOptions {
         id: id.to_owned(),
@@ -122,13 +137,22 @@ fn pid_mode(mode: i32) -> PidMode {
 }
 
 /// `log_directory` + `log_path`, where the request has both; never outside the directory.
-fn log_path(sandbox: &SandboxRecord, config: &ContainerConfig) -> Result<Option<PathBuf>, ConvertError> {
-    let directory = sandbox.config.as_ref().map(|pod| pod.log_directory.as_str()).unwrap_or_default();
+fn log_path(
+    sandbox: &SandboxRecord,
+    config: &ContainerConfig,
+) -> Result<Option<PathBuf>, ConvertError> {
+    let directory = sandbox
+        .config
+        .as_ref()
+        .map(|pod| pod.log_directory.as_str())
+        .unwrap_or_default();
     if directory.is_empty() || config.log_path.is_empty() {
         return Ok(None);
     }
     let relative = Path::new(&config.log_path);
-    let inside = relative.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
+    let inside = relative
+        .components()
+        .all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
     if !inside || config.log_path.contains('\0') {
         return Err(ConvertError::invalid(
             "config.log_path",
@@ -146,18 +170,30 @@ mod tests {
 
     fn pod(directory: &str) -> SandboxRecord {
         SandboxRecord {
-            config: Some(PodSandboxConfig { log_directory: directory.into(), ..Default::default() }),
+            config: Some(PodSandboxConfig {
+                log_directory: directory.into(),
+                ..Default::default()
+            }),
             ..Default::default()
         }
     }
 
     fn path(directory: &str, log: &str) -> Result<Option<PathBuf>, ConvertError> {
-        log_path(&pod(directory), &ContainerConfig { log_path: log.into(), ..Default::default() })
+        log_path(
+            &pod(directory),
+            &ContainerConfig {
+                log_path: log.into(),
+                ..Default::default()
+            },
+        )
     }
 
     #[test]
     fn log_paths() {
-        assert_eq!(path("/var/log/pods/x", "web/0.log"), Ok(Some("/var/log/pods/x/web/0.log".into())));
+        assert_eq!(
+            path("/var/log/pods/x", "web/0.log"),
+            Ok(Some("/var/log/pods/x/web/0.log".into()))
+        );
         assert_eq!(path("", "web/0.log"), Ok(None));
         assert_eq!(path("/var/log", ""), Ok(None));
         assert!(path("/var/log", "../x").is_err());
@@ -174,6 +210,9 @@ mod tests {
 
     #[test]
     fn what_the_cri_requires_is_named() {
-        assert_eq!(validate(&ContainerConfig::default()), Err(ConvertError::Missing("config.metadata")));
+        assert_eq!(
+            validate(&ContainerConfig::default()),
+            Err(ConvertError::Missing("config.metadata"))
+        );
     }
 }

@@ -1,7 +1,8 @@
 //! The filters of the list calls: id prefix, state, pod, labels.
 
 use boxlite_proto::cri::v1::{
-    Container, ContainerFilter, ContainerStatsFilter, PodSandbox, PodSandboxFilter, PodSandboxStatsFilter,
+    Container, ContainerFilter, ContainerStatsFilter, PodSandbox, PodSandboxFilter,
+    PodSandboxStatsFilter,
 };
 use std::collections::HashMap;
 
@@ -12,14 +13,19 @@ pub fn id(wanted: &str, id: &str) -> bool {
 
 /// Whether `labels` has every pair of `selector`.
 pub fn labels(selector: &HashMap<String, String>, labels: &HashMap<String, String>) -> bool {
-    selector.iter().all(|(key, value)| labels.get(key) == Some(value))
+    selector
+        .iter()
+        .all(|(key, value)| labels.get(key) == Some(value))
 }
 
 /// Whether a sandbox is wanted.
 pub fn sandbox(filter: Option<&PodSandboxFilter>, sandbox: &PodSandbox) -> bool {
     filter.is_none_or(|filter| {
         id(&filter.id, &sandbox.id)
-            && filter.state.as_ref().is_none_or(|wanted| wanted.state == sandbox.state)
+            && filter
+                .state
+                .as_ref()
+                .is_none_or(|wanted| wanted.state == sandbox.state)
             && labels(&filter.label_selector, &sandbox.labels)
     })
 }
@@ -29,7 +35,10 @@ pub fn container(filter: Option<&ContainerFilter>, container: &Container) -> boo
     filter.is_none_or(|filter| {
         id(&filter.id, &container.id)
             && id(&filter.pod_sandbox_id, &container.pod_sandbox_id)
-            && filter.state.as_ref().is_none_or(|wanted| wanted.state == container.state)
+            && filter
+                .state
+                .as_ref()
+                .is_none_or(|wanted| wanted.state == container.state)
             && labels(&filter.label_selector, &container.labels)
     })
 }
@@ -60,7 +69,10 @@ mod tests {
     use proptest::prelude::*;
 
     fn pairs(pairs: &[(&str, &str)]) -> HashMap<String, String> {
-        pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
+        pairs
+            .iter()
+            .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
+            .collect()
     }
 
     fn pod() -> PodSandbox {

@@ -3,7 +3,9 @@
 use boxlite_proto::cri::v1::{
     AuthConfig, FilesystemIdentifier, FilesystemUsage, Image, ImageSpec, Int64Value, UInt64Value,
 };
-use boxlite_runtime::images::{ImageError, ImageErrorKind, ImageFsInfo, ImageRecord, ImageUser, RegistryAuth};
+use boxlite_runtime::images::{
+    ImageError, ImageErrorKind, ImageFsInfo, ImageRecord, ImageUser, RegistryAuth,
+};
 use tonic::{Code, Status};
 
 /// An image.
@@ -20,7 +22,10 @@ pub fn image(record: &ImageRecord) -> Image {
         size: record.size_bytes,
         uid,
         username,
-        spec: Some(ImageSpec { image: record.id.clone(), ..Default::default() }),
+        spec: Some(ImageSpec {
+            image: record.id.clone(),
+            ..Default::default()
+        }),
         pinned: record.pinned,
     }
 }
@@ -42,9 +47,15 @@ pub fn auth(auth: Option<AuthConfig>) -> Option<RegistryAuth> {
 pub fn usage(info: &ImageFsInfo) -> FilesystemUsage {
     FilesystemUsage {
         timestamp: info.timestamp_ns,
-        fs_id: Some(FilesystemIdentifier { mountpoint: info.path.to_string_lossy().into_owned() }),
-        used_bytes: Some(UInt64Value { value: info.used_bytes }),
-        inodes_used: Some(UInt64Value { value: info.inodes_used }),
+        fs_id: Some(FilesystemIdentifier {
+            mountpoint: info.path.to_string_lossy().into_owned(),
+        }),
+        used_bytes: Some(UInt64Value {
+            value: info.used_bytes,
+        }),
+        inodes_used: Some(UInt64Value {
+            value: info.inodes_used,
+        }),
     }
 }
 
@@ -55,9 +66,10 @@ pub fn status(error: &ImageError) -> Status {
         ImageErrorKind::NotFound => Code::NotFound,
         ImageErrorKind::Unauthorized => Code::Unauthenticated,
         ImageErrorKind::Corrupt => Code::DataLoss,
-        ImageErrorKind::InvalidImage | ImageErrorKind::NoPlatform | ImageErrorKind::InUse | ImageErrorKind::Config => {
-            Code::FailedPrecondition
-        }
+        ImageErrorKind::InvalidImage
+        | ImageErrorKind::NoPlatform
+        | ImageErrorKind::InUse
+        | ImageErrorKind::Config => Code::FailedPrecondition,
         ImageErrorKind::NoSpace | ImageErrorKind::TooLarge => Code::ResourceExhausted,
         ImageErrorKind::Unavailable => Code::Unavailable,
         ImageErrorKind::Cancelled => Code::Cancelled,

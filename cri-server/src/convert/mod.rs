@@ -84,7 +84,9 @@ impl From<ConvertError> for tonic::Status {
     fn from(error: ConvertError) -> Self {
         let message = error.to_string();
         match error {
-            ConvertError::Missing(_) | ConvertError::Invalid { .. } => Self::invalid_argument(message),
+            ConvertError::Missing(_) | ConvertError::Invalid { .. } => {
+                Self::invalid_argument(message)
+            }
             ConvertError::Unsupported { .. } => Self::unimplemented(message),
             ConvertError::HostPath { .. } => Self::failed_precondition(message),
             ConvertError::TooSmall { .. } => Self::resource_exhausted(message),

@@ -40,11 +40,17 @@ pub struct SandboxRecord {
 impl SandboxRecord {
     /// A record of a pod without network yet. Checks what the CRI requires and what this runtime refuses.
     pub fn new(config: PodSandboxConfig, runtime_handler: String) -> Result<Self, ConvertError> {
-        let metadata = config.metadata.as_ref().ok_or(ConvertError::Missing("config.metadata"))?;
+        let metadata = config
+            .metadata
+            .as_ref()
+            .ok_or(ConvertError::Missing("config.metadata"))?;
         if metadata.name.is_empty() {
             return Err(ConvertError::Missing("config.metadata.name"));
         }
-        let security = config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
+        let security = config
+            .linux
+            .as_ref()
+            .and_then(|linux| linux.security_context.as_ref());
         spec::namespaces(security.and_then(|security| security.namespace_options.as_ref()))?;
         for mapping in &config.port_mappings {
             port(mapping.host_port, mapping.container_port)?;
@@ -55,14 +61,26 @@ impl SandboxRecord {
             ..Self::default()
         };
         let hostname = record.hostname();
-        if hostname.len() > HOSTNAME_LIMIT || hostname.chars().any(|c| c.is_control() || c == '/' || c.is_whitespace()) {
-            return Err(ConvertError::invalid("config.hostname", hostname, "is no hostname"));
+        if hostname.len() > HOSTNAME_LIMIT
+            || hostname
+                .chars()
+                .any(|c| c.is_control() || c == '/' || c.is_whitespace())
+        {
+            return Err(ConvertError::invalid(
+                "config.hostname",
+                hostname,
+                "is no hostname",
+            ));
         }
         if let Some(directory) = record.config.as_ref().map(|config| &config.log_directory)
             && !directory.is_empty()
             && !directory.starts_with('/')
         {
-            return Err(ConvertError::invalid("config.log_directory", directory.clone(), "must be an absolute path"));
+            return Err(ConvertError::invalid(
+                "config.log_directory",
+                directory.clone(),
+                "must be an absolute path",
+            ));
         }
         Ok(record)
     }
@@ -95,7 +113,11 @@ impl SandboxRecord {
 
     /// The pod's hostname: what the config says, else the pod's name as far as a label goes.
     pub fn hostname(&self) -> String {
-        let wanted = self.config.as_ref().map(|config| config.hostname.clone()).unwrap_or_default();
+        let wanted = self
+            .config
+            .as_ref()
+            .map(|config| config.hostname.clone())
+            .unwrap_or_default();
         if !wanted.is_empty() {
             return wanted;
         }
@@ -107,7 +129,11 @@ impl SandboxRecord {
             .take(LABEL_LIMIT)
             .collect();
         label.truncate(label.trim_end_matches('-').len());
-        if label.is_empty() { "pod".into() } else { label }
+        if label.is_empty() {
+            "pod".into()
+        } else {
+            label
+        }
     }
 
     /// Cgroup parent, empty where none was given.
@@ -132,7 +158,10 @@ impl SandboxRecord {
         defaults: &PodDefaults,
         limit: Option<u64>,
     ) -> Result<BoxOptions, ConvertError> {
-        let linux = self.config.as_ref().and_then(|config| config.linux.as_ref());
+        let linux = self
+            .config
+            .as_ref()
+            .and_then(|config| config.linux.as_ref());
         let VmSize { vcpus, memory_mib } = vm_size(linux, defaults, limit)?;
         Ok(BoxOptions {
             id: id.to_owned(),
@@ -175,7 +204,13 @@ impl SandboxRecord {
                 });
             }
         }
-        let rate = |key: &'static str| config.annotations.get(key).map(|text| quantity(key, text)).transpose();
+        let rate = |key: &'static str| {
+            config
+                .annotations
+                .get(key)
+                .map(|text| quantity(key, text))
+                .transpose()
+        };
         let dns = config.dns_config.clone().unwrap_or_default();
         Ok(PodNetwork {
             sandbox_id: id.to_owned(),
@@ -241,12 +276,17 @@ pub fn key(metadata: &PodSandboxMetadata) -> String {
 
 fn port(host: i32, container: i32) -> Result<(u16, u16), ConvertError> {
     let number = |port: i32| {
-        u16::try_from(port)
-            .map_err(|_| ConvertError::invalid("config.port_mappings", port.to_string(), "is no port"))
+        u16::try_from(port).map_err(|_| {
+            ConvertError::invalid("config.port_mappings", port.to_string(), "is no port")
+        })
     };
     let pair = (number(host)?, number(container)?);
     if pair.0 > 0 && pair.1 == 0 {
-        return Err(ConvertError::invalid("config.port_mappings", "0", "is no container port"));
+        return Err(ConvertError::invalid(
+            "config.port_mappings",
+            "0",
+            "is no container port",
+        ));
     }
     Ok(pair)
 }
@@ -255,7 +295,9 @@ fn port(host: i32, container: i32) -> Result<(u16, u16), ConvertError> {
 /// the kubelet accepts, 1k to 1P.
 fn quantity(field: &'static str, text: &str) -> Result<u64, ConvertError> {
     let fail = |reason: &str| ConvertError::invalid(field, text, reason);
-    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
     let factor: u64 = match &text[digits..] {
         "" => 1,
         "k" => 1_000,
@@ -268,7 +310,9 @@ fn quantity(field: &'static str, text: &str) -> Result<u64, ConvertError> {
         "Ti" => 1 << 40,
         _ => return Err(fail("is no quantity such as 10M")),
     };
-    let number: u64 = text[..digits].parse().map_err(|_| fail("is no quantity such as 10M"))?;
+    let number: u64 = text[..digits]
+        .parse()
+        .map_err(|_| fail("is no quantity such as 10M"))?;
     number
         .checked_mul(factor)
         .filter(|rate| (1_000..=1_000_000_000_000_000).contains(rate))

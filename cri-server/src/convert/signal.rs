@@ -12,12 +12,40 @@ const RTMIN_STEPS: u32 = 15;
 
 /// Names and numbers, real-time signals aside. The second of two names of one number is the alias.
 const NAMES: [(&str, u32); 34] = [
-    ("SIGHUP", 1), ("SIGINT", 2), ("SIGQUIT", 3), ("SIGILL", 4), ("SIGTRAP", 5), ("SIGABRT", 6), ("SIGIOT", 6),
-    ("SIGBUS", 7), ("SIGFPE", 8), ("SIGKILL", 9), ("SIGUSR1", 10), ("SIGSEGV", 11), ("SIGUSR2", 12), ("SIGPIPE", 13),
-    ("SIGALRM", 14), ("SIGTERM", 15), ("SIGSTKFLT", 16), ("SIGCHLD", 17), ("SIGCLD", 17), ("SIGCONT", 18),
-    ("SIGSTOP", 19), ("SIGTSTP", 20), ("SIGTTIN", 21), ("SIGTTOU", 22), ("SIGURG", 23), ("SIGXCPU", 24),
-    ("SIGXFSZ", 25), ("SIGVTALRM", 26), ("SIGPROF", 27), ("SIGWINCH", 28), ("SIGIO", 29), ("SIGPOLL", 29),
-    ("SIGPWR", 30), ("SIGSYS", 31),
+    ("SIGHUP", 1),
+    ("SIGINT", 2),
+    ("SIGQUIT", 3),
+    ("SIGILL", 4),
+    ("SIGTRAP", 5),
+    ("SIGABRT", 6),
+    ("SIGIOT", 6),
+    ("SIGBUS", 7),
+    ("SIGFPE", 8),
+    ("SIGKILL", 9),
+    ("SIGUSR1", 10),
+    ("SIGSEGV", 11),
+    ("SIGUSR2", 12),
+    ("SIGPIPE", 13),
+    ("SIGALRM", 14),
+    ("SIGTERM", 15),
+    ("SIGSTKFLT", 16),
+    ("SIGCHLD", 17),
+    ("SIGCLD", 17),
+    ("SIGCONT", 18),
+    ("SIGSTOP", 19),
+    ("SIGTSTP", 20),
+    ("SIGTTIN", 21),
+    ("SIGTTOU", 22),
+    ("SIGURG", 23),
+    ("SIGXCPU", 24),
+    ("SIGXFSZ", 25),
+    ("SIGVTALRM", 26),
+    ("SIGPROF", 27),
+    ("SIGWINCH", 28),
+    ("SIGIO", 29),
+    ("SIGPOLL", 29),
+    ("SIGPWR", 30),
+    ("SIGSYS", 31),
 ];
 
 /// The Linux number of a CRI signal; `None` for RUNTIME_DEFAULT and for numbers the enum does not have.
@@ -49,7 +77,11 @@ pub fn from_text(text: &str) -> Option<u32> {
         return (1..=RTMAX).contains(&number).then_some(number);
     }
     let upper = text.to_ascii_uppercase();
-    let name = if upper.starts_with("SIG") { upper } else { format!("SIG{upper}") };
+    let name = if upper.starts_with("SIG") {
+        upper
+    } else {
+        format!("SIG{upper}")
+    };
     if let Some((_, number)) = NAMES.iter().find(|(have, _)| *have == name) {
         return Some(*number);
     }
@@ -70,9 +102,17 @@ mod tests {
     #[test]
     fn alphabetical_enum_becomes_linux_numbers() {
         for (cri, number) in [
-            (CriSignal::Sigterm, 15), (CriSignal::Sigkill, 9), (CriSignal::Sigquit, 3), (CriSignal::Sigabrt, 6),
-            (CriSignal::Sigiot, 6), (CriSignal::Sigpoll, 29), (CriSignal::Sigwinch, 28), (CriSignal::Sigrtmin, 34),
-            (CriSignal::Sigrtminplus3, 37), (CriSignal::Sigrtmaxminus14, 50), (CriSignal::Sigrtmax, 64),
+            (CriSignal::Sigterm, 15),
+            (CriSignal::Sigkill, 9),
+            (CriSignal::Sigquit, 3),
+            (CriSignal::Sigabrt, 6),
+            (CriSignal::Sigiot, 6),
+            (CriSignal::Sigpoll, 29),
+            (CriSignal::Sigwinch, 28),
+            (CriSignal::Sigrtmin, 34),
+            (CriSignal::Sigrtminplus3, 37),
+            (CriSignal::Sigrtmaxminus14, 50),
+            (CriSignal::Sigrtmax, 64),
         ] {
             assert_eq!(from_cri(cri as i32), Some(number), "{cri:?}");
         }
@@ -100,8 +140,17 @@ mod tests {
     #[test]
     fn text_of_images() {
         for (text, number) in [
-            ("SIGQUIT", Some(3)), ("quit", Some(3)), ("9", Some(9)), ("RTMIN+3", Some(37)), ("sigrtmax-2", Some(62)),
-            ("0", None), ("65", None), ("RTMIN+99", None), ("SIGFOO", None), ("", None), ("RTMIN+4294967295", None),
+            ("SIGQUIT", Some(3)),
+            ("quit", Some(3)),
+            ("9", Some(9)),
+            ("RTMIN+3", Some(37)),
+            ("sigrtmax-2", Some(62)),
+            ("0", None),
+            ("65", None),
+            ("RTMIN+99", None),
+            ("SIGFOO", None),
+            ("", None),
+            ("RTMIN+4294967295", None),
         ] {
             assert_eq!(from_text(text), number, "{text}");
         }

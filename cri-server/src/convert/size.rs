@@ -33,7 +33,9 @@ pub fn vm_size(
     let resources = linux.and_then(|linux| linux.resources.as_ref());
     let overhead = linux.and_then(|linux| linux.overhead.as_ref());
     let pod_mib = memory_mib(resources).unwrap_or(u64::from(defaults.memory_mib));
-    let overhead_mib = memory_mib(overhead).unwrap_or(0).max(u64::from(defaults.overhead_mib));
+    let overhead_mib = memory_mib(overhead)
+        .unwrap_or(0)
+        .max(u64::from(defaults.overhead_mib));
     let vm_mib = pod_mib.saturating_add(overhead_mib);
     if let Some(limit) = limit.filter(|limit| *limit < vm_mib.saturating_mul(MIB)) {
         return Err(ConvertError::TooSmall {
@@ -41,11 +43,17 @@ pub fn vm_size(
             pod_mib,
             overhead_mib,
             limit_mib: limit / MIB,
-            cgroup: linux.map(|linux| linux.cgroup_parent.clone()).unwrap_or_default(),
+            cgroup: linux
+                .map(|linux| linux.cgroup_parent.clone())
+                .unwrap_or_default(),
         });
     }
     let memory_mib = u32::try_from(vm_mib).map_err(|_| {
-        ConvertError::invalid("linux.resources.memory_limit_in_bytes", vm_mib.to_string(), "MiB are more than a VM can have")
+        ConvertError::invalid(
+            "linux.resources.memory_limit_in_bytes",
+            vm_mib.to_string(),
+            "MiB are more than a VM can have",
+        )
     })?;
     Ok(VmSize {
         vcpus: vcpus(resources).unwrap_or(defaults.vcpus),
@@ -65,7 +73,11 @@ fn vcpus(resources: Option<&LinuxContainerResources>) -> Option<u8> {
     if resources.cpu_quota <= 0 {
         return None;
     }
-    let period = if resources.cpu_period > 0 { resources.cpu_period } else { PERIOD };
+    let period = if resources.cpu_period > 0 {
+        resources.cpu_period
+    } else {
+        PERIOD
+    };
     let count = resources.cpu_quota / period + i64::from(resources.cpu_quota % period > 0);
     u8::try_from(count.clamp(1, VCPU_LIMIT)).ok()
 }
@@ -78,7 +90,14 @@ pub fn cgroup_memory_limit(mount: &Path, parent: &str) -> Option<u64> {
         return None;
     }
     let text = std::fs::read_to_string(mount.join(parent).join("memory.max"))
-        .or_else(|_| std::fs::read_to_string(mount.join("memory").join(parent).join("memory.limit_in_bytes")))
+        .or_else(|_| {
+            std::fs::read_to_string(
+                mount
+                    .join("memory")
+                    .join(parent)
+                    .join("memory.limit_in_bytes"),
+            )
+        })
         .ok()?;
     text.trim().parse().ok().filter(|limit| *limit < NO_LIMIT)
 }
@@ -114,8 +133,14 @@ mod tests {
     fn table() {
         let mib = MIB as i64;
         assert_eq!(size(&pod(0, 0, 0, 0), None), Ok((1, 320)));
-        assert_eq!(size(&pod(512 * mib, 250_000, 100_000, 0), None), Ok((3, 576)));
-        assert_eq!(size(&pod(512 * mib + 1, 50_000, 100_000, 128 * mib), None), Ok((1, 641)));
+        assert_eq!(
+            size(&pod(512 * mib, 250_000, 100_000, 0), None),
+            Ok((3, 576))
+        );
+        assert_eq!(
+            size(&pod(512 * mib + 1, 50_000, 100_000, 128 * mib), None),
+            Ok((1, 641))
+        );
         assert_eq!(size(&pod(0, 200_000, 0, 0), None), Ok((2, 320)));
         assert_eq!(size(&pod(-5, -1, 0, -9), None), Ok((1, 320)));
         let default = vm_size(None, &Config::default().pod, None).unwrap();
@@ -126,7 +151,10 @@ mod tests {
     fn refusal_shows_the_arithmetic() {
         let error = size(&pod(256 << 20, 0, 0, 0), Some(300 << 20)).unwrap_err();
         let text = error.to_string();
-        assert!(text.contains("320 MiB (256 MiB for containers + 64 MiB overhead)"), "{text}");
+        assert!(
+            text.contains("320 MiB (256 MiB for containers + 64 MiB overhead)"),
+            "{text}"
+        );
         assert!(text.contains("/kubepods/podx allows 300 MiB"), "{text}");
         assert!(size(&pod(256 << 20, 0, 0, 0), Some(320 << 20)).is_ok());
     }
@@ -144,7 +172,10 @@ mod tests {
         assert_eq!(cgroup_memory_limit(dir.path(), "/kubepods/b"), None);
         std::fs::write(v1.join("memory.limit_in_bytes"), "1048576\n").unwrap();
         std::fs::write(v2.join("memory.max"), "2097152\n").unwrap();
-        assert_eq!(cgroup_memory_limit(dir.path(), "/kubepods/a"), Some(1 << 20));
+        assert_eq!(
+            cgroup_memory_limit(dir.path(), "/kubepods/a"),
+            Some(1 << 20)
+        );
         assert_eq!(cgroup_memory_limit(dir.path(), "kubepods/b"), Some(2 << 20));
         assert_eq!(cgroup_memory_limit(dir.path(), "../kubepods/b"), None);
         assert_eq!(cgroup_memory_limit(dir.path(), ""), None);

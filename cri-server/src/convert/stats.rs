@@ -4,9 +4,9 @@ use super::container::ContainerRecord;
 use super::status;
 use boxlite_proto::boxlite::v1::{CgroupStats, ContainerStatsResponse, GuestStatsResponse};
 use boxlite_proto::cri::v1::{
-    ContainerAttributes, ContainerStats, CpuUsage, FilesystemIdentifier, FilesystemUsage, LinuxPodSandboxStats,
-    MemoryUsage, NetworkInterfaceUsage, NetworkUsage, PodSandboxAttributes, PodSandboxStats, ProcessUsage, SwapUsage,
-    UInt64Value,
+    ContainerAttributes, ContainerStats, CpuUsage, FilesystemIdentifier, FilesystemUsage,
+    LinuxPodSandboxStats, MemoryUsage, NetworkInterfaceUsage, NetworkUsage, PodSandboxAttributes,
+    PodSandboxStats, ProcessUsage, SwapUsage, UInt64Value,
 };
 use boxlite_runtime::{BoxSnapshot, ContainerSnapshot};
 
@@ -35,7 +35,11 @@ fn memory(stats: &CgroupStats, timestamp: i64) -> MemoryUsage {
     MemoryUsage {
         timestamp,
         working_set_bytes: wrap(working_set),
-        available_bytes: if limited { wrap(stats.memory_max.saturating_sub(working_set)) } else { None },
+        available_bytes: if limited {
+            wrap(stats.memory_max.saturating_sub(working_set))
+        } else {
+            None
+        },
         usage_bytes: wrap(stats.memory_current),
         rss_bytes: wrap(stat("anon")),
         page_faults: wrap(stat("pgfault")),
@@ -57,9 +61,17 @@ pub fn attributes(snapshot: &ContainerSnapshot) -> ContainerAttributes {
 
 /// A container's stats; without `answer` (it does not run, or its guest did not answer) only its attributes and zeros.
 /// `scratch` is the host's file that the writable layer is in.
-pub fn container(snapshot: &ContainerSnapshot, answer: Option<&ContainerStatsResponse>, scratch: &str, now: i64) -> ContainerStats {
+pub fn container(
+    snapshot: &ContainerSnapshot,
+    answer: Option<&ContainerStatsResponse>,
+    scratch: &str,
+    now: i64,
+) -> ContainerStats {
     let Some(answer) = answer else {
-        return ContainerStats { attributes: Some(attributes(snapshot)), ..Default::default() };
+        return ContainerStats {
+            attributes: Some(attributes(snapshot)),
+            ..Default::default()
+        };
     };
     // The guest's clock is the guest's: the host's time stands in every sample.
     let cgroup = answer.cgroup.clone().unwrap_or_default();
@@ -69,7 +81,9 @@ pub fn container(snapshot: &ContainerSnapshot, answer: Option<&ContainerStatsRes
         memory: Some(memory(&cgroup, now)),
         writable_layer: Some(FilesystemUsage {
             timestamp: now,
-            fs_id: Some(FilesystemIdentifier { mountpoint: scratch.to_owned() }),
+            fs_id: Some(FilesystemIdentifier {
+                mountpoint: scratch.to_owned(),
+            }),
             used_bytes: wrap(answer.upper_bytes),
             inodes_used: wrap(answer.upper_inodes),
         }),
@@ -83,14 +97,25 @@ pub fn container(snapshot: &ContainerSnapshot, answer: Option<&ContainerStatsRes
 }
 
 /// A pod's stats; without `answer` only its attributes and its containers'.
-pub fn sandbox(snapshot: &BoxSnapshot, answer: Option<&GuestStatsResponse>, containers: Vec<ContainerStats>, now: i64) -> PodSandboxStats {
+pub fn sandbox(
+    snapshot: &BoxSnapshot,
+    answer: Option<&GuestStatsResponse>,
+    containers: Vec<ContainerStats>,
+    now: i64,
+) -> PodSandboxStats {
     let listed = status::sandbox(snapshot);
-    let mut linux = LinuxPodSandboxStats { containers, ..Default::default() };
+    let mut linux = LinuxPodSandboxStats {
+        containers,
+        ..Default::default()
+    };
     if let Some(answer) = answer {
         let pod = answer.pod.clone().unwrap_or_default();
         linux.cpu = Some(cpu(&pod, now));
         linux.memory = Some(memory(&pod, now));
-        linux.process = Some(ProcessUsage { timestamp: now, process_count: wrap(u64::from(answer.process_count)) });
+        linux.process = Some(ProcessUsage {
+            timestamp: now,
+            process_count: wrap(u64::from(answer.process_count)),
+        });
         let interfaces: Vec<NetworkInterfaceUsage> = answer
             .networks
             .iter()
@@ -103,8 +128,9 @@ pub fn sandbox(snapshot: &BoxSnapshot, answer: Option<&GuestStatsResponse>, cont
                 tx_errors: wrap(network.tx_errors),
             })
             .collect();
-        let (default, others): (Vec<_>, Vec<_>) =
-            interfaces.into_iter().partition(|interface| interface.name == crate::cni::INTERFACE);
+        let (default, others): (Vec<_>, Vec<_>) = interfaces
+            .into_iter()
+            .partition(|interface| interface.name == crate::cni::INTERFACE);
         linux.network = Some(NetworkUsage {
             timestamp: now,
             default_interface: default.into_iter().next(),

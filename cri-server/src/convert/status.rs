@@ -4,8 +4,9 @@ use super::container::ContainerRecord;
 use super::sandbox::SandboxRecord;
 use super::signal;
 use boxlite_proto::cri::v1::{
-    Container, ContainerResources, ContainerState, ContainerStatus, ImageSpec, LinuxContainerResources,
-    LinuxPodSandboxStatus, Namespace, PodIp, PodSandbox, PodSandboxNetworkStatus, PodSandboxState, PodSandboxStatus,
+    Container, ContainerResources, ContainerState, ContainerStatus, ImageSpec,
+    LinuxContainerResources, LinuxPodSandboxStatus, Namespace, PodIp, PodSandbox,
+    PodSandboxNetworkStatus, PodSandboxState, PodSandboxStatus,
 };
 use boxlite_runtime as runtime;
 use boxlite_runtime::{BoxSnapshot, BoxState, ContainerSnapshot, ErrorKind, RuntimeError};
@@ -54,7 +55,11 @@ pub fn sandbox(snapshot: &BoxSnapshot) -> PodSandbox {
 pub fn sandbox_status(snapshot: &BoxSnapshot) -> PodSandboxStatus {
     let record = SandboxRecord::decoded(&snapshot.metadata);
     let config = record.config.clone().unwrap_or_default();
-    let addresses: &[String] = if snapshot.state == BoxState::Ready { &record.addresses } else { &[] };
+    let addresses: &[String] = if snapshot.state == BoxState::Ready {
+        &record.addresses
+    } else {
+        &[]
+    };
     let options = config
         .linux
         .and_then(|linux| linux.security_context)
@@ -66,10 +71,16 @@ pub fn sandbox_status(snapshot: &BoxSnapshot) -> PodSandboxStatus {
         created_at: snapshot.created_at_ns,
         network: Some(PodSandboxNetworkStatus {
             ip: addresses.first().cloned().unwrap_or_default(),
-            additional_ips: addresses.iter().skip(1).map(|ip| PodIp { ip: ip.clone() }).collect(),
+            additional_ips: addresses
+                .iter()
+                .skip(1)
+                .map(|ip| PodIp { ip: ip.clone() })
+                .collect(),
         }),
         linux: Some(LinuxPodSandboxStatus {
-            namespaces: Some(Namespace { options: Some(options.unwrap_or_default()) }),
+            namespaces: Some(Namespace {
+                options: Some(options.unwrap_or_default()),
+            }),
         }),
         labels: config.labels,
         annotations: config.annotations,
@@ -105,7 +116,10 @@ pub fn container(snapshot: &ContainerSnapshot) -> Container {
 }
 
 /// The status form of a container; `resources` where an update changed them.
-pub fn container_status(snapshot: &ContainerSnapshot, resources: Option<LinuxContainerResources>) -> ContainerStatus {
+pub fn container_status(
+    snapshot: &ContainerSnapshot,
+    resources: Option<LinuxContainerResources>,
+) -> ContainerStatus {
     let record = ContainerRecord::decoded(&snapshot.metadata);
     let config = record.config();
     let linux = resources.or_else(|| record.resources());
@@ -119,7 +133,16 @@ pub fn container_status(snapshot: &ContainerSnapshot, resources: Option<LinuxCon
         exit_code: snapshot.exit_code,
         image: Some(ImageSpec {
             // The kubelet shows the name the pod asked for.
-            image: config.image.map(|image| if image.user_specified_image.is_empty() { image.image } else { image.user_specified_image }).unwrap_or_default(),
+            image: config
+                .image
+                .map(|image| {
+                    if image.user_specified_image.is_empty() {
+                        image.image
+                    } else {
+                        image.user_specified_image
+                    }
+                })
+                .unwrap_or_default(),
             ..Default::default()
         }),
         image_ref: record.image_ref,
@@ -129,7 +152,10 @@ pub fn container_status(snapshot: &ContainerSnapshot, resources: Option<LinuxCon
         annotations: config.annotations,
         mounts: config.mounts,
         log_path: record.log_path,
-        resources: linux.map(|linux| ContainerResources { linux: Some(linux), windows: None }),
+        resources: linux.map(|linux| ContainerResources {
+            linux: Some(linux),
+            windows: None,
+        }),
         image_id: snapshot.image_id.clone(),
         user: None,
         stop_signal: signal::to_cri(record.stop_signal) as i32,

@@ -31,7 +31,9 @@ pub async fn serve(
         .route("/metrics", get(page))
         .route("/healthz", get(|| async { "ok\n" }))
         .with_state(Source { metrics, runtime });
-    axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned()).await
+    axum::serve(listener, router)
+        .with_graceful_shutdown(stop.cancelled_owned())
+        .await
 }
 
 async fn page(State(source): State<Source>) -> impl IntoResponse {
@@ -44,7 +46,11 @@ async fn page(State(source): State<Source>) -> impl IntoResponse {
         ),
         Err(error) => {
             tracing::error!(%error, "the metrics page cannot be made");
-            (StatusCode::INTERNAL_SERVER_ERROR, [(header::CONTENT_TYPE, "text/plain")], format!("{error}\n"))
+            (
+                StatusCode::INTERNAL_SERVER_ERROR,
+                [(header::CONTENT_TYPE, "text/plain")],
+                format!("{error}\n"),
+            )
         }
     }
 }

@@ -15,9 +15,13 @@ use std::time::Duration;
 use tonic::Code;
 
 /// Buckets of calls in seconds: a list takes under a ms, a pod's start seconds under TCG.
-const RPC_BUCKETS: [f64; 12] = [0.001, 0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0];
+const RPC_BUCKETS: [f64; 12] = [
+    0.001, 0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0,
+];
 /// Buckets of stages in seconds.
-const STAGE_BUCKETS: [f64; 12] = [0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0];
+const STAGE_BUCKETS: [f64; 12] = [
+    0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0,
+];
 
 /// Latencies of calls.
 #[derive(Debug)]
@@ -29,7 +33,9 @@ impl RpcMetrics {
     /// Notes one call.
     pub fn observe(&self, method: &str, code: Code, took: Duration) {
         let code = format!("{code:?}");
-        self.seconds.with_label_values(&[method, &code]).observe(took.as_secs_f64());
+        self.seconds
+            .with_label_values(&[method, &code])
+            .observe(took.as_secs_f64());
     }
 }
 
@@ -49,11 +55,19 @@ impl Metrics {
     pub fn new() -> prometheus::Result<Self> {
         let registry = Registry::new();
         let seconds = HistogramVec::new(
-            HistogramOpts::new("boxlite_cri_request_duration_seconds", "Latency of CRI calls").buckets(RPC_BUCKETS.into()),
+            HistogramOpts::new(
+                "boxlite_cri_request_duration_seconds",
+                "Latency of CRI calls",
+            )
+            .buckets(RPC_BUCKETS.into()),
             &["method", "code"],
         )?;
         let stages = HistogramVec::new(
-            HistogramOpts::new("boxlite_start_stage_duration_seconds", "Stages of pod starts").buckets(STAGE_BUCKETS.into()),
+            HistogramOpts::new(
+                "boxlite_start_stage_duration_seconds",
+                "Stages of pod starts",
+            )
+            .buckets(STAGE_BUCKETS.into()),
             &["stage"],
         )?;
         registry.register(Box::new(seconds.clone()))?;
@@ -73,9 +87,15 @@ impl Metrics {
     /// Notes the stages of a pod that has just started.
     pub fn started(&self, pod: &BoxSnapshot) {
         let network = SandboxRecord::decoded(&pod.metadata).network_ms;
-        let stages = pod.timers.stages.iter().map(|(stage, ms)| (stage.as_str(), *ms));
+        let stages = pod
+            .timers
+            .stages
+            .iter()
+            .map(|(stage, ms)| (stage.as_str(), *ms));
         for (stage, ms) in std::iter::once(("cni", network)).chain(stages) {
-            self.stages.with_label_values(&[stage]).observe(ms as f64 / 1e3);
+            self.stages
+                .with_label_values(&[stage])
+                .observe(ms as f64 / 1e3);
         }
     }
 
@@ -84,6 +104,11 @@ impl Metrics {
     /// # Errors
     /// Of the encoder.
     pub fn page(&self, runtime: &BoxliteRuntime) -> prometheus::Result<String> {
-        page::render(&self.registry, &runtime.metrics(), &runtime.boxes(), &runtime.containers())
+        page::render(
+            &self.registry,
+            &runtime.metrics(),
+            &runtime.boxes(),
+            &runtime.containers(),
+        )
     }
 }

@@ -21,9 +21,14 @@ pub fn render(
     for pod in pods {
         lines.add(pod);
     }
-    let states = GaugeVec::new(Opts::new("boxlite_containers", "Containers by state"), &["state"])?;
+    let states = GaugeVec::new(
+        Opts::new("boxlite_containers", "Containers by state"),
+        &["state"],
+    )?;
     for container in containers {
-        states.with_label_values(&[&container.state.to_string()]).inc();
+        states
+            .with_label_values(&[&container.state.to_string()])
+            .inc();
     }
     scrape.register(Box::new(states))?;
     let mut families = standing.gather();
@@ -33,19 +38,43 @@ pub fn render(
 
 fn runtime(registry: &Registry, totals: &RuntimeMetricsSnapshot) -> prometheus::Result<()> {
     for (name, help, value) in [
-        ("boxlite_boxes_created_total", "Pods registered since the daemon's start", totals.boxes_created),
-        ("boxlite_boxes_destroyed_total", "Pods removed since the daemon's start", totals.boxes_destroyed),
-        ("boxlite_exec_calls_total", "Processes started by exec", totals.total_exec_calls),
-        ("boxlite_bytes_transferred_total", "Payload through the Portals, both ways", totals.total_bytes_transferred),
+        (
+            "boxlite_boxes_created_total",
+            "Pods registered since the daemon's start",
+            totals.boxes_created,
+        ),
+        (
+            "boxlite_boxes_destroyed_total",
+            "Pods removed since the daemon's start",
+            totals.boxes_destroyed,
+        ),
+        (
+            "boxlite_exec_calls_total",
+            "Processes started by exec",
+            totals.total_exec_calls,
+        ),
+        (
+            "boxlite_bytes_transferred_total",
+            "Payload through the Portals, both ways",
+            totals.total_bytes_transferred,
+        ),
     ] {
         let counter = Counter::new(name, help)?;
         counter.inc_by(value as f64);
         registry.register(Box::new(counter))?;
     }
-    let version = GaugeVec::new(Opts::new("boxlite_build_info", "Version of the daemon"), &["version"])?;
-    version.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1.0);
+    let version = GaugeVec::new(
+        Opts::new("boxlite_build_info", "Version of the daemon"),
+        &["version"],
+    )?;
+    version
+        .with_label_values(&[env!("CARGO_PKG_VERSION")])
+        .set(1.0);
     registry.register(Box::new(version))?;
-    let time = Gauge::new("boxlite_scrape_timestamp_seconds", "When this page was made")?;
+    let time = Gauge::new(
+        "boxlite_scrape_timestamp_seconds",
+        "When this page was made",
+    )?;
     time.set(crate::convert::time::now_ns() as f64 / 1e9);
     registry.register(Box::new(time))
 }
@@ -74,13 +103,34 @@ impl PodLines {
             Ok::<_, prometheus::Error>(vec)
         };
         Ok(Self {
-            cpu: counter("boxlite_box_cpu_seconds_total", "CPU time of the guest, as last sampled")?,
-            memory: gauge("boxlite_box_memory_usage_bytes", "Memory in use in the guest, as last sampled", &POD_LABELS)?,
+            cpu: counter(
+                "boxlite_box_cpu_seconds_total",
+                "CPU time of the guest, as last sampled",
+            )?,
+            memory: gauge(
+                "boxlite_box_memory_usage_bytes",
+                "Memory in use in the guest, as last sampled",
+                &POD_LABELS,
+            )?,
             execs: counter("boxlite_box_exec_total", "Processes started by exec")?,
-            sent: counter("boxlite_box_network_sent_bytes_total", "Sent by the guest's network cards")?,
-            received: counter("boxlite_box_network_received_bytes_total", "Received by the guest's network cards")?,
-            ready: gauge("boxlite_box_ready", "1 where the guest answers", &POD_LABELS)?,
-            stale: gauge("boxlite_box_stale", "1 where the sampled values are old: the guest did not answer", &POD_LABELS)?,
+            sent: counter(
+                "boxlite_box_network_sent_bytes_total",
+                "Sent by the guest's network cards",
+            )?,
+            received: counter(
+                "boxlite_box_network_received_bytes_total",
+                "Received by the guest's network cards",
+            )?,
+            ready: gauge(
+                "boxlite_box_ready",
+                "1 where the guest answers",
+                &POD_LABELS,
+            )?,
+            stale: gauge(
+                "boxlite_box_stale",
+                "1 where the sampled values are old: the guest did not answer",
+                &POD_LABELS,
+            )?,
             stages: gauge(
                 "boxlite_box_start_stage_seconds",
                 "Stages of the pod's start",
@@ -99,14 +149,28 @@ impl PodLines {
             pod.id.as_str(),
         ];
         let metrics = &pod.metrics;
-        self.cpu.with_label_values(&labels).inc_by(metrics.cpu_time_ms as f64 / 1e3);
-        self.memory.with_label_values(&labels).set(metrics.memory_usage_bytes as f64);
-        self.execs.with_label_values(&labels).inc_by(metrics.exec_count as f64);
-        self.sent.with_label_values(&labels).inc_by(metrics.network_bytes_sent as f64);
-        self.received.with_label_values(&labels).inc_by(metrics.network_bytes_received as f64);
+        self.cpu
+            .with_label_values(&labels)
+            .inc_by(metrics.cpu_time_ms as f64 / 1e3);
+        self.memory
+            .with_label_values(&labels)
+            .set(metrics.memory_usage_bytes as f64);
+        self.execs
+            .with_label_values(&labels)
+            .inc_by(metrics.exec_count as f64);
+        self.sent
+            .with_label_values(&labels)
+            .inc_by(metrics.network_bytes_sent as f64);
+        self.received
+            .with_label_values(&labels)
+            .inc_by(metrics.network_bytes_received as f64);
         let flag = |set: bool| if set { 1.0 } else { 0.0 };
-        self.ready.with_label_values(&labels).set(flag(pod.state == BoxState::Ready));
-        self.stale.with_label_values(&labels).set(flag(metrics.stale));
+        self.ready
+            .with_label_values(&labels)
+            .set(flag(pod.state == BoxState::Ready));
+        self.stale
+            .with_label_values(&labels)
+            .set(flag(metrics.stale));
         let network = ("cni".to_owned(), record.network_ms);
         for (stage, ms) in std::iter::once(&network).chain(&pod.timers.stages) {
             let labels = [labels[0], labels[1], labels[2], labels[3], stage.as_str()];

@@ -69,7 +69,11 @@ impl Sanitizer {
                 State::Skip(left) => {
                     let used = left.min(input.len());
                     out.extend_from_slice(&input[..used]);
-                    self.state = if used == left { State::Header } else { State::Skip(left - used) };
+                    self.state = if used == left {
+                        State::Header
+                    } else {
+                        State::Skip(left - used)
+                    };
                     used
                 }
                 State::Header => self.header(input, out),
@@ -113,7 +117,8 @@ impl Sanitizer {
         let used = (length - self.held.len()).min(input.len());
         self.held.extend_from_slice(&input[..used]);
         if self.held.len() == length {
-            let from = usize::from(flags & FLAG_PADDED != 0) + 5 * usize::from(flags & FLAG_PRIORITY != 0);
+            let from =
+                usize::from(flags & FLAG_PADDED != 0) + 5 * usize::from(flags & FLAG_PRIORITY != 0);
             if let Some(block) = self.held.get_mut(from..) {
                 rewrite(block);
             }
@@ -201,7 +206,12 @@ const DASH: u32 = 0x16;
 const REPLACED: [u32; 2] = [0x15, 0x18];
 /// Letters, digits and the punctuation of a path, by length of their code: (bits, least code, most code). The code is
 /// canonical, so each length is one range. Longer codes (9 and more bits) stand for what no authority has.
-const CODES: [(usize, u32, u32); 4] = [(5, 0x0, 0x9), (6, 0x14, 0x2d), (7, 0x5c, 0x7b), (8, 0xf8, 0xfd)];
+const CODES: [(usize, u32, u32); 4] = [
+    (5, 0x0, 0x9),
+    (6, 0x14, 0x2d),
+    (7, 0x5c, 0x7b),
+    (8, 0xf8, 0xfd),
+];
 
 /// Changes the codes in place, and stops at the first code of more than eight bits (the padding is one).
 fn rewrite_huffman(value: &mut [u8]) {
@@ -274,8 +284,18 @@ mod tests {
 
     #[test]
     fn a_plain_literal_is_changed_and_nothing_else() {
-        let stream = [PREFACE.to_vec(), frame(4, 0, &[]), frame(1, 4, &plain_block(b"%2Frun%2Fx"))].concat();
-        let expected = [PREFACE.to_vec(), frame(4, 0, &[]), frame(1, 4, &plain_block(b"-2Frun-2Fx"))].concat();
+        let stream = [
+            PREFACE.to_vec(),
+            frame(4, 0, &[]),
+            frame(1, 4, &plain_block(b"%2Frun%2Fx")),
+        ]
+        .concat();
+        let expected = [
+            PREFACE.to_vec(),
+            frame(4, 0, &[]),
+            frame(1, 4, &plain_block(b"-2Frun-2Fx")),
+        ]
+        .concat();
         assert_eq!(pass(&[&stream]), expected);
     }
 

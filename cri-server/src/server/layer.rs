@@ -48,7 +48,10 @@ pub struct CallService<S> {
 
 impl<S> Service<Request<Body>> for CallService<S>
 where
-    S: Service<Request<Body>, Response = Response<Body>, Error = Infallible> + Clone + Send + 'static,
+    S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>
+        + Clone
+        + Send
+        + 'static,
     S::Future: Send,
 {
     type Response = Response<Body>;
@@ -78,7 +81,8 @@ where
             let response = match call.catch_unwind().await {
                 Ok(Ok(response)) => response,
                 Ok(Err(never)) => match never {},
-                Err(_) => Status::internal("the call panicked; the daemon's log has the place").into_http(),
+                Err(_) => Status::internal("the call panicked; the daemon's log has the place")
+                    .into_http(),
             };
             let code = code_of(&response);
             let elapsed = begun.elapsed();
@@ -101,7 +105,14 @@ fn code_of(response: &Response<Body>) -> Code {
 
 /// Reads and lists come every second: they are worth a line only at debug level.
 fn log(method: &str, code: Code, response: &Response<Body>, milliseconds: f64) {
-    let reads = ["List", "Stream", "Version", "Status", "ImageFsInfo", "RuntimeConfig"];
+    let reads = [
+        "List",
+        "Stream",
+        "Version",
+        "Status",
+        "ImageFsInfo",
+        "RuntimeConfig",
+    ];
     let quiet = reads.iter().any(|prefix| method.starts_with(prefix))
         || method.ends_with("Status")
         || method.ends_with("Stats");

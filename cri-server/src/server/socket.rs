@@ -44,7 +44,10 @@ pub fn bind(path: &Path) -> Result<UnixListener, SocketError> {
         .mode(0o700)
         .create(directory)
         .map_err(fail("making its directory"))?;
-    let mode = fs::metadata(directory).map_err(fail("stat of its directory"))?.permissions().mode();
+    let mode = fs::metadata(directory)
+        .map_err(fail("stat of its directory"))?
+        .permissions()
+        .mode();
     if mode & 0o002 != 0 {
         return Err(SocketError::OpenDirectory(path.to_owned()));
     }
@@ -75,7 +78,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("run/cri.sock");
         let first = bind(&path).unwrap();
-        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(
+            fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
         assert!(matches!(bind(&path), Err(SocketError::InUse(_))));
         drop(first);
         drop(bind(&path).unwrap());

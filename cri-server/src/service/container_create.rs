@@ -7,9 +7,14 @@ use boxlite_runtime::{BoxState, LiteBox};
 use tonic::Status;
 
 /// The call.
-pub async fn create(server: &Server, request: CreateContainerRequest) -> Result<CreateContainerResponse, Status> {
+pub async fn create(
+    server: &Server,
+    request: CreateContainerRequest,
+) -> Result<CreateContainerResponse, Status> {
     present("pod_sandbox_id", &request.pod_sandbox_id)?;
-    let config = request.config.ok_or_else(|| Status::invalid_argument("config is missing"))?;
+    let config = request
+        .config
+        .ok_or_else(|| Status::invalid_argument("config is missing"))?;
     container::validate(&config)?;
     let pod = server.pod(&request.pod_sandbox_id)?;
     let key = format!("{}/{}", pod.id(), container::key(&config));
@@ -18,22 +23,36 @@ pub async fn create(server: &Server, request: CreateContainerRequest) -> Result<
         let config = config.clone();
         async move { make(&server, &pod, config).await }
     };
-    let container_id = server.creates.join(&server.tasks, key, config.clone(), work).await?;
+    let container_id = server
+        .creates
+        .join(&server.tasks, key, config.clone(), work)
+        .await?;
     Ok(CreateContainerResponse { container_id })
 }
 
 async fn make(server: &Server, pod: &LiteBox, config: ContainerConfig) -> Result<String, Status> {
     let state = pod.snapshot().state;
     if state != BoxState::Ready {
-        return Err(Status::failed_precondition(format!("pod {} is {state:?}: nothing can be created in it", pod.id())));
+        return Err(Status::failed_precondition(format!(
+            "pod {} is {state:?}: nothing can be created in it",
+            pod.id()
+        )));
     }
     let key = container::key(&config);
-    if let Some(present) = pod.containers().into_iter().find(|container| container.name == key) {
-        return Err(Status::already_exists(format!("container {key:?} exists already as {}", present.id)));
+    if let Some(present) = pod
+        .containers()
+        .into_iter()
+        .find(|container| container.name == key)
+    {
+        return Err(Status::already_exists(format!(
+            "container {key:?} exists already as {}",
+            present.id
+        )));
     }
     let reference = config.image.clone().unwrap_or_default().image;
-    let image = super::image_status::find(server, &reference)
-        .ok_or_else(|| Status::not_found(format!("image {reference:?} is not here; pull it first")))?;
+    let image = super::image_status::find(server, &reference).ok_or_else(|| {
+        Status::not_found(format!("image {reference:?} is not here; pull it first"))
+    })?;
     let id = new_id();
     let files = server.layout.pod(pod.id());
     let record = server.pod_record(pod);

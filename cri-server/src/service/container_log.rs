@@ -6,9 +6,15 @@ use boxlite_runtime::ContainerState;
 use tonic::Status;
 
 /// The call. Only a running container has an open log.
-pub async fn reopen(server: &Server, request: ReopenContainerLogRequest) -> Result<ReopenContainerLogResponse, Status> {
+pub async fn reopen(
+    server: &Server,
+    request: ReopenContainerLogRequest,
+) -> Result<ReopenContainerLogResponse, Status> {
     present("container_id", &request.container_id)?;
-    let (pod, container) = server.runtime.find_container(&request.container_id).map_err(refused)?;
+    let (pod, container) = server
+        .runtime
+        .find_container(&request.container_id)
+        .map_err(refused)?;
     if container.state != ContainerState::Running {
         return Err(Status::failed_precondition(format!(
             "container {} is {}: it has no open log",

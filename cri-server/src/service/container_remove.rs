@@ -5,9 +5,13 @@ use boxlite_proto::cri::v1::{RemoveContainerRequest, RemoveContainerResponse};
 use tonic::Status;
 
 /// The call.
-pub async fn remove(server: &Server, request: RemoveContainerRequest) -> Result<RemoveContainerResponse, Status> {
+pub async fn remove(
+    server: &Server,
+    request: RemoveContainerRequest,
+) -> Result<RemoveContainerResponse, Status> {
     present("container_id", &request.container_id)?;
-    let Some((pod, container)) = unless_gone(server.runtime.find_container(&request.container_id))? else {
+    let Some((pod, container)) = unless_gone(server.runtime.find_container(&request.container_id))?
+    else {
         return Ok(RemoveContainerResponse {});
     };
     let task = server.clone();

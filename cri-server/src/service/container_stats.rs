@@ -3,15 +3,23 @@
 
 use super::{Server, container_list, present, refused};
 use crate::convert::{filter, stats, time};
-use boxlite_proto::cri::v1::{ContainerStats, ContainerStatsFilter, ContainerStatsRequest, ContainerStatsResponse};
+use boxlite_proto::cri::v1::{
+    ContainerStats, ContainerStatsFilter, ContainerStatsRequest, ContainerStatsResponse,
+};
 use boxlite_runtime::{ContainerSnapshot, ContainerState, LiteBox};
 use std::time::Duration;
 use tonic::Status;
 
 /// The call for one container: a guest that does not answer is an error, one that has ended has no numbers.
-pub async fn stats(server: &Server, request: ContainerStatsRequest) -> Result<ContainerStatsResponse, Status> {
+pub async fn stats(
+    server: &Server,
+    request: ContainerStatsRequest,
+) -> Result<ContainerStatsResponse, Status> {
     present("container_id", &request.container_id)?;
-    let (pod, container) = server.runtime.find_container(&request.container_id).map_err(refused)?;
+    let (pod, container) = server
+        .runtime
+        .find_container(&request.container_id)
+        .map_err(refused)?;
     let limit = server.config.timeouts.stats;
     let answer = if container.state == ContainerState::Running {
         let asked = tokio::time::timeout(limit, pod.container_stats(&container.id)).await;
@@ -19,7 +27,12 @@ pub async fn stats(server: &Server, request: ContainerStatsRequest) -> Result<Co
     } else {
         None
     };
-    let stats = stats::container(&container, answer.as_ref(), &scratch(server), time::now_ns());
+    let stats = stats::container(
+        &container,
+        answer.as_ref(),
+        &scratch(server),
+        time::now_ns(),
+    );
     Ok(ContainerStatsResponse { stats: Some(stats) })
 }
 
@@ -31,27 +44,54 @@ pub async fn list(server: &Server, wanted: Option<ContainerStatsFilter>) -> Vec<
         .into_iter()
         .filter_map(|container| server.runtime.find_container(&container.id).ok())
         .map(|(pod, container)| one(server, pod, container));
-    futures::future::join_all(asked).await.into_iter().flatten().collect()
+    futures::future::join_all(asked)
+        .await
+        .into_iter()
+        .flatten()
+        .collect()
 }
 
 /// Those of one pod's running containers that answer.
 pub async fn of_pod(server: &Server, pod: &LiteBox) -> Vec<ContainerStats> {
-    let asked = pod.containers().into_iter().map(|container| one(server, pod.clone(), container));
-    futures::future::join_all(asked).await.into_iter().flatten().collect()
+    let asked = pod
+        .containers()
+        .into_iter()
+        .map(|container| one(server, pod.clone(), container));
+    futures::future::join_all(asked)
+        .await
+        .into_iter()
+        .flatten()
+        .collect()
 }
 
 /// A guest's silence as a status.
 pub fn silent(limit: Duration) -> Status {
-    Status::deadline_exceeded(format!("the guest did not answer within {} s", limit.as_secs_f32()))
+    Status::deadline_exceeded(format!(
+        "the guest did not answer within {} s",
+        limit.as_secs_f32()
+    ))
 }
 
-async fn one(server: &Server, pod: LiteBox, container: ContainerSnapshot) -> Option<ContainerStats> {
+async fn one(
+    server: &Server,
+    pod: LiteBox,
+    container: ContainerSnapshot,
+) -> Option<ContainerStats> {
     if container.state != ContainerState::Running {
         return None;
     }
-    let asked = tokio::time::timeout(server.config.timeouts.stats, pod.container_stats(&container.id)).await;
+    let asked = tokio::time::timeout(
+        server.config.timeouts.stats,
+        pod.container_stats(&container.id),
+    )
+    .await;
     let answer = asked.ok()?.ok()?;
-    Some(stats::container(&container, Some(&answer), &scratch(server), time::now_ns()))
+    Some(stats::container(
+        &container,
+        Some(&answer),
+        &scratch(server),
+        time::now_ns(),
+    ))
 }
 
 /// The host's file system that holds the writable layers: the kubelet matches it with ImageFsInfo's container file systems.

@@ -8,9 +8,15 @@ use std::collections::HashMap;
 use tonic::Status;
 
 /// The call.
-pub fn status(server: &Server, request: &ContainerStatusRequest) -> Result<ContainerStatusResponse, Status> {
+pub fn status(
+    server: &Server,
+    request: &ContainerStatusRequest,
+) -> Result<ContainerStatusResponse, Status> {
     present("container_id", &request.container_id)?;
-    let (_, container) = server.runtime.find_container(&request.container_id).map_err(refused)?;
+    let (_, container) = server
+        .runtime
+        .find_container(&request.container_id)
+        .map_err(refused)?;
     let mut info = HashMap::new();
     if request.verbose {
         let details = json!({
@@ -22,7 +28,10 @@ pub fn status(server: &Server, request: &ContainerStatusRequest) -> Result<Conta
         info.insert("info".to_owned(), details.to_string());
     }
     Ok(ContainerStatusResponse {
-        status: Some(status::container_status(&container, server.updates.get(&container.id))),
+        status: Some(status::container_status(
+            &container,
+            server.updates.get(&container.id),
+        )),
         info,
     })
 }

@@ -8,17 +8,30 @@ use std::time::Duration;
 use tonic::Status;
 
 /// The call.
-pub async fn stop(server: &Server, request: StopContainerRequest) -> Result<StopContainerResponse, Status> {
+pub async fn stop(
+    server: &Server,
+    request: StopContainerRequest,
+) -> Result<StopContainerResponse, Status> {
     present("container_id", &request.container_id)?;
-    let Some((pod, container)) = unless_gone(server.runtime.find_container(&request.container_id))? else {
+    let Some((pod, container)) = unless_gone(server.runtime.find_container(&request.container_id))?
+    else {
         return Ok(StopContainerResponse {});
     };
     let record = ContainerRecord::decoded(&container.metadata);
-    let number = if record.stop_signal == 0 { signal::TERM } else { record.stop_signal };
-    let number = i32::try_from(number).map_err(|_| Status::internal("the stop signal's number is out of range"))?;
+    let number = if record.stop_signal == 0 {
+        signal::TERM
+    } else {
+        record.stop_signal
+    };
+    let number = i32::try_from(number)
+        .map_err(|_| Status::internal("the stop signal's number is out of range"))?;
     // A negative timeout has no meaning; the CRI's 0 is "at once".
     let grace = Duration::from_secs(u64::try_from(request.timeout).unwrap_or(0));
-    let work = async move { pod.stop_container(&container.id, grace, number).await.map_err(refused) };
+    let work = async move {
+        pod.stop_container(&container.id, grace, number)
+            .await
+            .map_err(refused)
+    };
     server.detached(work).await?;
     Ok(StopContainerResponse {})
 }

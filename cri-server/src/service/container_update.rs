@@ -12,12 +12,19 @@ pub async fn update(
     request: UpdateContainerResourcesRequest,
 ) -> Result<UpdateContainerResourcesResponse, Status> {
     present("container_id", &request.container_id)?;
-    let wish = request.linux.ok_or_else(|| Status::invalid_argument("linux is missing"))?;
-    let (pod, container) = server.runtime.find_container(&request.container_id).map_err(refused)?;
+    let wish = request
+        .linux
+        .ok_or_else(|| Status::invalid_argument("linux is missing"))?;
+    let (pod, container) = server
+        .runtime
+        .find_container(&request.container_id)
+        .map_err(refused)?;
     let resources = spec::resources(Some(&wish))?.to_string().into_bytes();
     let task = server.clone();
     let work = async move {
-        pod.update_container(&container.id, resources).await.map_err(refused)?;
+        pod.update_container(&container.id, resources)
+            .await
+            .map_err(refused)?;
         let before = task
             .updates
             .get(&container.id)

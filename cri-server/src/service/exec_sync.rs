@@ -16,14 +16,25 @@ pub async fn exec(server: &Server, request: ExecSyncRequest) -> Result<ExecSyncR
     if request.cmd.first().is_none_or(String::is_empty) {
         return Err(Status::invalid_argument("cmd is missing"));
     }
-    let (pod, container) = server.runtime.find_container(&request.container_id).map_err(refused)?;
+    let (pod, container) = server
+        .runtime
+        .find_container(&request.container_id)
+        .map_err(refused)?;
     if container.state != ContainerState::Running {
-        return Err(Status::failed_precondition(format!("container {} is {}", container.id, container.state)));
+        return Err(Status::failed_precondition(format!(
+            "container {} is {}",
+            container.id, container.state
+        )));
     }
     // 0, and what is below, is "no timeout".
-    let timeout = u64::try_from(request.timeout).ok().filter(|seconds| *seconds > 0).map(Duration::from_secs);
+    let timeout = u64::try_from(request.timeout)
+        .ok()
+        .filter(|seconds| *seconds > 0)
+        .map(Duration::from_secs);
     let work = async move {
-        pod.exec_sync(&container.id, request.cmd, timeout, OUTPUT_LIMIT).await.map_err(refused)
+        pod.exec_sync(&container.id, request.cmd, timeout, OUTPUT_LIMIT)
+            .await
+            .map_err(refused)
     };
     let output = server.detached(work).await?;
     if output.truncated {

@@ -42,14 +42,23 @@ pub struct Flights<R> {
 impl<R> Default for Flights<R> {
     fn default() -> Self {
         Self {
-            board: Arc::new(Mutex::new(Board { flights: HashMap::new(), next: 0 })),
+            board: Arc::new(Mutex::new(Board {
+                flights: HashMap::new(),
+                next: 0,
+            })),
         }
     }
 }
 
 impl<R: PartialEq + Send + 'static> Flights<R> {
     /// Joins the flight of `key`, or starts `work` as a task of `tasks`. The answer is an id. Dropping the future drops nothing else.
-    pub async fn join<F>(&self, tasks: &TaskTracker, key: String, request: R, work: impl FnOnce() -> F) -> Result<String, Status>
+    pub async fn join<F>(
+        &self,
+        tasks: &TaskTracker,
+        key: String,
+        request: R,
+        work: impl FnOnce() -> F,
+    ) -> Result<String, Status>
     where
         F: Future<Output = Result<String, Status>> + Send + 'static,
     {
@@ -66,7 +75,14 @@ impl<R: PartialEq + Send + 'static> Flights<R> {
                     let number = board.next;
                     board.next += 1;
                     let answer = self.launch(tasks, key.clone(), number, work());
-                    board.flights.insert(key.clone(), Flight { request, answer: answer.clone(), number });
+                    board.flights.insert(
+                        key.clone(),
+                        Flight {
+                            request,
+                            answer: answer.clone(),
+                            number,
+                        },
+                    );
                     (answer, number)
                 }
             }
@@ -88,7 +104,9 @@ impl<R: PartialEq + Send + 'static> Flights<R> {
             async move {
                 let done = std::panic::AssertUnwindSafe(work).catch_unwind().await;
                 let done = done.unwrap_or_else(|_| {
-                    Err(Status::internal("the call's task panicked; the daemon's log has the place"))
+                    Err(Status::internal(
+                        "the call's task panicked; the daemon's log has the place",
+                    ))
                 });
                 if done.is_err() {
                     clear(&board, &key, number);
@@ -97,23 +115,31 @@ impl<R: PartialEq + Send + 'static> Flights<R> {
             }
             .in_current_span(),
         );
-        task.map(|ended| ended.unwrap_or_else(|_| Err(Status::unavailable("the daemon is going down"))))
-            .boxed()
-            .shared()
+        task.map(|ended| {
+            ended.unwrap_or_else(|_| Err(Status::unavailable("the daemon is going down")))
+        })
+        .boxed()
+        .shared()
     }
 
     /// Drops an answer that nobody came for: what it names is stopped or removed.
     pub fn forget(&self, id: &str) {
-        lock(&self.board).flights.retain(|_, flight| match flight.answer.peek() {
-            Some(Ok(answer)) => answer != id,
-            _ => true,
-        });
+        lock(&self.board)
+            .flights
+            .retain(|_, flight| match flight.answer.peek() {
+                Some(Ok(answer)) => answer != id,
+                _ => true,
+            });
     }
 }
 
 fn clear<R>(board: &Mutex<Board<R>>, key: &str, number: u64) {
     let mut board = lock(board);
-    if board.flights.get(key).is_some_and(|flight| flight.number == number) {
+    if board
+        .flights
+        .get(key)
+        .is_some_and(|flight| flight.number == number)
+    {
         board.flights.remove(key);
     }
 }
@@ -142,12 +168,21 @@ mod tests {
             tokio::pin!(first);
             assert!(futures::poll!(&mut first).is_pending());
         }
-        let other = flights.join(&tasks, "k".into(), 2, work()).await.unwrap_err();
+        let other = flights
+            .join(&tasks, "k".into(), 2, work())
+            .await
+            .unwrap_err();
         assert_eq!(other.code(), tonic::Code::AlreadyExists);
         tokio::task::yield_now().await;
         gate.notify_one();
-        let (second, third) = tokio::join!(flights.join(&tasks, "k".into(), 1, work()), flights.join(&tasks, "k".into(), 1, work()));
-        assert_eq!((second.unwrap().as_str(), third.unwrap().as_str()), ("id", "id"));
+        let (second, third) = tokio::join!(
+            flights.join(&tasks, "k".into(), 1, work()),
+            flights.join(&tasks, "k".into(), 1, work())
+        );
+        assert_eq!(
+            (second.unwrap().as_str(), third.unwrap().as_str()),
+            ("id", "id")
+        );
         assert_eq!(runs.load(Ordering::SeqCst), 1);
         assert!(lock(&flights.board).flights.is_empty());
     }
@@ -156,11 +191,19 @@ mod tests {
     async fn errors_and_panics_are_told_and_not_kept() {
         let flights = Flights::default();
         let tasks = TaskTracker::new();
-        let failed = flights.join(&tasks, "k".into(), 1, || async { Err(Status::not_found("no")) }).await;
+        let failed = flights
+            .join(&tasks, "k".into(), 1, || async {
+                Err(Status::not_found("no"))
+            })
+            .await;
         assert_eq!(failed.unwrap_err().code(), tonic::Code::NotFound);
-        let panicked = flights.join(&tasks, "k".into(), 1, || async { panic!("on purpose") }).await;
+        let panicked = flights
+            .join(&tasks, "k".into(), 1, || async { panic!("on purpose") })
+            .await;
         assert_eq!(panicked.unwrap_err().code(), tonic::Code::Internal);
-        let fine = flights.join(&tasks, "k".into(), 1, || async { Ok("x".into()) }).await;
+        let fine = flights
+            .join(&tasks, "k".into(), 1, || async { Ok("x".into()) })
+            .await;
         assert_eq!(fine.unwrap(), "x");
     }
 
@@ -169,7 +212,12 @@ mod tests {
         let flights = Flights::default();
         let tasks = TaskTracker::new();
         let leave = async |flights: &Flights<i32>, id: &'static str| {
-            let call = flights.join(&tasks, "k".into(), 1, move || async move { Ok(id.to_owned()) });
+            let call = flights.join(
+                &tasks,
+                "k".into(),
+                1,
+                move || async move { Ok(id.to_owned()) },
+            );
             tokio::pin!(call);
             assert!(futures::poll!(&mut call).is_pending());
         };
@@ -177,7 +225,9 @@ mod tests {
         tasks.close();
         tasks.wait().await;
         tasks.reopen();
-        let again = flights.join(&tasks, "k".into(), 1, || async { Ok("b".into()) }).await;
+        let again = flights
+            .join(&tasks, "k".into(), 1, || async { Ok("b".into()) })
+            .await;
         assert_eq!(again.unwrap(), "a");
         leave(&flights, "c").await;
         tasks.close();
@@ -185,7 +235,9 @@ mod tests {
         tasks.reopen();
         // Nobody polled the answer since, so it is not seen as landed before this.
         flights.forget("c");
-        let fresh = flights.join(&tasks, "k".into(), 1, || async { Ok("d".into()) }).await;
+        let fresh = flights
+            .join(&tasks, "k".into(), 1, || async { Ok("d".into()) })
+            .await;
         assert!(matches!(fresh.unwrap().as_str(), "c" | "d"));
     }
 }

@@ -2,7 +2,9 @@
 
 use super::Server;
 use crate::convert::{image, time};
-use boxlite_proto::cri::v1::{FilesystemIdentifier, FilesystemUsage, ImageFsInfoResponse, UInt64Value};
+use boxlite_proto::cri::v1::{
+    FilesystemIdentifier, FilesystemUsage, ImageFsInfoResponse, UInt64Value,
+};
 use std::os::unix::fs::MetadataExt;
 use tonic::Status;
 
@@ -11,7 +13,12 @@ const BLOCK: u64 = 512;
 
 /// The call.
 pub async fn info(server: &Server) -> Result<ImageFsInfoResponse, Status> {
-    let info = server.runtime.images().fs_info().await.map_err(|error| image::status(&error))?;
+    let info = server
+        .runtime
+        .images()
+        .fs_info()
+        .await
+        .map_err(|error| image::status(&error))?;
     Ok(ImageFsInfoResponse {
         image_filesystems: vec![image::usage(&info)],
         container_filesystems: vec![scratch_disks(server)],
@@ -30,8 +37,16 @@ fn scratch_disks(server: &Server) -> FilesystemUsage {
         .collect();
     FilesystemUsage {
         timestamp: time::now_ns(),
-        fs_id: Some(FilesystemIdentifier { mountpoint: server.config.state.to_string_lossy().into_owned() }),
-        used_bytes: Some(UInt64Value { value: sizes.iter().fold(0, |sum: u64, size| sum.saturating_add(*size)) }),
-        inodes_used: Some(UInt64Value { value: sizes.len() as u64 }),
+        fs_id: Some(FilesystemIdentifier {
+            mountpoint: server.config.state.to_string_lossy().into_owned(),
+        }),
+        used_bytes: Some(UInt64Value {
+            value: sizes
+                .iter()
+                .fold(0, |sum: u64, size| sum.saturating_add(*size)),
+        }),
+        inodes_used: Some(UInt64Value {
+            value: sizes.len() as u64,
+        }),
     }
 }

@@ -17,21 +17,45 @@ pub async fn pull(server: &Server, request: PullImageRequest) -> Result<PullImag
     let reference = request.image.unwrap_or_default().image;
     present("image.image", &reference)?;
     let (sender, receiver) = watch::channel(PullProgress::default());
-    let pulled = server.runtime.images().pull(&reference, image::auth(request.auth), Some(sender));
+    let pulled = server
+        .runtime
+        .images()
+        .pull(&reference, image::auth(request.auth), Some(sender));
     tokio::pin!(pulled);
-    let mut tick = tokio::time::interval_at(tokio::time::Instant::now() + REPORT_INTERVAL, REPORT_INTERVAL);
+    let mut tick = tokio::time::interval_at(
+        tokio::time::Instant::now() + REPORT_INTERVAL,
+        REPORT_INTERVAL,
+    );
     let record = loop {
         tokio::select! {
             done = &mut pulled => break done.map_err(|error| image::status(&error))?,
             _ = tick.tick() => report(&reference, &receiver.borrow()),
         }
     };
-    tracing::info!(reference, id = record.id, bytes = record.size_bytes, layers = record.layers.len(), "pulled");
-    Ok(PullImageResponse { image_ref: record.id })
+    tracing::info!(
+        reference,
+        id = record.id,
+        bytes = record.size_bytes,
+        layers = record.layers.len(),
+        "pulled"
+    );
+    Ok(PullImageResponse {
+        image_ref: record.id,
+    })
 }
 
 fn report(reference: &str, progress: &PullProgress) {
-    let received: u64 = progress.layers.iter().map(|layer| layer.received_bytes).sum();
+    let received: u64 = progress
+        .layers
+        .iter()
+        .map(|layer| layer.received_bytes)
+        .sum();
     let total: u64 = progress.layers.iter().map(|layer| layer.total_bytes).sum();
-    tracing::info!(reference, received, total, layers = progress.layers.len(), "pulling");
+    tracing::info!(
+        reference,
+        received,
+        total,
+        layers = progress.layers.len(),
+        "pulling"
+    );
 }

@@ -6,9 +6,17 @@ use boxlite_proto::cri::v1::{RemoveImageRequest, RemoveImageResponse};
 use tonic::Status;
 
 /// The call.
-pub async fn remove(server: &Server, request: RemoveImageRequest) -> Result<RemoveImageResponse, Status> {
+pub async fn remove(
+    server: &Server,
+    request: RemoveImageRequest,
+) -> Result<RemoveImageResponse, Status> {
     let wanted = request.image.unwrap_or_default().image;
     present("image.image", &wanted)?;
-    server.runtime.images().remove(&wanted).await.map_err(|error| image::status(&error))?;
+    server
+        .runtime
+        .images()
+        .remove(&wanted)
+        .await
+        .map_err(|error| image::status(&error))?;
     Ok(RemoveImageResponse {})
 }

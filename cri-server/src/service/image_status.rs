@@ -20,7 +20,10 @@ pub fn status(server: &Server, request: ImageStatusRequest) -> Result<ImageStatu
         let details = json!({"layers": record.layers, "imageSpec": record.config.as_ref()});
         info.insert("info".to_owned(), details.to_string());
     }
-    Ok(ImageStatusResponse { image: Some(image::image(&record)), info })
+    Ok(ImageStatusResponse {
+        image: Some(image::image(&record)),
+        info,
+    })
 }
 
 /// The image that a request names, by id, tag or digest.

@@ -89,7 +89,12 @@ impl std::ops::Deref for Server {
 
 impl Server {
     /// `vmm` says in words what runs pods and why.
-    pub fn new(runtime: BoxliteRuntime, config: Config, metrics: Arc<Metrics>, vmm: String) -> Self {
+    pub fn new(
+        runtime: BoxliteRuntime,
+        config: Config,
+        metrics: Arc<Metrics>,
+        vmm: String,
+    ) -> Self {
         let layout = Layout::new(&config.root, &config.state);
         Self(Arc::new(Inner {
             cni: Cni::new(&config.cni, &layout),
@@ -113,7 +118,11 @@ impl Server {
         let networks = self.cni.collect(&live).await;
         let files = pod_files::collect(&self.layout, &live);
         if networks + files > 0 {
-            tracing::info!(networks, files, "removed what pods of an earlier run left behind");
+            tracing::info!(
+                networks,
+                files,
+                "removed what pods of an earlier run left behind"
+            );
         }
     }
 
@@ -130,14 +139,18 @@ impl Server {
     ) -> Result<T, Status> {
         match self.tasks.spawn(work.in_current_span()).await {
             Ok(done) => done,
-            Err(_) => Err(Status::internal("the call's task panicked; the daemon's log has the place")),
+            Err(_) => Err(Status::internal(
+                "the call's task panicked; the daemon's log has the place",
+            )),
         }
     }
 
     /// The pod of a request, by id or unique prefix.
     fn pod(&self, id: &str) -> Result<LiteBox, Status> {
         present("pod_sandbox_id", id)?;
-        self.runtime.get_box(id).map_err(|error| status::status(&error))
+        self.runtime
+            .get_box(id)
+            .map_err(|error| status::status(&error))
     }
 
     /// The pod of a request, or `None` where it is gone: for the verbs that succeed on what is gone.
@@ -179,7 +192,10 @@ fn network_failed(error: &CniError) -> Status {
     let text = boxlite_runtime::report(error);
     match error {
         CniError::Conf(_) => Status::failed_precondition(text),
-        CniError::Plugin { source: crate::cni::PluginError::Timeout(_), .. } => Status::deadline_exceeded(text),
+        CniError::Plugin {
+            source: crate::cni::PluginError::Timeout(_),
+            ..
+        } => Status::deadline_exceeded(text),
         _ => Status::internal(text),
     }
 }

@@ -16,13 +16,19 @@ const RESOLV_LIMIT: u64 = 64 << 10;
 /// Writes the files. The directory is private; the files are readable to whatever user a container has.
 pub fn write(layout: &Layout, id: &str, record: &SandboxRecord) -> io::Result<()> {
     let directory = layout.pod(id);
-    DirBuilder::new().recursive(true).mode(0o700).create(&directory)?;
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(&directory)?;
     let resolv = match record.resolv_conf() {
         Some(text) => text.into_bytes(),
         None => node_resolv_conf()?,
     };
     file(&directory.join("resolv.conf"), &resolv)?;
-    file(&directory.join("hostname"), format!("{}\n", record.hostname()).as_bytes())?;
+    file(
+        &directory.join("hostname"),
+        format!("{}\n", record.hostname()).as_bytes(),
+    )?;
     file(&directory.join("hosts"), record.hosts().as_bytes())
 }
 

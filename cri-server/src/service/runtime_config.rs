@@ -11,20 +11,37 @@ use tonic::Status;
 /// The cgroup driver: paths, not systemd slices.
 pub fn get() -> RuntimeConfigResponse {
     RuntimeConfigResponse {
-        linux: Some(LinuxRuntimeConfiguration { cgroup_driver: CgroupDriver::Cgroupfs as i32 }),
+        linux: Some(LinuxRuntimeConfiguration {
+            cgroup_driver: CgroupDriver::Cgroupfs as i32,
+        }),
     }
 }
 
 /// Takes the node's pod CIDRs, for plugins with the `ipRanges` capability. An empty one changes nothing.
-pub fn update(server: &Server, request: UpdateRuntimeConfigRequest) -> Result<UpdateRuntimeConfigResponse, Status> {
-    let network = request.runtime_config.and_then(|config| config.network_config);
+pub fn update(
+    server: &Server,
+    request: UpdateRuntimeConfigRequest,
+) -> Result<UpdateRuntimeConfigResponse, Status> {
+    let network = request
+        .runtime_config
+        .and_then(|config| config.network_config);
     let Some(network) = network else {
-        return Err(Status::invalid_argument("runtime_config.network_config is missing"));
+        return Err(Status::invalid_argument(
+            "runtime_config.network_config is missing",
+        ));
     };
-    let cidrs: Vec<String> = network.pod_cidr.split(',').map(str::trim).filter(|cidr| !cidr.is_empty()).map(str::to_owned).collect();
+    let cidrs: Vec<String> = network
+        .pod_cidr
+        .split(',')
+        .map(str::trim)
+        .filter(|cidr| !cidr.is_empty())
+        .map(str::to_owned)
+        .collect();
     for cidr in &cidrs {
         if !is_cidr(cidr) {
-            return Err(Status::invalid_argument(format!("pod_cidr {cidr:?} is no CIDR")));
+            return Err(Status::invalid_argument(format!(
+                "pod_cidr {cidr:?} is no CIDR"
+            )));
         }
     }
     if !cidrs.is_empty() {
@@ -51,6 +68,11 @@ mod tests {
     #[test]
     fn cidrs() {
         assert!(is_cidr("10.1.0.0/16") && is_cidr("fd00::/64"));
-        assert!(!is_cidr("10.1.0.0") && !is_cidr("10.1.0.0/33") && !is_cidr("x/8") && !is_cidr("10.0.0.0/-1"));
+        assert!(
+            !is_cidr("10.1.0.0")
+                && !is_cidr("10.1.0.0/33")
+                && !is_cidr("x/8")
+                && !is_cidr("10.0.0.0/-1")
+        );
     }
 }

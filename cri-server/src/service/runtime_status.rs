@@ -2,8 +2,8 @@
 
 use super::Server;
 use boxlite_proto::cri::v1::{
-    RuntimeCondition, RuntimeFeatures, RuntimeHandler, RuntimeHandlerFeatures, RuntimeStatus, StatusRequest,
-    StatusResponse,
+    RuntimeCondition, RuntimeFeatures, RuntimeHandler, RuntimeHandlerFeatures, RuntimeStatus,
+    StatusRequest, StatusResponse,
 };
 use serde_json::json;
 use std::collections::HashMap;
@@ -12,21 +12,36 @@ use std::collections::HashMap;
 pub fn status(server: &Server, request: &StatusRequest) -> StatusResponse {
     let network = server.cni.ready();
     let conditions = vec![
-        RuntimeCondition { r#type: "RuntimeReady".into(), status: true, ..Default::default() },
+        RuntimeCondition {
+            r#type: "RuntimeReady".into(),
+            status: true,
+            ..Default::default()
+        },
         match &network {
-            Ok(_) => RuntimeCondition { r#type: "NetworkReady".into(), status: true, ..Default::default() },
+            Ok(_) => RuntimeCondition {
+                r#type: "NetworkReady".into(),
+                status: true,
+                ..Default::default()
+            },
             Err(error) => RuntimeCondition {
                 r#type: "NetworkReady".into(),
                 status: false,
                 reason: "NetworkPluginNotReady".into(),
-                message: format!("Network plugin returns error: {}", boxlite_runtime::report(error)),
+                message: format!(
+                    "Network plugin returns error: {}",
+                    boxlite_runtime::report(error)
+                ),
             },
         },
     ];
-    let handlers = server.config.runtime_handlers.iter().map(|name| RuntimeHandler {
-        name: name.clone(),
-        features: Some(RuntimeHandlerFeatures::default()),
-    });
+    let handlers = server
+        .config
+        .runtime_handlers
+        .iter()
+        .map(|name| RuntimeHandler {
+            name: name.clone(),
+            features: Some(RuntimeHandlerFeatures::default()),
+        });
     let mut info = HashMap::new();
     if request.verbose {
         let config = &server.config;

@@ -5,7 +5,10 @@ use boxlite_proto::cri::v1::{RemovePodSandboxRequest, RemovePodSandboxResponse};
 use tonic::Status;
 
 /// The call.
-pub async fn remove(server: &Server, request: RemovePodSandboxRequest) -> Result<RemovePodSandboxResponse, Status> {
+pub async fn remove(
+    server: &Server,
+    request: RemovePodSandboxRequest,
+) -> Result<RemovePodSandboxResponse, Status> {
     let Some(pod) = server.pod_if_any(&request.pod_sandbox_id)? else {
         return Ok(RemovePodSandboxResponse {});
     };
@@ -15,8 +18,12 @@ pub async fn remove(server: &Server, request: RemovePodSandboxRequest) -> Result
         let containers = pod.containers();
         sandbox_stop::take_down(&task, &pod).await?;
         // The box goes last: as long as something is left, the pod is listed and Remove can be called again.
-        pod_files::remove(&task.layout, &id)
-            .map_err(|error| Status::internal(format!("the pod's files in {}: {error}", task.layout.pod(&id).display())))?;
+        pod_files::remove(&task.layout, &id).map_err(|error| {
+            Status::internal(format!(
+                "the pod's files in {}: {error}",
+                task.layout.pod(&id).display()
+            ))
+        })?;
         pod.remove().await.map_err(refused)?;
         for container in containers {
             task.updates.remove(&container.id);

@@ -21,7 +21,10 @@ use tonic::Status;
 const CGROUPS: &str = "/sys/fs/cgroup";
 
 /// The call.
-pub async fn run(server: &Server, request: RunPodSandboxRequest) -> Result<RunPodSandboxResponse, Status> {
+pub async fn run(
+    server: &Server,
+    request: RunPodSandboxRequest,
+) -> Result<RunPodSandboxResponse, Status> {
     let handler = &request.runtime_handler;
     if !server.config.runtime_handlers.contains(handler) {
         return Err(Status::invalid_argument(format!(
@@ -35,7 +38,10 @@ pub async fn run(server: &Server, request: RunPodSandboxRequest) -> Result<RunPo
         let record = record.clone();
         async move { make(&server, record).await }
     };
-    let pod_sandbox_id = server.runs.join(&server.tasks, record.key(), request, work).await?;
+    let pod_sandbox_id = server
+        .runs
+        .join(&server.tasks, record.key(), request, work)
+        .await?;
     Ok(RunPodSandboxResponse { pod_sandbox_id })
 }
 
@@ -72,7 +78,12 @@ async fn make(server: &Server, record: SandboxRecord) -> Result<String, Status> 
     }
 }
 
-async fn stages(server: &Server, id: &str, mut record: SandboxRecord, limit: Option<u64>) -> Result<LiteBox, Status> {
+async fn stages(
+    server: &Server,
+    id: &str,
+    mut record: SandboxRecord,
+    limit: Option<u64>,
+) -> Result<LiteBox, Status> {
     let ranges = lock(&server.pod_cidrs).clone();
     let begun = Instant::now();
     let network = server
@@ -82,8 +93,12 @@ async fn stages(server: &Server, id: &str, mut record: SandboxRecord, limit: Opt
         .map_err(|error: CniError| network_failed(&error))?;
     record.network_ms = milliseconds(begun.elapsed());
     record.set_addresses(&network.addresses());
-    pod_files::write(&server.layout, id, &record)
-        .map_err(|error| Status::internal(format!("the pod's files in {}: {error}", server.layout.pod(id).display())))?;
+    pod_files::write(&server.layout, id, &record).map_err(|error| {
+        Status::internal(format!(
+            "the pod's files in {}: {error}",
+            server.layout.pod(id).display()
+        ))
+    })?;
     let options = record.box_options(id, Some(network.netns), &server.config.pod, limit)?;
     let pod = server.runtime.create_box(options).await.map_err(refused)?;
     pod.start().await.map_err(refused)?;
@@ -95,10 +110,18 @@ async fn undo(server: &Server, id: &str) {
     if let Ok(pod) = server.runtime.get_box(id)
         && let Err(error) = pod.remove().await
     {
-        tracing::warn!(id, error = boxlite_runtime::report(&error), "a failed pod's box is left");
+        tracing::warn!(
+            id,
+            error = boxlite_runtime::report(&error),
+            "a failed pod's box is left"
+        );
     }
     if let Err(error) = server.cni.detach(id).await {
-        tracing::warn!(id, error = boxlite_runtime::report(&error), "a failed pod's network is left");
+        tracing::warn!(
+            id,
+            error = boxlite_runtime::report(&error),
+            "a failed pod's network is left"
+        );
     }
     if let Err(error) = pod_files::remove(&server.layout, id) {
         tracing::warn!(id, %error, "a failed pod's files are left");
@@ -118,7 +141,10 @@ struct Hidden<'a> {
 impl<'a> Hidden<'a> {
     fn new(server: &'a Server, id: &str) -> Self {
         lock(&server.starting).insert(id.to_owned());
-        Self { server, id: id.to_owned() }
+        Self {
+            server,
+            id: id.to_owned(),
+        }
     }
 }
 

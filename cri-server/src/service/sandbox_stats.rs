@@ -10,18 +10,30 @@ use boxlite_runtime::{BoxState, LiteBox};
 use tonic::Status;
 
 /// The call for one pod: a guest that does not answer is an error.
-pub async fn stats(server: &Server, request: PodSandboxStatsRequest) -> Result<PodSandboxStatsResponse, Status> {
+pub async fn stats(
+    server: &Server,
+    request: PodSandboxStatsRequest,
+) -> Result<PodSandboxStatsResponse, Status> {
     let pod = server.pod(&request.pod_sandbox_id)?;
     let limit = server.config.timeouts.stats;
     let answer = if pod.snapshot().state == BoxState::Ready {
         let asked = tokio::time::timeout(limit, pod.stats()).await;
-        Some(asked.map_err(|_| super::container_stats::silent(limit))?.map_err(refused)?)
+        Some(
+            asked
+                .map_err(|_| super::container_stats::silent(limit))?
+                .map_err(refused)?,
+        )
     } else {
         None
     };
     let containers = container_stats::of_pod(server, &pod).await;
     Ok(PodSandboxStatsResponse {
-        stats: Some(stats::sandbox(&pod.snapshot(), answer.as_ref(), containers, time::now_ns())),
+        stats: Some(stats::sandbox(
+            &pod.snapshot(),
+            answer.as_ref(),
+            containers,
+            time::now_ns(),
+        )),
     })
 }
 

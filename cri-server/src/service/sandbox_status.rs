@@ -10,7 +10,10 @@ use std::collections::HashMap;
 use tonic::Status;
 
 /// The call.
-pub fn status(server: &Server, request: &PodSandboxStatusRequest) -> Result<PodSandboxStatusResponse, Status> {
+pub fn status(
+    server: &Server,
+    request: &PodSandboxStatusRequest,
+) -> Result<PodSandboxStatusResponse, Status> {
     let pod = server.pod(&request.pod_sandbox_id)?;
     let snapshot = pod.snapshot();
     let containers_statuses = pod
@@ -20,7 +23,11 @@ pub fn status(server: &Server, request: &PodSandboxStatusRequest) -> Result<PodS
         .collect();
     Ok(PodSandboxStatusResponse {
         status: Some(status::sandbox_status(&snapshot)),
-        info: if request.verbose { info(&snapshot) } else { HashMap::new() },
+        info: if request.verbose {
+            info(&snapshot)
+        } else {
+            HashMap::new()
+        },
         containers_statuses,
         timestamp: time::now_ns(),
     })
@@ -31,7 +38,10 @@ fn info(snapshot: &BoxSnapshot) -> HashMap<String, String> {
     let record = SandboxRecord::decoded(&snapshot.metadata);
     let mut stages = vec![("cni".to_owned(), record.network_ms)];
     stages.extend(snapshot.timers.stages.iter().cloned());
-    let stages: Vec<_> = stages.into_iter().map(|(stage, ms)| json!({"stage": stage, "ms": ms})).collect();
+    let stages: Vec<_> = stages
+        .into_iter()
+        .map(|(stage, ms)| json!({"stage": stage, "ms": ms}))
+        .collect();
     let info = json!({
         "state": format!("{:?}", snapshot.state),
         "reason": snapshot.reason,

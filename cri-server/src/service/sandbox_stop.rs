@@ -6,12 +6,17 @@ use boxlite_runtime::LiteBox;
 use tonic::Status;
 
 /// The call.
-pub async fn stop(server: &Server, request: StopPodSandboxRequest) -> Result<StopPodSandboxResponse, Status> {
+pub async fn stop(
+    server: &Server,
+    request: StopPodSandboxRequest,
+) -> Result<StopPodSandboxResponse, Status> {
     let Some(pod) = server.pod_if_any(&request.pod_sandbox_id)? else {
         return Ok(StopPodSandboxResponse {});
     };
     let task = server.clone();
-    server.detached(async move { take_down(&task, &pod).await }).await?;
+    server
+        .detached(async move { take_down(&task, &pod).await })
+        .await?;
     Ok(StopPodSandboxResponse {})
 }
 
@@ -19,5 +24,9 @@ pub async fn stop(server: &Server, request: StopPodSandboxRequest) -> Result<Sto
 pub async fn take_down(server: &Server, pod: &LiteBox) -> Result<(), Status> {
     server.runs.forget(pod.id());
     pod.stop().await.map_err(refused)?;
-    server.cni.detach(pod.id()).await.map_err(|error| network_failed(&error))
+    server
+        .cni
+        .detach(pod.id())
+        .await
+        .map_err(|error| network_failed(&error))
 }

@@ -11,7 +11,10 @@ const PORTION: usize = 50;
 pub type Stream<T> = BoxStream<'static, Result<T, Status>>;
 
 /// `items` in portions, each made a message by `message`. No item, no message.
-pub fn portions<I, T>(items: Vec<I>, message: impl Fn(Vec<I>) -> T + Send + 'static) -> Response<Stream<T>>
+pub fn portions<I, T>(
+    items: Vec<I>,
+    message: impl Fn(Vec<I>) -> T + Send + 'static,
+) -> Response<Stream<T>>
 where
     I: Send + 'static,
     T: Send + 'static,
@@ -36,7 +39,11 @@ mod tests {
                 .map(Result::unwrap)
                 .collect()
                 .await;
-            assert!(portions.iter().all(|portion| (1..=PORTION).contains(&portion.len())));
+            assert!(
+                portions
+                    .iter()
+                    .all(|portion| (1..=PORTION).contains(&portion.len()))
+            );
             assert_eq!(portions.concat(), (0..count).collect::<Vec<_>>());
         }
     }

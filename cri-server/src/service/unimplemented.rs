@@ -8,7 +8,10 @@ pub const TABLE: [(&str, &str); 9] = [
     ("Attach", "the streaming server (SPDY and WebSocket)"),
     ("PortForward", "the streaming server (SPDY and WebSocket)"),
     ("CheckpointContainer", "checkpoint of a container in a VM"),
-    ("GetContainerEvents", "the event stream; the kubelet falls back to listing"),
+    (
+        "GetContainerEvents",
+        "the event stream; the kubelet falls back to listing",
+    ),
     ("ListMetricDescriptors", "the cAdvisor metrics"),
     ("ListPodSandboxMetrics", "the cAdvisor metrics"),
     ("StreamPodSandboxMetrics", "the cAdvisor metrics"),
@@ -17,6 +20,9 @@ pub const TABLE: [(&str, &str); 9] = [
 
 /// UNIMPLEMENTED for a call of the table.
 pub fn answer(call: &'static str) -> Status {
-    let waits_for = TABLE.iter().find(|(name, _)| *name == call).map_or("", |(_, what)| what);
+    let waits_for = TABLE
+        .iter()
+        .find(|(name, _)| *name == call)
+        .map_or("", |(_, what)| what);
     Status::unimplemented(format!("{call} is not there yet: {waits_for}"))
 }

@@ -21,7 +21,12 @@ impl Updates {
     }
 
     /// Notes an update: a field that it leaves at zero keeps what `before` has.
-    pub fn set(&self, id: &str, before: Option<LinuxContainerResources>, update: LinuxContainerResources) {
+    pub fn set(
+        &self,
+        id: &str,
+        before: Option<LinuxContainerResources>,
+        update: LinuxContainerResources,
+    ) {
         let merged = merge(before.unwrap_or_default(), update);
         lock(&self.resources).insert(id.to_owned(), merged);
     }
@@ -32,20 +37,32 @@ impl Updates {
     }
 }
 
-fn merge(mut have: LinuxContainerResources, update: LinuxContainerResources) -> LinuxContainerResources {
+fn merge(
+    mut have: LinuxContainerResources,
+    update: LinuxContainerResources,
+) -> LinuxContainerResources {
     for (old, new) in [
         (&mut have.cpu_period, update.cpu_period),
         (&mut have.cpu_quota, update.cpu_quota),
         (&mut have.cpu_shares, update.cpu_shares),
-        (&mut have.memory_limit_in_bytes, update.memory_limit_in_bytes),
-        (&mut have.memory_swap_limit_in_bytes, update.memory_swap_limit_in_bytes),
+        (
+            &mut have.memory_limit_in_bytes,
+            update.memory_limit_in_bytes,
+        ),
+        (
+            &mut have.memory_swap_limit_in_bytes,
+            update.memory_swap_limit_in_bytes,
+        ),
         (&mut have.oom_score_adj, update.oom_score_adj),
     ] {
         if new != 0 {
             *old = new;
         }
     }
-    for (old, new) in [(&mut have.cpuset_cpus, update.cpuset_cpus), (&mut have.cpuset_mems, update.cpuset_mems)] {
+    for (old, new) in [
+        (&mut have.cpuset_cpus, update.cpuset_cpus),
+        (&mut have.cpuset_mems, update.cpuset_mems),
+    ] {
         if !new.is_empty() {
             *old = new;
         }
@@ -60,12 +77,26 @@ mod tests {
 
     #[test]
     fn zero_keeps_what_was() {
-        let before = LinuxContainerResources { cpu_shares: 2, cpuset_cpus: "0".into(), ..Default::default() };
-        let update = LinuxContainerResources { memory_limit_in_bytes: 9, ..Default::default() };
+        let before = LinuxContainerResources {
+            cpu_shares: 2,
+            cpuset_cpus: "0".into(),
+            ..Default::default()
+        };
+        let update = LinuxContainerResources {
+            memory_limit_in_bytes: 9,
+            ..Default::default()
+        };
         let updates = Updates::default();
         updates.set("a", Some(before), update);
         let now = updates.get("a").unwrap();
-        assert_eq!((now.cpu_shares, now.memory_limit_in_bytes, now.cpuset_cpus.as_str()), (2, 9, "0"));
+        assert_eq!(
+            (
+                now.cpu_shares,
+                now.memory_limit_in_bytes,
+                now.cpuset_cpus.as_str()
+            ),
+            (2, 9, "0")
+        );
         updates.remove("a");
         assert_eq!(updates.get("a"), None);
     }

@@ -3,7 +3,8 @@
 use super::*;
 use crate::config::Config;
 use boxlite_proto::cri::v1::{
-    DnsConfig, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceMode, NamespaceOption, PortMapping,
+    DnsConfig, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceMode, NamespaceOption,
+    PortMapping,
 };
 use proptest::prelude::*;
 
@@ -26,8 +27,15 @@ fn record(config: PodSandboxConfig) -> SandboxRecord {
 
 #[test]
 fn what_the_cri_requires_is_named() {
-    let refused = |config| SandboxRecord::new(config, String::new()).unwrap_err().to_string();
-    assert_eq!(refused(PodSandboxConfig::default()), "config.metadata is missing");
+    let refused = |config| {
+        SandboxRecord::new(config, String::new())
+            .unwrap_err()
+            .to_string()
+    };
+    assert_eq!(
+        refused(PodSandboxConfig::default()),
+        "config.metadata is missing"
+    );
     let mut nameless = config();
     nameless.metadata = Some(PodSandboxMetadata::default());
     assert_eq!(refused(nameless), "config.metadata.name is missing");
@@ -45,12 +53,19 @@ fn namespaces_of_the_node_are_refused_by_name() {
         let mut pod = config();
         pod.linux = Some(LinuxPodSandboxConfig {
             security_context: Some(LinuxSandboxSecurityContext {
-                namespace_options: Some(NamespaceOption { network, pid, ipc, ..Default::default() }),
+                namespace_options: Some(NamespaceOption {
+                    network,
+                    pid,
+                    ipc,
+                    ..Default::default()
+                }),
                 ..Default::default()
             }),
             ..Default::default()
         });
-        let text = SandboxRecord::new(pod, String::new()).unwrap_err().to_string();
+        let text = SandboxRecord::new(pod, String::new())
+            .unwrap_err()
+            .to_string();
         assert!(text.contains(word) && text.contains("NODE"), "{text}");
         assert_eq!(NamespaceMode::Node as i32, 2);
     }
@@ -69,7 +84,10 @@ fn box_options_have_name_size_and_the_record() {
         .box_options("ab", Some("/run/x".into()), &Config::default().pod, None)
         .unwrap();
     assert_eq!(options.name, "default/web/u-1/2");
-    assert_eq!((options.vcpus, options.memory_mib, options.scratch_bytes), (1, 320, 10 << 30));
+    assert_eq!(
+        (options.vcpus, options.memory_mib, options.scratch_bytes),
+        (1, 320, 10 << 30)
+    );
     assert_eq!(options.hostname, "web-0");
     assert_eq!(options.cgroup_parent, "/kubepods/podu-1");
     assert_eq!(options.sysctls["net.ipv4.ip_forward"], "1");
@@ -90,10 +108,21 @@ fn hostname_comes_from_the_pod_name_where_none_is_given() {
 fn network_has_ports_bandwidth_and_dns() {
     let mut pod = config();
     pod.port_mappings = vec![
-        PortMapping { protocol: 1, container_port: 53, host_port: 5353, host_ip: "127.0.0.1".into() },
-        PortMapping { protocol: 0, container_port: 80, host_port: 0, ..Default::default() },
+        PortMapping {
+            protocol: 1,
+            container_port: 53,
+            host_port: 5353,
+            host_ip: "127.0.0.1".into(),
+        },
+        PortMapping {
+            protocol: 0,
+            container_port: 80,
+            host_port: 0,
+            ..Default::default()
+        },
     ];
-    pod.annotations.insert("kubernetes.io/ingress-bandwidth".into(), "10M".into());
+    pod.annotations
+        .insert("kubernetes.io/ingress-bandwidth".into(), "10M".into());
     pod.dns_config = Some(DnsConfig {
         servers: vec!["10.0.0.10".into()],
         searches: vec!["svc".into(), "local".into()],
@@ -106,7 +135,10 @@ fn network_has_ports_bandwidth_and_dns() {
         serde_json::json!([{"hostPort": 5353, "containerPort": 53, "protocol": "udp", "hostIP": "127.0.0.1"}])
     );
     let bandwidth = network.bandwidth.unwrap();
-    assert_eq!((bandwidth.ingress_rate, bandwidth.egress_rate), (10_000_000, 0));
+    assert_eq!(
+        (bandwidth.ingress_rate, bandwidth.egress_rate),
+        (10_000_000, 0)
+    );
     assert_eq!(network.dns.servers, ["10.0.0.10"]);
     assert_eq!(
         record.resolv_conf().unwrap(),
@@ -117,7 +149,10 @@ fn network_has_ports_bandwidth_and_dns() {
 #[test]
 fn wrong_ports_and_rates_are_refused() {
     let mut pod = config();
-    pod.port_mappings = vec![PortMapping { container_port: 70_000, ..Default::default() }];
+    pod.port_mappings = vec![PortMapping {
+        container_port: 70_000,
+        ..Default::default()
+    }];
     assert!(SandboxRecord::new(pod, String::new()).is_err());
     for rate in ["", "10X", "-1", "999", "2000000T", "99999999999999999999"] {
         assert!(quantity("x", rate).is_err(), "{rate}");

@@ -7,16 +7,63 @@ use std::collections::BTreeSet;
 
 /// What a container has unless it says otherwise: containerd's and Docker's list.
 const DEFAULT: [&str; 14] = [
-    "AUDIT_WRITE", "CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "MKNOD", "NET_BIND_SERVICE", "NET_RAW",
-    "SETFCAP", "SETGID", "SETPCAP", "SETUID", "SYS_CHROOT",
+    "AUDIT_WRITE",
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "FOWNER",
+    "FSETID",
+    "KILL",
+    "MKNOD",
+    "NET_BIND_SERVICE",
+    "NET_RAW",
+    "SETFCAP",
+    "SETGID",
+    "SETPCAP",
+    "SETUID",
+    "SYS_CHROOT",
 ];
 /// All of Linux 5.9 and later (capability.h, CAP_LAST_CAP 40); the guest's kernel is 6.12.
 const ALL: [&str; 41] = [
-    "AUDIT_CONTROL", "AUDIT_READ", "AUDIT_WRITE", "BLOCK_SUSPEND", "BPF", "CHECKPOINT_RESTORE", "CHOWN",
-    "DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "FSETID", "IPC_LOCK", "IPC_OWNER", "KILL", "LEASE",
-    "LINUX_IMMUTABLE", "MAC_ADMIN", "MAC_OVERRIDE", "MKNOD", "NET_ADMIN", "NET_BIND_SERVICE", "NET_BROADCAST",
-    "NET_RAW", "PERFMON", "SETFCAP", "SETGID", "SETPCAP", "SETUID", "SYSLOG", "SYS_ADMIN", "SYS_BOOT", "SYS_CHROOT",
-    "SYS_MODULE", "SYS_NICE", "SYS_PACCT", "SYS_PTRACE", "SYS_RAWIO", "SYS_RESOURCE", "SYS_TIME", "SYS_TTY_CONFIG",
+    "AUDIT_CONTROL",
+    "AUDIT_READ",
+    "AUDIT_WRITE",
+    "BLOCK_SUSPEND",
+    "BPF",
+    "CHECKPOINT_RESTORE",
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "DAC_READ_SEARCH",
+    "FOWNER",
+    "FSETID",
+    "IPC_LOCK",
+    "IPC_OWNER",
+    "KILL",
+    "LEASE",
+    "LINUX_IMMUTABLE",
+    "MAC_ADMIN",
+    "MAC_OVERRIDE",
+    "MKNOD",
+    "NET_ADMIN",
+    "NET_BIND_SERVICE",
+    "NET_BROADCAST",
+    "NET_RAW",
+    "PERFMON",
+    "SETFCAP",
+    "SETGID",
+    "SETPCAP",
+    "SETUID",
+    "SYSLOG",
+    "SYS_ADMIN",
+    "SYS_BOOT",
+    "SYS_CHROOT",
+    "SYS_MODULE",
+    "SYS_NICE",
+    "SYS_PACCT",
+    "SYS_PTRACE",
+    "SYS_RAWIO",
+    "SYS_RESOURCE",
+    "SYS_TIME",
+    "SYS_TTY_CONFIG",
     "WAKE_ALARM",
 ];
 
@@ -24,7 +71,11 @@ const ALL: [&str; 41] = [
 pub fn capabilities(security: &LinuxContainerSecurityContext) -> Result<Value, ConvertError> {
     let none = Capability::default();
     let wish = security.capabilities.as_ref().unwrap_or(&none);
-    let mut set: BTreeSet<&str> = if security.privileged { ALL.into() } else { DEFAULT.into() };
+    let mut set: BTreeSet<&str> = if security.privileged {
+        ALL.into()
+    } else {
+        DEFAULT.into()
+    };
     if wish.add_capabilities.iter().any(|name| is_all(name)) {
         set = ALL.into();
     }
@@ -45,7 +96,9 @@ pub fn capabilities(security: &LinuxContainerSecurityContext) -> Result<Value, C
         set.insert(name);
         ambient.insert(name);
     }
-    let names = |set: &BTreeSet<&str>| -> Vec<String> { set.iter().map(|name| format!("CAP_{name}")).collect() };
+    let names = |set: &BTreeSet<&str>| -> Vec<String> {
+        set.iter().map(|name| format!("CAP_{name}")).collect()
+    };
     Ok(json!({
         "bounding": names(&set),
         "effective": names(&set),
@@ -64,7 +117,11 @@ fn is_all(name: &str) -> bool {
 fn known(name: &str) -> Result<&'static str, ConvertError> {
     let upper = name.to_ascii_uppercase();
     let bare = upper.strip_prefix("CAP_").unwrap_or(&upper);
-    ALL.into_iter()
-        .find(|have| *have == bare)
-        .ok_or_else(|| ConvertError::invalid("security_context.capabilities", name, "is no Linux capability"))
+    ALL.into_iter().find(|have| *have == bare).ok_or_else(|| {
+        ConvertError::invalid(
+            "security_context.capabilities",
+            name,
+            "is no Linux capability",
+        )
+    })
 }

@@ -20,8 +20,8 @@ pub use resources::resources;
 use super::ConvertError;
 use super::sandbox::SandboxRecord;
 use boxlite_proto::cri::v1::{
-    ContainerConfig, LinuxContainerSecurityContext, MountPropagation, NamespaceMode, SecurityProfile,
-    security_profile::ProfileType,
+    ContainerConfig, LinuxContainerSecurityContext, MountPropagation, NamespaceMode,
+    SecurityProfile, security_profile::ProfileType,
 };
 use oci_spec::image::ImageConfiguration;
 use oci_spec::runtime::Spec;
@@ -92,7 +92,10 @@ pub fn spec(source: Source<'_>) -> Result<Spec, ConvertError> {
     refuse(&source, &security)?;
     let linux = source.config.linux.as_ref();
     let mut namespaces = vec![json!({"type": "mount"}), json!({"type": "cgroup"})];
-    let pid = security.namespace_options.as_ref().map_or(0, |options| options.pid);
+    let pid = security
+        .namespace_options
+        .as_ref()
+        .map_or(0, |options| options.pid);
     if pid == NamespaceMode::Container as i32 {
         namespaces.push(json!({"type": "pid"}));
     }
@@ -120,12 +123,16 @@ pub fn spec(source: Source<'_>) -> Result<Spec, ConvertError> {
             "readonlyPaths": readonly,
         },
     });
-    serde_json::from_value(document)
-        .map_err(|error| ConvertError::invalid("config", "", format!("no OCI spec can be made: {error}")))
+    serde_json::from_value(document).map_err(|error| {
+        ConvertError::invalid("config", "", format!("no OCI spec can be made: {error}"))
+    })
 }
 
 /// What this runtime does not do, said by name.
-fn refuse(source: &Source<'_>, security: &LinuxContainerSecurityContext) -> Result<(), ConvertError> {
+fn refuse(
+    source: &Source<'_>,
+    security: &LinuxContainerSecurityContext,
+) -> Result<(), ConvertError> {
     namespaces(security.namespace_options.as_ref())?;
     if let Some(device) = source.config.devices.first() {
         return Err(ConvertError::unsupported(
@@ -158,32 +165,54 @@ fn refuse(source: &Source<'_>, security: &LinuxContainerSecurityContext) -> Resu
 /// RuntimeDefault and Unconfined are one here: the pod has a kernel of its own. A profile by name can't be honoured.
 fn localhost(field: &'static str, profile: Option<&SecurityProfile>) -> Result<(), ConvertError> {
     match profile {
-        Some(profile) if profile.profile_type == ProfileType::Localhost as i32 => Err(
-            ConvertError::unsupported(field, format!("{:?}", profile.localhost_ref), "localhost profiles are not loaded into the guest"),
-        ),
+        Some(profile) if profile.profile_type == ProfileType::Localhost as i32 => {
+            Err(ConvertError::unsupported(
+                field,
+                format!("{:?}", profile.localhost_ref),
+                "localhost profiles are not loaded into the guest",
+            ))
+        }
         _ => Ok(()),
     }
 }
 
 /// Namespaces of the node can't be had in a VM.
-pub fn namespaces(options: Option<&boxlite_proto::cri::v1::NamespaceOption>) -> Result<(), ConvertError> {
+pub fn namespaces(
+    options: Option<&boxlite_proto::cri::v1::NamespaceOption>,
+) -> Result<(), ConvertError> {
     let Some(options) = options else {
         return Ok(());
     };
     let node = NamespaceMode::Node as i32;
     for (field, mode, reason) in [
-        ("namespace_options.network", options.network, "hostNetwork is not there yet"),
-        ("namespace_options.pid", options.pid, "the host's processes are not visible in a VM"),
-        ("namespace_options.ipc", options.ipc, "the host's IPC is not reachable from a VM"),
+        (
+            "namespace_options.network",
+            options.network,
+            "hostNetwork is not there yet",
+        ),
+        (
+            "namespace_options.pid",
+            options.pid,
+            "the host's processes are not visible in a VM",
+        ),
+        (
+            "namespace_options.ipc",
+            options.ipc,
+            "the host's IPC is not reachable from a VM",
+        ),
     ] {
         if mode == node {
             return Err(ConvertError::unsupported(field, "NODE", reason));
         }
     }
     match &options.userns_options {
-        Some(userns) if userns.mode == NamespaceMode::Pod as i32 && !userns.uids.is_empty() => Err(
-            ConvertError::unsupported("namespace_options.userns_options", "POD", "user namespaces are not there yet"),
-        ),
+        Some(userns) if userns.mode == NamespaceMode::Pod as i32 && !userns.uids.is_empty() => {
+            Err(ConvertError::unsupported(
+                "namespace_options.userns_options",
+                "POD",
+                "user namespaces are not there yet",
+            ))
+        }
         _ => Ok(()),
     }
 }
@@ -198,10 +227,21 @@ fn or_default(wanted: &[String], default: &[&str]) -> Vec<String> {
 
 /// containerd's annotations, by its names, and those that speak to the guest.
 fn annotations(source: &Source<'_>, security: &LinuxContainerSecurityContext) -> Value {
-    let name = source.config.metadata.as_ref().map(|m| m.name.clone()).unwrap_or_default();
+    let name = source
+        .config
+        .metadata
+        .as_ref()
+        .map(|m| m.name.clone())
+        .unwrap_or_default();
     let image = source.config.image.as_ref();
     let image_name = image
-        .map(|image| if image.user_specified_image.is_empty() { &image.image } else { &image.user_specified_image })
+        .map(|image| {
+            if image.user_specified_image.is_empty() {
+                &image.image
+            } else {
+                &image.user_specified_image
+            }
+        })
         .cloned()
         .unwrap_or_default();
     let pod = source.sandbox.metadata();

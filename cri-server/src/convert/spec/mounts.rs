@@ -9,16 +9,51 @@ use std::path::{Component, Path, PathBuf};
 const SHM: &str = "/dev/shm";
 
 /// The whole list. A request's mount at the same place takes the place of a standard one.
-pub fn mounts(source: &Source<'_>, security: &LinuxContainerSecurityContext) -> Result<Vec<Value>, ConvertError> {
+pub fn mounts(
+    source: &Source<'_>,
+    security: &LinuxContainerSecurityContext,
+) -> Result<Vec<Value>, ConvertError> {
     let access = if security.privileged { "rw" } else { "ro" };
     let flat = |target: &str, kind: &str, origin: &str, options: &[&str]| json!({"destination": target, "type": kind, "source": origin, "options": options});
     let mut list = vec![
         flat("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"]),
-        flat("/dev", "tmpfs", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
-        flat("/dev/pts", "devpts", "devpts", &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]),
-        flat("/dev/mqueue", "mqueue", "mqueue", &["nosuid", "noexec", "nodev"]),
-        flat("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", access]),
-        flat("/sys/fs/cgroup", "cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", access]),
+        flat(
+            "/dev",
+            "tmpfs",
+            "tmpfs",
+            &["nosuid", "strictatime", "mode=755", "size=65536k"],
+        ),
+        flat(
+            "/dev/pts",
+            "devpts",
+            "devpts",
+            &[
+                "nosuid",
+                "noexec",
+                "newinstance",
+                "ptmxmode=0666",
+                "mode=0620",
+                "gid=5",
+            ],
+        ),
+        flat(
+            "/dev/mqueue",
+            "mqueue",
+            "mqueue",
+            &["nosuid", "noexec", "nodev"],
+        ),
+        flat(
+            "/sys",
+            "sysfs",
+            "sysfs",
+            &["nosuid", "noexec", "nodev", access],
+        ),
+        flat(
+            "/sys/fs/cgroup",
+            "cgroup",
+            "cgroup",
+            &["nosuid", "noexec", "nodev", "relatime", access],
+        ),
         flat(SHM, "bind", SHM, &["rbind", "rprivate", "rw"]),
     ];
     let file_access = if security.readonly_rootfs { "ro" } else { "rw" };
@@ -74,7 +109,12 @@ fn target(mount: &Mount) -> Result<PathBuf, ConvertError> {
 }
 
 fn volume(mount: &Mount) -> Result<Value, ConvertError> {
-    if mount.image.as_ref().is_some_and(|image| !image.image.is_empty()) || !mount.image_sub_path.is_empty() {
+    if mount
+        .image
+        .as_ref()
+        .is_some_and(|image| !image.image.is_empty())
+        || !mount.image_sub_path.is_empty()
+    {
         return Err(ConvertError::unsupported(
             "mount.image",
             format!("{:?}", mount.container_path),
@@ -98,7 +138,10 @@ fn volume(mount: &Mount) -> Result<Value, ConvertError> {
     let origin = host_path(mount)?;
     // Mounts that come on the host later do not reach the guest: rslave is what the guest can give of HostToContainer.
     let propagation = if mount.propagation == MountPropagation::PropagationHostToContainer as i32 {
-        tracing::warn!(path = mount.container_path, "HostToContainer: later mounts of the host will not be seen");
+        tracing::warn!(
+            path = mount.container_path,
+            "HostToContainer: later mounts of the host will not be seen"
+        );
         "rslave"
     } else {
         "rprivate"

@@ -14,7 +14,10 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 const OOM_RANGE: std::ops::RangeInclusive<i64> = -1000..=1000;
 
 /// The whole object.
-pub fn process(source: &Source<'_>, security: &LinuxContainerSecurityContext) -> Result<Value, ConvertError> {
+pub fn process(
+    source: &Source<'_>,
+    security: &LinuxContainerSecurityContext,
+) -> Result<Value, ConvertError> {
     let image = source.image_config();
     let mut process = json!({
         "terminal": source.config.tty,
@@ -25,10 +28,21 @@ pub fn process(source: &Source<'_>, security: &LinuxContainerSecurityContext) ->
         "capabilities": capabilities(security)?,
         "noNewPrivileges": security.no_new_privs,
     });
-    let resources = source.config.linux.as_ref().and_then(|linux| linux.resources.as_ref());
-    if let Some(adjustment) = resources.map(|resources| resources.oom_score_adj).filter(|adj| *adj != 0) {
+    let resources = source
+        .config
+        .linux
+        .as_ref()
+        .and_then(|linux| linux.resources.as_ref());
+    if let Some(adjustment) = resources
+        .map(|resources| resources.oom_score_adj)
+        .filter(|adj| *adj != 0)
+    {
         if !OOM_RANGE.contains(&adjustment) {
-            return Err(ConvertError::invalid("oom_score_adj", adjustment.to_string(), "must be -1000 to 1000"));
+            return Err(ConvertError::invalid(
+                "oom_score_adj",
+                adjustment.to_string(),
+                "must be -1000 to 1000",
+            ));
         }
         process["oomScoreAdj"] = json!(adjustment);
     }
@@ -50,7 +64,9 @@ fn arguments(source: &Source<'_>) -> Result<Vec<String>, ConvertError> {
         words.extend(image.cmd().clone().unwrap_or_default());
     }
     if words.first().is_none_or(String::is_empty) {
-        return Err(ConvertError::Missing("config.command: neither the request nor the image says what to run; it"));
+        return Err(ConvertError::Missing(
+            "config.command: neither the request nor the image says what to run; it",
+        ));
     }
     no_nul("config.command", &words)?;
     Ok(words)
@@ -71,22 +87,33 @@ fn environment(source: &Source<'_>) -> Result<Vec<String>, ConvertError> {
     }
     for entry in &source.config.envs {
         if entry.key.is_empty() || entry.key.contains('=') {
-            return Err(ConvertError::invalid("config.envs", entry.key.clone(), "is no variable's name"));
+            return Err(ConvertError::invalid(
+                "config.envs",
+                entry.key.clone(),
+                "is no variable's name",
+            ));
         }
         let value = String::from_utf8_lossy(&entry.value);
         if matches!(value, std::borrow::Cow::Owned(_)) {
             // JSON, and so the OCI spec, has no other bytes; containerd does the same. Never the value: it may be secret.
-            tracing::warn!(key = entry.key, "value is not UTF-8; its other bytes become U+FFFD");
+            tracing::warn!(
+                key = entry.key,
+                "value is not UTF-8; its other bytes become U+FFFD"
+            );
         }
         set(&mut list, format!("{}={value}", entry.key));
     }
-    no_nul("config.envs", &list).map_err(|_| ConvertError::invalid("config.envs", "", "a variable has a NUL"))?;
+    no_nul("config.envs", &list)
+        .map_err(|_| ConvertError::invalid("config.envs", "", "a variable has a NUL"))?;
     Ok(list)
 }
 
 fn set(list: &mut Vec<String>, entry: String) {
-    let name = entry.split_once('=').map_or(entry.as_str(), |(name, _)| name);
-    let same = |have: &&mut String| have.split_once('=').map_or(have.as_str(), |(name, _)| name) == name;
+    let name = entry
+        .split_once('=')
+        .map_or(entry.as_str(), |(name, _)| name);
+    let same =
+        |have: &&mut String| have.split_once('=').map_or(have.as_str(), |(name, _)| name) == name;
     match list.iter_mut().find(same) {
         Some(have) => *have = entry,
         None => list.push(entry),
@@ -95,13 +122,21 @@ fn set(list: &mut Vec<String>, entry: String) {
 
 fn directory(source: &Source<'_>) -> Result<String, ConvertError> {
     let wanted = &source.config.working_dir;
-    let image = source.image_config().working_dir().clone().unwrap_or_default();
+    let image = source
+        .image_config()
+        .working_dir()
+        .clone()
+        .unwrap_or_default();
     let directory = [wanted.as_str(), image.as_str(), "/"]
         .into_iter()
         .find(|directory| !directory.is_empty())
         .unwrap_or("/");
     if !directory.starts_with('/') {
-        return Err(ConvertError::invalid("working_dir", directory, "must be an absolute path"));
+        return Err(ConvertError::invalid(
+            "working_dir",
+            directory,
+            "must be an absolute path",
+        ));
     }
     no_nul("working_dir", &[directory.to_owned()])?;
     Ok(directory.to_owned())
@@ -119,7 +154,10 @@ pub fn image_stop_signal(image: &ImageConfiguration) -> Option<u32> {
     let text = image.config().as_ref()?.stop_signal().clone()?;
     let number = signal::from_text(&text);
     if number.is_none() {
-        tracing::warn!(signal = text, "the image's StopSignal is not known; SIGTERM stands in");
+        tracing::warn!(
+            signal = text,
+            "the image's StopSignal is not known; SIGTERM stands in"
+        );
     }
     number
 }

@@ -18,7 +18,11 @@ pub fn resources(wish: Option<&LinuxContainerResources>) -> Result<Value, Conver
         if value != 0 {
             // A quota of -1 is "no limit"; the others have no negative meaning.
             if value < 0 && key != "quota" {
-                return Err(ConvertError::invalid("linux.resources.cpu", format!("{key} {value}"), "must not be negative"));
+                return Err(ConvertError::invalid(
+                    "linux.resources.cpu",
+                    format!("{key} {value}"),
+                    "must not be negative",
+                ));
             }
             cpu.insert(key.into(), json!(value));
         }
@@ -51,7 +55,11 @@ pub fn resources(wish: Option<&LinuxContainerResources>) -> Result<Value, Conver
         for key in wish.unified.keys() {
             let name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_');
             if !key.contains('.') || !key.chars().all(name) {
-                return Err(ConvertError::invalid("linux.resources.unified", key.clone(), "is no cgroup v2 file"));
+                return Err(ConvertError::invalid(
+                    "linux.resources.unified",
+                    key.clone(),
+                    "is no cgroup v2 file",
+                ));
             }
         }
         resources["unified"] = json!(wish.unified);

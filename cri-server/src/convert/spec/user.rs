@@ -43,7 +43,9 @@ pub fn user(security: &LinuxContainerSecurityContext, image: &str) -> Result<Val
         },
     };
     let name = if name.is_empty() { "0" } else { name };
-    let group = group.map(|gid| gid.to_string()).or(image_group.map(str::to_owned));
+    let group = group
+        .map(|gid| gid.to_string())
+        .or(image_group.map(str::to_owned));
     check(name)?;
     if let Some(group) = &group {
         check(group)?;
@@ -52,7 +54,10 @@ pub fn user(security: &LinuxContainerSecurityContext, image: &str) -> Result<Val
     for group in &security.supplemental_groups {
         additional.push(id("security_context.supplemental_groups", *group)?);
     }
-    let (uid, gid) = (name.parse::<u32>().ok(), group.as_ref().map(|group| group.parse::<u32>().ok()));
+    let (uid, gid) = (
+        name.parse::<u32>().ok(),
+        group.as_ref().map(|group| group.parse::<u32>().ok()),
+    );
     let mut user = json!({"uid": uid.unwrap_or(0), "gid": gid.flatten().unwrap_or(0)});
     if !additional.is_empty() {
         user["additionalGids"] = json!(additional);
@@ -78,7 +83,11 @@ fn id(field: &'static str, value: i64) -> Result<u32, ConvertError> {
 /// A name goes into comparisons in the guest only, but a line break or colon in it is an attack or a mistake.
 fn check(name: &str) -> Result<(), ConvertError> {
     if name.len() > 256 || name.chars().any(|c| c.is_control() || c == ':') {
-        return Err(ConvertError::invalid("user", name, "is no user or group name"));
+        return Err(ConvertError::invalid(
+            "user",
+            name,
+            "is no user or group name",
+        ));
     }
     if name.parse::<u64>().is_ok() && name.parse::<u32>().is_err() {
         return Err(ConvertError::invalid("user", name, "is too big for an id"));
