@@ -3,4 +3,7 @@
 //! The ttrpc services, the command line and the log writers are in here too, but know no VMM; only the module `vmm`
 //! does. No image, no database: a shim is told every path.
 
+pub mod jail;
+pub mod net;
 pub mod roles;
+pub mod vmm;

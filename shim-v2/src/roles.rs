@@ -7,6 +7,8 @@ use std::process::ExitCode;
 
 /// Runs the role named by the first argument. None: the arguments are not a role's.
 pub fn run(args: &[OsString]) -> Option<ExitCode> {
-    let _role = args.first()?;
-    None
+    match args.first()?.to_str()? {
+        "vmm" => Some(crate::vmm::child::run()),
+        _ => None,
+    }
 }

@@ -1,0 +1,90 @@
+//! The role `vmm`: reads an InstanceSpec, creates the VM, closes the jail around itself and enters.
+//!
+//! Single-threaded until the VMM starts threads of its own. Whoever started it is [`super::supervisor`]; nobody else
+//! calls this. Ends with a code of [`boxlite_proto::exit::ExitCode`] and a message on standard error.
+
+use super::VmmFactory;
+use super::step::{StepExt, invalid};
+use crate::jail;
+use boxlite_proto::error::{BoxliteError, BoxliteResult};
+use boxlite_proto::exit::ExitCode;
+use boxlite_proto::vmm::InstanceSpec;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::Signal;
+use std::convert::Infallible;
+use std::io::{BufRead, BufReader, Read};
+use std::os::fd::AsFd;
+
+/// Longest spec accepted, in bytes.
+const SPEC_LIMIT: u64 = 1 << 20;
+
+/// Runs the role with the standard VMMs. Returns only when no VM could be started.
+pub fn run() -> std::process::ExitCode {
+    run_with(&VmmFactory::standard())
+}
+
+/// Runs the role with the VMMs of `factory`.
+pub fn run_with(factory: &VmmFactory) -> std::process::ExitCode {
+    match start(factory) {
+        Ok(never) => match never {},
+        Err(Failure::Vmm(error)) => {
+            report(&error);
+            error.exit_code().into()
+        }
+        Err(Failure::Jail(error)) => {
+            report(&error);
+            ExitCode::Jail.into()
+        }
+    }
+}
+
+enum Failure {
+    Vmm(BoxliteError),
+    Jail(jail::JailError),
+}
+
+impl From<BoxliteError> for Failure {
+    fn from(error: BoxliteError) -> Self {
+        Self::Vmm(error)
+    }
+}
+
+fn report(error: &dyn std::error::Error) {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    eprintln!("vmm: {text}");
+}
+
+fn start(factory: &VmmFactory) -> Result<Infallible, Failure> {
+    // Before the spec is read: a shim that died earlier than this closed the pipe, one that dies later is noticed.
+    set_pdeathsig(Signal::SIGKILL).step("setting the parent-death signal")?;
+    let spec = read_spec()?;
+    jail::raise_file_limit();
+    if let Some(netns) = &spec.netns {
+        jail::enter_netns(netns).map_err(Failure::Jail)?;
+    }
+    let instance = factory.make(&spec.kind)?.create(spec)?;
+    jail::close(&instance.host_files()).map_err(Failure::Jail)?;
+    Ok(instance.enter()?)
+}
+
+fn read_spec() -> BoxliteResult<InstanceSpec> {
+    let stdin = std::io::stdin();
+    let mut line = String::new();
+    let mut reader = BufReader::new(stdin.lock().take(SPEC_LIMIT));
+    reader.read_line(&mut line).step("reading the instance spec")?;
+    // Our shim keeps the pipe open as long as it lives.
+    let mut fds = [PollFd::new(stdin.as_fd(), PollFlags::POLLIN)];
+    poll(&mut fds, PollTimeout::ZERO).step("looking at the spec's pipe")?;
+    let closed = fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP));
+    if closed {
+        return Err(std::io::Error::other("the shim is gone")).step("reading the instance spec");
+    }
+    serde_json::from_str(&line).map_err(|error| invalid("json", format!("{} bytes", line.len()), error.to_string()))
+}

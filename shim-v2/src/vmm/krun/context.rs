@@ -1,0 +1,12 @@
+//! Step 1: the libkrun context, with the guest kernel loaded first so that libkrun finds it wherever it is installed.
+
+use super::ffi::{self, Context};
+use crate::vmm::krunfw;
+use boxlite_proto::error::BoxliteResult;
+use boxlite_proto::vmm::InstanceSpec;
+
+pub(super) fn create(spec: &InstanceSpec) -> BoxliteResult<Context> {
+    krunfw::load(&spec.installation.libkrunfw)?;
+    ffi::log_warnings();
+    Context::create()
+}

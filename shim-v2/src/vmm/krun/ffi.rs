@@ -1,0 +1,145 @@
+//! libkrun's C interface with Rust types: strings checked, negative answers turned into errors.
+//!
+//! JUSTIFICATION for unsafe: the crate offers only `extern "C"` functions. All of them are called here and nowhere else.
+
+use super::super::step::invalid;
+use boxlite_proto::error::{BoxliteError, BoxliteResult};
+use std::ffi::CString;
+use std::ptr;
+
+/// A libkrun configuration context. Entering consumes it.
+pub(super) struct Context(u32);
+
+fn answer(call: &'static str, code: i32) -> BoxliteResult<()> {
+    match code {
+        0.. => Ok(()),
+        errno => Err(BoxliteError::Krun { call, errno: -errno }),
+    }
+}
+
+fn c_string(field: &'static str, text: &str) -> BoxliteResult<CString> {
+    CString::new(text).map_err(|_| invalid(field, text, "contains a zero byte"))
+}
+
+impl Context {
+    pub(super) fn create() -> BoxliteResult<Self> {
+        let id = krun::krun_create_ctx();
+        u32::try_from(id).map(Self).map_err(|_| BoxliteError::Krun {
+            call: "krun_create_ctx",
+            errno: -id,
+        })
+    }
+
+    pub(super) fn set_vm_config(&self, vcpus: u8, memory_mib: u32) -> BoxliteResult<()> {
+        answer("krun_set_vm_config", krun::krun_set_vm_config(self.0, vcpus, memory_mib))
+    }
+
+    pub(super) fn disable_implicit_init(&self) -> BoxliteResult<()> {
+        answer("krun_disable_implicit_init", krun::krun_disable_implicit_init(self.0))
+    }
+
+    pub(super) fn disable_implicit_vsock(&self) -> BoxliteResult<()> {
+        answer("krun_disable_implicit_vsock", krun::krun_disable_implicit_vsock(self.0))
+    }
+
+    /// Without any TSI: the guest's sockets are its own.
+    pub(super) fn add_vsock(&self) -> BoxliteResult<()> {
+        answer("krun_add_vsock", krun::krun_add_vsock(self.0, 0))
+    }
+
+    /// `path` None: a file system of overlay entries only. `dax_bytes` 0: no mapping window.
+    pub(super) fn add_virtiofs(
+        &self,
+        tag: &str,
+        path: Option<&str>,
+        dax_bytes: u64,
+        read_only: bool,
+    ) -> BoxliteResult<()> {
+        /// Ownership and modes as they are on the host.
+        const LINUX_COMPLETE: u32 = 0;
+        let tag = c_string("tag", tag)?;
+        let path = path.map(|path| c_string("share_dir", path)).transpose()?;
+        let path = path.as_ref().map_or(ptr::null(), |path| path.as_ptr());
+        // SAFETY: both pointers are to zero-terminated strings that outlive the call, or null as the header allows for
+        // the path; libkrun copies them.
+        let code = unsafe {
+            krun::krun_add_virtiofs4(self.0, tag.as_ptr(), path, dax_bytes, read_only, LINUX_COMPLETE)
+        };
+        answer("krun_add_virtiofs4", code)
+    }
+
+    /// A file whose content is `data`; it appears read-only.
+    pub(super) fn add_overlay_file(
+        &self,
+        tag: &str,
+        path: &str,
+        data: &'static [u8],
+        mode: u32,
+    ) -> BoxliteResult<()> {
+        let (tag, path) = (c_string("tag", tag)?, c_string("path", path)?);
+        // SAFETY: the strings outlive the call; `data` is valid for the rest of the process's life ('static), which is
+        // what libkrun demands, for it keeps the pointer.
+        let code = unsafe {
+            krun::krun_fs_add_overlay_file(self.0, tag.as_ptr(), path.as_ptr(), data.as_ptr(), data.len(), mode, false)
+        };
+        answer("krun_fs_add_overlay_file", code)
+    }
+
+    pub(super) fn add_overlay_dir(&self, tag: &str, path: &str, mode: u32) -> BoxliteResult<()> {
+        let (tag, path) = (c_string("tag", tag)?, c_string("path", path)?);
+        // SAFETY: both strings outlive the call; libkrun copies them.
+        let code = unsafe { krun::krun_fs_add_overlay_dir(self.0, tag.as_ptr(), path.as_ptr(), mode) };
+        answer("krun_fs_add_overlay_dir", code)
+    }
+
+    /// A raw image; `id` is its serial.
+    pub(super) fn add_disk(&self, id: &str, path: &str, read_only: bool) -> BoxliteResult<()> {
+        const RAW: u32 = 0;
+        /// The guest's flushes reach the file (fdatasync), not the platters: a scratch disk dies with its host.
+        const SYNC_RELAXED: u32 = 1;
+        let (id, path) = (c_string("disks.serial", id)?, c_string("disks.path", path)?);
+        // SAFETY: both strings outlive the call; libkrun copies them.
+        let code = unsafe {
+            krun::krun_add_disk3(self.0, id.as_ptr(), path.as_ptr(), RAW, read_only, false, SYNC_RELAXED)
+        };
+        answer("krun_add_disk3", code)
+    }
+
+    /// A card on an existing tap, found by name in this process's network namespace.
+    pub(super) fn add_net_tap(&self, tap: &str, mac: &[u8; 6], features: u32) -> BoxliteResult<()> {
+        let tap = c_string("nics.tap", tap)?;
+        // SAFETY: the string outlives the call, `mac` has the six bytes that are read; libkrun copies both.
+        let code = unsafe { krun::krun_add_net_tap(self.0, tap.as_ptr(), mac.as_ptr(), features, 0) };
+        answer("krun_add_net_tap", code)
+    }
+
+    /// Joins a vsock port to a unix socket. `listen`: the host connects, else the guest does.
+    pub(super) fn add_vsock_port(&self, port: u32, path: &str, listen: bool) -> BoxliteResult<()> {
+        let path = c_string("work_dir", path)?;
+        // SAFETY: the string outlives the call; libkrun copies it.
+        let code = unsafe { krun::krun_add_vsock_port2(self.0, port, path.as_ptr(), listen) };
+        answer("krun_add_vsock_port2", code)
+    }
+
+    pub(super) fn set_console_output(&self, path: &str) -> BoxliteResult<()> {
+        let path = c_string("console", path)?;
+        // SAFETY: the string outlives the call; libkrun copies it.
+        let code = unsafe { krun::krun_set_console_output(self.0, path.as_ptr()) };
+        answer("krun_set_console_output", code)
+    }
+
+    /// Becomes the VM. Comes back only with the error that kept it from starting.
+    pub(super) fn start_enter(self) -> BoxliteError {
+        BoxliteError::Krun {
+            call: "krun_start_enter",
+            errno: -krun::krun_start_enter(self.0),
+        }
+    }
+}
+
+/// libkrun's warnings and errors on standard error.
+pub(super) fn log_warnings() {
+    const WARN: u32 = 2;
+    // A second call in one process is refused; that is harmless.
+    krun::krun_set_log_level(WARN);
+}

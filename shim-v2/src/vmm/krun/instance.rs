@@ -1,0 +1,41 @@
+//! Step 8: what the jail must show, and entering the VM.
+
+use super::ffi::Context;
+use crate::vmm::{HostFiles, VmmInstance, VmmInstanceImpl};
+use boxlite_proto::error::BoxliteResult;
+use boxlite_proto::vmm::InstanceSpec;
+use std::convert::Infallible;
+use std::path::PathBuf;
+
+struct KrunInstance {
+    context: Context,
+    spec: InstanceSpec,
+}
+
+pub(super) fn create(context: Context, spec: InstanceSpec) -> VmmInstance {
+    VmmInstance::new(KrunInstance { context, spec })
+}
+
+impl VmmInstanceImpl for KrunInstance {
+    fn host_files(&self) -> HostFiles {
+        let spec = &self.spec;
+        let (read_only, writable): (Vec<_>, Vec<_>) = spec.disks.iter().partition(|disk| disk.read_only);
+        let path = |disk: &boxlite_proto::vmm::Disk| disk.path.clone();
+        let mut read_write = vec![PathBuf::from("/dev/kvm")];
+        if !spec.nics.is_empty() {
+            read_write.push(PathBuf::from("/dev/net/tun"));
+        }
+        read_write.extend(writable.into_iter().map(path));
+        HostFiles {
+            read_only: read_only.into_iter().map(path).collect(),
+            optional: Vec::new(),
+            read_write,
+            share: spec.share_dir.clone(),
+            work_dir: spec.work_dir.clone(),
+        }
+    }
+
+    fn enter(self: Box<Self>) -> BoxliteResult<Infallible> {
+        Err(self.context.start_enter())
+    }
+}

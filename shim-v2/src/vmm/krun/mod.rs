@@ -1,0 +1,45 @@
+//! VmmKind::Krun: libkrun, linked in, on KVM. Eight steps, one file each, called in order by [`KrunVmm`].
+//!
+//! libkrun takes its process over and leaves by `_exit`: it runs in the vmm child only.
+
+mod context;
+mod disks;
+mod entrypoint;
+mod ffi;
+mod instance;
+mod network;
+mod resources;
+mod shares;
+mod vsock;
+
+use super::{Vmm, VmmCapabilities, VmmInstance, devices};
+use boxlite_proto::error::BoxliteResult;
+use boxlite_proto::vmm::InstanceSpec;
+
+/// x86_64 has IRQ lines 5 to 15 for libkrun's virtio-mmio devices. The VM itself takes six: balloon, rng, console, the
+/// root, the share, vsock.
+pub const CAPABILITIES: VmmCapabilities = VmmCapabilities {
+    max_devices: 11,
+    base_devices: 6,
+    dax: true,
+    resize: false,
+    hybrid_vsock: false,
+    needs_kvm: true,
+};
+
+/// The libkrun VMM.
+pub struct KrunVmm;
+
+impl Vmm for KrunVmm {
+    fn create(&mut self, spec: InstanceSpec) -> BoxliteResult<VmmInstance> {
+        devices::check(&spec, &CAPABILITIES)?;
+        let context = context::create(&spec)?;
+        resources::configure(&context, &spec)?;
+        entrypoint::configure(&context, &spec)?;
+        shares::configure(&context, &spec)?;
+        disks::configure(&context, &spec)?;
+        network::configure(&context, &spec)?;
+        vsock::configure(&context, &spec)?;
+        Ok(instance::create(context, spec))
+    }
+}

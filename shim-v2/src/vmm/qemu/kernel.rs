@@ -1,0 +1,126 @@
+//! The guest kernel as a file QEMU can boot: libkrunfw's raw image behind a 4 KiB ELF header, made once and cached.
+//!
+//! The image has a Xen PVH note of its own (type 18: the 32-bit entry). QEMU wants an ELF whose PT_NOTE leads to such a
+//! note and whose PT_LOAD leads to the image; nothing else of ELF is looked at.
+
+use crate::vmm::krunfw::{self, KernelImage};
+use crate::vmm::step::StepExt;
+use boxlite_proto::error::BoxliteResult;
+use sha2::{Digest, Sha256};
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+/// Where the image starts in the file: one page, so that the mapping is aligned.
+const IMAGE_OFFSET: usize = 4096;
+/// Virtual address of the kernel's text; only debuggers look at it.
+const TEXT_ADDRESS: u64 = 0xffff_ffff_8100_0000;
+/// Name size, descriptor size, type and name of the PVH entry note (XEN_ELFNOTE_PHYS32_ENTRY), little-endian.
+const PVH_NOTE: [u8; 16] = *b"\x04\0\0\0\x08\0\0\0\x12\0\0\0Xen\0";
+/// Note header and its eight-byte descriptor.
+const PVH_NOTE_BYTES: usize = PVH_NOTE.len() + 8;
+/// Oldest generations of a cached file are left to the administrator; this many bytes of digest name one.
+const KEY_BYTES: usize = 8;
+
+/// The bootable kernel for the libkrunfw at `library`; made now if the cache has none.
+pub(super) fn bootable(library: &Path, cache: &Path) -> BoxliteResult<PathBuf> {
+    let file = cache.join(format!("kernel-{}.elf", identity(library)?));
+    if !file.exists() {
+        let image = krunfw::kernel_image(library)?;
+        write_whole(&file, &wrap(&image)?)?;
+    }
+    Ok(file)
+}
+
+/// A short name for a file's content without reading it: which file it is, how long, and when it was written.
+pub(super) fn identity(path: &Path) -> BoxliteResult<String> {
+    let meta = fs::metadata(path).step(format!("looking at {}", path.display()))?;
+    let facts = [meta.dev(), meta.ino(), meta.size(), meta.mtime().cast_unsigned(), meta.mtime_nsec().cast_unsigned()];
+    let mut digest = Sha256::new();
+    for fact in facts {
+        digest.update(fact.to_le_bytes());
+    }
+    digest.update(path.as_os_str().as_encoded_bytes());
+    Ok(hex::encode(&digest.finalize()[..KEY_BYTES]))
+}
+
+/// Writes a file so that others see all of it or nothing; two writers at once are harmless.
+pub(super) fn write_whole(path: &Path, content: &[u8]) -> BoxliteResult<()> {
+    let step = || format!("writing {}", path.display());
+    // The process id alone is 1 in every vmm child.
+    let unique = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |now| now.as_nanos());
+    let draft = path.with_extension(format!("new-{unique:x}"));
+    let mut file = fs::File::create_new(&draft).step(step())?;
+    let written = file.write_all(content).and_then(|()| fs::rename(&draft, path));
+    if written.is_err() {
+        drop(fs::remove_file(&draft));
+    }
+    written.step(step())
+}
+
+/// The image with the header in front.
+fn wrap(image: &KernelImage) -> BoxliteResult<Vec<u8>> {
+    let note = image.bytes.windows(PVH_NOTE.len()).step_by(4).position(|window| window == PVH_NOTE);
+    let note = note.map(|index| index * 4).filter(|start| start + PVH_NOTE_BYTES <= image.bytes.len());
+    let note = note.ok_or_else(|| std::io::Error::other("it has no PVH note")).step("wrapping the guest kernel")?;
+    let size = image.bytes.len() as u64;
+    let load = Segment { kind: 1, flags: 7, offset: 0, vaddr: TEXT_ADDRESS, paddr: image.load_address, size, align: 4096 };
+    let at = note as u64;
+    let note = Segment {
+        kind: 4,
+        flags: 4,
+        offset: at,
+        vaddr: TEXT_ADDRESS + at,
+        paddr: image.load_address + at,
+        size: PVH_NOTE_BYTES as u64,
+        align: 4,
+    };
+    let mut file = Vec::with_capacity(IMAGE_OFFSET + image.bytes.len());
+    file.extend(elf_header(image.load_address));
+    load.write(&mut file);
+    note.write(&mut file);
+    file.resize(IMAGE_OFFSET, 0);
+    file.extend_from_slice(image.bytes);
+    Ok(file)
+}
+
+/// Program header; `offset` counts from the image's first byte.
+struct Segment {
+    kind: u32,
+    flags: u32,
+    offset: u64,
+    vaddr: u64,
+    paddr: u64,
+    size: u64,
+    align: u64,
+}
+
+impl Segment {
+    fn write(&self, file: &mut Vec<u8>) {
+        file.extend(self.kind.to_le_bytes());
+        file.extend(self.flags.to_le_bytes());
+        let offset = IMAGE_OFFSET as u64 + self.offset;
+        for field in [offset, self.vaddr, self.paddr, self.size, self.size, self.align] {
+            file.extend(field.to_le_bytes());
+        }
+    }
+}
+
+/// ELF64, little-endian, executable, x86_64, two program headers right behind.
+fn elf_header(entry: u64) -> Vec<u8> {
+    const HEADER_BYTES: u16 = 64;
+    const SEGMENT_BYTES: u16 = 56;
+    let mut header = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+    header.extend(2u16.to_le_bytes()); // ET_EXEC
+    header.extend(62u16.to_le_bytes()); // EM_X86_64
+    header.extend(1u32.to_le_bytes());
+    header.extend(entry.to_le_bytes());
+    header.extend(u64::from(HEADER_BYTES).to_le_bytes());
+    header.extend(0u64.to_le_bytes());
+    header.extend(0u32.to_le_bytes());
+    for field in [HEADER_BYTES, SEGMENT_BYTES, 2, 0, 0, 0] {
+        header.extend(field.to_le_bytes());
+    }
+    header
+}

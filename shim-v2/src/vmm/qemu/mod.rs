@@ -1,0 +1,46 @@
+//! VmmKind::Qemu: a QEMU microvm with the same guest kernel, share, disks, card and vsock ports as Krun; emulated
+//! (TCG), or on KVM where asked for. Built in the same eight steps, one file each.
+//!
+//! The vmm child stays as PID 1 of its namespace, holds virtiofsd, vhost-device-vsock and QEMU as its children, and ends
+//! when the first of them ends; the kernel then kills the others.
+
+mod context;
+mod disks;
+mod entrypoint;
+mod instance;
+mod kernel;
+mod network;
+mod resources;
+mod shares;
+mod vsock;
+
+use super::{Vmm, VmmCapabilities, VmmInstance, devices};
+use boxlite_proto::error::BoxliteResult;
+use boxlite_proto::vmm::InstanceSpec;
+
+/// A microvm without ACPI has 8 virtio-mmio slots. The VM itself takes four: the agent's disk, console, share, vsock.
+pub const CAPABILITIES: VmmCapabilities = VmmCapabilities {
+    max_devices: 8,
+    base_devices: 4,
+    dax: false,
+    resize: false,
+    hybrid_vsock: true,
+    needs_kvm: false,
+};
+
+/// The QEMU VMM.
+pub struct QemuVmm;
+
+impl Vmm for QemuVmm {
+    fn create(&mut self, spec: InstanceSpec) -> BoxliteResult<VmmInstance> {
+        devices::check(&spec, &CAPABILITIES)?;
+        let mut context = context::create(&spec)?;
+        resources::configure(&mut context, &spec)?;
+        entrypoint::configure(&mut context, &spec)?;
+        disks::configure(&mut context, &spec)?;
+        shares::configure(&mut context, &spec)?;
+        network::configure(&mut context, &spec)?;
+        vsock::configure(&mut context, &spec)?;
+        Ok(instance::create(context, spec))
+    }
+}

@@ -1,0 +1,43 @@
+//! Small helpers that turn failures of the VMM code into [`BoxliteError`]s. No behaviour of its own.
+
+use boxlite_proto::error::{BoxliteError, BoxliteResult};
+use std::path::Path;
+
+/// Names the step at which something failed.
+pub(crate) trait StepExt<T> {
+    /// On failure: `<step> failed`, with the cause as source.
+    fn step(self, step: impl Into<String>) -> BoxliteResult<T>;
+}
+
+impl<T, E> StepExt<T> for Result<T, E>
+where
+    E: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    fn step(self, step: impl Into<String>) -> BoxliteResult<T> {
+        self.map_err(|source| BoxliteError::Step {
+            step: step.into(),
+            source: source.into(),
+        })
+    }
+}
+
+/// Checks that a file of the installation is there.
+pub(crate) fn require(what: &'static str, path: &Path) -> BoxliteResult<()> {
+    match std::fs::metadata(path) {
+        Ok(_) => Ok(()),
+        Err(source) => Err(BoxliteError::Missing {
+            what,
+            path: path.display().to_string(),
+            source: Some(source),
+        }),
+    }
+}
+
+/// An error of the spec's `field`.
+pub(crate) fn invalid(field: &'static str, value: impl ToString, reason: impl Into<String>) -> BoxliteError {
+    BoxliteError::InvalidSpec {
+        field,
+        value: value.to_string(),
+        reason: reason.into(),
+    }
+}

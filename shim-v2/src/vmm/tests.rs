@@ -1,0 +1,1 @@
+//! Tests of the VMM boundary that need no VM.
