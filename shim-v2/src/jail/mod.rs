@@ -39,7 +39,10 @@ pub enum JailError {
     Capabilities(#[source] caps::errors::CapsError),
 }
 
-fn at_path<E: Into<std::io::Error>>(step: &'static str, path: &Path) -> impl FnOnce(E) -> JailError {
+fn at_path<E: Into<std::io::Error>>(
+    step: &'static str,
+    path: &Path,
+) -> impl FnOnce(E) -> JailError {
     move |source| JailError::Path {
         step,
         path: path.to_owned(),

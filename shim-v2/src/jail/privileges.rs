@@ -12,8 +12,9 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 /// (fs.nr_open).
 const OPEN_FILES: u64 = 1 << 20;
 
-/// What the virtiofs server needs to act for any user of the guest.
-const FILE_CAPABILITIES: [Capability; 7] = [
+/// What the virtiofs server needs to act for any user of the guest; and CAP_SETPCAP, without which virtiofsd cannot give
+/// up the rest and refuses to start. It gives no way to gain anything.
+const FILE_CAPABILITIES: [Capability; 8] = [
     Capability::CAP_CHOWN,
     Capability::CAP_DAC_OVERRIDE,
     Capability::CAP_FOWNER,
@@ -21,6 +22,7 @@ const FILE_CAPABILITIES: [Capability; 7] = [
     Capability::CAP_SETGID,
     Capability::CAP_SETUID,
     Capability::CAP_SETFCAP,
+    Capability::CAP_SETPCAP,
 ];
 
 /// Raises the limit of open files as far as this process may.

@@ -22,7 +22,8 @@ const NONE: Option<&str> = None;
 /// Builds the root and enters it. The mount namespace must be the caller's own already.
 pub(super) fn enter(files: &HostFiles) -> Result<(), JailError> {
     let slave = MsFlags::MS_REC | MsFlags::MS_SLAVE;
-    mount(NONE, "/", NONE, slave, NONE).map_err(system("making the mounts slaves of the shim's"))?;
+    mount(NONE, "/", NONE, slave, NONE)
+        .map_err(system("making the mounts slaves of the shim's"))?;
 
     let root = files.work_dir.join(ROOT_DIR);
     match fs::DirBuilder::new().mode(0o700).create(&root) {
@@ -32,7 +33,14 @@ pub(super) fn enter(files: &HostFiles) -> Result<(), JailError> {
         _ => {}
     }
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-    mount(Some("tmpfs"), &root, Some("tmpfs"), flags, Some(ROOT_OPTIONS)).map_err(at_path("mounting", &root))?;
+    mount(
+        Some("tmpfs"),
+        &root,
+        Some("tmpfs"),
+        flags,
+        Some(ROOT_OPTIONS),
+    )
+    .map_err(at_path("mounting", &root))?;
 
     populate(&root, files)?;
     chdir(&root).map_err(at_path("entering", &root))?;
@@ -41,9 +49,8 @@ pub(super) fn enter(files: &HostFiles) -> Result<(), JailError> {
     umount2(".", MntFlags::MNT_DETACH).map_err(system("taking the host's root off"))?;
 
     let proc = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC | MsFlags::MS_RDONLY;
-    // subset=pid: no /proc/sys, which root could write by file mode alone.
-    mount(Some("proc"), "/proc", Some("proc"), proc, Some("subset=pid"))
-        .map_err(system("mounting /proc"))?;
+    // Read-only: root could write /proc/sys by file mode alone. Not subset=pid: virtiofsd insists on reading fs.nr_open.
+    mount(Some("proc"), "/proc", Some("proc"), proc, NONE).map_err(system("mounting /proc"))?;
     let sealed = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY | flags;
     mount(NONE, "/", NONE, sealed, NONE).map_err(system("making the root read-only"))?;
     chdir(&files.work_dir).map_err(at_path("entering", &files.work_dir))
@@ -90,7 +97,9 @@ fn bind(root: &Path, path: &Path, access: Access) -> Result<(), JailError> {
     if let Some(parent) = target.parent() {
         fs::create_dir_all(parent).map_err(at_path("creating", parent))?;
     }
-    let kind = fs::symlink_metadata(path).map_err(at_path("looking at", path))?.file_type();
+    let kind = fs::symlink_metadata(path)
+        .map_err(at_path("looking at", path))?
+        .file_type();
     // `/lib` → `usr/lib`: as on the host. What it points to is listed by itself.
     if kind.is_symlink() && access == Access::ReadOnly {
         let to = fs::read_link(path).map_err(at_path("reading", path))?;
@@ -98,7 +107,9 @@ fn bind(root: &Path, path: &Path, access: Access) -> Result<(), JailError> {
             return symlink(&to, &target).map_err(at_path("linking", &target));
         }
     }
-    let directory = fs::metadata(path).map_err(at_path("looking at", path))?.is_dir();
+    let directory = fs::metadata(path)
+        .map_err(at_path("looking at", path))?
+        .is_dir();
     if fs::symlink_metadata(&target).is_err() {
         let made = match directory {
             true => fs::create_dir(&target),
@@ -110,7 +121,14 @@ fn bind(root: &Path, path: &Path, access: Access) -> Result<(), JailError> {
         Access::Tree => MsFlags::MS_REC,
         Access::ReadOnly | Access::Full => MsFlags::empty(),
     };
-    mount(Some(path), &target, NONE, MsFlags::MS_BIND | recursive, NONE).map_err(at_path("binding", path))?;
+    mount(
+        Some(path),
+        &target,
+        NONE,
+        MsFlags::MS_BIND | recursive,
+        NONE,
+    )
+    .map_err(at_path("binding", path))?;
     if access == Access::ReadOnly {
         let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
         let flags = flags | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;

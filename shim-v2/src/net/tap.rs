@@ -8,8 +8,15 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 mod ioctl {
-    nix::ioctl_write_ptr_bad!(set_iff, nix::request_code_write!(b'T', 202, size_of::<nix::libc::c_int>()), super::Request);
-    nix::ioctl_write_int_bad!(set_persist, nix::request_code_write!(b'T', 203, size_of::<nix::libc::c_int>()));
+    nix::ioctl_write_ptr_bad!(
+        set_iff,
+        nix::request_code_write!(b'T', 202, size_of::<nix::libc::c_int>()),
+        super::Request
+    );
+    nix::ioctl_write_int_bad!(
+        set_persist,
+        nix::request_code_write!(b'T', 203, size_of::<nix::libc::c_int>())
+    );
 }
 
 /// `struct ifreq` as far as TUNSETIFF reads it.
@@ -22,7 +29,10 @@ pub struct Request {
 
 fn attach(name: &str) -> io::Result<File> {
     if name.is_empty() || name.len() >= IFNAMSIZ {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{name:?} is no interface name")));
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("{name:?} is no interface name"),
+        ));
     }
     // A card's frames with their offload header (VNET_HDR) and nothing else in front (NO_PI). All three fit 16 bits.
     let flags = (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR) as nix::libc::c_short;
@@ -32,7 +42,10 @@ fn attach(name: &str) -> io::Result<File> {
         rest: [0; 22],
     };
     request.name[..name.len()].copy_from_slice(name.as_bytes());
-    let file = OpenOptions::new().read(true).write(true).open("/dev/net/tun")?;
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun")?;
     // SAFETY: the descriptor is open, and `request` has the layout and size (40 bytes) of the ifreq that is read.
     unsafe { ioctl::set_iff(file.as_raw_fd(), &request) }?;
     Ok(file)

@@ -78,13 +78,18 @@ fn read_spec() -> BoxliteResult<InstanceSpec> {
     let stdin = std::io::stdin();
     let mut line = String::new();
     let mut reader = BufReader::new(stdin.lock().take(SPEC_LIMIT));
-    reader.read_line(&mut line).step("reading the instance spec")?;
+    reader
+        .read_line(&mut line)
+        .step("reading the instance spec")?;
     // Our shim keeps the pipe open as long as it lives.
     let mut fds = [PollFd::new(stdin.as_fd(), PollFlags::POLLIN)];
     poll(&mut fds, PollTimeout::ZERO).step("looking at the spec's pipe")?;
-    let closed = fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP));
+    let closed = fds[0]
+        .revents()
+        .is_some_and(|events| events.contains(PollFlags::POLLHUP));
     if closed {
         return Err(std::io::Error::other("the shim is gone")).step("reading the instance spec");
     }
-    serde_json::from_str(&line).map_err(|error| invalid("json", format!("{} bytes", line.len()), error.to_string()))
+    serde_json::from_str(&line)
+        .map_err(|error| invalid("json", format!("{} bytes", line.len()), error.to_string()))
 }

@@ -49,7 +49,11 @@ impl Tail {
 /// No control characters: these lines end up in error messages and on terminals.
 fn printable(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);
-    text.chars().filter(|c| !c.is_control() || *c == '\t').collect::<String>().trim_end().to_owned()
+    text.chars()
+        .filter(|c| !c.is_control() || *c == '\t')
+        .collect::<String>()
+        .trim_end()
+        .to_owned()
 }
 
 /// The last lines of a stream, shared between its reader and whoever writes an error message.
@@ -71,7 +75,10 @@ impl BoundedLog {
                 Err(_) => return,
             };
             let bytes = &buffer[..count];
-            self.0.lock().unwrap_or_else(PoisonError::into_inner).push(bytes);
+            self.0
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .push(bytes);
             let kept = usize::try_from(room).unwrap_or(usize::MAX).min(count);
             if let Some(out) = &mut file
                 && (kept == 0 || out.write_all(&bytes[..kept]).is_err())

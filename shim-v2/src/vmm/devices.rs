@@ -26,7 +26,10 @@ pub fn check(spec: &InstanceSpec, capabilities: &VmmCapabilities) -> BoxliteResu
     }
     for disk in &spec.disks {
         let fits = disk.serial.len() <= SERIAL_LIMIT;
-        let plain = disk.serial.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
+        let plain = disk
+            .serial
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
         if !fits || !plain || disk.serial.is_empty() {
             let reason = format!("1 to {SERIAL_LIMIT} letters, digits, '-' or '_'");
             return Err(invalid("disks.serial", &disk.serial, reason));
@@ -42,7 +45,12 @@ pub fn check(spec: &InstanceSpec, capabilities: &VmmCapabilities) -> BoxliteResu
     }
     for nic in &spec.nics {
         let fits = (1..=INTERFACE_NAME_LIMIT).contains(&nic.tap.len());
-        if !fits || nic.tap.bytes().any(|b| b == b'/' || b == b',' || b.is_ascii_whitespace()) {
+        if !fits
+            || nic
+                .tap
+                .bytes()
+                .any(|b| b == b'/' || b == b',' || b.is_ascii_whitespace())
+        {
             return Err(invalid("nics.tap", &nic.tap, "not an interface name"));
         }
         parse_mac(&nic.mac)?;
@@ -56,7 +64,11 @@ fn check_slots(spec: &InstanceSpec, capabilities: &VmmCapabilities) -> BoxliteRe
         return Ok(());
     }
     let mut devices = vec![format!("{} of the VM itself", capabilities.base_devices)];
-    devices.extend(spec.disks.iter().map(|disk| format!("disk {}", disk.serial)));
+    devices.extend(
+        spec.disks
+            .iter()
+            .map(|disk| format!("disk {}", disk.serial)),
+    );
     devices.extend(spec.nics.iter().map(|nic| format!("card {}", nic.tap)));
     Err(BoxliteError::TooManyDevices {
         kind: spec.kind.clone(),

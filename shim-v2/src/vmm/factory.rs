@@ -42,8 +42,12 @@ impl VmmFactory {
     /// With Krun and Qemu.
     pub fn standard() -> Self {
         let mut factory = Self::empty();
-        factory.register(VmmKind::Krun, krun::CAPABILITIES, || Box::new(krun::KrunVmm));
-        factory.register(VmmKind::Qemu, qemu::CAPABILITIES, || Box::new(qemu::QemuVmm));
+        factory.register(VmmKind::Krun, krun::CAPABILITIES, || {
+            Box::new(krun::KrunVmm)
+        });
+        factory.register(VmmKind::Qemu, qemu::CAPABILITIES, || {
+            Box::new(qemu::QemuVmm)
+        });
         factory
     }
 
@@ -57,7 +61,9 @@ impl VmmFactory {
 
     /// What the VMM of that kind can do. None: there is none.
     pub fn capabilities(&self, kind: &VmmKind) -> Option<VmmCapabilities> {
-        self.entries.get(kind).map(|(capabilities, _)| *capabilities)
+        self.entries
+            .get(kind)
+            .map(|(capabilities, _)| *capabilities)
     }
 
     /// A Vmm of that kind.

@@ -49,5 +49,8 @@ pub(crate) fn kernel_image(path: &Path) -> BoxliteResult<KernelImage> {
     }
     // SAFETY: the library answers with its own constant data of `size` bytes, and it is never unloaded (leaked above).
     let bytes = unsafe { std::slice::from_raw_parts(data, size) };
-    Ok(KernelImage { bytes, load_address })
+    Ok(KernelImage {
+        bytes,
+        load_address,
+    })
 }

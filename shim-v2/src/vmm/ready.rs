@@ -37,7 +37,11 @@ fn said(console: &[String], stderr: &[String]) -> String {
         true => format!("{name}: nothing"),
         false => format!("{name}: {}", lines.join(" | ")),
     };
-    format!("{}; {}", part("vmm", stderr), part("last console lines", console))
+    format!(
+        "{}; {}",
+        part("vmm", stderr),
+        part("last console lines", console)
+    )
 }
 
 /// Listens before the VM starts, so that the guest's call cannot come too early.
@@ -58,7 +62,9 @@ impl ReadySocket {
             source,
         };
         match std::fs::remove_file(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(failed(error)),
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(failed(error));
+            }
             _ => {}
         }
         // A unix address holds 107 bytes, a path may be longer: go through the directory's descriptor.

@@ -34,7 +34,11 @@ pub(crate) fn require(what: &'static str, path: &Path) -> BoxliteResult<()> {
 }
 
 /// An error of the spec's `field`.
-pub(crate) fn invalid(field: &'static str, value: impl ToString, reason: impl Into<String>) -> BoxliteError {
+pub(crate) fn invalid(
+    field: &'static str,
+    value: impl ToString,
+    reason: impl Into<String>,
+) -> BoxliteError {
     BoxliteError::InvalidSpec {
         field,
         value: value.to_string(),

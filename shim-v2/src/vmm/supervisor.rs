@@ -89,8 +89,15 @@ impl Supervisor {
 
         let mut command = Command::new(&self.program);
         // Its own process group: a terminal's ctrl-C is the shim's business. argv[1] is for ps; it is no secret.
-        command.arg("vmm").arg(&spec.id).env_clear().process_group(0);
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .arg("vmm")
+            .arg(&spec.id)
+            .env_clear()
+            .process_group(0);
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
 
         let (exit_to, exit) = watch::channel(None);
         let (started_to, started) = mpsc::sync_channel(1);
@@ -101,15 +108,25 @@ impl Supervisor {
             .spawn(move || fork_and_wait(command, &hold, &started_to, &exit_to))
             .map_err(step("starting a thread for"))?;
         let gone = || std::io::Error::other("its thread ended");
-        let mut child = started.recv().map_err(|_| step("starting")(gone()))?.map_err(step("starting"))?;
+        let mut child = started
+            .recv()
+            .map_err(|_| step("starting")(gone()))?
+            .map_err(step("starting"))?;
 
         let console = BoundedLog::default();
         let stderr = BoundedLog::default();
         if let Some(from) = child.stdout.take() {
-            follow("vmm-console", &console, from, spec.work_dir.join(CONSOLE_LOG)).map_err(step("reading"))?;
+            follow(
+                "vmm-console",
+                &console,
+                from,
+                spec.work_dir.join(CONSOLE_LOG),
+            )
+            .map_err(step("reading"))?;
         }
         if let Some(from) = child.stderr.take() {
-            follow("vmm-stderr", &stderr, from, spec.work_dir.join(STDERR_LOG)).map_err(step("reading"))?;
+            follow("vmm-stderr", &stderr, from, spec.work_dir.join(STDERR_LOG))
+                .map_err(step("reading"))?;
         }
         let child = VmmChild {
             shared,
@@ -140,7 +157,9 @@ fn follow(
 ) -> std::io::Result<()> {
     let log = log.clone();
     // Ends by itself when the child, the last writer, is gone.
-    std::thread::Builder::new().name(name.to_owned()).spawn(move || log.follow(from, Some(file)))?;
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(move || log.follow(from, Some(file)))?;
     Ok(())
 }
 
@@ -165,7 +184,9 @@ fn fork_and_wait(
     exit: &watch::Sender<Option<VmmExit>>,
 ) {
     // Only children of this thread are born into the new PID namespace.
-    let child = unshare(CloneFlags::CLONE_NEWPID).map_err(std::io::Error::from).and_then(|()| command.spawn());
+    let child = unshare(CloneFlags::CLONE_NEWPID)
+        .map_err(std::io::Error::from)
+        .and_then(|()| command.spawn());
     let mut child = match child {
         Ok(child) => child,
         Err(error) => {
@@ -218,7 +239,11 @@ pub struct VmmChild {
 impl VmmChild {
     /// Process id in the shim's PID namespace, also after its end.
     pub fn pid(&self) -> i32 {
-        *self.shared.pid.lock().unwrap_or_else(PoisonError::into_inner)
+        *self
+            .shared
+            .pid
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits until the VM has ended. May be called often and by many; dropping the future changes nothing.
@@ -241,7 +266,11 @@ impl VmmChild {
 
     /// Kills the VM and all its helpers at once. Succeeds on what is gone; [`VmmChild::wait`] tells when it is done.
     pub fn kill(&self) {
-        let alive = self.shared.alive.lock().unwrap_or_else(PoisonError::into_inner);
+        let alive = self
+            .shared
+            .alive
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if let Some(pid) = *alive {
             // It can only fail with ESRCH, and the lock excludes that.
             let _gone = nix::sys::signal::kill(pid, Signal::SIGKILL);

@@ -42,7 +42,14 @@ fn map_file(path: &Path) -> BoxliteResult<&'static [u8]> {
     // SAFETY: a new mapping at an address of the kernel's choice replaces nothing; it is never unmapped. The agent is
     // replaced by rename on upgrades, never truncated in place.
     let start = unsafe {
-        libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_READ, libc::MAP_PRIVATE, file.as_raw_fd(), 0)
+        libc::mmap(
+            std::ptr::null_mut(),
+            bytes,
+            libc::PROT_READ,
+            libc::MAP_PRIVATE,
+            file.as_raw_fd(),
+            0,
+        )
     };
     if start == libc::MAP_FAILED {
         return Err(std::io::Error::last_os_error()).step(step());

@@ -13,7 +13,10 @@ pub(super) struct Context(u32);
 fn answer(call: &'static str, code: i32) -> BoxliteResult<()> {
     match code {
         0.. => Ok(()),
-        errno => Err(BoxliteError::Krun { call, errno: -errno }),
+        errno => Err(BoxliteError::Krun {
+            call,
+            errno: -errno,
+        }),
     }
 }
 
@@ -31,15 +34,24 @@ impl Context {
     }
 
     pub(super) fn set_vm_config(&self, vcpus: u8, memory_mib: u32) -> BoxliteResult<()> {
-        answer("krun_set_vm_config", krun::krun_set_vm_config(self.0, vcpus, memory_mib))
+        answer(
+            "krun_set_vm_config",
+            krun::krun_set_vm_config(self.0, vcpus, memory_mib),
+        )
     }
 
     pub(super) fn disable_implicit_init(&self) -> BoxliteResult<()> {
-        answer("krun_disable_implicit_init", krun::krun_disable_implicit_init(self.0))
+        answer(
+            "krun_disable_implicit_init",
+            krun::krun_disable_implicit_init(self.0),
+        )
     }
 
     pub(super) fn disable_implicit_vsock(&self) -> BoxliteResult<()> {
-        answer("krun_disable_implicit_vsock", krun::krun_disable_implicit_vsock(self.0))
+        answer(
+            "krun_disable_implicit_vsock",
+            krun::krun_disable_implicit_vsock(self.0),
+        )
     }
 
     /// Without any TSI: the guest's sockets are its own.
@@ -63,7 +75,14 @@ impl Context {
         // SAFETY: both pointers are to zero-terminated strings that outlive the call, or null as the header allows for
         // the path; libkrun copies them.
         let code = unsafe {
-            krun::krun_add_virtiofs4(self.0, tag.as_ptr(), path, dax_bytes, read_only, LINUX_COMPLETE)
+            krun::krun_add_virtiofs4(
+                self.0,
+                tag.as_ptr(),
+                path,
+                dax_bytes,
+                read_only,
+                LINUX_COMPLETE,
+            )
         };
         answer("krun_add_virtiofs4", code)
     }
@@ -80,7 +99,15 @@ impl Context {
         // SAFETY: the strings outlive the call; `data` is valid for the rest of the process's life ('static), which is
         // what libkrun demands, for it keeps the pointer.
         let code = unsafe {
-            krun::krun_fs_add_overlay_file(self.0, tag.as_ptr(), path.as_ptr(), data.as_ptr(), data.len(), mode, false)
+            krun::krun_fs_add_overlay_file(
+                self.0,
+                tag.as_ptr(),
+                path.as_ptr(),
+                data.as_ptr(),
+                data.len(),
+                mode,
+                false,
+            )
         };
         answer("krun_fs_add_overlay_file", code)
     }
@@ -88,7 +115,8 @@ impl Context {
     pub(super) fn add_overlay_dir(&self, tag: &str, path: &str, mode: u32) -> BoxliteResult<()> {
         let (tag, path) = (c_string("tag", tag)?, c_string("path", path)?);
         // SAFETY: both strings outlive the call; libkrun copies them.
-        let code = unsafe { krun::krun_fs_add_overlay_dir(self.0, tag.as_ptr(), path.as_ptr(), mode) };
+        let code =
+            unsafe { krun::krun_fs_add_overlay_dir(self.0, tag.as_ptr(), path.as_ptr(), mode) };
         answer("krun_fs_add_overlay_dir", code)
     }
 
@@ -100,7 +128,15 @@ impl Context {
         let (id, path) = (c_string("disks.serial", id)?, c_string("disks.path", path)?);
         // SAFETY: both strings outlive the call; libkrun copies them.
         let code = unsafe {
-            krun::krun_add_disk3(self.0, id.as_ptr(), path.as_ptr(), RAW, read_only, false, SYNC_RELAXED)
+            krun::krun_add_disk3(
+                self.0,
+                id.as_ptr(),
+                path.as_ptr(),
+                RAW,
+                read_only,
+                false,
+                SYNC_RELAXED,
+            )
         };
         answer("krun_add_disk3", code)
     }
@@ -109,7 +145,8 @@ impl Context {
     pub(super) fn add_net_tap(&self, tap: &str, mac: &[u8; 6], features: u32) -> BoxliteResult<()> {
         let tap = c_string("nics.tap", tap)?;
         // SAFETY: the string outlives the call, `mac` has the six bytes that are read; libkrun copies both.
-        let code = unsafe { krun::krun_add_net_tap(self.0, tap.as_ptr(), mac.as_ptr(), features, 0) };
+        let code =
+            unsafe { krun::krun_add_net_tap(self.0, tap.as_ptr(), mac.as_ptr(), features, 0) };
         answer("krun_add_net_tap", code)
     }
 

@@ -19,7 +19,8 @@ pub(super) fn create(context: Context, spec: InstanceSpec) -> VmmInstance {
 impl VmmInstanceImpl for KrunInstance {
     fn host_files(&self) -> HostFiles {
         let spec = &self.spec;
-        let (read_only, writable): (Vec<_>, Vec<_>) = spec.disks.iter().partition(|disk| disk.read_only);
+        let (read_only, writable): (Vec<_>, Vec<_>) =
+            spec.disks.iter().partition(|disk| disk.read_only);
         let path = |disk: &boxlite_proto::vmm::Disk| disk.path.clone();
         let mut read_write = vec![PathBuf::from("/dev/kvm")];
         if !spec.nics.is_empty() {

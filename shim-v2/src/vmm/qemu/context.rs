@@ -41,13 +41,20 @@ pub(super) fn create(spec: &InstanceSpec) -> BoxliteResult<Context> {
     require("QEMU", &files.qemu)?;
     require("virtiofsd", &files.virtiofsd)?;
     require("vhost-device-vsock", &files.vhost_device_vsock)?;
-    let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&files.cache);
+    let made = fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(&files.cache);
     made.step(format!("creating {}", files.cache.display()))?;
 
     let mut context = Context {
         args: Vec::new(),
         kernel_words: Vec::new(),
-        read_only: vec![files.qemu.clone(), files.virtiofsd.clone(), files.vhost_device_vsock.clone()],
+        read_only: vec![
+            files.qemu.clone(),
+            files.virtiofsd.clone(),
+            files.vhost_device_vsock.clone(),
+        ],
         read_write: Vec::new(),
         share_socket: None,
         vsock_socket: String::new(),
@@ -55,7 +62,10 @@ pub(super) fn create(spec: &InstanceSpec) -> BoxliteResult<Context> {
         cache: files.cache.clone(),
     };
     // acpi=off with rtc, pit and pic is the one set of timers that neither hangs nor waits two seconds (measured).
-    context.option("-M", "microvm,acpi=off,rtc=on,pit=on,pic=on,isa-serial=off,memory-backend=mem");
+    context.option(
+        "-M",
+        "microvm,acpi=off,rtc=on,pit=on,pic=on,isa-serial=off,memory-backend=mem",
+    );
     match spec.acceleration {
         Acceleration::Tcg => context.option("-accel", "tcg"),
         Acceleration::Kvm => {
@@ -67,8 +77,21 @@ pub(super) fn create(spec: &InstanceSpec) -> BoxliteResult<Context> {
         context.args.push(flag.to_owned());
     }
     context.option("-display", "none");
-    context.option("-name", format!("boxlite-{}", spec.id.chars().filter(char::is_ascii_alphanumeric).take(12).collect::<String>()));
+    context.option(
+        "-name",
+        format!(
+            "boxlite-{}",
+            spec.id
+                .chars()
+                .filter(char::is_ascii_alphanumeric)
+                .take(12)
+                .collect::<String>()
+        ),
+    );
     // QEMU parses what the guest sends: no new processes, no privileges, whatever happens in it.
-    context.option("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
+    context.option(
+        "-sandbox",
+        "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+    );
     Ok(context)
 }

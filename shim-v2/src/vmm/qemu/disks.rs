@@ -8,12 +8,21 @@ use boxlite_proto::vmm::InstanceSpec;
 pub(super) fn configure(context: &mut Context, spec: &InstanceSpec) -> BoxliteResult<()> {
     for (index, disk) in spec.disks.iter().enumerate() {
         require("a disk image", &disk.path)?;
-        let mode = if disk.read_only { "readonly=on" } else { "discard=unmap" };
+        let mode = if disk.read_only {
+            "readonly=on"
+        } else {
+            "discard=unmap"
+        };
         let path = disk.path.display();
         // A pod's disk is its own and dies with the host: the guest's flushes need not wait for the platters.
-        let drive = format!("file={path},if=none,id=disk{index},format=raw,cache=unsafe,file.locking=off,{mode}");
+        let drive = format!(
+            "file={path},if=none,id=disk{index},format=raw,cache=unsafe,file.locking=off,{mode}"
+        );
         context.option("-drive", drive);
-        context.option("-device", format!("virtio-blk-device,drive=disk{index},serial={}", disk.serial));
+        context.option(
+            "-device",
+            format!("virtio-blk-device,drive=disk{index},serial={}", disk.serial),
+        );
         match disk.read_only {
             true => context.read_only.push(disk.path.clone()),
             false => context.read_write.push(disk.path.clone()),

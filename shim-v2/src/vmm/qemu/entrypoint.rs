@@ -18,15 +18,30 @@ pub(super) fn configure(context: &mut Context, spec: &InstanceSpec) -> BoxliteRe
     let kernel = kernel::bootable(&spec.installation.libkrunfw, &context.cache)?;
     let root = agent_image(&spec.installation.guest, &context.cache)?;
     context.option("-kernel", kernel.display().to_string());
-    let drive = format!("file={},if=none,id=agent,format=raw,readonly=on,file.locking=off", root.display());
+    let drive = format!(
+        "file={},if=none,id=agent,format=raw,readonly=on,file.locking=off",
+        root.display()
+    );
     context.option("-drive", drive);
     context.option("-device", "virtio-blk-device,drive=agent,serial=agent");
     // Standard output is a pipe to the shim, which bounds what it keeps.
     context.option("-chardev", "file,id=console,path=/proc/self/fd/1");
     context.option("-device", "virtio-serial-device");
     context.option("-device", "virtconsole,chardev=console");
-    let volume = if spec.debug_console { "ignore_loglevel" } else { "quiet" };
-    let words = [volume, "panic=-1", "console=hvc0", "root=/dev/vda", "rootfstype=erofs", "ro", "init=/init"];
+    let volume = if spec.debug_console {
+        "ignore_loglevel"
+    } else {
+        "quiet"
+    };
+    let words = [
+        volume,
+        "panic=-1",
+        "console=hvc0",
+        "root=/dev/vda",
+        "rootfstype=erofs",
+        "ro",
+        "init=/init",
+    ];
     context.kernel_words.extend(words.map(str::to_owned));
     context.read_only.extend([kernel, root]);
     Ok(())
@@ -52,12 +67,18 @@ fn fill(directory: &Path, guest: &Path) -> BoxliteResult<()> {
     }
     let init = directory.join("init");
     std::fs::copy(guest, &init).step(step())?;
-    std::fs::set_permissions(&init, std::os::unix::fs::PermissionsExt::from_mode(0o755)).step(step())
+    std::fs::set_permissions(&init, std::os::unix::fs::PermissionsExt::from_mode(0o755))
+        .step(step())
 }
 
 fn make_erofs(directory: &Path, file: &Path) -> BoxliteResult<()> {
     let step = "running mkfs.erofs";
-    let made = std::process::Command::new("mkfs.erofs").arg("--quiet").arg(file).arg(directory).status().step(step)?;
+    let made = std::process::Command::new("mkfs.erofs")
+        .arg("--quiet")
+        .arg(file)
+        .arg(directory)
+        .status()
+        .step(step)?;
     match made.success() {
         true => Ok(()),
         false => Err(std::io::Error::other(made.to_string())).step(step),

@@ -11,7 +11,6 @@ use boxlite_proto::error::{BoxliteError, BoxliteResult};
 use boxlite_proto::exit::ExitCode;
 use boxlite_proto::vmm::InstanceSpec;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
-use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::wait::{WaitStatus, wait};
 use std::convert::Infallible;
 use std::fs;
@@ -28,7 +27,14 @@ const HELPER_STEP: Duration = Duration::from_millis(2);
 const LISTENING: &str = "00010000";
 /// Programs and their libraries, QEMU's firmware.
 const SYSTEM: [&str; 1] = ["/usr"];
-const SYSTEM_LINKS: [&str; 6] = ["/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/alternatives", "/sbin"];
+const SYSTEM_LINKS: [&str; 6] = [
+    "/bin",
+    "/lib",
+    "/lib64",
+    "/etc/ld.so.cache",
+    "/etc/alternatives",
+    "/sbin",
+];
 
 struct QemuInstance {
     context: Context,
@@ -57,7 +63,11 @@ impl VmmInstanceImpl for QemuInstance {
         let files = &self.spec.installation;
         let socket = self.context.vsock_socket.as_str();
         let _virtiofsd = self.start_virtiofsd()?;
-        let mut vsock = start("vhost-device-vsock", &files.vhost_device_vsock, &vsock::device_args(socket))?;
+        let mut vsock = start(
+            "vhost-device-vsock",
+            &files.vhost_device_vsock,
+            &vsock::device_args(socket),
+        )?;
         wait_listening(&mut vsock, socket)?;
         // QEMU and this process need none from here on.
         jail::drop_all_capabilities().step("dropping capabilities")?;
@@ -76,9 +86,13 @@ impl VmmInstanceImpl for QemuInstance {
 impl QemuInstance {
     fn start_virtiofsd(&self) -> BoxliteResult<Child> {
         let missing = || std::io::Error::other("no socket");
-        let socket = self.context.share_socket.as_ref().ok_or_else(missing).step("starting virtiofsd")?;
-        let (_, open_files) = getrlimit(Resource::RLIMIT_NOFILE).step("reading the limit of open files")?;
-        let args = shares::virtiofsd_args(&self.spec.share_dir, socket.as_raw_fd(), open_files);
+        let socket = self
+            .context
+            .share_socket
+            .as_ref()
+            .ok_or_else(missing)
+            .step("starting virtiofsd")?;
+        let args = shares::virtiofsd_args(&self.spec.share_dir, socket.as_raw_fd());
         inherit(socket, true)?;
         let child = start("virtiofsd", &self.spec.installation.virtiofsd, &args)?;
         inherit(socket, false)?;
@@ -89,14 +103,24 @@ impl QemuInstance {
 fn start(name: &str, program: &Path, args: &[String]) -> BoxliteResult<Child> {
     let mut command = Command::new(program);
     // Their output belongs to the vmm child's messages, not to the console.
-    command.args(args).env_clear().stdin(Stdio::null()).stdout(Stdio::null());
+    command
+        .args(args)
+        .env_clear()
+        .stdin(Stdio::null())
+        .stdout(Stdio::null());
     command.spawn().step(format!("starting {name}"))
 }
 
 /// Lets the next child inherit a descriptor under its number, or not any more. This process has one thread.
 fn inherit(fd: impl AsFd, yes: bool) -> BoxliteResult<()> {
-    let flags = if yes { FdFlag::empty() } else { FdFlag::FD_CLOEXEC };
-    fcntl(fd, FcntlArg::F_SETFD(flags)).map(drop).step("marking a descriptor for inheritance")
+    let flags = if yes {
+        FdFlag::empty()
+    } else {
+        FdFlag::FD_CLOEXEC
+    };
+    fcntl(fd, FcntlArg::F_SETFD(flags))
+        .map(drop)
+        .step("marking a descriptor for inheritance")
 }
 
 /// Waits until `child` listens on `socket`, a name in the working directory: QEMU connects once and does not try again.
@@ -136,9 +160,13 @@ fn watch(qemu: &Child) -> Result<Infallible, BoxliteError> {
             // The guest powered off, or its kernel gave up and rebooted (-no-reboot).
             WaitStatus::Exited(_, 0) if is_qemu => std::process::exit(ExitCode::Ok as i32),
             WaitStatus::Exited(_, code) if is_qemu => eprintln!("vmm: QEMU ended with code {code}"),
-            WaitStatus::Signaled(_, signal, _) if is_qemu => eprintln!("vmm: QEMU was killed by {signal}"),
+            WaitStatus::Signaled(_, signal, _) if is_qemu => {
+                eprintln!("vmm: QEMU was killed by {signal}")
+            }
             WaitStatus::Exited(..) | WaitStatus::Signaled(..) => {
-                eprintln!("vmm: a helper of the VM (process {pid} in its namespace) ended: {status:?}");
+                eprintln!(
+                    "vmm: a helper of the VM (process {pid} in its namespace) ended: {status:?}"
+                );
             }
             _ => continue,
         }

@@ -36,7 +36,13 @@ pub(super) fn bootable(library: &Path, cache: &Path) -> BoxliteResult<PathBuf> {
 /// A short name for a file's content without reading it: which file it is, how long, and when it was written.
 pub(super) fn identity(path: &Path) -> BoxliteResult<String> {
     let meta = fs::metadata(path).step(format!("looking at {}", path.display()))?;
-    let facts = [meta.dev(), meta.ino(), meta.size(), meta.mtime().cast_unsigned(), meta.mtime_nsec().cast_unsigned()];
+    let facts = [
+        meta.dev(),
+        meta.ino(),
+        meta.size(),
+        meta.mtime().cast_unsigned(),
+        meta.mtime_nsec().cast_unsigned(),
+    ];
     let mut digest = Sha256::new();
     for fact in facts {
         digest.update(fact.to_le_bytes());
@@ -49,10 +55,14 @@ pub(super) fn identity(path: &Path) -> BoxliteResult<String> {
 pub(super) fn write_whole(path: &Path, content: &[u8]) -> BoxliteResult<()> {
     let step = || format!("writing {}", path.display());
     // The process id alone is 1 in every vmm child.
-    let unique = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |now| now.as_nanos());
+    let unique = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |now| now.as_nanos());
     let draft = path.with_extension(format!("new-{unique:x}"));
     let mut file = fs::File::create_new(&draft).step(step())?;
-    let written = file.write_all(content).and_then(|()| fs::rename(&draft, path));
+    let written = file
+        .write_all(content)
+        .and_then(|()| fs::rename(&draft, path));
     if written.is_err() {
         drop(fs::remove_file(&draft));
     }
@@ -61,11 +71,27 @@ pub(super) fn write_whole(path: &Path, content: &[u8]) -> BoxliteResult<()> {
 
 /// The image with the header in front.
 fn wrap(image: &KernelImage) -> BoxliteResult<Vec<u8>> {
-    let note = image.bytes.windows(PVH_NOTE.len()).step_by(4).position(|window| window == PVH_NOTE);
-    let note = note.map(|index| index * 4).filter(|start| start + PVH_NOTE_BYTES <= image.bytes.len());
-    let note = note.ok_or_else(|| std::io::Error::other("it has no PVH note")).step("wrapping the guest kernel")?;
+    let note = image
+        .bytes
+        .windows(PVH_NOTE.len())
+        .step_by(4)
+        .position(|window| window == PVH_NOTE);
+    let note = note
+        .map(|index| index * 4)
+        .filter(|start| start + PVH_NOTE_BYTES <= image.bytes.len());
+    let note = note
+        .ok_or_else(|| std::io::Error::other("it has no PVH note"))
+        .step("wrapping the guest kernel")?;
     let size = image.bytes.len() as u64;
-    let load = Segment { kind: 1, flags: 7, offset: 0, vaddr: TEXT_ADDRESS, paddr: image.load_address, size, align: 4096 };
+    let load = Segment {
+        kind: 1,
+        flags: 7,
+        offset: 0,
+        vaddr: TEXT_ADDRESS,
+        paddr: image.load_address,
+        size,
+        align: 4096,
+    };
     let at = note as u64;
     let note = Segment {
         kind: 4,
@@ -101,7 +127,9 @@ impl Segment {
         file.extend(self.kind.to_le_bytes());
         file.extend(self.flags.to_le_bytes());
         let offset = IMAGE_OFFSET as u64 + self.offset;
-        for field in [offset, self.vaddr, self.paddr, self.size, self.size, self.align] {
+        for field in [
+            offset, self.vaddr, self.paddr, self.size, self.size, self.align,
+        ] {
             file.extend(field.to_le_bytes());
         }
     }

@@ -12,9 +12,18 @@ pub(super) fn configure(context: &mut Context, spec: &InstanceSpec) -> BoxliteRe
     for (index, nic) in spec.nics.iter().enumerate() {
         parse_mac(&nic.mac)?;
         let fd = tap::open(&nic.tap).step(format!("opening the tap {}", nic.tap))?;
-        context.option("-netdev", format!("tap,id=net{index},fd={}", fd.as_raw_fd()));
+        context.option(
+            "-netdev",
+            format!("tap,id=net{index},fd={}", fd.as_raw_fd()),
+        );
         let mtu = nic.mtu;
-        context.option("-device", format!("virtio-net-device,netdev=net{index},mac={},host_mtu={mtu}", nic.mac));
+        context.option(
+            "-device",
+            format!(
+                "virtio-net-device,netdev=net{index},mac={},host_mtu={mtu}",
+                nic.mac
+            ),
+        );
         context.taps.push(fd);
     }
     Ok(())

@@ -18,7 +18,13 @@ pub(super) fn configure(context: &mut Context, spec: &InstanceSpec) -> BoxliteRe
     context.option("-smp", spec.vcpus.to_string());
     context.option("-m", spec.memory_mib.to_string());
     // Shared, because virtiofsd and vhost-device-vsock read and write the guest's buffers.
-    context.option("-object", format!("memory-backend-memfd,id=mem,size={}M,share=on", spec.memory_mib));
+    context.option(
+        "-object",
+        format!(
+            "memory-backend-memfd,id=mem,size={}M,share=on",
+            spec.memory_mib
+        ),
+    );
     let words = &mut context.kernel_words;
     words.extend(["reboot=t", "no_timer_check", "random.trust_cpu=on"].map(str::to_owned));
     match spec.acceleration {
@@ -74,6 +80,9 @@ mod tests {
         let (one, two) = (super::measure_tsc(), super::measure_tsc());
         assert!((500_000..10_000_000).contains(&one), "{one} kHz");
         let apart = one.abs_diff(two);
-        assert!(apart * 50 < one, "{one} and {two} kHz differ by more than 2 %");
+        assert!(
+            apart * 50 < one,
+            "{one} and {two} kHz differ by more than 2 %"
+        );
     }
 }

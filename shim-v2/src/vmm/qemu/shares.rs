@@ -16,7 +16,10 @@ const SOCKET: &str = "fs";
 pub(super) fn configure(context: &mut Context, spec: &InstanceSpec) -> BoxliteResult<()> {
     context.share_socket = Some(listen(&spec.work_dir, SOCKET)?);
     context.option("-chardev", format!("socket,id=fs,path={SOCKET}"));
-    context.option("-device", format!("vhost-user-fs-device,chardev=fs,tag={SHARE_TAG},queue-size=1024"));
+    context.option(
+        "-device",
+        format!("vhost-user-fs-device,chardev=fs,tag={SHARE_TAG},queue-size=1024"),
+    );
     Ok(())
 }
 
@@ -32,14 +35,25 @@ fn listen(directory: &Path, name: &str) -> BoxliteResult<UnixListener> {
 }
 
 /// Arguments of virtiofsd, given the number under which it inherits the socket.
-pub(super) fn virtiofsd_args(share: &Path, socket: i32, open_files: u64) -> Vec<String> {
-    let mut args = vec![format!("--fd={socket}"), format!("--shared-dir={}", share.display())];
+pub(super) fn virtiofsd_args(share: &Path, socket: i32) -> Vec<String> {
+    let mut args = vec![
+        format!("--fd={socket}"),
+        format!("--shared-dir={}", share.display()),
+    ];
     // It is in our jail already, with fewer capabilities than it would keep. No file handles: CAP_DAC_READ_SEARCH, which
     // they take, opens every file of the host.
     args.extend(
-        ["--sandbox=none", "--cache=auto", "--inode-file-handles=never", "--modcaps=-mknod", "--xattr", "--log-level=warn"]
-            .map(str::to_owned),
+        [
+            "--sandbox=none",
+            "--cache=auto",
+            "--inode-file-handles=never",
+            "--modcaps=-mknod",
+            "--xattr",
+            "--log-level=warn",
+        ]
+        .map(str::to_owned),
     );
-    args.push(format!("--rlimit-nofile={open_files}"));
+    // 0: as inherited, which the vmm child has raised.
+    args.push("--rlimit-nofile=0".to_owned());
     args
 }
