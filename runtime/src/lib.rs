@@ -7,6 +7,8 @@
 
 mod database;
 pub mod error;
+#[cfg(test)]
+mod fake_shim;
 pub mod filesystem_layout;
 pub mod images;
 pub mod init_rootfs;

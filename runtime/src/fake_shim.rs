@@ -1,0 +1,674 @@
+//! For tests: a shim of containerd's protocol that lives in this process, with a guest that answers Ping, Stats and List — no VM.
+//!
+//! The "program" is a shell script that prints the address of a socket served here; the "process" is a `sleep` that a test can kill. It does what the
+//! protocol says and fails where a test told it to ([`Faults`]); it proves nothing about the real shim.
+
+use crate::shim_controller::ProcessId;
+use crate::types::{BoxOptions, ContainerOptions, RuntimeOptions};
+use crate::unix_socket;
+use async_trait::async_trait;
+use boxlite_proto::boxlite::v1 as wire;
+use boxlite_proto::vmm::{Acceleration, Installation, VmmKind};
+use containerd_shim_protos::api;
+use containerd_shim_protos::protobuf::EnumOrUnknown;
+use containerd_shim_protos::protobuf::well_known_types::empty::Empty;
+use containerd_shim_protos::sandbox_api as sandbox;
+use containerd_shim_protos::{sandbox_async, shim_async};
+use std::collections::BTreeMap;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::sync::watch;
+use tonic::{Request, Response, Status};
+use ttrpc::asynchronous::TtrpcContext;
+use ttrpc::asynchronous::transport::Listener;
+
+/// What a test tells a fake shim to do wrong.
+#[derive(Debug, Default)]
+pub struct Faults {
+    pub fail_create_sandbox: AtomicBool,
+    pub fail_start_sandbox: AtomicBool,
+    /// StartSandbox answers after so many ms.
+    pub slow_start_ms: AtomicU32,
+    pub fail_task_create: AtomicBool,
+    pub fail_task_start: AtomicBool,
+    /// Containers outlive SIGTERM.
+    pub deaf: AtomicBool,
+    /// Guest says that exits were OOM kills.
+    pub oom: AtomicBool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Task {
+    Created,
+    Running,
+    Stopped(u32),
+}
+
+/// One fake shim with its fake VM.
+pub struct FakeShim {
+    pub faults: Arc<Faults>,
+    tasks: watch::Sender<BTreeMap<String, Task>>,
+    vm: watch::Sender<bool>,
+    process: Mutex<std::process::Child>,
+    bundle: PathBuf,
+    starts: AtomicU32,
+    pub creates: AtomicU32,
+    pub calls: Mutex<Vec<String>>,
+}
+
+fn status(code: ttrpc::Code, text: &str) -> ttrpc::Error {
+    ttrpc::Error::RpcStatus(ttrpc::get_status(code, text))
+}
+
+impl FakeShim {
+    fn new(bundle: PathBuf, faults: Arc<Faults>) -> Arc<Self> {
+        let process = std::process::Command::new("/bin/sleep")
+            .arg("1000")
+            .spawn()
+            .unwrap();
+        Arc::new(Self {
+            faults,
+            tasks: watch::channel(BTreeMap::new()).0,
+            vm: watch::channel(false).0,
+            process: Mutex::new(process),
+            bundle,
+            starts: AtomicU32::new(0),
+            creates: AtomicU32::new(0),
+            calls: Mutex::default(),
+        })
+    }
+
+    fn note(&self, call: &str) {
+        self.calls.lock().unwrap().push(call.to_owned());
+    }
+
+    /// How often StartSandbox was called.
+    pub fn starts(&self) -> u32 {
+        self.starts.load(Ordering::SeqCst)
+    }
+
+    /// A container ends by itself.
+    pub fn exit(&self, id: &str, code: u32) {
+        self.tasks.send_modify(|tasks| {
+            tasks.insert(id.to_owned(), Task::Stopped(code));
+        });
+    }
+
+    /// The VM dies by itself, with everything in it.
+    pub fn kill_vm(&self) {
+        self.tasks.send_modify(|tasks| {
+            for task in tasks.values_mut() {
+                if !matches!(task, Task::Stopped(_)) {
+                    *task = Task::Stopped(137);
+                }
+            }
+        });
+        self.vm.send_replace(false);
+    }
+
+    /// The "process" ends.
+    pub fn kill_process(&self) {
+        let mut process = self.process.lock().unwrap();
+        let _ = process.kill();
+        let _ = process.wait();
+    }
+
+    pub fn alive(&self) -> bool {
+        matches!(self.process.lock().unwrap().try_wait(), Ok(None))
+    }
+
+    /// Ids of tasks the shim has.
+    pub fn tasks(&self) -> Vec<String> {
+        self.tasks.borrow().keys().cloned().collect()
+    }
+
+    fn state(&self, id: &str) -> ttrpc::Result<Task> {
+        let task = self.tasks.borrow().get(id).copied();
+        task.ok_or_else(|| status(ttrpc::Code::NOT_FOUND, "no such task"))
+    }
+}
+
+/// What ttrpc serves; a type of its own, since the traits are foreign and so is `Arc`.
+#[derive(Clone)]
+struct Served(Arc<FakeShim>);
+
+#[async_trait]
+impl sandbox_async::Sandbox for Served {
+    async fn create_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: sandbox::CreateSandboxRequest,
+    ) -> ttrpc::Result<sandbox::CreateSandboxResponse> {
+        self.0.note("create_sandbox");
+        assert_eq!(
+            request.options.type_url,
+            boxlite_proto::names::SANDBOX_OPTIONS_TYPE
+        );
+        if self.0.faults.fail_create_sandbox.load(Ordering::SeqCst) {
+            return Err(status(ttrpc::Code::INTERNAL, "told to fail"));
+        }
+        Ok(Default::default())
+    }
+
+    async fn start_sandbox(
+        &self,
+        _: &TtrpcContext,
+        _: sandbox::StartSandboxRequest,
+    ) -> ttrpc::Result<sandbox::StartSandboxResponse> {
+        self.0.note("start_sandbox");
+        self.0.starts.fetch_add(1, Ordering::SeqCst);
+        let pause = self.0.faults.slow_start_ms.load(Ordering::SeqCst);
+        tokio::time::sleep(Duration::from_millis(pause.into())).await;
+        if self.0.faults.fail_start_sandbox.load(Ordering::SeqCst) {
+            return Err(status(
+                ttrpc::Code::INTERNAL,
+                "Kernel panic - not syncing: told to",
+            ));
+        }
+        let vm = self.0.bundle.join("vm");
+        std::fs::create_dir_all(&vm).unwrap();
+        let listener = unix_socket::bind(&vm.join("vsock")).unwrap();
+        let guest = FakeGuest(self.0.clone());
+        tokio::spawn(
+            tonic::transport::Server::builder()
+                .add_service(wire::guest_server::GuestServer::new(guest.clone()))
+                .add_service(wire::container_server::ContainerServer::new(guest))
+                .serve_with_incoming(tokio_stream::wrappers::UnixListenerStream::new(listener)),
+        );
+        self.0.vm.send_replace(true);
+        Ok(Default::default())
+    }
+
+    async fn stop_sandbox(
+        &self,
+        _: &TtrpcContext,
+        _: sandbox::StopSandboxRequest,
+    ) -> ttrpc::Result<sandbox::StopSandboxResponse> {
+        self.0.note("stop_sandbox");
+        self.0.kill_vm();
+        Ok(Default::default())
+    }
+
+    async fn wait_sandbox(
+        &self,
+        _: &TtrpcContext,
+        _: sandbox::WaitSandboxRequest,
+    ) -> ttrpc::Result<sandbox::WaitSandboxResponse> {
+        let _ = self.0.vm.subscribe().wait_for(|alive| !alive).await;
+        Ok(Default::default())
+    }
+
+    async fn sandbox_status(
+        &self,
+        _: &TtrpcContext,
+        _: sandbox::SandboxStatusRequest,
+    ) -> ttrpc::Result<sandbox::SandboxStatusResponse> {
+        let state = if *self.0.vm.borrow() {
+            "SANDBOX_READY"
+        } else {
+            "SANDBOX_NOTREADY"
+        };
+        Ok(sandbox::SandboxStatusResponse {
+            state: state.into(),
+            info: [("timer.boot".to_owned(), "7".to_owned())].into(),
+            ..Default::default()
+        })
+    }
+
+    async fn shutdown_sandbox(
+        &self,
+        _: &TtrpcContext,
+        _: sandbox::ShutdownSandboxRequest,
+    ) -> ttrpc::Result<sandbox::ShutdownSandboxResponse> {
+        self.0.note("shutdown_sandbox");
+        self.0.kill_vm();
+        self.0.kill_process();
+        Ok(Default::default())
+    }
+}
+
+#[async_trait]
+impl shim_async::Task for Served {
+    async fn connect(
+        &self,
+        _: &TtrpcContext,
+        _: api::ConnectRequest,
+    ) -> ttrpc::Result<api::ConnectResponse> {
+        Ok(api::ConnectResponse {
+            shim_pid: self.0.process.lock().unwrap().id(),
+            ..Default::default()
+        })
+    }
+
+    async fn create(
+        &self,
+        _: &TtrpcContext,
+        request: api::CreateTaskRequest,
+    ) -> ttrpc::Result<api::CreateTaskResponse> {
+        self.0.note("create");
+        self.0.creates.fetch_add(1, Ordering::SeqCst);
+        assert!(Path::new(&request.bundle).join("config.json").is_file());
+        assert!(
+            request
+                .rootfs
+                .iter()
+                .all(|mount| Path::new(&mount.source).is_file())
+        );
+        if self.0.faults.fail_task_create.load(Ordering::SeqCst) {
+            return Err(status(ttrpc::Code::INVALID_ARGUMENT, "told to fail"));
+        }
+        self.0.tasks.send_modify(|tasks| {
+            tasks.insert(request.id.clone(), Task::Created);
+        });
+        Ok(Default::default())
+    }
+
+    async fn start(
+        &self,
+        _: &TtrpcContext,
+        request: api::StartRequest,
+    ) -> ttrpc::Result<api::StartResponse> {
+        if self.0.faults.fail_task_start.load(Ordering::SeqCst) {
+            return Err(status(
+                ttrpc::Code::INVALID_ARGUMENT,
+                "no such program: /nowhere",
+            ));
+        }
+        self.0.state(&request.id)?;
+        self.0.tasks.send_modify(|tasks| {
+            tasks.insert(request.id.clone(), Task::Running);
+        });
+        Ok(Default::default())
+    }
+
+    async fn state(
+        &self,
+        _: &TtrpcContext,
+        request: api::StateRequest,
+    ) -> ttrpc::Result<api::StateResponse> {
+        let (state, exit_status) = match self.0.state(&request.id)? {
+            Task::Created => (api::Status::CREATED, 0),
+            Task::Running => (api::Status::RUNNING, 0),
+            Task::Stopped(code) => (api::Status::STOPPED, code),
+        };
+        Ok(api::StateResponse {
+            status: EnumOrUnknown::new(state),
+            exit_status,
+            ..Default::default()
+        })
+    }
+
+    async fn wait(
+        &self,
+        _: &TtrpcContext,
+        request: api::WaitRequest,
+    ) -> ttrpc::Result<api::WaitResponse> {
+        self.0.state(&request.id)?;
+        let mut tasks = self.0.tasks.subscribe();
+        let ended = |tasks: &BTreeMap<String, Task>| {
+            !matches!(tasks.get(&request.id), Some(Task::Created | Task::Running))
+        };
+        let exit_status = match tasks.wait_for(ended).await.unwrap().get(&request.id) {
+            Some(Task::Stopped(code)) => *code,
+            _ => 137,
+        };
+        Ok(api::WaitResponse {
+            exit_status,
+            ..Default::default()
+        })
+    }
+
+    async fn kill(&self, _: &TtrpcContext, request: api::KillRequest) -> ttrpc::Result<Empty> {
+        self.0.note(&format!("kill {}", request.signal));
+        if request.signal == 9 || !self.0.faults.deaf.load(Ordering::SeqCst) {
+            self.0.exit(&request.id, 128 + request.signal);
+        }
+        Ok(Empty::new())
+    }
+
+    async fn delete(
+        &self,
+        _: &TtrpcContext,
+        request: api::DeleteRequest,
+    ) -> ttrpc::Result<api::DeleteResponse> {
+        self.0.state(&request.id)?;
+        self.0.tasks.send_modify(|tasks| {
+            tasks.remove(&request.id);
+        });
+        Ok(Default::default())
+    }
+}
+
+#[derive(Clone)]
+struct FakeGuest(Arc<FakeShim>);
+
+type Unused<T> = std::pin::Pin<Box<dyn futures::Stream<Item = Result<T, Status>> + Send>>;
+
+fn not_here<T>() -> Result<T, Status> {
+    Err(Status::unimplemented("not in this guest"))
+}
+
+#[tonic::async_trait]
+impl wire::guest_server::Guest for FakeGuest {
+    type PortForwardStream = Unused<wire::PortForwardResponse>;
+    async fn init(
+        &self,
+        _: Request<wire::GuestInitRequest>,
+    ) -> Result<Response<wire::GuestInitResponse>, Status> {
+        not_here()
+    }
+    async fn ping(
+        &self,
+        _: Request<wire::PingRequest>,
+    ) -> Result<Response<wire::PingResponse>, Status> {
+        Ok(Response::new(Default::default()))
+    }
+    async fn shutdown(
+        &self,
+        _: Request<wire::ShutdownRequest>,
+    ) -> Result<Response<wire::ShutdownResponse>, Status> {
+        not_here()
+    }
+    async fn stats(
+        &self,
+        _: Request<wire::GuestStatsRequest>,
+    ) -> Result<Response<wire::GuestStatsResponse>, Status> {
+        let network = |interface: &str| wire::NetworkStats {
+            interface: interface.into(),
+            tx_bytes: 11,
+            rx_bytes: 22,
+            ..Default::default()
+        };
+        Ok(Response::new(wire::GuestStatsResponse {
+            cpu_usage_ns: 5_000_000,
+            memory_total_bytes: 100,
+            memory_available_bytes: 40,
+            networks: vec![network("lo"), network("eth0")],
+            ..Default::default()
+        }))
+    }
+    async fn set_time(
+        &self,
+        _: Request<wire::SetTimeRequest>,
+    ) -> Result<Response<wire::SetTimeResponse>, Status> {
+        not_here()
+    }
+    async fn port_forward(
+        &self,
+        _: Request<tonic::Streaming<wire::PortForwardRequest>>,
+    ) -> Result<Response<Self::PortForwardStream>, Status> {
+        not_here()
+    }
+}
+
+#[tonic::async_trait]
+impl wire::container_server::Container for FakeGuest {
+    type EventsStream = Unused<wire::ContainerEvent>;
+    async fn init(
+        &self,
+        _: Request<wire::ContainerInitRequest>,
+    ) -> Result<Response<wire::ContainerInitResponse>, Status> {
+        not_here()
+    }
+    async fn start(
+        &self,
+        _: Request<wire::ContainerStartRequest>,
+    ) -> Result<Response<wire::ContainerStartResponse>, Status> {
+        not_here()
+    }
+    async fn kill(
+        &self,
+        _: Request<wire::ContainerKillRequest>,
+    ) -> Result<Response<wire::ContainerKillResponse>, Status> {
+        not_here()
+    }
+    async fn delete(
+        &self,
+        _: Request<wire::ContainerDeleteRequest>,
+    ) -> Result<Response<wire::ContainerDeleteResponse>, Status> {
+        not_here()
+    }
+    async fn update(
+        &self,
+        _: Request<wire::ContainerUpdateRequest>,
+    ) -> Result<Response<wire::ContainerUpdateResponse>, Status> {
+        not_here()
+    }
+    async fn pause(
+        &self,
+        _: Request<wire::ContainerPauseRequest>,
+    ) -> Result<Response<wire::ContainerPauseResponse>, Status> {
+        not_here()
+    }
+    async fn resume(
+        &self,
+        _: Request<wire::ContainerResumeRequest>,
+    ) -> Result<Response<wire::ContainerResumeResponse>, Status> {
+        not_here()
+    }
+    async fn stats(
+        &self,
+        _: Request<wire::ContainerStatsRequest>,
+    ) -> Result<Response<wire::ContainerStatsResponse>, Status> {
+        not_here()
+    }
+    async fn pids(
+        &self,
+        _: Request<wire::ContainerPidsRequest>,
+    ) -> Result<Response<wire::ContainerPidsResponse>, Status> {
+        not_here()
+    }
+    async fn list(
+        &self,
+        request: Request<wire::ContainerListRequest>,
+    ) -> Result<Response<wire::ContainerListResponse>, Status> {
+        let exit = wire::Exit {
+            oom_killed: self.0.faults.oom.load(Ordering::SeqCst),
+            ..Default::default()
+        };
+        Ok(Response::new(wire::ContainerListResponse {
+            containers: vec![wire::ContainerInfo {
+                container_id: request.into_inner().container_id,
+                exit: Some(exit),
+                ..Default::default()
+            }],
+        }))
+    }
+    async fn events(
+        &self,
+        _: Request<wire::ContainerEventsRequest>,
+    ) -> Result<Response<Self::EventsStream>, Status> {
+        not_here()
+    }
+}
+
+/// A node of fake shims: roots, program, one image, and the shims that were served so far.
+pub struct FakeNode {
+    directory: tempfile::TempDir,
+    pub faults: Arc<Faults>,
+    shims: Arc<Mutex<BTreeMap<String, (Arc<FakeShim>, tokio::runtime::Runtime)>>>,
+}
+
+impl FakeNode {
+    pub fn new() -> Self {
+        let directory = tempfile::tempdir_in("/tmp").unwrap();
+        let at = |name: &str| directory.path().join(name);
+        for name in ["guest", "fw"] {
+            std::fs::write(at(name), "x").unwrap();
+            std::fs::set_permissions(at(name), std::fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        // `start` prints the address of the socket that `serve` made; both actions leave a line for the test.
+        let script = "#!/bin/sh\nid=$4\ncase \"$*\" in\n*start) [ -e BASE/fail ] && { echo told to >&2; exit 1; }\n\
+             echo start $id >> BASE/log; printf 'unix://BASE/f/%s' $id ;;\n*) echo delete $id >> BASE/log ;;\nesac\n";
+        let script = script.replace("BASE", directory.path().to_str().unwrap());
+        std::fs::write(at("shim"), script).unwrap();
+        std::fs::set_permissions(at("shim"), std::fs::Permissions::from_mode(0o755)).unwrap();
+        std::fs::create_dir(at("f")).unwrap();
+        let node = Self {
+            directory,
+            faults: Arc::default(),
+            shims: Arc::default(),
+        };
+        node.put_image();
+        node
+    }
+
+    pub fn at(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// What the program was run for.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.at("log")).unwrap_or_default()
+    }
+
+    pub fn options(&self) -> RuntimeOptions {
+        RuntimeOptions {
+            root: self.at("r"),
+            state: self.at("s"),
+            shim: self.at("shim"),
+            installation: Installation {
+                guest: self.at("guest"),
+                libkrunfw: self.at("fw"),
+                qemu: self.at("none"),
+                virtiofsd: self.at("none"),
+                vhost_device_vsock: self.at("none"),
+                cache: self.at("cache"),
+            },
+            vmm: VmmKind::Krun,
+            acceleration: Acceleration::Tcg,
+            start_limit: Duration::from_secs(20),
+            registry: Default::default(),
+        }
+    }
+
+    /// Serves a shim for a box, to be found by the script; in a tokio runtime of its own, so that it can die at once.
+    pub async fn serve(&self, box_id: &str) -> Arc<FakeShim> {
+        let bundle = self.at("s").join("s").join(box_id);
+        let shim = FakeShim::new(bundle, self.faults.clone());
+        let own = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        let (path, served) = (self.at("f").join(box_id), Served(shim.clone()));
+        let serving = own.spawn(async move {
+            let listener = unix_socket::bind(&path).unwrap();
+            let mut server = ttrpc::asynchronous::Server::new()
+                .add_listener(Listener::new(
+                    tokio_stream::wrappers::UnixListenerStream::new(listener),
+                ))
+                .register_service(sandbox_async::create_sandbox(Arc::new(served.clone())))
+                .register_service(shim_async::create_task(Arc::new(served)));
+            server.start().await.unwrap();
+            tokio::spawn(async move {
+                let _keep = server;
+                std::future::pending::<()>().await
+            });
+        });
+        serving.await.unwrap();
+        if let Some((_, old)) = self
+            .shims
+            .lock()
+            .unwrap()
+            .insert(box_id.to_owned(), (shim.clone(), own))
+        {
+            old.shutdown_background();
+        }
+        shim
+    }
+
+    /// `kill -9` of a shim: its process, its VM and its connections end.
+    pub fn kill_shim(&self, box_id: &str) {
+        let (shim, own) = self.shims.lock().unwrap().remove(box_id).unwrap();
+        shim.kill_process();
+        own.shutdown_background();
+    }
+
+    pub fn box_options(&self, id: &str) -> BoxOptions {
+        BoxOptions {
+            id: id.into(),
+            name: format!("name-{id}"),
+            metadata: b"m".to_vec(),
+            vcpus: 1,
+            memory_mib: 128,
+            scratch_bytes: 1 << 20,
+            hostname: "h".into(),
+            netns: None,
+            sysctls: Default::default(),
+            cgroup_parent: String::new(),
+            vmm: None,
+            debug_console: false,
+        }
+    }
+
+    pub fn container_options(&self, id: &str) -> ContainerOptions {
+        ContainerOptions {
+            id: id.into(),
+            name: format!("name-{id}"),
+            image_id: image_id(),
+            spec: Default::default(),
+            metadata: b"cm".to_vec(),
+            log_path: None,
+            stdin: false,
+            stdin_once: false,
+            tty: false,
+            pid_mode: Default::default(),
+            pid_target: String::new(),
+            read_only_rootfs: false,
+        }
+    }
+
+    /// Writes an image of one layer the way the store keeps it.
+    fn put_image(&self) {
+        let layer = format!("sha256:{}", "1".repeat(64));
+        let store = self.at("r").join("images");
+        let blobs = store.join("blobs/sha256");
+        let layers = store.join("layers/sha256");
+        std::fs::create_dir_all(&blobs).unwrap();
+        std::fs::create_dir_all(&layers).unwrap();
+        let hex = image_id().replace("sha256:", "");
+        std::fs::write(blobs.join(hex), image_config()).unwrap();
+        std::fs::write(layers.join(format!("{}.erofs", "1".repeat(64))), [0; 4096]).unwrap();
+        let index = serde_json::json!({"version": 1, "images": [{
+            "id": image_id(), "tags": ["docker.io/library/x:latest"], "digests": [], "blobs": [image_id()], "layers": [layer],
+        }]});
+        std::fs::write(store.join("index.json"), index.to_string()).unwrap();
+    }
+}
+
+impl Drop for FakeNode {
+    fn drop(&mut self) {
+        for (_, (shim, own)) in std::mem::take(&mut *self.shims.lock().unwrap()) {
+            shim.kill_process();
+            own.shutdown_background();
+        }
+    }
+}
+
+fn image_config() -> String {
+    serde_json::json!({
+        "architecture": "amd64", "os": "linux", "config": {},
+        "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{}", "1".repeat(64))]},
+        "history": [],
+    })
+    .to_string()
+}
+
+/// Id of the one image.
+pub fn image_id() -> String {
+    use sha2::Digest;
+    format!(
+        "sha256:{}",
+        hex::encode(sha2::Sha256::digest(image_config()))
+    )
+}
+
+/// Whether the fake's process is the one written down.
+pub fn is_process(shim: &FakeShim, pid: i32) -> bool {
+    let own = i32::try_from(shim.process.lock().unwrap().id()).unwrap();
+    own == pid && ProcessId::of(pid).is_some()
+}

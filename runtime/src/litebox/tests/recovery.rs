@@ -1,0 +1,184 @@
+//! A runtime that dies and the one after it. "Dies" is the drop of its whole tokio runtime: no task of it gets to clean up.
+
+use super::*;
+use crate::database::Database;
+use crate::management::box_state::Phase;
+
+/// Runs `work` in a tokio runtime of its own and drops that, with everything still in it.
+fn live_and_die<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> T {
+    let tokio = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .unwrap();
+    let result = tokio.block_on(async { tokio::spawn(work).await.unwrap() });
+    tokio.shutdown_timeout(Duration::from_secs(5));
+    result
+}
+
+#[test]
+fn a_live_box_is_adopted_with_what_happened_meanwhile() {
+    let shims = tokio::runtime::Runtime::new().unwrap();
+    let node = std::sync::Arc::new(FakeNode::new());
+    let shim = shims.block_on(node.serve("b1"));
+    let first = node.clone();
+    live_and_die(async move {
+        let (_runtime, litebox) = one_box(&first).await;
+        for id in ["c1", "c2", "c3"] {
+            run_container(&first, &litebox, id).await;
+        }
+        litebox
+            .create_container(first.container_options("c4"))
+            .await
+            .unwrap();
+    });
+    shim.exit("c2", 42);
+    let second = node.clone();
+    let starts = shim.starts();
+    live_and_die(async move {
+        let runtime = BoxliteRuntime::open(second.options()).await.unwrap();
+        let litebox = runtime.get_box("b1").unwrap();
+        let snapshot = litebox.snapshot();
+        assert_eq!(
+            (snapshot.state, snapshot.metadata.as_slice()),
+            (BoxState::Ready, &b"m"[..])
+        );
+        assert_eq!(state_of(&litebox, "c1"), ContainerState::Running);
+        let ended = litebox.container("c2").unwrap();
+        assert_eq!((ended.state, ended.exit_code), (ContainerState::Exited, 42));
+        assert_eq!(state_of(&litebox, "c4"), ContainerState::Created);
+        assert!(
+            runtime.images().remove(&image_id()).await.is_err(),
+            "holds are taken again"
+        );
+        // It is watched again, and usable.
+        shim.exit("c3", 7);
+        until("exit shows", || {
+            state_of(&litebox, "c3") == ContainerState::Exited
+        })
+        .await;
+        litebox.start_container("c4").await.unwrap();
+        litebox.stats().await.unwrap();
+        assert_eq!(shim.starts(), starts);
+        litebox.remove().await.unwrap();
+        assert!(!shim.alive());
+    });
+}
+
+#[test]
+fn a_box_whose_shim_died_meanwhile_is_not_ready_and_removable() {
+    let shims = tokio::runtime::Runtime::new().unwrap();
+    let node = std::sync::Arc::new(FakeNode::new());
+    shims.block_on(node.serve("b1"));
+    let first = node.clone();
+    live_and_die(async move {
+        let (_runtime, litebox) = one_box(&first).await;
+        run_container(&first, &litebox, "c1").await;
+    });
+    node.kill_shim("b1");
+    let second = node.clone();
+    live_and_die(async move {
+        let runtime = BoxliteRuntime::open(second.options()).await.unwrap();
+        let litebox = runtime.get_box("b1").unwrap();
+        assert_eq!(litebox.snapshot().state, BoxState::NotReady);
+        let ended = litebox.container("c1").unwrap();
+        assert_eq!(
+            (ended.state, ended.exit_code, ended.reason.as_str()),
+            (ContainerState::Exited, 137, "Unknown")
+        );
+        assert!(ended.finished_at_ns > 0);
+        until("clean-up", || second.log().contains("delete b1")).await;
+        litebox.remove().await.unwrap();
+        assert!(runtime.images().remove(&image_id()).await.unwrap());
+    });
+    // And the rows are gone for good.
+    live_and_die(async move {
+        let runtime = BoxliteRuntime::open(node.options()).await.unwrap();
+        assert!(runtime.boxes().is_empty() && runtime.containers().is_empty());
+    });
+}
+
+#[test]
+fn an_interrupted_start_is_cleaned_and_may_be_tried_again() {
+    let shims = tokio::runtime::Runtime::new().unwrap();
+    let node = std::sync::Arc::new(FakeNode::new());
+    let shim = shims.block_on(node.serve("b1"));
+    node.faults.slow_start_ms.store(60_000, Ordering::SeqCst);
+    let (first, booting) = (node.clone(), shim.clone());
+    live_and_die(async move {
+        let (_runtime, litebox) = one_box(&first).await;
+        let _ = tokio::spawn(async move { litebox.start().await });
+        until("boot begins", || booting.starts() == 1).await;
+    });
+    node.faults.slow_start_ms.store(0, Ordering::SeqCst);
+    let second = node.clone();
+    live_and_die(async move {
+        let runtime = BoxliteRuntime::open(second.options()).await.unwrap();
+        assert!(second.log().ends_with("delete b1\n"), "{}", second.log());
+        assert!(!second.at("s/s/b1").exists());
+        let litebox = runtime.get_box("b1").unwrap();
+        assert_eq!(litebox.snapshot().state, BoxState::Created);
+        litebox.start().await.unwrap();
+        litebox.remove().await.unwrap();
+    });
+}
+
+#[test]
+fn removal_goes_on_and_orphans_and_half_containers_go() {
+    let shims = tokio::runtime::Runtime::new().unwrap();
+    let node = std::sync::Arc::new(FakeNode::new());
+    let shim = shims.block_on(node.serve("b1"));
+    shims.block_on(node.serve("b2"));
+    let first = node.clone();
+    live_and_die(async move {
+        let (runtime, litebox) = one_box(&first).await;
+        run_container(&first, &litebox, "c1").await;
+        let other = runtime.create_box(first.box_options("b2")).await.unwrap();
+        other.start().await.unwrap();
+    });
+    std::fs::create_dir(node.at("s/s/orphan")).unwrap();
+    let database = Database::open(&node.at("r/runtime.db")).unwrap();
+    live_and_die(async move {
+        // As if the runtime had died right after it wrote these.
+        for (mut row, containers) in database.load().await.unwrap() {
+            for mut container in containers {
+                container.complete = false;
+                container.snapshot.state = ContainerState::Unknown;
+                database.put_container(container).await.unwrap();
+            }
+            if row.options.id == "b2" {
+                row.phase = Phase::Removing;
+                database.update_box(row).await.unwrap();
+            }
+        }
+    });
+    let second = node.clone();
+    live_and_die(async move {
+        let runtime = BoxliteRuntime::open(second.options()).await.unwrap();
+        assert!(second.log().contains("delete orphan"));
+        assert!(!second.at("s/s/orphan").exists());
+        assert!(runtime.containers().is_empty());
+        assert!(
+            shim.tasks().is_empty(),
+            "the task of the half container is gone from the shim too"
+        );
+        until("b2 is removed", || runtime.get_box("b2").is_err()).await;
+        assert!(!second.at("s/s/b2").exists());
+        assert_eq!(
+            runtime.get_box("b1").unwrap().snapshot().state,
+            BoxState::Ready
+        );
+        assert!(runtime.images().remove(&image_id()).await.unwrap());
+    });
+}
+
+#[test]
+fn two_runtimes_never_share_their_roots() {
+    let node = std::sync::Arc::new(FakeNode::new());
+    live_and_die(async move {
+        let first = BoxliteRuntime::open(node.options()).await.unwrap();
+        let error = BoxliteRuntime::open(node.options()).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::AlreadyExists);
+        first.shutdown().await;
+    });
+}
