@@ -9,7 +9,9 @@
 mod agent;
 mod boot;
 mod cgroup;
+mod container;
 mod descriptor;
+mod execution;
 mod forward;
 mod network;
 mod serve;
@@ -38,12 +40,14 @@ fn main() -> ExitCode {
 /// Boots, serves, and comes back only when the VM is to end.
 fn run() -> Result<(), Box<dyn std::error::Error>> {
     boot::prepare()?;
+    // Before any thread, and before there is a subscriber: helpers must not log to a container's standard error.
+    let spawner = spawner::Spawner::start()?;
     boot::console::start_logging();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         // A VM has one or two CPUs and as little as 128 MiB; what blocks is mounts and directory walks.
         .max_blocking_threads(8)
         .build()?;
-    runtime.block_on(serve::serve())?;
+    runtime.block_on(serve::serve(spawner))?;
     Ok(())
 }

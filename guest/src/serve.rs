@@ -6,6 +6,7 @@
 use crate::agent::Agent;
 use crate::boot::reaper::Reaper;
 use crate::services;
+use crate::spawner::Spawner;
 use boxlite_proto::names;
 use std::io;
 use std::pin::Pin;
@@ -31,6 +32,9 @@ const FRAME_LIMIT: u32 = 16 << 10;
 /// Streams per connection: every follower of a log, every exec and every port-forward holds one or two.
 const STREAM_LIMIT: u32 = 512;
 
+/// Between the answer to Shutdown and the end of the VM.
+const LAST_WORDS: Duration = Duration::from_millis(20);
+
 /// What the agent cannot go on without.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
@@ -44,19 +48,24 @@ pub enum ServeError {
         #[source]
         source: io::Error,
     },
+    /// No process can be made any more.
+    #[error("the spawner ended")]
+    SpawnerGone,
     /// The gRPC server broke.
     #[error("gRPC server")]
     Server(#[from] tonic::transport::Error),
 }
 
 /// Runs the agent. Returns when `Guest.Shutdown` was carried out.
-pub async fn serve() -> Result<(), ServeError> {
+pub async fn serve(spawner: Spawner) -> Result<(), ServeError> {
     let children = Reaper::subscribe().map_err(ServeError::Signals)?;
-    let agent = Arc::new(Agent::new());
+    let agent = Arc::new(Agent::new(spawner));
     let reaping = tokio::spawn({
         let agent = Arc::clone(&agent);
         async move { agent.reaper.run(children).await }
     });
+
+    let spawner_gone = agent.reaper.register(agent.spawner.pid);
 
     let address = VsockAddr::new(VMADDR_CID_ANY, names::GUEST_PORT);
     let listener = VsockListener::bind(address).map_err(|source| ServeError::Listen {
@@ -74,7 +83,12 @@ pub async fn serve() -> Result<(), ServeError> {
         .serve_with_incoming(connections(listener));
     let result = tokio::select! {
         result = server => result.map_err(ServeError::from),
-        () = agent.shut_down() => Ok(()),
+        () = agent.shut_down() => {
+            // Time for the answer to leave.
+            tokio::time::sleep(LAST_WORDS).await;
+            Ok(())
+        }
+        _ = spawner_gone => Err(ServeError::SpawnerGone),
     };
     ready.abort();
     reaping.abort();

@@ -13,8 +13,12 @@ use boxlite_proto::boxlite::v1::{
 };
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status, Streaming};
+
+/// Longest grace a Shutdown may ask for.
+const GRACE_LIMIT: Duration = Duration::from_secs(3600);
 
 /// See the service in `service.proto`.
 #[derive(Debug)]
@@ -82,6 +86,7 @@ impl Guest for GuestService {
         match initialized.as_ref() {
             None => {
                 initialize(&request).await?;
+                self.agent.set_initialized();
                 *initialized = Some(essence(&request));
             }
             Some(before) if *before == essence(&request) => {}
@@ -113,8 +118,24 @@ impl Guest for GuestService {
 
     async fn shutdown(
         &self,
-        _: Request<ShutdownRequest>,
+        request: Request<ShutdownRequest>,
     ) -> Result<Response<ShutdownResponse>, Status> {
+        let grace = Duration::from_millis(request.into_inner().grace_ms.into()).min(GRACE_LIMIT);
+        let agent = Arc::clone(&self.agent);
+        // In a task: it goes on when the caller is gone.
+        let stopping = self.agent.tasks.spawn(async move {
+            agent.pod.stop_all(grace).await;
+            for container in agent.pod.list() {
+                let _ = agent.pod.delete(&container.id, true).await;
+            }
+            if let Ok(Err(error)) = tokio::task::spawn_blocking(pod::release_scratch).await {
+                tracing::warn!(
+                    error = crate::boot::console::chain(&error),
+                    "release scratch disk"
+                );
+            }
+        });
+        let _ = stopping.await;
         self.agent.request_shutdown();
         Ok(Response::new(ShutdownResponse {}))
     }

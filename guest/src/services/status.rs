@@ -2,7 +2,11 @@
 //! [`ErrorDetail`] as binary metadata under `boxlite_proto::names::ERROR_METADATA`.
 
 use crate::boot::console::chain;
+use crate::container::ContainerError;
+use crate::execution::input::InputError;
 use crate::network::NetworkError;
+use crate::spawner::SpawnError;
+use crate::spawner::wire::FailureKind;
 use crate::storage::StorageError;
 use crate::system::SystemError;
 use boxlite_proto::boxlite::v1::{ErrorDetail, ErrorKind};
@@ -58,20 +62,70 @@ fn code_of(kind: ErrorKind) -> Code {
     }
 }
 
+fn storage_kind(error: &StorageError) -> (ErrorKind, String) {
+    match error {
+        StorageError::Mount { target, .. } | StorageError::Unmount { target, .. } => {
+            (ErrorKind::Mount, target.clone())
+        }
+        StorageError::Path { path, .. } => (ErrorKind::Rootfs, path.clone()),
+        StorageError::Escape { path, .. } => (ErrorKind::InvalidArgument, path.clone()),
+        StorageError::NoDisk { serial, .. } => (ErrorKind::NotFound, serial.clone()),
+        StorageError::TooManyLayers { .. } => {
+            (ErrorKind::InvalidArgument, "rootfs.layers".to_owned())
+        }
+    }
+}
+
 impl From<StorageError> for Status {
     fn from(error: StorageError) -> Self {
-        let (kind, subject) = match &error {
-            StorageError::Mount { target, .. } | StorageError::Unmount { target, .. } => {
-                (ErrorKind::Mount, target.clone())
-            }
-            StorageError::Path { path, .. } => (ErrorKind::Rootfs, path.clone()),
-            StorageError::Escape { path, .. } => (ErrorKind::InvalidArgument, path.clone()),
-            StorageError::NoDisk { serial, .. } => (ErrorKind::NotFound, serial.clone()),
-            StorageError::TooManyLayers { .. } => {
-                (ErrorKind::InvalidArgument, "rootfs.layers".to_owned())
-            }
-        };
+        let (kind, subject) = storage_kind(&error);
         from_error(kind, &subject, &error)
+    }
+}
+
+/// Kind and subject of a container's error; one that was shared with an earlier call is told as its own.
+fn container_kind(error: &ContainerError) -> (ErrorKind, String) {
+    match error {
+        ContainerError::NotFound { id, .. } => (ErrorKind::NotFound, id.clone()),
+        ContainerError::WrongState { id, .. } => (ErrorKind::WrongState, id.clone()),
+        ContainerError::Invalid { field, .. } => (ErrorKind::InvalidArgument, (*field).to_owned()),
+        ContainerError::Limit { what, .. } => (ErrorKind::Resources, (*what).to_owned()),
+        ContainerError::Storage(error) => storage_kind(error),
+        ContainerError::Cgroup(_) => (ErrorKind::Resources, "cgroup".to_owned()),
+        ContainerError::Spawn(SpawnError::Refused(failure)) => {
+            let kind = match failure.kind {
+                FailureKind::ExecutableNotFound => ErrorKind::ExecutableNotFound,
+                FailureKind::UserNotFound => ErrorKind::UserNotFound,
+                FailureKind::InvalidArgument => ErrorKind::InvalidArgument,
+                FailureKind::Internal => ErrorKind::Internal,
+            };
+            (kind, "process".to_owned())
+        }
+        ContainerError::Spawn(_) => (ErrorKind::Internal, "spawner".to_owned()),
+        ContainerError::User(_) => (ErrorKind::UserNotFound, "process.user".to_owned()),
+        ContainerError::System(_) => (ErrorKind::InvalidArgument, "sysctl".to_owned()),
+        ContainerError::Step { step, .. } => (ErrorKind::Internal, (*step).to_owned()),
+        ContainerError::NoPod => (ErrorKind::WrongState, "guest".to_owned()),
+        ContainerError::Shared(inner) => container_kind(inner),
+    }
+}
+
+impl From<ContainerError> for Status {
+    fn from(error: ContainerError) -> Self {
+        let (kind, subject) = container_kind(&error);
+        from_error(kind, &subject, &error)
+    }
+}
+
+impl From<InputError> for Status {
+    fn from(error: InputError) -> Self {
+        let kind = match &error {
+            InputError::Gap { .. } => ErrorKind::InvalidArgument,
+            InputError::TooManyWriters => ErrorKind::Resources,
+            InputError::None => ErrorKind::WrongState,
+            InputError::Write(_) => ErrorKind::Internal,
+        };
+        from_error(kind, "input", &error)
     }
 }
 

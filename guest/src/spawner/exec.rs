@@ -21,6 +21,7 @@ use nix::unistd::{
     Gid, Uid, chdir, dup2_stderr, dup2_stdin, dup2_stdout, setgroups, setresgid, setresuid, setsid,
 };
 use oci_spec::runtime::{Capabilities, LinuxCapabilities, PosixRlimit, PosixRlimitType};
+use rustix::fs::FileType;
 use std::convert::Infallible;
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -140,9 +141,13 @@ fn connect_stdio(stdio: &[OwnedFd], user: &ResolvedUser) -> Result<(), Failure> 
             "standard input and output are missing",
         ));
     };
-    // The user must be able to open /dev/stdout again; /dev/null refuses, and needs it not.
-    for pipe in stdio {
-        let _ = nix::unistd::fchown(pipe, Some(Uid::from_raw(user.uid)), None);
+    // The user must be able to open /dev/stdout again. Only pipes: /dev/null is the VM's.
+    for end in stdio {
+        let is_pipe = rustix::fs::fstat(end)
+            .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Fifo);
+        if is_pipe {
+            let _ = nix::unistd::fchown(end, Some(Uid::from_raw(user.uid)), None);
+        }
     }
     let connected = dup2_stdin(stdin)
         .and_then(|()| dup2_stdout(stdout))
@@ -156,7 +161,7 @@ mod terminal_ioctl {
 }
 
 /// Sets a terminal's size.
-pub fn set_terminal_size(terminal: &OwnedFd, rows: u16, cols: u16) -> Result<(), Errno> {
+pub fn set_terminal_size(terminal: impl AsFd, rows: u16, cols: u16) -> Result<(), Errno> {
     let size = libc::winsize {
         ws_row: rows,
         ws_col: cols,
@@ -164,7 +169,7 @@ pub fn set_terminal_size(terminal: &OwnedFd, rows: u16, cols: u16) -> Result<(),
         ws_ypixel: 0,
     };
     // SAFETY: the descriptor is open and the pointer is to a live winsize, which the kernel only reads.
-    unsafe { terminal_ioctl::set_size(terminal.as_raw_fd(), &size) }.map(|_| ())
+    unsafe { terminal_ioctl::set_size(terminal.as_fd().as_raw_fd(), &size) }.map(|_| ())
 }
 
 /// A terminal of the container's own devpts, so that its name exists in the container.
@@ -219,7 +224,11 @@ impl CapabilitySets {
             names
                 .into_iter()
                 .flatten()
-                .filter_map(|name| name.to_string().parse::<Capability>().ok())
+                .filter_map(|name| {
+                    caps::to_canonical(&name.to_string())
+                        .parse::<Capability>()
+                        .ok()
+                })
                 .collect()
         };
         Self {
@@ -243,8 +252,7 @@ impl CapabilitySets {
     }
 
     fn apply(&self) -> Result<(), Failure> {
-        // Setting permitted first would take away what effective still needs; the crate writes one set at a time, and
-        // the kernel wants effective within permitted. So: raise permitted's superset is there, lower effective, then it.
+        // Effective before permitted: the kernel wants the one within the other at every step.
         let set = |kind, value: &CapsHashSet| {
             caps::set(None, kind, value).map_err(|error| Failure::step("set capabilities", error))
         };

@@ -21,7 +21,8 @@ mod server;
 mod user;
 pub mod wire;
 
-pub use user::{UserError, resolve as resolve_user};
+pub use exec::set_terminal_size;
+pub use user::{ResolvedUser, UserError, resolve as resolve_user};
 
 use crate::descriptor::AsyncDescriptor;
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType};

@@ -110,7 +110,6 @@ pub enum FailureKind {
     ExecutableNotFound,
     UserNotFound,
     InvalidArgument,
-    Mount,
     Internal,
 }
 

@@ -11,7 +11,10 @@
 //! /l/<n>                        a layer, mounted once for all containers that have it
 //! ```
 
+pub mod layers;
 pub mod pod;
+pub mod rootfs;
+pub mod usage;
 
 use std::io;
 

@@ -1,0 +1,84 @@
+//! What happened to containers, as a bounded log with sequence numbers that readers follow.
+
+use crate::system::unix_time_ns;
+use boxlite_proto::boxlite::v1::{ContainerEvent, container_event::Event};
+use std::collections::VecDeque;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use tokio::sync::Notify;
+
+/// Events kept. A reader that is further behind misses some and sees so by the gap in the numbers; state and exits can
+/// always be listed.
+const KEPT: usize = 1024;
+
+#[derive(Debug, Default)]
+struct Log {
+    kept: VecDeque<ContainerEvent>,
+    last: u64,
+}
+
+/// The log.
+#[derive(Debug, Default)]
+pub struct Events {
+    log: Mutex<Log>,
+    added: Notify,
+}
+
+impl Events {
+    /// Adds an event. `exec_id` is empty for the container itself.
+    pub fn add(&self, container_id: &str, exec_id: &str, event: Event) {
+        let mut log = self.lock();
+        log.last += 1;
+        if log.kept.len() >= KEPT {
+            log.kept.pop_front();
+        }
+        let event = ContainerEvent {
+            sequence: log.last,
+            time_unix_ns: unix_time_ns(),
+            container_id: container_id.to_owned(),
+            exec_id: exec_id.to_owned(),
+            event: Some(event),
+        };
+        log.kept.push_back(event);
+        drop(log);
+        self.added.notify_waiters();
+    }
+
+    /// The first event kept whose number is at least `from`, waiting for it. Safe to drop.
+    pub async fn next(&self, from: u64) -> ContainerEvent {
+        loop {
+            let added = self.added.notified();
+            tokio::pin!(added);
+            added.as_mut().enable();
+            if let Some(event) = self.lock().kept.iter().find(|event| event.sequence >= from) {
+                return event.clone();
+            }
+            added.await;
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Log> {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use boxlite_proto::boxlite::v1::Exit;
+
+    #[tokio::test]
+    async fn readers_continue_by_number_and_old_events_go() {
+        let events = Events::default();
+        for _ in 0..KEPT + 10 {
+            events.add("c", "", Event::Exit(Exit::default()));
+        }
+        assert_eq!(events.next(0).await.sequence, 11);
+        assert_eq!(events.next(500).await.sequence, 500);
+        let last = (KEPT + 10) as u64;
+        let waiting = events.next(last + 1);
+        tokio::pin!(waiting);
+        assert!(futures::poll!(&mut waiting).is_pending());
+        events.add("c", "x", Event::Exit(Exit::default()));
+        assert_eq!(waiting.await.exec_id, "x");
+    }
+}

@@ -1,0 +1,319 @@
+//! The OCI spec of a request, made into one that holds inside this VM: [`adapt`].
+//!
+//! The host's words about namespaces, cgroups, limits and hooks are about *its* machine. Here a container gets its own
+//! mount, PID and cgroup namespace and shares the VM's network, IPC and UTS; its limits are the agent's to set; hooks,
+//! seccomp (not in this static build; issue 3 adds it), AppArmor and SELinux are dropped, since what they name isn't in
+//! the VM. Everything else is passed to libcontainer as it came.
+
+use super::ContainerError;
+use crate::spawner::ResolvedUser;
+use crate::spawner::wire::{ProcessPlan, UserPlan};
+use oci_spec::runtime::{
+    Box as ConsoleSize, Linux, LinuxCapabilities, LinuxNamespace, LinuxNamespaceBuilder,
+    LinuxNamespaceType, LinuxResources, Mount, PosixRlimit, Process, Root, Spec, User,
+};
+use serde::Deserialize;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+/// Annotation that asks for the groups of the container's /etc/group beside those of the spec.
+const GROUPS_ANNOTATION: &str = "boxlite.groups";
+/// Its one value.
+const GROUPS_MERGE: &str = "merge";
+/// Bytes of arguments and environment together; the kernel's own limit is about 2 MiB.
+const ARGUMENTS_LIMIT: usize = 2 << 20;
+/// Mounts of one container.
+const MOUNT_LIMIT: usize = 512;
+
+/// What the agent knows about a container that its spec doesn't.
+#[derive(Debug)]
+pub struct Place<'a> {
+    /// The mounted tree.
+    pub rootfs: &'a Path,
+    pub read_only: bool,
+    /// Below the cgroup mount.
+    pub cgroup: String,
+    /// The PID namespace to join; none: its own.
+    pub pid_namespace: Option<PathBuf>,
+    pub terminal: bool,
+    pub user: &'a ResolvedUser,
+    /// File systems the kernel has.
+    pub mqueue: bool,
+}
+
+/// What the agent takes out of a spec for itself.
+#[derive(Debug, Default)]
+pub struct Extracted {
+    pub resources: Option<LinuxResources>,
+    pub sysctls: HashMap<String, String>,
+}
+
+/// Parses and checks the spec of a request.
+pub fn parse(json: &[u8]) -> Result<Spec, ContainerError> {
+    let invalid = |reason: String| ContainerError::Invalid {
+        field: "spec_json",
+        reason,
+    };
+    let spec: Spec = serde_json::from_slice(json).map_err(|error| invalid(error.to_string()))?;
+    let process = spec
+        .process()
+        .as_ref()
+        .ok_or_else(|| invalid("process is missing".to_owned()))?;
+    check_process(
+        process.args().as_deref(),
+        process.env().as_deref(),
+        process.cwd(),
+    )?;
+    if spec
+        .mounts()
+        .as_ref()
+        .is_some_and(|mounts| mounts.len() > MOUNT_LIMIT)
+    {
+        return Err(invalid(format!("more than {MOUNT_LIMIT} mounts")));
+    }
+    if spec.linux().as_ref().is_some_and(|linux| {
+        linux
+            .uid_mappings()
+            .as_ref()
+            .is_some_and(|list| !list.is_empty())
+    }) {
+        return Err(invalid("user namespaces are not supported yet".to_owned()));
+    }
+    Ok(spec)
+}
+
+fn check_process(
+    args: Option<&[String]>,
+    env: Option<&[String]>,
+    cwd: &Path,
+) -> Result<(), ContainerError> {
+    let invalid = |field, reason: &str| ContainerError::Invalid {
+        field,
+        reason: reason.to_owned(),
+    };
+    let args = args.unwrap_or_default();
+    if args.is_empty() {
+        return Err(invalid("process.args", "no command specified"));
+    }
+    let strings = args.iter().chain(env.unwrap_or_default());
+    if strings.clone().any(|text| text.contains('\0')) {
+        return Err(invalid(
+            "process",
+            "an argument or environment variable holds a NUL byte",
+        ));
+    }
+    if strings.map(String::len).sum::<usize>() > ARGUMENTS_LIMIT {
+        return Err(invalid("process", "arguments and environment are too long"));
+    }
+    if !cwd.is_absolute() {
+        return Err(invalid("process.cwd", "not an absolute path"));
+    }
+    Ok(())
+}
+
+/// Whom the container's process runs as, in the spec's words.
+pub fn user_plan(spec: &Spec) -> UserPlan {
+    let merge = spec
+        .annotations()
+        .as_ref()
+        .and_then(|annotations| annotations.get(GROUPS_ANNOTATION))
+        .is_some_and(|value| value == GROUPS_MERGE);
+    let user = spec
+        .process()
+        .as_ref()
+        .map(Process::user)
+        .cloned()
+        .unwrap_or_default();
+    plan_of(&user, merge)
+}
+
+fn plan_of(user: &User, merge_groups: bool) -> UserPlan {
+    UserPlan {
+        uid: user.uid(),
+        gid: user.gid(),
+        additional_gids: user.additional_gids().clone().unwrap_or_default(),
+        umask: user.umask(),
+        name: user.username().clone().filter(|name| !name.is_empty()),
+        merge_groups,
+    }
+}
+
+/// Makes the spec hold in this VM; takes out what the agent does itself.
+pub fn adapt(spec: &mut Spec, place: &Place<'_>) -> Result<Extracted, ContainerError> {
+    let mut extracted = Extracted::default();
+    let mut root = Root::default();
+    root.set_path(place.rootfs.to_path_buf())
+        .set_readonly(Some(place.read_only));
+    spec.set_root(Some(root))
+        .set_hooks(None)
+        .set_hostname(None)
+        .set_domainname(None);
+    let mut linux = spec.linux().clone().unwrap_or_default();
+    extracted.resources = linux.resources().clone();
+    extracted.sysctls = linux.sysctl().clone().unwrap_or_default();
+    adapt_linux(&mut linux, place)?;
+    spec.set_linux(Some(linux));
+    if let Some(mounts) = spec.mounts().clone() {
+        spec.set_mounts(Some(adapt_mounts(mounts, place.mqueue)));
+    }
+    if let Some(mut process) = spec.process().clone() {
+        adapt_process(&mut process, place);
+        spec.set_process(Some(process));
+    }
+    Ok(extracted)
+}
+
+fn adapt_linux(linux: &mut Linux, place: &Place<'_>) -> Result<(), ContainerError> {
+    let namespaces = [
+        namespace(LinuxNamespaceType::Mount, None)?,
+        namespace(LinuxNamespaceType::Pid, place.pid_namespace.clone())?,
+        namespace(LinuxNamespaceType::Cgroup, None)?,
+    ];
+    linux
+        .set_namespaces(Some(namespaces.to_vec()))
+        .set_cgroups_path(Some(PathBuf::from(&place.cgroup)))
+        .set_resources(None)
+        .set_sysctl(None)
+        .set_seccomp(None)
+        .set_mount_label(None)
+        .set_intel_rdt(None)
+        .set_net_devices(None)
+        .set_memory_policy(None)
+        .set_time_offsets(None)
+        .set_uid_mappings(None)
+        .set_gid_mappings(None);
+    Ok(())
+}
+
+fn namespace(
+    typ: LinuxNamespaceType,
+    path: Option<PathBuf>,
+) -> Result<LinuxNamespace, ContainerError> {
+    let mut builder = LinuxNamespaceBuilder::default().typ(typ);
+    if let Some(path) = path {
+        builder = builder.path(path);
+    }
+    builder.build().map_err(|error| ContainerError::Invalid {
+        field: "namespace",
+        reason: error.to_string(),
+    })
+}
+
+/// The pod's shared memory and message queues are the VM's own.
+fn adapt_mounts(mounts: Vec<Mount>, mqueue: bool) -> Vec<Mount> {
+    let mut adapted = Vec::with_capacity(mounts.len());
+    for mut mount in mounts {
+        match (mount.typ().as_deref(), mount.destination().to_str()) {
+            (Some("tmpfs" | "shm"), Some("/dev/shm")) => {
+                let options = ["rbind", "rw", "nosuid", "nodev", "noexec"].map(str::to_owned);
+                mount
+                    .set_typ(Some("bind".to_owned()))
+                    .set_source(Some(PathBuf::from("/dev/shm")))
+                    .set_options(Some(options.to_vec()));
+            }
+            (Some("mqueue"), _) if !mqueue => continue,
+            _ => {}
+        }
+        adapted.push(mount);
+    }
+    adapted
+}
+
+fn adapt_process(process: &mut Process, place: &Place<'_>) {
+    let mut user = process.user().clone();
+    user.set_uid(place.user.uid).set_gid(place.user.gid);
+    user.set_additional_gids(Some(place.user.additional_gids.clone()))
+        .set_username(None);
+    let mut env = process.env().clone().unwrap_or_default();
+    // libcontainer would ask the C library, which in a static build needs the container's own libraries.
+    if !env.iter().any(|entry| entry.starts_with("HOME=")) {
+        env.push(format!("HOME={}", place.user.home));
+    }
+    process
+        .set_user(user)
+        .set_env(Some(env))
+        .set_terminal(Some(place.terminal))
+        .set_apparmor_profile(None)
+        .set_selinux_label(None);
+}
+
+/// The container's own process as a plan: what an exec that says less starts from.
+pub fn process_plan(spec: &Spec) -> Option<ProcessPlan> {
+    let process = spec.process().as_ref()?;
+    Some(ProcessPlan {
+        terminal: process.terminal().unwrap_or(false),
+        console_size: size_of(process.console_size().as_ref()),
+        args: process.args().clone().unwrap_or_default(),
+        env: process.env().clone().unwrap_or_default(),
+        cwd: process.cwd().clone(),
+        user: plan_of(process.user(), false),
+        capabilities: process.capabilities().clone(),
+        no_new_privileges: process.no_new_privileges().unwrap_or(false),
+        rlimits: process.rlimits().clone().unwrap_or_default(),
+        oom_score_adj: process.oom_score_adj().unwrap_or(0),
+    })
+}
+
+/// Rows and columns.
+fn size_of(size: Option<&ConsoleSize>) -> (u16, u16) {
+    let cells = |value: u64| u16::try_from(value).unwrap_or(u16::MAX);
+    size.map_or((0, 0), |size| (cells(size.height()), cells(size.width())))
+}
+
+/// An OCI process in which every field may be left out.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct PartialProcess {
+    args: Option<Vec<String>>,
+    env: Option<Vec<String>>,
+    cwd: Option<PathBuf>,
+    user: Option<User>,
+    capabilities: Option<LinuxCapabilities>,
+    no_new_privileges: Option<bool>,
+    rlimits: Option<Vec<PosixRlimit>>,
+    oom_score_adj: Option<i32>,
+    console_size: Option<ConsoleSize>,
+}
+
+/// The plan of an exec: what `json` says, the rest from the container's own process.
+pub fn exec_plan(
+    json: &[u8],
+    terminal: bool,
+    base: &ProcessPlan,
+) -> Result<ProcessPlan, ContainerError> {
+    let partial: PartialProcess =
+        serde_json::from_slice(json).map_err(|error| ContainerError::Invalid {
+            field: "process_json",
+            reason: error.to_string(),
+        })?;
+    let mut plan = base.clone();
+    plan.terminal = terminal;
+    plan.args = partial.args.unwrap_or_default();
+    plan.env = partial.env.unwrap_or(plan.env);
+    plan.cwd = partial
+        .cwd
+        .filter(|cwd| !cwd.as_os_str().is_empty())
+        .unwrap_or(plan.cwd);
+    if let Some(user) = &partial.user {
+        plan.user = plan_of(user, false);
+        // The home directory in the base's environment is another user's.
+        if plan.user != base.user {
+            plan.env.retain(|entry| {
+                !entry.starts_with("HOME=") || base.env.iter().all(|own| own != entry)
+            });
+        }
+    }
+    plan.capabilities = partial.capabilities.or(plan.capabilities);
+    plan.no_new_privileges = partial.no_new_privileges.unwrap_or(plan.no_new_privileges);
+    plan.rlimits = partial.rlimits.unwrap_or(plan.rlimits);
+    plan.oom_score_adj = partial.oom_score_adj.unwrap_or(plan.oom_score_adj);
+    plan.console_size = size_of(partial.console_size.as_ref());
+    if terminal && !plan.env.iter().any(|entry| entry.starts_with("TERM=")) {
+        plan.env.push("TERM=xterm".to_owned());
+    }
+    check_process(Some(&plan.args), Some(&plan.env), &plan.cwd)?;
+    Ok(plan)
+}
+
+#[cfg(test)]
+mod tests;

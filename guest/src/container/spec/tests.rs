@@ -1,0 +1,211 @@
+//! Specs as kubelet, containerd and others write them, and what becomes of them.
+
+use super::*;
+use serde_json::{Value, json};
+
+fn user() -> ResolvedUser {
+    ResolvedUser {
+        uid: 33,
+        gid: 34,
+        additional_gids: vec![50],
+        home: "/srv".into(),
+    }
+}
+
+fn place(user: &ResolvedUser) -> Place<'_> {
+    Place {
+        rootfs: Path::new("/run/boxlite/c/x/rootfs"),
+        read_only: true,
+        cgroup: "/pod/x".into(),
+        pid_namespace: None,
+        terminal: false,
+        user,
+        mqueue: false,
+    }
+}
+
+fn full() -> Value {
+    json!({
+        "ociVersion": "1.1.0",
+        "process": {"args": ["sh"], "cwd": "/", "env": ["A=1"], "user": {"uid": 1, "gid": 2, "username": "web"},
+                    "apparmorProfile": "cri", "selinuxLabel": "x", "oomScoreAdj": 7},
+        "root": {"path": "/host/rootfs"},
+        "hostname": "pod",
+        "hooks": {"prestart": [{"path": "/bin/hook"}]},
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["size=65536k"]},
+            {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue"},
+            {"destination": "/data", "type": "bind", "source": "/run/boxlite/share/m/x/0", "options": ["rbind"]}
+        ],
+        "linux": {
+            "namespaces": [{"type": "network", "path": "/var/run/netns/host"}, {"type": "user"}, {"type": "ipc"}],
+            "cgroupsPath": "/kubepods/x",
+            "resources": {"memory": {"limit": 1000}},
+            "sysctl": {"net.ipv4.ip_forward": "1"},
+            "seccomp": {"defaultAction": "SCMP_ACT_ERRNO"},
+            "mountLabel": "x",
+            "maskedPaths": ["/proc/kcore"]
+        }
+    })
+}
+
+#[test]
+fn what_belongs_to_the_host_is_replaced_and_the_rest_kept() {
+    let mut spec = parse(full().to_string().as_bytes()).unwrap();
+    let user = user();
+    let extracted = adapt(&mut spec, &place(&user)).unwrap();
+    assert_eq!(
+        extracted
+            .resources
+            .unwrap()
+            .memory()
+            .as_ref()
+            .unwrap()
+            .limit(),
+        Some(1000)
+    );
+    assert_eq!(extracted.sysctls["net.ipv4.ip_forward"], "1");
+    let result = serde_json::to_value(&spec).unwrap();
+    assert_eq!(
+        result["root"],
+        json!({"path": "/run/boxlite/c/x/rootfs", "readonly": true})
+    );
+    assert_eq!(
+        result["linux"]["namespaces"],
+        json!([{"type": "mount"}, {"type": "pid"}, {"type": "cgroup"}])
+    );
+    assert_eq!(result["linux"]["cgroupsPath"], "/pod/x");
+    assert_eq!(result["linux"]["maskedPaths"], json!(["/proc/kcore"]));
+    for gone in ["resources", "sysctl", "seccomp", "mountLabel"] {
+        assert_eq!(result["linux"][gone], Value::Null, "{gone}");
+    }
+    for gone in ["hooks", "hostname"] {
+        assert_eq!(result[gone], Value::Null, "{gone}");
+    }
+    let process = &result["process"];
+    assert_eq!(
+        process["user"],
+        json!({"uid": 33, "gid": 34, "additionalGids": [50]})
+    );
+    assert_eq!(process["env"], json!(["A=1", "HOME=/srv"]));
+    assert_eq!(process["apparmorProfile"], Value::Null);
+}
+
+#[test]
+fn shared_memory_is_the_pods_and_missing_file_systems_are_left_out() {
+    let mut spec = parse(full().to_string().as_bytes()).unwrap();
+    let user = user();
+    adapt(&mut spec, &place(&user)).unwrap();
+    let mounts = serde_json::to_value(spec.mounts()).unwrap();
+    let destinations: Vec<_> = mounts
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|mount| mount["destination"].clone())
+        .collect();
+    assert_eq!(destinations, ["/proc", "/dev/shm", "/data"]);
+    assert_eq!(mounts[1]["type"], "bind");
+    assert_eq!(mounts[1]["source"], "/dev/shm");
+}
+
+#[test]
+fn a_joined_pid_namespace_is_named() {
+    let mut spec = parse(full().to_string().as_bytes()).unwrap();
+    let user = user();
+    let place = Place {
+        pid_namespace: Some("/proc/5/ns/pid".into()),
+        ..place(&user)
+    };
+    adapt(&mut spec, &place).unwrap();
+    let linux = serde_json::to_value(spec.linux()).unwrap();
+    assert_eq!(
+        linux["namespaces"][1],
+        json!({"type": "pid", "path": "/proc/5/ns/pid"})
+    );
+}
+
+#[test]
+fn unusable_specs_are_refused_by_field() {
+    let broken = |change: fn(&mut Value)| {
+        let mut value = full();
+        change(&mut value);
+        parse(value.to_string().as_bytes()).unwrap_err().to_string()
+    };
+    assert!(broken(|v| v["process"]["args"] = json!([])).contains("process.args"));
+    assert!(broken(|v| v["process"]["cwd"] = json!("relative")).contains("process.cwd"));
+    assert!(broken(|v| v["process"]["args"] = json!(["a\0b"])).contains("NUL"));
+    assert!(broken(|v| v["process"] = Value::Null).contains("process is missing"));
+    let mapping = json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);
+    let mut value = full();
+    value["linux"]["uidMappings"] = mapping;
+    assert!(
+        parse(value.to_string().as_bytes())
+            .unwrap_err()
+            .to_string()
+            .contains("user namespaces")
+    );
+    assert!(parse(b"{").is_err());
+}
+
+fn base() -> ProcessPlan {
+    let mut spec = parse(full().to_string().as_bytes()).unwrap();
+    let user = user();
+    adapt(&mut spec, &place(&user)).unwrap();
+    process_plan(&spec).unwrap()
+}
+
+#[test]
+fn an_exec_takes_what_it_leaves_out_from_the_container() {
+    let base = base();
+    let plan = exec_plan(br#"{"args":["true"]}"#, false, &base).unwrap();
+    assert_eq!(plan.args, ["true"]);
+    assert_eq!(
+        (plan.env.as_slice(), plan.cwd.as_path()),
+        (base.env.as_slice(), Path::new("/"))
+    );
+    assert_eq!(plan.user, base.user);
+    assert_eq!(plan.oom_score_adj, 7);
+    let plan = exec_plan(
+        br#"{"args":["true"],"cwd":"/tmp","env":["B=2"],"user":{"uid":5,"gid":6}}"#,
+        true,
+        &base,
+    )
+    .unwrap();
+    assert_eq!(plan.env, ["B=2", "TERM=xterm"]);
+    assert_eq!(
+        (plan.user.uid, plan.user.gid, plan.cwd.as_path()),
+        (5, 6, Path::new("/tmp"))
+    );
+}
+
+#[test]
+fn another_users_home_is_not_inherited() {
+    let plan = exec_plan(
+        br#"{"args":["true"],"user":{"uid":5,"gid":6}}"#,
+        false,
+        &base(),
+    )
+    .unwrap();
+    assert_eq!(plan.env, ["A=1"]);
+}
+
+#[test]
+fn an_exec_without_a_command_is_refused() {
+    assert!(
+        exec_plan(b"{}", false, &base())
+            .unwrap_err()
+            .to_string()
+            .contains("process.args")
+    );
+}
+
+#[test]
+fn groups_are_merged_only_by_the_annotation() {
+    let mut value = full();
+    assert!(!user_plan(&parse(value.to_string().as_bytes()).unwrap()).merge_groups);
+    value["annotations"] = json!({"boxlite.groups": "merge"});
+    let plan = user_plan(&parse(value.to_string().as_bytes()).unwrap());
+    assert!(plan.merge_groups);
+    assert_eq!(plan.name.as_deref(), Some("web"));
+}

@@ -1,0 +1,221 @@
+//! A container's root file system: layers stacked by overlayfs under a writable layer on the scratch disk, or a whole
+//! tree bound from the share.
+//!
+//! [`Rootfs::assemble`] makes it, [`Rootfs::take_down`] removes everything it made. Both block.
+
+use super::StorageError;
+use super::layers::{Layers, below_share};
+use boxlite_proto::boxlite::v1::Rootfs as Request;
+use boxlite_proto::names;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use rustix::fs::{Mode, OFlags, ResolveFlags, mkdirat, openat2};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create, fsconfig_set_flag,
+    fsconfig_set_string, fsmount, fsopen, move_mount,
+};
+use std::fs;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::{Component, Path, PathBuf};
+
+/// Layers that can be stacked. The kernel takes 500; images stop at 127.
+const LAYER_LIMIT: usize = 200;
+/// Where containers' bundles are.
+const BUNDLES: &str = "/run/boxlite/c";
+
+/// A container's root file system and what it is made of.
+#[derive(Debug)]
+pub struct Rootfs {
+    layers: Vec<String>,
+    /// Holds `config.json` and the mount point.
+    bundle: PathBuf,
+    /// Holds upper and work; none for a bound tree.
+    writable: Option<PathBuf>,
+}
+
+impl Rootfs {
+    /// Stacks or binds what `request` names, for a container whose id is one plain path component.
+    ///
+    /// # Errors
+    /// A path that leaves the share, or a mount the kernel refuses. What was made before is taken down again.
+    pub fn assemble(id: &str, request: &Request, layers: &Layers) -> Result<Self, StorageError> {
+        let mut rootfs = Self {
+            layers: Vec::new(),
+            bundle: Path::new(BUNDLES).join(id),
+            writable: None,
+        };
+        match rootfs.build(id, request, layers) {
+            Ok(()) => Ok(rootfs),
+            Err(error) => {
+                let _ = rootfs.take_down(layers);
+                Err(error)
+            }
+        }
+    }
+
+    fn build(&mut self, id: &str, request: &Request, layers: &Layers) -> Result<(), StorageError> {
+        let target = self.path();
+        fs::create_dir_all(&target).map_err(StorageError::path("mkdir", &target))?;
+        if !request.directory.is_empty() {
+            return bind(&below_share(&request.directory)?, &target);
+        }
+        if request.layers.is_empty() || request.layers.len() > LAYER_LIMIT {
+            return Err(StorageError::TooManyLayers {
+                count: request.layers.len(),
+                limit: LAYER_LIMIT,
+            });
+        }
+        let mut lower = Vec::new();
+        for layer in &request.layers {
+            lower.push(layers.hold(&layer.path)?);
+            self.layers.push(layer.path.clone());
+        }
+        let writable = Path::new(names::GUEST_SCRATCH).join("c").join(id);
+        self.writable = Some(writable.clone());
+        for name in ["upper", "work"] {
+            let path = writable.join(name);
+            fs::create_dir_all(&path).map_err(StorageError::path("mkdir", &path))?;
+        }
+        overlay(&lower, &writable, &target).map_err(|source| StorageError::Mount {
+            fstype: "overlay".to_owned(),
+            origin: format!("of {} layers", lower.len()),
+            target: target.display().to_string(),
+            source,
+        })
+    }
+
+    /// The mounted tree.
+    pub fn path(&self) -> PathBuf {
+        self.bundle.join("rootfs")
+    }
+
+    /// The directory for `config.json` beside it.
+    pub fn bundle(&self) -> &Path {
+        &self.bundle
+    }
+
+    /// The writable layer's directory.
+    pub fn upper(&self) -> Option<PathBuf> {
+        self.writable
+            .as_ref()
+            .map(|writable| writable.join("upper"))
+    }
+
+    /// Unmounts and removes everything. Succeeds on what is gone.
+    pub fn take_down(&self, layers: &Layers) -> Result<(), StorageError> {
+        let target = self.path();
+        match umount2(&target, MntFlags::MNT_DETACH) {
+            Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => {}
+            Err(errno) => {
+                return Err(StorageError::Unmount {
+                    target: target.display().to_string(),
+                    source: errno.into(),
+                });
+            }
+        }
+        for layer in &self.layers {
+            layers.release(layer);
+        }
+        // remove_dir_all follows no links.
+        for path in self.writable.iter().chain([&self.bundle]) {
+            match fs::remove_dir_all(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(StorageError::path("remove", path)(error));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Makes a directory and its parents inside the tree at `root`, following links within it only.
+pub fn make_directory(root: &Path, path: &Path) -> io::Result<()> {
+    let root = fs::File::open(root)?;
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    let mut done = PathBuf::new();
+    for part in path.components() {
+        let Component::Normal(name) = part else {
+            continue;
+        };
+        let parent = openat2(
+            root.as_fd(),
+            if done.as_os_str().is_empty() {
+                Path::new(".")
+            } else {
+                &done
+            },
+            flags,
+            Mode::empty(),
+            resolve,
+        )?;
+        done.push(name);
+        match mkdirat(&parent, name, Mode::from_raw_mode(0o755)) {
+            Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Ok(())
+}
+
+fn bind(source: &Path, target: &Path) -> Result<(), StorageError> {
+    mount(
+        Some(source),
+        target,
+        None::<&str>,
+        MsFlags::MS_BIND | MsFlags::MS_REC,
+        None::<&str>,
+    )
+    .map_err(|errno| StorageError::Mount {
+        fstype: "bind".to_owned(),
+        origin: source.display().to_string(),
+        target: target.display().to_string(),
+        source: errno.into(),
+    })
+}
+
+/// Stacks `lower`, lowest first. The layers are handed over one by one: in one string their number would be limited by
+/// the page the old mount call copies.
+fn overlay(lower: &[PathBuf], writable: &Path, target: &Path) -> io::Result<()> {
+    let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_set_string(&context, "source", "overlay")?;
+    for layer in lower.iter().rev() {
+        fsconfig_set_string(&context, "lowerdir+", layer.as_path())?;
+    }
+    fsconfig_set_string(&context, "upperdir", writable.join("upper"))?;
+    fsconfig_set_string(&context, "workdir", writable.join("work"))?;
+    // The writable layer doesn't outlive the pod, so a container's fsync needs no disk.
+    fsconfig_set_flag(&context, "volatile")?;
+    fsconfig_create(&context)?;
+    let tree = fsmount(
+        &context,
+        FsMountFlags::FSMOUNT_CLOEXEC,
+        MountAttrFlags::empty(),
+    )?;
+    move_mount(
+        &tree,
+        "",
+        rustix::fs::CWD,
+        target,
+        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+    )?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn directories_are_made_inside_the_root_only() {
+        let outside = tempfile::tempdir().unwrap();
+        let root = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink(outside.path(), root.path().join("link")).unwrap();
+        make_directory(root.path(), Path::new("/a/b/c")).unwrap();
+        assert!(root.path().join("a/b/c").is_dir());
+        assert!(make_directory(root.path(), Path::new("/link/x")).is_err());
+        assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0);
+        make_directory(root.path(), Path::new("/a/../../b")).unwrap();
+    }
+}
