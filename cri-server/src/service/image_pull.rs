@@ -17,10 +17,8 @@ pub async fn pull(server: &Server, request: PullImageRequest) -> Result<PullImag
     let reference = request.image.unwrap_or_default().image;
     present("image.image", &reference)?;
     let (sender, receiver) = watch::channel(PullProgress::default());
-    let pulled = server
-        .runtime
-        .images()
-        .pull(&reference, image::auth(request.auth), Some(sender));
+    let images = server.runtime.images();
+    let pulled = images.pull(&reference, image::auth(request.auth), Some(sender));
     tokio::pin!(pulled);
     let mut tick = tokio::time::interval_at(
         tokio::time::Instant::now() + REPORT_INTERVAL,
