@@ -7,6 +7,6 @@ use boxlite_proto::vmm::InstanceSpec;
 
 pub(super) fn create(spec: &InstanceSpec) -> BoxliteResult<Context> {
     krunfw::load(&spec.installation.libkrunfw)?;
-    ffi::log_warnings();
+    ffi::log_errors();
     Context::create()
 }

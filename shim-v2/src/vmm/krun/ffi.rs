@@ -174,9 +174,12 @@ impl Context {
     }
 }
 
-/// libkrun's warnings and errors on standard error.
-pub(super) fn log_warnings() {
-    const WARN: u32 = 2;
-    // A second call in one process is refused; that is harmless.
-    krun::krun_set_log_level(WARN);
+/// libkrun's errors on standard error. Its warnings include one per closed vsock connection.
+pub(super) fn log_errors() {
+    const STDERR: i32 = 2;
+    const ERROR: u32 = 1;
+    const STYLE_NEVER: u32 = 2;
+    const NO_ENVIRONMENT: u32 = 1;
+    // SAFETY: with a standard stream as target no descriptor changes hands.
+    unsafe { krun::krun_init_log(STDERR, ERROR, STYLE_NEVER, NO_ENVIRONMENT) };
 }

@@ -8,6 +8,8 @@ use super::kernel;
 use crate::vmm::step::{StepExt, require};
 use boxlite_proto::error::BoxliteResult;
 use boxlite_proto::vmm::InstanceSpec;
+use boxlite_runtime::images;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 /// Mount points the agent and, for /dev, the kernel need in a root that cannot be written.
@@ -49,38 +51,36 @@ pub(super) fn configure(context: &mut Context, spec: &InstanceSpec) -> BoxliteRe
 
 /// The root image for the agent at `guest`; made now if the cache has none.
 fn agent_image(guest: &Path, cache: &Path) -> BoxliteResult<PathBuf> {
-    let file = cache.join(format!("agent-{}.erofs", kernel::identity(guest)?));
-    if file.exists() {
-        return Ok(file);
+    let image = cache.join(format!("agent-{}.erofs", kernel::identity(guest)?));
+    if !image.exists() {
+        let step = || format!("making the agent's image {}", image.display());
+        let archive = pack(guest).step(step())?;
+        // Under a name of its own until it is whole: pods start at the same time.
+        let draft = kernel::draft_name(&image);
+        let file = File::create_new(&draft).step(step())?;
+        let made = images::write_erofs(&mut archive.as_slice(), &file, &draft, cache, "the agent's image").step(step());
+        let made = made.and_then(|()| std::fs::rename(&draft, &image).step(step()));
+        if made.is_err() {
+            let _already_reported = std::fs::remove_file(&draft);
+        }
+        made?;
     }
-    let draft = cache.join(format!("agent-{}.dir", std::process::id()));
-    let made = fill(&draft, guest).and_then(|()| make_erofs(&draft, &file));
-    std::fs::remove_dir_all(&draft).step("removing the agent image's directory")?;
-    made?;
-    Ok(file)
+    Ok(image)
 }
 
-fn fill(directory: &Path, guest: &Path) -> BoxliteResult<()> {
-    let step = || "filling the agent image".to_owned();
+/// A tar of the agent as /init and the mount points.
+fn pack(guest: &Path) -> std::io::Result<Vec<u8>> {
+    let mut archive = tar::Builder::new(Vec::new());
+    let mut header = tar::Header::new_gnu();
+    header.set_mode(0o755);
     for name in DIRECTORIES {
-        std::fs::create_dir_all(directory.join(name)).step(step())?;
+        header.set_entry_type(tar::EntryType::Directory);
+        header.set_size(0);
+        archive.append_data(&mut header, format!("{name}/"), std::io::empty())?;
     }
-    let init = directory.join("init");
-    std::fs::copy(guest, &init).step(step())?;
-    std::fs::set_permissions(&init, std::os::unix::fs::PermissionsExt::from_mode(0o755))
-        .step(step())
-}
-
-fn make_erofs(directory: &Path, file: &Path) -> BoxliteResult<()> {
-    let step = "running mkfs.erofs";
-    let made = std::process::Command::new("mkfs.erofs")
-        .arg("--quiet")
-        .arg(file)
-        .arg(directory)
-        .status()
-        .step(step)?;
-    match made.success() {
-        true => Ok(()),
-        false => Err(std::io::Error::other(made.to_string())).step(step),
-    }
+    let agent = File::open(guest)?;
+    header.set_entry_type(tar::EntryType::Regular);
+    header.set_size(agent.metadata()?.len());
+    archive.append_data(&mut header, "init", agent)?;
+    archive.into_inner()
 }

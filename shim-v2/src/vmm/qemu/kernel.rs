@@ -54,11 +54,7 @@ pub(super) fn identity(path: &Path) -> BoxliteResult<String> {
 /// Writes a file so that others see all of it or nothing; two writers at once are harmless.
 pub(super) fn write_whole(path: &Path, content: &[u8]) -> BoxliteResult<()> {
     let step = || format!("writing {}", path.display());
-    // The process id alone is 1 in every vmm child.
-    let unique = std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .map_or(0, |now| now.as_nanos());
-    let draft = path.with_extension(format!("new-{unique:x}"));
+    let draft = draft_name(path);
     let mut file = fs::File::create_new(&draft).step(step())?;
     let written = file
         .write_all(content)
@@ -67,6 +63,12 @@ pub(super) fn write_whole(path: &Path, content: &[u8]) -> BoxliteResult<()> {
         drop(fs::remove_file(&draft));
     }
     written.step(step())
+}
+
+/// A name beside `path` that nobody else uses: the process id alone is 1 in every vmm child.
+pub(super) fn draft_name(path: &Path) -> PathBuf {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    path.with_extension(format!("new-{:x}", now.map_or(0, |now| now.as_nanos())))
 }
 
 /// The image with the header in front.
