@@ -11,6 +11,7 @@
 pub mod error;
 pub mod exit;
 pub mod names;
+pub mod probe;
 pub mod task;
 pub mod vmm;
 

@@ -21,6 +21,7 @@ pub mod runtime;
 pub mod shim_controller;
 pub mod types;
 pub mod unix_socket;
+pub mod vmm_probe;
 
 pub use error::{ErrorKind, Result, RuntimeError, report};
 pub use litebox::LiteBox;

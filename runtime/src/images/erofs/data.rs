@@ -31,9 +31,17 @@ static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Data {
     /// In one piece: whole blocks from `block` on, and a tail.
-    Flat { size: u64, block: u32, tail: Option<Tail> },
+    Flat {
+        size: u64,
+        block: u32,
+        tail: Option<Tail>,
+    },
     /// In chunks of `1 << bits` bytes, some of which are holes.
-    Chunked { size: u64, bits: u32, runs: Vec<Run> },
+    Chunked {
+        size: u64,
+        bits: u32,
+        runs: Vec<Run>,
+    },
 }
 
 impl Data {
@@ -77,7 +85,8 @@ pub(super) struct DataWriter<'a> {
 impl<'a> DataWriter<'a> {
     /// Starts behind the superblock's block.
     pub(super) fn new(mut file: &'a File, path: &Path, scratch: &Path) -> ImageResult<Self> {
-        file.seek(SeekFrom::Start(BLOCK as u64)).map_err(|e| ImageError::io("writing", path, e))?;
+        file.seek(SeekFrom::Start(BLOCK as u64))
+            .map_err(|e| ImageError::io("writing", path, e))?;
         Ok(Self {
             out: BufWriter::with_capacity(WRITE_BUFFER, file),
             file,
@@ -98,7 +107,15 @@ impl<'a> DataWriter<'a> {
         }
         self.buffer.clear();
         let start = self.next;
-        Ok(FileWriter { writer: self, size, bits, start, chunk: 0, runs: Vec::new(), holes: false })
+        Ok(FileWriter {
+            writer: self,
+            size,
+            bits,
+            start,
+            chunk: 0,
+            runs: Vec::new(),
+            holes: false,
+        })
     }
 
     /// The block at which the file ends now.
@@ -111,7 +128,9 @@ impl<'a> DataWriter<'a> {
         let start = self.next;
         let blocks = u32::try_from(bytes.len().div_ceil(BLOCK)).ok();
         // 0xffffffff marks a hole.
-        let next = blocks.and_then(|b| start.checked_add(b)).filter(|&next| next < u32::MAX);
+        let next = blocks
+            .and_then(|b| start.checked_add(b))
+            .filter(|&next| next < u32::MAX);
         self.next = next.ok_or_else(|| ImageError::TooLarge {
             what: "an EROFS image".into(),
             limit: u64::from(u32::MAX),
@@ -145,8 +164,13 @@ impl<'a> DataWriter<'a> {
     }
 
     fn keep_tail(&mut self, bytes: &[u8]) -> ImageResult<Tail> {
-        let tail = Tail { offset: self.tails_length, length: bytes.len() as u16 };
-        self.tails.write_all(bytes).map_err(|e| ImageError::io("writing the tails of", &self.path, e))?;
+        let tail = Tail {
+            offset: self.tails_length,
+            length: bytes.len() as u16,
+        };
+        self.tails
+            .write_all(bytes)
+            .map_err(|e| ImageError::io("writing the tails of", &self.path, e))?;
         self.tails_length += bytes.len() as u64;
         Ok(tail)
     }
@@ -172,7 +196,9 @@ impl FileWriter<'_, '_> {
 
     pub(super) fn write(&mut self, mut bytes: &[u8]) -> ImageResult<()> {
         while !bytes.is_empty() {
-            let most = bytes.len().min(self.chunk_size() - self.writer.buffer.len());
+            let most = bytes
+                .len()
+                .min(self.chunk_size() - self.writer.buffer.len());
             self.writer.buffer.extend_from_slice(&bytes[..most]);
             bytes = &bytes[most..];
             if self.writer.buffer.len() == self.chunk_size() {
@@ -212,10 +238,22 @@ impl FileWriter<'_, '_> {
         let hole = rest.len() >= BLOCK && is_zero(rest);
         if !self.holes && !hole {
             let whole = rest.len() - rest.len() % BLOCK;
-            let (whole, tail) = if rest.len() - whole > MAX_TAIL { (rest, &rest[..0]) } else { rest.split_at(whole) };
+            let (whole, tail) = if rest.len() - whole > MAX_TAIL {
+                (rest, &rest[..0])
+            } else {
+                rest.split_at(whole)
+            };
             self.writer.append(whole)?;
-            let tail = if tail.is_empty() { None } else { Some(self.writer.keep_tail(tail)?) };
-            return Ok(Data::Flat { size: self.size, block: self.start, tail });
+            let tail = if tail.is_empty() {
+                None
+            } else {
+                Some(self.writer.keep_tail(tail)?)
+            };
+            return Ok(Data::Flat {
+                size: self.size,
+                block: self.start,
+                tail,
+            });
         }
         let chunks = self.chunk + u64::from(!rest.is_empty());
         if !rest.is_empty() && !hole {
@@ -225,9 +263,17 @@ impl FileWriter<'_, '_> {
         self.writer.chunks += chunks;
         if self.writer.chunks > MAX_ALL_CHUNKS {
             let what = "the maps of all sparse files of a layer".into();
-            return Err(ImageError::TooLarge { what, limit: MAX_ALL_CHUNKS, unit: "entries" });
+            return Err(ImageError::TooLarge {
+                what,
+                limit: MAX_ALL_CHUNKS,
+                unit: "entries",
+            });
         }
-        Ok(Data::Chunked { size: self.size, bits: self.bits, runs: std::mem::take(&mut self.runs) })
+        Ok(Data::Chunked {
+            size: self.size,
+            bits: self.bits,
+            runs: std::mem::take(&mut self.runs),
+        })
     }
 
     fn whole_chunk(&mut self) -> ImageResult<()> {
@@ -249,12 +295,18 @@ impl FileWriter<'_, '_> {
         // The file's chunks are written one after the other, so a run goes on as long as no hole comes between.
         match self.runs.last_mut() {
             Some(run) if run.chunk + run.chunks == self.chunk => run.chunks += 1,
-            _ => self.runs.push(Run { chunk: self.chunk, chunks: 1, block }),
+            _ => self.runs.push(Run {
+                chunk: self.chunk,
+                chunks: 1,
+                block,
+            }),
         }
     }
 }
 
 fn is_zero(bytes: &[u8]) -> bool {
     // A comparison of slices is memcmp, also in a build that doesn't optimise.
-    bytes.chunks(ZEROS.len()).all(|piece| *piece == ZEROS[..piece.len()])
+    bytes
+        .chunks(ZEROS.len())
+        .all(|piece| *piece == ZEROS[..piece.len()])
 }

@@ -79,7 +79,11 @@ impl InodeRecord {
         let mut put = |at: usize, bytes: &[u8]| out[at..at + bytes.len()].copy_from_slice(bytes);
         put(0, &(1 | (self.layout as u16) << 1).to_le_bytes());
         // The area has a header of 12 bytes, which counts as one unit, as does each 4 bytes behind it.
-        let units = if self.xattr_bytes == 0 { 0 } else { (self.xattr_bytes - 12) / 4 + 1 };
+        let units = if self.xattr_bytes == 0 {
+            0
+        } else {
+            (self.xattr_bytes - 12) / 4 + 1
+        };
         put(2, &(units as u16).to_le_bytes());
         put(4, &self.mode.to_le_bytes());
         put(8, &self.size.to_le_bytes());
@@ -101,12 +105,18 @@ pub(super) fn chunk_format(bits: u32) -> u32 {
 
 /// Bytes that attributes take behind an inode.
 pub(super) fn xattr_bytes<'a>(xattrs: impl IntoIterator<Item = (&'a [u8], &'a [u8])>) -> usize {
-    let sum: usize = xattrs.into_iter().map(|(name, value)| (4 + name.len() + value.len()).next_multiple_of(4)).sum();
+    let sum: usize = xattrs
+        .into_iter()
+        .map(|(name, value)| (4 + name.len() + value.len()).next_multiple_of(4))
+        .sum();
     if sum == 0 { 0 } else { 12 + sum }
 }
 
 /// Appends the attributes (prefix number, name, value), none of them shared.
-pub(super) fn encode_xattrs<'a>(out: &mut Vec<u8>, xattrs: impl IntoIterator<Item = (u8, &'a [u8], &'a [u8])>) {
+pub(super) fn encode_xattrs<'a>(
+    out: &mut Vec<u8>,
+    xattrs: impl IntoIterator<Item = (u8, &'a [u8], &'a [u8])>,
+) {
     let mut xattrs = xattrs.into_iter().peekable();
     if xattrs.peek().is_none() {
         return;
@@ -145,7 +155,9 @@ impl Superblock {
     /// Block 0.
     pub(super) fn encode(&self) -> [u8; BLOCK] {
         let mut out = [0; BLOCK];
-        let mut put = |at: usize, bytes: &[u8]| out[SUPERBLOCK + at..SUPERBLOCK + at + bytes.len()].copy_from_slice(bytes);
+        let mut put = |at: usize, bytes: &[u8]| {
+            out[SUPERBLOCK + at..SUPERBLOCK + at + bytes.len()].copy_from_slice(bytes)
+        };
         put(0, &MAGIC.to_le_bytes());
         put(8, &(COMPAT_CHECKSUM | COMPAT_MTIME).to_le_bytes());
         put(12, &[BLOCK_BITS]);
@@ -153,7 +165,10 @@ impl Superblock {
         put(16, &self.inodes.to_le_bytes());
         put(36, &self.blocks.to_le_bytes());
         put(40, &self.meta_block.to_le_bytes());
-        put(80, &(if self.chunked { INCOMPAT_CHUNKED } else { 0 }).to_le_bytes());
+        put(
+            80,
+            &(if self.chunked { INCOMPAT_CHUNKED } else { 0 }).to_le_bytes(),
+        );
         let sum = crc32c(&out[SUPERBLOCK..]);
         out[SUPERBLOCK + 4..SUPERBLOCK + 8].copy_from_slice(&sum.to_le_bytes());
         out
@@ -163,7 +178,13 @@ impl Superblock {
 /// CRC-32C as the kernel's `crc32c(~0, …)`: not inverted at the end.
 fn crc32c(bytes: &[u8]) -> u32 {
     bytes.iter().fold(u32::MAX, |crc, byte| {
-        (0..8).fold(crc ^ u32::from(*byte), |crc, _| if crc & 1 == 1 { (crc >> 1) ^ 0x82F6_3B78 } else { crc >> 1 })
+        (0..8).fold(crc ^ u32::from(*byte), |crc, _| {
+            if crc & 1 == 1 {
+                (crc >> 1) ^ 0x82F6_3B78
+            } else {
+                crc >> 1
+            }
+        })
     })
 }
 

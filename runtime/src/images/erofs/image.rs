@@ -7,7 +7,9 @@
 //! chunks or its tail, which must not cross a block's end either.
 
 use super::data::{Data, DataWriter, MAX_TAIL, Run, Tail};
-use super::format::{self, BLOCK, DIRENT, FileType, HOLE, INODE, InodeRecord, Layout, SLOT, Superblock};
+use super::format::{
+    self, BLOCK, DIRENT, FileType, HOLE, INODE, InodeRecord, Layout, SLOT, Superblock,
+};
 use super::tree::{Kind, Node, NodeId, ROOT, Tree};
 use super::{ImageError, ImageResult};
 
@@ -41,19 +43,34 @@ struct Plan {
 enum Behind<'a> {
     Nothing,
     Tail(Tail),
-    Chunks { size: u64, bits: u32, runs: &'a [Run] },
+    Chunks {
+        size: u64,
+        bits: u32,
+        runs: &'a [Run],
+    },
     /// A directory's: its length, and whether the rest of it is put here.
-    Dir { length: u64, inline: usize },
+    Dir {
+        length: u64,
+        inline: usize,
+    },
 }
 
 /// Writes everything that `tree` says behind what `data` has written. The file is complete then, but not synced.
 pub(super) fn write(mut tree: Tree, mut data: DataWriter<'_>) -> ImageResult<()> {
-    tree.finish().map_err(|reason| ImageError::invalid("the layer", reason))?;
+    tree.finish()
+        .map_err(|reason| ImageError::invalid("the layer", reason))?;
     let plan = place(&tree);
     let meta_block = data.next_block();
     let meta_blocks = plan.length.div_ceil(BLOCK as u64);
-    let too_large = || ImageError::TooLarge { what: "a layer's metadata".into(), limit: u64::from(HOLE), unit: "blocks" };
-    let dirs_block = u32::try_from(meta_blocks).ok().and_then(|m| meta_block.checked_add(m)).ok_or_else(too_large)?;
+    let too_large = || ImageError::TooLarge {
+        what: "a layer's metadata".into(),
+        limit: u64::from(HOLE),
+        unit: "blocks",
+    };
+    let dirs_block = u32::try_from(meta_blocks)
+        .ok()
+        .and_then(|m| meta_block.checked_add(m))
+        .ok_or_else(too_large)?;
     write_inodes(&tree, &plan, &mut data, dirs_block)?;
     let mut buffer = Vec::new();
     for placed in &plan.placed {
@@ -71,7 +88,10 @@ pub(super) fn write(mut tree: Tree, mut data: DataWriter<'_>) -> ImageResult<()>
         inodes: plan.placed.len() as u64,
         blocks: data.next_block(),
         meta_block,
-        chunked: plan.placed.iter().any(|p| matches!(tree.node(p.id).kind, Kind::File(Data::Chunked { .. }))),
+        chunked: plan
+            .placed
+            .iter()
+            .any(|p| matches!(tree.node(p.id).kind, Kind::File(Data::Chunked { .. }))),
     };
     data.finish(&superblock.encode())
 }
@@ -83,7 +103,9 @@ fn place(tree: &Tree) -> Plan {
     let mut todo = vec![ROOT];
     links[ROOT as usize] = 2;
     while let Some(id) = todo.pop() {
-        let Kind::Dir(dir) = &tree.node(id).kind else { continue };
+        let Kind::Dir(dir) = &tree.node(id).kind else {
+            continue;
+        };
         for &child in dir.entries.values() {
             if let Kind::Dir(_) = tree.node(child).kind {
                 links[child as usize] = 2;
@@ -95,12 +117,21 @@ fn place(tree: &Tree) -> Plan {
             }
         }
     }
-    let mut plan = Plan { placed: Vec::new(), numbers: vec![0; tree.len()], length: ROOT_POSITION };
+    let mut plan = Plan {
+        placed: Vec::new(),
+        numbers: vec![0; tree.len()],
+        length: ROOT_POSITION,
+    };
     let mut dir_blocks = 0;
     for id in (0..tree.len() as NodeId).filter(|&id| links[id as usize] > 0) {
         let index = id as usize;
-        let mut placed =
-            Placed { id, position: 0, links: links[index], parent: parents[index], dir_block: dir_blocks };
+        let mut placed = Placed {
+            id,
+            position: 0,
+            links: links[index],
+            parent: parents[index],
+            dir_block: dir_blocks,
+        };
         let node = tree.node(id);
         let head = (INODE + xattr_bytes(node)) as u64;
         let (tail, more) = match behind(tree, &placed) {
@@ -125,13 +156,20 @@ fn fit(from: u64, head: u64, tail: u64) -> u64 {
     let block = BLOCK as u64;
     let mut position = from.next_multiple_of(SLOT);
     // Ends: with tails of at most half a block, one of the 128 slots of a block always fits.
-    while position % block + INODE as u64 > block || (tail > 0 && (position + head) % block + tail > block) {
+    while position % block + INODE as u64 > block
+        || (tail > 0 && (position + head) % block + tail > block)
+    {
         position += SLOT;
     }
     position
 }
 
-fn write_inodes(tree: &Tree, plan: &Plan, data: &mut DataWriter<'_>, dirs_block: u32) -> ImageResult<()> {
+fn write_inodes(
+    tree: &Tree,
+    plan: &Plan,
+    data: &mut DataWriter<'_>,
+    dirs_block: u32,
+) -> ImageResult<()> {
     let mut out: Vec<u8> = Vec::with_capacity(FLUSH + BLOCK);
     let mut dir = Vec::new();
     // Bytes of the metadata that are written already.
@@ -141,7 +179,11 @@ fn write_inodes(tree: &Tree, plan: &Plan, data: &mut DataWriter<'_>, dirs_block:
         let node = tree.node(placed.id);
         let behind = behind(tree, placed);
         out.extend(record(node, placed, &behind, number as u32 + 1, dirs_block).encode());
-        let xattrs = node.meta.xattrs.iter().map(|x| (x.prefix, x.name.as_slice(), x.value.as_slice()));
+        let xattrs = node
+            .meta
+            .xattrs
+            .iter()
+            .map(|x| (x.prefix, x.name.as_slice(), x.value.as_slice()));
         format::encode_xattrs(&mut out, xattrs);
         match behind {
             Behind::Nothing => {}
@@ -165,17 +207,37 @@ fn write_inodes(tree: &Tree, plan: &Plan, data: &mut DataWriter<'_>, dirs_block:
     data.append(&out).map(drop)
 }
 
-fn record(node: &Node, placed: &Placed, behind: &Behind<'_>, number: u32, dirs_block: u32) -> InodeRecord {
+fn record(
+    node: &Node,
+    placed: &Placed,
+    behind: &Behind<'_>,
+    number: u32,
+    dirs_block: u32,
+) -> InodeRecord {
     let (layout, size, union) = match (behind, &node.kind) {
         (Behind::Dir { length, inline }, _) => {
-            let layout = if *inline > 0 { Layout::Inline } else { Layout::Plain };
+            let layout = if *inline > 0 {
+                Layout::Inline
+            } else {
+                Layout::Plain
+            };
             (layout, *length, dirs_block + placed.dir_block)
         }
-        (Behind::Chunks { size, bits, .. }, _) => (Layout::Chunked, *size, format::chunk_format(*bits)),
+        (Behind::Chunks { size, bits, .. }, _) => {
+            (Layout::Chunked, *size, format::chunk_format(*bits))
+        }
         (_, Kind::Char(device) | Kind::Block(device)) => (Layout::Plain, 0, *device),
         (behind, Kind::File(content) | Kind::Symlink(_, content)) => {
-            let layout = if matches!(behind, Behind::Tail(_)) { Layout::Inline } else { Layout::Plain };
-            let block = if let Data::Flat { block, .. } = content { *block } else { 0 };
+            let layout = if matches!(behind, Behind::Tail(_)) {
+                Layout::Inline
+            } else {
+                Layout::Plain
+            };
+            let block = if let Data::Flat { block, .. } = content {
+                *block
+            } else {
+                0
+            };
             (layout, content.size(), block)
         }
         (_, Kind::Dir(_) | Kind::Fifo) => (Layout::Plain, 0, 0),
@@ -200,10 +262,20 @@ fn behind<'a>(tree: &'a Tree, placed: &Placed) -> Behind<'a> {
             let (length, inline) = dir_length(tree, placed);
             Behind::Dir { length, inline }
         }
-        Kind::File(Data::Chunked { size, bits, runs }) => Behind::Chunks { size: *size, bits: *bits, runs },
-        Kind::File(Data::Flat { tail: Some(tail), .. }) | Kind::Symlink(_, Data::Flat { tail: Some(tail), .. }) => {
-            Behind::Tail(*tail)
-        }
+        Kind::File(Data::Chunked { size, bits, runs }) => Behind::Chunks {
+            size: *size,
+            bits: *bits,
+            runs,
+        },
+        Kind::File(Data::Flat {
+            tail: Some(tail), ..
+        })
+        | Kind::Symlink(
+            _,
+            Data::Flat {
+                tail: Some(tail), ..
+            },
+        ) => Behind::Tail(*tail),
         _ => Behind::Nothing,
     }
 }
@@ -220,7 +292,12 @@ fn file_type(node: &Node) -> FileType {
 }
 
 fn xattr_bytes(node: &Node) -> usize {
-    format::xattr_bytes(node.meta.xattrs.iter().map(|x| (x.name.as_slice(), x.value.as_slice())))
+    format::xattr_bytes(
+        node.meta
+            .xattrs
+            .iter()
+            .map(|x| (x.name.as_slice(), x.value.as_slice())),
+    )
 }
 
 fn chunk_count(size: u64, bits: u32) -> u64 {
@@ -243,16 +320,27 @@ fn chunk_map(out: &mut Vec<u8>, size: u64, bits: u32, runs: &[Run]) {
 
 /// A directory's names in their order on disk, `.` and `..` among them.
 fn names<'a>(tree: &'a Tree, placed: &Placed) -> Vec<(&'a [u8], NodeId)> {
-    let Kind::Dir(dir) = &tree.node(placed.id).kind else { return Vec::new() };
-    let mut names: Vec<(&[u8], NodeId)> = dir.entries.iter().map(|(name, id)| (name.as_ref(), *id)).collect();
+    let Kind::Dir(dir) = &tree.node(placed.id).kind else {
+        return Vec::new();
+    };
+    let mut names: Vec<(&[u8], NodeId)> = dir
+        .entries
+        .iter()
+        .map(|(name, id)| (name.as_ref(), *id))
+        .collect();
     for (name, id) in [(&b"."[..], placed.id), (&b".."[..], placed.parent)] {
-        names.insert(names.partition_point(|(other, _)| *other < name), (name, id));
+        names.insert(
+            names.partition_point(|(other, _)| *other < name),
+            (name, id),
+        );
     }
     names
 }
 
 /// Splits names into blocks: as many as fit with their entries.
-fn blocks<'n, 'a>(names: &'n [(&'a [u8], NodeId)]) -> impl Iterator<Item = &'n [(&'a [u8], NodeId)]> {
+fn blocks<'n, 'a>(
+    names: &'n [(&'a [u8], NodeId)],
+) -> impl Iterator<Item = &'n [(&'a [u8], NodeId)]> {
     let mut rest = names;
     std::iter::from_fn(move || {
         let mut used = 0;
@@ -286,7 +374,11 @@ fn encode_dir(tree: &Tree, placed: &Placed, numbers: &[u64], out: &mut Vec<u8>) 
         let mut name_offset = block.len() * DIRENT;
         for (name, id) in block {
             let node = tree.node(*id);
-            out.extend(format::encode_dirent(numbers[*id as usize], name_offset, file_type(node)));
+            out.extend(format::encode_dirent(
+                numbers[*id as usize],
+                name_offset,
+                file_type(node),
+            ));
             name_offset += name.len();
         }
         block.iter().for_each(|(name, _)| out.extend(*name));

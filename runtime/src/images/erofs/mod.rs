@@ -122,7 +122,11 @@ fn content(
 ) -> ImageResult<data::Data> {
     if entry.size > MAX_FILE {
         let what = format!("the size of layer entry {:?}", show(&entry.name));
-        return Err(ImageError::TooLarge { what, limit: MAX_FILE, unit: "bytes" });
+        return Err(ImageError::TooLarge {
+            what,
+            limit: MAX_FILE,
+            unit: "bytes",
+        });
     }
     let mut file = data.file(entry.size)?;
     let mut at = 0;
@@ -130,7 +134,9 @@ fn content(
         file.zeros(segment.offset - at)?;
         let mut left = segment.length;
         while left > 0 {
-            let most = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+            let most = buffer
+                .len()
+                .min(usize::try_from(left).unwrap_or(usize::MAX));
             let read = tar.read(&entry.name, &mut buffer[..most])?;
             file.write(&buffer[..read])?;
             left -= read as u64;
@@ -145,7 +151,9 @@ fn check_target(target: &[u8]) -> Result<(), String> {
     match target {
         [] => Err("the symbolic link has no target".into()),
         t if t.contains(&0) => Err("the symbolic link's target contains a NUL".into()),
-        t if t.len() > MAX_TARGET => Err(format!("the symbolic link's target has more than {MAX_TARGET} bytes")),
+        t if t.len() > MAX_TARGET => Err(format!(
+            "the symbolic link's target has more than {MAX_TARGET} bytes"
+        )),
         _ => Ok(()),
     }
 }
@@ -161,7 +169,10 @@ fn device(entry: &Entry) -> Result<u32, String> {
 
 /// An entry that can't be accepted.
 fn refuse(name: &[u8], reason: String) -> ImageError {
-    ImageError::LayerEntry { entry: show(name), reason }
+    ImageError::LayerEntry {
+        entry: show(name),
+        reason,
+    }
 }
 
 /// A name for messages: whatever its bytes, readable and not too long.

@@ -96,16 +96,34 @@ impl Header {
 
     fn name(&self) -> Vec<u8> {
         let name = self.text(0, 100);
-        let prefix = if self.bytes(257, 6) == b"ustar\0" { self.text(345, 155) } else { b"" };
-        if prefix.is_empty() { name.to_vec() } else { [prefix, b"/", name].concat() }
+        let prefix = if self.bytes(257, 6) == b"ustar\0" {
+            self.text(345, 155)
+        } else {
+            b""
+        };
+        if prefix.is_empty() {
+            name.to_vec()
+        } else {
+            [prefix, b"/", name].concat()
+        }
     }
 
     /// The sum of all bytes with the sum's own field as spaces; some old programs summed signed bytes.
     fn sum_is_right(&self) -> bool {
-        let Some(want) = number(self.bytes(148, 8)) else { return false };
-        let in_sum = |at: usize| if (148..156).contains(&at) { b' ' } else { self.0[at] };
+        let Some(want) = number(self.bytes(148, 8)) else {
+            return false;
+        };
+        let in_sum = |at: usize| {
+            if (148..156).contains(&at) {
+                b' '
+            } else {
+                self.0[at]
+            }
+        };
         let unsigned: i64 = (0..BLOCK).map(|at| i64::from(in_sum(at))).sum();
-        let signed: i64 = (0..BLOCK).map(|at| i64::from(in_sum(at).cast_signed())).sum();
+        let signed: i64 = (0..BLOCK)
+            .map(|at| i64::from(in_sum(at).cast_signed()))
+            .sum();
         want == unsigned || want == signed
     }
 }
@@ -113,7 +131,13 @@ impl Header {
 impl<'a, R: Read> TarReader<'a, R> {
     /// `what` names the stream in errors.
     pub(super) fn new(input: R, what: &'a str) -> Self {
-        Self { input, what, left: 0, padding: 0, global: Pax::default() }
+        Self {
+            input,
+            what,
+            left: 0,
+            padding: 0,
+            global: Pax::default(),
+        }
     }
 
     /// The next entry, None at the archive's end mark or at the stream's end between two entries.
@@ -128,9 +152,15 @@ impl<'a, R: Read> TarReader<'a, R> {
                 return Ok(None);
             };
             match header.kind() {
-                b'x' => local = Some(Pax::parse(&self.special(&header)?).map_err(|e| self.corrupt("a PAX header", &e))?),
+                b'x' => {
+                    local = Some(
+                        Pax::parse(&self.special(&header)?)
+                            .map_err(|e| self.corrupt("a PAX header", &e))?,
+                    )
+                }
                 b'g' => {
-                    let global = Pax::parse(&self.special(&header)?).map_err(|e| self.corrupt("a PAX header", &e))?;
+                    let global = Pax::parse(&self.special(&header)?)
+                        .map_err(|e| self.corrupt("a PAX header", &e))?;
                     self.global.merge(global);
                 }
                 b'L' => long_name = Some(until_nul(self.special(&header)?)),
@@ -146,10 +176,15 @@ impl<'a, R: Read> TarReader<'a, R> {
 
     /// Reads some of the current entry's bytes, at least one. `name` is for the error.
     pub(super) fn read(&mut self, name: &[u8], buffer: &mut [u8]) -> ImageResult<usize> {
-        let most = buffer.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
+        let most = buffer
+            .len()
+            .min(usize::try_from(self.left).unwrap_or(usize::MAX));
         let read = self.some(&mut buffer[..most])?;
         if read == 0 {
-            return Err(self.corrupt(&format!("{} more bytes of {:?}", self.left, show(name)), "the end"));
+            return Err(self.corrupt(
+                &format!("{} more bytes of {:?}", self.left, show(name)),
+                "the end",
+            ));
         }
         self.left -= read as u64;
         Ok(read)
@@ -162,20 +197,31 @@ impl<'a, R: Read> TarReader<'a, R> {
         long_name: Option<Vec<u8>>,
         long_link: Option<Vec<u8>>,
     ) -> ImageResult<Entry> {
-        let name = pax.sparse_name().or(pax.get("path")).map(<[u8]>::to_vec).or(long_name).unwrap_or_else(|| header.name());
+        let name = pax
+            .sparse_name()
+            .or(pax.get("path"))
+            .map(<[u8]>::to_vec)
+            .or(long_name)
+            .unwrap_or_else(|| header.name());
         let link = pax.get("linkpath").map(<[u8]>::to_vec).or(long_link);
         let bad = |what: &str| refuse(&name, format!("its header has a wrong {what}"));
-        let field = |what: &str, at, length| number(header.bytes(at, length)).ok_or_else(|| bad(what));
-        let kind = kind(header.kind(), &name)
-            .ok_or_else(|| refuse(&name, format!("has the unknown type {:?}", char::from(header.kind()))))?;
+        let field =
+            |what: &str, at, length| number(header.bytes(at, length)).ok_or_else(|| bad(what));
+        let kind = kind(header.kind(), &name).ok_or_else(|| {
+            refuse(
+                &name,
+                format!("has the unknown type {:?}", char::from(header.kind())),
+            )
+        })?;
         let owner = |key: &str, at| match pax.number(key) {
-            Some(value) => value.and_then(|v| u32::try_from(v).ok()).ok_or_else(|| bad(key)),
+            Some(value) => value
+                .and_then(|v| u32::try_from(v).ok())
+                .ok_or_else(|| bad(key)),
             None => field(key, at, 8).and_then(|v| u32::try_from(v).map_err(|_| bad(key))),
         };
         let device = |at| match kind {
-            EntryKind::Char | EntryKind::Block => {
-                field("device number", at, 8).and_then(|v| u32::try_from(v).map_err(|_| bad("device number")))
-            }
+            EntryKind::Char | EntryKind::Block => field("device number", at, 8)
+                .and_then(|v| u32::try_from(v).map_err(|_| bad("device number"))),
             _ => Ok(0),
         };
         let mtime = match pax.time("mtime") {
@@ -183,8 +229,12 @@ impl<'a, R: Read> TarReader<'a, R> {
             None => (field("mtime", 136, 12)?, 0),
         };
         let stored = match pax.number("size") {
-            Some(value) => value.and_then(|v| u64::try_from(v).ok()).ok_or_else(|| bad("size"))?,
-            None => field("size", 124, 12).and_then(|v| u64::try_from(v).map_err(|_| bad("size")))?,
+            Some(value) => value
+                .and_then(|v| u64::try_from(v).ok())
+                .ok_or_else(|| bad("size"))?,
+            None => {
+                field("size", 124, 12).and_then(|v| u64::try_from(v).map_err(|_| bad("size")))?
+            }
         };
         let entry = Entry {
             kind,
@@ -209,18 +259,34 @@ impl<'a, R: Read> TarReader<'a, R> {
     }
 
     /// Completes a regular file's entry by its size and segments.
-    fn with_content(&mut self, mut entry: Entry, header: &Header, pax: &Pax, stored: u64) -> ImageResult<Entry> {
+    fn with_content(
+        &mut self,
+        mut entry: Entry,
+        header: &Header,
+        pax: &Pax,
+        stored: u64,
+    ) -> ImageResult<Entry> {
         let (size, segments) = if header.kind() == b'S' {
             self.old_sparse(&entry.name, header)?
         } else if pax.get("GNU.sparse.major") == Some(b"1") {
-            let size = pax.sparse_size().ok_or_else(|| refuse(&entry.name, "its sparse map has no size".into()))?;
+            let size = pax
+                .sparse_size()
+                .ok_or_else(|| refuse(&entry.name, "its sparse map has no size".into()))?;
             (size, self.inline_sparse_map(&entry.name)?)
         } else if let Some(map) = pax.sparse_map() {
             let map = map.map_err(|reason| refuse(&entry.name, reason))?;
-            let size = pax.sparse_size().ok_or_else(|| refuse(&entry.name, "its sparse map has no size".into()))?;
+            let size = pax
+                .sparse_size()
+                .ok_or_else(|| refuse(&entry.name, "its sparse map has no size".into()))?;
             (size, map)
         } else {
-            (stored, vec![Segment { offset: 0, length: stored }])
+            (
+                stored,
+                vec![Segment {
+                    offset: 0,
+                    length: stored,
+                }],
+            )
         };
         check_segments(&segments, size, self.left).map_err(|reason| refuse(&entry.name, reason))?;
         (entry.size, entry.segments) = (size, segments);
@@ -233,14 +299,27 @@ impl<'a, R: Read> TarReader<'a, R> {
         if !header.is_gnu() {
             return Err(bad());
         }
-        let size = number(header.bytes(483, 12)).and_then(|v| u64::try_from(v).ok()).ok_or_else(bad)?;
+        let size = number(header.bytes(483, 12))
+            .and_then(|v| u64::try_from(v).ok())
+            .ok_or_else(bad)?;
         let mut segments = Vec::new();
         let mut take = |field: &[u8]| -> ImageResult<()> {
             for piece in field.chunks_exact(24).take_while(|piece| piece[0] != 0) {
-                let part = |bytes| number(bytes).and_then(|v| u64::try_from(v).ok()).ok_or_else(bad);
-                segments.push(Segment { offset: part(&piece[..12])?, length: part(&piece[12..])? });
+                let part = |bytes| {
+                    number(bytes)
+                        .and_then(|v| u64::try_from(v).ok())
+                        .ok_or_else(bad)
+                };
+                segments.push(Segment {
+                    offset: part(&piece[..12])?,
+                    length: part(&piece[12..])?,
+                });
             }
-            if segments.len() > MAX_SEGMENTS { Err(bad()) } else { Ok(()) }
+            if segments.len() > MAX_SEGMENTS {
+                Err(bad())
+            } else {
+                Ok(())
+            }
         };
         take(header.bytes(386, 96))?;
         let mut extended = header.0[482] != 0;
@@ -287,7 +366,14 @@ impl<'a, R: Read> TarReader<'a, R> {
         if count > MAX_SEGMENTS as u64 {
             return Err(bad());
         }
-        (0..count).map(|_| Ok(Segment { offset: line(self)?, length: line(self)? })).collect()
+        (0..count)
+            .map(|_| {
+                Ok(Segment {
+                    offset: line(self)?,
+                    length: line(self)?,
+                })
+            })
+            .collect()
     }
 
     /// The next header block, None at the end.
@@ -305,7 +391,11 @@ impl<'a, R: Read> TarReader<'a, R> {
             return Ok(None);
         }
         let header = Header(block);
-        if header.sum_is_right() { Ok(Some(header)) } else { Err(self.corrupt("a tar header", "a block with a wrong sum")) }
+        if header.sum_is_right() {
+            Ok(Some(header))
+        } else {
+            Err(self.corrupt("a tar header", "a block with a wrong sum"))
+        }
     }
 
     /// The content of a long name or PAX header.
@@ -314,7 +404,11 @@ impl<'a, R: Read> TarReader<'a, R> {
         let size = size.ok_or_else(|| self.corrupt("the size of an extended header", "none"))?;
         if size > MAX_SPECIAL {
             let what = format!("an extended header of {}", self.what);
-            return Err(ImageError::TooLarge { what, limit: MAX_SPECIAL, unit: "bytes" });
+            return Err(ImageError::TooLarge {
+                what,
+                limit: MAX_SPECIAL,
+                unit: "bytes",
+            });
         }
         let padded = (size as usize).next_multiple_of(BLOCK);
         let mut content = vec![0; padded];
@@ -328,7 +422,9 @@ impl<'a, R: Read> TarReader<'a, R> {
         let mut rest = std::mem::take(&mut self.left) + std::mem::take(&mut self.padding);
         let mut buffer = [0; 8 * BLOCK];
         while rest > 0 {
-            let most = buffer.len().min(usize::try_from(rest).unwrap_or(usize::MAX));
+            let most = buffer
+                .len()
+                .min(usize::try_from(rest).unwrap_or(usize::MAX));
             match self.some(&mut buffer[..most])? {
                 0 => return Err(self.corrupt(&format!("{rest} more bytes of an entry"), "the end")),
                 read => rest -= read as u64,
@@ -381,14 +477,23 @@ fn kind(flag: u8, name: &[u8]) -> Option<EntryKind> {
 fn check_segments(segments: &[Segment], size: u64, stored: u64) -> Result<(), String> {
     let (mut at, mut sum) = (0, 0u64);
     for segment in segments {
-        let end = segment.offset.checked_add(segment.length).filter(|&end| end <= size);
+        let end = segment
+            .offset
+            .checked_add(segment.length)
+            .filter(|&end| end <= size);
         match end {
             Some(end) if segment.offset >= at => at = end,
             _ => return Err("its sparse map overlaps itself or the file's end".into()),
         }
         sum += segment.length;
     }
-    if sum == stored { Ok(()) } else { Err(format!("its sparse map is for {sum} bytes, and {stored} are there")) }
+    if sum == stored {
+        Ok(())
+    } else {
+        Err(format!(
+            "its sparse map is for {sum} bytes, and {stored} are there"
+        ))
+    }
 }
 
 /// A header's number: octal text, or base 256 when the first bit is set. Empty is zero.
@@ -397,12 +502,21 @@ fn number(field: &[u8]) -> Option<i64> {
         // Two's complement of the field without its first bit, sign from the second.
         let mut value: i128 = if field[0] & 0x40 != 0 { -1 } else { 0 };
         for (at, byte) in field.iter().enumerate() {
-            let byte = if at == 0 { (byte & 0x7f) | if byte & 0x40 != 0 { 0x80 } else { 0 } } else { *byte };
+            let byte = if at == 0 {
+                (byte & 0x7f) | if byte & 0x40 != 0 { 0x80 } else { 0 }
+            } else {
+                *byte
+            };
             value = (value << 8) | i128::from(byte);
         }
         return i64::try_from(value).ok();
     }
-    let text: Vec<u8> = field.iter().copied().skip_while(|b| *b == b' ').take_while(|b| !matches!(b, 0 | b' ')).collect();
+    let text: Vec<u8> = field
+        .iter()
+        .copied()
+        .skip_while(|b| *b == b' ')
+        .take_while(|b| !matches!(b, 0 | b' '))
+        .collect();
     text.iter().try_fold(0i64, |value, byte| match byte {
         b'0'..=b'7' => value.checked_mul(8)?.checked_add(i64::from(byte - b'0')),
         _ => None,

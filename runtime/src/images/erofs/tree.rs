@@ -89,7 +89,11 @@ pub(super) enum Name {
 
 impl Tree {
     pub(super) fn new() -> Self {
-        Self { nodes: vec![implicit_dir()], name_bytes: 0, names: 0 }
+        Self {
+            nodes: vec![implicit_dir()],
+            name_bytes: 0,
+            names: 0,
+        }
     }
 
     pub(super) fn node(&self, id: NodeId) -> &Node {
@@ -103,7 +107,9 @@ impl Tree {
     /// Finds the directory of an entry's name, making what is missing on the way.
     pub(super) fn locate(&mut self, name: &[u8]) -> Result<Name, String> {
         let mut parts = parts(name)?;
-        let Some(last) = parts.pop() else { return Ok(Name::Root) };
+        let Some(last) = parts.pop() else {
+            return Ok(Name::Root);
+        };
         let last = last.to_vec();
         let parent = self.walk(&parts, true)?;
         Ok(Name::Child(parent, last))
@@ -116,7 +122,13 @@ impl Tree {
     }
 
     /// Puts an entry into its directory. A directory that is there already keeps its content; anything else makes way.
-    pub(super) fn insert(&mut self, parent: NodeId, name: Vec<u8>, entry: &Entry, kind: Kind) -> Result<(), String> {
+    pub(super) fn insert(
+        &mut self,
+        parent: NodeId,
+        name: Vec<u8>,
+        entry: &Entry,
+        kind: Kind,
+    ) -> Result<(), String> {
         let meta = self.meta(entry)?;
         if let (Kind::Dir(_), Some(there)) = (&kind, self.child(parent, &name))
             && matches!(self.node(there).kind, Kind::Dir(_))
@@ -132,7 +144,12 @@ impl Tree {
     }
 
     /// Gives the file that `target` names one more name.
-    pub(super) fn link(&mut self, parent: NodeId, name: Vec<u8>, target: &[u8]) -> Result<(), String> {
+    pub(super) fn link(
+        &mut self,
+        parent: NodeId,
+        name: Vec<u8>,
+        target: &[u8],
+    ) -> Result<(), String> {
         let shown = super::show(target);
         let of_target = |reason: String| format!("the hard link's target {shown:?}: {reason}");
         let mut parts = parts(target).map_err(of_target)?;
@@ -175,7 +192,9 @@ impl Tree {
         // One inode for all: overlayfs links its own whiteouts too.
         let mut device = None;
         for id in 0..self.nodes.len() as NodeId {
-            let Kind::Dir(dir) = &mut self.nodes[id as usize].kind else { continue };
+            let Kind::Dir(dir) = &mut self.nodes[id as usize].kind else {
+                continue;
+            };
             for name in std::mem::take(&mut dir.whiteouts) {
                 match self.child(id, &name) {
                     Some(child) => {
@@ -186,7 +205,10 @@ impl Tree {
                     None => {
                         let whiteout = match device {
                             Some(id) => id,
-                            None => self.push(Node { meta: Meta::default(), kind: Kind::Char(0) })?,
+                            None => self.push(Node {
+                                meta: Meta::default(),
+                                kind: Kind::Char(0),
+                            })?,
                         };
                         device = Some(whiteout);
                         self.dir_mut(id).entries.insert(name, whiteout);
@@ -198,7 +220,11 @@ impl Tree {
             if let Kind::Dir(dir) = &node.kind
                 && dir.opaque
             {
-                node.meta.xattrs.push(Xattr { prefix: TRUSTED, name: b"overlay.opaque".to_vec(), value: b"y".to_vec() });
+                node.meta.xattrs.push(Xattr {
+                    prefix: TRUSTED,
+                    name: b"overlay.opaque".to_vec(),
+                    value: b"y".to_vec(),
+                });
             }
         }
         Ok(())
@@ -270,7 +296,11 @@ impl Tree {
 
     /// `walk` and `locate` only ever give directories; the fallback keeps a mistake there from being a panic.
     fn dir_mut(&mut self, id: NodeId) -> &mut Dir {
-        let id = if matches!(self.nodes[id as usize].kind, Kind::Dir(_)) { id } else { ROOT };
+        let id = if matches!(self.nodes[id as usize].kind, Kind::Dir(_)) {
+            id
+        } else {
+            ROOT
+        };
         match &mut self.nodes[id as usize].kind {
             Kind::Dir(dir) => dir,
             _ => unreachable!("the root is always a directory"),
@@ -296,7 +326,9 @@ impl Tree {
     fn count_bytes(&mut self, bytes: usize) -> Result<(), String> {
         self.name_bytes += bytes;
         if self.name_bytes > MAX_NAME_BYTES {
-            return Err(format!("names, links and attributes of the layer take more than {MAX_NAME_BYTES} bytes"));
+            return Err(format!(
+                "names, links and attributes of the layer take more than {MAX_NAME_BYTES} bytes"
+            ));
         }
         Ok(())
     }
@@ -305,24 +337,44 @@ impl Tree {
         let mut xattrs = Vec::new();
         let mut bytes = 0;
         for (key, value) in &entry.xattrs {
-            let Some((prefix, name)) = xattr_name(key) else { continue };
+            let Some((prefix, name)) = xattr_name(key) else {
+                continue;
+            };
             if name.len() > MAX_NAME || value.len() > usize::from(u16::MAX) {
                 return Err(format!("the attribute {:?} is too long", super::show(key)));
             }
             bytes += key.len() + value.len();
-            xattrs.push(Xattr { prefix, name: name.to_vec(), value: value.clone() });
+            xattrs.push(Xattr {
+                prefix,
+                name: name.to_vec(),
+                value: value.clone(),
+            });
         }
         if bytes > MAX_XATTR_BYTES {
-            return Err(format!("its attributes take more than {MAX_XATTR_BYTES} bytes"));
+            return Err(format!(
+                "its attributes take more than {MAX_XATTR_BYTES} bytes"
+            ));
         }
         self.count_bytes(bytes)?;
-        Ok(Meta { mode: entry.mode, uid: entry.uid, gid: entry.gid, mtime: entry.mtime, xattrs })
+        Ok(Meta {
+            mode: entry.mode,
+            uid: entry.uid,
+            gid: entry.gid,
+            mtime: entry.mtime,
+            xattrs,
+        })
     }
 }
 
 /// A directory nobody described.
 fn implicit_dir() -> Node {
-    Node { meta: Meta { mode: 0o755, ..Meta::default() }, kind: Kind::Dir(Box::default()) }
+    Node {
+        meta: Meta {
+            mode: 0o755,
+            ..Meta::default()
+        },
+        kind: Kind::Dir(Box::default()),
+    }
 }
 
 /// The parts of an entry's name; none for the root.
@@ -336,7 +388,10 @@ fn parts(name: &[u8]) -> Result<Vec<&[u8]>, String> {
     if name.is_empty() {
         return Err("the name is empty".into());
     }
-    let parts: Vec<&[u8]> = name.split(|&b| b == b'/').filter(|p| !matches!(*p, b"" | b".")).collect();
+    let parts: Vec<&[u8]> = name
+        .split(|&b| b == b'/')
+        .filter(|p| !matches!(*p, b"" | b"."))
+        .collect();
     if parts.contains(&&b".."[..]) {
         return Err("the name contains \"..\"".into());
     }
@@ -361,7 +416,13 @@ fn xattr_name(key: &[u8]) -> Option<(u8, &[u8])> {
         _ => {}
     }
     let prefixes: [(&[u8], u8); 3] = [(b"user.", 1), (b"trusted.", TRUSTED), (b"security.", 6)];
-    let (number, rest) = prefixes.iter().find_map(|(prefix, number)| Some((*number, key.strip_prefix(*prefix)?)))?;
+    let (number, rest) = prefixes
+        .iter()
+        .find_map(|(prefix, number)| Some((*number, key.strip_prefix(*prefix)?)))?;
     let overlay = number == TRUSTED && rest.starts_with(b"overlay.");
-    if rest.is_empty() || overlay || rest.contains(&0) { None } else { Some((number, rest)) }
+    if rest.is_empty() || overlay || rest.contains(&0) {
+        None
+    } else {
+        Some((number, rest))
+    }
 }

@@ -24,8 +24,14 @@ impl Pax {
         let mut pax = Self::default();
         let mut offset = None;
         while !rest.is_empty() {
-            let space = rest.iter().take(20).position(|&b| b == b' ').ok_or_else(bad)?;
-            let length = decimal(&rest[..space]).and_then(|l| usize::try_from(l).ok()).ok_or_else(bad)?;
+            let space = rest
+                .iter()
+                .take(20)
+                .position(|&b| b == b' ')
+                .ok_or_else(bad)?;
+            let length = decimal(&rest[..space])
+                .and_then(|l| usize::try_from(l).ok())
+                .ok_or_else(bad)?;
             if length <= space + 1 || length > rest.len() || rest[length - 1] != b'\n' {
                 return Err(bad());
             }
@@ -37,7 +43,10 @@ impl Pax {
                 b"GNU.sparse.offset" => offset = Some(decimal(value).ok_or_else(bad)?),
                 b"GNU.sparse.numbytes" => {
                     let offset = offset.take().ok_or_else(bad)?;
-                    pax.pieces.push(Segment { offset, length: decimal(value).ok_or_else(bad)? });
+                    pax.pieces.push(Segment {
+                        offset,
+                        length: decimal(value).ok_or_else(bad)?,
+                    });
                     if pax.pieces.len() > MAX_SEGMENTS {
                         return Err("too many pieces of a sparse file".into());
                     }
@@ -56,12 +65,16 @@ impl Pax {
 
     /// A record's value, unless empty.
     pub(super) fn get(&self, key: &str) -> Option<&[u8]> {
-        self.records.get(key.as_bytes()).map(Vec::as_slice).filter(|v| !v.is_empty())
+        self.records
+            .get(key.as_bytes())
+            .map(Vec::as_slice)
+            .filter(|v| !v.is_empty())
     }
 
     /// A whole number; the inner None means that it is none.
     pub(super) fn number(&self, key: &str) -> Option<Option<i64>> {
-        self.get(key).map(|v| decimal(v).and_then(|v| i64::try_from(v).ok()))
+        self.get(key)
+            .map(|v| decimal(v).and_then(|v| i64::try_from(v).ok()))
     }
 
     /// Seconds with an optional fraction, maybe negative; cut to nanoseconds.
@@ -77,7 +90,11 @@ impl Pax {
             if !fraction.iter().all(u8::is_ascii_digit) {
                 return None;
             }
-            let digits = fraction.iter().copied().chain(std::iter::repeat(b'0')).take(9);
+            let digits = fraction
+                .iter()
+                .copied()
+                .chain(std::iter::repeat(b'0'))
+                .take(9);
             let nanos = digits.fold(0u32, |n, digit| n * 10 + u32::from(digit - b'0'));
             Some(match (negative, nanos) {
                 (false, _) => (seconds, nanos),
@@ -88,7 +105,9 @@ impl Pax {
     }
 
     pub(super) fn xattrs(&self) -> Vec<(Vec<u8>, Vec<u8>)> {
-        let named = |(key, value): (&Vec<u8>, &Vec<u8>)| Some((key.strip_prefix(XATTR)?.to_vec(), value.clone()));
+        let named = |(key, value): (&Vec<u8>, &Vec<u8>)| {
+            Some((key.strip_prefix(XATTR)?.to_vec(), value.clone()))
+        };
         self.records.iter().filter_map(named).collect()
     }
 
@@ -99,7 +118,9 @@ impl Pax {
 
     /// The real size of a sparse file.
     pub(super) fn sparse_size(&self) -> Option<u64> {
-        self.get("GNU.sparse.realsize").or(self.get("GNU.sparse.size")).and_then(decimal)
+        self.get("GNU.sparse.realsize")
+            .or(self.get("GNU.sparse.size"))
+            .and_then(decimal)
     }
 
     /// The pieces of formats 0.0 and 0.1.
@@ -108,9 +129,13 @@ impl Pax {
         if let Some(map) = self.get("GNU.sparse.map") {
             let numbers: Option<Vec<u64>> = map.split(|&b| b == b',').map(decimal).collect();
             return Some(match numbers {
-                Some(n) if n.len() % 2 == 0 && n.len() / 2 <= MAX_SEGMENTS => {
-                    Ok(n.chunks_exact(2).map(|p| Segment { offset: p[0], length: p[1] }).collect())
-                }
+                Some(n) if n.len() % 2 == 0 && n.len() / 2 <= MAX_SEGMENTS => Ok(n
+                    .chunks_exact(2)
+                    .map(|p| Segment {
+                        offset: p[0],
+                        length: p[1],
+                    })
+                    .collect()),
                 _ => Err(bad()),
             });
         }
@@ -138,20 +163,33 @@ mod tests {
 
     #[test]
     fn records_and_times() {
-        let pax = Pax::parse(b"11 path=a=b\n21 mtime=1.0000000019\n30 SCHILY.xattr.user.x=a\0b\nc=\n").unwrap();
+        let pax =
+            Pax::parse(b"11 path=a=b\n21 mtime=1.0000000019\n30 SCHILY.xattr.user.x=a\0b\nc=\n")
+                .unwrap();
         assert_eq!(pax.get("path"), Some(&b"a=b"[..]));
         assert_eq!(pax.time("mtime"), Some(Some((1, 1))));
         assert_eq!(pax.xattrs(), [(b"user.x".to_vec(), b"a\0b\nc=".to_vec())]);
         let time = |text: &str| {
             let record = format!(" mtime={text}\n");
-            let length = (record.len()..record.len() + 3).find(|l| l.to_string().len() + record.len() == *l).unwrap();
-            Pax::parse(format!("{length}{record}").as_bytes()).unwrap().time("mtime").unwrap()
+            let length = (record.len()..record.len() + 3)
+                .find(|l| l.to_string().len() + record.len() == *l)
+                .unwrap();
+            Pax::parse(format!("{length}{record}").as_bytes())
+                .unwrap()
+                .time("mtime")
+                .unwrap()
         };
         assert_eq!(time("-1.25"), Some((-2, 750_000_000)));
         assert_eq!(time("-3"), Some((-3, 0)));
         assert_eq!(time("7.5"), Some((7, 500_000_000)));
         assert_eq!(time("x"), None);
-        for bad in [&b"99 path=x\n"[..], b"path=x\n", b"7 path\n\n", b"0 a=b\n", b" a=b\n"] {
+        for bad in [
+            &b"99 path=x\n"[..],
+            b"path=x\n",
+            b"7 path\n\n",
+            b"0 a=b\n",
+            b" a=b\n",
+        ] {
             assert!(Pax::parse(bad).is_err(), "{bad:?}");
         }
     }

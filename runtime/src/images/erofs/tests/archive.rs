@@ -21,7 +21,13 @@ impl Archive {
         self.bytes
     }
 
-    pub fn entry(&mut self, name: &str, kind: char, set: impl FnOnce(&mut tar::Header), body: &[u8]) {
+    pub fn entry(
+        &mut self,
+        name: &str,
+        kind: char,
+        set: impl FnOnce(&mut tar::Header),
+        body: &[u8],
+    ) {
         self.raw(name.as_bytes(), kind as u8, set, body);
     }
 
@@ -46,7 +52,12 @@ impl Archive {
     }
 
     pub fn link(&mut self, name: &str, kind: char, target: &str) {
-        self.entry(name, kind, |h| h.as_old_mut().linkname[..target.len()].copy_from_slice(target.as_bytes()), b"");
+        self.entry(
+            name,
+            kind,
+            |h| h.as_old_mut().linkname[..target.len()].copy_from_slice(target.as_bytes()),
+            b"",
+        );
     }
 
     pub fn device(&mut self, name: &str, kind: char, major: u32, minor: u32) {
@@ -78,7 +89,10 @@ impl Archive {
 
     /// A sparse file of GNU's old format, up to four pieces.
     pub fn old_sparse(&mut self, name: &str, size: u64, pieces: &[(u64, &[u8])]) {
-        let body: Vec<u8> = pieces.iter().flat_map(|(_, bytes)| bytes.iter().copied()).collect();
+        let body: Vec<u8> = pieces
+            .iter()
+            .flat_map(|(_, bytes)| bytes.iter().copied())
+            .collect();
         let set = |h: &mut tar::Header| {
             let gnu = h.as_gnu_mut().unwrap();
             for (slot, (offset, bytes)) in gnu.sparse.iter_mut().zip(pieces) {

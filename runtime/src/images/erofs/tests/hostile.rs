@@ -17,48 +17,126 @@ fn refused(make: impl FnOnce(&mut Archive)) -> ImageError {
 fn names_and_links_out_of_the_tree() {
     type Make = Box<dyn FnOnce(&mut Archive)>;
     let cases: Vec<(&str, &str, Make)> = vec![
-        ("../evil", "..", Box::new(|a| a.file("../evil", b"", |_| {}))),
-        ("a/../../evil", "..", Box::new(|a| a.file("a/../../evil", b"", |_| {}))),
-        ("a/..", "..", Box::new(|a| a.entry("a/..", '5', |_| {}, b""))),
-        ("/etc/passwd", "absolute", Box::new(|a| a.file("/etc/passwd", b"", |_| {}))),
-        ("h", "..", Box::new(|a| a.link("h", '1', "../../etc/shadow"))),
-        ("h", "absolute", Box::new(|a| a.link("h", '1', "/etc/shadow"))),
-        ("h", "not in this layer", Box::new(|a| a.link("h", '1', "lower/file"))),
-        ("h", "is a directory", Box::new(|a| {
-            a.entry("d", '5', |_| {}, b"");
-            a.link("h", '1', "d");
-        })),
-        ("s/passwd", "out of the tree", Box::new(|a| {
-            a.link("s", '2', "../../etc");
-            a.file("s/passwd", b"", |_| {});
-        })),
-        ("l/x", "too many symbolic links", Box::new(|a| {
-            a.link("l", '2', "l");
-            a.file("l/x", b"", |_| {});
-        })),
-        ("f/x", "no directory", Box::new(|a| {
-            a.file("f", b"", |_| {});
-            a.file("f/x", b"", |_| {});
-        })),
-        ("n\0x", "NUL", Box::new(|a| {
-            a.pax(&[("path", b"n\0x")]);
-            a.file("n", b"", |_| {});
-        })),
-        ("t", "NUL", Box::new(|a| {
-            a.pax(&[("linkpath", b"a\0b")]);
-            a.link("t", '2', "a");
-        })),
+        (
+            "../evil",
+            "..",
+            Box::new(|a| a.file("../evil", b"", |_| {})),
+        ),
+        (
+            "a/../../evil",
+            "..",
+            Box::new(|a| a.file("a/../../evil", b"", |_| {})),
+        ),
+        (
+            "a/..",
+            "..",
+            Box::new(|a| a.entry("a/..", '5', |_| {}, b"")),
+        ),
+        (
+            "/etc/passwd",
+            "absolute",
+            Box::new(|a| a.file("/etc/passwd", b"", |_| {})),
+        ),
+        (
+            "h",
+            "..",
+            Box::new(|a| a.link("h", '1', "../../etc/shadow")),
+        ),
+        (
+            "h",
+            "absolute",
+            Box::new(|a| a.link("h", '1', "/etc/shadow")),
+        ),
+        (
+            "h",
+            "not in this layer",
+            Box::new(|a| a.link("h", '1', "lower/file")),
+        ),
+        (
+            "h",
+            "is a directory",
+            Box::new(|a| {
+                a.entry("d", '5', |_| {}, b"");
+                a.link("h", '1', "d");
+            }),
+        ),
+        (
+            "s/passwd",
+            "out of the tree",
+            Box::new(|a| {
+                a.link("s", '2', "../../etc");
+                a.file("s/passwd", b"", |_| {});
+            }),
+        ),
+        (
+            "l/x",
+            "too many symbolic links",
+            Box::new(|a| {
+                a.link("l", '2', "l");
+                a.file("l/x", b"", |_| {});
+            }),
+        ),
+        (
+            "f/x",
+            "no directory",
+            Box::new(|a| {
+                a.file("f", b"", |_| {});
+                a.file("f/x", b"", |_| {});
+            }),
+        ),
+        (
+            "n\0x",
+            "NUL",
+            Box::new(|a| {
+                a.pax(&[("path", b"n\0x")]);
+                a.file("n", b"", |_| {});
+            }),
+        ),
+        (
+            "t",
+            "NUL",
+            Box::new(|a| {
+                a.pax(&[("linkpath", b"a\0b")]);
+                a.link("t", '2', "a");
+            }),
+        ),
         ("t", "no target", Box::new(|a| a.link("t", '2', ""))),
-        (".wh.", "whiteout of nothing", Box::new(|a| a.file(".wh.", b"", |_| {}))),
-        (".wh...", "whiteout of nothing", Box::new(|a| a.file(".wh...", b"", |_| {}))),
-        ("./", "only a directory", Box::new(|a| a.link("./", '2', "x"))),
-        ("z", "unknown type", Box::new(|a| a.entry("z", 'Z', |_| {}, b""))),
-        ("dev", "out of range", Box::new(|a| a.device("dev", '3', 5000, 1))),
+        (
+            ".wh.",
+            "whiteout of nothing",
+            Box::new(|a| a.file(".wh.", b"", |_| {})),
+        ),
+        (
+            ".wh...",
+            "whiteout of nothing",
+            Box::new(|a| a.file(".wh...", b"", |_| {})),
+        ),
+        (
+            "./",
+            "only a directory",
+            Box::new(|a| a.link("./", '2', "x")),
+        ),
+        (
+            "z",
+            "unknown type",
+            Box::new(|a| a.entry("z", 'Z', |_| {}, b"")),
+        ),
+        (
+            "dev",
+            "out of range",
+            Box::new(|a| a.device("dev", '3', 5000, 1)),
+        ),
     ];
     for (name, reason, make) in cases {
         let error = refused(make);
         assert_eq!(error.kind(), ImageErrorKind::InvalidImage, "{error}");
-        let ImageError::LayerEntry { entry, reason: said } = &error else { panic!("{error:?}") };
+        let ImageError::LayerEntry {
+            entry,
+            reason: said,
+        } = &error
+        else {
+            panic!("{error:?}")
+        };
         assert_eq!(entry, name);
         assert!(said.contains(reason), "{name}: {said}");
     }
@@ -69,7 +147,10 @@ fn a_link_above_the_root_is_fine_while_nothing_goes_through_it() {
     let mut tar = Archive::new();
     tar.link("s", '2', "../../../etc/passwd");
     tar.entry("/", '5', |_| {}, b"");
-    assert_eq!(tree(&tar.finish())[&b"s"[..]].content, b"../../../etc/passwd");
+    assert_eq!(
+        tree(&tar.finish())[&b"s"[..]].content,
+        b"../../../etc/passwd"
+    );
 }
 
 #[test]
@@ -79,15 +160,26 @@ fn cut_and_damaged_streams() {
     let whole = archive.cut();
     for length in [1, 511, 513, 2000, 3511] {
         let error = convert(&whole[..length]).expect_err("a cut stream");
-        assert!(matches!(error, ImageError::Corrupt { .. }), "{length}: {error}");
+        assert!(
+            matches!(error, ImageError::Corrupt { .. }),
+            "{length}: {error}"
+        );
     }
     convert(&whole).unwrap();
     let mut damaged = whole.clone();
     damaged[0] ^= 1;
-    assert!(convert(&damaged).unwrap_err().to_string().contains("wrong sum"));
+    assert!(
+        convert(&damaged)
+            .unwrap_err()
+            .to_string()
+            .contains("wrong sum")
+    );
     let mut archive = Archive::new();
     archive.pax(&[("path", b"x")]);
-    assert!(matches!(convert(&archive.finish()), Err(ImageError::Corrupt { .. })));
+    assert!(matches!(
+        convert(&archive.finish()),
+        Err(ImageError::Corrupt { .. })
+    ));
 }
 
 #[test]
@@ -96,11 +188,23 @@ fn what_is_too_large() {
     assert!(matches!(long, ImageError::TooLarge { .. }), "{long}");
     let huge = refused(|a| {
         let size = (2u64 << 40).to_string();
-        a.pax(&[("GNU.sparse.name", b"huge"), ("GNU.sparse.size", size.as_bytes()), ("GNU.sparse.map", b"0,1")]);
+        a.pax(&[
+            ("GNU.sparse.name", b"huge"),
+            ("GNU.sparse.size", size.as_bytes()),
+            ("GNU.sparse.map", b"0,1"),
+        ]);
         a.file("x", b"1", |_| {});
     });
-    assert_eq!((huge.kind(), huge.to_string().contains("huge")), (ImageErrorKind::TooLarge, true), "{huge}");
-    for (name, reason) in [("n".repeat(256), "255 bytes"), ("d/".repeat(1100), "deeper"), ("x".repeat(5000), "4096 bytes")] {
+    assert_eq!(
+        (huge.kind(), huge.to_string().contains("huge")),
+        (ImageErrorKind::TooLarge, true),
+        "{huge}"
+    );
+    for (name, reason) in [
+        ("n".repeat(256), "255 bytes"),
+        ("d/".repeat(1100), "deeper"),
+        ("x".repeat(5000), "4096 bytes"),
+    ] {
         let error = refused(|a| {
             a.pax(&[("path", format!("{name}f").as_bytes())]);
             a.file("f", b"", |_| {});
@@ -108,7 +212,10 @@ fn what_is_too_large() {
         assert!(error.to_string().contains(reason), "{error}");
     }
     let xattr = refused(|a| {
-        a.pax(&[("SCHILY.xattr.user.a", &[0; 40_000]), ("SCHILY.xattr.user.b", &[0; 40_000])]);
+        a.pax(&[
+            ("SCHILY.xattr.user.a", &[0; 40_000]),
+            ("SCHILY.xattr.user.b", &[0; 40_000]),
+        ]);
         a.file("f", b"", |_| {});
     });
     assert!(xattr.to_string().contains("attributes"), "{xattr}");
@@ -116,11 +223,24 @@ fn what_is_too_large() {
 
 #[test]
 fn sparse_maps_that_lie() {
-    for map in ["0,5,4,2", "9999999,1", "0,1", "0", "x,1", "18446744073709551615,6"] {
+    for map in [
+        "0,5,4,2",
+        "9999999,1",
+        "0,1",
+        "0",
+        "x,1",
+        "18446744073709551615,6",
+    ] {
         let error = refused(|a| {
-            a.pax(&[("GNU.sparse.size", b"100"), ("GNU.sparse.map", map.as_bytes())]);
+            a.pax(&[
+                ("GNU.sparse.size", b"100"),
+                ("GNU.sparse.map", map.as_bytes()),
+            ]);
             a.file("f", b"abcdef", |_| {});
         });
-        assert!(matches!(error, ImageError::LayerEntry { .. }), "{map}: {error}");
+        assert!(
+            matches!(error, ImageError::LayerEntry { .. }),
+            "{map}: {error}"
+        );
     }
 }

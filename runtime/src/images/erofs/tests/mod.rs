@@ -18,8 +18,18 @@ use reader::{Found, Reader};
 fn convert(tar: &[u8]) -> ImageResult<tempfile::NamedTempFile> {
     let file = tempfile::NamedTempFile::new().unwrap();
     let scratch = tempfile::tempdir().unwrap();
-    write_layer(&mut Cursor::new(tar), file.as_file(), file.path(), scratch.path(), "test.tar")?;
-    assert_eq!(std::fs::read_dir(scratch.path()).unwrap().count(), 0, "nothing is left beside the image");
+    write_layer(
+        &mut Cursor::new(tar),
+        file.as_file(),
+        file.path(),
+        scratch.path(),
+        "test.tar",
+    )?;
+    assert_eq!(
+        std::fs::read_dir(scratch.path()).unwrap().count(),
+        0,
+        "nothing is left beside the image"
+    );
     Ok(file)
 }
 
@@ -32,9 +42,17 @@ fn tree(tar: &[u8]) -> BTreeMap<Vec<u8>, Found> {
 
 /// fsck.erofs of erofs-utils (1.5 or later) reads all data and must find nothing.
 fn fsck(image: &Path) {
-    let out = Command::new("fsck.erofs").arg("--extract").arg(image).output().expect("erofs-utils is installed");
-    let said = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
-    assert!(out.status.success() && !said.contains("<E>"), "fsck.erofs: {said}");
+    let out = Command::new("fsck.erofs")
+        .arg("--extract")
+        .arg(image)
+        .output()
+        .expect("erofs-utils is installed");
+    let said =
+        String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
+    assert!(
+        out.status.success() && !said.contains("<E>"),
+        "fsck.erofs: {said}"
+    );
 }
 
 #[test]
@@ -61,22 +79,51 @@ fn every_kind_of_entry_arrives() {
     tar.device("dev/null", '3', 1, 3);
     tar.device("dev/big", '4', 259, 70_000);
     tar.entry("run/fifo", '6', |h| h.set_mode(0o600), b"");
-    tar.pax(&[("mtime", b"-1.5"), ("SCHILY.xattr.user.k", b"a\0b"), ("SCHILY.xattr.security.capability", b"\x01\0\0\x02")]);
+    tar.pax(&[
+        ("mtime", b"-1.5"),
+        ("SCHILY.xattr.user.k", b"a\0b"),
+        ("SCHILY.xattr.security.capability", b"\x01\0\0\x02"),
+    ]);
     tar.file("caps", b"x", |_| {});
-    tar.pax(&[("SCHILY.xattr.trusted.overlay.redirect", b"/etc"), ("SCHILY.xattr.system.weird", b"1")]);
+    tar.pax(&[
+        ("SCHILY.xattr.trusted.overlay.redirect", b"/etc"),
+        ("SCHILY.xattr.system.weird", b"1"),
+    ]);
     tar.file("plain", b"", |_| {});
     let tree = tree(&tar.finish());
 
     assert_eq!(tree[&b""[..]].mode, 0o041_777);
     let su = &tree[&b"bin/su"[..]];
-    assert_eq!((su.mode, su.uid, su.gid, su.links), (0o104_755, 3_000_000_000, 70_000, 2));
-    assert_eq!((su.mtime, su.content.as_slice()), ((1_700_000_000, 0), &b"#!"[..]));
+    assert_eq!(
+        (su.mode, su.uid, su.gid, su.links),
+        (0o104_755, 3_000_000_000, 70_000, 2)
+    );
+    assert_eq!(
+        (su.mtime, su.content.as_slice()),
+        ((1_700_000_000, 0), &b"#!"[..])
+    );
     assert_eq!(tree[&b"bin/hard"[..]].nid, su.nid);
-    assert_eq!((tree[&b"bin/ln"[..]].mode, tree[&b"bin/ln"[..]].content.as_slice()), (0o120_644, &b"../usr/bin/env"[..]));
-    assert_eq!((tree[&b"dev/null"[..]].mode, tree[&b"dev/null"[..]].device), (0o020_644, 0x103));
-    assert_eq!(tree[&b"dev/big"[..]].device, (70_000 & 0xff) | 259 << 8 | (70_000 & !0xff) << 12);
+    assert_eq!(
+        (
+            tree[&b"bin/ln"[..]].mode,
+            tree[&b"bin/ln"[..]].content.as_slice()
+        ),
+        (0o120_644, &b"../usr/bin/env"[..])
+    );
+    assert_eq!(
+        (tree[&b"dev/null"[..]].mode, tree[&b"dev/null"[..]].device),
+        (0o020_644, 0x103)
+    );
+    assert_eq!(
+        tree[&b"dev/big"[..]].device,
+        (70_000 & 0xff) | 259 << 8 | (70_000 & !0xff) << 12
+    );
     assert_eq!(tree[&b"run/fifo"[..]].mode, 0o010_600);
-    assert_eq!((tree[&b"bin"[..]].mode, tree[&b"bin"[..]].links), (0o040_755, 2), "a directory nobody described");
+    assert_eq!(
+        (tree[&b"bin"[..]].mode, tree[&b"bin"[..]].links),
+        (0o040_755, 2),
+        "a directory nobody described"
+    );
     let caps = &tree[&b"caps"[..]];
     assert_eq!(caps.mtime, (-2, 500_000_000));
     assert_eq!(caps.xattrs[&(1, b"k".to_vec())], b"a\0b");
@@ -97,15 +144,28 @@ fn whiteouts_become_what_overlayfs_knows() {
     tar.file("a/kept", b"k", |_| {});
     tar.file("a/.wh..wh.plnk", b"", |_| {});
     let tree = tree(&tar.finish());
-    let opaque = |path: &[u8]| tree[path].xattrs.get(&(4, b"overlay.opaque".to_vec())).map(Vec::as_slice);
+    let opaque = |path: &[u8]| {
+        tree[path]
+            .xattrs
+            .get(&(4, b"overlay.opaque".to_vec()))
+            .map(Vec::as_slice)
+    };
     for path in [&b"etc/gone"[..], b"top"] {
-        assert_eq!((tree[path].mode & 0o170_000, tree[path].device), (0o020_000, 0));
+        assert_eq!(
+            (tree[path].mode & 0o170_000, tree[path].device),
+            (0o020_000, 0)
+        );
     }
     assert_eq!(opaque(b"var"), Some(&b"y"[..]));
     assert_eq!(opaque(b"a/replaced"), Some(&b"y"[..]));
     assert_eq!((opaque(b"a"), opaque(b"")), (None, None));
     assert_eq!(tree[&b"a/kept"[..]].content, b"k");
-    assert_eq!(tree.keys().filter(|k| k.windows(4).any(|w| w == b".wh.")).count(), 0);
+    assert_eq!(
+        tree.keys()
+            .filter(|k| k.windows(4).any(|w| w == b".wh."))
+            .count(),
+        0
+    );
 }
 
 #[test]
@@ -122,12 +182,22 @@ fn later_entries_win() {
     tar.file("s/through", b"t", |_| {});
     let tree = tree(&tar.finish());
     let content = |path: &[u8]| tree[path].content.as_slice();
-    assert_eq!((content(b"f"), content(b"other")), (&b"new"[..], &b"old"[..]));
+    assert_eq!(
+        (content(b"f"), content(b"other")),
+        (&b"new"[..], &b"old"[..])
+    );
     assert_eq!(tree[&b"other"[..]].links, 1);
-    assert_eq!((tree[&b"d"[..]].mode, content(b"d/x")), (0o040_700, &b"1"[..]));
+    assert_eq!(
+        (tree[&b"d"[..]].mode, content(b"d/x")),
+        (0o040_700, &b"1"[..])
+    );
     assert_eq!(content(b"gone"), b"file now");
     assert!(!tree.contains_key(&b"gone/x"[..]));
-    assert_eq!(content(b"gone2/through"), b"t", "a link on the way is followed inside the layer");
+    assert_eq!(
+        content(b"gone2/through"),
+        b"t",
+        "a link on the way is followed inside the layer"
+    );
 }
 
 #[test]
@@ -136,15 +206,25 @@ fn long_names_of_both_kinds_and_full_directories() {
     let mut tar = Archive::new();
     tar.gnu_long(b'L', deep.as_bytes());
     tar.file("short", b"1", |_| {});
-    tar.pax(&[("path", "p/ä€".as_bytes()), ("linkpath", "t".repeat(3000).as_bytes())]);
+    tar.pax(&[
+        ("path", "p/ä€".as_bytes()),
+        ("linkpath", "t".repeat(3000).as_bytes()),
+    ]);
     tar.link("ignored", '2', "ignored");
     for n in 0..3000 {
-        tar.file(&format!("many/{n:05}{}", "x".repeat(n % 90)), &[n as u8], |_| {});
+        tar.file(
+            &format!("many/{n:05}{}", "x".repeat(n % 90)),
+            &[n as u8],
+            |_| {},
+        );
     }
     let tree = tree(&tar.finish());
     assert_eq!(tree[deep.as_bytes()].content, b"1");
     assert_eq!(tree["p/ä€".as_bytes()].content.len(), 3000);
-    assert_eq!(tree.keys().filter(|k| k.starts_with(b"many/")).count(), 3000);
+    assert_eq!(
+        tree.keys().filter(|k| k.starts_with(b"many/")).count(),
+        3000
+    );
 }
 
 #[test]
@@ -162,12 +242,35 @@ fn zeros_become_holes_and_content_stays() {
     tar.file("half", &[vec![0; 1 << 16], vec![9; 5000]].concat(), |_| {});
     let archive = tar.finish();
     let tree = tree(&archive);
-    assert_eq!((&tree[&b"mixed"[..]].content, tree[&b"mixed"[..]].holes), (&mixed, 1 << 16));
-    assert_eq!((tree[&b"zeros"[..]].content.len(), tree[&b"zeros"[..]].holes), (1 << 20, 1 << 20));
-    assert_eq!((tree[&b"few zeros"[..]].content.as_slice(), tree[&b"few zeros"[..]].holes), (&[0; 100][..], 0));
+    assert_eq!(
+        (&tree[&b"mixed"[..]].content, tree[&b"mixed"[..]].holes),
+        (&mixed, 1 << 16)
+    );
+    assert_eq!(
+        (tree[&b"zeros"[..]].content.len(), tree[&b"zeros"[..]].holes),
+        (1 << 20, 1 << 20)
+    );
+    assert_eq!(
+        (
+            tree[&b"few zeros"[..]].content.as_slice(),
+            tree[&b"few zeros"[..]].holes
+        ),
+        (&[0; 100][..], 0)
+    );
     assert_eq!(tree[&b"tail"[..]].content, tail);
-    assert_eq!((tree[&b"half"[..]].content.len(), tree[&b"half"[..]].holes), ((1 << 16) + 5000, 1 << 16));
-    assert!(convert(&archive).unwrap().as_file().metadata().unwrap().len() < 300 << 10);
+    assert_eq!(
+        (tree[&b"half"[..]].content.len(), tree[&b"half"[..]].holes),
+        ((1 << 16) + 5000, 1 << 16)
+    );
+    assert!(
+        convert(&archive)
+            .unwrap()
+            .as_file()
+            .metadata()
+            .unwrap()
+            .len()
+            < 300 << 10
+    );
 }
 
 #[test]
@@ -183,7 +286,11 @@ fn sparse_files_of_all_four_formats() {
         ("GNU.sparse.numbytes", b"3"),
     ]);
     tar.file("v00", b"abcend", |_| {});
-    tar.pax(&[("GNU.sparse.name", b"v01"), ("GNU.sparse.size", b"10000"), ("GNU.sparse.map", b"4096,3,9000,3")]);
+    tar.pax(&[
+        ("GNU.sparse.name", b"v01"),
+        ("GNU.sparse.size", b"10000"),
+        ("GNU.sparse.map", b"4096,3,9000,3"),
+    ]);
     tar.file("GNUSparseFile.0/v01", b"abcend", |_| {});
     tar.pax(&[
         ("GNU.sparse.major", b"1"),
@@ -216,8 +323,17 @@ fn a_file_of_more_than_4_gib_costs_nothing_when_it_is_a_hole() {
     tar.file("x", b"end", |_| {});
     let file = convert(&tar.finish()).unwrap();
     assert!(file.as_file().metadata().unwrap().len() < 1 << 20);
-    let shown = in_kernel(&[file.path()], &format!("stat -c %s huge; tail -c 5 huge | od -An -c; head -c {} huge | tail -c 9 | od -An -tx1", 3u64 << 30));
-    assert!(shown.starts_with(&format!("{size}\n")) && shown.contains("e   n   d"), "{shown}");
+    let shown = in_kernel(
+        &[file.path()],
+        &format!(
+            "stat -c %s huge; tail -c 5 huge | od -An -c; head -c {} huge | tail -c 9 | od -An -tx1",
+            3u64 << 30
+        ),
+    );
+    assert!(
+        shown.starts_with(&format!("{size}\n")) && shown.contains("e   n   d"),
+        "{shown}"
+    );
 }
 
 /// Mounts the images, stacked by overlayfs if there are several (lowest first), in a mount namespace of its own, and
@@ -229,18 +345,33 @@ fn in_kernel(layers: &[&Path], script: &str) -> String {
     for (at, layer) in layers.iter().enumerate() {
         let point = dir.path().join(at.to_string());
         std::fs::create_dir(&point).unwrap();
-        mounts += &format!("mount -t erofs -o ro,loop {} {} && ", layer.display(), point.display());
+        mounts += &format!(
+            "mount -t erofs -o ro,loop {} {} && ",
+            layer.display(),
+            point.display()
+        );
         lower.insert(0, point.display().to_string());
     }
     let mut top = dir.path().join("0");
     if layers.len() > 1 {
         top = dir.path().join("top");
         std::fs::create_dir(&top).unwrap();
-        mounts += &format!("mount -t overlay -o ro,lowerdir={} none {} && ", lower.join(":"), top.display());
+        mounts += &format!(
+            "mount -t overlay -o ro,lowerdir={} none {} && ",
+            lower.join(":"),
+            top.display()
+        );
     }
     let line = format!("{mounts} cd {} && {script}", top.display());
-    let out = Command::new("unshare").args(["--mount", "sh", "-ec", &line]).output().unwrap();
-    assert!(out.status.success(), "{line}: {}", String::from_utf8_lossy(&out.stderr));
+    let out = Command::new("unshare")
+        .args(["--mount", "sh", "-ec", &line])
+        .output()
+        .unwrap();
+    assert!(
+        out.status.success(),
+        "{line}: {}",
+        String::from_utf8_lossy(&out.stderr)
+    );
     String::from_utf8(out.stdout).unwrap()
 }
 
@@ -256,13 +387,22 @@ fn the_kernel_stacks_layers() {
     high.file("var/.wh..wh..opq", b"", |_| {});
     high.file("var/new", b"high", |_| {});
     high.file("opt/.wh.x", b"", |_| {});
-    high.pax(&[("mtime", b"1600000000.123456789"), ("SCHILY.xattr.user.k", b"v")]);
+    high.pax(&[
+        ("mtime", b"1600000000.123456789"),
+        ("SCHILY.xattr.user.k", b"v"),
+    ]);
     high.file("opt/y", &vec![5; 10_000], |_| {});
     high.link("opt/z", '2', "/var/new");
-    let (low, high) = (convert(&low.finish()).unwrap(), convert(&high.finish()).unwrap());
+    let (low, high) = (
+        convert(&low.finish()).unwrap(),
+        convert(&high.finish()).unwrap(),
+    );
     let shown = in_kernel(
         &[low.path(), high.path()],
         "find . -type f -printf '%P %U %s\\n' | sort; readlink opt/z; stat -c %.9Y opt/y; getfattr -n user.k --only-values opt/y 2>/dev/null || echo v; ls -A opt",
     );
-    assert_eq!(shown.replace("\nvy", "\nv\ny"), "etc/keep 1000 3\nopt/y 0 10000\nvar/new 0 4\n/var/new\n1600000000.123456789\nv\ny\nz\n");
+    assert_eq!(
+        shown.replace("\nvy", "\nv\ny"),
+        "etc/keep 1000 3\nopt/y 0 10000\nvar/new 0 4\n/var/new\n1600000000.123456789\nv\ny\nz\n"
+    );
 }

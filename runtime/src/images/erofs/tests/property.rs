@@ -11,7 +11,11 @@ use super::*;
 #[derive(Debug, Clone)]
 enum Item {
     /// Size, first byte, and where a run of zeros lies.
-    File { size: usize, seed: u8, zeros: (usize, usize) },
+    File {
+        size: usize,
+        seed: u8,
+        zeros: (usize, usize),
+    },
     Symlink(String),
     Dir,
     Fifo,
@@ -52,19 +56,43 @@ fn item() -> impl Strategy<Value = Item> {
 }
 
 fn model() -> impl Strategy<Value = Model> {
-    let xattrs = btree_map("(user|security)\\.[a-z.]{1,40}", vec(any::<u8>(), 0..1500), 0..4);
-    (item(), 0u16..0o10000, any::<u32>(), any::<u32>(), (-1i64 << 40..1 << 40, 0u32..1_000_000_000), xattrs)
-        .prop_map(|(item, mode, uid, gid, mtime, xattrs)| Model { item, mode, uid, gid, mtime, xattrs })
+    let xattrs = btree_map(
+        "(user|security)\\.[a-z.]{1,40}",
+        vec(any::<u8>(), 0..1500),
+        0..4,
+    );
+    (
+        item(),
+        0u16..0o10000,
+        any::<u32>(),
+        any::<u32>(),
+        (-1i64 << 40..1 << 40, 0u32..1_000_000_000),
+        xattrs,
+    )
+        .prop_map(|(item, mode, uid, gid, mtime, xattrs)| Model {
+            item,
+            mode,
+            uid,
+            gid,
+            mtime,
+            xattrs,
+        })
 }
 
 /// Paths whose parents are the `d…` names only, so that a file is never asked to be a directory.
 fn trees() -> impl Strategy<Value = BTreeMap<String, Model>> {
     let path = "(d[ab]/){0,4}[f-hx-z]{1,3}[ !-.0-~\u{e4}\u{20ac}]{0,40}";
-    btree_map(path.prop_filter("a whiteout is no ordinary name", |p| !p.contains(".wh.")), model(), 0..40)
+    btree_map(
+        path.prop_filter("a whiteout is no ordinary name", |p| !p.contains(".wh.")),
+        model(),
+        0..40,
+    )
 }
 
 fn content(size: usize, seed: u8, zeros: (usize, usize)) -> Vec<u8> {
-    let mut bytes: Vec<u8> = (0..size).map(|at| (at as u8).wrapping_mul(31).wrapping_add(seed) | 1).collect();
+    let mut bytes: Vec<u8> = (0..size)
+        .map(|at| (at as u8).wrapping_mul(31).wrapping_add(seed) | 1)
+        .collect();
     let start = zeros.0.min(size);
     bytes[start..(start + zeros.1).min(size)].fill(0);
     bytes
@@ -91,22 +119,33 @@ fn archive(tree: &BTreeMap<String, Model>) -> (Vec<u8>, BTreeMap<String, Expecte
             ("gid".into(), model.gid.to_string().into_bytes()),
             ("mtime".into(), number(model.mtime).into_bytes()),
         ];
-        records.extend(model.xattrs.iter().map(|(k, v)| (format!("SCHILY.xattr.{k}"), v.clone())));
+        records.extend(
+            model
+                .xattrs
+                .iter()
+                .map(|(k, v)| (format!("SCHILY.xattr.{k}"), v.clone())),
+        );
         let (kind, body, device, link) = match &model.item {
             Item::File { size, seed, zeros } => ('0', content(*size, *seed, *zeros), None, None),
             Item::Symlink(target) => ('2', Vec::new(), None, Some(target.clone())),
             Item::Dir => ('5', Vec::new(), None, None),
             Item::Fifo => ('6', Vec::new(), None, None),
-            Item::Device(block, major, minor) => {
-                (if *block { '4' } else { '3' }, Vec::new(), Some((u32::from(*major), *minor)), None)
-            }
+            Item::Device(block, major, minor) => (
+                if *block { '4' } else { '3' },
+                Vec::new(),
+                Some((u32::from(*major), *minor)),
+                None,
+            ),
             Item::Hard(_) if files.is_empty() => ('0', Vec::new(), None, None),
             Item::Hard(n) => ('1', Vec::new(), None, Some(files[n % files.len()].clone())),
         };
         if let Some(link) = &link {
             records.push(("linkpath".into(), link.clone().into_bytes()));
         }
-        let records: Vec<(&str, &[u8])> = records.iter().map(|(k, v)| (k.as_str(), v.as_slice())).collect();
+        let records: Vec<(&str, &[u8])> = records
+            .iter()
+            .map(|(k, v)| (k.as_str(), v.as_slice()))
+            .collect();
         tar.pax(&records);
         let set = |h: &mut ::tar::Header| {
             h.set_mode(u32::from(model.mode));
@@ -135,7 +174,9 @@ fn archive(tree: &BTreeMap<String, Model>) -> (Vec<u8>, BTreeMap<String, Expecte
                 owner: (model.uid, model.gid),
                 mtime: model.mtime,
                 content: link.map_or(body, String::into_bytes),
-                device: device.map_or(0, |(major, minor)| (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12)),
+                device: device.map_or(0, |(major, minor)| {
+                    (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12)
+                }),
                 xattrs: model.xattrs.clone(),
                 same_as: path.clone(),
             }
@@ -159,9 +200,15 @@ struct Expected {
 
 fn check(expected: &BTreeMap<String, Expected>, found: &BTreeMap<Vec<u8>, Found>) {
     for (path, want) in expected {
-        let got = found.get(path.as_bytes()).unwrap_or_else(|| panic!("{path} is missing"));
+        let got = found
+            .get(path.as_bytes())
+            .unwrap_or_else(|| panic!("{path} is missing"));
         let is_dir = want.mode & 0o170_000 == 0o040_000;
-        assert_eq!((got.mode, (got.uid, got.gid), got.mtime), (want.mode, want.owner, want.mtime), "{path}");
+        assert_eq!(
+            (got.mode, (got.uid, got.gid), got.mtime),
+            (want.mode, want.owner, want.mtime),
+            "{path}"
+        );
         assert!(is_dir || got.content == want.content, "content of {path}");
         assert_eq!(got.device, want.device, "{path}");
         let xattrs: BTreeMap<(u8, Vec<u8>), Vec<u8>> = want
@@ -169,19 +216,31 @@ fn check(expected: &BTreeMap<String, Expected>, found: &BTreeMap<Vec<u8>, Found>
             .iter()
             .map(|(key, value)| {
                 let (space, name) = key.split_once('.').unwrap();
-                ((if space == "user" { 1 } else { 6 }, name.as_bytes().to_vec()), value.clone())
+                (
+                    (
+                        if space == "user" { 1 } else { 6 },
+                        name.as_bytes().to_vec(),
+                    ),
+                    value.clone(),
+                )
             })
             .collect();
         assert_eq!(got.xattrs, xattrs, "{path}");
         assert_eq!(got.nid, found[want.same_as.as_bytes()].nid, "{path}");
-        let names = expected.values().filter(|e| e.same_as == want.same_as).count();
+        let names = expected
+            .values()
+            .filter(|e| e.same_as == want.same_as)
+            .count();
         assert!(is_dir || got.links as usize == names, "links of {path}");
     }
     // Everything else is a directory that the archive left out.
     for (path, got) in found {
         let text = String::from_utf8(path.clone()).unwrap();
         let inner = expected.keys().any(|k| k.starts_with(&format!("{text}/"))) || path.is_empty();
-        assert!(expected.contains_key(&text) || (inner && got.mode == 0o040_755), "{text} appeared");
+        assert!(
+            expected.contains_key(&text) || (inner && got.mode == 0o040_755),
+            "{text} appeared"
+        );
     }
 }
 

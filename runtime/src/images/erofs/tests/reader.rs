@@ -38,8 +38,15 @@ impl<'a> Reader<'a> {
         let sb = &image[1024..1024 + 128];
         assert_eq!(u32at(sb, 0), 0xE0F5_E1E2, "magic");
         assert_eq!(sb[12], 12, "block bits");
-        assert_eq!(u64::from(u32at(sb, 36)) * 4096, image.len() as u64, "block count");
-        let reader = Self { image, meta: u64::from(u32at(sb, 40)) * 4096 };
+        assert_eq!(
+            u64::from(u32at(sb, 36)) * 4096,
+            image.len() as u64,
+            "block count"
+        );
+        let reader = Self {
+            image,
+            meta: u64::from(u32at(sb, 40)) * 4096,
+        };
         let root = u64::from(u16at(sb, 14));
         let mut tree = BTreeMap::new();
         reader.visit(root, root, Vec::new(), &mut tree);
@@ -62,8 +69,16 @@ impl<'a> Reader<'a> {
             assert!(count > 0, "an empty directory block");
             for at in 0..count {
                 let start = usize::from(u16at(block, at * 12 + 8));
-                let end = if at + 1 < count { usize::from(u16at(block, at * 12 + 20)) } else { block.len() };
-                let name: Vec<u8> = block[start..end].iter().copied().take_while(|b| *b != 0).collect();
+                let end = if at + 1 < count {
+                    usize::from(u16at(block, at * 12 + 20))
+                } else {
+                    block.len()
+                };
+                let name: Vec<u8> = block[start..end]
+                    .iter()
+                    .copied()
+                    .take_while(|b| *b != 0)
+                    .collect();
                 assert!(last.as_ref().is_none_or(|l| *l < name), "names in order");
                 last = Some(name.clone());
                 let child = u64at(block, at * 12);
@@ -71,10 +86,25 @@ impl<'a> Reader<'a> {
                     b"." => assert_eq!(child, nid),
                     b".." => assert_eq!(child, parent),
                     _ => {
-                        let path = if path.is_empty() { name } else { [&path[..], b"/", &name].concat() };
+                        let path = if path.is_empty() {
+                            name
+                        } else {
+                            [&path[..], b"/", &name].concat()
+                        };
                         self.visit(child, nid, path.clone(), tree);
-                        let kinds = [(2, 0o04), (1, 0o10), (3, 0o02), (4, 0o06), (5, 0o01), (7, 0o12)];
-                        let kind = kinds.iter().find(|(k, _)| *k == block[at * 12 + 10]).expect("a known type").1;
+                        let kinds = [
+                            (2, 0o04),
+                            (1, 0o10),
+                            (3, 0o02),
+                            (4, 0o06),
+                            (5, 0o01),
+                            (7, 0o12),
+                        ];
+                        let kind = kinds
+                            .iter()
+                            .find(|(k, _)| *k == block[at * 12 + 10])
+                            .expect("a known type")
+                            .1;
                         assert_eq!(tree[&path].mode >> 12, kind, "type of {path:?}");
                     }
                 }
@@ -97,7 +127,13 @@ impl<'a> Reader<'a> {
         let content = if special {
             Vec::new()
         } else {
-            self.content(format >> 1, size, u32at(raw, 16), at + 64 + xattr_bytes, &mut holes)
+            self.content(
+                format >> 1,
+                size,
+                u32at(raw, 16),
+                at + 64 + xattr_bytes,
+                &mut holes,
+            )
         };
         Found {
             mode,
@@ -114,15 +150,29 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn content(&self, layout: u16, size: u64, union: u32, behind: usize, holes: &mut u64) -> Vec<u8> {
+    fn content(
+        &self,
+        layout: u16,
+        size: u64,
+        union: u32,
+        behind: usize,
+        holes: &mut u64,
+    ) -> Vec<u8> {
         let size = usize::try_from(size).unwrap();
         let start = union as usize * 4096;
         match layout {
             0 => self.image[if size == 0 { 0..0 } else { start..start + size }].to_vec(),
             2 => {
                 let (whole, tail) = (size / 4096 * 4096, size % 4096);
-                assert!(tail > 0 && behind % 4096 + tail <= 4096, "a tail across a block's end");
-                let whole: &[u8] = if whole == 0 { &[] } else { &self.image[start..start + whole] };
+                assert!(
+                    tail > 0 && behind % 4096 + tail <= 4096,
+                    "a tail across a block's end"
+                );
+                let whole: &[u8] = if whole == 0 {
+                    &[]
+                } else {
+                    &self.image[start..start + whole]
+                };
                 [whole, &self.image[behind..behind + tail]].concat()
             }
             4 => {
