@@ -12,7 +12,6 @@ pub mod error;
 pub mod exit;
 pub mod names;
 pub mod probe;
-pub mod task;
 pub mod vmm;
 
 /// The guest protocol (`boxlite/v1/service.proto`).

@@ -213,7 +213,7 @@ impl sandbox_async::Sandbox for Served {
         };
         Ok(sandbox::SandboxStatusResponse {
             state: state.into(),
-            info: [("timer.boot".to_owned(), "7".to_owned())].into(),
+            info: [("boot_ms".to_owned(), "7".to_owned())].into(),
             ..Default::default()
         })
     }

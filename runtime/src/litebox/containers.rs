@@ -16,7 +16,8 @@ use crate::filesystem_layout::{check_id, private_directory, remove_tree};
 use crate::images::{ImageError, ImageErrorKind};
 use crate::shim_controller::{ShimController, TaskCreate, TaskState};
 use crate::types::{ContainerOptions, ContainerSnapshot, ContainerState, PidMode};
-use boxlite_proto::task::{TaskOptions, TaskPidMode};
+use boxlite_proto::names;
+use oci_spec::runtime::Spec;
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -106,15 +107,10 @@ impl LiteBox {
             .env
             .layout
             .container_config(self.id(), &options.id);
-        let mut spec = options.spec.clone();
-        if options.read_only_rootfs {
-            let mut root = spec.root().clone().unwrap_or_default();
-            root.set_readonly(Some(true));
-            spec.set_root(Some(root));
-        }
-        let spec = serde_json::to_vec(&spec).map_err(|error| RuntimeError::Internal {
-            what: format!("OCI spec cannot be written: {error}"),
-        })?;
+        let spec =
+            serde_json::to_vec(&spec_of(options)).map_err(|error| RuntimeError::Internal {
+                what: format!("OCI spec cannot be written: {error}"),
+            })?;
         let made = bundle.clone();
         teardown::blocking(move || write_bundle(&made, &config, &spec)).await?;
         let create = TaskCreate {
@@ -123,16 +119,6 @@ impl LiteBox {
             layers: layers.into_iter().map(|layer| layer.path).collect(),
             log_path: options.log_path.clone(),
             terminal: options.tty,
-            options: TaskOptions {
-                pid_mode: match options.pid_mode {
-                    PidMode::Container => TaskPidMode::Container,
-                    PidMode::Pod => TaskPidMode::Pod,
-                    PidMode::Target => TaskPidMode::Target,
-                },
-                pid_target: options.pid_target.clone(),
-                stdin: options.stdin,
-                stdin_once: options.stdin_once,
-            },
         };
         running.shim.create_task(&create).await.map(drop)
     }
@@ -423,6 +409,29 @@ fn new_row(box_id: &str, options: &ContainerOptions, image_id: String) -> Contai
         complete: false,
         oom: false,
     }
+}
+
+/// The caller's spec with what has no field in it as annotations, which the shim reads.
+fn spec_of(options: &ContainerOptions) -> Spec {
+    let mut spec = options.spec.clone();
+    if options.read_only_rootfs {
+        let mut root = spec.root().clone().unwrap_or_default();
+        root.set_readonly(Some(true));
+        spec.set_root(Some(root));
+    }
+    let mut annotations = spec.annotations().clone().unwrap_or_default();
+    let pid_mode = match options.pid_mode {
+        PidMode::Container => "container".to_owned(),
+        PidMode::Pod => "pod".to_owned(),
+        PidMode::Target => format!("target:{}", options.pid_target),
+    };
+    annotations.insert(names::PID_MODE_ANNOTATION.to_owned(), pid_mode);
+    if options.stdin {
+        let stdin = if options.stdin_once { "once" } else { "keep" };
+        annotations.insert(names::STDIN_ANNOTATION.to_owned(), stdin.to_owned());
+    }
+    spec.set_annotations(Some(annotations));
+    spec
 }
 
 /// Makes the container's bundle; the spec holds environment variables, hence 0600.

@@ -19,7 +19,6 @@ use crate::unix_socket;
 use boxlite_proto::names;
 use boxlite_proto::shim::shim as shim_log;
 use boxlite_proto::shim::shim_ttrpc::ShimLogClient;
-use boxlite_proto::task::TaskOptions;
 use boxlite_proto::vmm::{SandboxOptions, VmmKind};
 use containerd_shim_protos::api;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
@@ -94,8 +93,6 @@ pub struct TaskCreate {
     pub log_path: Option<PathBuf>,
     /// Whether it has a terminal.
     pub terminal: bool,
-    /// What the OCI spec has no place for.
-    pub options: TaskOptions,
 }
 
 /// The connection to one shim. Clones share it.
@@ -252,7 +249,7 @@ impl ShimController {
         .map(drop)
     }
 
-    /// Sandbox.SandboxStatus: whether the VM runs, and the shim's own stage timers in ms (`timer.<stage>` in its info).
+    /// Sandbox.SandboxStatus: whether the VM runs, and the shim's own stage timers in ms (keys `<stage>_ms` of its info).
     ///
     /// # Errors
     /// `Shim`, `ShimConnection`, `Deadline`.
@@ -270,7 +267,7 @@ impl ShimController {
             .info
             .iter()
             .filter_map(|(key, value)| {
-                Some((key.strip_prefix("timer.")?.to_owned(), value.parse().ok()?))
+                Some((key.strip_suffix("_ms")?.to_owned(), value.parse().ok()?))
             })
             .collect();
         timers.sort();
@@ -374,7 +371,6 @@ impl ShimController {
             rootfs: rootfs.collect(),
             terminal: create.terminal,
             stdout: stdout.unwrap_or_default(),
-            options: Some(json_any(names::TASK_OPTIONS_TYPE, &create.options)?).into(),
             ..Default::default()
         };
         let answer = call("Task.Create", WORK_LIMIT, |context| {
