@@ -6,4 +6,5 @@
 pub mod jail;
 pub mod net;
 pub mod roles;
+pub mod share;
 pub mod vmm;
