@@ -485,11 +485,14 @@ impl wire::container_server::Container for FakeGuest {
     }
 }
 
+/// A fake shim and the tokio runtime it lives in.
+type Running = (Arc<FakeShim>, tokio::runtime::Runtime);
+
 /// A node of fake shims: roots, program, one image, and the shims that were served so far.
 pub struct FakeNode {
     directory: tempfile::TempDir,
     pub faults: Arc<Faults>,
-    shims: Arc<Mutex<BTreeMap<String, (Arc<FakeShim>, tokio::runtime::Runtime)>>>,
+    shims: Mutex<BTreeMap<String, Running>>,
 }
 
 impl FakeNode {
@@ -510,7 +513,7 @@ impl FakeNode {
         let node = Self {
             directory,
             faults: Arc::default(),
-            shims: Arc::default(),
+            shims: Mutex::default(),
         };
         node.put_image();
         node

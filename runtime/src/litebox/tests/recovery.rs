@@ -107,7 +107,7 @@ fn an_interrupted_start_is_cleaned_and_may_be_tried_again() {
     let (first, booting) = (node.clone(), shim.clone());
     live_and_die(async move {
         let (_runtime, litebox) = one_box(&first).await;
-        let _ = tokio::spawn(async move { litebox.start().await });
+        drop(tokio::spawn(async move { litebox.start().await }));
         until("boot begins", || booting.starts() == 1).await;
     });
     node.faults.slow_start_ms.store(0, Ordering::SeqCst);
