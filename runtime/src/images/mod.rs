@@ -18,6 +18,8 @@ mod pull;
 mod reference;
 mod registry;
 mod store;
+#[cfg(test)]
+mod tests;
 mod types;
 
 use std::path::Path;

@@ -8,7 +8,8 @@
 
 use std::sync::Arc;
 
-use futures::{FutureExt, StreamExt, TryStreamExt, stream};
+use futures::future::{BoxFuture, FutureExt};
+use futures::stream::{self, StreamExt, TryStreamExt};
 
 use super::error::{ImageError, ImageResult};
 use super::layer::LayerRequest;
@@ -146,13 +147,13 @@ async fn fetch_layers(
     requests: &[LayerRequest],
     progress: &Progress,
 ) -> ImageResult<()> {
-    // Boxed and made first: with the closure inside the stream the compiler cannot see that the whole pull is Send.
-    let mut jobs = Vec::new();
-    for (at, request) in requests.iter().enumerate() {
+    let layer = |(at, request)| {
         let report = move |state| progress.layer(at, state);
-        jobs.push(inner.jobs.obtain(session, request, report).boxed());
-    }
-    stream::iter(jobs)
+        inner.jobs.obtain(session, request, report).boxed()
+    };
+    let layers: Vec<BoxFuture<'_, ImageResult<()>>> =
+        requests.iter().enumerate().map(layer).collect();
+    stream::iter(layers)
         .buffer_unordered(inner.options.parallel_layers.max(1))
         .try_collect()
         .await

@@ -148,6 +148,8 @@ fn place(tree: &Tree) -> Plan {
         plan.numbers[index] = placed.position / SLOT;
         plan.placed.push(placed);
     }
+    // fsck.erofs 1.5 reads an attribute header behind every inode, also where none is: the file must go on there.
+    plan.length += SLOT;
     plan
 }
 
@@ -204,6 +206,7 @@ fn write_inodes(
             written += whole as u64;
         }
     }
+    out.resize((plan.length - written) as usize, 0);
     data.append(&out).map(drop)
 }
 

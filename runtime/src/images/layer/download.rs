@@ -42,7 +42,7 @@ pub(super) async fn feed(
     blob: &Descriptor,
     have: u64,
     sender: mpsc::Sender<Piece>,
-    received: impl Fn(u64),
+    received: impl Fn(u64) + Send + Sync,
 ) -> ImageResult<()> {
     let mut done = have;
     let mut failures = 0;
@@ -76,7 +76,7 @@ async fn read(
     blob: &Descriptor,
     done: &mut u64,
     sender: &mpsc::Sender<Piece>,
-    received: &impl Fn(u64),
+    received: &(impl Fn(u64) + Sync),
 ) -> ImageResult<()> {
     let what = || format!("blob {}", blob.digest);
     let size = |got: String| ImageError::corrupt(what(), format!("{} bytes", blob.size), got);

@@ -76,7 +76,7 @@ impl LayerJobs {
         &self,
         session: &Arc<Session>,
         request: &LayerRequest,
-        report: impl Fn(LayerProgress),
+        report: impl Fn(LayerProgress) + Send + Sync,
     ) -> ImageResult<()> {
         let layer = |source| ImageError::Layer {
             digest: request.blob.digest.to_string(),
@@ -160,7 +160,7 @@ impl LayerJobs {
 async fn follow(
     job: Job,
     watch: &mut watch::Receiver<LayerProgress>,
-    report: &impl Fn(LayerProgress),
+    report: &(impl Fn(LayerProgress) + Sync),
 ) -> ImageResult<()> {
     tokio::pin!(job);
     let mut open = true;

@@ -16,6 +16,7 @@ use std::collections::HashMap;
 use std::sync::Mutex;
 use std::time::Duration;
 
+use futures::future::{BoxFuture, FutureExt};
 use reqwest::header::{
     ACCEPT, AUTHORIZATION, CONTENT_RANGE, CONTENT_TYPE, HeaderMap, HeaderValue, RANGE,
 };
@@ -89,38 +90,43 @@ impl Session {
             None => format!("manifest {}:{target}", self.reference.name()),
         };
         let by_tag = expected.is_none();
-        let what = what.as_str();
-        self.on_hosts(
-            what,
-            |host| if by_tag { host.resolve } else { host.pull },
-            |host| async move {
-                let path = format!("manifests/{target}");
-                let accept = format!(
-                    "{OCI_INDEX}, {DOCKER_LIST}, {OCI_MANIFEST}, {DOCKER_MANIFEST}, */*;q=0.1"
-                );
-                let response = self.get(host, &path, what, &accept, 0).await?;
-                let media_type = response
-                    .headers()
-                    .get(CONTENT_TYPE)
-                    .and_then(|v| v.to_str().ok())
-                    .map(|v| v.split(';').next().unwrap_or(v).trim().to_owned());
-                let bytes = http::body(response, MAX_MANIFEST_BYTES, &host.name, what).await?;
-                let digest = Digest::of(&bytes);
-                if let Some(expected) = expected.filter(|e| **e != digest) {
-                    return Err(ImageError::corrupt(
-                        format!("{what} from {}", host.name),
-                        expected.as_str(),
-                        digest.as_str(),
-                    ));
-                }
-                Ok(FetchedManifest {
-                    digest,
-                    media_type,
-                    bytes,
-                })
-            },
-        )
+        let can = |host: &RegistryHost| if by_tag { host.resolve } else { host.pull };
+        self.on_hosts(&what, can, |host| {
+            self.manifest_from(host, target, expected, &what).boxed()
+        })
         .await
+    }
+
+    async fn manifest_from(
+        &self,
+        host: &RegistryHost,
+        target: &str,
+        expected: Option<&Digest>,
+        what: &str,
+    ) -> ImageResult<FetchedManifest> {
+        let path = format!("manifests/{target}");
+        let accept =
+            format!("{OCI_INDEX}, {DOCKER_LIST}, {OCI_MANIFEST}, {DOCKER_MANIFEST}, */*;q=0.1");
+        let response = self.get(host, &path, what, &accept, 0).await?;
+        let media_type = response
+            .headers()
+            .get(CONTENT_TYPE)
+            .and_then(|v| v.to_str().ok())
+            .map(|v| v.split(';').next().unwrap_or(v).trim().to_owned());
+        let bytes = http::body(response, MAX_MANIFEST_BYTES, &host.name, what).await?;
+        let digest = Digest::of(&bytes);
+        if let Some(expected) = expected.filter(|e| **e != digest) {
+            return Err(ImageError::corrupt(
+                format!("{what} from {}", host.name),
+                expected.as_str(),
+                digest.as_str(),
+            ));
+        }
+        Ok(FetchedManifest {
+            digest,
+            media_type,
+            bytes,
+        })
     }
 
     /// The small blob `descriptor` names, with size and digest checked.
@@ -137,26 +143,30 @@ impl Session {
                 unit: "bytes",
             });
         }
-        self.on_hosts(
-            what,
-            |host| host.pull,
-            |host| async move {
-                let path = format!("blobs/{}", descriptor.digest);
-                let response = self.get(host, &path, what, "*/*", 0).await?;
-                let bytes = http::body(response, limit, &host.name, what).await?;
-                let digest = Digest::of(&bytes);
-                if bytes.len() as u64 != descriptor.size || digest != descriptor.digest {
-                    let show = |d: &Digest, size| format!("{d} ({size} bytes)");
-                    return Err(ImageError::corrupt(
-                        format!("{what} from {}", host.name),
-                        show(&descriptor.digest, descriptor.size),
-                        show(&digest, bytes.len() as u64),
-                    ));
-                }
-                Ok(bytes)
-            },
-        )
-        .await
+        let ask = |host| self.small_blob_from(host, what, descriptor, limit).boxed();
+        self.on_hosts(what, |host| host.pull, ask).await
+    }
+
+    async fn small_blob_from(
+        &self,
+        host: &RegistryHost,
+        what: &str,
+        descriptor: &Descriptor,
+        limit: u64,
+    ) -> ImageResult<Vec<u8>> {
+        let path = format!("blobs/{}", descriptor.digest);
+        let response = self.get(host, &path, what, "*/*", 0).await?;
+        let bytes = http::body(response, limit, &host.name, what).await?;
+        let digest = Digest::of(&bytes);
+        if bytes.len() as u64 != descriptor.size || digest != descriptor.digest {
+            let show = |d: &Digest, size| format!("{d} ({size} bytes)");
+            return Err(ImageError::corrupt(
+                format!("{what} from {}", host.name),
+                show(&descriptor.digest, descriptor.size),
+                show(&digest, bytes.len() as u64),
+            ));
+        }
+        Ok(bytes)
     }
 
     /// Opens the blob at `offset`. `turn` rotates the hosts, so that one that keeps failing isn't asked first for ever.
@@ -185,17 +195,12 @@ impl Session {
     }
 
     /// Runs `ask` on every host that `can`, until one answers; again while all failures look temporary.
-    ///
-    /// One lifetime for all hosts, not an `AsyncFn` over any: with that the compiler cannot see that a pull is Send.
-    async fn on_hosts<'s, T, F>(
-        &'s self,
+    async fn on_hosts<'a, T>(
+        &'a self,
         what: &str,
         can: impl Fn(&RegistryHost) -> bool,
-        ask: impl Fn(&'s RegistryHost) -> F,
-    ) -> ImageResult<T>
-    where
-        F: Future<Output = ImageResult<T>>,
-    {
+        ask: impl Fn(&'a RegistryHost) -> BoxFuture<'a, ImageResult<T>>,
+    ) -> ImageResult<T> {
         let mut round = 0;
         loop {
             let mut failures = Vec::new();

@@ -78,13 +78,8 @@ pub(super) fn write_atomic(path: &Path, bytes: &[u8]) -> ImageResult<()> {
     sync_dir(dir)
 }
 
-/// Renames a file that has been synced, and makes the rename last.
-pub(super) fn rename_durably(from: &Path, to: &Path) -> ImageResult<()> {
-    fs::rename(from, to).map_err(|e| ImageError::io("moving into place", to, e))?;
-    sync_dir(to.parent().unwrap_or(Path::new("/")))
-}
-
-fn sync_dir(dir: &Path) -> ImageResult<()> {
+/// Makes renames in `dir` last.
+pub(super) fn sync_dir(dir: &Path) -> ImageResult<()> {
     File::open(dir)
         .and_then(|d| d.sync_all())
         .map_err(|e| ImageError::io("syncing", dir, e))

@@ -350,8 +350,20 @@ impl Store {
     }
 
     /// Moves a finished, synced file to its place and makes that durable. Blocks.
+    ///
+    /// [`ImageError::Cancelled`] if nobody has a lease on the layer any more: a conversion may outlive its pull by a
+    /// moment, and must not bring back what the pull's end has cleaned up.
     pub(super) fn adopt_layer(&self, finished: &Path, diff_id: &Digest) -> ImageResult<()> {
-        disk::rename_durably(finished, &self.layer_path(diff_id))
+        let path = self.layer_path(diff_id);
+        {
+            let uses = self.uses();
+            if !uses.leases.contains_key(diff_id.as_str()) {
+                return Err(ImageError::Cancelled);
+            }
+            std::fs::rename(finished, &path)
+                .map_err(|e| ImageError::io("moving into place", &path, e))?;
+        }
+        disk::sync_dir(&self.dir.join("layers/sha256"))
     }
 
     /// All images, by ID.

@@ -163,9 +163,8 @@ mod tests {
 
     #[test]
     fn records_and_times() {
-        let pax =
-            Pax::parse(b"11 path=a=b\n21 mtime=1.0000000019\n30 SCHILY.xattr.user.x=a\0b\nc=\n")
-                .unwrap();
+        let records = b"12 path=a=b\n22 mtime=1.0000000019\n30 SCHILY.xattr.user.x=a\0b\nc=\n";
+        let pax = Pax::parse(records).unwrap();
         assert_eq!(pax.get("path"), Some(&b"a=b"[..]));
         assert_eq!(pax.time("mtime"), Some(Some((1, 1))));
         assert_eq!(pax.xattrs(), [(b"user.x".to_vec(), b"a\0b\nc=".to_vec())]);

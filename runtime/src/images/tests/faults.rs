@@ -1,0 +1,466 @@
+//! What registries, networks and disks do wrong, and what is left of a pull then.
+
+use super::registry::packed;
+use super::*;
+
+fn auth(username: &str, password: &str) -> Option<RegistryAuth> {
+    Some(RegistryAuth {
+        username: username.into(),
+        password: password.into(),
+        ..RegistryAuth::default()
+    })
+}
+
+#[tokio::test]
+async fn a_cut_download_goes_on_where_it_was() {
+    let (registry, home) = (Registry::start().await, Home::new().await);
+    let tar = layer("a", 1, 300_000);
+    let pushed = registry.push("r", "v", &[(&tar, Pack::Gzip)]);
+    let size = packed(&tar, Pack::Gzip).len() as u64;
+    registry.faults(Faults {
+        cut: Some((90_000, 3)),
+        ..Faults::default()
+    });
+    home.images
+        .pull(&registry.name("r:v"), None, None)
+        .await
+        .unwrap();
+    let ranges: Vec<Option<u64>> = registry
+        .take_requests()
+        .into_iter()
+        .filter(|r| r.path.contains(&pushed.blobs[0]))
+        .map(|r| r.range)
+        .collect();
+    assert_eq!(ranges, [None, Some(90_000), Some(180_000), Some(270_000)]);
+    assert!(
+        registry.sent() < size + 1000,
+        "nothing twice: {} of {size}",
+        registry.sent()
+    );
+    assert_eq!(home.files("ingest"), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn a_server_without_ranges_is_read_from_the_start_again() {
+    let (registry, home) = (Registry::start().await, Home::new().await);
+    registry.push("r", "v", &[(&layer("a", 1, 300_000), Pack::Gzip)]);
+    registry.faults(Faults {
+        cut: Some((200_000, 1)),
+        ignore_range: true,
+        ..Faults::default()
+    });
+    let record = home
+        .images
+        .pull(&registry.name("r:v"), None, None)
+        .await
+        .unwrap();
+    assert_eq!(home.images.layers(&record.id).unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn a_download_that_never_gets_on_ends() {
+    let (registry, home) = (Registry::start().await, Home::new().await);
+    registry.push("r", "v", &[(&layer("a", 1, 50_000), Pack::Gzip)]);
+    // The manifest and the config arrive; the layer breaks off without a byte, over and over.
+    home.images
+        .pull(&registry.name("r:v"), None, None)
+        .await
+        .unwrap();
+    registry.push("r", "w", &[(&layer("b", 2, 50_000), Pack::Gzip)]);
+    registry.faults(Faults {
+        cut: Some((2000, usize::MAX)),
+        ..Faults::default()
+    });
+    let error = home.images.pull(&registry.name("r:w"), None, None).await;
+    // 2,000 bytes a time is progress: it gets there.
+    error.unwrap();
+    registry.push("r", "x", &[(&layer("c", 3, 50_000), Pack::Gzip)]);
+    registry.faults(Faults {
+        cut: Some((0, usize::MAX)),
+        ..Faults::default()
+    });
+    let error = home
+        .images
+        .pull(&registry.name("r:x"), None, None)
+        .await
+        .unwrap_err();
+    assert_eq!(
+        error.kind(),
+        ImageErrorKind::Unavailable,
+        "{}",
+        error.report()
+    );
+    assert!(error.report().contains("r:x"), "{}", error.report());
+}
+
+#[tokio::test]
+async fn damaged_content_is_named_and_leaves_nothing() {
+    type Spoil = fn(&mut Vec<u8>);
+    let cases: [(&str, Spoil); 4] = [
+        ("a flipped bit", |b| b[25_000] ^= 1),
+        ("a cut blob", |b| b.truncate(30_000)),
+        ("a longer blob", |b| b.push(0)),
+        ("an empty blob", Vec::clear),
+    ];
+    for (name, spoil) in cases {
+        let (registry, home) = (Registry::start().await, Home::new().await);
+        let good = layer("good", 1, 5000);
+        let pushed = registry.push(
+            "r",
+            "v",
+            &[(&good, Pack::Gzip), (&layer("bad", 2, 50_000), Pack::Gzip)],
+        );
+        registry.spoil_blob(&pushed.blobs[1], spoil);
+        let error = home
+            .images
+            .pull(&registry.name("r:v"), None, None)
+            .await
+            .unwrap_err();
+        let text = error.report();
+        assert_eq!(error.kind(), ImageErrorKind::Corrupt, "{name}: {text}");
+        assert!(
+            text.contains("r:v") && text.contains(&pushed.blobs[1]),
+            "{name}: {text}"
+        );
+        home.assert_empty().await;
+        // The daemon is well: the next image comes.
+        registry.push("r", "w", &[(&good, Pack::Gzip)]);
+        home.images
+            .pull(&registry.name("r:w"), None, None)
+            .await
+            .unwrap();
+    }
+}
+
+#[tokio::test]
+async fn right_digests_of_wrong_content() {
+    let (registry, home) = (Registry::start().await, Home::new().await);
+    let tar = layer("a", 1, 50_000);
+    let mut gzip = packed(&tar, Pack::Gzip);
+    gzip[20_000..20_100].fill(0);
+    let mut evil = ::tar::Builder::new(Vec::new());
+    let mut header = ::tar::Header::new_gnu();
+    header.as_old_mut().name[..7].copy_from_slice(b"../evil");
+    header.set_size(0);
+    header.set_cksum();
+    evil.append(&header, &b""[..]).unwrap();
+    let evil = evil.into_inner().unwrap();
+    // Plain bytes under any media type are read for what they are, so a damaged gzip can be pushed as "plain".
+    for (name, blob, kind, says) in [
+        (
+            "damaged gzip",
+            gzip.clone(),
+            ImageErrorKind::Corrupt,
+            "gzip stream",
+        ),
+        (
+            "cut gzip",
+            packed(&tar, Pack::Gzip)[..20_000].to_vec(),
+            ImageErrorKind::Corrupt,
+            "gzip stream",
+        ),
+        (
+            "cut zstd",
+            packed(&tar, Pack::Zstd)[..20_000].to_vec(),
+            ImageErrorKind::Corrupt,
+            "zstd stream",
+        ),
+        ("no tar", vec![7; 3000], ImageErrorKind::Corrupt, "tar"),
+        (
+            "names out of the tree",
+            evil,
+            ImageErrorKind::InvalidImage,
+            "../evil",
+        ),
+    ] {
+        registry.push_with("r", "v", &[(&blob, Pack::Plain)], false, |_| {});
+        let error = home
+            .images
+            .pull(&registry.name("r:v"), None, None)
+            .await
+            .unwrap_err();
+        let text = error.report();
+        assert_eq!(error.kind(), kind, "{name}: {text}");
+        assert!(text.contains(says), "{name}: {text}");
+        home.assert_empty().await;
+    }
+    registry.push_with("r", "v", &[(&tar, Pack::Gzip)], false, |c| {
+        c["rootfs"]["diff_ids"][0] = format!("sha256:{}", "0".repeat(64)).into();
+    });
+    let error = home
+        .images
+        .pull(&registry.name("r:v"), None, None)
+        .await
+        .unwrap_err();
+    assert!(error.report().contains("diff ID"), "{}", error.report());
+    home.assert_empty().await;
+}
+
+#[tokio::test]
+async fn a_layer_that_unpacks_too_far_is_refused() {
+    let (registry, home) = (Registry::start().await, Home::new().await);
+    drop(home.images);
+    let options = RegistryOptions {
+        max_layer_bytes: 1 << 20,
+        ..options(home.dir.path())
+    };
+    let images = ImageManager::open(&home.dir.path().join("images"), options)
+        .await
+        .unwrap();
+    let mut bomb = ::tar::Builder::new(Vec::new());
+    let mut header = ::tar::Header::new_gnu();
+    header.set_size(8 << 20);
+    bomb.append_data(
+        &mut header,
+        "zeros",
+        std::io::Read::take(std::io::repeat(0), 8 << 20),
+    )
+    .unwrap();
+    registry.push("r", "v", &[(&bomb.into_inner().unwrap(), Pack::Gzip)]);
+    let error = images
+        .pull(&registry.name("r:v"), None, None)
+        .await
+        .unwrap_err();
+    assert_eq!(error.kind(), ImageErrorKind::TooLarge, "{}", error.report());
+}
+
+#[tokio::test]
+async fn manifests_and_configs_are_checked_too() {
+    let (registry, home) = (Registry::start().await, Home::new().await);
+    let tar = layer("a", 1, 50);
+    let pushed = registry.push("r", "v", &[(&tar, Pack::Gzip)]);
+    let missing = format!("{}@sha256:{}", registry.name("r"), "1".repeat(64));
+    let unknown = home
+        .images
+        .pull(&registry.name("nothing:here"), None, None)
+        .await
+        .unwrap_err();
+    assert_eq!(unknown.kind(), ImageErrorKind::NotFound);
+    assert!(
+        unknown.report().contains("nothing:here"),
+        "{}",
+        unknown.report()
+    );
+    assert_eq!(
+        home.images
+            .pull(&missing, None, None)
+            .await
+            .unwrap_err()
+            .kind(),
+        ImageErrorKind::NotFound
+    );
+    let by_digest = home
+        .images
+        .pull(
+            &format!("{}:v@{}", registry.name("r"), pushed.manifest),
+            None,
+            None,
+        )
+        .await
+        .unwrap();
+    assert_eq!(
+        (by_digest.repo_tags.len(), by_digest.repo_digests.len()),
+        (0, 1)
+    );
+    registry.put_manifest(
+        "r",
+        "big",
+        "application/json",
+        serde_json::json!({ "x": "y".repeat(5 << 20) }),
+    );
+    let big = home
+        .images
+        .pull(&registry.name("r:big"), None, None)
+        .await
+        .unwrap_err();
+    assert_eq!(big.kind(), ImageErrorKind::TooLarge, "{}", big.report());
+    registry.push_with("arm", "v", &[(&tar, Pack::Gzip)], false, |c| {
+        c["architecture"] = "arm64".into()
+    });
+    let arm = home
+        .images
+        .pull(&registry.name("arm:v"), None, None)
+        .await
+        .unwrap_err();
+    assert_eq!(arm.kind(), ImageErrorKind::NoPlatform, "{}", arm.report());
+    registry.push("r2", "v", &[(&layer("z", 9, 10), Pack::Gzip)]);
+    let spoiled = registry.push("r3", "v", &[(&layer("y", 9, 10), Pack::Gzip)]);
+    registry.spoil_blob(&spoiled.config, |b| b[0] = b' ');
+    let config = home
+        .images
+        .pull(&registry.name("r3:v"), None, None)
+        .await
+        .unwrap_err();
+    assert_eq!(
+        config.kind(),
+        ImageErrorKind::Corrupt,
+        "{}",
+        config.report()
+    );
+    registry.faults(Faults {
+        status: Some(500),
+        ..Faults::default()
+    });
+    let broken = home
+        .images
+        .pull(&registry.name("r2:v"), None, None)
+        .await
+        .unwrap_err()
+        .report();
+    assert!(
+        broken.contains("500") && broken.contains("BROKEN, by order"),
+        "{broken}"
+    );
+}
+
+#[tokio::test]
+async fn credentials_by_basic_and_by_token() {
+    for bearer in [false, true] {
+        let (registry, home) = (Registry::start().await, Home::new().await);
+        registry.push("r", "v", &[(&layer("a", 1, 5000), Pack::Gzip)]);
+        let pair = Some("user:pass".to_owned());
+        registry.faults(if bearer {
+            Faults {
+                bearer: pair,
+                ..Faults::default()
+            }
+        } else {
+            Faults {
+                basic: pair,
+                ..Faults::default()
+            }
+        });
+        for wrong in [None, auth("user", "other")] {
+            let error = home
+                .images
+                .pull(&registry.name("r:v"), wrong, None)
+                .await
+                .unwrap_err();
+            assert_eq!(
+                error.kind(),
+                ImageErrorKind::Unauthorized,
+                "{}",
+                error.report()
+            );
+            assert!(
+                !error.report().contains("other"),
+                "no secret in {}",
+                error.report()
+            );
+        }
+        let mut elsewhere = auth("user", "pass");
+        if let Some(auth) = &mut elsewhere {
+            auth.server_address = "https://another.example".into();
+        }
+        registry.take_requests();
+        assert!(
+            home.images
+                .pull(&registry.name("r:v"), elsewhere, None)
+                .await
+                .is_err()
+        );
+        assert!(
+            registry
+                .take_requests()
+                .iter()
+                .all(|r| r.authorization.is_none())
+        );
+        home.images
+            .pull(&registry.name("r:v"), auth("user", "pass"), None)
+            .await
+            .unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_redirect_takes_no_credentials_along() {
+    let (registry, store, home) = (
+        Registry::start().await,
+        Registry::start().await,
+        Home::new().await,
+    );
+    let tar = layer("a", 1, 5000);
+    registry.push("r", "v", &[(&tar, Pack::Gzip)]);
+    store.push("r", "v", &[(&tar, Pack::Gzip)]);
+    registry.faults(Faults {
+        basic: Some("user:pass".into()),
+        redirect: Some(format!("http://{}", store.address)),
+        ..Faults::default()
+    });
+    home.images
+        .pull(&registry.name("r:v"), auth("user", "pass"), None)
+        .await
+        .unwrap();
+    let there = store.take_requests();
+    assert!(
+        there.len() >= 2 && there.iter().all(|r| r.authorization.is_none()),
+        "{there:?}"
+    );
+}
+
+/// A small tmpfs, gone with the value.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    fn new(bytes: u64) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let size = format!("size={bytes}");
+        nix::mount::mount(
+            Some("none"),
+            dir.path(),
+            Some("tmpfs"),
+            nix::mount::MsFlags::empty(),
+            Some(size.as_str()),
+        )
+        .expect("these tests run as root");
+        Self(dir)
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(self.0.path(), nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+#[tokio::test]
+async fn a_full_disk_is_named_and_everything_undone() {
+    let registry = Registry::start().await;
+    let disk = SmallDisk::new(1 << 20);
+    let images = ImageManager::open(&disk.0.path().join("images"), options(disk.0.path()))
+        .await
+        .unwrap();
+    registry.push(
+        "r",
+        "v",
+        &[
+            (&layer("a", 1, 100_000), Pack::Gzip),
+            (&layer("b", 2, 3 << 20), Pack::Gzip),
+        ],
+    );
+    let error = images
+        .pull(&registry.name("r:v"), None, None)
+        .await
+        .unwrap_err();
+    assert_eq!(error.kind(), ImageErrorKind::NoSpace, "{}", error.report());
+    assert!(
+        error.report().contains("no space left") && error.report().contains("images"),
+        "{}",
+        error.report()
+    );
+    images.settle().await;
+    for sub in ["layers/sha256", "blobs/sha256", "ingest"] {
+        assert_eq!(
+            std::fs::read_dir(disk.0.path().join("images").join(sub))
+                .unwrap()
+                .count(),
+            0,
+            "{sub}"
+        );
+    }
+    registry.push("r", "small", &[(&layer("c", 1, 100_000), Pack::Gzip)]);
+    images
+        .pull(&registry.name("r:small"), None, None)
+        .await
+        .unwrap();
+}

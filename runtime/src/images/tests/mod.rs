@@ -1,0 +1,401 @@
+//! Tests of whole pulls against a registry in this process: the good case, then every fault.
+
+mod faults;
+mod registry;
+mod sharing;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::*;
+use registry::{Faults, Pack, Registry};
+
+/// A layer of one file; the same seed and size give the same layer. Hard to compress, so that sizes are predictable.
+fn layer(name: &str, seed: u64, size: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    let body: Vec<u8> = std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state as u8
+    })
+    .take(size)
+    .collect();
+    let mut builder = ::tar::Builder::new(Vec::new());
+    let mut header = ::tar::Header::new_gnu();
+    header.set_size(size as u64);
+    header.set_mode(0o644);
+    builder
+        .append_data(&mut header, name, body.as_slice())
+        .unwrap();
+    builder.into_inner().unwrap()
+}
+
+/// A store in a directory of its own.
+struct Home {
+    dir: tempfile::TempDir,
+    images: ImageManager,
+}
+
+fn options(dir: &Path) -> RegistryOptions {
+    RegistryOptions {
+        certs_dir: dir.join("certs.d"),
+        ..RegistryOptions::default()
+    }
+}
+
+impl Home {
+    async fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let images = ImageManager::open(&dir.path().join("images"), options(dir.path()))
+            .await
+            .unwrap();
+        Self { dir, images }
+    }
+
+    /// Closes the store and opens it again, as after a crash of the daemon.
+    async fn reopened(self) -> Self {
+        let Self { dir, images } = self;
+        images.settle().await;
+        drop(images);
+        let images = ImageManager::open(&dir.path().join("images"), options(dir.path()))
+            .await
+            .unwrap();
+        Self { dir, images }
+    }
+
+    /// Names of the files in a directory of the store.
+    fn files(&self, sub: &str) -> Vec<String> {
+        let entries = std::fs::read_dir(self.dir.path().join("images").join(sub)).unwrap();
+        let mut names: Vec<String> = entries
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+
+    /// No image, no layer, no blob, nothing half-done.
+    async fn assert_empty(&self) {
+        self.images.settle().await;
+        assert!(self.images.list().is_empty());
+        for sub in ["layers/sha256", "blobs/sha256", "ingest"] {
+            assert_eq!(self.files(sub), Vec::<String>::new(), "{sub}");
+        }
+    }
+
+    fn hosts(&self, name: &str, text: &str) {
+        let dir = self.dir.path().join("certs.d").join(name);
+        std::fs::create_dir_all(&dir).unwrap();
+        std::fs::write(dir.join("hosts.toml"), text).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_pulled_image_is_there_with_everything_and_gone_after_remove() {
+    let (registry, home) = (Registry::start().await, Home::new().await);
+    let layers = [
+        layer("a", 1, 100_000),
+        layer("b", 2, 70_000),
+        layer("c", 3, 10),
+    ];
+    for (docker, repository) in [(false, "oci"), (true, "docker")] {
+        let packs = [
+            (layers[0].as_slice(), Pack::Gzip),
+            (&layers[1], Pack::Zstd),
+            (&layers[2], Pack::Plain),
+        ];
+        let pushed = registry.push_with(repository, "v1", &packs, docker, |c| {
+            c["comment"] = repository.into()
+        });
+        let reference = registry.name(&format!("{repository}:v1"));
+        let (sender, receiver) = tokio::sync::watch::channel(PullProgress::default());
+        let record = home
+            .images
+            .pull(&reference, None, Some(sender))
+            .await
+            .unwrap();
+
+        assert_eq!(record.id, pushed.config);
+        assert_eq!(record.repo_tags, [reference.clone()]);
+        let digest = format!("{}@{}", registry.name(repository), pushed.manifest);
+        assert_eq!(record.repo_digests, [digest.clone()]);
+        assert_eq!(record.user(), ImageUser::Uid(1000));
+        let config = record.config.config().clone().unwrap();
+        assert_eq!(
+            (config.cmd().clone().unwrap(), record.pinned),
+            (vec!["sh".to_owned()], false)
+        );
+        let files = home.images.layers(&record.id).unwrap();
+        assert_eq!(files.len(), 3);
+        assert!(
+            record.size_bytes > 180_000
+                && files
+                    .iter()
+                    .all(|f| f.path.metadata().unwrap().len() == f.bytes)
+        );
+        for what in [
+            &record.id,
+            &reference,
+            &digest,
+            &record.id[7..],
+            &record.id[7..20],
+        ] {
+            assert_eq!(
+                home.images.status(what).map(|r| r.id),
+                Some(record.id.clone()),
+                "{what}"
+            );
+        }
+        assert!(home.images.status("sha256:").is_none() && home.images.status("").is_none());
+        let progress = receiver.borrow().clone();
+        assert!(
+            progress.done
+                && progress
+                    .layers
+                    .iter()
+                    .all(|l| l.received_bytes == l.total_bytes)
+        );
+    }
+    let info = home.images.fs_info().await.unwrap();
+    assert!(
+        info.used_bytes > 180_000 && info.inodes_used > 8,
+        "{info:?}"
+    );
+    assert_eq!(
+        home.files("layers/sha256").len(),
+        3,
+        "both images have the same layers"
+    );
+    for record in home.images.list() {
+        assert!(home.images.remove(&record.id).await.unwrap());
+        assert!(
+            !home.images.remove(&record.id).await.unwrap(),
+            "a second time there is nothing to do"
+        );
+    }
+    home.assert_empty().await;
+}
+
+#[tokio::test]
+async fn what_is_here_is_not_downloaded_again_and_survives_a_restart() {
+    let (registry, home) = (Registry::start().await, Home::new().await);
+    let tar = layer("a", 1, 50_000);
+    let pushed = registry.push("r", "v1", &[(&tar, Pack::Gzip), (&tar, Pack::Gzip)]);
+    let reference = registry.name("r:v1");
+    let first = home.images.pull(&reference, None, None).await.unwrap();
+    assert_eq!(
+        home.images.layers(&first.id).unwrap().len(),
+        2,
+        "the same layer twice is two layers"
+    );
+    let home = home.reopened().await;
+    let again = home.images.status(&reference).unwrap();
+    assert_eq!(
+        (again.id, again.repo_digests, again.size_bytes),
+        (first.id, first.repo_digests, first.size_bytes)
+    );
+    registry.take_requests();
+    home.images.pull(&reference, None, None).await.unwrap();
+    let paths: Vec<String> = registry
+        .take_requests()
+        .into_iter()
+        .map(|r| r.path)
+        .collect();
+    assert!(
+        paths.iter().all(|p| !p.contains(&pushed.blobs[0])),
+        "{paths:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_damaged_store_gives_up_what_is_damaged() {
+    let (registry, home) = (Registry::start().await, Home::new().await);
+    let kept = layer("kept", 1, 5000);
+    registry.push("kept", "v", &[(&kept, Pack::Gzip)]);
+    registry.push(
+        "lost",
+        "v",
+        &[(&kept, Pack::Gzip), (&layer("lost", 2, 5000), Pack::Gzip)],
+    );
+    home.images
+        .pull(&registry.name("kept:v"), None, None)
+        .await
+        .unwrap();
+    let lost = home
+        .images
+        .pull(&registry.name("lost:v"), None, None)
+        .await
+        .unwrap();
+    std::fs::remove_file(&home.images.layers(&lost.id).unwrap()[1].path).unwrap();
+    std::fs::write(home.dir.path().join("images/ingest/layer-leftover"), b"x").unwrap();
+    std::fs::write(
+        home.dir.path().join("images/layers/sha256/stray.erofs"),
+        b"x",
+    )
+    .unwrap();
+    let home = home.reopened().await;
+    let left: Vec<String> = home
+        .images
+        .list()
+        .into_iter()
+        .flat_map(|r| r.repo_tags)
+        .collect();
+    assert_eq!(left, [registry.name("kept:v")]);
+    assert_eq!(
+        (
+            home.files("ingest").len(),
+            home.files("layers/sha256").len()
+        ),
+        (0, 1)
+    );
+    home.images
+        .pull(&registry.name("lost:v"), None, None)
+        .await
+        .unwrap();
+
+    let second =
+        ImageManager::open(&home.dir.path().join("images"), options(home.dir.path())).await;
+    assert_eq!(
+        second.expect_err("one process at a time").kind(),
+        ImageErrorKind::Config
+    );
+}
+
+#[tokio::test]
+async fn tags_move_and_images_in_use_stay() {
+    let (registry, home) = (Registry::start().await, Home::new().await);
+    let shared = layer("shared", 1, 5000);
+    registry.push(
+        "r",
+        "latest",
+        &[(&shared, Pack::Gzip), (&layer("old", 2, 10), Pack::Gzip)],
+    );
+    let old = home
+        .images
+        .pull(&registry.name("r"), None, None)
+        .await
+        .unwrap();
+    registry.push(
+        "r",
+        "latest",
+        &[(&shared, Pack::Gzip), (&layer("new", 3, 10), Pack::Gzip)],
+    );
+    let new = home
+        .images
+        .pull(&registry.name("r"), None, None)
+        .await
+        .unwrap();
+    assert_ne!(old.id, new.id);
+    let left = home.images.status(&old.id).unwrap();
+    assert_eq!((left.repo_tags.len(), left.repo_digests.len()), (0, 1));
+    assert_eq!(
+        home.images.status(&registry.name("r:latest")).unwrap().id,
+        new.id
+    );
+
+    home.images.hold(&old.id, "box-1").unwrap();
+    home.images.hold(&old.id, "box-2").unwrap();
+    let error = home.images.remove(&old.id).await.unwrap_err();
+    assert!(
+        matches!(&error, ImageError::InUse { holders, .. } if *holders == ["box-1", "box-2"]),
+        "{error}"
+    );
+    assert!(error.to_string().contains("box-1, box-2"), "{error}");
+    home.images.release(&old.id, "box-1");
+    assert!(home.images.remove(&old.id).await.is_err());
+    home.images.release(&old.id, "box-2");
+    assert!(home.images.remove(&old.id).await.unwrap());
+    assert_eq!(
+        home.files("layers/sha256").len(),
+        2,
+        "the shared layer stays"
+    );
+    assert_eq!(
+        home.images.hold(&old.id, "box-3").unwrap_err().kind(),
+        ImageErrorKind::NotFound
+    );
+    assert!(
+        home.images
+            .remove(&registry.name("r:latest"))
+            .await
+            .unwrap()
+    );
+    home.assert_empty().await;
+}
+
+#[tokio::test]
+async fn mirrors_are_asked_first_and_the_registry_when_they_fail() {
+    let (mirror, upstream, home) = (
+        Registry::start().await,
+        Registry::start().await,
+        Home::new().await,
+    );
+    let tar = layer("a", 1, 5000);
+    mirror.push("x/both", "1", &[(&tar, Pack::Gzip)]);
+    upstream.push("x/up", "1", &[(&tar, Pack::Gzip)]);
+    home.hosts(
+        "reg.example",
+        &format!(
+            "server = 'http://{}'\n[host.'http://{}']\n[host.'http://{}'.header]\nx-key = 'k'\n",
+            upstream.address, mirror.address, mirror.address
+        ),
+    );
+    let record = home
+        .images
+        .pull("reg.example/x/both:1", None, None)
+        .await
+        .unwrap();
+    assert_eq!(record.repo_tags, ["reg.example/x/both:1"]);
+    assert!(upstream.take_requests().is_empty());
+    let asked = mirror.take_requests();
+    assert!(
+        asked
+            .iter()
+            .all(|r| r.path.ends_with("?ns=reg.example") && r.key.as_deref() == Some("k")),
+        "{asked:?}"
+    );
+    home.images
+        .pull("reg.example/x/up:1", None, None)
+        .await
+        .unwrap();
+    assert!(
+        upstream.take_requests().iter().all(|r| r.key.is_none()),
+        "a mirror's header is the mirror's"
+    );
+    let error = home
+        .images
+        .pull("reg.example/x/none:1", None, None)
+        .await
+        .unwrap_err();
+    assert_eq!(error.kind(), ImageErrorKind::NotFound);
+    let text = error.report();
+    for part in [
+        "reg.example/x/none:1",
+        &mirror.address.to_string(),
+        &upstream.address.to_string(),
+    ] {
+        assert!(text.contains(part), "{text}");
+    }
+    let gone = home
+        .images
+        .pull("reg.example/x/both@sha256:1", None, None)
+        .await
+        .unwrap_err();
+    assert_eq!(gone.kind(), ImageErrorKind::InvalidReference);
+}
+
+/// The futures of the manager can be spawned.
+#[tokio::test]
+async fn pulls_can_be_spawned() {
+    fn sendable<T: Send>(value: T) -> T {
+        value
+    }
+    let home = Home::new().await;
+    let images = Arc::new(home.images.clone());
+    let error = tokio::spawn(sendable(async move {
+        images.pull("127.0.0.1:1/x", None, None).await
+    }))
+    .await
+    .unwrap();
+    assert_eq!(error.unwrap_err().kind(), ImageErrorKind::Unavailable);
+}

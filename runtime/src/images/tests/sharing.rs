@@ -1,0 +1,189 @@
+//! Many callers of one layer, callers that go away, and what the next one finds.
+
+use std::time::Duration;
+
+use futures::future::join_all;
+
+use super::registry::packed;
+use super::*;
+
+#[tokio::test]
+async fn many_callers_make_one_download() {
+    let (registry, home) = (Registry::start().await, Home::new().await);
+    let shared = layer("shared", 1, 100_000);
+    let pushed: Vec<_> = (0..6)
+        .map(|n| {
+            registry.push(
+                "r",
+                &format!("v{n}"),
+                &[
+                    (&shared, Pack::Gzip),
+                    (&layer("own", 10 + n, 10), Pack::Zstd),
+                ],
+            )
+        })
+        .collect();
+    registry.faults(Faults {
+        delay_ms: 200,
+        ..Faults::default()
+    });
+    let pulls = (0..12).map(|n| {
+        let (images, reference) = (home.images.clone(), registry.name(&format!("r:v{}", n % 6)));
+        async move { images.pull(&reference, None, None).await }
+    });
+    for outcome in join_all(pulls).await {
+        outcome.unwrap();
+    }
+    let requests = registry.take_requests();
+    for blob in pushed.iter().flat_map(|p| &p.blobs) {
+        assert_eq!(
+            requests.iter().filter(|r| r.path.contains(blob)).count(),
+            1,
+            "{blob}"
+        );
+    }
+    assert_eq!(home.images.list().len(), 6);
+}
+
+#[tokio::test]
+async fn a_dropped_pull_leaves_a_download_that_goes_on() {
+    let (registry, home) = (Registry::start().await, Home::new().await);
+    let tar = layer("a", 1, 3 << 20);
+    let pushed = registry.push("r", "v", &[(&tar, Pack::Gzip)]);
+    let size = packed(&tar, Pack::Gzip).len() as u64;
+    // One connection that gives a third, then silence: the caller gives up.
+    registry.faults(Faults {
+        cut: Some((1 << 20, 1)),
+        ..Faults::default()
+    });
+    let (sender, mut progress) = tokio::sync::watch::channel(PullProgress::default());
+    let reference = registry.name("r:v");
+    let pull = home.images.pull(&reference, None, Some(sender));
+    let given_up = async {
+        while progress
+            .borrow_and_update()
+            .layers
+            .first()
+            .is_none_or(|l| l.received_bytes < 1 << 20)
+        {
+            progress.changed().await.unwrap();
+        }
+    };
+    tokio::select! {
+        biased;
+        () = given_up => {}
+        outcome = pull => panic!("the pull ended first: {outcome:?}"),
+    }
+    home.images.settle().await;
+    let left = home.files("ingest");
+    assert!(left.len() == 1 && left[0].ends_with(".partial"), "{left:?}");
+    // Also a daemon that was killed meanwhile goes on from there.
+    let home = home.reopened().await;
+    registry.take_requests();
+    home.images
+        .pull(&registry.name("r:v"), None, None)
+        .await
+        .unwrap();
+    let ranges: Vec<Option<u64>> = registry
+        .take_requests()
+        .into_iter()
+        .filter(|r| r.path.contains(&pushed.blobs[0]))
+        .map(|r| r.range)
+        .collect();
+    assert_eq!(ranges, [Some(1 << 20)]);
+    // Both pulls fetched the config too.
+    assert!(
+        registry.sent() < size + 10_000,
+        "nothing twice: {} of {size}",
+        registry.sent()
+    );
+    assert!(home.files("ingest").is_empty());
+}
+
+#[tokio::test]
+async fn a_damaged_partial_download_starts_over() {
+    let (registry, home) = (Registry::start().await, Home::new().await);
+    let tar = layer("a", 1, 300_000);
+    let pushed = registry.push("r", "v", &[(&tar, Pack::Gzip)]);
+    let name = format!(
+        "{}-{}.partial",
+        &pushed.blobs[0][7..],
+        Digest::of(&tar).hex()
+    );
+    let partial = home.dir.path().join("images/ingest").join(name);
+    for damage in [vec![0; 100_000], vec![1; 5 << 20], Vec::new()] {
+        std::fs::write(&partial, &damage).unwrap();
+        let record = home
+            .images
+            .pull(&registry.name("r:v"), None, None)
+            .await
+            .unwrap();
+        assert!(!partial.exists());
+        home.images.remove(&record.id).await.unwrap();
+    }
+    home.assert_empty().await;
+}
+
+#[tokio::test]
+async fn one_callers_bad_credentials_are_not_anothers() {
+    let (registry, home) = (Registry::start().await, Home::new().await);
+    registry.push("r", "v", &[(&layer("a", 1, 50_000), Pack::Gzip)]);
+    registry.faults(Faults {
+        delay_ms: 100,
+        basic: Some("u:p".into()),
+        ..Faults::default()
+    });
+    let auth = |password: &str| {
+        Some(RegistryAuth {
+            username: "u".into(),
+            password: password.into(),
+            ..RegistryAuth::default()
+        })
+    };
+    let reference = registry.name("r:v");
+    let (bad, good) = tokio::join!(
+        home.images.pull(&reference, auth("wrong"), None),
+        home.images.pull(&reference, auth("p"), None)
+    );
+    assert_eq!(bad.unwrap_err().kind(), ImageErrorKind::Unauthorized);
+    good.unwrap();
+}
+
+#[tokio::test]
+async fn removing_while_pulling_never_breaks_an_image() {
+    let (registry, home) = (Registry::start().await, Home::new().await);
+    let shared = layer("shared", 1, 50_000);
+    registry.push("a", "v", &[(&shared, Pack::Gzip)]);
+    registry.push(
+        "b",
+        "v",
+        &[(&shared, Pack::Gzip), (&layer("b", 2, 10), Pack::Gzip)],
+    );
+    registry.faults(Faults {
+        delay_ms: 5,
+        ..Faults::default()
+    });
+    for _ in 0..15 {
+        home.images
+            .pull(&registry.name("a:v"), None, None)
+            .await
+            .unwrap();
+        let (a, b) = (registry.name("a:v"), registry.name("b:v"));
+        let remove = async {
+            tokio::time::sleep(Duration::from_millis(3)).await;
+            home.images.remove(&a).await
+        };
+        let (pulled, removed) = tokio::join!(home.images.pull(&b, None, None), remove);
+        removed.unwrap();
+        let pulled = pulled.unwrap();
+        assert!(
+            home.images
+                .layers(&pulled.id)
+                .unwrap()
+                .iter()
+                .all(|l| l.path.exists())
+        );
+        home.images.remove(&pulled.id).await.unwrap();
+        home.assert_empty().await;
+    }
+}
