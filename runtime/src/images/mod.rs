@@ -32,22 +32,6 @@ pub use types::{
     PullProgress, RegistryAuth, RegistryOptions,
 };
 
-/// Writes the tree of a tar stream as an EROFS image into `file`, empty and at `path`. For images that are no layers,
-/// like the agent's root. `scratch` is a directory for an unnamed temporary file, `what` the stream's name in errors.
-/// Blocks.
-///
-/// # Errors
-/// As for a layer: what the archive has that no image may have, and the disk's errors.
-pub fn write_erofs(
-    input: &mut impl std::io::Read,
-    file: &std::fs::File,
-    path: &Path,
-    scratch: &Path,
-    what: &str,
-) -> ImageResult<()> {
-    erofs::write_layer(input, file, path, scratch, what)
-}
-
 use layer::LayerJobs;
 use registry::HostDirectory;
 use store::Store;
@@ -162,6 +146,22 @@ impl ImageManager {
     pub async fn settle(&self) {
         self.inner.jobs.settle().await;
     }
+}
+
+/// Writes the tree of a tar stream as an EROFS image into `file`, empty and at `path`. For images that are no layers,
+/// like the agent's root. `scratch` is a directory for an unnamed temporary file, `what` the stream's name in errors.
+/// Blocks.
+///
+/// # Errors
+/// As for a layer: what the archive has that no image may have, and the disk's errors.
+pub fn write_erofs(
+    input: &mut impl std::io::Read,
+    file: &std::fs::File,
+    path: &Path,
+    scratch: &Path,
+    what: &str,
+) -> ImageResult<()> {
+    erofs::write_layer(input, file, path, scratch, what)
 }
 
 /// Runs file work off the async threads. It runs to its end even if the future is dropped.

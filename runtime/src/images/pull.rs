@@ -7,6 +7,7 @@
 //! lease up and, unless trying again may help, deletes the layers that came.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use futures::future::{BoxFuture, FutureExt};
 use futures::stream::{self, StreamExt, TryStreamExt};
@@ -16,7 +17,7 @@ use super::layer::LayerRequest;
 use super::manifest::{self, Document, MAX_CONFIG_BYTES, MAX_INDEX_DEPTH, Manifest, Platform};
 use super::reference::{Digest, Reference};
 use super::registry::Session;
-use super::store::{NewImage, Store};
+use super::store::NewImage;
 use super::types::{ImageRecord, LayerProgress, LayerState, ProgressSender, RegistryAuth};
 use super::{Inner, blocking};
 
@@ -29,7 +30,7 @@ struct Resolved {
 }
 
 pub(super) async fn pull(
-    inner: &Inner,
+    inner: &Arc<Inner>,
     text: &str,
     auth: Option<RegistryAuth>,
     progress: Option<ProgressSender>,
@@ -45,7 +46,7 @@ pub(super) async fn pull(
 }
 
 async fn run(
-    inner: &Inner,
+    inner: &Arc<Inner>,
     reference: &Reference,
     auth: Option<RegistryAuth>,
     progress: &Progress,
@@ -62,6 +63,7 @@ async fn run(
         .small_blob(&what, &manifest.config, MAX_CONFIG_BYTES)
         .await?;
     let (_, diff_ids) = manifest::parse_config(&what, &config, manifest.layers.len(), platform)?;
+    let abandoned = Arc::new(AtomicBool::new(false));
     let requests: Vec<LayerRequest> = manifest
         .layers
         .into_iter()
@@ -70,6 +72,7 @@ async fn run(
             blob,
             diff_id: diff_id.clone(),
             max_bytes: inner.options.max_layer_bytes,
+            abandoned: abandoned.clone(),
         })
         .collect();
     progress.layers(&requests);
@@ -91,7 +94,10 @@ async fn run(
     drop(lease);
     match &outcome {
         Ok(_) => progress.done(),
-        Err(e) if !e.is_transient() => discard(&inner.store, diff_ids).await,
+        Err(e) if !e.is_transient() => {
+            abandoned.store(true, Ordering::SeqCst);
+            discard(inner, diff_ids, requests).await;
+        }
         Err(_) => {}
     }
     outcome
@@ -142,7 +148,7 @@ async fn resolve(
 
 /// Brings all layers into the store; the first failure drops the others.
 async fn fetch_layers(
-    inner: &Inner,
+    inner: &Arc<Inner>,
     session: &Arc<Session>,
     requests: &[LayerRequest],
     progress: &Progress,
@@ -160,10 +166,14 @@ async fn fetch_layers(
 }
 
 /// Deletes what came of a pull that failed for good.
-async fn discard(store: &Arc<Store>, layers: Vec<Digest>) {
-    let store = store.clone();
-    if let Err(e) = blocking(move || store.discard(&layers)).await {
-        tracing::warn!(error = %e.report(), "layers of a failed pull could not be deleted");
+async fn discard(inner: &Arc<Inner>, layers: Vec<Digest>, requests: Vec<LayerRequest>) {
+    let inner = inner.clone();
+    let work = move || {
+        inner.jobs.discard(&requests)?;
+        inner.store.discard(&layers)
+    };
+    if let Err(e) = blocking(work).await {
+        tracing::warn!(error = %e.report(), "what a failed pull left could not be deleted");
     }
 }
 

@@ -7,6 +7,7 @@ use std::io::{self, BufRead, BufReader, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use sha2::{Digest as _, Sha256};
 use tokio::sync::{mpsc, oneshot};
@@ -42,7 +43,9 @@ impl Task {
         // The job may be gone; then the channel is closed and reading says so.
         let _ = started.send(replay);
         let outcome = convert(&self.store, &self.request, &mut source);
-        let keep = outcome.as_ref().err().is_some_and(ImageError::is_transient);
+        let cut = outcome.as_ref().err().is_some_and(ImageError::is_transient);
+        // Looked at last: the pull sets it before it deletes the partial file itself.
+        let keep = cut && !self.request.abandoned.load(Ordering::SeqCst);
         if !keep {
             store::delete(&self.partial)?;
         }

@@ -18,6 +18,7 @@ mod source;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use futures::future::{BoxFuture, FutureExt, Shared, WeakShared};
@@ -41,6 +42,8 @@ pub(super) struct LayerRequest {
     pub diff_id: Digest,
     /// Largest tar stream in bytes.
     pub max_bytes: u64,
+    /// Set once the pull has failed for good: what has come is then not worth keeping.
+    pub abandoned: Arc<AtomicBool>,
 }
 
 type Job = Shared<BoxFuture<'static, ImageResult<()>>>;
@@ -95,6 +98,15 @@ impl LayerJobs {
                 outcome => return outcome.map_err(layer),
             }
         }
+    }
+
+    /// Deletes the partial downloads of layers whose pull has failed for good. A conversion thread that hasn't noticed
+    /// yet deletes its own, since the pull has set `abandoned`. Blocks.
+    pub(super) fn discard(&self, requests: &[LayerRequest]) -> ImageResult<()> {
+        let ingest = self.store.ingest_dir();
+        requests
+            .iter()
+            .try_for_each(|r| super::store::delete(&ingest.join(partial_name(r))))
     }
 
     /// Waits until no conversion thread is left.
