@@ -1,1 +1,361 @@
-//! Tests.
+//! CNI with the real plugins of Debian's containernetworking-plugins (bridge, host-local, portmap) and with misbehaving scripts.
+//!
+//! Each test runs in a network and mount namespace of its own: it starts itself again under `unshare`. The machine's own network is
+//! never touched.
+
+use super::*;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+/// Set in the inner run.
+const INSIDE: &str = "BOXLITE_CNI_TEST_INSIDE";
+const PLUGINS: &str = "/usr/lib/cni";
+const POD: &str = "aa11";
+
+/// False in the outer run, which has run the inner one.
+fn inside(test: &str) -> bool {
+    if std::env::var_os(INSIDE).is_some() {
+        return true;
+    }
+    let output = Command::new("unshare")
+        .args(["--net", "--mount", "--propagation", "private", "--"])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", &format!("cni::tests::{test}"), "--nocapture"])
+        .env(INSIDE, "1")
+        .output()
+        .unwrap();
+    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{text}");
+    assert!(text.contains("1 passed"), "the inner run had no such test: {text}");
+    false
+}
+
+fn run(work: impl Future<Output = ()>) {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(work);
+}
+
+struct Node {
+    dir: TempDir,
+    cni: Cni,
+}
+
+impl Node {
+    fn new(conflist: serde_json::Value) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["net.d", "bin"] {
+            std::fs::create_dir(dir.path().join(name)).unwrap();
+        }
+        let node = Self { cni: cni(dir.path(), Duration::from_secs(20)), dir };
+        node.conf("10-test.conflist", &conflist.to_string());
+        node
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn conf(&self, name: &str, text: &str) {
+        std::fs::write(self.path("net.d").join(name), text).unwrap();
+    }
+
+    fn script(&self, name: &str, body: &str) {
+        let path = self.path("bin").join(name);
+        std::fs::write(&path, format!("#!/bin/sh\n{body}\n")).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    }
+
+    fn leases(&self) -> usize {
+        let Ok(entries) = std::fs::read_dir(self.path("ipam/testnet")) else {
+            return 0;
+        };
+        entries.filter(|entry| entry.as_ref().unwrap().file_name().to_string_lossy().starts_with("10.")).count()
+    }
+
+    fn assert_clean(&self) {
+        assert_eq!(self.leases(), 0, "leases are left");
+        assert!(!self.cni.namespace(POD).exists(), "the namespace is left");
+        assert!(self.cni.record(POD).unwrap().is_none(), "the record is left");
+    }
+}
+
+fn cni(dir: &Path, timeout: Duration) -> Cni {
+    let config = CniConfig {
+        conf_dir: dir.join("net.d"),
+        bin_dirs: vec![dir.join("bin"), PLUGINS.into()],
+        timeout,
+    };
+    Cni::new(&config, &Layout::new(&dir.join("root"), &dir.join("state")))
+}
+
+fn bridge(dir: &Path) -> serde_json::Value {
+    serde_json::json!({
+        "type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": false,
+        "ipam": {
+            "type": "host-local", "dataDir": dir.join("ipam"),
+            "ranges": [[{"subnet": "10.77.0.0/24"}]], "routes": [{"dst": "0.0.0.0/0"}],
+        },
+    })
+}
+
+/// A node whose network is the bridge and then `more`.
+fn bridged(more: &[serde_json::Value]) -> Node {
+    let node = Node::new(serde_json::json!({}));
+    let mut plugins = vec![bridge(node.dir.path())];
+    plugins.extend_from_slice(more);
+    let list = serde_json::json!({"cniVersion": "1.0.0", "name": "testnet", "plugins": plugins});
+    node.conf("10-test.conflist", &list.to_string());
+    node
+}
+
+fn pod() -> PodNetwork {
+    PodNetwork {
+        sandbox_id: POD.into(),
+        name: "web".into(),
+        namespace: "default".into(),
+        uid: "u".into(),
+        port_mappings: vec![PortMap { host_port: 8080, container_port: 80, protocol: "tcp".into(), host_ip: String::new() }],
+        ..Default::default()
+    }
+}
+
+fn in_namespace(path: &Path, command: &[&str]) -> String {
+    let output = Command::new("nsenter").arg(format!("--net={}", path.display())).args(command).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn add_check_and_del_with_real_plugins() {
+    if !inside("add_check_and_del_with_real_plugins") {
+        return;
+    }
+    run(async {
+        let node = bridged(&[serde_json::json!({"type": "portmap", "capabilities": {"portMappings": true}})]);
+        let record = node.cni.attach(&pod()).await.unwrap();
+        let addresses = record.addresses();
+        assert_eq!(addresses.len(), 1);
+        let shown = in_namespace(&record.netns, &["ip", "-o", "addr"]);
+        assert!(shown.contains(&format!("{}/24", addresses[0])), "{shown}");
+        assert!(shown.contains("127.0.0.1/8"), "loopback is not up: {shown}");
+        assert_eq!(node.leases(), 1);
+        node.cni.check(POD).await.unwrap();
+        let rules = Command::new("iptables-save").args(["-t", "nat"]).output().unwrap();
+        assert!(String::from_utf8_lossy(&rules.stdout).contains("--dport 8080"), "no rule for the port");
+        node.cni.detach(POD).await.unwrap();
+        node.assert_clean();
+        let rules = Command::new("iptables-save").args(["-t", "nat"]).output().unwrap();
+        assert!(!String::from_utf8_lossy(&rules.stdout).contains("--dport 8080"), "the port's rule is left");
+        node.cni.detach(POD).await.unwrap();
+    });
+}
+
+#[test]
+fn a_new_daemon_undoes_and_so_does_one_after_a_reboot() {
+    if !inside("a_new_daemon_undoes_and_so_does_one_after_a_reboot") {
+        return;
+    }
+    run(async {
+        let node = bridged(&[]);
+        node.cni.attach(&pod()).await.unwrap();
+        // The directory says something else by then: DEL goes by the record.
+        node.conf("10-test.conflist", "{}");
+        cni(node.dir.path(), Duration::from_secs(20)).detach(POD).await.unwrap();
+        node.assert_clean();
+
+        let node = bridged(&[]);
+        let record = node.cni.attach(&pod()).await.unwrap();
+        nix::mount::umount2(&record.netns, nix::mount::MntFlags::MNT_DETACH).unwrap();
+        std::fs::remove_file(&record.netns).unwrap();
+        node.cni.detach(POD).await.unwrap();
+        node.assert_clean();
+    });
+}
+
+#[test]
+fn leaks_are_collected_and_live_pods_are_not() {
+    if !inside("leaks_are_collected_and_live_pods_are_not") {
+        return;
+    }
+    run(async {
+        let node = bridged(&[]);
+        node.cni.attach(&pod()).await.unwrap();
+        let live = PodNetwork { sandbox_id: "bb22".into(), ..pod() };
+        node.cni.attach(&live).await.unwrap();
+        // A crash between namespace and record leaves the first alone.
+        netns::create(node.cni.namespace("cc33")).await.unwrap();
+        assert_eq!(node.cni.collect(&["bb22".to_owned()].into()).await, 2);
+        assert_eq!(node.leases(), 1);
+        assert!(node.cni.record("bb22").unwrap().is_some());
+        assert!(!node.cni.namespace("cc33").exists());
+        node.cni.detach("bb22").await.unwrap();
+        node.assert_clean();
+    });
+}
+
+#[test]
+fn a_plugin_that_refuses_is_quoted_and_everything_undone() {
+    if !inside("a_plugin_that_refuses_is_quoted_and_everything_undone") {
+        return;
+    }
+    run(async {
+        let node = bridged(&[serde_json::json!({"type": "refuse"})]);
+        node.script(
+            "refuse",
+            r#"[ "$CNI_COMMAND" = DEL ] && { echo deleted > "$(dirname "$0")/deleted"; exit 0; }
+echo '{"cniVersion":"1.0.0","code":11,"msg":"no port left","details":"all of 4 taken"}'; exit 1"#,
+        );
+        let error = node.cni.attach(&pod()).await.unwrap_err();
+        let text = boxlite_runtime::report(&error);
+        for part in ["testnet", "ADD", "refuse", "code 11: no port left (all of 4 taken)"] {
+            assert!(text.contains(part), "{part:?} is not in {text:?}");
+        }
+        assert!(node.path("bin/deleted").exists(), "DEL did not run");
+        node.assert_clean();
+    });
+}
+
+#[test]
+fn a_plugin_that_hangs_is_killed_with_its_children() {
+    if !inside("a_plugin_that_hangs_is_killed_with_its_children") {
+        return;
+    }
+    run(async {
+        let node = bridged(&[serde_json::json!({"type": "hang"})]);
+        node.script(
+            "hang",
+            r#"[ "$CNI_COMMAND" = DEL ] && exit 0
+sleep 1000 & echo $! > "$(dirname "$0")/child"; wait"#,
+        );
+        let impatient = cni(node.dir.path(), Duration::from_secs(1));
+        let begun = Instant::now();
+        let error = impatient.attach(&pod()).await.unwrap_err();
+        assert!(boxlite_runtime::report(&error).contains("no answer within 1 s"), "{error:?}");
+        assert!(begun.elapsed() < Duration::from_secs(15));
+        let child = std::fs::read_to_string(node.path("bin/child")).unwrap();
+        let status = Path::new("/proc").join(child.trim()).join("status");
+        // Killed; a zombie that nobody has reaped yet counts as gone.
+        let gone = || std::fs::read_to_string(&status).map_or(true, |text| text.contains("State:\tZ"));
+        while !gone() {
+            assert!(begun.elapsed() < Duration::from_secs(15), "the plugin's child lives");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        node.assert_clean();
+    });
+}
+
+#[test]
+fn a_plugin_without_end_of_output_is_killed() {
+    if !inside("a_plugin_without_end_of_output_is_killed") {
+        return;
+    }
+    run(async {
+        let node = bridged(&[serde_json::json!({"type": "flood"})]);
+        node.script("flood", r#"[ "$CNI_COMMAND" = DEL ] && exit 0; exec yes"#);
+        let error = node.cni.attach(&pod()).await.unwrap_err();
+        assert!(boxlite_runtime::report(&error).contains("more than 1048576 bytes"), "{error:?}");
+        node.assert_clean();
+    });
+}
+
+#[test]
+fn a_del_that_fails_is_tried_again() {
+    if !inside("a_del_that_fails_is_tried_again") {
+        return;
+    }
+    run(async {
+        let node = bridged(&[serde_json::json!({"type": "sticky"})]);
+        node.script("sticky", r#"[ "$CNI_COMMAND" = DEL ] && ! [ -e "$(dirname "$0")/free" ] && { echo stuck >&2; exit 3; }; cat > /dev/null"#);
+        node.cni.attach(&pod()).await.unwrap();
+        let error = node.cni.detach(POD).await.unwrap_err();
+        assert!(boxlite_runtime::report(&error).contains("stuck"), "{error:?}");
+        assert_eq!(node.leases(), 0, "the other plugin's DEL did not run");
+        assert!(node.cni.record(POD).unwrap().is_some());
+        std::fs::write(node.path("bin/free"), "").unwrap();
+        node.cni.detach(POD).await.unwrap();
+        node.assert_clean();
+    });
+}
+
+#[test]
+fn readiness_says_why_not_and_sees_changes() {
+    let node = Node::new(serde_json::json!({}));
+    std::fs::remove_file(node.path("net.d/10-test.conflist")).unwrap();
+    let reason = |node: &Node| boxlite_runtime::report(&node.cni.ready().unwrap_err());
+    assert!(reason(&node).contains("no network configuration"), "{}", reason(&node));
+    node.conf("05-broken.conf", "{");
+    assert!(reason(&node).contains("05-broken.conf: not JSON"), "{}", reason(&node));
+    node.conf("10-old.conf", r#"{"cniVersion":"0.2.0","name":"a","type":"bridge"}"#);
+    assert!(reason(&node).contains("0.2.0"), "{}", reason(&node));
+    node.conf("20-escape.conf", r#"{"cniVersion":"1.0.0","name":"a","type":"../sh"}"#);
+    assert!(reason(&node).contains("no program name"), "{}", reason(&node));
+    node.conf("30-absent.conf", r#"{"cniVersion":"1.0.0","name":"a","type":"no-such-plugin"}"#);
+    assert!(reason(&node).contains("no program \"no-such-plugin\""), "{}", reason(&node));
+    node.conf("25-fine.conf", r#"{"cniVersion":"1.0.0","name":"b","type":"bridge"}"#);
+    assert_eq!(node.cni.ready().unwrap().name, "b");
+    std::fs::remove_dir_all(node.path("net.d")).unwrap();
+    assert!(reason(&node).contains("cannot read the CNI configuration directory"));
+}
+
+#[test]
+fn runtime_config_has_what_a_plugin_asked_for() {
+    let text = br#"{"cniVersion":"1.0.0","name":"n","plugins":[
+        {"type":"a","capabilities":{"portMappings":true,"bandwidth":true,"ipRanges":true,"dns":true}},
+        {"type":"b","capabilities":{"portMappings":false},"mtu":9}]}"#;
+    let conf = conf::parse(text, Path::new("x")).unwrap();
+    let network = PodNetwork {
+        bandwidth: Bandwidth::new(Some(1000), None),
+        ip_ranges: vec!["10.1.0.0/24".into()],
+        ..pod()
+    };
+    let previous = serde_json::json!({"ips": []});
+    assert_eq!(
+        attachment::input(&conf, &conf.plugins[0], &network, Some(&previous)),
+        serde_json::json!({
+            "type": "a", "name": "n", "cniVersion": "1.0.0", "prevResult": {"ips": []},
+            "runtimeConfig": {
+                "portMappings": [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}],
+                "bandwidth": {"ingressRate": 1000, "ingressBurst": 2147483647, "egressRate": 0, "egressBurst": 0},
+                "ipRanges": [[{"subnet": "10.1.0.0/24"}]],
+            },
+        })
+    );
+    assert_eq!(
+        attachment::input(&conf, &conf.plugins[1], &network, None),
+        serde_json::json!({"type": "b", "name": "n", "cniVersion": "1.0.0", "mtu": 9})
+    );
+}
+
+#[test]
+fn pod_names_cannot_smuggle_arguments() {
+    let network = PodNetwork { name: "a;K8S_POD_NAMESPACE=kube-system".into(), ..pod() };
+    let environment = attachment::environment("ADD", &network, "/n");
+    let args = &environment.iter().find(|(key, _)| *key == "CNI_ARGS").unwrap().1;
+    assert_eq!(args.matches("K8S_POD_NAMESPACE=").count(), 1);
+}
+
+#[test]
+fn results_of_all_versions_give_the_pods_addresses() {
+    let read = |text: &str| {
+        let value = result::parse_value(text.as_bytes()).unwrap().unwrap();
+        CniResult::from_value(&value).addresses().map(|ip| ip.to_string()).collect::<Vec<_>>()
+    };
+    let one = r#"{"cniVersion":"1.0.0","interfaces":[{"name":"br0"},{"name":"eth0","sandbox":"/n"}],
+        "ips":[{"address":"10.0.0.2/24","interface":1},{"address":"fd00::2/64","interface":1},{"address":"10.0.0.1/24","interface":0}]}"#;
+    assert_eq!(read(one), ["10.0.0.2", "fd00::2"]);
+    let old = r#"{"cniVersion":"0.3.1","ips":[{"version":"4","address":"10.0.0.2/24","gateway":"10.0.0.1"}]}"#;
+    assert_eq!(read(old), ["10.0.0.2"]);
+    assert!(read(r#"{"ips":[{"address":"nonsense"},{"address":5}],"interfaces":7}"#).is_empty());
+    assert!(result::parse_value(b" \n").unwrap().is_none());
+    assert!(matches!(result::parse_value(b"[1]"), Err(PluginError::NoObject)));
+    assert!(matches!(result::parse_value(b"x"), Err(PluginError::NoJson { .. })));
+}
+
+proptest::proptest! {
+    #[test]
+    fn no_configuration_panics(text in "\\PC{0,200}") {
+        let _ = conf::parse(text.as_bytes(), Path::new("x"));
+    }
+}
