@@ -59,9 +59,6 @@ pub enum ServeError {
     Grpc(#[from] tonic::transport::Error),
 }
 
-/// Longest boot of a VM that neither answers nor dies: what the kubelet gives a whole RunPodSandbox.
-const START_LIMIT: std::time::Duration = std::time::Duration::from_secs(240);
-
 /// The verb.
 pub async fn serve(config: Config) -> ExitCode {
     match run(config).await {
@@ -101,7 +98,7 @@ async fn run(config: Config) -> Result<(), ServeError> {
         installation: installation(&config),
         vmm: choice.kind.clone(),
         acceleration: choice.acceleration,
-        start_limit: START_LIMIT,
+        start_limit: config.timeouts.run_pod,
         registry: RegistryOptions {
             certs_dir: config.registry.config_path.clone(),
             ..RegistryOptions::default()

@@ -1,1 +1,381 @@
-//! Tests.
+//! The services over a real BoxliteRuntime with empty roots: no VM is needed for what is asked here.
+
+use super::*;
+use crate::convert::status as convert_status;
+use boxlite_proto::cri::v1::image_service_server::ImageService;
+use boxlite_proto::cri::v1::runtime_service_server::RuntimeService;
+use boxlite_proto::cri::v1::*;
+use boxlite_runtime::RuntimeOptions;
+use boxlite_runtime::images::RegistryOptions;
+use tempfile::TempDir;
+use tonic::{Code, Request, Response};
+
+struct Fixture {
+    server: Server,
+    dir: TempDir,
+}
+
+impl Fixture {
+    async fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = Config {
+            root: dir.path().join("root"),
+            state: dir.path().join("state"),
+            ..Config::default()
+        };
+        config.cni.conf_dir = dir.path().join("net.d");
+        let options = RuntimeOptions {
+            root: config.root.clone(),
+            state: config.state.clone(),
+            shim: "/nonexistent/shim".into(),
+            installation: crate::serve::installation(&config),
+            vmm: boxlite_proto::vmm::VmmKind::Qemu,
+            acceleration: boxlite_proto::vmm::Acceleration::Tcg,
+            start_limit: config.timeouts.run_pod,
+            registry: RegistryOptions::default(),
+        };
+        let runtime = BoxliteRuntime::open(options).await.unwrap();
+        let server = Server::new(
+            runtime,
+            config,
+            Arc::new(Metrics::new().unwrap()),
+            "test".into(),
+        );
+        Self { server, dir }
+    }
+}
+
+fn code<T>(answer: Result<Response<T>, Status>) -> Code {
+    answer.err().map_or(Code::Ok, |status| status.code())
+}
+
+/// Every call of both services with a request of defaults, by name.
+async fn defaults(server: &Server) -> Vec<(&'static str, Code)> {
+    let s = server;
+    let mut codes = Vec::new();
+    macro_rules! ask {
+        ($($name:literal $call:ident $request:ident,)*) => {
+            $(codes.push(($name, code(s.$call(Request::new($request::default())).await)));)*
+        };
+    }
+    ask! {
+        "Version" version VersionRequest,
+        "RunPodSandbox" run_pod_sandbox RunPodSandboxRequest,
+        "StopPodSandbox" stop_pod_sandbox StopPodSandboxRequest,
+        "RemovePodSandbox" remove_pod_sandbox RemovePodSandboxRequest,
+        "PodSandboxStatus" pod_sandbox_status PodSandboxStatusRequest,
+        "ListPodSandbox" list_pod_sandbox ListPodSandboxRequest,
+        "StreamPodSandboxes" stream_pod_sandboxes StreamPodSandboxesRequest,
+        "CreateContainer" create_container CreateContainerRequest,
+        "StartContainer" start_container StartContainerRequest,
+        "StopContainer" stop_container StopContainerRequest,
+        "RemoveContainer" remove_container RemoveContainerRequest,
+        "ListContainers" list_containers ListContainersRequest,
+        "StreamContainers" stream_containers StreamContainersRequest,
+        "ContainerStatus" container_status ContainerStatusRequest,
+        "UpdateContainerResources" update_container_resources UpdateContainerResourcesRequest,
+        "ReopenContainerLog" reopen_container_log ReopenContainerLogRequest,
+        "ExecSync" exec_sync ExecSyncRequest,
+        "Exec" exec ExecRequest,
+        "Attach" attach AttachRequest,
+        "PortForward" port_forward PortForwardRequest,
+        "ContainerStats" container_stats ContainerStatsRequest,
+        "ListContainerStats" list_container_stats ListContainerStatsRequest,
+        "StreamContainerStats" stream_container_stats StreamContainerStatsRequest,
+        "PodSandboxStats" pod_sandbox_stats PodSandboxStatsRequest,
+        "ListPodSandboxStats" list_pod_sandbox_stats ListPodSandboxStatsRequest,
+        "StreamPodSandboxStats" stream_pod_sandbox_stats StreamPodSandboxStatsRequest,
+        "UpdateRuntimeConfig" update_runtime_config UpdateRuntimeConfigRequest,
+        "Status" status StatusRequest,
+        "CheckpointContainer" checkpoint_container CheckpointContainerRequest,
+        "GetContainerEvents" get_container_events GetEventsRequest,
+        "ListMetricDescriptors" list_metric_descriptors ListMetricDescriptorsRequest,
+        "ListPodSandboxMetrics" list_pod_sandbox_metrics ListPodSandboxMetricsRequest,
+        "StreamPodSandboxMetrics" stream_pod_sandbox_metrics StreamPodSandboxMetricsRequest,
+        "RuntimeConfig" runtime_config RuntimeConfigRequest,
+        "UpdatePodSandboxResources" update_pod_sandbox_resources UpdatePodSandboxResourcesRequest,
+        "ListImages" list_images ListImagesRequest,
+        "StreamImages" stream_images StreamImagesRequest,
+        "ImageStatus" image_status ImageStatusRequest,
+        "PullImage" pull_image PullImageRequest,
+        "RemoveImage" remove_image RemoveImageRequest,
+        "ImageFsInfo" image_fs_info ImageFsInfoRequest,
+    }
+    codes
+}
+
+#[tokio::test]
+async fn a_request_of_defaults_never_panics_and_is_refused_where_something_is_needed() {
+    let fixture = Fixture::new().await;
+    let fine = [
+        "Version",
+        "ListPodSandbox",
+        "StreamPodSandboxes",
+        "ListContainers",
+        "StreamContainers",
+        "ListContainerStats",
+        "StreamContainerStats",
+        "ListPodSandboxStats",
+        "StreamPodSandboxStats",
+        "Status",
+        "RuntimeConfig",
+        "ListImages",
+        "StreamImages",
+        "ImageFsInfo",
+    ];
+    let missing: Vec<&str> = unimplemented::TABLE.iter().map(|(call, _)| *call).collect();
+    for (call, code) in defaults(&fixture.server).await {
+        let expected = if fine.contains(&call) {
+            Code::Ok
+        } else if missing.contains(&call) {
+            Code::Unimplemented
+        } else {
+            Code::InvalidArgument
+        };
+        assert_eq!(code, expected, "{call}");
+    }
+}
+
+#[tokio::test]
+async fn what_is_gone_is_stopped_and_removed_and_nothing_else() {
+    let server = Fixture::new().await.server;
+    let id = "ab".repeat(32);
+    assert!(
+        server
+            .stop_pod_sandbox(Request::new(StopPodSandboxRequest {
+                pod_sandbox_id: id.clone()
+            }))
+            .await
+            .is_ok()
+    );
+    assert!(
+        server
+            .remove_pod_sandbox(Request::new(RemovePodSandboxRequest {
+                pod_sandbox_id: id.clone()
+            }))
+            .await
+            .is_ok()
+    );
+    assert!(
+        server
+            .stop_container(Request::new(StopContainerRequest {
+                container_id: id.clone(),
+                timeout: -1
+            }))
+            .await
+            .is_ok()
+    );
+    assert!(
+        server
+            .remove_container(Request::new(RemoveContainerRequest {
+                container_id: id.clone()
+            }))
+            .await
+            .is_ok()
+    );
+    let image = Some(ImageSpec {
+        image: "registry.test/none:1".into(),
+        ..Default::default()
+    });
+    assert!(
+        server
+            .remove_image(Request::new(RemoveImageRequest {
+                image: image.clone()
+            }))
+            .await
+            .is_ok()
+    );
+    let status = server
+        .image_status(Request::new(ImageStatusRequest {
+            image,
+            verbose: true,
+        }))
+        .await
+        .unwrap();
+    assert_eq!(status.into_inner().image, None);
+    for code in [
+        code(
+            server
+                .pod_sandbox_status(Request::new(PodSandboxStatusRequest {
+                    pod_sandbox_id: id.clone(),
+                    verbose: true,
+                }))
+                .await,
+        ),
+        code(
+            server
+                .container_status(Request::new(ContainerStatusRequest {
+                    container_id: id.clone(),
+                    verbose: true,
+                }))
+                .await,
+        ),
+        code(
+            server
+                .start_container(Request::new(StartContainerRequest {
+                    container_id: id.clone(),
+                }))
+                .await,
+        ),
+        code(
+            server
+                .exec_sync(Request::new(ExecSyncRequest {
+                    container_id: id,
+                    cmd: vec!["x".into()],
+                    timeout: 1,
+                }))
+                .await,
+        ),
+    ] {
+        assert_eq!(code, Code::NotFound);
+    }
+}
+
+fn run_request(handler: &str) -> RunPodSandboxRequest {
+    RunPodSandboxRequest {
+        config: Some(PodSandboxConfig {
+            metadata: Some(PodSandboxMetadata {
+                name: "web".into(),
+                namespace: "ns".into(),
+                uid: "u".into(),
+                attempt: 0,
+            }),
+            ..Default::default()
+        }),
+        runtime_handler: handler.into(),
+    }
+}
+
+#[tokio::test]
+async fn an_unknown_handler_is_refused_by_name() {
+    let server = Fixture::new().await.server;
+    let refused = server
+        .run_pod_sandbox(Request::new(run_request("gvisor")))
+        .await
+        .unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument);
+    assert!(
+        refused.message().contains("\"gvisor\""),
+        "{}",
+        refused.message()
+    );
+}
+
+#[tokio::test]
+async fn without_network_configuration_no_pod_starts_and_status_says_why() {
+    let fixture = Fixture::new().await;
+    let server = &fixture.server;
+    std::fs::create_dir(fixture.dir.path().join("net.d")).unwrap();
+    let refused = server
+        .run_pod_sandbox(Request::new(run_request("boxlite")))
+        .await
+        .unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert!(
+        refused.message().contains("no network configuration"),
+        "{}",
+        refused.message()
+    );
+    assert!(server.runtime.boxes().is_empty(), "the pod is left");
+    let status = server
+        .status(Request::new(StatusRequest { verbose: true }))
+        .await
+        .unwrap()
+        .into_inner();
+    let conditions = status.status.unwrap().conditions;
+    let network = conditions
+        .iter()
+        .find(|condition| condition.r#type == "NetworkReady")
+        .unwrap();
+    assert!(!network.status);
+    assert_eq!(network.reason, "NetworkPluginNotReady");
+    assert!(network.message.contains("net.d"), "{}", network.message);
+    assert!(
+        conditions
+            .iter()
+            .any(|condition| condition.r#type == "RuntimeReady" && condition.status)
+    );
+    let handlers: Vec<_> = status
+        .runtime_handlers
+        .iter()
+        .map(|handler| handler.name.as_str())
+        .collect();
+    assert_eq!(handlers, ["", "boxlite"]);
+    assert!(status.info["config"].contains("net.d"));
+}
+
+#[tokio::test]
+async fn a_vm_too_big_for_its_cgroup_costs_no_address() {
+    // The cgroup's limit is not known here, so the size itself is impossible: beyond 32 bits of MiB.
+    let fixture = Fixture::new().await;
+    let mut request = run_request("");
+    request.config.as_mut().unwrap().linux = Some(LinuxPodSandboxConfig {
+        resources: Some(LinuxContainerResources {
+            memory_limit_in_bytes: i64::MAX,
+            ..Default::default()
+        }),
+        ..Default::default()
+    });
+    let refused = fixture
+        .server
+        .run_pod_sandbox(Request::new(request))
+        .await
+        .unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument);
+    assert!(
+        !fixture.dir.path().join("root/cni").exists(),
+        "CNI was asked"
+    );
+}
+
+#[tokio::test]
+async fn pod_cidrs_are_taken_and_checked() {
+    let server = Fixture::new().await.server;
+    let update = |cidr: &str| {
+        Request::new(UpdateRuntimeConfigRequest {
+            runtime_config: Some(RuntimeConfig {
+                network_config: Some(NetworkConfig {
+                    pod_cidr: cidr.into(),
+                }),
+            }),
+        })
+    };
+    assert!(
+        server
+            .update_runtime_config(update("10.1.0.0/24, fd00::/64"))
+            .await
+            .is_ok()
+    );
+    assert_eq!(*lock(&server.pod_cidrs), ["10.1.0.0/24", "fd00::/64"]);
+    assert_eq!(
+        code(server.update_runtime_config(update("10.1.0.0")).await),
+        Code::InvalidArgument
+    );
+    assert!(server.update_runtime_config(update("")).await.is_ok());
+    assert_eq!(lock(&server.pod_cidrs).len(), 2);
+}
+
+#[test]
+fn kinds_become_codes() {
+    let error = RuntimeError::NotFound {
+        what: "box",
+        id: "x".into(),
+    };
+    assert_eq!(convert_status::status(&error).code(), Code::NotFound);
+    let error = RuntimeError::Deadline {
+        what: "guest".into(),
+        limit: std::time::Duration::from_secs(1),
+    };
+    assert_eq!(
+        convert_status::status(&error).code(),
+        Code::DeadlineExceeded
+    );
+}
+
+#[test]
+fn ids_are_64_hex_digits_and_differ() {
+    let (a, b) = (new_id(), new_id());
+    assert_eq!(a.len(), 64);
+    assert!(a.chars().all(|c| c.is_ascii_hexdigit()));
+    assert_ne!(a, b);
+}

@@ -17,7 +17,12 @@ fn image(config: Value) -> ImageConfiguration {
 
 fn pod() -> SandboxRecord {
     let config = PodSandboxConfig {
-        metadata: Some(PodSandboxMetadata { name: "web".into(), uid: "u".into(), namespace: "ns".into(), attempt: 0 }),
+        metadata: Some(PodSandboxMetadata {
+            name: "web".into(),
+            uid: "u".into(),
+            namespace: "ns".into(),
+            attempt: 0,
+        }),
         ..Default::default()
     };
     SandboxRecord::new(config, String::new()).unwrap()
@@ -25,12 +30,21 @@ fn pod() -> SandboxRecord {
 
 fn container() -> ContainerConfig {
     ContainerConfig {
-        metadata: Some(ContainerMetadata { name: "app".into(), attempt: 0 }),
-        image: Some(ImageSpec { image: "busybox".into(), ..Default::default() }),
+        metadata: Some(ContainerMetadata {
+            name: "app".into(),
+            attempt: 0,
+        }),
+        image: Some(ImageSpec {
+            image: "busybox".into(),
+            ..Default::default()
+        }),
         command: vec!["/bin/true".into()],
         linux: Some(LinuxContainerConfig {
             security_context: Some(LinuxContainerSecurityContext {
-                namespace_options: Some(NamespaceOption { pid: 1, ..Default::default() }),
+                namespace_options: Some(NamespaceOption {
+                    pid: 1,
+                    ..Default::default()
+                }),
                 ..Default::default()
             }),
             ..Default::default()
@@ -40,14 +54,26 @@ fn container() -> ContainerConfig {
 }
 
 fn security(container: &mut ContainerConfig) -> &mut LinuxContainerSecurityContext {
-    container.linux.as_mut().unwrap().security_context.as_mut().unwrap()
+    container
+        .linux
+        .as_mut()
+        .unwrap()
+        .security_context
+        .as_mut()
+        .unwrap()
 }
 
 fn made(config: &ContainerConfig, image_config: Value) -> Result<Value, ConvertError> {
     let image = image(image_config);
     let sandbox = pod();
-    spec(Source { config, sandbox: &sandbox, sandbox_id: "ab", image: &image, files: Path::new("/files") })
-        .map(|spec| serde_json::to_value(spec).unwrap())
+    spec(Source {
+        config,
+        sandbox: &sandbox,
+        sandbox_id: "ab",
+        image: &image,
+        files: Path::new("/files"),
+    })
+    .map(|spec| serde_json::to_value(spec).unwrap())
 }
 
 #[test]
@@ -57,7 +83,10 @@ fn the_default_container() {
     assert_eq!(spec["process"]["cwd"], "/");
     assert_eq!(
         spec["process"]["env"],
-        json!(["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOSTNAME=web"])
+        json!([
+            "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "HOSTNAME=web"
+        ])
     );
     assert_eq!(spec["process"]["noNewPrivileges"], false);
     assert_eq!(spec["root"]["readonly"], false);
@@ -67,17 +96,36 @@ fn the_default_container() {
     );
     assert_eq!(spec["linux"]["maskedPaths"].as_array().unwrap().len(), 10);
     assert_eq!(spec["linux"]["readonlyPaths"].as_array().unwrap().len(), 5);
-    assert_eq!(spec["annotations"]["io.kubernetes.cri.container-name"], "app");
+    assert_eq!(
+        spec["annotations"]["io.kubernetes.cri.container-name"],
+        "app"
+    );
     assert_eq!(spec["annotations"]["io.kubernetes.cri.sandbox-id"], "ab");
-    let targets: Vec<_> = spec["mounts"].as_array().unwrap().iter().map(|m| m["destination"].as_str().unwrap()).collect();
+    let targets: Vec<_> = spec["mounts"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|m| m["destination"].as_str().unwrap())
+        .collect();
     assert_eq!(
         targets,
         [
-            "/proc", "/dev", "/dev/pts", "/dev/mqueue", "/sys", "/sys/fs/cgroup", "/dev/shm", "/etc/hostname",
-            "/etc/hosts", "/etc/resolv.conf"
+            "/proc",
+            "/dev",
+            "/dev/pts",
+            "/dev/mqueue",
+            "/sys",
+            "/sys/fs/cgroup",
+            "/dev/shm",
+            "/etc/hostname",
+            "/etc/hosts",
+            "/etc/resolv.conf"
         ]
     );
-    let mut bounding = spec["process"]["capabilities"]["bounding"].as_array().unwrap().clone();
+    let mut bounding = spec["process"]["capabilities"]["bounding"]
+        .as_array()
+        .unwrap()
+        .clone();
     bounding.sort_by_key(ToString::to_string);
     assert_eq!(bounding.len(), 14);
     assert_eq!(bounding[0], "CAP_AUDIT_WRITE");
@@ -95,11 +143,17 @@ fn command_and_args_against_entrypoint_and_cmd() {
         let mut config = container();
         config.command = command.into_iter().map(str::to_owned).collect();
         config.args = args.into_iter().map(str::to_owned).collect();
-        assert_eq!(made(&config, image.clone()).unwrap()["process"]["args"], expected);
+        assert_eq!(
+            made(&config, image.clone()).unwrap()["process"]["args"],
+            expected
+        );
     }
     let mut nothing = container();
     nothing.command.clear();
-    assert!(matches!(made(&nothing, json!({})), Err(ConvertError::Missing(_))));
+    assert!(matches!(
+        made(&nothing, json!({})),
+        Err(ConvertError::Missing(_))
+    ));
 }
 
 #[test]
@@ -107,16 +161,35 @@ fn environment_is_overridden_in_place() {
     let mut config = container();
     config.tty = true;
     config.envs = vec![
-        KeyValue { key: "A".into(), value: "request".into() },
-        KeyValue { key: "BYTES".into(), value: vec![b'x', 0xff].into() },
-        KeyValue { key: "A".into(), value: "last".into() },
+        KeyValue {
+            key: "A".into(),
+            value: "request".into(),
+        },
+        KeyValue {
+            key: "BYTES".into(),
+            value: vec![b'x', 0xff].into(),
+        },
+        KeyValue {
+            key: "A".into(),
+            value: "last".into(),
+        },
     ];
     let spec = made(&config, json!({"Env": ["PATH=/bin", "A=image", "B=image"]})).unwrap();
     assert_eq!(
         spec["process"]["env"],
-        json!(["PATH=/bin", "HOSTNAME=web", "TERM=xterm", "A=last", "B=image", "BYTES=x\u{fffd}"])
+        json!([
+            "PATH=/bin",
+            "HOSTNAME=web",
+            "TERM=xterm",
+            "A=last",
+            "B=image",
+            "BYTES=x\u{fffd}"
+        ])
     );
-    config.envs = vec![KeyValue { key: "A=B".into(), value: "x".into() }];
+    config.envs = vec![KeyValue {
+        key: "A=B".into(),
+        value: "x".into(),
+    }];
     assert!(made(&config, json!({})).is_err());
 }
 
@@ -130,20 +203,41 @@ fn users() {
     };
     let nothing = |_: &mut LinuxContainerSecurityContext| {};
     // Final numbers carry no name; everything else is the guest's to look up.
-    assert_eq!(of(&nothing, "1003:1004").unwrap(), json!({"uid": 1003, "gid": 1004}));
-    assert_eq!(of(&nothing, "").unwrap(), json!({"uid": 0, "gid": 0, "username": "0"}));
-    assert_eq!(of(&nothing, "1002").unwrap(), json!({"uid": 1002, "gid": 0, "username": "1002"}));
+    assert_eq!(
+        of(&nothing, "1003:1004").unwrap(),
+        json!({"uid": 1003, "gid": 1004})
+    );
+    assert_eq!(
+        of(&nothing, "").unwrap(),
+        json!({"uid": 0, "gid": 0, "username": "0"})
+    );
+    assert_eq!(
+        of(&nothing, "1002").unwrap(),
+        json!({"uid": 1002, "gid": 0, "username": "1002"})
+    );
     assert_eq!(of(&nothing, "www-data").unwrap()["username"], "www-data");
-    assert_eq!(of(&nothing, "www-data:1004").unwrap()["username"], "www-data:1004");
+    assert_eq!(
+        of(&nothing, "www-data:1004").unwrap()["username"],
+        "www-data:1004"
+    );
     assert_eq!(of(&nothing, "www-data:1004").unwrap()["gid"], 1004);
-    assert_eq!(of(&|s| s.run_as_user = uid(5), "7:8").unwrap(), json!({"uid": 5, "gid": 0, "username": "5"}));
+    assert_eq!(
+        of(&|s| s.run_as_user = uid(5), "7:8").unwrap(),
+        json!({"uid": 5, "gid": 0, "username": "5"})
+    );
     let both = |s: &mut LinuxContainerSecurityContext| {
         s.run_as_user = uid(5);
         s.run_as_group = uid(6);
         s.supplemental_groups = vec![9];
     };
-    assert_eq!(of(&both, "7:8").unwrap(), json!({"uid": 5, "gid": 6, "additionalGids": [9]}));
-    assert_eq!(of(&|s| s.run_as_username = "app".into(), "7").unwrap()["username"], "app");
+    assert_eq!(
+        of(&both, "7:8").unwrap(),
+        json!({"uid": 5, "gid": 6, "additionalGids": [9]})
+    );
+    assert_eq!(
+        of(&|s| s.run_as_username = "app".into(), "7").unwrap()["username"],
+        "app"
+    );
     assert!(of(&|s| s.run_as_group = uid(6), "").is_err());
     assert!(of(&|s| s.run_as_user = uid(-1), "").is_err());
     assert!(of(&|s| s.run_as_user = uid(4_294_967_295), "").is_err());
@@ -154,16 +248,23 @@ fn users() {
 #[test]
 fn groups_of_the_image_are_merged_unless_strict() {
     let mut config = container();
-    assert_eq!(made(&config, json!({})).unwrap()["annotations"][GROUPS], "merge");
+    assert_eq!(
+        made(&config, json!({})).unwrap()["annotations"][GROUPS],
+        "merge"
+    );
     security(&mut config).supplemental_groups_policy = 1;
-    assert_eq!(made(&config, json!({})).unwrap()["annotations"].get(GROUPS), None);
+    assert_eq!(
+        made(&config, json!({})).unwrap()["annotations"].get(GROUPS),
+        None
+    );
 }
 
 fn capabilities_of(wish: Capability) -> Result<Vec<String>, ConvertError> {
     let mut config = container();
     security(&mut config).capabilities = Some(wish);
     let spec = made(&config, json!({}))?;
-    let mut names: Vec<String> = serde_json::from_value(spec["process"]["capabilities"]["effective"].clone()).unwrap();
+    let mut names: Vec<String> =
+        serde_json::from_value(spec["process"]["capabilities"]["effective"].clone()).unwrap();
     names.sort();
     Ok(names)
 }
@@ -175,11 +276,27 @@ fn capabilities_are_added_and_dropped() {
         drop_capabilities: drop.iter().map(|&c| c.to_owned()).collect(),
         ..Default::default()
     };
-    assert_eq!(capabilities_of(wish(&["NET_BIND_SERVICE"], &["ALL"])).unwrap(), ["CAP_NET_BIND_SERVICE"]);
+    assert_eq!(
+        capabilities_of(wish(&["NET_BIND_SERVICE"], &["ALL"])).unwrap(),
+        ["CAP_NET_BIND_SERVICE"]
+    );
     assert_eq!(capabilities_of(wish(&["ALL"], &[])).unwrap().len(), 41);
-    assert_eq!(capabilities_of(wish(&["ALL"], &["chown"])).unwrap().len(), 40);
-    assert_eq!(capabilities_of(wish(&["cap_sys_admin"], &["CAP_KILL"])).unwrap().len(), 14);
-    assert!(capabilities_of(wish(&["FLY"], &[])).unwrap_err().to_string().contains("FLY"));
+    assert_eq!(
+        capabilities_of(wish(&["ALL"], &["chown"])).unwrap().len(),
+        40
+    );
+    assert_eq!(
+        capabilities_of(wish(&["cap_sys_admin"], &["CAP_KILL"]))
+            .unwrap()
+            .len(),
+        14
+    );
+    assert!(
+        capabilities_of(wish(&["FLY"], &[]))
+            .unwrap_err()
+            .to_string()
+            .contains("FLY")
+    );
 }
 
 #[test]
@@ -191,8 +308,18 @@ fn ambient_capabilities_are_in_every_set() {
         ..Default::default()
     });
     let spec = made(&config, json!({})).unwrap();
-    for set in ["bounding", "effective", "permitted", "inheritable", "ambient"] {
-        assert_eq!(spec["process"]["capabilities"][set], json!(["CAP_NET_RAW"]), "{set}");
+    for set in [
+        "bounding",
+        "effective",
+        "permitted",
+        "inheritable",
+        "ambient",
+    ] {
+        assert_eq!(
+            spec["process"]["capabilities"][set],
+            json!(["CAP_NET_RAW"]),
+            "{set}"
+        );
     }
 }
 
@@ -201,11 +328,22 @@ fn privileged_has_everything_the_guest_has() {
     let mut config = container();
     security(&mut config).privileged = true;
     let spec = made(&config, json!({})).unwrap();
-    assert_eq!(spec["process"]["capabilities"]["bounding"].as_array().unwrap().len(), 41);
+    assert_eq!(
+        spec["process"]["capabilities"]["bounding"]
+            .as_array()
+            .unwrap()
+            .len(),
+        41
+    );
     assert_eq!(spec["linux"]["maskedPaths"], json!([]));
     assert_eq!(spec["linux"]["readonlyPaths"], json!([]));
     assert_eq!(spec["annotations"][PRIVILEGED], "true");
-    let sys = spec["mounts"].as_array().unwrap().iter().find(|m| m["destination"] == "/sys").unwrap();
+    let sys = spec["mounts"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|m| m["destination"] == "/sys")
+        .unwrap();
     assert_eq!(sys["options"], json!(["nosuid", "noexec", "nodev", "rw"]));
 }
 
@@ -222,16 +360,41 @@ fn mounts_nest_cover_and_are_checked() {
         ..Default::default()
     };
     let mut config = container();
-    config.mounts = vec![mount("/data/deep", "", true), mount("//etc/./hosts", "link", false), mount("/data", "", false)];
+    config.mounts = vec![
+        mount("/data/deep", "", true),
+        mount("//etc/./hosts", "link", false),
+        mount("/data", "", false),
+    ];
     let spec = made(&config, json!({})).unwrap();
     let list = spec["mounts"].as_array().unwrap();
-    let hosts: Vec<_> = list.iter().filter(|m| m["destination"] == "/etc/hosts").collect();
-    assert_eq!(hosts.len(), 1, "the request's hosts takes the place of the pod's");
-    assert_eq!(hosts[0]["source"], json!(real.join("hosts")), "symbolic links are resolved");
-    let at = |target| list.iter().position(|m| m["destination"] == target).unwrap();
+    let hosts: Vec<_> = list
+        .iter()
+        .filter(|m| m["destination"] == "/etc/hosts")
+        .collect();
+    assert_eq!(
+        hosts.len(),
+        1,
+        "the request's hosts takes the place of the pod's"
+    );
+    assert_eq!(
+        hosts[0]["source"],
+        json!(real.join("hosts")),
+        "symbolic links are resolved"
+    );
+    let at = |target| {
+        list.iter()
+            .position(|m| m["destination"] == target)
+            .unwrap()
+    };
     assert!(at("/data") < at("/data/deep"));
-    assert_eq!(list[at("/data/deep")]["options"], json!(["rbind", "rprivate", "ro"]));
-    assert_eq!(list[at("/data")]["options"], json!(["rbind", "rprivate", "rw"]));
+    assert_eq!(
+        list[at("/data/deep")]["options"],
+        json!(["rbind", "rprivate", "ro"])
+    );
+    assert_eq!(
+        list[at("/data")]["options"],
+        json!(["rbind", "rprivate", "rw"])
+    );
 }
 
 #[test]
@@ -241,16 +404,68 @@ fn wrong_mounts_name_what_is_wrong() {
         config.mounts = vec![mount];
         made(&config, json!({})).unwrap_err().to_string()
     };
-    let base = Mount { container_path: "/data".into(), host_path: "/tmp".into(), ..Default::default() };
-    let missing = refused(Mount { host_path: "/nonexistent/xyz".into(), ..base.clone() });
-    assert!(missing.contains("/nonexistent/xyz") && missing.contains("/data"), "{missing}");
-    assert!(refused(Mount { host_path: "relative".into(), ..base.clone() }).contains("absolute"));
-    assert!(refused(Mount { container_path: "/a/../b".into(), ..base.clone() }).contains(".."));
-    assert!(refused(Mount { container_path: "/".into(), ..base.clone() }).contains("root"));
-    assert!(refused(Mount { propagation: 2, ..base.clone() }).contains("Bidirectional"));
-    assert!(refused(Mount { image_sub_path: "x".into(), ..base.clone() }).contains("image volumes"));
-    assert!(refused(Mount { recursive_read_only: true, ..base.clone() }).contains("needs readonly"));
-    assert_eq!(refused(Mount { container_path: String::new(), ..base }), "mount.container_path is missing");
+    let base = Mount {
+        container_path: "/data".into(),
+        host_path: "/tmp".into(),
+        ..Default::default()
+    };
+    let missing = refused(Mount {
+        host_path: "/nonexistent/xyz".into(),
+        ..base.clone()
+    });
+    assert!(
+        missing.contains("/nonexistent/xyz") && missing.contains("/data"),
+        "{missing}"
+    );
+    assert!(
+        refused(Mount {
+            host_path: "relative".into(),
+            ..base.clone()
+        })
+        .contains("absolute")
+    );
+    assert!(
+        refused(Mount {
+            container_path: "/a/../b".into(),
+            ..base.clone()
+        })
+        .contains("..")
+    );
+    assert!(
+        refused(Mount {
+            container_path: "/".into(),
+            ..base.clone()
+        })
+        .contains("root")
+    );
+    assert!(
+        refused(Mount {
+            propagation: 2,
+            ..base.clone()
+        })
+        .contains("Bidirectional")
+    );
+    assert!(
+        refused(Mount {
+            image_sub_path: "x".into(),
+            ..base.clone()
+        })
+        .contains("image volumes")
+    );
+    assert!(
+        refused(Mount {
+            recursive_read_only: true,
+            ..base.clone()
+        })
+        .contains("needs readonly")
+    );
+    assert_eq!(
+        refused(Mount {
+            container_path: String::new(),
+            ..base
+        }),
+        "mount.container_path is missing"
+    );
 }
 
 #[test]
@@ -268,35 +483,81 @@ fn resources_become_oci() {
     });
     let spec = made(&config, json!({})).unwrap();
     let resources = &spec["linux"]["resources"];
-    assert_eq!(resources["cpu"], json!({"shares": 512, "quota": 50_000, "period": 100_000, "cpus": "0"}));
+    assert_eq!(
+        resources["cpu"],
+        json!({"shares": 512, "quota": 50_000, "period": 100_000, "cpus": "0"})
+    );
     assert_eq!(resources["memory"], json!({"limit": 64 << 20}));
     assert_eq!(resources["unified"], json!({"memory.high": "1000"}));
     assert_eq!(spec["process"]["oomScoreAdj"], -997);
-    let refused = |wish: LinuxContainerResources| super::resources(Some(&wish)).unwrap_err().to_string();
-    assert!(refused(LinuxContainerResources { cpu_shares: -1, ..Default::default() }).contains("shares"));
-    assert!(refused(LinuxContainerResources { unified: [("../x".to_owned(), String::new())].into(), ..Default::default() }).contains("../x"));
+    let refused =
+        |wish: LinuxContainerResources| super::resources(Some(&wish)).unwrap_err().to_string();
+    assert!(
+        refused(LinuxContainerResources {
+            cpu_shares: -1,
+            ..Default::default()
+        })
+        .contains("shares")
+    );
+    assert!(
+        refused(LinuxContainerResources {
+            unified: [("../x".to_owned(), String::new())].into(),
+            ..Default::default()
+        })
+        .contains("../x")
+    );
 }
 
 #[test]
 fn what_a_vm_has_not_is_refused_by_name() {
     let mut config = container();
-    config.devices = vec![Device { host_path: "/dev/kvm".into(), ..Default::default() }];
-    assert!(made(&config, json!({})).unwrap_err().to_string().contains("/dev/kvm"));
+    config.devices = vec![Device {
+        host_path: "/dev/kvm".into(),
+        ..Default::default()
+    }];
+    assert!(
+        made(&config, json!({}))
+            .unwrap_err()
+            .to_string()
+            .contains("/dev/kvm")
+    );
     let mut config = container();
-    security(&mut config).seccomp = Some(SecurityProfile { profile_type: 2, localhost_ref: "p.json".into() });
-    assert!(made(&config, json!({})).unwrap_err().to_string().contains("p.json"));
+    security(&mut config).seccomp = Some(SecurityProfile {
+        profile_type: 2,
+        localhost_ref: "p.json".into(),
+    });
+    assert!(
+        made(&config, json!({}))
+            .unwrap_err()
+            .to_string()
+            .contains("p.json")
+    );
     let mut config = container();
     security(&mut config).seccomp = Some(SecurityProfile::default());
     assert!(made(&config, json!({})).is_ok());
     let mut config = container();
-    security(&mut config).namespace_options = Some(NamespaceOption { network: 2, ..Default::default() });
-    assert!(made(&config, json!({})).unwrap_err().to_string().contains("hostNetwork"));
+    security(&mut config).namespace_options = Some(NamespaceOption {
+        network: 2,
+        ..Default::default()
+    });
+    assert!(
+        made(&config, json!({}))
+            .unwrap_err()
+            .to_string()
+            .contains("hostNetwork")
+    );
 }
 
 #[test]
 fn stop_signal_of_the_image() {
-    assert_eq!(image_stop_signal(&image(json!({"StopSignal": "SIGQUIT"}))), Some(3));
-    assert_eq!(image_stop_signal(&image(json!({"StopSignal": "SIGNOPE"}))), None);
+    assert_eq!(
+        image_stop_signal(&image(json!({"StopSignal": "SIGQUIT"}))),
+        Some(3)
+    );
+    assert_eq!(
+        image_stop_signal(&image(json!({"StopSignal": "SIGNOPE"}))),
+        None
+    );
     assert_eq!(image_stop_signal(&image(json!({}))), None);
 }
 
