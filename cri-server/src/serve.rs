@@ -5,6 +5,9 @@
 //!  SIGTERM/SIGINT → stop accepting → drain calls, bounded → runtime's tasks → exit; pods go on
 //! ```
 
+#[cfg(test)]
+mod tests;
+
 use crate::config::Config;
 use crate::metrics::{self, Metrics};
 use crate::server::connection::Connection;
@@ -33,8 +36,8 @@ const MESSAGE_LIMIT: usize = 16 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
     /// No VMM.
-    #[error(transparent)]
-    Vmm(#[from] vmm::ChoiceError),
+    #[error("no VMM can be chosen")]
+    Vmm(#[source] boxlite_runtime::RuntimeError),
     /// The runtime could not be opened.
     #[error("cannot open the runtime")]
     Runtime(#[source] boxlite_runtime::RuntimeError),
@@ -85,12 +88,8 @@ pub fn installation(config: &Config) -> Installation {
 
 async fn run(config: Config) -> Result<(), ServeError> {
     let stop = stop_on_signal()?;
-    let choice = vmm::choose(&config).await?;
-    eprintln!(
-        "boxlite-cri {}: {}",
-        env!("CARGO_PKG_VERSION"),
-        choice.sentence()
-    );
+    let choice = vmm::choose(&config).await.map_err(ServeError::Vmm)?;
+    eprintln!("boxlite-cri {}: {choice}", env!("CARGO_PKG_VERSION"));
     let options = RuntimeOptions {
         root: config.root.clone(),
         state: config.state.clone(),
@@ -110,7 +109,12 @@ async fn run(config: Config) -> Result<(), ServeError> {
     let counters = Arc::new(Metrics::new()?);
     let listener = socket::bind(&config.listen)?;
     let page = metrics_page(&config, &counters, &runtime, &stop).await?;
-    let server = Server::new(runtime.clone(), config.clone(), counters, choice.sentence());
+    let server = Server::new(
+        runtime.clone(),
+        config.clone(),
+        counters,
+        choice.to_string(),
+    );
     server.collect().await;
     tracing::info!(socket = %config.listen.display(), pods = runtime.boxes().len(), "serving");
     let served = grpc(&server, listener, stop.clone()).await;

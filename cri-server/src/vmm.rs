@@ -1,35 +1,23 @@
-//! Which VMM runs pods, and the sentence that says why.
+//! Which VMM runs pods: the probe's answer, the configuration's wish, and the sentence that says why.
+//!
+//! Runs no guest code itself: the runtime asks the shim, whose throw-away VM does.
 
 use crate::config::Config;
-use boxlite_proto::vmm::{Acceleration, VmmKind};
+use boxlite_runtime::RuntimeError;
+use boxlite_runtime::filesystem_layout::FilesystemLayout;
+use boxlite_runtime::vmm_probe::{self, VmmChoice};
 
-/// No VMM can be had.
-#[derive(Debug, thiserror::Error)]
-pub enum ChoiceError {}
-
-/// What was chosen.
-#[derive(Debug, Clone)]
-pub struct Choice {
-    /// VMM.
-    pub kind: VmmKind,
-    /// How QEMU runs guest code.
-    pub acceleration: Acceleration,
-    /// Why.
-    pub reason: String,
-}
-
-impl Choice {
-    /// One line: reason, then what was chosen.
-    pub fn sentence(&self) -> String {
-        format!("{} → {}", self.reason, self.kind)
+/// Probes (at most once per boot and shim) and chooses. Makes the two directories if need be: the answer is kept there.
+///
+/// # Errors
+/// Of the directories, or a shim that is not there.
+pub async fn choose(config: &Config) -> Result<VmmChoice, RuntimeError> {
+    let layout = FilesystemLayout::new(&config.root, &config.state)?;
+    layout.prepare()?;
+    let report = vmm_probe::probe(&config.paths.shim, &layout).await?;
+    let mut choice = vmm_probe::choose(config.vmm.as_ref(), &report);
+    if let Some(wish) = config.acceleration {
+        choice.acceleration = wish;
     }
-}
-
-/// Asks.
-pub async fn choose(config: &Config) -> Result<Choice, ChoiceError> {
-    Ok(Choice {
-        kind: config.vmm.clone().unwrap_or(VmmKind::Qemu),
-        acceleration: Acceleration::Tcg,
-        reason: String::new(),
-    })
+    Ok(choice)
 }

@@ -127,7 +127,7 @@ pub fn parse(text: &[u8], path: &Path) -> Result<NetworkConf, String> {
         ));
     }
     let cni_version = string(&object, "cniVersion")?.unwrap_or_else(|| "0.2.0".into());
-    if !version(&cni_version).is_some_and(|have| have >= (0, 3)) {
+    if version(&cni_version).is_none_or(|have| have < (0, 3)) {
         return Err(format!("cniVersion {cni_version:?} is older than 0.3.0"));
     }
     // 1.0 has a boolean; some files in the wild carry the string.

@@ -198,7 +198,8 @@ impl Cni {
     }
 
     /// The record of a sandbox's network, if there is one.
-    pub fn record(&self, sandbox: &str) -> Result<Option<Record>, CniError> {
+    #[cfg(test)]
+    fn record(&self, sandbox: &str) -> Result<Option<Record>, CniError> {
         Record::load(&self.records, sandbox)
     }
 

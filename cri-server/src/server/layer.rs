@@ -132,3 +132,36 @@ fn log(method: &str, code: Code, response: &Response<Body>, milliseconds: f64) {
         tracing::info!(method, milliseconds, "answered");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::metrics::Metrics;
+    use tower::ServiceExt;
+
+    async fn answered(path: &'static str) -> Response<Body> {
+        let inner = tower::service_fn(|request: Request<Body>| async move {
+            assert!(!request.uri().path().ends_with("Panic"), "on purpose");
+            Ok::<_, Infallible>(Status::not_found("gone").into_http())
+        });
+        let metrics = Metrics::new().unwrap().rpc();
+        let service = CallLayer::new(metrics).layer(inner);
+        let request = Request::builder().uri(path).body(Body::empty()).unwrap();
+        match service.oneshot(request).await {
+            Ok(response) => response,
+            Err(never) => match never {},
+        }
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_internal_and_an_error_passes() {
+        assert_eq!(
+            code_of(&answered("/runtime.v1.RuntimeService/Panic").await),
+            Code::Internal
+        );
+        assert_eq!(
+            code_of(&answered("/runtime.v1.RuntimeService/Version").await),
+            Code::NotFound
+        );
+    }
+}

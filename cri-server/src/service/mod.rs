@@ -35,7 +35,7 @@ mod sandbox_status;
 mod sandbox_stop;
 mod streams;
 #[cfg(test)]
-mod tests;
+pub mod tests;
 pub mod unimplemented;
 mod updates;
 mod version;

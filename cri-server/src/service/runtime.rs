@@ -51,7 +51,9 @@ impl RuntimeService for Server {
         &self,
         request: Request<PodSandboxStatusRequest>,
     ) -> Result<Response<PodSandboxStatusResponse>, Status> {
-        sandbox_status::status(self, &request.into_inner()).map(Response::new)
+        sandbox_status::status(self, request.into_inner())
+            .await
+            .map(Response::new)
     }
 
     async fn list_pod_sandbox(

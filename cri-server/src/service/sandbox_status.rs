@@ -1,18 +1,18 @@
-//! PodSandboxStatus: from memory, never from a VM.
+//! PodSandboxStatus: from memory, never from a VM. With verbose, a ready pod's network is checked by its plugins (CNI CHECK).
 
 use super::Server;
 use crate::convert::sandbox::SandboxRecord;
 use crate::convert::{status, time};
 use boxlite_proto::cri::v1::{PodSandboxStatusRequest, PodSandboxStatusResponse};
-use boxlite_runtime::BoxSnapshot;
+use boxlite_runtime::{BoxSnapshot, BoxState};
 use serde_json::json;
 use std::collections::HashMap;
 use tonic::Status;
 
 /// The call.
-pub fn status(
+pub async fn status(
     server: &Server,
-    request: &PodSandboxStatusRequest,
+    request: PodSandboxStatusRequest,
 ) -> Result<PodSandboxStatusResponse, Status> {
     let pod = server.pod(&request.pod_sandbox_id)?;
     let snapshot = pod.snapshot();
@@ -24,7 +24,7 @@ pub fn status(
     Ok(PodSandboxStatusResponse {
         status: Some(status::sandbox_status(&snapshot)),
         info: if request.verbose {
-            info(&snapshot)
+            info(server, &snapshot).await
         } else {
             HashMap::new()
         },
@@ -34,7 +34,7 @@ pub fn status(
 }
 
 /// What `crictl inspectp` shows beside the status.
-fn info(snapshot: &BoxSnapshot) -> HashMap<String, String> {
+async fn info(server: &Server, snapshot: &BoxSnapshot) -> HashMap<String, String> {
     let record = SandboxRecord::decoded(&snapshot.metadata);
     let mut stages = vec![("cni".to_owned(), record.network_ms)];
     stages.extend(snapshot.timers.stages.iter().cloned());
@@ -42,7 +42,15 @@ fn info(snapshot: &BoxSnapshot) -> HashMap<String, String> {
         .into_iter()
         .map(|(stage, ms)| json!({"stage": stage, "ms": ms}))
         .collect();
+    let network = match snapshot.state {
+        BoxState::Ready => match server.cni.check(&snapshot.id).await {
+            Ok(()) => "as the plugins made it".to_owned(),
+            Err(error) => boxlite_runtime::report(&error),
+        },
+        _ => "down".to_owned(),
+    };
     let info = json!({
+        "network": network,
         "state": format!("{:?}", snapshot.state),
         "reason": snapshot.reason,
         "vmm": snapshot.vmm.to_string(),

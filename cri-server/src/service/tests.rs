@@ -10,13 +10,15 @@ use boxlite_runtime::images::RegistryOptions;
 use tempfile::TempDir;
 use tonic::{Code, Request, Response};
 
-struct Fixture {
-    server: Server,
-    dir: TempDir,
+/// A server over empty roots.
+pub struct Fixture {
+    pub server: Server,
+    pub dir: TempDir,
 }
 
 impl Fixture {
-    async fn new() -> Self {
+    /// With no network configuration.
+    pub async fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let mut config = Config {
             root: dir.path().join("root"),
