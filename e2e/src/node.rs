@@ -182,9 +182,20 @@ impl Node {
         self.dir.join("daemon.log")
     }
 
+    /// Its length in bytes.
+    pub fn log_length(&self) -> usize {
+        std::fs::read(self.log()).map_or(0, |bytes| bytes.len())
+    }
+
     /// Its last lines.
     pub fn log_tail(&self, lines: usize) -> String {
-        let text = std::fs::read_to_string(self.log()).unwrap_or_default();
+        self.log_since(0, lines)
+    }
+
+    /// The last lines of what was written behind `mark` bytes.
+    pub fn log_since(&self, mark: usize, lines: usize) -> String {
+        let bytes = std::fs::read(self.log()).unwrap_or_default();
+        let text = String::from_utf8_lossy(&bytes[mark.min(bytes.len())..]);
         let all: Vec<_> = text.lines().collect();
         all[all.len().saturating_sub(lines)..].join("\n")
     }

@@ -56,6 +56,7 @@ pub async fn run(home: Home, filter: &str, cases: Vec<Case>) -> Result<bool> {
             skipped += 1;
             continue;
         }
+        let mark = world.node.log_length();
         let start = Instant::now();
         match one(&world, case).await {
             Ok(()) => {
@@ -74,8 +75,8 @@ pub async fn run(home: Home, filter: &str, cases: Vec<Case>) -> Result<bool> {
                     indent(&failure.0)
                 );
                 println!(
-                    "      --- end of the shared daemon's log\n      {}",
-                    indent(&world.node.log_tail(25))
+                    "      --- the shared daemon's log\n      {}",
+                    indent(&world.node.log_since(mark, 25))
                 );
                 failed.push(case.name);
             }

@@ -64,7 +64,10 @@ async fn wrong_digest(world: Shared) -> Result {
         })
         .await?;
     let reference = format!("{}/base@{}", front.host, world.images.base_digest);
-    says(&pull(&node, &reference).await, &["digest"])?;
+    says(
+        &pull(&node, &reference).await,
+        &["corrupt|digest", "expected sha256:"],
+    )?;
     front.set_faults(vec![]);
     pull(&node, &reference).await?;
     Ok(())
@@ -87,13 +90,21 @@ async fn broken_layers(world: Shared) -> Result {
         &pull(&node, &reference).await,
         &["digest|corrupt", &layer[7..19]],
     )?;
-    front.set_faults(vec![(
-        &layer,
-        Fault::Cut {
-            after: 100_000,
-            times: usize::MAX,
-        },
-    )]);
+    // One part of it, and then never a byte more, however often the rest is asked for.
+    let nothing = Fault::Cut {
+        after: 0,
+        times: usize::MAX,
+    };
+    front.set_faults(vec![
+        (
+            &layer,
+            Fault::Cut {
+                after: 100_000,
+                times: 1,
+            },
+        ),
+        (&layer, nothing),
+    ]);
     says(
         &pull(&node, &reference).await,
         &[

@@ -328,9 +328,9 @@ async fn bearer(world: Shared) -> Result {
 async fn with_credentials(node: &crate::node::Node, reference: &str) -> Result {
     let nobody = pull(node, reference).await;
     ensure!(
-        nobody.as_ref().is_err_and(|e| e.0.contains("401")
-            || e.0.to_lowercase().contains("unauthor")
-            || e.0.contains("credential")),
+        nobody
+            .as_ref()
+            .is_err_and(|e| e.0.contains("Unauthenticated")),
         "without credentials: {nobody:?}"
     );
     let wrong = AuthConfig {
@@ -446,20 +446,15 @@ async fn one_download(world: Shared) -> Result {
     .await?;
     let reference = format!("{}/many:1", front.host);
     futures::future::try_join_all((0..8).map(|_| pull(&node, &reference))).await?;
+    pull(&node, &reference).await?;
     for layer in &image.layers {
         same!(
             front.count(&format!("blobs/{}", layer.digest)),
             1,
-            "downloads of layer {} for 8 callers",
+            "downloads of layer {} for 9 callers",
             layer.digest
         );
     }
-    pull(&node, &reference).await?;
-    same!(
-        front.count("blobs/"),
-        image.layers.len() + 1,
-        "blobs fetched in all, the configuration among them"
-    );
     Ok(())
 }
 

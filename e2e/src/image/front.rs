@@ -159,14 +159,15 @@ impl Rules {
                 return Verdict::Answer(unauthorized(&realm));
             }
         }
+        let spent = |fault: &Fault| matches!(fault, Fault::Cut { times: 0, .. });
         let fault = self
             .faults
             .iter_mut()
-            .find(|(part, _)| path.contains(part.as_str()));
+            .find(|(part, fault)| path.contains(part.as_str()) && !spent(fault));
         let fault = match fault {
             Some((_, Fault::Status(code))) => return Verdict::Answer(answer(*code, "", "")),
             Some((_, Fault::Hang)) => return Verdict::Hang,
-            Some((_, Fault::Cut { after, times })) if *times > 0 && method == "GET" => {
+            Some((_, Fault::Cut { after, times })) if method == "GET" => {
                 *times -= 1;
                 Some(Fault::Cut {
                     after: *after,
