@@ -7,7 +7,8 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 /// Bytes of one log kept on disk: a boot with kernel messages is 30 KiB.
 const DISK_LIMIT: u64 = 1 << 20;
@@ -20,6 +21,7 @@ const LINE_LIMIT: usize = 512;
 struct Tail {
     lines: VecDeque<String>,
     open: Vec<u8>,
+    ended: bool,
 }
 
 impl Tail {
@@ -56,14 +58,36 @@ fn printable(bytes: &[u8]) -> String {
         .to_owned()
 }
 
+#[derive(Default)]
+struct Shared {
+    tail: Mutex<Tail>,
+    ended: Condvar,
+}
+
 /// The last lines of a stream, shared between its reader and whoever writes an error message.
 #[derive(Clone, Default)]
-pub struct BoundedLog(Arc<Mutex<Tail>>);
+pub struct BoundedLog(Arc<Shared>);
 
 impl BoundedLog {
     /// Reads `from` until its end, keeping the first MiB in `file` and the last lines in memory. A disk that cannot be
     /// written is no reason to stop reading: a full pipe would stop the VM.
-    pub fn follow(&self, mut from: impl Read, file: Option<PathBuf>) {
+    pub fn follow(&self, from: impl Read, file: Option<PathBuf>) {
+        self.read_all(from, file);
+        self.lock().ended = true;
+        self.0.ended.notify_all();
+    }
+
+    /// Waits until the stream has ended, at most for `limit`: what ended may have said why just before.
+    pub fn wait_end(&self, limit: Duration) {
+        let running = |tail: &mut Tail| !tail.ended;
+        drop(self.0.ended.wait_timeout_while(self.lock(), limit, running));
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Tail> {
+        self.0.tail.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn read_all(&self, mut from: impl Read, file: Option<PathBuf>) {
         let mut file = file.and_then(|path| File::create(path).ok());
         let mut room = DISK_LIMIT;
         let mut buffer = [0u8; 4096];
@@ -75,10 +99,7 @@ impl BoundedLog {
                 Err(_) => return,
             };
             let bytes = &buffer[..count];
-            self.0
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .push(bytes);
+            self.lock().push(bytes);
             let kept = usize::try_from(room).unwrap_or(usize::MAX).min(count);
             if let Some(out) = &mut file
                 && (kept == 0 || out.write_all(&bytes[..kept]).is_err())
@@ -91,7 +112,7 @@ impl BoundedLog {
 
     /// At most the last `count` lines, oldest first, an unfinished one included.
     pub fn tail(&self, count: usize) -> Vec<String> {
-        let tail = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let tail = self.lock();
         let mut lines: Vec<String> = tail.lines.iter().cloned().collect();
         let open = printable(&tail.open);
         if !open.is_empty() {

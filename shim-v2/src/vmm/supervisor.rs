@@ -20,10 +20,14 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::time::Duration;
 use tokio::sync::watch;
 
 /// File in the VM's working directory with the vmm child's standard error.
 const STDERR_LOG: &str = "vmm.log";
+
+/// Time for the rest of what a dead child wrote to be read. Its pipes have no other writer, so this is milliseconds.
+const LAST_WORDS_LIMIT: Duration = Duration::from_millis(500);
 
 /// How a vmm child ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,9 +107,11 @@ impl Supervisor {
         let (started_to, started) = mpsc::sync_channel(1);
         let shared = Arc::new(Shared::default());
         let hold = Arc::clone(&shared);
+        let (console, stderr) = (BoundedLog::default(), BoundedLog::default());
+        let logs = [console.clone(), stderr.clone()];
         std::thread::Builder::new()
             .name("vmm-child".to_owned())
-            .spawn(move || fork_and_wait(command, &hold, &started_to, &exit_to))
+            .spawn(move || fork_and_wait(command, &hold, &logs, &started_to, &exit_to))
             .map_err(step("starting a thread for"))?;
         let gone = || std::io::Error::other("its thread ended");
         let mut child = started
@@ -113,8 +119,6 @@ impl Supervisor {
             .map_err(|_| step("starting")(gone()))?
             .map_err(step("starting"))?;
 
-        let console = BoundedLog::default();
-        let stderr = BoundedLog::default();
         if let Some(from) = child.stdout.take() {
             follow(
                 "vmm-console",
@@ -180,6 +184,7 @@ struct Pipes {
 fn fork_and_wait(
     mut command: Command,
     shared: &Shared,
+    logs: &[BoundedLog],
     started: &mpsc::SyncSender<std::io::Result<Pipes>>,
     exit: &watch::Sender<Option<VmmExit>>,
 ) {
@@ -203,7 +208,11 @@ fn fork_and_wait(
         stderr: child.stderr.take(),
     };
     drop(started.send(Ok(pipes)));
-    exit.send_replace(Some(wait_for(&mut child, pid, shared)));
+    let ended = wait_for(&mut child, pid, shared);
+    for log in logs {
+        log.wait_end(LAST_WORDS_LIMIT);
+    }
+    exit.send_replace(Some(ended));
 }
 
 fn wait_for(child: &mut Child, pid: Pid, shared: &Shared) -> VmmExit {

@@ -38,6 +38,7 @@ impl Context {
 
 pub(super) fn create(spec: &InstanceSpec) -> BoxliteResult<Context> {
     let files = &spec.installation;
+    require("libkrunfw", &files.libkrunfw)?;
     require("QEMU", &files.qemu)?;
     require("virtiofsd", &files.virtiofsd)?;
     require("vhost-device-vsock", &files.vhost_device_vsock)?;

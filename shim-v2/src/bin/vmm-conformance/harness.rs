@@ -1,0 +1,272 @@
+//! What every case starts from: an installation, a fresh directory, a VM that is ready, and its last words on failure.
+
+use boxlite_proto::boxlite::v1::{GuestInitRequest, GuestInitResponse, Interface};
+use boxlite_proto::names::{SCRATCH_SERIAL, SHARE_TAG, VSOCK_SOCKET};
+use boxlite_proto::vmm::{Acceleration, Disk, Installation, InstanceSpec, Nic, VmmKind};
+use boxlite_runtime::portal::{Connection, GuestAddress, GuestSession};
+use boxlite_shim_v2::net::tap;
+use boxlite_shim_v2::vmm::{ReadySocket, Supervisor, VmmChild};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+pub type Error = Box<dyn std::error::Error + Send + Sync>;
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Addresses of both ends of the tap.
+pub const HOST_ADDRESS: &str = "10.199.0.1/24";
+pub const GUEST_ADDRESS: &str = "10.199.0.2/24";
+const TAP: &str = "tap0";
+const MAC: &str = "02:00:0a:c7:00:02";
+/// Enough for the agent and a busybox; the suite may run beside other VMs.
+const MEMORY_MIB: u32 = 256;
+/// Sparse.
+const SCRATCH_BYTES: u64 = 1 << 30;
+
+/// Mount and network namespaces of this process's own: nothing that a case mounts or creates outlives it.
+pub fn isolate() -> Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET)
+        .map_err(|error| format!("needs root: {error}"))?;
+    let none: Option<&str> = None;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)?;
+    tool("ip", &["link", "set", "lo", "up"])?;
+    tap::create(TAP)?;
+    tool("ip", &["address", "add", HOST_ADDRESS, "dev", TAP])?;
+    tool("ip", &["link", "set", TAP, "up"])
+}
+
+/// Runs a program of the machine; its output is part of the error.
+pub fn tool(name: &str, args: &[&str]) -> Result<()> {
+    let output = Command::new(name)
+        .args(args)
+        .output()
+        .map_err(|error| format!("{name}: {error}"))?;
+    match output.status.success() {
+        true => Ok(()),
+        false => Err(format!(
+            "{name} {args:?}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        )
+        .into()),
+    }
+}
+
+/// The error and all its causes.
+pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(&format!(": {cause}"));
+        source = cause.source();
+    }
+    text
+}
+
+/// The directory of the binaries that were built with this one.
+fn binaries() -> Result<PathBuf> {
+    let this = std::env::current_exe()?;
+    Ok(this.parent().ok_or("no directory")?.to_owned())
+}
+
+fn installation(cache: &Path) -> Result<Installation> {
+    let home = std::env::var("HOME").unwrap_or_else(|_| "/root".to_owned());
+    let tools = std::env::var_os("BOXLITE_CACHE").map_or_else(
+        || Path::new(&home).join(".cache/boxlite-cri"),
+        PathBuf::from,
+    );
+    let guest = std::env::var_os("BOXLITE_GUEST").map(PathBuf::from);
+    let found = |path: PathBuf| match path.exists() {
+        true => Ok(path),
+        false => Err(format!("{} is missing", path.display())),
+    };
+    Ok(Installation {
+        guest: found(guest.unwrap_or(binaries()?.join("boxlite-guest")))?,
+        libkrunfw: found(tools.join("lib/libkrunfw.so.5"))?,
+        qemu: "/usr/bin/qemu-system-x86_64".into(),
+        virtiofsd: tools.join("tools/bin/virtiofsd"),
+        vhost_device_vsock: tools.join("tools/bin/vhost-device-vsock"),
+        cache: cache.to_owned(),
+    })
+}
+
+/// A spec and the directory in which it lives, deleted with it.
+pub struct Bench {
+    pub spec: InstanceSpec,
+    pub directory: tempfile::TempDir,
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        // Else the directory cannot be deleted. A case that failed earlier may have left it unmounted.
+        let _gone = umount2(&self.spec.share_dir, MntFlags::MNT_DETACH);
+    }
+}
+
+impl Bench {
+    /// A VM with scratch disk, share and card.
+    pub fn new(kind: &VmmKind) -> Result<Self> {
+        let directory = tempfile::tempdir()?;
+        let spec = spec(kind, directory.path())?;
+        Ok(Self { spec, directory })
+    }
+
+    /// A file of the given content in the bench's directory.
+    pub fn file(&self, name: &str, content: &[u8]) -> Result<PathBuf> {
+        let path = self.directory.path().join(name);
+        std::fs::write(&path, content)?;
+        Ok(path)
+    }
+
+    /// Starts the VM without waiting for its agent.
+    pub fn spawn(&self) -> Result<(ReadySocket, VmmChild)> {
+        let ready = ReadySocket::bind(&self.spec.work_dir)?;
+        let supervisor = Supervisor::new(binaries()?.join("containerd-shim-boxlite-v2"));
+        Ok((ready, supervisor.spawn(&self.spec)?))
+    }
+
+    /// Starts the VM and waits for its agent.
+    pub async fn boot(self) -> Result<Running> {
+        let start = Instant::now();
+        let (ready, child) = self.spawn()?;
+        if let Err(error) = ready.wait(&child).await {
+            child.kill();
+            return Err(error.into());
+        }
+        let ready_after = start.elapsed();
+        let address = GuestAddress::of(&self.spec.kind, self.spec.work_dir.join(VSOCK_SOCKET));
+        let guest = GuestSession::new(Connection::lazy(address));
+        Ok(Running {
+            bench: self,
+            child,
+            guest,
+            ready_after,
+        })
+    }
+}
+
+/// A VM whose agent has called. Killed with this.
+pub struct Running {
+    pub bench: Bench,
+    pub child: VmmChild,
+    pub guest: GuestSession,
+    pub ready_after: Duration,
+}
+
+impl Running {
+    /// Guest.Init with everything the bench has.
+    pub async fn init(&self) -> Result<GuestInitResponse> {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?;
+        let request = GuestInitRequest {
+            sandbox_id: "conformance".to_owned(),
+            hostname: "conformance".to_owned(),
+            time_unix_ns: i64::try_from(now.as_nanos())?,
+            share_tag: SHARE_TAG.to_owned(),
+            scratch_device: SCRATCH_SERIAL.to_owned(),
+            interfaces: vec![Interface {
+                name: "eth0".to_owned(),
+                mac: MAC.to_owned(),
+                mtu: 1500,
+                addresses: vec![GUEST_ADDRESS.to_owned()],
+            }],
+            entropy: vec![7; 64].into(),
+            ..GuestInitRequest::default()
+        };
+        self.guest.guest().init(request).await.map_err(|error| {
+            format!(
+                "{}; console: {}",
+                chain(&error),
+                self.child.console_tail(20).join(" | ")
+            )
+            .into()
+        })
+    }
+
+    pub fn share(&self) -> &Path {
+        &self.bench.spec.share_dir
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.child.kill();
+        // The next VM needs the tap. Two seconds is what the suite allows a death to take.
+        let deadline = Instant::now() + Duration::from_secs(2);
+        while self.child.exited().is_none() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+fn spec(kind: &VmmKind, directory: &Path) -> Result<InstanceSpec> {
+    let (work_dir, share_dir) = (directory.join("vm"), directory.join("share"));
+    let scratch = directory.join("scratch.img");
+    std::fs::create_dir(&work_dir)?;
+    std::fs::create_dir(&share_dir)?;
+    let none: Option<&str> = None;
+    mount(
+        Some("tmpfs"),
+        &share_dir,
+        Some("tmpfs"),
+        MsFlags::MS_NODEV | MsFlags::MS_NOSUID,
+        none,
+    )?;
+    mount(none, &share_dir, none, MsFlags::MS_SHARED, none)?;
+    std::fs::File::create(&scratch)?.set_len(SCRATCH_BYTES)?;
+    tool(
+        "mke2fs",
+        &[
+            "-q",
+            "-t",
+            "ext4",
+            "-F",
+            scratch.to_str().ok_or("not UTF-8")?,
+        ],
+    )?;
+    Ok(InstanceSpec {
+        id: "conformance".to_owned(),
+        kind: kind.clone(),
+        vcpus: 1,
+        memory_mib: MEMORY_MIB,
+        acceleration: Acceleration::Tcg,
+        // One for all cases: the second boot must find what the first has left.
+        installation: installation(&std::env::temp_dir().join("boxlite-conformance-cache"))?,
+        work_dir,
+        share_dir,
+        disks: vec![Disk {
+            path: scratch,
+            serial: SCRATCH_SERIAL.to_owned(),
+            read_only: false,
+        }],
+        nics: vec![Nic {
+            tap: TAP.to_owned(),
+            mac: MAC.to_owned(),
+            mtu: 1500,
+        }],
+        netns: None,
+        debug_console: false,
+    })
+}
+
+/// Stands for a shim: starts a VM, writes its process id once it is ready, and waits to be killed.
+pub fn hold(kind: &VmmKind, directory: &Path) -> Result<bool> {
+    // The caller's namespaces are inherited; its tap and mounts are ours.
+    let mut spec = spec(kind, directory)?;
+    spec.nics.clear();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(async {
+        let bench = Bench {
+            spec,
+            directory: tempfile::tempdir()?,
+        };
+        let running = bench.boot().await?;
+        let draft = directory.join("pid.new");
+        std::fs::write(&draft, running.child.pid().to_string())?;
+        std::fs::rename(&draft, directory.join("pid"))?;
+        running.child.wait().await;
+        Ok(false)
+    })
+}

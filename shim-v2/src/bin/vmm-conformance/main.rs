@@ -1,0 +1,77 @@
+//! One suite for every Vmm: real VMs with the real agent, seen through the VMM boundary, the share, the tap and vsock.
+//!
+//! It knows no pod and no shim service; those are e2e's. Run by `make test` once per VMM, each in the home where that VMM
+//! works, as root: `boxlite-vmm-conformance <krun|qemu> [case…]`. Prints one line per case and a count at the end;
+//! without root or without an installation it fails.
+
+mod cases;
+mod harness;
+
+use boxlite_proto::vmm::VmmKind;
+use std::ffi::OsString;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+/// Longest time for one case. A nested krun VM boots in 4 s on a quiet machine, in 40 s on a busy one.
+const CASE_LIMIT: Duration = Duration::from_secs(180);
+
+fn main() -> ExitCode {
+    let args: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let words: Vec<&str> = args.iter().filter_map(|arg| arg.to_str()).collect();
+    let result = match words.as_slice() {
+        // A shim that is killed: see cases::shim_death.
+        ["hold", kind, directory] => harness::hold(&parse(kind), directory.as_ref()),
+        [kind, wanted @ ..] => run(&parse(kind), wanted),
+        [] => Err("usage: boxlite-vmm-conformance <krun|qemu> [case…]".into()),
+    };
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("boxlite-vmm-conformance: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn parse(kind: &str) -> VmmKind {
+    match kind.parse() {
+        Ok(kind) => kind,
+        Err(never) => match never {},
+    }
+}
+
+fn run(kind: &VmmKind, wanted: &[&str]) -> Result<bool, harness::Error> {
+    // Before any thread: namespaces of this process, with nothing of the machine's to clean up afterwards.
+    harness::isolate()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?;
+    let (mut passed, mut failed) = (0, 0);
+    for (name, case) in cases::ALL {
+        if !wanted.is_empty() && !wanted.contains(name) {
+            continue;
+        }
+        let start = Instant::now();
+        let outcome = runtime.block_on(async {
+            match tokio::time::timeout(CASE_LIMIT, case(kind.clone())).await {
+                Ok(outcome) => outcome,
+                Err(_) => Err(format!("not done after {CASE_LIMIT:?}").into()),
+            }
+        });
+        let took = start.elapsed().as_millis();
+        match outcome {
+            Ok(note) => {
+                passed += 1;
+                println!("ok      {name} ({took} ms) {note}");
+            }
+            Err(error) => {
+                failed += 1;
+                println!("FAILED  {name} ({took} ms): {}", harness::chain(&*error));
+            }
+        }
+    }
+    println!("e2e vmm-{kind}: {passed} passed, {failed} failed, 0 skipped");
+    Ok(failed == 0 && passed > 0)
+}
