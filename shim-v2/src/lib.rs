@@ -5,6 +5,7 @@
 
 pub mod jail;
 pub mod net;
+pub mod probe;
 pub mod roles;
 pub mod share;
 pub mod vmm;

@@ -1,4 +1,4 @@
-//! The roles in which this binary is started by itself or by boxlite-cri: `vmm` and `probe`.
+//! The roles in which this binary is started by itself or by boxlite-cri: `vmm`, `probe` and `probe-guest`.
 //!
 //! The shim protocol's own command line (`start`, `delete`, …) belongs to the cli module; main asks here first.
 
@@ -9,6 +9,8 @@ use std::process::ExitCode;
 pub fn run(args: &[OsString]) -> Option<ExitCode> {
     match args.first()?.to_str()? {
         "vmm" => Some(crate::vmm::child::run()),
+        "probe" => Some(crate::probe::run()),
+        "probe-guest" => Some(crate::probe::run_guest()),
         _ => None,
     }
 }

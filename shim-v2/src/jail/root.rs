@@ -83,7 +83,7 @@ fn populate(root: &Path, files: &HostFiles) -> Result<(), JailError> {
 enum Access {
     ReadOnly,
     Full,
-    /// Writable, with the mounts below.
+    /// With the mounts below, which keep their flags; itself read-only.
     Tree,
 }
 
@@ -129,7 +129,9 @@ fn bind(root: &Path, path: &Path, access: Access) -> Result<(), JailError> {
         NONE,
     )
     .map_err(at_path("binding", path))?;
-    if access == Access::ReadOnly {
+    // The share's own tmpfs holds mount points only; writable ones below keep their own flags. A guest must not be able to
+    // exchange a mount point for a link.
+    if access != Access::Full {
         let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
         let flags = flags | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
         mount(NONE, &target, NONE, flags, NONE).map_err(at_path("making read-only", path))?;
