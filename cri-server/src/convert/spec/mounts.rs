@@ -5,7 +5,7 @@ use boxlite_proto::cri::v1::{LinuxContainerSecurityContext, Mount, MountPropagat
 use serde_json::{Value, json};
 use std::path::{Component, Path, PathBuf};
 
-/// The pod's /dev/shm in the guest, shared by its containers. A guest path: the runtime takes it as it is.
+/// The pod's /dev/shm, shared by its containers. A path of the guest: the shim binds nothing of the host for this destination.
 const SHM: &str = "/dev/shm";
 
 /// The whole list. A request's mount at the same place takes the place of a standard one.
@@ -128,11 +128,12 @@ fn volume(mount: &Mount) -> Result<Value, ConvertError> {
             "id-mapped mounts are not there yet",
         ));
     }
-    if mount.recursive_read_only && !mount.readonly {
-        return Err(ConvertError::invalid(
+    if mount.recursive_read_only {
+        // The handlers' features say so too, so a kubelet does not ask.
+        return Err(ConvertError::unsupported(
             "mount.recursive_read_only",
-            mount.container_path.clone(),
-            "needs readonly",
+            format!("{:?}", mount.container_path),
+            "recursive read-only mounts are not there yet",
         ));
     }
     let origin = host_path(mount)?;
@@ -146,11 +147,7 @@ fn volume(mount: &Mount) -> Result<Value, ConvertError> {
     } else {
         "rprivate"
     };
-    let access = match (mount.readonly, mount.recursive_read_only) {
-        (false, _) => "rw",
-        (true, false) => "ro",
-        (true, true) => "rro",
-    };
+    let access = if mount.readonly { "ro" } else { "rw" };
     Ok(json!({
         "destination": target(mount)?,
         "type": "bind",

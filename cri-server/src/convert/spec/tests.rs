@@ -457,7 +457,7 @@ fn wrong_mounts_name_what_is_wrong() {
             recursive_read_only: true,
             ..base.clone()
         })
-        .contains("needs readonly")
+        .contains("not there yet")
     );
     assert_eq!(
         refused(Mount {
