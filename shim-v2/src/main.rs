@@ -9,6 +9,5 @@ fn main() -> ExitCode {
     if let Some(code) = boxlite_shim_v2::roles::run(&args) {
         return code;
     }
-    eprintln!("containerd-shim-boxlite-v2: unknown command line");
-    ExitCode::from(boxlite_proto::exit::ExitCode::BadArguments)
+    boxlite_shim_v2::cli::main(&args)
 }

@@ -1,0 +1,204 @@
+//! The pod's cgroup on the host: a child of `cgroup_parent` for the shim and the VMM, on v1 hierarchies and v2.
+//!
+//! Best effort: where the host refuses (read-only mounts, no rights) the reason is logged and the pod runs where the
+//! shim was. Limits are the kubelet's affair, set on the parent. Nothing outside the directories made here is removed.
+
+use std::io;
+use std::path::{Component, Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// How often a directory that still holds dying processes is tried again.
+const REMOVE_POLL: Duration = Duration::from_millis(20);
+/// v1 cpuset files that a new directory needs before it takes a process.
+const CPUSET_FILES: [&str; 2] = ["cpuset.cpus", "cpuset.mems"];
+
+/// The cgroups a shim joined.
+#[derive(Debug, Default)]
+pub struct Joined {
+    /// Directories made, parents first, to be removed at the end.
+    pub made: Vec<PathBuf>,
+    /// `cgroup.procs` of where this process was before, one per hierarchy joined.
+    back: Vec<PathBuf>,
+}
+
+impl Joined {
+    /// Moves this process back to where it came from and removes what was made. The VM must be gone.
+    pub fn leave(&mut self, limit: Duration) {
+        for procs in self.back.drain(..) {
+            if let Err(error) = std::fs::write(&procs, "0") {
+                tracing::debug!(procs = %procs.display(), %error, "cannot go back to the old cgroup");
+            }
+        }
+        remove(&self.made, limit);
+        self.made.clear();
+    }
+}
+
+/// A mounted hierarchy and where this process is in it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Hierarchy {
+    mount: PathBuf,
+    own: PathBuf,
+    cpuset: bool,
+}
+
+/// Moves this process, with all it will start, into `<parent>/boxlite-<first 12 of id>` of every hierarchy. An empty
+/// parent leaves it where it is.
+pub fn join(parent: &str, id: &str) -> Joined {
+    let mut joined = Joined::default();
+    if parent.is_empty() {
+        return joined;
+    }
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let name = format!("boxlite-{}", id.get(..12).unwrap_or(id));
+    for hierarchy in hierarchies(&mounts, &own) {
+        if let Err(error) = join_one(&hierarchy, parent, &name, &mut joined) {
+            tracing::info!(mount = %hierarchy.mount.display(), parent, %error, "cgroup not joined");
+        }
+    }
+    joined
+}
+
+fn join_one(hierarchy: &Hierarchy, parent: &str, name: &str, joined: &mut Joined) -> io::Result<()> {
+    let mut dir = hierarchy.mount.clone();
+    let path = Path::new(parent).join(name);
+    for part in path.components() {
+        let Component::Normal(part) = part else {
+            if part == Component::RootDir {
+                continue;
+            }
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "cgroup parent with dots"));
+        };
+        let above = dir.clone();
+        dir.push(part);
+        match std::fs::create_dir(&dir) {
+            Ok(()) => joined.made.push(dir.clone()),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
+            Err(error) => return Err(error),
+        }
+        if hierarchy.cpuset {
+            for file in CPUSET_FILES {
+                std::fs::write(dir.join(file), std::fs::read(above.join(file))?)?;
+            }
+        }
+    }
+    std::fs::write(dir.join("cgroup.procs"), "0")?;
+    joined.back.push(hierarchy.mount.join(&hierarchy.own).join("cgroup.procs"));
+    Ok(())
+}
+
+/// Pairs mounts of cgroup file systems (mountinfo) with this process's places (/proc/self/cgroup).
+fn hierarchies(mountinfo: &str, own: &str) -> Vec<Hierarchy> {
+    let mut found = Vec::new();
+    for line in mountinfo.lines() {
+        let Some((before, after)) = line.split_once(" - ") else {
+            continue;
+        };
+        let mut after = after.split(' ');
+        let kind = after.next().unwrap_or_default();
+        let options = after.nth(1).unwrap_or_default();
+        let before: Vec<&str> = before.split(' ').collect();
+        let (Some(root), Some(mount)) = (before.get(3), before.get(4)) else {
+            continue;
+        };
+        if kind != "cgroup" && kind != "cgroup2" {
+            continue;
+        }
+        let place = own.lines().find_map(|line| {
+            let mut fields = line.splitn(3, ':');
+            let (_, controllers, path) = (fields.next()?, fields.next()?, fields.next()?);
+            let same = match kind {
+                "cgroup2" => controllers.is_empty(),
+                _ => {
+                    !controllers.is_empty()
+                        && controllers.split(',').all(|name| options.split(',').any(|option| option == name))
+                }
+            };
+            same.then_some(path)
+        });
+        let Some(place) = place else { continue };
+        // Below a bind-mounted part of a hierarchy the paths of /proc/self/cgroup start above the mount.
+        let place = Path::new(place).strip_prefix(root).unwrap_or(Path::new(""));
+        found.push(Hierarchy {
+            mount: PathBuf::from(mount),
+            own: place.strip_prefix("/").unwrap_or(place).to_owned(),
+            cpuset: options.split(',').any(|option| option == "cpuset"),
+        });
+    }
+    found
+}
+
+/// Removes directories made by [`join`], last first; waits at most `limit` for dying processes to leave them. A parent
+/// that others use meanwhile stays.
+pub fn remove(made: &[PathBuf], limit: Duration) {
+    let deadline = Instant::now() + limit;
+    for dir in made.iter().rev() {
+        loop {
+            match std::fs::remove_dir(dir) {
+                Ok(()) => break,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => break,
+                Err(error) => {
+                    let dying = error.kind() == io::ErrorKind::ResourceBusy && !has_children(dir);
+                    if !dying || Instant::now() >= deadline {
+                        tracing::debug!(dir = %dir.display(), %error, "cgroup not removed");
+                        break;
+                    }
+                    std::thread::sleep(REMOVE_POLL);
+                }
+            }
+        }
+    }
+}
+
+fn has_children(dir: &Path) -> bool {
+    std::fs::read_dir(dir)
+        .map(|entries| entries.flatten().any(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())))
+        .unwrap_or(false)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MOUNTS: &str = "\
+25 20 0:22 / /sys rw,nosuid - sysfs sysfs rw
+30 25 0:26 / /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct
+31 25 0:27 / /sys/fs/cgroup/cpuset rw - cgroup cgroup rw,cpuset
+32 25 0:28 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw,nsdelegate
+33 25 0:29 / /sys/fs/cgroup/pids rw - cgroup cgroup rw,pids
+";
+    const OWN: &str = "7:cpu,cpuacct:/a/b\n5:cpuset:/\n0::/c\n";
+
+    #[test]
+    fn mounts_and_places_are_paired() {
+        let found = hierarchies(MOUNTS, OWN);
+        let seen: Vec<_> = found
+            .iter()
+            .map(|h| (h.mount.to_str().unwrap_or(""), h.own.to_str().unwrap_or(""), h.cpuset))
+            .collect();
+        assert_eq!(
+            seen,
+            [
+                ("/sys/fs/cgroup/cpu,cpuacct", "a/b", false),
+                ("/sys/fs/cgroup/cpuset", "", true),
+                ("/sys/fs/cgroup/unified", "c", false),
+            ]
+        );
+    }
+
+    #[test]
+    fn a_parent_with_dots_is_refused_before_anything_is_made() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let hierarchy = Hierarchy {
+            mount: dir.path().join("m"),
+            own: PathBuf::new(),
+            cpuset: false,
+        };
+        std::fs::create_dir(&hierarchy.mount).expect("mkdir");
+        let mut joined = Joined::default();
+        let error = join_one(&hierarchy, "../out", "boxlite-x", &mut joined).expect_err("refused");
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+        assert!(joined.made.is_empty());
+    }
+}

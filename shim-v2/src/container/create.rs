@@ -1,0 +1,184 @@
+//! Task.Create: from a bundle to a container that waits for its start, each step undone if a later one fails.
+//!
+//! ```text
+//! id reserved → spec rewritten → output opened → rootfs in the share → mounts in the share → Container.Init → task spawned
+//! ```
+
+use super::process::{About, Process};
+use super::spec::{self, GuestSpec};
+use super::{Container, Containers, Slot, rootfs};
+use crate::error::{Result, ShimError};
+use crate::logs::{Sink, Stdio};
+use crate::sandbox::Guest;
+use crate::sandbox::undo::Undo;
+use boxlite_proto::boxlite::v1::{ContainerInitRequest, Rootfs};
+use boxlite_runtime::portal::PortalError;
+use containerd_shim_protos::api::CreateTaskRequest;
+use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
+use containerd_shim_protos::protobuf::MessageField;
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+/// Longest container id, in bytes; they become names of files.
+const ID_LIMIT: usize = 128;
+
+impl Guest {
+    /// A call into the guest that ends at once when the VM does.
+    ///
+    /// # Errors
+    /// The guest's, or VmGone.
+    pub async fn call<T>(&self, call: impl Future<Output = std::result::Result<T, PortalError>>) -> Result<T> {
+        tokio::select! {
+            biased;
+            result = call => match result {
+                Err(error) if error.is_transport() && self.ended.is_cancelled() => Err(self.gone()),
+                other => other.map_err(ShimError::from),
+            },
+            () = self.ended.cancelled() => Err(self.gone()),
+        }
+    }
+
+    fn gone(&self) -> ShimError {
+        ShimError::VmGone {
+            id: "of this shim".to_owned(),
+            how: "during the call".to_owned(),
+        }
+    }
+}
+
+/// Whether an id may become the name of a file.
+fn check_id(id: &str) -> Result<()> {
+    let fit = !id.is_empty()
+        && id.len() <= ID_LIMIT
+        && !id.starts_with('.')
+        && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte));
+    match fit {
+        true => Ok(()),
+        false => Err(ShimError::Invalid {
+            field: "id",
+            reason: format!("{id:?} is not an id: letters, digits, '-', '_', '.', at most {ID_LIMIT}"),
+        }),
+    }
+}
+
+impl Containers {
+    /// Creates a container; answers its pid in the guest. Should be driven to its end by a task of its own: dropped
+    /// midway, it leaves the id reserved and its mounts in the share until the VM ends.
+    ///
+    /// # Errors
+    /// AlreadyExists, HostPath, Invalid, Io, the guest's refusal. Everything is undone by then.
+    pub async fn create(&self, guest: &Guest, request: &CreateTaskRequest) -> Result<u32> {
+        check_id(&request.id)?;
+        if !request.checkpoint.is_empty() {
+            return Err(ShimError::Unsupported { what: "a checkpoint" });
+        }
+        match self.slots().entry(request.id.clone()) {
+            std::collections::hash_map::Entry::Occupied(_) => {
+                return Err(ShimError::AlreadyExists {
+                    what: "container",
+                    id: request.id.clone(),
+                });
+            }
+            std::collections::hash_map::Entry::Vacant(slot) => slot.insert(Slot::Making),
+        };
+        let mut undo = Undo::default();
+        match self.make(guest, request, &mut undo).await {
+            Ok((init, pid)) => {
+                let container = Container {
+                    id: request.id.clone(),
+                    bundle: PathBuf::from(&request.bundle),
+                    guest: guest.clone(),
+                    init,
+                    execs: Mutex::new(HashMap::new()),
+                    undo: Mutex::new(Some(undo)),
+                };
+                self.slots().insert(request.id.clone(), Slot::Made(Arc::new(container)));
+                self.publish_create(request, pid);
+                Ok(pid)
+            }
+            Err(error) => {
+                undo.run().await;
+                self.slots().remove(&request.id);
+                Err(error)
+            }
+        }
+    }
+
+    async fn make(&self, guest: &Guest, request: &CreateTaskRequest, undo: &mut Undo) -> Result<(Process, u32)> {
+        let bundle = PathBuf::from(&request.bundle);
+        let spec = spec::rewrite(spec::load(&bundle)?, &request.id)?;
+        let stdio = Stdio {
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+            terminal: request.terminal,
+            guest_input: spec.stdin,
+        };
+        let sink = Sink::open(&stdio)?;
+        let mut rootfs =
+            rootfs::prepare(&self.layers, &guest.share, &request.id, &bundle, &request.rootfs, undo).await?;
+        rootfs.read_only = spec.read_only;
+        for bind in &spec.binds {
+            let taken = (guest.share.clone(), bind.path.clone());
+            undo.push("mount", move || async move { taken.0.unbind(&taken.1).await });
+            guest.share.bind(&bind.source, &bind.path, bind.read_only).await?;
+        }
+        let init = init_request(request, &spec, rootfs, &stdio)?;
+        let (containers, id, ended) = (guest.session.container(), request.id.clone(), guest.ended.clone());
+        // Before the call: one that fails, or breaks off, may have left half a container.
+        undo.push("container in the guest", move || async move {
+            if ended.is_cancelled() {
+                return Ok(());
+            }
+            containers.delete(&id, true).await
+        });
+        let pid = guest.call(guest.session.container().init(init)).await?;
+        let about = About {
+            container: request.id.clone(),
+            exec: String::new(),
+            bundle,
+            stdio,
+        };
+        Ok((Process::spawn(&self.context, guest, about, sink, pid, None), pid))
+    }
+
+    fn publish_create(&self, request: &CreateTaskRequest, pid: u32) {
+        self.context.publisher.publish(&TaskCreate {
+            container_id: request.id.clone(),
+            bundle: request.bundle.clone(),
+            rootfs: request.rootfs.clone(),
+            io: MessageField::some(TaskIO {
+                stdin: request.stdin.clone(),
+                stdout: request.stdout.clone(),
+                stderr: request.stderr.clone(),
+                terminal: request.terminal,
+                ..Default::default()
+            }),
+            pid,
+            ..Default::default()
+        });
+    }
+}
+
+fn init_request(
+    request: &CreateTaskRequest,
+    spec: &GuestSpec,
+    rootfs: Rootfs,
+    stdio: &Stdio,
+) -> Result<ContainerInitRequest> {
+    let spec_json = serde_json::to_vec(&spec.spec).map_err(|error| ShimError::Invalid {
+        field: "config.json",
+        reason: error.to_string(),
+    })?;
+    Ok(ContainerInitRequest {
+        container_id: request.id.clone(),
+        spec_json: spec_json.into(),
+        rootfs: Some(rootfs),
+        terminal: request.terminal,
+        stdin: stdio.has_input(),
+        pid_mode: spec.pid_mode.into(),
+        pid_target: spec.pid_target.clone(),
+        stdin_once: spec.stdin_once,
+    })
+}

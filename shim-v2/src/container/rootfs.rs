@@ -1,0 +1,132 @@
+//! A container's root file system: EROFS layers into `l/`, anything else mounted at `r/<container id>` of the share.
+//!
+//! Layers are shared by the containers of the pod: [`Layers`] counts who uses them. How the guest stacks them is its own.
+
+use crate::error::{Result, ShimError};
+use crate::sandbox::machine::Share;
+use crate::sandbox::undo::Undo;
+use boxlite_proto::boxlite::v1::{Layer, Rootfs};
+use containerd_shim_protos::api::Mount;
+use sha2::{Digest, Sha256};
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tokio::sync::Mutex;
+
+/// Layers of one image: overlayfs takes 500 lower directories at most.
+const LAYER_LIMIT: usize = 500;
+
+/// The layer files that are bound into the share, with the number of their users. An async lock: it is held while a
+/// layer is being bound, so that a second user waits for it.
+#[derive(Clone, Default)]
+pub struct Layers(Arc<Mutex<HashMap<String, usize>>>);
+
+impl Layers {
+    async fn take(&self, share: &Arc<dyn Share>, source: &Path, undo: &mut Undo) -> Result<String> {
+        let path = layer_path(source);
+        let mut users = self.0.lock().await;
+        if let Some(count) = users.get_mut(&path) {
+            *count += 1;
+        } else {
+            share.bind(source, &path, true).await?;
+            users.insert(path.clone(), 1);
+        }
+        drop(users);
+        let (layers, share, key) = (self.clone(), share.clone(), path.clone());
+        undo.push("layer", move || async move { layers.give_back(&share, &key).await });
+        Ok(path)
+    }
+
+    async fn give_back(&self, share: &Arc<dyn Share>, path: &str) -> Result<()> {
+        let mut users = self.0.lock().await;
+        match users.get_mut(path) {
+            Some(count) if *count > 1 => {
+                *count -= 1;
+                Ok(())
+            }
+            Some(_) => {
+                users.remove(path);
+                share.unbind(path).await
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// Where a layer file appears in the share: by its path's digest, so that one file has one place.
+fn layer_path(source: &Path) -> String {
+    format!("l/{}.erofs", hex::encode(Sha256::digest(source.as_os_str().as_encoded_bytes())))
+}
+
+/// Puts the root file system of a container into the share. What it did is in `undo`.
+///
+/// # Errors
+/// HostPath for a layer that is not there, Invalid for mounts that make no root, Io for a mount that fails.
+pub async fn prepare(
+    layers: &Layers,
+    share: &Arc<dyn Share>,
+    container: &str,
+    bundle: &Path,
+    mounts: &[Mount],
+    undo: &mut Undo,
+) -> Result<Rootfs> {
+    if !mounts.is_empty() && mounts.iter().all(|mount| mount.type_ == "erofs") {
+        return stack(layers, share, mounts, undo).await;
+    }
+    let path = format!("r/{container}");
+    let taken = (share.clone(), path.clone());
+    undo.push("root file system", move || async move { taken.0.unbind(&taken.1).await });
+    match mounts {
+        [] => share.bind(&host_path(&bundle.join("rootfs"))?, &path, false).await?,
+        [only] if is_bind(only) => {
+            let read_only = only.options.iter().any(|option| option == "ro");
+            share.bind(&host_path(Path::new(&only.source))?, &path, read_only).await?;
+        }
+        [only] => share.mount(&only.type_, &only.source, &only.options, &path).await?,
+        more => {
+            return Err(ShimError::Invalid {
+                field: "rootfs",
+                reason: format!(
+                    "{} mounts of types {:?}; one mount, or EROFS layers only, make a root",
+                    more.len(),
+                    more.iter().map(|mount| mount.type_.as_str()).collect::<Vec<_>>()
+                ),
+            });
+        }
+    }
+    Ok(Rootfs {
+        directory: path,
+        ..Default::default()
+    })
+}
+
+async fn stack(layers: &Layers, share: &Arc<dyn Share>, mounts: &[Mount], undo: &mut Undo) -> Result<Rootfs> {
+    if mounts.len() > LAYER_LIMIT {
+        return Err(ShimError::Invalid {
+            field: "rootfs",
+            reason: format!("{} layers, at most {LAYER_LIMIT}", mounts.len()),
+        });
+    }
+    let mut stacked = Vec::with_capacity(mounts.len());
+    for mount in mounts {
+        let source = host_path(Path::new(&mount.source))?;
+        let path = layers.take(share, &source, undo).await?;
+        stacked.push(Layer { path });
+    }
+    Ok(Rootfs {
+        layers: stacked,
+        ..Default::default()
+    })
+}
+
+fn is_bind(mount: &Mount) -> bool {
+    mount.type_ == "bind" || mount.options.iter().any(|option| option == "bind" || option == "rbind")
+}
+
+fn host_path(path: &Path) -> Result<PathBuf> {
+    std::fs::canonicalize(path).map_err(|error| ShimError::HostPath {
+        path: path.to_owned(),
+        wanted_for: "the root file system".to_owned(),
+        reason: error.to_string(),
+    })
+}

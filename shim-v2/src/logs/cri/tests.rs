@@ -1,0 +1,133 @@
+//! Whatever the chunks are, the records give back the bytes of each stream, and the tags are containerd's.
+
+use super::*;
+use crate::logs::stamp;
+use proptest::prelude::*;
+
+/// A record taken apart.
+pub(in crate::logs) struct Record {
+    pub stderr: bool,
+    pub full: bool,
+    pub bytes: Vec<u8>,
+}
+
+/// Reads a log as a kubelet does. Panics where it is not one.
+pub(in crate::logs) fn parse(log: &[u8]) -> Vec<Record> {
+    let mut records = Vec::new();
+    let mut rest = log;
+    while !rest.is_empty() {
+        let end = memchr::memchr(b'\n', rest).expect("every record ends with a newline");
+        let line = &rest[..end];
+        rest = &rest[end + 1..];
+        assert_eq!((line[4], line[10], line[WIDTH - 1], line[WIDTH]), (b'-', b'T', b'Z', b' '));
+        let stderr = match &line[WIDTH + 1..WIDTH + 8] {
+            b"stdout " => false,
+            b"stderr " => true,
+            other => panic!("stream {other:?}"),
+        };
+        let full = match &line[WIDTH + 8..WIDTH + 10] {
+            b"F " => true,
+            b"P " => false,
+            other => panic!("tag {other:?}"),
+        };
+        records.push(Record {
+            stderr,
+            full,
+            bytes: line[WIDTH + 10..].to_vec(),
+        });
+    }
+    records
+}
+
+/// The bytes of one stream: a newline behind every full record.
+pub(in crate::logs) fn bytes_of(records: &[Record], stderr: bool) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for record in records.iter().filter(|record| record.stderr == stderr) {
+        bytes.extend_from_slice(&record.bytes);
+        if record.full {
+            bytes.push(b'\n');
+        }
+    }
+    bytes
+}
+
+fn format_all(chunks: &[(bool, Vec<u8>)]) -> (Vec<u8>, Formatter) {
+    let stamp = stamp::format(0);
+    let mut formatter = Formatter::default();
+    let mut out = Vec::new();
+    let mut offset = 0;
+    for (stderr, data) in chunks {
+        let stream = if *stderr { OutputStream::Stderr } else { OutputStream::Stdout };
+        formatter.push(stream, offset, data, &stamp, &mut out);
+        offset += data.len() as u64;
+        assert!(formatter.settled() <= offset);
+        assert!(offset - formatter.settled() <= HOLD_LIMIT);
+    }
+    (out, formatter)
+}
+
+fn lines(of: &[(bool, &[u8])]) -> Vec<(bool, Vec<u8>)> {
+    let chunks: Vec<_> = of.iter().map(|(stderr, data)| (*stderr, data.to_vec())).collect();
+    let (mut out, mut formatter) = format_all(&chunks);
+    formatter.finish(&stamp::format(0), &mut out);
+    parse(&out).into_iter().map(|record| (record.full, record.bytes)).collect()
+}
+
+#[test]
+fn the_longest_line_that_fits_is_one_record() {
+    let mut line = vec![b'x'; LINE_LIMIT];
+    line.push(b'\n');
+    assert_eq!(lines(&[(false, &line)]), [(true, vec![b'x'; LINE_LIMIT])]);
+    line.insert(0, b'y');
+    let mut first = vec![b'x'; LINE_LIMIT];
+    first[0] = b'y';
+    assert_eq!(lines(&[(false, &line)]), [(false, first), (true, b"x".to_vec())]);
+}
+
+#[test]
+fn a_newline_of_its_own_ends_the_line_before_it() {
+    assert_eq!(lines(&[(false, b"a"), (true, b"e\n"), (false, b"\n")]), [
+        (true, b"e".to_vec()),
+        (true, b"a".to_vec())
+    ]);
+}
+
+#[test]
+fn the_end_without_newline_is_partial() {
+    assert_eq!(lines(&[(true, b"e"), (false, b"o")]), [(false, b"e".to_vec()), (false, b"o".to_vec())]);
+    assert_eq!(lines(&[(false, b"\n")]), [(true, Vec::new())]);
+}
+
+#[test]
+fn a_prompt_on_one_stream_does_not_hold_the_other() {
+    let mut chunks = vec![(true, b"$ ".to_vec())];
+    chunks.extend((0..100).map(|_| (false, vec![b'\n'; 4096])));
+    let (_, formatter) = format_all(&chunks);
+    assert_eq!(formatter.settled(), 2 + 100 * 4096);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    #[test]
+    fn records_give_the_bytes_back(
+        chunks in prop::collection::vec(
+            (any::<bool>(), prop_oneof![
+                prop::collection::vec(prop_oneof![Just(b'\n'), any::<u8>()], 0..64),
+                (1usize..40_000, any::<u8>()).prop_map(|(n, byte)| vec![byte; n]),
+            ]),
+            0..40,
+        )
+    ) {
+        let (mut out, mut formatter) = format_all(&chunks);
+        formatter.finish(&stamp::format(0), &mut out);
+        let records = parse(&out);
+        for stderr in [false, true] {
+            let wanted: Vec<u8> = chunks.iter().filter(|(s, _)| *s == stderr).flat_map(|(_, d)| d.clone()).collect();
+            prop_assert_eq!(bytes_of(&records, stderr), wanted);
+        }
+        prop_assert!(records.iter().all(|record| record.bytes.len() <= LINE_LIMIT));
+        // A partial record is full, or the last of its stream, or let go because of the hold limit.
+        prop_assert!(records.iter().all(|record| !record.bytes.contains(&b'\n')));
+    }
+}

@@ -1,0 +1,51 @@
+//! [`Machine`]: how a VM comes to be, behind a trait so that the driver can be tested without one.
+//!
+//! The real one is [`crate::machine`]; nothing else in sandbox/, container/ or logs/ knows a VMM, a tap or a mount.
+
+use super::options::Plan;
+use super::undo::Undo;
+use crate::error::Result;
+use async_trait::async_trait;
+use boxlite_runtime::portal::GuestSession;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// The directory that the guest sees as its share.
+#[async_trait]
+pub trait Share: Send + Sync {
+    /// Makes `source` of the host (file or directory) appear at `path` below the share. Both kinds of the same path twice:
+    /// AlreadyExists. A dropped future may leave the mount; [`Share::unbind`] takes it away.
+    async fn bind(&self, source: &Path, path: &str, read_only: bool) -> Result<()>;
+    /// Mounts a file system of the host (`kind`, fstab-style options) at the directory `path` below the share.
+    async fn mount(&self, kind: &str, source: &str, options: &[String], path: &str) -> Result<()>;
+    /// Takes away what bind or mount made; succeeds on what is gone.
+    async fn unbind(&self, path: &str) -> Result<()>;
+}
+
+/// A VM whose guest is ready.
+pub struct Booted {
+    /// Pid of the vmm child on the host.
+    pub pid: u32,
+    /// Calls into the guest.
+    pub session: GuestSession,
+    /// Its share.
+    pub share: Arc<dyn Share>,
+    /// Completes with words when the VM ends.
+    pub exit: futures::future::BoxFuture<'static, String>,
+    /// Ends the VM by force; returns at once.
+    pub kill: Arc<dyn Fn() + Send + Sync>,
+    /// Facts for SandboxStatus(verbose).
+    pub info: Vec<(String, String)>,
+}
+
+/// Makes VMs out of plans.
+#[async_trait]
+pub trait Machine: Send + Sync {
+    /// Builds and boots. Everything done is in `undo` as soon as it is done, so that the caller can drop the future at
+    /// any time and take it back.
+    async fn boot(&self, id: &str, bundle: &Path, plan: &Plan, undo: &mut Undo) -> Result<Booted>;
+    /// What happens at CreateSandbox already: joining the pod's cgroup.
+    fn prepare(&self, bundle: &Path, plan: &Plan);
+    /// Console log of the last boot, for messages.
+    fn console(&self, bundle: &Path) -> PathBuf;
+}

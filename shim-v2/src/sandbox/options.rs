@@ -1,0 +1,56 @@
+//! [`Plan`]: what CreateSandbox asked for, checked.
+//!
+//! boxlite-cri sends [`SandboxOptions`] as JSON; another client (containerd's sandboxer) comes later and gets its own
+//! way to them here.
+
+use crate::error::{Result, ShimError};
+use boxlite_proto::names::SANDBOX_OPTIONS_TYPE;
+use boxlite_proto::vmm::SandboxOptions;
+use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
+use std::path::PathBuf;
+
+/// Largest options accepted, in bytes.
+const OPTIONS_LIMIT: usize = 1 << 20;
+
+/// The pod to be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// The VM's options.
+    pub options: SandboxOptions,
+    /// The pod's network namespace; None: no network.
+    pub netns: Option<PathBuf>,
+}
+
+impl Plan {
+    /// Reads a request.
+    ///
+    /// # Errors
+    /// Invalid, naming the field.
+    pub fn from_request(request: &CreateSandboxRequest) -> Result<Self> {
+        let invalid = |reason: String| ShimError::Invalid { field: "options", reason };
+        let any = request
+            .options
+            .as_ref()
+            .ok_or_else(|| invalid("missing".to_owned()))?;
+        let kind = any.type_url.rsplit('/').next().unwrap_or_default();
+        if kind != SANDBOX_OPTIONS_TYPE {
+            return Err(invalid(format!("type {kind:?}, {SANDBOX_OPTIONS_TYPE:?} is wanted")));
+        }
+        if any.value.len() > OPTIONS_LIMIT {
+            return Err(invalid(format!("{} bytes, at most {OPTIONS_LIMIT}", any.value.len())));
+        }
+        let options: SandboxOptions =
+            serde_json::from_slice(&any.value).map_err(|error| invalid(error.to_string()))?;
+        if options.vcpus == 0 {
+            return Err(invalid("vcpus is 0".to_owned()));
+        }
+        let netns = (!request.netns_path.is_empty()).then(|| PathBuf::from(&request.netns_path));
+        if netns.as_ref().is_some_and(|path| !path.is_absolute()) {
+            return Err(ShimError::Invalid {
+                field: "netns_path",
+                reason: format!("{:?} is not absolute", request.netns_path),
+            });
+        }
+        Ok(Self { options, netns })
+    }
+}

@@ -1,0 +1,158 @@
+//! containerd.runtime.sandbox.v1.Sandbox.
+
+use super::Service;
+use crate::container::stats;
+use crate::error::ShimError;
+use crate::sandbox::Snapshot;
+use crate::sandbox::options::Plan;
+use crate::time;
+use async_trait::async_trait;
+use containerd_shim_protos::protobuf::MessageField;
+use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
+use containerd_shim_protos::sandbox_api::{
+    CreateSandboxRequest, CreateSandboxResponse, PingRequest, PingResponse, PlatformRequest, PlatformResponse,
+    SandboxMetricsRequest, SandboxMetricsResponse, SandboxStatusRequest, SandboxStatusResponse, ShutdownSandboxRequest,
+    ShutdownSandboxResponse, StartSandboxRequest, StartSandboxResponse, StopSandboxRequest, StopSandboxResponse,
+    WaitSandboxRequest, WaitSandboxResponse,
+};
+use containerd_shim_protos::sandbox_async::Sandbox as SandboxService;
+use containerd_shim_protos::ttrpc;
+use containerd_shim_protos::ttrpc::asynchronous::TtrpcContext;
+use std::time::Duration;
+
+/// How long a guest may take to answer a ping or counters.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+
+#[async_trait]
+impl SandboxService for Service {
+    async fn create_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: CreateSandboxRequest,
+    ) -> ttrpc::Result<CreateSandboxResponse> {
+        self.check_sandbox(&request.sandbox_id)?;
+        let plan = Plan::from_request(&request)?;
+        let sandbox = self.sandbox.clone();
+        self.detached(async move { sandbox.create(plan).await }).await?;
+        Ok(CreateSandboxResponse::default())
+    }
+
+    async fn start_sandbox(&self, _: &TtrpcContext, request: StartSandboxRequest) -> ttrpc::Result<StartSandboxResponse> {
+        self.check_sandbox(&request.sandbox_id)?;
+        let snapshot = self.sandbox.start().await?;
+        Ok(StartSandboxResponse {
+            pid: snapshot.pid,
+            created_at: created_at(&snapshot),
+            ..Default::default()
+        })
+    }
+
+    async fn platform(&self, _: &TtrpcContext, request: PlatformRequest) -> ttrpc::Result<PlatformResponse> {
+        self.check_sandbox(&request.sandbox_id)?;
+        let mut response = PlatformResponse::new();
+        let platform = response.platform.mut_or_insert_default();
+        platform.os = "linux".to_owned();
+        platform.architecture = match std::env::consts::ARCH {
+            "x86_64" => "amd64",
+            "aarch64" => "arm64",
+            other => other,
+        }
+        .to_owned();
+        Ok(response)
+    }
+
+    async fn stop_sandbox(&self, _: &TtrpcContext, request: StopSandboxRequest) -> ttrpc::Result<StopSandboxResponse> {
+        self.check_sandbox(&request.sandbox_id)?;
+        let grace = Duration::from_secs(u64::from(request.timeout_secs));
+        self.sandbox.stop(grace).await?;
+        Ok(StopSandboxResponse::default())
+    }
+
+    async fn wait_sandbox(&self, _: &TtrpcContext, request: WaitSandboxRequest) -> ttrpc::Result<WaitSandboxResponse> {
+        self.check_sandbox(&request.sandbox_id)?;
+        let ended = self.sandbox.wait().await?;
+        Ok(WaitSandboxResponse {
+            exit_status: ended.status,
+            exited_at: MessageField::some(time::timestamp(ended.at_unix_ns)),
+            ..Default::default()
+        })
+    }
+
+    async fn sandbox_status(
+        &self,
+        _: &TtrpcContext,
+        request: SandboxStatusRequest,
+    ) -> ttrpc::Result<SandboxStatusResponse> {
+        self.check_sandbox(&request.sandbox_id)?;
+        let snapshot = self.sandbox.snapshot();
+        let mut response = SandboxStatusResponse {
+            sandbox_id: self.sandbox.context().id.to_string(),
+            pid: snapshot.pid,
+            state: snapshot.phase.name().to_owned(),
+            created_at: created_at(&snapshot),
+            ..Default::default()
+        };
+        if let Some(ended) = &snapshot.ended {
+            response.exited_at = MessageField::some(time::timestamp(ended.at_unix_ns));
+            response.info.insert("ended".to_owned(), ended.how.clone());
+        }
+        response
+            .info
+            .insert("phase".to_owned(), format!("{:?}", snapshot.phase).to_lowercase());
+        if request.verbose {
+            response.info.extend(snapshot.info.iter().cloned());
+        }
+        Ok(response)
+    }
+
+    async fn ping_sandbox(&self, _: &TtrpcContext, request: PingRequest) -> ttrpc::Result<PingResponse> {
+        self.check_sandbox(&request.sandbox_id)?;
+        let guest = self.sandbox.guest("ping it")?;
+        guest.call(guest.session.guest().ping(ANSWER_LIMIT)).await?;
+        Ok(PingResponse::default())
+    }
+
+    async fn shutdown_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: ShutdownSandboxRequest,
+    ) -> ttrpc::Result<ShutdownSandboxResponse> {
+        self.check_sandbox(&request.sandbox_id)?;
+        let (sandbox, exit) = (self.sandbox.clone(), self.exit.clone());
+        self.detached(async move {
+            let result = sandbox.shutdown().await;
+            exit.cancel();
+            match result {
+                Err(ShimError::Ending) => Ok(()),
+                other => other,
+            }
+        })
+        .await?;
+        Ok(ShutdownSandboxResponse::default())
+    }
+
+    async fn sandbox_metrics(
+        &self,
+        _: &TtrpcContext,
+        request: SandboxMetricsRequest,
+    ) -> ttrpc::Result<SandboxMetricsResponse> {
+        self.check_sandbox(&request.sandbox_id)?;
+        let guest = self.sandbox.guest("measure it")?;
+        let stats = guest.call(guest.session.guest().stats(ANSWER_LIMIT)).await?;
+        let data = stats::any(&stats.pod.unwrap_or_default(), &stats.networks)
+            .map_err(|error| ttrpc::Error::Others(error.to_string()))?;
+        let mut response = SandboxMetricsResponse::new();
+        let metrics = response.metrics.mut_or_insert_default();
+        metrics.id = self.sandbox.context().id.to_string();
+        metrics.timestamp = MessageField::some(time::timestamp(stats.time_unix_ns));
+        metrics.data = MessageField::some(data);
+        Ok(response)
+    }
+}
+
+fn created_at(snapshot: &Snapshot) -> MessageField<Timestamp> {
+    match snapshot.created_at_unix_ns {
+        0 => MessageField::none(),
+        at => MessageField::some(time::timestamp(at)),
+    }
+}

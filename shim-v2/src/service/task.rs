@@ -1,0 +1,278 @@
+//! containerd.task.v2.Task and v3.
+
+use super::Service;
+use crate::container::process::{About, Phase, Process, State};
+use crate::container::stats;
+use crate::error::ShimError;
+use crate::logs::{Sink, Stdio};
+use crate::time;
+use async_trait::async_trait;
+use containerd_shim_protos::api::{
+    CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse, DeleteRequest,
+    DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest, PidsResponse, ProcessInfo,
+    ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest, StateResponse,
+    StatsRequest, StatsResponse, Status, UpdateTaskRequest, WaitRequest, WaitResponse,
+};
+use containerd_shim_protos::events::task::TaskExecAdded;
+use containerd_shim_protos::protobuf::MessageField;
+use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
+use containerd_shim_protos::shim_async::Task;
+use containerd_shim_protos::ttrpc;
+use containerd_shim_protos::ttrpc::asynchronous::TtrpcContext;
+use std::time::Duration;
+
+/// How long a guest may take to answer counters.
+const STATS_LIMIT: Duration = Duration::from_secs(10);
+
+impl Service {
+    fn process(&self, id: &str, exec_id: &str) -> ttrpc::Result<Process> {
+        Ok(self.sandbox.containers().get(id)?.process(exec_id)?)
+    }
+}
+
+#[async_trait]
+impl Task for Service {
+    async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> ttrpc::Result<CreateTaskResponse> {
+        let guest = self.sandbox.guest("create a container")?;
+        let containers = self.sandbox.containers().clone();
+        let pid = self
+            .detached(async move { containers.create(&guest, &request).await })
+            .await?;
+        Ok(CreateTaskResponse {
+            pid,
+            ..Default::default()
+        })
+    }
+
+    async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
+        let pid = self.process(&request.id, &request.exec_id)?.start().await?;
+        Ok(StartResponse {
+            pid,
+            ..Default::default()
+        })
+    }
+
+    async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
+        let process = self.process(&request.id, &request.exec_id)?;
+        Ok(state_response(process.about(), &process.state()))
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
+        let ended = self.process(&request.id, &request.exec_id)?.wait().await?;
+        Ok(WaitResponse {
+            exit_status: ended.status,
+            exited_at: MessageField::some(time::timestamp(ended.at_unix_ns)),
+            ..Default::default()
+        })
+    }
+
+    async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
+        let process = self.process(&request.id, &request.exec_id)?;
+        process.kill(request.signal, request.all).await?;
+        Ok(Empty::default())
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
+        let container = self.sandbox.containers().get(&request.id)?;
+        if request.exec_id.is_empty() {
+            return Err(invalid("exec_id", "empty"));
+        }
+        if container.init.state().phase != Phase::Running {
+            return Err(ShimError::WrongState {
+                what: "container",
+                id: request.id,
+                state: format!("{:?}", container.init.state().phase).to_lowercase(),
+                action: "exec in it",
+            }
+            .into());
+        }
+        let stdio = Stdio {
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+            terminal: request.terminal,
+            guest_input: false,
+        };
+        let sink = Sink::open(&stdio)?;
+        let about = About {
+            container: request.id.clone(),
+            exec: request.exec_id.clone(),
+            bundle: container.bundle.clone(),
+            stdio,
+        };
+        let process = request.spec.into_option().unwrap_or_default().value;
+        let context = self.sandbox.context().clone();
+        let guest = container.guest.clone();
+        container.add_exec(&request.exec_id, || {
+            Process::spawn(&context, &guest, about, sink, 0, Some(process))
+        })?;
+        context.publisher.publish(&TaskExecAdded {
+            container_id: request.id,
+            exec_id: request.exec_id,
+            ..Default::default()
+        });
+        Ok(Empty::default())
+    }
+
+    async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
+        let containers = self.sandbox.containers().clone();
+        let state = if request.exec_id.is_empty() {
+            let id = request.id.clone();
+            self.detached(async move { containers.delete(&id).await }).await?
+        } else {
+            let container = containers.get(&request.id)?;
+            let process = container.process(&request.exec_id)?;
+            let exec_id = request.exec_id.clone();
+            self.detached(async move {
+                let state = process.delete().await?;
+                process.close().await;
+                container.remove_exec(&exec_id);
+                Ok(state)
+            })
+            .await?
+        };
+        let (exit_status, exited_at) = ended(&state);
+        Ok(DeleteResponse {
+            pid: state.pid,
+            exit_status,
+            exited_at,
+            ..Default::default()
+        })
+    }
+
+    async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
+        let container = self.sandbox.containers().get(&request.id)?;
+        let pids = container.guest.call(container.guest.session.container().pids(&request.id)).await?;
+        Ok(PidsResponse {
+            processes: pids
+                .into_iter()
+                .map(|pid| ProcessInfo {
+                    pid,
+                    ..Default::default()
+                })
+                .collect(),
+            ..Default::default()
+        })
+    }
+
+    async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
+        if request.stdin {
+            self.process(&request.id, &request.exec_id)?.close_input().await?;
+        }
+        Ok(Empty::default())
+    }
+
+    async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
+        let process = self.process(&request.id, &request.exec_id)?;
+        process.resize(request.height, request.width).await?;
+        Ok(Empty::default())
+    }
+
+    async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
+        let container = self.sandbox.containers().get(&request.id)?;
+        let resources = request.resources.into_option().unwrap_or_default().value;
+        let (guest, id) = (container.guest.clone(), request.id);
+        self.detached(async move {
+            let containers = guest.session.container();
+            guest.call(containers.update(&id, resources)).await
+        })
+        .await?;
+        Ok(Empty::default())
+    }
+
+    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
+        let container = self.sandbox.containers().get(&request.id)?;
+        let session = &container.guest.session;
+        let told = container.guest.call(session.container().stats(&request.id, STATS_LIMIT)).await?;
+        let stats = stats::any(&told.cgroup.unwrap_or_default(), &[])
+            .map_err(|error| ttrpc::Error::Others(error.to_string()))?;
+        Ok(StatsResponse {
+            stats: MessageField::some(stats),
+            ..Default::default()
+        })
+    }
+
+    async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
+        self.process(&request.id, "")?.pause(true).await?;
+        Ok(Empty::default())
+    }
+
+    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
+        self.process(&request.id, "")?.pause(false).await?;
+        Ok(Empty::default())
+    }
+
+    async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
+        let task_pid = match self.sandbox.containers().get(&request.id) {
+            Ok(container) => container.init.state().pid,
+            Err(_) => self.sandbox.snapshot().pid,
+        };
+        Ok(ConnectResponse {
+            shim_pid: std::process::id(),
+            task_pid,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            ..Default::default()
+        })
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
+        // containerd asks after every container that it deletes; the shim ends with the last of a pod that no sandbox
+        // call holds, or when told to at once.
+        if !self.sandbox.containers().is_empty() && !request.now {
+            return Ok(Empty::default());
+        }
+        if !request.now && self.sandbox.snapshot().plan.is_some() {
+            return Ok(Empty::default());
+        }
+        let (sandbox, exit) = (self.sandbox.clone(), self.exit.clone());
+        self.detached(async move {
+            let result = sandbox.shutdown().await;
+            exit.cancel();
+            match result {
+                Err(ShimError::Ending) => Ok(()),
+                other => other,
+            }
+        })
+        .await?;
+        Ok(Empty::default())
+    }
+}
+
+fn invalid(field: &'static str, reason: &str) -> ttrpc::Error {
+    ShimError::Invalid {
+        field,
+        reason: reason.to_owned(),
+    }
+    .into()
+}
+
+fn ended(state: &State) -> (u32, MessageField<Timestamp>) {
+    match state.ended {
+        Some(ended) => (ended.status, MessageField::some(time::timestamp(ended.at_unix_ns))),
+        None => (0, MessageField::none()),
+    }
+}
+
+fn state_response(about: &About, state: &State) -> StateResponse {
+    let status = match state.phase {
+        Phase::Created => Status::CREATED,
+        Phase::Running => Status::RUNNING,
+        Phase::Paused => Status::PAUSED,
+        Phase::Stopped => Status::STOPPED,
+    };
+    let (exit_status, exited_at) = ended(state);
+    StateResponse {
+        id: about.id().to_owned(),
+        bundle: about.bundle.display().to_string(),
+        pid: state.pid,
+        status: status.into(),
+        stdin: about.stdio.stdin.clone(),
+        stdout: about.stdio.stdout.clone(),
+        stderr: about.stdio.stderr.clone(),
+        terminal: about.stdio.terminal,
+        exit_status,
+        exited_at,
+        exec_id: about.exec.clone(),
+        ..Default::default()
+    }
+}
