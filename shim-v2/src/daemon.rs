@@ -5,7 +5,6 @@
 //! services down must not kill its pods on the way. SIGINT and SIGPIPE are ignored too; a panic ends the process, and the
 //! kernel then ends the VM.
 
-use crate::cgroup;
 use crate::events::Publisher;
 use crate::machine::VmMachine;
 use crate::record::{ProcessRef, Record};
@@ -215,6 +214,3 @@ fn say_ok() -> std::io::Result<()> {
     nix::unistd::dup2_stdout(std::io::stderr())?;
     Ok(())
 }
-
-/// What the daemon keeps of its cgroup.
-pub(crate) type PodCgroup = std::sync::Mutex<cgroup::Joined>;

@@ -292,7 +292,7 @@ impl Task {
                 None => return self.close().await,
                 Some(Request::Close(reply)) => {
                     self.close().await;
-                    drop(reply.send(()));
+                    let _ = reply.send(());
                     return;
                 }
                 Some(request) => self.serve(request).await,

@@ -158,7 +158,7 @@ impl Driver {
                 id: self.context.id.to_string(),
             }),
             None => {
-                self.machine.prepare(&self.context.bundle, &plan);
+                self.machine.prepare(&self.context.id, &self.context.bundle, &plan);
                 self.publish(|snapshot| {
                     snapshot.phase = Phase::Created;
                     snapshot.created_at_unix_ns = time::unix_ns();

@@ -7,7 +7,7 @@ use super::undo::Undo;
 use crate::error::Result;
 use async_trait::async_trait;
 use boxlite_runtime::portal::GuestSession;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 /// The directory that the guest sees as its share.
@@ -45,7 +45,5 @@ pub trait Machine: Send + Sync {
     /// any time and take it back.
     async fn boot(&self, id: &str, bundle: &Path, plan: &Plan, undo: &mut Undo) -> Result<Booted>;
     /// What happens at CreateSandbox already: joining the pod's cgroup.
-    fn prepare(&self, bundle: &Path, plan: &Plan);
-    /// Console log of the last boot, for messages.
-    fn console(&self, bundle: &Path) -> PathBuf;
+    fn prepare(&self, id: &str, bundle: &Path, plan: &Plan);
 }

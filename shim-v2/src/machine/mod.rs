@@ -1,0 +1,304 @@
+//! [`VmMachine`]: puts a pod's VM together out of vmm, share and net.
+//!
+//! ```text
+//! work dir → scratch disk → share → ready socket → vmm child → guest calls 2696 → Guest.Init
+//! ```
+//!
+//! Each step tells [`Undo`] how to take it back before it is done; the driver runs that list after a failure, a stop or
+//! the VM's end. Nothing here decides when.
+
+mod scratch;
+mod share;
+
+use crate::cgroup;
+use crate::error::{Result, ShimError};
+use crate::record::{ProcessRef, Record};
+use crate::sandbox::machine::{Booted, Machine};
+use crate::sandbox::options::Plan;
+use crate::sandbox::undo::Undo;
+use crate::time;
+use crate::vmm::{ReadySocket, Supervisor, VmmChild};
+use async_trait::async_trait;
+use boxlite_proto::boxlite::v1::GuestInitRequest;
+use boxlite_proto::names;
+use boxlite_proto::vmm::{Disk, InstanceSpec};
+use boxlite_runtime::portal::{Connection, GuestAddress, GuestSession};
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use share::HostShare;
+use std::io::Read;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Lines of console and vmm messages in an error.
+const ERROR_LINES: usize = 30;
+/// Bytes for the guest's random pool.
+const ENTROPY: usize = 64;
+/// How long a killed VMM may take to be gone when a boot is taken back.
+const KILL_LIMIT: Duration = Duration::from_secs(30);
+/// The VM itself is as good a victim of the OOM killer as any pod; only the shim is protected.
+const VMM_OOM_SCORE: &str = "0";
+
+/// Gives this process a mount namespace that mounts of the host reach and that lets none of its own out. Single-threaded
+/// callers only.
+///
+/// # Errors
+/// Without the right to it.
+pub fn enter_mount_namespace() -> std::io::Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_SLAVE, None::<&str>)?;
+    Ok(())
+}
+
+/// See the module.
+pub struct VmMachine {
+    record: Mutex<Record>,
+    cgroup: Mutex<cgroup::Joined>,
+    supervisor: Supervisor,
+}
+
+impl VmMachine {
+    /// A machine that keeps `record` up to date.
+    pub fn new(record: Record) -> Self {
+        Self {
+            record: Mutex::new(record),
+            cgroup: Mutex::default(),
+            supervisor: Supervisor::default(),
+        }
+    }
+
+    fn record(&self) -> MutexGuard<'_, Record> {
+        self.record.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes the record into the bundle.
+    ///
+    /// # Errors
+    /// When the bundle cannot be written.
+    pub fn store(&self, bundle: &Path) -> std::io::Result<()> {
+        self.record().store(bundle)
+    }
+
+    /// Gives the pod's cgroup up. The VM must be gone.
+    pub fn leave_cgroup(&self, limit: Duration) {
+        self.cgroup.lock().unwrap_or_else(PoisonError::into_inner).leave(limit);
+    }
+
+    /// Writes the vmm child down before anything waits for it: a shim that dies now leaves something to kill.
+    fn note_child(&self, bundle: &Path, pid: i32) {
+        self.record().vmm = ProcessRef::of(pid).ok();
+        if let Err(error) = self.store(bundle) {
+            tracing::warn!(%error, "the shim's record cannot be written");
+        }
+        if let Err(error) = std::fs::write(format!("/proc/{pid}/oom_score_adj"), VMM_OOM_SCORE) {
+            tracing::debug!(%error, "oom_score_adj of the VM stays");
+        }
+    }
+
+    async fn start_child(&self, spec: InstanceSpec, undo: &mut Undo) -> Result<VmmChild> {
+        let supervisor = self.supervisor.clone();
+        let spawned = tokio::task::spawn_blocking(move || supervisor.spawn(&spec)).await;
+        let child = spawned
+            .map_err(|_| ShimError::Ending)?
+            .map_err(ShimError::boot("start the vmm child"))?;
+        let hold = child.clone();
+        undo.push("vmm child", move || async move {
+            hold.kill();
+            tokio::time::timeout(KILL_LIMIT, hold.wait())
+                .await
+                .map(drop)
+                .map_err(|_| "it outlived SIGKILL")
+        });
+        Ok(child)
+    }
+}
+
+#[async_trait]
+impl Machine for VmMachine {
+    async fn boot(&self, id: &str, bundle: &Path, plan: &Plan, undo: &mut Undo) -> Result<Booted> {
+        let mut timers = Timers::default();
+        let work_dir = make_work_dir(bundle, undo)?;
+        let scratch = bundle.join("scratch.img");
+        let taken = scratch.clone();
+        undo.push_call("scratch disk", move || remove_file(&taken));
+        scratch::make(&scratch, plan.options.scratch_bytes).await?;
+        timers.mark("scratch");
+
+        let share = HostShare::new(bundle);
+        let taken = share.clone();
+        undo.push_call("share", move || taken.clear());
+        share.mount()?;
+        timers.mark("share");
+
+        let ready = ReadySocket::bind(&work_dir).map_err(ShimError::boot("listen for the guest"))?;
+        let spec = instance(id, plan, &work_dir, &share, &scratch);
+        let child = self.start_child(spec, undo).await?;
+        self.note_child(bundle, child.pid());
+        timers.mark("spawn");
+        ready.wait(&child).await.map_err(ShimError::boot("wait for the guest"))?;
+        timers.mark("ready");
+
+        let socket = work_dir.join(names::VSOCK_SOCKET);
+        let session = GuestSession::new(Connection::lazy(GuestAddress::of(&plan.options.vmm, socket)));
+        let told = init(&session, &child, id, plan).await?;
+        timers.mark("init");
+        let mut info = timers.0;
+        info.push(("kernel".to_owned(), told.0));
+        info.push(("agent".to_owned(), told.1));
+        info.push(("vmm".to_owned(), plan.options.vmm.to_string()));
+
+        let (watched, killed) = (child.clone(), child.clone());
+        Ok(Booted {
+            pid: child.pid().unsigned_abs(),
+            session,
+            share: Arc::new(share),
+            exit: Box::pin(async move {
+                let exit = watched.wait().await;
+                format!("{exit}; {}", last_words(&watched))
+            }),
+            kill: Arc::new(move || killed.kill()),
+            info,
+        })
+    }
+
+    fn prepare(&self, id: &str, bundle: &Path, plan: &Plan) {
+        let joined = cgroup::join(&plan.options.cgroup_parent, id);
+        self.record().cgroups.clone_from(&joined.made);
+        *self.cgroup.lock().unwrap_or_else(PoisonError::into_inner) = joined;
+        if let Err(error) = self.store(bundle) {
+            tracing::warn!(%error, "the shim's record cannot be written");
+        }
+    }
+}
+
+/// Milliseconds of each step, for SandboxStatus: `timer.<stage>`.
+struct TimersInner(Instant);
+
+#[derive(Default)]
+struct Timers(Vec<(String, String)>, TimersInner);
+
+impl Default for TimersInner {
+    fn default() -> Self {
+        Self(Instant::now())
+    }
+}
+
+impl Timers {
+    fn mark(&mut self, stage: &str) {
+        let took = self.1.0.elapsed();
+        self.1.0 = Instant::now();
+        self.0.push((format!("timer.{stage}"), took.as_millis().to_string()));
+    }
+}
+
+fn instance(id: &str, plan: &Plan, work_dir: &Path, share: &HostShare, scratch: &Path) -> InstanceSpec {
+    let options = &plan.options;
+    InstanceSpec {
+        id: id.to_owned(),
+        kind: options.vmm.clone(),
+        vcpus: options.vcpus,
+        memory_mib: options.memory_mib,
+        acceleration: options.acceleration,
+        installation: options.installation.clone(),
+        work_dir: work_dir.to_owned(),
+        share_dir: share.served().to_owned(),
+        disks: vec![Disk {
+            path: scratch.to_owned(),
+            serial: names::SCRATCH_SERIAL.to_owned(),
+            read_only: false,
+        }],
+        nics: Vec::new(),
+        netns: plan.netns.clone(),
+        debug_console: options.debug_console,
+    }
+}
+
+/// Guest.Init, ended by the VM's death. Answers kernel and agent version.
+async fn init(session: &GuestSession, child: &VmmChild, id: &str, plan: &Plan) -> Result<(String, String)> {
+    let mut entropy = vec![0; ENTROPY];
+    std::fs::File::open("/dev/urandom")
+        .and_then(|mut file| file.read_exact(&mut entropy))
+        .map_err(ShimError::io("read", "/dev/urandom"))?;
+    let request = GuestInitRequest {
+        sandbox_id: id.to_owned(),
+        hostname: plan.options.hostname.clone(),
+        time_unix_ns: time::unix_ns(),
+        share_tag: names::SHARE_TAG.to_owned(),
+        scratch_device: names::SCRATCH_SERIAL.to_owned(),
+        sysctls: plan.options.sysctls.clone().into_iter().collect(),
+        entropy: entropy.into(),
+        ..Default::default()
+    };
+    let guest = session.guest();
+    let told = tokio::select! {
+        told = guest.init(request) => told,
+        exit = child.wait() => return Err(ShimError::VmGone {
+            id: id.to_owned(),
+            how: format!("{exit} during Guest.Init; {}", last_words(child)),
+        }),
+    };
+    match told {
+        Ok(told) => Ok((told.kernel_release, told.agent_version)),
+        Err(error) => Err(ShimError::Boot {
+            step: "Guest.Init",
+            source: Arc::new(InitError {
+                source: error,
+                said: last_words(child),
+            }),
+        }),
+    }
+}
+
+/// A guest that came up and then refused its initialisation.
+#[derive(Debug, thiserror::Error)]
+#[error("{said}")]
+struct InitError {
+    said: String,
+    #[source]
+    source: boxlite_runtime::portal::PortalError,
+}
+
+fn last_words(child: &VmmChild) -> String {
+    let part = |name: &str, lines: Vec<String>| match lines.is_empty() {
+        true => format!("{name}: nothing"),
+        false => format!("{name}: {}", lines.join(" | ")),
+    };
+    format!(
+        "{}; {}",
+        part("vmm", child.stderr_tail(ERROR_LINES)),
+        part("last console lines", child.console_tail(ERROR_LINES))
+    )
+}
+
+/// A fresh private directory for sockets and console.
+fn make_work_dir(bundle: &Path, undo: &mut Undo) -> Result<PathBuf> {
+    let dir = bundle.join("vm");
+    match std::fs::remove_dir_all(&dir) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(ShimError::io("clear", dir.display())(error));
+        }
+        _ => {}
+    }
+    std::fs::DirBuilder::new()
+        .mode(0o700)
+        .create(&dir)
+        .map_err(ShimError::io("create", dir.display()))?;
+    // The console's log stays for whoever looks for the reason; the sockets lead nowhere any more.
+    let taken = dir.clone();
+    undo.push_call("sockets", move || {
+        for name in [names::VSOCK_SOCKET, names::READY_SOCKET] {
+            remove_file(&taken.join(name))?;
+        }
+        Ok::<(), std::io::Error>(())
+    });
+    Ok(dir)
+}
+
+fn remove_file(path: &Path) -> std::io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
