@@ -60,7 +60,12 @@ pub fn join(parent: &str, id: &str) -> Joined {
     joined
 }
 
-fn join_one(hierarchy: &Hierarchy, parent: &str, name: &str, joined: &mut Joined) -> io::Result<()> {
+fn join_one(
+    hierarchy: &Hierarchy,
+    parent: &str,
+    name: &str,
+    joined: &mut Joined,
+) -> io::Result<()> {
     let mut dir = hierarchy.mount.clone();
     let path = Path::new(parent).join(name);
     for part in path.components() {
@@ -68,7 +73,10 @@ fn join_one(hierarchy: &Hierarchy, parent: &str, name: &str, joined: &mut Joined
             if part == Component::RootDir {
                 continue;
             }
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "cgroup parent with dots"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "cgroup parent with dots",
+            ));
         };
         let above = dir.clone();
         dir.push(part);
@@ -84,7 +92,9 @@ fn join_one(hierarchy: &Hierarchy, parent: &str, name: &str, joined: &mut Joined
         }
     }
     std::fs::write(dir.join("cgroup.procs"), "0")?;
-    joined.back.push(hierarchy.mount.join(&hierarchy.own).join("cgroup.procs"));
+    joined
+        .back
+        .push(hierarchy.mount.join(&hierarchy.own).join("cgroup.procs"));
     Ok(())
 }
 
@@ -112,7 +122,9 @@ fn hierarchies(mountinfo: &str, own: &str) -> Vec<Hierarchy> {
                 "cgroup2" => controllers.is_empty(),
                 _ => {
                     !controllers.is_empty()
-                        && controllers.split(',').all(|name| options.split(',').any(|option| option == name))
+                        && controllers
+                            .split(',')
+                            .all(|name| options.split(',').any(|option| option == name))
                 }
             };
             same.then_some(path)
@@ -153,7 +165,11 @@ pub fn remove(made: &[PathBuf], limit: Duration) {
 
 fn has_children(dir: &Path) -> bool {
     std::fs::read_dir(dir)
-        .map(|entries| entries.flatten().any(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())))
+        .map(|entries| {
+            entries
+                .flatten()
+                .any(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+        })
         .unwrap_or(false)
 }
 
@@ -175,7 +191,13 @@ mod tests {
         let found = hierarchies(MOUNTS, OWN);
         let seen: Vec<_> = found
             .iter()
-            .map(|h| (h.mount.to_str().unwrap_or(""), h.own.to_str().unwrap_or(""), h.cpuset))
+            .map(|h| {
+                (
+                    h.mount.to_str().unwrap_or(""),
+                    h.own.to_str().unwrap_or(""),
+                    h.cpuset,
+                )
+            })
             .collect();
         assert_eq!(
             seen,

@@ -95,7 +95,9 @@ fn prepare(flags: &Flags) -> Result<Prepared, DaemonError> {
     let level = if flags.debug { "debug" } else { "info" };
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
-        .with_env_filter(tracing_subscriber::EnvFilter::new(format!("warn,boxlite_shim_v2={level}")))
+        .with_env_filter(tracing_subscriber::EnvFilter::new(format!(
+            "warn,boxlite_shim_v2={level}"
+        )))
         .with_ansi(false)
         .init();
     abort_on_panic();
@@ -103,7 +105,9 @@ fn prepare(flags: &Flags) -> Result<Prepared, DaemonError> {
     let listener = std::io::stdin()
         .as_fd()
         .try_clone_to_owned()
-        .map_err(DaemonError::step("take the listening socket from standard input"))?;
+        .map_err(DaemonError::step(
+            "take the listening socket from standard input",
+        ))?;
     let listener = UnixListener::from(listener);
     listener
         .local_addr()
@@ -143,7 +147,8 @@ async fn run(prepared: Prepared) -> Result<(), DaemonError> {
     let tasks = TaskTracker::new();
     let exit = CancellationToken::new();
     let published = CancellationToken::new();
-    let (publisher, deliver) = Publisher::new(&prepared.events, &prepared.namespace, published.clone());
+    let (publisher, deliver) =
+        Publisher::new(&prepared.events, &prepared.namespace, published.clone());
     tasks.spawn(deliver);
     let context = Context {
         id: prepared.id.as_str().into(),
@@ -164,7 +169,9 @@ async fn run(prepared: Prepared) -> Result<(), DaemonError> {
     let sandbox = Sandbox::spawn(context, machine.clone());
     let service = Service::new(sandbox.clone(), exit.clone());
     let listener = Listener::try_from(prepared.listener).map_err(DaemonError::step("listen"))?;
-    let mut server = Server::new().add_listener(listener).register_service(service.tables());
+    let mut server = Server::new()
+        .add_listener(listener)
+        .register_service(service.tables());
     server.start().await.map_err(DaemonError::Server)?;
     say_ok().map_err(DaemonError::step("say ok"))?;
     tracing::info!(id = prepared.id, socket = %prepared.socket.display(), "serving");
@@ -172,12 +179,18 @@ async fn run(prepared: Prepared) -> Result<(), DaemonError> {
     exit.cancelled().await;
     // From here on a connect must fail, or a client would wait for a shim that is going.
     drop(std::fs::remove_file(&prepared.socket));
-    if tokio::time::timeout(SERVER_LIMIT, server.shutdown()).await.is_err() {
+    if tokio::time::timeout(SERVER_LIMIT, server.shutdown())
+        .await
+        .is_err()
+    {
         tracing::debug!("connections cut");
     }
     published.cancel();
     tasks.close();
-    if tokio::time::timeout(TASKS_LIMIT, tasks.wait()).await.is_err() {
+    if tokio::time::timeout(TASKS_LIMIT, tasks.wait())
+        .await
+        .is_err()
+    {
         tracing::warn!(left = tasks.len(), "tasks did not end in time");
     }
     machine.leave_cgroup(CGROUP_LIMIT);
@@ -188,7 +201,11 @@ async fn run(prepared: Prepared) -> Result<(), DaemonError> {
 
 /// Swallows what would end a process by default. The task ends with the daemon.
 fn ignore_signals(tasks: &TaskTracker, exit: &CancellationToken) -> Result<(), DaemonError> {
-    for kind in [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()] {
+    for kind in [
+        SignalKind::terminate(),
+        SignalKind::interrupt(),
+        SignalKind::hangup(),
+    ] {
         let mut stream = signal(kind).map_err(DaemonError::step("catch signals"))?;
         let exit = exit.clone();
         tasks.spawn(async move {

@@ -46,8 +46,8 @@ pub enum ShimError {
         #[source]
         source: Arc<std::io::Error>,
     },
-    /// A step of the VM's start.
-    #[error("start of the VM: {step}")]
+    /// A step with the VM or its parts.
+    #[error("{step}")]
     Boot {
         step: &'static str,
         #[source]
@@ -75,7 +75,10 @@ impl From<PortalError> for ShimError {
 
 impl ShimError {
     /// Wraps an I/O error with what was done to which path.
-    pub fn io(action: &'static str, path: impl std::fmt::Display) -> impl FnOnce(std::io::Error) -> Self {
+    pub fn io(
+        action: &'static str,
+        path: impl std::fmt::Display,
+    ) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.to_string();
         move |source| Self::Io {
             action,
@@ -115,14 +118,20 @@ fn guest_code(error: &PortalError) -> ttrpc::Code {
         PortalError::Guest { kind, .. } => match kind {
             GuestErrorKind::NotFound | GuestErrorKind::ExecutableNotFound => ttrpc::Code::NOT_FOUND,
             GuestErrorKind::AlreadyExists => ttrpc::Code::ALREADY_EXISTS,
-            GuestErrorKind::InvalidArgument | GuestErrorKind::UserNotFound | GuestErrorKind::Mount => {
-                ttrpc::Code::INVALID_ARGUMENT
+            GuestErrorKind::InvalidArgument
+            | GuestErrorKind::UserNotFound
+            | GuestErrorKind::Mount => ttrpc::Code::INVALID_ARGUMENT,
+            GuestErrorKind::WrongState | GuestErrorKind::OutputGone => {
+                ttrpc::Code::FAILED_PRECONDITION
             }
-            GuestErrorKind::WrongState | GuestErrorKind::OutputGone => ttrpc::Code::FAILED_PRECONDITION,
             GuestErrorKind::Resources => ttrpc::Code::RESOURCE_EXHAUSTED,
-            GuestErrorKind::Rootfs | GuestErrorKind::Internal | GuestErrorKind::Unspecified => ttrpc::Code::INTERNAL,
+            GuestErrorKind::Rootfs | GuestErrorKind::Internal | GuestErrorKind::Unspecified => {
+                ttrpc::Code::INTERNAL
+            }
         },
-        PortalError::Deadline { .. } | PortalError::ExecDeadline { .. } => ttrpc::Code::DEADLINE_EXCEEDED,
+        PortalError::Deadline { .. } | PortalError::ExecDeadline { .. } => {
+            ttrpc::Code::DEADLINE_EXCEEDED
+        }
         PortalError::Transport { .. } | PortalError::Connect { .. } => ttrpc::Code::UNAVAILABLE,
         PortalError::Protocol { .. } => ttrpc::Code::INTERNAL,
     }

@@ -37,7 +37,12 @@ impl ProcessRef {
             .rsplit_once(')')
             .and_then(|(_, rest)| rest.split_whitespace().nth(19))
             .and_then(|field| field.parse().ok())
-            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no start time in /proc/<pid>/stat"))?;
+            .ok_or_else(|| {
+                io::Error::new(
+                    io::ErrorKind::InvalidData,
+                    "no start time in /proc/<pid>/stat",
+                )
+            })?;
         Ok(Self { pid, start_time })
     }
 
@@ -84,7 +89,10 @@ impl ProcessRef {
 fn is_zombie(pid: i32) -> bool {
     std::fs::read_to_string(format!("/proc/{pid}/stat"))
         .ok()
-        .and_then(|stat| stat.rsplit_once(") ").map(|(_, rest)| rest.starts_with(['Z', 'X'])))
+        .and_then(|stat| {
+            stat.rsplit_once(") ")
+                .map(|(_, rest)| rest.starts_with(['Z', 'X']))
+        })
         .unwrap_or(false)
 }
 
@@ -99,6 +107,8 @@ pub struct Record {
     pub socket: PathBuf,
     /// Cgroup directories that the shim made, parents first.
     pub cgroups: Vec<PathBuf>,
+    /// The pod's network namespace, with taps of ours in it.
+    pub netns: Option<PathBuf>,
 }
 
 impl Record {
@@ -151,7 +161,10 @@ mod tests {
 
     #[test]
     fn a_reused_pid_is_not_killed() {
-        let mut child = std::process::Command::new("sleep").arg("60").spawn().expect("sleep runs");
+        let mut child = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .expect("sleep runs");
         let real = ProcessRef::of(child.id() as i32).expect("it runs");
         let stale = ProcessRef {
             start_time: real.start_time + 1,
@@ -176,6 +189,7 @@ mod tests {
             vmm: None,
             socket: "/run/x".into(),
             cgroups: vec!["/sys/fs/cgroup/x".into()],
+            netns: Some("/run/netns/x".into()),
         };
         record.store(dir.path()).expect("stored");
         assert_eq!(Record::load(dir.path()), Some(record));

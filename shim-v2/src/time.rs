@@ -8,7 +8,9 @@ const NANOS: i64 = 1_000_000_000;
 
 /// Wall clock, nanoseconds since the epoch.
 pub fn unix_ns() -> i64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
     i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
 }
 

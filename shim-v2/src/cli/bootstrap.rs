@@ -163,7 +163,13 @@ mod tests {
 
     fn flags() -> Flags {
         containerd_shim::parse(&[
-            "-namespace", "k8s.io", "-id", "abc", "-address", "/run/c/c.sock", "start",
+            "-namespace",
+            "k8s.io",
+            "-id",
+            "abc",
+            "-address",
+            "/run/c/c.sock",
+            "start",
         ])
         .expect("valid flags")
     }
@@ -173,7 +179,10 @@ mod tests {
         let request = parse(&flags(), &[], |_| None).expect("valid");
         assert_eq!(request.dialect, Dialect::Plain);
         assert_eq!(request.address, "/run/c/c.sock");
-        assert_eq!(answer(request.dialect, "unix:///x").expect("encodes"), b"unix:///x");
+        assert_eq!(
+            answer(request.dialect, "unix:///x").expect("encodes"),
+            b"unix:///x"
+        );
     }
 
     #[test]
@@ -213,7 +222,10 @@ mod tests {
             ..Default::default()
         };
         let input = other.write_to_bytes().expect("encodes");
-        assert!(matches!(parse(&flags(), &input, |_| None), Err(CliError::Bootstrap { .. })));
+        assert!(matches!(
+            parse(&flags(), &input, |_| None),
+            Err(CliError::Bootstrap { .. })
+        ));
 
         let options = Any {
             type_url: "containerd.runc.v1.Options".to_owned(),
@@ -221,6 +233,9 @@ mod tests {
             ..Default::default()
         };
         let input = options.write_to_bytes().expect("encodes");
-        assert_eq!(parse(&flags(), &input, |_| None).expect("valid").dialect, Dialect::Plain);
+        assert_eq!(
+            parse(&flags(), &input, |_| None).expect("valid").dialect,
+            Dialect::Plain
+        );
     }
 }

@@ -1,12 +1,13 @@
 //! The action `delete`: cleans up what a shim left that crashed or was killed.
 //!
 //! Runs in the bundle. The kernel has already ended the VM with its shim (PDEATHSIG) and taken the mounts with its mount
-//! namespace, and the tap goes with the pod's network namespace; this kills what may be left by recorded pid and start time, removes cgroups and sockets, and prints the
-//! DeleteResponse that containerd reads.
+//! namespace. This kills what may be left by recorded pid and start time, takes taps, cgroups and sockets away, and prints
+//! the DeleteResponse that containerd reads.
 
 use super::{CliError, write_stdout};
 use crate::record::{ADDRESS_FILE, RECORD_FILE, Record};
-use crate::cgroup;
+use crate::report::Report;
+use crate::{cgroup, net};
 use containerd_shim::Flags;
 use containerd_shim_protos::api::DeleteResponse;
 use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
@@ -58,12 +59,17 @@ pub fn clean(bundle: &Path) -> u32 {
             eprintln!("containerd-shim-boxlite-v2: kill {}: {error}", process.pid);
         }
     }
+    if let Some(netns) = &record.netns
+        && let Err(error) = net::detach(netns)
+    {
+        eprintln!("containerd-shim-boxlite-v2: {}", Report(&error));
+    }
     cgroup::remove(&record.cgroups, KILL_LIMIT);
     if !record.socket.as_os_str().is_empty() {
         let _ = std::fs::remove_file(&record.socket);
     }
     let _ = std::fs::remove_dir_all(bundle.join("vm"));
-    for name in ["scratch.img", ADDRESS_FILE, RECORD_FILE] {
+    for name in ["scratch.img", "network.json", ADDRESS_FILE, RECORD_FILE] {
         let _ = std::fs::remove_file(bundle.join(name));
     }
     record.vmm.map_or(0, |vmm| vmm.pid.unsigned_abs())

@@ -55,17 +55,26 @@ pub enum CliError {
 
 impl CliError {
     /// Wraps an I/O error with what was done to which path.
-    pub fn io(action: &'static str, path: impl std::fmt::Display) -> impl FnOnce(std::io::Error) -> Self {
+    pub fn io(
+        action: &'static str,
+        path: impl std::fmt::Display,
+    ) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.to_string();
-        move |source| Self::Io { action, path, source }
+        move |source| Self::Io {
+            action,
+            path,
+            source,
+        }
     }
 
     fn exit_code(&self) -> ExitCode {
         match self {
             Self::Arguments { .. } | Self::Bootstrap { .. } => ExitCode::BadArguments,
-            Self::Io { .. } | Self::Daemon { .. } | Self::Busy { .. } | Self::Encode(_) | Self::Serve(_) => {
-                ExitCode::Failure
-            }
+            Self::Io { .. }
+            | Self::Daemon { .. }
+            | Self::Busy { .. }
+            | Self::Encode(_)
+            | Self::Serve(_) => ExitCode::Failure,
         }
     }
 }

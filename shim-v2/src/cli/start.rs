@@ -55,7 +55,9 @@ pub fn socket_path(request: &StartRequest, namespace: &str, id: &str) -> PathBuf
             .join("s"),
     };
     let name = Path::new(&request.address).join(namespace).join(id);
-    dir.join(hex::encode(Sha256::digest(name.as_os_str().as_encoded_bytes())))
+    dir.join(hex::encode(Sha256::digest(
+        name.as_os_str().as_encoded_bytes(),
+    )))
 }
 
 /// Address of the live shim of the sandbox that this bundle's container belongs to, if it is another's.
@@ -67,7 +69,8 @@ fn group_address(flags: &Flags, bundle: &Path) -> Option<String> {
     if sandbox == flags.id || !plain {
         return None;
     }
-    let address = std::fs::read_to_string(bundle.parent()?.join(sandbox).join(ADDRESS_FILE)).ok()?;
+    let address =
+        std::fs::read_to_string(bundle.parent()?.join(sandbox).join(ADDRESS_FILE)).ok()?;
     let path = address.trim().strip_prefix("unix://")?;
     UnixStream::connect(path).ok()?;
     Some(address.trim().to_owned())
@@ -133,7 +136,8 @@ fn spawn_daemon(
         .mode(0o600)
         .open(&log)
         .map_err(CliError::io("open", log.display()))?;
-    let program = std::env::current_exe().map_err(CliError::io("find", "the shim's own program"))?;
+    let program =
+        std::env::current_exe().map_err(CliError::io("find", "the shim's own program"))?;
     let mut command = Command::new(&program);
     command
         .args(["-namespace", &flags.namespace, "-id", &flags.id])
@@ -166,7 +170,9 @@ fn await_word(mut child: Child) -> Result<(), CliError> {
     }
     let reason = match receiver.recv_timeout(DAEMON_LIMIT) {
         Ok(word) if word == "ok\n" => return Ok(()),
-        Ok(word) if word.is_empty() => "it ended without a word; see shim.log in its bundle".to_owned(),
+        Ok(word) if word.is_empty() => {
+            "it ended without a word; see shim.log in its bundle".to_owned()
+        }
         Ok(word) => word.trim_end().to_owned(),
         Err(_) => format!("no word within {} s", DAEMON_LIMIT.as_secs()),
     };
@@ -192,7 +198,9 @@ mod tests {
         // The value that the crate containerd-shim pins for the same input.
         assert_eq!(
             socket_path(&request, "default", "123"),
-            Path::new("/run/containerd/s/0ddfbd72d02b3551e75f3a0ed90b9965b533401be618f43a568bc522764e0ad0")
+            Path::new(
+                "/run/containerd/s/0ddfbd72d02b3551e75f3a0ed90b9965b533401be618f43a568bc522764e0ad0"
+            )
         );
     }
 

@@ -28,7 +28,10 @@ impl Guest {
     ///
     /// # Errors
     /// The guest's, or VmGone.
-    pub async fn call<T>(&self, call: impl Future<Output = std::result::Result<T, PortalError>>) -> Result<T> {
+    pub async fn call<T>(
+        &self,
+        call: impl Future<Output = std::result::Result<T, PortalError>>,
+    ) -> Result<T> {
         tokio::select! {
             biased;
             result = call => match result {
@@ -52,12 +55,16 @@ fn check_id(id: &str) -> Result<()> {
     let fit = !id.is_empty()
         && id.len() <= ID_LIMIT
         && !id.starts_with('.')
-        && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte));
+        && id
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte));
     match fit {
         true => Ok(()),
         false => Err(ShimError::Invalid {
             field: "id",
-            reason: format!("{id:?} is not an id: letters, digits, '-', '_', '.', at most {ID_LIMIT}"),
+            reason: format!(
+                "{id:?} is not an id: letters, digits, '-', '_', '.', at most {ID_LIMIT}"
+            ),
         }),
     }
 }
@@ -71,7 +78,9 @@ impl Containers {
     pub async fn create(&self, guest: &Guest, request: &CreateTaskRequest) -> Result<u32> {
         check_id(&request.id)?;
         if !request.checkpoint.is_empty() {
-            return Err(ShimError::Unsupported { what: "a checkpoint" });
+            return Err(ShimError::Unsupported {
+                what: "a checkpoint",
+            });
         }
         match self.slots().entry(request.id.clone()) {
             std::collections::hash_map::Entry::Occupied(_) => {
@@ -93,7 +102,8 @@ impl Containers {
                     execs: Mutex::new(HashMap::new()),
                     undo: Mutex::new(Some(undo)),
                 };
-                self.slots().insert(request.id.clone(), Slot::Made(Arc::new(container)));
+                self.slots()
+                    .insert(request.id.clone(), Slot::Made(Arc::new(container)));
                 self.publish_create(request, pid);
                 Ok(pid)
             }
@@ -105,7 +115,12 @@ impl Containers {
         }
     }
 
-    async fn make(&self, guest: &Guest, request: &CreateTaskRequest, undo: &mut Undo) -> Result<(Process, u32)> {
+    async fn make(
+        &self,
+        guest: &Guest,
+        request: &CreateTaskRequest,
+        undo: &mut Undo,
+    ) -> Result<(Process, u32)> {
         let bundle = PathBuf::from(&request.bundle);
         let spec = spec::rewrite(spec::load(&bundle)?, &request.id)?;
         let stdio = Stdio {
@@ -116,16 +131,33 @@ impl Containers {
             guest_input: spec.stdin,
         };
         let sink = Sink::open(&stdio)?;
-        let mut rootfs =
-            rootfs::prepare(&self.layers, &guest.share, &request.id, &bundle, &request.rootfs, undo).await?;
+        let mut rootfs = rootfs::prepare(
+            &self.layers,
+            &guest.share,
+            &request.id,
+            &bundle,
+            &request.rootfs,
+            undo,
+        )
+        .await?;
         rootfs.read_only = spec.read_only;
         for bind in &spec.binds {
             let taken = (guest.share.clone(), bind.path.clone());
-            undo.push("mount", move || async move { taken.0.unbind(&taken.1).await });
-            guest.share.bind(&bind.source, &bind.path, bind.read_only).await?;
+            undo.push(
+                "mount",
+                move || async move { taken.0.unbind(&taken.1).await },
+            );
+            guest
+                .share
+                .bind(&bind.source, &bind.path, bind.read_only)
+                .await?;
         }
         let init = init_request(request, &spec, rootfs, &stdio)?;
-        let (containers, id, ended) = (guest.session.container(), request.id.clone(), guest.ended.clone());
+        let (containers, id, ended) = (
+            guest.session.container(),
+            request.id.clone(),
+            guest.ended.clone(),
+        );
         // Before the call: one that fails, or breaks off, may have left half a container.
         undo.push("container in the guest", move || async move {
             if ended.is_cancelled() {
@@ -140,7 +172,10 @@ impl Containers {
             bundle,
             stdio,
         };
-        Ok((Process::spawn(&self.context, guest, about, sink, pid, None), pid))
+        Ok((
+            Process::spawn(&self.context, guest, about, sink, pid, None),
+            pid,
+        ))
     }
 
     fn publish_create(&self, request: &CreateTaskRequest, pid: u32) {

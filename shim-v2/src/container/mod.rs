@@ -49,10 +49,13 @@ impl Container {
         if exec_id.is_empty() {
             return Ok(self.init.clone());
         }
-        self.execs().get(exec_id).cloned().ok_or_else(|| ShimError::NotFound {
-            what: "process",
-            id: exec_id.to_owned(),
-        })
+        self.execs()
+            .get(exec_id)
+            .cloned()
+            .ok_or_else(|| ShimError::NotFound {
+                what: "process",
+                id: exec_id.to_owned(),
+            })
     }
 
     /// Registers an exec'd process.
@@ -82,7 +85,10 @@ impl Container {
     }
 
     fn take_undo(&self) -> Option<Undo> {
-        self.undo.lock().unwrap_or_else(PoisonError::into_inner).take()
+        self.undo
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
     }
 }
 
@@ -159,7 +165,11 @@ impl Containers {
 
     /// Waits until no process runs any more, output drained. False: some outlived `limit`.
     pub async fn settled(&self, limit: Duration) -> bool {
-        let processes: Vec<Process> = self.all().iter().flat_map(|container| container.processes()).collect();
+        let processes: Vec<Process> = self
+            .all()
+            .iter()
+            .flat_map(|container| container.processes())
+            .collect();
         let all = async {
             for process in processes {
                 process.settled().await;

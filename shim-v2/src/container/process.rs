@@ -17,7 +17,9 @@ use crate::sandbox::{Context, Guest};
 use crate::time;
 use boxlite_proto::boxlite::v1::{ExecRequest, Exit};
 use boxlite_runtime::portal::PortalError;
-use containerd_shim_protos::events::task::{TaskDelete, TaskExecStarted, TaskExit, TaskOOM, TaskPaused, TaskResumed, TaskStart};
+use containerd_shim_protos::events::task::{
+    TaskDelete, TaskExecStarted, TaskExit, TaskOOM, TaskPaused, TaskResumed, TaskStart,
+};
 use containerd_shim_protos::protobuf::MessageField;
 use futures::future::BoxFuture;
 use std::path::PathBuf;
@@ -85,7 +87,11 @@ pub struct About {
 impl About {
     /// The id events and states carry: the exec's, or the container's for the init.
     pub fn id(&self) -> &str {
-        if self.exec.is_empty() { &self.container } else { &self.exec }
+        if self.exec.is_empty() {
+            &self.container
+        } else {
+            &self.exec
+        }
     }
 }
 
@@ -93,9 +99,17 @@ type Reply<T> = oneshot::Sender<Result<T>>;
 
 enum Request {
     Start(Reply<u32>),
-    Kill { signal: u32, all: bool, reply: Reply<()> },
+    Kill {
+        signal: u32,
+        all: bool,
+        reply: Reply<()>,
+    },
     Pause(bool, Reply<()>),
-    Resize { rows: u32, cols: u32, reply: Reply<()> },
+    Resize {
+        rows: u32,
+        cols: u32,
+        reply: Reply<()>,
+    },
     CloseInput(Reply<()>),
     ReopenLog(Reply<()>),
     Delete(Reply<State>),
@@ -113,7 +127,14 @@ pub struct Process {
 impl Process {
     /// Starts the task of a process that is registered: a container made by Container.Init with `pid`, or an exec with
     /// its OCI process as JSON.
-    pub fn spawn(context: &Context, guest: &Guest, about: About, sink: Sink, pid: u32, exec_json: Option<Vec<u8>>) -> Self {
+    pub fn spawn(
+        context: &Context,
+        guest: &Guest,
+        about: About,
+        sink: Sink,
+        pid: u32,
+        exec_json: Option<Vec<u8>>,
+    ) -> Self {
         let about = Arc::new(about);
         let (requests, receiver) = mpsc::channel(REQUEST_QUEUE);
         let initial = State {
@@ -181,7 +202,8 @@ impl Process {
     /// # Errors
     /// The guest's refusal.
     pub async fn resize(&self, rows: u32, cols: u32) -> Result<()> {
-        self.ask(|reply| Request::Resize { rows, cols, reply }).await
+        self.ask(|reply| Request::Resize { rows, cols, reply })
+            .await
     }
 
     /// End of input.
@@ -226,7 +248,10 @@ impl Process {
             what: "process",
             id: self.about.id().to_owned(),
         };
-        let state = state.wait_for(|state| state.ended.is_some()).await.map_err(|_| gone())?;
+        let state = state
+            .wait_for(|state| state.ended.is_some())
+            .await
+            .map_err(|_| gone())?;
         state.ended.ok_or_else(gone)
     }
 
@@ -247,7 +272,10 @@ impl Process {
             what: "process",
             id: self.about.id().to_owned(),
         };
-        self.requests.send(request(reply)).await.map_err(|_| gone())?;
+        self.requests
+            .send(request(reply))
+            .await
+            .map_err(|_| gone())?;
         answer.await.map_err(|_| gone())?
     }
 }
@@ -306,7 +334,9 @@ impl Task {
             Request::Start(reply) => drop(reply.send(self.start().await)),
             Request::Kill { signal, all, reply } => drop(reply.send(self.kill(signal, all).await)),
             Request::Pause(pause, reply) => drop(reply.send(self.pause(pause).await)),
-            Request::Resize { rows, cols, reply } => drop(reply.send(self.resize(rows, cols).await)),
+            Request::Resize { rows, cols, reply } => {
+                drop(reply.send(self.resize(rows, cols).await))
+            }
             Request::CloseInput(reply) => {
                 if let Some(input) = &self.input {
                     input.close();
@@ -326,7 +356,10 @@ impl Task {
         let session = self.guest.session.clone();
         let about = self.about.clone();
         let pid = match &self.exec_json {
-            None => self.call(session.container().start(&about.container)).await?,
+            None => {
+                self.call(session.container().start(&about.container))
+                    .await?
+            }
             Some(json) => {
                 let request = ExecRequest {
                     container_id: about.container.clone(),
@@ -366,7 +399,13 @@ impl Task {
     fn follow(&mut self) {
         let about = &self.about;
         if let Some(sink) = self.sink.take() {
-            self.pump = Some(LogPump::spawn(&self.context, &self.guest, &about.container, &about.exec, sink));
+            self.pump = Some(LogPump::spawn(
+                &self.context,
+                &self.guest,
+                &about.container,
+                &about.exec,
+                sink,
+            ));
         }
         self.input = Input::spawn(&self.context, &self.guest, about);
         let drained = self.pump.as_ref().map(LogPump::watch_drained);
@@ -402,7 +441,8 @@ impl Task {
                 Ok(())
             }
             Phase::Created | Phase::Running | Phase::Paused if about.exec.is_empty() => {
-                self.call(session.container().kill(&about.container, signal, all)).await?;
+                self.call(session.container().kill(&about.container, signal, all))
+                    .await?;
                 if self.end.is_none() {
                     // Created and killed before its start: somebody has to notice.
                     let guest = self.guest.clone();
@@ -411,7 +451,12 @@ impl Task {
                 Ok(())
             }
             Phase::Created | Phase::Running | Phase::Paused => {
-                self.call(session.execution().kill(&about.container, &about.exec, signal, all)).await
+                self.call(
+                    session
+                        .execution()
+                        .kill(&about.container, &about.exec, signal, all),
+                )
+                .await
             }
         }
     }
@@ -446,7 +491,8 @@ impl Task {
     async fn resize(&mut self, rows: u32, cols: u32) -> Result<()> {
         let about = self.about.clone();
         let execution = self.guest.session.execution();
-        self.call(execution.resize_tty(&about.container, &about.exec, rows, cols)).await
+        self.call(execution.resize_tty(&about.container, &about.exec, rows, cols))
+            .await
     }
 
     fn reopen(&mut self, reply: Reply<()>) {
@@ -471,10 +517,16 @@ impl Task {
         let about = self.about.clone();
         let session = self.guest.session.clone();
         let forgotten = match (about.exec.is_empty(), state.phase) {
-            (true, _) => self.call(session.container().delete(&about.container, true)).await,
+            (true, _) => {
+                self.call(session.container().delete(&about.container, true))
+                    .await
+            }
             // The guest never heard of it.
             (false, Phase::Created) => Ok(()),
-            (false, _) => self.call(session.execution().delete(&about.container, &about.exec)).await,
+            (false, _) => {
+                self.call(session.execution().delete(&about.container, &about.exec))
+                    .await
+            }
         };
         match forgotten {
             Ok(()) | Err(ShimError::VmGone { .. }) => {}
@@ -566,7 +618,12 @@ fn died() -> Ended {
 async fn wait_for_exit(guest: &Guest, about: &About) -> (Ended, bool) {
     let asked = async {
         loop {
-            match guest.session.execution().wait(&about.container, &about.exec).await {
+            match guest
+                .session
+                .execution()
+                .wait(&about.container, &about.exec)
+                .await
+            {
                 Ok(exit) => return told(&exit),
                 Err(error) if error.is_transport() => tokio::time::sleep(WAIT_PAUSE).await,
                 Err(error) => {

@@ -33,7 +33,9 @@ impl Layers {
         }
         drop(users);
         let (layers, share, key) = (self.clone(), share.clone(), path.clone());
-        undo.push("layer", move || async move { layers.give_back(&share, &key).await });
+        undo.push("layer", move || async move {
+            layers.give_back(&share, &key).await
+        });
         Ok(path)
     }
 
@@ -55,7 +57,10 @@ impl Layers {
 
 /// Where a layer file appears in the share: by its path's digest, so that one file has one place.
 fn layer_path(source: &Path) -> String {
-    format!("l/{}.erofs", hex::encode(Sha256::digest(source.as_os_str().as_encoded_bytes())))
+    format!(
+        "l/{}.erofs",
+        hex::encode(Sha256::digest(source.as_os_str().as_encoded_bytes()))
+    )
 }
 
 /// Puts the root file system of a container into the share. What it did is in `undo`.
@@ -75,21 +80,35 @@ pub async fn prepare(
     }
     let path = format!("r/{container}");
     let taken = (share.clone(), path.clone());
-    undo.push("root file system", move || async move { taken.0.unbind(&taken.1).await });
+    undo.push("root file system", move || async move {
+        taken.0.unbind(&taken.1).await
+    });
     match mounts {
-        [] => share.bind(&host_path(&bundle.join("rootfs"))?, &path, false).await?,
+        [] => {
+            share
+                .bind(&host_path(&bundle.join("rootfs"))?, &path, false)
+                .await?
+        }
         [only] if is_bind(only) => {
             let read_only = only.options.iter().any(|option| option == "ro");
-            share.bind(&host_path(Path::new(&only.source))?, &path, read_only).await?;
+            share
+                .bind(&host_path(Path::new(&only.source))?, &path, read_only)
+                .await?;
         }
-        [only] => share.mount(&only.type_, &only.source, &only.options, &path).await?,
+        [only] => {
+            share
+                .mount(&only.type_, &only.source, &only.options, &path)
+                .await?
+        }
         more => {
             return Err(ShimError::Invalid {
                 field: "rootfs",
                 reason: format!(
                     "{} mounts of types {:?}; one mount, or EROFS layers only, make a root",
                     more.len(),
-                    more.iter().map(|mount| mount.type_.as_str()).collect::<Vec<_>>()
+                    more.iter()
+                        .map(|mount| mount.type_.as_str())
+                        .collect::<Vec<_>>()
                 ),
             });
         }
@@ -100,7 +119,12 @@ pub async fn prepare(
     })
 }
 
-async fn stack(layers: &Layers, share: &Arc<dyn Share>, mounts: &[Mount], undo: &mut Undo) -> Result<Rootfs> {
+async fn stack(
+    layers: &Layers,
+    share: &Arc<dyn Share>,
+    mounts: &[Mount],
+    undo: &mut Undo,
+) -> Result<Rootfs> {
     if mounts.len() > LAYER_LIMIT {
         return Err(ShimError::Invalid {
             field: "rootfs",
@@ -120,7 +144,11 @@ async fn stack(layers: &Layers, share: &Arc<dyn Share>, mounts: &[Mount], undo: 
 }
 
 fn is_bind(mount: &Mount) -> bool {
-    mount.type_ == "bind" || mount.options.iter().any(|option| option == "bind" || option == "rbind")
+    mount.type_ == "bind"
+        || mount
+            .options
+            .iter()
+            .any(|option| option == "bind" || option == "rbind")
 }
 
 fn host_path(path: &Path) -> Result<PathBuf> {

@@ -78,7 +78,11 @@ pub fn rewrite(mut spec: Spec, container: &str) -> Result<GuestSpec> {
     };
     let (pid_mode, pid_target) = pid_mode(&spec, annotation(PID_MODE_ANNOTATION).as_deref())?;
     let stdin = annotation(STDIN_ANNOTATION);
-    let read_only = spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false);
+    let read_only = spec
+        .root()
+        .as_ref()
+        .and_then(|root| root.readonly())
+        .unwrap_or(false);
 
     let mut binds = Vec::new();
     let mut mounts = spec.mounts().clone().unwrap_or_default();
@@ -121,9 +125,19 @@ fn pid_mode(spec: &Spec, wanted: Option<&str>) -> Result<(PidMode, String)> {
         .linux()
         .as_ref()
         .and_then(|linux| linux.namespaces().as_ref())
-        .and_then(|all| all.iter().find(|namespace| namespace.typ() == LinuxNamespaceType::Pid))
+        .and_then(|all| {
+            all.iter()
+                .find(|namespace| namespace.typ() == LinuxNamespaceType::Pid)
+        })
         .is_some_and(|namespace| namespace.path().is_none());
-    Ok((if own { PidMode::Container } else { PidMode::Pod }, String::new()))
+    Ok((
+        if own {
+            PidMode::Container
+        } else {
+            PidMode::Pod
+        },
+        String::new(),
+    ))
 }
 
 /// What a mount needs of the host. None: it is the guest's own affair.
@@ -154,7 +168,9 @@ fn bind_of(mount: &Mount, container: &str, index: usize) -> Result<Option<Bind>>
             () if kind.is_char_device() || kind.is_block_device() => "a device",
             () => "neither a file nor a directory",
         };
-        return Err(refuse(format!("it is {what}, and only files and directories reach into a VM")));
+        return Err(refuse(format!(
+            "it is {what}, and only files and directories reach into a VM"
+        )));
     }
     Ok(Some(Bind {
         source,
@@ -170,7 +186,9 @@ fn drop_host(spec: &mut Spec) {
         process.set_apparmor_profile(None).set_selinux_label(None);
         spec.set_process(Some(process));
     }
-    let Some(mut linux) = spec.linux().clone() else { return };
+    let Some(mut linux) = spec.linux().clone() else {
+        return;
+    };
     let namespaces = linux.namespaces().clone().unwrap_or_default();
     let kept = namespaces
         .into_iter()
@@ -216,17 +234,31 @@ mod tests {
         let dir = tempfile::tempdir().expect("tempdir");
         let real = std::fs::canonicalize(dir.path()).expect("exists");
         let out = rewrite(spec(bind(dir.path(), "/data")), "c1").expect("rewritten");
-        assert_eq!(out.binds, [Bind { source: real, path: "m/c1/1".to_owned(), read_only: true }]);
+        assert_eq!(
+            out.binds,
+            [Bind {
+                source: real,
+                path: "m/c1/1".to_owned(),
+                read_only: true
+            }]
+        );
         let mounts = out.spec.mounts().clone().expect("mounts");
         assert_eq!(mounts[0].source().as_deref(), Some(Path::new("proc")));
-        assert_eq!(mounts[1].source().as_deref(), Some(Path::new("/run/boxlite/share/m/c1/1")));
+        assert_eq!(
+            mounts[1].source().as_deref(),
+            Some(Path::new("/run/boxlite/share/m/c1/1"))
+        );
     }
 
     #[test]
     fn a_missing_path_is_named_with_its_mount() {
-        let error = rewrite(spec(bind(Path::new("/no/such/path"), "/data")), "c1").expect_err("refused");
+        let error =
+            rewrite(spec(bind(Path::new("/no/such/path"), "/data")), "c1").expect_err("refused");
         let text = error.to_string();
-        assert!(text.contains("/no/such/path") && text.contains("/data"), "{text}");
+        assert!(
+            text.contains("/no/such/path") && text.contains("/data"),
+            "{text}"
+        );
     }
 
     #[test]
@@ -234,11 +266,15 @@ mod tests {
         let dir = tempfile::tempdir().expect("tempdir");
         let socket = dir.path().join("s");
         let _listener = std::os::unix::net::UnixListener::bind(&socket).expect("binds");
-        for (path, word) in [(socket.as_path(), "socket"), (Path::new("/dev/null"), "device")] {
+        for (path, word) in [
+            (socket.as_path(), "socket"),
+            (Path::new("/dev/null"), "device"),
+        ] {
             let error = rewrite(spec(bind(path, "/x")), "c1").expect_err("refused");
             assert!(error.to_string().contains(word), "{error}");
         }
-        let out = rewrite(spec(bind(Path::new("/no/such"), "/dev/shm")), "c1").expect("the guest's own");
+        let out =
+            rewrite(spec(bind(Path::new("/no/such"), "/dev/shm")), "c1").expect("the guest's own");
         assert!(out.binds.is_empty());
     }
 
@@ -261,12 +297,27 @@ mod tests {
             "c1",
         )
         .expect("rewritten");
-        assert_eq!((out.pid_mode, out.pid_target.as_str()), (PidMode::Target, "c0"));
+        assert_eq!(
+            (out.pid_mode, out.pid_target.as_str()),
+            (PidMode::Target, "c0")
+        );
         assert!(out.stdin && out.stdin_once && out.read_only);
         assert!(out.spec.hooks().is_none());
         let linux = out.spec.linux().clone().expect("linux");
         assert!(linux.cgroups_path().is_none());
-        let kept: Vec<_> = linux.namespaces().clone().expect("some").iter().map(|n| (n.typ(), n.path().is_none())).collect();
-        assert_eq!(kept, [(LinuxNamespaceType::Pid, true), (LinuxNamespaceType::Mount, true)]);
+        let kept: Vec<_> = linux
+            .namespaces()
+            .clone()
+            .expect("some")
+            .iter()
+            .map(|n| (n.typ(), n.path().is_none()))
+            .collect();
+        assert_eq!(
+            kept,
+            [
+                (LinuxNamespaceType::Pid, true),
+                (LinuxNamespaceType::Mount, true)
+            ]
+        );
     }
 }

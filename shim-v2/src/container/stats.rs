@@ -16,7 +16,10 @@ pub const METRICS_TYPE: &str = "io.containerd.cgroups.v2.Metrics";
 ///
 /// # Errors
 /// When the message cannot be encoded.
-pub fn any(stats: &CgroupStats, networks: &[NetworkStats]) -> Result<Any, containerd_shim_protos::protobuf::Error> {
+pub fn any(
+    stats: &CgroupStats,
+    networks: &[NetworkStats],
+) -> Result<Any, containerd_shim_protos::protobuf::Error> {
     Ok(Any {
         type_url: METRICS_TYPE.to_owned(),
         value: metrics(stats, networks).write_to_bytes()?,

@@ -6,7 +6,8 @@
 use crate::report::Report;
 use containerd_shim_protos::api::ForwardRequest;
 use containerd_shim_protos::events::task::{
-    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused, TaskResumed, TaskStart,
+    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused,
+    TaskResumed, TaskStart,
 };
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::{MessageField, MessageFull};
@@ -85,7 +86,11 @@ impl Shared {
 impl Publisher {
     /// A publisher into `namespace`, and the future that delivers to `address` (a path, or `unix://path`; empty: events
     /// go nowhere) until `ended`. Who spawns the future owns it.
-    pub fn new(address: &str, namespace: &str, ended: CancellationToken) -> (Self, impl Future<Output = ()> + Send + 'static) {
+    pub fn new(
+        address: &str,
+        namespace: &str,
+        ended: CancellationToken,
+    ) -> (Self, impl Future<Output = ()> + Send + 'static) {
         let shared = Arc::new(Shared {
             queue: Mutex::new(Queue {
                 closed: address.is_empty(),
@@ -93,7 +98,10 @@ impl Publisher {
             }),
             changed: Notify::new(),
         });
-        let address = format!("unix://{}", address.strip_prefix("unix://").unwrap_or(address));
+        let address = format!(
+            "unix://{}",
+            address.strip_prefix("unix://").unwrap_or(address)
+        );
         let publisher = Self {
             shared: shared.clone(),
             namespace: namespace.into(),
@@ -130,7 +138,10 @@ impl Publisher {
             queue.events.pop_front();
             queue.dropped += 1;
             if queue.dropped.is_power_of_two() {
-                tracing::warn!(dropped = queue.dropped, "nobody takes events; the oldest are dropped");
+                tracing::warn!(
+                    dropped = queue.dropped,
+                    "nobody takes events; the oldest are dropped"
+                );
             }
         }
         queue.events.push_back(envelope);
@@ -203,12 +214,17 @@ enum Failure {
     Refused(containerd_shim_protos::ttrpc::Error),
 }
 
-async fn forward(client: &mut Option<EventsClient>, address: &str, envelope: Envelope) -> Result<(), Failure> {
+async fn forward(
+    client: &mut Option<EventsClient>,
+    address: &str,
+    envelope: Envelope,
+) -> Result<(), Failure> {
     let attempt = async {
         let connected = match client {
             Some(connected) => connected.clone(),
             None => {
-                let fresh = EventsClient::new(Client::connect(address).await.map_err(|_| Failure::Away)?);
+                let fresh =
+                    EventsClient::new(Client::connect(address).await.map_err(|_| Failure::Away)?);
                 client.insert(fresh).clone()
             }
         };
@@ -216,13 +232,23 @@ async fn forward(client: &mut Option<EventsClient>, address: &str, envelope: Env
             envelope: MessageField::some(envelope),
             ..Default::default()
         };
-        match connected.forward(containerd_shim_protos::ttrpc::context::with_duration(FORWARD_LIMIT), &request).await {
+        match connected
+            .forward(
+                containerd_shim_protos::ttrpc::context::with_duration(FORWARD_LIMIT),
+                &request,
+            )
+            .await
+        {
             Ok(_) => Ok(()),
-            Err(error @ containerd_shim_protos::ttrpc::Error::RpcStatus(_)) => Err(Failure::Refused(error)),
+            Err(error @ containerd_shim_protos::ttrpc::Error::RpcStatus(_)) => {
+                Err(Failure::Refused(error))
+            }
             Err(_) => Err(Failure::Away),
         }
     };
-    tokio::time::timeout(FORWARD_LIMIT, attempt).await.unwrap_or(Err(Failure::Away))
+    tokio::time::timeout(FORWARD_LIMIT, attempt)
+        .await
+        .unwrap_or(Err(Failure::Away))
 }
 
 #[cfg(test)]

@@ -1,9 +1,9 @@
 //! A daemon that is away, comes, goes and comes back: every event arrives, in order.
 
 use super::*;
-use containerd_shim_protos::protobuf::Message;
 use async_trait::async_trait;
 use containerd_shim_protos::api::Empty;
+use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::shim_async::{Events, create_events};
 use containerd_shim_protos::ttrpc::asynchronous::transport::Listener;
 use containerd_shim_protos::ttrpc::asynchronous::{Server, TtrpcContext};
@@ -14,7 +14,11 @@ struct Daemon(mpsc::UnboundedSender<Envelope>);
 
 #[async_trait]
 impl Events for Daemon {
-    async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> containerd_shim_protos::ttrpc::Result<Empty> {
+    async fn forward(
+        &self,
+        _: &TtrpcContext,
+        request: ForwardRequest,
+    ) -> containerd_shim_protos::ttrpc::Result<Empty> {
         let _ = self.0.send(request.envelope.unwrap_or_default());
         Ok(Empty::default())
     }
@@ -55,7 +59,10 @@ async fn events_survive_a_daemon_that_is_away_and_comes_back() {
         assert_eq!(envelope.topic, "/tasks/oom");
         assert_eq!(envelope.namespace, "ns");
         assert_eq!(envelope.event.type_url, "containerd.events.TaskOOM");
-        assert_eq!(envelope.event.value, oom(n).write_to_bytes().expect("encodes"));
+        assert_eq!(
+            envelope.event.value,
+            oom(n).write_to_bytes().expect("encodes")
+        );
     }
     server.shutdown().await.expect("stops");
     for n in 3..6 {
@@ -68,7 +75,9 @@ async fn events_survive_a_daemon_that_is_away_and_comes_back() {
     }
     // At least once: an event under way when the daemon went may come twice, never out of order.
     seen.dedup();
-    let wanted: Vec<_> = (3..6).map(|n| oom(n).write_to_bytes().expect("encodes")).collect();
+    let wanted: Vec<_> = (3..6)
+        .map(|n| oom(n).write_to_bytes().expect("encodes"))
+        .collect();
     assert_eq!(seen, wanted);
     ended.cancel();
     task.await.expect("ends");

@@ -35,7 +35,14 @@ pub struct Formatter {
 impl Formatter {
     /// Takes `data`, which begins at `offset` of the output, and appends the records it completes to `out`. Chunks come
     /// in order of their offsets.
-    pub fn push(&mut self, stream: OutputStream, offset: u64, data: &[u8], stamp: &[u8; WIDTH], out: &mut Vec<u8>) {
+    pub fn push(
+        &mut self,
+        stream: OutputStream,
+        offset: u64,
+        data: &[u8],
+        stamp: &[u8; WIDTH],
+        out: &mut Vec<u8>,
+    ) {
         let held = match stream {
             OutputStream::Stderr => &mut self.stderr,
             OutputStream::Stdout | OutputStream::Unspecified => &mut self.stdout,
@@ -116,7 +123,14 @@ fn split<'a>(
     rest
 }
 
-fn record(stream: OutputStream, tag: u8, first: &[u8], second: &[u8], stamp: &[u8; WIDTH], out: &mut Vec<u8>) {
+fn record(
+    stream: OutputStream,
+    tag: u8,
+    first: &[u8],
+    second: &[u8],
+    stamp: &[u8; WIDTH],
+    out: &mut Vec<u8>,
+) {
     let name: &[u8] = match stream {
         OutputStream::Stderr => b" stderr ",
         OutputStream::Stdout | OutputStream::Unspecified => b" stdout ",
@@ -131,4 +145,3 @@ fn record(stream: OutputStream, tag: u8, first: &[u8], second: &[u8], stamp: &[u
 
 #[cfg(test)]
 pub(super) mod tests;
-

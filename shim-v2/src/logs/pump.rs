@@ -71,13 +71,24 @@ pub struct LogPump {
 
 impl LogPump {
     /// Follows the output of a process from its first byte.
-    pub fn spawn(context: &Context, guest: &Guest, container: &str, exec: &str, sink: Sink) -> Self {
+    pub fn spawn(
+        context: &Context,
+        guest: &Guest,
+        container: &str,
+        exec: &str,
+        sink: Sink,
+    ) -> Self {
         let source = GuestSource::new(guest, container, exec);
         Self::run(&context.tasks, source, sink, guest.ended.clone())
     }
 
     /// As [`LogPump::spawn`] over any source; `ended` says that the VM is gone.
-    pub fn run(tasks: &TaskTracker, source: impl Source, sink: Sink, ended: CancellationToken) -> Self {
+    pub fn run(
+        tasks: &TaskTracker,
+        source: impl Source,
+        sink: Sink,
+        ended: CancellationToken,
+    ) -> Self {
         let (queue_in, queue) = mpsc::unbounded_channel();
         let (commands, orders) = mpsc::unbounded_channel();
         let (ack_in, acks) = watch::channel(0);
@@ -111,7 +122,9 @@ impl LogPump {
     /// Closes the log file after what is queued was written and opens its path anew; answers on `reply`. Where the disk
     /// takes nothing, the record under way is taken back from the old file and goes to the new one, whole.
     pub fn reopen(&self, reply: oneshot::Sender<Result<()>>) {
-        if let Err(mpsc::error::SendError(Command::Reopen(reply))) = self.commands.send(Command::Reopen(reply)) {
+        if let Err(mpsc::error::SendError(Command::Reopen(reply))) =
+            self.commands.send(Command::Reopen(reply))
+        {
             // All output was written and the file is closed: there is nothing to reopen, and nothing is lost by it.
             drop(reply.send(Ok(())));
         }
@@ -150,7 +163,11 @@ impl Drained {
                 () = tokio::time::sleep(PROGRESS_POLL) => {}
             }
             let now = self.progress.seen();
-            still = if now == seen { still + PROGRESS_POLL } else { Duration::ZERO };
+            still = if now == seen {
+                still + PROGRESS_POLL
+            } else {
+                Duration::ZERO
+            };
             seen = now;
             if still >= limit {
                 return false;
@@ -217,7 +234,9 @@ impl<S: Source> Reader<S> {
 
     /// The VM is gone: takes what its sockets still hold.
     async fn aftermath(&mut self) {
-        while let Ok(Ok(Some(chunk))) = tokio::time::timeout(AFTERMATH_LIMIT, self.source.next()).await {
+        while let Ok(Ok(Some(chunk))) =
+            tokio::time::timeout(AFTERMATH_LIMIT, self.source.next()).await
+        {
             if !self.enqueue(chunk).await {
                 return;
             }
@@ -226,7 +245,11 @@ impl<S: Source> Reader<S> {
 }
 
 /// Tells the guest what reached the sink: always the newest offset, never two calls at once. Ends with the writer.
-async fn acknowledge(acker: impl source::Acker, mut acks: watch::Receiver<u64>, ended: CancellationToken) {
+async fn acknowledge(
+    acker: impl source::Acker,
+    mut acks: watch::Receiver<u64>,
+    ended: CancellationToken,
+) {
     while acks.changed().await.is_ok() {
         loop {
             let offset = *acks.borrow_and_update();

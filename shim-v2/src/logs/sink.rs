@@ -89,8 +89,12 @@ impl Sink {
             return Ok(Self::Discard);
         }
         match stdio.stdout.split_once("://") {
-            Some((CRI_LOG_SCHEME, path)) => Ok(Self::Cri(FileTarget::open(absolute(path)?, opener(true))?)),
-            Some(("file", path)) => Ok(Self::Raw(FileTarget::open(absolute(path)?, opener(false))?)),
+            Some((CRI_LOG_SCHEME, path)) => {
+                Ok(Self::Cri(FileTarget::open(absolute(path)?, opener(true))?))
+            }
+            Some(("file", path)) => {
+                Ok(Self::Raw(FileTarget::open(absolute(path)?, opener(false))?))
+            }
             Some(("binary", _)) => Err(ShimError::Unsupported {
                 what: "a binary:// logging program",
             }),

@@ -18,7 +18,10 @@ pub struct Clock {
 impl Clock {
     /// The present moment.
     pub fn stamp(&mut self) -> [u8; WIDTH] {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default()
+            .as_nanos();
         self.last = self.last.max(now);
         format(self.last)
     }
@@ -53,11 +56,16 @@ fn date(days: u64) -> (u64, u64, u64) {
     let shifted = days + 719_468;
     let era = shifted / 146_097;
     let day_of_era = shifted % 146_097;
-    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let year_of_era =
+        (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
     let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     let month_from_march = (5 * day_of_year + 2) / 153;
     let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
-    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
+    let month = if month_from_march < 10 {
+        month_from_march + 3
+    } else {
+        month_from_march - 9
+    };
     let year = year_of_era + era * 400 + u64::from(month <= 2);
     (year, month, day)
 }
@@ -74,14 +82,22 @@ mod tests {
     fn known_moments() {
         assert_eq!(text(0, 0), "1970-01-01T00:00:00.000000000Z");
         assert_eq!(text(951_782_400, 5), "2000-02-29T00:00:00.000000005Z");
-        assert_eq!(text(1_709_251_199, 999_999_999), "2024-02-29T23:59:59.999999999Z");
-        assert_eq!(text(1_767_366_245, 123_456_789), "2026-01-02T15:04:05.123456789Z");
+        assert_eq!(
+            text(1_709_251_199, 999_999_999),
+            "2024-02-29T23:59:59.999999999Z"
+        );
+        assert_eq!(
+            text(1_767_366_245, 123_456_789),
+            "2026-01-02T15:04:05.123456789Z"
+        );
         assert_eq!(text(4_107_542_400, 0), "2100-03-01T00:00:00.000000000Z");
     }
 
     #[test]
     fn it_never_goes_back() {
-        let mut clock = Clock { last: u128::from(u64::MAX) };
+        let mut clock = Clock {
+            last: u128::from(u64::MAX),
+        };
         let first = clock.stamp();
         assert_eq!(clock.stamp(), first);
     }

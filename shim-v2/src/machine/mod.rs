@@ -1,7 +1,7 @@
 //! [`VmMachine`]: puts a pod's VM together out of vmm, share and net.
 //!
 //! ```text
-//! work dir → scratch disk → share → ready socket → vmm child → guest calls 2696 → Guest.Init
+//! work dir → scratch disk → share → taps in the pod's netns → ready socket → vmm child → guest calls 2696 → Guest.Init
 //! ```
 //!
 //! Each step tells [`Undo`] how to take it back before it is done; the driver runs that list after a failure, a stop or
@@ -12,10 +12,12 @@ mod share;
 
 use crate::cgroup;
 use crate::error::{Result, ShimError};
-use crate::record::{ProcessRef, Record};
+use crate::net::{self, PodNetwork};
+use crate::record::{ProcessRef, Record, write_whole};
 use crate::sandbox::machine::{Booted, Machine};
 use crate::sandbox::options::Plan;
 use crate::sandbox::undo::Undo;
+use crate::share::PodShare;
 use crate::time;
 use crate::vmm::{ReadySocket, Supervisor, VmmChild};
 use async_trait::async_trait;
@@ -25,7 +27,7 @@ use boxlite_proto::vmm::{Disk, InstanceSpec};
 use boxlite_runtime::portal::{Connection, GuestAddress, GuestSession};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
-use share::HostShare;
+use share::{VmShare, blocking};
 use std::io::Read;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -34,6 +36,8 @@ use std::time::{Duration, Instant};
 
 /// Lines of console and vmm messages in an error.
 const ERROR_LINES: usize = 30;
+/// Name of the pod's network description in the bundle.
+const NETWORK_FILE: &str = "network.json";
 /// Bytes for the guest's random pool.
 const ENTROPY: usize = 64;
 /// How long a killed VMM may take to be gone when a boot is taken back.
@@ -48,7 +52,13 @@ const VMM_OOM_SCORE: &str = "0";
 /// Without the right to it.
 pub fn enter_mount_namespace() -> std::io::Result<()> {
     unshare(CloneFlags::CLONE_NEWNS)?;
-    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_SLAVE, None::<&str>)?;
+    mount(
+        None::<&str>,
+        "/",
+        None::<&str>,
+        MsFlags::MS_REC | MsFlags::MS_SLAVE,
+        None::<&str>,
+    )?;
     Ok(())
 }
 
@@ -83,7 +93,10 @@ impl VmMachine {
 
     /// Gives the pod's cgroup up. The VM must be gone.
     pub fn leave_cgroup(&self, limit: Duration) {
-        self.cgroup.lock().unwrap_or_else(PoisonError::into_inner).leave(limit);
+        self.cgroup
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .leave(limit);
     }
 
     /// Writes the vmm child down before anything waits for it: a shim that dies now leaves something to kill.
@@ -97,12 +110,25 @@ impl VmMachine {
         }
     }
 
+    /// Joins the pod's interfaces with taps. The description is kept in the bundle for whoever looks.
+    async fn attach(&self, bundle: &Path, plan: &Plan, undo: &mut Undo) -> Result<PodNetwork> {
+        let Some(netns) = plan.netns.clone() else {
+            return Ok(PodNetwork::default());
+        };
+        let taken = netns.clone();
+        undo.push("taps", move || {
+            blocking("take the taps away", move || net::detach(&taken))
+        });
+        let network = blocking("join the pod's network", move || net::attach(&netns)).await?;
+        let path = bundle.join(NETWORK_FILE);
+        let text = serde_json::to_vec_pretty(&network).unwrap_or_default();
+        write_whole(&path, &text).map_err(ShimError::io("write", path.display()))?;
+        Ok(network)
+    }
+
     async fn start_child(&self, spec: InstanceSpec, undo: &mut Undo) -> Result<VmmChild> {
         let supervisor = self.supervisor.clone();
-        let spawned = tokio::task::spawn_blocking(move || supervisor.spawn(&spec)).await;
-        let child = spawned
-            .map_err(|_| ShimError::Ending)?
-            .map_err(ShimError::boot("start the vmm child"))?;
+        let child = blocking("start the vmm child", move || supervisor.spawn(&spec)).await?;
         let hold = child.clone();
         undo.push("vmm child", move || async move {
             hold.kill();
@@ -126,23 +152,33 @@ impl Machine for VmMachine {
         scratch::make(&scratch, plan.options.scratch_bytes).await?;
         timers.mark("scratch");
 
-        let share = HostShare::new(bundle);
+        let directory = bundle.join("share");
+        let share = blocking("make the share", move || PodShare::create(&directory)).await?;
         let taken = share.clone();
-        undo.push_call("share", move || taken.clear());
-        share.mount()?;
+        undo.push_call("share", move || taken.destroy());
         timers.mark("share");
 
-        let ready = ReadySocket::bind(&work_dir).map_err(ShimError::boot("listen for the guest"))?;
-        let spec = instance(id, plan, &work_dir, &share, &scratch);
+        let network = self.attach(bundle, plan, undo).await?;
+        timers.mark("net");
+
+        let ready =
+            ReadySocket::bind(&work_dir).map_err(ShimError::boot("listen for the guest"))?;
+        let spec = instance(id, plan, &work_dir, &share, &scratch, &network);
         let child = self.start_child(spec, undo).await?;
         self.note_child(bundle, child.pid());
         timers.mark("spawn");
-        ready.wait(&child).await.map_err(ShimError::boot("wait for the guest"))?;
+        ready
+            .wait(&child)
+            .await
+            .map_err(ShimError::boot("wait for the guest"))?;
         timers.mark("ready");
 
         let socket = work_dir.join(names::VSOCK_SOCKET);
-        let session = GuestSession::new(Connection::lazy(GuestAddress::of(&plan.options.vmm, socket)));
-        let told = init(&session, &child, id, plan).await?;
+        let session = GuestSession::new(Connection::lazy(GuestAddress::of(
+            &plan.options.vmm,
+            socket,
+        )));
+        let told = init(&session, &child, id, plan, &network).await?;
         timers.mark("init");
         let mut info = timers.0;
         info.push(("kernel".to_owned(), told.0));
@@ -153,7 +189,7 @@ impl Machine for VmMachine {
         Ok(Booted {
             pid: child.pid().unsigned_abs(),
             session,
-            share: Arc::new(share),
+            share: Arc::new(VmShare(share)),
             exit: Box::pin(async move {
                 let exit = watched.wait().await;
                 format!("{exit}; {}", last_words(&watched))
@@ -165,7 +201,11 @@ impl Machine for VmMachine {
 
     fn prepare(&self, id: &str, bundle: &Path, plan: &Plan) {
         let joined = cgroup::join(&plan.options.cgroup_parent, id);
-        self.record().cgroups.clone_from(&joined.made);
+        {
+            let mut record = self.record();
+            record.cgroups.clone_from(&joined.made);
+            record.netns.clone_from(&plan.netns);
+        }
         *self.cgroup.lock().unwrap_or_else(PoisonError::into_inner) = joined;
         if let Err(error) = self.store(bundle) {
             tracing::warn!(%error, "the shim's record cannot be written");
@@ -189,11 +229,19 @@ impl Timers {
     fn mark(&mut self, stage: &str) {
         let took = self.1.0.elapsed();
         self.1.0 = Instant::now();
-        self.0.push((format!("timer.{stage}"), took.as_millis().to_string()));
+        self.0
+            .push((format!("timer.{stage}"), took.as_millis().to_string()));
     }
 }
 
-fn instance(id: &str, plan: &Plan, work_dir: &Path, share: &HostShare, scratch: &Path) -> InstanceSpec {
+fn instance(
+    id: &str,
+    plan: &Plan,
+    work_dir: &Path,
+    share: &PodShare,
+    scratch: &Path,
+    network: &PodNetwork,
+) -> InstanceSpec {
     let options = &plan.options;
     InstanceSpec {
         id: id.to_owned(),
@@ -203,20 +251,26 @@ fn instance(id: &str, plan: &Plan, work_dir: &Path, share: &HostShare, scratch: 
         acceleration: options.acceleration,
         installation: options.installation.clone(),
         work_dir: work_dir.to_owned(),
-        share_dir: share.served().to_owned(),
+        share_dir: share.directory().to_owned(),
         disks: vec![Disk {
             path: scratch.to_owned(),
             serial: names::SCRATCH_SERIAL.to_owned(),
             read_only: false,
         }],
-        nics: Vec::new(),
+        nics: network.nics(),
         netns: plan.netns.clone(),
         debug_console: options.debug_console,
     }
 }
 
 /// Guest.Init, ended by the VM's death. Answers kernel and agent version.
-async fn init(session: &GuestSession, child: &VmmChild, id: &str, plan: &Plan) -> Result<(String, String)> {
+async fn init(
+    session: &GuestSession,
+    child: &VmmChild,
+    id: &str,
+    plan: &Plan,
+    network: &PodNetwork,
+) -> Result<(String, String)> {
     let mut entropy = vec![0; ENTROPY];
     std::fs::File::open("/dev/urandom")
         .and_then(|mut file| file.read_exact(&mut entropy))
@@ -227,6 +281,8 @@ async fn init(session: &GuestSession, child: &VmmChild, id: &str, plan: &Plan) -
         time_unix_ns: time::unix_ns(),
         share_tag: names::SHARE_TAG.to_owned(),
         scratch_device: names::SCRATCH_SERIAL.to_owned(),
+        interfaces: network.wire_interfaces(),
+        routes: network.wire_routes(),
         sysctls: plan.options.sysctls.clone().into_iter().collect(),
         entropy: entropy.into(),
         ..Default::default()

@@ -158,7 +158,8 @@ impl Driver {
                 id: self.context.id.to_string(),
             }),
             None => {
-                self.machine.prepare(&self.context.id, &self.context.bundle, &plan);
+                self.machine
+                    .prepare(&self.context.id, &self.context.bundle, &plan);
                 self.publish(|snapshot| {
                     snapshot.phase = Phase::Created;
                     snapshot.created_at_unix_ns = time::unix_ns();
@@ -194,7 +195,10 @@ impl Driver {
         let outcome = self.boot(&plan, &mut undo, &mut waiting, &mut stops).await;
         let (result, shutdown) = match outcome {
             Outcome::Finished(result) => (*result, None),
-            Outcome::Stopped => (Err(self.wrong_state("go on with its start: it was stopped")), None),
+            Outcome::Stopped => (
+                Err(self.wrong_state("go on with its start: it was stopped")),
+                None,
+            ),
             Outcome::ShutDown(reply) => (Err(ShimError::Ending), Some(reply)),
         };
         match result {
@@ -263,7 +267,10 @@ impl Driver {
             undo,
         });
         let mut info = booted.info;
-        info.push(("start_ms".to_owned(), began.elapsed().as_millis().to_string()));
+        info.push((
+            "start_ms".to_owned(),
+            began.elapsed().as_millis().to_string(),
+        ));
         self.publish(|snapshot| {
             snapshot.phase = Phase::Ready;
             snapshot.pid = booted.pid;
@@ -301,7 +308,10 @@ impl Driver {
         };
         if !over {
             (vm.kill)();
-            if tokio::time::timeout(KILL_LIMIT, &mut vm.exit).await.is_err() {
+            if tokio::time::timeout(KILL_LIMIT, &mut vm.exit)
+                .await
+                .is_err()
+            {
                 tracing::error!("the VMM outlived SIGKILL");
             }
         }

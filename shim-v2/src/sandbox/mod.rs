@@ -53,7 +53,9 @@ impl Phase {
     pub fn name(self) -> &'static str {
         match self {
             Self::Ready => "SANDBOX_READY",
-            Self::None | Self::Created | Self::Starting | Self::Stopping | Self::Stopped => "SANDBOX_NOTREADY",
+            Self::None | Self::Created | Self::Starting | Self::Stopping | Self::Stopped => {
+                "SANDBOX_NOTREADY"
+            }
         }
     }
 }
@@ -204,7 +206,8 @@ impl Sandbox {
     /// # Errors
     /// AlreadyExists for another plan; WrongState after the end.
     pub async fn create(&self, plan: Plan) -> Result<()> {
-        self.ask(|reply| Request::Create(Box::new(plan), reply)).await
+        self.ask(|reply| Request::Create(Box::new(plan), reply))
+            .await
     }
 
     /// Boots the VM; joins a start under way and answers at once when it is ready. Dropping the future does not stop it.
@@ -244,9 +247,15 @@ impl Sandbox {
         snapshot.ended.clone().ok_or(ShimError::Ending)
     }
 
-    async fn ask<T>(&self, request: impl FnOnce(oneshot::Sender<Result<T>>) -> Request) -> Result<T> {
+    async fn ask<T>(
+        &self,
+        request: impl FnOnce(oneshot::Sender<Result<T>>) -> Request,
+    ) -> Result<T> {
         let (reply, answer) = oneshot::channel();
-        self.requests.send(request(reply)).await.map_err(|_| ShimError::Ending)?;
+        self.requests
+            .send(request(reply))
+            .await
+            .map_err(|_| ShimError::Ending)?;
         answer.await.map_err(|_| ShimError::Ending)?
     }
 }

@@ -27,17 +27,25 @@ impl Plan {
     /// # Errors
     /// Invalid, naming the field.
     pub fn from_request(request: &CreateSandboxRequest) -> Result<Self> {
-        let invalid = |reason: String| ShimError::Invalid { field: "options", reason };
+        let invalid = |reason: String| ShimError::Invalid {
+            field: "options",
+            reason,
+        };
         let any = request
             .options
             .as_ref()
             .ok_or_else(|| invalid("missing".to_owned()))?;
         let kind = any.type_url.rsplit('/').next().unwrap_or_default();
         if kind != SANDBOX_OPTIONS_TYPE {
-            return Err(invalid(format!("type {kind:?}, {SANDBOX_OPTIONS_TYPE:?} is wanted")));
+            return Err(invalid(format!(
+                "type {kind:?}, {SANDBOX_OPTIONS_TYPE:?} is wanted"
+            )));
         }
         if any.value.len() > OPTIONS_LIMIT {
-            return Err(invalid(format!("{} bytes, at most {OPTIONS_LIMIT}", any.value.len())));
+            return Err(invalid(format!(
+                "{} bytes, at most {OPTIONS_LIMIT}",
+                any.value.len()
+            )));
         }
         let options: SandboxOptions =
             serde_json::from_slice(&any.value).map_err(|error| invalid(error.to_string()))?;

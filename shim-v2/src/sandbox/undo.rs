@@ -4,7 +4,10 @@
 
 use futures::future::BoxFuture;
 
-type Step = (&'static str, Box<dyn FnOnce() -> BoxFuture<'static, Result<(), String>> + Send>);
+type Step = (
+    &'static str,
+    Box<dyn FnOnce() -> BoxFuture<'static, Result<(), String>> + Send>,
+);
 
 /// Steps to be taken back, newest last. Dropping it takes nothing back.
 #[derive(Default)]

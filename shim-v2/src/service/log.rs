@@ -9,9 +9,18 @@ use containerd_shim_protos::ttrpc::asynchronous::TtrpcContext;
 
 #[async_trait]
 impl ShimLog for Service {
-    async fn reopen_log(&self, _: &TtrpcContext, request: ReopenLogRequest) -> ttrpc::Result<ReopenLogResponse> {
-        let process = self.sandbox.containers().get(&request.container_id)?.process("")?;
-        self.detached(async move { process.reopen_log().await }).await?;
+    async fn reopen_log(
+        &self,
+        _: &TtrpcContext,
+        request: ReopenLogRequest,
+    ) -> ttrpc::Result<ReopenLogResponse> {
+        let process = self
+            .sandbox
+            .containers()
+            .get(&request.container_id)?
+            .process("")?;
+        self.detached(async move { process.reopen_log().await })
+            .await?;
         Ok(ReopenLogResponse::default())
     }
 }

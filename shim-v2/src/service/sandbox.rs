@@ -10,10 +10,11 @@ use async_trait::async_trait;
 use containerd_shim_protos::protobuf::MessageField;
 use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
 use containerd_shim_protos::sandbox_api::{
-    CreateSandboxRequest, CreateSandboxResponse, PingRequest, PingResponse, PlatformRequest, PlatformResponse,
-    SandboxMetricsRequest, SandboxMetricsResponse, SandboxStatusRequest, SandboxStatusResponse, ShutdownSandboxRequest,
-    ShutdownSandboxResponse, StartSandboxRequest, StartSandboxResponse, StopSandboxRequest, StopSandboxResponse,
-    WaitSandboxRequest, WaitSandboxResponse,
+    CreateSandboxRequest, CreateSandboxResponse, PingRequest, PingResponse, PlatformRequest,
+    PlatformResponse, SandboxMetricsRequest, SandboxMetricsResponse, SandboxStatusRequest,
+    SandboxStatusResponse, ShutdownSandboxRequest, ShutdownSandboxResponse, StartSandboxRequest,
+    StartSandboxResponse, StopSandboxRequest, StopSandboxResponse, WaitSandboxRequest,
+    WaitSandboxResponse,
 };
 use containerd_shim_protos::sandbox_async::Sandbox as SandboxService;
 use containerd_shim_protos::ttrpc;
@@ -33,11 +34,16 @@ impl SandboxService for Service {
         self.check_sandbox(&request.sandbox_id)?;
         let plan = Plan::from_request(&request)?;
         let sandbox = self.sandbox.clone();
-        self.detached(async move { sandbox.create(plan).await }).await?;
+        self.detached(async move { sandbox.create(plan).await })
+            .await?;
         Ok(CreateSandboxResponse::default())
     }
 
-    async fn start_sandbox(&self, _: &TtrpcContext, request: StartSandboxRequest) -> ttrpc::Result<StartSandboxResponse> {
+    async fn start_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: StartSandboxRequest,
+    ) -> ttrpc::Result<StartSandboxResponse> {
         self.check_sandbox(&request.sandbox_id)?;
         let snapshot = self.sandbox.start().await?;
         Ok(StartSandboxResponse {
@@ -47,7 +53,11 @@ impl SandboxService for Service {
         })
     }
 
-    async fn platform(&self, _: &TtrpcContext, request: PlatformRequest) -> ttrpc::Result<PlatformResponse> {
+    async fn platform(
+        &self,
+        _: &TtrpcContext,
+        request: PlatformRequest,
+    ) -> ttrpc::Result<PlatformResponse> {
         self.check_sandbox(&request.sandbox_id)?;
         let mut response = PlatformResponse::new();
         let platform = response.platform.mut_or_insert_default();
@@ -61,14 +71,22 @@ impl SandboxService for Service {
         Ok(response)
     }
 
-    async fn stop_sandbox(&self, _: &TtrpcContext, request: StopSandboxRequest) -> ttrpc::Result<StopSandboxResponse> {
+    async fn stop_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: StopSandboxRequest,
+    ) -> ttrpc::Result<StopSandboxResponse> {
         self.check_sandbox(&request.sandbox_id)?;
         let grace = Duration::from_secs(u64::from(request.timeout_secs));
         self.sandbox.stop(grace).await?;
         Ok(StopSandboxResponse::default())
     }
 
-    async fn wait_sandbox(&self, _: &TtrpcContext, request: WaitSandboxRequest) -> ttrpc::Result<WaitSandboxResponse> {
+    async fn wait_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: WaitSandboxRequest,
+    ) -> ttrpc::Result<WaitSandboxResponse> {
         self.check_sandbox(&request.sandbox_id)?;
         let ended = self.sandbox.wait().await?;
         Ok(WaitSandboxResponse {
@@ -96,16 +114,21 @@ impl SandboxService for Service {
             response.exited_at = MessageField::some(time::timestamp(ended.at_unix_ns));
             response.info.insert("ended".to_owned(), ended.how.clone());
         }
-        response
-            .info
-            .insert("phase".to_owned(), format!("{:?}", snapshot.phase).to_lowercase());
+        response.info.insert(
+            "phase".to_owned(),
+            format!("{:?}", snapshot.phase).to_lowercase(),
+        );
         if request.verbose {
             response.info.extend(snapshot.info.iter().cloned());
         }
         Ok(response)
     }
 
-    async fn ping_sandbox(&self, _: &TtrpcContext, request: PingRequest) -> ttrpc::Result<PingResponse> {
+    async fn ping_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: PingRequest,
+    ) -> ttrpc::Result<PingResponse> {
         self.check_sandbox(&request.sandbox_id)?;
         let guest = self.sandbox.guest("ping it")?;
         guest.call(guest.session.guest().ping(ANSWER_LIMIT)).await?;
@@ -138,7 +161,9 @@ impl SandboxService for Service {
     ) -> ttrpc::Result<SandboxMetricsResponse> {
         self.check_sandbox(&request.sandbox_id)?;
         let guest = self.sandbox.guest("measure it")?;
-        let stats = guest.call(guest.session.guest().stats(ANSWER_LIMIT)).await?;
+        let stats = guest
+            .call(guest.session.guest().stats(ANSWER_LIMIT))
+            .await?;
         let data = stats::any(&stats.pod.unwrap_or_default(), &stats.networks)
             .map_err(|error| ttrpc::Error::Others(error.to_string()))?;
         let mut response = SandboxMetricsResponse::new();

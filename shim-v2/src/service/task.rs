@@ -8,10 +8,11 @@ use crate::logs::{Sink, Stdio};
 use crate::time;
 use async_trait::async_trait;
 use containerd_shim_protos::api::{
-    CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse, DeleteRequest,
-    DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest, PidsResponse, ProcessInfo,
-    ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest, StateResponse,
-    StatsRequest, StatsResponse, Status, UpdateTaskRequest, WaitRequest, WaitResponse,
+    CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse,
+    DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest,
+    PidsRequest, PidsResponse, ProcessInfo, ResizePtyRequest, ResumeRequest, ShutdownRequest,
+    StartRequest, StartResponse, StateRequest, StateResponse, StatsRequest, StatsResponse, Status,
+    UpdateTaskRequest, WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::events::task::TaskExecAdded;
 use containerd_shim_protos::protobuf::MessageField;
@@ -32,7 +33,11 @@ impl Service {
 
 #[async_trait]
 impl Task for Service {
-    async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> ttrpc::Result<CreateTaskResponse> {
+    async fn create(
+        &self,
+        _: &TtrpcContext,
+        request: CreateTaskRequest,
+    ) -> ttrpc::Result<CreateTaskResponse> {
         let guest = self.sandbox.guest("create a container")?;
         let containers = self.sandbox.containers().clone();
         let pid = self
@@ -114,11 +119,16 @@ impl Task for Service {
         Ok(Empty::default())
     }
 
-    async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
+    async fn delete(
+        &self,
+        _: &TtrpcContext,
+        request: DeleteRequest,
+    ) -> ttrpc::Result<DeleteResponse> {
         let containers = self.sandbox.containers().clone();
         let state = if request.exec_id.is_empty() {
             let id = request.id.clone();
-            self.detached(async move { containers.delete(&id).await }).await?
+            self.detached(async move { containers.delete(&id).await })
+                .await?
         } else {
             let container = containers.get(&request.id)?;
             let process = container.process(&request.exec_id)?;
@@ -142,7 +152,10 @@ impl Task for Service {
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
         let container = self.sandbox.containers().get(&request.id)?;
-        let pids = container.guest.call(container.guest.session.container().pids(&request.id)).await?;
+        let pids = container
+            .guest
+            .call(container.guest.session.container().pids(&request.id))
+            .await?;
         Ok(PidsResponse {
             processes: pids
                 .into_iter()
@@ -157,12 +170,18 @@ impl Task for Service {
 
     async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
         if request.stdin {
-            self.process(&request.id, &request.exec_id)?.close_input().await?;
+            self.process(&request.id, &request.exec_id)?
+                .close_input()
+                .await?;
         }
         Ok(Empty::default())
     }
 
-    async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
+    async fn resize_pty(
+        &self,
+        _: &TtrpcContext,
+        request: ResizePtyRequest,
+    ) -> ttrpc::Result<Empty> {
         let process = self.process(&request.id, &request.exec_id)?;
         process.resize(request.height, request.width).await?;
         Ok(Empty::default())
@@ -183,7 +202,10 @@ impl Task for Service {
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
         let container = self.sandbox.containers().get(&request.id)?;
         let session = &container.guest.session;
-        let told = container.guest.call(session.container().stats(&request.id, STATS_LIMIT)).await?;
+        let told = container
+            .guest
+            .call(session.container().stats(&request.id, STATS_LIMIT))
+            .await?;
         let stats = stats::any(&told.cgroup.unwrap_or_default(), &[])
             .map_err(|error| ttrpc::Error::Others(error.to_string()))?;
         Ok(StatsResponse {
@@ -202,7 +224,11 @@ impl Task for Service {
         Ok(Empty::default())
     }
 
-    async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
+    async fn connect(
+        &self,
+        _: &TtrpcContext,
+        request: ConnectRequest,
+    ) -> ttrpc::Result<ConnectResponse> {
         let task_pid = match self.sandbox.containers().get(&request.id) {
             Ok(container) => container.init.state().pid,
             Err(_) => self.sandbox.snapshot().pid,
@@ -248,7 +274,10 @@ fn invalid(field: &'static str, reason: &str) -> ttrpc::Error {
 
 fn ended(state: &State) -> (u32, MessageField<Timestamp>) {
     match state.ended {
-        Some(ended) => (ended.status, MessageField::some(time::timestamp(ended.at_unix_ns))),
+        Some(ended) => (
+            ended.status,
+            MessageField::some(time::timestamp(ended.at_unix_ns)),
+        ),
         None => (0, MessageField::none()),
     }
 }

@@ -19,7 +19,10 @@ pub(in crate::logs) fn parse(log: &[u8]) -> Vec<Record> {
         let end = memchr::memchr(b'\n', rest).expect("every record ends with a newline");
         let line = &rest[..end];
         rest = &rest[end + 1..];
-        assert_eq!((line[4], line[10], line[WIDTH - 1], line[WIDTH]), (b'-', b'T', b'Z', b' '));
+        assert_eq!(
+            (line[4], line[10], line[WIDTH - 1], line[WIDTH]),
+            (b'-', b'T', b'Z', b' ')
+        );
         let stderr = match &line[WIDTH + 1..WIDTH + 8] {
             b"stdout " => false,
             b"stderr " => true,
@@ -57,7 +60,11 @@ fn format_all(chunks: &[(bool, Vec<u8>)]) -> (Vec<u8>, Formatter) {
     let mut out = Vec::new();
     let mut offset = 0;
     for (stderr, data) in chunks {
-        let stream = if *stderr { OutputStream::Stderr } else { OutputStream::Stdout };
+        let stream = if *stderr {
+            OutputStream::Stderr
+        } else {
+            OutputStream::Stdout
+        };
         formatter.push(stream, offset, data, &stamp, &mut out);
         offset += data.len() as u64;
         assert!(formatter.settled() <= offset);
@@ -67,10 +74,16 @@ fn format_all(chunks: &[(bool, Vec<u8>)]) -> (Vec<u8>, Formatter) {
 }
 
 fn lines(of: &[(bool, &[u8])]) -> Vec<(bool, Vec<u8>)> {
-    let chunks: Vec<_> = of.iter().map(|(stderr, data)| (*stderr, data.to_vec())).collect();
+    let chunks: Vec<_> = of
+        .iter()
+        .map(|(stderr, data)| (*stderr, data.to_vec()))
+        .collect();
     let (mut out, mut formatter) = format_all(&chunks);
     formatter.finish(&stamp::format(0), &mut out);
-    parse(&out).into_iter().map(|record| (record.full, record.bytes)).collect()
+    parse(&out)
+        .into_iter()
+        .map(|record| (record.full, record.bytes))
+        .collect()
 }
 
 #[test]
@@ -81,20 +94,26 @@ fn the_longest_line_that_fits_is_one_record() {
     line.insert(0, b'y');
     let mut first = vec![b'x'; LINE_LIMIT];
     first[0] = b'y';
-    assert_eq!(lines(&[(false, &line)]), [(false, first), (true, b"x".to_vec())]);
+    assert_eq!(
+        lines(&[(false, &line)]),
+        [(false, first), (true, b"x".to_vec())]
+    );
 }
 
 #[test]
 fn a_newline_of_its_own_ends_the_line_before_it() {
-    assert_eq!(lines(&[(false, b"a"), (true, b"e\n"), (false, b"\n")]), [
-        (true, b"e".to_vec()),
-        (true, b"a".to_vec())
-    ]);
+    assert_eq!(
+        lines(&[(false, b"a"), (true, b"e\n"), (false, b"\n")]),
+        [(true, b"e".to_vec()), (true, b"a".to_vec())]
+    );
 }
 
 #[test]
 fn the_end_without_newline_is_partial() {
-    assert_eq!(lines(&[(true, b"e"), (false, b"o")]), [(false, b"e".to_vec()), (false, b"o".to_vec())]);
+    assert_eq!(
+        lines(&[(true, b"e"), (false, b"o")]),
+        [(false, b"e".to_vec()), (false, b"o".to_vec())]
+    );
     assert_eq!(lines(&[(false, b"\n")]), [(true, Vec::new())]);
 }
 

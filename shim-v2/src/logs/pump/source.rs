@@ -79,6 +79,8 @@ impl Source for GuestSource {
 #[async_trait]
 impl Acker for GuestAcker {
     async fn ack(&self, offset: u64) -> Result<(), PortalError> {
-        self.execution.ack(&self.container, &self.exec, offset).await
+        self.execution
+            .ack(&self.container, &self.exec, offset)
+            .await
     }
 }

@@ -178,14 +178,21 @@ async fn reopen(pump: &LogPump) {
 }
 
 fn wanted(chunks: &[(OutputStream, Vec<u8>)], stream: OutputStream) -> Vec<u8> {
-    chunks.iter().filter(|(s, _)| *s == stream).flat_map(|(_, d)| d.clone()).collect()
+    chunks
+        .iter()
+        .filter(|(s, _)| *s == stream)
+        .flat_map(|(_, d)| d.clone())
+        .collect()
 }
 
 fn check(setup: &Setup) {
     let log: Vec<u8> = setup.disk.files.lock().expect("unpoisoned").concat();
     let records = parse(&log);
     for (stream, stderr) in [(OutputStream::Stdout, false), (OutputStream::Stderr, true)] {
-        assert!(bytes_of(&records, stderr) == wanted(&setup.guest.chunks, stream), "{stream:?} differs");
+        assert!(
+            bytes_of(&records, stderr) == wanted(&setup.guest.chunks, stream),
+            "{stream:?} differs"
+        );
     }
     let total: usize = setup.guest.chunks.iter().map(|(_, data)| data.len()).sum();
     assert_eq!(*setup.guest.acked.lock().expect("unpoisoned"), total as u64);
@@ -197,7 +204,14 @@ fn chunk() -> impl Strategy<Value = (OutputStream, Vec<u8>)> {
         (1usize..32_768, any::<u8>()).prop_map(|(n, byte)| vec![byte; n]),
     ];
     (any::<bool>(), data).prop_map(|(stderr, data)| {
-        (if stderr { OutputStream::Stderr } else { OutputStream::Stdout }, data)
+        (
+            if stderr {
+                OutputStream::Stderr
+            } else {
+                OutputStream::Stdout
+            },
+            data,
+        )
     })
 }
 
@@ -228,14 +242,33 @@ proptest! {
 #[tokio::test]
 async fn a_full_disk_blocks_the_guest_and_a_rotation_frees_it() {
     let line = [b"0123456789".repeat(100), b"\n".to_vec()].concat();
-    let chunks: Vec<_> = (0..2_000).map(|_| (OutputStream::Stdout, line.clone())).collect();
+    let chunks: Vec<_> = (0..2_000)
+        .map(|_| (OutputStream::Stdout, line.clone()))
+        .collect();
     let setup = setup(chunks, vec![], vec![700]);
     setup.disk.full.store(true, Ordering::Relaxed);
-    assert!(!setup.pump.watch_drained().within(Duration::from_secs(1)).await, "it is stuck");
-    assert_eq!(*setup.guest.acked.lock().expect("unpoisoned"), 0, "nothing is acknowledged");
+    assert!(
+        !setup
+            .pump
+            .watch_drained()
+            .within(Duration::from_secs(1))
+            .await,
+        "it is stuck"
+    );
+    assert_eq!(
+        *setup.guest.acked.lock().expect("unpoisoned"),
+        0,
+        "nothing is acknowledged"
+    );
     setup.disk.full.store(false, Ordering::Relaxed);
     reopen(&setup.pump).await;
-    assert!(setup.pump.watch_drained().within(Duration::from_secs(10)).await);
+    assert!(
+        setup
+            .pump
+            .watch_drained()
+            .within(Duration::from_secs(10))
+            .await
+    );
     setup.tasks.close();
     setup.tasks.wait().await;
     check(&setup);
@@ -247,9 +280,19 @@ async fn a_full_disk_blocks_the_guest_and_a_rotation_frees_it() {
 
 #[tokio::test]
 async fn a_dead_vm_ends_the_log_with_what_it_said() {
-    let setup = setup(vec![(OutputStream::Stdout, b"last words".to_vec())], vec![], vec![]);
+    let setup = setup(
+        vec![(OutputStream::Stdout, b"last words".to_vec())],
+        vec![],
+        vec![],
+    );
     setup.ended.cancel();
-    assert!(setup.pump.watch_drained().within(Duration::from_secs(5)).await);
+    assert!(
+        setup
+            .pump
+            .watch_drained()
+            .within(Duration::from_secs(5))
+            .await
+    );
     let log = setup.disk.files.lock().expect("unpoisoned").concat();
     let records = parse(&log);
     assert_eq!(records.len(), 1);
@@ -259,10 +302,16 @@ async fn a_dead_vm_ends_the_log_with_what_it_said() {
 
 #[tokio::test]
 async fn closing_gives_up_on_a_full_disk() {
-    let setup = setup(vec![(OutputStream::Stdout, b"x\n".to_vec())], vec![], vec![]);
+    let setup = setup(
+        vec![(OutputStream::Stdout, b"x\n".to_vec())],
+        vec![],
+        vec![],
+    );
     setup.disk.full.store(true, Ordering::Relaxed);
     tokio::time::sleep(Duration::from_secs(1)).await;
-    tokio::time::timeout(Duration::from_secs(5), setup.pump.close()).await.expect("closes");
+    tokio::time::timeout(Duration::from_secs(5), setup.pump.close())
+        .await
+        .expect("closes");
 }
 
 /// Not a limit of anything, but the figure the report gives: formatting and writing alone.
@@ -275,7 +324,9 @@ async fn real_files_take_many_lines_quickly_and_whole() {
         .map(|_| {
             let mut data = Vec::with_capacity(32 << 10);
             while data.len() + 64 < 32 << 10 {
-                data.extend_from_slice(format!("line {number} of many, with some words behind it\n").as_bytes());
+                data.extend_from_slice(
+                    format!("line {number} of many, with some words behind it\n").as_bytes(),
+                );
                 number += 1;
             }
             (OutputStream::Stdout, data)
@@ -300,6 +351,10 @@ async fn real_files_take_many_lines_quickly_and_whole() {
     let took = began.elapsed();
     let log = std::fs::read(&path).expect("readable");
     let bytes = bytes_of(&parse(&log), false);
-    eprintln!("{} MiB of lines in {} ms", bytes.len() >> 20, took.as_millis());
+    eprintln!(
+        "{} MiB of lines in {} ms",
+        bytes.len() >> 20,
+        took.as_millis()
+    );
     assert!(bytes == wanted(&guest.chunks, OutputStream::Stdout));
 }

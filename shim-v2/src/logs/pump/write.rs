@@ -109,25 +109,39 @@ impl Writer {
     }
 
     async fn write(&mut self, batch: &mut Vec<Piece>, last: bool) {
-        let end = batch.last().map(|piece| piece.chunk.offset + piece.chunk.data.len() as u64);
+        let end = batch
+            .last()
+            .map(|piece| piece.chunk.offset + piece.chunk.data.len() as u64);
         let mut settled = end;
         let written = match &mut self.output {
-            Output::Cri { file, formatter, clock } => {
+            Output::Cri {
+                file,
+                formatter,
+                clock,
+            } => {
                 let stamp = clock.stamp();
                 for Piece { chunk, .. } in batch.iter() {
-                    formatter.push(chunk.stream, chunk.offset, &chunk.data, &stamp, &mut file.buffer);
+                    formatter.push(
+                        chunk.stream,
+                        chunk.offset,
+                        &chunk.data,
+                        &stamp,
+                        &mut file.buffer,
+                    );
                 }
                 if last {
                     formatter.finish(&stamp, &mut file.buffer);
                 }
                 settled = Some(formatter.settled());
-                file.flush(&mut self.orders, &self.progress, &self.give_up).await
+                file.flush(&mut self.orders, &self.progress, &self.give_up)
+                    .await
             }
             Output::Raw(file) => {
                 for Piece { chunk, .. } in batch.iter() {
                     file.buffer.extend_from_slice(&chunk.data);
                 }
-                file.flush(&mut self.orders, &self.progress, &self.give_up).await
+                file.flush(&mut self.orders, &self.progress, &self.give_up)
+                    .await
             }
             Output::Fifos { stdout, stderr } => {
                 let all = async {
@@ -150,7 +164,8 @@ impl Writer {
         };
         batch.clear();
         if let Some(settled) = settled.filter(|_| written) {
-            self.acks.send_if_modified(|acked| std::mem::replace(acked, settled) != settled);
+            self.acks
+                .send_if_modified(|acked| std::mem::replace(acked, settled) != settled);
         }
     }
 
@@ -174,7 +189,11 @@ async fn write_fifo(to: &pipe::Sender, mut data: &[u8], progress: &Progress) {
                 progress.add(count);
                 data = &data[count..];
             }
-            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                ) => {}
             Err(error) => {
                 tracing::warn!(%error, "output FIFO is broken");
                 return;
@@ -220,7 +239,10 @@ impl FileWriter {
                 pause = PAUSE_MIN;
             }
             if !std::mem::replace(&mut self.complained, true) {
-                let path = self.target.as_ref().map(|target| target.path.display().to_string());
+                let path = self
+                    .target
+                    .as_ref()
+                    .map(|target| target.path.display().to_string());
                 tracing::error!(path, %error, "log cannot be written; trying until it can");
             }
             tokio::select! {
@@ -281,7 +303,9 @@ impl FileWriter {
     fn take_back_record(&mut self) {
         let start = memchr::memrchr(b'\n', &self.buffer[..self.done]).map_or(0, |end| end + 1);
         let part = self.done - start;
-        let Some(target) = &mut self.target else { return };
+        let Some(target) = &mut self.target else {
+            return;
+        };
         if part > 0 && target.file.cut(part as u64).is_ok() {
             self.done = start;
         }
@@ -299,9 +323,10 @@ impl FileWriter {
                 *target = opened?;
                 Ok(())
             }
-            Err(error) => Err(crate::error::ShimError::io("open the log file", target.path.display())(
-                io::Error::other(error),
-            )),
+            Err(error) => Err(crate::error::ShimError::io(
+                "open the log file",
+                target.path.display(),
+            )(io::Error::other(error))),
         }
     }
 }
