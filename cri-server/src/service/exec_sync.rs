@@ -9,8 +9,7 @@ use tonic::Status;
 /// Most bytes of stdout and of stderr: both, with their framing, fit into the 16 MiB that a kubelet reads.
 const OUTPUT_LIMIT: usize = (8 << 20) - (4 << 10);
 
-/// The call. A timeout is DEADLINE_EXCEEDED, with the command's whole process tree killed; a client that goes away leaves the command to
-/// its timeout.
+/// The call. A timeout is DEADLINE_EXCEEDED; it and a client that goes away kill the command with all it started.
 pub async fn exec(server: &Server, request: ExecSyncRequest) -> Result<ExecSyncResponse, Status> {
     present("container_id", &request.container_id)?;
     if request.cmd.first().is_none_or(String::is_empty) {
@@ -31,12 +30,10 @@ pub async fn exec(server: &Server, request: ExecSyncRequest) -> Result<ExecSyncR
         .ok()
         .filter(|seconds| *seconds > 0)
         .map(Duration::from_secs);
-    let work = async move {
-        pod.exec_sync(&container.id, request.cmd, timeout, OUTPUT_LIMIT)
-            .await
-            .map_err(refused)
-    };
-    let output = server.detached(work).await?;
+    let output = pod
+        .exec_sync(&container.id, request.cmd, timeout, OUTPUT_LIMIT)
+        .await
+        .map_err(refused)?;
     if output.truncated {
         tracing::info!(limit = OUTPUT_LIMIT, "output of an ExecSync was cut");
     }
