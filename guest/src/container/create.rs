@@ -253,13 +253,21 @@ pub type Received = (
 /// Follows the helper until the process exists.
 pub async fn receive(agent: &Agent, reply: &Reply) -> Result<Received, ContainerError> {
     let mut console = None;
+    let mut detail = None;
     loop {
         match reply.next().await? {
             Some((Message::Created { pid }, _)) => {
                 return Ok((pid, agent.reaper.register(pid), console));
             }
             Some((Message::Console, master)) => console = master,
-            Some((Message::Failed(failure), _)) => return Err(SpawnError::Refused(failure).into()),
+            // The first is the innermost: the system call that failed.
+            Some((Message::Detail(text), _)) => detail = detail.or(Some(text)),
+            Some((Message::Failed(mut failure), _)) => {
+                if let Some(detail) = detail.filter(|_| failure.kind == FailureKind::Internal) {
+                    failure.message = format!("{}: {detail}", failure.message);
+                }
+                return Err(SpawnError::Refused(failure).into());
+            }
             None => return Err(SpawnError::Silent.into()),
         }
     }
@@ -272,6 +280,7 @@ pub async fn until_exec(reply: &Reply) -> Result<Option<OwnedFd>, SpawnError> {
         match reply.next().await? {
             None => return Ok(console),
             Some((Message::Console, master)) => console = master,
+            Some((Message::Detail(_), _)) => {}
             Some((Message::Failed(failure), _)) => return Err(SpawnError::Refused(failure)),
             Some((Message::Created { .. }, _)) => {
                 let failure = Failure::new(FailureKind::Internal, "a process was made twice");

@@ -276,6 +276,26 @@ impl Output {
         }
     }
 
+    /// Waits until a whole chunk is there behind `offset`, or no more will come. Safe to drop.
+    pub async fn fills_chunk(&self, offset: u64) {
+        loop {
+            let changed = self.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            {
+                let buffer = self.lock();
+                // Where there is no room the pump waits, and so would this.
+                if buffer.closed
+                    || !buffer.has_room()
+                    || buffer.end() >= offset + CHUNK_LIMIT as u64
+                {
+                    return;
+                }
+            }
+            changed.await;
+        }
+    }
+
     /// Frees everything below `offset`.
     pub fn ack(&self, offset: u64) {
         self.lock().ack(offset);

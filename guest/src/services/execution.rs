@@ -15,6 +15,8 @@ use boxlite_proto::boxlite::v1::{
 };
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::Instant;
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -39,19 +41,32 @@ impl ExecutionService {
     }
 }
 
+/// A reader that had a chunk less than this ago waits as long for the next to fill: a process that writes line by line
+/// would otherwise cost a message, and a wake-up of the host, per line. A first chunk after silence goes at once.
+const COALESCE: Duration = Duration::from_millis(2);
+
 /// Where a reader is.
 struct Follower {
     process: Arc<Process>,
     offset: u64,
+    /// When the last chunk was taken.
+    last: Option<Instant>,
 }
 
 impl Follower {
     /// The next chunk; the last one says EOF, and an error ends the stream too.
     async fn next(follower: Option<Self>) -> Option<(Result<AttachChunk, Status>, Option<Self>)> {
         let mut follower = follower?;
+        if let Some(last) = follower.last
+            && last.elapsed() < COALESCE
+        {
+            let filled = follower.process.output.fills_chunk(follower.offset);
+            let _ = tokio::time::timeout_at(last + COALESCE, filled).await;
+        }
         match follower.process.output.read(follower.offset).await {
             Found::Data(chunk) => {
                 follower.offset = chunk.offset + chunk.data.len() as u64;
+                follower.last = Some(Instant::now());
                 let message = AttachChunk {
                     offset: chunk.offset,
                     stream: chunk.stream.into(),
@@ -113,7 +128,11 @@ impl Execution for ExecutionService {
             let message = format!("offset {offset} is beyond the end {}", process.output.end());
             return Err(status(ErrorKind::InvalidArgument, "offset", message));
         }
-        let follower = Follower { process, offset };
+        let follower = Follower {
+            process,
+            offset,
+            last: None,
+        };
         Ok(Response::new(Box::pin(futures::stream::unfold(
             Some(follower),
             Follower::next,

@@ -4,6 +4,7 @@
 //! left to do: cgroup limits (the agent's, they must also be updated), seccomp (not in a static build without
 //! libseccomp), looking for and executing the program (typed errors and the exact environment, see [`Program`]).
 
+use super::detail::Detail;
 use super::executable;
 use super::wire::{self, CreateRequest, Failure, FailureKind, Message};
 use crate::boot::console::chain;
@@ -26,6 +27,10 @@ pub fn run(request: &CreateRequest, stdio: Vec<OwnedFd>, reply: &OwnedFd) -> Res
     let own_reply = reply
         .try_clone()
         .map_err(|error| Failure::step("dup", error))?;
+    let log = reply
+        .try_clone()
+        .map_err(|error| Failure::step("dup", error))?;
+    Detail::install(log);
     let failed = |error: libcontainer::error::LibcontainerError| {
         Failure::new(
             FailureKind::Internal,

@@ -14,6 +14,7 @@
 //! ```
 
 mod create;
+mod detail;
 mod exec;
 mod executable;
 mod pause;

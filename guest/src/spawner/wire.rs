@@ -93,6 +93,8 @@ pub enum Message {
     Created { pid: i32 },
     /// The terminal's master; the descriptor goes with it.
     Console,
+    /// What libcontainer logged as an error; a failure may follow.
+    Detail(String),
     /// It will not run.
     Failed(Failure),
 }
