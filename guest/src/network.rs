@@ -322,7 +322,7 @@ mod tests {
     fn nonsense_is_refused() {
         let indexes = HashMap::from([("eth0", 2)]);
         assert!(route_message(&route("10.0.0.0/33", "", false), &indexes).is_err());
-        assert!(route_message(&route("10.0.0.0/8", "fe80::1", false), &indexes).is_err());
+        assert!(route_message(&route("fd00::/64", "10.0.0.1", true), &indexes).is_err());
         assert!(route_message(&route("", "nowhere", false), &indexes).is_err());
         assert!(route_message(&route("", "10.0.0.1", false), &HashMap::new()).is_err());
         assert!(parse_mac("aa:bb:cc:dd:ee").is_err());

@@ -181,10 +181,11 @@ async fn launch(
     cgroup: &cgroup::Cgroup,
 ) -> Result<Launched, ContainerError> {
     let failed = || ContainerError::step("standard input and output");
-    let body = Request::Exec(Plan {
+    let body = Plan {
         cgroup_procs: cgroup.path().join("cgroup.procs"),
         process: plan,
-    });
+    };
+    let body = Request::Exec(Box::new(body));
     let pipes = if request.terminal {
         None
     } else {

@@ -30,7 +30,7 @@ pub enum Request {
     Create(CreateRequest),
     /// Run a process in a container. Descriptors: the init process's pidfd, then stdin, stdout, stderr (none for a
     /// terminal).
-    Exec(ExecRequest),
+    Exec(Box<ExecRequest>),
     /// Hold a new PID namespace. No descriptors.
     Pause,
 }
