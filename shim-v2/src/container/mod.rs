@@ -178,6 +178,15 @@ impl Containers {
         tokio::time::timeout(limit, all).await.is_ok()
     }
 
+    /// Ends the tasks of all processes, whose VM is gone: containers that nobody deleted would hold the shim back.
+    pub async fn close_all(&self) {
+        for container in self.all() {
+            for process in container.processes() {
+                process.close().await;
+            }
+        }
+    }
+
     /// Removes a container whose init has ended, or never started, with its execs and mounts. Answers its end.
     /// Runs to its end even when the caller goes away only if the caller spawned it; see the service.
     ///

@@ -343,6 +343,7 @@ impl Driver {
 
     async fn shutdown(&mut self, reply: Option<Reply<()>>) {
         self.stop(Duration::ZERO).await;
+        self.containers.close_all().await;
         self.requests.close();
         if let Some(reply) = reply {
             drop(reply.send(Ok(())));
