@@ -8,11 +8,13 @@
 //! archive/tar, since that reads layers in containerd and Docker.
 
 mod pax;
+mod sparse;
 
 use std::io::{self, Read};
 
 use super::{ImageError, ImageResult, refuse, show};
 use pax::Pax;
+use sparse::check_segments;
 
 const BLOCK: usize = 512;
 /// Largest long name or PAX header in bytes, as in Go's archive/tar.
@@ -293,89 +295,6 @@ impl<'a, R: Read> TarReader<'a, R> {
         Ok(entry)
     }
 
-    /// GNU's old format: four pieces in the header, more in blocks behind it.
-    fn old_sparse(&mut self, name: &[u8], header: &Header) -> ImageResult<(u64, Vec<Segment>)> {
-        let bad = || refuse(name, "its sparse map is damaged".into());
-        if !header.is_gnu() {
-            return Err(bad());
-        }
-        let size = number(header.bytes(483, 12))
-            .and_then(|v| u64::try_from(v).ok())
-            .ok_or_else(bad)?;
-        let mut segments = Vec::new();
-        let mut take = |field: &[u8]| -> ImageResult<()> {
-            for piece in field.chunks_exact(24).take_while(|piece| piece[0] != 0) {
-                let part = |bytes| {
-                    number(bytes)
-                        .and_then(|v| u64::try_from(v).ok())
-                        .ok_or_else(bad)
-                };
-                segments.push(Segment {
-                    offset: part(&piece[..12])?,
-                    length: part(&piece[12..])?,
-                });
-            }
-            if segments.len() > MAX_SEGMENTS {
-                Err(bad())
-            } else {
-                Ok(())
-            }
-        };
-        take(header.bytes(386, 96))?;
-        let mut extended = header.0[482] != 0;
-        while extended {
-            let mut block = [0; BLOCK];
-            self.exactly(&mut block, "a sparse map")?;
-            take(&block[..504])?;
-            extended = block[504] != 0;
-        }
-        Ok((size, segments))
-    }
-
-    /// PAX format 1.0: decimal lines at the front of the content, padded to a block.
-    fn inline_sparse_map(&mut self, name: &[u8]) -> ImageResult<Vec<Segment>> {
-        let bad = || refuse(name, "its sparse map is damaged".into());
-        let mut block = [0; BLOCK];
-        let mut at = BLOCK;
-        let mut line = |reader: &mut Self| -> ImageResult<u64> {
-            let mut value: u64 = 0;
-            loop {
-                if at == BLOCK {
-                    if reader.left < BLOCK as u64 {
-                        return Err(bad());
-                    }
-                    reader.exactly(&mut block, "a sparse map")?;
-                    reader.left -= BLOCK as u64;
-                    at = 0;
-                }
-                let byte = block[at];
-                at += 1;
-                match byte {
-                    b'\n' => return Ok(value),
-                    b'0'..=b'9' => {
-                        value = value
-                            .checked_mul(10)
-                            .and_then(|v| v.checked_add(u64::from(byte - b'0')))
-                            .ok_or_else(bad)?;
-                    }
-                    _ => return Err(bad()),
-                }
-            }
-        };
-        let count = line(self)?;
-        if count > MAX_SEGMENTS as u64 {
-            return Err(bad());
-        }
-        (0..count)
-            .map(|_| {
-                Ok(Segment {
-                    offset: line(self)?,
-                    length: line(self)?,
-                })
-            })
-            .collect()
-    }
-
     /// The next header block, None at the end.
     fn header(&mut self) -> ImageResult<Option<Header>> {
         let mut block = [0; BLOCK];
@@ -473,29 +392,6 @@ fn kind(flag: u8, name: &[u8]) -> Option<EntryKind> {
     })
 }
 
-/// Pieces must follow each other within the file and be as long as what the stream holds for them.
-fn check_segments(segments: &[Segment], size: u64, stored: u64) -> Result<(), String> {
-    let (mut at, mut sum) = (0, 0u64);
-    for segment in segments {
-        let end = segment
-            .offset
-            .checked_add(segment.length)
-            .filter(|&end| end <= size);
-        match end {
-            Some(end) if segment.offset >= at => at = end,
-            _ => return Err("its sparse map overlaps itself or the file's end".into()),
-        }
-        sum += segment.length;
-    }
-    if sum == stored {
-        Ok(())
-    } else {
-        Err(format!(
-            "its sparse map is for {sum} bytes, and {stored} are there"
-        ))
-    }
-}
-
 /// A header's number: octal text, or base 256 when the first bit is set. Empty is zero.
 fn number(field: &[u8]) -> Option<i64> {
     if field[0] & 0x80 != 0 {
@@ -531,37 +427,4 @@ fn until_nul(mut bytes: Vec<u8>) -> Vec<u8> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn numbers() {
-        assert_eq!(number(b"0000644\0"), Some(0o644));
-        assert_eq!(number(b"  644 \0\0"), Some(0o644));
-        assert_eq!(number(b"\0\0\0\0\0\0\0\0"), Some(0));
-        assert_eq!(number(b"12x\0\0\0\0\0"), None);
-        let mut big = [0; 12];
-        big[0] = 0x80;
-        big[4..].copy_from_slice(&(9u64 << 33).to_be_bytes());
-        assert_eq!(number(&big), Some(9 << 33));
-        assert_eq!(number(&[0xff; 12]), Some(-1));
-        big[1] = 1;
-        assert_eq!(number(&big), None);
-    }
-
-    #[test]
-    fn segments_must_fit() {
-        let s = |offset, length| Segment { offset, length };
-        assert!(check_segments(&[s(0, 2), s(4, 2)], 10, 4).is_ok());
-        assert!(check_segments(&[], 10, 0).is_ok());
-        for (map, size, stored) in [
-            (vec![s(4, 2), s(0, 2)], 10, 4),
-            (vec![s(0, 5), s(4, 2)], 10, 7),
-            (vec![s(8, 4)], 10, 4),
-            (vec![s(0, 4)], 10, 5),
-            (vec![s(u64::MAX, 4)], 10, 4),
-        ] {
-            assert!(check_segments(&map, size, stored).is_err(), "{map:?}");
-        }
-    }
-}
+mod tests;

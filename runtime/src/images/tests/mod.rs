@@ -116,9 +116,9 @@ async fn a_pulled_image_is_there_with_everything_and_gone_after_remove() {
             .unwrap();
 
         assert_eq!(record.id, pushed.config);
-        assert_eq!(record.repo_tags, [reference.clone()]);
+        assert_eq!(record.repo_tags, std::slice::from_ref(&reference));
         let digest = format!("{}@{}", registry.name(repository), pushed.manifest);
-        assert_eq!(record.repo_digests, [digest.clone()]);
+        assert_eq!(record.repo_digests, std::slice::from_ref(&digest));
         assert_eq!(record.user(), ImageUser::Uid(1000));
         let config = record.config.config().clone().unwrap();
         assert_eq!(

@@ -13,121 +13,63 @@ fn refused(make: impl FnOnce(&mut Archive)) -> ImageError {
     }
 }
 
+/// The entry that is refused, a part of the reason, the archive.
+type Case = (&'static str, &'static str, fn(&mut Archive));
+
+const OUT_OF_THE_TREE: &[Case] = &[
+    ("../evil", "..", |a| a.file("../evil", b"", |_| {})),
+    ("a/../../evil", "..", |a| {
+        a.file("a/../../evil", b"", |_| {})
+    }),
+    ("a/..", "..", |a| a.entry("a/..", '5', |_| {}, b"")),
+    ("/etc/passwd", "absolute", |a| {
+        a.file("/etc/passwd", b"", |_| {})
+    }),
+    ("h", "..", |a| a.link("h", '1', "../../etc/shadow")),
+    ("h", "absolute", |a| a.link("h", '1', "/etc/shadow")),
+    ("s/passwd", "out of the tree", |a| {
+        a.link("s", '2', "../../etc");
+        a.file("s/passwd", b"", |_| {});
+    }),
+];
+
+const NOT_IN_A_TREE: &[Case] = &[
+    ("h", "not in this layer", |a| a.link("h", '1', "lower/file")),
+    ("h", "is a directory", |a| {
+        a.entry("d", '5', |_| {}, b"");
+        a.link("h", '1', "d");
+    }),
+    ("l/x", "too many symbolic links", |a| {
+        a.link("l", '2', "l");
+        a.file("l/x", b"", |_| {});
+    }),
+    ("f/x", "no directory", |a| {
+        a.file("f", b"", |_| {});
+        a.file("f/x", b"", |_| {});
+    }),
+    ("n\0x", "NUL", |a| {
+        a.pax(&[("path", b"n\0x")]);
+        a.file("n", b"", |_| {});
+    }),
+    ("t", "NUL", |a| {
+        a.pax(&[("linkpath", b"a\0b")]);
+        a.link("t", '2', "a");
+    }),
+    ("t", "no target", |a| a.link("t", '2', "")),
+    (".wh.", "whiteout of nothing", |a| {
+        a.file(".wh.", b"", |_| {})
+    }),
+    (".wh...", "whiteout of nothing", |a| {
+        a.file(".wh...", b"", |_| {})
+    }),
+    ("./", "only a directory", |a| a.link("./", '2', "x")),
+    ("z", "unknown type", |a| a.entry("z", 'Z', |_| {}, b"")),
+    ("dev", "out of range", |a| a.device("dev", '3', 5000, 1)),
+];
+
 #[test]
-fn names_and_links_out_of_the_tree() {
-    type Make = Box<dyn FnOnce(&mut Archive)>;
-    let cases: Vec<(&str, &str, Make)> = vec![
-        (
-            "../evil",
-            "..",
-            Box::new(|a| a.file("../evil", b"", |_| {})),
-        ),
-        (
-            "a/../../evil",
-            "..",
-            Box::new(|a| a.file("a/../../evil", b"", |_| {})),
-        ),
-        (
-            "a/..",
-            "..",
-            Box::new(|a| a.entry("a/..", '5', |_| {}, b"")),
-        ),
-        (
-            "/etc/passwd",
-            "absolute",
-            Box::new(|a| a.file("/etc/passwd", b"", |_| {})),
-        ),
-        (
-            "h",
-            "..",
-            Box::new(|a| a.link("h", '1', "../../etc/shadow")),
-        ),
-        (
-            "h",
-            "absolute",
-            Box::new(|a| a.link("h", '1', "/etc/shadow")),
-        ),
-        (
-            "h",
-            "not in this layer",
-            Box::new(|a| a.link("h", '1', "lower/file")),
-        ),
-        (
-            "h",
-            "is a directory",
-            Box::new(|a| {
-                a.entry("d", '5', |_| {}, b"");
-                a.link("h", '1', "d");
-            }),
-        ),
-        (
-            "s/passwd",
-            "out of the tree",
-            Box::new(|a| {
-                a.link("s", '2', "../../etc");
-                a.file("s/passwd", b"", |_| {});
-            }),
-        ),
-        (
-            "l/x",
-            "too many symbolic links",
-            Box::new(|a| {
-                a.link("l", '2', "l");
-                a.file("l/x", b"", |_| {});
-            }),
-        ),
-        (
-            "f/x",
-            "no directory",
-            Box::new(|a| {
-                a.file("f", b"", |_| {});
-                a.file("f/x", b"", |_| {});
-            }),
-        ),
-        (
-            "n\0x",
-            "NUL",
-            Box::new(|a| {
-                a.pax(&[("path", b"n\0x")]);
-                a.file("n", b"", |_| {});
-            }),
-        ),
-        (
-            "t",
-            "NUL",
-            Box::new(|a| {
-                a.pax(&[("linkpath", b"a\0b")]);
-                a.link("t", '2', "a");
-            }),
-        ),
-        ("t", "no target", Box::new(|a| a.link("t", '2', ""))),
-        (
-            ".wh.",
-            "whiteout of nothing",
-            Box::new(|a| a.file(".wh.", b"", |_| {})),
-        ),
-        (
-            ".wh...",
-            "whiteout of nothing",
-            Box::new(|a| a.file(".wh...", b"", |_| {})),
-        ),
-        (
-            "./",
-            "only a directory",
-            Box::new(|a| a.link("./", '2', "x")),
-        ),
-        (
-            "z",
-            "unknown type",
-            Box::new(|a| a.entry("z", 'Z', |_| {}, b"")),
-        ),
-        (
-            "dev",
-            "out of range",
-            Box::new(|a| a.device("dev", '3', 5000, 1)),
-        ),
-    ];
-    for (name, reason, make) in cases {
+fn entries_out_of_the_tree_or_not_of_one() {
+    for (name, reason, make) in OUT_OF_THE_TREE.iter().chain(NOT_IN_A_TREE) {
         let error = refused(make);
         assert_eq!(error.kind(), ImageErrorKind::InvalidImage, "{error}");
         let ImageError::LayerEntry {
