@@ -6,6 +6,8 @@
 //! The layout is containerd's (docs/hosts.md): the directory is `host_port_`, `host:port` or `host`, else `_default`;
 //! mirrors are tried in the file's order, the `server` last. A directory without `hosts.toml` may hold Docker's
 //! `*.crt`, `*.cert` + `*.key`. Unknown keys are ignored, since newer containerd versions add some.
+//!
+//! One difference to containerd: rustls takes no CA certificate as a server's own. A self-signed one must say CA:FALSE.
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;

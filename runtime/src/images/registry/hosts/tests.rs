@@ -107,33 +107,38 @@ impl TlsRegistry {
     fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name).display().to_string();
-        let made = std::process::Command::new("openssl")
-            .args([
-                "req",
-                "-x509",
+        let openssl = |args: &[&str]| {
+            let key = [
                 "-newkey",
                 "ec",
                 "-pkeyopt",
                 "ec_paramgen_curve:P-256",
                 "-nodes",
-            ])
-            .args([
-                "-days",
-                "2",
-                "-subj",
-                "/CN=localhost",
-                "-addext",
-                "subjectAltName=DNS:localhost",
-            ])
-            .args(["-addext", "basicConstraints=critical,CA:TRUE"])
-            .args(["-keyout", &at("key.pem"), "-out", &at("ca.pem")])
-            .output()
-            .unwrap();
-        assert!(
-            made.status.success(),
-            "{}",
-            String::from_utf8_lossy(&made.stderr)
-        );
+            ];
+            let out = std::process::Command::new("openssl")
+                .args(["req", "-x509", "-days", "2"])
+                .args(key)
+                .args(args)
+                .output()
+                .unwrap();
+            let said = String::from_utf8_lossy(&out.stderr);
+            assert!(out.status.success(), "{said}");
+        };
+        let (ca, ca_key) = (at("ca.pem"), at("ca.key"));
+        openssl(&["-subj", "/CN=test root", "-keyout", &ca_key, "-out", &ca]);
+        // A leaf of its own: webpki takes no root as a server's certificate.
+        let leaf = [
+            "-subj",
+            "/CN=localhost",
+            "-keyout",
+            &at("key.pem"),
+            "-out",
+            &at("cert.pem"),
+        ];
+        let by_root = ["-CA", &ca, "-CAkey", &ca_key];
+        let names = ["-addext", "subjectAltName=DNS:localhost"];
+        let no_ca = ["-addext", "basicConstraints=critical,CA:FALSE"];
+        openssl(&[&leaf[..], &by_root, &names, &no_ca].concat());
         let port = std::net::TcpListener::bind("127.0.0.1:0")
             .unwrap()
             .local_addr()
@@ -143,7 +148,7 @@ impl TlsRegistry {
             "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\n\
              http: {{addr: 127.0.0.1:{port}, tls: {{certificate: {}, key: {}}}}}\n",
             at("data"),
-            at("ca.pem"),
+            at("cert.pem"),
             at("key.pem")
         );
         std::fs::write(at("config.yml"), config).unwrap();
