@@ -26,8 +26,19 @@ fn code(error: &ttrpc::Error) -> ttrpc::Code {
 async fn a_container_runs_logs_and_ends_with_its_code() {
     let shim = Shim::start("a1").await;
     let began = Instant::now();
-    let pid = shim.boot().await;
+    let mut options = options();
+    options.cgroup_parent = "/boxlite-test-a1".to_owned();
+    shim.create_sandbox(&options).await.expect("created");
+    let pid = shim.start_sandbox().await.expect("started");
     assert!(pid > 0);
+    // Where the host lets a process into a new cgroup at all, the VM is in the pod's.
+    if common::cgroups_are_writable() {
+        let own = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).expect("cgroup");
+        assert!(
+            own.contains("/boxlite-test-a1/boxlite-a10000000000"),
+            "{own}"
+        );
+    }
     eprintln!(
         "StartSandbox {} ms: {:?}",
         began.elapsed().as_millis(),
@@ -88,6 +99,7 @@ async fn a_container_runs_logs_and_ends_with_its_code() {
     );
     assert!(!volume.join("g").exists());
     shim.end().await;
+    assert!(common::cgroups_named("boxlite-test-a1").is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

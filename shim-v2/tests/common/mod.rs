@@ -411,3 +411,32 @@ pub fn log_bytes(log: &[u8], stream: &str) -> Vec<u8> {
     }
     bytes
 }
+
+/// Mount points of cgroup hierarchies.
+fn cgroup_mounts() -> Vec<PathBuf> {
+    std::fs::read_to_string("/proc/mounts")
+        .expect("mounts")
+        .lines()
+        .filter_map(|line| {
+            let mut fields = line.split(' ');
+            let (_, mount, kind) = (fields.next()?, fields.next()?, fields.next()?);
+            kind.starts_with("cgroup").then(|| PathBuf::from(mount))
+        })
+        .collect()
+}
+
+/// Directories of that name at the top of any hierarchy.
+pub fn cgroups_named(name: &str) -> Vec<PathBuf> {
+    let all = cgroup_mounts().into_iter().map(|mount| mount.join(name));
+    all.filter(|path| path.exists()).collect()
+}
+
+/// Whether a cgroup can be made in any hierarchy here.
+pub fn cgroups_are_writable() -> bool {
+    cgroup_mounts().into_iter().any(|mount| {
+        let probe = mount.join("boxlite-test-probe");
+        let made = std::fs::create_dir(&probe).is_ok();
+        let _ = std::fs::remove_dir(&probe);
+        made
+    })
+}
