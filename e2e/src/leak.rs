@@ -33,12 +33,22 @@ impl Trace {
                 .filter(|n| n.contains(['.', ':']) && !n.starts_with("last_"))
                 .collect(),
         );
-        kinds.insert("state files", tree(&node.dir.join("state"), 3));
+        // Directories that the first pod makes for all stay; what is in them must not. Images and what is derived from the
+        // installation once are no pod's.
+        let of_pod =
+            |n: &String| n.contains('/') && !n.starts_with("images/") && !n.starts_with("cache/");
+        kinds.insert(
+            "state files",
+            tree(&node.dir.join("state"), 3)
+                .into_iter()
+                .filter(of_pod)
+                .collect(),
+        );
         kinds.insert(
             "root files",
-            tree(&node.dir.join("root"), 2)
+            tree(&node.dir.join("root"), 3)
                 .into_iter()
-                .filter(|n| !n.contains("images/"))
+                .filter(of_pod)
                 .collect(),
         );
         for list in kinds.values_mut() {

@@ -78,6 +78,8 @@ impl Pod {
 
     /// RunPodSandbox.
     pub async fn run_with(node: &Arc<Node>, config: PodSandboxConfig) -> Result<Self> {
+        // Log directories are the kubelet's to make, before each call.
+        std::fs::create_dir_all(&config.log_directory)?;
         let request = RunPodSandboxRequest {
             config: Some(config.clone()),
             runtime_handler: String::new(),
@@ -104,6 +106,10 @@ impl Pod {
 
     /// CreateContainer.
     pub async fn create_with(&self, config: ContainerConfig) -> Result<Container> {
+        let log = PathBuf::from(&self.config.log_directory).join(&config.log_path);
+        if let Some(dir) = log.parent() {
+            std::fs::create_dir_all(dir)?;
+        }
         let request = CreateContainerRequest {
             pod_sandbox_id: self.id.clone(),
             config: Some(config.clone()),

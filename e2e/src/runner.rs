@@ -76,7 +76,7 @@ pub async fn run(home: Home, filter: &str, cases: Vec<Case>) -> Result<bool> {
                 );
                 println!(
                     "      --- the shared daemon's log\n      {}",
-                    indent(&world.node.log_since(mark, 25))
+                    indent(&world.node.log_since(mark, 12))
                 );
                 failed.push(case.name);
             }

@@ -175,8 +175,7 @@ async fn random_moments(world: Shared) -> Result {
         node.kill().await?;
         drop(work.await);
         node.serve().await?;
-        // The kubelet's retry of the same pod must end well, whatever the first attempt left.
-        let pod = Pod::run_with(&node, config)
+        let pod = as_a_kubelet(&node, config)
             .await
             .map_err(|e| e.during(format!("turn {turn}, killed after {delay} ms")))?;
         let list = node
@@ -217,6 +216,33 @@ async fn random_moments(world: Shared) -> Result {
         drop(left);
     }
     Ok(())
+}
+
+/// What a kubelet does with a pod it may have started: takes the sandbox of that name if it is READY, else stops and
+/// removes it and runs the next attempt.
+async fn as_a_kubelet(node: &Arc<Node>, mut config: PodSandboxConfig) -> Result<Pod> {
+    let list = node
+        .cri
+        .runtime()
+        .list_pod_sandbox(ListPodSandboxRequest::default())
+        .await?
+        .into_inner()
+        .items;
+    for old in list {
+        let pod = Pod {
+            node: node.clone(),
+            id: old.id.clone(),
+            config: config.clone(),
+        };
+        if old.state() == PodSandboxState::SandboxReady {
+            return Ok(pod);
+        }
+        pod.end().await?;
+        if let Some(metadata) = &mut config.metadata {
+            metadata.attempt += 1;
+        }
+    }
+    Pod::run_with(node, config).await
 }
 
 async fn during_pull(world: Shared) -> Result {
