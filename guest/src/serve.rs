@@ -13,7 +13,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, BufWriter, ReadBuf};
 use tokio_stream::{Stream, StreamExt};
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
 use tonic::transport::Server;
@@ -114,7 +114,10 @@ async fn say_ready() {
 /// Incoming connections; a failed accept (a peer that left at once) is no reason to stop.
 fn connections(listener: VsockListener) -> impl Stream<Item = io::Result<Connection>> {
     listener.incoming().filter_map(|accepted| match accepted {
-        Ok(stream) => Some(Ok(Connection(stream))),
+        Ok(stream) => Some(Ok(Connection(BufWriter::with_capacity(
+            WRITE_BUFFER,
+            stream,
+        )))),
         Err(error) => {
             tracing::warn!(%error, "vsock accept");
             None
@@ -122,8 +125,12 @@ fn connections(listener: VsockListener) -> impl Stream<Item = io::Result<Connect
     })
 }
 
+/// Bytes gathered before they go to the socket: h2 writes a frame's head and its payload apart, and each write to a vsock
+/// is a packet of its own with a kick of the host. Sized for what one window lets through; h2 flushes when it has no more.
+const WRITE_BUFFER: usize = names::GUEST_WINDOW as usize;
+
 /// A vsock stream as tonic wants it. There is one peer, the host: nothing about it is worth knowing.
-struct Connection(VsockStream);
+struct Connection(BufWriter<VsockStream>);
 
 impl Connected for Connection {
     type ConnectInfo = ();

@@ -65,7 +65,8 @@ const HARMLESS: MsFlags = MsFlags::MS_NOSUID
     .union(MsFlags::MS_NODEV)
     .union(MsFlags::MS_NOEXEC);
 
-/// In this order: a mount's directory may lie in the one before.
+/// In this order: a mount's directory may lie in the one before. `favordynmods`: every exec moves a process into a cgroup,
+/// and without it each move waits for an RCU grace period.
 const KERNEL_MOUNTS: [KernelMount; 6] = [
     KernelMount {
         fstype: "proc",
@@ -102,7 +103,7 @@ const KERNEL_MOUNTS: [KernelMount; 6] = [
         fstype: "cgroup2",
         path: "/sys/fs/cgroup",
         flags: HARMLESS,
-        data: Some("nsdelegate"),
+        data: Some("nsdelegate,favordynmods"),
     },
 ];
 
@@ -141,6 +142,8 @@ pub fn prepare() -> Result<(), BootError> {
     }
     mount_mqueue();
     link_ptmx();
+    // A VM has one or two CPUs, where grace periods cost nothing to hurry; unmounts and ended namespaces wait for them.
+    let _ = fs::write("/sys/kernel/rcu_expedited", "1");
     // The agent must outlive every container when memory runs out. -1000 would keep it from being chosen even when it
     // alone is to blame.
     let _ = fs::write("/proc/self/oom_score_adj", "-999");
