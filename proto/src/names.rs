@@ -26,11 +26,11 @@ pub const CONSOLE_LOG: &str = "console.log";
 
 /// Type URL of the `options` Any of CreateSandbox as boxlite-cri sends it: JSON of [`crate::vmm::SandboxOptions`].
 pub const SANDBOX_OPTIONS_TYPE: &str = "boxlite.v1.SandboxOptions";
-/// Annotation of a container's OCI spec: its PID namespace, `container`, `pod` or `target:<container id>`. Without it the spec's
-/// namespaces decide.
+/// Annotation of a container's OCI spec: its PID namespace, `container`, `pod` or `target:<container id>`. Without it
+/// the spec's namespaces decide.
 pub const PID_MODE_ANNOTATION: &str = "io.boxlite.pid-mode";
-/// Annotation of a container's OCI spec: keep a stdin open for Portal clients; `once` closes it after the first writer's EOF, any other value
-/// keeps it.
+/// Annotation of a container's OCI spec: keep a stdin open for Portal clients; `once` closes it after the first
+/// writer's EOF, any other value keeps it.
 pub const STDIN_ANNOTATION: &str = "io.boxlite.stdin";
 /// URI scheme of a stdout that is a CRI log file: `cri:///var/log/pods/…/0.log`. Both streams go there.
 pub const CRI_LOG_SCHEME: &str = "cri";

@@ -1,4 +1,5 @@
-//! [`RuntimeError`]: what a call of this crate can end with, and its [`ErrorKind`], from which cri-server makes a gRPC status.
+//! [`RuntimeError`]: what a call of this crate can end with, and its [`ErrorKind`], from which cri-server makes a
+//! gRPC status.
 //!
 //! Causes stay in `#[source]`; [`report`] prints the whole chain once, for a log line or a status message.
 

@@ -1,7 +1,11 @@
-//! For tests: a shim of containerd's protocol that lives in this process, with a guest that answers Ping, Stats and List — no VM.
+//! For tests: a shim of containerd's protocol that lives in this process, with a guest that answers Ping, Stats and
+//! List — no VM.
 //!
-//! The "program" is a shell script that prints the address of a socket served here; the "process" is a `sleep` that a test can kill. It does what the
-//! protocol says and fails where a test told it to ([`Faults`]); it proves nothing about the real shim.
+//! The "program" is a shell script that prints the address of a socket served here; the "process" is a `sleep` that a
+//! test can kill. It does what the protocol says and fails where a test told it to ([`Faults`]); it proves nothing
+//! about the real shim.
+
+mod guest;
 
 use crate::shim_controller::ProcessId;
 use crate::types::{BoxOptions, ContainerOptions, RuntimeOptions};
@@ -14,6 +18,7 @@ use containerd_shim_protos::protobuf::EnumOrUnknown;
 use containerd_shim_protos::protobuf::well_known_types::empty::Empty;
 use containerd_shim_protos::sandbox_api as sandbox;
 use containerd_shim_protos::{sandbox_async, shim_async};
+use guest::FakeGuest;
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -21,7 +26,6 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::watch;
-use tonic::{Request, Response, Status};
 use ttrpc::asynchronous::TtrpcContext;
 use ttrpc::asynchronous::transport::Listener;
 
@@ -339,149 +343,6 @@ impl shim_async::Task for Served {
             tasks.remove(&request.id);
         });
         Ok(Default::default())
-    }
-}
-
-#[derive(Clone)]
-struct FakeGuest(Arc<FakeShim>);
-
-type Unused<T> = std::pin::Pin<Box<dyn futures::Stream<Item = Result<T, Status>> + Send>>;
-
-fn not_here<T>() -> Result<T, Status> {
-    Err(Status::unimplemented("not in this guest"))
-}
-
-#[tonic::async_trait]
-impl wire::guest_server::Guest for FakeGuest {
-    type PortForwardStream = Unused<wire::PortForwardResponse>;
-    async fn init(
-        &self,
-        _: Request<wire::GuestInitRequest>,
-    ) -> Result<Response<wire::GuestInitResponse>, Status> {
-        not_here()
-    }
-    async fn ping(
-        &self,
-        _: Request<wire::PingRequest>,
-    ) -> Result<Response<wire::PingResponse>, Status> {
-        Ok(Response::new(Default::default()))
-    }
-    async fn shutdown(
-        &self,
-        _: Request<wire::ShutdownRequest>,
-    ) -> Result<Response<wire::ShutdownResponse>, Status> {
-        not_here()
-    }
-    async fn stats(
-        &self,
-        _: Request<wire::GuestStatsRequest>,
-    ) -> Result<Response<wire::GuestStatsResponse>, Status> {
-        let network = |interface: &str| wire::NetworkStats {
-            interface: interface.into(),
-            tx_bytes: 11,
-            rx_bytes: 22,
-            ..Default::default()
-        };
-        Ok(Response::new(wire::GuestStatsResponse {
-            cpu_usage_ns: 5_000_000,
-            memory_total_bytes: 100,
-            memory_available_bytes: 40,
-            networks: vec![network("lo"), network("eth0")],
-            ..Default::default()
-        }))
-    }
-    async fn set_time(
-        &self,
-        _: Request<wire::SetTimeRequest>,
-    ) -> Result<Response<wire::SetTimeResponse>, Status> {
-        not_here()
-    }
-    async fn port_forward(
-        &self,
-        _: Request<tonic::Streaming<wire::PortForwardRequest>>,
-    ) -> Result<Response<Self::PortForwardStream>, Status> {
-        not_here()
-    }
-}
-
-#[tonic::async_trait]
-impl wire::container_server::Container for FakeGuest {
-    type EventsStream = Unused<wire::ContainerEvent>;
-    async fn init(
-        &self,
-        _: Request<wire::ContainerInitRequest>,
-    ) -> Result<Response<wire::ContainerInitResponse>, Status> {
-        not_here()
-    }
-    async fn start(
-        &self,
-        _: Request<wire::ContainerStartRequest>,
-    ) -> Result<Response<wire::ContainerStartResponse>, Status> {
-        not_here()
-    }
-    async fn kill(
-        &self,
-        _: Request<wire::ContainerKillRequest>,
-    ) -> Result<Response<wire::ContainerKillResponse>, Status> {
-        not_here()
-    }
-    async fn delete(
-        &self,
-        _: Request<wire::ContainerDeleteRequest>,
-    ) -> Result<Response<wire::ContainerDeleteResponse>, Status> {
-        not_here()
-    }
-    async fn update(
-        &self,
-        _: Request<wire::ContainerUpdateRequest>,
-    ) -> Result<Response<wire::ContainerUpdateResponse>, Status> {
-        not_here()
-    }
-    async fn pause(
-        &self,
-        _: Request<wire::ContainerPauseRequest>,
-    ) -> Result<Response<wire::ContainerPauseResponse>, Status> {
-        not_here()
-    }
-    async fn resume(
-        &self,
-        _: Request<wire::ContainerResumeRequest>,
-    ) -> Result<Response<wire::ContainerResumeResponse>, Status> {
-        not_here()
-    }
-    async fn stats(
-        &self,
-        _: Request<wire::ContainerStatsRequest>,
-    ) -> Result<Response<wire::ContainerStatsResponse>, Status> {
-        not_here()
-    }
-    async fn pids(
-        &self,
-        _: Request<wire::ContainerPidsRequest>,
-    ) -> Result<Response<wire::ContainerPidsResponse>, Status> {
-        not_here()
-    }
-    async fn list(
-        &self,
-        request: Request<wire::ContainerListRequest>,
-    ) -> Result<Response<wire::ContainerListResponse>, Status> {
-        let exit = wire::Exit {
-            oom_killed: self.0.faults.oom.load(Ordering::SeqCst),
-            ..Default::default()
-        };
-        Ok(Response::new(wire::ContainerListResponse {
-            containers: vec![wire::ContainerInfo {
-                container_id: request.into_inner().container_id,
-                exit: Some(exit),
-                ..Default::default()
-            }],
-        }))
-    }
-    async fn events(
-        &self,
-        _: Request<wire::ContainerEventsRequest>,
-    ) -> Result<Response<Self::EventsStream>, Status> {
-        not_here()
     }
 }
 

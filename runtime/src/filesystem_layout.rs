@@ -1,7 +1,8 @@
 //! [`FilesystemLayout`]: every path the runtime uses, built here and nowhere else.
 //!
-//! Ids become path components only after [`check_id`]. Directories are 0700: bundles hold environment variables, sockets hold the guest.
-//! What lies inside a bundle's `vm/` is named in `boxlite_proto::names` and written by the shim.
+//! Ids become path components only after [`check_id`]. Directories are 0700: bundles hold environment variables,
+//! sockets hold the guest. What lies inside a bundle's `vm/` is named in `boxlite_proto::names` and written by the
+//! shim.
 
 use crate::error::{Result, RuntimeError};
 use boxlite_proto::names;
@@ -9,7 +10,8 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-/// Longest `state` path in bytes: the shim's socket is `<state>/s/<64 hex digits>` and must fit the 107 bytes of a `sockaddr_un`.
+/// Longest `state` path in bytes: the shim's socket is `<state>/s/<64 hex digits>` and must fit the 107 bytes of a
+/// `sockaddr_un`.
 pub const STATE_PATH_LIMIT: usize = 40;
 /// Longest id of a box or container, in bytes.
 const ID_LIMIT: usize = 128;

@@ -25,7 +25,8 @@ impl InitRootfs {
         &self.installation
     }
 
-    /// Whether everything a VM of `kind` needs is there: a few stats, asked before each start, since packages are replaced under a running daemon.
+    /// Whether everything a VM of `kind` needs is there: a few stats, asked before each start, since packages are
+    /// replaced under a running daemon.
     ///
     /// # Errors
     /// `Missing` with the first file that is not there, is empty, or cannot be executed where it must be.

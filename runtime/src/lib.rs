@@ -1,9 +1,10 @@
-//! Boxes (one VM per pod), their images, shims and the Portal into their guests: everything boxlite-cri does that is not CRI.
+//! Boxes (one VM per pod), their images, shims and the Portal into their guests: everything boxlite-cri does that is
+//! not CRI.
 //!
 //! Knows paths, images and the database; knows neither CRI types (cri-server converts) nor a VMM (shim-v2 does).
 //!
-//! [`BoxliteRuntime`] holds all boxes; a [`LiteBox`] is one. Starting, stopping and exits go through the shim (`shim_controller`),
-//! exec and stats through the [`portal`].
+//! [`BoxliteRuntime`] holds all boxes; a [`LiteBox`] is one. Starting, stopping and exits go through the shim
+//! (`shim_controller`), exec and stats through the [`portal`].
 
 mod database;
 pub mod error;

@@ -1,7 +1,7 @@
 //! Counters: [`RuntimeMetrics`] over all boxes, [`BoxMetrics`] of one, and the stage timers of a start.
 //!
-//! Plain atomics beside what they count; reading never waits for a VM. cri-server puts labels on them. What the guest must be asked for is
-//! brought here by the sampler of [`crate::litebox`], which also marks it stale.
+//! Plain atomics beside what they count; reading never waits for a VM. cri-server puts labels on them. What the guest
+//! must be asked for is brought here by the sampler of [`crate::litebox`], which also marks it stale.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -122,7 +122,8 @@ impl BoxMetrics {
     }
 }
 
-/// Counters of a runtime since it was opened. What belongs to boxes is kept by the boxes; here is only what boxes that left had.
+/// Counters of a runtime since it was opened. What belongs to boxes is kept by the boxes; here is only what boxes
+/// that left had.
 #[derive(Debug, Default)]
 pub struct RuntimeMetrics {
     /// Boxes registered.

@@ -1,10 +1,12 @@
-//! Recovery: what [`crate::BoxliteRuntime::open`] does with the rows and bundles of the runtime before it, which may have died at any line.
+//! Recovery: what [`crate::BoxliteRuntime::open`] does with the rows and bundles of the runtime before it, which may
+//! have died at any line.
 //!
 //! Assumptions:
 //! - One runtime at a time uses the roots (a lock file says so), so nothing found here is being worked on.
-//! - A box's row is on disk before its bundle, its bundle before its shim, and the shim's record before the VM boots. A row in phase Starting may
-//!   have a shim without a record: its own `delete` finds it by what the shim wrote into the bundle.
-//! - Shims go on without a runtime: they keep logs and exit codes. So a shim that answers is believed about its containers, whatever the row says.
+//! - A box's row is on disk before its bundle, its bundle before its shim, and the shim's record before the VM boots.
+//!   A row in phase Starting may have a shim without a record: its own `delete` finds it by what the shim wrote into the bundle.
+//! - Shims go on without a runtime: they keep logs and exit codes. So a shim that answers is believed about its
+//!   containers, whatever the row says.
 //! - A shim that is dead took its VM along (PDEATHSIG), and a reboot takes everything but the rows.
 //! - `state` may be empty (tmpfs) while `root` is not; the other way round there are orphans, and they are ended.
 //!

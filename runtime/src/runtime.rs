@@ -1,7 +1,7 @@
 //! [`BoxliteRuntime`]: all boxes of a node, and [`RuntimeInnerImpl`] behind it.
 //!
-//! A handle looks a box up and lets go of the lock; all work is the box's own ([`LiteBox`]). Nothing here waits for a VM but [`BoxliteRuntime::open`],
-//! and that only for shims. Called by cri-server.
+//! A handle looks a box up and lets go of the lock; all work is the box's own ([`LiteBox`]). Nothing here waits for a
+//! VM but [`BoxliteRuntime::open`], and that only for shims. Called by cri-server.
 
 use crate::database::{BoxRow, Database};
 use crate::error::{ErrorKind, Result, RuntimeError};
@@ -116,8 +116,8 @@ impl RuntimeInnerImpl {
 }
 
 impl BoxliteRuntime {
-    /// Opens directories, database and images, serves the shims' events, and re-adopts what lives; see `recovery`. Dropping the future leaves
-    /// what was recovered so far on disk.
+    /// Opens directories, database and images, serves the shims' events, and re-adopts what lives; see `recovery`.
+    /// Dropping the future leaves what was recovered so far on disk.
     ///
     /// # Errors
     /// `InvalidArgument`, `Io`, `Database`, `Image`; `AlreadyExists` where another runtime has the roots open.
@@ -175,8 +175,8 @@ impl BoxliteRuntime {
         Ok(Self { inner })
     }
 
-    /// Registers a box and writes it down; starts nothing. A name that a box has already: that box, whatever the other options say. Dropping the
-    /// future registers it or does not.
+    /// Registers a box and writes it down; starts nothing. A name that a box has already: that box, whatever the
+    /// other options say. Dropping the future registers it or does not.
     ///
     /// # Errors
     /// `InvalidArgument`; `AlreadyExists` where the id belongs to a box of another name; `Database`.
@@ -307,7 +307,8 @@ impl BoxliteRuntime {
             .snapshot(present.iter().map(LiteBox::metrics))
     }
 
-    /// Ends the runtime's tasks, giving what is under way a bounded time, and leaves every box running. Handles answer `ShuttingDown` from then on.
+    /// Ends the runtime's tasks, giving what is under way a bounded time, and leaves every box running. Handles
+    /// answer `ShuttingDown` from then on.
     pub async fn shutdown(self) {
         let env = &self.inner.env;
         env.closing.cancel();

@@ -24,8 +24,8 @@ pub struct RuntimeOptions {
     pub vmm: VmmKind,
     /// TCG or KVM (Qemu only).
     pub acceleration: Acceleration,
-    /// Longest boot of a VM, from StartSandbox to its answer. VMM death ends the wait at once, so this is only for a guest that hangs; the kubelet gives
-    /// a RunPodSandbox 4 minutes.
+    /// Longest boot of a VM, from StartSandbox to its answer. VMM death ends the wait at once, so this is only for a
+    /// guest that hangs; the kubelet gives a RunPodSandbox 4 minutes.
     pub start_limit: std::time::Duration,
     /// Registries, mirrors and credentials of image pulls.
     pub registry: crate::images::RegistryOptions,

@@ -1,7 +1,7 @@
 //! Unix sockets at paths of any length: [`connect`] and [`bind`].
 //!
-//! A `sockaddr_un` holds 107 bytes of path and bundle paths can be longer; the way round is `/proc/self/fd/<dir>/<name>`.
-//! Says nothing on any protocol; the Portal and ShimController do.
+//! A `sockaddr_un` holds 107 bytes of path and bundle paths can be longer; the way round is
+//! `/proc/self/fd/<dir>/<name>`. Says nothing on any protocol; the Portal and ShimController do.
 
 use std::fs::File;
 use std::io;

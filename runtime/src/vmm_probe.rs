@@ -1,7 +1,8 @@
-//! Which VMM a node's pods get: [`probe`] asks the hardware through the shim, [`choose`] draws the conclusion, in words.
+//! Which VMM a node's pods get: [`probe`] asks the hardware through the shim, [`choose`] draws the conclusion, in
+//! words.
 //!
-//! `/dev/kvm` may exist and still be unable to run a guest, so nothing is concluded from files. What the shim runs in its throw-away VM is the shim's
-//! affair; the answer is kept until the next boot or another shim.
+//! `/dev/kvm` may exist and still be unable to run a guest, so nothing is concluded from files. What the shim runs in
+//! its throw-away VM is the shim's affair; the answer is kept until the next boot or another shim.
 
 use crate::error::{Result, RuntimeError, report};
 use crate::filesystem_layout::FilesystemLayout;
@@ -44,8 +45,8 @@ struct Kept {
     report: ProbeReport,
 }
 
-/// Asks the shim whether KVM runs guest code here, at most once per boot and shim. A probe that itself fails counts as "no", with its failure as the
-/// reason: QEMU's emulation needs nothing of the hardware.
+/// Asks the shim whether KVM runs guest code here, at most once per boot and shim. A probe that itself fails counts
+/// as "no", with its failure as the reason: QEMU's emulation needs nothing of the hardware.
 ///
 /// # Errors
 /// `Missing` where there is no shim to ask.

@@ -1,8 +1,8 @@
 //! [`Database`]: what is needed to find boxes and containers again, in SQLite at `root/runtime.db`.
 //!
-//! Rows are written before the shim they speak of is spawned, and by one task per box (its driver). No policy here, no cache: the drivers
-//! hold the live state. WAL with synchronous=NORMAL: survives `kill -9` at any line; a power cut may lose the last writes, and with
-//! them every VM.
+//! Rows are written before the shim they speak of is spawned, and by one task per box (its driver). No policy here,
+//! no cache: the drivers hold the live state. WAL with synchronous=NORMAL: survives `kill -9` at any line; a power
+//! cut may lose the last writes, and with them every VM.
 //!
 //! Each call runs on a blocking thread; dropping its future does not take the write back.
 

@@ -1,7 +1,7 @@
 //! What a [`LiteBox`] does with its containers: create, start, stop, remove, update, reopen the log.
 //!
-//! Each operation runs to its end even if its caller leaves, and changes rows only through the driver. The shim does the work (Task API); exits come back
-//! through the driver's watchers.
+//! Each operation runs to its end even if its caller leaves, and changes rows only through the driver. The shim does
+//! the work (Task API); exits come back through the driver's watchers.
 //!
 //! ```text
 //!  (Unknown: being created) ─▶ Created ─start─▶ Running ─exit─▶ Exited ─remove─▶ gone
@@ -25,17 +25,20 @@ use std::time::Duration;
 
 /// Exit code of a container whose start failed; containerd's.
 const START_ERROR: i32 = 128;
-/// How long a container may take to go after SIGKILL: its cgroup empties, its exit travels here. A guest under emulation and load is slow.
+/// How long a container may take to go after SIGKILL: its cgroup empties, its exit travels here. A guest under
+/// emulation and load is slow.
 const KILL_LIMIT: Duration = Duration::from_secs(30);
 const SIGKILL: i32 = 9;
 
 impl LiteBox {
     /// Creates a container, starting the box first if it has not started. The same id again answers what is there.
     ///
-    /// Dropping the future does not stop the creation; a later call with the same id waits for it. A failed creation leaves nothing.
+    /// Dropping the future does not stop the creation; a later call with the same id waits for it. A failed creation
+    /// leaves nothing.
     ///
     /// # Errors
-    /// `Image` where the image is not here, `AlreadyExists` where the name is taken, `Denied` on a stopped box, those of [`Self::start`], `Shim`, `Portal`.
+    /// `Image` where the image is not here, `AlreadyExists` where the name is taken, `Denied` on a stopped box, those
+    /// of [`Self::start`], `Shim`, `Portal`.
     pub async fn create_container(&self, options: ContainerOptions) -> Result<ContainerSnapshot> {
         check_id("container id", &options.id)?;
         let this = self.clone();
@@ -142,7 +145,8 @@ impl LiteBox {
     /// Lets a created container run; ok where it runs.
     ///
     /// # Errors
-    /// `ContainerState` where it has ended; `Shim` where the guest cannot start it, after which it is Exited with StartError and 128.
+    /// `ContainerState` where it has ended; `Shim` where the guest cannot start it, after which it is Exited with
+    /// StartError and 128.
     pub async fn start_container(&self, id: &str) -> Result<()> {
         let (this, id) = (self.clone(), id.to_owned());
         self.to_the_end(async move {
@@ -203,9 +207,11 @@ impl LiteBox {
         .map(drop)
     }
 
-    /// Sends `signal` (Linux number), gives `grace`, then SIGKILLs everything in the container; returns when it has ended. Ok where it does not run.
+    /// Sends `signal` (Linux number), gives `grace`, then SIGKILLs everything in the container; returns when it has
+    /// ended. Ok where it does not run.
     ///
-    /// A second call beside the first is independent: with less grace it kills sooner. Dropping the future leaves what was sent.
+    /// A second call beside the first is independent: with less grace it kills sooner. Dropping the future leaves
+    /// what was sent.
     ///
     /// # Errors
     /// `NotFound`, `Deadline` where it outlives SIGKILL.
@@ -232,7 +238,8 @@ impl LiteBox {
             })
     }
 
-    /// A signal that cannot be delivered is no failure by itself: the wait that follows tells whether the container ended.
+    /// A signal that cannot be delivered is no failure by itself: the wait that follows tells whether the container
+    /// ended.
     async fn signal(&self, id: &str, signal: i32, all: bool) {
         let result = match self.running() {
             Ok(running) => running.shim.kill_task(id, signal, all).await,

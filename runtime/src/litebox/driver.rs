@@ -1,11 +1,12 @@
 //! The driver: the one task that writes a box's state, on disk first, then on the `watch` that everybody reads.
 //!
-//! It selects into the closed enum [`Event`], handles it, and then [`Driver::advance`] starts whatever work the phase calls for; one work at a time, each a
-//! task that reports its end here. Policy is `management::box_state`'s, the works are `pipeline` and `teardown`; what happens *inside* the box is learnt by
-//! [`super::driver::watchers`].
+//! It selects into the closed enum [`Event`], handles it, and then [`Driver::advance`] starts whatever work the phase
+//! calls for; one work at a time, each a task that reports its end here. Policy is `management::box_state`'s, the
+//! works are `pipeline` and `teardown`; what happens *inside* the box is learnt by [`super::driver::watchers`].
 //!
-//! Invariants: a phase is on disk before work for it begins; a message is answered after what it changed is on disk; a container's row goes when its
-//! box's row goes. The task ends when its box is removed or the runtime closes (and then leaves the box running).
+//! Invariants: a phase is on disk before work for it begins; a message is answered after what it changed is on disk;
+//! a container's row goes when its box's row goes. The task ends when its box is removed or the runtime closes (and
+//! then leaves the box running).
 
 mod containers;
 mod watchers;

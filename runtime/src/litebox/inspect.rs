@@ -1,4 +1,5 @@
-//! What a [`LiteBox`] asks its guest directly, through the Portal: exec_sync, stats, and the sampling behind its metrics.
+//! What a [`LiteBox`] asks its guest directly, through the Portal: exec_sync, stats, and the sampling behind its
+//! metrics.
 //!
 //! Changes no state of the box. Every question has a deadline of its own, so one stuck VM delays nobody else.
 
@@ -16,7 +17,8 @@ use tokio::sync::oneshot;
 pub const STATS_LIMIT: Duration = Duration::from_secs(2);
 
 impl LiteBox {
-    /// Runs a command in a running container and collects its output, at most `output_limit` bytes (and never more than 16 MiB) of each stream.
+    /// Runs a command in a running container and collects its output, at most `output_limit` bytes (and never more
+    /// than 16 MiB) of each stream.
     ///
     /// With `timeout` over, or the future dropped, the process and everything it started are killed.
     ///
@@ -69,8 +71,8 @@ impl LiteBox {
         }
     }
 
-    /// The request for a new process in a running container, with an id nobody has; counts it. `process` is an OCI Process, of which the container's own
-    /// gives what is left out.
+    /// The request for a new process in a running container, with an id nobody has; counts it. `process` is an OCI
+    /// Process, of which the container's own gives what is left out.
     ///
     /// # Errors
     /// `NotFound`, `ContainerState`, `Internal`.

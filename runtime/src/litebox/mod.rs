@@ -1,8 +1,9 @@
 //! [`LiteBox`]: a handle to one box — one VM per pod, and the containers in it.
 //!
 //! A handle decides nothing: requests go to the box's [`driver`], the one task that writes its state (machine drawn in
-//! `management::box_state`); answers and reads come from the [`BoxView`] it publishes. `create` (by `BoxliteRuntime::create_box`) returns at once
-//! and starts nothing; the first use runs the start [`pipeline`], shared by all who come meanwhile.
+//! `management::box_state`); answers and reads come from the [`BoxView`] it publishes. `create` (by
+//! `BoxliteRuntime::create_box`) returns at once and starts nothing; the first use runs the start [`pipeline`],
+//! shared by all who come meanwhile.
 //!
 //! ```text
 //!  callers ── Message ──▶ driver ── spawns ──▶ pipeline | teardown   (one at a time)
@@ -122,8 +123,8 @@ impl LiteBox {
         &self.inner.options.name
     }
 
-    /// Runs the start pipeline, or joins the one that runs; ok at once where the box is ready. Dropping the future leaves the pipeline running for
-    /// the others; a later call joins it.
+    /// Runs the start pipeline, or joins the one that runs; ok at once where the box is ready. Dropping the future
+    /// leaves the pipeline running for the others; a later call joins it.
     ///
     /// # Errors
     /// `Start` with the stage and its cause, after which it may be tried again; `Denied` on a stopped box.
@@ -134,7 +135,8 @@ impl LiteBox {
         self.ask(Request::Start).await
     }
 
-    /// Ends the VM and its shim; ok where they have ended. Containers are Exited afterwards. Dropping the future does not stop the stopping.
+    /// Ends the VM and its shim; ok where they have ended. Containers are Exited afterwards. Dropping the future does
+    /// not stop the stopping.
     ///
     /// # Errors
     /// Whatever kept the shim from ending; it may be asked again.
@@ -192,7 +194,8 @@ impl LiteBox {
         unique("container", id, &self.view().containers).cloned()
     }
 
-    /// Returns once `ready` holds of the published state, or the box is gone. No limit of its own: bound it by the caller's. May be dropped.
+    /// Returns once `ready` holds of the published state, or the box is gone. No limit of its own: bound it by the
+    /// caller's. May be dropped.
     pub async fn changed_until(&self, mut ready: impl FnMut(&BoxSnapshot) -> bool) {
         let mut view = self.inner.view.clone();
         loop {

@@ -6,9 +6,10 @@
 //!                        fail: nothing      fail: bundle        fail: shim, bundle
 //! ```
 //!
-//! Run by the box's driver as one task, once at a time; it never looks at the state machine. The row with phase Starting is on disk before it begins, and the
-//! shim's record as soon as it is known ([`ShimNote`]), so a crash at any line is cleaned up by recovery. Cancelled through `cancel`, checked at
-//! every wait; the task itself must be driven to its end.
+//! Run by the box's driver as one task, once at a time; it never looks at the state machine. The row with phase
+//! Starting is on disk before it begins, and the shim's record as soon as it is known ([`ShimNote`]), so a crash at
+//! any line is cleaned up by recovery. Cancelled through `cancel`, checked at every wait; the task itself must be
+//! driven to its end.
 
 use super::{BoxEnv, Running, teardown};
 use crate::error::{Result, RuntimeError};

@@ -1,16 +1,19 @@
-//! Ending a VM and its shim, and clearing away what they leave: the works of Stop and Remove, and of a VM that died by itself.
+//! Ending a VM and its shim, and clearing away what they leave: the works of Stop and Remove, and of a VM that died
+//! by itself.
 //!
-//! Everything here is idempotent and takes a shim that is alive, dead or unknown. It writes no state; the driver does, from what is returned.
+//! Everything here is idempotent and takes a shim that is alive, dead or unknown. It writes no state; the driver
+//! does, from what is returned.
 
 use super::BoxEnv;
 use crate::error::{Result, RuntimeError, report};
 use crate::filesystem_layout::remove_tree;
-use crate::shim_controller::{ShimController, TaskExit, TaskState};
+use crate::shim_controller::{ShimController, TaskExit};
 use futures::StreamExt;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-/// For asking a shim about all containers of a VM that just ended; beyond that their ends are unknown. Part of the 2 s in which a death must show.
+/// For asking a shim about all containers of a VM that just ended; beyond that their ends are unknown. Part of the 2
+/// s in which a death must show.
 const EXITS_LIMIT: Duration = Duration::from_secs(1);
 /// Containers asked about at a time.
 const EXITS_AT_ONCE: usize = 8;
@@ -40,17 +43,18 @@ pub(crate) async fn stop(
     Ok(exits)
 }
 
-/// How these containers ended, as far as the shim tells within [`EXITS_LIMIT`].
+/// How these containers ended, as far as the shim tells within [`EXITS_LIMIT`]: their VM is gone, so they end as soon
+/// as it has drained them.
 pub(crate) async fn exits_of(shim: &ShimController, containers: Vec<String>) -> Exits {
     let mut exits = Exits::new();
     let mut asking = futures::stream::iter(containers.into_iter().map(|container| async move {
-        let state = shim.task_state(&container).await;
-        (container, state)
+        let exit = shim.wait_task(&container).await;
+        (container, exit)
     }))
     .buffer_unordered(EXITS_AT_ONCE);
     let collecting = async {
-        while let Some((container, state)) = asking.next().await {
-            if let Ok(TaskState::Stopped(exit)) = state {
+        while let Some((container, exit)) = asking.next().await {
+            if let Ok(exit) = exit {
                 exits.insert(container, exit);
             }
         }
@@ -80,8 +84,8 @@ pub(crate) async fn end_shim_or_warn(env: &BoxEnv, id: &str, shim: Option<&ShimC
     }
 }
 
-/// Runs the shim's `delete` in the bundle: kills what is left, by its own record. Without a bundle there is nothing: it is made before the shim
-/// and removed after it, and a reboot takes both.
+/// Runs the shim's `delete` in the bundle: kills what is left, by its own record. Without a bundle there is nothing:
+/// it is made before the shim and removed after it, and a reboot takes both.
 ///
 /// # Errors
 /// Those of the program.

@@ -1,7 +1,7 @@
 //! [`BoxManager`]: the maps of boxes, by id and by name.
 //!
-//! Only maps: it stands under the one RwLock of `RuntimeInnerImpl::sync_state`, is looked into and let go of, never held across an await. What
-//! a box does, its driver knows.
+//! Only maps: it stands under the one RwLock of `RuntimeInnerImpl::sync_state`, is looked into and let go of, never
+//! held across an await. What a box does, its driver knows.
 
 use crate::error::{Result, RuntimeError};
 use crate::litebox::LiteBox;

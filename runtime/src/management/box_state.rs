@@ -1,7 +1,7 @@
 //! [`BoxPolicy`]: the state machine of a box, as a plain value without locks and without I/O.
 //!
-//! It says whether a request is work, a join, done already, or denied and why; the box's driver (`litebox::driver`) does the work and
-//! reports back. Only the driver holds one.
+//! It says whether a request is work, a join, done already, or denied and why; the box's driver (`litebox::driver`)
+//! does the work and reports back. Only the driver holds one.
 //!
 //! ```text
 //!            Start                Started
@@ -16,8 +16,8 @@
 //!  any of them ── Remove ──▶ Removing ── RemoveDone ──▶ Removed       (RemoveFailed: NotReady, to be asked again)
 //! ```
 //!
-//! Happy path: Created → Starting → Ready → Stopping → NotReady → Removing → Removed. A box that was stopped never starts again: a
-//! container created after Stop is denied, however the two race.
+//! Happy path: Created → Starting → Ready → Stopping → NotReady → Removing → Removed. A box that was stopped never
+//! starts again: a container created after Stop is denied, however the two race.
 
 use crate::types::BoxState;
 use serde::{Deserialize, Serialize};
@@ -175,8 +175,9 @@ impl BoxPolicy {
         }
     }
 
-    /// Takes note of what happened; answers whether the phase changed. What comes too late for the phase is ignored: a start that succeeds
-    /// after Stop was asked for leaves Stopping as it is, and the driver then stops what was started.
+    /// Takes note of what happened; answers whether the phase changed. What comes too late for the phase is ignored:
+    /// a start that succeeds after Stop was asked for leaves Stopping as it is, and the driver then stops what was
+    /// started.
     pub fn event(&mut self, event: Event) -> bool {
         use Phase as P;
         let next = match (event, self.phase) {

@@ -24,8 +24,8 @@ pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
 pub const KEEPALIVE_LIMIT: Duration = Duration::from_secs(45);
 /// Longest hybrid greeting, "OK <port>\n", in bytes.
 const GREETING_LIMIT: usize = 32;
-/// HTTP/2 window of one stream, in bytes: a fraction of the connection's, so that one stream whose reader pauses does not take the whole
-/// connection from the others.
+/// HTTP/2 window of one stream, in bytes: a fraction of the connection's, so that one stream whose reader pauses does
+/// not take the whole connection from the others.
 const STREAM_WINDOW: u32 = names::GUEST_WINDOW / 4;
 /// Largest header list accepted from the guest, in bytes.
 const HEADER_LIMIT: u32 = 16 << 10;
@@ -35,7 +35,8 @@ const HEADER_LIMIT: u32 = 16 << 10;
 pub enum GuestAddress {
     /// A unix socket whose every connect reaches the agent (libkrun).
     Direct(PathBuf),
-    /// A unix socket that speaks Firecracker's hybrid vsock: `CONNECT <port>\n`, then `OK <number>\n` (vhost-device-vsock).
+    /// A unix socket that speaks Firecracker's hybrid vsock: `CONNECT <port>\n`, then `OK <number>\n`
+    /// (vhost-device-vsock).
     Hybrid {
         /// The unix socket.
         path: PathBuf,
@@ -155,8 +156,8 @@ impl Connection {
         }
     }
 
-    /// A second connection to the same agent. All streams of one HTTP/2 connection share one flow-control window: a stream whose
-    /// reader may stall gets a connection of its own, or it stalls every other call.
+    /// A second connection to the same agent. All streams of one HTTP/2 connection share one flow-control window: a
+    /// stream whose reader may stall gets a connection of its own, or it stalls every other call.
     pub fn dedicated(&self) -> Self {
         Self::lazy(self.inner.address.clone())
     }

@@ -1,6 +1,7 @@
 //! [`PortalError`]: what a call into a guest can end with, decoded from tonic's Status in one place.
 //!
-//! Text that comes from the guest is cut to [`MESSAGE_LIMIT`] and stripped of control characters here, since it ends in logs.
+//! Text that comes from the guest is cut to [`MESSAGE_LIMIT`] and stripped of control characters here, since it ends
+//! in logs.
 
 use boxlite_proto::boxlite::v1::{ErrorDetail, ErrorKind};
 use boxlite_proto::names;

@@ -1,7 +1,8 @@
 //! [`EventServer`]: receives what shims publish, on `state/events.ttrpc`, as containerd would.
 //!
-//! Events only hurry things: the truth about an exit is Task.Wait, and what happened while nobody listened is asked for at recovery. So an
-//! event that is not understood, or comes from a box that is not known, is dropped here without harm.
+//! Events only hurry things: the truth about an exit is Task.Wait, and what happened while nobody listened is asked
+//! for at recovery. So an event that is not understood, or comes from a box that is not known, is dropped here
+//! without harm.
 
 use crate::error::{Result, RuntimeError};
 use crate::unix_socket;

@@ -1,10 +1,11 @@
-//! [`ShimController`]: one box's shim — containerd's Sandbox and Task services over ttrpc, and the ShimLog extension — with a limit on
-//! every call.
+//! [`ShimController`]: one box's shim — containerd's Sandbox and Task services over ttrpc, and the ShimLog extension
+//! — with a limit on every call.
 //!
-//! It keeps no state beside the connection: what a box or container is, its driver (`litebox::driver`) knows. Running the shim's program
-//! is [`program`]'s, receiving its events [`events`]'s.
+//! It keeps no state beside the connection: what a box or container is, its driver (`litebox::driver`) knows. Running
+//! the shim's program is [`program`]'s, receiving its events [`events`]'s.
 //!
-//! A dropped call is cancelled on this side only; the shim carries it out. All of them are idempotent by id there, so the caller asks again.
+//! A dropped call is cancelled on this side only; the shim carries it out. All of them are idempotent by id there, so
+//! the caller asks again.
 
 pub mod events;
 mod process;
@@ -249,7 +250,8 @@ impl ShimController {
         .map(drop)
     }
 
-    /// Sandbox.SandboxStatus: whether the VM runs, and the shim's own stage timers in ms (keys `<stage>_ms` of its info).
+    /// Sandbox.SandboxStatus: whether the VM runs, and the shim's own stage timers in ms (keys `<stage>_ms` of its
+    /// info).
     ///
     /// # Errors
     /// `Shim`, `ShimConnection`, `Deadline`.

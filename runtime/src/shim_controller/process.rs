@@ -1,4 +1,5 @@
-//! [`ProcessId`]: a process that cannot be mistaken for a later one with the same pid, over restarts of boxlite-cri and of the host.
+//! [`ProcessId`]: a process that cannot be mistaken for a later one with the same pid, over restarts of boxlite-cri
+//! and of the host.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,7 +1,8 @@
-//! [`ShimProgram`]: runs the shim binary's actions — `start`, `delete`, `probe` — as containerd would, and reads their answers.
+//! [`ShimProgram`]: runs the shim binary's actions — `start`, `delete`, `probe` — as containerd would, and reads
+//! their answers.
 //!
-//! The daemon that `start` leaves behind is not a child of this process in any sense that matters: it goes on when boxlite-cri dies.
-//! Talking to it is [`super::ShimController`]'s.
+//! The daemon that `start` leaves behind is not a child of this process in any sense that matters: it goes on when
+//! boxlite-cri dies. Talking to it is [`super::ShimController`]'s.
 
 use crate::error::{Result, RuntimeError};
 use crate::filesystem_layout::FilesystemLayout;
@@ -49,8 +50,8 @@ impl ShimProgram {
         &self.program
     }
 
-    /// Starts the shim of a box, or finds the one that runs; answers its address. Dropping the future kills the action, which may leave
-    /// a daemon behind: follow it with [`Self::delete`].
+    /// Starts the shim of a box, or finds the one that runs; answers its address. Dropping the future kills the
+    /// action, which may leave a daemon behind: follow it with [`Self::delete`].
     ///
     /// # Errors
     /// `Missing`, `ShimProgram`, `Deadline`.

@@ -1,7 +1,8 @@
 //! Watchers: tasks of a driver that wait for the ends of what runs — one for the VM, one per running container.
 //!
-//! Task.Wait and WaitSandbox are the truth, events only hurry things. A connection that breaks while the shim lives is made anew; a shim that is
-//! dead ends the VM (its child dies with it), and that shows as soon as the kernel closes its socket.
+//! Task.Wait and WaitSandbox are the truth, events only hurry things. A connection that breaks while the shim lives
+//! is made anew; a shim that is dead ends the VM (its child dies with it), and that shows as soon as the kernel
+//! closes its socket.
 
 use super::Driver;
 use crate::error::{ErrorKind, RuntimeError};
@@ -92,7 +93,8 @@ async fn watch_container(running: Running, id: String) -> Watched {
     }
 }
 
-/// Whether the guest says that the kernel killed it for want of memory. A guest that cannot be asked leaves it at what events said.
+/// Whether the guest says that the kernel killed it for want of memory. A guest that cannot be asked leaves it at
+/// what events said.
 async fn was_oom(running: &Running, id: &str) -> bool {
     let container = running.session.container();
     let asking = container.list(Some(id));

@@ -1,4 +1,5 @@
-//! A runtime that dies and the one after it. "Dies" is the drop of its whole tokio runtime: no task of it gets to clean up.
+//! A runtime that dies and the one after it. "Dies" is the drop of its whole tokio runtime: no task of it gets to
+//! clean up.
 
 use super::*;
 use crate::database::Database;

@@ -11,8 +11,8 @@ use tonic::{Request, Response, Status, Streaming};
 /// Total output of the fake process, in bytes.
 const TOTAL: u64 = 1 << 20;
 
-/// An agent with one process whose output byte `n` is `n % 251`; each Attach breaks after `break_after` bytes, and starts a
-/// little before the offset asked for.
+/// An agent with one process whose output byte `n` is `n % 251`; each Attach breaks after `break_after` bytes, and
+/// starts a little before the offset asked for.
 #[derive(Clone)]
 struct Agent {
     break_after: u64,

@@ -22,7 +22,8 @@ use std::time::Duration;
 use tonic::Streaming;
 use tonic::transport::Channel;
 
-/// Output still awaited after an exec'd process ended: its last chunks are under way, a child that inherited the pipe may never end.
+/// Output still awaited after an exec'd process ended: its last chunks are under way, a child that inherited the pipe
+/// may never end.
 pub const DRAIN_LIMIT: Duration = Duration::from_secs(10);
 /// Wait for the end of a process tree that got SIGKILL; after that the agent's Delete reaps it.
 const KILLED_LIMIT: Duration = Duration::from_secs(10);
@@ -76,7 +77,8 @@ impl ExecutionInterface {
         Ok(response.pid)
     }
 
-    /// Opens one output stream. No deadline once open; ends when the caller drops it. [`Self::follow`] survives reconnects.
+    /// Opens one output stream. No deadline once open; ends when the caller drops it. [`Self::follow`] survives
+    /// reconnects.
     ///
     /// # Errors
     /// Every kind of [`PortalError`] when opening; Status items later.
@@ -121,8 +123,8 @@ impl ExecutionInterface {
         Ok(())
     }
 
-    /// Sends input until `incoming` ends; answers how many bytes the process' pipe took. The first message names the process. No
-    /// deadline: a process that doesn't read holds the stream; dropping the future ends it.
+    /// Sends input until `incoming` ends; answers how many bytes the process' pipe took. The first message names the
+    /// process. No deadline: a process that doesn't read holds the stream; dropping the future ends it.
     ///
     /// # Errors
     /// Every kind of [`PortalError`].
@@ -233,9 +235,9 @@ impl ExecutionInterface {
 
     /// Runs one command to its end and collects its output.
     ///
-    /// Ends early when `limit` runs out or `cancelled` resolves; then the process and all it started are killed. In every case the
-    /// process is forgotten by the guest before this returns. The future itself must be driven to its end: dropped, it leaves the
-    /// process running (that is why a vanished caller is told through `cancelled`).
+    /// Ends early when `limit` runs out or `cancelled` resolves; then the process and all it started are killed. In
+    /// every case the process is forgotten by the guest before this returns. The future itself must be driven to its
+    /// end: dropped, it leaves the process running (that is why a vanished caller is told through `cancelled`).
     ///
     /// # Errors
     /// [`PortalError::ExecDeadline`] when `limit` ran out or `cancelled` resolved; every other kind as it comes.

@@ -1,7 +1,8 @@
 //! [`OutputFollower`]: a process' output from an offset on, each byte once, across broken connections.
 //!
-//! Where the output goes, and when it may be freed (Ack), is the caller's: the shim's log writer acks what is on disk, exec_sync what it
-//! has in memory. Output is never skipped: a gap is a protocol error, OUTPUT_GONE an error of the guest.
+//! Where the output goes, and when it may be freed (Ack), is the caller's: the shim's log writer acks what is on
+//! disk, exec_sync what it has in memory. Output is never skipped: a gap is a protocol error, OUTPUT_GONE an error of
+//! the guest.
 
 use super::execution::ExecutionInterface;
 use crate::portal::error::PortalError;
@@ -13,15 +14,15 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tonic::Streaming;
 
-/// How long a follower tries to reach a guest that was there before. A dead VM is noticed by other means (the shim's child, its
-/// socket) and sooner.
+/// How long a follower tries to reach a guest that was there before. A dead VM is noticed by other means (the shim's
+/// child, its socket) and sooner.
 pub const RECONNECT_LIMIT: Duration = Duration::from_secs(30);
 /// First pause between two attempts; doubled up to [`RECONNECT_PAUSE_MAX`].
 const RECONNECT_PAUSE: Duration = Duration::from_millis(50);
 /// Longest pause between two attempts.
 const RECONNECT_PAUSE_MAX: Duration = Duration::from_secs(1);
-/// [`OutputFollower::ack_if_due`] acks once this much was read, in bytes: often enough that the guest's buffer never fills behind
-/// a reader that keeps up.
+/// [`OutputFollower::ack_if_due`] acks once this much was read, in bytes: often enough that the guest's buffer never
+/// fills behind a reader that keeps up.
 const ACK_EVERY: u64 = 256 << 10;
 
 /// A piece of output.
@@ -40,8 +41,8 @@ pub struct OutputChunk {
 pub struct OutputFollower {
     /// For calls.
     execution: ExecutionInterface,
-    /// For the stream: a connection of its own unless [`OutputFollower::shared`], since a reader that waits for an Ack while its
-    /// unread stream fills the shared window waits for ever.
+    /// For the stream: a connection of its own unless [`OutputFollower::shared`], since a reader that waits for an
+    /// Ack while its unread stream fills the shared window waits for ever.
     streaming: ExecutionInterface,
     request: AttachRequest,
     /// Offset of the next byte wanted.
@@ -75,8 +76,8 @@ impl OutputFollower {
         }
     }
 
-    /// Makes it a reader that never acks and holds nothing back: output it is too slow for ends it with OUTPUT_GONE. It also starts at the
-    /// present end with `from_end`.
+    /// Makes it a reader that never acks and holds nothing back: output it is too slow for ends it with OUTPUT_GONE.
+    /// It also starts at the present end with `from_end`.
     #[must_use]
     pub fn observing(mut self, from_end: bool) -> Self {
         self.request.observer = true;
@@ -98,8 +99,8 @@ impl OutputFollower {
     /// The next piece of output, `None` after the last. May be dropped between polls and called again: nothing is lost.
     ///
     /// # Errors
-    /// A refusal of the guest at once; `Transport` after [`RECONNECT_LIMIT`] without connection; `Protocol` on a gap or an oversized
-    /// chunk.
+    /// A refusal of the guest at once; `Transport` after [`RECONNECT_LIMIT`] without connection; `Protocol` on a gap
+    /// or an oversized chunk.
     pub async fn next(&mut self) -> Result<Option<OutputChunk>, PortalError> {
         let mut broken_since: Option<Instant> = None;
         let mut pause = RECONNECT_PAUSE;
@@ -201,7 +202,8 @@ impl OutputFollower {
         Ok(())
     }
 
-    /// A call that acks everything given so far, where that is worth one; to be driven beside [`Self::next`]. It counts as done at once.
+    /// A call that acks everything given so far, where that is worth one; to be driven beside [`Self::next`]. It
+    /// counts as done at once.
     pub(super) fn due_ack(
         &mut self,
     ) -> Option<impl Future<Output = Result<(), PortalError>> + use<>> {

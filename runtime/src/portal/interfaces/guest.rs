@@ -50,8 +50,8 @@ impl GuestInterface {
         .await
     }
 
-    /// Asks the VM to end: containers killed after `grace`, disks synced, power off. The connection may break before the answer;
-    /// that is success too.
+    /// Asks the VM to end: containers killed after `grace`, disks synced, power off. The connection may break before
+    /// the answer; that is success too.
     ///
     /// # Errors
     /// A refusal of the agent, or `Deadline` after `grace` and [`QUICK_LIMIT`].
@@ -100,7 +100,8 @@ impl GuestInterface {
     }
 
     /// Opens a byte stream to a port inside the guest. The first message of `outgoing` names the port. Use a
-    /// [dedicated](crate::portal::GuestSession::dedicated) session: a slow client must not stall other calls. Ends when either side drops.
+    /// [dedicated](crate::portal::GuestSession::dedicated) session: a slow client must not stall other calls. Ends
+    /// when either side drops.
     ///
     /// # Errors
     /// Every kind of [`PortalError`]; the stream itself has no deadline.

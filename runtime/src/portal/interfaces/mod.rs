@@ -1,7 +1,7 @@
 //! One typed interface per service of the guest: same shape, a thin method per rpc with its deadline.
 //!
-//! A method dropped midway cancels its HTTP/2 stream; the guest may or may not have done the work, and since every rpc is
-//! idempotent by id the caller may simply ask again.
+//! A method dropped midway cancels its HTTP/2 stream; the guest may or may not have done the work, and since every
+//! rpc is idempotent by id the caller may simply ask again.
 
 pub mod container;
 pub mod execution;
