@@ -142,7 +142,10 @@ async fn run_container(running: &Running, directory: &str, args: &[&str]) -> Res
         "ociVersion": "1.0.2",
         "process": { "user": { "uid": 0, "gid": 0 }, "args": args, "cwd": "/", "env": ["PATH=/usr/bin"], "noNewPrivileges": true },
         "root": { "path": "rootfs", "readonly": false },
-        "mounts": [{ "destination": "/proc", "type": "proc", "source": "proc" }],
+        "mounts": [
+            { "destination": "/proc", "type": "proc", "source": "proc" },
+            { "destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"] },
+        ],
         "linux": { "namespaces": [{ "type": "pid" }, { "type": "mount" }] },
     });
     let (id, containers, execution) =

@@ -7,7 +7,7 @@ use super::{shares, vsock};
 use crate::jail;
 use crate::vmm::step::StepExt;
 use crate::vmm::{HostFiles, VmmInstance, VmmInstanceImpl};
-use boxlite_proto::error::{BoxliteError, BoxliteResult};
+use boxlite_proto::error::BoxliteResult;
 use boxlite_proto::exit::ExitCode;
 use boxlite_proto::vmm::InstanceSpec;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
@@ -23,6 +23,8 @@ use std::time::{Duration, Instant};
 const HELPER_LIMIT: Duration = Duration::from_secs(10);
 /// Time between two looks at the socket.
 const HELPER_STEP: Duration = Duration::from_millis(2);
+/// Time between the first helper's leave and QEMU's own end; less than the two seconds in which a death must be known.
+const END_LIMIT: Duration = Duration::from_secs(1);
 /// Flag of a listening socket in /proc/net/unix (__SO_ACCEPTCON).
 const LISTENING: &str = "00010000";
 /// Programs and their libraries, QEMU's firmware.
@@ -78,8 +80,8 @@ impl VmmInstanceImpl for QemuInstance {
         }
         let mut command = Command::new(&files.qemu);
         command.args(args).env_clear().stdin(Stdio::null());
-        let qemu = command.spawn().step("starting QEMU")?;
-        Ok(watch(&qemu)?)
+        let mut qemu = command.spawn().step("starting QEMU")?;
+        watch(&mut qemu)
     }
 }
 
@@ -148,28 +150,71 @@ fn wait_listening(child: &mut Child, socket: &str) -> BoxliteResult<()> {
 }
 
 /// Ends this process, PID 1 of its namespace, when the first of its children ends.
-fn watch(qemu: &Child) -> Result<Infallible, BoxliteError> {
-    loop {
-        let status = match wait() {
-            Err(nix::errno::Errno::EINTR) => continue,
-            status => status.step("waiting for QEMU")?,
-        };
-        let Some(pid) = status.pid() else { continue };
-        let is_qemu = u32::try_from(pid.as_raw()).is_ok_and(|pid| pid == qemu.id());
-        match status {
-            // The guest powered off, or its kernel gave up and rebooted (-no-reboot).
-            WaitStatus::Exited(_, 0) if is_qemu => std::process::exit(ExitCode::Ok as i32),
-            WaitStatus::Exited(_, code) if is_qemu => eprintln!("vmm: QEMU ended with code {code}"),
-            WaitStatus::Signaled(_, signal, _) if is_qemu => {
-                eprintln!("vmm: QEMU was killed by {signal}")
+fn watch(qemu: &mut Child) -> BoxliteResult<Infallible> {
+    let ended = first_end(qemu.id())?;
+    let code = match ended {
+        Ended::Qemu(status) => qemu_exit(status),
+        // Helpers leave by themselves when QEMU closes their sockets, which is just before it ends itself.
+        Ended::Helper(WaitStatus::Exited(_, 0)) => match wait_briefly(qemu)? {
+            Some(status) if status.success() => ExitCode::Ok,
+            Some(status) => {
+                eprintln!("vmm: QEMU ended: {status}");
+                ExitCode::VmmStart
             }
-            WaitStatus::Exited(..) | WaitStatus::Signaled(..) => {
-                eprintln!(
-                    "vmm: a helper of the VM (process {pid} in its namespace) ended: {status:?}"
-                );
+            None => {
+                eprintln!("vmm: a helper of the VM left");
+                ExitCode::VmmStart
             }
-            _ => continue,
+        },
+        Ended::Helper(status) => {
+            eprintln!("vmm: a helper of the VM ended: {status:?}");
+            ExitCode::VmmStart
         }
-        std::process::exit(ExitCode::VmmStart as i32);
+    };
+    std::process::exit(code as i32)
+}
+
+enum Ended {
+    Qemu(WaitStatus),
+    Helper(WaitStatus),
+}
+
+fn first_end(qemu: u32) -> BoxliteResult<Ended> {
+    loop {
+        match wait() {
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(error) => return Err(error).step("waiting for QEMU"),
+            Ok(status @ (WaitStatus::Exited(pid, _) | WaitStatus::Signaled(pid, _, _))) => {
+                let is_qemu = u32::try_from(pid.as_raw()).is_ok_and(|pid| pid == qemu);
+                return Ok(if is_qemu { Ended::Qemu(status) } else { Ended::Helper(status) });
+            }
+            Ok(_) => {}
+        }
+    }
+}
+
+fn qemu_exit(status: WaitStatus) -> ExitCode {
+    match status {
+        // The guest powered off, or its kernel gave up and rebooted (-no-reboot).
+        WaitStatus::Exited(_, 0) => ExitCode::Ok,
+        WaitStatus::Exited(_, code) => {
+            eprintln!("vmm: QEMU ended with code {code}");
+            ExitCode::VmmStart
+        }
+        other => {
+            eprintln!("vmm: QEMU ended: {other:?}");
+            ExitCode::VmmStart
+        }
+    }
+}
+
+fn wait_briefly(qemu: &mut Child) -> BoxliteResult<Option<std::process::ExitStatus>> {
+    let deadline = Instant::now() + END_LIMIT;
+    loop {
+        let status = qemu.try_wait().step("waiting for QEMU")?;
+        if status.is_some() || Instant::now() > deadline {
+            return Ok(status);
+        }
+        std::thread::sleep(HELPER_STEP);
     }
 }
