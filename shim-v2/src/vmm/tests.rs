@@ -1,1 +1,202 @@
-//! Tests of the VMM boundary that need no VM.
+//! Tests of the VMM boundary that need no VM: the factory with a VMM of a name of its own, the checks of a spec, the
+//! bounded log.
+
+use super::console::BoundedLog;
+use super::{HostFiles, Vmm, VmmCapabilities, VmmFactory, VmmInstance, VmmInstanceImpl, devices};
+use boxlite_proto::error::{BoxliteError, BoxliteResult};
+use boxlite_proto::vmm::{Acceleration, Disk, Installation, InstanceSpec, Nic, VmmKind};
+use std::convert::Infallible;
+use std::path::PathBuf;
+
+const TOY: VmmCapabilities = VmmCapabilities {
+    max_devices: 3,
+    base_devices: 1,
+    dax: false,
+    resize: false,
+    hybrid_vsock: false,
+    needs_kvm: false,
+};
+
+/// The page docs/adding-a-vmm.md, as code.
+struct ToyVmm;
+
+struct ToyInstance(InstanceSpec);
+
+impl Vmm for ToyVmm {
+    fn create(&mut self, spec: InstanceSpec) -> BoxliteResult<VmmInstance> {
+        devices::check(&spec, &TOY)?;
+        Ok(VmmInstance::new(ToyInstance(spec)))
+    }
+}
+
+impl VmmInstanceImpl for ToyInstance {
+    fn host_files(&self) -> HostFiles {
+        HostFiles {
+            share: self.0.share_dir.clone(),
+            work_dir: self.0.work_dir.clone(),
+            ..HostFiles::default()
+        }
+    }
+
+    fn enter(self: Box<Self>) -> BoxliteResult<Infallible> {
+        Err(BoxliteError::Step {
+            step: format!("entering the toy of {}", self.0.id),
+            source: "it has no engine".into(),
+        })
+    }
+}
+
+fn spec(kind: VmmKind) -> InstanceSpec {
+    InstanceSpec {
+        id: "pod".to_owned(),
+        kind,
+        vcpus: 1,
+        memory_mib: 128,
+        acceleration: Acceleration::Tcg,
+        installation: Installation {
+            guest: PathBuf::from("/nowhere/guest"),
+            libkrunfw: PathBuf::from("/nowhere/libkrunfw.so.5"),
+            qemu: PathBuf::from("/nowhere/qemu"),
+            virtiofsd: PathBuf::from("/nowhere/virtiofsd"),
+            vhost_device_vsock: PathBuf::from("/nowhere/vsock"),
+            cache: PathBuf::from("/nowhere/cache"),
+        },
+        work_dir: PathBuf::from("/run/vm"),
+        share_dir: PathBuf::from("/run/share"),
+        disks: Vec::new(),
+        nics: Vec::new(),
+        netns: None,
+        debug_console: false,
+    }
+}
+
+fn disk(serial: &str) -> Disk {
+    Disk {
+        path: PathBuf::from("/disk"),
+        serial: serial.to_owned(),
+        read_only: false,
+    }
+}
+
+fn nic(tap: &str, mac: &str) -> Nic {
+    Nic {
+        tap: tap.to_owned(),
+        mac: mac.to_owned(),
+        mtu: 1500,
+    }
+}
+
+#[test]
+fn a_vmm_is_added_by_registering_it() {
+    let toy: VmmKind = match "toy".parse() {
+        Ok(kind) => kind,
+        Err(never) => match never {},
+    };
+    let mut factory = VmmFactory::standard();
+    assert!(factory.capabilities(&toy).is_none());
+    factory.register(toy.clone(), TOY, || Box::new(ToyVmm));
+    assert_eq!(factory.capabilities(&toy), Some(TOY));
+
+    // The kind travels as plain text in the spec that the vmm child reads.
+    let json = serde_json::to_string(&spec(toy.clone())).expect("a spec is JSON");
+    let read: InstanceSpec = serde_json::from_str(&json).expect("and back");
+    assert_eq!(read.kind, toy);
+
+    let instance = factory
+        .make(&read.kind)
+        .and_then(|mut vmm| vmm.create(read));
+    let instance = instance.expect("the toy takes any small spec");
+    assert_eq!(instance.host_files().work_dir, PathBuf::from("/run/vm"));
+    let Err(error) = instance.enter() else {
+        panic!("the toy cannot run");
+    };
+    assert_eq!(error.to_string(), "entering the toy of pod failed");
+}
+
+#[test]
+fn an_unknown_kind_is_named() {
+    let kind = VmmKind::Other("bhyve".to_owned());
+    let error = VmmFactory::standard()
+        .make(&kind)
+        .map(drop)
+        .expect_err("nobody registered it");
+    assert_eq!(error.to_string(), "no VMM is registered for kind bhyve");
+}
+
+#[test]
+fn both_vmms_have_room_for_a_pod() {
+    let factory = VmmFactory::standard();
+    for kind in [VmmKind::Krun, VmmKind::Qemu] {
+        let capabilities = factory.capabilities(&kind).expect("standard");
+        let mut pod = spec(kind);
+        pod.disks.push(disk("scratch"));
+        pod.nics.push(nic("tap0", "02:00:00:00:00:01"));
+        devices::check(&pod, &capabilities).expect("scratch disk and card fit");
+        // The first that does not fit, and the last that does.
+        let room = capabilities.max_devices - capabilities.base_devices - 2;
+        pod.disks
+            .extend((0..room).map(|index| disk(&format!("more{index}"))));
+        devices::check(&pod, &capabilities).expect("every slot can be used");
+        pod.disks.push(disk("toomany"));
+        let error = devices::check(&pod, &capabilities).expect_err("no slot is left");
+        let text = error.to_string();
+        assert!(text.contains("toomany") && text.contains("tap0"), "{text}");
+    }
+}
+
+#[test]
+fn bad_specs_are_refused_by_field() {
+    let cases: [(&str, fn(&mut InstanceSpec)); 9] = [
+        ("vcpus", |spec| spec.vcpus = 0),
+        ("memory_mib", |spec| spec.memory_mib = 63),
+        ("disks.serial", |spec| spec.disks.push(disk(""))),
+        ("disks.serial", |spec| {
+            spec.disks.push(disk("a,readonly=off"))
+        }),
+        ("disks.serial", |spec| {
+            spec.disks.push(disk(&"x".repeat(21)))
+        }),
+        ("disks.path", |spec| {
+            spec.disks.push(disk("d"));
+            spec.disks[0].path = PathBuf::from("/a,file=/etc/shadow");
+        }),
+        ("nics.tap", |spec| {
+            spec.nics.push(nic("a/b", "02:00:00:00:00:01"))
+        }),
+        ("nics.mac", |spec| {
+            spec.nics.push(nic("tap0", "02:00:00:00:00:0"))
+        }),
+        ("nics.mac", |spec| {
+            spec.nics.push(nic("tap0", "03:00:00:00:00:01"))
+        }),
+    ];
+    for (wanted, spoil) in cases {
+        let mut spec = spec(VmmKind::Qemu);
+        spoil(&mut spec);
+        match devices::check(&spec, &TOY) {
+            Err(BoxliteError::InvalidSpec { field, .. }) => assert_eq!(field, wanted),
+            other => panic!("{wanted}: {other:?}"),
+        }
+    }
+}
+
+#[test]
+fn a_log_keeps_the_end_in_memory_and_the_head_on_disk() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("console.log");
+    let line = format!("\u{1b}[31m{}\n", "x".repeat(4000));
+    let text = line.repeat(600) + "last words";
+    let log = BoundedLog::default();
+    log.follow(text.as_bytes(), Some(file.clone()));
+
+    let kept = std::fs::metadata(&file).expect("it was written").len();
+    assert_eq!(kept, 1 << 20, "two MiB came, one is kept");
+    let tail = log.tail(2);
+    assert_eq!(tail[1], "last words");
+    assert!(
+        tail[0].starts_with("[31mxxx") && tail[0].len() <= 512,
+        "{}",
+        tail[0].len()
+    );
+    assert!(log.tail(usize::MAX).len() <= 201);
+}

@@ -186,7 +186,11 @@ fn first_end(qemu: u32) -> BoxliteResult<Ended> {
             Err(error) => return Err(error).step("waiting for QEMU"),
             Ok(status @ (WaitStatus::Exited(pid, _) | WaitStatus::Signaled(pid, _, _))) => {
                 let is_qemu = u32::try_from(pid.as_raw()).is_ok_and(|pid| pid == qemu);
-                return Ok(if is_qemu { Ended::Qemu(status) } else { Ended::Helper(status) });
+                return Ok(if is_qemu {
+                    Ended::Qemu(status)
+                } else {
+                    Ended::Helper(status)
+                });
             }
             Ok(_) => {}
         }

@@ -154,3 +154,49 @@ fn elf_header(entry: u64) -> Vec<u8> {
     }
     header
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{IMAGE_OFFSET, KernelImage, PVH_NOTE, wrap};
+
+    fn image(note_at: Option<usize>) -> KernelImage {
+        let mut bytes = vec![0x90u8; 3 * 4096 + 5];
+        if let Some(at) = note_at {
+            bytes[at..at + PVH_NOTE.len()].copy_from_slice(&PVH_NOTE);
+        }
+        KernelImage {
+            bytes: bytes.leak(),
+            load_address: 0x100_0000,
+        }
+    }
+
+    fn word(file: &[u8], at: usize) -> u64 {
+        u64::from_le_bytes(file[at..at + 8].try_into().expect("eight bytes"))
+    }
+
+    #[test]
+    fn headers_lead_to_image_and_note() {
+        let image = image(Some(8192));
+        let file = wrap(&image).expect("it has a note");
+        assert_eq!(&file[IMAGE_OFFSET..], image.bytes);
+        assert_eq!(&file[..4], b"\x7fELF");
+        assert_eq!(word(&file, 24), image.load_address, "entry");
+        let (load, note) = (64, 64 + 56);
+        assert_eq!(
+            word(&file, load + 8),
+            IMAGE_OFFSET as u64,
+            "offset of the image"
+        );
+        assert_eq!(word(&file, load + 24), image.load_address, "its address");
+        assert_eq!(word(&file, load + 32), image.bytes.len() as u64, "its size");
+        let at = usize::try_from(word(&file, note + 8)).expect("an offset");
+        assert_eq!(file[at..at + PVH_NOTE.len()], PVH_NOTE);
+    }
+
+    #[test]
+    fn an_image_without_a_whole_note_is_refused() {
+        assert!(wrap(&image(None)).is_err());
+        let cut = image(None).bytes.len() - PVH_NOTE.len() - 1;
+        assert!(wrap(&image(Some(cut / 4 * 4))).is_err());
+    }
+}
