@@ -43,6 +43,7 @@ fn run() -> Result<(), Box<dyn std::error::Error>> {
     // Before any thread, and before there is a subscriber: helpers must not log to a container's standard error.
     let spawner = spawner::Spawner::start()?;
     boot::console::start_logging();
+    boot::memory::lock();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         // A VM has one or two CPUs and as little as 128 MiB; what blocks is mounts and directory walks.

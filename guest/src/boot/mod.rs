@@ -8,6 +8,7 @@
 //! beneath it because the running binary is mapped from there.
 
 pub mod console;
+pub mod memory;
 pub mod power;
 pub mod reaper;
 
