@@ -54,7 +54,17 @@ pub fn container_spec(name: &str, image: &str, argv: &[&str]) -> ContainerConfig
         command: argv.iter().map(|&a| a.to_owned()).collect(),
         log_path: format!("{name}.log"),
         labels: [("e2e".to_owned(), name.to_owned())].into(),
-        linux: Some(LinuxContainerConfig::default()),
+        // A kubelet always says which PID namespace; left out it would mean the pod's.
+        linux: Some(LinuxContainerConfig {
+            security_context: Some(LinuxContainerSecurityContext {
+                namespace_options: Some(NamespaceOption {
+                    pid: NamespaceMode::Container.into(),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }),
         ..Default::default()
     }
 }

@@ -97,7 +97,7 @@ async fn timeout_kills_tree(world: Shared) -> Result {
     let c = pod
         .start("c", &world.images.base, &["sleep", "1000"])
         .await?;
-    let tree = "sleep 4321 & (sleep 4321 & setsid sleep 4321) & nohup sleep 4321";
+    let tree = "sleep 4321 & (sleep 4321 & setsid sleep 4321) & setsid sleep 4321";
     let start = Instant::now();
     let status = match c.exec_raw(&["sh", "-c", tree], 2).await {
         Ok(response) => crate::bail!("no error but {response:?}"),
@@ -304,52 +304,49 @@ async fn metrics_page(world: Shared) -> Result {
     let c = pod
         .start("c", &world.images.base, &["sleep", "1000"])
         .await?;
-    let count = |page: &str, name: &str| -> Option<f64> {
+    let sum = |page: &str, name: &str| -> f64 {
         let lines = page
             .lines()
             .filter(|l| l.starts_with(name) && !l.starts_with('#'));
         lines
             .filter_map(|l| l.rsplit(' ').next()?.parse::<f64>().ok())
-            .reduce(|a, b| a + b)
+            .sum()
     };
     let before = world.node.metrics_page().await?;
-    c.out(&["true"]).await?;
-    c.out(&["true"]).await?;
+    c.out(&["echo", "one"]).await?;
+    c.out(&["echo", "two"]).await?;
     let page = world.node.metrics_page().await?;
-    for seed in [
-        "boxes_created",
-        "boxes_destroyed",
-        "total_exec_calls",
-        "total_bytes_transferred",
-    ] {
+    for name in ["boxes_created", "boxes_destroyed", "bytes_transferred"] {
+        let name = format!("boxlite_{name}_total");
         ensure!(
-            page.lines()
-                .any(|l| l.contains(seed) && !l.starts_with('#')),
-            "{seed} is not on the page:\n{page}"
+            page.lines().any(|l| l.starts_with(&name)),
+            "{name} is not on the page:\n{page}"
         );
     }
-    for seed in [
-        "cpu_time_ms",
-        "memory_usage_bytes",
-        "exec_count",
-        "network_bytes_sent",
-        "network_bytes_received",
+    let grown = |name: &str| sum(&page, name) - sum(&before, name);
+    same!(grown("boxlite_exec_calls_total"), 2.0, "execs counted");
+    ensure!(
+        grown("boxlite_bytes_transferred_total") >= 8.0,
+        "bytes of two echos"
+    );
+    let labels = format!(
+        "pod=\"{}\"",
+        pod.config.metadata.clone().unwrap_or_default().name
+    );
+    for name in [
+        "cpu",
+        "memory",
+        "exec",
+        "network_sent",
+        "network_received",
+        "start_stage",
     ] {
-        let labelled = |l: &&str| l.contains(seed) && l.contains("metrics") && l.contains("uid");
+        let name = format!("boxlite_box_{name}");
+        let labelled = |l: &&str| l.starts_with(&name) && l.contains(&labels) && l.contains("uid=");
         ensure!(
             page.lines().any(|l| labelled(&l)),
-            "{seed} has no line with the pod's labels:\n{page}"
+            "{name} has no line with the pod's labels:\n{page}"
         );
     }
-    let name = page
-        .lines()
-        .find(|l| l.contains("total_exec_calls") && !l.starts_with('#'))
-        .and_then(|l| l.split([' ', '{']).next())
-        .unwrap_or_default();
-    let (old, new) = (
-        count(&before, name).unwrap_or_default(),
-        count(&page, name).unwrap_or_default(),
-    );
-    same!(new - old, 2.0, "{name} grows with two execs");
     pod.end().await
 }

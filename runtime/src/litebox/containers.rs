@@ -172,6 +172,7 @@ impl LiteBox {
             state @ ContainerState::Unknown => return Err(wrong("it is not created yet")(state)),
         }
         let shim = self.running()?.shim;
+        let asked = now_ns();
         let result = shim.start_task(id).await;
         if let Err(error) = result
             && !runs_after_all(&shim, id, &error).await
@@ -197,10 +198,15 @@ impl LiteBox {
             }
             return Err(error);
         }
-        self.change(id, |row| {
-            if row.snapshot.state == ContainerState::Created {
-                row.snapshot.state = ContainerState::Running;
-                row.snapshot.started_at_ns = now_ns();
+        self.change(id, move |row| {
+            let snapshot = &mut row.snapshot;
+            if snapshot.state == ContainerState::Created {
+                snapshot.state = ContainerState::Running;
+            }
+            // When it was asked for, not when the answer came: a short container has ended by then, perhaps even on record.
+            snapshot.started_at_ns = asked;
+            if snapshot.finished_at_ns > 0 {
+                snapshot.finished_at_ns = snapshot.finished_at_ns.max(asked);
             }
         })
         .await

@@ -122,7 +122,7 @@ impl Containers {
         undo: &mut Undo,
     ) -> Result<(Process, u32)> {
         let bundle = PathBuf::from(&request.bundle);
-        let spec = spec::rewrite(spec::load(&bundle)?, &request.id)?;
+        let spec = spec::rewrite(spec::load(&bundle)?)?;
         let stdio = Stdio {
             stdin: request.stdin.clone(),
             stdout: request.stdout.clone(),
@@ -142,14 +142,8 @@ impl Containers {
         .await?;
         rootfs.read_only = spec.read_only;
         for bind in &spec.binds {
-            let taken = (guest.share.clone(), bind.path.clone());
-            undo.push(
-                "mount",
-                move || async move { taken.0.unbind(&taken.1).await },
-            );
-            guest
-                .share
-                .bind(&bind.source, &bind.path, bind.read_only)
+            self.layers
+                .bind(&guest.share, &bind.source, &bind.path, bind.read_only, undo)
                 .await?;
         }
         let init = init_request(request, &spec, rootfs, &stdio)?;

@@ -102,7 +102,7 @@ enum Slot {
 pub struct Containers {
     context: Context,
     slots: Mutex<HashMap<String, Slot>>,
-    layers: rootfs::Layers,
+    layers: rootfs::SharedBinds,
 }
 
 impl Containers {
@@ -111,7 +111,7 @@ impl Containers {
         Self {
             context,
             slots: Mutex::default(),
-            layers: rootfs::Layers::default(),
+            layers: rootfs::SharedBinds::default(),
         }
     }
 

@@ -1,6 +1,6 @@
 //! A container's root file system: EROFS layers into `l/`, anything else mounted at `r/<container id>` of the share.
 //!
-//! Layers are shared by the containers of the pod: [`Layers`] counts who uses them. How the guest stacks them is its own.
+//! SharedBinds are shared by the containers of the pod: [`SharedBinds`] counts who uses them. How the guest stacks them is its own.
 
 use crate::error::{Result, ShimError};
 use crate::sandbox::machine::Share;
@@ -13,30 +13,46 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokio::sync::Mutex;
 
-/// Layers of one image: overlayfs takes 500 lower directories at most.
+/// SharedBinds of one image: overlayfs takes 500 lower directories at most.
 const LAYER_LIMIT: usize = 500;
 
-/// The layer files that are bound into the share, with the number of their users. An async lock: it is held while a
-/// layer is being bound, so that a second user waits for it.
+/// What is bound into the share for several containers (layer files, volumes), with the number of users. An async lock: it
+/// is held while something is being bound, so that a second user waits for it.
 #[derive(Clone, Default)]
-pub struct Layers(Arc<Mutex<HashMap<String, usize>>>);
+pub struct SharedBinds(Arc<Mutex<HashMap<String, usize>>>);
 
-impl Layers {
+impl SharedBinds {
     async fn take(&self, share: &Arc<dyn Share>, source: &Path, undo: &mut Undo) -> Result<String> {
         let path = layer_path(source);
+        self.bind(share, source, &path, true, undo).await?;
+        Ok(path)
+    }
+
+    /// Makes `source` appear at `path` of the share, for one more user; `undo` gives it back.
+    ///
+    /// # Errors
+    /// The share's; nothing is left behind then.
+    pub async fn bind(
+        &self,
+        share: &Arc<dyn Share>,
+        source: &Path,
+        path: &str,
+        read_only: bool,
+        undo: &mut Undo,
+    ) -> Result<()> {
         let mut users = self.0.lock().await;
-        if let Some(count) = users.get_mut(&path) {
+        if let Some(count) = users.get_mut(path) {
             *count += 1;
         } else {
-            share.bind(source, &path, true).await?;
-            users.insert(path.clone(), 1);
+            share.bind(source, path, read_only).await?;
+            users.insert(path.to_owned(), 1);
         }
         drop(users);
-        let (layers, share, key) = (self.clone(), share.clone(), path.clone());
-        undo.push("layer", move || async move {
+        let (layers, share, key) = (self.clone(), share.clone(), path.to_owned());
+        undo.push("bind mount", move || async move {
             layers.give_back(&share, &key).await
         });
-        Ok(path)
+        Ok(())
     }
 
     async fn give_back(&self, share: &Arc<dyn Share>, path: &str) -> Result<()> {
@@ -68,7 +84,7 @@ fn layer_path(source: &Path) -> String {
 /// # Errors
 /// HostPath for a layer that is not there, Invalid for mounts that make no root, Io for a mount that fails.
 pub async fn prepare(
-    layers: &Layers,
+    layers: &SharedBinds,
     share: &Arc<dyn Share>,
     container: &str,
     bundle: &Path,
@@ -120,7 +136,7 @@ pub async fn prepare(
 }
 
 async fn stack(
-    layers: &Layers,
+    layers: &SharedBinds,
     share: &Arc<dyn Share>,
     mounts: &[Mount],
     undo: &mut Undo,

@@ -7,7 +7,8 @@ use crate::error::{Result, ShimError};
 use boxlite_proto::boxlite::v1::PidMode;
 use boxlite_proto::names::{GUEST_SHARE, PID_MODE_ANNOTATION, STDIN_ANNOTATION};
 use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
-use std::os::unix::fs::FileTypeExt;
+use sha2::{Digest, Sha256};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 /// Largest config.json accepted, in bytes.
@@ -71,7 +72,7 @@ pub fn load(bundle: &Path) -> Result<Spec> {
 ///
 /// # Errors
 /// HostPath, naming the path and the mount that wants it.
-pub fn rewrite(mut spec: Spec, container: &str) -> Result<GuestSpec> {
+pub fn rewrite(mut spec: Spec) -> Result<GuestSpec> {
     let annotation = |name: &str| {
         let all = spec.annotations().as_ref()?;
         all.get(name).cloned()
@@ -86,8 +87,8 @@ pub fn rewrite(mut spec: Spec, container: &str) -> Result<GuestSpec> {
 
     let mut binds = Vec::new();
     let mut mounts = spec.mounts().clone().unwrap_or_default();
-    for (index, mount) in mounts.iter_mut().enumerate() {
-        if let Some(bind) = bind_of(mount, container, index)? {
+    for mount in mounts.iter_mut() {
+        if let Some(bind) = bind_of(mount)? {
             mount.set_source(Some(Path::new(GUEST_SHARE).join(&bind.path)));
             binds.push(bind);
         }
@@ -141,7 +142,7 @@ fn pid_mode(spec: &Spec, wanted: Option<&str>) -> Result<(PidMode, String)> {
 }
 
 /// What a mount needs of the host. None: it is the guest's own affair.
-fn bind_of(mount: &Mount, container: &str, index: usize) -> Result<Option<Bind>> {
+fn bind_of(mount: &Mount) -> Result<Option<Bind>> {
     let options = mount.options().as_deref().unwrap_or_default();
     let is = |name: &str| options.iter().any(|option| option == name);
     let bind = mount.typ().as_deref() == Some("bind") || is("bind") || is("rbind");
@@ -158,9 +159,8 @@ fn bind_of(mount: &Mount, container: &str, index: usize) -> Result<Option<Bind>>
         return Err(refuse("not absolute".to_owned()));
     }
     let source = std::fs::canonicalize(&wanted).map_err(|error| refuse(error.to_string()))?;
-    let kind = std::fs::metadata(&source)
-        .map_err(|error| refuse(error.to_string()))?
-        .file_type();
+    let metadata = std::fs::metadata(&source).map_err(|error| refuse(error.to_string()))?;
+    let kind = metadata.file_type();
     if !kind.is_dir() && !kind.is_file() {
         let what = match () {
             () if kind.is_socket() => "a socket",
@@ -172,11 +172,24 @@ fn bind_of(mount: &Mount, container: &str, index: usize) -> Result<Option<Bind>>
             "it is {what}, and only files and directories reach into a VM"
         )));
     }
+    let read_only = is("ro");
     Ok(Some(Bind {
+        path: volume_path(&source, &metadata, read_only),
         source,
-        path: format!("m/{container}/{index}"),
-        read_only: is("ro"),
+        read_only,
     }))
+}
+
+/// Where a volume appears in the share: one place for one inode, however many containers mount it. Two places would be two
+/// inodes to the guest, and its caches would show one container's changes to the other a second late.
+fn volume_path(source: &Path, metadata: &std::fs::Metadata, read_only: bool) -> String {
+    let mut hash = Sha256::new();
+    // The inode too: a volume that was made anew under its old path is another one.
+    for number in [metadata.dev(), metadata.ino(), u64::from(read_only)] {
+        hash.update(number.to_le_bytes());
+    }
+    hash.update(source.as_os_str().as_encoded_bytes());
+    format!("m/{}", hex::encode(hash.finalize()))
 }
 
 /// Takes out what names things of the host: hooks, namespace paths, the network namespace, cgroup paths, labels.
@@ -233,27 +246,26 @@ mod tests {
     fn a_bind_mount_goes_through_the_share() {
         let dir = tempfile::tempdir().expect("tempdir");
         let real = std::fs::canonicalize(dir.path()).expect("exists");
-        let out = rewrite(spec(bind(dir.path(), "/data")), "c1").expect("rewritten");
-        assert_eq!(
-            out.binds,
-            [Bind {
-                source: real,
-                path: "m/c1/1".to_owned(),
-                read_only: true
-            }]
-        );
+        let out = rewrite(spec(bind(dir.path(), "/data"))).expect("rewritten");
+        let [volume] = out.binds.as_slice() else {
+            panic!("one bind: {:?}", out.binds)
+        };
+        assert_eq!((&volume.source, volume.read_only), (&real, true));
+        assert!(volume.path.starts_with("m/"), "{}", volume.path);
         let mounts = out.spec.mounts().clone().expect("mounts");
         assert_eq!(mounts[0].source().as_deref(), Some(Path::new("proc")));
+        let inside = Path::new("/run/boxlite/share").join(&volume.path);
+        assert_eq!(mounts[1].source().as_deref(), Some(inside.as_path()));
+        let again = rewrite(spec(bind(dir.path(), "/other"))).expect("rewritten");
         assert_eq!(
-            mounts[1].source().as_deref(),
-            Some(Path::new("/run/boxlite/share/m/c1/1"))
+            again.binds, out.binds,
+            "two containers, one place of the volume"
         );
     }
 
     #[test]
     fn a_missing_path_is_named_with_its_mount() {
-        let error =
-            rewrite(spec(bind(Path::new("/no/such/path"), "/data")), "c1").expect_err("refused");
+        let error = rewrite(spec(bind(Path::new("/no/such/path"), "/data"))).expect_err("refused");
         let text = error.to_string();
         assert!(
             text.contains("/no/such/path") && text.contains("/data"),
@@ -270,11 +282,10 @@ mod tests {
             (socket.as_path(), "socket"),
             (Path::new("/dev/null"), "device"),
         ] {
-            let error = rewrite(spec(bind(path, "/x")), "c1").expect_err("refused");
+            let error = rewrite(spec(bind(path, "/x"))).expect_err("refused");
             assert!(error.to_string().contains(word), "{error}");
         }
-        let out =
-            rewrite(spec(bind(Path::new("/no/such"), "/dev/shm")), "c1").expect("the guest's own");
+        let out = rewrite(spec(bind(Path::new("/no/such"), "/dev/shm"))).expect("the guest's own");
         assert!(out.binds.is_empty());
     }
 

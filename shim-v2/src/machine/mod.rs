@@ -296,7 +296,14 @@ async fn init(
         }),
     };
     match told {
-        Ok(told) => Ok((told.kernel_release, told.agent_version)),
+        Ok(told) => {
+            // Again, on a connection that is warm: the first time was old by the length of connecting to a guest that just
+            // booted, and exits are dated by this clock.
+            if let Err(error) = guest.set_time(time::unix_ns()).await {
+                tracing::warn!(id, error = %error, "the guest's clock is not set anew");
+            }
+            Ok((told.kernel_release, told.agent_version))
+        }
         Err(error) => Err(ShimError::Boot {
             step: "Guest.Init",
             source: Arc::new(InitError {

@@ -143,7 +143,12 @@ pub(crate) fn finish(row: &mut ContainerRow, exit: TaskExit, message: &str) {
     let snapshot = &mut row.snapshot;
     snapshot.state = ContainerState::Exited;
     snapshot.exit_code = exit.code;
-    snapshot.finished_at_ns = if exit.at_ns > 0 { exit.at_ns } else { now_ns() };
+    // The guest's clock, within what the host knows: not before its start, not in the future.
+    let now = now_ns();
+    snapshot.finished_at_ns = match exit.at_ns {
+        at if at > 0 => at.max(snapshot.started_at_ns).min(now),
+        _ => now,
+    };
     snapshot.message = message.to_owned();
     snapshot.reason = match exit.code {
         _ if row.oom => "OOMKilled",
