@@ -42,8 +42,11 @@ impl ExecutionService {
 }
 
 /// A reader that had a chunk less than this ago waits as long for the next to fill: a process that writes line by line
-/// would otherwise cost a message, and a wake-up of the host, per line. A first chunk after silence goes at once.
-const COALESCE: Duration = Duration::from_millis(2);
+/// would otherwise cost a message, and a wake-up of the host, per line. A first chunk after silence goes at once, and so
+/// does what is there when the process ends.
+const COALESCE: Duration = Duration::from_millis(20);
+/// The same for a terminal, where somebody waits for the echo.
+const COALESCE_TERMINAL: Duration = Duration::from_millis(2);
 
 /// Where a reader is.
 struct Follower {
@@ -57,11 +60,16 @@ impl Follower {
     /// The next chunk; the last one says EOF, and an error ends the stream too.
     async fn next(follower: Option<Self>) -> Option<(Result<AttachChunk, Status>, Option<Self>)> {
         let mut follower = follower?;
+        let pause = if follower.process.terminal.is_some() {
+            COALESCE_TERMINAL
+        } else {
+            COALESCE
+        };
         if let Some(last) = follower.last
-            && last.elapsed() < COALESCE
+            && last.elapsed() < pause
         {
             let filled = follower.process.output.fills_chunk(follower.offset);
-            let _ = tokio::time::timeout_at(last + COALESCE, filled).await;
+            let _ = tokio::time::timeout_at(last + pause, filled).await;
         }
         match follower.process.output.read(follower.offset).await {
             Found::Data(chunk) => {
