@@ -97,7 +97,7 @@ async fn timeout_kills_tree(world: Shared) -> Result {
     let c = pod
         .start("c", &world.images.base, &["sleep", "1000"])
         .await?;
-    let tree = "sleep 4321 & (sleep 4321 & setsid sleep 4321) & setsid sleep 4321";
+    let tree = "sleep 4321 & (sleep 4321 & setsid sleep 4321) & sleep 4321; true";
     let start = Instant::now();
     let status = match c.exec_raw(&["sh", "-c", tree], 2).await {
         Ok(response) => crate::bail!("no error but {response:?}"),

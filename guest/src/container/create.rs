@@ -125,6 +125,7 @@ fn prepare(
             user: &user,
             mqueue: Path::new("/proc/sys/fs/mqueue").exists(),
         };
+        crate::storage::visit_volumes(&spec);
         let extracted = spec::adapt(&mut spec, &place)?;
         if let Some(process) = spec.process() {
             // Other runtimes make a missing working directory, and images rely on it.

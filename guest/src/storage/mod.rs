@@ -65,3 +65,19 @@ impl StorageError {
         move |source| Self::Path { step, path, source }
     }
 }
+
+/// Looks into every volume of the share that `spec` mounts. Each is a mount of its own on the host, which virtiofs shows as
+/// a submount that comes up where it is first entered: here, in the agent's mount namespace, all containers inherit the
+/// same one. Entered by libcontainer, each container would get its own, with its own caches, and would see what another
+/// one changes a second late. Blocks.
+pub fn visit_volumes(spec: &oci_spec::runtime::Spec) {
+    let sources = spec
+        .mounts()
+        .iter()
+        .flatten()
+        .filter_map(|m| m.source().as_ref());
+    for source in sources.filter(|s| s.starts_with(boxlite_proto::names::GUEST_SHARE)) {
+        // A single file is no submount; what is wrong with a path the mount itself will say.
+        let _ = std::fs::read_dir(source);
+    }
+}
