@@ -52,7 +52,7 @@ async fn daemon_while_logging(world: Shared) -> Result {
     let node = node(&world, "dlog").await?;
     let pod = Pod::run(&node, "logs").await?;
     let script =
-        "i=0; while [ $i -lt 1500 ]; do echo line $i; i=$((i+1)); usleep 2000; done; exit 17";
+        "i=0; while [ $i -lt 500 ]; do echo line $i; i=$((i+1)); usleep 10000; done; exit 17";
     let c = pod
         .start("c", &world.images.base, &["sh", "-c", script])
         .await?;
@@ -89,7 +89,7 @@ async fn daemon_while_logging(world: Shared) -> Result {
         17,
         "exit code"
     );
-    let wanted: String = (0..1500).map(|i| format!("line {i}\n")).collect();
+    let wanted: String = (0..500).map(|i| format!("line {i}\n")).collect();
     ensure!(
         logs::stream(&logs::read(&c.log())?, "stdout") == wanted.as_bytes(),
         "the log has a gap or a line twice"
