@@ -25,6 +25,7 @@ pub const ALL: &[(&str, Case)] = &[
     ("boot-ready-ping", |kind| Box::pin(boot(kind))),
     ("init-disk-share-card", |kind| Box::pin(init(kind))),
     ("late-share-mount", |kind| Box::pin(late_mount(kind))),
+    ("debug-console", |kind| Box::pin(debug_console(kind))),
     ("jail", |kind| Box::pin(jail(kind))),
     ("shutdown", |kind| Box::pin(shutdown(kind))),
     ("kill-noticed", |kind| Box::pin(kill(kind))),
@@ -67,6 +68,26 @@ async fn init(kind: VmmKind) -> Result<String> {
         "kernel {}, {:?}; PSS {pss} MiB",
         answer.kernel_release, answer.devices
     ))
+}
+
+/// The kernel's messages come where they were asked for, and nowhere else.
+async fn debug_console(kind: VmmKind) -> Result<String> {
+    let talks = |running: &Running| {
+        let console = running.child.console_tail(usize::MAX);
+        console.iter().any(|line| line.contains("Run /init"))
+    };
+    let mut bench = Bench::new(&kind)?;
+    bench.spec.debug_console = true;
+    let running = bench.boot().await?;
+    check(talks(&running), || {
+        "no kernel message on the console".to_owned()
+    })?;
+    drop(running);
+    let quiet = Bench::new(&kind)?.boot().await?;
+    check(!talks(&quiet), || {
+        "kernel messages that nobody asked for".to_owned()
+    })?;
+    Ok(String::new())
 }
 
 /// Proportional memory of a process and all below it, in MiB.

@@ -91,6 +91,15 @@ fn installation(cache: &Path) -> Result<Installation> {
     })
 }
 
+/// BOXLITE_ACCELERATION, tcg without it. For Qemu in a home with KVM.
+fn acceleration() -> Result<Acceleration> {
+    match std::env::var("BOXLITE_ACCELERATION").as_deref() {
+        Err(_) | Ok("tcg") => Ok(Acceleration::Tcg),
+        Ok("kvm") => Ok(Acceleration::Kvm),
+        Ok(other) => Err(format!("BOXLITE_ACCELERATION={other} is neither tcg nor kvm").into()),
+    }
+}
+
 /// A spec and the directory in which it lives, deleted with it.
 pub struct Bench {
     pub spec: InstanceSpec,
@@ -229,7 +238,7 @@ fn spec(kind: &VmmKind, directory: &Path) -> Result<InstanceSpec> {
         kind: kind.clone(),
         vcpus: 1,
         memory_mib: MEMORY_MIB,
-        acceleration: Acceleration::Tcg,
+        acceleration: acceleration()?,
         // One for all cases: the second boot must find what the first has left.
         installation: installation(&std::env::temp_dir().join("boxlite-conformance-cache"))?,
         work_dir,

@@ -25,6 +25,10 @@ pub(super) fn configure(context: &Context, spec: &InstanceSpec) -> BoxliteResult
         context.add_overlay_dir(ROOT_TAG, name, 0o755)?;
     }
     context.add_overlay_file(ROOT_TAG, "init.krun", agent, 0o755)?;
+    if spec.debug_console {
+        // libkrun always says "quiet"; this is stronger.
+        context.add_kernel_word("ignore_loglevel")?;
+    }
     // A pipe to the shim, which bounds what it keeps.
     context.set_console_output("/proc/self/fd/1")
 }

@@ -165,6 +165,20 @@ impl Context {
         answer("krun_set_console_output", code)
     }
 
+    /// Adds a word to the kernel's command line: libkrun passes the entrypoint's environment there, quoted, and the
+    /// kernel takes the quotes off. No secret may go this way.
+    pub(super) fn add_kernel_word(&self, word: &str) -> BoxliteResult<()> {
+        /// As many pointers as libkrun makes a slice of, however many are set (MAX_ARGS).
+        const POINTERS: usize = 4096;
+        let word = c_string("debug_console", word)?;
+        let mut environment = vec![ptr::null(); POINTERS];
+        environment[0] = word.as_ptr();
+        // SAFETY: the array has all the elements that libkrun's slice covers and is closed by nulls; it and the string
+        // outlive the call; libkrun copies.
+        let code = unsafe { krun::krun_set_env(self.0, environment.as_ptr()) };
+        answer("krun_set_env", code)
+    }
+
     /// Becomes the VM. Comes back only with the error that kept it from starting.
     pub(super) fn start_enter(self) -> BoxliteError {
         BoxliteError::Krun {
