@@ -305,7 +305,6 @@ mod tests {
                     ],
                 },
             })),
-            "c1",
         )
         .expect("rewritten");
         assert_eq!(
