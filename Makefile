@@ -1,15 +1,17 @@
 # boxlite-cri: build, show, test, measure. Every target may be run again; what is there already is not made twice.
 #
-# One profile for the product as demo, tests and bench run it: `dev` of this workspace (own code without optimisation
-# for quick builds, dependencies optimised: they move the bytes). The agent is always the static release build, since its
-# size is what every VM boots.
+# PROFILE: demo, tests and bench run `dev` (own code without optimisation for quick builds, dependencies optimised: they
+# move the bytes); for a node: make build PROFILE=release && make install PROFILE=release. The agent is static and
+# stripped, since its size is what every VM boots.
 
 CACHE      ?= $(HOME)/.cache/boxlite-cri
 PREFIX     ?= /usr/local
 TARGET     ?= $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),$(CURDIR)/target)
 TRIPLE     := x86_64-unknown-linux-gnu
-GUEST      := $(TARGET)/guest/$(TRIPLE)/release/boxlite-guest
-BIN        := $(TARGET)/debug
+PROFILE    ?= dev
+OUT        := $(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
+GUEST      := $(TARGET)/$(TRIPLE)/agent-$(OUT)/boxlite-guest
+BIN        := $(TARGET)/$(OUT)
 
 export BOXLITE_CACHE := $(CACHE)
 export BOXLITE_GUEST := $(GUEST)
@@ -31,10 +33,15 @@ tools:
 	@e2e/scripts/tools
 
 host: tools
-	cargo build --locked -p boxlite-cri -p boxlite-shim-v2 -p boxlite-e2e
+	cargo build --locked --profile $(PROFILE) -p boxlite-cri -p boxlite-shim-v2 -p boxlite-e2e
 
+# Static, in the same target directory: what runs at build time is shared with the host's build. Every VM boots from it,
+# so without symbols.
 guest: tools
-	RUSTFLAGS="-C target-feature=+crt-static" cargo build --locked -p boxlite-guest --target $(TRIPLE) --target-dir $(TARGET)/guest --release
+	RUSTFLAGS="-C target-feature=+crt-static" cargo build --locked --profile $(PROFILE) -p boxlite-guest --target $(TRIPLE)
+	mkdir -p $(dir $(GUEST))
+	strip -o $(GUEST).new $(TARGET)/$(TRIPLE)/$(OUT)/boxlite-guest
+	cmp -s $(GUEST).new $(GUEST) || mv $(GUEST).new $(GUEST)
 
 build: host guest
 
