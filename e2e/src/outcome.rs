@@ -59,7 +59,10 @@ macro_rules! bail {
 /// Ends the function with a [`Failure`] in these words unless the condition holds.
 #[macro_export]
 macro_rules! ensure {
-    ($cond:expr, $($arg:tt)*) => { if !$cond { $crate::bail!($($arg)*); } };
+    ($cond:expr, $($arg:tt)*) => {{
+        let holds: bool = $cond;
+        if !holds { $crate::bail!($($arg)*); }
+    }};
 }
 
 /// Ends the function unless both are equal, and shows them.
