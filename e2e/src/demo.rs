@@ -73,8 +73,8 @@ pub async fn run() -> Result<bool> {
     say("both succeeded");
 
     title("The start, stage by stage");
+    stages.extend(layer_stages(&node.log_tail(1000)));
     stages.extend(inner_stages(&internal));
-    stages.extend(page_stages(&node.metrics_page().await?));
     for (name, ms) in &stages {
         println!("    {name:<44} {ms:>9.1} ms");
     }
@@ -308,15 +308,17 @@ fn inner_stages(info: &std::collections::HashMap<String, String>) -> Vec<Stage> 
         .collect()
 }
 
-/// Stage timers of the metrics page: `…stage…_sum{…stage="x"…} seconds`.
-fn page_stages(page: &str) -> Vec<Stage> {
-    page.lines()
-        .filter(|l| !l.starts_with('#') && l.contains("stage=\"") && l.contains("_sum"))
-        .filter_map(|l| {
-            let name = l.split("stage=\"").nth(1)?.split('"').next()?;
+/// Each layer's way from the registry into an EROFS file, as the daemon logged it.
+fn layer_stages(log: &str) -> Vec<Stage> {
+    let field =
+        |line: &str, name: &str| Some(line.split(name).nth(1)?.split(' ').next()?.to_owned());
+    log.lines()
+        .filter(|line| line.contains("made an EROFS file"))
+        .filter_map(|line| {
+            let layer: String = field(line, "layer=")?.chars().take(19).collect();
             Some((
-                format!("  stage {name}"),
-                l.rsplit(' ').next()?.parse::<f64>().ok()? * 1000.0,
+                format!("  layer to EROFS {layer}"),
+                field(line, "milliseconds=")?.parse().ok()?,
             ))
         })
         .collect()

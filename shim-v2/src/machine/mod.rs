@@ -213,7 +213,7 @@ impl Machine for VmMachine {
     }
 }
 
-/// Milliseconds of each step, for SandboxStatus: `timer.<stage>`.
+/// Milliseconds of each step, for SandboxStatus: `shim.<stage>_ms`, which the runtime takes for a stage by its ending.
 struct TimersInner(Instant);
 
 #[derive(Default)]
@@ -230,7 +230,7 @@ impl Timers {
         let took = self.1.0.elapsed();
         self.1.0 = Instant::now();
         self.0
-            .push((format!("timer.{stage}"), took.as_millis().to_string()));
+            .push((format!("shim.{stage}_ms"), took.as_millis().to_string()));
     }
 }
 

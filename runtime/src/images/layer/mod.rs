@@ -208,10 +208,17 @@ impl Work {
             return Ok(());
         }
         let mut first = true;
+        let began = std::time::Instant::now();
         loop {
             let (outcome, resumed) = self.attempt().await;
             match outcome {
                 Ok(()) => {
+                    // One figure: the conversion runs while the bytes come.
+                    tracing::info!(
+                        layer = %self.request.blob.digest,
+                        milliseconds = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
+                        "layer fetched and made an EROFS file"
+                    );
                     self.report(LayerState::Done, self.request.blob.size);
                     return Ok(());
                 }
