@@ -143,6 +143,9 @@ pub fn prepare() -> Result<(), BootError> {
     }
     mount_mqueue();
     link_ptmx();
+    // A kernel that has met a bug of its own leaves processes stuck: better no VM, which the host notices, than half a one.
+    let _ = fs::write("/proc/sys/kernel/panic_on_oops", "1");
+    let _ = fs::write("/proc/sys/kernel/panic", "-1");
     // A VM has one or two CPUs, where grace periods cost nothing to hurry; unmounts and ended namespaces wait for them.
     let _ = fs::write("/sys/kernel/rcu_expedited", "1");
     // The agent must outlive every container when memory runs out. -1000 would keep it from being chosen even when it

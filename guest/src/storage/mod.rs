@@ -66,10 +66,13 @@ impl StorageError {
     }
 }
 
-/// Looks into every volume of the share that `spec` mounts. Each is a mount of its own on the host, which virtiofs shows as
-/// a submount that comes up where it is first entered: here, in the agent's mount namespace, all containers inherit the
-/// same one. Entered by libcontainer, each container would get its own, with its own caches, and would see what another
-/// one changes a second late. Blocks.
+/// Most entries of a root directory that are looked into.
+const VISIT_LIMIT: usize = 256;
+
+/// Looks into every volume of the share that `spec` mounts. Where the host announces its mounts (libkrun does), each is a
+/// submount that comes up where it is first entered: here, in the agent's mount namespace, all containers inherit the
+/// same one. Entered by a container, it would be that container's own, with caches of its own, and its end would race
+/// with files being closed: the kernel (6.12) has a BUG there, "Busy inodes after unmount of virtiofs". Blocks.
 pub fn visit_volumes(spec: &oci_spec::runtime::Spec) {
     let sources = spec
         .mounts()
@@ -79,5 +82,15 @@ pub fn visit_volumes(spec: &oci_spec::runtime::Spec) {
     for source in sources.filter(|s| s.starts_with(boxlite_proto::names::GUEST_SHARE)) {
         // A single file is no submount; what is wrong with a path the mount itself will say.
         let _ = std::fs::read_dir(source);
+    }
+}
+
+/// The same for a directory that is a whole root, and what is mounted directly below it. Blocks.
+fn visit_root(directory: &std::path::Path) {
+    let entries = std::fs::read_dir(directory).into_iter().flatten();
+    for entry in entries.take(VISIT_LIMIT).flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            let _ = std::fs::read_dir(entry.path());
+        }
     }
 }

@@ -57,7 +57,9 @@ impl Rootfs {
         let target = self.path();
         fs::create_dir_all(&target).map_err(StorageError::path("mkdir", &target))?;
         if !request.directory.is_empty() {
-            return bind(&below_share(&request.directory)?, &target);
+            let directory = below_share(&request.directory)?;
+            super::visit_root(&directory);
+            return bind(&directory, &target);
         }
         if request.layers.is_empty() || request.layers.len() > LAYER_LIMIT {
             return Err(StorageError::TooManyLayers {
