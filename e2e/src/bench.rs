@@ -204,7 +204,10 @@ async fn bare_boot(scratch: &Path, install: &Install, kind: &str, turn: usize) -
     let listener = UnixListener::bind(work.join("vsock_2696"))?;
     let log = std::fs::File::create(dir.join("log"))?;
     let start = Instant::now();
-    let mut child = Command::new(&install.shim)
+    // As the shim starts it: first process of a PID namespace, so that its helpers end with it.
+    let mut child = Command::new("unshare")
+        .args(["--pid", "--fork", "--kill-child"])
+        .arg(&install.shim)
         .arg("vmm")
         .current_dir(&work)
         .stdin(Stdio::piped())
@@ -212,8 +215,10 @@ async fn bare_boot(scratch: &Path, install: &Install, kind: &str, turn: usize) -
         .stderr(log)
         .kill_on_drop(true)
         .spawn()?;
-    if let Some(mut stdin) = child.stdin.take() {
-        stdin.write_all(&serde_json::to_vec(&spec)?).await?;
+    // Held until the end: a vmm child that finds it closed takes its shim for dead.
+    let mut stdin = child.stdin.take();
+    if let Some(stdin) = &mut stdin {
+        stdin.write_all(format!("{spec}\n").as_bytes()).await?;
     }
     let told = |what: &str| {
         let text = |name: &Path| std::fs::read_to_string(name).unwrap_or_default();
