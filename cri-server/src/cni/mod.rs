@@ -204,8 +204,10 @@ impl Cni {
     }
 
     /// Undoes what belongs to no sandbox in `live`: records, and namespaces without record. Only this daemon's own are
-    /// looked at (its two directories), so nothing of another runtime on the node is touched. Returns how many went.
+    /// looked at (its two directories), so nothing of another runtime on the node is touched. Returns how many went. At
+    /// start only: drafts of records go too.
     pub async fn collect(&self, live: &HashSet<String>) -> usize {
+        Record::sweep(&self.records);
         let mut stale: HashSet<String> = Record::names(&self.records).into_iter().collect();
         stale.extend(netns::names(&self.namespaces));
         let mut gone = 0;

@@ -14,6 +14,9 @@ use std::net::IpAddr;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+/// Ending of a record that is being written.
+const DRAFT: &str = "tmp";
+
 /// A pod's network as ADD made it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Record {
@@ -61,7 +64,7 @@ impl Record {
         let text = serde_json::to_vec(self)
             .map_err(std::io::Error::other)
             .map_err(fail("encoding"))?;
-        let draft = path.with_extension("tmp");
+        let draft = path.with_extension(DRAFT);
         let mut out = OpenOptions::new()
             .write(true)
             .create(true)
@@ -104,6 +107,18 @@ impl Record {
                 source,
             }),
             _ => Ok(()),
+        }
+    }
+
+    /// Deletes what a daemon that was killed while it wrote left behind. Only before anything writes.
+    pub fn sweep(directory: &Path) {
+        for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+            let path = entry.path();
+            if path.extension().is_some_and(|ending| ending == DRAFT)
+                && let Err(error) = fs::remove_file(&path)
+            {
+                tracing::warn!(path = %path.display(), %error, "a draft of a CNI record stays");
+            }
         }
     }
 
