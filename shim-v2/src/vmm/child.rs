@@ -6,6 +6,7 @@
 use super::VmmFactory;
 use super::step::{StepExt, invalid};
 use crate::jail;
+use crate::report::Report;
 use boxlite_proto::error::{BoxliteError, BoxliteResult};
 use boxlite_proto::exit::ExitCode;
 use boxlite_proto::vmm::InstanceSpec;
@@ -50,15 +51,8 @@ impl From<BoxliteError> for Failure {
     }
 }
 
-fn report(error: &dyn std::error::Error) {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    eprintln!("vmm: {text}");
+fn report(error: &(dyn std::error::Error + 'static)) {
+    eprintln!("vmm: {}", Report(error));
 }
 
 fn start(factory: &VmmFactory) -> Result<Infallible, Failure> {
