@@ -4,7 +4,7 @@
 //! its page cache.
 
 use super::context::Context;
-use super::kernel;
+use super::{derived, kernel};
 use crate::vmm::step::{StepExt, require};
 use boxlite_proto::error::BoxliteResult;
 use boxlite_proto::vmm::InstanceSpec;
@@ -54,28 +54,13 @@ pub(super) fn configure(context: &mut Context, spec: &InstanceSpec) -> BoxliteRe
 
 /// The root image for the agent at `guest`; made now if the cache has none.
 fn agent_image(guest: &Path, cache: &Path) -> BoxliteResult<PathBuf> {
-    let image = cache.join(format!("agent-{}.erofs", kernel::identity(guest)?));
-    if !image.exists() {
-        let step = || format!("making the agent's image {}", image.display());
+    derived::obtain(cache, "agent", guest, "erofs", |draft| {
+        let step = || format!("making the agent's image {}", draft.display());
         let archive = pack(guest).step(step())?;
-        // Under a name of its own until it is whole: pods start at the same time.
-        let draft = kernel::draft_name(&image);
-        let file = File::create_new(&draft).step(step())?;
-        let made = images::write_erofs(
-            &mut archive.as_slice(),
-            &file,
-            &draft,
-            cache,
-            "the agent's image",
-        )
-        .step(step());
-        let made = made.and_then(|()| std::fs::rename(&draft, &image).step(step()));
-        if made.is_err() {
-            let _already_reported = std::fs::remove_file(&draft);
-        }
-        made?;
-    }
-    Ok(image)
+        let file = File::create_new(draft).step(step())?;
+        let mut archive = archive.as_slice();
+        images::write_erofs(&mut archive, &file, draft, cache, "the agent's image").step(step())
+    })
 }
 
 /// A tar of the agent as /init and the mount points.

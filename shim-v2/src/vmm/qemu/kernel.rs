@@ -3,13 +3,10 @@
 //! The image has a Xen PVH note of its own (type 18: the 32-bit entry). QEMU wants an ELF whose PT_NOTE leads to such a
 //! note and whose PT_LOAD leads to the image; nothing else of ELF is looked at.
 
+use super::derived;
 use crate::vmm::krunfw::{self, KernelImage};
 use crate::vmm::step::StepExt;
 use boxlite_proto::error::BoxliteResult;
-use sha2::{Digest, Sha256};
-use std::fs;
-use std::io::Write;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// Where the image starts in the file: one page, so that the mapping is aligned.
@@ -20,55 +17,13 @@ const TEXT_ADDRESS: u64 = 0xffff_ffff_8100_0000;
 const PVH_NOTE: [u8; 16] = *b"\x04\0\0\0\x08\0\0\0\x12\0\0\0Xen\0";
 /// Note header and its eight-byte descriptor.
 const PVH_NOTE_BYTES: usize = PVH_NOTE.len() + 8;
-/// Oldest generations of a cached file are left to the administrator; this many bytes of digest name one.
-const KEY_BYTES: usize = 8;
 
 /// The bootable kernel for the libkrunfw at `library`; made now if the cache has none.
 pub(super) fn bootable(library: &Path, cache: &Path) -> BoxliteResult<PathBuf> {
-    let file = cache.join(format!("kernel-{}.elf", identity(library)?));
-    if !file.exists() {
+    derived::obtain(cache, "kernel", library, "elf", |draft| {
         let image = krunfw::kernel_image(library)?;
-        write_whole(&file, &wrap(&image)?)?;
-    }
-    Ok(file)
-}
-
-/// A short name for a file's content without reading it: which file it is, how long, and when it was written.
-pub(super) fn identity(path: &Path) -> BoxliteResult<String> {
-    let meta = fs::metadata(path).step(format!("looking at {}", path.display()))?;
-    let facts = [
-        meta.dev(),
-        meta.ino(),
-        meta.size(),
-        meta.mtime().cast_unsigned(),
-        meta.mtime_nsec().cast_unsigned(),
-    ];
-    let mut digest = Sha256::new();
-    for fact in facts {
-        digest.update(fact.to_le_bytes());
-    }
-    digest.update(path.as_os_str().as_encoded_bytes());
-    Ok(hex::encode(&digest.finalize()[..KEY_BYTES]))
-}
-
-/// Writes a file so that others see all of it or nothing; two writers at once are harmless.
-pub(super) fn write_whole(path: &Path, content: &[u8]) -> BoxliteResult<()> {
-    let step = || format!("writing {}", path.display());
-    let draft = draft_name(path);
-    let mut file = fs::File::create_new(&draft).step(step())?;
-    let written = file
-        .write_all(content)
-        .and_then(|()| fs::rename(&draft, path));
-    if written.is_err() {
-        drop(fs::remove_file(&draft));
-    }
-    written.step(step())
-}
-
-/// A name beside `path` that nobody else uses: the process id alone is 1 in every vmm child.
-pub(super) fn draft_name(path: &Path) -> PathBuf {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    path.with_extension(format!("new-{:x}", now.map_or(0, |now| now.as_nanos())))
+        derived::write_new(draft, &wrap(&image)?)
+    })
 }
 
 /// The image with the header in front.

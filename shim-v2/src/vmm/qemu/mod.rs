@@ -5,6 +5,7 @@
 //! when the first of them ends; the kernel then kills the others.
 
 mod context;
+mod derived;
 mod disks;
 mod entrypoint;
 mod instance;

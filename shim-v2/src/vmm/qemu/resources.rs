@@ -55,7 +55,7 @@ fn tsc_khz(cache: &Path) -> BoxliteResult<u64> {
         return Ok(khz);
     }
     let khz = measure_tsc();
-    super::kernel::write_whole(&file, format!("{} {khz}\n", boot.trim()).as_bytes())?;
+    super::derived::write_whole(&file, format!("{} {khz}\n", boot.trim()).as_bytes())?;
     Ok(khz)
 }
 
