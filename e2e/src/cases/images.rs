@@ -456,6 +456,11 @@ async fn one_download(world: Shared) -> Result {
             layer.digest
         );
     }
+    same!(
+        front.count(&format!("blobs/{}", image.id()?)),
+        1,
+        "downloads of the config for 9 callers"
+    );
     Ok(())
 }
 

@@ -10,6 +10,7 @@
 //! A pull resolves the reference anew each time, downloads what the store lacks, and adds the image in one step at its
 //! end: before that nothing of it is visible, after that everything.
 
+mod configs;
 mod erofs;
 mod error;
 mod layer;
@@ -32,6 +33,7 @@ pub use types::{
     PullProgress, RegistryAuth, RegistryOptions,
 };
 
+use configs::Configs;
 use layer::LayerJobs;
 use registry::HostDirectory;
 use store::Store;
@@ -53,6 +55,7 @@ impl std::fmt::Debug for ImageManager {
 struct Inner {
     store: Arc<Store>,
     jobs: LayerJobs,
+    configs: Configs,
     hosts: HostDirectory,
     options: RegistryOptions,
 }
@@ -67,6 +70,7 @@ impl ImageManager {
         let store = blocking(move || Store::open(&path)).await?;
         let inner = Inner {
             jobs: LayerJobs::new(store.clone()),
+            configs: Configs::new(store.clone()),
             hosts: HostDirectory::new(options.clone()),
             store,
             options,

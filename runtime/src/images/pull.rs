@@ -3,7 +3,7 @@
 //! Only the order of things: the conversation is in `registry`, the documents in `manifest`, the layers in `layer`.
 //! Called by `ImageManager::pull`.
 //!
-//! resolve (indexes down to this platform) → config → lease → layers, a few at a time → commit. A failure gives the
+//! resolve (indexes down to this platform) → config (once for all callers) → lease → layers, a few at a time → commit. A failure gives the
 //! lease up and, unless trying again may help, deletes the layers that came.
 
 use std::sync::Arc;
@@ -59,8 +59,11 @@ async fn run(
         manifest::check_layer_type(&format!("layer {}", layer.digest), &layer.media_type)?;
     }
     let what = format!("config {} of {}", manifest.config.digest, reference.name());
-    let config = session
-        .small_blob(&what, &manifest.config, MAX_CONFIG_BYTES)
+    let config = inner
+        .configs
+        .obtain(&manifest.config.digest, || {
+            session.small_blob(&what, &manifest.config, MAX_CONFIG_BYTES)
+        })
         .await?;
     let (_, diff_ids) = manifest::parse_config(&what, &config, manifest.layers.len(), platform)?;
     let abandoned = Arc::new(AtomicBool::new(false));
@@ -84,7 +87,7 @@ async fn run(
                 reference: reference.clone(),
                 target: resolved.target,
                 documents: resolved.documents,
-                config: (manifest.config.digest, config),
+                config: (manifest.config.digest, config.to_vec()),
                 layers: diff_ids.clone(),
             };
             let store = inner.store.clone();
@@ -96,6 +99,8 @@ async fn run(
         Ok(_) => progress.done(),
         Err(e) if !e.is_transient() => {
             abandoned.store(true, Ordering::SeqCst);
+            // Before the answer: whoever makes room for a pull that found none may count on this.
+            inner.jobs.ended(&requests).await;
             discard(inner, diff_ids, requests).await;
         }
         Err(_) => {}

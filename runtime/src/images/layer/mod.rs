@@ -60,6 +60,15 @@ pub(super) struct LayerJobs {
 struct Running {
     job: WeakShared<BoxFuture<'static, ImageResult<()>>>,
     progress: watch::Receiver<LayerProgress>,
+    /// The job's own conversion threads: they hold its files open, and so the disk space of deleted ones.
+    threads: TaskTracker,
+}
+
+impl Running {
+    /// The job, unless it has ended or its last caller has gone.
+    fn job(&self) -> Option<Job> {
+        self.job.upgrade().filter(|job| job.peek().is_none())
+    }
 }
 
 impl LayerJobs {
@@ -109,6 +118,24 @@ impl LayerJobs {
             .try_for_each(|r| super::store::delete(&ingest.join(partial_name(r))))
     }
 
+    /// Waits until the threads of those of `requests` that nobody wants any more have ended, each within one chunk or
+    /// block write: then what they had open is freed.
+    pub(super) async fn ended(&self, requests: &[LayerRequest]) {
+        let left: Vec<TaskTracker> = {
+            let jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+            requests
+                .iter()
+                .filter_map(|request| jobs.get(&partial_name(request)))
+                .filter(|running| running.job().is_none())
+                .map(|running| running.threads.clone())
+                .collect()
+        };
+        for threads in left {
+            threads.close();
+            threads.wait().await;
+        }
+    }
+
     /// Waits until no conversion thread is left.
     pub(super) async fn settle(&self) {
         self.threads.close();
@@ -124,24 +151,21 @@ impl LayerJobs {
     ) -> (Job, watch::Receiver<LayerProgress>, bool) {
         let key = partial_name(request);
         let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
-        jobs.retain(|_, running| {
-            running
-                .job
-                .upgrade()
-                .is_some_and(|job| job.peek().is_none())
-        });
+        jobs.retain(|_, running| running.job().is_some() || !running.threads.is_empty());
         if let Some(running) = jobs.get(&key)
-            && let Some(job) = running.job.upgrade()
+            && let Some(job) = running.job()
         {
             return (job, running.progress.clone(), true);
         }
+        let threads = TaskTracker::new();
         let (sender, receiver) = watch::channel(progress(request, LayerState::Waiting, 0));
         let work = Work {
             store: self.store.clone(),
             session: session.clone(),
             request: request.clone(),
             partial: self.store.ingest_dir().join(&key),
-            threads: self.threads.clone(),
+            all_threads: self.threads.clone(),
+            threads: threads.clone(),
             progress: sender,
         };
         let permits = self.permits.clone();
@@ -161,6 +185,7 @@ impl LayerJobs {
                 Running {
                     job: weak,
                     progress: receiver.clone(),
+                    threads,
                 },
             );
         }
@@ -197,6 +222,7 @@ struct Work {
     session: Arc<Session>,
     request: LayerRequest,
     partial: PathBuf,
+    all_threads: TaskTracker,
     threads: TaskTracker,
     progress: watch::Sender<LayerProgress>,
 }
@@ -242,7 +268,12 @@ impl Work {
             input: receiver,
         };
         let (started, resumed) = tokio::sync::oneshot::channel();
-        let thread = self.threads.spawn_blocking(move || task.run(started));
+        let running = self.threads.token();
+        let thread = self.all_threads.spawn_blocking(move || {
+            let outcome = task.run(started);
+            drop(running);
+            outcome
+        });
         // An error before the start answers nothing here and everything below.
         let resumed = resumed.await.unwrap_or(0);
         self.report(LayerState::Pulling, resumed);

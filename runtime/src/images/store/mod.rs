@@ -349,6 +349,14 @@ impl Store {
         }
     }
 
+    /// The config with this digest of an image that is here; None too when its file is damaged. Blocks.
+    pub(super) fn config(&self, id: &Digest) -> ImageResult<Option<Vec<u8>>> {
+        if !self.snapshot().contains_key(id.as_str()) {
+            return Ok(None);
+        }
+        Ok(disk::read(&self.blob_path(id))?.filter(|bytes| Digest::of(bytes) == *id))
+    }
+
     /// Moves a finished, synced file to its place and makes that durable. Blocks.
     ///
     /// [`ImageError::Cancelled`] if nobody has a lease on the layer any more: a conversion may outlive its pull by a

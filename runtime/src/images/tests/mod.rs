@@ -83,6 +83,10 @@ impl Home {
         }
     }
 
+    async fn pull(&self, reference: &str) -> ImageResult<ImageRecord> {
+        self.images.pull(reference, None, None).await
+    }
+
     fn hosts(&self, name: &str, text: &str) {
         let dir = self.dir.path().join("certs.d").join(name);
         std::fs::create_dir_all(&dir).unwrap();
@@ -90,9 +94,22 @@ impl Home {
     }
 }
 
+/// What nearly every test starts from: a registry and an empty store.
+async fn setup() -> (Registry, Home) {
+    (Registry::start().await, Home::new().await)
+}
+
+fn auth(username: &str, password: &str) -> Option<RegistryAuth> {
+    Some(RegistryAuth {
+        username: username.into(),
+        password: password.into(),
+        ..RegistryAuth::default()
+    })
+}
+
 #[tokio::test]
 async fn a_pulled_image_is_there_with_everything_and_gone_after_remove() {
-    let (registry, home) = (Registry::start().await, Home::new().await);
+    let (registry, home) = setup().await;
     let layers = [
         layer("a", 1, 100_000),
         layer("b", 2, 70_000),
@@ -178,11 +195,11 @@ async fn a_pulled_image_is_there_with_everything_and_gone_after_remove() {
 
 #[tokio::test]
 async fn what_is_here_is_not_downloaded_again_and_survives_a_restart() {
-    let (registry, home) = (Registry::start().await, Home::new().await);
+    let (registry, home) = setup().await;
     let tar = layer("a", 1, 50_000);
     let pushed = registry.push("r", "v1", &[(&tar, Pack::Gzip), (&tar, Pack::Gzip)]);
     let reference = registry.name("r:v1");
-    let first = home.images.pull(&reference, None, None).await.unwrap();
+    let first = home.pull(&reference).await.unwrap();
     assert_eq!(
         home.images.layers(&first.id).unwrap().len(),
         2,
@@ -195,7 +212,7 @@ async fn what_is_here_is_not_downloaded_again_and_survives_a_restart() {
         (first.id, first.repo_digests, first.size_bytes)
     );
     registry.take_requests();
-    home.images.pull(&reference, None, None).await.unwrap();
+    home.pull(&reference).await.unwrap();
     let paths: Vec<String> = registry
         .take_requests()
         .into_iter()
@@ -209,7 +226,7 @@ async fn what_is_here_is_not_downloaded_again_and_survives_a_restart() {
 
 #[tokio::test]
 async fn a_damaged_store_gives_up_what_is_damaged() {
-    let (registry, home) = (Registry::start().await, Home::new().await);
+    let (registry, home) = setup().await;
     let kept = layer("kept", 1, 5000);
     registry.push("kept", "v", &[(&kept, Pack::Gzip)]);
     registry.push(
@@ -217,15 +234,8 @@ async fn a_damaged_store_gives_up_what_is_damaged() {
         "v",
         &[(&kept, Pack::Gzip), (&layer("lost", 2, 5000), Pack::Gzip)],
     );
-    home.images
-        .pull(&registry.name("kept:v"), None, None)
-        .await
-        .unwrap();
-    let lost = home
-        .images
-        .pull(&registry.name("lost:v"), None, None)
-        .await
-        .unwrap();
+    home.pull(&registry.name("kept:v")).await.unwrap();
+    let lost = home.pull(&registry.name("lost:v")).await.unwrap();
     std::fs::remove_file(&home.images.layers(&lost.id).unwrap()[1].path).unwrap();
     std::fs::write(home.dir.path().join("images/ingest/layer-leftover"), b"x").unwrap();
     std::fs::write(
@@ -248,10 +258,7 @@ async fn a_damaged_store_gives_up_what_is_damaged() {
         ),
         (0, 1)
     );
-    home.images
-        .pull(&registry.name("lost:v"), None, None)
-        .await
-        .unwrap();
+    home.pull(&registry.name("lost:v")).await.unwrap();
 
     let second =
         ImageManager::open(&home.dir.path().join("images"), options(home.dir.path())).await;
@@ -263,28 +270,20 @@ async fn a_damaged_store_gives_up_what_is_damaged() {
 
 #[tokio::test]
 async fn tags_move_and_images_in_use_stay() {
-    let (registry, home) = (Registry::start().await, Home::new().await);
+    let (registry, home) = setup().await;
     let shared = layer("shared", 1, 5000);
     registry.push(
         "r",
         "latest",
         &[(&shared, Pack::Gzip), (&layer("old", 2, 10), Pack::Gzip)],
     );
-    let old = home
-        .images
-        .pull(&registry.name("r"), None, None)
-        .await
-        .unwrap();
+    let old = home.pull(&registry.name("r")).await.unwrap();
     registry.push(
         "r",
         "latest",
         &[(&shared, Pack::Gzip), (&layer("new", 3, 10), Pack::Gzip)],
     );
-    let new = home
-        .images
-        .pull(&registry.name("r"), None, None)
-        .await
-        .unwrap();
+    let new = home.pull(&registry.name("r")).await.unwrap();
     assert_ne!(old.id, new.id);
     let left = home.images.status(&old.id).unwrap();
     assert_eq!((left.repo_tags.len(), left.repo_digests.len()), (0, 1));
@@ -340,11 +339,7 @@ async fn mirrors_are_asked_first_and_the_registry_when_they_fail() {
             upstream.address, mirror.address, mirror.address
         ),
     );
-    let record = home
-        .images
-        .pull("reg.example/x/both:1", None, None)
-        .await
-        .unwrap();
+    let record = home.pull("reg.example/x/both:1").await.unwrap();
     assert_eq!(record.repo_tags, ["reg.example/x/both:1"]);
     assert!(upstream.take_requests().is_empty());
     let asked = mirror.take_requests();
@@ -354,19 +349,12 @@ async fn mirrors_are_asked_first_and_the_registry_when_they_fail() {
             .all(|r| r.path.ends_with("?ns=reg.example") && r.key.as_deref() == Some("k")),
         "{asked:?}"
     );
-    home.images
-        .pull("reg.example/x/up:1", None, None)
-        .await
-        .unwrap();
+    home.pull("reg.example/x/up:1").await.unwrap();
     assert!(
         upstream.take_requests().iter().all(|r| r.key.is_none()),
         "a mirror's header is the mirror's"
     );
-    let error = home
-        .images
-        .pull("reg.example/x/none:1", None, None)
-        .await
-        .unwrap_err();
+    let error = home.pull("reg.example/x/none:1").await.unwrap_err();
     assert_eq!(error.kind(), ImageErrorKind::NotFound);
     let text = error.report();
     for part in [
@@ -376,11 +364,7 @@ async fn mirrors_are_asked_first_and_the_registry_when_they_fail() {
     ] {
         assert!(text.contains(part), "{text}");
     }
-    let gone = home
-        .images
-        .pull("reg.example/x/both@sha256:1", None, None)
-        .await
-        .unwrap_err();
+    let gone = home.pull("reg.example/x/both@sha256:1").await.unwrap_err();
     assert_eq!(gone.kind(), ImageErrorKind::InvalidReference);
 }
 

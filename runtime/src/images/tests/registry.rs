@@ -115,6 +115,15 @@ impl Registry {
         std::mem::take(&mut self.state.lock().unwrap().requests)
     }
 
+    /// The offsets at which the blob was asked for since the requests were last taken.
+    pub fn take_ranges(&self, blob: &str) -> Vec<Option<u64>> {
+        let requests = self.take_requests().into_iter();
+        requests
+            .filter(|r| r.path.contains(blob))
+            .map(|r| r.range)
+            .collect()
+    }
+
     pub fn sent(&self) -> u64 {
         self.state.lock().unwrap().sent
     }

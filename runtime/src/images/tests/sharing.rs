@@ -9,7 +9,7 @@ use super::*;
 
 #[tokio::test]
 async fn many_callers_make_one_download() {
-    let (registry, home) = (Registry::start().await, Home::new().await);
+    let (registry, home) = setup().await;
     let shared = layer("shared", 1, 100_000);
     let pushed: Vec<_> = (0..6)
         .map(|n| {
@@ -35,7 +35,10 @@ async fn many_callers_make_one_download() {
         outcome.unwrap();
     }
     let requests = registry.take_requests();
-    for blob in pushed.iter().flat_map(|p| &p.blobs) {
+    for blob in pushed
+        .iter()
+        .flat_map(|p| p.blobs.iter().chain([&p.config]))
+    {
         assert_eq!(
             requests.iter().filter(|r| r.path.contains(blob)).count(),
             1,
@@ -47,7 +50,7 @@ async fn many_callers_make_one_download() {
 
 #[tokio::test]
 async fn a_dropped_pull_leaves_a_download_that_goes_on() {
-    let (registry, home) = (Registry::start().await, Home::new().await);
+    let (registry, home) = setup().await;
     let tar = layer("a", 1, 3 << 20);
     let pushed = registry.push("r", "v", &[(&tar, Pack::Gzip)]);
     let size = packed(&tar, Pack::Gzip).len() as u64;
@@ -80,16 +83,8 @@ async fn a_dropped_pull_leaves_a_download_that_goes_on() {
     // Also a daemon that was killed meanwhile goes on from there.
     let home = home.reopened().await;
     registry.take_requests();
-    home.images
-        .pull(&registry.name("r:v"), None, None)
-        .await
-        .unwrap();
-    let ranges: Vec<Option<u64>> = registry
-        .take_requests()
-        .into_iter()
-        .filter(|r| r.path.contains(&pushed.blobs[0]))
-        .map(|r| r.range)
-        .collect();
+    home.pull(&registry.name("r:v")).await.unwrap();
+    let ranges = registry.take_ranges(&pushed.blobs[0]);
     assert_eq!(ranges, [Some(1 << 20)]);
     // Both pulls fetched the config too.
     assert!(
@@ -102,7 +97,7 @@ async fn a_dropped_pull_leaves_a_download_that_goes_on() {
 
 #[tokio::test]
 async fn a_damaged_partial_download_starts_over() {
-    let (registry, home) = (Registry::start().await, Home::new().await);
+    let (registry, home) = setup().await;
     let tar = layer("a", 1, 300_000);
     let pushed = registry.push("r", "v", &[(&tar, Pack::Gzip)]);
     let name = format!(
@@ -113,11 +108,7 @@ async fn a_damaged_partial_download_starts_over() {
     let partial = home.dir.path().join("images/ingest").join(name);
     for damage in [vec![0; 100_000], vec![1; 5 << 20], Vec::new()] {
         std::fs::write(&partial, &damage).unwrap();
-        let record = home
-            .images
-            .pull(&registry.name("r:v"), None, None)
-            .await
-            .unwrap();
+        let record = home.pull(&registry.name("r:v")).await.unwrap();
         assert!(!partial.exists());
         home.images.remove(&record.id).await.unwrap();
     }
@@ -126,24 +117,17 @@ async fn a_damaged_partial_download_starts_over() {
 
 #[tokio::test]
 async fn one_callers_bad_credentials_are_not_anothers() {
-    let (registry, home) = (Registry::start().await, Home::new().await);
+    let (registry, home) = setup().await;
     registry.push("r", "v", &[(&layer("a", 1, 50_000), Pack::Gzip)]);
     registry.faults(Faults {
         delay_ms: 100,
         basic: Some("u:p".into()),
         ..Faults::default()
     });
-    let auth = |password: &str| {
-        Some(RegistryAuth {
-            username: "u".into(),
-            password: password.into(),
-            ..RegistryAuth::default()
-        })
-    };
     let reference = registry.name("r:v");
     let (bad, good) = tokio::join!(
-        home.images.pull(&reference, auth("wrong"), None),
-        home.images.pull(&reference, auth("p"), None)
+        home.images.pull(&reference, auth("u", "wrong"), None),
+        home.images.pull(&reference, auth("u", "p"), None)
     );
     assert_eq!(bad.unwrap_err().kind(), ImageErrorKind::Unauthorized);
     good.unwrap();
@@ -151,7 +135,7 @@ async fn one_callers_bad_credentials_are_not_anothers() {
 
 #[tokio::test]
 async fn removing_while_pulling_never_breaks_an_image() {
-    let (registry, home) = (Registry::start().await, Home::new().await);
+    let (registry, home) = setup().await;
     let shared = layer("shared", 1, 50_000);
     registry.push("a", "v", &[(&shared, Pack::Gzip)]);
     registry.push(
@@ -164,16 +148,13 @@ async fn removing_while_pulling_never_breaks_an_image() {
         ..Faults::default()
     });
     for _ in 0..15 {
-        home.images
-            .pull(&registry.name("a:v"), None, None)
-            .await
-            .unwrap();
+        home.pull(&registry.name("a:v")).await.unwrap();
         let (a, b) = (registry.name("a:v"), registry.name("b:v"));
         let remove = async {
             tokio::time::sleep(Duration::from_millis(3)).await;
             home.images.remove(&a).await
         };
-        let (pulled, removed) = tokio::join!(home.images.pull(&b, None, None), remove);
+        let (pulled, removed) = tokio::join!(home.pull(&b), remove);
         removed.unwrap();
         let pulled = pulled.unwrap();
         assert!(
