@@ -13,6 +13,7 @@ mod enclave;
 mod image;
 mod install;
 mod leak;
+mod lister;
 mod logs;
 mod node;
 mod outcome;
@@ -53,10 +54,24 @@ enum Command {
     },
     /// Ratios against a bare boot of the same VMM and kernel.
     Bench,
+    /// Prints a tree as this kernel sees it. For use inside a guest.
+    Tree {
+        /// Its directory.
+        directory: std::path::PathBuf,
+    },
 }
 
 fn main() -> ExitCode {
     let args = Args::parse();
+    if let Command::Tree { directory } = &args.command {
+        return match lister::run(directory) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(failure) => {
+                eprintln!("boxlite-e2e: {failure}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     let result = match Stage::current() {
         Stage::Outside => enclave::enter(),
         Stage::Init => enclave::reap(),
@@ -78,6 +93,8 @@ fn work(args: Args) -> outcome::Result<ExitCode> {
     let good = match args.command {
         Command::Demo => runtime.block_on(demo::run())?,
         Command::Bench => runtime.block_on(bench::run())?,
+        // Needs no enclave; main has done it.
+        Command::Tree { .. } => true,
         Command::Test { list: true, .. } => {
             for case in cases::all() {
                 println!("{}", case.name());

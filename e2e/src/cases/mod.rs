@@ -9,6 +9,7 @@ mod lifecycle;
 mod logs;
 pub mod network;
 mod spec;
+mod trees;
 
 use crate::runner::Case;
 
@@ -21,6 +22,7 @@ pub fn all() -> Vec<Case> {
         network::cases(),
         spec::cases(),
         images::cases(),
+        trees::cases(),
         death::cases(),
         bad_input::cases(),
         bad_images::cases(),

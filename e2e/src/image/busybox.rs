@@ -53,7 +53,7 @@ pub fn layer(busybox: &Path, compression: Compression) -> Result<Layer> {
 }
 
 /// The paths that the dynamic linker would load, itself included.
-fn libraries(program: &str) -> Result<Vec<String>> {
+pub fn libraries(program: &str) -> Result<Vec<String>> {
     let listing = run("ldd", &[program])?;
     Ok(listing
         .lines()

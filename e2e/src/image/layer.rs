@@ -5,6 +5,8 @@
 use super::digest;
 use crate::outcome::Result;
 use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use tar::{EntryType, Header};
 
 /// How a layer travels.
@@ -42,6 +44,10 @@ impl Default for LayerTar {
             tar: tar::Builder::new(Vec::new()),
         }
     }
+}
+
+fn path_of(bytes: &[u8]) -> &Path {
+    Path::new(std::ffi::OsStr::from_bytes(bytes))
 }
 
 /// Modification time of every entry, seconds since the epoch: a layer is the same bytes every time it is built.
@@ -148,6 +154,48 @@ impl LayerTar {
         header.set_cksum();
         self.tar.append(&header, content)?;
         Ok(self)
+    }
+
+    /// PAX records for the entry that follows.
+    pub fn pax(&mut self, records: &[(String, Vec<u8>)]) -> Result {
+        let records = records.iter().map(|(k, v)| (k.as_str(), v.as_slice()));
+        Ok(self.tar.append_pax_extensions(records)?)
+    }
+
+    /// An entry with a name of any bytes and any length.
+    pub fn bytes_file(
+        &mut self,
+        kind: EntryType,
+        path: &[u8],
+        mode: u32,
+        content: &[u8],
+    ) -> Result {
+        let mut header = Self::header(kind, mode, content.len() as u64);
+        Ok(self.tar.append_data(&mut header, path_of(path), content)?)
+    }
+
+    /// A hard or symbolic link with names of any bytes and any length.
+    pub fn bytes_link(&mut self, kind: EntryType, path: &[u8], target: &[u8]) -> Result {
+        let mut header = Self::header(kind, 0o644, 0);
+        Ok(self
+            .tar
+            .append_link(&mut header, path_of(path), path_of(target))?)
+    }
+
+    /// A device or FIFO with a name of any bytes and any length.
+    pub fn bytes_device(
+        &mut self,
+        kind: EntryType,
+        path: &[u8],
+        mode: u32,
+        numbers: (u32, u32),
+    ) -> Result {
+        let mut header = Self::header(kind, mode, 0);
+        header.set_device_major(numbers.0)?;
+        header.set_device_minor(numbers.1)?;
+        Ok(self
+            .tar
+            .append_data(&mut header, path_of(path), std::io::empty())?)
     }
 
     /// Ends the tar stream and compresses it.

@@ -1,7 +1,7 @@
 //! Images for the tests, made here from Debian's dynamic busybox and pushed to a real registry.
 //!
 //! [`layer`] writes tar layers entry by entry (broken ones too), [`build`] puts layers, config, manifest and index
-//! together, [`registry`] runs Debian's docker-registry and pushes, [`front`] stands before it and misbehaves.
+//! together, [`tree`] makes random ones with a model of what a guest must see, [`registry`] runs Debian's docker-registry and pushes, [`front`] stands before it and misbehaves.
 
 pub mod build;
 pub mod busybox;
@@ -9,6 +9,7 @@ pub mod front;
 pub mod layer;
 pub mod registry;
 pub mod set;
+pub mod tree;
 
 use sha2::{Digest, Sha256};
 

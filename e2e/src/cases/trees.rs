@@ -1,0 +1,85 @@
+//! Random images as a guest's kernel sees them, compared entry by entry with the model they were made from.
+
+use crate::image::build::Image;
+use crate::image::{busybox, tree};
+use crate::lister::Entry;
+use crate::outcome::{During, Result};
+use crate::pod::{Pod, container_spec, pull};
+use crate::runner::{Case, Shared, case};
+use crate::{ensure, same};
+use k8s_cri::v1::Mount;
+use serde_json::json;
+
+/// Names the seed of a run that shall be made again.
+const SEED: &str = "BOXLITE_E2E_SEED";
+/// Images of one run; they share a pod.
+const IMAGES: u64 = 5;
+
+pub fn cases() -> Vec<Case> {
+    vec![case(
+        "images::random_trees_as_the_guest_sees_them",
+        120,
+        random_trees,
+    )]
+}
+
+async fn random_trees(world: Shared) -> Result {
+    let seed: u64 = match std::env::var(SEED) {
+        Ok(text) => text.parse().during(SEED)?,
+        Err(_) => rand::random::<u32>().into(),
+    };
+    println!("      random trees: {SEED}={seed}");
+    let node = world.own_node("trees", |_| {}).await?;
+    let pod = Pod::run(&node, "trees").await?;
+    for number in 0..IMAGES {
+        one_tree(&world, &pod, seed + number)
+            .await
+            .map_err(|e| e.during(format!("{SEED}={seed}, tree {number}")))?;
+    }
+    pod.end().await
+}
+
+async fn one_tree(world: &Shared, pod: &Pod, seed: u64) -> Result {
+    let (layers, model) = tree::random(seed)?;
+    let mut all = vec![world.images.busybox.clone()];
+    all.extend(layers);
+    let name = format!("tree{seed}");
+    world
+        .registry
+        .push(&name, "1", &Image::new(all, json!({"Cmd": ["sh"]})))
+        .await?;
+    let reference = format!("127.0.0.1:5000/{name}:1");
+    pull(&pod.node, &reference).await?;
+    let top = format!("/{}", tree::TOP);
+    let mut spec = container_spec(&name, &reference, &["/lister", "tree", &top]);
+    let program = std::env::current_exe()?;
+    let program = program.to_str().unwrap_or_default();
+    let mut mounts = vec![(program.to_owned(), "/lister".to_owned())];
+    mounts.extend(
+        busybox::libraries(program)?
+            .into_iter()
+            .map(|l| (l.clone(), l)),
+    );
+    spec.mounts = mounts
+        .into_iter()
+        .map(|(host_path, container_path)| Mount {
+            host_path,
+            container_path,
+            readonly: true,
+            ..Default::default()
+        })
+        .collect();
+    let container = pod.start_with(spec).await?;
+    let status = container.exited(world.patience(30)).await?;
+    let output = container.output()?;
+    same!(status.exit_code, 0, "the lister said {output}");
+    let seen: Vec<Entry> = output
+        .lines()
+        .map(serde_json::from_str)
+        .collect::<std::result::Result<_, _>>()?;
+    ensure!(model.len() > 15, "a tree of {} entries", model.len());
+    if let Err(differences) = tree::compare(&model, &seen) {
+        crate::bail!("{differences}");
+    }
+    container.remove().await
+}

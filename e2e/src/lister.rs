@@ -1,0 +1,136 @@
+//! `boxlite-e2e tree <directory>`: what a tree looks like to the kernel this runs on, one JSON line for each entry.
+//!
+//! Runs inside a guest, mounted there as a volume, because busybox can show neither extended attributes nor nanoseconds.
+//! It judges nothing and knows nothing of images; [`crate::image::tree`] compares the lines with its model.
+
+use crate::outcome::{During, Result};
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::OsString;
+use std::io::Write;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+/// One entry of a tree. Names, targets and values are in hex: they may be any bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// Below the directory that was listed; the directory itself is "".
+    pub path: String,
+    /// Type and permission bits.
+    pub mode: u32,
+    /// User and group.
+    pub owner: (u32, u32),
+    /// Seconds and nanoseconds since the epoch.
+    pub mtime: (i64, i64),
+    /// Of a regular file.
+    pub size: u64,
+    /// SHA-256 of a regular file's content, a symbolic link's target in hex, major and minor number of a device.
+    pub content: String,
+    /// All that can be seen, but for what the file systems of the stack itself add.
+    pub xattrs: BTreeMap<String, String>,
+    /// The first path (in order of bytes) with the same inode.
+    pub first: String,
+}
+
+/// Largest name list and value of extended attributes, which is the kernel's own limit.
+const XATTR: usize = 64 << 10;
+
+/// Prints the tree at `root`.
+pub fn run(root: &Path) -> Result {
+    let mut paths = Vec::new();
+    walk(root, Vec::new(), &mut paths)?;
+    paths.sort();
+    let mut inodes = HashMap::new();
+    let mut out = std::io::BufWriter::new(std::io::stdout().lock());
+    for path in &paths {
+        let entry = entry(root, path, &mut inodes).during(root.join(os(path)).display())?;
+        serde_json::to_writer(&mut out, &entry)?;
+        out.write_all(b"\n")?;
+    }
+    Ok(out.flush()?)
+}
+
+fn os(path: &[u8]) -> OsString {
+    OsString::from_vec(path.to_vec())
+}
+
+fn walk(root: &Path, path: Vec<u8>, found: &mut Vec<Vec<u8>>) -> Result {
+    let at = root.join(os(&path));
+    if at.symlink_metadata()?.is_dir() {
+        for entry in at.read_dir().during(at.display())? {
+            let mut below = path.clone();
+            if !below.is_empty() {
+                below.push(b'/');
+            }
+            below.extend(entry?.file_name().as_bytes());
+            walk(root, below, found)?;
+        }
+    }
+    found.push(path);
+    Ok(())
+}
+
+fn entry(root: &Path, path: &[u8], inodes: &mut HashMap<(u64, u64), String>) -> Result<Entry> {
+    // Joining nothing would add a slash, and a link be followed.
+    let at = if path.is_empty() {
+        root.to_owned()
+    } else {
+        root.join(os(path))
+    };
+    let meta = at.symlink_metadata()?;
+    let kind = meta.file_type();
+    let name = hex::encode(path);
+    let content = if kind.is_file() {
+        let mut file = std::fs::File::open(&at)?;
+        let mut hash = <sha2::Sha256 as sha2::Digest>::new();
+        std::io::copy(&mut file, &mut hash)?;
+        hex::encode(sha2::Digest::finalize(hash))
+    } else if kind.is_symlink() {
+        hex::encode(at.read_link()?.as_os_str().as_bytes())
+    } else {
+        device(&meta)
+    };
+    Ok(Entry {
+        mode: meta.mode(),
+        owner: (meta.uid(), meta.gid()),
+        mtime: (meta.mtime(), meta.mtime_nsec()),
+        size: if kind.is_file() { meta.len() } else { 0 },
+        content,
+        xattrs: xattrs(&at)?,
+        first: inodes
+            .entry((meta.dev(), meta.ino()))
+            .or_insert_with(|| name.clone())
+            .clone(),
+        path: name,
+    })
+}
+
+/// "major:minor", or nothing for what is no device.
+fn device(meta: &std::fs::Metadata) -> String {
+    use std::os::unix::fs::FileTypeExt;
+    let kind = meta.file_type();
+    if !kind.is_char_device() && !kind.is_block_device() {
+        return String::new();
+    }
+    let number = meta.rdev();
+    let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
+    format!("{major}:{minor}")
+}
+
+fn xattrs(at: &Path) -> Result<BTreeMap<String, String>> {
+    let mut names = vec![0; XATTR];
+    let length = rustix::fs::llistxattr(at, &mut names)?;
+    let mut found = BTreeMap::new();
+    for name in names[..length].split(|byte| *byte == 0) {
+        let Ok(name) = std::str::from_utf8(name) else {
+            crate::bail!("an attribute's name is no text: {name:?}")
+        };
+        if !name.is_empty() {
+            let mut value = vec![0; XATTR];
+            let length = rustix::fs::lgetxattr(at, name, &mut value)?;
+            found.insert(name.to_owned(), hex::encode(&value[..length]));
+        }
+    }
+    Ok(found)
+}
