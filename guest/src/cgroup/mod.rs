@@ -9,8 +9,9 @@
 //!
 //! A container's own cgroup enables no controllers below itself, so the kernel's "no internal processes" rule does not
 //! apply and the container sees its limits in its own `/sys/fs/cgroup`. What the figures in the files mean is
-//! [`resources`] and [`stats`].
+//! [`resources`] and [`stats`]; [`processes`] looks at who is inside.
 
+pub mod processes;
 pub mod resources;
 pub mod stats;
 
@@ -230,8 +231,7 @@ fn enable_controllers(cgroup: &Cgroup) {
 
 /// Keeps enough memory and process numbers for the agent, whatever the containers do.
 fn limit_pod(pod: &Cgroup) {
-    if let Some(total) = memory_total() {
-        let limit = total.saturating_sub(MEMORY_RESERVE).max(total / 2);
+    if let Some(limit) = pod_memory_limit() {
         let _ = pod.write("memory.max", &limit.to_string());
     }
     let threads = fs::read_to_string("/proc/sys/kernel/threads-max");
@@ -252,6 +252,36 @@ fn limit_pod(pod: &Cgroup) {
     }
 }
 
+/// The most that all containers together may have, in bytes: what the agent needs is taken off.
+fn pod_memory_limit() -> Option<u64> {
+    memory_total().map(|total| total.saturating_sub(MEMORY_RESERVE).max(total / 2))
+}
+
+/// Applies new limits to the pod's own cgroup. A memory limit beyond what the agent can spare becomes that.
+///
+/// # Errors
+/// As [`resources::apply`].
+pub fn update_pod(limits: &oci_spec::runtime::LinuxResources) -> Result<(), CgroupError> {
+    let most = pod_memory_limit();
+    for (file, value) in resources::settings(limits)? {
+        let value = if file == "memory.max" {
+            bounded(&value, most)
+        } else {
+            value
+        };
+        Cgroup::pod().write(&file, &value)?;
+    }
+    Ok(())
+}
+
+fn bounded(wanted: &str, most: Option<u64>) -> String {
+    match (wanted.parse::<u64>(), most) {
+        (Ok(wanted), Some(most)) => wanted.min(most).to_string(),
+        (Err(_), Some(most)) => most.to_string(),
+        (_, None) => wanted.to_owned(),
+    }
+}
+
 /// The VM's memory in bytes, as the kernel has it after its own share.
 pub fn memory_total() -> Option<u64> {
     meminfo("MemTotal:")
@@ -263,4 +293,17 @@ pub fn meminfo(key: &str) -> Option<u64> {
     let line = text.lines().find(|line| line.starts_with(key))?;
     let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
     Some(kib << 10)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::bounded;
+
+    #[test]
+    fn the_agents_share_is_out_of_reach() {
+        assert_eq!(bounded("100", Some(70)), "70");
+        assert_eq!(bounded("50", Some(70)), "50");
+        assert_eq!(bounded("max", Some(70)), "70");
+        assert_eq!(bounded("max", None), "max");
+    }
 }

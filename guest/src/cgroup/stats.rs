@@ -2,8 +2,12 @@
 //! (Documentation/admin-guide/cgroup-v2.rst). A file that isn't there leaves its fields 0.
 
 use super::Cgroup;
-use boxlite_proto::boxlite::v1::{BlkioStats, CgroupStats};
+use boxlite_proto::boxlite::v1::{BlkioStats, CgroupStats, HugetlbStats, Pressure, PressureLine};
 use std::collections::HashMap;
+use std::path::Path;
+
+/// Where block devices are found by number.
+const DEVICES: &str = "/sys/dev/block";
 
 /// Everything the wire carries about one cgroup.
 pub fn read(cgroup: &Cgroup) -> CgroupStats {
@@ -30,7 +34,65 @@ pub fn read(cgroup: &Cgroup) -> CgroupStats {
             .read("io.stat")
             .map(|text| parse_io(&text))
             .unwrap_or_default(),
+        memory_events_max: of(&events, "max"),
+        memory_swap_max: single(cgroup, "memory.swap.max"),
+        memory_low: single(cgroup, "memory.low"),
+        cpu_pressure: pressure(cgroup, "cpu.pressure"),
+        memory_pressure: pressure(cgroup, "memory.pressure"),
+        io_pressure: pressure(cgroup, "io.pressure"),
+        hugetlb: hugetlb(cgroup),
     }
+}
+
+/// A pressure file; `None` where the kernel has no PSI.
+fn pressure(cgroup: &Cgroup, file: &str) -> Option<Pressure> {
+    cgroup.read(file).map(|text| parse_pressure(&text))
+}
+
+/// `some avg10=0.00 avg60=0.00 avg300=0.00 total=0`, and `full …` where the kernel has it.
+fn parse_pressure(text: &str) -> Pressure {
+    let mut pressure = Pressure::default();
+    for line in text.lines() {
+        let mut words = line.split_whitespace();
+        let kind = words.next();
+        let mut figures = PressureLine::default();
+        for (key, value) in words.filter_map(|word| word.split_once('=')) {
+            match key {
+                "avg10" => figures.avg10 = value.parse().unwrap_or(0.0),
+                "avg60" => figures.avg60 = value.parse().unwrap_or(0.0),
+                "avg300" => figures.avg300 = value.parse().unwrap_or(0.0),
+                "total" => figures.total_usec = value.parse().unwrap_or(0),
+                _ => {}
+            }
+        }
+        match kind {
+            Some("some") => pressure.some = Some(figures),
+            Some("full") => pressure.full = Some(figures),
+            _ => {}
+        }
+    }
+    pressure
+}
+
+/// One entry per page size that the kernel accounts. cgroup v2 keeps no peak of it.
+fn hugetlb(cgroup: &Cgroup) -> Vec<HugetlbStats> {
+    let entries = std::fs::read_dir(cgroup.path()).into_iter().flatten();
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    names
+        .filter_map(|file| {
+            let page_size = hugetlb_page_size(&file)?.to_owned();
+            Some(HugetlbStats {
+                current: single(cgroup, &file),
+                page_size,
+            })
+        })
+        .collect()
+}
+
+/// `2MB` of `hugetlb.2MB.current`.
+fn hugetlb_page_size(file: &str) -> Option<&str> {
+    let size = file.strip_prefix("hugetlb.")?.strip_suffix(".current")?;
+    (!size.contains('.')).then_some(size)
 }
 
 /// How often the kernel killed a process of this cgroup (or below) for memory.
@@ -78,6 +140,7 @@ fn parse_io_line(line: &str) -> Option<BlkioStats> {
     let mut stats = BlkioStats {
         major: major.parse().ok()?,
         minor: minor.parse().ok()?,
+        device: device_name(&Path::new(DEVICES).join(format!("{major}:{minor}"))),
         ..BlkioStats::default()
     };
     for (key, value) in words.filter_map(|word| word.split_once('=')) {
@@ -93,9 +156,39 @@ fn parse_io_line(line: &str) -> Option<BlkioStats> {
     Some(stats)
 }
 
+/// `/dev/vdb`, from the link of its number; empty where there is none.
+fn device_name(link: &Path) -> String {
+    std::fs::read_link(link)
+        .ok()
+        .and_then(|target| Some(format!("/dev/{}", target.file_name()?.to_str()?)))
+        .unwrap_or_default()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pressure_lines() {
+        let text = "some avg10=1.50 avg60=0.10 avg300=0.00 total=77\nfull avg10=x total=5\n";
+        let parsed = parse_pressure(text);
+        let some = parsed.some.unwrap();
+        assert_eq!((some.avg10, some.avg60, some.total_usec), (1.5, 0.1, 77));
+        assert_eq!(parsed.full.unwrap().total_usec, 5);
+        assert_eq!(parse_pressure("nonsense\n"), Pressure::default());
+    }
+
+    #[test]
+    fn page_sizes_of_files() {
+        assert_eq!(hugetlb_page_size("hugetlb.2MB.current"), Some("2MB"));
+        for file in [
+            "hugetlb.2MB.rsvd.current",
+            "hugetlb.2MB.max",
+            "memory.current",
+        ] {
+            assert_eq!(hugetlb_page_size(file), None, "{file}");
+        }
+    }
 
     #[test]
     fn io_lines_are_read_and_unknown_keys_skipped() {

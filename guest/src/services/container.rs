@@ -2,7 +2,7 @@
 
 use super::joined;
 use crate::agent::Agent;
-use crate::cgroup::{resources, stats};
+use crate::cgroup::{processes, resources, stats};
 use crate::container::ContainerError;
 use crate::system;
 use boxlite_proto::boxlite::v1::container_server::Container;
@@ -129,15 +129,23 @@ impl Container for ContainerService {
         &self,
         request: Request<ContainerStatsRequest>,
     ) -> Result<Response<ContainerStatsResponse>, Status> {
-        let container = self.find(&request.into_inner().container_id).await?;
+        let request = request.into_inner();
+        let container = self.find(&request.container_id).await?;
         let figures = stats::read(&container.cgroup);
         container.tell_oom(&self.agent.pod, figures.memory_events_oom_kill);
-        let upper = joined(tokio::task::spawn_blocking(move || container.upper_usage())).await?;
+        let look = move || {
+            let inside = request
+                .processes
+                .then(|| processes::look(&container.cgroup, container.init.pid));
+            (container.upper_usage(), inside)
+        };
+        let (upper, inside) = joined(tokio::task::spawn_blocking(look)).await?;
         Ok(Response::new(ContainerStatsResponse {
             time_unix_ns: system::unix_time_ns(),
             cgroup: Some(figures),
             upper_bytes: upper.bytes,
             upper_inodes: upper.inodes,
+            processes: inside,
         }))
     }
 

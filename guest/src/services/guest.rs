@@ -3,13 +3,14 @@
 use super::status::status;
 use crate::agent::Agent;
 use crate::cgroup::{self, Cgroup};
+use crate::container::ContainerError;
 use crate::storage::pod;
 use crate::{network, system};
 use boxlite_proto::boxlite::v1::guest_server::Guest;
 use boxlite_proto::boxlite::v1::{
     ErrorKind, GuestInitRequest, GuestInitResponse, GuestStatsRequest, GuestStatsResponse,
     PingRequest, PingResponse, PortForwardRequest, PortForwardResponse, SetTimeRequest,
-    SetTimeResponse, ShutdownRequest, ShutdownResponse,
+    SetTimeResponse, ShutdownRequest, ShutdownResponse, UpdatePodRequest, UpdatePodResponse,
 };
 use std::pin::Pin;
 use std::sync::Arc;
@@ -153,7 +154,23 @@ impl Guest for GuestService {
             networks: system::network_stats(),
             process_count: pod.processes().len() as u32,
             pod: Some(cgroup::stats::read(&pod)),
+            scratch: pod::scratch_stats(),
         }))
+    }
+
+    async fn update_pod(
+        &self,
+        request: Request<UpdatePodRequest>,
+    ) -> Result<Response<UpdatePodResponse>, Status> {
+        let limits =
+            serde_json::from_slice(&request.into_inner().resources_json).map_err(|error| {
+                ContainerError::Invalid {
+                    field: "resources_json",
+                    reason: error.to_string(),
+                }
+            })?;
+        cgroup::update_pod(&limits).map_err(ContainerError::from)?;
+        Ok(Response::new(UpdatePodResponse {}))
     }
 
     async fn set_time(

@@ -1,6 +1,7 @@
 //! The pod's own mounts: share, scratch disk, /dev/shm. Called once by `Guest.Init`, undone by `Guest.Shutdown`.
 
 use super::StorageError;
+use boxlite_proto::boxlite::v1::FilesystemStats;
 use boxlite_proto::names;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use std::fs;
@@ -70,6 +71,31 @@ pub fn release_scratch() -> Result<(), StorageError> {
             source: errno.into(),
         }),
     }
+}
+
+/// Room on the scratch disk; `None` where nothing is mounted there. Does not block on a disk: the kernel has the figures.
+pub fn scratch_stats() -> Option<FilesystemStats> {
+    if !is_mount_point(names::GUEST_SCRATCH) {
+        return None;
+    }
+    let room = rustix::fs::statvfs(names::GUEST_SCRATCH).ok()?;
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    Some(FilesystemStats {
+        device: origin_of(&mounts, names::GUEST_SCRATCH).unwrap_or_default(),
+        capacity_bytes: room.f_blocks.saturating_mul(room.f_frsize),
+        available_bytes: room.f_bavail.saturating_mul(room.f_frsize),
+        inodes: room.f_files,
+        inodes_free: room.f_ffree,
+    })
+}
+
+/// What is mounted at `target`, in the words of /proc/self/mounts: `origin target type options 0 0`.
+fn origin_of(mounts: &str, target: &str) -> Option<String> {
+    mounts.lines().rev().find_map(|line| {
+        let mut words = line.split(' ');
+        let origin = words.next()?;
+        (words.next()? == target).then(|| origin.to_owned())
+    })
 }
 
 /// Block devices of the guest, for messages: `vda (serial)`.
@@ -154,5 +180,17 @@ fn mount_error(fstype: &str, origin: &str, target: &str, errno: nix::Error) -> S
         origin: origin.to_owned(),
         target: target.to_owned(),
         source: errno.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::origin_of;
+
+    #[test]
+    fn the_last_mount_of_a_place_counts() {
+        let mounts = "/dev/vda / erofs ro 0 0\ntmpfs /x tmpfs rw 0 0\n/dev/vdb /x ext4 rw 0 0\n";
+        assert_eq!(origin_of(mounts, "/x").as_deref(), Some("/dev/vdb"));
+        assert_eq!(origin_of(mounts, "/y"), None);
     }
 }

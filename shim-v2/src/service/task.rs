@@ -204,7 +204,7 @@ impl Task for Service {
         let session = &container.guest.session;
         let told = container
             .guest
-            .call(session.container().stats(&request.id, STATS_LIMIT))
+            .call(session.container().stats(&request.id, false, STATS_LIMIT))
             .await?;
         let stats = stats::any(&told.cgroup.unwrap_or_default(), &[])
             .map_err(|error| ttrpc::Error::Others(error.to_string()))?;

@@ -160,17 +160,19 @@ impl ContainerInterface {
         Ok(())
     }
 
-    /// Counters of the container's cgroup and writable layer, within `limit`.
+    /// Counters of the container's cgroup and writable layer, within `limit`; with `processes` those of what runs in it too.
     ///
     /// # Errors
     /// Every kind of [`PortalError`].
     pub async fn stats(
         &self,
         container_id: &str,
+        processes: bool,
         limit: Duration,
     ) -> Result<ContainerStatsResponse, PortalError> {
         let request = ContainerStatsRequest {
             container_id: container_id.to_owned(),
+            processes,
         };
         unary("Container.Stats", limit, self.client.clone().stats(request)).await
     }

@@ -6,8 +6,10 @@ use boxlite_proto::boxlite::v1::guest_client::GuestClient;
 use boxlite_proto::boxlite::v1::{
     GuestInitRequest, GuestInitResponse, GuestStatsRequest, GuestStatsResponse, PingRequest,
     PingResponse, PortForwardRequest, PortForwardResponse, SetTimeRequest, ShutdownRequest,
+    UpdatePodRequest,
 };
 use boxlite_proto::names;
+use bytes::Bytes;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -82,6 +84,23 @@ impl GuestInterface {
             self.client.clone().stats(GuestStatsRequest {}),
         )
         .await
+    }
+
+    /// New limits for all containers together: OCI LinuxResources as JSON.
+    ///
+    /// # Errors
+    /// Every kind of [`PortalError`].
+    pub async fn update_pod(&self, resources_json: impl Into<Bytes>) -> Result<(), PortalError> {
+        let request = UpdatePodRequest {
+            resources_json: resources_json.into(),
+        };
+        unary(
+            "Guest.UpdatePod",
+            QUICK_LIMIT,
+            self.client.clone().update_pod(request),
+        )
+        .await?;
+        Ok(())
     }
 
     /// Sets the guest's wall clock, ns since the epoch.
