@@ -3,7 +3,7 @@
 //!
 //! The "program" is a shell script that prints the address of a socket served here; the "process" is a `sleep` that a
 //! test can kill. It does what the protocol says and fails where a test told it to ([`Faults`]); it proves nothing
-//! about the real shim.
+//! about the real shim. cri-server's tests use it too, by the feature `fake-shim`.
 
 mod guest;
 
@@ -42,6 +42,8 @@ pub struct Faults {
     pub deaf: AtomicBool,
     /// Guest says that exits were OOM kills.
     pub oom: AtomicBool,
+    /// Guest of the box with this id answers no question for figures.
+    pub hung: Mutex<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,6 +85,14 @@ impl FakeShim {
             creates: AtomicU32::new(0),
             calls: Mutex::default(),
         })
+    }
+
+    /// Forever, in a guest that was told to hang.
+    async fn hang(&self) {
+        let hung = self.faults.hung.lock().unwrap().clone();
+        if !hung.is_empty() && self.bundle.ends_with(hung) {
+            std::future::pending::<()>().await;
+        }
     }
 
     fn note(&self, call: &str) {
@@ -333,6 +343,17 @@ impl shim_async::Task for Served {
         Ok(Empty::new())
     }
 
+    async fn update(
+        &self,
+        _: &TtrpcContext,
+        request: api::UpdateTaskRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.0.state(&request.id)?;
+        let limits = String::from_utf8_lossy(&request.resources.value).into_owned();
+        self.0.note(&format!("update {limits}"));
+        Ok(Empty::new())
+    }
+
     async fn delete(
         &self,
         _: &TtrpcContext,
@@ -366,11 +387,13 @@ impl FakeNode {
         }
         // `start` prints the address of the socket that `serve` made; both actions leave a line for the test.
         let script = "#!/bin/sh\nid=$4\ncase \"$*\" in\n*start) [ -e BASE/fail ] && { echo told to >&2; exit 1; }\n\
-             echo start $id >> BASE/log; printf 'unix://BASE/f/%s' $id ;;\n*) echo delete $id >> BASE/log ;;\nesac\n";
+             echo start $id >> BASE/log; : > BASE/wanted/$id; until [ -S BASE/f/$id ]; do sleep 0.01; done\n\
+             printf 'unix://BASE/f/%s' $id ;;\n*) echo delete $id >> BASE/log ;;\nesac\n";
         let script = script.replace("BASE", directory.path().to_str().unwrap());
         std::fs::write(at("shim"), script).unwrap();
         std::fs::set_permissions(at("shim"), std::fs::Permissions::from_mode(0o755)).unwrap();
         std::fs::create_dir(at("f")).unwrap();
+        std::fs::create_dir(at("wanted")).unwrap();
         let node = Self {
             directory,
             faults: Arc::default(),
@@ -445,6 +468,25 @@ impl FakeNode {
         shim
     }
 
+    /// Serves a shim for every box whose id is not known before, until the future is dropped.
+    pub async fn attend(&self) {
+        loop {
+            for entry in std::fs::read_dir(self.at("wanted")).unwrap() {
+                let id = entry.unwrap().file_name().into_string().unwrap();
+                if !self.shims.lock().unwrap().contains_key(&id) {
+                    self.serve(&id).await;
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// How many shims' processes live.
+    pub fn alive(&self) -> usize {
+        let shims = self.shims.lock().unwrap();
+        shims.values().filter(|(shim, _)| shim.alive()).count()
+    }
+
     /// `kill -9` of a shim: its process, its VM and its connections end.
     pub fn kill_shim(&self, box_id: &str) {
         let (shim, own) = self.shims.lock().unwrap().remove(box_id).unwrap();
@@ -501,6 +543,12 @@ impl FakeNode {
             "id": image_id(), "tags": ["docker.io/library/x:latest"], "digests": [], "blobs": [image_id()], "layers": [layer],
         }]});
         std::fs::write(store.join("index.json"), index.to_string()).unwrap();
+    }
+}
+
+impl Default for FakeNode {
+    fn default() -> Self {
+        Self::new()
     }
 }
 

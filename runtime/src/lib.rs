@@ -8,8 +8,9 @@
 
 mod database;
 pub mod error;
-#[cfg(test)]
-mod fake_shim;
+pub mod events;
+#[cfg(any(test, feature = "fake-shim"))]
+pub mod fake_shim;
 pub mod filesystem_layout;
 pub mod images;
 pub mod init_rootfs;
@@ -25,6 +26,7 @@ pub mod unix_socket;
 pub mod vmm_probe;
 
 pub use error::{ErrorKind, Result, RuntimeError, report};
+pub use events::{BoxEvent, EventKind, Events, EventsEnd};
 pub use litebox::LiteBox;
 pub use metrics::{BoxMetricsSnapshot, RuntimeMetricsSnapshot, Stage, StageTimers};
 pub use portal::ExecOutput;

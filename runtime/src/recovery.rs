@@ -101,6 +101,7 @@ async fn recover_box(env: &Arc<BoxEnv>, mut row: BoxRow, containers: Vec<Contain
         containers,
         running,
         metrics,
+        found: true,
     }
 }
 

@@ -5,6 +5,7 @@
 
 use crate::database::{BoxRow, Database};
 use crate::error::{ErrorKind, Result, RuntimeError};
+use crate::events::{EventHub, Events};
 use crate::filesystem_layout::{FilesystemLayout, check_id};
 use crate::images::ImageManager;
 use crate::init_rootfs::InitRootfs;
@@ -129,6 +130,7 @@ impl BoxliteRuntime {
         let images = open_images(&layout, options.registry).await?;
         let init_rootfs = InitRootfs::new(options.installation);
         let departures = Arc::new(Departures::default());
+        let closing = CancellationToken::new();
         let env = Arc::new(BoxEnv {
             program: ShimProgram::new(&options.shim, &layout),
             layout: layout.clone(),
@@ -139,7 +141,8 @@ impl BoxliteRuntime {
             acceleration: options.acceleration,
             start_limit: options.start_limit,
             tasks: TaskTracker::new(),
-            closing: CancellationToken::new(),
+            closing: closing.clone(),
+            events: EventHub::new(closing.clone()),
             removed: departures.clone(),
         });
         let (server, events) = EventServer::start(&layout.events_socket()).await?;
@@ -225,6 +228,7 @@ impl BoxliteRuntime {
             containers: Vec::new(),
             running: None,
             metrics: Arc::new(BoxMetrics::default()),
+            found: false,
         };
         let mut state = self.inner.write();
         let litebox = driver::launch(self.inner.env.clone(), initial);
@@ -281,6 +285,11 @@ impl BoxliteRuntime {
             .iter()
             .flat_map(LiteBox::containers)
             .collect()
+    }
+
+    /// Follows what happens to all boxes and containers from now on; see [`crate::events`].
+    pub fn events(&self) -> Events {
+        self.inner.env.events.follow()
     }
 
     /// The image store.

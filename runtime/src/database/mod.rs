@@ -174,16 +174,16 @@ impl Database {
         .map(drop)
     }
 
-    /// Writes a box anew; its id, name and metadata never change.
+    /// Writes a box anew; its id and name never change.
     ///
     /// # Errors
     /// `Database`.
     pub async fn update_box(&self, row: BoxRow) -> Result<()> {
-        let (id, _, record, _) = split_box(row)?;
+        let (id, _, record, metadata) = split_box(row)?;
         self.run("update a box", move |connection| {
             connection.execute(
-                "UPDATE boxes SET record = ?2 WHERE id = ?1",
-                params![id, record],
+                "UPDATE boxes SET record = ?2, metadata = ?3 WHERE id = ?1",
+                params![id, record, metadata],
             )
         })
         .await
@@ -213,7 +213,7 @@ impl Database {
         self.run("write a container", move |connection| {
             connection.execute(
                 "INSERT INTO containers (id, box_id, record, metadata) VALUES (?1, ?2, ?3, ?4)
-                 ON CONFLICT (id) DO UPDATE SET record = excluded.record",
+                 ON CONFLICT (id) DO UPDATE SET record = excluded.record, metadata = excluded.metadata",
                 params![row.snapshot.id, row.snapshot.box_id, record, metadata],
             )
         })

@@ -40,6 +40,7 @@ impl wire::guest_server::Guest for FakeGuest {
         &self,
         _: Request<wire::GuestStatsRequest>,
     ) -> Result<Response<wire::GuestStatsResponse>, Status> {
+        self.0.hang().await;
         let network = |interface: &str| wire::NetworkStats {
             interface: interface.into(),
             tx_bytes: 11,
@@ -53,6 +54,15 @@ impl wire::guest_server::Guest for FakeGuest {
             networks: vec![network("lo"), network("eth0")],
             ..Default::default()
         }))
+    }
+    async fn update_pod(
+        &self,
+        request: Request<wire::UpdatePodRequest>,
+    ) -> Result<Response<wire::UpdatePodResponse>, Status> {
+        let limits = request.into_inner().resources_json;
+        self.0
+            .note(&format!("update pod {}", String::from_utf8_lossy(&limits)));
+        Ok(Response::new(Default::default()))
     }
     async fn set_time(
         &self,
@@ -117,7 +127,14 @@ impl wire::container_server::Container for FakeGuest {
         &self,
         _: Request<wire::ContainerStatsRequest>,
     ) -> Result<Response<wire::ContainerStatsResponse>, Status> {
-        not_here()
+        self.0.hang().await;
+        Ok(Response::new(wire::ContainerStatsResponse {
+            cgroup: Some(wire::CgroupStats {
+                memory_current: 1000,
+                ..Default::default()
+            }),
+            ..Default::default()
+        }))
     }
     async fn pids(
         &self,

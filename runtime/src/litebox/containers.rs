@@ -9,7 +9,7 @@
 //! ```
 
 use super::driver::{Change, Message};
-use super::{LiteBox, now_ns, teardown};
+use super::{Describe, LiteBox, now_ns, teardown};
 use crate::database::ContainerRow;
 use crate::error::{ErrorKind, Result, RuntimeError, report};
 use crate::filesystem_layout::{check_id, private_directory, remove_tree};
@@ -321,11 +321,31 @@ impl LiteBox {
         }
     }
 
-    /// New limits: OCI LinuxResources as JSON. Lost with the container; the caller keeps what it wants to report.
+    /// New limits: OCI LinuxResources as JSON. `describe` then makes the caller's data anew, which is on disk before the
+    /// answer. Updates of one container follow one another; dropping the future does not stop one.
     ///
     /// # Errors
     /// `NotFound`, `ContainerState` where it has ended, `Shim`.
-    pub async fn update_container(&self, id: &str, resources_json: Vec<u8>) -> Result<()> {
+    pub async fn update_container(
+        &self,
+        id: &str,
+        resources_json: Vec<u8>,
+        describe: Describe,
+    ) -> Result<()> {
+        let (this, id) = (self.clone(), id.to_owned());
+        self.to_the_end(async move {
+            let operation = this.operation(&id);
+            let _alone = operation.lock().await;
+            this.update_locked(&id, resources_json).await?;
+            let described = this.change(&id, move |row| {
+                row.snapshot.metadata = describe(&row.snapshot.metadata);
+            });
+            described.await.map(drop)
+        })
+        .await
+    }
+
+    async fn update_locked(&self, id: &str, resources_json: Vec<u8>) -> Result<()> {
         match self.exact(id)?.state {
             ContainerState::Created | ContainerState::Running => {}
             state @ (ContainerState::Exited | ContainerState::Unknown) => {

@@ -9,6 +9,7 @@
 //! then leaves the box running).
 
 mod containers;
+mod tell;
 mod watchers;
 
 /// How a container's row tells its end; recovery tells it the same way.
@@ -27,6 +28,7 @@ use crate::shim_controller::ShimRecord;
 use crate::types::ContainerSnapshot;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
+use tell::Told;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
@@ -39,6 +41,8 @@ const QUEUE: usize = 64;
 pub(crate) type Reply = oneshot::Sender<std::result::Result<(), Arc<RuntimeError>>>;
 /// A change to a container's row.
 pub(crate) type Change = Box<dyn FnOnce(&mut ContainerRow) + Send>;
+/// The caller's own data of a box or container, made anew from what it was.
+pub type Describe = Box<dyn FnOnce(&[u8]) -> Vec<u8> + Send>;
 
 /// What handles (and the works' notes) send.
 pub(crate) enum Message {
@@ -54,6 +58,11 @@ pub(crate) enum Message {
         id: String,
         change: Change,
         reply: oneshot::Sender<Result<ContainerSnapshot>>,
+    },
+    /// Changes the caller's own data of the box.
+    Describe {
+        describe: Describe,
+        reply: oneshot::Sender<Result<()>>,
     },
     /// Forgets a container.
     Forget {
@@ -101,6 +110,8 @@ pub(crate) struct Initial {
     /// The shim and guest that live, of a box found again.
     pub running: Option<Running>,
     pub metrics: Arc<BoxMetrics>,
+    /// Whether it is of an earlier runtime.
+    pub found: bool,
 }
 
 struct Driver {
@@ -123,6 +134,7 @@ struct Driver {
     removers: Vec<Reply>,
     watchers: JoinSet<Watched>,
     watched: HashMap<String, AbortHandle>,
+    told: Told,
 }
 
 /// Makes the handle and starts the driver. The row is on disk already.
@@ -141,6 +153,7 @@ pub(crate) fn launch(env: Arc<BoxEnv>, initial: Initial) -> LiteBox {
         timers: initial.row.timers.clone(),
         running: initial.running.clone(),
         vmm,
+        metadata: Arc::new(initial.row.options.metadata.clone()),
         containers: snapshots(&containers),
     };
     let (view, viewer) = watch::channel(Arc::new(first));
@@ -153,7 +166,7 @@ pub(crate) fn launch(env: Arc<BoxEnv>, initial: Initial) -> LiteBox {
         metrics: initial.metrics.clone(),
         operations: Default::default(),
     };
-    let driver = Driver {
+    let mut driver = Driver {
         policy: BoxPolicy::at(initial.row.phase),
         row: initial.row,
         containers,
@@ -169,8 +182,13 @@ pub(crate) fn launch(env: Arc<BoxEnv>, initial: Initial) -> LiteBox {
         removers: Vec::new(),
         watchers: JoinSet::new(),
         watched: HashMap::new(),
+        told: Told::Nothing,
         env: env.clone(),
     };
+    if initial.found {
+        let view = driver.view.borrow().clone();
+        driver.tell_found(&view);
+    }
     env.tasks.spawn(driver.run());
     LiteBox {
         inner: Arc::new(inner),
@@ -314,6 +332,10 @@ impl Driver {
             }
             Message::Change { id, change, reply } => {
                 let answer = self.change(&id, change).await;
+                let _ = reply.send(answer);
+            }
+            Message::Describe { describe, reply } => {
+                let answer = self.describe(describe).await;
                 let _ = reply.send(answer);
             }
             Message::Forget { id, reply } => {
@@ -504,6 +526,16 @@ impl Driver {
         Outcome::Continue
     }
 
+    /// Changes the caller's own data, on disk first.
+    async fn describe(&mut self, describe: Describe) -> Result<()> {
+        let mut row = self.row.clone();
+        row.options.metadata = describe(&row.options.metadata);
+        self.env.database.update_box(row.clone()).await?;
+        self.row = row;
+        self.publish();
+        Ok(())
+    }
+
     /// Writes the policy's phase down and publishes it.
     async fn enter(&mut self, reason: String) -> Result<()> {
         let mut row = self.row.clone();
@@ -539,6 +571,10 @@ impl Driver {
             timers: self.row.timers.clone(),
             running: self.running.clone().filter(|_| alive),
             vmm: vmm_of(&self.env, &self.row),
+            metadata: match *before.metadata == self.row.options.metadata {
+                true => before.metadata.clone(),
+                false => Arc::new(self.row.options.metadata.clone()),
+            },
             containers: snapshots(&self.containers),
         };
         if next.phase != before.phase {
@@ -551,7 +587,9 @@ impl Driver {
                 "box"
             );
         }
-        self.view.send_replace(Arc::new(next));
+        let next = Arc::new(next);
+        self.view.send_replace(next.clone());
+        self.tell_changes(&before, &next);
     }
 }
 

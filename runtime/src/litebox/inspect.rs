@@ -3,12 +3,13 @@
 //!
 //! Changes no state of the box. Every question has a deadline of its own, so one stuck VM delays nobody else.
 
-use super::{LiteBox, now_ns};
+use super::{LiteBox, now_ns, teardown};
 use crate::error::{Result, RuntimeError};
 use crate::portal::interfaces::execution::EXEC_OUTPUT_LIMIT;
 use crate::portal::{ExecOutput, PortalError};
 use crate::types::ContainerState;
 use boxlite_proto::boxlite::v1::{ContainerStatsResponse, ExecRequest, GuestStatsResponse};
+use oci_spec::runtime::Spec;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::sync::oneshot;
@@ -104,14 +105,54 @@ impl LiteBox {
         })
     }
 
-    /// Counters of one container, from the guest, within [`STATS_LIMIT`].
+    /// The OCI spec that a container was made with.
+    ///
+    /// # Errors
+    /// `NotFound`, `Io`, `Internal` where it cannot be read back.
+    pub async fn container_spec(&self, id: &str) -> Result<Spec> {
+        self.exact(id)?;
+        let path = self.inner.env.layout.container_config(self.id(), id);
+        teardown::blocking(move || {
+            let text = std::fs::read(&path).map_err(|source| RuntimeError::Io {
+                what: "cannot read",
+                path: path.clone(),
+                source,
+            })?;
+            serde_json::from_slice(&text).map_err(|error| RuntimeError::Internal {
+                what: format!("spec {}: {error}", path.display()),
+            })
+        })
+        .await
+    }
+
+    /// A running container's first process, by its number in the guest.
     ///
     /// # Errors
     /// `NotFound`, `BoxGone`, `Portal`.
-    pub async fn container_stats(&self, id: &str) -> Result<ContainerStatsResponse> {
+    pub async fn container_pid(&self, id: &str) -> Result<u32> {
+        self.exact(id)?;
+        let listed = self.portal()?.container().list(Some(id)).await?;
+        let found = listed.into_iter().find(|info| info.container_id == id);
+        found
+            .map(|info| info.pid)
+            .ok_or_else(|| RuntimeError::NotFound {
+                what: "container",
+                id: id.to_owned(),
+            })
+    }
+
+    /// Counters of one container, from the guest, within [`STATS_LIMIT`]; with `processes` those of what runs in it too.
+    ///
+    /// # Errors
+    /// `NotFound`, `BoxGone`, `Portal`.
+    pub async fn container_stats(
+        &self,
+        id: &str,
+        processes: bool,
+    ) -> Result<ContainerStatsResponse> {
         self.exact(id)?;
         let container = self.portal()?.container();
-        Ok(container.stats(id, STATS_LIMIT).await?)
+        Ok(container.stats(id, processes, STATS_LIMIT).await?)
     }
 
     /// Counters of the VM, from the guest, within [`STATS_LIMIT`]; the box's metrics get them too.

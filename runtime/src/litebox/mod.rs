@@ -21,6 +21,7 @@ mod tests;
 
 use crate::database::Database;
 use crate::error::{Result, RuntimeError};
+use crate::events::EventHub;
 use crate::filesystem_layout::FilesystemLayout;
 use crate::images::ImageManager;
 use crate::init_rootfs::InitRootfs;
@@ -31,6 +32,7 @@ use crate::portal::GuestSession;
 use crate::shim_controller::{ShimController, ShimProgram};
 use crate::types::{BoxOptions, BoxSnapshot, ContainerSnapshot};
 use boxlite_proto::vmm::{Acceleration, VmmKind};
+pub use driver::Describe;
 use driver::Message;
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
@@ -56,6 +58,8 @@ pub(crate) struct BoxEnv {
     pub tasks: TaskTracker,
     /// Cancelled when the runtime goes down: drivers end and leave their boxes running.
     pub closing: CancellationToken,
+    /// Where drivers tell what happens.
+    pub events: EventHub,
     /// Told the id of a box that is removed, before its removers are answered.
     pub removed: Arc<dyn RemovedBox>,
 }
@@ -77,6 +81,8 @@ pub(crate) struct BoxView {
     /// The shim and the guest, while the VM is believed to run.
     pub running: Option<Running>,
     pub vmm: VmmKind,
+    /// The caller's own data, as last changed.
+    pub metadata: Arc<Vec<u8>>,
     pub containers: BTreeMap<String, ContainerSnapshot>,
 }
 
@@ -158,27 +164,32 @@ impl LiteBox {
         }
     }
 
+    /// New limits for all containers together, within the VM: OCI LinuxResources as JSON. `describe` then makes the
+    /// caller's data anew, which is on disk before the answer. Dropping the future does not stop it.
+    ///
+    /// # Errors
+    /// `BoxGone` without a running VM, `Portal`, `Database`.
+    pub async fn update_limits(&self, resources_json: Vec<u8>, describe: Describe) -> Result<()> {
+        let this = self.clone();
+        self.to_the_end(async move {
+            // No container has the box's id.
+            let operation = this.operation(this.id());
+            let _alone = operation.lock().await;
+            this.portal()?.guest().update_pod(resources_json).await?;
+            this.send(|reply| Message::Describe { describe, reply })
+                .await?
+        })
+        .await
+    }
+
     /// The box at this moment; never waits.
     pub fn snapshot(&self) -> BoxSnapshot {
-        let view = self.view();
-        let options = self.inner.options.clone();
-        let process = view
-            .running
-            .as_ref()
-            .and_then(|r| r.shim.record().process.as_ref());
-        BoxSnapshot {
-            id: options.id.clone(),
-            name: options.name.clone(),
-            state: view.phase.public(),
-            reason: view.reason.clone(),
-            created_at_ns: self.inner.created_at_ns,
-            metadata: options.metadata.clone(),
-            timers: view.timers.clone(),
-            vmm: view.vmm.clone(),
-            shim_pid: process.map(|process| process.pid),
-            metrics: self.metrics(),
-            options,
-        }
+        snapshot_of(
+            &self.inner.options,
+            self.inner.created_at_ns,
+            &self.view(),
+            &self.inner.metrics,
+        )
     }
 
     /// All containers, by id; never waits.
@@ -292,6 +303,36 @@ impl LiteBox {
             .entry(container_id.to_owned())
             .or_default()
             .clone()
+    }
+}
+
+/// A box as its driver published it.
+fn snapshot_of(
+    options: &BoxOptions,
+    created_at_ns: i64,
+    view: &BoxView,
+    metrics: &BoxMetrics,
+) -> BoxSnapshot {
+    let process = view
+        .running
+        .as_ref()
+        .and_then(|running| running.shim.record().process.as_ref());
+    let options = BoxOptions {
+        metadata: view.metadata.to_vec(),
+        ..options.clone()
+    };
+    BoxSnapshot {
+        id: options.id.clone(),
+        name: options.name.clone(),
+        state: view.phase.public(),
+        reason: view.reason.clone(),
+        created_at_ns,
+        metadata: options.metadata.clone(),
+        timers: view.timers.clone(),
+        vmm: view.vmm.clone(),
+        shim_pid: process.map(|process| process.pid),
+        metrics: metrics.snapshot(),
+        options,
     }
 }
 

@@ -1,6 +1,7 @@
 //! Boxes against a fake shim: pipeline and its unwinding, joining, containers, death. Recovery is in [`recovery`].
 
 mod recovery;
+mod told;
 
 use crate::fake_shim::{FakeNode, image_id, is_process};
 use crate::{BoxState, BoxliteRuntime, ContainerState, ErrorKind, LiteBox, RuntimeError, Stage};

@@ -6,7 +6,7 @@ use crate::database::Database;
 use crate::management::box_state::Phase;
 
 /// Runs `work` in a tokio runtime of its own and drops that, with everything still in it.
-fn live_and_die<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> T {
+pub(super) fn live_and_die<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> T {
     let tokio = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
