@@ -160,6 +160,7 @@ async fn grpc(
         done = &mut serving => return Ok(done?),
         () = stop.cancelled() => {}
     }
+    server.leave();
     match tokio::time::timeout(server.config.timeouts.drain, serving).await {
         Ok(done) => Ok(done?),
         Err(_) => {

@@ -3,6 +3,7 @@
 use super::ConvertError;
 use super::sandbox::SandboxRecord;
 use super::signal;
+use super::size;
 use super::spec::{self, Source};
 use boxlite_proto::cri::v1::{ContainerConfig, LinuxContainerResources, NamespaceMode};
 use boxlite_runtime::images::ImageRecord;
@@ -41,9 +42,25 @@ impl ContainerRecord {
         self.config.clone().unwrap_or_default()
     }
 
-    /// Resources as created.
+    /// Resources as last set.
     pub fn resources(&self) -> Option<LinuxContainerResources> {
         self.config.as_ref()?.linux.as_ref()?.resources.clone()
+    }
+
+    /// The record in `bytes` with an update's resources: a field that it leaves at zero keeps what was. A record that can't
+    /// be read stays as it is.
+    pub fn updated(bytes: &[u8], update: &LinuxContainerResources) -> Vec<u8> {
+        let Ok(mut record) = Self::decode(bytes) else {
+            return bytes.to_vec();
+        };
+        let config = record.config.get_or_insert_default();
+        let have = config
+            .linux
+            .get_or_insert_default()
+            .resources
+            .get_or_insert_default();
+        size::merge(have, update);
+        record.encode_to_vec()
     }
 }
 
@@ -199,6 +216,23 @@ mod tests {
         assert!(path("/var/log", "../x").is_err());
         assert!(path("/var/log", "/etc/passwd").is_err());
         assert!(path("/var/log", "a/../../x").is_err());
+    }
+
+    #[test]
+    fn an_update_keeps_what_it_does_not_name() {
+        let resources = |cpu_shares, memory_limit_in_bytes| LinuxContainerResources {
+            cpu_shares,
+            memory_limit_in_bytes,
+            ..Default::default()
+        };
+        let first = ContainerRecord::updated(&[], &resources(2, 0));
+        let record = ContainerRecord::decoded(&ContainerRecord::updated(&first, &resources(0, 9)));
+        assert_eq!(record.resources(), Some(resources(2, 9)));
+        let unreadable = [0xff; 3];
+        assert_eq!(
+            ContainerRecord::updated(&unreadable, &resources(1, 1)),
+            unreadable
+        );
     }
 
     #[test]

@@ -6,6 +6,7 @@
 pub mod container;
 pub mod filter;
 pub mod image;
+pub mod metrics;
 pub mod sandbox;
 pub mod signal;
 pub mod size;
@@ -13,6 +14,7 @@ pub mod spec;
 pub mod stats;
 pub mod status;
 pub mod time;
+pub mod verbose;
 
 /// A request that cannot become a pod or container.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -52,6 +54,9 @@ pub enum ConvertError {
         limit_mib: u64,
         cgroup: String,
     },
+    /// An update asks for more than a VM has.
+    #[error("{0}; a VM does not grow while it runs: the pod must be made anew")]
+    Beyond(String),
 }
 
 impl ConvertError {
@@ -89,7 +94,9 @@ impl From<ConvertError> for tonic::Status {
             }
             ConvertError::Unsupported { .. } => Self::unimplemented(message),
             ConvertError::HostPath { .. } => Self::failed_precondition(message),
-            ConvertError::TooSmall { .. } => Self::resource_exhausted(message),
+            ConvertError::TooSmall { .. } | ConvertError::Beyond(_) => {
+                Self::resource_exhausted(message)
+            }
         }
     }
 }

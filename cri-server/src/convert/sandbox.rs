@@ -4,11 +4,13 @@
 //! kubelet's fields survive a restart of this daemon.
 
 use super::ConvertError;
-use super::size::{VmSize, vm_size};
+use super::size::{VmSize, merge, vm_size};
 use super::spec;
 use crate::cni::{Bandwidth, DnsSettings, PodNetwork, PortMap};
 use crate::config::PodDefaults;
-use boxlite_proto::cri::v1::{PodSandboxConfig, PodSandboxMetadata, Protocol};
+use boxlite_proto::cri::v1::{
+    LinuxContainerResources, PodSandboxConfig, PodSandboxMetadata, Protocol,
+};
 use boxlite_runtime::BoxOptions;
 use prost::Message;
 use std::net::IpAddr;
@@ -91,6 +93,30 @@ impl SandboxRecord {
             tracing::warn!(%error, "a pod's record cannot be read");
             Self::default()
         })
+    }
+
+    /// The record in `bytes` with what UpdatePodSandboxResources says: a field left at zero keeps what was. A record that
+    /// can't be read stays as it is.
+    pub fn updated(
+        bytes: &[u8],
+        resources: Option<&LinuxContainerResources>,
+        overhead: Option<&LinuxContainerResources>,
+    ) -> Vec<u8> {
+        let Ok(mut record) = Self::decode(bytes) else {
+            return bytes.to_vec();
+        };
+        let linux = record
+            .config
+            .get_or_insert_default()
+            .linux
+            .get_or_insert_default();
+        if let Some(update) = resources {
+            merge(linux.resources.get_or_insert_default(), update);
+        }
+        if let Some(update) = overhead {
+            merge(linux.overhead.get_or_insert_default(), update);
+        }
+        record.encoded()
     }
 
     /// For the runtime to keep.

@@ -73,13 +73,131 @@ fn vcpus(resources: Option<&LinuxContainerResources>) -> Option<u8> {
     if resources.cpu_quota <= 0 {
         return None;
     }
-    let period = if resources.cpu_period > 0 {
+    let period = period(resources);
+    let count = resources.cpu_quota / period + i64::from(resources.cpu_quota % period > 0);
+    u8::try_from(count.clamp(1, VCPU_LIMIT)).ok()
+}
+
+/// What an update may ask for: a VM does not grow while it runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Room {
+    vm_mib: u64,
+    overhead_mib: u64,
+    vcpus: u8,
+}
+
+impl Room {
+    /// The room in a VM that was made with `size` for a pod with this overhead.
+    pub fn of(
+        size: VmSize,
+        overhead: Option<&LinuxContainerResources>,
+        defaults: &PodDefaults,
+    ) -> Self {
+        Self {
+            vm_mib: u64::from(size.memory_mib),
+            overhead_mib: memory_mib(overhead)
+                .unwrap_or(0)
+                .max(u64::from(defaults.overhead_mib)),
+            vcpus: size.vcpus,
+        }
+    }
+
+    /// Refuses what does not fit, with the arithmetic. What is asked for no more than `now` already has is let through:
+    /// a pod without limits may have a container whose limit is above its VM's size.
+    pub fn admit(
+        &self,
+        wish: &LinuxContainerResources,
+        now: Option<&LinuxContainerResources>,
+    ) -> Result<(), ConvertError> {
+        let (had_mib, had_cpus) = (memory_mib(now).unwrap_or(0), thousandths(now).unwrap_or(0));
+        let Self {
+            vm_mib,
+            overhead_mib,
+            vcpus,
+        } = *self;
+        let room_mib = vm_mib.saturating_sub(overhead_mib);
+        if let Some(wanted_mib) = memory_mib(Some(wish))
+            && wanted_mib > room_mib
+            && wanted_mib > had_mib
+        {
+            return Err(ConvertError::Beyond(format!(
+                "memory_limit_in_bytes = {} is {wanted_mib} MiB, and the pod's VM has {room_mib} MiB for containers ({vm_mib} MiB - {overhead_mib} MiB overhead)",
+                wish.memory_limit_in_bytes
+            )));
+        }
+        if let Some(wanted) = thousandths(Some(wish))
+            && wanted > i64::from(vcpus) * 1000
+            && wanted > had_cpus
+        {
+            return Err(ConvertError::Beyond(format!(
+                "cpu_quota = {} in a period of {} is {}.{:03} CPUs, and the pod's VM has {vcpus}",
+                wish.cpu_quota,
+                period(wish),
+                wanted / 1000,
+                wanted % 1000
+            )));
+        }
+        match highest_cpu(&wish.cpuset_cpus) {
+            Some(highest) if highest >= u64::from(vcpus) => Err(ConvertError::Beyond(format!(
+                "cpuset_cpus = {:?} names CPU {highest}, and the pod's VM has 0 to {}; the host's numbers mean nothing in it",
+                wish.cpuset_cpus,
+                vcpus.saturating_sub(1)
+            ))),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The largest number in a list such as `0-2,5`; what is no such list the guest's kernel will refuse.
+fn highest_cpu(list: &str) -> Option<u64> {
+    list.split([',', '-'])
+        .filter_map(|number| number.trim().parse().ok())
+        .max()
+}
+
+/// The CPU limit in thousandths of a CPU; `None` for no limit.
+fn thousandths(resources: Option<&LinuxContainerResources>) -> Option<i64> {
+    let resources = resources?;
+    (resources.cpu_quota > 0).then(|| resources.cpu_quota.saturating_mul(1000) / period(resources))
+}
+
+fn period(resources: &LinuxContainerResources) -> i64 {
+    if resources.cpu_period > 0 {
         resources.cpu_period
     } else {
         PERIOD
-    };
-    let count = resources.cpu_quota / period + i64::from(resources.cpu_quota % period > 0);
-    u8::try_from(count.clamp(1, VCPU_LIMIT)).ok()
+    }
+}
+
+/// Brings an update into what was: a field that it leaves at zero keeps its value.
+pub fn merge(have: &mut LinuxContainerResources, update: &LinuxContainerResources) {
+    for (old, new) in [
+        (&mut have.cpu_period, update.cpu_period),
+        (&mut have.cpu_quota, update.cpu_quota),
+        (&mut have.cpu_shares, update.cpu_shares),
+        (
+            &mut have.memory_limit_in_bytes,
+            update.memory_limit_in_bytes,
+        ),
+        (
+            &mut have.memory_swap_limit_in_bytes,
+            update.memory_swap_limit_in_bytes,
+        ),
+        (&mut have.oom_score_adj, update.oom_score_adj),
+    ] {
+        if new != 0 {
+            *old = new;
+        }
+    }
+    for (old, new) in [
+        (&mut have.cpuset_cpus, &update.cpuset_cpus),
+        (&mut have.cpuset_mems, &update.cpuset_mems),
+    ] {
+        if !new.is_empty() {
+            old.clone_from(new);
+        }
+    }
+    have.unified.extend(update.unified.clone());
 }
 
 /// The memory limit in bytes of the pod's cgroup below `mount` (normally /sys/fs/cgroup), v2 or v1. `None` where there is no such
@@ -181,7 +299,81 @@ mod tests {
         assert_eq!(cgroup_memory_limit(dir.path(), ""), None);
     }
 
+    fn room(memory: i64, quota: i64, now: i64) -> Result<(), String> {
+        let size = VmSize {
+            vcpus: 2,
+            memory_mib: 320,
+        };
+        let of = |memory_limit_in_bytes, cpu_quota| LinuxContainerResources {
+            memory_limit_in_bytes,
+            cpu_quota,
+            ..Default::default()
+        };
+        Room::of(size, None, &Config::default().pod)
+            .admit(&of(memory << 20, quota), Some(&of(now << 20, 0)))
+            .map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn updates_stay_within_the_vm() {
+        assert_eq!(room(256, 200_000, 0), Ok(()));
+        assert_eq!(room(-1, -1, 0), Ok(()));
+        let refused = room(257, 0, 0).unwrap_err();
+        assert!(refused.contains("257 MiB"), "{refused}");
+        assert!(
+            refused.contains("256 MiB for containers (320 MiB - 64 MiB overhead)"),
+            "{refused}"
+        );
+        assert_eq!(room(512, 0, 512), Ok(()), "it has that already");
+        let refused = room(0, 250_000, 0).unwrap_err();
+        assert!(
+            refused.contains("2.500 CPUs, and the pod's VM has 2"),
+            "{refused}"
+        );
+    }
+
+    #[test]
+    fn cpu_sets_are_the_vms() {
+        let room = Room::of(
+            VmSize {
+                vcpus: 2,
+                memory_mib: 320,
+            },
+            None,
+            &Config::default().pod,
+        );
+        let admit = |list: &str| {
+            let wish = LinuxContainerResources {
+                cpuset_cpus: list.into(),
+                ..Default::default()
+            };
+            room.admit(&wish, None)
+        };
+        assert_eq!(admit("0-1"), Ok(()));
+        assert!(
+            admit("0,2")
+                .unwrap_err()
+                .to_string()
+                .contains("names CPU 2")
+        );
+        assert!(admit("3-17").is_err());
+        assert_eq!(admit("nonsense"), Ok(()));
+    }
+
     proptest! {
+        #[test]
+        fn no_update_panics(memory: i64, quota: i64, period: i64, cpus: String) {
+            let wish = LinuxContainerResources {
+                memory_limit_in_bytes: memory,
+                cpu_quota: quota,
+                cpu_period: period,
+                cpuset_cpus: cpus,
+                ..Default::default()
+            };
+            let size = VmSize { vcpus: 1, memory_mib: 1 };
+            let _ = Room::of(size, Some(&wish), &Config::default().pod).admit(&wish, None);
+        }
+
         #[test]
         fn no_numbers_panic(memory: i64, quota: i64, period: i64, overhead: i64, limit: Option<u64>) {
             if let Ok((vcpus, _)) = size(&pod(memory, quota, period, overhead), limit) {

@@ -2,16 +2,18 @@
 
 use super::container::ContainerRecord;
 use super::status;
-use boxlite_proto::boxlite::v1::{CgroupStats, ContainerStatsResponse, GuestStatsResponse};
+use boxlite_proto::boxlite::v1::{
+    CgroupStats, ContainerStatsResponse, GuestStatsResponse, Pressure, PressureLine,
+};
 use boxlite_proto::cri::v1::{
-    ContainerAttributes, ContainerStats, CpuUsage, FilesystemIdentifier, FilesystemUsage,
+    ContainerAttributes, ContainerStats, CpuUsage, FilesystemIdentifier, FilesystemUsage, IoUsage,
     LinuxPodSandboxStats, MemoryUsage, NetworkInterfaceUsage, NetworkUsage, PodSandboxAttributes,
-    PodSandboxStats, ProcessUsage, SwapUsage, UInt64Value,
+    PodSandboxStats, ProcessUsage, PsiData, PsiStats, SwapUsage, UInt64Value,
 };
 use boxlite_runtime::{BoxSnapshot, ContainerSnapshot};
 
 /// A limit from here on is none: cgroup v2's `max` and v1's largest multiple of a page.
-const NO_LIMIT: u64 = 1 << 60;
+pub const NO_LIMIT: u64 = 1 << 60;
 
 fn wrap(value: u64) -> Option<UInt64Value> {
     Some(UInt64Value { value })
@@ -23,14 +25,47 @@ fn cpu(stats: &CgroupStats, timestamp: i64) -> CpuUsage {
         usage_core_nano_seconds: wrap(stats.cpu_usage_usec.saturating_mul(1000)),
         // The kubelet works the rate out from two samples.
         usage_nano_cores: None,
-        psi: None,
+        psi: psi(stats.cpu_pressure.as_ref()),
     }
 }
 
+/// A line of memory.stat.
+pub fn stat(stats: &CgroupStats, key: &str) -> u64 {
+    stats.memory_stat.get(key).copied().unwrap_or(0)
+}
+
 /// Working set as the kubelet and cAdvisor define it: usage less what was not looked at lately of the page cache.
+pub fn working_set(stats: &CgroupStats) -> u64 {
+    stats
+        .memory_current
+        .saturating_sub(stat(stats, "inactive_file"))
+}
+
+/// The CRI's form, with its totals in ns; nothing where the guest's kernel has no PSI.
+fn psi(pressure: Option<&Pressure>) -> Option<PsiStats> {
+    let data = |line: Option<PressureLine>| {
+        line.map(|line| PsiData {
+            total: line.total_usec.saturating_mul(1000),
+            avg10: line.avg10,
+            avg60: line.avg60,
+            avg300: line.avg300,
+        })
+    };
+    pressure.map(|pressure| PsiStats {
+        full: data(pressure.full),
+        some: data(pressure.some),
+    })
+}
+
+fn io(stats: &CgroupStats, timestamp: i64) -> Option<IoUsage> {
+    psi(stats.io_pressure.as_ref()).map(|psi| IoUsage {
+        timestamp,
+        psi: Some(psi),
+    })
+}
+
 fn memory(stats: &CgroupStats, timestamp: i64) -> MemoryUsage {
-    let stat = |key: &str| stats.memory_stat.get(key).copied().unwrap_or(0);
-    let working_set = stats.memory_current.saturating_sub(stat("inactive_file"));
+    let working_set = working_set(stats);
     let limited = stats.memory_max > 0 && stats.memory_max < NO_LIMIT;
     MemoryUsage {
         timestamp,
@@ -41,10 +76,10 @@ fn memory(stats: &CgroupStats, timestamp: i64) -> MemoryUsage {
             None
         },
         usage_bytes: wrap(stats.memory_current),
-        rss_bytes: wrap(stat("anon")),
-        page_faults: wrap(stat("pgfault")),
-        major_page_faults: wrap(stat("pgmajfault")),
-        psi: None,
+        rss_bytes: wrap(stat(stats, "anon")),
+        page_faults: wrap(stat(stats, "pgfault")),
+        major_page_faults: wrap(stat(stats, "pgmajfault")),
+        psi: psi(stats.memory_pressure.as_ref()),
     }
 }
 
@@ -92,7 +127,7 @@ pub fn container(
             swap_available_bytes: wrap(0),
             swap_usage_bytes: wrap(cgroup.memory_swap_current),
         }),
-        io: None,
+        io: io(&cgroup, now),
     }
 }
 
@@ -112,6 +147,7 @@ pub fn sandbox(
         let pod = answer.pod.clone().unwrap_or_default();
         linux.cpu = Some(cpu(&pod, now));
         linux.memory = Some(memory(&pod, now));
+        linux.io = io(&pod, now);
         linux.process = Some(ProcessUsage {
             timestamp: now,
             process_count: wrap(u64::from(answer.process_count)),

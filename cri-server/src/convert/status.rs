@@ -4,12 +4,14 @@ use super::container::ContainerRecord;
 use super::sandbox::SandboxRecord;
 use super::signal;
 use boxlite_proto::cri::v1::{
-    Container, ContainerResources, ContainerState, ContainerStatus, ImageSpec,
-    LinuxContainerResources, LinuxPodSandboxStatus, Namespace, PodIp, PodSandbox,
+    Container, ContainerEventResponse, ContainerEventType, ContainerResources, ContainerState,
+    ContainerStatus, ImageSpec, LinuxPodSandboxStatus, Namespace, PodIp, PodSandbox,
     PodSandboxNetworkStatus, PodSandboxState, PodSandboxStatus,
 };
 use boxlite_runtime as runtime;
-use boxlite_runtime::{BoxSnapshot, BoxState, ContainerSnapshot, ErrorKind, RuntimeError};
+use boxlite_runtime::{
+    BoxEvent, BoxSnapshot, BoxState, ContainerSnapshot, ErrorKind, EventKind, RuntimeError,
+};
 use tonic::{Code, Status};
 
 /// The gRPC status of a runtime error: its kind, and its whole chain of causes as the message.
@@ -115,14 +117,11 @@ pub fn container(snapshot: &ContainerSnapshot) -> Container {
     }
 }
 
-/// The status form of a container; `resources` where an update changed them.
-pub fn container_status(
-    snapshot: &ContainerSnapshot,
-    resources: Option<LinuxContainerResources>,
-) -> ContainerStatus {
+/// The status form of a container.
+pub fn container_status(snapshot: &ContainerSnapshot) -> ContainerStatus {
     let record = ContainerRecord::decoded(&snapshot.metadata);
     let config = record.config();
-    let linux = resources.or_else(|| record.resources());
+    let linux = record.resources();
     ContainerStatus {
         id: snapshot.id.clone(),
         metadata: config.metadata,
@@ -159,5 +158,27 @@ pub fn container_status(
         image_id: snapshot.image_id.clone(),
         user: None,
         stop_signal: signal::to_cri(record.stop_signal) as i32,
+    }
+}
+
+/// An event with the statuses of that moment.
+pub fn event(event: &BoxEvent) -> ContainerEventResponse {
+    let kind = match event.kind {
+        EventKind::Created => ContainerEventType::ContainerCreatedEvent,
+        EventKind::Started => ContainerEventType::ContainerStartedEvent,
+        EventKind::Stopped => ContainerEventType::ContainerStoppedEvent,
+        EventKind::Deleted => ContainerEventType::ContainerDeletedEvent,
+    };
+    ContainerEventResponse {
+        container_id: event.id.clone(),
+        container_event_type: kind as i32,
+        created_at: event.at_ns,
+        pod_sandbox_status: Some(sandbox_status(&event.state.sandbox)),
+        containers_statuses: event
+            .state
+            .containers
+            .iter()
+            .map(container_status)
+            .collect(),
     }
 }

@@ -17,7 +17,6 @@ pub async fn remove(
     let task = server.clone();
     let work = async move {
         pod.remove_container(&container.id).await.map_err(refused)?;
-        task.updates.remove(&container.id);
         task.creates.forget(&container.id);
         Ok(RemoveContainerResponse {})
     };

@@ -22,7 +22,7 @@ pub async fn stats(
         .map_err(refused)?;
     let limit = server.config.timeouts.stats;
     let answer = if container.state == ContainerState::Running {
-        let asked = tokio::time::timeout(limit, pod.container_stats(&container.id)).await;
+        let asked = tokio::time::timeout(limit, pod.container_stats(&container.id, false)).await;
         Some(asked.map_err(|_| silent(limit))?.map_err(refused)?)
     } else {
         None
@@ -82,7 +82,7 @@ async fn one(
     }
     let asked = tokio::time::timeout(
         server.config.timeouts.stats,
-        pod.container_stats(&container.id),
+        pod.container_stats(&container.id, false),
     )
     .await;
     let answer = asked.ok()?.ok()?;

@@ -1,37 +1,56 @@
-//! ContainerStatus: from memory, never from a VM.
+//! ContainerStatus: from memory, never from a VM. With verbose, the spec is read and the guest asked for the pid, within its limit.
 
 use super::{Server, present, refused};
-use crate::convert::status;
+use crate::convert::{status, verbose};
 use boxlite_proto::cri::v1::{ContainerStatusRequest, ContainerStatusResponse};
-use serde_json::json;
+use boxlite_runtime::{ContainerSnapshot, ContainerState, LiteBox};
 use std::collections::HashMap;
 use tonic::Status;
 
 /// The call.
-pub fn status(
+pub async fn status(
     server: &Server,
-    request: &ContainerStatusRequest,
+    request: ContainerStatusRequest,
 ) -> Result<ContainerStatusResponse, Status> {
     present("container_id", &request.container_id)?;
-    let (_, container) = server
+    let (pod, container) = server
         .runtime
         .find_container(&request.container_id)
         .map_err(refused)?;
-    let mut info = HashMap::new();
-    if request.verbose {
-        let details = json!({
-            "sandboxID": container.box_id,
-            "imageID": container.image_id,
-            "tty": container.tty,
-            "stdin": container.stdin,
-        });
-        info.insert("info".to_owned(), details.to_string());
-    }
     Ok(ContainerStatusResponse {
-        status: Some(status::container_status(
-            &container,
-            server.updates.get(&container.id),
-        )),
-        info,
+        status: Some(status::container_status(&container)),
+        info: if request.verbose {
+            info(server, &pod, &container).await
+        } else {
+            HashMap::new()
+        },
     })
+}
+
+/// What `crictl inspect` shows beside the status.
+async fn info(
+    server: &Server,
+    pod: &LiteBox,
+    container: &ContainerSnapshot,
+) -> HashMap<String, String> {
+    let spec = match pod.container_spec(&container.id).await {
+        Ok(spec) => serde_json::to_value(spec).ok(),
+        Err(error) => {
+            tracing::debug!(
+                id = container.id,
+                error = boxlite_runtime::report(&error),
+                "no spec"
+            );
+            None
+        }
+    };
+    let pid = if container.state == ContainerState::Running {
+        let limit = server.config.timeouts.stats;
+        let asked = tokio::time::timeout(limit, pod.container_pid(&container.id)).await;
+        asked.ok().and_then(Result::ok)
+    } else {
+        None
+    };
+    let info = verbose::container(container, spec, pid);
+    HashMap::from([("info".to_owned(), info.to_string())])
 }

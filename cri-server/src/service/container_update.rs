@@ -1,9 +1,11 @@
-//! UpdateContainerResources: new limits for the cgroup in the guest.
+//! UpdateContainerResources: new limits for the cgroup in the guest, within what the VM has, and kept with the container.
 
 use super::{Server, present, refused};
 use crate::convert::container::ContainerRecord;
+use crate::convert::size::{Room, VmSize};
 use crate::convert::spec;
 use boxlite_proto::cri::v1::{UpdateContainerResourcesRequest, UpdateContainerResourcesResponse};
+use boxlite_runtime::LiteBox;
 use tonic::Status;
 
 /// The call. A container that has ended has no limits to change: an error.
@@ -19,18 +21,30 @@ pub async fn update(
         .runtime
         .find_container(&request.container_id)
         .map_err(refused)?;
+    let now = ContainerRecord::decoded(&container.metadata).resources();
+    room(server, &pod).admit(&wish, now.as_ref())?;
     let resources = spec::resources(Some(&wish))?.to_string().into_bytes();
-    let task = server.clone();
     let work = async move {
-        pod.update_container(&container.id, resources)
+        let describe = Box::new(move |bytes: &[u8]| ContainerRecord::updated(bytes, &wish));
+        pod.update_container(&container.id, resources, describe)
             .await
             .map_err(refused)?;
-        let before = task
-            .updates
-            .get(&container.id)
-            .or_else(|| ContainerRecord::decoded(&container.metadata).resources());
-        task.updates.set(&container.id, before, wish);
         Ok(UpdateContainerResourcesResponse {})
     };
     server.detached(work).await
+}
+
+/// What the pod's VM was made with.
+pub fn room(server: &Server, pod: &LiteBox) -> Room {
+    let record = server.pod_record(pod);
+    let overhead = record
+        .config
+        .and_then(|config| config.linux)
+        .and_then(|linux| linux.overhead);
+    let options = pod.snapshot().options;
+    let size = VmSize {
+        vcpus: options.vcpus,
+        memory_mib: options.memory_mib,
+    };
+    Room::of(size, overhead.as_ref(), &server.config.pod)
 }

@@ -7,6 +7,7 @@
 //! What changes something runs as a task of its own (`Server::detached`): a client that goes away tears nothing half-way.
 
 mod container_create;
+mod container_events;
 mod container_list;
 mod container_log;
 mod container_remove;
@@ -28,16 +29,17 @@ mod runtime;
 mod runtime_config;
 mod runtime_status;
 mod sandbox_list;
+mod sandbox_metrics;
 mod sandbox_remove;
 mod sandbox_run;
 mod sandbox_stats;
 mod sandbox_status;
 mod sandbox_stop;
+mod sandbox_update;
 mod streams;
 #[cfg(test)]
 pub mod tests;
 pub mod unimplemented;
-mod updates;
 mod version;
 
 use crate::cni::{Cni, CniError};
@@ -52,6 +54,7 @@ use rand::RngCore;
 use std::collections::HashSet;
 use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::Status;
 use tracing::Instrument;
@@ -74,9 +77,10 @@ pub struct Inner {
     starting: Mutex<HashSet<String>>,
     runs: Flights<RunPodSandboxRequest>,
     creates: Flights<ContainerConfig>,
-    updates: updates::Updates,
     pod_cidrs: Mutex<Vec<String>>,
     tasks: TaskTracker,
+    /// Cancelled when no new call comes any more: streams without an end of their own end.
+    leaving: CancellationToken,
 }
 
 impl std::ops::Deref for Server {
@@ -106,9 +110,9 @@ impl Server {
             starting: Mutex::default(),
             runs: Flights::default(),
             creates: Flights::default(),
-            updates: updates::Updates::default(),
             pod_cidrs: Mutex::default(),
             tasks: TaskTracker::new(),
+            leaving: CancellationToken::new(),
         }))
     }
 
@@ -124,6 +128,11 @@ impl Server {
                 "removed what pods of an earlier run left behind"
             );
         }
+    }
+
+    /// Ends the streams that would go on for ever: clients follow the next daemon.
+    pub fn leave(&self) {
+        self.leaving.cancel();
     }
 
     /// Waits for the tasks of calls whose clients have gone. No new call may come any more.

@@ -2,10 +2,11 @@
 
 use super::streams::{Stream, portions};
 use super::{
-    Server, container_create, container_list, container_log, container_remove, container_start,
-    container_stats, container_status, container_stop, container_update, exec_sync, runtime_config,
-    runtime_status, sandbox_list, sandbox_remove, sandbox_run, sandbox_stats, sandbox_status,
-    sandbox_stop, unimplemented, version,
+    Server, container_create, container_events, container_list, container_log, container_remove,
+    container_start, container_stats, container_status, container_stop, container_update,
+    exec_sync, runtime_config, runtime_status, sandbox_list, sandbox_metrics, sandbox_remove,
+    sandbox_run, sandbox_stats, sandbox_status, sandbox_stop, sandbox_update, unimplemented,
+    version,
 };
 use boxlite_proto::cri::v1::runtime_service_server::RuntimeService;
 use boxlite_proto::cri::v1::*;
@@ -136,7 +137,9 @@ impl RuntimeService for Server {
         &self,
         request: Request<ContainerStatusRequest>,
     ) -> Result<Response<ContainerStatusResponse>, Status> {
-        container_status::status(self, &request.into_inner()).map(Response::new)
+        container_status::status(self, request.into_inner())
+            .await
+            .map(Response::new)
     }
 
     async fn update_container_resources(
@@ -269,21 +272,22 @@ impl RuntimeService for Server {
         &self,
         _: Request<GetEventsRequest>,
     ) -> Result<Response<Self::GetContainerEventsStream>, Status> {
-        Err(unimplemented::answer("GetContainerEvents"))
+        Ok(Response::new(container_events::follow(self)))
     }
 
     async fn list_metric_descriptors(
         &self,
         _: Request<ListMetricDescriptorsRequest>,
     ) -> Result<Response<ListMetricDescriptorsResponse>, Status> {
-        Err(unimplemented::answer("ListMetricDescriptors"))
+        Ok(Response::new(sandbox_metrics::descriptors()))
     }
 
     async fn list_pod_sandbox_metrics(
         &self,
         _: Request<ListPodSandboxMetricsRequest>,
     ) -> Result<Response<ListPodSandboxMetricsResponse>, Status> {
-        Err(unimplemented::answer("ListPodSandboxMetrics"))
+        let pod_metrics = sandbox_metrics::list(self).await;
+        Ok(Response::new(ListPodSandboxMetricsResponse { pod_metrics }))
     }
 
     type StreamPodSandboxMetricsStream = Stream<StreamPodSandboxMetricsResponse>;
@@ -292,7 +296,12 @@ impl RuntimeService for Server {
         &self,
         _: Request<StreamPodSandboxMetricsRequest>,
     ) -> Result<Response<Self::StreamPodSandboxMetricsStream>, Status> {
-        Err(unimplemented::answer("StreamPodSandboxMetrics"))
+        let metrics = sandbox_metrics::list(self).await;
+        Ok(portions(metrics, |pod_sandbox_metrics| {
+            StreamPodSandboxMetricsResponse {
+                pod_sandbox_metrics,
+            }
+        }))
     }
 
     async fn runtime_config(
@@ -304,8 +313,10 @@ impl RuntimeService for Server {
 
     async fn update_pod_sandbox_resources(
         &self,
-        _: Request<UpdatePodSandboxResourcesRequest>,
+        request: Request<UpdatePodSandboxResourcesRequest>,
     ) -> Result<Response<UpdatePodSandboxResourcesResponse>, Status> {
-        Err(unimplemented::answer("UpdatePodSandboxResources"))
+        sandbox_update::update(self, request.into_inner())
+            .await
+            .map(Response::new)
     }
 }

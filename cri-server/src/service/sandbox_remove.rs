@@ -26,7 +26,6 @@ pub async fn remove(
         })?;
         pod.remove().await.map_err(refused)?;
         for container in containers {
-            task.updates.remove(&container.id);
             task.creates.forget(&container.id);
         }
         Ok(RemovePodSandboxResponse {})

@@ -2,7 +2,7 @@
 
 use super::Server;
 use crate::convert::sandbox::SandboxRecord;
-use crate::convert::{status, time};
+use crate::convert::{status, time, verbose};
 use boxlite_proto::cri::v1::{PodSandboxStatusRequest, PodSandboxStatusResponse};
 use boxlite_runtime::{BoxSnapshot, BoxState};
 use serde_json::json;
@@ -19,7 +19,7 @@ pub async fn status(
     let containers_statuses = pod
         .containers()
         .iter()
-        .map(|container| status::container_status(container, server.updates.get(&container.id)))
+        .map(status::container_status)
         .collect();
     Ok(PodSandboxStatusResponse {
         status: Some(status::sandbox_status(&snapshot)),
@@ -50,6 +50,9 @@ async fn info(server: &Server, snapshot: &BoxSnapshot) -> HashMap<String, String
         _ => "down".to_owned(),
     };
     let info = json!({
+        "pid": snapshot.shim_pid,
+        "config": record.config.as_ref().map(verbose::sandbox_config),
+        "runtimeHandler": record.runtime_handler,
         "network": network,
         "state": format!("{:?}", snapshot.state),
         "reason": snapshot.reason,

@@ -1,5 +1,9 @@
 //! The services over a real BoxliteRuntime with empty roots: no VM is needed for what is asked here.
 
+mod fleet;
+mod pods;
+mod robust;
+
 use super::*;
 use crate::convert::status as convert_status;
 use boxlite_proto::cri::v1::image_service_server::ImageService;
@@ -121,6 +125,10 @@ async fn a_request_of_defaults_never_panics_and_is_refused_where_something_is_ne
         "StreamPodSandboxStats",
         "Status",
         "RuntimeConfig",
+        "GetContainerEvents",
+        "ListMetricDescriptors",
+        "ListPodSandboxMetrics",
+        "StreamPodSandboxMetrics",
         "ListImages",
         "StreamImages",
         "ImageFsInfo",

@@ -3,19 +3,14 @@
 use tonic::Status;
 
 /// Call and what it waits for.
-pub const TABLE: [(&str, &str); 9] = [
+pub const TABLE: [(&str, &str); 4] = [
     ("Exec", "the streaming server (SPDY and WebSocket)"),
     ("Attach", "the streaming server (SPDY and WebSocket)"),
     ("PortForward", "the streaming server (SPDY and WebSocket)"),
-    ("CheckpointContainer", "checkpoint of a container in a VM"),
     (
-        "GetContainerEvents",
-        "the event stream; the kubelet falls back to listing",
+        "CheckpointContainer",
+        "a tool in the guest that saves and restores processes (CRIU); the guest has none",
     ),
-    ("ListMetricDescriptors", "the cAdvisor metrics"),
-    ("ListPodSandboxMetrics", "the cAdvisor metrics"),
-    ("StreamPodSandboxMetrics", "the cAdvisor metrics"),
-    ("UpdatePodSandboxResources", "resizing of a VM that runs"),
 ];
 
 /// UNIMPLEMENTED for a call of the table.

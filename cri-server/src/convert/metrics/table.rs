@@ -1,0 +1,110 @@
+//! The metrics' names, as cAdvisor has them and Kubernetes 1.36 asks for, with what stands behind each in a VM.
+//!
+//! The kubelet joins a metric's label values to these keys by position, so a descriptor and `super::Figures` must agree; a test
+//! compares them.
+
+use boxlite_proto::cri::v1::MetricType;
+
+/// Labels of every metric, named as cAdvisor's.
+pub const BASE: [&str; 6] = ["id", "name", "image", "container", "namespace", "pod"];
+
+/// One metric.
+#[derive(Debug)]
+pub struct Descriptor {
+    pub name: &'static str,
+    pub help: &'static str,
+    /// Labels beside [`BASE`].
+    pub extra: &'static [&'static str],
+    pub kind: MetricType,
+}
+
+const fn counter(
+    name: &'static str,
+    help: &'static str,
+    extra: &'static [&'static str],
+) -> Descriptor {
+    Descriptor {
+        name,
+        help,
+        extra,
+        kind: MetricType::Counter,
+    }
+}
+
+const fn gauge(
+    name: &'static str,
+    help: &'static str,
+    extra: &'static [&'static str],
+) -> Descriptor {
+    Descriptor {
+        name,
+        help,
+        extra,
+        kind: MetricType::Gauge,
+    }
+}
+
+const DEVICE: &[&str] = &["device"];
+const INTERFACE: &[&str] = &["interface"];
+const PAGE_SIZE: &[&str] = &["pagesize"];
+
+/// All of them.
+#[rustfmt::skip]
+pub static TABLE: [Descriptor; 56] = [
+    counter("container_blkio_device_usage_total", "Bytes read from and written to a block device of the VM", &["device", "major", "minor", "operation"]),
+    counter("container_cpu_cfs_periods_total", "CPU enforcement periods that passed", &[]),
+    counter("container_cpu_cfs_throttled_periods_total", "CPU enforcement periods in which the limit was hit", &[]),
+    counter("container_cpu_cfs_throttled_seconds_total", "Seconds spent held back by the CPU limit", &[]),
+    counter("container_cpu_system_seconds_total", "CPU time in the guest's kernel, in seconds", &[]),
+    counter("container_cpu_usage_seconds_total", "CPU time, in seconds", &[]),
+    counter("container_cpu_user_seconds_total", "CPU time in user mode, in seconds", &[]),
+    gauge("container_file_descriptors", "Open file descriptors of all processes", &[]),
+    gauge("container_fs_inodes_free", "Free inodes of the file system with the writable layers", DEVICE),
+    gauge("container_fs_inodes_total", "Inodes of the file system with the writable layers", DEVICE),
+    gauge("container_fs_limit_bytes", "Size of the file system with the writable layers", DEVICE),
+    counter("container_fs_reads_bytes_total", "Bytes read from a block device of the VM", DEVICE),
+    counter("container_fs_reads_total", "Reads from a block device of the VM", DEVICE),
+    gauge("container_fs_usage_bytes", "Bytes that the writable layer takes", DEVICE),
+    counter("container_fs_writes_bytes_total", "Bytes written to a block device of the VM", DEVICE),
+    counter("container_fs_writes_total", "Writes to a block device of the VM", DEVICE),
+    gauge("container_hugetlb_max_usage_bytes", "Most memory ever taken from huge pages; cgroup v2 keeps no such figure", PAGE_SIZE),
+    gauge("container_hugetlb_usage_bytes", "Memory taken from huge pages", PAGE_SIZE),
+    gauge("container_last_seen", "When the figures were read, in seconds since the epoch", &[]),
+    gauge("container_memory_cache", "Page cache", &[]),
+    counter("container_memory_failcnt", "How often the memory limit was hit", &[]),
+    counter("container_memory_failures_total", "Page faults", &["failure_type", "scope"]),
+    gauge("container_memory_kernel_usage", "Memory that the guest's kernel uses for it", &[]),
+    gauge("container_memory_mapped_file", "Memory mapped from files", &[]),
+    gauge("container_memory_max_usage_bytes", "Most memory ever used", &[]),
+    gauge("container_memory_rss", "Anonymous memory", &[]),
+    gauge("container_memory_swap", "Swap in use", &[]),
+    gauge("container_memory_usage_bytes", "Memory in use, whenever it was last looked at", &[]),
+    gauge("container_memory_working_set_bytes", "Memory in use less what was not looked at lately of the page cache", &[]),
+    counter("container_network_receive_bytes_total", "Bytes received", INTERFACE),
+    counter("container_network_receive_errors_total", "Errors while receiving", INTERFACE),
+    counter("container_network_receive_packets_dropped_total", "Packets dropped while receiving", INTERFACE),
+    counter("container_network_receive_packets_total", "Packets received", INTERFACE),
+    counter("container_network_transmit_bytes_total", "Bytes sent", INTERFACE),
+    counter("container_network_transmit_errors_total", "Errors while sending", INTERFACE),
+    counter("container_network_transmit_packets_dropped_total", "Packets dropped while sending", INTERFACE),
+    counter("container_network_transmit_packets_total", "Packets sent", INTERFACE),
+    counter("container_oom_events_total", "Processes that the guest's kernel killed for want of memory", &[]),
+    counter("container_pressure_cpu_stalled_seconds_total", "Seconds in which all tasks waited for CPU", &[]),
+    counter("container_pressure_cpu_waiting_seconds_total", "Seconds in which some task waited for CPU", &[]),
+    counter("container_pressure_io_stalled_seconds_total", "Seconds in which all tasks waited for IO", &[]),
+    counter("container_pressure_io_waiting_seconds_total", "Seconds in which some task waited for IO", &[]),
+    counter("container_pressure_memory_stalled_seconds_total", "Seconds in which all tasks waited for memory", &[]),
+    counter("container_pressure_memory_waiting_seconds_total", "Seconds in which some task waited for memory", &[]),
+    gauge("container_processes", "Processes", &[]),
+    gauge("container_sockets", "Open sockets of all processes", &[]),
+    gauge("container_spec_cpu_period", "Period of the CPU limit, in microseconds", &[]),
+    gauge("container_spec_cpu_quota", "CPU time allowed in a period, in microseconds", &[]),
+    gauge("container_spec_cpu_shares", "CPU shares", &[]),
+    gauge("container_spec_memory_limit_bytes", "Memory limit; 0 is none", &[]),
+    gauge("container_spec_memory_reservation_limit_bytes", "Memory that is not reclaimed; 0 is none", &[]),
+    gauge("container_spec_memory_swap_limit_bytes", "Swap limit; 0 is none", &[]),
+    gauge("container_start_time_seconds", "When it started, in seconds since the epoch", &[]),
+    gauge("container_threads", "Threads", &[]),
+    gauge("container_threads_max", "Most threads allowed; 0 is no limit", &[]),
+    gauge("container_ulimits_soft", "Soft limits of the first process; a limit that is not there has no value", &["ulimit"]),
+];

@@ -1,0 +1,59 @@
+//! UpdatePodSandboxResources: new limits for all containers of a pod together, within what its VM has, and kept with the pod.
+
+use super::{Server, container_update, refused};
+use crate::convert::sandbox::SandboxRecord;
+use crate::convert::spec;
+use boxlite_proto::cri::v1::{
+    LinuxContainerResources, UpdatePodSandboxResourcesRequest, UpdatePodSandboxResourcesResponse,
+};
+use boxlite_runtime::BoxState;
+use tonic::Status;
+
+/// The call. A pod that is not ready has no limits to change: an error.
+pub async fn update(
+    server: &Server,
+    request: UpdatePodSandboxResourcesRequest,
+) -> Result<UpdatePodSandboxResourcesResponse, Status> {
+    let pod = server.pod(&request.pod_sandbox_id)?;
+    let UpdatePodSandboxResourcesRequest {
+        overhead,
+        resources,
+        ..
+    } = request;
+    if overhead.is_none() && resources.is_none() {
+        return Err(Status::invalid_argument(
+            "resources and overhead are missing",
+        ));
+    }
+    let state = pod.snapshot().state;
+    if state != BoxState::Ready {
+        return Err(Status::failed_precondition(format!(
+            "pod {} is {state:?}: it has no limits to change",
+            pod.id()
+        )));
+    }
+    let room = container_update::room(server, &pod);
+    let wish = resources.clone().unwrap_or_default();
+    room.admit(&wish, None)?;
+    let limits = spec::resources(Some(&of_the_whole(&wish)))?;
+    let work = async move {
+        let describe = Box::new(move |bytes: &[u8]| {
+            SandboxRecord::updated(bytes, resources.as_ref(), overhead.as_ref())
+        });
+        pod.update_limits(limits.to_string().into_bytes(), describe)
+            .await
+            .map_err(refused)?;
+        Ok(UpdatePodSandboxResourcesResponse {})
+    };
+    server.detached(work).await
+}
+
+/// What makes sense for the pod as a whole. Shares weigh pods against each other, and in its VM it is alone.
+fn of_the_whole(wish: &LinuxContainerResources) -> LinuxContainerResources {
+    LinuxContainerResources {
+        cpu_quota: wish.cpu_quota,
+        cpu_period: wish.cpu_period,
+        memory_limit_in_bytes: wish.memory_limit_in_bytes,
+        ..Default::default()
+    }
+}

@@ -1,0 +1,175 @@
+//! A server whose pods are fake shims (`boxlite_runtime::fake_shim`) and whose network is a script: the whole way of a call but the
+//! VM. What has pods runs in a network and mount namespace of its own.
+
+use super::*;
+use boxlite_runtime::fake_shim::FakeNode;
+use std::os::unix::fs::PermissionsExt;
+use std::process::Command;
+use tokio_util::task::AbortOnDropHandle;
+
+/// Set in the inner run.
+const INSIDE: &str = "BOXLITE_SERVICE_TEST_INSIDE";
+/// The image that a fake node has.
+pub const IMAGE: &str = "docker.io/library/x:latest";
+
+/// False in the outer run, which has run the inner one.
+pub fn inside(test: &str) -> bool {
+    if std::env::var_os(INSIDE).is_some() {
+        return true;
+    }
+    let output = Command::new("unshare")
+        .args(["--net", "--mount", "--propagation", "private", "--"])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", &format!("service::tests::{test}"), "--nocapture"])
+        .env(INSIDE, "1")
+        .output()
+        .unwrap();
+    let text = format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(output.status.success(), "{text}");
+    assert!(
+        text.contains("1 passed"),
+        "the inner run had no such test: {text}"
+    );
+    false
+}
+
+/// Runs a test's work in a tokio runtime with threads, as the daemon's.
+pub fn run<T>(work: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .unwrap()
+        .block_on(work)
+}
+
+/// The server, and the node behind it.
+pub struct Fleet {
+    pub server: Server,
+    pub node: Arc<FakeNode>,
+    _attending: AbortOnDropHandle<()>,
+}
+
+impl Fleet {
+    pub async fn new() -> Self {
+        let node = Arc::new(FakeNode::new());
+        let attended = node.clone();
+        let attending =
+            AbortOnDropHandle::new(tokio::spawn(async move { attended.attend().await }));
+        Self {
+            server: server(&node).await,
+            node,
+            _attending: attending,
+        }
+    }
+
+    /// What a kubelet would want gone after it removed everything.
+    pub fn assert_nothing_left(&self) {
+        assert!(self.server.runtime.boxes().is_empty(), "a pod is left");
+        assert_eq!(self.node.alive(), 0, "a shim is left");
+        for place in ["s/s", "s/netns", "r/cni"] {
+            let left: Vec<_> = std::fs::read_dir(self.node.at(place))
+                .map(|entries| entries.flatten().map(|entry| entry.path()).collect())
+                .unwrap_or_default();
+            assert!(left.is_empty(), "{place}: {left:?}");
+        }
+    }
+}
+
+/// A daemon over the node's roots.
+pub async fn server(node: &FakeNode) -> Server {
+    let options = node.options();
+    let mut config = Config {
+        root: options.root.clone(),
+        state: options.state.clone(),
+        ..Config::default()
+    };
+    config.timeouts.stats = std::time::Duration::from_millis(700);
+    config.cni.conf_dir = node.at("net.d");
+    config.cni.bin_dirs = vec![node.at("bin")];
+    for place in ["net.d", "bin"] {
+        std::fs::create_dir_all(node.at(place)).unwrap();
+    }
+    let conflist = r#"{"cniVersion":"1.0.0","name":"fake","plugins":[{"type":"fake"}]}"#;
+    std::fs::write(node.at("net.d").join("10-fake.conflist"), conflist).unwrap();
+    let plugin = "#!/bin/sh\n[ \"$CNI_COMMAND\" = ADD ] && echo '{\"cniVersion\":\"1.0.0\",\"ips\":[{\"address\":\"10.1.2.3/24\"}]}'\nexit 0\n";
+    std::fs::write(node.at("bin").join("fake"), plugin).unwrap();
+    let mode = std::fs::Permissions::from_mode(0o755);
+    std::fs::set_permissions(node.at("bin").join("fake"), mode).unwrap();
+    let runtime = BoxliteRuntime::open(options).await.unwrap();
+    Server::new(
+        runtime,
+        config,
+        Arc::new(Metrics::new().unwrap()),
+        "fake".into(),
+    )
+}
+
+/// RunPodSandbox for the pod of this name.
+pub fn run_pod(name: &str) -> RunPodSandboxRequest {
+    let mut request = run_request("");
+    let config = request.config.as_mut().unwrap();
+    config.metadata.as_mut().unwrap().name = name.into();
+    config.labels = [("app".to_owned(), name.to_owned())].into();
+    request
+}
+
+/// CreateContainer for the container of this name.
+pub fn create(pod: &str, name: &str) -> CreateContainerRequest {
+    CreateContainerRequest {
+        pod_sandbox_id: pod.into(),
+        config: Some(ContainerConfig {
+            metadata: Some(ContainerMetadata {
+                name: name.into(),
+                attempt: 0,
+            }),
+            image: Some(ImageSpec {
+                image: IMAGE.into(),
+                ..Default::default()
+            }),
+            command: vec!["/bin/true".into()],
+            envs: vec![KeyValue {
+                key: "RAW".into(),
+                value: vec![0xff, 0x66, 0xfe].into(),
+            }],
+            ..Default::default()
+        }),
+        sandbox_config: None,
+    }
+}
+
+/// A pod with a running container: both ids.
+pub async fn running(server: &Server, name: &str) -> (String, String) {
+    let pod = server
+        .run_pod_sandbox(Request::new(run_pod(name)))
+        .await
+        .unwrap()
+        .into_inner()
+        .pod_sandbox_id;
+    let container_id = server
+        .create_container(Request::new(create(&pod, "c")))
+        .await
+        .unwrap()
+        .into_inner()
+        .container_id;
+    let start = StartContainerRequest {
+        container_id: container_id.clone(),
+    };
+    server.start_container(Request::new(start)).await.unwrap();
+    (pod, container_id)
+}
+
+/// RemovePodSandbox.
+pub async fn remove(server: &Server, pod: &str) {
+    let request = RemovePodSandboxRequest {
+        pod_sandbox_id: pod.into(),
+    };
+    server
+        .remove_pod_sandbox(Request::new(request))
+        .await
+        .unwrap();
+}
