@@ -39,6 +39,28 @@ impl Cri {
         RuntimeServiceClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE)
     }
 
+    /// A call of the runtime service whose messages k8s-cri does not have, or not in this form.
+    pub async fn raw<Q, A>(&self, method: &str, message: Q) -> std::result::Result<A, tonic::Status>
+    where
+        Q: prost::Message + Send + Sync + 'static,
+        A: prost::Message + Default + Send + Sync + 'static,
+    {
+        let path = format!("/runtime.v1.RuntimeService/{method}");
+        let path = path
+            .parse()
+            .map_err(|_| tonic::Status::internal(format!("{method} is no method")))?;
+        let mut client = tonic::client::Grpc::new(self.channel.clone());
+        client
+            .ready()
+            .await
+            .map_err(|error| tonic::Status::unavailable(error.to_string()))?;
+        let codec = tonic_prost::ProstCodec::<Q, A>::default();
+        let answer = client
+            .unary(tonic::Request::new(message), path, codec)
+            .await?;
+        Ok(answer.into_inner())
+    }
+
     /// The image service.
     pub fn image(&self) -> ImageServiceClient<Channel> {
         ImageServiceClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE)

@@ -177,6 +177,11 @@ impl Node {
         Ok(())
     }
 
+    /// The daemon's CRI socket.
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join("cri.sock")
+    }
+
     /// The daemon's log.
     pub fn log(&self) -> PathBuf {
         self.dir.join("daemon.log")

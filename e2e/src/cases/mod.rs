@@ -8,6 +8,8 @@ mod images;
 mod lifecycle;
 mod logs;
 pub mod network;
+mod observe;
+mod robust;
 mod spec;
 mod trees;
 
@@ -23,6 +25,8 @@ pub fn all() -> Vec<Case> {
         spec::cases(),
         images::cases(),
         trees::cases(),
+        observe::cases(),
+        robust::cases(),
         death::cases(),
         bad_input::cases(),
         bad_images::cases(),
