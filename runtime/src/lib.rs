@@ -27,7 +27,7 @@ pub mod vmm_probe;
 
 pub use error::{ErrorKind, Result, RuntimeError, report};
 pub use events::{BoxEvent, EventKind, Events, EventsEnd};
-pub use litebox::LiteBox;
+pub use litebox::{LiteBox, ProcessControls, ProcessSession};
 pub use metrics::{BoxMetricsSnapshot, RuntimeMetricsSnapshot, Stage, StageTimers};
 pub use portal::ExecOutput;
 pub use runtime::BoxliteRuntime;

@@ -15,6 +15,7 @@ mod containers;
 pub(crate) mod driver;
 mod inspect;
 pub(crate) mod pipeline;
+mod sessions;
 pub(crate) mod teardown;
 #[cfg(test)]
 mod tests;
@@ -34,6 +35,7 @@ use crate::types::{BoxOptions, BoxSnapshot, ContainerSnapshot};
 use boxlite_proto::vmm::{Acceleration, VmmKind};
 pub use driver::Describe;
 use driver::Message;
+pub use sessions::{ProcessControls, ProcessSession};
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};

@@ -85,6 +85,24 @@ impl OutputFollower {
         self
     }
 
+    /// Reads over the connection of `streaming`, which its owner shares with nothing that must not wait.
+    #[must_use]
+    pub(crate) fn over(mut self, streaming: &ExecutionInterface) -> Self {
+        self.streaming = streaming.clone();
+        self
+    }
+
+    /// Opens the stream now instead of at the first [`Self::next`]: an observer sees what is written from here on.
+    ///
+    /// # Errors
+    /// Every kind of [`PortalError`].
+    pub async fn open(&mut self) -> Result<(), PortalError> {
+        if self.stream.is_none() {
+            self.stream = Some(self.streaming.attach(self.request.clone()).await?);
+        }
+        Ok(())
+    }
+
     /// Reads over the shared connection: only for a reader that never stops reading, not even during an Ack.
     pub(super) fn shared(mut self) -> Self {
         self.streaming = self.execution.clone();
@@ -225,7 +243,7 @@ impl OutputFollower {
     /// # Errors
     /// Every kind of [`PortalError`] but the transport's.
     pub async fn ack_if_due(&mut self) -> Result<(), PortalError> {
-        if self.next - self.acked < ACK_EVERY {
+        if self.request.observer || self.next - self.acked < ACK_EVERY {
             return Ok(());
         }
         match self.ack(self.next).await {
