@@ -2,7 +2,8 @@
 //!
 //! [`Buffer`] is the plain data structure, [`Output`] the same behind a lock with wake-ups. The pump fills it straight
 //! from pipe or terminal; any number of readers take chunks by offset; what is acknowledged is freed; when it is full
-//! the pump stops reading and the process blocks in its write. Nothing is ever dropped before it is acknowledged.
+//! the pump stops reading and the process blocks in its write. Nothing is ever dropped before it is acknowledged; what is
+//! acknowledged stays for an [`Observer`] as long as there is room.
 //!
 //! ```text
 //!            base                                   end
@@ -16,7 +17,7 @@ use rustix::buffer::spare_capacity;
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 
 /// What a buffer may hold, in bytes, its bookkeeping included.
@@ -54,6 +55,9 @@ pub enum Found {
 #[derive(Debug)]
 pub struct Buffer {
     base: u64,
+    /// Below it everything may be freed; it is, unless observers are there and nobody needs the room.
+    acked: u64,
+    observers: usize,
     sealed: VecDeque<Chunk>,
     /// Sum over `sealed` of length and overhead.
     charged: usize,
@@ -67,6 +71,8 @@ impl Default for Buffer {
     fn default() -> Self {
         Self {
             base: 0,
+            acked: 0,
+            observers: 0,
             sealed: VecDeque::new(),
             charged: 0,
             tail: Vec::new(),
@@ -83,9 +89,27 @@ impl Buffer {
         self.tail_offset + self.tail.len() as u64
     }
 
-    /// Whether another read fits.
-    pub fn has_room(&self) -> bool {
+    /// Whether another read fits, once what only observers may still want is freed.
+    pub fn has_room(&mut self) -> bool {
+        while !self.fits() && self.base < self.acked {
+            // A segment at a time: an observer loses no more than must be.
+            let first = self.sealed.front();
+            let end = first.map_or(self.acked, |first| first.offset + first.data.len() as u64);
+            self.free(end.min(self.acked));
+        }
+        self.fits()
+    }
+
+    fn fits(&self) -> bool {
         self.charged + self.tail.len() + SEGMENT_OVERHEAD + CHUNK_LIMIT <= CAPACITY
+    }
+
+    /// One observer more or less.
+    pub fn observed(&mut self, by: isize) {
+        self.observers = self.observers.saturating_add_signed(by);
+        if self.observers == 0 {
+            self.free(self.acked);
+        }
     }
 
     /// Lets `read` put bytes of `stream` into the spare room of the vector it is given. Answers how many came.
@@ -156,9 +180,15 @@ impl Buffer {
         })
     }
 
-    /// Frees everything below `offset`; an offset beyond the end frees everything.
+    /// Everything below `offset` may go; an offset beyond the end means everything.
     pub fn ack(&mut self, offset: u64) {
-        let offset = offset.min(self.end());
+        self.acked = self.acked.max(offset.min(self.end()));
+        if self.observers == 0 {
+            self.free(self.acked);
+        }
+    }
+
+    fn free(&mut self, offset: u64) {
         if offset <= self.base {
             return;
         }
@@ -199,6 +229,25 @@ pub struct Output {
     changed: Notify,
     /// Bytes were freed.
     room: Notify,
+}
+
+/// A reader that never acknowledges: while it is there, what others have acknowledged stays as long as there is room for
+/// it.
+#[derive(Debug)]
+pub struct Observer(Arc<Output>);
+
+impl Observer {
+    /// One more of `output`.
+    pub fn of(output: &Arc<Output>) -> Self {
+        output.lock().observed(1);
+        Self(Arc::clone(output))
+    }
+}
+
+impl Drop for Observer {
+    fn drop(&mut self) {
+        self.0.lock().observed(-1);
+    }
 }
 
 /// What came of one attempt to fill the buffer.
@@ -283,7 +332,7 @@ impl Output {
             tokio::pin!(changed);
             changed.as_mut().enable();
             {
-                let buffer = self.lock();
+                let mut buffer = self.lock();
                 // Where there is no room the pump waits, and so would this.
                 if buffer.closed
                     || !buffer.has_room()

@@ -4,7 +4,7 @@ use super::status::status;
 use crate::agent::Agent;
 use crate::container::{Container, ContainerError, exec, kill_all, signal_of};
 use crate::execution::Process;
-use crate::execution::output::Found;
+use crate::execution::output::{Found, Observer};
 use crate::spawner::set_terminal_size;
 use boxlite_proto::boxlite::v1::execution_server::Execution;
 use boxlite_proto::boxlite::v1::{
@@ -54,6 +54,8 @@ struct Follower {
     offset: u64,
     /// When the last chunk was taken.
     last: Option<Instant>,
+    /// Where it never acknowledges.
+    _observer: Option<Observer>,
 }
 
 impl Follower {
@@ -127,6 +129,7 @@ impl Execution for ExecutionService {
         let process = self
             .process(&request.container_id, &request.exec_id)
             .await?;
+        let observer = request.observer.then(|| Observer::of(&process.output));
         let offset = if request.from_end {
             process.output.end()
         } else {
@@ -140,6 +143,7 @@ impl Execution for ExecutionService {
             process,
             offset,
             last: None,
+            _observer: observer,
         };
         Ok(Response::new(Box::pin(futures::stream::unfold(
             Some(follower),

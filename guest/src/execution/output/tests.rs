@@ -192,3 +192,45 @@ async fn a_full_buffer_stops_reading_until_an_ack_and_loses_nothing() {
     producer.join().unwrap();
     pump.await.unwrap();
 }
+
+#[test]
+fn what_is_acknowledged_stays_for_observers_while_there_is_room() {
+    let (mut buffer, mut model, mut next) = (Buffer::default(), Model::default(), 0);
+    let fill = |buffer: &mut Buffer, model: &mut Model, next: &mut u8| {
+        write(buffer, model, OutputStream::Stdout, CHUNK_LIMIT, next);
+        buffer.ack(buffer.end());
+    };
+    fill(&mut buffer, &mut model, &mut next);
+    assert!(matches!(buffer.get(0), Found::Gone(_)));
+    buffer.observed(1);
+    let from = buffer.end() as usize;
+    fill(&mut buffer, &mut model, &mut next);
+    let mut offset = from;
+    check_read(&mut buffer, &model, &mut offset);
+    assert!(
+        offset > from,
+        "an acknowledged byte was there for the observer"
+    );
+    // It holds nothing back: acknowledged output always makes room, and only as much as is needed goes.
+    for _ in 0..100 {
+        assert!(buffer.has_room());
+        fill(&mut buffer, &mut model, &mut next);
+    }
+    assert!(matches!(buffer.get(from as u64), Found::Gone(first) if first < buffer.end()));
+    assert!(buffer.end() - buffer.base > (CAPACITY / 2) as u64);
+    buffer.observed(-1);
+    assert_eq!(buffer.base, buffer.end());
+    // Without an acknowledgement an observer makes no room.
+    buffer.observed(1);
+    while buffer.has_room() {
+        write(
+            &mut buffer,
+            &mut model,
+            OutputStream::Stdout,
+            CHUNK_LIMIT,
+            &mut next,
+        );
+    }
+    let base = buffer.base;
+    assert!(!buffer.has_room() && buffer.base == base);
+}
