@@ -14,6 +14,7 @@ mod metrics;
 mod serve;
 mod server;
 mod service;
+mod streaming;
 mod vmm;
 
 use clap::Parser;

@@ -14,6 +14,7 @@ use crate::server::connection::Connection;
 use crate::server::layer::CallLayer;
 use crate::server::socket;
 use crate::service::Server;
+use crate::streaming::{self, Streaming};
 use crate::vmm;
 use boxlite_proto::cri::v1::image_service_server::ImageServiceServer;
 use boxlite_proto::cri::v1::runtime_service_server::RuntimeServiceServer;
@@ -47,6 +48,13 @@ pub enum ServeError {
     /// The metrics page's address.
     #[error("cannot serve metrics on {address}")]
     Metrics {
+        address: std::net::SocketAddr,
+        #[source]
+        source: std::io::Error,
+    },
+    /// The streaming server's address.
+    #[error("cannot serve streams on {address}")]
+    Streaming {
         address: std::net::SocketAddr,
         #[source]
         source: std::io::Error,
@@ -109,11 +117,13 @@ async fn run(config: Config) -> Result<(), ServeError> {
     let counters = Arc::new(Metrics::new()?);
     let listener = socket::bind(&config.listen)?;
     let page = metrics_page(&config, &counters, &runtime, &stop).await?;
+    let (streams, streaming) = stream_server(&config, &stop).await?;
     let server = Server::new(
         runtime.clone(),
         config.clone(),
         counters,
         choice.to_string(),
+        streaming,
     );
     server.collect().await;
     tracing::info!(socket = %config.listen.display(), pods = runtime.boxes().len(), "serving");
@@ -121,6 +131,12 @@ async fn run(config: Config) -> Result<(), ServeError> {
     stop.cancel();
     if let Some(page) = page {
         let _ = page.await;
+    }
+    if tokio::time::timeout(config.timeouts.drain, streams)
+        .await
+        .is_err()
+    {
+        tracing::warn!("streaming sessions did not end in time");
     }
     if tokio::time::timeout(config.timeouts.drain, server.finished())
         .await
@@ -191,6 +207,20 @@ async fn metrics_page(
             tracing::error!(%error, "the metrics page ended");
         }
     })))
+}
+
+/// Starts the streaming server; its task ends after `stop`, when its sessions have.
+async fn stream_server(
+    config: &Config,
+    stop: &CancellationToken,
+) -> Result<(JoinHandle<()>, Streaming), ServeError> {
+    let address = (config.streaming.address, config.streaming.port).into();
+    let failed = |source| ServeError::Streaming { address, source };
+    let listener = TcpListener::bind(address).await.map_err(failed)?;
+    let address = listener.local_addr().map_err(failed)?;
+    let streaming = Streaming::new(config.streaming, address);
+    let serving = streaming::serve(listener, streaming.clone(), stop.clone());
+    Ok((tokio::spawn(serving), streaming))
 }
 
 /// A token that SIGTERM and SIGINT cancel. A second signal ends the process at once: who asks twice does not want to wait.

@@ -13,7 +13,7 @@ use boxlite_proto::vmm::{Acceleration, VmmKind};
 use reader::Section;
 pub use reader::socket_path;
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -95,6 +95,8 @@ pub struct Config {
     pub registry: RegistryConfig,
     /// Prometheus page.
     pub metrics: MetricsConfig,
+    /// Server of exec, attach and port-forward.
+    pub streaming: StreamingConfig,
     /// RuntimeClass handlers this runtime answers to. Default "" (no RuntimeClass) and "boxlite".
     pub runtime_handlers: Vec<String>,
     /// Limits of waiting.
@@ -158,6 +160,20 @@ pub struct MetricsConfig {
     pub listen: Option<SocketAddr>,
 }
 
+/// Server of exec, attach and port-forward.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StreamingConfig {
+    /// Where it listens, and what its URLs name. Default 127.0.0.1: the kubelet is on this machine, and the streams are
+    /// not encrypted.
+    pub address: IpAddr,
+    /// 0: any free one. Default 0: its URLs are made for each session.
+    pub port: u16,
+    /// A connection without a byte either way for this long is closed. Default 4 h, the kubelet's own.
+    pub idle_timeout: Duration,
+    /// What a client may take to open the streams it asked for. Default 30 s, as other runtimes.
+    pub creation_timeout: Duration,
+}
+
 /// Limits of waiting.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Timeouts {
@@ -204,6 +220,12 @@ impl Default for Config {
             },
             metrics: MetricsConfig {
                 listen: Some(SocketAddr::from(([127, 0, 0, 1], 9640))),
+            },
+            streaming: StreamingConfig {
+                address: IpAddr::from([127, 0, 0, 1]),
+                port: 0,
+                idle_timeout: Duration::from_secs(4 * 3600),
+                creation_timeout: Duration::from_secs(30),
             },
             runtime_handlers: vec![String::new(), "boxlite".into()],
             timeouts: Timeouts {
@@ -259,6 +281,7 @@ impl Config {
             cni: CniConfig::read(top.section("cni"), default.cni, mistakes),
             registry: RegistryConfig::read(top.section("registry"), default.registry, mistakes),
             metrics: MetricsConfig::read(top.section("metrics"), default.metrics, mistakes),
+            streaming: StreamingConfig::read(top.section("streaming"), default.streaming, mistakes),
             timeouts: Timeouts::read(top.section("timeouts"), default.timeouts, mistakes),
             root: top.take("root", default.root, reader::absolute),
             state: top.take("state", default.state, reader::absolute),
@@ -352,6 +375,27 @@ impl MetricsConfig {
         };
         section.finish(mistakes);
         metrics
+    }
+}
+
+impl StreamingConfig {
+    fn read(mut section: Section, default: Self, mistakes: &mut Vec<Mistake>) -> Self {
+        let streaming = Self {
+            address: section.take("address", default.address, reader::local_address),
+            port: section.take("port", default.port, |v| reader::number(v, 0, 65_535)),
+            idle_timeout: section.take(
+                "idle_timeout_seconds",
+                default.idle_timeout,
+                reader::seconds,
+            ),
+            creation_timeout: section.take(
+                "creation_timeout_seconds",
+                default.creation_timeout,
+                reader::seconds,
+            ),
+        };
+        section.finish(mistakes);
+        streaming
     }
 }
 

@@ -5,7 +5,7 @@
 
 use super::Mistake;
 use boxlite_proto::vmm::{Acceleration, VmmKind};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 use toml::Value;
@@ -209,6 +209,15 @@ pub fn address_or_off(value: &Value) -> Result<Option<SocketAddr>, String> {
             .map(Some)
             .map_err(|_| "must be address:port or off".into()),
     }
+}
+
+/// An address that clients can be told: not `0.0.0.0` or `::`.
+pub fn local_address(value: &Value) -> Result<IpAddr, String> {
+    text(value)?
+        .parse::<IpAddr>()
+        .ok()
+        .filter(|address| !address.is_unspecified() && !address.is_multicast())
+        .ok_or_else(|| "must be one of this machine's IP addresses".into())
 }
 
 /// What tracing-subscriber's EnvFilter takes.

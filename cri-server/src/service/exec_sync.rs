@@ -2,7 +2,6 @@
 
 use super::{Server, present, refused};
 use boxlite_proto::cri::v1::{ExecSyncRequest, ExecSyncResponse};
-use boxlite_runtime::ContainerState;
 use std::time::Duration;
 use tonic::Status;
 
@@ -19,12 +18,7 @@ pub async fn exec(server: &Server, request: ExecSyncRequest) -> Result<ExecSyncR
         .runtime
         .find_container(&request.container_id)
         .map_err(refused)?;
-    if container.state != ContainerState::Running {
-        return Err(Status::failed_precondition(format!(
-            "container {} is {}",
-            container.id, container.state
-        )));
-    }
+    super::runs(&container)?;
     // 0, and what is below, is "no timeout".
     let timeout = u64::try_from(request.timeout)
         .ok()

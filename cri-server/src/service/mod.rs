@@ -36,6 +36,9 @@ mod sandbox_stats;
 mod sandbox_status;
 mod sandbox_stop;
 mod sandbox_update;
+mod stream_attach;
+mod stream_exec;
+mod stream_forward;
 mod streams;
 #[cfg(test)]
 pub mod tests;
@@ -47,8 +50,11 @@ use crate::config::Config;
 use crate::convert::{sandbox::SandboxRecord, status};
 use crate::layout::Layout;
 use crate::metrics::Metrics;
+use crate::streaming::{Streaming, Ticket};
 use boxlite_proto::cri::v1::{ContainerConfig, RunPodSandboxRequest};
-use boxlite_runtime::{BoxliteRuntime, ErrorKind, LiteBox, RuntimeError};
+use boxlite_runtime::{
+    BoxliteRuntime, ContainerSnapshot, ContainerState, ErrorKind, LiteBox, RuntimeError,
+};
 use flights::Flights;
 use rand::RngCore;
 use std::collections::HashSet;
@@ -73,6 +79,7 @@ pub struct Inner {
     pub metrics: Arc<Metrics>,
     /// What runs pods and why, for Status.
     pub vmm: String,
+    streaming: Streaming,
     /// Pods whose RunPodSandbox is under way; no list shows them yet.
     starting: Mutex<HashSet<String>>,
     runs: Flights<RunPodSandboxRequest>,
@@ -98,6 +105,7 @@ impl Server {
         config: Config,
         metrics: Arc<Metrics>,
         vmm: String,
+        streaming: Streaming,
     ) -> Self {
         let layout = Layout::new(&config.root, &config.state);
         Self(Arc::new(Inner {
@@ -107,6 +115,7 @@ impl Server {
             layout,
             metrics,
             vmm,
+            streaming,
             starting: Mutex::default(),
             runs: Flights::default(),
             creates: Flights::default(),
@@ -168,10 +177,28 @@ impl Server {
         unless_gone(self.runtime.get_box(id))
     }
 
+    /// The URL at which a client may use `ticket` once.
+    fn stream_url(&self, ticket: Ticket) -> Result<String, Status> {
+        self.streaming
+            .url(ticket)
+            .map_err(|full| Status::resource_exhausted(full.to_string()))
+    }
+
     /// The pod's own record.
     fn pod_record(&self, pod: &LiteBox) -> SandboxRecord {
         SandboxRecord::decoded(&pod.snapshot().metadata)
     }
+}
+
+/// An error of a container that does not run.
+fn runs(container: &ContainerSnapshot) -> Result<(), Status> {
+    if container.state != ContainerState::Running {
+        return Err(Status::failed_precondition(format!(
+            "container {} is {}",
+            container.id, container.state
+        )));
+    }
+    Ok(())
 }
 
 /// An error of a request's identifier that is not there.

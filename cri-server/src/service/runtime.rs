@@ -5,8 +5,8 @@ use super::{
     Server, container_create, container_events, container_list, container_log, container_remove,
     container_start, container_stats, container_status, container_stop, container_update,
     exec_sync, runtime_config, runtime_status, sandbox_list, sandbox_metrics, sandbox_remove,
-    sandbox_run, sandbox_stats, sandbox_status, sandbox_stop, sandbox_update, unimplemented,
-    version,
+    sandbox_run, sandbox_stats, sandbox_status, sandbox_stop, sandbox_update, stream_attach,
+    stream_exec, stream_forward, unimplemented, version,
 };
 use boxlite_proto::cri::v1::runtime_service_server::RuntimeService;
 use boxlite_proto::cri::v1::*;
@@ -169,19 +169,22 @@ impl RuntimeService for Server {
             .map(Response::new)
     }
 
-    async fn exec(&self, _: Request<ExecRequest>) -> Result<Response<ExecResponse>, Status> {
-        Err(unimplemented::answer("Exec"))
+    async fn exec(&self, request: Request<ExecRequest>) -> Result<Response<ExecResponse>, Status> {
+        stream_exec::exec(self, request.into_inner()).map(Response::new)
     }
 
-    async fn attach(&self, _: Request<AttachRequest>) -> Result<Response<AttachResponse>, Status> {
-        Err(unimplemented::answer("Attach"))
+    async fn attach(
+        &self,
+        request: Request<AttachRequest>,
+    ) -> Result<Response<AttachResponse>, Status> {
+        stream_attach::attach(self, request.into_inner()).map(Response::new)
     }
 
     async fn port_forward(
         &self,
-        _: Request<PortForwardRequest>,
+        request: Request<PortForwardRequest>,
     ) -> Result<Response<PortForwardResponse>, Status> {
-        Err(unimplemented::answer("PortForward"))
+        stream_forward::forward(self, request.into_inner()).map(Response::new)
     }
 
     async fn container_stats(

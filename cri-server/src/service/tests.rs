@@ -41,11 +41,13 @@ impl Fixture {
             registry: RegistryOptions::default(),
         };
         let runtime = BoxliteRuntime::open(options).await.unwrap();
+        let streaming = Streaming::new(config.streaming, ([127, 0, 0, 1], 1).into());
         let server = Server::new(
             runtime,
             config,
             Arc::new(Metrics::new().unwrap()),
             "test".into(),
+            streaming,
         );
         Self { server, dir }
     }

@@ -3,10 +3,7 @@
 use tonic::Status;
 
 /// Call and what it waits for.
-pub const TABLE: [(&str, &str); 4] = [
-    ("Exec", "the streaming server (SPDY and WebSocket)"),
-    ("Attach", "the streaming server (SPDY and WebSocket)"),
-    ("PortForward", "the streaming server (SPDY and WebSocket)"),
+pub const TABLE: [(&str, &str); 1] = [
     (
         "CheckpointContainer",
         "a tool in the guest that saves and restores processes (CRIU); the guest has none",

@@ -1,0 +1,46 @@
+//! Attach: checks the request and answers the URL of one session.
+
+use super::{Server, present, refused};
+use crate::streaming::{Attach, Ticket, Wanted};
+use boxlite_proto::cri::v1::{AttachRequest, AttachResponse};
+use tonic::Status;
+
+/// The call.
+pub fn attach(server: &Server, request: AttachRequest) -> Result<AttachResponse, Status> {
+    present("container_id", &request.container_id)?;
+    let wanted = wanted(request.stdin, request.stdout, request.stderr, request.tty)?;
+    let (pod, container) = server
+        .runtime
+        .find_container(&request.container_id)
+        .map_err(refused)?;
+    super::runs(&container)?;
+    let ticket = Ticket::Attach(Attach {
+        pod,
+        has_stdin: container.stdin,
+        container: container.id,
+        wanted,
+    });
+    let url = server.stream_url(ticket)?;
+    Ok(AttachResponse { url })
+}
+
+/// The streams of a request, if they make sense together.
+pub fn wanted(stdin: bool, stdout: bool, stderr: bool, tty: bool) -> Result<Wanted, Status> {
+    if tty && stderr {
+        // A terminal has one output.
+        return Err(Status::invalid_argument(
+            "tty and stderr cannot both be true",
+        ));
+    }
+    if !stdin && !stdout && !stderr {
+        return Err(Status::invalid_argument(
+            "one of stdin, stdout, and stderr must be set",
+        ));
+    }
+    Ok(Wanted {
+        stdin,
+        stdout,
+        stderr,
+        tty,
+    })
+}

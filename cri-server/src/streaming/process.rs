@@ -1,0 +1,255 @@
+//! Joins a client ([`Remote`]) with a process of a container: exec and attach.
+//!
+//! ```text
+//!  stdin ─▶ Execution.SendInput        Execution.Attach ─▶ stdout, stderr
+//!  resize ─▶ Execution.ResizeTty       its end, then Execution.Wait ─▶ error stream: metav1.Status
+//! ```
+//!
+//! Nothing is buffered here: a client that does not read stops the reading of the guest's output, whose buffer then
+//! stops an exec'd process. A container's own process is never stopped by who attached: its log is what holds it, and an
+//! attached client that falls too far behind is told so and dropped. A client that goes away ends what it exec'd.
+
+use super::outcome::Outcome;
+use super::pipe::Input;
+use super::remote::{Remote, Wanted};
+use boxlite_proto::boxlite::v1::OutputStream;
+use boxlite_runtime::portal::{GuestErrorKind, PortalError};
+use boxlite_runtime::{LiteBox, ProcessControls, ProcessSession, RuntimeError, report};
+use bytes::Bytes;
+use futures::Stream;
+use serde::Deserialize;
+
+/// Longest run of resize messages without a whole one in it, in bytes.
+const RESIZE_LIMIT: usize = 1 << 10;
+
+/// What an Exec call asked for.
+#[derive(Debug, Clone)]
+pub struct Exec {
+    pub pod: LiteBox,
+    pub container: String,
+    pub argv: Vec<String>,
+    pub wanted: Wanted,
+}
+
+/// What an Attach call asked for.
+#[derive(Debug, Clone)]
+pub struct Attach {
+    pub pod: LiteBox,
+    pub container: String,
+    pub wanted: Wanted,
+    /// Whether the container has an input at all.
+    pub has_stdin: bool,
+}
+
+/// How the joining ended.
+enum Ended {
+    /// The process's output is at its end.
+    Output,
+    /// The client is gone, or the daemon stops.
+    Gone,
+    /// The guest.
+    Broken(PortalError),
+}
+
+/// Runs a command for `remote` to its end. Driven to its end it leaves no process behind but what the command itself
+/// left; dropped, it leaves the command running.
+pub async fn exec(exec: Exec, mut remote: Remote) {
+    let Wanted { tty, stdin, .. } = exec.wanted;
+    let started = exec
+        .pod
+        .exec_session(&exec.container, &exec.argv, tty, stdin)
+        .await;
+    let mut session = match started {
+        Ok(session) => session,
+        Err(error) => return failed(remote, "error executing command in container", &error).await,
+    };
+    let outcome = match join(&mut session, &mut remote, stdin).await {
+        Ended::Output => match session.wait().await {
+            Ok(exit) if exit.code == 0 => Outcome::Success,
+            Ok(exit) => Outcome::Exit(exit.code),
+            Err(error) => Outcome::Failed(report(&error)),
+        },
+        Ended::Gone => return session.end(true).await,
+        Ended::Broken(error) => {
+            let outcome = Outcome::Failed(report(&error));
+            tokio::join!(remote.finish(&outcome), session.end(true));
+            return;
+        }
+    };
+    tokio::join!(remote.finish(&outcome), session.end(false));
+}
+
+/// Joins `remote` with a container's own process until either ends. Dropped, it leaves the process alone.
+pub async fn attach(attach: Attach, mut remote: Remote) {
+    let mut session = match attach.pod.attach_session(&attach.container).await {
+        Ok(session) => session,
+        Err(error) => return failed(remote, "error attaching to container", &error).await,
+    };
+    let types = attach.wanted.stdin && attach.has_stdin;
+    let outcome = match join(&mut session, &mut remote, types).await {
+        Ended::Output => Outcome::Success,
+        Ended::Gone => {
+            if types {
+                // The end of its input, too; the guest closes it where the container wants its input closed (stdin_once).
+                let _ = session
+                    .controls()
+                    .send_input(futures::stream::empty())
+                    .await;
+            }
+            return;
+        }
+        Ended::Broken(error) if error.guest_kind() == Some(GuestErrorKind::OutputGone) => {
+            Outcome::Failed("the client was too slow: output was lost to it, not to the log".into())
+        }
+        Ended::Broken(error) => Outcome::Failed(report(&error)),
+    };
+    remote.finish(&outcome).await;
+}
+
+async fn failed(remote: Remote, what: &str, error: &RuntimeError) {
+    let reason = format!("{what}: {}", report(error));
+    tracing::debug!(reason, "streaming session did not start");
+    remote.finish(&Outcome::Failed(reason)).await;
+}
+
+/// Moves bytes until the output ends or somebody goes. Unless it `types`, the client's input goes nowhere.
+async fn join(session: &mut ProcessSession, remote: &mut Remote, types: bool) -> Ended {
+    let (controls, gone) = (session.controls(), remote.gone.clone());
+    let input = type_in(remote.stdin.take(), types, &controls);
+    let resize = resize(remote.resize.take(), &controls);
+    // The end of the input is not the process's.
+    let side = async {
+        tokio::join!(input, resize);
+        std::future::pending::<Ended>().await
+    };
+    tokio::select! {
+        biased;
+        () = gone.cancelled() => Ended::Gone,
+        ended = show(session, remote) => ended,
+        ended = side => ended,
+    }
+}
+
+/// The process's output to the client, until its end. What the client does not want is read all the same.
+async fn show(session: &mut ProcessSession, remote: &mut Remote) -> Ended {
+    let output = session.output();
+    loop {
+        let chunk = match output.next().await {
+            Ok(Some(chunk)) => chunk,
+            Ok(None) => return Ended::Output,
+            Err(error) => return Ended::Broken(error),
+        };
+        let place = match chunk.stream {
+            OutputStream::Stderr => &mut remote.stderr,
+            _ => &mut remote.stdout,
+        };
+        if let Some(stream) = place
+            && stream.write(chunk.data).await.is_err()
+        {
+            *place = None;
+        }
+        if let Err(error) = output.ack_if_due().await {
+            return Ended::Broken(error);
+        }
+    }
+}
+
+/// The client's input to the process, until its end.
+async fn type_in(input: Option<Input>, types: bool, controls: &ProcessControls) {
+    let Some(mut input) = input else { return };
+    if !types {
+        // Taken and thrown away: the client must not stall.
+        while let Ok(Some(_)) = input.next().await {}
+        return;
+    }
+    if let Err(error) = controls.send_input(pieces(input)).await {
+        tracing::debug!(
+            error = report(&error),
+            "input of a session could not be passed on"
+        );
+    }
+}
+
+/// What the client sends as a stream that ends with it.
+pub fn pieces(input: Input) -> impl Stream<Item = Bytes> + Send + 'static {
+    futures::stream::unfold(input, |mut input| async move {
+        let piece = input.next().await.ok().flatten()?;
+        Some((piece, input))
+    })
+}
+
+/// A size in characters, as clients write it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+struct Size {
+    #[serde(rename = "Width", alias = "width")]
+    width: u16,
+    #[serde(rename = "Height", alias = "height")]
+    height: u16,
+}
+
+/// The client's resizes to the terminal, until their end or the first that is none.
+async fn resize(input: Option<Input>, controls: &ProcessControls) {
+    let Some(mut input) = input else { return };
+    let mut text = Vec::new();
+    while let Ok(Some(piece)) = input.next().await {
+        text.extend_from_slice(&piece);
+        let Some((sizes, used)) = sizes(&text) else {
+            tracing::debug!("resize messages of a client cannot be read");
+            break;
+        };
+        text.drain(..used);
+        // Only the last one lasts.
+        if let Some(size) = sizes.last()
+            && let Err(error) = controls.resize(size.height, size.width).await
+        {
+            tracing::debug!(error = report(&error), "terminal was not resized");
+        }
+    }
+    while let Ok(Some(_)) = input.next().await {}
+}
+
+/// Whole sizes at the start of `text`, and how many bytes they took; `None` for what can be no start of one.
+fn sizes(text: &[u8]) -> Option<(Vec<Size>, usize)> {
+    let mut values = serde_json::Deserializer::from_slice(text).into_iter::<Size>();
+    let (mut sizes, mut used) = (Vec::new(), 0);
+    loop {
+        match values.next() {
+            None => return Some((sizes, text.len())),
+            Some(Ok(size)) => {
+                sizes.push(size);
+                used = values.byte_offset();
+            }
+            Some(Err(error)) if error.is_eof() && text.len() - used <= RESIZE_LIMIT => {
+                return Some((sizes, used));
+            }
+            Some(Err(_)) => return None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn sizes_come_in_any_cut() {
+        let size = |width, height| Size { width, height };
+        let text = br#"{"Width":80,"Height":24} {"Width":132,"Height":50}{"Wid"#;
+        assert_eq!(sizes(text), Some((vec![size(80, 24), size(132, 50)], 50)));
+        assert_eq!(sizes(b"{"), Some((vec![], 0)));
+        assert_eq!(sizes(b"nonsense"), None);
+        assert_eq!(sizes(br#"{"Width":-1,"Height":24}"#), None);
+        let endless = [br#"{"Width":8"#.as_slice(), &[b' '; 2 * RESIZE_LIMIT]].concat();
+        assert_eq!(sizes(&endless), None);
+    }
+
+    proptest! {
+        #[test]
+        fn hostile_sizes_never_panic(text in proptest::collection::vec(any::<u8>(), 0..200)) {
+            if let Some((_, used)) = sizes(&text) {
+                prop_assert!(used <= text.len());
+            }
+        }
+    }
+}

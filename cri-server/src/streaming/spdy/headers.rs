@@ -1,0 +1,181 @@
+//! Header blocks of SPDY/3: name-value lists, compressed as one zlib stream per direction with a preset dictionary.
+//!
+//! Reading: zlib's head is taken off here and the dictionary given to a raw inflater as a stored block, so that any
+//! deflate library will do. Writing: stored blocks, which are valid deflate; a server's header blocks are empty lists.
+//! Output of the inflater and number and size of headers are bounded: a peer is hostile.
+
+use super::SpdyError;
+use super::dictionary;
+use flate2::{Decompress, FlushDecompress, Status};
+
+/// Largest header block once inflated, in bytes. kubectl's have less than 200.
+const BLOCK_LIMIT: usize = 16 << 10;
+/// Most headers of one block. kubectl's have up to three.
+const COUNT_LIMIT: u32 = 64;
+/// Second byte of zlib's head: a dictionary is named.
+const FDICT: u8 = 0x20;
+
+/// Names in lower case, and values, in the order of the block.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Headers(pub Vec<(String, String)>);
+
+impl Headers {
+    /// The first value of `name`, which is given in lower case; empty where there is none.
+    pub fn get(&self, name: &str) -> &str {
+        self.0
+            .iter()
+            .find(|(key, _)| key == name)
+            .map_or("", |(_, value)| value.as_str())
+    }
+}
+
+/// The reading half of one direction's compression state. After an error it is of no more use.
+#[derive(Debug)]
+pub struct Inflater {
+    raw: Decompress,
+    started: bool,
+}
+
+impl Inflater {
+    /// At the start of a connection.
+    pub fn new() -> Self {
+        Self {
+            raw: Decompress::new(false),
+            started: false,
+        }
+    }
+
+    /// The headers of the connection's next block.
+    ///
+    /// # Errors
+    /// What is no zlib stream with SPDY's dictionary, too large, or no header list.
+    pub fn read(&mut self, mut block: &[u8]) -> Result<Headers, SpdyError> {
+        if !self.started {
+            block = self.start(block)?;
+        }
+        parse(&self.inflate(block)?)
+    }
+
+    /// Takes zlib's head off the first block.
+    fn start<'a>(&mut self, block: &'a [u8]) -> Result<&'a [u8], SpdyError> {
+        let bad = SpdyError::Headers("the first block has no valid zlib head");
+        let [method, flags, rest @ ..] = block else {
+            return Err(bad);
+        };
+        let head = u16::from_be_bytes([*method, *flags]);
+        if method & 0x0f != 8 || head % 31 != 0 {
+            return Err(bad);
+        }
+        self.started = true;
+        if flags & FDICT == 0 {
+            return Ok(rest);
+        }
+        let Some((id, rest)) = rest.split_first_chunk::<4>() else {
+            return Err(bad);
+        };
+        if u32::from_be_bytes(*id) != dictionary::ID {
+            return Err(SpdyError::Headers("another dictionary than SPDY/3's"));
+        }
+        self.inflate(&stored(&dictionary::bytes()))?;
+        Ok(rest)
+    }
+
+    fn inflate(&mut self, mut input: &[u8]) -> Result<Vec<u8>, SpdyError> {
+        let mut output = Vec::with_capacity(1 << 10);
+        loop {
+            if output.len() == output.capacity() {
+                output.reserve(1 << 10);
+            }
+            let before = (self.raw.total_in(), output.len());
+            let status = self
+                .raw
+                .decompress_vec(input, &mut output, FlushDecompress::Sync)
+                .map_err(|_| SpdyError::Headers("a block is not valid deflate"))?;
+            if output.len() > BLOCK_LIMIT {
+                return Err(SpdyError::Headers("a block is too large"));
+            }
+            let taken = usize::try_from(self.raw.total_in() - before.0).unwrap_or(input.len());
+            input = &input[taken.min(input.len())..];
+            match status {
+                Status::StreamEnd => return Err(SpdyError::Headers("the zlib stream ended")),
+                _ if output.len() == output.capacity() => {}
+                _ if input.is_empty() => return Ok(output),
+                _ if taken == 0 && output.len() == before.1 => {
+                    return Err(SpdyError::Headers("a block cannot be inflated"));
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+/// A stored, non-final deflate block. `bytes` must be at most 65,535 long.
+fn stored(bytes: &[u8]) -> Vec<u8> {
+    let length = bytes.len() as u16;
+    let mut block = Vec::with_capacity(bytes.len() + 5);
+    block.push(0);
+    block.extend_from_slice(&length.to_le_bytes());
+    block.extend_from_slice(&(!length).to_le_bytes());
+    block.extend_from_slice(bytes);
+    block
+}
+
+fn parse(block: &[u8]) -> Result<Headers, SpdyError> {
+    let mut rest = block;
+    let count = number(&mut rest)?;
+    if count > COUNT_LIMIT {
+        return Err(SpdyError::Headers("a block has too many headers"));
+    }
+    let mut headers = Vec::new();
+    for _ in 0..count {
+        let name = text(&mut rest)?.to_ascii_lowercase();
+        // Several values of one name are separated by NUL; the first is what a lookup means.
+        let value = text(&mut rest)?;
+        let value = value.split('\0').next().unwrap_or_default().to_owned();
+        headers.push((name, value));
+    }
+    if !rest.is_empty() {
+        return Err(SpdyError::Headers("a block is longer than its headers"));
+    }
+    Ok(Headers(headers))
+}
+
+fn number(rest: &mut &[u8]) -> Result<u32, SpdyError> {
+    let (bytes, after) = rest
+        .split_first_chunk::<4>()
+        .ok_or(SpdyError::Headers("a block is cut short"))?;
+    *rest = after;
+    Ok(u32::from_be_bytes(*bytes))
+}
+
+fn text(rest: &mut &[u8]) -> Result<String, SpdyError> {
+    let length = number(rest)? as usize;
+    if length > rest.len() {
+        return Err(SpdyError::Headers("a block is cut short"));
+    }
+    let (bytes, after) = rest.split_at(length);
+    *rest = after;
+    String::from_utf8(bytes.to_vec()).map_err(|_| SpdyError::Headers("a header is not UTF-8"))
+}
+
+/// The writing half: empty header lists, which is all that a server has to say.
+#[derive(Debug, Default)]
+pub struct Deflater {
+    started: bool,
+}
+
+impl Deflater {
+    /// The connection's next block, with no headers in it.
+    pub fn empty_block(&mut self) -> Vec<u8> {
+        let mut block = Vec::with_capacity(16);
+        if !self.started {
+            self.started = true;
+            // Deflate with a 32 KiB window, no dictionary.
+            block.extend_from_slice(&[0x78, 0x01]);
+        }
+        block.extend(stored(&0u32.to_be_bytes()));
+        // An empty block makes a reader that works block by block give out what it has.
+        block.extend(stored(&[]));
+        block
+    }
+}

@@ -1,0 +1,301 @@
+//! Tests of framing and connections: bytes that Kubernetes' own library made, hostile bytes, and back-pressure.
+
+use super::frame::{Frame, PIECE_LIMIT, Reader};
+use super::headers::{Deflater, Headers, Inflater};
+use super::*;
+use crate::streaming::pipe::Output;
+use bytes::Bytes;
+use proptest::prelude::*;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
+use tokio_util::sync::CancellationToken;
+
+/// Three SYN_STREAM frames of one connection as spdystream 0.5.1 (Go) writes them, with streamType error, stdin, stdout
+/// beside port 8080 and requestID 7.
+const GO_FRAMES: [&str; 3] = [
+    "800300010000003e0000000100000000000078f9e3c6a7c202253a703a2b294a4dcc851625aca9a0808614cb45e01c60616061c0c0c0c0590489c64c50f2663407000000ffff",
+    "800300010000001a00000003000000000000c2aeb9b82425338fb06600000000ffff",
+    "800300010000001c00000005000000000000c2aa99adb824251f5c0510d00d000000ffff",
+];
+const LONG: Duration = Duration::from_secs(3600);
+
+fn syn_stream(id: u32, block: &[u8]) -> Vec<u8> {
+    let mut frame = vec![0x80, 3, 0, 1];
+    frame.extend_from_slice(&(10 + block.len() as u32).to_be_bytes());
+    frame.extend_from_slice(&id.to_be_bytes());
+    frame.extend_from_slice(&[0; 6]);
+    frame.extend_from_slice(block);
+    frame
+}
+
+fn data(id: u32, fin: bool, bytes: &[u8]) -> Vec<u8> {
+    let mut frame = super::frame::data_head(id, bytes.len(), fin).to_vec();
+    frame.extend_from_slice(bytes);
+    frame
+}
+
+async fn frames(bytes: &[u8]) -> (Vec<Frame>, Option<SpdyError>) {
+    let mut reader = Reader::new(bytes);
+    let mut frames = Vec::new();
+    loop {
+        match reader.next().await {
+            Ok(Some(frame)) => frames.push(frame),
+            Ok(None) => return (frames, None),
+            Err(error) => return (frames, Some(error)),
+        }
+    }
+}
+
+#[test]
+fn the_dictionary_has_the_sum_that_peers_name() {
+    let (mut a, mut b) = (1u32, 0u32);
+    for byte in dictionary::bytes() {
+        a = (a + u32::from(byte)) % 65_521;
+        b = (b + a) % 65_521;
+    }
+    assert_eq!(b << 16 | a, dictionary::ID);
+}
+
+#[tokio::test]
+async fn what_go_writes_is_read() {
+    let bytes: Vec<u8> = GO_FRAMES
+        .iter()
+        .flat_map(|frame| hex::decode(frame).unwrap())
+        .collect();
+    let (frames, error) = frames(&bytes).await;
+    assert!(error.is_none(), "{error:?}");
+    for ((frame, kind), number) in frames.iter().zip(["error", "stdin", "stdout"]).zip(0..) {
+        let Frame::Open { id, fin, headers } = frame else {
+            panic!("{frame:?}");
+        };
+        assert_eq!((*id, *fin), (1 + 2 * number, false));
+        assert_eq!(headers.get("streamtype"), kind);
+        assert_eq!(headers.get("port"), "8080");
+        assert_eq!(headers.get("requestid"), "7");
+        assert_eq!(headers.get("absent"), "");
+    }
+    assert_eq!(frames.len(), 3);
+}
+
+#[test]
+fn an_empty_block_is_read_back_any_number_of_times() {
+    let (mut deflater, mut inflater) = (Deflater::default(), Inflater::new());
+    for _ in 0..5 {
+        assert_eq!(
+            inflater.read(&deflater.empty_block()).unwrap(),
+            Headers::default()
+        );
+    }
+}
+
+#[test]
+fn a_block_that_inflates_without_end_is_refused() {
+    let mut bomb = Vec::new();
+    let mut raw = flate2::write::ZlibEncoder::new(&mut bomb, flate2::Compression::best());
+    std::io::Write::write_all(&mut raw, &vec![0; 64 << 20]).unwrap();
+    raw.finish().unwrap();
+    let error = Inflater::new().read(&bomb).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "bad SPDY header block: a block is too large"
+    );
+}
+
+#[tokio::test]
+async fn a_large_data_frame_comes_in_pieces_and_ends_once() {
+    let bytes = vec![7; 3 * PIECE_LIMIT + 5];
+    let (frames, error) = frames(&data(9, true, &bytes)).await;
+    assert!(error.is_none());
+    let mut length = 0;
+    for (index, frame) in frames.iter().enumerate() {
+        let Frame::Data { id, fin, data } = frame else {
+            panic!("{frame:?}");
+        };
+        assert_eq!((*id, *fin), (9, index == frames.len() - 1));
+        assert!(data.len() <= PIECE_LIMIT);
+        length += data.len();
+    }
+    assert_eq!((frames.len(), length), (4, bytes.len()));
+}
+
+proptest! {
+    #[test]
+    fn hostile_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..600)) {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let (frames, _) = runtime.block_on(frames(&bytes));
+        prop_assert!(frames.len() <= bytes.len() / 8 + 1);
+    }
+
+    #[test]
+    fn damaged_frames_never_panic(at in 0usize..140, byte in any::<u8>(), cut in 0usize..140) {
+        let mut bytes: Vec<u8> = GO_FRAMES.iter().flat_map(|frame| hex::decode(frame).unwrap()).collect();
+        let at = at % bytes.len();
+        bytes[at] = byte;
+        bytes.truncate(bytes.len() - cut % bytes.len());
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let (frames, _) = runtime.block_on(frames(&bytes));
+        for frame in frames {
+            if let Frame::Open { headers, .. } = frame {
+                prop_assert!(headers.0.len() <= 64);
+            }
+        }
+    }
+
+    #[test]
+    fn hostile_blocks_never_panic(blocks in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..64), 1..4)) {
+        let mut inflater = Inflater::new();
+        for mut block in blocks {
+            block.splice(0..0, [0x78, 0x01]);
+            let _ = inflater.read(&block);
+        }
+    }
+}
+
+/// A served connection that echoes every stream, and the client's end of it.
+fn echo() -> (DuplexStream, tokio::task::JoinHandle<()>, CancellationToken) {
+    let (client, server) = tokio::io::duplex(4 << 10);
+    let gone = CancellationToken::new();
+    let token = gone.clone();
+    let task = tokio::spawn(serve(server, LONG, gone.clone(), |mut accept| async move {
+        let mut streams = tokio::task::JoinSet::new();
+        loop {
+            tokio::select! {
+                () = token.cancelled() => return,
+                Some(mut stream) = accept.recv() => {
+                    streams.spawn(async move {
+                        while let Ok(Some(piece)) = stream.input.next().await {
+                            if stream.output.write(piece).await.is_err() {
+                                return;
+                            }
+                        }
+                        Output::Spdy(stream.output).finish().await;
+                    });
+                }
+            }
+        }
+    }));
+    (client, task, gone)
+}
+
+/// Payload of all data frames of `id` up to the one that ends it.
+async fn read_stream(client: &mut DuplexStream, id: u32) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let mut head = [0; 8];
+    loop {
+        client.read_exact(&mut head).await.unwrap();
+        let length = u32::from_be_bytes([0, head[5], head[6], head[7]]) as usize;
+        let mut payload = vec![0; length];
+        client.read_exact(&mut payload).await.unwrap();
+        let of = u32::from_be_bytes([head[0], head[1], head[2], head[3]]);
+        if of == id {
+            bytes.extend(payload);
+            if head[4] & 1 == 1 {
+                return bytes;
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_stream_is_echoed_with_its_half_close() {
+    let (mut client, task, gone) = echo();
+    let block = Deflater::default().empty_block();
+    client.write_all(&syn_stream(1, &block)).await.unwrap();
+    client.write_all(&data(1, false, b"hello ")).await.unwrap();
+    client.write_all(&data(1, true, b"world")).await.unwrap();
+    assert_eq!(read_stream(&mut client, 1).await, b"hello world");
+    drop(client);
+    task.await.unwrap();
+    assert!(gone.is_cancelled());
+}
+
+#[tokio::test]
+async fn a_stream_without_a_taker_stalls_its_peer_instead_of_filling_memory() {
+    let (mut client, server) = tokio::io::duplex(4 << 10);
+    let gone = CancellationToken::new();
+    let task = tokio::spawn(serve(server, LONG, gone.clone(), |mut accept| async move {
+        let _held = accept.recv().await;
+        std::future::pending::<()>().await
+    }));
+    let block = Deflater::default().empty_block();
+    client.write_all(&syn_stream(1, &block)).await.unwrap();
+    let piece = data(1, false, &[1; PIECE_LIMIT]);
+    let mut sent = 0;
+    while tokio::time::timeout(Duration::from_millis(200), client.write_all(&piece))
+        .await
+        .is_ok()
+    {
+        sent += 1;
+        assert!(
+            sent < 20,
+            "{sent} pieces were taken with nobody to read them"
+        );
+    }
+    task.abort();
+}
+
+#[tokio::test]
+async fn bad_streams_are_reset_and_the_others_go_on() {
+    let (mut client, task, _gone) = echo();
+    let mut deflater = Deflater::default();
+    for id in [4, 5, 3, 7] {
+        let block = deflater.empty_block();
+        client.write_all(&syn_stream(id, &block)).await.unwrap();
+    }
+    client.write_all(&data(99, true, b"nobody")).await.unwrap();
+    client.write_all(&data(7, true, b"seven")).await.unwrap();
+    let mut resets = Vec::new();
+    let mut head = [0; 8];
+    let echoed = loop {
+        client.read_exact(&mut head).await.unwrap();
+        let length = u32::from_be_bytes([0, head[5], head[6], head[7]]) as usize;
+        let mut payload = vec![0; length];
+        client.read_exact(&mut payload).await.unwrap();
+        match head[..4] {
+            [0x80, 3, 0, 3] => resets.push(payload[3]),
+            [0, 0, 0, 7] if length > 0 => break payload,
+            _ => {}
+        }
+    };
+    assert_eq!(resets, [4, 3]);
+    assert_eq!(echoed, b"seven");
+    drop(client);
+    task.await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_silent_connection_ends() {
+    let (_client, server) = tokio::io::duplex(4 << 10);
+    let gone = CancellationToken::new();
+    let token = gone.clone();
+    serve(server, LONG, gone.clone(), |_accept| async move {
+        token.cancelled().await;
+    })
+    .await;
+    assert!(gone.is_cancelled());
+}
+
+#[tokio::test]
+async fn output_after_a_reset_is_an_error() {
+    let (mut client, server) = tokio::io::duplex(64 << 10);
+    let (told, telling) = tokio::sync::oneshot::channel();
+    let task = tokio::spawn(serve(
+        server,
+        LONG,
+        CancellationToken::new(),
+        |mut accept| async move {
+            let mut stream = accept.recv().await.unwrap();
+            while let Ok(Some(_)) = stream.input.next().await {}
+            let _ = told.send(stream.output.write(Bytes::from_static(b"x")).await);
+        },
+    ));
+    let block = Deflater::default().empty_block();
+    client.write_all(&syn_stream(1, &block)).await.unwrap();
+    client
+        .write_all(&super::frame::reset(1, super::frame::Reset::Cancel))
+        .await
+        .unwrap();
+    assert!(telling.await.unwrap().is_err());
+    drop(client);
+    task.await.unwrap();
+}

@@ -1,0 +1,65 @@
+//! WebSocket as Kubernetes speaks it: channels with a number in front of each message (`channels`: exec, attach, and
+//! port-forward's first protocol), and SPDY tunnelled in binary messages (`tunnel`: port-forward's second).
+//!
+//! RFC 6455 itself is tokio-tungstenite's; here are the subprotocols, and the bounds.
+
+pub mod channels;
+#[cfg(test)]
+mod tests;
+mod tunnel;
+
+pub use tunnel::Tunnel;
+
+use super::remote::Version;
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
+
+/// Largest message that is taken, in bytes: kubectl's have 32 KiB.
+const MESSAGE_LIMIT: usize = 1 << 20;
+/// What the peer may take to close after the last message.
+const CLOSE_LIMIT: Duration = Duration::from_secs(3);
+
+/// What a connection's messages mean.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Subprotocol {
+    /// Numbered channels.
+    Channels { version: Version, base64: bool },
+    /// SPDY in binary messages.
+    Tunnel,
+}
+
+impl Subprotocol {
+    /// By the name that a client offers, for exec and attach. Without a name it is the first version.
+    pub fn of_command(name: &str) -> Option<Self> {
+        let (version, base64) = match name {
+            "" => (Version::V1, false),
+            "base64.channel.k8s.io" => (Version::V1, true),
+            "v4.base64.channel.k8s.io" => (Version::V4, true),
+            // Versions 2 and 3 are SPDY's alone.
+            "v2.channel.k8s.io" | "v3.channel.k8s.io" => return None,
+            name => (Version::named(name)?, false),
+        };
+        Some(Self::Channels { version, base64 })
+    }
+
+    /// The same for port-forward.
+    pub fn of_forward(name: &str) -> Option<Self> {
+        let (version, base64) = match name {
+            "SPDY/3.1+portforward.k8s.io" => return Some(Self::Tunnel),
+            "" | "v4.channel.k8s.io" => (Version::V4, false),
+            "v4.base64.channel.k8s.io" => (Version::V4, true),
+            _ => return None,
+        };
+        Some(Self::Channels { version, base64 })
+    }
+}
+
+/// A server's WebSocket over a connection that was upgraded already.
+pub async fn accept<IO: AsyncRead + AsyncWrite + Unpin>(io: IO) -> WebSocketStream<IO> {
+    let config = WebSocketConfig::default()
+        .max_message_size(Some(MESSAGE_LIMIT))
+        .max_frame_size(Some(MESSAGE_LIMIT));
+    WebSocketStream::from_raw_socket(io, Role::Server, Some(config)).await
+}

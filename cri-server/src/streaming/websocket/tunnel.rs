@@ -1,0 +1,98 @@
+//! A WebSocket as a byte stream: what goes in comes out in order, however it is cut into binary messages.
+//!
+//! It knows nothing of what it carries (SPDY, driven by `spdy::serve`). The end of the stream is the close message.
+
+use bytes::{Buf, Bytes};
+use futures::{Sink, Stream};
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::{Error, Message};
+
+/// Largest message written, in bytes.
+const WRITE_LIMIT: usize = 32 << 10;
+
+/// See the head of this file.
+#[derive(Debug)]
+pub struct Tunnel<IO> {
+    socket: WebSocketStream<IO>,
+    /// What is left of the message being read.
+    message: Bytes,
+}
+
+impl<IO> Tunnel<IO> {
+    /// Over `socket`, whose peer speaks first.
+    pub fn new(socket: WebSocketStream<IO>) -> Self {
+        Self {
+            socket,
+            message: Bytes::new(),
+        }
+    }
+}
+
+fn broken(error: Error) -> io::Error {
+    match error {
+        Error::Io(error) => error,
+        error => io::Error::other(error),
+    }
+}
+
+impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncRead for Tunnel<IO> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        while self.message.is_empty() {
+            match ready!(Pin::new(&mut self.socket).poll_next(context)) {
+                Some(Ok(Message::Binary(message))) => self.message = message,
+                Some(Ok(Message::Text(_))) => {
+                    return Poll::Ready(Err(io::Error::new(
+                        io::ErrorKind::InvalidData,
+                        "a text message in a tunnel of bytes",
+                    )));
+                }
+                Some(Ok(Message::Close(_))) | None => return Poll::Ready(Ok(())),
+                // Pings are answered by the library.
+                Some(Ok(_)) => {}
+                Some(Err(Error::ConnectionClosed)) => return Poll::Ready(Ok(())),
+                Some(Err(error)) => return Poll::Ready(Err(broken(error))),
+            }
+        }
+        let length = self.message.len().min(buffer.remaining());
+        buffer.put_slice(&self.message[..length]);
+        self.message.advance(length);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Tunnel<IO> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        ready!(Pin::new(&mut self.socket).poll_ready(context)).map_err(broken)?;
+        let length = bytes.len().min(WRITE_LIMIT);
+        let message = Message::Binary(Bytes::copy_from_slice(&bytes[..length]));
+        Pin::new(&mut self.socket)
+            .start_send(message)
+            .map_err(broken)?;
+        Poll::Ready(Ok(length))
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket)
+            .poll_flush(context)
+            .map_err(broken)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match ready!(Pin::new(&mut self.socket).poll_close(context)) {
+            Err(Error::ConnectionClosed | Error::AlreadyClosed) | Ok(()) => Poll::Ready(Ok(())),
+            Err(error) => Poll::Ready(Err(broken(error))),
+        }
+    }
+}
