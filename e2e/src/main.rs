@@ -20,6 +20,7 @@ mod outcome;
 mod pod;
 mod process;
 mod runner;
+mod stream;
 #[cfg(test)]
 mod tidy;
 mod wait;

@@ -12,6 +12,7 @@ mod observe;
 mod robust;
 mod spec;
 mod trees;
+mod streaming;
 
 use crate::runner::Case;
 
@@ -20,6 +21,7 @@ pub fn all() -> Vec<Case> {
     [
         lifecycle::cases(),
         exec::cases(),
+        streaming::cases(),
         logs::cases(),
         network::cases(),
         spec::cases(),

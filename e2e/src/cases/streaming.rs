@@ -1,0 +1,550 @@
+//! Exec, Attach and PortForward as kubectl uses them: output and exit codes, half-close, terminals, many readers, clients
+//! that leave or stall, one-time URLs, and ports inside the VM; over SPDY and WebSocket.
+
+use crate::client::answer;
+use crate::outcome::Result;
+use crate::pod::{Container, Pod, container_spec};
+use crate::runner::{Case, Shared, case};
+use crate::stream::{self, Session, Streams, Transport, spdy, websocket};
+use crate::world::Home;
+use crate::{ensure, same, wait};
+use k8s_cri::v1::*;
+use rand::RngCore;
+use sha2::{Digest, Sha256};
+use std::time::Duration;
+use tonic::Code;
+
+/// Bytes that go through a forwarded port and back. `BOXLITE_E2E_FORWARD_MIB` overrides it.
+const FORWARD_MIB: usize = 32;
+/// The same under nested emulation.
+const KRUN_FORWARD_MIB: usize = 4;
+const PLAIN: Streams = Streams {
+    stdin: false,
+    stderr: true,
+    tty: false,
+};
+const TYPING: Streams = Streams {
+    stdin: true,
+    ..PLAIN
+};
+const TERMINAL: Streams = Streams {
+    stdin: true,
+    stderr: false,
+    tty: true,
+};
+const BOTH: [Transport; 2] = [Transport::Spdy, Transport::WebSocket];
+
+pub fn cases() -> Vec<Case> {
+    vec![
+        case("streaming::exec", 90, exec),
+        case("streaming::exec_terminal", 60, exec_terminal),
+        case("streaming::exec_client_leaves", 60, exec_client_leaves),
+        case("streaming::many_sessions", 90, many_sessions),
+        case("streaming::attach", 90, attach),
+        case("streaming::attach_stdin_once", 60, attach_stdin_once),
+        case("streaming::attach_slow_reader", 90, attach_slow_reader),
+        case("streaming::urls_and_refusals", 60, urls_and_refusals),
+        case("streaming::port_forward", 120, port_forward),
+        case("streaming::port_forward_bytes", 300, port_forward_bytes),
+    ]
+}
+
+async fn exec_url(c: &Container, argv: &[&str], streams: Streams) -> Result<String> {
+    let request = ExecRequest {
+        container_id: c.id.clone(),
+        cmd: argv.iter().map(|&a| a.to_owned()).collect(),
+        tty: streams.tty,
+        stdin: streams.stdin,
+        stdout: true,
+        stderr: streams.stderr,
+    };
+    Ok(answer("Exec", c.pod.node.cri.runtime().exec(request).await)?.url)
+}
+
+async fn run(c: &Container, argv: &[&str], streams: Streams, over: Transport) -> Result<Session> {
+    Session::open(&exec_url(c, argv, streams).await?, over, streams).await
+}
+
+async fn attach_url(c: &Container, streams: Streams) -> Result<String> {
+    let request = AttachRequest {
+        container_id: c.id.clone(),
+        tty: streams.tty,
+        stdin: streams.stdin,
+        stdout: true,
+        stderr: streams.stderr,
+    };
+    Ok(answer("Attach", c.pod.node.cri.runtime().attach(request).await)?.url)
+}
+
+async fn forward_url(pod: &Pod) -> Result<String> {
+    let request = PortForwardRequest {
+        pod_sandbox_id: pod.id.clone(),
+        port: vec![],
+    };
+    Ok(answer(
+        "PortForward",
+        pod.node.cri.runtime().port_forward(request).await,
+    )?
+    .url)
+}
+
+/// A pod with one container that sleeps.
+async fn sleeper(world: &Shared, name: &str) -> Result<(Pod, Container)> {
+    let pod = Pod::run(&world.node, name).await?;
+    let c = pod
+        .start("c", &world.images.base, &["sleep", "1000"])
+        .await?;
+    Ok((pod, c))
+}
+
+fn random(length: usize) -> Vec<u8> {
+    let mut bytes = vec![0; length];
+    rand::rng().fill_bytes(&mut bytes);
+    bytes
+}
+
+async fn exec(world: Shared) -> Result {
+    let (pod, c) = sleeper(&world, "stream-exec").await?;
+    for over in BOTH {
+        let script = "echo out; echo err >&2; exit 7";
+        let mut session = run(&c, &["sh", "-c", script], PLAIN, over).await?;
+        same!(session.rest("stdout").await?, b"out\n", "{over:?} stdout");
+        same!(session.rest("stderr").await?, b"err\n", "{over:?} stderr");
+        same!(session.exit_code().await?, 7, "{over:?} exit code");
+        let mut session = run(&c, &["true"], PLAIN, over).await?;
+        same!(session.exit_code().await?, 0, "{over:?} success");
+        let mut session = run(&c, &["/no/such/program"], PLAIN, over).await?;
+        let status = session.status().await?;
+        ensure!(
+            status["status"] == "Failure" && status.to_string().contains("/no/such/program"),
+            "{over:?}: a program that is not there: {status}"
+        );
+        // The command ends only when its input does, and gives all of it back.
+        let bytes = random(1 << 20);
+        let mut session = run(&c, &["cat"], TYPING, over).await?;
+        session.send("stdin", &bytes).await?;
+        session.close("stdin").await?;
+        let echoed = session.rest("stdout").await?;
+        ensure!(
+            echoed == bytes,
+            "{over:?}: {} bytes came back",
+            echoed.len()
+        );
+        same!(session.exit_code().await?, 0, "{over:?} cat");
+    }
+    pod.end().await
+}
+
+async fn exec_terminal(world: Shared) -> Result {
+    let (pod, c) = sleeper(&world, "stream-tty").await?;
+    for over in BOTH {
+        let script = "stty -echo; echo term=$TERM; while read line; do stty size; done; exit 4";
+        let mut session = run(&c, &["sh", "-c", script], TERMINAL, over).await?;
+        session.until("stdout", "term=xterm").await?;
+        for (width, height) in [(80, 24), (132, 50)] {
+            session.resize(width, height).await?;
+            let size = format!("{height} {width}");
+            let mut seen = String::new();
+            for _ in 0..200 {
+                session.send("stdin", b"\n").await?;
+                seen = session.until("stdout", "\n").await?;
+                if seen.contains(&size) {
+                    break;
+                }
+            }
+            ensure!(
+                seen.contains(&size),
+                "{over:?}: {size} was not seen: {seen:?}"
+            );
+        }
+        // ^D is a terminal's end of input.
+        session.send("stdin", b"\x04").await?;
+        same!(session.exit_code().await?, 4, "{over:?} exit code");
+    }
+    pod.end().await
+}
+
+/// What runs in the container, by argument lists.
+async fn processes(c: &Container) -> Result<String> {
+    let script = "for f in /proc/[0-9]*/cmdline; do tr '\\0' ' ' <$f; echo; done 2>/dev/null; true";
+    c.out(&["sh", "-c", script]).await
+}
+
+async fn exec_client_leaves(world: Shared) -> Result {
+    let (pod, c) = sleeper(&world, "stream-leave").await?;
+    for (over, streams, seconds) in [
+        (Transport::Spdy, PLAIN, "7001"),
+        (Transport::WebSocket, TYPING, "7002"),
+        (Transport::Spdy, TERMINAL, "7003"),
+    ] {
+        let script = format!("trap '' TERM; echo started; sleep {seconds} & sleep {seconds}; true");
+        let mut session = run(&c, &["sh", "-c", &script], streams, over).await?;
+        session.until("stdout", "started").await?;
+        let seen = processes(&c).await?;
+        ensure!(seen.contains(seconds), "it does not run: {seen}");
+        if streams.stdin && !streams.tty {
+            // Even one that waits with input which the command does not read.
+            let flood = vec![0; 64 << 20];
+            let sending = session.send("stdin", &flood);
+            let stalled = tokio::time::timeout(Duration::from_secs(1), sending).await;
+            ensure!(stalled.is_err(), "64 MiB of input went nowhere");
+        }
+        drop(session);
+        wait::until("the command is gone", world.patience(15), || async {
+            let seen = processes(&c).await?;
+            ensure!(!seen.contains(seconds), "{seen}");
+            Ok(())
+        })
+        .await?;
+    }
+    pod.end().await
+}
+
+async fn many_sessions(world: Shared) -> Result {
+    let (pod, c) = sleeper(&world, "stream-many").await?;
+    let sessions = (0..16).map(|number| {
+        let c = c.clone();
+        async move {
+            let over = BOTH[number % 2];
+            let bytes = random(64 << 10);
+            let mut session = run(
+                &c,
+                &["sh", "-c", "cat; exit $0", &number.to_string()],
+                TYPING,
+                over,
+            )
+            .await?;
+            session.send("stdin", &bytes).await?;
+            session.close("stdin").await?;
+            ensure!(
+                session.rest("stdout").await? == bytes,
+                "session {number} over {over:?}"
+            );
+            same!(
+                session.exit_code().await?,
+                number as i32,
+                "session {number}"
+            );
+            Result::Ok(())
+        }
+    });
+    futures::future::try_join_all(sessions).await?;
+    pod.end().await
+}
+
+/// A container that answers each line of its input.
+async fn answerer(world: &Shared, pod: &Pod, once: bool) -> Result<Container> {
+    let script = "echo before; while read line; do echo got $line; done; echo end";
+    let mut spec = container_spec("c", &world.images.base, &["sh", "-c", script]);
+    spec.stdin = true;
+    spec.stdin_once = once;
+    let c = pod.start_with(spec).await?;
+    c.printed("before", stream::PATIENCE).await?;
+    Ok(c)
+}
+
+async fn attach(world: Shared) -> Result {
+    let pod = Pod::run(&world.node, "attach").await?;
+    let c = answerer(&world, &pod, false).await?;
+    let mut reader = Session::open(&attach_url(&c, PLAIN).await?, BOTH[0], PLAIN).await?;
+    for over in BOTH {
+        let mut session = Session::open(&attach_url(&c, TYPING).await?, over, TYPING).await?;
+        let line = format!("{over:?}");
+        // The first line's answer is seen: what is typed does not overtake the attaching.
+        session
+            .send("stdin", format!("{line}\n").as_bytes())
+            .await?;
+        let seen = session.until("stdout", &format!("got {line}\n")).await?;
+        ensure!(
+            !seen.contains("before"),
+            "output of before the attach: {seen:?}"
+        );
+        reader.until("stdout", &format!("got {line}\n")).await?;
+        // Leaving, with or without half-close, does not end the container's input.
+        session.close("stdin").await?;
+    }
+    let mut session = Session::open(&attach_url(&c, TYPING).await?, BOTH[0], TYPING).await?;
+    session.send("stdin", b"again\n").await?;
+    session.until("stdout", "got again\n").await?;
+    // The container's end is the sessions' end.
+    c.stop(0).await?;
+    same!(reader.exit_code().await?, 0, "attach ends well");
+    same!(session.exit_code().await?, 0, "attach ends well");
+    pod.end().await
+}
+
+async fn attach_stdin_once(world: Shared) -> Result {
+    let pod = Pod::run(&world.node, "attach-once").await?;
+    let c = answerer(&world, &pod, true).await?;
+    let mut session = Session::open(&attach_url(&c, TYPING).await?, BOTH[0], TYPING).await?;
+    session.send("stdin", b"one\n").await?;
+    session.until("stdout", "got one\n").await?;
+    // Not even half-closed: the client just leaves.
+    drop(session);
+    let status = c.exited(world.patience(20)).await?;
+    same!(status.exit_code, 0, "its input ended");
+    ensure!(c.output()?.ends_with("end\n"), "{}", c.output()?);
+    pod.end().await
+}
+
+async fn attach_slow_reader(world: Shared) -> Result {
+    let pod = Pod::run(&world.node, "attach-slow").await?;
+    // More than all buffers on the way to a client hold, at a pace that one who reads can keep.
+    let script = "read go; i=0; while [ $i -lt 100 ]; do head -c 100000 /dev/zero | tr '\\0' x; \
+        usleep 40000; i=$((i+1)); done; echo done; sleep 1000";
+    let mut spec = container_spec("c", &world.images.base, &["sh", "-c", script]);
+    spec.stdin = true;
+    let c = pod.start_with(spec).await?;
+    // One attached client reads nothing at all.
+    let (socket, _) =
+        stream::upgrade_spdy(&attach_url(&c, PLAIN).await?, "v4.channel.k8s.io").await?;
+    let mut deaf = spdy::Client::deaf(socket);
+    for name in ["error", "stdout", "stderr"] {
+        deaf.open(&[("streamtype", name)]).await?;
+    }
+    let mut session = Session::open(&attach_url(&c, TYPING).await?, BOTH[0], TYPING).await?;
+    session.send("stdin", b"go\n").await?;
+    // The other one has all of it, and so has the log.
+    let seen = session.until("stdout", "done\n").await?;
+    same!(seen.len(), 100 * 100_000 + "done\n".len(), "bytes seen");
+    c.printed("done\n", stream::PATIENCE).await?;
+    drop(deaf);
+    pod.end().await
+}
+
+async fn urls_and_refusals(world: Shared) -> Result {
+    let (pod, c) = sleeper(&world, "stream-urls").await?;
+    let url = exec_url(&c, &["true"], PLAIN).await?;
+    ensure!(url.starts_with("http://127.0.0.1:"), "{url}");
+    let status = async |url: &str| -> Result<u16> {
+        let head = "Connection: Upgrade\r\nUpgrade: SPDY/3.1\r\nX-Stream-Protocol-Version: v4.channel.k8s.io\r\n";
+        Ok(stream::request(url, "POST", head).await?.1)
+    };
+    same!(status(&url).await?, 101, "first use");
+    same!(status(&url).await?, 404, "second use");
+    let other = exec_url(&c, &["true"], PLAIN).await?;
+    same!(
+        status(&other.replace("/exec/", "/attach/")).await?,
+        404,
+        "another verb"
+    );
+    let unknown = format!(
+        "{}/{}",
+        url.rsplit_once('/').unwrap_or_default().0,
+        "0".repeat(32)
+    );
+    same!(status(&unknown).await?, 404, "unknown token");
+    let plain = exec_url(&c, &["true"], PLAIN).await?;
+    same!(
+        stream::request(&plain, "GET", "").await?.1,
+        400,
+        "no upgrade"
+    );
+    let odd = exec_url(&c, &["true"], PLAIN).await?;
+    let head = "Connection: Upgrade\r\nUpgrade: SPDY/3.1\r\nX-Stream-Protocol-Version: v9.channel.k8s.io\r\n";
+    same!(
+        stream::request(&odd, "POST", head).await?.1,
+        403,
+        "unknown protocol"
+    );
+    // The calls themselves.
+    let mut cri = world.node.cri.runtime();
+    let request = ExecRequest {
+        container_id: c.id.clone(),
+        cmd: vec!["true".into()],
+        tty: true,
+        stdin: false,
+        stdout: true,
+        stderr: true,
+    };
+    let code = |status: std::result::Result<_, tonic::Status>| status.err().map(|s| s.code());
+    same!(
+        code(cri.exec(request.clone()).await.map(drop)),
+        Some(Code::InvalidArgument),
+        "tty and stderr"
+    );
+    let nothing = ExecRequest {
+        tty: false,
+        stdout: false,
+        stderr: false,
+        ..request.clone()
+    };
+    same!(
+        code(cri.exec(nothing).await.map(drop)),
+        Some(Code::InvalidArgument),
+        "no stream"
+    );
+    let nobody = AttachRequest {
+        container_id: "nobody".into(),
+        stdout: true,
+        ..Default::default()
+    };
+    same!(
+        code(cri.attach(nobody).await.map(drop)),
+        Some(Code::NotFound),
+        "unknown container"
+    );
+    c.stop(0).await?;
+    let stopped = ExecRequest {
+        tty: false,
+        ..request
+    };
+    same!(
+        code(cri.exec(stopped).await.map(drop)),
+        Some(Code::FailedPrecondition),
+        "stopped container"
+    );
+    pod.stop().await?;
+    let gone = PortForwardRequest {
+        pod_sandbox_id: pod.id.clone(),
+        port: vec![80],
+    };
+    let refused = code(cri.port_forward(gone).await.map(drop));
+    ensure!(refused.is_some(), "port-forward into a stopped pod");
+    pod.end().await
+}
+
+/// A client for port-forward: SPDY, or SPDY through a WebSocket.
+async fn forwarder(pod: &Pod, over: Transport) -> Result<spdy::Client> {
+    let url = forward_url(pod).await?;
+    Ok(match over {
+        Transport::Spdy => {
+            let (socket, protocol) = stream::upgrade_spdy(&url, "portforward.k8s.io").await?;
+            same!(protocol, "portforward.k8s.io", "negotiated");
+            spdy::Client::new(socket)
+        }
+        Transport::WebSocket => {
+            let tunnel = websocket::tunnel(&url, "SPDY/3.1+portforward.k8s.io").await?;
+            spdy::Client::new(tunnel)
+        }
+    })
+}
+
+/// Data and error stream of one forwarded connection.
+async fn dial(
+    client: &mut spdy::Client,
+    port: &str,
+    id: &str,
+) -> Result<(spdy::Stream, spdy::Stream)> {
+    let headers = |kind| [("streamtype", kind), ("port", port), ("requestid", id)];
+    let error = client.open(&headers("error")).await?;
+    client.send(error.id, b"", true).await?;
+    Ok((client.open(&headers("data")).await?, error))
+}
+
+async fn rest(stream: &mut spdy::Stream) -> Result<Vec<u8>> {
+    let mut read = Vec::new();
+    loop {
+        match tokio::time::timeout(stream::PATIENCE, stream.incoming.recv()).await {
+            Ok(Some(bytes)) => read.extend_from_slice(&bytes),
+            Ok(None) => return Ok(read),
+            Err(_) => crate::bail!(
+                "nothing more within {:?} after {} bytes",
+                stream::PATIENCE,
+                read.len()
+            ),
+        }
+    }
+}
+
+/// A pod with servers that give back what they get, on two ports.
+async fn echoes(world: &Shared, name: &str) -> Result<Pod> {
+    let pod = Pod::run(&world.node, name).await?;
+    let script = "nc -ll -p 8081 -e cat & exec nc -ll -p 8080 -e cat";
+    let c = pod
+        .start("c", &world.images.base, &["sh", "-c", script])
+        .await?;
+    wait::until("the servers listen", world.patience(20), || async {
+        let tcp = c.out(&["cat", "/proc/net/tcp", "/proc/net/tcp6"]).await?;
+        ensure!(tcp.contains(":1F90 ") && tcp.contains(":1F91 "), "{tcp}");
+        Ok(())
+    })
+    .await?;
+    Ok(pod)
+}
+
+async fn port_forward(world: Shared) -> Result {
+    let pod = echoes(&world, "forward").await?;
+    for over in BOTH {
+        let mut client = forwarder(&pod, over).await?;
+        // Several connections to two ports at once, and one to a port where nobody listens.
+        let (mut nobody, mut error) = dial(&mut client, "8099", "nobody").await?;
+        let mut connections = Vec::new();
+        for number in 0..6 {
+            let port = ["8080", "8081"][number % 2];
+            let (data, error) = dial(&mut client, port, &number.to_string()).await?;
+            connections.push((data, error, random(20_000 + number)));
+        }
+        for (data, _, bytes) in &connections {
+            client.send(data.id, bytes, false).await?;
+        }
+        let said = String::from_utf8_lossy(&rest(&mut error).await?).into_owned();
+        ensure!(
+            said.contains("8099") && said.contains("connection refused"),
+            "{over:?}: {said:?}"
+        );
+        ensure!(rest(&mut nobody).await?.is_empty(), "data from nobody");
+        for (data, error, bytes) in &mut connections {
+            // The half-close reaches the server, whose own end comes back after the last byte.
+            client.send(data.id, b"", true).await?;
+            let echoed = rest(data).await?;
+            ensure!(
+                echoed == *bytes,
+                "{over:?}: {} of {} bytes",
+                echoed.len(),
+                bytes.len()
+            );
+            ensure!(
+                rest(error).await?.is_empty(),
+                "an error of a connection that went well"
+            );
+        }
+    }
+    pod.end().await
+}
+
+async fn port_forward_bytes(world: Shared) -> Result {
+    let pod = echoes(&world, "forward-bytes").await?;
+    let mib = match std::env::var("BOXLITE_E2E_FORWARD_MIB") {
+        Ok(mib) => mib.parse()?,
+        Err(_) if world.home == Home::Krun => KRUN_FORWARD_MIB,
+        Err(_) => FORWARD_MIB,
+    };
+    let mut client = forwarder(&pod, Transport::Spdy).await?;
+    let (mut data, mut error) = dial(&mut client, "8080", "1").await?;
+    let id = data.id;
+    let begun = std::time::Instant::now();
+    let sending = async {
+        let mut digest = Sha256::new();
+        let bytes = random(1 << 20);
+        for number in 0..mib {
+            // Each MiB differs from the others.
+            let mut bytes = bytes.clone();
+            bytes[..8].copy_from_slice(&(number as u64).to_le_bytes());
+            digest.update(&bytes);
+            client.send(id, &bytes, number + 1 == mib).await?;
+        }
+        Result::Ok(digest.finalize())
+    };
+    let receiving = async {
+        let (mut digest, mut length) = (Sha256::new(), 0);
+        loop {
+            match tokio::time::timeout(stream::PATIENCE, data.incoming.recv()).await {
+                Ok(Some(bytes)) => {
+                    length += bytes.len();
+                    digest.update(&bytes);
+                }
+                Ok(None) => return Result::Ok((digest.finalize(), length)),
+                Err(_) => crate::bail!("nothing more after {length} bytes"),
+            }
+        }
+    };
+    let (sent, (received, length)) = tokio::try_join!(sending, receiving)?;
+    same!(length, mib << 20, "bytes");
+    ensure!(sent == received, "the bytes differ");
+    ensure!(rest(&mut error).await?.is_empty(), "an error");
+    let seconds = begun.elapsed().as_secs_f64();
+    println!("      {mib} MiB through a forwarded port and back in {seconds:.1} s");
+    drop(client);
+    pod.end().await
+}

@@ -1,0 +1,218 @@
+//! A streaming client as kubectl and the kubelet are one: exec and attach sessions over SPDY/3.1 and WebSocket, and
+//! port-forward over SPDY, plain or tunnelled.
+//!
+//! It speaks the wire by itself (`spdy`) or by tungstenite (`websocket`) and shares nothing with the product. Judges
+//! nothing; `cases/streaming.rs` does.
+
+pub mod spdy;
+pub mod websocket;
+
+use crate::outcome::Result;
+use crate::{bail, ensure};
+use bytes::Bytes;
+use std::collections::HashMap;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::sync::mpsc;
+
+/// Longest wait for one message of the server: it may boot nothing, but the machine may be busy.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What carries a session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Transport {
+    Spdy,
+    /// Version 5 of the channel protocol.
+    WebSocket,
+}
+
+/// The streams of a session, by their Kubernetes names.
+#[derive(Debug, Clone, Copy)]
+pub struct Streams {
+    pub stdin: bool,
+    pub stderr: bool,
+    pub tty: bool,
+}
+
+/// An exec or attach session.
+pub struct Session {
+    incoming: HashMap<&'static str, mpsc::UnboundedReceiver<Bytes>>,
+    wire: Wire,
+}
+
+enum Wire {
+    Spdy {
+        client: spdy::Client,
+        ids: HashMap<&'static str, u32>,
+    },
+    WebSocket(websocket::Channels),
+}
+
+impl Session {
+    /// Connects to the URL of an Exec or Attach answer. Stdout is always asked for.
+    pub async fn open(url: &str, transport: Transport, streams: Streams) -> Result<Self> {
+        let mut names = vec!["error"];
+        for (name, wanted) in [
+            ("stdin", streams.stdin),
+            ("stdout", true),
+            ("stderr", streams.stderr),
+            ("resize", streams.tty),
+        ] {
+            if wanted {
+                names.push(name);
+            }
+        }
+        if transport == Transport::WebSocket {
+            let (channels, incoming) = websocket::open(url, &names).await?;
+            return Ok(Self {
+                incoming,
+                wire: Wire::WebSocket(channels),
+            });
+        }
+        let (socket, protocol) = upgrade_spdy(url, "v4.channel.k8s.io").await?;
+        ensure!(protocol == "v4.channel.k8s.io", "negotiated {protocol:?}");
+        let mut client = spdy::Client::new(socket);
+        let (mut ids, mut incoming) = (HashMap::new(), HashMap::new());
+        for name in names {
+            let stream = client.open(&[("streamtype", name)]).await?;
+            ids.insert(name, stream.id);
+            incoming.insert(name, stream.incoming);
+        }
+        Ok(Self {
+            incoming,
+            wire: Wire::Spdy { client, ids },
+        })
+    }
+
+    /// Sends bytes on a stream.
+    pub async fn send(&mut self, name: &str, data: &[u8]) -> Result {
+        match &mut self.wire {
+            Wire::Spdy { client, ids } => client.send(ids[name], data, false).await,
+            Wire::WebSocket(channels) => channels.send(name, data).await,
+        }
+    }
+
+    /// Half-closes a stream.
+    pub async fn close(&mut self, name: &str) -> Result {
+        match &mut self.wire {
+            Wire::Spdy { client, ids } => client.send(ids[name], b"", true).await,
+            Wire::WebSocket(channels) => channels.close(name).await,
+        }
+    }
+
+    /// Tells the terminal's size.
+    pub async fn resize(&mut self, width: u16, height: u16) -> Result {
+        let size = serde_json::json!({ "Width": width, "Height": height }).to_string();
+        self.send("resize", size.as_bytes()).await
+    }
+
+    /// The next bytes of a stream, `None` at its end.
+    pub async fn next(&mut self, name: &str) -> Result<Option<Bytes>> {
+        let Some(incoming) = self.incoming.get_mut(name) else {
+            bail!("the session has no {name}");
+        };
+        match tokio::time::timeout(PATIENCE, incoming.recv()).await {
+            Ok(bytes) => Ok(bytes),
+            Err(_) => bail!("nothing on {name} within {PATIENCE:?}"),
+        }
+    }
+
+    /// Reads a stream until it contains `text`; gives all that was read.
+    pub async fn until(&mut self, name: &str, text: &str) -> Result<String> {
+        let mut read = Vec::new();
+        let mut looked = 0;
+        loop {
+            let from = read.len().min(looked);
+            if read[from..]
+                .windows(text.len())
+                .any(|at| at == text.as_bytes())
+            {
+                return Ok(String::from_utf8_lossy(&read).into_owned());
+            }
+            looked = read.len().saturating_sub(text.len());
+            match self.next(name).await? {
+                Some(bytes) => read.extend_from_slice(&bytes),
+                None => bail!(
+                    "{name} ended without {text:?}: {:?}",
+                    String::from_utf8_lossy(&read)
+                ),
+            }
+        }
+    }
+
+    /// Everything that is still to come on a stream.
+    pub async fn rest(&mut self, name: &str) -> Result<Vec<u8>> {
+        let mut read = Vec::new();
+        while let Some(bytes) = self.next(name).await? {
+            read.extend_from_slice(&bytes);
+        }
+        Ok(read)
+    }
+
+    /// The exit code that the error stream tells at the end.
+    pub async fn exit_code(&mut self) -> Result<i32> {
+        let status = self.status().await?;
+        if status["status"] == "Success" {
+            return Ok(0);
+        }
+        ensure!(status["reason"] == "NonZeroExitCode", "{status}");
+        let code = &status["details"]["causes"][0];
+        ensure!(code["reason"] == "ExitCode", "{status}");
+        Ok(code["message"].as_str().unwrap_or_default().parse()?)
+    }
+
+    /// The metav1.Status of the error stream.
+    pub async fn status(&mut self) -> Result<serde_json::Value> {
+        let bytes = self.rest("error").await?;
+        ensure!(!bytes.is_empty(), "the error stream ended without a status");
+        Ok(serde_json::from_slice(&bytes)?)
+    }
+}
+
+/// A connection that was upgraded to SPDY, and the protocol the server chose of `protocol`.
+pub async fn upgrade_spdy(url: &str, protocol: &str) -> Result<(TcpStream, String)> {
+    let head = format!(
+        "Connection: Upgrade\r\nUpgrade: SPDY/3.1\r\nX-Stream-Protocol-Version: {protocol}\r\n"
+    );
+    let (socket, status, answer) = request(url, "POST", &head).await?;
+    ensure!(status == 101, "{answer}");
+    let chosen = answer
+        .lines()
+        .find_map(|line| {
+            let (name, value) = line.split_once(':')?;
+            name.eq_ignore_ascii_case("x-stream-protocol-version")
+                .then(|| value.trim().to_owned())
+        })
+        .unwrap_or_default();
+    Ok((socket, chosen))
+}
+
+/// Sends a request's head to `url` and reads the answer's; the socket is behind both.
+pub async fn request(url: &str, method: &str, headers: &str) -> Result<(TcpStream, u16, String)> {
+    let Some((host, path)) = url
+        .strip_prefix("http://")
+        .and_then(|rest| rest.split_once('/'))
+    else {
+        bail!("{url:?} is no http URL");
+    };
+    let mut socket = TcpStream::connect(host).await?;
+    socket.set_nodelay(true)?;
+    let head = format!("{method} /{path} HTTP/1.1\r\nHost: {host}\r\n{headers}\r\n");
+    socket.write_all(head.as_bytes()).await?;
+    let mut answer = Vec::new();
+    while !answer.ends_with(b"\r\n\r\n") {
+        ensure!(answer.len() < 8192, "an endless head");
+        match tokio::time::timeout(PATIENCE, socket.read_u8()).await {
+            Ok(byte) => answer.push(byte?),
+            Err(_) => bail!("no answer to {method} within {PATIENCE:?}"),
+        }
+    }
+    let answer = String::from_utf8_lossy(&answer).into_owned();
+    let status = answer
+        .split_whitespace()
+        .nth(1)
+        .unwrap_or_default()
+        .parse()?;
+    Ok((socket, status, answer))
+}
