@@ -11,8 +11,8 @@ pub mod network;
 mod observe;
 mod robust;
 mod spec;
-mod trees;
 mod streaming;
+mod trees;
 
 use crate::runner::Case;
 
