@@ -4,6 +4,7 @@
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 /// A non-blocking descriptor registered with the runtime.
@@ -23,6 +24,22 @@ impl AsyncDescriptor {
         // SAFETY: the OwnedFd owns its descriptor, and nothing replaces or closes it while the AsyncFd has it.
         let inner = unsafe { AsyncFd::register(descriptor) }?;
         Ok(Self { inner })
+    }
+
+    /// Registers a file of cgroupfs, which tells of changes as "priority"; see [`Self::changed`].
+    ///
+    /// # Errors
+    /// The runtime is out of resources.
+    pub fn notifying(file: OwnedFd) -> io::Result<Self> {
+        // SAFETY: the OwnedFd owns its descriptor, and nothing replaces or closes it while the AsyncFd has it.
+        let inner = unsafe { AsyncFd::register_with_interest(file, Interest::PRIORITY) }?;
+        Ok(Self { inner })
+    }
+
+    /// Waits until the file has changed since it was last read.
+    pub async fn changed(&self) -> io::Result<()> {
+        self.inner.ready(Interest::PRIORITY).await?.clear_ready();
+        Ok(())
     }
 
     /// The descriptor, for calls that don't block.

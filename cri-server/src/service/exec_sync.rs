@@ -1,6 +1,6 @@
 //! ExecSync: a command from start to exit code, its output bounded.
 
-use super::{Server, present, refused};
+use super::{Server, refused};
 use boxlite_proto::cri::v1::{ExecSyncRequest, ExecSyncResponse};
 use std::time::Duration;
 use tonic::Status;
@@ -10,15 +10,10 @@ const OUTPUT_LIMIT: usize = (8 << 20) - (4 << 10);
 
 /// The call. A timeout is DEADLINE_EXCEEDED; it and a client that goes away kill the command with all it started.
 pub async fn exec(server: &Server, request: ExecSyncRequest) -> Result<ExecSyncResponse, Status> {
-    present("container_id", &request.container_id)?;
     if request.cmd.first().is_none_or(String::is_empty) {
         return Err(Status::invalid_argument("cmd is missing"));
     }
-    let (pod, container) = server
-        .runtime
-        .find_container(&request.container_id)
-        .map_err(refused)?;
-    super::runs(&container)?;
+    let (pod, container) = server.running_container(&request.container_id)?;
     // 0, and what is below, is "no timeout".
     let timeout = u64::try_from(request.timeout)
         .ok()

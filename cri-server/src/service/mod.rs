@@ -184,21 +184,23 @@ impl Server {
             .map_err(|full| Status::resource_exhausted(full.to_string()))
     }
 
+    /// A container that runs and its pod; FAILED_PRECONDITION for one that does not.
+    fn running_container(&self, id: &str) -> Result<(LiteBox, ContainerSnapshot), Status> {
+        present("container_id", id)?;
+        let (pod, container) = self.runtime.find_container(id).map_err(refused)?;
+        if container.state != ContainerState::Running {
+            return Err(Status::failed_precondition(format!(
+                "container {} is {}, not running",
+                container.id, container.state
+            )));
+        }
+        Ok((pod, container))
+    }
+
     /// The pod's own record.
     fn pod_record(&self, pod: &LiteBox) -> SandboxRecord {
         SandboxRecord::decoded(&pod.snapshot().metadata)
     }
-}
-
-/// An error of a container that does not run.
-fn runs(container: &ContainerSnapshot) -> Result<(), Status> {
-    if container.state != ContainerState::Running {
-        return Err(Status::failed_precondition(format!(
-            "container {} is {}",
-            container.id, container.state
-        )));
-    }
-    Ok(())
 }
 
 /// An error of a request's identifier that is not there.

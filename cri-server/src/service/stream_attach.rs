@@ -1,19 +1,14 @@
 //! Attach: checks the request and answers the URL of one session.
 
-use super::{Server, present, refused};
+use super::Server;
 use crate::streaming::{Attach, Ticket, Wanted};
 use boxlite_proto::cri::v1::{AttachRequest, AttachResponse};
 use tonic::Status;
 
 /// The call.
 pub fn attach(server: &Server, request: AttachRequest) -> Result<AttachResponse, Status> {
-    present("container_id", &request.container_id)?;
     let wanted = wanted(request.stdin, request.stdout, request.stderr, request.tty)?;
-    let (pod, container) = server
-        .runtime
-        .find_container(&request.container_id)
-        .map_err(refused)?;
-    super::runs(&container)?;
+    let (pod, container) = server.running_container(&request.container_id)?;
     let ticket = Ticket::Attach(Attach {
         pod,
         has_stdin: container.stdin,

@@ -1,22 +1,17 @@
 //! Exec: checks the request and answers the URL of one session.
 
-use super::{Server, present, refused, stream_attach::wanted};
+use super::{Server, stream_attach::wanted};
 use crate::streaming::{Exec, Ticket};
 use boxlite_proto::cri::v1::{ExecRequest, ExecResponse};
 use tonic::Status;
 
 /// The call. The command itself starts when the client has connected.
 pub fn exec(server: &Server, request: ExecRequest) -> Result<ExecResponse, Status> {
-    present("container_id", &request.container_id)?;
     if request.cmd.first().is_none_or(String::is_empty) {
         return Err(Status::invalid_argument("cmd is missing"));
     }
     let wanted = wanted(request.stdin, request.stdout, request.stderr, request.tty)?;
-    let (pod, container) = server
-        .runtime
-        .find_container(&request.container_id)
-        .map_err(refused)?;
-    super::runs(&container)?;
+    let (pod, container) = server.running_container(&request.container_id)?;
     let ticket = Ticket::Exec(Exec {
         pod,
         container: container.id,

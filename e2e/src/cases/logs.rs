@@ -1,17 +1,18 @@
-//! Log files: CRI format, both streams in order, long lines, binary bytes, nothing lost in 256 MiB (16 on libkrun), and
-//! ReopenContainerLog.
+//! Log files: CRI format, both streams in order, long lines, binary bytes, nothing lost in 256 MiB or on a disk that stalls,
+//! and ReopenContainerLog.
 
 use crate::client::answer;
+use crate::enclave::run;
 use crate::logs;
 use crate::outcome::{During, Result};
-use crate::pod::{Pod, container_spec};
+use crate::pod::{Pod, container_spec, pod_spec};
 use crate::runner::{Case, Shared, case};
-use crate::world::Home;
 use crate::{ensure, same, wait};
-use k8s_cri::v1::ReopenContainerLogRequest;
+use k8s_cri::v1::{ContainerState, ReopenContainerLogRequest};
 use sha2::{Digest, Sha256};
 use std::io::{BufRead, BufReader};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub fn cases() -> Vec<Case> {
     vec![
@@ -24,7 +25,12 @@ pub fn cases() -> Vec<Case> {
         case("logs::last_line_without_newline", 60, unfinished_line),
         case("logs::reopen_after_rotation", 60, reopen),
         case("logs::terminal", 60, terminal),
-        case("logs::many_mib_of_numbered_lines", 400, numbered_lines),
+        case("logs::many_mib_of_numbered_lines", 300, numbered_lines),
+        case(
+            "logs::stalled_disk_holds_up_its_writer_alone",
+            120,
+            stalled_disk,
+        ),
     ]
 }
 
@@ -120,7 +126,8 @@ async fn unfinished_line(world: Shared) -> Result {
 
 async fn reopen(world: Shared) -> Result {
     let pod = Pod::run(&world.node, "rotate").await?;
-    let script = "i=0; while [ $i -lt 400 ]; do echo line $i; i=$((i+1)); usleep 5000; done";
+    // A pause, which is a process, only now and then.
+    let script = "i=0; while [ $i -lt 400 ]; do echo line $i; i=$((i+1)); [ $((i % 10)) = 0 ] && usleep 50000; done";
     let container = pod
         .start("c", &world.images.base, &["sh", "-c", script])
         .await?;
@@ -183,38 +190,155 @@ async fn terminal(world: Shared) -> Result {
     pod.end().await
 }
 
-/// 256 bytes each with number and newline.
+/// Bytes of a line, with number and newline.
 const LINE: usize = 256;
-/// 256 MiB, and 16 MiB in the emulated KVM host, where a guest is emulated twice over.
-fn lines(home: Home) -> usize {
-    match home {
-        Home::Qemu => 1 << 20,
-        Home::Krun => 1 << 16,
+/// Lines of a block; the container makes one with awk and prints it over and over, each time below a numbered line of its
+/// own: awk is slower than the log.
+const BLOCK_LINES: usize = 8192;
+const BLOCKS: usize = 128;
+
+/// Makes a block of so many lines as /block.
+fn block_script(lines: usize) -> String {
+    let filler = "x".repeat(LINE - 11);
+    format!("awk 'BEGIN{{for(i=0;i<{lines};i++) printf \"%09d {filler}\\n\", i}}' > /block")
+}
+
+/// What the log must hold after `blocks` blocks of so many lines: bytes and SHA-256.
+fn wanted(blocks: usize, lines: usize) -> (usize, String) {
+    let filler = "x".repeat(LINE - 11);
+    let block: String = (0..lines).map(|i| format!("{i:09} {filler}\n")).collect();
+    let (mut sum, mut bytes) = (Sha256::new(), 0);
+    for i in 0..blocks {
+        let head = format!("block {i}\n");
+        sum.update(&head);
+        sum.update(&block);
+        bytes += head.len() + block.len();
     }
+    (bytes, hex::encode(sum.finalize()))
 }
 
 async fn numbered_lines(world: Shared) -> Result {
-    let count = lines(world.home);
     let pod = Pod::run(&world.node, "many").await?;
-    let filler = "x".repeat(LINE - 11);
-    let script = format!("BEGIN{{for(i=0;i<{count};i++) printf \"%09d {filler}\\n\", i}}");
+    let script = format!(
+        "{}; i=0; while [ $i -lt {BLOCKS} ]; do echo block $i; cat /block; i=$((i+1)); done",
+        block_script(BLOCK_LINES)
+    );
     let container = pod
-        .start("c", &world.images.base, &["awk", &script])
+        .start("c", &world.images.base, &["sh", "-c", &script])
         .await?;
     let status = container.exited(world.patience(300)).await?;
     same!(status.exit_code, 0, "exit code");
-    let mut wanted = Sha256::new();
-    for i in 0..count {
-        wanted.update(format!("{i:09} {filler}\n"));
-    }
-    let (bytes, sum) = sum_of(&container.log()).during("reading the log")?;
-    same!(bytes, count * LINE, "bytes in the log");
+    let found = sum_of(&container.log()).during("reading the log")?;
     same!(
-        sum,
-        hex::encode(wanted.finalize()),
-        "SHA-256 of {bytes} bytes"
+        found,
+        wanted(BLOCKS, BLOCK_LINES),
+        "bytes and SHA-256 of the log"
     );
     pod.end().await
+}
+
+/// Lines of a block, and blocks, of the case with the stalled disk: 8 MiB, several times what may be under way.
+const STALLED_LINES: usize = 1024;
+const STALLED_BLOCKS: usize = 32;
+/// What a container may have written that is not in its log: the agent's buffer, which only an acknowledgement frees, the
+/// pipe, and the block under way.
+const UNDER_WAY: usize = 2 << 20;
+
+/// The log's disk stalls (a frozen ext4, where a write blocks in the kernel): the container is held up and nothing else, and
+/// afterwards every line is there.
+async fn stalled_disk(world: Shared) -> Result {
+    let config = pod_spec(&world.node, "stall");
+    let disk = SlowDisk::mount(
+        &world.scratch,
+        &Path::new(&config.log_directory).join("slow"),
+    )?;
+    let pod = Pod::run_with(&world.node, config).await?;
+    let script = format!(
+        "{}; mkfifo /gate; echo 0 > /done; read go < /gate; i=0; while [ $i -lt {STALLED_BLOCKS} ]; do echo block $i; \
+         cat /block; i=$((i+1)); echo $i > /done; done",
+        block_script(STALLED_LINES)
+    );
+    let mut spec = container_spec("c", &world.images.base, &["sh", "-c", &script]);
+    spec.log_path = "slow/c.log".into();
+    let container = pod.start_with(spec).await?;
+    disk.freeze()?;
+    // Both an exec and a neighbour's start and log, while the disk stands.
+    container
+        .out(&[
+            "sh",
+            "-c",
+            "until test -p /gate; do usleep 50000; done; echo go > /gate",
+        ])
+        .await?;
+    let neighbour = pod
+        .start(
+            "n",
+            &world.images.base,
+            &["sh", "-c", "echo beside; sleep 1000"],
+        )
+        .await?;
+    neighbour.printed("beside\n", world.patience(20)).await?;
+    let before = AtomicUsize::new(0);
+    let held = wait::until("the container stands", world.patience(40), || async {
+        let done = container.out(&["sh", "-c", "sleep 1; cat /done"]).await?;
+        let done: usize = done.trim().parse()?;
+        let stands = done > 0 && before.swap(done, Ordering::Relaxed) == done;
+        ensure!(stands, "{done} blocks");
+        Ok(done)
+    })
+    .await?;
+    ensure!(
+        held * STALLED_LINES * LINE <= UNDER_WAY,
+        "{held} blocks left the container for a disk that takes nothing"
+    );
+    same!(
+        container.status().await?.state(),
+        ContainerState::ContainerRunning,
+        "the container, held up"
+    );
+    disk.thaw()?;
+    let status = container.exited(world.patience(60)).await?;
+    same!(status.exit_code, 0, "exit code");
+    let found = sum_of(&container.log()).during("reading the log")?;
+    same!(
+        found,
+        wanted(STALLED_BLOCKS, STALLED_LINES),
+        "bytes and SHA-256 of the log"
+    );
+    pod.end().await
+}
+
+/// A small ext4 on a loop device that can be frozen. Dropping it thaws and unmounts.
+struct SlowDisk(PathBuf);
+
+impl SlowDisk {
+    fn mount(scratch: &Path, at: &Path) -> Result<Self> {
+        let image = scratch.join("slow.img");
+        std::fs::File::create(&image)?.set_len(64 << 20)?;
+        std::fs::create_dir_all(at)?;
+        let (image, target) = (image.display().to_string(), at.display().to_string());
+        run("mkfs.ext4", &["-q", "-F", &image])?;
+        run("mount", &["-o", "loop", &image, &target])?;
+        Ok(Self(at.to_owned()))
+    }
+
+    fn freeze(&self) -> Result {
+        run("fsfreeze", &["--freeze", &self.0.display().to_string()]).map(drop)
+    }
+
+    fn thaw(&self) -> Result {
+        run("fsfreeze", &["--unfreeze", &self.0.display().to_string()]).map(drop)
+    }
+}
+
+impl Drop for SlowDisk {
+    fn drop(&mut self) {
+        // Not frozen any more where the case went well.
+        let _ = self.thaw();
+        if let Err(error) = run("umount", &["--lazy", &self.0.display().to_string()]) {
+            eprintln!("{error}");
+        }
+    }
 }
 
 /// Bytes and SHA-256 of the content, line by line: the file is larger than a test should hold in memory.

@@ -22,6 +22,7 @@ pub fn cases() -> Vec<Case> {
         case("spec::default_devices", 60, devices),
         case("spec::limits_in_cgroup_v2", 60, limits),
         case("spec::oom_killed", 90, oom_killed),
+        case("spec::oom_of_a_child", 90, oom_of_a_child),
         case("spec::vm_size_follows_the_pod", 90, vm_size),
         case("spec::stdin_eof_without_stdin", 60, stdin_is_empty),
         case("spec::sysctls", 60, sysctls),
@@ -517,6 +518,34 @@ async fn oom_killed(world: Shared) -> Result {
         neighbour.status().await?.state(),
         ContainerState::ContainerRunning,
         "the neighbour"
+    );
+    pod.end().await
+}
+
+/// Not the first process is killed but a child of it: a container that ends well all the same had an OOM kill.
+async fn oom_of_a_child(world: Shared) -> Result {
+    let pod = Pod::run(&world.node, "oomchild").await?;
+    let mut config = container_spec(
+        "parent",
+        &world.images.base,
+        &[
+            "sh",
+            "-c",
+            "tail -c 200000000 /dev/zero; echo child $?; exit 0",
+        ],
+    );
+    config.linux.get_or_insert_default().resources = Some(LinuxContainerResources {
+        memory_limit_in_bytes: 32 << 20,
+        ..Default::default()
+    });
+    let container = pod.start_with(config).await?;
+    let status = container.exited(world.patience(60)).await?;
+    let output = container.output()?;
+    ensure!(output.ends_with("child 137\n"), "the child: {output:?}");
+    same!(
+        (status.exit_code, status.reason.as_str()),
+        (0, "OOMKilled"),
+        "exit"
     );
     pod.end().await
 }

@@ -97,10 +97,14 @@ fn hugetlb_page_size(file: &str) -> Option<&str> {
 
 /// How often the kernel killed a process of this cgroup (or below) for memory.
 pub fn oom_kills(cgroup: &Cgroup) -> u64 {
-    keyed(cgroup, "memory.events")
-        .get("oom_kill")
-        .copied()
-        .unwrap_or(0)
+    cgroup
+        .read("memory.events")
+        .map_or(0, |text| oom_kills_in(&text))
+}
+
+/// The same out of the text of `memory.events`.
+pub fn oom_kills_in(text: &str) -> u64 {
+    parse_keyed(text).get("oom_kill").copied().unwrap_or(0)
 }
 
 /// A file of one number; `max` reads as the largest one.

@@ -336,6 +336,9 @@ fn assemble(
         async move |exit| init_ended(&container, &pod, exit).await
     });
     agent.tasks.spawn(following);
+    agent
+        .tasks
+        .spawn(super::oom::watch(Arc::clone(&container), Arc::clone(pod)));
     container
 }
 

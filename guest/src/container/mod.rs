@@ -13,6 +13,7 @@
 pub mod create;
 pub mod events;
 pub mod exec;
+pub mod oom;
 pub mod pod;
 pub mod spec;
 

@@ -347,7 +347,7 @@ impl Driver {
                 let answer = self.env.database.update_box(self.row.clone()).await;
                 let _ = reply.send(answer);
             }
-            Message::Oom { id } => self.note_oom(&id),
+            Message::Oom { id } => self.note_oom(&id).await,
         }
         Outcome::Continue
     }

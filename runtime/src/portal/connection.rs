@@ -24,9 +24,10 @@ pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
 pub const KEEPALIVE_LIMIT: Duration = Duration::from_secs(45);
 /// Longest hybrid greeting, "OK <port>\n", in bytes.
 const GREETING_LIMIT: usize = 32;
-/// HTTP/2 window of one stream, in bytes: a fraction of the connection's, so that one stream whose reader pauses does
-/// not take the whole connection from the others.
-const STREAM_WINDOW: u32 = names::GUEST_WINDOW / 4;
+/// HTTP/2 window of one stream of a shared connection, in bytes: a fraction of the connection's, so that one stream whose
+/// reader pauses does not take the whole connection from the others. A dedicated connection has no others, and its one
+/// stream the whole window: output moves a window per round trip, which is what it costs on an emulated guest.
+const SHARED_STREAM_WINDOW: u32 = names::GUEST_WINDOW / 4;
 /// Largest header list accepted from the guest, in bytes.
 const HEADER_LIMIT: u32 = 16 << 10;
 
@@ -142,15 +143,21 @@ pub struct Connection {
 #[derive(Debug)]
 struct Inner {
     address: GuestAddress,
+    stream_window: u32,
     channel: OnceLock<Channel>,
 }
 
 impl Connection {
     /// A connection that dials at the first call.
     pub fn lazy(address: GuestAddress) -> Self {
+        Self::with_window(address, SHARED_STREAM_WINDOW)
+    }
+
+    fn with_window(address: GuestAddress, stream_window: u32) -> Self {
         Self {
             inner: Arc::new(Inner {
                 address,
+                stream_window,
                 channel: OnceLock::new(),
             }),
         }
@@ -159,7 +166,7 @@ impl Connection {
     /// A second connection to the same agent. All streams of one HTTP/2 connection share one flow-control window: a
     /// stream whose reader may stall gets a connection of its own, or it stalls every other call.
     pub fn dedicated(&self) -> Self {
-        Self::lazy(self.inner.address.clone())
+        Self::with_window(self.inner.address.clone(), names::GUEST_WINDOW)
     }
 
     /// Where it leads.
@@ -171,7 +178,7 @@ impl Connection {
     pub(super) fn channel(&self) -> Channel {
         self.inner
             .channel
-            .get_or_init(|| open_channel(self.inner.address.clone()))
+            .get_or_init(|| open_channel(self.inner.address.clone(), self.inner.stream_window))
             .clone()
     }
 
@@ -192,10 +199,10 @@ impl Connection {
     }
 }
 
-fn open_channel(address: GuestAddress) -> Channel {
+fn open_channel(address: GuestAddress, stream_window: u32) -> Channel {
     // The URI only fills `:authority`; the connector below ignores it.
     Endpoint::from_static("http://boxlite-guest")
-        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_stream_window_size(stream_window)
         .initial_connection_window_size(names::GUEST_WINDOW)
         .http2_max_header_list_size(HEADER_LIMIT)
         .connect_timeout(CONNECT_LIMIT)

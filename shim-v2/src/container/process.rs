@@ -112,6 +112,8 @@ enum Request {
     },
     CloseInput(Reply<()>),
     ReopenLog(Reply<()>),
+    /// The kernel killed a process of the container for memory.
+    Oom,
     Delete(Reply<State>),
     Close(oneshot::Sender<()>),
 }
@@ -153,6 +155,7 @@ impl Process {
             pump: None,
             input: None,
             exec_json,
+            oom_told: false,
             end: None,
         };
         context.tasks.spawn(task.run());
@@ -220,6 +223,13 @@ impl Process {
     /// Invalid where it has no log file; Io where the new file cannot be opened (the old one is kept).
     pub async fn reopen_log(&self) -> Result<()> {
         self.ask(Request::ReopenLog).await
+    }
+
+    /// The guest says that the kernel killed a process of the container for want of memory; after its end it says so no
+    /// more. Nobody waits for what comes of it.
+    pub async fn oom(&self) {
+        // An error means that the task has ended: nothing to tell any more.
+        drop(self.requests.send(Request::Oom).await);
     }
 
     /// Forgets it in the guest. It must not run.
@@ -291,6 +301,8 @@ struct Task {
     pump: Option<LogPump>,
     input: Option<Input>,
     exec_json: Option<Vec<u8>>,
+    /// An OOM kill was published.
+    oom_told: bool,
     /// Exit, then drained output.
     end: Option<BoxFuture<'static, (Ended, bool)>>,
 }
@@ -344,6 +356,7 @@ impl Task {
                 drop(reply.send(Ok(())));
             }
             Request::ReopenLog(reply) => self.reopen(reply),
+            Request::Oom => self.oom(),
             Request::Delete(reply) => drop(reply.send(self.delete().await)),
             Request::Close(reply) => drop(reply.send(())),
         }
@@ -559,11 +572,9 @@ impl Task {
 
     fn ended(&mut self, ended: Ended, oom: bool) {
         let pid = self.state.borrow().pid;
-        if oom && self.about.exec.is_empty() {
-            self.context.publisher.publish(&TaskOOM {
-                container_id: self.about.container.clone(),
-                ..Default::default()
-            });
+        // The event stream and the exit are two ways: whichever came first told it, and always before the exit.
+        if oom && !self.oom_told {
+            self.oom();
         }
         // Published before the state: who was woken by the state finds the event under way.
         self.context.publisher.publish(&TaskExit {
@@ -579,6 +590,17 @@ impl Task {
             state.ended = Some(ended);
         });
         self.input = None;
+    }
+
+    fn oom(&mut self) {
+        if !self.about.exec.is_empty() || self.state.borrow().phase == Phase::Stopped {
+            return;
+        }
+        self.oom_told = true;
+        self.context.publisher.publish(&TaskOOM {
+            container_id: self.about.container.clone(),
+            ..Default::default()
+        });
     }
 
     async fn close(&mut self) {

@@ -29,6 +29,10 @@ use write::Writer;
 const QUEUE_LIMIT: usize = 4 << 20;
 /// Pause before a guest whose stream broke for good is asked again.
 const READ_PAUSE: Duration = Duration::from_millis(100);
+/// An acknowledgement is a call of its own: it waits until it frees this much, in bytes, a quarter of the guest's buffer…
+const ACK_EVERY: u64 = 256 << 10;
+/// … or for this long. A buffer full of tiny pieces holds less than [`ACK_EVERY`], and the process must not wait for more.
+const ACK_DELAY: Duration = Duration::from_millis(20);
 /// Pause before an acknowledgement that failed is sent again.
 const ACK_PAUSE: Duration = Duration::from_millis(200);
 /// After the end of the VM: how long its last bytes may take out of the socket they are in.
@@ -250,7 +254,11 @@ async fn acknowledge(
     mut acks: watch::Receiver<u64>,
     ended: CancellationToken,
 ) {
+    let mut acked = 0;
     while acks.changed().await.is_ok() {
+        // Both ends are fine: enough came, or the delay is over. The writer's end is noticed by `changed`.
+        let enough = acks.wait_for(|offset| offset.saturating_sub(acked) >= ACK_EVERY);
+        drop(tokio::time::timeout(ACK_DELAY, enough).await);
         loop {
             let offset = *acks.borrow_and_update();
             let told = tokio::select! {
@@ -258,7 +266,10 @@ async fn acknowledge(
                 () = ended.cancelled() => return,
             };
             match told {
-                Ok(()) => break,
+                Ok(()) => {
+                    acked = offset;
+                    break;
+                }
                 Err(error) if error.is_transport() => tokio::time::sleep(ACK_PAUSE).await,
                 // Gone already, which frees the output too.
                 Err(error) => {

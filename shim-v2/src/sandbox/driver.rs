@@ -260,6 +260,9 @@ impl Driver {
             ended: CancellationToken::new(),
         };
         self.guest.send_replace(Some(guest.clone()));
+        self.context
+            .tasks
+            .spawn(super::oom::follow(guest.clone(), self.containers.clone()));
         self.vm = Some(Vm {
             exit: booted.exit,
             kill: booted.kill,

@@ -12,6 +12,7 @@
 
 pub mod driver;
 pub mod machine;
+pub mod oom;
 pub mod options;
 pub mod undo;
 

@@ -64,6 +64,20 @@ impl Service {
         }
     }
 
+    /// Ends the VM, then the shim. Succeeds where it is ending already.
+    async fn shut_down(&self) -> ttrpc::Result<()> {
+        let (sandbox, exit) = (self.sandbox.clone(), self.exit.clone());
+        self.detached(async move {
+            let result = sandbox.shutdown().await;
+            exit.cancel();
+            match result {
+                Err(ShimError::Ending) => Ok(()),
+                other => other,
+            }
+        })
+        .await
+    }
+
     /// Whether an id is the sandbox's; an empty one means it.
     fn check_sandbox(&self, id: &str) -> Result<()> {
         let own = &*self.sandbox.context().id;

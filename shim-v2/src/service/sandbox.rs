@@ -2,7 +2,6 @@
 
 use super::Service;
 use crate::container::stats;
-use crate::error::ShimError;
 use crate::sandbox::Snapshot;
 use crate::sandbox::options::Plan;
 use crate::time;
@@ -141,16 +140,7 @@ impl SandboxService for Service {
         request: ShutdownSandboxRequest,
     ) -> ttrpc::Result<ShutdownSandboxResponse> {
         self.check_sandbox(&request.sandbox_id)?;
-        let (sandbox, exit) = (self.sandbox.clone(), self.exit.clone());
-        self.detached(async move {
-            let result = sandbox.shutdown().await;
-            exit.cancel();
-            match result {
-                Err(ShimError::Ending) => Ok(()),
-                other => other,
-            }
-        })
-        .await?;
+        self.shut_down().await?;
         Ok(ShutdownSandboxResponse::default())
     }
 

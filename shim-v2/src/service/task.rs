@@ -250,16 +250,7 @@ impl Task for Service {
         if !request.now && self.sandbox.snapshot().plan.is_some() {
             return Ok(Empty::default());
         }
-        let (sandbox, exit) = (self.sandbox.clone(), self.exit.clone());
-        self.detached(async move {
-            let result = sandbox.shutdown().await;
-            exit.cancel();
-            match result {
-                Err(ShimError::Ending) => Ok(()),
-                other => other,
-            }
-        })
-        .await?;
+        self.shut_down().await?;
         Ok(Empty::default())
     }
 }

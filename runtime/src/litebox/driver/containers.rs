@@ -81,12 +81,16 @@ impl Driver {
         Ok(())
     }
 
-    /// An OOM kill is remembered until the container ends.
-    pub(super) fn note_oom(&mut self, id: &str) {
-        if let Some(row) = self.containers.get_mut(id)
+    /// An OOM kill, of whatever process of the container, is remembered until the container ends, also by the next daemon:
+    /// it is the reason of the end then, whatever the exit code (containerd's way).
+    pub(super) async fn note_oom(&mut self, id: &str) {
+        if let Some(row) = self.containers.get(id)
             && row.snapshot.state == ContainerState::Running
+            && !row.oom
         {
+            let mut row = row.clone();
             row.oom = true;
+            self.keep(row).await;
         }
     }
 
@@ -122,7 +126,7 @@ impl Driver {
             tracing::error!(
                 id = row.snapshot.id,
                 error = report(&error),
-                "end of a container is not on disk"
+                "news of a container are not on disk"
             );
         }
         self.containers.insert(row.snapshot.id.clone(), row);

@@ -14,7 +14,9 @@ pub(super) fn configure(context: &mut Context, spec: &InstanceSpec) -> BoxliteRe
             "discard=unmap"
         };
         let path = disk.path.display();
-        // A pod's disk is its own and dies with the host: the guest's flushes need not wait for the platters.
+        // cache=unsafe ignores the guest's flushes, and is right here: these are the agent's image, which nobody writes,
+        // and the scratch disk, which is made for this VM and removed with it. No VM ever boots from it again, so what a
+        // crash of the host leaves half written in it is never read. Data that must live on is in volumes, not here.
         let drive = format!(
             "file={path},if=none,id=disk{index},format=raw,cache=unsafe,file.locking=off,{mode}"
         );

@@ -1,0 +1,53 @@
+//! Follows the guest's events for OOM kills and hands them to the container's task, which publishes them.
+//!
+//! Exits are not its business: each process waits for its own ([`crate::container::process`]).
+
+use super::Guest;
+use crate::container::Containers;
+use crate::report::Report;
+use boxlite_proto::boxlite::v1::container_event::Event;
+use boxlite_runtime::portal::PortalError;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Pause before a stream that broke is asked for again.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// Follows until the VM ends; its owner is the shim's task tracker.
+pub async fn follow(guest: Guest, containers: Arc<Containers>) {
+    let mut from = 0;
+    loop {
+        let result = tokio::select! {
+            result = until_broken(&guest, &containers, &mut from) => result,
+            () = guest.ended.cancelled() => return,
+        };
+        if let Err(error) = result {
+            tracing::debug!(error = %Report(&error), "the guest's events broke; asking again");
+        }
+        tokio::select! {
+            () = tokio::time::sleep(PAUSE) => {}
+            () = guest.ended.cancelled() => return,
+        }
+    }
+}
+
+async fn until_broken(
+    guest: &Guest,
+    containers: &Containers,
+    from: &mut u64,
+) -> Result<(), PortalError> {
+    let mut events = guest.session.container().events(*from).await?;
+    while let Some(event) = events
+        .message()
+        .await
+        .map_err(|status| PortalError::from_status("Container.Events", status))?
+    {
+        *from = event.sequence.saturating_add(1);
+        if let Some(Event::Oom(_)) = event.event
+            && let Ok(container) = containers.get(&event.container_id)
+        {
+            container.init.oom().await;
+        }
+    }
+    Ok(())
+}
