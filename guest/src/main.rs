@@ -13,6 +13,7 @@ mod container;
 mod descriptor;
 mod execution;
 mod forward;
+mod host_ports;
 mod network;
 mod serve;
 mod services;

@@ -122,6 +122,9 @@ pub struct InstanceSpec {
     pub nics: Vec<Nic>,
     /// Network namespace in which the taps are, to be entered before the VM starts.
     pub netns: Option<PathBuf>,
+    /// Whether the guest's connections are the host's own: TSI (Krun), a user-mode card (Qemu). Without netns and nics.
+    #[serde(default)]
+    pub host_network: bool,
     /// Whether the guest's kernel prints its boot messages on the console.
     pub debug_console: bool,
 }
@@ -151,4 +154,7 @@ pub struct SandboxOptions {
     pub cgroup_parent: String,
     /// Kernel messages on the console.
     pub debug_console: bool,
+    /// A pod in the host's network; then the request names no network namespace.
+    #[serde(default)]
+    pub host_network: bool,
 }

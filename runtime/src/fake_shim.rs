@@ -504,6 +504,7 @@ impl FakeNode {
             scratch_bytes: 1 << 20,
             hostname: "h".into(),
             netns: None,
+            host_network: false,
             sysctls: Default::default(),
             cgroup_parent: String::new(),
             vmm: None,

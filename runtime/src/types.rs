@@ -50,6 +50,9 @@ pub struct BoxOptions {
     pub hostname: String,
     /// Network namespace that CNI filled; `None`: no network but loopback.
     pub netns: Option<PathBuf>,
+    /// In the host's network instead.
+    #[serde(default)]
+    pub host_network: bool,
     /// Sysctls by dotted name.
     pub sysctls: BTreeMap<String, String>,
     /// Cgroup for shim and VMM; empty: boxlite-cri's own.

@@ -9,7 +9,7 @@ use super::spec;
 use crate::cni::{Bandwidth, DnsSettings, PodNetwork, PortMap};
 use crate::config::PodDefaults;
 use boxlite_proto::cri::v1::{
-    LinuxContainerResources, PodSandboxConfig, PodSandboxMetadata, Protocol,
+    LinuxContainerResources, NamespaceMode, PodSandboxConfig, PodSandboxMetadata, Protocol,
 };
 use boxlite_runtime::BoxOptions;
 use prost::Message;
@@ -162,6 +162,16 @@ impl SandboxRecord {
         }
     }
 
+    /// Whether the pod is in the host's network.
+    pub fn host_network(&self) -> bool {
+        self.config
+            .as_ref()
+            .and_then(|config| config.linux.as_ref())
+            .and_then(|linux| linux.security_context.as_ref())
+            .and_then(|security| security.namespace_options.as_ref())
+            .is_some_and(|options| options.network == NamespaceMode::Node as i32)
+    }
+
     /// Cgroup parent, empty where none was given.
     pub fn cgroup_parent(&self) -> String {
         self.config
@@ -198,6 +208,7 @@ impl SandboxRecord {
             scratch_bytes: u64::from(defaults.scratch_mib) * MIB,
             hostname: self.hostname(),
             netns,
+            host_network: self.host_network(),
             sysctls: linux
                 .map(|linux| linux.sysctls.clone().into_iter().collect())
                 .unwrap_or_default(),

@@ -10,8 +10,10 @@ use std::path::Path;
 
 /// Where a pod without DNS config takes its resolv.conf from.
 const NODE_RESOLV_CONF: &str = "/etc/resolv.conf";
-/// Most bytes of that file that are copied; glibc reads three servers and six searches.
-const RESOLV_LIMIT: u64 = 64 << 10;
+/// Where a pod in the host's network takes its hosts file from.
+const NODE_HOSTS: &str = "/etc/hosts";
+/// Most bytes of such a file that are copied.
+const NODE_FILE_LIMIT: u64 = 1 << 20;
 
 /// Writes the files. The directory is private; the files are readable to whatever user a container has.
 pub fn write(layout: &Layout, id: &str, record: &SandboxRecord) -> io::Result<()> {
@@ -22,14 +24,18 @@ pub fn write(layout: &Layout, id: &str, record: &SandboxRecord) -> io::Result<()
         .create(&directory)?;
     let resolv = match record.resolv_conf() {
         Some(text) => text.into_bytes(),
-        None => node_resolv_conf()?,
+        None => of_node(NODE_RESOLV_CONF)?,
     };
     file(&directory.join("resolv.conf"), &resolv)?;
     file(
         &directory.join("hostname"),
         format!("{}\n", record.hostname()).as_bytes(),
     )?;
-    file(&directory.join("hosts"), record.hosts().as_bytes())
+    let hosts = match record.host_network() {
+        true => of_node(NODE_HOSTS)?,
+        false => record.hosts().into_bytes(),
+    };
+    file(&directory.join("hosts"), &hosts)
 }
 
 /// Removes them; succeeds on what is gone.
@@ -61,11 +67,12 @@ fn file(path: &Path, content: &[u8]) -> io::Result<()> {
         .write_all(content)
 }
 
-fn node_resolv_conf() -> io::Result<Vec<u8>> {
+/// A file of the node; empty where it has none.
+fn of_node(path: &str) -> io::Result<Vec<u8>> {
     let mut text = Vec::new();
-    match fs::File::open(NODE_RESOLV_CONF) {
+    match fs::File::open(path) {
         Ok(file) => {
-            file.take(RESOLV_LIMIT).read_to_end(&mut text)?;
+            file.take(NODE_FILE_LIMIT).read_to_end(&mut text)?;
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(error),

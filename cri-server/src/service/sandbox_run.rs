@@ -13,7 +13,7 @@ use crate::convert::sandbox::SandboxRecord;
 use crate::convert::size;
 use boxlite_proto::cri::v1::{RunPodSandboxRequest, RunPodSandboxResponse};
 use boxlite_runtime::LiteBox;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use tonic::Status;
 
@@ -84,6 +84,25 @@ async fn stages(
     mut record: SandboxRecord,
     limit: Option<u64>,
 ) -> Result<LiteBox, Status> {
+    let netns = match record.host_network() {
+        // No plugin has to do with it, and its addresses are the node's, which the kubelet knows better (containerd's way).
+        true => None,
+        false => Some(attach(server, id, &mut record).await?),
+    };
+    pod_files::write(&server.layout, id, &record).map_err(|error| {
+        Status::internal(format!(
+            "the pod's files in {}: {error}",
+            server.layout.pod(id).display()
+        ))
+    })?;
+    let options = record.box_options(id, netns, &server.config.pod, limit)?;
+    let pod = server.runtime.create_box(options).await.map_err(refused)?;
+    pod.start().await.map_err(refused)?;
+    Ok(pod)
+}
+
+/// The pod's network by CNI: its namespace; the record gets the addresses.
+async fn attach(server: &Server, id: &str, record: &mut SandboxRecord) -> Result<PathBuf, Status> {
     let ranges = lock(&server.pod_cidrs).clone();
     let begun = Instant::now();
     let network = server
@@ -93,16 +112,7 @@ async fn stages(
         .map_err(|error: CniError| network_failed(&error))?;
     record.network_ms = milliseconds(begun.elapsed());
     record.set_addresses(&network.addresses());
-    pod_files::write(&server.layout, id, &record).map_err(|error| {
-        Status::internal(format!(
-            "the pod's files in {}: {error}",
-            server.layout.pod(id).display()
-        ))
-    })?;
-    let options = record.box_options(id, Some(network.netns), &server.config.pod, limit)?;
-    let pod = server.runtime.create_box(options).await.map_err(refused)?;
-    pod.start().await.map_err(refused)?;
-    Ok(pod)
+    Ok(network.netns)
 }
 
 /// Takes apart whatever there is; what can't be is said in the log and found again at the next start.

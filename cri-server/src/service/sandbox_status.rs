@@ -43,6 +43,7 @@ async fn info(server: &Server, snapshot: &BoxSnapshot) -> HashMap<String, String
         .map(|(stage, ms)| json!({"stage": stage, "ms": ms}))
         .collect();
     let network = match snapshot.state {
+        BoxState::Ready if record.host_network() => "the host's".to_owned(),
         BoxState::Ready => match server.cni.check(&snapshot.id).await {
             Ok(()) => "as the plugins made it".to_owned(),
             Err(error) => boxlite_runtime::report(&error),

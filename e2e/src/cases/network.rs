@@ -1,9 +1,11 @@
 //! The pod's network: CNI addresses, HTTP from the host, pods to pods, hostPort, IPv6, DNS and hosts files, and that
 //! nothing of it is left.
 
+use crate::enclave::run;
 use crate::outcome::{During, Result};
 use crate::pod::{Pod, pod_spec};
 use crate::runner::{Case, Shared, case};
+use crate::world::Home;
 use crate::{ensure, same, wait};
 use k8s_cri::v1::*;
 use std::time::Duration;
@@ -18,6 +20,7 @@ pub fn cases() -> Vec<Case> {
         case("network::addresses_in_the_guest", 60, addresses),
         case("network::dns_hostname_and_hosts", 60, names),
         case("network::bulk_transfer_is_whole", 120, bulk),
+        case("network::host_network", 90, host_network),
     ]
 }
 
@@ -189,6 +192,69 @@ async fn names(world: Shared) -> Result {
             "no {wanted:?} in resolv.conf or hosts:\n{text}"
         );
     }
+    pod.end().await
+}
+
+/// A pod in the host's network: the host's loopback and other addresses from inside, its own ports from the host.
+async fn host_network(world: Shared) -> Result {
+    const PORT: u16 = 12003;
+    let mut config = pod_spec(&world.node, "hostnet");
+    config.linux.get_or_insert_default().security_context = Some(LinuxSandboxSecurityContext {
+        namespace_options: Some(NamespaceOption {
+            network: NamespaceMode::Node.into(),
+            ..Default::default()
+        }),
+        ..Default::default()
+    });
+    let pod = Pod::run_with(&world.node, config).await?;
+    same!(
+        pod.ip().await?,
+        "",
+        "address of a pod that has none of its own"
+    );
+    // The registry, on the host's loopback: the first thing that the first container does.
+    let image = &world.images.base;
+    let text = pod
+        .sh(image, "netstat -ltn; wget -qO- http://127.0.0.1:5000/v2/")
+        .await?;
+    ensure!(text.ends_with("{}"), "the host's loopback: {text:?}");
+    // On libkrun the guest's sockets are the host's by TSI, and its tables show the guest's only.
+    if world.home == Home::Qemu {
+        ensure!(text.contains(":5000 "), "no port of the host's: {text}");
+    }
+    run("ip", &["addr", "add", "192.0.2.7/32", "dev", "lo"])?;
+    let listener = tokio::net::TcpListener::bind("192.0.2.7:8098").await?;
+    let caller = tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await?;
+        stream.write_all(b"from the host\n").await
+    });
+    let text = pod.sh(image, "nc 192.0.2.7 8098 < /dev/null").await;
+    run("ip", &["addr", "del", "192.0.2.7/32", "dev", "lo"])?;
+    same!(text?, "from the host\n", "an address of the host");
+    caller.await??;
+
+    let port = PORT.to_string();
+    let web = pod
+        .start(
+            "web",
+            image,
+            &["httpd", "-f", "-p", &port, "-h", "/var/www"],
+        )
+        .await?;
+    for address in ["127.0.0.1", "127.0.0.5"] {
+        served(&format!("{address}:{PORT}"), world.patience(10)).await?;
+    }
+    web.stop(0).await?;
+    wait::until(
+        "the port is the host's again",
+        world.patience(10),
+        || async {
+            Ok(drop(
+                tokio::net::TcpListener::bind(("0.0.0.0", PORT)).await?,
+            ))
+        },
+    )
+    .await?;
     pod.end().await
 }
 

@@ -9,8 +9,9 @@ use crate::{network, system};
 use boxlite_proto::boxlite::v1::guest_server::Guest;
 use boxlite_proto::boxlite::v1::{
     ErrorKind, GuestInitRequest, GuestInitResponse, GuestStatsRequest, GuestStatsResponse,
-    PingRequest, PingResponse, PortForwardRequest, PortForwardResponse, SetTimeRequest,
-    SetTimeResponse, ShutdownRequest, ShutdownResponse, UpdatePodRequest, UpdatePodResponse,
+    HostPortsRequest, HostPortsResponse, PingRequest, PingResponse, PortForwardRequest,
+    PortForwardResponse, SetTimeRequest, SetTimeResponse, ShutdownRequest, ShutdownResponse,
+    UpdatePodRequest, UpdatePodResponse,
 };
 use std::pin::Pin;
 use std::sync::Arc;
@@ -189,6 +190,16 @@ impl Guest for GuestService {
         request: Request<Streaming<PortForwardRequest>>,
     ) -> Result<Response<Self::PortForwardStream>, Status> {
         let stream = crate::forward::open(request.into_inner()).await?;
+        Ok(Response::new(Box::pin(stream)))
+    }
+
+    type HostPortsStream = Pin<Box<dyn Stream<Item = Result<HostPortsResponse, Status>> + Send>>;
+
+    async fn host_ports(
+        &self,
+        request: Request<Streaming<HostPortsRequest>>,
+    ) -> Result<Response<Self::HostPortsStream>, Status> {
+        let stream = crate::host_ports::open(request.into_inner()).await?;
         Ok(Response::new(Box::pin(stream)))
     }
 }

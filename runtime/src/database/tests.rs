@@ -14,6 +14,7 @@ pub(crate) fn box_row(id: &str, name: &str) -> BoxRow {
             scratch_bytes: 1 << 30,
             hostname: "h".into(),
             netns: None,
+            host_network: false,
             sysctls: Default::default(),
             cgroup_parent: String::new(),
             vmm: None,

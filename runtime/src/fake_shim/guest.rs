@@ -70,6 +70,13 @@ impl wire::guest_server::Guest for FakeGuest {
     ) -> Result<Response<wire::SetTimeResponse>, Status> {
         not_here()
     }
+    type HostPortsStream = Unused<wire::HostPortsResponse>;
+    async fn host_ports(
+        &self,
+        _: Request<tonic::Streaming<wire::HostPortsRequest>>,
+    ) -> Result<Response<Self::HostPortsStream>, Status> {
+        not_here()
+    }
     async fn port_forward(
         &self,
         _: Request<tonic::Streaming<wire::PortForwardRequest>>,

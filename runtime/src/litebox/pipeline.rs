@@ -239,6 +239,7 @@ impl<N: ShimNote> Start<N> {
             installation: self.env.init_rootfs.installation().clone(),
             cgroup_parent: options.cgroup_parent.clone(),
             debug_console: options.debug_console,
+            host_network: options.host_network,
         }
     }
 

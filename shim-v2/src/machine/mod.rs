@@ -12,7 +12,8 @@ mod share;
 
 use crate::cgroup;
 use crate::error::{Result, ShimError};
-use crate::net::{self, PodNetwork};
+use crate::net::host::HostPorts;
+use crate::net::{self, PodNetwork, user};
 use crate::record::{ProcessRef, Record, write_whole};
 use crate::sandbox::machine::{Booted, Machine};
 use crate::sandbox::options::Plan;
@@ -23,7 +24,7 @@ use crate::vmm::{ReadySocket, Supervisor, VmmChild};
 use async_trait::async_trait;
 use boxlite_proto::boxlite::v1::GuestInitRequest;
 use boxlite_proto::names;
-use boxlite_proto::vmm::{Disk, InstanceSpec};
+use boxlite_proto::vmm::{Disk, InstanceSpec, VmmKind};
 use boxlite_runtime::portal::{Connection, GuestAddress, GuestSession};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -159,6 +160,8 @@ impl Machine for VmMachine {
         timers.mark("share");
 
         let network = self.attach(bundle, plan, undo).await?;
+        // libkrun needs no card for it: TSI.
+        let user_card = plan.options.host_network && plan.options.vmm == VmmKind::Qemu;
         timers.mark("net");
 
         let ready =
@@ -178,7 +181,12 @@ impl Machine for VmMachine {
             &plan.options.vmm,
             socket,
         )));
-        let told = init(&session, &child, id, plan, &network).await?;
+        let shown = if user_card { user::network() } else { network };
+        let told = init(&session, &child, id, plan, &shown).await?;
+        let host_ports = match user_card {
+            true => Some(HostPorts::begin(&session, user::GATEWAY).await?),
+            false => None,
+        };
         timers.mark("init");
         let mut info = timers.0;
         info.push(("kernel".to_owned(), told.0));
@@ -195,6 +203,7 @@ impl Machine for VmMachine {
                 format!("{exit}; {}", last_words(&watched))
             }),
             kill: Arc::new(move || killed.kill()),
+            host_ports,
             info,
         })
     }
@@ -259,6 +268,7 @@ fn instance(
         }],
         nics: network.nics(),
         netns: plan.netns.clone(),
+        host_network: options.host_network,
         debug_console: options.debug_console,
     }
 }

@@ -8,8 +8,10 @@
 //! [`PodNetwork`], which the bundle keeps.
 
 mod describe;
+pub mod host;
 mod join;
 pub mod tap;
+pub mod user;
 
 use boxlite_proto::boxlite::v1 as wire;
 use boxlite_proto::vmm::Nic;

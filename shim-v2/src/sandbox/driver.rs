@@ -263,6 +263,9 @@ impl Driver {
         self.context
             .tasks
             .spawn(super::oom::follow(guest.clone(), self.containers.clone()));
+        if let Some(ports) = booted.host_ports {
+            self.context.tasks.spawn(ports.run(guest.ended.clone()));
+        }
         self.vm = Some(Vm {
             exit: booted.exit,
             kill: booted.kill,

@@ -5,6 +5,7 @@
 use super::options::Plan;
 use super::undo::Undo;
 use crate::error::Result;
+use crate::net::host::HostPorts;
 use async_trait::async_trait;
 use boxlite_runtime::portal::GuestSession;
 use std::path::Path;
@@ -34,6 +35,8 @@ pub struct Booted {
     pub exit: futures::future::BoxFuture<'static, String>,
     /// Ends the VM by force; returns at once.
     pub kill: Arc<dyn Fn() + Send + Sync>,
+    /// For a pod in the host's network on a VMM without TSI: the exchange of ports, which the driver runs.
+    pub host_ports: Option<HostPorts>,
     /// Facts for SandboxStatus(verbose).
     pub info: Vec<(String, String)>,
 }

@@ -5,7 +5,7 @@
 
 use crate::error::{Result, ShimError};
 use boxlite_proto::names::SANDBOX_OPTIONS_TYPE;
-use boxlite_proto::vmm::SandboxOptions;
+use boxlite_proto::vmm::{SandboxOptions, VmmKind};
 use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
 use std::path::PathBuf;
 
@@ -57,6 +57,17 @@ impl Plan {
             return Err(ShimError::Invalid {
                 field: "netns_path",
                 reason: format!("{:?} is not absolute", request.netns_path),
+            });
+        }
+        if options.host_network && netns.is_some() {
+            return Err(ShimError::Invalid {
+                field: "netns_path",
+                reason: "a pod in the host's network has no namespace of its own".to_owned(),
+            });
+        }
+        if options.host_network && !matches!(options.vmm, VmmKind::Krun | VmmKind::Qemu) {
+            return Err(ShimError::Unsupported {
+                what: "the host's network on this VMM",
             });
         }
         Ok(Self { options, netns })

@@ -59,7 +59,8 @@ pub fn check(spec: &InstanceSpec, capabilities: &VmmCapabilities) -> BoxliteResu
 }
 
 fn check_slots(spec: &InstanceSpec, capabilities: &VmmCapabilities) -> BoxliteResult<()> {
-    let wanted = capabilities.base_devices + spec.disks.len() + spec.nics.len();
+    let user_cards = usize::from(spec.host_network);
+    let wanted = capabilities.base_devices + spec.disks.len() + spec.nics.len() + user_cards;
     if wanted <= capabilities.max_devices {
         return Ok(());
     }

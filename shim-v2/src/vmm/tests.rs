@@ -66,6 +66,7 @@ fn spec(kind: VmmKind) -> InstanceSpec {
         disks: Vec::new(),
         nics: Vec::new(),
         netns: None,
+        host_network: false,
         debug_console: false,
     }
 }

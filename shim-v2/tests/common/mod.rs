@@ -71,6 +71,7 @@ pub fn options() -> SandboxOptions {
         installation: installation(),
         cgroup_parent: String::new(),
         debug_console: false,
+        host_network: false,
     }
 }
 

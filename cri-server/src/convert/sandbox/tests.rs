@@ -49,7 +49,7 @@ fn what_the_cri_requires_is_named() {
 
 #[test]
 fn namespaces_of_the_node_are_refused_by_name() {
-    for (network, pid, ipc, word) in [(2, 0, 0, "network"), (0, 2, 0, "pid"), (0, 0, 2, "ipc")] {
+    for (network, pid, ipc, word) in [(0, 2, 0, "pid"), (0, 0, 2, "ipc"), (2, 2, 0, "pid")] {
         let mut pod = config();
         pod.linux = Some(LinuxPodSandboxConfig {
             security_context: Some(LinuxSandboxSecurityContext {
@@ -69,6 +69,30 @@ fn namespaces_of_the_node_are_refused_by_name() {
         assert!(text.contains(word) && text.contains("NODE"), "{text}");
         assert_eq!(NamespaceMode::Node as i32, 2);
     }
+}
+
+#[test]
+fn the_network_of_the_node_makes_a_box_without_namespace() {
+    let made = |network| {
+        let mut pod = config();
+        pod.linux = Some(LinuxPodSandboxConfig {
+            security_context: Some(LinuxSandboxSecurityContext {
+                namespace_options: Some(NamespaceOption {
+                    network,
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        });
+        let record = SandboxRecord::new(pod, String::new()).unwrap();
+        record
+            .box_options("ab", None, &Config::default().pod, None)
+            .unwrap()
+            .host_network
+    };
+    assert!(made(NamespaceMode::Node as i32));
+    assert!(!made(NamespaceMode::Pod as i32));
 }
 
 #[test]

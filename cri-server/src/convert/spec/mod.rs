@@ -134,6 +134,17 @@ fn refuse(
     security: &LinuxContainerSecurityContext,
 ) -> Result<(), ConvertError> {
     namespaces(security.namespace_options.as_ref())?;
+    let network = security
+        .namespace_options
+        .as_ref()
+        .map(|options| options.network);
+    if network == Some(NamespaceMode::Node as i32) && !source.sandbox.host_network() {
+        return Err(ConvertError::invalid(
+            "namespace_options.network",
+            "NODE",
+            "the container's pod is not in the host's network",
+        ));
+    }
     if let Some(device) = source.config.devices.first() {
         return Err(ConvertError::unsupported(
             "config.devices",
@@ -176,7 +187,7 @@ fn localhost(field: &'static str, profile: Option<&SecurityProfile>) -> Result<(
     }
 }
 
-/// Namespaces of the node can't be had in a VM.
+/// Namespaces of the node can't be had in a VM; its network can be reached nevertheless.
 pub fn namespaces(
     options: Option<&boxlite_proto::cri::v1::NamespaceOption>,
 ) -> Result<(), ConvertError> {
@@ -185,11 +196,6 @@ pub fn namespaces(
     };
     let node = NamespaceMode::Node as i32;
     for (field, mode, reason) in [
-        (
-            "namespace_options.network",
-            options.network,
-            "hostNetwork is not there yet",
-        ),
         (
             "namespace_options.pid",
             options.pid,

@@ -544,7 +544,7 @@ fn what_a_vm_has_not_is_refused_by_name() {
         made(&config, json!({}))
             .unwrap_err()
             .to_string()
-            .contains("hostNetwork")
+            .contains("not in the host's network")
     );
 }
 

@@ -4,9 +4,9 @@ use super::{QUICK_LIMIT, WORK_LIMIT, unary};
 use crate::portal::error::PortalError;
 use boxlite_proto::boxlite::v1::guest_client::GuestClient;
 use boxlite_proto::boxlite::v1::{
-    GuestInitRequest, GuestInitResponse, GuestStatsRequest, GuestStatsResponse, PingRequest,
-    PingResponse, PortForwardRequest, PortForwardResponse, SetTimeRequest, ShutdownRequest,
-    UpdatePodRequest,
+    GuestInitRequest, GuestInitResponse, GuestStatsRequest, GuestStatsResponse, HostPortsRequest,
+    HostPortsResponse, PingRequest, PingResponse, PortForwardRequest, PortForwardResponse,
+    SetTimeRequest, ShutdownRequest, UpdatePodRequest,
 };
 use boxlite_proto::names;
 use bytes::Bytes;
@@ -116,6 +116,26 @@ impl GuestInterface {
         )
         .await?;
         Ok(())
+    }
+
+    /// Tells the guest the host's listening ports, and hears its own; for pods in the host's network. The first message
+    /// names the gateway; this answers when the guest listens on that message's ports. Ends when either side drops.
+    ///
+    /// # Errors
+    /// Every kind of [`PortalError`]; the stream itself has no deadline.
+    pub async fn host_ports<S>(
+        &self,
+        outgoing: S,
+    ) -> Result<Streaming<HostPortsResponse>, PortalError>
+    where
+        S: futures::Stream<Item = HostPortsRequest> + Send + 'static,
+    {
+        unary(
+            "Guest.HostPorts",
+            QUICK_LIMIT,
+            self.client.clone().host_ports(outgoing),
+        )
+        .await
     }
 
     /// Opens a byte stream to a port inside the guest. The first message of `outgoing` names the port. Use a

@@ -254,6 +254,7 @@ fn spec(kind: &VmmKind, directory: &Path) -> Result<InstanceSpec> {
             mtu: 1500,
         }],
         netns: None,
+        host_network: false,
         debug_console: false,
     })
 }

@@ -54,9 +54,12 @@ impl Context {
         )
     }
 
-    /// Without any TSI: the guest's sockets are its own.
-    pub(super) fn add_vsock(&self) -> BoxliteResult<()> {
-        answer("krun_add_vsock", krun::krun_add_vsock(self.0, 0))
+    /// Without TSI the guest's sockets are its own; with it those of IPv4 and IPv6 are opened in this process.
+    pub(super) fn add_vsock(&self, tsi: bool) -> BoxliteResult<()> {
+        /// KRUN_TSI_HIJACK_INET of libkrun.h.
+        const HIJACK_INET: u32 = 1;
+        let features = if tsi { HIJACK_INET } else { 0 };
+        answer("krun_add_vsock", krun::krun_add_vsock(self.0, features))
     }
 
     /// `path` None: a file system of overlay entries only. `dax_bytes` 0: no mapping window.

@@ -1,4 +1,5 @@
-//! Step 7: vsock without TSI (a pod with its own card must not reach the host's network past it), and the two ports.
+//! Step 7: vsock, and its two ports. Without TSI (a pod with its own card must not reach the host's network past it), but for
+//! a pod in the host's network: its sockets are the host's by TSI.
 //!
 //! Socket names are relative to the working directory, which is the VM's: a unix address holds 107 bytes.
 
@@ -17,7 +18,7 @@ pub(super) fn configure(context: &Context, spec: &InstanceSpec) -> BoxliteResult
         _ => {}
     }
     context.disable_implicit_vsock()?;
-    context.add_vsock()?;
+    context.add_vsock(spec.host_network)?;
     context.add_vsock_port(GUEST_PORT, VSOCK_SOCKET, true)?;
     context.add_vsock_port(READY_PORT, READY_SOCKET, false)
 }

@@ -1,7 +1,9 @@
-//! Step 6: network cards on taps that exist already in this process's network namespace.
+//! Step 6: network cards on taps that exist already in this process's network namespace; for a pod in the host's network one
+//! of user mode.
 
 use super::context::Context;
 use crate::net::tap;
+use crate::net::user::{GATEWAY, MAC, NAME_SERVER, SUBNET};
 use crate::vmm::devices::parse_mac;
 use crate::vmm::step::StepExt;
 use boxlite_proto::error::BoxliteResult;
@@ -25,6 +27,17 @@ pub(super) fn configure(context: &mut Context, spec: &InstanceSpec) -> BoxliteRe
             ),
         );
         context.taps.push(fd);
+    }
+    if spec.host_network {
+        // QEMU's own stack, with the host's sockets. Listening is the shim's (`net::host`), so nothing is forwarded here.
+        context.option(
+            "-netdev",
+            format!("user,id=user,ipv6=off,net={SUBNET},host={GATEWAY},dns={NAME_SERVER}"),
+        );
+        context.option(
+            "-device",
+            format!("virtio-net-device,netdev=user,mac={MAC}"),
+        );
     }
     Ok(())
 }

@@ -1,0 +1,383 @@
+//! [`HostPorts`]: a pod in the host's network whose VMM has no TSI (Qemu): the TCP ports of the pod's processes are listened
+//! on in the host's network namespace, and the guest hears which ports the host listens on.
+//!
+//! This process stands in the host's namespace. Outgoing connections are not its business: they leave through the VM's
+//! user-mode card ([`crate::vmm::qemu`]); and libkrun's TSI does all of it by itself. The guest's half is the agent's
+//! `host_ports`; bytes go by `Guest.PortForward`.
+//!
+//! The guest is hostile: it may take free ports of the host, as any process in the host's network may, up to
+//! [`PORT_LIMIT`]; never one that somebody has.
+
+use crate::error::{Result, ShimError};
+use crate::report::Report;
+use boxlite_proto::boxlite::v1::{
+    HostPortsRequest, HostPortsResponse, ListeningPort, PortForwardRequest,
+};
+use boxlite_proto::names::CHUNK_LIMIT;
+use boxlite_runtime::portal::{GuestSession, PortalError};
+use bytes::BytesMut;
+use std::collections::{BTreeSet, HashMap};
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::MissedTickBehavior;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::Streaming;
+
+/// How often the host's listeners are looked at.
+const LOOK: Duration = Duration::from_millis(500);
+/// Longest first exchange: the guest answers when it listens.
+const FIRST_LIMIT: Duration = Duration::from_secs(20);
+/// Pause before a broken exchange is begun again.
+const PAUSE: Duration = Duration::from_secs(1);
+/// Ports of the host a guest may take.
+const PORT_LIMIT: usize = 256;
+/// Ports of the host told to the guest; the agent takes no more.
+const TOLD_LIMIT: usize = 1024;
+/// Connections from the host into one guest at one time; more wait in the backlogs.
+const CONNECTION_LIMIT: usize = 256;
+/// Requests of one exchange, and chunks of one connection, that wait for the guest.
+const QUEUE: usize = 4;
+/// "Listening" in /proc/net/tcp.
+const LISTENING: &str = "0A";
+
+/// One exchange with one guest.
+pub struct HostPorts {
+    session: GuestSession,
+    gateway: String,
+    /// What the guest listens on, by port: on its loopback only?
+    wanted: HashMap<u16, bool>,
+    listeners: Listeners,
+    tasks: JoinSet<()>,
+    connections: Arc<Semaphore>,
+    outgoing: mpsc::Sender<HostPortsRequest>,
+    answers: Streaming<HostPortsResponse>,
+    told: Vec<u32>,
+    /// Ports that could not be had, told in the log once.
+    refused: BTreeSet<u16>,
+}
+
+impl HostPorts {
+    /// Tells the guest the host's ports and waits until it listens on them: a container that starts now finds them.
+    ///
+    /// # Errors
+    /// The guest refuses, or does not answer in time. Nothing stays.
+    pub async fn begin(session: &GuestSession, gateway: Ipv4Addr) -> Result<Self> {
+        // A connection of its own: the exchange lasts as long as the VM.
+        let session = session.dedicated();
+        let gateway = gateway.to_string();
+        let none = Listeners::new();
+        let begun = tokio::time::timeout(FIRST_LIMIT, open(&session, &gateway, &none));
+        let (outgoing, answers, told) = begun.await.map_err(|_| slow()).and_then(|opened| {
+            opened.map_err(ShimError::boot("tell the guest the host's ports"))
+        })?;
+        Ok(Self {
+            session,
+            gateway,
+            wanted: HashMap::new(),
+            listeners: HashMap::new(),
+            tasks: JoinSet::new(),
+            connections: Arc::new(Semaphore::new(CONNECTION_LIMIT)),
+            outgoing,
+            answers,
+            told,
+            refused: BTreeSet::new(),
+        })
+    }
+
+    /// Goes on until `ended`; then all listeners and connections are closed. The owner is the shim's task tracker.
+    pub async fn run(mut self, ended: CancellationToken) {
+        tokio::select! {
+            () = self.follow() => {}
+            () = ended.cancelled() => {}
+        }
+    }
+
+    async fn follow(&mut self) {
+        loop {
+            if let Err(error) = self.until_broken().await {
+                tracing::warn!(error = %Report(&error), "the exchange of ports broke; beginning again");
+            }
+            tokio::time::sleep(PAUSE).await;
+            match open(&self.session, &self.gateway, &self.listeners).await {
+                Ok((outgoing, answers, told)) => {
+                    self.outgoing = outgoing;
+                    self.answers = answers;
+                    self.told = told;
+                }
+                Err(error) => tracing::debug!(error = %Report(&error), "no exchange of ports"),
+            }
+        }
+    }
+
+    async fn until_broken(&mut self) -> std::result::Result<(), PortalError> {
+        let mut looks = tokio::time::interval(LOOK);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                answer = self.answers.message() => {
+                    let answer = answer.map_err(|status| PortalError::from_status("Guest.HostPorts", status))?;
+                    match answer {
+                        Some(answer) => {
+                            self.wanted = wanted(&answer.ports);
+                            self.listen().await;
+                        }
+                        None => return Ok(()),
+                    }
+                }
+                _ = looks.tick() => {
+                    // A port that somebody had may be free by now.
+                    self.listen().await;
+                    let ports = host_ports(&self.listeners);
+                    if ports != self.told {
+                        self.told.clone_from(&ports);
+                        let request = HostPortsRequest { ports, gateway: String::new() };
+                        if self.outgoing.send(request).await.is_err() {
+                            return Ok(());
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Listens on the guest's ports and no others.
+    async fn listen(&mut self) {
+        let wanted = &self.wanted;
+        self.listeners.retain(|port, (loopback, task)| {
+            let keep = wanted.get(port) == Some(loopback);
+            if !keep {
+                task.abort();
+            }
+            keep
+        });
+        // Aborted listeners are closed when their tasks have ended.
+        while self.tasks.try_join_next().is_some() {}
+        for (&port, &loopback) in wanted {
+            if self.listeners.contains_key(&port) {
+                continue;
+            }
+            match bind(port, loopback).await {
+                Ok(listener) => {
+                    self.refused.remove(&port);
+                    let task = self.tasks.spawn(accept(
+                        listener,
+                        port,
+                        self.session.clone(),
+                        Arc::clone(&self.connections),
+                    ));
+                    self.listeners.insert(port, (loopback, task));
+                }
+                Err(error) if self.refused.insert(port) => {
+                    tracing::warn!(port, %error, "the pod listens on a port that the host cannot give it");
+                }
+                Err(_) => {}
+            }
+        }
+    }
+}
+
+fn slow() -> ShimError {
+    ShimError::from(PortalError::Deadline {
+        call: "Guest.HostPorts",
+        limit: FIRST_LIMIT,
+    })
+}
+
+/// The guest's list as a map, bounded.
+fn wanted(ports: &[ListeningPort]) -> HashMap<u16, bool> {
+    ports
+        .iter()
+        .take(PORT_LIMIT)
+        .filter_map(|port| Some((u16::try_from(port.port).ok()?, port.loopback)))
+        .filter(|(port, _)| *port != 0)
+        .collect()
+}
+
+/// By port: on the loopback only, and the task that has the listener.
+type Listeners = HashMap<u16, (bool, AbortHandle)>;
+
+type Opened = (
+    mpsc::Sender<HostPortsRequest>,
+    Streaming<HostPortsResponse>,
+    Vec<u32>,
+);
+
+async fn open(
+    session: &GuestSession,
+    gateway: &str,
+    own: &Listeners,
+) -> std::result::Result<Opened, PortalError> {
+    let (outgoing, requests) = mpsc::channel(QUEUE);
+    let ports = host_ports(own);
+    let first = HostPortsRequest {
+        ports: ports.clone(),
+        gateway: gateway.to_owned(),
+    };
+    // Nobody else has the sender yet: there is room.
+    drop(outgoing.send(first).await);
+    let answers = session
+        .guest()
+        .host_ports(ReceiverStream::new(requests))
+        .await?;
+    Ok((outgoing, answers, ports))
+}
+
+/// Ports that somebody listens on in this process's network namespace, without our own.
+fn host_ports(own: &Listeners) -> Vec<u32> {
+    let mut found = BTreeSet::new();
+    for table in ["/proc/self/net/tcp", "/proc/self/net/tcp6"] {
+        let text = std::fs::read_to_string(table).unwrap_or_default();
+        found.extend(listening(&text));
+    }
+    found
+        .into_iter()
+        .filter(|port| !own.contains_key(port))
+        .take(TOLD_LIMIT)
+        .map(u32::from)
+        .collect()
+}
+
+/// The ports of the listening sockets in the text of /proc/net/tcp or tcp6.
+fn listening(table: &str) -> impl Iterator<Item = u16> + '_ {
+    table.lines().skip(1).filter_map(|line| {
+        let mut fields = line.split_ascii_whitespace().skip(1);
+        let port = fields.next()?.split_once(':')?.1;
+        (fields.nth(1)? == LISTENING).then_some(())?;
+        u16::from_str_radix(port, 16).ok()
+    })
+}
+
+/// IPv6 takes IPv4 along, where the host has it.
+async fn bind(port: u16, loopback: bool) -> io::Result<TcpListener> {
+    if loopback {
+        return TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await;
+    }
+    let both = TcpListener::bind(SocketAddr::from((Ipv6Addr::UNSPECIFIED, port))).await;
+    match both {
+        Err(error) if error.kind() != io::ErrorKind::AddrInUse => {
+            TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).await
+        }
+        result => result,
+    }
+}
+
+/// Accepts until it is aborted, which ends its connections, too.
+async fn accept(
+    listener: TcpListener,
+    port: u16,
+    session: GuestSession,
+    connections: Arc<Semaphore>,
+) {
+    let mut open = JoinSet::new();
+    loop {
+        while open.try_join_next().is_some() {}
+        let Ok(permit) = Arc::clone(&connections).acquire_owned().await else {
+            return;
+        };
+        match listener.accept().await {
+            Ok((outside, _)) => {
+                // Each has a connection of its own: all streams of one share a window, and a slow one would stall the others.
+                let session = session.dedicated();
+                open.spawn(async move {
+                    if let Err(error) = carry(outside, port, &session).await {
+                        tracing::debug!(port, error = %Report(&error), "connection into the pod");
+                    }
+                    drop(permit);
+                });
+            }
+            Err(error) => {
+                tracing::warn!(port, %error, "accept");
+                tokio::time::sleep(PAUSE).await;
+            }
+        }
+    }
+}
+
+/// Carries one connection, with half-close kept both ways, until both directions have ended or one breaks.
+async fn carry(
+    outside: TcpStream,
+    port: u16,
+    session: &GuestSession,
+) -> std::result::Result<(), PortalError> {
+    let _ = outside.set_nodelay(true);
+    let (mut reader, mut writer) = outside.into_split();
+    let (outgoing, requests) = mpsc::channel(QUEUE);
+    let first = PortForwardRequest {
+        port: port.into(),
+        ..Default::default()
+    };
+    drop(outgoing.send(first).await);
+    let mut answers = session
+        .guest()
+        .port_forward(ReceiverStream::new(requests))
+        .await?;
+    let inbound = async {
+        loop {
+            let mut data = BytesMut::with_capacity(CHUNK_LIMIT);
+            // An error of the client's is the end of what it sends.
+            let eof = !matches!(reader.read_buf(&mut data).await, Ok(count) if count > 0);
+            let request = PortForwardRequest {
+                data: data.freeze(),
+                eof,
+                ..Default::default()
+            };
+            if outgoing.send(request).await.is_err() || eof {
+                return;
+            }
+        }
+    };
+    let outbound = async {
+        let broken = |status| PortalError::from_status("Guest.PortForward", status);
+        while let Some(answer) = answers.message().await.map_err(broken)? {
+            if writer.write_all(&answer.data).await.is_err() {
+                return Ok(false);
+            }
+            if answer.eof {
+                // The other direction goes on.
+                return Ok(writer.shutdown().await.is_ok());
+            }
+        }
+        Ok(false)
+    };
+    tokio::pin!(inbound, outbound);
+    tokio::select! {
+        () = &mut inbound => outbound.await.map(drop),
+        half = &mut outbound => {
+            // Where it broke, or the client is gone, dropping both tells either side.
+            if half? {
+                inbound.await;
+            }
+            Ok(())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn listening_ports_of_a_table() {
+        let text = "  sl  local_address rem_address   st tx_queue\n   0: 00000000:2EE3 00000000:0000 0A 0:0\n   1: \
+                    0100007F:0051 0100007F:1111 01 0:0\n   2: 00000000000000000000000000000000:0016 0:0 0A\nbroken\n";
+        assert_eq!(listening(text).collect::<Vec<_>>(), [12003, 22]);
+    }
+
+    #[tokio::test]
+    async fn our_own_listeners_are_not_the_hosts() {
+        let listener = bind(0, true).await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        assert!(host_ports(&HashMap::new()).contains(&u32::from(port)));
+        let task = tokio::spawn(std::future::pending::<()>());
+        let own = HashMap::from([(port, (true, task.abort_handle()))]);
+        assert!(!host_ports(&own).contains(&u32::from(port)));
+        task.abort();
+    }
+}
