@@ -67,6 +67,62 @@ impl Cri {
     }
 }
 
+/// Bytes as they are on the wire, for messages with fields that k8s-cri (1.32) does not know.
+#[derive(Debug, Clone, Copy, Default)]
+struct Plain;
+
+impl tonic::codec::Codec for Plain {
+    type Encode = Vec<u8>;
+    type Decode = Vec<u8>;
+    type Encoder = Self;
+    type Decoder = Self;
+    fn encoder(&mut self) -> Self {
+        *self
+    }
+    fn decoder(&mut self) -> Self {
+        *self
+    }
+}
+
+impl tonic::codec::Encoder for Plain {
+    type Item = Vec<u8>;
+    type Error = tonic::Status;
+    fn encode(
+        &mut self,
+        item: Vec<u8>,
+        out: &mut tonic::codec::EncodeBuf<'_>,
+    ) -> std::result::Result<(), tonic::Status> {
+        bytes::BufMut::put_slice(out, &item);
+        Ok(())
+    }
+}
+
+impl tonic::codec::Decoder for Plain {
+    type Item = Vec<u8>;
+    type Error = tonic::Status;
+    fn decode(
+        &mut self,
+        input: &mut tonic::codec::DecodeBuf<'_>,
+    ) -> std::result::Result<Option<Vec<u8>>, tonic::Status> {
+        let mut item = vec![0; bytes::Buf::remaining(input)];
+        bytes::Buf::copy_to_slice(input, &mut item);
+        Ok(Some(item))
+    }
+}
+
+impl Cri {
+    /// One call of the runtime service by its name, bytes in and bytes out.
+    pub async fn raw(&self, call: &str, message: Vec<u8>) -> Result<Vec<u8>> {
+        let mut grpc = tonic::client::Grpc::new(self.channel.clone());
+        grpc.ready().await?;
+        let path = format!("/runtime.v1.RuntimeService/{call}").parse()?;
+        answer(
+            call,
+            grpc.unary(tonic::Request::new(message), path, Plain).await,
+        )
+    }
+}
+
 /// The answer's content, or the status in words.
 pub fn answer<T>(
     what: &str,

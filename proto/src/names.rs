@@ -32,6 +32,17 @@ pub const PID_MODE_ANNOTATION: &str = "io.boxlite.pid-mode";
 /// Annotation of a container's OCI spec: keep a stdin open for Portal clients; `once` closes it after the first
 /// writer's EOF, any other value keeps it.
 pub const STDIN_ANNOTATION: &str = "io.boxlite.stdin";
+/// Type of a mount in a container's OCI spec that shows an image read-only. Its source is the image's ID until the runtime
+/// has put the layers into the options, lowest first: `layer=<host path>` there, `layer=<path below the share>` in the guest.
+/// `subpath=<path>` is the part of the image to show.
+pub const IMAGE_MOUNT: &str = "boxlite.image";
+/// See [`IMAGE_MOUNT`].
+pub const LAYER_OPTION: &str = "layer=";
+/// See [`IMAGE_MOUNT`].
+pub const SUB_PATH_OPTION: &str = "subpath=";
+/// Type of a mount in the spec that the guest gets: a tmpfs of the pod, with the option `size=<bytes>`, shared by all mounts
+/// with the same source.
+pub const MEMORY_MOUNT: &str = "boxlite.memory";
 /// URI scheme of a stdout that is a CRI log file: `cri:///var/log/pods/…/0.log`. Both streams go there.
 pub const CRI_LOG_SCHEME: &str = "cri";
 

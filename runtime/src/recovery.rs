@@ -136,12 +136,15 @@ async fn adopt(env: &BoxEnv, row: &BoxRow, metrics: &BoxMetrics) -> Option<Runni
 fn hold_images(env: &BoxEnv, containers: Vec<ContainerRow>) -> Vec<ContainerRow> {
     for row in &containers {
         let snapshot = &row.snapshot;
-        if let Err(error) = env.images.hold(&snapshot.image_id, &snapshot.id) {
-            tracing::warn!(
-                id = snapshot.id,
-                error = report(&error),
-                "image of a container is not here any more"
-            );
+        for image in snapshot.images() {
+            if let Err(error) = env.images.hold(image, &snapshot.id) {
+                tracing::warn!(
+                    id = snapshot.id,
+                    image,
+                    error = report(&error),
+                    "image of a container is not here any more"
+                );
+            }
         }
     }
     containers
@@ -226,7 +229,7 @@ async fn drop_half(env: &BoxEnv, row: &ContainerRow, running: Option<&Running>) 
     if let Err(error) = removed {
         tracing::warn!(id, error = report(&error), "half a container is left");
     }
-    env.images.release(&row.snapshot.image_id, id);
+    env.release_images(&row.snapshot);
 }
 
 async fn write_down(env: &BoxEnv, row: &BoxRow, containers: &[ContainerRow]) {

@@ -114,7 +114,7 @@ pub struct ContainerOptions {
     pub name: String,
     /// Config digest of a pulled image, "sha256:…".
     pub image_id: String,
-    /// OCI spec; mount sources are host paths.
+    /// OCI spec; mount sources are host paths, or image IDs where the type is [`boxlite_proto::names::IMAGE_MOUNT`].
     pub spec: oci_spec::runtime::Spec,
     /// The caller's own data, kept and given back unread.
     pub metadata: Vec<u8>,
@@ -181,6 +181,9 @@ pub struct ContainerSnapshot {
     pub name: String,
     /// See [`ContainerOptions::image_id`].
     pub image_id: String,
+    /// IDs of the images it mounts as volumes.
+    #[serde(default)]
+    pub image_volumes: Vec<String>,
     /// State.
     pub state: ContainerState,
     /// When it was registered.
@@ -205,4 +208,11 @@ pub struct ContainerSnapshot {
     pub stdin: bool,
     /// Whether stdin ends with the first attached writer.
     pub stdin_once: bool,
+}
+
+impl ContainerSnapshot {
+    /// All images it needs, by ID.
+    pub(crate) fn images(&self) -> impl Iterator<Item = &String> {
+        std::iter::once(&self.image_id).chain(&self.image_volumes)
+    }
 }

@@ -5,7 +5,7 @@ use super::sandbox::SandboxRecord;
 use super::signal;
 use super::size;
 use super::spec::{self, Source};
-use boxlite_proto::cri::v1::{ContainerConfig, LinuxContainerResources, NamespaceMode};
+use boxlite_proto::cri::v1::{ContainerConfig, LinuxContainerResources, Mount, NamespaceMode};
 use boxlite_runtime::images::ImageRecord;
 use boxlite_runtime::{ContainerOptions, PidMode};
 use prost::Message;
@@ -89,7 +89,12 @@ pub fn key(config: &ContainerConfig) -> String {
     )
 }
 
-/// The container for the runtime.
+/// The reference of the image that a mount shows, if it shows one.
+pub fn image_volume(mount: &Mount) -> Option<String> {
+    spec::wants_image(mount).map(|image| image.image.clone())
+}
+
+/// The container for the runtime. Mounts of images have the image's ID in `image_ref`.
 pub fn options(
     id: &str,
     sandbox_id: &str,

@@ -30,7 +30,11 @@ pub async fn create(
     Ok(CreateContainerResponse { container_id })
 }
 
-async fn make(server: &Server, pod: &LiteBox, config: ContainerConfig) -> Result<String, Status> {
+async fn make(
+    server: &Server,
+    pod: &LiteBox,
+    mut config: ContainerConfig,
+) -> Result<String, Status> {
     let state = pod.snapshot().state;
     if state != BoxState::Ready {
         return Err(Status::failed_precondition(format!(
@@ -53,10 +57,30 @@ async fn make(server: &Server, pod: &LiteBox, config: ContainerConfig) -> Result
     let image = super::image_status::find(server, &reference).ok_or_else(|| {
         Status::not_found(format!("image {reference:?} is not here; pull it first"))
     })?;
+    name_image_volumes(server, &mut config)?;
     let id = new_id();
     let files = server.layout.pod(pod.id());
     let record = server.pod_record(pod);
     let options = container::options(&id, pod.id(), &record, config, &image, &files)?;
     pod.create_container(options).await.map_err(refused)?;
     Ok(id)
+}
+
+/// Writes the ID of each mounted image into its mount: what is mounted is what was looked up, and the status reports it.
+fn name_image_volumes(server: &Server, config: &mut ContainerConfig) -> Result<(), Status> {
+    for mount in &mut config.mounts {
+        let Some(reference) = container::image_volume(mount) else {
+            continue;
+        };
+        let image = super::image_status::find(server, &reference).ok_or_else(|| {
+            Status::not_found(format!(
+                "mount of {:?}: image {reference:?} is not here; pull it first",
+                mount.container_path
+            ))
+        })?;
+        if let Some(spec) = &mut mount.image {
+            spec.image_ref = image.id;
+        }
+    }
+    Ok(())
 }

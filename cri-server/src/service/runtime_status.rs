@@ -40,7 +40,10 @@ pub fn status(server: &Server, request: &StatusRequest) -> StatusResponse {
         .iter()
         .map(|name| RuntimeHandler {
             name: name.clone(),
-            features: Some(RuntimeHandlerFeatures::default()),
+            features: Some(RuntimeHandlerFeatures {
+                recursive_read_only_mounts: true,
+                ..Default::default()
+            }),
         });
     let mut info = HashMap::new();
     if request.verbose {

@@ -13,6 +13,7 @@ mod robust;
 mod spec;
 mod streaming;
 mod trees;
+mod volumes;
 
 use crate::runner::Case;
 
@@ -25,6 +26,7 @@ pub fn all() -> Vec<Case> {
         logs::cases(),
         network::cases(),
         spec::cases(),
+        volumes::cases(),
         images::cases(),
         trees::cases(),
         observe::cases(),

@@ -21,8 +21,8 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Where libcontainer keeps its state.
 const STATE: &str = "/run/boxlite/oci";
@@ -112,9 +112,11 @@ fn prepare(
             field: "rootfs",
             reason: "is missing".to_owned(),
         })?;
-    let rootfs = Rootfs::assemble(&request.container_id, tree, &pod.layers)?;
+    let mut rootfs = Rootfs::assemble(&request.container_id, tree, &pod.layers)?;
+    let volumes = rootfs.mount_volumes(&mut spec, &pod.layers);
     let state = Path::new(STATE).join(&request.container_id);
     let configure = || -> Result<u32, ContainerError> {
+        volumes?;
         let user = resolve_user(&rootfs.path(), &spec::user_plan(&spec))?;
         let place = Place {
             rootfs: &rootfs.path(),
@@ -316,8 +318,11 @@ fn assemble(
             base.console_size.1,
         );
     }
+    // Of a process that lives, or is not reaped yet; without it only the order of its end is lost.
+    let mounts = std::fs::File::open(format!("/proc/{}/ns/mnt", made.pid)).ok();
     let container = Arc::new(Container {
         id: request.container_id.clone(),
+        mounts: Mutex::new(mounts),
         init: Arc::clone(&init),
         cgroup,
         pidfd: made.pidfd,
@@ -374,6 +379,17 @@ impl Container {
 
     /// Takes the container down; its processes are killed. Blocks.
     pub fn take_down(&self, pod: &Pod) {
+        // First its last processes, then what they asked of the share, then the mounts they saw.
+        if let Err(error) = self.cgroup.remove() {
+            tracing::warn!(error = crate::boot::console::chain(&error), "remove cgroup");
+        }
+        crate::storage::settle_share();
+        drop(
+            self.mounts
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .take(),
+        );
         undo(pod, &self.cgroup, &self.rootfs, &self.state);
     }
 }

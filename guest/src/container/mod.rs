@@ -96,6 +96,8 @@ pub struct Container {
     /// The init process, and everything about its streams.
     pub init: Arc<Process>,
     pub cgroup: Cgroup,
+    /// Its mount namespace, which so outlives its processes: see [`crate::storage::settle_share`].
+    mounts: std::sync::Mutex<Option<std::fs::File>>,
     /// Stands for the init process, whatever becomes of its number.
     pidfd: OwnedFd,
     rootfs: Rootfs,

@@ -7,7 +7,8 @@
 //! /run/boxlite/share            virtiofs: l/*.erofs, m/<container>/<n>, r/<container>
 //! /run/boxlite/scratch          ext4 on virtio-blk, or a tmpfs
 //! /run/boxlite/scratch/c/<id>/  upper and work of a container's overlay
-//! /run/boxlite/c/<id>/          bundle: config.json, rootfs
+//! /run/boxlite/c/<id>/          bundle: config.json, rootfs, volumes/<n>: images mounted as volumes
+//! /run/boxlite/memory/<name>    memory that containers mount at /dev/shm
 //! /l/<n>                        a layer, mounted once for all containers that have it
 //! ```
 
@@ -15,6 +16,7 @@ pub mod layers;
 pub mod pod;
 pub mod rootfs;
 pub mod usage;
+pub mod volumes;
 
 use std::io;
 
@@ -66,6 +68,15 @@ impl StorageError {
     }
 }
 
+fn mount_error(fstype: &str, origin: &str, target: &str, errno: nix::Error) -> StorageError {
+    StorageError::Mount {
+        fstype: fstype.to_owned(),
+        origin: origin.to_owned(),
+        target: target.to_owned(),
+        source: errno.into(),
+    }
+}
+
 /// Most entries of a root directory that are looked into.
 const VISIT_LIMIT: usize = 256;
 
@@ -83,6 +94,13 @@ pub fn visit_volumes(spec: &oci_spec::runtime::Spec) {
         // A single file is no submount; what is wrong with a path the mount itself will say.
         let _ = std::fs::read_dir(source);
     }
+}
+
+/// Returns when the host has answered everything that was asked of the share before. Files are released in the background,
+/// and a mount namespace that ends meanwhile ends its submounts too early (see [`visit_volumes`]); one question that is
+/// answered in turn is enough. Blocks.
+pub fn settle_share() {
+    let _ = rustix::fs::statfs(boxlite_proto::names::GUEST_SHARE);
 }
 
 /// The same for a directory that is a whole root, and what is mounted directly below it. Blocks.

@@ -1,6 +1,6 @@
 //! The pod's own mounts: share, scratch disk, /dev/shm. Called once by `Guest.Init`, undone by `Guest.Shutdown`.
 
-use super::StorageError;
+use super::{StorageError, mount_error};
 use boxlite_proto::boxlite::v1::FilesystemStats;
 use boxlite_proto::names;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -8,7 +8,7 @@ use std::fs;
 use std::path::Path;
 
 /// Size of the pod's /dev/shm where the request gives none, in bytes (what container runtimes give).
-const DEFAULT_SHM: u64 = 64 << 20;
+pub(super) const DEFAULT_SHM: u64 = 64 << 20;
 /// Where block devices are listed.
 const BLOCK_DEVICES: &str = "/sys/block";
 
@@ -172,15 +172,6 @@ fn make_and_mount(
     fs::create_dir_all(target).map_err(StorageError::path("mkdir", target))?;
     mount(Some(origin), target, Some(fstype), flags, options)
         .map_err(|errno| mount_error(fstype, origin, target, errno))
-}
-
-fn mount_error(fstype: &str, origin: &str, target: &str, errno: nix::Error) -> StorageError {
-    StorageError::Mount {
-        fstype: fstype.to_owned(),
-        origin: origin.to_owned(),
-        target: target.to_owned(),
-        source: errno.into(),
-    }
 }
 
 #[cfg(test)]

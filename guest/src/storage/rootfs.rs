@@ -5,9 +5,11 @@
 
 use super::StorageError;
 use super::layers::{Layers, below_share};
+use super::volumes::Volumes;
 use boxlite_proto::boxlite::v1::Rootfs as Request;
 use boxlite_proto::names;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use oci_spec::runtime::Spec;
 use rustix::fs::{Mode, OFlags, ResolveFlags, mkdirat, openat2};
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create, fsconfig_set_flag,
@@ -31,6 +33,7 @@ pub struct Rootfs {
     bundle: PathBuf,
     /// Holds upper and work; none for a bound tree.
     writable: Option<PathBuf>,
+    volumes: Volumes,
 }
 
 impl Rootfs {
@@ -43,6 +46,7 @@ impl Rootfs {
             layers: Vec::new(),
             bundle: Path::new(BUNDLES).join(id),
             writable: None,
+            volumes: Volumes::default(),
         };
         match rootfs.build(id, request, layers) {
             Ok(()) => Ok(rootfs),
@@ -78,12 +82,15 @@ impl Rootfs {
             let path = writable.join(name);
             fs::create_dir_all(&path).map_err(StorageError::path("mkdir", &path))?;
         }
-        overlay(&lower, &writable, &target).map_err(|source| StorageError::Mount {
-            fstype: "overlay".to_owned(),
-            origin: format!("of {} layers", lower.len()),
-            target: target.display().to_string(),
-            source,
-        })
+        stack(&lower, Some(&writable), &target)
+    }
+
+    /// Mounts the volumes that the guest makes itself, and makes plain binds of them in `spec`. They go with the rootfs.
+    ///
+    /// # Errors
+    /// As [`Volumes::mount`].
+    pub fn mount_volumes(&mut self, spec: &mut Spec, layers: &Layers) -> Result<(), StorageError> {
+        self.volumes.mount(spec, &self.bundle, layers)
     }
 
     /// The mounted tree.
@@ -105,6 +112,7 @@ impl Rootfs {
 
     /// Unmounts and removes everything. Succeeds on what is gone.
     pub fn take_down(&self, layers: &Layers) -> Result<(), StorageError> {
+        self.volumes.take_down(layers)?;
         let target = self.path();
         match umount2(&target, MntFlags::MNT_DETACH) {
             Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => {}
@@ -177,24 +185,38 @@ fn bind(source: &Path, target: &Path) -> Result<(), StorageError> {
     })
 }
 
+/// Stacks `lower`, lowest first, at `target`: under the upper layer in `writable`, or to be read only.
+pub(super) fn stack(
+    lower: &[PathBuf],
+    writable: Option<&Path>,
+    target: &Path,
+) -> Result<(), StorageError> {
+    overlay(lower, writable, target).map_err(|source| StorageError::Mount {
+        fstype: "overlay".to_owned(),
+        origin: format!("of {} layers", lower.len()),
+        target: target.display().to_string(),
+        source,
+    })
+}
+
 /// Stacks `lower`, lowest first. The layers are handed over one by one: in one string their number would be limited by
 /// the page the old mount call copies.
-fn overlay(lower: &[PathBuf], writable: &Path, target: &Path) -> io::Result<()> {
+fn overlay(lower: &[PathBuf], writable: Option<&Path>, target: &Path) -> io::Result<()> {
     let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
     fsconfig_set_string(&context, "source", "overlay")?;
     for layer in lower.iter().rev() {
         fsconfig_set_string(&context, "lowerdir+", layer.as_path())?;
     }
-    fsconfig_set_string(&context, "upperdir", writable.join("upper"))?;
-    fsconfig_set_string(&context, "workdir", writable.join("work"))?;
-    // The writable layer doesn't outlive the pod, so a container's fsync needs no disk.
-    fsconfig_set_flag(&context, "volatile")?;
+    let mut attributes = MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NODEV;
+    if let Some(writable) = writable {
+        fsconfig_set_string(&context, "upperdir", writable.join("upper"))?;
+        fsconfig_set_string(&context, "workdir", writable.join("work"))?;
+        // The writable layer doesn't outlive the pod, so a container's fsync needs no disk.
+        fsconfig_set_flag(&context, "volatile")?;
+        attributes = MountAttrFlags::empty();
+    }
     fsconfig_create(&context)?;
-    let tree = fsmount(
-        &context,
-        FsMountFlags::FSMOUNT_CLOEXEC,
-        MountAttrFlags::empty(),
-    )?;
+    let tree = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
     move_mount(
         &tree,
         "",

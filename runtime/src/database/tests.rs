@@ -35,6 +35,7 @@ fn container_row(id: &str, box_id: &str) -> ContainerRow {
             box_id: box_id.into(),
             name: "c".into(),
             image_id: "sha256:0".into(),
+            image_volumes: vec!["sha256:1".into()],
             state: ContainerState::Created,
             created_at_ns: 1,
             started_at_ns: 0,

@@ -52,11 +52,11 @@ impl LiteBox {
 
     async fn create_locked(&self, options: ContainerOptions) -> Result<ContainerSnapshot> {
         // First: from here on the image cannot go. Forgetting the row lets go of it.
-        let images = &self.inner.env.images;
-        let image = images
-            .hold(&options.image_id, &options.id)
-            .map_err(|source| image_error(&options.image_id, "cannot be used", source))?;
-        let row = new_row(self.id(), &options, image.id.clone());
+        let env = &self.inner.env;
+        let mut wanted = vec![options.image_id.clone()];
+        wanted.extend(super::images::volumes(&options.spec));
+        let held = env.hold_images(&wanted, &options.id)?;
+        let row = new_row(self.id(), &options, &held);
         let admitted = match self
             .send(|reply| Message::Admit {
                 row: Box::new(row),
@@ -68,7 +68,7 @@ impl LiteBox {
             Ok(Err(error)) | Err(error) => {
                 // Unless it is the hold of a container that was there before.
                 if self.container(&options.id).is_err() {
-                    images.release(&image.id, &options.id);
+                    env.release(&held, &options.id);
                 }
                 return Err(error);
             }
@@ -76,7 +76,7 @@ impl LiteBox {
         if admitted.complete {
             return Ok(admitted.snapshot);
         }
-        match self.make_task(&options, &image.id).await {
+        match self.make_task(&options, &held[0]).await {
             Ok(()) => {
                 self.change(&options.id, |row| {
                     row.complete = true;
@@ -110,10 +110,11 @@ impl LiteBox {
             .env
             .layout
             .container_config(self.id(), &options.id);
-        let spec =
-            serde_json::to_vec(&spec_of(options)).map_err(|error| RuntimeError::Internal {
-                what: format!("OCI spec cannot be written: {error}"),
-            })?;
+        let mut spec = spec_of(options);
+        self.inner.env.name_layers(&mut spec)?;
+        let spec = serde_json::to_vec(&spec).map_err(|error| RuntimeError::Internal {
+            what: format!("OCI spec cannot be written: {error}"),
+        })?;
         let made = bundle.clone();
         teardown::blocking(move || write_bundle(&made, &config, &spec)).await?;
         let create = TaskCreate {
@@ -419,13 +420,15 @@ async fn runs_after_all(shim: &ShimController, id: &str, error: &RuntimeError) -
         )
 }
 
-fn new_row(box_id: &str, options: &ContainerOptions, image_id: String) -> ContainerRow {
+/// A row for a container that needs `images`, its root's first.
+fn new_row(box_id: &str, options: &ContainerOptions, images: &[String]) -> ContainerRow {
     ContainerRow {
         snapshot: ContainerSnapshot {
             id: options.id.clone(),
             box_id: box_id.to_owned(),
             name: options.name.clone(),
-            image_id,
+            image_id: images.first().cloned().unwrap_or_default(),
+            image_volumes: images.iter().skip(1).cloned().collect(),
             state: ContainerState::Unknown,
             created_at_ns: now_ns(),
             started_at_ns: 0,
@@ -486,7 +489,7 @@ fn write_bundle(bundle: &Path, config: &PathBuf, spec: &[u8]) -> Result<()> {
     })
 }
 
-fn image_error(image: &str, what: &'static str, source: ImageError) -> RuntimeError {
+pub(super) fn image_error(image: &str, what: &'static str, source: ImageError) -> RuntimeError {
     let kind = match source.kind() {
         ImageErrorKind::NotFound => ErrorKind::NotFound,
         ImageErrorKind::InvalidReference => ErrorKind::InvalidArgument,

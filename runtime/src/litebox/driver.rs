@@ -481,9 +481,7 @@ impl Driver {
             return Outcome::Continue;
         }
         for row in self.containers.values() {
-            self.env
-                .images
-                .release(&row.snapshot.image_id, &row.snapshot.id);
+            self.env.release_images(&row.snapshot);
         }
         self.containers.clear();
         self.policy.event(box_state::Event::RemoveDone);

@@ -13,6 +13,7 @@
 
 mod containers;
 pub(crate) mod driver;
+mod images;
 mod inspect;
 pub(crate) mod pipeline;
 mod sessions;

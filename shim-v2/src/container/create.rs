@@ -143,7 +143,7 @@ impl Containers {
         rootfs.read_only = spec.read_only;
         for bind in &spec.binds {
             self.layers
-                .bind(&guest.share, &bind.source, &bind.path, bind.read_only, undo)
+                .bind(&guest.share, &bind.source, &bind.path, bind.mode, undo)
                 .await?;
         }
         let init = init_request(request, &spec, rootfs, &stdio)?;

@@ -8,6 +8,7 @@ pub mod process;
 pub mod rootfs;
 pub mod spec;
 pub mod stats;
+mod volume;
 
 use crate::error::{Result, ShimError};
 use crate::sandbox::undo::Undo;

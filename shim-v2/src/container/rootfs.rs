@@ -5,6 +5,7 @@
 use crate::error::{Result, ShimError};
 use crate::sandbox::machine::Share;
 use crate::sandbox::undo::Undo;
+use crate::share::{Access, BindMode};
 use boxlite_proto::boxlite::v1::{Layer, Rootfs};
 use containerd_shim_protos::api::Mount;
 use sha2::{Digest, Sha256};
@@ -24,7 +25,8 @@ pub struct SharedBinds(Arc<Mutex<HashMap<String, usize>>>);
 impl SharedBinds {
     async fn take(&self, share: &Arc<dyn Share>, source: &Path, undo: &mut Undo) -> Result<String> {
         let path = layer_path(source);
-        self.bind(share, source, &path, true, undo).await?;
+        let mode = BindMode::fixed(Access::ReadOnly);
+        self.bind(share, source, &path, mode, undo).await?;
         Ok(path)
     }
 
@@ -37,14 +39,14 @@ impl SharedBinds {
         share: &Arc<dyn Share>,
         source: &Path,
         path: &str,
-        read_only: bool,
+        mode: BindMode,
         undo: &mut Undo,
     ) -> Result<()> {
         let mut users = self.0.lock().await;
         if let Some(count) = users.get_mut(path) {
             *count += 1;
         } else {
-            share.bind(source, path, read_only).await?;
+            share.bind(source, path, mode).await?;
             users.insert(path.to_owned(), 1);
         }
         drop(users);
@@ -72,7 +74,7 @@ impl SharedBinds {
 }
 
 /// Where a layer file appears in the share: by its path's digest, so that one file has one place.
-fn layer_path(source: &Path) -> String {
+pub(super) fn layer_path(source: &Path) -> String {
     format!(
         "l/{}.erofs",
         hex::encode(Sha256::digest(source.as_os_str().as_encoded_bytes()))
@@ -102,13 +104,21 @@ pub async fn prepare(
     match mounts {
         [] => {
             share
-                .bind(&host_path(&bundle.join("rootfs"))?, &path, false)
+                .bind(
+                    &host_path(&bundle.join("rootfs"))?,
+                    &path,
+                    BindMode::fixed(Access::Full),
+                )
                 .await?
         }
         [only] if is_bind(only) => {
             let read_only = only.options.iter().any(|option| option == "ro");
+            let mode = BindMode::fixed(match read_only {
+                true => Access::ReadOnlyTree,
+                false => Access::Full,
+            });
             share
-                .bind(&host_path(Path::new(&only.source))?, &path, read_only)
+                .bind(&host_path(Path::new(&only.source))?, &path, mode)
                 .await?;
         }
         [only] => {

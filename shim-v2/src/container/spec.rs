@@ -1,31 +1,17 @@
 //! The OCI spec of a container as the guest gets it: host paths become guest paths, what belongs to the host goes.
 //!
-//! Pure, apart from looking at mount sources. Binding them into the share is [`super::create`]'s; building namespaces,
-//! cgroups and devices out of the spec is the guest's.
+//! Pure, apart from looking at mount sources, which [`super::volume`] does. Binding them into the share is
+//! [`super::create`]'s; building namespaces, cgroups and devices out of the spec is the guest's.
 
+use super::volume::{self, Bind};
 use crate::error::{Result, ShimError};
 use boxlite_proto::boxlite::v1::PidMode;
-use boxlite_proto::names::{GUEST_SHARE, PID_MODE_ANNOTATION, STDIN_ANNOTATION};
-use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
-use sha2::{Digest, Sha256};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::{Path, PathBuf};
+use boxlite_proto::names::{PID_MODE_ANNOTATION, STDIN_ANNOTATION};
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use std::path::Path;
 
 /// Largest config.json accepted, in bytes.
 const SPEC_LIMIT: u64 = 4 << 20;
-/// The pod's shared memory: the guest's own, whatever the host has there.
-const SHM: &str = "/dev/shm";
-
-/// A host path that must appear in the share.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Bind {
-    /// On the host, symbolic links resolved.
-    pub source: PathBuf,
-    /// Below the share.
-    pub path: String,
-    /// Whether the guest must not write; the spec's mount says it too.
-    pub read_only: bool,
-}
 
 /// A spec for the guest with what it needs.
 #[derive(Debug, Clone)]
@@ -88,10 +74,7 @@ pub fn rewrite(mut spec: Spec) -> Result<GuestSpec> {
     let mut binds = Vec::new();
     let mut mounts = spec.mounts().clone().unwrap_or_default();
     for mount in mounts.iter_mut() {
-        if let Some(bind) = bind_of(mount)? {
-            mount.set_source(Some(Path::new(GUEST_SHARE).join(&bind.path)));
-            binds.push(bind);
-        }
+        binds.extend(volume::rewrite(mount)?);
     }
     spec.set_mounts(Some(mounts));
     drop_host(&mut spec);
@@ -141,57 +124,6 @@ fn pid_mode(spec: &Spec, wanted: Option<&str>) -> Result<(PidMode, String)> {
     ))
 }
 
-/// What a mount needs of the host. None: it is the guest's own affair.
-fn bind_of(mount: &Mount) -> Result<Option<Bind>> {
-    let options = mount.options().as_deref().unwrap_or_default();
-    let is = |name: &str| options.iter().any(|option| option == name);
-    let bind = mount.typ().as_deref() == Some("bind") || is("bind") || is("rbind");
-    if !bind || mount.destination() == Path::new(SHM) {
-        return Ok(None);
-    }
-    let wanted = mount.source().clone().unwrap_or_default();
-    let refuse = |reason: String| ShimError::HostPath {
-        path: wanted.clone(),
-        wanted_for: format!("mount {}", mount.destination().display()),
-        reason,
-    };
-    if !wanted.is_absolute() {
-        return Err(refuse("not absolute".to_owned()));
-    }
-    let source = std::fs::canonicalize(&wanted).map_err(|error| refuse(error.to_string()))?;
-    let metadata = std::fs::metadata(&source).map_err(|error| refuse(error.to_string()))?;
-    let kind = metadata.file_type();
-    if !kind.is_dir() && !kind.is_file() {
-        let what = match () {
-            () if kind.is_socket() => "a socket",
-            () if kind.is_fifo() => "a FIFO",
-            () if kind.is_char_device() || kind.is_block_device() => "a device",
-            () => "neither a file nor a directory",
-        };
-        return Err(refuse(format!(
-            "it is {what}, and only files and directories reach into a VM"
-        )));
-    }
-    let read_only = is("ro");
-    Ok(Some(Bind {
-        path: volume_path(&source, &metadata, read_only),
-        source,
-        read_only,
-    }))
-}
-
-/// Where a volume appears in the share: one place for one inode, however many containers mount it. Two places would be two
-/// inodes to the guest, and its caches would show one container's changes to the other a second late.
-fn volume_path(source: &Path, metadata: &std::fs::Metadata, read_only: bool) -> String {
-    let mut hash = Sha256::new();
-    // The inode too: a volume that was made anew under its old path is another one.
-    for number in [metadata.dev(), metadata.ino(), u64::from(read_only)] {
-        hash.update(number.to_le_bytes());
-    }
-    hash.update(source.as_os_str().as_encoded_bytes());
-    format!("m/{}", hex::encode(hash.finalize()))
-}
-
 /// Takes out what names things of the host: hooks, namespace paths, the network namespace, cgroup paths, labels.
 fn drop_host(spec: &mut Spec) {
     spec.set_hooks(None);
@@ -229,6 +161,7 @@ fn drop_host(spec: &mut Spec) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::share::{Access, BindMode};
     use serde_json::json;
 
     fn spec(value: serde_json::Value) -> Spec {
@@ -250,7 +183,10 @@ mod tests {
         let [volume] = out.binds.as_slice() else {
             panic!("one bind: {:?}", out.binds)
         };
-        assert_eq!((&volume.source, volume.read_only), (&real, true));
+        assert_eq!(
+            (&volume.source, volume.mode),
+            (&real, BindMode::fixed(Access::ReadOnly))
+        );
         assert!(volume.path.starts_with("m/"), "{}", volume.path);
         let mounts = out.spec.mounts().clone().expect("mounts");
         assert_eq!(mounts[0].source().as_deref(), Some(Path::new("proc")));

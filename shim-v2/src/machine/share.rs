@@ -2,7 +2,7 @@
 
 use crate::error::{Result, ShimError};
 use crate::sandbox::machine::Share;
-use crate::share::{PodShare, ShareError};
+use crate::share::{BindMode, PodShare, ShareError};
 use async_trait::async_trait;
 use std::path::Path;
 use std::sync::Arc;
@@ -12,10 +12,10 @@ pub struct VmShare(pub PodShare);
 
 #[async_trait]
 impl Share for VmShare {
-    async fn bind(&self, source: &Path, path: &str, read_only: bool) -> Result<()> {
+    async fn bind(&self, source: &Path, path: &str, mode: BindMode) -> Result<()> {
         let (share, source, path) = (self.0.clone(), source.to_owned(), path.to_owned());
         blocking("bind into the share", move || {
-            share.bind(&source, &path, read_only)
+            share.bind(&source, &path, mode)
         })
         .await
     }
@@ -63,6 +63,12 @@ impl MachineError {
                 path,
                 wanted_for: "the share".to_owned(),
                 reason: source.to_string(),
+            },
+            Self::Share(ShareError::Private { path }) => ShimError::HostPath {
+                path,
+                wanted_for: "a mount with propagation HostToContainer".to_owned(),
+                reason: "it is on a private mount, so later mounts of the host cannot appear"
+                    .to_owned(),
             },
             Self::Share(ShareError::Occupied { path }) => ShimError::AlreadyExists {
                 what: "place in the share",

@@ -6,6 +6,7 @@ use super::options::Plan;
 use super::undo::Undo;
 use crate::error::Result;
 use crate::net::host::HostPorts;
+use crate::share::BindMode;
 use async_trait::async_trait;
 use boxlite_runtime::portal::GuestSession;
 use std::path::Path;
@@ -16,7 +17,7 @@ use std::sync::Arc;
 pub trait Share: Send + Sync {
     /// Makes `source` of the host (file or directory) appear at `path` below the share. Both kinds of the same path twice:
     /// AlreadyExists. A dropped future may leave the mount; [`Share::unbind`] takes it away.
-    async fn bind(&self, source: &Path, path: &str, read_only: bool) -> Result<()>;
+    async fn bind(&self, source: &Path, path: &str, mode: BindMode) -> Result<()>;
     /// Mounts a file system of the host (`kind`, fstab-style options) at the directory `path` below the share.
     async fn mount(&self, kind: &str, source: &str, options: &[String], path: &str) -> Result<()>;
     /// Takes away what bind or mount made; succeeds on what is gone.

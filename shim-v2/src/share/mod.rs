@@ -8,18 +8,50 @@
 //! resolved without following links and without leaving the share. Blocking calls; keep them off the async runtime.
 
 mod beneath;
+pub mod mountinfo;
 
 use beneath::Place;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The tmpfs holds mount points only: a page each at most.
 const OPTIONS: &str = "size=16m,nr_inodes=16384,mode=755";
 /// Longest path below the share, in bytes.
 const PATH_LIMIT: usize = 512;
 const NONE: Option<&str> = None;
+
+/// What may be written through a bind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Access {
+    /// All that the source lets.
+    Full,
+    /// Not the mount itself; the mounts below it stay as they are.
+    ReadOnly,
+    /// Neither the mount nor any below it.
+    ReadOnlyTree,
+}
+
+/// How a source appears in the share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct BindMode {
+    /// What may be written.
+    pub access: Access,
+    /// Mounts that the host makes below the source later appear too, and go when the host takes them away.
+    pub follow_host: bool,
+}
+
+impl BindMode {
+    /// As it is now, with this access.
+    pub fn fixed(access: Access) -> Self {
+        Self {
+            access,
+            follow_host: false,
+        }
+    }
+}
 
 /// Why something could not be put into the share or taken out of it.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +63,9 @@ pub enum ShareError {
         #[source]
         source: std::io::Error,
     },
+    /// The source's mount gets no events of the host.
+    #[error("host path {path} is on a private mount, so later mounts of the host cannot appear")]
+    Private { path: PathBuf },
     /// The place in the share is no plain relative path.
     #[error("{path:?} is no place in the share: {reason}")]
     Place { path: String, reason: &'static str },
@@ -90,7 +125,7 @@ impl PodShare {
         };
         let shared = mount(NONE, directory, NONE, MsFlags::MS_SHARED, NONE)
             .map_err(failed("sharing", directory));
-        let made = shared.and_then(|()| {
+        let made = shared.and_then(|()| share.make_stage()).and_then(|()| {
             ["l", "m", "r"].iter().try_for_each(|name| {
                 let path = directory.join(name);
                 fs::create_dir(&path).map_err(failed("creating", path))
@@ -103,56 +138,47 @@ impl PodShare {
         Ok(share)
     }
 
+    /// Where binds are prepared: see [`Staged`].
+    fn stage(&self) -> PathBuf {
+        self.directory.with_extension("stage")
+    }
+
+    fn make_stage(&self) -> Result<(), ShareError> {
+        let stage = self.stage();
+        match fs::DirBuilder::new().mode(0o700).create(&stage) {
+            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+                return Err(failed("creating", stage)(error));
+            }
+            _ => {}
+        }
+        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+        let kind = Some("tmpfs");
+        mount(kind, &stage, kind, flags, Some(OPTIONS)).map_err(failed("mounting", &stage))?;
+        mount(NONE, &stage, NONE, MsFlags::MS_PRIVATE, NONE).map_err(failed("separating", &stage))
+    }
+
     /// Where it is mounted.
     pub fn directory(&self) -> &Path {
         &self.directory
     }
 
     /// Makes `source` (a file or a directory with all mounts below it) appear at `path`. Links in `source` are followed.
-    /// Mounts that the host makes below `source` later do not appear.
     ///
     /// # Errors
-    /// Source when it is not there, Occupied when something is at `path`; nothing is left behind then.
-    pub fn bind(&self, source: &Path, path: &str, read_only: bool) -> Result<(), ShareError> {
+    /// Source when it is not there, Private when later mounts are wanted and none can come, Occupied when something is at
+    /// `path`; nothing is left behind then.
+    pub fn bind(&self, source: &Path, path: &str, mode: BindMode) -> Result<(), ShareError> {
         let missing = |error| ShareError::Source {
             path: source.to_owned(),
             source: error,
         };
         let metadata = fs::metadata(source).map_err(missing)?;
         let place = self.make(path, metadata.is_dir())?;
-        let bound = mount(
-            Some(source),
-            &place.path(),
-            NONE,
-            MsFlags::MS_BIND | MsFlags::MS_REC,
-            NONE,
-        )
-        .map_err(failed("binding", source));
-        let done = bound.and_then(|()| {
-            let target = self.directory.join(path);
-            // Its own from now on: no event of the host's mounts reaches into the pod, none of the pod's the host.
-            mount(
-                NONE,
-                &target,
-                NONE,
-                MsFlags::MS_PRIVATE | MsFlags::MS_REC,
-                NONE,
-            )
-            .map_err(failed("separating", &target))?;
-            // Shared again, or what the VMM's namespace has would not follow an unmount here.
-            mount(
-                NONE,
-                &target,
-                NONE,
-                MsFlags::MS_SHARED | MsFlags::MS_REC,
-                NONE,
-            )
-            .map_err(failed("sharing", &target))?;
-            if read_only {
-                make_read_only(&target)
-            } else {
-                Ok(())
-            }
+        let staged = Staged::bind(&self.stage(), source, metadata.is_dir(), mode);
+        let done = staged.and_then(|staged| {
+            // Arrives in the VMM's namespace as it is now, and is shared with it, since the share is.
+            mount(Some(&staged.0), &place.path(), NONE, MsFlags::MS_MOVE, NONE)
+                .map_err(failed("moving into the share", source))
         });
         drop(place);
         if done.is_err() {
@@ -217,19 +243,8 @@ impl PodShare {
     /// # Errors
     /// The kernel refused.
     pub fn destroy(&self) -> Result<(), ShareError> {
-        match umount2(
-            &self.directory,
-            MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW,
-        ) {
-            Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => {}
-            Err(errno) => return Err(failed("unmounting", &self.directory)(errno)),
-        }
-        match fs::remove_dir(&self.directory) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(failed("removing", &self.directory)(error))
-            }
-            _ => Ok(()),
-        }
+        take_away(&self.directory)?;
+        take_away(&self.stage())
     }
 
     /// Makes the mount point for a bind and its parents.
@@ -280,49 +295,97 @@ fn check(path: &str) -> Result<(), ShareError> {
     Ok(())
 }
 
-/// Makes a mount and every mount below it read-only.
-fn make_read_only(target: &Path) -> Result<(), ShareError> {
-    let table = fs::read_to_string("/proc/thread-self/mountinfo")
-        .map_err(failed("reading", "/proc/thread-self/mountinfo"))?;
-    let below = table
-        .lines()
-        .filter_map(|line| line.split(' ').nth(4))
-        .map(unescape)
-        .filter(|point| point.starts_with(target));
-    for point in below {
-        // Flags of the source must be repeated, or the kernel takes them off.
-        let flags = nix::sys::statvfs::statvfs(&point)
-            .map_err(failed("looking at", &point))?
-            .flags();
-        let mut keep = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
-        for (set, flag) in [
-            (nix::sys::statvfs::FsFlags::ST_NOSUID, MsFlags::MS_NOSUID),
-            (nix::sys::statvfs::FsFlags::ST_NODEV, MsFlags::MS_NODEV),
-            (nix::sys::statvfs::FsFlags::ST_NOEXEC, MsFlags::MS_NOEXEC),
-            (nix::sys::statvfs::FsFlags::ST_NOATIME, MsFlags::MS_NOATIME),
-        ] {
-            if flags.contains(set) {
-                keep |= flag;
-            }
-        }
-        mount(NONE, &point, NONE, keep, NONE).map_err(failed("making read-only", &point))?;
+/// Unmounts a directory of the shim's own and removes it.
+fn take_away(directory: &Path) -> Result<(), ShareError> {
+    match umount2(directory, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+        Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => {}
+        Err(errno) => return Err(failed("unmounting", directory)(errno)),
     }
-    Ok(())
+    match fs::remove_dir(directory) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(failed("removing", directory)(error))
+        }
+        _ => Ok(()),
+    }
 }
 
-/// A path of mountinfo: space, tab, newline and backslash are octal there.
-fn unescape(field: &str) -> PathBuf {
-    let (mut bytes, raw) = (Vec::new(), field.as_bytes());
-    let mut at = 0;
-    while at < raw.len() {
-        let octal = raw.get(at + 1..at + 4).filter(|_| raw[at] == b'\\');
-        let code = octal
-            .and_then(|digits| std::str::from_utf8(digits).ok())
-            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
-        bytes.push(code.unwrap_or(raw[at]));
-        at += if code.is_some() { 4 } else { 1 };
+/// A bind that is being prepared, on a mount that propagates nowhere. In the share the VMM's namespace has its own copy from
+/// the first moment, and flags and propagation that are set later do not reach that copy: it would stay writable.
+/// What was not moved away goes when this is dropped.
+struct Staged(PathBuf);
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        // EINVAL: it has been moved.
+        let _ = umount2(&self.0, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+        let _ = fs::remove_dir(&self.0).or_else(|_| fs::remove_file(&self.0));
     }
-    PathBuf::from(<std::ffi::OsString as std::os::unix::ffi::OsStringExt>::from_vec(bytes))
+}
+
+impl Staged {
+    fn bind(
+        stage: &Path,
+        source: &Path,
+        directory: bool,
+        mode: BindMode,
+    ) -> Result<Self, ShareError> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let path = stage.join(NEXT.fetch_add(1, Ordering::Relaxed).to_string());
+        let made = match directory {
+            true => fs::create_dir(&path),
+            false => fs::File::create_new(&path).map(drop),
+        };
+        made.map_err(failed("creating", &path))?;
+        let staged = Self(path);
+        let flags = MsFlags::MS_BIND | MsFlags::MS_REC;
+        mount(Some(source), &staged.0, NONE, flags, NONE).map_err(failed("binding", source))?;
+        staged.set_up(source, mode)?;
+        Ok(staged)
+    }
+
+    /// Propagation and flags.
+    fn set_up(&self, source: &Path, mode: BindMode) -> Result<(), ShareError> {
+        let kind = match mode.follow_host {
+            // Its own from now on: no event of the host's mounts reaches into the pod, none of the pod's the host.
+            false => MsFlags::MS_PRIVATE,
+            // Events come, none go.
+            true => MsFlags::MS_SLAVE,
+        };
+        mount(NONE, &self.0, NONE, kind | MsFlags::MS_REC, NONE)
+            .map_err(failed("separating", source))?;
+        if mode.follow_host && !mountinfo::is_slave(&self.0)? {
+            return Err(ShareError::Private {
+                path: source.to_owned(),
+            });
+        }
+        match mode.access {
+            Access::Full => Ok(()),
+            Access::ReadOnly => make_read_only(&self.0),
+            Access::ReadOnlyTree => mountinfo::points(&self.0)?
+                .iter()
+                .try_for_each(|point| make_read_only(point)),
+        }
+    }
+}
+
+/// Makes one mount read-only.
+fn make_read_only(point: &Path) -> Result<(), ShareError> {
+    // Flags of the source must be repeated, or the kernel takes them off.
+    let flags = nix::sys::statvfs::statvfs(point)
+        .map_err(failed("looking at", point))?
+        .flags();
+    let mut keep = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
+    for (set, flag) in [
+        (nix::sys::statvfs::FsFlags::ST_NOSUID, MsFlags::MS_NOSUID),
+        (nix::sys::statvfs::FsFlags::ST_NODEV, MsFlags::MS_NODEV),
+        (nix::sys::statvfs::FsFlags::ST_NOEXEC, MsFlags::MS_NOEXEC),
+        (nix::sys::statvfs::FsFlags::ST_NOATIME, MsFlags::MS_NOATIME),
+    ] {
+        if flags.contains(set) {
+            keep |= flag;
+        }
+    }
+    mount(NONE, point, NONE, keep, NONE).map_err(failed("making read-only", point))
 }
 
 /// fstab-style options as the mount call wants them.

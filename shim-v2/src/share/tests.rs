@@ -15,10 +15,16 @@ fn with_share(test: impl FnOnce(&Path, &PodShare) + Send) {
             test(host.path(), &share);
             share.destroy().expect("destroy");
             assert!(!host.path().join("share").exists());
+            assert!(!host.path().join("share.stage").exists());
         });
         thread.join().expect("test thread");
     });
 }
+
+const FULL: BindMode = BindMode {
+    access: Access::Full,
+    follow_host: false,
+};
 
 /// mountinfo of the calling thread (`self` is the process).
 fn read(path: impl AsRef<Path>) -> String {
@@ -31,10 +37,10 @@ fn files_and_directories_appear_and_go() {
         fs::create_dir(host.join("data")).expect("dir");
         fs::write(host.join("data/x"), "hello").expect("file");
         share
-            .bind(&host.join("data"), "m/c1/0", false)
+            .bind(&host.join("data"), "m/c1/0", FULL)
             .expect("directory");
         share
-            .bind(&host.join("data/x"), "m/c1/1", false)
+            .bind(&host.join("data/x"), "m/c1/1", FULL)
             .expect("file");
         assert_eq!(read(share.directory().join("m/c1/0/x")), "hello");
         assert_eq!(read(share.directory().join("m/c1/1")), "hello");
@@ -58,17 +64,121 @@ fn files_and_directories_appear_and_go() {
 fn what_is_not_there_is_named_and_leaves_nothing() {
     with_share(|host, share| {
         let error = share
-            .bind(&host.join("nowhere"), "m/c1/0", false)
+            .bind(&host.join("nowhere"), "m/c1/0", FULL)
             .expect_err("missing");
         assert!(error.to_string().contains("nowhere"), "{error}");
         assert!(!share.directory().join("m/c1").exists());
         fs::write(host.join("f"), "").expect("file");
-        share.bind(&host.join("f"), "m/c1/0", false).expect("first");
+        share.bind(&host.join("f"), "m/c1/0", FULL).expect("first");
         let error = share
-            .bind(&host.join("f"), "m/c1/0", false)
+            .bind(&host.join("f"), "m/c1/0", FULL)
             .expect_err("second");
         assert!(matches!(error, ShareError::Occupied { .. }), "{error}");
         share.unbind("m/c1/0").expect("unbind");
+    });
+}
+
+/// A file system for a test at `host/name`.
+fn tmpfs(path: &Path) {
+    fs::create_dir_all(path).expect("dir");
+    mount(Some("none"), path, Some("tmpfs"), MsFlags::empty(), NONE).expect("tmpfs");
+}
+
+#[test]
+fn read_only_is_the_mount_or_the_tree() {
+    with_share(|host, share| {
+        tmpfs(&host.join("v/deep"));
+        for (place, access, deep) in [
+            ("m/one", Access::ReadOnly, true),
+            ("m/all", Access::ReadOnlyTree, false),
+        ] {
+            let mode = BindMode::fixed(access);
+            share.bind(&host.join("v"), place, mode).expect("bind");
+            let at = share.directory().join(place);
+            let top = fs::write(at.join("x"), "").expect_err("read-only");
+            assert_eq!(top.kind(), std::io::ErrorKind::ReadOnlyFilesystem);
+            assert_eq!(fs::write(at.join("deep/x"), "").is_ok(), deep, "{place}");
+            share.unbind(place).expect("unbind");
+        }
+        fs::write(host.join("v/x"), "").expect("the source is as it was");
+        nix::mount::umount(&host.join("v/deep")).expect("umount");
+    });
+}
+
+#[test]
+fn later_mounts_appear_where_wanted_only() {
+    with_share(|host, share| {
+        // What the host is to the shim: a mount whose events come here.
+        tmpfs(&host.join("outer"));
+        let outer = host.join("outer");
+        mount(NONE, &outer, NONE, MsFlags::MS_SHARED, NONE).expect("shared");
+        let inner = host.join("inner");
+        fs::create_dir_all(&inner).expect("dir");
+        mount(Some(&outer), &inner, NONE, MsFlags::MS_BIND, NONE).expect("bind");
+        mount(NONE, &inner, NONE, MsFlags::MS_SLAVE, NONE).expect("slave");
+        fs::create_dir(outer.join("later")).expect("dir");
+        let follow = BindMode {
+            access: Access::Full,
+            follow_host: true,
+        };
+        share.bind(&inner, "m/slave", follow).expect("bind");
+        share.bind(&inner, "m/private", FULL).expect("bind");
+        tmpfs(&outer.join("later"));
+        fs::write(outer.join("later/x"), "").expect("file");
+        assert!(share.directory().join("m/slave/later/x").exists());
+        assert!(!share.directory().join("m/private/later/x").exists());
+        umount2(&outer.join("later"), MntFlags::MNT_DETACH).expect("umount");
+        assert!(!share.directory().join("m/slave/later/x").exists());
+
+        // Nothing can come to a private one, and that is said.
+        tmpfs(&host.join("alone"));
+        let alone = host.join("alone");
+        mount(NONE, &alone, NONE, MsFlags::MS_PRIVATE, NONE).expect("private");
+        let error = share.bind(&alone, "m/alone", follow).expect_err("refused");
+        assert!(error.to_string().contains("alone"), "{error}");
+        assert!(!share.directory().join("m/alone").exists());
+        for place in ["m/slave", "m/private"] {
+            share.unbind(place).expect("unbind");
+        }
+        for path in [&inner, &outer, &alone] {
+            umount2(path, MntFlags::MNT_DETACH).expect("umount");
+        }
+    });
+}
+
+/// What counts is what the VMM's namespace has, which was there before the bind.
+#[test]
+fn the_vmm_sees_the_same_flags_and_mounts() {
+    with_share(|host, share| {
+        fs::create_dir_all(host.join("v/later")).expect("dir");
+        let (ready, bound) = (std::sync::Barrier::new(2), std::sync::Barrier::new(2));
+        std::thread::scope(|scope| {
+            let jail = scope.spawn(|| {
+                unshare(CloneFlags::CLONE_NEWNS).expect("unshare");
+                mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_SLAVE, NONE).expect("slave");
+                ready.wait();
+                bound.wait();
+                let at = share.directory().join("m");
+                let write = |name: &str| fs::write(at.join(name), "").map_err(|e| e.kind());
+                let refused = Err(std::io::ErrorKind::ReadOnlyFilesystem);
+                assert_eq!((write("ro/x"), write("rw/x")), (refused, Ok(())));
+                assert_eq!(fs::read_dir(at.join("rw/later")).expect("dir").count(), 0);
+            });
+            ready.wait();
+            let mode = BindMode::fixed(Access::ReadOnly);
+            share.bind(&host.join("v"), "m/ro", mode).expect("bind");
+            share.bind(&host.join("v"), "m/rw", FULL).expect("bind");
+            tmpfs(&host.join("v/later"));
+            fs::write(host.join("v/later/x"), "").expect("file");
+            bound.wait();
+            jail.join().expect("what the VMM sees");
+        });
+        umount2(&host.join("v/later"), MntFlags::MNT_DETACH).expect("umount");
+        assert_eq!(
+            fs::read_dir(share.stage()).expect("stage").count(),
+            0,
+            "nothing is left where binds are prepared"
+        );
     });
 }
 
@@ -79,7 +189,7 @@ fn a_link_in_the_share_leads_nowhere() {
         fs::write(host.join("f"), "").expect("file");
         // What a hostile guest could leave behind in a writable share.
         symlink(host.join("outside"), share.directory().join("m/evil")).expect("link");
-        assert!(share.bind(&host.join("f"), "m/evil/0", false).is_err());
+        assert!(share.bind(&host.join("f"), "m/evil/0", FULL).is_err());
         assert!(!host.join("outside/0").exists());
         assert!(share.unbind("m/evil/0").is_err() || !host.join("outside/0").exists());
     });
@@ -89,7 +199,7 @@ fn a_link_in_the_share_leads_nowhere() {
 fn paths_that_leave_the_share_are_refused() {
     with_share(|host, share| {
         for path in ["", "/m/x", "m//x", "m/../../x", "m/.", "m/\0"] {
-            let error = share.bind(host, path, false).expect_err(path);
+            let error = share.bind(host, path, FULL).expect_err(path);
             assert!(
                 matches!(error, ShareError::Place { .. }),
                 "{path:?}: {error}"
@@ -106,5 +216,4 @@ fn options_are_split() {
     let (flags, data) = split_options(&options);
     assert_eq!(flags, MsFlags::MS_RDONLY | MsFlags::MS_NODEV);
     assert_eq!(data, "lowerdir=/a:/b");
-    assert_eq!(unescape(r"/a\040b\134"), PathBuf::from(r"/a b\"));
 }

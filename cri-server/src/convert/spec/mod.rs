@@ -14,14 +14,15 @@ mod resources;
 mod tests;
 mod user;
 
+pub use mounts::wants_image;
 pub use process::image_stop_signal;
 pub use resources::resources;
 
 use super::ConvertError;
 use super::sandbox::SandboxRecord;
 use boxlite_proto::cri::v1::{
-    ContainerConfig, LinuxContainerSecurityContext, MountPropagation, NamespaceMode,
-    SecurityProfile, security_profile::ProfileType,
+    ContainerConfig, LinuxContainerSecurityContext, NamespaceMode, SecurityProfile,
+    security_profile::ProfileType,
 };
 use oci_spec::image::ImageConfiguration;
 use oci_spec::runtime::Spec;
@@ -161,15 +162,6 @@ fn refuse(
     }
     localhost("seccomp", security.seccomp.as_ref())?;
     localhost("apparmor", security.apparmor.as_ref())?;
-    for mount in &source.config.mounts {
-        if mount.propagation == MountPropagation::PropagationBidirectional as i32 {
-            return Err(ConvertError::unsupported(
-                "mount.propagation",
-                format!("Bidirectional ({:?})", mount.container_path),
-                "mounts made in a VM cannot appear on the host",
-            ));
-        }
-    }
     Ok(())
 }
 

@@ -1,7 +1,8 @@
 //! `mounts` of a container's spec: the standard ones, the pod's files, and the request's, in an order that nests.
 
 use super::{ConvertError, Source};
-use boxlite_proto::cri::v1::{LinuxContainerSecurityContext, Mount, MountPropagation};
+use boxlite_proto::cri::v1::{ImageSpec, LinuxContainerSecurityContext, Mount, MountPropagation};
+use boxlite_proto::names::{IMAGE_MOUNT, SUB_PATH_OPTION};
 use serde_json::{Value, json};
 use std::path::{Component, Path, PathBuf};
 
@@ -109,18 +110,6 @@ fn target(mount: &Mount) -> Result<PathBuf, ConvertError> {
 }
 
 fn volume(mount: &Mount) -> Result<Value, ConvertError> {
-    if mount
-        .image
-        .as_ref()
-        .is_some_and(|image| !image.image.is_empty())
-        || !mount.image_sub_path.is_empty()
-    {
-        return Err(ConvertError::unsupported(
-            "mount.image",
-            format!("{:?}", mount.container_path),
-            "image volumes are not there yet",
-        ));
-    }
     if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
         return Err(ConvertError::unsupported(
             "mount.uidMappings",
@@ -128,31 +117,94 @@ fn volume(mount: &Mount) -> Result<Value, ConvertError> {
             "id-mapped mounts are not there yet",
         ));
     }
-    if mount.recursive_read_only {
-        // The handlers' features say so too, so a kubelet does not ask.
-        return Err(ConvertError::unsupported(
-            "mount.recursive_read_only",
-            format!("{:?}", mount.container_path),
-            "recursive read-only mounts are not there yet",
+    if let Some(image) = wants_image(mount) {
+        return image_volume(mount, &image.image_ref);
+    }
+    if !mount.image_sub_path.is_empty() {
+        return Err(ConvertError::invalid(
+            "mount.image_sub_path",
+            mount.image_sub_path.clone(),
+            "is for image volumes only, and mount.image is not set",
         ));
     }
-    let origin = host_path(mount)?;
-    // Mounts that come on the host later do not reach the guest: rslave is what the guest can give of HostToContainer.
-    let propagation = if mount.propagation == MountPropagation::PropagationHostToContainer as i32 {
-        tracing::warn!(
-            path = mount.container_path,
-            "HostToContainer: later mounts of the host will not be seen"
-        );
-        "rslave"
-    } else {
-        "rprivate"
+    let propagation = propagation(mount)?;
+    let access = match (mount.readonly, mount.recursive_read_only) {
+        (true, true) => "rro",
+        (true, false) => "ro",
+        (false, _) => "rw",
     };
-    let access = if mount.readonly { "ro" } else { "rw" };
     Ok(json!({
         "destination": target(mount)?,
         "type": "bind",
-        "source": origin,
+        "source": host_path(mount)?,
         "options": ["rbind", propagation, access],
+    }))
+}
+
+/// The image that a mount shows; none: it shows a host path.
+pub fn wants_image(mount: &Mount) -> Option<&ImageSpec> {
+    mount.image.as_ref().filter(|image| !image.image.is_empty())
+}
+
+/// How later mounts travel, which the CRI forbids with recursive read-only: what comes later could be written.
+fn propagation(mount: &Mount) -> Result<&'static str, ConvertError> {
+    let private = mount.propagation == MountPropagation::PropagationPrivate as i32;
+    if mount.recursive_read_only && !(private && mount.readonly) {
+        return Err(ConvertError::invalid(
+            "mount.recursive_read_only",
+            mount.container_path.clone(),
+            "needs readonly, and propagation PRIVATE",
+        ));
+    }
+    if private {
+        return Ok("rprivate");
+    }
+    if mount.propagation == MountPropagation::PropagationHostToContainer as i32 {
+        return Ok("rslave");
+    }
+    Err(ConvertError::unsupported(
+        "mount.propagation",
+        format!("Bidirectional ({:?})", mount.container_path),
+        "mounts made in a VM cannot appear on the host",
+    ))
+}
+
+/// An image as a volume. Its layers come into the options later: the runtime knows their files.
+fn image_volume(mount: &Mount, image_id: &str) -> Result<Value, ConvertError> {
+    if !mount.host_path.is_empty() {
+        return Err(ConvertError::invalid(
+            "mount.host_path",
+            mount.host_path.clone(),
+            "must be empty where mount.image is set",
+        ));
+    }
+    if !mount.readonly {
+        return Err(ConvertError::invalid(
+            "mount.readonly",
+            "false",
+            "an image volume can only be read",
+        ));
+    }
+    let sub = &mount.image_sub_path;
+    let plain = Path::new(sub)
+        .components()
+        .all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
+    if !plain || sub.contains('\0') {
+        return Err(ConvertError::invalid(
+            "mount.image_sub_path",
+            sub.clone(),
+            "must be a relative path without ..",
+        ));
+    }
+    let mut options = vec!["ro".to_owned()];
+    if !sub.is_empty() {
+        options.push(format!("{SUB_PATH_OPTION}{sub}"));
+    }
+    Ok(json!({
+        "destination": target(mount)?,
+        "type": IMAGE_MOUNT,
+        "source": image_id,
+        "options": options,
     }))
 }
 

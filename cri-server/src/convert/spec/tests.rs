@@ -398,6 +398,53 @@ fn mounts_nest_cover_and_are_checked() {
 }
 
 #[test]
+fn volumes_become_mounts() {
+    let mut config = container();
+    let path = |at: &str| Mount {
+        container_path: at.into(),
+        host_path: "/tmp".into(),
+        readonly: true,
+        ..Default::default()
+    };
+    config.mounts = vec![
+        Mount {
+            recursive_read_only: true,
+            ..path("/rro")
+        },
+        Mount {
+            propagation: 1,
+            ..path("/slave")
+        },
+        Mount {
+            host_path: String::new(),
+            image: Some(ImageSpec {
+                image: "x:1".into(),
+                image_ref: "sha256:abc".into(),
+                ..Default::default()
+            }),
+            image_sub_path: "etc/x".into(),
+            ..path("/image")
+        },
+    ];
+    let spec = made(&config, json!({})).unwrap();
+    let list = spec["mounts"].as_array().unwrap();
+    let find = |at: &str| {
+        list.iter()
+            .find(|m| m["destination"] == at)
+            .unwrap()
+            .clone()
+    };
+    assert_eq!(find("/rro")["options"], json!(["rbind", "rprivate", "rro"]));
+    assert_eq!(find("/slave")["options"], json!(["rbind", "rslave", "ro"]));
+    let image = find("/image");
+    assert_eq!(
+        (&image["type"], &image["source"]),
+        (&json!("boxlite.image"), &json!("sha256:abc"))
+    );
+    assert_eq!(image["options"], json!(["ro", "subpath=etc/x"]));
+}
+
+#[test]
 fn wrong_mounts_name_what_is_wrong() {
     let refused = |mount: Mount| {
         let mut config = container();
@@ -450,15 +497,57 @@ fn wrong_mounts_name_what_is_wrong() {
             image_sub_path: "x".into(),
             ..base.clone()
         })
-        .contains("image volumes")
+        .contains("mount.image is not set")
     );
     assert!(
         refused(Mount {
             recursive_read_only: true,
             ..base.clone()
         })
-        .contains("not there yet")
+        .contains("readonly")
     );
+    assert!(
+        refused(Mount {
+            recursive_read_only: true,
+            readonly: true,
+            propagation: 1,
+            ..base.clone()
+        })
+        .contains("PRIVATE")
+    );
+    let image = Mount {
+        container_path: "/data".into(),
+        readonly: true,
+        image: Some(ImageSpec {
+            image: "x:1".into(),
+            image_ref: "sha256:abc".into(),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    assert!(
+        refused(Mount {
+            readonly: false,
+            ..image.clone()
+        })
+        .contains("only be read")
+    );
+    assert!(
+        refused(Mount {
+            host_path: "/tmp".into(),
+            ..image.clone()
+        })
+        .contains("mount.host_path")
+    );
+    for path in ["/etc", "a/../../etc"] {
+        assert!(
+            refused(Mount {
+                image_sub_path: path.into(),
+                ..image.clone()
+            })
+            .contains(path)
+        );
+    }
     assert_eq!(
         refused(Mount {
             container_path: String::new(),

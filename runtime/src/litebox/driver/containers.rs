@@ -75,7 +75,7 @@ impl Driver {
             watcher.abort();
         }
         if let Some(row) = self.containers.remove(id) {
-            self.env.images.release(&row.snapshot.image_id, id);
+            self.env.release_images(&row.snapshot);
             self.publish();
         }
         Ok(())

@@ -1,0 +1,425 @@
+//! Volumes: mounts that the host makes later, read-only trees, images, memory, configMaps that are exchanged, and what is
+//! refused.
+
+use super::bad_input::says;
+use crate::enclave::run;
+use crate::outcome::Result;
+use crate::pod::{Container, Pod, container_spec, pull};
+use crate::runner::{Case, Shared, case};
+use crate::{ensure, same, wait};
+use k8s_cri::v1::*;
+use prost::Message;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+pub fn cases() -> Vec<Case> {
+    vec![
+        case("volumes::later_mounts_of_the_host", 90, propagation),
+        case("volumes::read_only_and_recursively_so", 60, read_only),
+        case("volumes::images_as_volumes", 90, images),
+        case("volumes::config_map_swap_in_five_seconds", 90, config_map),
+        case("volumes::memory", 60, memory),
+        case("volumes::refused_by_name", 60, refused),
+    ]
+}
+
+/// How long the kubelet's promises give a change to be seen in a pod.
+const SEEN: Duration = Duration::from_secs(5);
+
+fn mount(host: &Path, container: &str) -> Mount {
+    Mount {
+        host_path: host.display().to_string(),
+        container_path: container.into(),
+        ..Default::default()
+    }
+}
+
+/// A directory for the case's volumes.
+fn home(world: &Shared, name: &str) -> Result<PathBuf> {
+    let dir = world.node.dir.join("volumes").join(name);
+    std::fs::create_dir_all(&dir)?;
+    Ok(dir)
+}
+
+async fn sleeper(world: &Shared, pod: &Pod, name: &str, mounts: Vec<Mount>) -> Result<Container> {
+    let mut config = container_spec(name, &world.images.base, &["sleep", "1000"]);
+    config.mounts = mounts;
+    pod.start_with(config).await
+}
+
+/// A tmpfs on the host with one file; gone with the value.
+struct Tmpfs(PathBuf);
+
+impl Tmpfs {
+    fn new(path: PathBuf, options: &str) -> Result<Self> {
+        std::fs::create_dir_all(&path)?;
+        let at = path.display().to_string();
+        run("mount", &["-t", "tmpfs", "-o", options, "tmpfs", &at])?;
+        std::fs::write(path.join("flag"), "of the host\n")?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        // Lazily: the VM may still look at it.
+        let _ = run("umount", &["-l", &self.0.display().to_string()]);
+    }
+}
+
+async fn propagation(world: Shared) -> Result {
+    let dir = home(&world, "late")?;
+    for name in ["slave/later", "private/later"] {
+        std::fs::create_dir_all(dir.join(name))?;
+    }
+    std::os::unix::fs::symlink(dir.join("slave"), dir.join("link"))?;
+    let pod = Pod::run(&world.node, "late").await?;
+    let mut slave = mount(&dir.join("link"), "/slave");
+    slave.propagation = MountPropagation::PropagationHostToContainer.into();
+    let private = mount(&dir.join("private"), "/private");
+    let c = sleeper(&world, &pod, "c", vec![slave.clone(), private]).await?;
+    let status = c.status().await?;
+    same!(
+        (&status.mounts[0].host_path, status.mounts[0].propagation),
+        (&slave.host_path, slave.propagation),
+        "the mount in the status is the one that was asked for"
+    );
+    let later = Tmpfs::new(dir.join("slave/later"), "size=1m")?;
+    let hidden = Tmpfs::new(dir.join("private/later"), "size=1m")?;
+    wait::until("the host's mount is seen", SEEN, || async {
+        same!(
+            c.out(&["cat", "/slave/later/flag"]).await?,
+            "of the host\n",
+            "flag"
+        );
+        Ok(())
+    })
+    .await?;
+    c.out(&["sh", "-c", "echo back > /slave/later/new"]).await?;
+    same!(
+        std::fs::read_to_string(later.0.join("new"))?,
+        "back\n",
+        "written in the pod, on the host's later mount"
+    );
+    same!(
+        c.out(&["ls", "/private/later"]).await?,
+        "",
+        "a private volume"
+    );
+    // A file of it that is open when the container ends: the guest's kernel must live through that.
+    c.out(&[
+        "sh",
+        "-c",
+        "exec 3< /slave/later/flag; sleep 1000 3<&3 & exit 0",
+    ])
+    .await?;
+    drop(later);
+    wait::until("the host's unmount is seen", SEEN, || async {
+        same!(c.out(&["ls", "/slave/later"]).await?, "", "what is left");
+        Ok(())
+    })
+    .await?;
+    let again = Tmpfs::new(dir.join("slave/later"), "size=1m")?;
+    wait::until("a second mount is seen", SEEN, || async {
+        same!(c.out(&["ls", "/slave/later"]).await?, "flag\n", "files");
+        Ok(())
+    })
+    .await?;
+    c.stop(0).await?;
+    c.remove().await?;
+    drop((again, hidden));
+    let d = sleeper(&world, &pod, "d", vec![slave]).await?;
+    same!(
+        d.out(&["ls", "/slave"]).await?,
+        "later\n",
+        "the next container"
+    );
+    pod.end().await
+}
+
+async fn read_only(world: Shared) -> Result {
+    let status = world
+        .node
+        .cri
+        .runtime()
+        .status(StatusRequest { verbose: false })
+        .await?
+        .into_inner();
+    let features = status.runtime_handlers.first().and_then(|h| h.features);
+    ensure!(
+        features.is_some_and(|f| f.recursive_read_only_mounts),
+        "the feature is not reported: {features:?}"
+    );
+    let dir = home(&world, "ro")?;
+    let _deep = Tmpfs::new(dir.join("deep"), "size=1m")?;
+    let pod = Pod::run(&world.node, "ro").await?;
+    let mut plain = mount(&dir, "/plain");
+    plain.readonly = true;
+    let mut tree = mount(&dir, "/tree");
+    (tree.readonly, tree.recursive_read_only) = (true, true);
+    let c = sleeper(
+        &world,
+        &pod,
+        "c",
+        vec![plain, tree.clone(), mount(&dir, "/rw")],
+    )
+    .await?;
+    for (path, writable) in [
+        ("/plain/x", false),
+        ("/plain/deep/x", true),
+        ("/tree/x", false),
+        ("/tree/deep/x", false),
+        ("/rw/x", true),
+        ("/rw/deep/x", true),
+    ] {
+        let response = c.exec(&["sh", "-c", &format!("echo x > {path}")]).await?;
+        let error = String::from_utf8_lossy(&response.stderr).into_owned();
+        same!(response.exit_code == 0, writable, "{path}: {error}");
+        ensure!(writable || error.contains("Read-only"), "{path}: {error}");
+    }
+    // The host is what keeps the guest from writing, whatever flags a privileged container gives its own mounts.
+    let mut config = container_spec("root", &world.images.base, &["sleep", "1000"]);
+    config.mounts = vec![tree.clone()];
+    let linux = config.linux.get_or_insert_default();
+    linux.security_context.get_or_insert_default().privileged = true;
+    let root = pod.start_with(config).await?;
+    root.out(&["mount", "-o", "remount,rw,bind", "/tree"])
+        .await?;
+    let write = root.exec(&["touch", "/tree/by-root"]).await?;
+    ensure!(
+        String::from_utf8_lossy(&write.stderr).contains("Read-only"),
+        "root in the guest wrote to a read-only volume: {write:?}"
+    );
+    tree.propagation = MountPropagation::PropagationHostToContainer.into();
+    let mut config = container_spec("bad", &world.images.base, &["true"]);
+    config.mounts = vec![tree];
+    says(
+        &pod.create_with(config).await.map(drop),
+        &["InvalidArgument", "recursive_read_only"],
+    )?;
+    pod.end().await
+}
+
+/// CreateContainer with a mount whose `image_sub_path` k8s-cri does not know: the field is written behind the message, and
+/// messages of one field are merged by whoever reads them.
+async fn create_with_sub_path(
+    pod: &Pod,
+    config: ContainerConfig,
+    volume: &Mount,
+    sub_path: &str,
+) -> Result<Container> {
+    let mut bytes = volume.encode_to_vec();
+    field(&mut bytes, 10, sub_path.as_bytes());
+    let mut more = Vec::new();
+    field(&mut more, 7, &bytes);
+    let request = CreateContainerRequest {
+        pod_sandbox_id: pod.id.clone(),
+        config: Some(config.clone()),
+        sandbox_config: Some(pod.config.clone()),
+    };
+    let mut message = request.encode_to_vec();
+    field(&mut message, 2, &more);
+    let answer = pod.node.cri.raw("CreateContainer", message).await?;
+    let id = CreateContainerResponse::decode(answer.as_slice())?.container_id;
+    Ok(Container {
+        pod: pod.clone(),
+        id,
+        config,
+    })
+}
+
+/// Appends a length-delimited protobuf field.
+fn field(bytes: &mut Vec<u8>, number: u64, content: &[u8]) {
+    prost::encoding::encode_varint(number << 3 | 2, bytes);
+    prost::encoding::encode_varint(content.len() as u64, bytes);
+    bytes.extend(content);
+}
+
+async fn images(world: Shared) -> Result {
+    let node = &world.node;
+    let id = pull(node, &world.images.layers).await?;
+    let pod = Pod::run(node, "imagevol").await?;
+    let volume = |readonly| Mount {
+        container_path: "/vol".into(),
+        readonly,
+        image: Some(ImageSpec {
+            image: world.images.layers.clone(),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let c = sleeper(&world, &pod, "whole", vec![volume(true)]).await?;
+    same!(
+        c.out(&[
+            "sh",
+            "-c",
+            "ls /vol/data /vol/opaque; cat /vol/dir-to-file; /vol/bin/echo runs"
+        ])
+        .await?,
+        "/vol/data:\nstays\n\n/vol/opaque:\nnew\nnow a file\nruns\n",
+        "the image's layers as one tree"
+    );
+    let write = c.exec(&["touch", "/vol/x"]).await?;
+    ensure!(
+        String::from_utf8_lossy(&write.stderr).contains("Read-only"),
+        "a write into an image: {write:?}"
+    );
+    let asked = ContainerStatusRequest {
+        container_id: c.id.clone(),
+        verbose: false,
+    };
+    let raw = node
+        .cri
+        .raw("ContainerStatus", asked.encode_to_vec())
+        .await?;
+    let mut reference = Vec::new();
+    field(&mut reference, 20, id.as_bytes());
+    ensure!(
+        raw.windows(reference.len()).any(|part| part == reference),
+        "the status has no image_ref {id} in its mount"
+    );
+    // The image is in use, by a volume only.
+    let request = RemoveImageRequest {
+        image: Some(ImageSpec {
+            image: id.clone(),
+            ..Default::default()
+        }),
+    };
+    let removed = node.cri.image().remove_image(request).await;
+    ensure!(removed.is_err(), "an image that is mounted was removed");
+
+    let base = |name: &str| container_spec(name, &world.images.base, &["sleep", "1000"]);
+    let part = create_with_sub_path(&pod, base("part"), &volume(true), "links").await?;
+    part.start().await?;
+    same!(
+        part.out(&["cat", "/vol/b"]).await?,
+        "linked\n",
+        "a part of the image"
+    );
+    let file = create_with_sub_path(&pod, base("file"), &volume(true), "links/absolute").await?;
+    file.start().await?;
+    same!(
+        file.out(&["cat", "/vol"]).await?,
+        "one\n",
+        "a file of it, by a link that is absolute in the image"
+    );
+    for (sub_path, words) in [
+        ("no/such/part", ["no/such/part"]),
+        ("../../etc", ["image_sub_path"]),
+    ] {
+        let refused = create_with_sub_path(&pod, base("bad"), &volume(true), sub_path).await;
+        says(&refused.map(drop), &words)?;
+    }
+    let mut config = base("writable");
+    config.mounts = vec![volume(false)];
+    says(&pod.create_with(config).await.map(drop), &["readonly"])?;
+    for container in [c, part, file] {
+        container.remove().await?;
+    }
+    pod.end().await
+}
+
+/// What the kubelet's AtomicWriter does: a new directory, then one rename of the link that everything goes through.
+fn swap(dir: &Path, number: u32) -> Result {
+    let content = dir.join(format!("..{number}"));
+    std::fs::create_dir(&content)?;
+    std::fs::write(content.join("key"), format!("{number}\n"))?;
+    std::os::unix::fs::symlink(format!("..{number}"), dir.join("..data_tmp"))?;
+    std::fs::rename(dir.join("..data_tmp"), dir.join("..data"))?;
+    if number > 0 {
+        std::fs::remove_dir_all(dir.join(format!("..{}", number - 1)))?;
+    }
+    Ok(())
+}
+
+async fn config_map(world: Shared) -> Result {
+    let dir = home(&world, "map")?;
+    swap(&dir, 0)?;
+    std::os::unix::fs::symlink("..data/key", dir.join("key"))?;
+    let pod = Pod::run(&world.node, "map").await?;
+    let mut volume = mount(&dir, "/map");
+    volume.readonly = true;
+    let c = sleeper(&world, &pod, "c", vec![volume]).await?;
+    same!(c.out(&["cat", "/map/key"]).await?, "0\n", "at the start");
+    for number in 1..4 {
+        swap(&dir, number)?;
+        wait::until("the new content is seen", SEEN, || async {
+            let seen = c.exec(&["cat", "/map/key"]).await?;
+            let text = String::from_utf8_lossy(&seen.stdout).into_owned();
+            same!(text, format!("{number}\n"), "content");
+            Ok(())
+        })
+        .await?;
+    }
+    pod.end().await
+}
+
+async fn memory(world: Shared) -> Result {
+    let dir = home(&world, "memory")?;
+    let volume = Tmpfs::new(dir.join("v"), "size=2m")?;
+    let shm = Tmpfs::new(dir.join("shm"), "size=100m")?;
+    let pod = Pod::run(&world.node, "memory").await?;
+    let mounts = vec![mount(&volume.0, "/cache"), mount(&shm.0, "/dev/shm")];
+    let a = sleeper(&world, &pod, "a", mounts.clone()).await?;
+    let b = sleeper(&world, &pod, "b", mounts).await?;
+    // Not df: it looks the path up in /proc/mounts by its device number, which all volumes share.
+    same!(
+        a.out(&["stat", "-f", "-c", "%b*%S", "/cache", "/dev/shm"])
+            .await?,
+        "512*4096\n25600*4096\n",
+        "sizes"
+    );
+    a.out(&["sh", "-c", "echo 1 > /cache/x; echo 2 > /dev/shm/x"])
+        .await?;
+    same!(
+        b.out(&["cat", "/cache/x", "/dev/shm/x"]).await?,
+        "1\n2\n",
+        "shared by containers"
+    );
+    same!(
+        std::fs::read_to_string(volume.0.join("x"))?,
+        "1\n",
+        "on the host"
+    );
+    let full = b
+        .exec(&["dd", "if=/dev/zero", "of=/cache/big", "bs=64k"])
+        .await?;
+    ensure!(
+        full.exit_code != 0 && String::from_utf8_lossy(&full.stderr).contains("No space"),
+        "the limit of an emptyDir in memory: {full:?}"
+    );
+    let plain = pod.sh(
+        &world.images.base,
+        "stat -f -c '%b*%S' /dev/shm; ls /dev/shm",
+    );
+    same!(
+        plain.await?,
+        "16384*4096\n",
+        "/dev/shm of who mounts nothing there"
+    );
+    pod.end().await
+}
+
+async fn refused(world: Shared) -> Result {
+    let dir = home(&world, "refused")?;
+    let pod = Pod::run(&world.node, "refused").await?;
+    let mut both = mount(&dir, "/both");
+    both.propagation = MountPropagation::PropagationBidirectional.into();
+    let mut config = container_spec("c", &world.images.base, &["true"]);
+    config.mounts = vec![both];
+    says(
+        &pod.create_with(config).await.map(drop),
+        &["Bidirectional", "/both"],
+    )?;
+
+    let alone = Tmpfs::new(dir.join("alone"), "size=1m")?;
+    run("mount", &["--make-private", &alone.0.display().to_string()])?;
+    let mut config = container_spec("c", &world.images.base, &["true"]);
+    config.devices = vec![Device {
+        host_path: "/dev/loop0".into(),
+        container_path: "/dev/block".into(),
+        permissions: "rwm".into(),
+    }];
+    says(&pod.create_with(config).await.map(drop), &["/dev/loop0"])?;
+    pod.end().await
+}
