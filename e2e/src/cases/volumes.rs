@@ -6,11 +6,11 @@ use crate::enclave::run;
 use crate::outcome::Result;
 use crate::pod::{Container, Pod, container_spec, pull};
 use crate::runner::{Case, Shared, case};
-use crate::{ensure, same, wait};
+use crate::{ensure, same};
 use k8s_cri::v1::*;
 use prost::Message;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub fn cases() -> Vec<Case> {
     vec![
@@ -25,6 +25,23 @@ pub fn cases() -> Vec<Case> {
 
 /// How long the kubelet's promises give a change to be seen in a pod.
 const SEEN: Duration = Duration::from_secs(5);
+
+/// Looks again and again: who looks [`SEEN`] after the change must see it.
+async fn seen<F, Fut>(what: &str, mut look: F) -> Result
+where
+    F: FnMut() -> Fut,
+    Fut: Future<Output = Result>,
+{
+    let changed = Instant::now();
+    loop {
+        let asked = changed.elapsed();
+        match look().await {
+            Ok(()) => return Ok(()),
+            Err(instead) if asked > SEEN => crate::bail!("{what}: after {asked:?}: {instead}"),
+            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+        }
+    }
+}
 
 fn mount(host: &Path, container: &str) -> Mount {
     Mount {
@@ -86,7 +103,7 @@ async fn propagation(world: Shared) -> Result {
     );
     let later = Tmpfs::new(dir.join("slave/later"), "size=1m")?;
     let hidden = Tmpfs::new(dir.join("private/later"), "size=1m")?;
-    wait::until("the host's mount is seen", SEEN, || async {
+    seen("the host's mount", || async {
         same!(
             c.out(&["cat", "/slave/later/flag"]).await?,
             "of the host\n",
@@ -114,13 +131,13 @@ async fn propagation(world: Shared) -> Result {
     ])
     .await?;
     drop(later);
-    wait::until("the host's unmount is seen", SEEN, || async {
+    seen("the host's unmount", || async {
         same!(c.out(&["ls", "/slave/later"]).await?, "", "what is left");
         Ok(())
     })
     .await?;
     let again = Tmpfs::new(dir.join("slave/later"), "size=1m")?;
-    wait::until("a second mount is seen", SEEN, || async {
+    seen("a second mount", || async {
         same!(c.out(&["ls", "/slave/later"]).await?, "flag\n", "files");
         Ok(())
     })
@@ -343,7 +360,7 @@ async fn config_map(world: Shared) -> Result {
     same!(c.out(&["cat", "/map/key"]).await?, "0\n", "at the start");
     for number in 1..4 {
         swap(&dir, number)?;
-        wait::until("the new content is seen", SEEN, || async {
+        seen("the new content", || async {
             let seen = c.exec(&["cat", "/map/key"]).await?;
             let text = String::from_utf8_lossy(&seen.stdout).into_owned();
             same!(text, format!("{number}\n"), "content");

@@ -336,6 +336,13 @@ fn assemble(
         usage: Default::default(),
         oom_told: AtomicU64::new(0),
     });
+    if crate::storage::follows_host(&prepared.spec) {
+        let process = Arc::clone(&init);
+        // Ends within a second of the container; the VM's end waits for nobody.
+        tokio::task::spawn_blocking(move || {
+            crate::storage::pins::follow(process.pid, || process.exit().is_some());
+        });
+    }
     let following = supervise(init, sources, made.exit, {
         let (container, pod) = (Arc::clone(&container), Arc::clone(pod));
         async move |exit| init_ended(&container, &pod, exit).await

@@ -13,6 +13,7 @@
 //! ```
 
 pub mod layers;
+pub mod pins;
 pub mod pod;
 pub mod rootfs;
 pub mod usage;
@@ -94,6 +95,15 @@ pub fn visit_volumes(spec: &oci_spec::runtime::Spec) {
         // A single file is no submount; what is wrong with a path the mount itself will say.
         let _ = std::fs::read_dir(source);
     }
+}
+
+/// Whether a mount of `spec` gets mounts that the host makes later.
+pub fn follows_host(spec: &oci_spec::runtime::Spec) -> bool {
+    let follows = |mount: &oci_spec::runtime::Mount| {
+        let options = mount.options().as_deref().unwrap_or_default();
+        options.iter().any(|option| option == "rslave")
+    };
+    spec.mounts().iter().flatten().any(follows)
 }
 
 /// Returns when the host has answered everything that was asked of the share before. Files are released in the background,

@@ -1,0 +1,92 @@
+//! Keeps the submounts of volumes that follow the host's mounts: [`follow`].
+//!
+//! Where the host announces its mounts (libkrun does), one that it makes later comes up in the guest as a submount of the
+//! container that first looks at it, and goes when the host takes it away. If its last user is then a file being closed, it ends
+//! before the release of that file has been answered, and the kernel (6.12) has a BUG: "Busy inodes after unmount of
+//! virtiofs". An open descriptor of it, kept until the VM ends, makes sure that it never ends.
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use rustix::fs::{Mode, OFlags, ResolveFlags, fstat, openat2};
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+/// Most submounts kept; what comes then is not, which is as good as it was without this.
+const LIMIT: usize = 1024;
+/// Pause between two looks at whether the container still runs, in ms; its mounts wake at once.
+const PAUSE: u16 = 1000;
+
+/// By device number: each submount has its own.
+static PINS: Mutex<Option<HashMap<u64, OwnedFd>>> = Mutex::new(None);
+
+/// Keeps every submount that comes up in the mount namespace of process `pid`, until `ended`. Blocks.
+pub fn follow(pid: i32, ended: impl Fn() -> bool) {
+    let Ok(table) = File::open(format!("/proc/{pid}/mountinfo")) else {
+        return;
+    };
+    while !ended() {
+        pin_all(pid);
+        // The kernel tells a change of the table as an exceptional condition of this very descriptor.
+        let mut wait = [PollFd::new(table.as_fd(), PollFlags::POLLPRI)];
+        let _ = poll(&mut wait, PollTimeout::from(PAUSE));
+    }
+}
+
+fn pin_all(pid: i32) {
+    let text = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap_or_default();
+    for point in text.lines().filter_map(virtiofs) {
+        if let Some((device, submount)) = open(pid, &point) {
+            let mut pins = PINS.lock().unwrap_or_else(PoisonError::into_inner);
+            let pins = pins.get_or_insert_default();
+            if pins.len() < LIMIT {
+                pins.entry(device).or_insert(submount);
+            }
+        }
+    }
+}
+
+/// The mount point in a line of mountinfo, if virtiofs is mounted there.
+fn virtiofs(line: &str) -> Option<String> {
+    let (mount, source) = line.split_once(" - ")?;
+    let point = mount.split(' ').nth(4)?;
+    source.starts_with("virtiofs ").then(|| unescape(point))
+}
+
+/// Space, tab, newline and backslash are octal there.
+fn unescape(field: &str) -> String {
+    [
+        ("\\040", " "),
+        ("\\011", "\t"),
+        ("\\012", "\n"),
+        ("\\134", "\\"),
+    ]
+    .iter()
+    .fold(field.to_owned(), |text, (from, to)| text.replace(from, to))
+}
+
+/// The container may change what is where meanwhile: nothing outside of its root is reached, and what is opened is only kept.
+fn open(pid: i32, point: &str) -> Option<(u64, OwnedFd)> {
+    let root = File::open(format!("/proc/{pid}/root")).ok()?;
+    let path = Path::new(point).strip_prefix("/").ok()?;
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    let opened = openat2(&root, path, flags, Mode::empty(), resolve).ok()?;
+    let device = fstat(&opened).ok()?.st_dev;
+    Some((device, opened))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mounts_of_the_share_are_found() {
+        let line = r"60 59 0:44 / /data/a\040b rw,relatime shared:1 - virtiofs share rw";
+        assert_eq!(virtiofs(line).as_deref(), Some("/data/a b"));
+        let other = "61 59 0:45 / /proc rw - proc proc rw";
+        assert_eq!(virtiofs(other), None);
+        assert_eq!(virtiofs("nonsense"), None);
+    }
+}
