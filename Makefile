@@ -19,12 +19,13 @@ export BOXLITE_BIN   := $(BIN)
 export CARGO_TARGET_DIR := $(TARGET)
 export PATH := $(HOME)/.cargo/bin:$(PATH)
 
-.PHONY: all tools build guest host demo test e2e-qemu e2e-krun bench lint unit fmt install clean help
+.PHONY: all tools build guest host demo test e2e-qemu e2e-krun conformance conformance-krun bench lint unit fmt install clean help
 all: build
 
 help:
 	@echo "make demo     install what is needed, build, and show a pod in a real VM from pull to removal"
 	@echo "make test     lints, unit tests, end-to-end tests on QEMU and on libkrun (45 minutes on two cores)"
+	@echo "make conformance   critest, the conformance suite of CRI runtimes: SPDY, WebSocket, NRI (docs/conformance.md)"
 	@echo "make bench    ratios against a bare boot of the same VMM and kernel"
 	@echo "make build    programs into $(TARGET);  make install PREFIX=/usr/local puts them in place"
 	@echo "make tools    Debian packages, the guest kernel, virtiofsd and vhost-device-vsock"
@@ -58,6 +59,16 @@ e2e-qemu: build
 
 e2e-krun: build
 	@e2e/kvmhost/run -- $(BIN)/boxlite-e2e test --home krun $(if $(FILTER),--filter $(FILTER))
+
+# critest on QEMU, three times. One run, some specs: make conformance CRITEST="--transport spdy --focus Networking"
+conformance: build
+	@e2e/scripts/critest >/dev/null
+	@$(BIN)/boxlite-e2e conformance --home qemu $(CRITEST)
+
+# The same in the emulated KVM host, where everything takes several times as long.
+conformance-krun: build
+	@e2e/scripts/critest >/dev/null
+	@e2e/kvmhost/run --timeout 14400 -- $(BIN)/boxlite-e2e conformance --home krun $(CRITEST)
 
 bench: build
 	@$(BIN)/boxlite-e2e bench

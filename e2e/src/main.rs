@@ -8,6 +8,7 @@
 mod bench;
 mod cases;
 mod client;
+mod conformance;
 mod demo;
 mod enclave;
 mod image;
@@ -60,6 +61,8 @@ enum Command {
         /// Its directory.
         directory: std::path::PathBuf,
     },
+    /// Runs critest, the conformance suite of CRI runtimes.
+    Conformance(conformance::Options),
 }
 
 fn main() -> ExitCode {
@@ -93,6 +96,7 @@ fn work(args: Args) -> outcome::Result<ExitCode> {
         .build()?;
     let good = match args.command {
         Command::Demo => runtime.block_on(demo::run())?,
+        Command::Conformance(options) => runtime.block_on(conformance::run(&options))?,
         Command::Bench => runtime.block_on(bench::run())?,
         // Needs no enclave; main has done it.
         Command::Tree { .. } => true,

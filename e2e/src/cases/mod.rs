@@ -2,6 +2,7 @@
 
 mod bad_images;
 mod bad_input;
+mod cni;
 mod death;
 mod exec;
 mod images;
@@ -25,6 +26,7 @@ pub fn all() -> Vec<Case> {
         streaming::cases(),
         logs::cases(),
         network::cases(),
+        cni::cases(),
         spec::cases(),
         volumes::cases(),
         images::cases(),

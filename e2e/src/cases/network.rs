@@ -89,12 +89,27 @@ async fn host_port(world: Shared) -> Result {
         .rsplit_once('.')
         .map(|(net, _)| format!("{net}.1"))
         .unwrap_or_default();
-    served(&format!("{gateway}:8081"), world.patience(10)).await?;
+    let status = pod.status().await?.network.unwrap_or_default();
+    let six = status.additional_ips.into_iter().map(|ip| ip.ip);
+    let six: Vec<_> = six.filter(|ip| ip.contains(':')).collect();
+    same!(six.len(), 1, "IPv6 addresses of the pod");
+    let addresses = [
+        format!("{gateway}:8081"),
+        format!(
+            "[{}::1]:8081",
+            six[0].split("::").next().unwrap_or_default()
+        ),
+    ];
+    for address in &addresses {
+        served(address, world.patience(10)).await?;
+    }
     pod.end().await?;
-    ensure!(
-        get(&format!("{gateway}:8081"), "/").await.is_err(),
-        "the host port answers after the pod is gone"
-    );
+    for address in &addresses {
+        ensure!(
+            get(address, "/").await.is_err(),
+            "the host port answers at {address} after the pod is gone"
+        );
+    }
     Ok(())
 }
 

@@ -8,10 +8,10 @@ use std::path::Path;
 
 /// `/etc/passwd` of the image.
 const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\nwww-data:x:33:33:www-data:/var/www:/bin/sh\n\
-    app:x:1000:1000:app:/home/app:/bin/sh\n";
+    app:x:1000:1000:app:/home/app:/bin/sh\nnobody:x:65534:65534:nobody:/home:/bin/false\n";
 /// `/etc/group` of the image: `app` is in two more groups.
-const GROUP: &str =
-    "root:x:0:\nwww-data:x:33:\napp:x:1000:\nextra:x:50000:app\nmore:x:50001:app,www-data\n";
+const GROUP: &str = "root:x:0:\nwww-data:x:33:\napp:x:1000:\nextra:x:50000:app\nmore:x:50001:app,www-data\n\
+    nobody:x:65534:\n";
 
 /// The layer, compressed as asked.
 pub fn layer(busybox: &Path, compression: Compression) -> Result<Layer> {
@@ -42,14 +42,26 @@ pub fn layer(busybox: &Path, compression: Compression) -> Result<Layer> {
     for applet in run(path, &["--list"])?.lines().filter(|a| *a != "busybox") {
         tar.hard_link(&format!("bin/{applet}"), "bin/busybox")?;
     }
-    for library in libraries(path)? {
-        let bytes = std::fs::read(&library).during(&library)?;
-        tar.file(library.trim_start_matches('/'), 0o755, &bytes)?;
-    }
+    add_libraries(&mut tar, path)?;
     tar.file("etc/passwd", 0o644, PASSWD.as_bytes())?;
     tar.file("etc/group", 0o644, GROUP.as_bytes())?;
     tar.file("var/www/index.html", 0o644, b"hello from the pod\n")?;
     tar.finish(compression)
+}
+
+/// Adds a program of this machine under `target`, with the libraries it loads.
+pub fn with_libraries(tar: &mut LayerTar, program: &Path, target: &str) -> Result {
+    let bytes = std::fs::read(program).during(program.display())?;
+    tar.file(target, 0o755, &bytes)?;
+    add_libraries(tar, &program.to_string_lossy())
+}
+
+fn add_libraries(tar: &mut LayerTar, program: &str) -> Result {
+    for library in libraries(program)? {
+        let bytes = std::fs::read(&library).during(&library)?;
+        tar.file(library.trim_start_matches('/'), 0o755, &bytes)?;
+    }
+    Ok(())
 }
 
 /// The paths that the dynamic linker would load, itself included.

@@ -1,0 +1,134 @@
+//! What CNI plugins are told: capabilities out of the pod's configuration and the kubelet's pod CIDR, the kept result at CHECK and DEL.
+//!
+//! A plugin of the test's own stands last in the chain and keeps what it gets; the network itself is [`super::network`]'s.
+
+use crate::client::{answer, within};
+use crate::outcome::{During, Result};
+use crate::pod::{LONG, Pod, pod_spec};
+use crate::runner::{Case, Shared, case};
+use crate::{ensure, same};
+use k8s_cri::v1::*;
+use serde_json::{Value, json};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+pub fn cases() -> Vec<Case> {
+    vec![case(
+        "cni::plugins_are_told_by_capability",
+        90,
+        plugins_are_told,
+    )]
+}
+
+/// Keeps its input as `<command>.json` and its environment as `<command>.env`.
+const RECORDER: &str = "#!/bin/sh\ncd \"$(dirname \"$0\")\" && env > $CNI_COMMAND.env && exec cat > $CNI_COMMAND.json\n";
+
+async fn plugins_are_told(world: Shared) -> Result {
+    let dir = world.scratch.join("rec-bin");
+    std::fs::create_dir_all(&dir)?;
+    std::fs::write(dir.join("recorder"), RECORDER)?;
+    std::fs::set_permissions(dir.join("recorder"), std::fs::Permissions::from_mode(0o755))?;
+    let leases = world.scratch.join("rec-ipam");
+    let node = world
+        .own_node("rec", |o| {
+            o.cni_bin = Some(dir.clone());
+            o.cni_plugins = Some(json!([
+                {"type": "bridge", "bridge": "bxrec", "isGateway": true,
+                 "ipam": {"type": "host-local", "dataDir": leases, "ranges": [[{"subnet": "10.89.77.0/24"}]]}},
+                {"type": "recorder", "capabilities": {"bandwidth": true, "portMappings": true, "dns": true, "ipRanges": true}}
+            ]));
+        })
+        .await?;
+    let config = UpdateRuntimeConfigRequest {
+        runtime_config: Some(RuntimeConfig {
+            network_config: Some(NetworkConfig {
+                pod_cidr: "10.89.77.0/24,fd89:77::/64".into(),
+            }),
+        }),
+    };
+    answer(
+        "UpdateRuntimeConfig",
+        node.cri
+            .runtime()
+            .update_runtime_config(within(LONG, config))
+            .await,
+    )?;
+    let mut config = pod_spec(&node, "told");
+    config.annotations = [
+        (
+            "kubernetes.io/ingress-bandwidth".to_owned(),
+            "10M".to_owned(),
+        ),
+        (
+            "kubernetes.io/egress-bandwidth".to_owned(),
+            "1Gi".to_owned(),
+        ),
+    ]
+    .into();
+    config.port_mappings = vec![PortMapping {
+        protocol: Protocol::Udp.into(),
+        container_port: 53,
+        host_port: 5300,
+        host_ip: "127.0.0.1".into(),
+    }];
+    config.dns_config = Some(DnsConfig {
+        servers: vec!["10.96.0.10".into()],
+        searches: vec!["svc.cluster.local".into()],
+        options: vec!["ndots:5".into()],
+    });
+    let pod = Pod::run_with(&node, config).await?;
+    let add = told(&dir, "ADD")?;
+    let runtime = &add["runtimeConfig"];
+    same!(
+        runtime["bandwidth"]["ingressRate"],
+        json!(10_000_000),
+        "ingress"
+    );
+    same!(
+        runtime["bandwidth"]["egressRate"],
+        json!(1_u64 << 30),
+        "egress"
+    );
+    same!(
+        runtime["portMappings"],
+        json!([{"hostPort": 5300, "containerPort": 53, "protocol": "udp", "hostIP": "127.0.0.1"}]),
+        "ports"
+    );
+    same!(runtime["dns"]["servers"], json!(["10.96.0.10"]), "DNS");
+    same!(
+        runtime["ipRanges"],
+        json!([[{"subnet": "10.89.77.0/24"}], [{"subnet": "fd89:77::/64"}]]),
+        "pod CIDRs of UpdateRuntimeConfig"
+    );
+    let environment = std::fs::read_to_string(dir.join("ADD.env"))?;
+    let name = pod.config.metadata.clone().unwrap_or_default().name;
+    for wanted in [
+        format!("CNI_CONTAINERID={}", pod.id),
+        format!("K8S_POD_NAME={name}"),
+        "CNI_IFNAME=eth0".into(),
+    ] {
+        ensure!(
+            environment.contains(&wanted),
+            "no {wanted} in {environment}"
+        );
+    }
+    // A verbose status runs CHECK against the kept result, which names the pod's address; DEL gets the same.
+    let info = pod.status_verbose(true).await?.info;
+    let text = info.get("info").cloned().unwrap_or_default();
+    ensure!(text.contains("as the plugins made it"), "{text}");
+    let address = pod.ip().await?;
+    let kept = told(&dir, "CHECK")?["prevResult"].clone();
+    ensure!(
+        kept["ips"].to_string().contains(&address),
+        "no {address} at CHECK: {kept}"
+    );
+    pod.end().await?;
+    same!(told(&dir, "DEL")?["prevResult"], kept, "the result at DEL");
+    node.terminate().await
+}
+
+fn told(dir: &Path, command: &str) -> Result<Value> {
+    let path = dir.join(format!("{command}.json"));
+    let bytes = std::fs::read(&path).during(path.display())?;
+    Ok(serde_json::from_slice(&bytes)?)
+}

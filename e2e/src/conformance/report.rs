@@ -1,0 +1,241 @@
+//! [`Report`]: what critest's JSON report says, in words, and what of it counts against the runtime.
+//!
+//! Specs that the suite's own filter left out (benchmarks, `--focus`) are in no count. Every other skip and failure is
+//! printed with its reason; the only ones that can be excused stand in [`EXCUSED`].
+
+use crate::outcome::{During, Result};
+use serde::Deserialize;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// What cannot run here, by the part of the name it has: nothing else is excused.
+const EXCUSED: [(&str, &str); 2] = [
+    ("AppArmor", "needs AppArmor in the host's kernel"),
+    (
+        "public image with digest should be pulled and removed",
+        "names the digest of an upstream image that nobody can rebuild",
+    ),
+];
+
+/// One run's result.
+pub struct Report {
+    specs: Vec<Spec>,
+}
+
+struct Spec {
+    group: String,
+    name: String,
+    state: State,
+    seconds: f64,
+    reason: String,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    Passed,
+    Failed,
+    Skipped,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Suite {
+    spec_reports: Option<Vec<SpecReport>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct SpecReport {
+    container_hierarchy_texts: Option<Vec<String>>,
+    leaf_node_type: String,
+    leaf_node_text: String,
+    state: String,
+    run_time: u64,
+    #[serde(default)]
+    failure: Failure,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "PascalCase", default)]
+struct Failure {
+    message: String,
+    forwarded_panic: String,
+    location: Location,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "PascalCase", default)]
+struct Location {
+    file_name: String,
+    line_number: u64,
+}
+
+/// Reads critest's JSON report.
+pub fn read(path: &Path) -> Result<Report> {
+    let suites: Vec<Suite> =
+        serde_json::from_slice(&std::fs::read(path)?).during(path.display())?;
+    let specs = suites
+        .into_iter()
+        .flat_map(|s| s.spec_reports.unwrap_or_default());
+    Ok(Report {
+        specs: specs.filter_map(spec).collect(),
+    })
+}
+
+/// `None` for what did not run because nobody asked for it.
+fn spec(report: SpecReport) -> Option<Spec> {
+    let state = match report.state.as_str() {
+        "passed" => State::Passed,
+        "skipped" | "pending" => State::Skipped,
+        _ => State::Failed,
+    };
+    let is_spec = report.leaf_node_type == "It";
+    if state == State::Skipped && report.failure.message.is_empty() {
+        return None;
+    }
+    // Suite nodes count only when they break: then no spec ran.
+    if !is_spec && state != State::Failed {
+        return None;
+    }
+    let mut texts = report.container_hierarchy_texts.unwrap_or_default();
+    texts.push(report.leaf_node_text);
+    let group = texts[0].trim_start_matches("[k8s.io] ").to_owned();
+    let failure = report.failure;
+    let file = failure.location.file_name;
+    let place = file.rsplit('/').next().unwrap_or_default();
+    let mut reason = failure.message;
+    if !failure.forwarded_panic.is_empty() {
+        reason = format!("{reason}: {}", failure.forwarded_panic);
+    }
+    if state == State::Failed {
+        reason = format!("{place}:{}: {reason}", failure.location.line_number);
+    }
+    Some(Spec {
+        group,
+        name: texts[1.min(texts.len() - 1)..].join(" "),
+        state,
+        seconds: report.run_time as f64 / 1e9,
+        reason,
+    })
+}
+
+impl Spec {
+    fn excuse(&self) -> Option<&'static str> {
+        let full = format!("{} {}", self.group, self.name);
+        let found = EXCUSED.iter().find(|(part, _)| full.contains(part));
+        found.map(|(_, reason)| *reason)
+    }
+}
+
+impl Report {
+    fn count(&self, state: State) -> usize {
+        self.specs.iter().filter(|s| s.state == state).count()
+    }
+
+    /// `N passed, N failed, N skipped, N of them cannot run here`.
+    pub fn line(&self) -> String {
+        let excused = self.specs.iter().filter(|s| s.state != State::Passed);
+        format!(
+            "{} passed, {} failed, {} skipped; {} of these cannot run here",
+            self.count(State::Passed),
+            self.count(State::Failed),
+            self.count(State::Skipped),
+            excused.filter(|s| s.excuse().is_some()).count()
+        )
+    }
+
+    /// Whether something passed and nothing failed or was skipped without excuse.
+    pub fn good(&self) -> bool {
+        let bad = |s: &Spec| s.state != State::Passed && s.excuse().is_none();
+        self.count(State::Passed) > 0 && !self.specs.iter().any(bad)
+    }
+
+    /// A table by group, then each spec that did not pass with its reason.
+    pub fn text(&self) -> String {
+        let mut groups: BTreeMap<&str, ([usize; 3], f64)> = BTreeMap::new();
+        for spec in &self.specs {
+            let (counts, seconds) = groups.entry(&spec.group).or_default();
+            counts[spec.state as usize] += 1;
+            *seconds += spec.seconds;
+        }
+        let mut text = format!(
+            "{:<40} {:>6} {:>6} {:>7} {:>8}\n",
+            "group", "passed", "failed", "skipped", "seconds"
+        );
+        for (group, ([passed, failed, skipped], seconds)) in groups {
+            text.push_str(&format!(
+                "{group:<40} {passed:>6} {failed:>6} {skipped:>7} {seconds:>8.1}\n"
+            ));
+        }
+        for spec in self.specs.iter().filter(|s| s.state != State::Passed) {
+            let word = match spec.state {
+                State::Skipped => "skipped",
+                _ => "FAILED",
+            };
+            let excuse = spec.excuse().map(|e| format!(" ({e})")).unwrap_or_default();
+            let reason = spec.reason.split_whitespace().collect::<Vec<_>>().join(" ");
+            let reason: String = reason.chars().take(LONGEST).collect();
+            text.push_str(&format!(
+                "{word}: {}: {}{excuse}: {reason}\n",
+                spec.group, spec.name
+            ));
+        }
+        text
+    }
+}
+
+/// Characters of a reason that are printed; the whole is in the log.
+const LONGEST: usize = 600;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(specs: &str) -> Report {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("r.json");
+        std::fs::write(&path, format!("[{{\"SpecReports\": [{specs}]}}]")).unwrap();
+        read(&path).unwrap()
+    }
+
+    fn one(group: &str, name: &str, state: &str, message: &str) -> String {
+        format!(
+            "{{\"ContainerHierarchyTexts\": [\"[k8s.io] {group}\"], \"LeafNodeType\": \"It\", \"LeafNodeText\": \"{name}\", \
+             \"State\": \"{state}\", \"RunTime\": 5, \"Failure\": {{\"Message\": \"{message}\"}}}}"
+        )
+    }
+
+    #[test]
+    fn a_skip_without_excuse_is_no_success() {
+        let good = report(
+            &[
+                one("Pod", "runs", "passed", ""),
+                one("AppArmor", "x", "skipped", "off"),
+            ]
+            .join(","),
+        );
+        assert!(good.good());
+        assert_eq!(
+            good.line(),
+            "1 passed, 0 failed, 1 skipped; 1 of these cannot run here"
+        );
+        for state in ["skipped", "failed", "panicked", "timedout", "interrupted"] {
+            let bad = [
+                one("Pod", "runs", "passed", ""),
+                one("Pod", "more", state, "why"),
+            ]
+            .join(",");
+            assert!(!report(&bad).good(), "{state}");
+        }
+    }
+
+    #[test]
+    fn what_the_filter_left_out_is_in_no_count_and_nothing_run_is_no_success() {
+        let empty = report(&one("Benchmark", "x", "skipped", ""));
+        assert_eq!(
+            empty.line(),
+            "0 passed, 0 failed, 0 skipped; 0 of these cannot run here"
+        );
+        assert!(!empty.good());
+    }
+}
