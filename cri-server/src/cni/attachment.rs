@@ -120,6 +120,20 @@ pub fn input(
     Value::Object(object)
 }
 
+/// Standard input of one plugin for GC: its object, and the attachments of this network that are alive. What else it
+/// keeps may go.
+pub fn gc_input(network: &NetworkConf, plugin: &PluginConf, alive: &[String]) -> Value {
+    let mut object = plugin.object.clone();
+    object.insert("name".into(), json!(network.name));
+    object.insert("cniVersion".into(), json!(network.cni_version));
+    let attachments: Vec<_> = alive
+        .iter()
+        .map(|sandbox| json!({"containerID": sandbox, "ifname": INTERFACE}))
+        .collect();
+    object.insert("cni.dev/valid-attachments".into(), json!(attachments));
+    Value::Object(object)
+}
+
 fn runtime_config(plugin: &PluginConf, pod: &PodNetwork) -> Map<String, Value> {
     let mut config = Map::new();
     for capability in &plugin.capabilities {

@@ -52,6 +52,9 @@ pub struct NetworkConf {
     pub cni_version: String,
     /// `disableCheck`.
     pub disable_check: bool,
+    /// `disableGC`; a record of an earlier version has none.
+    #[serde(default)]
+    pub disable_gc: bool,
     /// In the order of ADD.
     pub plugins: Vec<PluginConf>,
     /// The file it came from, for messages.
@@ -131,11 +134,12 @@ pub fn parse(text: &[u8], path: &Path) -> Result<NetworkConf, String> {
         return Err(format!("cniVersion {cni_version:?} is older than 0.3.0"));
     }
     // 1.0 has a boolean; some files in the wild carry the string.
-    let disable_check = match object.get("disableCheck") {
+    let flag = |key: &str| match object.get(key) {
         Some(Value::Bool(set)) => *set,
         Some(Value::String(set)) => set == "true",
         _ => false,
     };
+    let (disable_check, disable_gc) = (flag("disableCheck"), flag("disableGC"));
     let plugins = match object.remove("plugins") {
         None => vec![plugin(Value::Object(object))?],
         Some(Value::Array(list)) => list.into_iter().map(plugin).collect::<Result<_, _>>()?,
@@ -151,6 +155,7 @@ pub fn parse(text: &[u8], path: &Path) -> Result<NetworkConf, String> {
         name,
         cni_version,
         disable_check,
+        disable_gc,
         plugins,
         source: path.to_owned(),
     })

@@ -8,6 +8,7 @@
 //! ```text
 //!  attach:  record on disk → namespace → ADD, ADD, … → result on disk        failure: DEL …, namespace, record, in this order
 //!  detach:  DEL in reverse order → namespace → record                        repeatable; succeeds on what is gone
+//!  collect: detach of what has no pod, then GC, GC, … with what is left
 //! ```
 
 mod attachment;
@@ -221,7 +222,42 @@ impl Cni {
                 ),
             }
         }
+        self.garbage(live).await;
         gone
+    }
+
+    /// Runs GC of every plugin of the present network, so that they free what no pod of ours has: leases of a daemon
+    /// whose records were lost, for one. From protocol version 1.1.0 on; failures are logged only.
+    async fn garbage(&self, live: &HashSet<String>) {
+        let Ok(conf) = self.ready() else { return };
+        if conf.disable_gc || !conf.at_least(1, 1) {
+            return;
+        }
+        // Undecodable records are unknown networks: a GC without them might free what they hold.
+        let mut alive = Vec::new();
+        for sandbox in Record::names(&self.records) {
+            match Record::load(&self.records, &sandbox) {
+                Ok(Some(record)) if record.conf.name == conf.name => alive.push(sandbox),
+                Ok(_) => {}
+                Err(error) => {
+                    tracing::warn!(sandbox, error = %boxlite_runtime::report(&error), "no CNI GC");
+                    return;
+                }
+            }
+        }
+        alive.extend(
+            live.iter()
+                .filter(|s| !alive.contains(s))
+                .cloned()
+                .collect::<Vec<_>>(),
+        );
+        for plugin in &conf.plugins {
+            let input = attachment::gc_input(&conf, plugin, &alive);
+            let environment = [("CNI_COMMAND", "GC".to_owned())];
+            if let Err(error) = self.plugins.run(&plugin.kind, &environment, &input).await {
+                tracing::warn!(plugin = plugin.kind, error = %boxlite_runtime::report(&error), "CNI GC failed");
+            }
+        }
     }
 
     async fn run(

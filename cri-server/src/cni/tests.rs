@@ -256,6 +256,49 @@ fn leaks_are_collected_and_live_pods_are_not() {
 }
 
 #[test]
+fn gc_names_the_attachments_that_are_alive() {
+    if !inside("gc_names_the_attachments_that_are_alive") {
+        return;
+    }
+    run(async {
+        for (version, switch, expected) in [
+            ("1.1.0", serde_json::json!(false), true),
+            ("1.1.0", serde_json::json!(true), false),
+            ("1.0.0", serde_json::json!(false), false),
+        ] {
+            let node = Node::new(serde_json::json!({
+                "cniVersion": version, "name": "gcnet", "disableGC": switch,
+                "plugins": [{"type": "keeper", "own": 1}],
+            }));
+            node.script(
+                "keeper",
+                r#"[ "$CNI_COMMAND" = GC ] && exec cat > "$(dirname "$0")/gc"
+[ "$CNI_COMMAND" = ADD ] && echo '{"cniVersion":"1.0.0","ips":[{"address":"10.9.0.2/24"}]}'; exit 0"#,
+            );
+            node.cni.attach(&pod()).await.unwrap();
+            let gone = PodNetwork {
+                sandbox_id: "bb22".into(),
+                ..pod()
+            };
+            node.cni.attach(&gone).await.unwrap();
+            assert_eq!(node.cni.collect(&[POD.to_owned()].into()).await, 1);
+            let seen = std::fs::read(node.path("bin/gc"));
+            assert_eq!(seen.is_ok(), expected, "{version} {switch}");
+            if let Ok(text) = seen {
+                let input: serde_json::Value = serde_json::from_slice(&text).unwrap();
+                assert_eq!(input["name"], "gcnet");
+                assert_eq!(input["own"], 1);
+                assert_eq!(
+                    input["cni.dev/valid-attachments"],
+                    serde_json::json!([{"containerID": POD, "ifname": "eth0"}])
+                );
+            }
+            node.cni.detach(POD).await.unwrap();
+        }
+    });
+}
+
+#[test]
 fn a_plugin_that_refuses_is_quoted_and_everything_undone() {
     if !inside("a_plugin_that_refuses_is_quoted_and_everything_undone") {
         return;
