@@ -1,4 +1,6 @@
-//! What every call passes: a span, one log line, its latency, and panics turned into INTERNAL.
+//! What every call passes: a span, one log line, its latency, the client's deadline, and panics turned into INTERNAL.
+//!
+//! The deadline is tonic's to keep, too, but it answers CANCELLED; a kubelet takes only DEADLINE_EXCEEDED for one.
 //!
 //! It sees the method's name and the answer's status, never a message: those carry secrets (registry auth, environments).
 
@@ -8,9 +10,9 @@ use std::convert::Infallible;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tonic::body::Body;
-use tonic::codegen::http::{Request, Response};
+use tonic::codegen::http::{HeaderMap, Request, Response};
 use tonic::{Code, Status};
 use tower::{Layer, Service};
 use tracing::Instrument;
@@ -72,12 +74,23 @@ where
             .to_owned();
         let span = tracing::info_span!("cri", method);
         let metrics = self.metrics.clone();
+        // Made before tonic's own timer, which starts when this returns, so that this one is never the later.
+        let limit = deadline(request.headers()).map(tokio::time::sleep);
         // The service that was polled ready serves this call; its clone takes the next.
         let next = self.inner.clone();
         let mut inner = std::mem::replace(&mut self.inner, next);
         async move {
             let begun = Instant::now();
-            let call = AssertUnwindSafe(async move { inner.call(request).await });
+            let call = AssertUnwindSafe(async move {
+                let Some(limit) = limit else {
+                    return inner.call(request).await;
+                };
+                tokio::select! {
+                    biased;
+                    response = inner.call(request) => response,
+                    () = limit => Ok(Status::deadline_exceeded("the client's deadline has passed").into_http()),
+                }
+            });
             let response = match call.catch_unwind().await {
                 Ok(Ok(response)) => response,
                 Ok(Err(never)) => match never {},
@@ -93,6 +106,25 @@ where
         .instrument(span)
         .boxed()
     }
+}
+
+/// The client's `grpc-timeout`: up to eight digits and a unit, as the gRPC protocol has it.
+fn deadline(headers: &HeaderMap) -> Option<Duration> {
+    let text = headers.get("grpc-timeout")?.to_str().ok()?;
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    if digits.len() > 8 || !digits.bytes().all(|b| b.is_ascii_digit()) {
+        return None;
+    }
+    let number: u64 = digits.parse().ok()?;
+    Some(match unit {
+        "H" => Duration::from_secs(number * 3600),
+        "M" => Duration::from_secs(number * 60),
+        "S" => Duration::from_secs(number),
+        "m" => Duration::from_millis(number),
+        "u" => Duration::from_micros(number),
+        "n" => Duration::from_nanos(number),
+        _ => return None,
+    })
 }
 
 /// The status in the headers: an error is there. A success has it in the trailers, which come later.
@@ -150,6 +182,32 @@ mod tests {
         match service.oneshot(request).await {
             Ok(response) => response,
             Err(never) => match never {},
+        }
+    }
+
+    #[tokio::test]
+    async fn a_call_that_outlives_its_deadline_is_told_so() {
+        let inner = tower::service_fn(|_: Request<Body>| async {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            Ok::<_, Infallible>(Response::new(Body::empty()))
+        });
+        for (header, code) in [
+            ("1m", Code::DeadlineExceeded),
+            ("99999u", Code::DeadlineExceeded),
+            ("1M", Code::Ok),
+            ("2H", Code::Ok),
+            ("nonsense", Code::Ok),
+            ("é", Code::Ok),
+            ("", Code::Ok),
+        ] {
+            let service = CallLayer::new(Metrics::new().unwrap().rpc()).layer(inner);
+            let request = Request::builder()
+                .uri("/runtime.v1.ImageService/PullImage")
+                .header("grpc-timeout", header)
+                .body(Body::empty())
+                .unwrap();
+            let Ok(response) = service.oneshot(request).await;
+            assert_eq!(code_of(&response), code, "{header:?}");
         }
     }
 
