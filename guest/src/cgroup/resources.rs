@@ -19,9 +19,17 @@ const SETTINGS_LIMIT: usize = 256;
 /// The first setting that makes no sense or that the kernel refuses, by its file. Those before it stay applied.
 pub fn apply(cgroup: &Cgroup, resources: &LinuxResources) -> Result<(), CgroupError> {
     for (file, value) in settings(resources)? {
-        cgroup.write(&file, &value)?;
+        if cgroup.path().join(&file).exists() || !kept_anyway(&file, &value) {
+            cgroup.write(&file, &value)?;
+        }
     }
     Ok(())
+}
+
+/// Whether a kernel that has no such file keeps this limit all the same: one without swap keeps any limit of it, one without
+/// huge pages the kubelet's "none of this size".
+fn kept_anyway(file: &str, value: &str) -> bool {
+    file == "memory.swap.max" || (file.starts_with("hugetlb.") && value == "0")
 }
 
 /// The files to write, in order.
@@ -222,6 +230,22 @@ mod tests {
             assert!(weight >= before, "{shares}");
             before = weight;
         }
+    }
+
+    #[test]
+    fn a_kernel_without_swap_or_huge_pages_keeps_their_limits() {
+        let dir = tempfile::tempdir().unwrap();
+        let cgroup = Cgroup {
+            path: dir.path().to_owned(),
+        };
+        let text = r#"{"memory":{"limit":100,"swap":100},"hugepageLimits":[{"pageSize":"2MB","limit":0}]}"#;
+        apply(&cgroup, &serde_json::from_str(text).unwrap()).unwrap();
+        assert_eq!(cgroup.read("memory.max").unwrap(), "100");
+        assert!(cgroup.read("memory.swap.max").is_none());
+        assert!(cgroup.read("hugetlb.2MB.max").is_none());
+        let text = r#"{"hugepageLimits":[{"pageSize":"2MB","limit":4096}]}"#;
+        apply(&cgroup, &serde_json::from_str(text).unwrap()).unwrap();
+        assert_eq!(cgroup.read("hugetlb.2MB.max").unwrap(), "4096");
     }
 
     #[test]
