@@ -36,6 +36,8 @@ pub struct NodeOptions {
     pub guest: Option<PathBuf>,
     /// Seconds for one RunPodSandbox.
     pub run_pod_seconds: u32,
+    /// More of the configuration file, whole tables.
+    pub more: String,
 }
 
 impl NodeOptions {
@@ -51,6 +53,7 @@ impl NodeOptions {
             cni_timeout: 20,
             guest: None,
             run_pod_seconds: 230,
+            more: String::new(),
         }
     }
 }
@@ -278,6 +281,8 @@ listen = "{metrics}"
 
 [timeouts]
 run_pod_seconds = {}
+
+{}
 "#,
         options.vmm,
         options.guest.as_ref().unwrap_or(&install.guest).display(),
@@ -289,5 +294,6 @@ run_pod_seconds = {}
         bins.join(", "),
         options.cni_timeout,
         options.run_pod_seconds,
+        options.more,
     )
 }

@@ -75,6 +75,9 @@ pub struct Programs {
 /// Hosts that critest's references name.
 const HOSTS: [&str; 3] = ["registry.k8s.io", "k8s.gcr.io", "gcr.io"];
 
+/// Below the node's directory.
+const NRI_SOCKET: &str = "nri.sock";
+
 /// Runs what was asked for; whether nothing failed that can run here.
 pub async fn run(options: &Options) -> Result<bool> {
     let programs = Programs::find(options.critest.clone())?;
@@ -151,6 +154,14 @@ impl Suite<'_> {
             let server = format!("http://{}", self.registry.host);
             options.registries.push((host.into(), server, None));
         }
+        if transport == Transport::Nri {
+            let at = self.scratch.join(&options.name);
+            std::fs::create_dir_all(at.join("nri"))?;
+            options.more = format!(
+                "[nri]\nenable = true\nsocket_path = \"{0}/{NRI_SOCKET}\"\nplugin_path = \"{0}/nri\"\nplugin_config_path = \"{0}/nri\"\n",
+                at.display()
+            );
+        }
         let node = Node::start(self.scratch, self.install, &options).await?;
         println!("\n== critest, {name}, {}", self.options.home.vmm());
         let begun = Instant::now();
@@ -203,7 +214,7 @@ impl Suite<'_> {
             }
             Transport::Nri => {
                 if self.knows_nri().await? {
-                    let socket = node.dir.join("nri.sock");
+                    let socket = node.dir.join(NRI_SOCKET);
                     command.arg(format!("-nri-socket={}", socket.display()));
                 } else {
                     println!("this critest has no NRI specs: the run is without --nri-socket");
