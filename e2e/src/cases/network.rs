@@ -264,9 +264,8 @@ async fn host_network(world: Shared) -> Result {
         "the port is the host's again",
         world.patience(10),
         || async {
-            Ok(drop(
-                tokio::net::TcpListener::bind(("0.0.0.0", PORT)).await?,
-            ))
+            tokio::net::TcpListener::bind(("0.0.0.0", PORT)).await?;
+            Ok(())
         },
     )
     .await?;
