@@ -15,6 +15,7 @@ mod execution;
 mod forward;
 mod host_ports;
 mod network;
+mod seccomp;
 mod serve;
 mod services;
 mod spawner;

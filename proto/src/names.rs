@@ -26,9 +26,17 @@ pub const CONSOLE_LOG: &str = "console.log";
 
 /// Type URL of the `options` Any of CreateSandbox as boxlite-cri sends it: JSON of [`crate::vmm::SandboxOptions`].
 pub const SANDBOX_OPTIONS_TYPE: &str = "boxlite.v1.SandboxOptions";
-/// Annotation of a container's OCI spec: its PID namespace, `container`, `pod` or `target:<container id>`. Without it
-/// the spec's namespaces decide.
+/// Annotation of a container's OCI spec: its PID namespace, `container`, `pod`, `node` (the VM's own) or
+/// `target:<container id>`. Without it the spec's namespaces decide.
 pub const PID_MODE_ANNOTATION: &str = "io.boxlite.pid-mode";
+/// Annotation of a container's OCI spec, for the agent: `true` gives the container every device of the VM.
+pub const PRIVILEGED_ANNOTATION: &str = "boxlite.privileged";
+/// Annotation of a container's OCI spec, for the agent: `merge` adds the groups that the image's /etc/group lists the user
+/// in.
+pub const GROUPS_ANNOTATION: &str = "boxlite.groups";
+/// Annotation of a container's OCI spec, for the agent: devices of the VM for the container, a JSON list of
+/// `{"source": path in the VM, "path": in the container, "permissions": "rwm"}`.
+pub const DEVICES_ANNOTATION: &str = "boxlite.devices";
 /// Annotation of a container's OCI spec: keep a stdin open for Portal clients; `once` closes it after the first
 /// writer's EOF, any other value keeps it.
 pub const STDIN_ANNOTATION: &str = "io.boxlite.stdin";

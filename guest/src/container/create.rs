@@ -2,16 +2,17 @@
 //! fails.
 
 use super::pod::Pod;
-use super::spec::{self, Place};
+use super::spec::{self, PidNamespace, Place};
+use super::userns::{self, UserNamespace};
 use super::{Container, ContainerError, exec};
 use crate::agent::Agent;
 use crate::boot::reaper::RawExit;
 use crate::cgroup::{self, Cgroup, resources};
 use crate::execution::stdio::{AgentEnds, Pipes, terminal_ends};
 use crate::execution::{Process, supervise};
-use crate::spawner::wire::{CreateRequest, Failure, FailureKind, Message, Request};
+use crate::spawner::wire::{Confinement, CreateRequest, Failure, FailureKind, Message, Request};
 use crate::spawner::{Reply, SpawnError, resolve_user};
-use crate::storage::rootfs::Rootfs;
+use crate::storage::rootfs::{Owners, Rootfs};
 use crate::system;
 use boxlite_proto::boxlite::v1::{
     ContainerInitRequest, Exit, OomEvent, PidMode, container_event::Event,
@@ -19,7 +20,7 @@ use boxlite_proto::boxlite::v1::{
 use oci_spec::runtime::Spec;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -34,12 +35,20 @@ pub async fn create(
     request: ContainerInitRequest,
 ) -> Result<Arc<Container>, ContainerError> {
     let parsed = spec::parse(&request.spec_json)?;
-    let pid_namespace = pid_namespace(&agent, &pod, &request).await?;
+    let user_namespace = match userns::wanted(&parsed)? {
+        Some(map) => Some(pod.user_namespace(&agent, map).await?),
+        None => None,
+    };
+    let pid_namespace = pid_namespace(&agent, &pod, &request, user_namespace.as_ref()).await?;
     let cgroup = Cgroup::pod().child(&request.container_id);
     let request = Arc::new(request);
     let prepared = blocking({
         let (pod, request, cgroup) = (Arc::clone(&pod), Arc::clone(&request), cgroup.clone());
-        move || prepare(&pod, &request, parsed, pid_namespace, &cgroup)
+        let joined = Joined {
+            pid: pid_namespace,
+            user: user_namespace,
+        };
+        move || prepare(&pod, &request, parsed, joined, &cgroup)
     })
     .await?;
     let result = make_process(&agent, &pod, &request, &cgroup, &prepared).await;
@@ -69,15 +78,20 @@ pub async fn blocking<T: Send + 'static>(
     }
 }
 
-/// The PID namespace to join, if not its own.
+/// The PID namespace.
 async fn pid_namespace(
     agent: &Arc<Agent>,
     pod: &Arc<Pod>,
     request: &ContainerInitRequest,
-) -> Result<Option<PathBuf>, ContainerError> {
+    user_namespace: Option<&UserNamespace>,
+) -> Result<PidNamespace, ContainerError> {
     let pid = match request.pid_mode() {
-        PidMode::Container => return Ok(None),
-        PidMode::Pod => pod.pause_pid(agent).await?,
+        PidMode::Container => return Ok(PidNamespace::Own),
+        PidMode::Node => return Ok(PidNamespace::Vm),
+        PidMode::Pod => {
+            let map = user_namespace.map(|namespace| namespace.map);
+            pod.pause_pid(agent, map).await?
+        }
         PidMode::Target => {
             let target = pod.get(&request.pid_target).await?;
             if target.init.exit().is_some() {
@@ -86,7 +100,15 @@ async fn pid_namespace(
             target.init.pid
         }
     };
-    Ok(Some(PathBuf::from(format!("/proc/{pid}/ns/pid"))))
+    Ok(PidNamespace::Joined(PathBuf::from(format!(
+        "/proc/{pid}/ns/pid"
+    ))))
+}
+
+/// Namespaces that are not the container's alone.
+struct Joined {
+    pid: PidNamespace,
+    user: Option<UserNamespace>,
 }
 
 /// What is ready before there is a process.
@@ -95,6 +117,8 @@ struct Prepared {
     state: PathBuf,
     spec: Spec,
     uid: u32,
+    confinement: Confinement,
+    user_namespace: Option<UserNamespace>,
 }
 
 /// Root file system, user, cgroup with its limits, `config.json`.
@@ -102,7 +126,7 @@ fn prepare(
     pod: &Pod,
     request: &ContainerInitRequest,
     mut spec: Spec,
-    pid_namespace: Option<PathBuf>,
+    joined: Joined,
     cgroup: &Cgroup,
 ) -> Result<Prepared, ContainerError> {
     let tree = request
@@ -112,17 +136,22 @@ fn prepare(
             field: "rootfs",
             reason: "is missing".to_owned(),
         })?;
-    let mut rootfs = Rootfs::assemble(&request.container_id, tree, &pod.layers)?;
+    let owners = joined.user.as_ref().map(|namespace| Owners {
+        namespace: namespace.file.as_fd(),
+        root: namespace.map.first,
+    });
+    let mut rootfs = Rootfs::assemble(&request.container_id, tree, &pod.layers, owners.as_ref())?;
     let volumes = rootfs.mount_volumes(&mut spec, &pod.layers);
     let state = Path::new(STATE).join(&request.container_id);
-    let configure = || -> Result<u32, ContainerError> {
+    let configure = || -> Result<(u32, Confinement), ContainerError> {
         volumes?;
         let user = resolve_user(&rootfs.path(), &spec::user_plan(&spec))?;
         let place = Place {
             rootfs: &rootfs.path(),
             read_only: tree.read_only,
             cgroup: cgroup.relative(),
-            pid_namespace,
+            pid_namespace: joined.pid,
+            user_namespace: joined.user.as_ref().map(UserNamespace::path),
             terminal: request.terminal,
             user: &user,
             mqueue: Path::new("/proc/sys/fs/mqueue").exists(),
@@ -145,14 +174,16 @@ fn prepare(
             .map_err(|error| ContainerError::step("spec")(error.into()))?;
         std::fs::write(rootfs.bundle().join("config.json"), text)
             .map_err(ContainerError::step("write config.json"))?;
-        Ok(user.uid)
+        Ok((user.uid, extracted.confinement))
     };
     match configure() {
-        Ok(uid) => Ok(Prepared {
+        Ok((uid, confinement)) => Ok(Prepared {
             rootfs,
             state,
             spec,
             uid,
+            confinement,
+            user_namespace: joined.user,
         }),
         Err(error) => {
             undo(pod, cgroup, &rootfs, &state);
@@ -201,13 +232,15 @@ async fn make_process(
         bundle: prepared.rootfs.bundle().to_path_buf(),
         state: PathBuf::from(STATE),
         terminal: request.terminal,
+        confinement: prepared.confinement.clone(),
     });
     let failed = ContainerError::step("standard input and output");
     let (reply, pipes) = if request.terminal {
         (agent.spawner.request(&create, &[])?, None)
     } else {
         let pipes = Pipes::new(request.stdin).map_err(failed)?;
-        pipes.give_to(prepared.uid);
+        let namespace = prepared.user_namespace.as_ref();
+        pipes.give_to(namespace.map_or(prepared.uid, |namespace| namespace.outside(prepared.uid)));
         (
             agent.spawner.request(&create, &pipes.process_ends())?,
             Some(pipes),
@@ -308,7 +341,8 @@ fn assemble(
         terminal,
     } = made.ends;
     let init = Arc::new(Process::new(made.pid, input, terminal, cgroup.clone()));
-    let base = spec::process_plan(&prepared.spec).unwrap_or_else(exec::empty_plan);
+    let base =
+        spec::process_plan(&prepared.spec, &prepared.confinement).unwrap_or_else(exec::empty_plan);
     if base.console_size != (0, 0)
         && let Some(terminal) = &init.terminal
     {
@@ -327,6 +361,7 @@ fn assemble(
         cgroup,
         pidfd: made.pidfd,
         rootfs: prepared.rootfs,
+        user_namespace: prepared.user_namespace,
         base,
         state: prepared.state,
         reply: tokio::sync::Mutex::new(Some(made.reply)),

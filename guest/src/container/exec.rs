@@ -8,7 +8,7 @@ use crate::boot::reaper::RawExit;
 use crate::cgroup;
 use crate::execution::stdio::{Pipes, terminal_ends};
 use crate::execution::{Process, supervise};
-use crate::spawner::wire::{ExecRequest as Plan, ProcessPlan, Request, UserPlan};
+use crate::spawner::wire::{Confinement, ExecRequest as Plan, ProcessPlan, Request, UserPlan};
 use boxlite_proto::boxlite::v1::{ContainerState, ExecRequest, Exit, container_event::Event};
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
@@ -181,8 +181,10 @@ async fn launch(
     cgroup: &cgroup::Cgroup,
 ) -> Result<Launched, ContainerError> {
     let failed = || ContainerError::step("standard input and output");
+    let uid = plan.user.uid;
     let body = Plan {
         cgroup_procs: cgroup.path().join("cgroup.procs"),
+        user_namespace: container.user_namespace.is_some(),
         process: plan,
     };
     let body = Request::Exec(Box::new(body));
@@ -191,6 +193,10 @@ async fn launch(
     } else {
         Some(Pipes::new(request.stdin).map_err(failed())?)
     };
+    if let (Some(pipes), Some(namespace)) = (&pipes, &container.user_namespace) {
+        // The process cannot take what a user from outside of its namespace owns.
+        pipes.give_to(namespace.outside(uid));
+    }
     let mut descriptors = vec![container.pidfd.as_fd()];
     if let Some(pipes) = &pipes {
         descriptors.extend(pipes.process_ends());
@@ -264,8 +270,10 @@ pub fn empty_plan() -> ProcessPlan {
         env: Vec::new(),
         cwd: PathBuf::from("/"),
         user: UserPlan::default(),
-        capabilities: None,
-        no_new_privileges: true,
+        confinement: Confinement {
+            no_new_privileges: true,
+            ..Confinement::default()
+        },
         rlimits: Vec::new(),
         oom_score_adj: 0,
     }

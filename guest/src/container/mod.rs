@@ -11,11 +11,13 @@
 //! Running containers can be paused. State lives in memory only: the host's copy survives the VM, nothing here does.
 
 pub mod create;
+mod devices;
 pub mod events;
 pub mod exec;
 pub mod oom;
 pub mod pod;
 pub mod spec;
+mod userns;
 
 use crate::cgroup::{Cgroup, CgroupError};
 use crate::execution::Process;
@@ -25,7 +27,7 @@ use crate::storage::StorageError;
 use crate::storage::rootfs::Rootfs;
 use crate::storage::usage::UsageCache;
 use crate::system::SystemError;
-use boxlite_proto::boxlite::v1::{ContainerInfo, ContainerState};
+use boxlite_proto::boxlite::v1::{ContainerInfo, ContainerState, ContainerUser};
 use rustix::process::{Pid, Signal, pidfd_send_signal};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -35,6 +37,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
+use userns::UserNamespace;
 
 /// Longest time between the start signal and the program's exec; everything slow was done before.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
@@ -101,6 +104,8 @@ pub struct Container {
     /// Stands for the init process, whatever becomes of its number.
     pidfd: OwnedFd,
     rootfs: Rootfs,
+    /// Its user namespace, if not the VM's.
+    user_namespace: Option<UserNamespace>,
     /// Defaults of an exec.
     base: ProcessPlan,
     /// libcontainer's directory of it.
@@ -136,6 +141,11 @@ impl Container {
             state: self.state().into(),
             pid: self.init.pid.unsigned_abs(),
             exit: self.init.exit(),
+            user: Some(ContainerUser {
+                uid: self.base.user.uid,
+                gid: self.base.user.gid,
+                supplemental_groups: self.base.user.additional_gids.clone(),
+            }),
         }
     }
 

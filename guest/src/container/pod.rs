@@ -4,10 +4,11 @@
 //! every caller with that id gets; so a caller that gives up leaves nothing half made.
 
 use super::events::Events;
+use super::userns::UserNamespace;
 use super::{Container, ContainerError, create};
 use crate::agent::Agent;
 use crate::spawner::SpawnError;
-use crate::spawner::wire::{Message, Request};
+use crate::spawner::wire::{IdMap, Message, Request};
 use crate::storage::layers::Layers;
 use boxlite_proto::boxlite::v1::ContainerInitRequest;
 use futures::FutureExt;
@@ -28,14 +29,21 @@ const DEATH_TIMEOUT: Duration = Duration::from_secs(10);
 /// A container being made, or made.
 type Slot = Shared<BoxFuture<'static, Result<Arc<Container>, Arc<ContainerError>>>>;
 
+/// Holds the namespaces that containers share.
+#[derive(Debug)]
+struct Pause {
+    pid: i32,
+    user_namespace: Option<UserNamespace>,
+}
+
 /// The pod.
 #[derive(Debug, Default)]
 pub struct Pod {
     containers: Mutex<HashMap<String, Slot>>,
     pub layers: Layers,
     pub events: Events,
-    /// The process that holds the shared PID namespace, once one was asked for.
-    pause: tokio::sync::Mutex<Option<i32>>,
+    /// The process that holds the shared namespaces, once one was asked for.
+    pause: tokio::sync::Mutex<Option<Pause>>,
 }
 
 impl Pod {
@@ -156,21 +164,62 @@ impl Pod {
         Ok(())
     }
 
-    /// The process that holds the pod's shared PID namespace, made when first asked for.
-    pub async fn pause_pid(&self, agent: &Agent) -> Result<i32, ContainerError> {
+    /// The process that holds the pod's shared PID namespace, made when first asked for. It lives in the pod's user
+    /// namespace if `map` asks for one; all containers of a pod must ask for the same.
+    pub async fn pause_pid(
+        &self,
+        agent: &Agent,
+        map: Option<IdMap>,
+    ) -> Result<i32, ContainerError> {
         let mut pause = self.pause.lock().await;
-        if let Some(pid) = *pause {
-            return Ok(pid);
+        if let Some(pause) = &*pause {
+            let present = pause.user_namespace.as_ref().map(|present| present.map);
+            return if present == map {
+                Ok(pause.pid)
+            } else {
+                Err(ContainerError::Invalid {
+                    field: "linux.uidMappings",
+                    reason: "differs from that of the pod's other containers".to_owned(),
+                })
+            };
         }
-        let reply = agent.spawner.request(&Request::Pause, &[])?;
-        match reply.next().await? {
-            Some((Message::Created { pid }, _)) => {
-                *pause = Some(pid);
-                Ok(pid)
-            }
-            Some((Message::Failed(failure), _)) => Err(SpawnError::Refused(failure).into()),
-            _ => Err(SpawnError::Silent.into()),
+        let reply = agent.spawner.request(&Request::Pause(map), &[])?;
+        let pid = match reply.next().await? {
+            Some((Message::Created { pid }, _)) => pid,
+            Some((Message::Failed(failure), _)) => return Err(SpawnError::Refused(failure).into()),
+            _ => return Err(SpawnError::Silent.into()),
+        };
+        if map.is_some() {
+            // The network is the VM's, which the pod's root has no rights to; a pod may bind its low ports all the same.
+            crate::system::set_sysctl("net.ipv4.ip_unprivileged_port_start", "0")?;
         }
+        let user_namespace = map
+            .map(|map| {
+                let file = std::fs::File::open(format!("/proc/{pid}/ns/user"))?;
+                let file = Arc::new(file);
+                Ok(UserNamespace { map, pid, file })
+            })
+            .transpose()
+            .map_err(ContainerError::step("open the user namespace"))?;
+        *pause = Some(Pause {
+            pid,
+            user_namespace,
+        });
+        Ok(pid)
+    }
+
+    /// The pod's user namespace, made when first asked for.
+    pub async fn user_namespace(
+        &self,
+        agent: &Agent,
+        map: IdMap,
+    ) -> Result<UserNamespace, ContainerError> {
+        self.pause_pid(agent, Some(map)).await?;
+        let pause = self.pause.lock().await;
+        let present = pause
+            .as_ref()
+            .and_then(|pause| pause.user_namespace.clone());
+        present.ok_or(SpawnError::Silent.into())
     }
 
     /// Ends all containers: asks them, waits up to `grace`, kills.

@@ -1,29 +1,39 @@
 //! The OCI spec of a request, made into one that holds inside this VM: [`adapt`].
 //!
 //! The host's words about namespaces, cgroups, limits and hooks are about *its* machine. Here a container gets its own
-//! mount, PID and cgroup namespace and shares the VM's network, IPC and UTS; its limits are the agent's to set; hooks,
-//! seccomp (not in this static build; issue 3 adds it), AppArmor and SELinux are dropped, since what they name isn't in
-//! the VM. Everything else is passed to libcontainer as it came.
+//! mount, PID and cgroup namespace and shares the VM's network, IPC and UTS; its limits are the agent's to set, and its
+//! capabilities, no_new_privs and seccomp the spawner's; hooks, AppArmor and SELinux are dropped, since what they name
+//! isn't in the VM. Everything else is passed to libcontainer as it came.
 
 use super::ContainerError;
+use crate::seccomp::Filter;
 use crate::spawner::ResolvedUser;
-use crate::spawner::wire::{ProcessPlan, UserPlan};
+use crate::spawner::wire::{Confinement, ProcessPlan, UserPlan};
+use boxlite_proto::names::GROUPS_ANNOTATION;
 use oci_spec::runtime::{
     Box as ConsoleSize, Linux, LinuxCapabilities, LinuxNamespace, LinuxNamespaceBuilder,
-    LinuxNamespaceType, LinuxResources, Mount, PosixRlimit, Process, Root, Spec, User,
+    LinuxNamespaceType, LinuxResources, LinuxSeccomp, Mount, PosixRlimit, Process, Root, Spec,
+    User,
 };
 use serde::Deserialize;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-/// Annotation that asks for the groups of the container's /etc/group beside those of the spec.
-const GROUPS_ANNOTATION: &str = "boxlite.groups";
-/// Its one value.
+/// The one value of the annotation about groups.
 const GROUPS_MERGE: &str = "merge";
 /// Bytes of arguments and environment together; the kernel's own limit is about 2 MiB.
 const ARGUMENTS_LIMIT: usize = 2 << 20;
 /// Mounts of one container.
 const MOUNT_LIMIT: usize = 512;
+
+/// Where a container's processes are numbered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PidNamespace {
+    Own,
+    Joined(PathBuf),
+    /// With the agent.
+    Vm,
+}
 
 /// What the agent knows about a container that its spec doesn't.
 #[derive(Debug)]
@@ -33,8 +43,9 @@ pub struct Place<'a> {
     pub read_only: bool,
     /// Below the cgroup mount.
     pub cgroup: String,
-    /// The PID namespace to join; none: its own.
-    pub pid_namespace: Option<PathBuf>,
+    pub pid_namespace: PidNamespace,
+    /// The user namespace to join; none: the VM's.
+    pub user_namespace: Option<PathBuf>,
     pub terminal: bool,
     pub user: &'a ResolvedUser,
     /// File systems the kernel has.
@@ -46,6 +57,7 @@ pub struct Place<'a> {
 pub struct Extracted {
     pub resources: Option<LinuxResources>,
     pub sysctls: HashMap<String, String>,
+    pub confinement: Confinement,
 }
 
 /// Parses and checks the spec of a request.
@@ -70,14 +82,6 @@ pub fn parse(json: &[u8]) -> Result<Spec, ContainerError> {
         .is_some_and(|mounts| mounts.len() > MOUNT_LIMIT)
     {
         return Err(invalid(format!("more than {MOUNT_LIMIT} mounts")));
-    }
-    if spec.linux().as_ref().is_some_and(|linux| {
-        linux
-            .uid_mappings()
-            .as_ref()
-            .is_some_and(|list| !list.is_empty())
-    }) {
-        return Err(invalid("user namespaces are not supported yet".to_owned()));
     }
     Ok(spec)
 }
@@ -151,10 +155,15 @@ pub fn adapt(spec: &mut Spec, place: &Place<'_>) -> Result<Extracted, ContainerE
     let mut linux = spec.linux().clone().unwrap_or_default();
     extracted.resources = linux.resources().clone();
     extracted.sysctls = linux.sysctl().clone().unwrap_or_default();
+    extracted.confinement = confinement(spec.process().as_ref(), linux.seccomp().as_ref())?;
     adapt_linux(&mut linux, place)?;
+    let devices = super::devices::of(spec, place.user_namespace.is_some())?;
+    if !devices.is_empty() {
+        linux.set_devices(Some(devices));
+    }
     spec.set_linux(Some(linux));
     if let Some(mounts) = spec.mounts().clone() {
-        spec.set_mounts(Some(adapt_mounts(mounts, place.mqueue)));
+        spec.set_mounts(Some(adapt_mounts(mounts, place)));
     }
     if let Some(mut process) = spec.process().clone() {
         adapt_process(&mut process, place);
@@ -163,14 +172,41 @@ pub fn adapt(spec: &mut Spec, place: &Place<'_>) -> Result<Extracted, ContainerE
     Ok(extracted)
 }
 
+/// What the program may do. The spawner sees to it, so libcontainer finds none of it in the spec.
+fn confinement(
+    process: Option<&Process>,
+    seccomp: Option<&LinuxSeccomp>,
+) -> Result<Confinement, ContainerError> {
+    let seccomp = seccomp.map(Filter::compile).transpose();
+    Ok(Confinement {
+        capabilities: process.and_then(|process| process.capabilities().clone()),
+        no_new_privileges: process
+            .and_then(Process::no_new_privileges)
+            .unwrap_or(false),
+        seccomp: seccomp.map_err(|error| ContainerError::Invalid {
+            field: "linux.seccomp",
+            reason: error.to_string(),
+        })?,
+    })
+}
+
 fn adapt_linux(linux: &mut Linux, place: &Place<'_>) -> Result<(), ContainerError> {
-    let namespaces = [
+    let mut namespaces = vec![
         namespace(LinuxNamespaceType::Mount, None)?,
-        namespace(LinuxNamespaceType::Pid, place.pid_namespace.clone())?,
         namespace(LinuxNamespaceType::Cgroup, None)?,
     ];
+    match &place.pid_namespace {
+        PidNamespace::Own => namespaces.push(namespace(LinuxNamespaceType::Pid, None)?),
+        PidNamespace::Joined(path) => {
+            namespaces.push(namespace(LinuxNamespaceType::Pid, Some(path.clone()))?);
+        }
+        PidNamespace::Vm => {}
+    }
+    if let Some(path) = &place.user_namespace {
+        namespaces.push(namespace(LinuxNamespaceType::User, Some(path.clone()))?);
+    }
     linux
-        .set_namespaces(Some(namespaces.to_vec()))
+        .set_namespaces(Some(namespaces))
         .set_cgroups_path(Some(PathBuf::from(&place.cgroup)))
         .set_resources(None)
         .set_sysctl(None)
@@ -199,8 +235,10 @@ fn namespace(
     })
 }
 
-/// The pod's shared memory and message queues are the VM's own.
-fn adapt_mounts(mounts: Vec<Mount>, mqueue: bool) -> Vec<Mount> {
+/// The pod's shared memory and message queues are the VM's own. So are sysfs and message queues to a container in a user
+/// namespace: they show the VM's network and IPC namespaces, which it does not own, so it cannot mount them itself.
+fn adapt_mounts(mounts: Vec<Mount>, place: &Place<'_>) -> Vec<Mount> {
+    let mapped = place.user_namespace.is_some();
     let mut adapted = Vec::with_capacity(mounts.len());
     for mut mount in mounts {
         match (mount.typ().as_deref(), mount.destination().to_str()) {
@@ -211,7 +249,20 @@ fn adapt_mounts(mounts: Vec<Mount>, mqueue: bool) -> Vec<Mount> {
                     .set_source(Some(PathBuf::from("/dev/shm")))
                     .set_options(Some(options.to_vec()));
             }
-            (Some("mqueue"), _) if !mqueue => continue,
+            (Some("mqueue"), _) if !place.mqueue => continue,
+            (Some(kind @ ("sysfs" | "mqueue")), _) if mapped => {
+                let source = if kind == "sysfs" {
+                    "/sys"
+                } else {
+                    "/dev/mqueue"
+                };
+                let mut options = mount.options().clone().unwrap_or_default();
+                options.insert(0, "rbind".to_owned());
+                mount
+                    .set_typ(Some("bind".to_owned()))
+                    .set_source(Some(PathBuf::from(source)))
+                    .set_options(Some(options));
+            }
             _ => {}
         }
         adapted.push(mount);
@@ -233,12 +284,14 @@ fn adapt_process(process: &mut Process, place: &Place<'_>) {
         .set_user(user)
         .set_env(Some(env))
         .set_terminal(Some(place.terminal))
+        .set_capabilities(None)
+        .set_no_new_privileges(None)
         .set_apparmor_profile(None)
         .set_selinux_label(None);
 }
 
-/// The container's own process as a plan: what an exec that says less starts from.
-pub fn process_plan(spec: &Spec) -> Option<ProcessPlan> {
+/// The container's own process, of an adapted spec, as a plan: what an exec that says less starts from.
+pub fn process_plan(spec: &Spec, confinement: &Confinement) -> Option<ProcessPlan> {
     let process = spec.process().as_ref()?;
     Some(ProcessPlan {
         terminal: process.terminal().unwrap_or(false),
@@ -247,8 +300,7 @@ pub fn process_plan(spec: &Spec) -> Option<ProcessPlan> {
         env: process.env().clone().unwrap_or_default(),
         cwd: process.cwd().clone(),
         user: plan_of(process.user(), false),
-        capabilities: process.capabilities().clone(),
-        no_new_privileges: process.no_new_privileges().unwrap_or(false),
+        confinement: confinement.clone(),
         rlimits: process.rlimits().clone().unwrap_or_default(),
         oom_score_adj: process.oom_score_adj().unwrap_or(0),
     })
@@ -303,8 +355,13 @@ pub fn exec_plan(
             });
         }
     }
-    plan.capabilities = partial.capabilities.or(plan.capabilities);
-    plan.no_new_privileges = partial.no_new_privileges.unwrap_or(plan.no_new_privileges);
+    let confinement = &mut plan.confinement;
+    if partial.capabilities.is_some() {
+        confinement.capabilities = partial.capabilities;
+    }
+    confinement.no_new_privileges = partial
+        .no_new_privileges
+        .unwrap_or(confinement.no_new_privileges);
     plan.rlimits = partial.rlimits.unwrap_or(plan.rlimits);
     plan.oom_score_adj = partial.oom_score_adj.unwrap_or(plan.oom_score_adj);
     plan.console_size = size_of(partial.console_size.as_ref());

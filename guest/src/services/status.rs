@@ -69,6 +69,7 @@ fn storage_kind(error: &StorageError) -> (ErrorKind, String) {
         }
         StorageError::Path { path, .. } => (ErrorKind::Rootfs, path.clone()),
         StorageError::Escape { path, .. } => (ErrorKind::InvalidArgument, path.clone()),
+        StorageError::NotMapped { path } => (ErrorKind::InvalidArgument, path.clone()),
         StorageError::NoDisk { serial, .. } => (ErrorKind::NotFound, serial.clone()),
         StorageError::TooManyLayers { .. } => {
             (ErrorKind::InvalidArgument, "rootfs.layers".to_owned())

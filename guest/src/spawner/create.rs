@@ -1,12 +1,14 @@
 //! Role *create*: libcontainer makes a container's init process, which stops before its exec.
 //!
-//! libcontainer enters the namespaces, mounts, pivots, drops privileges, and waits on its notify socket. What it is not
-//! left to do: cgroup limits (the agent's, they must also be updated), seccomp (not in a static build without
-//! libseccomp), looking for and executing the program (typed errors and the exact environment, see [`Program`]).
+//! libcontainer enters the namespaces, mounts, pivots, changes the user, and waits on its notify socket. What it is not
+//! left to do: cgroup limits (the agent's, they must also be updated), capabilities, no_new_privs and seccomp (see
+//! [`super::confine`]; its own seccomp is libseccomp, which a static build has not), looking for and executing the program
+//! (typed errors and the exact environment, see [`Program`]).
 
+use super::confine::Confined;
 use super::detail::Detail;
 use super::executable;
-use super::wire::{self, CreateRequest, Failure, FailureKind, Message};
+use super::wire::{self, Confinement, CreateRequest, Failure, FailureKind, Message};
 use crate::boot::console::chain;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::oci_spec::runtime::Spec;
@@ -42,6 +44,7 @@ pub fn run(request: &CreateRequest, stdio: Vec<OwnedFd>, reply: &OwnedFd) -> Res
         .map_err(failed)?
         .with_executor(Program {
             reply: Rc::new(own_reply),
+            confinement: Rc::new(request.confinement.clone()),
         })
         .validate_id()
         .map_err(failed)?;
@@ -104,6 +107,7 @@ fn hand_over_console(listener: &UnixListener, reply: &OwnedFd) -> Result<(), Fai
 #[derive(Clone)]
 struct Program {
     reply: Rc<OwnedFd>,
+    confinement: Rc<Confinement>,
 }
 
 impl Program {
@@ -144,10 +148,8 @@ impl Executor for Program {
 
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
         let (args, env) = Self::parts(spec);
-        let name = args.first().map_or("", String::as_str);
-        let failure = match executable::find(name, &env)
-            .and_then(|path| executable::execute(&path, &args, &env))
-        {
+        let confined = Confined::set(&self.confinement);
+        let failure = match confined.and_then(|confined| confined.execute(&args, &env)) {
             Ok(never) => match never {},
             Err(failure) => failure,
         };

@@ -7,11 +7,11 @@
 //! The helper joins the cgroup and the namespaces and clones the process; the process waits until the agent has
 //! registered its pid, drops its privileges and executes the program.
 
-use super::executable::{self, words};
+use super::confine::Confined;
+use super::executable::words;
 use super::server::{Parent, clone_child};
 use super::user::{self, ResolvedUser};
 use super::wire::{self, ExecRequest, Failure, FailureKind, Message, ProcessPlan};
-use caps::{CapSet, Capability, CapsHashSet};
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::prctl;
@@ -20,14 +20,14 @@ use nix::sys::stat::{Mode, umask};
 use nix::unistd::{
     Gid, Uid, chdir, dup2_stderr, dup2_stdin, dup2_stdout, setgroups, setresgid, setresuid, setsid,
 };
-use oci_spec::runtime::{Capabilities, LinuxCapabilities, PosixRlimit, PosixRlimitType};
+use oci_spec::runtime::{PosixRlimit, PosixRlimitType};
 use rustix::fs::FileType;
 use std::convert::Infallible;
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
-/// The namespaces a container has of its own; the others are the VM's.
+/// The namespaces a container has of its own, a user namespace aside; the others are the VM's.
 const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWNS
     .union(CloneFlags::CLONE_NEWPID)
     .union(CloneFlags::CLONE_NEWCGROUP);
@@ -51,7 +51,12 @@ pub fn run(
     )
     .map_err(|error| Failure::step("oom_score_adj", error))?;
     fs::write(&request.cgroup_procs, "0").map_err(|error| Failure::step("join cgroup", error))?;
-    setns(&container, NAMESPACES).map_err(|errno| match errno {
+    let own = if request.user_namespace {
+        NAMESPACES | CloneFlags::CLONE_NEWUSER
+    } else {
+        NAMESPACES
+    };
+    setns(&container, own).map_err(|errno| match errno {
         Errno::ESRCH => Failure::new(FailureKind::Internal, "the container has ended"),
         errno => Failure::step("join namespaces", errno),
     })?;
@@ -59,7 +64,8 @@ pub fn run(
         Ok(Some(pid)) => wire::send(reply.as_fd(), &Message::Created { pid }, None)
             .map_err(|error| Failure::step("reply", error)),
         Ok(None) => {
-            let failure = match become_program(&request.process, stdio, reply) {
+            let made = become_program(&request.process, request.user_namespace, stdio, reply);
+            let failure = match made {
                 Ok(never) => match never {},
                 Err(failure) => failure,
             };
@@ -73,6 +79,7 @@ pub fn run(
 /// The process: everything from its first instruction to the exec.
 fn become_program(
     plan: &ProcessPlan,
+    user_namespace: bool,
     stdio: Vec<OwnedFd>,
     reply: &OwnedFd,
 ) -> Result<Infallible, Failure> {
@@ -87,6 +94,9 @@ fn become_program(
         }
     }
     setsid().map_err(|errno| Failure::step("setsid", errno))?;
+    if user_namespace {
+        become_its_root()?;
+    }
     let user = user::resolve(Path::new("/"), &plan.user)
         .map_err(|error| Failure::new(FailureKind::UserNotFound, error.to_string()))?;
     if plan.terminal {
@@ -100,10 +110,8 @@ fn become_program(
     }
     // As root first: the user may be forbidden a directory that the runtime may enter.
     let entered = enter_directory(&plan.cwd);
-    let capabilities = CapabilitySets::of(plan.capabilities.as_ref());
-    capabilities.limit_bounding()?;
     change_user(&user)?;
-    capabilities.apply()?;
+    let confined = Confined::set(&plan.confinement)?;
     if entered.is_err() {
         enter_directory(&plan.cwd).map_err(|errno| {
             let message = format!("chdir to cwd ({:?}) failed: {}", plan.cwd, words(errno));
@@ -113,16 +121,20 @@ fn become_program(
     if let Some(mask) = plan.user.umask {
         umask(Mode::from_bits_truncate(mask));
     }
-    if plan.no_new_privileges {
-        prctl::set_no_new_privs().map_err(|errno| Failure::step("no_new_privs", errno))?;
-    }
     let mut env = plan.env.clone();
     if !env.iter().any(|entry| entry.starts_with("HOME=")) {
         env.push(format!("HOME={}", user.home));
     }
-    let name = plan.args.first().map_or("", String::as_str);
-    let path = executable::find(name, &env)?;
-    executable::execute(&path, &plan.args, &env)
+    confined.execute(&plan.args, &env)
+}
+
+/// In a user namespace that was just joined this process is still a user from outside, who owns nothing in it.
+fn become_its_root() -> Result<(), Failure> {
+    let failed = |errno| Failure::step("become root of the user namespace", errno);
+    let (uid, gid) = (Uid::from_raw(0), Gid::from_raw(0));
+    setgroups(&[]).map_err(failed)?;
+    setresgid(gid, gid, gid).map_err(failed)?;
+    setresuid(uid, uid, uid).map_err(failed)
 }
 
 fn enter_directory(cwd: &Path) -> Result<(), Errno> {
@@ -206,65 +218,6 @@ fn change_user(user: &ResolvedUser) -> Result<(), Failure> {
     setresgid(gid, gid, gid).map_err(failed)?;
     setresuid(uid, uid, uid).map_err(failed)?;
     caps::securebits::set_keepcaps(false).map_err(|error| Failure::step("keep capabilities", error))
-}
-
-/// The five sets, without names this kernel doesn't have.
-struct CapabilitySets {
-    bounding: CapsHashSet,
-    effective: CapsHashSet,
-    permitted: CapsHashSet,
-    inheritable: CapsHashSet,
-    ambient: CapsHashSet,
-}
-
-impl CapabilitySets {
-    fn of(capabilities: Option<&LinuxCapabilities>) -> Self {
-        let set = |choose: fn(&LinuxCapabilities) -> &Option<Capabilities>| -> CapsHashSet {
-            let names = capabilities.and_then(|all| choose(all).as_ref());
-            names
-                .into_iter()
-                .flatten()
-                .filter_map(|name| {
-                    caps::to_canonical(&name.to_string())
-                        .parse::<Capability>()
-                        .ok()
-                })
-                .collect()
-        };
-        Self {
-            bounding: set(LinuxCapabilities::bounding),
-            effective: set(LinuxCapabilities::effective),
-            permitted: set(LinuxCapabilities::permitted),
-            inheritable: set(LinuxCapabilities::inheritable),
-            ambient: set(LinuxCapabilities::ambient),
-        }
-    }
-
-    /// Before the change of the user: it needs CAP_SETPCAP.
-    fn limit_bounding(&self) -> Result<(), Failure> {
-        let present = caps::read(None, CapSet::Bounding)
-            .map_err(|error| Failure::step("read bounding set", error))?;
-        for capability in present.difference(&self.bounding) {
-            caps::drop(None, CapSet::Bounding, *capability)
-                .map_err(|error| Failure::step("bounding set", error))?;
-        }
-        Ok(())
-    }
-
-    fn apply(&self) -> Result<(), Failure> {
-        // Effective before permitted: the kernel wants the one within the other at every step.
-        let set = |kind, value: &CapsHashSet| {
-            caps::set(None, kind, value).map_err(|error| Failure::step("set capabilities", error))
-        };
-        set(CapSet::Inheritable, &self.inheritable)?;
-        set(CapSet::Effective, &self.effective)?;
-        set(CapSet::Permitted, &self.permitted)?;
-        for capability in &self.ambient {
-            // Like runc: an ambient capability that isn't permitted and inheritable is no reason to fail.
-            let _ = caps::raise(None, CapSet::Ambient, *capability);
-        }
-        Ok(())
-    }
 }
 
 fn set_limit(limit: &PosixRlimit) -> Result<(), Failure> {

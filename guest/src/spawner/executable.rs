@@ -63,35 +63,60 @@ fn check(path: &Path) -> Result<(), Errno> {
     )
 }
 
-/// Replaces this process by the program.
-pub fn execute(path: &Path, args: &[String], env: &[String]) -> Result<Infallible, Failure> {
-    let invalid = |what: &str| {
-        Failure::new(
-            FailureKind::InvalidArgument,
-            format!("{what} holds a NUL byte"),
-        )
-    };
-    let program = CString::new(path.as_os_str().as_encoded_bytes()).map_err(|_| invalid("path"))?;
-    let strings = |list: &[String], what: &str| -> Result<Vec<CString>, Failure> {
-        list.iter()
-            .map(|text| CString::new(text.as_str()).map_err(|_| invalid(what)))
-            .collect()
-    };
-    let (args, env) = (strings(args, "argument")?, strings(env, "environment")?);
-    // The standard library ignores SIGPIPE, and that would be inherited.
-    // SAFETY: SIG_DFL installs no handler code.
-    let _ = unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) };
-    let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None);
-    execve(&program, &args, &env).map_err(|errno| {
-        let kind = match errno {
-            Errno::ENOENT | Errno::EACCES | Errno::ENOEXEC | Errno::ENOTDIR => {
-                FailureKind::ExecutableNotFound
-            }
-            Errno::E2BIG => FailureKind::InvalidArgument,
-            _ => FailureKind::Internal,
+/// A program with all that its exec needs: between the last check and the exec no other system call is made.
+#[derive(Debug)]
+pub struct Program {
+    path: CString,
+    args: Vec<CString>,
+    env: Vec<CString>,
+}
+
+impl Program {
+    /// Puts the strings together, and the process's signals as a program expects them.
+    ///
+    /// # Errors
+    /// A NUL byte.
+    pub fn new(path: &Path, args: &[String], env: &[String]) -> Result<Self, Failure> {
+        let invalid = |what: &str| {
+            Failure::new(
+                FailureKind::InvalidArgument,
+                format!("{what} holds a NUL byte"),
+            )
         };
-        Failure::new(kind, format!("exec {}: {}", path.display(), words(errno)))
-    })
+        let strings = |list: &[String], what: &str| -> Result<Vec<CString>, Failure> {
+            list.iter()
+                .map(|text| CString::new(text.as_str()).map_err(|_| invalid(what)))
+                .collect()
+        };
+        let program = Self {
+            path: CString::new(path.as_os_str().as_encoded_bytes()).map_err(|_| invalid("path"))?,
+            args: strings(args, "argument")?,
+            env: strings(env, "environment")?,
+        };
+        // The standard library ignores SIGPIPE, and that would be inherited.
+        // SAFETY: SIG_DFL installs no handler code.
+        let _ = unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) };
+        let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None);
+        Ok(program)
+    }
+
+    /// Replaces this process by the program.
+    ///
+    /// # Errors
+    /// The kernel can't execute it.
+    pub fn execute(&self) -> Result<Infallible, Failure> {
+        execve(&self.path, &self.args, &self.env).map_err(|errno| {
+            let kind = match errno {
+                Errno::ENOENT | Errno::EACCES | Errno::ENOEXEC | Errno::ENOTDIR => {
+                    FailureKind::ExecutableNotFound
+                }
+                Errno::E2BIG => FailureKind::InvalidArgument,
+                _ => FailureKind::Internal,
+            };
+            let path = self.path.to_string_lossy();
+            Failure::new(kind, format!("exec {path}: {}", words(errno)))
+        })
+    }
 }
 
 fn not_found(name: &str, reason: &str) -> Failure {

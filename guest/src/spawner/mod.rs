@@ -13,6 +13,7 @@
 //!   └──────────────── reply socket; closed by the process's exec ──────────────┴─────────────────┘
 //! ```
 
+mod confine;
 mod create;
 mod detail;
 mod exec;

@@ -84,7 +84,7 @@ fn help(descriptors: Vec<OwnedFd>) -> i32 {
     let result = match wire::from_memfd(body) {
         Ok(Request::Create(request)) => create::run(&request, rest, &reply),
         Ok(Request::Exec(request)) => exec::run(&request, rest, &reply),
-        Ok(Request::Pause) => pause::run(&reply),
+        Ok(Request::Pause(map)) => pause::run(map, &reply),
         Err(error) => Err(Failure::new(
             FailureKind::Internal,
             format!("request: {error}"),

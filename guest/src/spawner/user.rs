@@ -141,6 +141,8 @@ fn resolve_in(passwd: &str, groups: &str, plan: &UserPlan) -> Result<ResolvedUse
                 .map(|(_, gid, _)| gid),
         );
     }
+    // The primary group too, as in other runtimes: a process that changes its primary group keeps what it had.
+    additional_gids.push(gid);
     additional_gids.sort_unstable();
     additional_gids.dedup();
     additional_gids.truncate(GROUP_LIMIT);
@@ -188,7 +190,7 @@ mod tests {
     fn names_numbers_and_groups() {
         let web = by_name("web").unwrap();
         assert_eq!((web.uid, web.gid, web.home.as_str()), (33, 34, "/srv"));
-        assert!(web.additional_gids.is_empty());
+        assert_eq!(web.additional_gids, [34]);
         let numeric = by_name("33").unwrap();
         assert_eq!((numeric.uid, numeric.gid), (33, 34));
         let unknown = by_name("4000").unwrap();
@@ -234,7 +236,7 @@ mod tests {
         };
         let resolved = resolve_in(PASSWD, GROUP, &plan).unwrap();
         assert_eq!((resolved.uid, resolved.gid), (33, 100));
-        assert_eq!(resolved.additional_gids, [7, 50, 51]);
+        assert_eq!(resolved.additional_gids, [7, 50, 51, 100]);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! Both ends are the same binary, so there is no versioning. A process in a container never holds such a socket after
 //! its exec.
 
+use crate::seccomp::Filter;
 use oci_spec::runtime::{LinuxCapabilities, PosixRlimit};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
@@ -31,8 +32,8 @@ pub enum Request {
     /// Run a process in a container. Descriptors: the init process's pidfd, then stdin, stdout, stderr (none for a
     /// terminal).
     Exec(Box<ExecRequest>),
-    /// Hold a new PID namespace. No descriptors.
-    Pause,
+    /// Hold a new PID namespace, and a user namespace where a mapping is given. No descriptors.
+    Pause(Option<IdMap>),
 }
 
 /// See [`Request::Create`].
@@ -46,6 +47,8 @@ pub struct CreateRequest {
     pub state: PathBuf,
     /// Whether the process gets a terminal.
     pub terminal: bool,
+    /// What the program may do; libcontainer is not told.
+    pub confinement: Confinement,
 }
 
 /// See [`Request::Exec`].
@@ -53,6 +56,8 @@ pub struct CreateRequest {
 pub struct ExecRequest {
     /// `cgroup.procs` of the cgroup the process starts in.
     pub cgroup_procs: PathBuf,
+    /// Whether the container has a user namespace of its own.
+    pub user_namespace: bool,
     /// The process.
     pub process: ProcessPlan,
 }
@@ -67,10 +72,34 @@ pub struct ProcessPlan {
     pub env: Vec<String>,
     pub cwd: PathBuf,
     pub user: UserPlan,
-    pub capabilities: Option<LinuxCapabilities>,
-    pub no_new_privileges: bool,
+    pub confinement: Confinement,
     pub rlimits: Vec<PosixRlimit>,
     pub oom_score_adj: i32,
+}
+
+/// How users and groups of a user namespace are numbered outside: from 0 on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IdMap {
+    /// What 0 is outside.
+    pub first: u32,
+    /// How many there are.
+    pub length: u32,
+}
+
+impl IdMap {
+    /// The number outside; `None` where it has none.
+    pub fn outside(self, id: u32) -> Option<u32> {
+        (id < self.length).then(|| self.first + id)
+    }
+}
+
+/// What a program may do beyond what its user may.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Confinement {
+    pub capabilities: Option<LinuxCapabilities>,
+    pub no_new_privileges: bool,
+    /// Put in force right before the program.
+    pub seccomp: Option<Filter>,
 }
 
 /// Whom a process runs as.

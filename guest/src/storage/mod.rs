@@ -12,6 +12,7 @@
 //! /l/<n>                        a layer, mounted once for all containers that have it
 //! ```
 
+pub mod idmap;
 pub mod layers;
 pub mod pins;
 pub mod pod;
@@ -54,6 +55,11 @@ pub enum StorageError {
     /// The scratch disk isn't there.
     #[error("no disk with serial {serial:?}; there are: {present}")]
     NoDisk { serial: String, present: String },
+    /// A tree of the share has the owners it has.
+    #[error(
+        "root directory {path:?}: owners of files on the share cannot be mapped, which a user namespace needs"
+    )]
+    NotMapped { path: String },
     /// More layers than overlayfs stacks.
     #[error("{count} layers, and at most {limit} can be stacked")]
     TooManyLayers { count: usize, limit: usize },

@@ -4,6 +4,7 @@
 //! [`Rootfs::assemble`] makes it, [`Rootfs::take_down`] removes everything it made. Both block.
 
 use super::StorageError;
+use super::idmap::Mapped;
 use super::layers::{Layers, below_share};
 use super::volumes::Volumes;
 use boxlite_proto::boxlite::v1::Rootfs as Request;
@@ -17,13 +18,22 @@ use rustix::mount::{
 };
 use std::fs;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Component, Path, PathBuf};
 
 /// Layers that can be stacked. The kernel takes 500; images stop at 127.
 const LAYER_LIMIT: usize = 200;
 /// Where containers' bundles are.
 const BUNDLES: &str = "/run/boxlite/c";
+
+/// Whose the files of a container in a user namespace are.
+#[derive(Debug)]
+pub struct Owners<'a> {
+    /// The namespace.
+    pub namespace: BorrowedFd<'a>,
+    /// The VM's number of its root, user and group.
+    pub root: u32,
+}
 
 /// A container's root file system and what it is made of.
 #[derive(Debug)]
@@ -41,14 +51,19 @@ impl Rootfs {
     ///
     /// # Errors
     /// A path that leaves the share, or a mount the kernel refuses. What was made before is taken down again.
-    pub fn assemble(id: &str, request: &Request, layers: &Layers) -> Result<Self, StorageError> {
+    pub fn assemble(
+        id: &str,
+        request: &Request,
+        layers: &Layers,
+        owners: Option<&Owners<'_>>,
+    ) -> Result<Self, StorageError> {
         let mut rootfs = Self {
             layers: Vec::new(),
             bundle: Path::new(BUNDLES).join(id),
             writable: None,
             volumes: Volumes::default(),
         };
-        match rootfs.build(id, request, layers) {
+        match rootfs.build(id, request, layers, owners) {
             Ok(()) => Ok(rootfs),
             Err(error) => {
                 let _ = rootfs.take_down(layers);
@@ -57,11 +72,22 @@ impl Rootfs {
         }
     }
 
-    fn build(&mut self, id: &str, request: &Request, layers: &Layers) -> Result<(), StorageError> {
+    fn build(
+        &mut self,
+        id: &str,
+        request: &Request,
+        layers: &Layers,
+        owners: Option<&Owners<'_>>,
+    ) -> Result<(), StorageError> {
         let target = self.path();
         fs::create_dir_all(&target).map_err(StorageError::path("mkdir", &target))?;
         if !request.directory.is_empty() {
             let directory = below_share(&request.directory)?;
+            if owners.is_some() {
+                return Err(StorageError::NotMapped {
+                    path: request.directory.clone(),
+                });
+            }
             super::visit_root(&directory);
             return bind(&directory, &target);
         }
@@ -81,6 +107,18 @@ impl Rootfs {
         for name in ["upper", "work"] {
             let path = writable.join(name);
             fs::create_dir_all(&path).map_err(StorageError::path("mkdir", &path))?;
+            if let Some(owners) = owners {
+                std::os::unix::fs::chown(&path, Some(owners.root), Some(owners.root))
+                    .map_err(StorageError::path("chown", &path))?;
+            }
+        }
+        // Gone from here once the overlay holds them.
+        let mapped = match owners {
+            Some(owners) => self.map_layers(&lower, owners)?,
+            None => Vec::new(),
+        };
+        if !mapped.is_empty() {
+            lower = mapped.iter().map(|layer| layer.path().to_owned()).collect();
         }
         stack(&lower, Some(&writable), &target)
     }
@@ -91,6 +129,29 @@ impl Rootfs {
     /// As [`Volumes::mount`].
     pub fn mount_volumes(&mut self, spec: &mut Spec, layers: &Layers) -> Result<(), StorageError> {
         self.volumes.mount(spec, &self.bundle, layers)
+    }
+
+    /// The layers as the owners' namespace sees them.
+    fn map_layers(
+        &self,
+        lower: &[PathBuf],
+        owners: &Owners<'_>,
+    ) -> Result<Vec<Mapped>, StorageError> {
+        let mut mapped = Vec::new();
+        for (index, layer) in lower.iter().enumerate() {
+            let target = self.bundle.join(format!("l{index}"));
+            fs::create_dir_all(&target).map_err(StorageError::path("mkdir", &target))?;
+            let view = Mapped::mount(layer, &target, owners.namespace).map_err(|source| {
+                StorageError::Mount {
+                    fstype: "mapped layer".to_owned(),
+                    origin: layer.display().to_string(),
+                    target: target.display().to_string(),
+                    source,
+                }
+            })?;
+            mapped.push(view);
+        }
+        Ok(mapped)
     }
 
     /// The mounted tree.

@@ -17,7 +17,8 @@ fn place(user: &ResolvedUser) -> Place<'_> {
         rootfs: Path::new("/run/boxlite/c/x/rootfs"),
         read_only: true,
         cgroup: "/pod/x".into(),
-        pid_namespace: None,
+        pid_namespace: PidNamespace::Own,
+        user_namespace: None,
         terminal: false,
         user,
         mqueue: false,
@@ -73,7 +74,7 @@ fn what_belongs_to_the_host_is_replaced_and_the_rest_kept() {
     );
     assert_eq!(
         result["linux"]["namespaces"],
-        json!([{"type": "mount"}, {"type": "pid"}, {"type": "cgroup"}])
+        json!([{"type": "mount"}, {"type": "cgroup"}, {"type": "pid"}])
     );
     assert_eq!(result["linux"]["cgroupsPath"], "/pod/x");
     assert_eq!(result["linux"]["maskedPaths"], json!(["/proc/kcore"]));
@@ -110,17 +111,64 @@ fn shared_memory_is_the_pods_and_missing_file_systems_are_left_out() {
 }
 
 #[test]
+fn in_a_user_namespace_sysfs_is_the_vms() {
+    let mut value = full();
+    value["mounts"] = json!([{"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "ro"]}]);
+    let mut spec = parse(value.to_string().as_bytes()).unwrap();
+    let user = user();
+    let place = Place {
+        user_namespace: Some("/proc/5/ns/user".into()),
+        pid_namespace: PidNamespace::Vm,
+        ..place(&user)
+    };
+    adapt(&mut spec, &place).unwrap();
+    let result = serde_json::to_value(&spec).unwrap();
+    assert_eq!(
+        result["mounts"][0],
+        json!({"destination": "/sys", "type": "bind", "source": "/sys", "options": ["rbind", "nosuid", "ro"]})
+    );
+    assert_eq!(
+        result["linux"]["namespaces"],
+        json!([{"type": "mount"}, {"type": "cgroup"}, {"type": "user", "path": "/proc/5/ns/user"}])
+    );
+}
+
+#[test]
+fn what_the_program_may_do_is_the_spawners_affair() {
+    let mut value = full();
+    value["process"]["noNewPrivileges"] = json!(true);
+    value["process"]["capabilities"] = json!({"bounding": ["CAP_CHOWN"]});
+    value["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ALLOW"});
+    let mut spec = parse(value.to_string().as_bytes()).unwrap();
+    let user = user();
+    let confinement = adapt(&mut spec, &place(&user)).unwrap().confinement;
+    assert!(confinement.no_new_privileges && confinement.seccomp.is_some());
+    assert!(confinement.capabilities.is_some());
+    let process = serde_json::to_value(spec.process()).unwrap();
+    for gone in ["capabilities", "noNewPrivileges"] {
+        assert_eq!(process[gone], Value::Null, "{gone}");
+    }
+    value["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_NOTIFY"});
+    let mut spec = parse(value.to_string().as_bytes()).unwrap();
+    let error = adapt(&mut spec, &place(&user)).unwrap_err().to_string();
+    assert!(
+        error.contains("linux.seccomp") && error.contains("NOTIFY"),
+        "{error}"
+    );
+}
+
+#[test]
 fn a_joined_pid_namespace_is_named() {
     let mut spec = parse(full().to_string().as_bytes()).unwrap();
     let user = user();
     let place = Place {
-        pid_namespace: Some("/proc/5/ns/pid".into()),
+        pid_namespace: PidNamespace::Joined("/proc/5/ns/pid".into()),
         ..place(&user)
     };
     adapt(&mut spec, &place).unwrap();
     let linux = serde_json::to_value(spec.linux()).unwrap();
     assert_eq!(
-        linux["namespaces"][1],
+        linux["namespaces"][2],
         json!({"type": "pid", "path": "/proc/5/ns/pid"})
     );
 }
@@ -136,15 +184,6 @@ fn unusable_specs_are_refused_by_field() {
     assert!(broken(|v| v["process"]["cwd"] = json!("relative")).contains("process.cwd"));
     assert!(broken(|v| v["process"]["args"] = json!(["a\0b"])).contains("NUL"));
     assert!(broken(|v| v["process"] = Value::Null).contains("process is missing"));
-    let mapping = json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);
-    let mut value = full();
-    value["linux"]["uidMappings"] = mapping;
-    assert!(
-        parse(value.to_string().as_bytes())
-            .unwrap_err()
-            .to_string()
-            .contains("user namespaces")
-    );
     assert!(parse(b"{").is_err());
 }
 
@@ -152,7 +191,7 @@ fn base() -> ProcessPlan {
     let mut spec = parse(full().to_string().as_bytes()).unwrap();
     let user = user();
     adapt(&mut spec, &place(&user)).unwrap();
-    process_plan(&spec).unwrap()
+    process_plan(&spec, &Confinement::default()).unwrap()
 }
 
 #[test]

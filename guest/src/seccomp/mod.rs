@@ -1,0 +1,311 @@
+//! Seccomp profiles of OCI specs, made into BPF programs for this kernel: [`Filter::compile`].
+//!
+//! Pure; putting a program in force is [`install`]'s, and when that happens the spawner's. Written here because the
+//! static agent links no libseccomp, and the crate `seccompiler` knows one action beside the default, where a profile may
+//! have any number. What a profile means is libseccomp's word: a syscall named without arguments wins over rules with
+//! arguments; of several rules with arguments the first that matches decides; arguments of one rule must all match, but
+//! two conditions on the same argument are alternatives; names this kernel does not have are skipped.
+//!
+//! The guest's kernel runs x86-64 programs only (no IA32, no x32), so a profile's other architectures have nothing to
+//! apply to; a call by another ABI's entry ends the process.
+//!
+//! ```text
+//! load arch ─ not x86-64 ─► kill process
+//! load nr ── binary search over ranges of numbers ──► [conditions on arguments] ──► return action
+//! ```
+
+pub mod install;
+mod rule;
+
+use oci_spec::runtime::{LinuxSeccomp, LinuxSeccompAction, LinuxSeccompFilterFlag, LinuxSyscall};
+use rule::Rule;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use syscalls::Sysno;
+
+/// Instructions the kernel takes (BPF_MAXINSNS).
+const INSTRUCTION_LIMIT: usize = 4096;
+/// Rules of one profile; moby's has some 20.
+const RULE_LIMIT: usize = 4096;
+/// `AUDIT_ARCH_X86_64`.
+const ARCH: u32 = 0xc000_003e;
+/// First number of the x32 ABI, which the guest's kernel lacks.
+const X32: u32 = 0x4000_0000;
+/// `SECCOMP_RET_KILL_PROCESS`.
+const KILL_PROCESS: u32 = 0x8000_0000;
+/// Offsets in `struct seccomp_data`.
+const OFFSET_NR: u32 = 0;
+const OFFSET_ARCH: u32 = 4;
+/// BPF opcodes: load word, jumps by constant, return constant.
+const LOAD: u16 = 0x20;
+const JUMP: u16 = 0x05;
+const JUMP_EQUAL: u16 = 0x15;
+const JUMP_GREATER: u16 = 0x25;
+const JUMP_AT_LEAST: u16 = 0x35;
+const AND: u16 = 0x54;
+const RETURN: u16 = 0x06;
+/// Flags of seccomp(2).
+const FLAG_LOG: u32 = 1 << 1;
+const FLAG_SPEC_ALLOW: u32 = 1 << 2;
+
+/// A profile that cannot be put in force.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SeccompError {
+    /// It hands calls to a program on the host.
+    #[error("seccomp: SCMP_ACT_NOTIFY is not supported: there is no listener inside the VM")]
+    Notify,
+    /// A value that does not fit.
+    #[error("seccomp: {field} = {value} is out of range")]
+    Range { field: &'static str, value: u64 },
+    /// More than the kernel takes.
+    #[error("seccomp: the profile needs {count} {what}, and the limit is {limit}")]
+    TooBig {
+        what: &'static str,
+        count: usize,
+        limit: usize,
+    },
+}
+
+/// One BPF instruction, as in `struct sock_filter`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Instruction {
+    pub code: u16,
+    pub yes: u8,
+    pub no: u8,
+    pub value: u32,
+}
+
+impl Instruction {
+    fn plain(code: u16, value: u32) -> Self {
+        Self {
+            code,
+            yes: 0,
+            no: 0,
+            value,
+        }
+    }
+}
+
+/// A compiled profile.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Filter {
+    /// Instructions in one number each, to be short on the wire.
+    packed: Vec<u64>,
+    /// Flags for seccomp(2).
+    flags: u32,
+}
+
+impl Filter {
+    /// Compiles a profile.
+    ///
+    /// # Errors
+    /// See [`SeccompError`].
+    pub fn compile(profile: &LinuxSeccomp) -> Result<Self, SeccompError> {
+        let default = action(profile.default_action(), profile.default_errno_ret())?;
+        let chains = chains(
+            profile.syscalls().as_deref().unwrap_or_default(),
+            profile.default_action(),
+            default,
+        )?;
+        let mut program = vec![
+            Instruction::plain(LOAD, OFFSET_ARCH),
+            jump(JUMP_EQUAL, ARCH, 1, 0),
+            Instruction::plain(RETURN, KILL_PROCESS),
+            Instruction::plain(LOAD, OFFSET_NR),
+        ];
+        program.extend(search(&segments(chains, default)));
+        if program.len() > INSTRUCTION_LIMIT {
+            return Err(SeccompError::TooBig {
+                what: "instructions",
+                count: program.len(),
+                limit: INSTRUCTION_LIMIT,
+            });
+        }
+        Ok(Self {
+            packed: program.into_iter().map(pack).collect(),
+            flags: flags(profile.flags().as_deref().unwrap_or_default()),
+        })
+    }
+
+    /// The program.
+    pub fn instructions(&self) -> Vec<Instruction> {
+        self.packed.iter().copied().map(unpack).collect()
+    }
+
+    /// Flags for seccomp(2).
+    pub fn flags(&self) -> u32 {
+        self.flags
+    }
+}
+
+fn pack(instruction: Instruction) -> u64 {
+    let Instruction {
+        code,
+        yes,
+        no,
+        value,
+    } = instruction;
+    u64::from(code) << 48 | u64::from(yes) << 40 | u64::from(no) << 32 | u64::from(value)
+}
+
+fn unpack(packed: u64) -> Instruction {
+    let byte = |shift: u32| (packed >> shift & 0xff) as u8;
+    Instruction {
+        code: (packed >> 48) as u16,
+        yes: byte(40),
+        no: byte(32),
+        value: packed as u32,
+    }
+}
+
+fn jump(code: u16, value: u32, yes: u8, no: u8) -> Instruction {
+    Instruction {
+        code,
+        yes,
+        no,
+        value,
+    }
+}
+
+/// The kernel's return value for an action. Errors are EPERM unless the profile says another.
+fn action(action: LinuxSeccompAction, errno: Option<u32>) -> Result<u32, SeccompError> {
+    if action == LinuxSeccompAction::ScmpActNotify {
+        return Err(SeccompError::Notify);
+    }
+    match errno {
+        // The lower 16 bits of a return value are its data.
+        Some(errno) if errno > 0xffff => Err(SeccompError::Range {
+            field: "errnoRet",
+            value: errno.into(),
+        }),
+        errno => Ok(action.as_u32(errno)),
+    }
+}
+
+fn flags(wanted: &[LinuxSeccompFilterFlag]) -> u32 {
+    wanted
+        .iter()
+        .map(|flag| match flag {
+            LinuxSeccompFilterFlag::SeccompFilterFlagLog => FLAG_LOG,
+            LinuxSeccompFilterFlag::SeccompFilterFlagSpecAllow => FLAG_SPEC_ALLOW,
+            // The process has one thread, and nobody is notified.
+            LinuxSeccompFilterFlag::SeccompFilterFlagTsync
+            | LinuxSeccompFilterFlag::SeccompFilterFlagWaitKillableRecv => 0,
+        })
+        .fold(0, |all, flag| all | flag)
+}
+
+/// What is to happen to one syscall.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Chain {
+    Always(u32),
+    /// The first that matches, else the default.
+    Conditions(Vec<Rule>),
+}
+
+/// The rules by syscall number.
+fn chains(
+    entries: &[LinuxSyscall],
+    default_action: LinuxSeccompAction,
+    default: u32,
+) -> Result<BTreeMap<u32, Chain>, SeccompError> {
+    let mut chains = BTreeMap::new();
+    let mut count = 0;
+    for entry in entries {
+        let result = action(entry.action(), entry.errno_ret())?;
+        let args = entry.args().as_deref().unwrap_or_default();
+        let rules = rule::alternatives(args, result)?;
+        // What would happen anyway is no rule: in libseccomp, too, it takes nothing away from other rules.
+        if entry.action() == default_action && result == default {
+            continue;
+        }
+        for number in entry.names().iter().filter_map(|name| number_of(name)) {
+            count += rules.len().max(1);
+            if count > RULE_LIMIT {
+                return Err(SeccompError::TooBig {
+                    what: "rules",
+                    count,
+                    limit: RULE_LIMIT,
+                });
+            }
+            let chain = chains
+                .entry(number)
+                .or_insert_with(|| Chain::Conditions(Vec::new()));
+            match chain {
+                Chain::Always(_) => {}
+                chain if rules.is_empty() => *chain = Chain::Always(result),
+                Chain::Conditions(present) => present.extend(rules.iter().cloned()),
+            }
+        }
+    }
+    Ok(chains)
+}
+
+/// The number of a syscall on this kernel, if it has it.
+fn number_of(name: &str) -> Option<u32> {
+    let number: Sysno = name.parse().ok()?;
+    u32::try_from(number.id()).ok()
+}
+
+/// A range of numbers, from `first` to before the next segment's, and the code for it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Segment {
+    first: u32,
+    code: Vec<Instruction>,
+}
+
+/// The whole range of numbers, in order, neighbours with the same code as one.
+fn segments(chains: BTreeMap<u32, Chain>, default: u32) -> Vec<Segment> {
+    let answer = |value| vec![Instruction::plain(RETURN, value)];
+    let mut all: Vec<Segment> = Vec::new();
+    let mut add = |first: u32, code: Vec<Instruction>| {
+        if all.last().is_none_or(|last| last.code != code) {
+            all.push(Segment { first, code });
+        }
+    };
+    let mut next = 0;
+    for (number, chain) in chains.into_iter().filter(|(number, _)| *number < X32) {
+        if number > next {
+            add(next, answer(default));
+        }
+        let code = match chain {
+            Chain::Always(result) => answer(result),
+            Chain::Conditions(rules) => {
+                let mut code: Vec<Instruction> = rules.iter().flat_map(Rule::code).collect();
+                code.extend(answer(default));
+                code
+            }
+        };
+        add(number, code);
+        next = number + 1;
+    }
+    add(next, answer(default));
+    all
+}
+
+/// Binary search for the segment that the loaded number is in.
+fn search(segments: &[Segment]) -> Vec<Instruction> {
+    match segments {
+        [] => Vec::new(),
+        [one] => one.code.clone(),
+        _ => {
+            let (left, right) = segments.split_at(segments.len() / 2);
+            let middle = right.first().map_or(0, |segment| segment.first);
+            let (left, right) = (search(left), search(right));
+            let mut code = match u8::try_from(left.len()) {
+                Ok(over) => vec![jump(JUMP_AT_LEAST, middle, over, 0)],
+                // A conditional jump reaches 255 instructions.
+                Err(_) => vec![
+                    jump(JUMP_AT_LEAST, middle, 0, 1),
+                    Instruction::plain(JUMP, left.len() as u32),
+                ],
+            };
+            code.extend(left);
+            code.extend(right);
+            code
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
