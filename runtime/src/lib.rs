@@ -33,5 +33,5 @@ pub use portal::ExecOutput;
 pub use runtime::BoxliteRuntime;
 pub use types::{
     BoxOptions, BoxSnapshot, BoxState, ContainerOptions, ContainerSnapshot, ContainerState,
-    PidMode, RuntimeOptions,
+    ContainerUser, PidMode, RuntimeOptions,
 };

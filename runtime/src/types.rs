@@ -144,6 +144,8 @@ pub enum PidMode {
     Pod,
     /// That of another container.
     Target,
+    /// The VM's own, with the agent in it.
+    Node,
 }
 
 /// State of a container; the names are CRI's.
@@ -208,6 +210,20 @@ pub struct ContainerSnapshot {
     pub stdin: bool,
     /// Whether stdin ends with the first attached writer.
     pub stdin_once: bool,
+    /// Whom its first process runs as; `None` until it is made.
+    #[serde(default)]
+    pub user: Option<ContainerUser>,
+}
+
+/// Whom a container's first process runs as, as the guest found it in the image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContainerUser {
+    /// User.
+    pub uid: u32,
+    /// Primary group.
+    pub gid: u32,
+    /// Sorted; the primary group is one of them.
+    pub supplemental_groups: Vec<u32>,
 }
 
 impl ContainerSnapshot {

@@ -1,4 +1,5 @@
-//! The roles in which this binary is started by itself or by boxlite-cri: `vmm`, `probe` and `probe-guest`.
+//! The roles in which this binary is started by itself or by boxlite-cri: `vmm`, `probe`, `probe-guest` and
+//! `user-namespace`.
 //!
 //! The shim protocol's own command line (`start`, `delete`, …) belongs to the cli module; main asks here first.
 
@@ -9,6 +10,7 @@ use std::process::ExitCode;
 pub fn run(args: &[OsString]) -> Option<ExitCode> {
     match args.first()?.to_str()? {
         "vmm" => Some(crate::vmm::child::run()),
+        crate::share::idmap::ROLE => Some(crate::share::idmap::hold()),
         "probe" => Some(crate::probe::run()),
         "probe-guest" => Some(crate::probe::run_guest()),
         _ => None,

@@ -153,7 +153,7 @@ fn pid_mode(mode: i32) -> PidMode {
     match NamespaceMode::try_from(mode) {
         Ok(NamespaceMode::Pod) => PidMode::Pod,
         Ok(NamespaceMode::Target) => PidMode::Target,
-        // NODE was refused before.
+        Ok(NamespaceMode::Node) => PidMode::Node,
         _ => PidMode::Container,
     }
 }
@@ -244,6 +244,7 @@ mod tests {
     fn pid_modes() {
         assert_eq!(pid_mode(0), PidMode::Pod);
         assert_eq!(pid_mode(1), PidMode::Container);
+        assert_eq!(pid_mode(2), PidMode::Node);
         assert_eq!(pid_mode(3), PidMode::Target);
     }
 

@@ -10,6 +10,7 @@ use crate::cni::{Bandwidth, DnsSettings, PodNetwork, PortMap};
 use crate::config::PodDefaults;
 use boxlite_proto::cri::v1::{
     LinuxContainerResources, NamespaceMode, PodSandboxConfig, PodSandboxMetadata, Protocol,
+    UserNamespace,
 };
 use boxlite_runtime::BoxOptions;
 use prost::Message;
@@ -54,6 +55,7 @@ impl SandboxRecord {
             .as_ref()
             .and_then(|linux| linux.security_context.as_ref());
         spec::namespaces(security.and_then(|security| security.namespace_options.as_ref()))?;
+        security.map(spec::lsm::sandbox).transpose()?;
         for mapping in &config.port_mappings {
             port(mapping.host_port, mapping.container_port)?;
         }
@@ -170,6 +172,17 @@ impl SandboxRecord {
             .and_then(|linux| linux.security_context.as_ref())
             .and_then(|security| security.namespace_options.as_ref())
             .is_some_and(|options| options.network == NamespaceMode::Node as i32)
+    }
+
+    /// The user namespace asked for.
+    pub fn userns(&self) -> Option<&UserNamespace> {
+        let linux = self.config.as_ref()?.linux.as_ref()?;
+        let options = linux
+            .security_context
+            .as_ref()?
+            .namespace_options
+            .as_ref()?;
+        options.userns_options.as_ref()
     }
 
     /// Cgroup parent, empty where none was given.

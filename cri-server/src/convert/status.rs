@@ -5,8 +5,8 @@ use super::sandbox::SandboxRecord;
 use super::signal;
 use boxlite_proto::cri::v1::{
     Container, ContainerEventResponse, ContainerEventType, ContainerResources, ContainerState,
-    ContainerStatus, ImageSpec, LinuxPodSandboxStatus, Namespace, PodIp, PodSandbox,
-    PodSandboxNetworkStatus, PodSandboxState, PodSandboxStatus,
+    ContainerStatus, ContainerUser, ImageSpec, LinuxContainerUser, LinuxPodSandboxStatus, Namespace,
+    PodIp, PodSandbox, PodSandboxNetworkStatus, PodSandboxState, PodSandboxStatus,
 };
 use boxlite_runtime as runtime;
 use boxlite_runtime::{
@@ -117,6 +117,20 @@ pub fn container(snapshot: &ContainerSnapshot) -> Container {
     }
 }
 
+fn user(user: &runtime::ContainerUser) -> ContainerUser {
+    ContainerUser {
+        linux: Some(LinuxContainerUser {
+            uid: user.uid.into(),
+            gid: user.gid.into(),
+            supplemental_groups: user
+                .supplemental_groups
+                .iter()
+                .map(|group| i64::from(*group))
+                .collect(),
+        }),
+    }
+}
+
 /// The status form of a container.
 pub fn container_status(snapshot: &ContainerSnapshot) -> ContainerStatus {
     let record = ContainerRecord::decoded(&snapshot.metadata);
@@ -156,7 +170,7 @@ pub fn container_status(snapshot: &ContainerSnapshot) -> ContainerStatus {
             windows: None,
         }),
         image_id: snapshot.image_id.clone(),
-        user: None,
+        user: snapshot.user.as_ref().map(user),
         stop_signal: signal::to_cri(record.stop_signal) as i32,
     }
 }

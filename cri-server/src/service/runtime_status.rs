@@ -42,6 +42,7 @@ pub fn status(server: &Server, request: &StatusRequest) -> StatusResponse {
             name: name.clone(),
             features: Some(RuntimeHandlerFeatures {
                 recursive_read_only_mounts: true,
+                user_namespaces: true,
                 ..Default::default()
             }),
         });
@@ -52,6 +53,8 @@ pub fn status(server: &Server, request: &StatusRequest) -> StatusResponse {
             "vmm": server.vmm,
             "root": config.root,
             "state": config.state,
+            // By containerd's name: clients look where the runtime keeps root file systems.
+            "stateDir": config.state,
             "cniConfDir": config.cni.conf_dir,
             "cniBinDirs": config.cni.bin_dirs,
             "network": network.as_ref().ok().map(|conf| json!({"name": conf.name, "file": conf.source})),
@@ -66,6 +69,8 @@ pub fn status(server: &Server, request: &StatusRequest) -> StatusResponse {
         status: Some(RuntimeStatus { conditions }),
         info,
         runtime_handlers: handlers.collect(),
-        features: Some(RuntimeFeatures::default()),
+        features: Some(RuntimeFeatures {
+            supplemental_groups_policy: true,
+        }),
     }
 }

@@ -48,6 +48,7 @@ fn container_row(id: &str, box_id: &str) -> ContainerRow {
             tty: false,
             stdin: false,
             stdin_once: false,
+            user: None,
         },
         complete: true,
         oom: false,

@@ -15,7 +15,7 @@ use crate::error::{ErrorKind, Result, RuntimeError, report};
 use crate::filesystem_layout::{check_id, private_directory, remove_tree};
 use crate::images::{ImageError, ImageErrorKind};
 use crate::shim_controller::{ShimController, TaskCreate, TaskState};
-use crate::types::{ContainerOptions, ContainerSnapshot, ContainerState, PidMode};
+use crate::types::{ContainerOptions, ContainerSnapshot, ContainerState, ContainerUser, PidMode};
 use boxlite_proto::names;
 use oci_spec::runtime::Spec;
 use std::io::Write;
@@ -29,6 +29,8 @@ const START_ERROR: i32 = 128;
 /// emulation and load is slow.
 const KILL_LIMIT: Duration = Duration::from_secs(30);
 const SIGKILL: i32 = 9;
+/// Supplemental groups kept of what a guest answers; its agent gives a process no more.
+const GROUP_LIMIT: usize = 1024;
 
 impl LiteBox {
     /// Creates a container, starting the box first if it has not started. The same id again answers what is there.
@@ -78,8 +80,10 @@ impl LiteBox {
         }
         match self.make_task(&options, &held[0]).await {
             Ok(()) => {
+                let user = self.user_of(&options.id).await;
                 self.change(&options.id, |row| {
                     row.complete = true;
+                    row.snapshot.user = user;
                     row.snapshot.state = ContainerState::Created;
                 })
                 .await
@@ -125,6 +129,32 @@ impl LiteBox {
             terminal: options.tty,
         };
         running.shim.create_task(&create).await.map(drop)
+    }
+
+    /// Whom a new container runs as. Only for show: it is no failure of the create where the guest does not say.
+    async fn user_of(&self, id: &str) -> Option<ContainerUser> {
+        let asked = match self.portal() {
+            Ok(session) => session
+                .container()
+                .list(Some(id))
+                .await
+                .map_err(RuntimeError::from),
+            Err(error) => Err(error),
+        };
+        let list = asked
+            .inspect_err(|error| tracing::warn!(id, error = report(error), "user is not known"))
+            .ok()?;
+        let user = list
+            .into_iter()
+            .find(|info| info.container_id == id)?
+            .user?;
+        let mut supplemental_groups = user.supplemental_groups;
+        supplemental_groups.truncate(GROUP_LIMIT);
+        Some(ContainerUser {
+            uid: user.uid,
+            gid: user.gid,
+            supplemental_groups,
+        })
     }
 
     /// Takes back whatever a failed create made, in the reverse order.
@@ -441,6 +471,7 @@ fn new_row(box_id: &str, options: &ContainerOptions, images: &[String]) -> Conta
             tty: options.tty,
             stdin: options.stdin,
             stdin_once: options.stdin_once,
+            user: None,
         },
         complete: false,
         oom: false,
@@ -460,6 +491,7 @@ fn spec_of(options: &ContainerOptions) -> Spec {
         PidMode::Container => "container".to_owned(),
         PidMode::Pod => "pod".to_owned(),
         PidMode::Target => format!("target:{}", options.pid_target),
+        PidMode::Node => "node".to_owned(),
     };
     annotations.insert(names::PID_MODE_ANNOTATION.to_owned(), pid_mode);
     if options.stdin {

@@ -6,7 +6,7 @@
 
 use super::process::{About, Process};
 use super::spec::{self, GuestSpec};
-use super::{Container, Containers, Slot, rootfs};
+use super::{Container, Containers, Slot, host_ipc, rootfs};
 use crate::error::{Result, ShimError};
 use crate::logs::{Sink, Stdio};
 use crate::sandbox::Guest;
@@ -122,7 +122,12 @@ impl Containers {
         undo: &mut Undo,
     ) -> Result<(Process, u32)> {
         let bundle = PathBuf::from(&request.bundle);
-        let spec = spec::rewrite(spec::load(&bundle)?)?;
+        let mut spec = spec::load(&bundle)?;
+        host_ipc::mirror(&mut spec, &bundle, &self.context.tasks, &guest.ended).await?;
+        self.mapped
+            .redirect(&mut spec, &self.context.bundle)
+            .await?;
+        let spec = spec::rewrite(spec)?;
         let stdio = Stdio {
             stdin: request.stdin.clone(),
             stdout: request.stdout.clone(),

@@ -4,6 +4,8 @@
 //! to be is in [`create`]. The locks guard maps and are never held across an await.
 
 pub mod create;
+mod host_ipc;
+mod mapped;
 pub mod process;
 pub mod rootfs;
 pub mod spec;
@@ -104,6 +106,7 @@ pub struct Containers {
     context: Context,
     slots: Mutex<HashMap<String, Slot>>,
     layers: rootfs::SharedBinds,
+    mapped: mapped::MappedVolumes,
 }
 
 impl Containers {
@@ -113,6 +116,7 @@ impl Containers {
             context,
             slots: Mutex::default(),
             layers: rootfs::SharedBinds::default(),
+            mapped: mapped::MappedVolumes::default(),
         }
     }
 

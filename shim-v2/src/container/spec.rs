@@ -7,7 +7,7 @@ use super::volume::{self, Bind};
 use crate::error::{Result, ShimError};
 use boxlite_proto::boxlite::v1::PidMode;
 use boxlite_proto::names::{PID_MODE_ANNOTATION, STDIN_ANNOTATION};
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
 use std::path::Path;
 
 /// Largest config.json accepted, in bytes.
@@ -93,13 +93,14 @@ fn pid_mode(spec: &Spec, wanted: Option<&str>) -> Result<(PidMode, String)> {
     match wanted {
         Some("container") => return Ok((PidMode::Container, String::new())),
         Some("pod") => return Ok((PidMode::Pod, String::new())),
+        Some("node") => return Ok((PidMode::Node, String::new())),
         Some(other) => {
             let target = other.strip_prefix("target:").filter(|id| !id.is_empty());
             return match target {
                 Some(id) => Ok((PidMode::Target, id.to_owned())),
                 None => Err(ShimError::Invalid {
                     field: PID_MODE_ANNOTATION,
-                    reason: format!("{other:?} is none of container, pod, target:<id>"),
+                    reason: format!("{other:?} is none of container, pod, node, target:<id>"),
                 }),
             };
         }
@@ -124,6 +125,14 @@ fn pid_mode(spec: &Spec, wanted: Option<&str>) -> Result<(PidMode, String)> {
     ))
 }
 
+/// The source of a bind mount, as the spec has it.
+pub fn bind_source(mount: &Mount) -> Option<&Path> {
+    let options = mount.options().as_deref().unwrap_or_default();
+    let is = |name: &str| options.iter().any(|option| option == name);
+    let bind = mount.typ().as_deref() == Some("bind") || is("bind") || is("rbind");
+    mount.source().as_deref().filter(|_| bind)
+}
+
 /// Takes out what names things of the host: hooks, namespace paths, the network namespace, cgroup paths, labels.
 fn drop_host(spec: &mut Spec) {
     spec.set_hooks(None);
@@ -138,10 +147,13 @@ fn drop_host(spec: &mut Spec) {
     let kept = namespaces
         .into_iter()
         .filter(|namespace| {
-            // The pod's network, IPC and UTS are the VM's own; a user namespace of the host means nothing in it.
+            // The pod's network, IPC and UTS are the VM's own. A user namespace is made anew in it, by the spec's mappings.
             matches!(
                 namespace.typ(),
-                LinuxNamespaceType::Mount | LinuxNamespaceType::Pid | LinuxNamespaceType::Cgroup
+                LinuxNamespaceType::Mount
+                    | LinuxNamespaceType::Pid
+                    | LinuxNamespaceType::Cgroup
+                    | LinuxNamespaceType::User
             )
         })
         .map(|mut namespace| {
@@ -152,9 +164,7 @@ fn drop_host(spec: &mut Spec) {
     linux
         .set_namespaces(Some(kept))
         .set_cgroups_path(None)
-        .set_mount_label(None)
-        .set_uid_mappings(None)
-        .set_gid_mappings(None);
+        .set_mount_label(None);
     spec.set_linux(Some(linux));
 }
 
@@ -234,10 +244,11 @@ mod tests {
                 "hooks": {"prestart": [{"path": "/bin/true"}]},
                 "annotations": {"io.boxlite.pid-mode": "target:c0", "io.boxlite.stdin": "once"},
                 "linux": {
+                    "uidMappings": [{"containerID": 0, "hostID": 1000, "size": 10}],
                     "cgroupsPath": "/kubepods/x",
                     "namespaces": [
                         {"type": "pid", "path": "/proc/7/ns/pid"}, {"type": "network", "path": "/run/netns/x"},
-                        {"type": "mount"}, {"type": "uts"},
+                        {"type": "mount"}, {"type": "uts"}, {"type": "user", "path": "/proc/7/ns/user"},
                     ],
                 },
             })),
@@ -251,6 +262,7 @@ mod tests {
         assert!(out.spec.hooks().is_none());
         let linux = out.spec.linux().clone().expect("linux");
         assert!(linux.cgroups_path().is_none());
+        assert_eq!(linux.uid_mappings().as_ref().map(Vec::len), Some(1));
         let kept: Vec<_> = linux
             .namespaces()
             .clone()
@@ -262,7 +274,8 @@ mod tests {
             kept,
             [
                 (LinuxNamespaceType::Pid, true),
-                (LinuxNamespaceType::Mount, true)
+                (LinuxNamespaceType::Mount, true),
+                (LinuxNamespaceType::User, true)
             ]
         );
     }

@@ -8,6 +8,7 @@
 //! resolved without following links and without leaving the share. Blocking calls; keep them off the async runtime.
 
 mod beneath;
+pub mod idmap;
 pub mod mountinfo;
 
 use beneath::Place;

@@ -1,18 +1,22 @@
 //! The OCI spec of a container, as containerd's CRI plugin would write it, but for what a VM makes different.
 //!
 //! Differences: network, IPC and UTS namespaces are the VM's own, so the spec asks for none; `process.user` may carry a name that only the
-//! guest can resolve (see `user`); `/dev/shm` is the guest's; AppArmor, SELinux and seccomp are the host kernel's affair and the guest's
-//! kernel is the pod's own. Mount sources are host paths; the runtime turns them into guest paths.
+//! guest can resolve (see `user`); `/dev/shm` is the guest's; devices are the guest's (see `devices`); AppArmor and SELinux are not in the
+//! guest's kernel (see `lsm`). Mount sources are host paths; the runtime turns them into guest paths.
 //!
 //! Written as JSON, since that is what the specification defines, and read back typed: what oci-spec does not know fails here.
 
 mod capabilities;
+mod devices;
+pub mod lsm;
 mod mounts;
 mod process;
 mod resources;
+mod seccomp;
 #[cfg(test)]
 mod tests;
 mod user;
+pub mod userns;
 
 pub use mounts::wants_image;
 pub use process::image_stop_signal;
@@ -21,42 +25,16 @@ pub use resources::resources;
 use super::ConvertError;
 use super::sandbox::SandboxRecord;
 use boxlite_proto::cri::v1::{
-    ContainerConfig, LinuxContainerSecurityContext, NamespaceMode, SecurityProfile,
-    security_profile::ProfileType,
+    ContainerConfig, LinuxContainerSecurityContext, NamespaceMode,
 };
+use boxlite_proto::names;
 use oci_spec::image::ImageConfiguration;
 use oci_spec::runtime::Spec;
 use serde_json::{Value, json};
 use std::path::Path;
 
-/// Annotation that tells the guest to give the container every device it has.
-pub const PRIVILEGED: &str = "boxlite.privileged";
-/// Annotation that tells the guest to add the groups of the image's /etc/group to the supplemental ones ("merge").
-pub const GROUPS: &str = "boxlite.groups";
-
 /// The OCI version that is spoken; oci-spec 0.10 and libcontainer 0.7 know it.
 const OCI_VERSION: &str = "1.0.2";
-/// Paths hidden where the request names none: Docker's and containerd's default.
-const MASKED: [&str; 10] = [
-    "/proc/acpi",
-    "/proc/asound",
-    "/proc/kcore",
-    "/proc/keys",
-    "/proc/latency_stats",
-    "/proc/timer_list",
-    "/proc/timer_stats",
-    "/proc/sched_debug",
-    "/sys/firmware",
-    "/proc/scsi",
-];
-/// Paths that may only be read where the request names none: likewise.
-const READONLY: [&str; 5] = [
-    "/proc/bus",
-    "/proc/fs",
-    "/proc/irq",
-    "/proc/sys",
-    "/proc/sysrq-trigger",
-];
 
 /// Everything a spec is made from.
 #[derive(Debug, Clone, Copy)]
@@ -101,22 +79,25 @@ pub fn spec(source: Source<'_>) -> Result<Spec, ConvertError> {
         namespaces.push(json!({"type": "pid"}));
     }
     let privileged = security.privileged;
+    // As in containerd the request's lists are the lists: a kubelet names its own defaults, and none for procMount: Unmasked.
     let (masked, readonly) = if privileged {
-        (Vec::new(), Vec::new())
+        (&[][..], &[][..])
     } else {
         (
-            or_default(&security.masked_paths, &MASKED),
-            or_default(&security.readonly_paths, &READONLY),
+            security.masked_paths.as_slice(),
+            security.readonly_paths.as_slice(),
         )
     };
+    let process = process::process(&source, &security)?;
+    let seccomp = seccomp::seccomp(&security, &process["capabilities"]["bounding"])?;
     let mut resources = resources(linux.and_then(|linux| linux.resources.as_ref()))?;
     resources["devices"] = json!([{"allow": privileged, "access": "rwm"}]);
-    let document = json!({
+    let mut document = json!({
         "ociVersion": OCI_VERSION,
-        "process": process::process(&source, &security)?,
+        "process": process,
         "root": {"path": "rootfs", "readonly": security.readonly_rootfs},
         "mounts": mounts::mounts(&source, &security)?,
-        "annotations": annotations(&source, &security),
+        "annotations": annotations(&source, &security)?,
         "linux": {
             "namespaces": namespaces,
             "resources": resources,
@@ -124,6 +105,17 @@ pub fn spec(source: Source<'_>) -> Result<Spec, ConvertError> {
             "readonlyPaths": readonly,
         },
     });
+    let linux = &mut document["linux"];
+    if let Some(profile) = seccomp {
+        linux["seccomp"] = profile;
+    }
+    if let Some(mapping) = user_namespace(&source, &security)? {
+        linux["uidMappings"] = mapping.oci();
+        linux["gidMappings"] = mapping.oci();
+        if let Some(namespaces) = linux["namespaces"].as_array_mut() {
+            namespaces.push(json!({"type": "user"}));
+        }
+    }
     serde_json::from_value(document).map_err(|error| {
         ConvertError::invalid("config", "", format!("no OCI spec can be made: {error}"))
     })
@@ -146,13 +138,6 @@ fn refuse(
             "the container's pod is not in the host's network",
         ));
     }
-    if let Some(device) = source.config.devices.first() {
-        return Err(ConvertError::unsupported(
-            "config.devices",
-            format!("{:?}", device.host_path),
-            "a VM has no device of the host",
-        ));
-    }
     if let Some(device) = source.config.cdi_devices.first() {
         return Err(ConvertError::unsupported(
             "config.CDI_devices",
@@ -160,26 +145,30 @@ fn refuse(
             "a VM has no device of the host",
         ));
     }
-    localhost("seccomp", security.seccomp.as_ref())?;
-    localhost("apparmor", security.apparmor.as_ref())?;
-    Ok(())
+    lsm::container(security)
 }
 
-/// RuntimeDefault and Unconfined are one here: the pod has a kernel of its own. A profile by name can't be honoured.
-fn localhost(field: &'static str, profile: Option<&SecurityProfile>) -> Result<(), ConvertError> {
-    match profile {
-        Some(profile) if profile.profile_type == ProfileType::Localhost as i32 => {
-            Err(ConvertError::unsupported(
-                field,
-                format!("{:?}", profile.localhost_ref),
-                "localhost profiles are not loaded into the guest",
-            ))
-        }
-        _ => Ok(()),
+/// The pod's user namespace, if it has one of its own. The pod decides; a container may only repeat it.
+fn user_namespace(
+    source: &Source<'_>,
+    security: &LinuxContainerSecurityContext,
+) -> Result<Option<userns::Mapping>, ConvertError> {
+    let pods = userns::mapping(source.sandbox.userns())?;
+    let options = security.namespace_options.as_ref();
+    if let Some(own) = options.and_then(|options| options.userns_options.as_ref())
+        && userns::mapping(Some(own))? != pods
+    {
+        return Err(ConvertError::invalid(
+            "namespace_options.userns_options",
+            "",
+            "differs from the pod's",
+        ));
     }
+    Ok(pods)
 }
 
-/// Namespaces of the node can't be had in a VM; its network can be reached nevertheless.
+/// Checks the namespaces asked for. The node's network is reached through the VMM (docs/networking.md); its PIDs and IPC are
+/// answered with what a VM has (docs/security.md).
 pub fn namespaces(
     options: Option<&boxlite_proto::cri::v1::NamespaceOption>,
 ) -> Result<(), ConvertError> {
@@ -187,44 +176,22 @@ pub fn namespaces(
         return Ok(());
     };
     let node = NamespaceMode::Node as i32;
-    for (field, mode, reason) in [
-        (
-            "namespace_options.pid",
-            options.pid,
-            "the host's processes are not visible in a VM",
-        ),
-        (
-            "namespace_options.ipc",
-            options.ipc,
-            "the host's IPC is not reachable from a VM",
-        ),
-    ] {
-        if mode == node {
-            return Err(ConvertError::unsupported(field, "NODE", reason));
-        }
+    let mapping = userns::mapping(options.userns_options.as_ref())?;
+    if mapping.is_some() && (options.pid == node || options.ipc == node) {
+        return Err(ConvertError::invalid(
+            "namespace_options.userns_options",
+            "POD",
+            "cannot be combined with the node's PID or IPC namespace",
+        ));
     }
-    match &options.userns_options {
-        Some(userns) if userns.mode == NamespaceMode::Pod as i32 && !userns.uids.is_empty() => {
-            Err(ConvertError::unsupported(
-                "namespace_options.userns_options",
-                "POD",
-                "user namespaces are not there yet",
-            ))
-        }
-        _ => Ok(()),
-    }
-}
-
-fn or_default(wanted: &[String], default: &[&str]) -> Vec<String> {
-    if wanted.is_empty() {
-        default.iter().map(|&path| path.to_owned()).collect()
-    } else {
-        wanted.to_vec()
-    }
+    Ok(())
 }
 
 /// containerd's annotations, by its names, and those that speak to the guest.
-fn annotations(source: &Source<'_>, security: &LinuxContainerSecurityContext) -> Value {
+fn annotations(
+    source: &Source<'_>,
+    security: &LinuxContainerSecurityContext,
+) -> Result<Value, ConvertError> {
     let name = source
         .config
         .metadata
@@ -253,10 +220,13 @@ fn annotations(source: &Source<'_>, security: &LinuxContainerSecurityContext) ->
         "io.kubernetes.cri.image-name": image_name,
     });
     if security.privileged {
-        annotations[PRIVILEGED] = json!("true");
+        annotations[names::PRIVILEGED_ANNOTATION] = json!("true");
     }
     if user::merges_groups(security) {
-        annotations[GROUPS] = json!("merge");
+        annotations[names::GROUPS_ANNOTATION] = json!("merge");
     }
-    annotations
+    if let Some(devices) = devices::devices(&source.config.devices)? {
+        annotations[names::DEVICES_ANNOTATION] = json!(devices);
+    }
+    Ok(annotations)
 }

@@ -1,13 +1,18 @@
 //! `mounts` of a container's spec: the standard ones, the pod's files, and the request's, in an order that nests.
 
 use super::{ConvertError, Source};
-use boxlite_proto::cri::v1::{ImageSpec, LinuxContainerSecurityContext, Mount, MountPropagation};
+use boxlite_proto::cri::v1::{
+    IdMapping, ImageSpec, LinuxContainerSecurityContext, Mount, MountPropagation, NamespaceMode,
+};
 use boxlite_proto::names::{IMAGE_MOUNT, SUB_PATH_OPTION};
 use serde_json::{Value, json};
 use std::path::{Component, Path, PathBuf};
 
 /// The pod's /dev/shm, shared by its containers. A path of the guest: the shim binds nothing of the host for this destination.
 const SHM: &str = "/dev/shm";
+
+/// Lists of System V IPC objects.
+const SYSVIPC: &str = "/proc/sysvipc";
 
 /// The whole list. A request's mount at the same place takes the place of a standard one.
 pub fn mounts(
@@ -57,6 +62,11 @@ pub fn mounts(
         ),
         flat(SHM, "bind", SHM, &["rbind", "rprivate", "rw"]),
     ];
+    let options = security.namespace_options.as_ref();
+    if options.is_some_and(|options| options.ipc == NamespaceMode::Node as i32) {
+        // A VM's IPC is its own; of the node's a list is shown (docs/security.md). The shim knows this source.
+        list.push(flat(SYSVIPC, "bind", SYSVIPC, &["rbind", "rprivate", "ro"]));
+    }
     let file_access = if security.readonly_rootfs { "ro" } else { "rw" };
     for (target, name) in [
         ("/etc/hostname", "hostname"),
@@ -110,13 +120,6 @@ fn target(mount: &Mount) -> Result<PathBuf, ConvertError> {
 }
 
 fn volume(mount: &Mount) -> Result<Value, ConvertError> {
-    if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
-        return Err(ConvertError::unsupported(
-            "mount.uidMappings",
-            format!("{:?}", mount.container_path),
-            "id-mapped mounts are not there yet",
-        ));
-    }
     if let Some(image) = wants_image(mount) {
         return image_volume(mount, &image.image_ref);
     }
@@ -133,12 +136,26 @@ fn volume(mount: &Mount) -> Result<Value, ConvertError> {
         (true, false) => "ro",
         (false, _) => "rw",
     };
-    Ok(json!({
+    let mut volume = json!({
         "destination": target(mount)?,
         "type": "bind",
         "source": host_path(mount)?,
         "options": ["rbind", propagation, access],
-    }))
+    });
+    // For a pod with a user namespace; the shim maps the owners.
+    for (key, mappings) in [
+        ("uidMappings", &mount.uid_mappings),
+        ("gidMappings", &mount.gid_mappings),
+    ] {
+        if !mappings.is_empty() {
+            volume[key] = mappings.iter().map(id_mapping).collect();
+        }
+    }
+    Ok(volume)
+}
+
+fn id_mapping(mapping: &IdMapping) -> Value {
+    json!({"containerID": mapping.container_id, "hostID": mapping.host_id, "size": mapping.length})
 }
 
 /// The image that a mount shows; none: it shows a host path.

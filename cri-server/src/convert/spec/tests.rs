@@ -2,8 +2,9 @@
 
 use super::*;
 use boxlite_proto::cri::v1::{
-    Capability, ContainerMetadata, Device, ImageSpec, Int64Value, KeyValue, LinuxContainerConfig,
-    LinuxContainerResources, Mount, NamespaceOption, PodSandboxConfig, PodSandboxMetadata,
+    Capability, ContainerMetadata, Device, IdMapping, ImageSpec, Int64Value, KeyValue,
+    LinuxContainerConfig, LinuxContainerResources, Mount, NamespaceOption, PodSandboxConfig,
+    PodSandboxMetadata, SeLinuxOption, SecurityProfile, UserNamespace,
 };
 use proptest::prelude::*;
 
@@ -64,11 +65,18 @@ fn security(container: &mut ContainerConfig) -> &mut LinuxContainerSecurityConte
 }
 
 fn made(config: &ContainerConfig, image_config: Value) -> Result<Value, ConvertError> {
+    made_in(&pod(), config, image_config)
+}
+
+fn made_in(
+    sandbox: &SandboxRecord,
+    config: &ContainerConfig,
+    image_config: Value,
+) -> Result<Value, ConvertError> {
     let image = image(image_config);
-    let sandbox = pod();
     spec(Source {
         config,
-        sandbox: &sandbox,
+        sandbox,
         sandbox_id: "ab",
         image: &image,
         files: Path::new("/files"),
@@ -94,8 +102,9 @@ fn the_default_container() {
         spec["linux"]["namespaces"],
         json!([{"type": "mount"}, {"type": "cgroup"}, {"type": "pid"}])
     );
-    assert_eq!(spec["linux"]["maskedPaths"].as_array().unwrap().len(), 10);
-    assert_eq!(spec["linux"]["readonlyPaths"].as_array().unwrap().len(), 5);
+    assert_eq!(spec["linux"]["maskedPaths"], json!([]));
+    assert_eq!(spec["linux"]["readonlyPaths"], json!([]));
+    assert_eq!(spec["linux"]["seccomp"], Value::Null);
     assert_eq!(
         spec["annotations"]["io.kubernetes.cri.container-name"],
         "app"
@@ -337,7 +346,7 @@ fn privileged_has_everything_the_guest_has() {
     );
     assert_eq!(spec["linux"]["maskedPaths"], json!([]));
     assert_eq!(spec["linux"]["readonlyPaths"], json!([]));
-    assert_eq!(spec["annotations"][PRIVILEGED], "true");
+    assert_eq!(spec["annotations"]["boxlite.privileged"], "true");
     let sys = spec["mounts"]
         .as_array()
         .unwrap()
@@ -601,14 +610,14 @@ fn resources_become_oci() {
 fn what_a_vm_has_not_is_refused_by_name() {
     let mut config = container();
     config.devices = vec![Device {
-        host_path: "/dev/kvm".into(),
+        host_path: "/srv/disk".into(),
         ..Default::default()
     }];
     assert!(
         made(&config, json!({}))
             .unwrap_err()
             .to_string()
-            .contains("/dev/kvm")
+            .contains("/srv/disk")
     );
     let mut config = container();
     security(&mut config).seccomp = Some(SecurityProfile {
@@ -622,8 +631,25 @@ fn what_a_vm_has_not_is_refused_by_name() {
             .contains("p.json")
     );
     let mut config = container();
-    security(&mut config).seccomp = Some(SecurityProfile::default());
-    assert!(made(&config, json!({})).is_ok());
+    security(&mut config).apparmor = Some(SecurityProfile {
+        profile_type: 2,
+        localhost_ref: "k8s-x".into(),
+    });
+    let error = made(&config, json!({})).unwrap_err().to_string();
+    assert!(
+        error.contains("apparmor") && error.contains("k8s-x"),
+        "{error}"
+    );
+    let mut config = container();
+    security(&mut config).selinux_options = Some(SeLinuxOption {
+        level: "s0:c1".into(),
+        ..Default::default()
+    });
+    let error = made(&config, json!({})).unwrap_err().to_string();
+    assert!(
+        error.contains("selinux_options") && error.contains("s0:c1"),
+        "{error}"
+    );
     let mut config = container();
     security(&mut config).namespace_options = Some(NamespaceOption {
         network: 2,
@@ -635,6 +661,85 @@ fn what_a_vm_has_not_is_refused_by_name() {
             .to_string()
             .contains("not in the host's network")
     );
+}
+
+#[test]
+fn the_security_context_in_the_spec() {
+    let mut config = container();
+    let wish = security(&mut config);
+    wish.seccomp = Some(SecurityProfile::default());
+    wish.masked_paths = vec!["/proc/kcore".into()];
+    wish.readonly_paths = vec!["/proc/sys".into()];
+    wish.namespace_options = Some(NamespaceOption {
+        pid: 2,
+        ipc: 2,
+        ..Default::default()
+    });
+    config.devices = vec![Device {
+        host_path: "/dev/fuse".into(),
+        ..Default::default()
+    }];
+    let spec = made(&config, json!({})).unwrap();
+    assert_eq!(spec["linux"]["seccomp"]["defaultAction"], "SCMP_ACT_ERRNO");
+    assert_eq!(spec["linux"]["maskedPaths"], json!(["/proc/kcore"]));
+    assert_eq!(spec["linux"]["readonlyPaths"], json!(["/proc/sys"]));
+    assert_eq!(
+        spec["linux"]["namespaces"],
+        json!([{"type": "mount"}, {"type": "cgroup"}])
+    );
+    let listed = |m: &&Value| m["destination"] == "/proc/sysvipc";
+    assert!(
+        spec["mounts"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .any(|m| listed(&m))
+    );
+    let devices = spec["annotations"]["boxlite.devices"].as_str().unwrap();
+    assert!(devices.contains("/dev/fuse"), "{devices}");
+    security(&mut config).privileged = true;
+    let spec = made(&config, json!({})).unwrap();
+    assert_eq!(spec["linux"]["seccomp"], Value::Null);
+    assert_eq!(spec["linux"]["maskedPaths"], json!([]));
+}
+
+#[test]
+fn a_containers_user_namespace_is_the_pods() {
+    let mapping = || IdMapping {
+        host_id: 1000,
+        container_id: 0,
+        length: 100_000,
+    };
+    let options = NamespaceOption {
+        userns_options: Some(UserNamespace {
+            mode: 0,
+            uids: vec![mapping()],
+            gids: vec![mapping()],
+        }),
+        ..Default::default()
+    };
+    let mut mapped = pod();
+    mapped
+        .config
+        .get_or_insert_default()
+        .linux
+        .get_or_insert_default()
+        .security_context
+        .get_or_insert_default()
+        .namespace_options = Some(options.clone());
+    let mut config = container();
+    let spec = made_in(&mapped, &config, json!({})).unwrap();
+    assert_eq!(
+        spec["linux"]["uidMappings"],
+        json!([{"containerID": 0, "hostID": 1000, "size": 100_000}])
+    );
+    assert_eq!(spec["linux"]["gidMappings"], spec["linux"]["uidMappings"]);
+    let namespaces = spec["linux"]["namespaces"].as_array().unwrap();
+    assert!(namespaces.contains(&json!({"type": "user"})));
+    security(&mut config).namespace_options = Some(options);
+    assert!(made_in(&mapped, &config, json!({})).is_ok());
+    let error = made(&config, json!({})).unwrap_err().to_string();
+    assert!(error.contains("differs from the pod's"), "{error}");
 }
 
 #[test]

@@ -10,13 +10,20 @@ use super::ConvertError;
 use boxlite_proto::cri::v1::{LinuxContainerSecurityContext, SupplementalGroupsPolicy};
 use serde_json::{Value, json};
 
-/// Whether the image's groups count: the policy's default.
+/// Whether the image's groups count: the policy's default. Another policy than the two is refused by [`user`].
 pub fn merges_groups(security: &LinuxContainerSecurityContext) -> bool {
     security.supplemental_groups_policy == SupplementalGroupsPolicy::Merge as i32
 }
 
 /// `process.user`; `image` is the image's USER.
 pub fn user(security: &LinuxContainerSecurityContext, image: &str) -> Result<Value, ConvertError> {
+    if SupplementalGroupsPolicy::try_from(security.supplemental_groups_policy).is_err() {
+        return Err(ConvertError::invalid(
+            "security_context.supplemental_groups_policy",
+            security.supplemental_groups_policy.to_string(),
+            "is neither Merge nor Strict",
+        ));
+    }
     let group = security
         .run_as_group
         .as_ref()

@@ -1,0 +1,69 @@
+//! AppArmor and SELinux fields: refused by name where they ask for something.
+//!
+//! The pod's kernel is the guest's own, and it runs with neither: a profile or label of this host means nothing in it.
+//! What asks for no confinement, or for the runtime's default of it, is fulfilled by doing nothing, as containerd does on a
+//! host without AppArmor.
+
+use super::ConvertError;
+use boxlite_proto::cri::v1::{
+    LinuxContainerSecurityContext, LinuxSandboxSecurityContext, SeLinuxOption, SecurityProfile,
+    security_profile::ProfileType,
+};
+
+const NO_APPARMOR: &str = "the VM's kernel has no AppArmor";
+const NO_SELINUX: &str = "the VM's kernel runs without SELinux";
+
+/// Of a container.
+pub fn container(security: &LinuxContainerSecurityContext) -> Result<(), ConvertError> {
+    apparmor(security.apparmor.as_ref())?;
+    #[expect(deprecated, reason = "older kubelets send it")]
+    let profile = security.apparmor_profile.as_str();
+    if !matches!(profile, "" | "unconfined" | "runtime/default") {
+        return Err(ConvertError::unsupported(
+            "security_context.apparmor_profile",
+            format!("{profile:?}"),
+            NO_APPARMOR,
+        ));
+    }
+    selinux(security.selinux_options.as_ref())
+}
+
+/// Of a pod.
+pub fn sandbox(security: &LinuxSandboxSecurityContext) -> Result<(), ConvertError> {
+    apparmor(security.apparmor.as_ref())?;
+    selinux(security.selinux_options.as_ref())
+}
+
+fn apparmor(profile: Option<&SecurityProfile>) -> Result<(), ConvertError> {
+    match profile {
+        Some(profile) if profile.profile_type == ProfileType::Localhost as i32 => {
+            Err(ConvertError::unsupported(
+                "security_context.apparmor",
+                format!("{:?}", profile.localhost_ref),
+                NO_APPARMOR,
+            ))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn selinux(options: Option<&SeLinuxOption>) -> Result<(), ConvertError> {
+    let Some(options) = options else {
+        return Ok(());
+    };
+    let parts = [
+        &options.user,
+        &options.role,
+        &options.r#type,
+        &options.level,
+    ];
+    if parts.iter().all(|part| part.is_empty()) {
+        return Ok(());
+    }
+    let label: Vec<&str> = parts.iter().map(|part| part.as_str()).collect();
+    Err(ConvertError::unsupported(
+        "security_context.selinux_options",
+        format!("{:?}", label.join(":")),
+        NO_SELINUX,
+    ))
+}
