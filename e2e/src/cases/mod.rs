@@ -11,6 +11,7 @@ mod logs;
 pub mod network;
 mod observe;
 mod robust;
+mod security;
 mod spec;
 mod streaming;
 mod trees;
@@ -29,6 +30,7 @@ pub fn all() -> Vec<Case> {
         cni::cases(),
         spec::cases(),
         volumes::cases(),
+        security::cases(),
         images::cases(),
         trees::cases(),
         observe::cases(),

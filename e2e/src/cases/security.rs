@@ -1,0 +1,404 @@
+//! The security context on a real VM: seccomp, groups, the node's namespaces, user namespaces, devices, refusals.
+
+use crate::outcome::{Failure, Result};
+use crate::pod::{Container, Pod, container_spec, pod_spec};
+use crate::runner::{Case, Shared, case};
+use crate::{bail, ensure, same, wait};
+use k8s_cri::v1::security_profile::ProfileType;
+use k8s_cri::v1::*;
+
+pub fn cases() -> Vec<Case> {
+    vec![
+        case("security::seccomp", 90, seccomp),
+        case("security::refused_by_name", 60, refused),
+        case("security::groups_policy_in_status", 60, groups),
+        case("security::privileged_has_the_vms_devices", 60, privileged),
+        case("security::pid_and_ipc_of_the_node", 60, node_namespaces),
+        case("security::user_namespace", 90, user_namespace),
+    ]
+}
+
+/// The security context of a container under construction.
+fn security(config: &mut ContainerConfig) -> &mut LinuxContainerSecurityContext {
+    config
+        .linux
+        .get_or_insert_default()
+        .security_context
+        .get_or_insert_default()
+}
+
+fn profile(kind: ProfileType, path: &str) -> Option<SecurityProfile> {
+    Some(SecurityProfile {
+        profile_type: kind.into(),
+        localhost_ref: path.into(),
+    })
+}
+
+/// A container that sleeps.
+async fn sleeper(
+    world: &Shared,
+    pod: &Pod,
+    name: &str,
+    change: impl FnOnce(&mut LinuxContainerSecurityContext),
+) -> Result<Container> {
+    let mut config = container_spec(name, &world.images.base, &["sleep", "1000"]);
+    change(security(&mut config));
+    pod.start_with(config).await
+}
+
+/// The message of a container that must not come to be.
+async fn refusal(
+    world: &Shared,
+    pod: &Pod,
+    name: &str,
+    change: impl FnOnce(&mut ContainerConfig),
+) -> Result<String> {
+    let mut config = container_spec(name, &world.images.base, &["sleep", "1000"]);
+    change(&mut config);
+    match pod.create_with(config).await {
+        Ok(_) => Err(Failure(format!("container {name} was made"))),
+        Err(error) => Ok(error.0),
+    }
+}
+
+/// Number after a field's name in the status of init and of an exec'd process.
+async fn seccomp_modes(container: &Container) -> Result<String> {
+    let script = "grep -h ^Seccomp: /proc/1/status /proc/self/status | tr -dc '0-9'";
+    container.out(&["sh", "-c", script]).await
+}
+
+async fn seccomp(world: Shared) -> Result {
+    let pod = Pod::run(&world.node, "seccomp").await?;
+    let file = world.node.dir.join("no-chmod.json");
+    let rules = r#"{"defaultAction":"SCMP_ACT_ALLOW","syscalls":[
+        {"names":["chmod","fchmodat","fchmodat2"],"action":"SCMP_ACT_ERRNO","errnoRet":75},
+        {"names":["socket"],"action":"SCMP_ACT_KILL_PROCESS","args":[{"index":0,"value":16,"op":"SCMP_CMP_EQ"}]}]}"#;
+    std::fs::write(&file, rules)?;
+    let path = file.display().to_string();
+
+    let free = sleeper(&world, &pod, "free", |_| {}).await?;
+    same!(seccomp_modes(&free).await?, "00", "no profile");
+    let namespace = ["unshare", "-U", "true"];
+    same!(
+        free.exec(&namespace).await?.exit_code,
+        0,
+        "unshare without a profile"
+    );
+
+    // Not root, without and with no_new_privs: the two ways a filter comes into force.
+    for (name, no_new_privs) in [("default", false), ("nnp", true)] {
+        let c = sleeper(&world, &pod, name, |s| {
+            s.seccomp = profile(ProfileType::RuntimeDefault, "");
+            s.run_as_user = Some(Int64Value { value: 1000 });
+            s.no_new_privs = no_new_privs;
+        })
+        .await?;
+        same!(seccomp_modes(&c).await?, "22", "{name}: RuntimeDefault");
+        let capabilities = c
+            .out(&[
+                "grep",
+                "-hE",
+                "Cap(Prm|Eff)",
+                "/proc/1/status",
+                "/proc/self/status",
+            ])
+            .await?;
+        ensure!(
+            capabilities.lines().count() == 4
+                && capabilities
+                    .lines()
+                    .all(|l| l.ends_with("0000000000000000")),
+            "{name}: capabilities were left:\n{capabilities}"
+        );
+        ensure!(
+            c.exec(&namespace).await?.exit_code != 0,
+            "{name}: unshare under RuntimeDefault"
+        );
+        same!(
+            c.out(&["sh", "-c", "ls / > /dev/null && id -u"]).await?,
+            "1000\n",
+            "{name}"
+        );
+    }
+
+    let c = sleeper(&world, &pod, "localhost", |s| {
+        s.seccomp = profile(ProfileType::Localhost, &path);
+    })
+    .await?;
+    let denied = c.exec(&["chmod", "400", "/tmp"]).await?;
+    ensure!(
+        denied.exit_code != 0
+            && String::from_utf8_lossy(&denied.stderr).contains("Value too large"),
+        "the profile's own error: {denied:?}"
+    );
+    // A netlink socket; by condition on an argument, and SIGSYS is 31.
+    let killed = c.exec(&["ip", "link"]).await?;
+    same!(
+        killed.exit_code,
+        128 + 31,
+        "kill by a condition: {killed:?}"
+    );
+    same!(
+        c.exec(&["ifconfig", "lo"]).await?.exit_code,
+        0,
+        "another family"
+    );
+
+    let c = sleeper(&world, &pod, "privileged", |s| {
+        s.seccomp = profile(ProfileType::Localhost, &path);
+        s.privileged = true;
+    })
+    .await?;
+    same!(seccomp_modes(&c).await?, "00", "a privileged container");
+    pod.end().await
+}
+
+async fn refused(world: Shared) -> Result {
+    let pod = Pod::run(&world.node, "refused").await?;
+    let missing = "/no/such/profile.json";
+    let text = refusal(&world, &pod, "seccomp", |c| {
+        security(c).seccomp = profile(ProfileType::Localhost, missing);
+    })
+    .await?;
+    ensure!(
+        text.contains("localhost_ref") && text.contains(missing),
+        "{text}"
+    );
+    let text = refusal(&world, &pod, "apparmor", |c| {
+        security(c).apparmor = profile(ProfileType::Localhost, "k8s-nginx");
+    })
+    .await?;
+    ensure!(
+        text.contains("apparmor") && text.contains("k8s-nginx"),
+        "{text}"
+    );
+    let text = refusal(&world, &pod, "selinux", |c| {
+        security(c).selinux_options = Some(SeLinuxOption {
+            level: "s0:c4,c5".into(),
+            ..Default::default()
+        });
+    })
+    .await?;
+    ensure!(text.contains("selinux_options"), "{text}");
+    let device = |host: &str| Device {
+        host_path: host.into(),
+        container_path: "/dev/of-mine".into(),
+        permissions: "rw".into(),
+    };
+    let text = refusal(&world, &pod, "device", |c| {
+        c.devices = vec![device("/dev/nvidia0")];
+    })
+    .await?;
+    ensure!(
+        text.contains("config.devices") && text.contains("/dev/nvidia0"),
+        "{text}"
+    );
+    // What the VM has can be asked for.
+    let mut config = container_spec("tun", &world.images.base, &["sleep", "1000"]);
+    config.devices = vec![device("/dev/net/tun")];
+    let c = pod.start_with(config).await?;
+    same!(
+        c.out(&["stat", "-c", "%t:%T", "/dev/of-mine"]).await?,
+        "a:c8\n",
+        "the VM's /dev/net/tun under another name"
+    );
+    pod.end().await
+}
+
+async fn groups(world: Shared) -> Result {
+    let pod = Pod::run(&world.node, "groups").await?;
+    for (name, policy, wanted) in [
+        (
+            "merge",
+            SupplementalGroupsPolicy::Merge,
+            vec![1000, 1234, 50000, 50001],
+        ),
+        ("strict", SupplementalGroupsPolicy::Strict, vec![1000, 1234]),
+    ] {
+        let c = sleeper(&world, &pod, name, |s| {
+            s.run_as_user = Some(Int64Value { value: 1000 });
+            s.supplemental_groups = vec![1234];
+            s.supplemental_groups_policy = policy.into();
+        })
+        .await?;
+        let text: Vec<_> = wanted.iter().map(i64::to_string).collect();
+        same!(
+            c.out(&["id", "-G"]).await?,
+            text.join(" ") + "\n",
+            "{name}: exec"
+        );
+        let user = c.status().await?.user.and_then(|user| user.linux);
+        let Some(user) = user else {
+            bail!("{name}: status without user");
+        };
+        same!(
+            (user.uid, user.gid, user.supplemental_groups),
+            (1000, 1000, wanted),
+            "{name}: status"
+        );
+    }
+    pod.end().await
+}
+
+async fn privileged(world: Shared) -> Result {
+    let pod = Pod::run(&world.node, "privileged").await?;
+    let c = sleeper(&world, &pod, "c", |s| {
+        s.privileged = true;
+        s.masked_paths = vec!["/proc/version".into()];
+        s.readonly_paths = vec!["/proc/sys".into()];
+    })
+    .await?;
+    let script = "test -c /dev/kmsg && test -c /dev/net/tun && ls /dev/vd* | head -1; \
+        echo 1 > /proc/sys/net/ipv4/ip_forward && cat /proc/sys/net/ipv4/ip_forward; \
+        mkdir /sys/fs/cgroup/mine && rmdir /sys/fs/cgroup/mine && echo cgroup; \
+        mount -t tmpfs none /tmp && echo mounted";
+    same!(
+        c.out(&["sh", "-c", script]).await?,
+        "/dev/vda\n1\ncgroup\nmounted\n",
+        "what a privileged container may"
+    );
+    pod.end().await
+}
+
+async fn node_namespaces(world: Shared) -> Result {
+    let options = NamespaceOption {
+        pid: NamespaceMode::Node.into(),
+        ipc: NamespaceMode::Node.into(),
+        ..Default::default()
+    };
+    let mut config = pod_spec(&world.node, "node");
+    config.linux.get_or_insert_default().security_context = Some(LinuxSandboxSecurityContext {
+        namespace_options: Some(options.clone()),
+        ..Default::default()
+    });
+    let pod = Pod::run_with(&world.node, config).await?;
+    let mut config = container_spec("a", &world.images.base, &["sleep", "7654"]);
+    security(&mut config).namespace_options = Some(options.clone());
+    let a = pod.start_with(config).await?;
+    let b = sleeper(&world, &pod, "b", |s| s.namespace_options = Some(options)).await?;
+    let seen = b.out(&["ps"]).await?;
+    ensure!(
+        seen.contains("sleep 7654") && seen.contains("kthreadd"),
+        "the VM's processes are not seen:\n{seen}"
+    );
+    same!(
+        a.out(&["readlink", "/proc/self/ns/pid"]).await?,
+        b.out(&["readlink", "/proc/1/ns/pid"]).await?,
+        "PID namespace of the agent"
+    );
+    let made = run("ipcmk", &["-M", "4096"])?;
+    let id = made
+        .trim()
+        .rsplit(' ')
+        .next()
+        .unwrap_or_default()
+        .to_owned();
+    let (b, id) = (&b, id.as_str());
+    let listed = wait::until(
+        "the segment in the container",
+        world.patience(20),
+        || async move {
+            let text = b.out(&["cat", "/proc/sysvipc/shm"]).await?;
+            let mut ids = text
+                .lines()
+                .filter_map(|line| line.split_whitespace().nth(1));
+            ensure!(ids.any(|have| have == id), "{text}");
+            Ok(())
+        },
+    )
+    .await;
+    run("ipcrm", &["-m", id])?;
+    listed?;
+    // A container that ends takes no process of the VM with it.
+    a.stop(0).await?;
+    same!(b.out(&["echo", "alive"]).await?, "alive\n", "the neighbour");
+    pod.end().await
+}
+
+fn run(program: &str, args: &[&str]) -> Result<String> {
+    let output = std::process::Command::new(program).args(args).output()?;
+    ensure!(output.status.success(), "{program} {args:?}: {output:?}");
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+async fn user_namespace(world: Shared) -> Result {
+    let ids = |container_id: u32, length: u32| IdMapping {
+        host_id: 1000,
+        container_id,
+        length,
+    };
+    let options = |mapping: IdMapping| NamespaceOption {
+        pid: NamespaceMode::Container.into(),
+        userns_options: Some(UserNamespace {
+            mode: NamespaceMode::Pod.into(),
+            uids: vec![mapping],
+            gids: vec![mapping],
+        }),
+        ..Default::default()
+    };
+    let spec = |options: NamespaceOption| {
+        let mut config = pod_spec(&world.node, "userns");
+        config.linux.get_or_insert_default().security_context = Some(LinuxSandboxSecurityContext {
+            namespace_options: Some(options),
+            ..Default::default()
+        });
+        config
+    };
+    let refused = Pod::run_with(&world.node, spec(options(ids(1, 10)))).await;
+    let text = refused.err().map(|error| error.0).unwrap_or_default();
+    ensure!(
+        text.contains("userns_options") && text.contains("ID 0"),
+        "{text}"
+    );
+
+    let pod = Pod::run_with(&world.node, spec(options(ids(0, 100_000)))).await?;
+    let volume = world.node.dir.join("userns-volume");
+    std::fs::create_dir_all(&volume)?;
+    std::fs::write(volume.join("there"), "x")?;
+    let script = "awk '{print $1, $2, $3}' /proc/self/uid_map /proc/self/gid_map; id -u; stat -c %u:%g / /etc/passwd; \
+        touch /made && stat -c %u /made; echo more >> /etc/passwd && echo copied up; \
+        echo again > /dev/stdout; test -w /dev/null && echo dev; ls /sys/class/net | grep -c lo; \
+        stat -c %u:%g /volume/there; httpd -p 81 && echo bound; touch /volume/mine && echo in volume";
+    let mut config = container_spec(
+        "c",
+        &world.images.base,
+        &["sh", "-c", &format!("{script}; sleep 1000")],
+    );
+    security(&mut config).namespace_options = Some(options(ids(0, 100_000)));
+    config.mounts = vec![Mount {
+        container_path: "/volume".into(),
+        host_path: volume.display().to_string(),
+        uid_mappings: vec![ids(0, 100_000)],
+        gid_mappings: vec![ids(0, 100_000)],
+        ..Default::default()
+    }];
+    let c = pod.start_with(config).await?;
+    c.printed("in volume", world.patience(20)).await?;
+    same!(
+        c.output()?,
+        "0 1000 100000\n0 1000 100000\n0\n0:0\n0:0\n0\ncopied up\nagain\ndev\n1\n0:0\nbound\nin volume\n",
+        "init in a user namespace"
+    );
+    use std::os::unix::fs::MetadataExt;
+    same!(
+        std::fs::metadata(volume.join("mine"))?.uid(),
+        0,
+        "owner on the host of what the container's root made in a mapped volume"
+    );
+    same!(
+        c.out(&["sh", "-c", "awk '{print $2}' /proc/self/uid_map; id -u; cat /proc/1/comm; echo x > /dev/stderr; chown 5 /made; stat -c %u /made"])
+            .await?,
+        "1000\n0\nsh\n5\n",
+        "an exec'd process in it"
+    );
+    // Its root is nobody to the VM.
+    ensure!(
+        c.exec(&["mount", "-o", "remount,rw", "/sys"])
+            .await?
+            .exit_code
+            != 0
+            && c.exec(&["hostname", "other"]).await?.exit_code != 0,
+        "root of the user namespace changed the VM"
+    );
+    pod.end().await
+}
