@@ -202,6 +202,15 @@ async fn refused(world: Shared) -> Result {
         "a:c8\n",
         "the VM's /dev/net/tun under another name"
     );
+    // A node can be made of any device, and used only if it is the container's.
+    let disk =
+        "set -- $(grep -w vda /proc/partitions); mknod /tmp/disk b $1 $2 && head -c 1 /tmp/disk";
+    let answer = c.exec(&["sh", "-c", disk]).await?;
+    ensure!(
+        answer.exit_code != 0
+            && String::from_utf8_lossy(&answer.stderr).contains("Operation not permitted"),
+        "a disk of the VM is open to a container: {answer:?}"
+    );
     pod.end().await
 }
 
@@ -248,13 +257,13 @@ async fn privileged(world: Shared) -> Result {
         s.readonly_paths = vec!["/proc/sys".into()];
     })
     .await?;
-    let script = "test -c /dev/kmsg && test -c /dev/net/tun && ls /dev/vd* | head -1; \
+    let script = "test -c /dev/kmsg && test -c /dev/net/tun && ls /dev/vd* | head -1; head -c 1 /dev/vda | wc -c; \
         echo 1 > /proc/sys/net/ipv4/ip_forward && cat /proc/sys/net/ipv4/ip_forward; \
         mkdir /sys/fs/cgroup/mine && rmdir /sys/fs/cgroup/mine && echo cgroup; \
         mount -t tmpfs none /tmp && echo mounted";
     same!(
         c.out(&["sh", "-c", script]).await?,
-        "/dev/vda\n1\ncgroup\nmounted\n",
+        "/dev/vda\n1\n1\ncgroup\nmounted\n",
         "what a privileged container may"
     );
     pod.end().await

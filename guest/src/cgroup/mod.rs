@@ -9,12 +9,16 @@
 //!
 //! A container's own cgroup enables no controllers below itself, so the kernel's "no internal processes" rule does not
 //! apply and the container sees its limits in its own `/sys/fs/cgroup`. What the figures in the files mean is
-//! [`resources`] and [`stats`]; [`processes`] looks at who is inside.
+//! [`resources`] and [`stats`]; [`processes`] looks at who is inside; which devices its processes may use is a BPF program
+//! ([`devices`]).
 
+mod bpf;
+mod devices;
 pub mod processes;
 pub mod resources;
 pub mod stats;
 
+use oci_spec::runtime::{LinuxDevice, LinuxDeviceCgroup};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -109,6 +113,20 @@ impl Cgroup {
             value: value.to_owned(),
             source,
         })
+    }
+
+    /// Forbids its processes all devices but the standard ones, those of `rules` and `own`; nothing where the rules allow
+    /// everything.
+    pub fn limit_devices(
+        &self,
+        rules: &[LinuxDeviceCgroup],
+        own: &[LinuxDevice],
+    ) -> Result<(), CgroupError> {
+        match devices::program(rules, own)? {
+            Some(program) => bpf::attach(&self.path, &program)
+                .map_err(|source| self.directory_error("limit devices", source)),
+            None => Ok(()),
+        }
     }
 
     /// Reads one of its files; `None` where the kernel or the missing controller doesn't offer it.

@@ -165,6 +165,12 @@ fn prepare(
         cgroup.create()?;
         if let Some(limits) = &extracted.resources {
             resources::apply(cgroup, limits)?;
+            let own = spec
+                .linux()
+                .as_ref()
+                .and_then(|linux| linux.devices().as_deref());
+            let rules = limits.devices().as_deref().unwrap_or_default();
+            cgroup.limit_devices(rules, own.unwrap_or_default())?;
         }
         for (name, value) in &extracted.sysctls {
             system::set_sysctl(name, value)?;

@@ -3,8 +3,8 @@
 use super::*;
 use crate::config::Config;
 use boxlite_proto::cri::v1::{
-    DnsConfig, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceMode, NamespaceOption,
-    PortMapping,
+    DnsConfig, IdMapping, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceMode,
+    NamespaceOption, PortMapping,
 };
 use proptest::prelude::*;
 
@@ -48,27 +48,47 @@ fn what_the_cri_requires_is_named() {
 }
 
 #[test]
-fn namespaces_of_the_node_are_refused_by_name() {
-    for (network, pid, ipc, word) in [(0, 2, 0, "pid"), (0, 0, 2, "ipc"), (2, 2, 0, "pid")] {
+fn namespaces_of_the_node() {
+    let with = |options: NamespaceOption| {
         let mut pod = config();
         pod.linux = Some(LinuxPodSandboxConfig {
             security_context: Some(LinuxSandboxSecurityContext {
-                namespace_options: Some(NamespaceOption {
-                    network,
-                    pid,
-                    ipc,
-                    ..Default::default()
-                }),
+                namespace_options: Some(options),
                 ..Default::default()
             }),
             ..Default::default()
         });
-        let text = SandboxRecord::new(pod, String::new())
-            .unwrap_err()
-            .to_string();
-        assert!(text.contains(word) && text.contains("NODE"), "{text}");
-        assert_eq!(NamespaceMode::Node as i32, 2);
-    }
+        SandboxRecord::new(pod, String::new())
+    };
+    let node = NamespaceMode::Node as i32;
+    let both = NamespaceOption {
+        pid: node,
+        ipc: node,
+        ..Default::default()
+    };
+    assert!(with(both.clone()).is_ok());
+    let mapping = vec![IdMapping {
+        host_id: 1000,
+        container_id: 0,
+        length: 10,
+    }];
+    let userns = UserNamespace {
+        mode: NamespaceMode::Pod as i32,
+        uids: mapping.clone(),
+        gids: mapping,
+    };
+    let mapped = with(NamespaceOption {
+        userns_options: Some(userns.clone()),
+        ..Default::default()
+    });
+    assert_eq!(mapped.unwrap().userns(), Some(&userns));
+    let text = with(NamespaceOption {
+        userns_options: Some(userns),
+        ..both
+    })
+    .unwrap_err()
+    .to_string();
+    assert!(text.contains("userns_options"), "{text}");
 }
 
 #[test]

@@ -258,12 +258,12 @@ fn users() {
 fn groups_of_the_image_are_merged_unless_strict() {
     let mut config = container();
     assert_eq!(
-        made(&config, json!({})).unwrap()["annotations"][GROUPS],
+        made(&config, json!({})).unwrap()["annotations"]["boxlite.groups"],
         "merge"
     );
     security(&mut config).supplemental_groups_policy = 1;
     assert_eq!(
-        made(&config, json!({})).unwrap()["annotations"].get(GROUPS),
+        made(&config, json!({})).unwrap()["annotations"].get("boxlite.groups"),
         None
     );
 }

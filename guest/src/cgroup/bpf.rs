@@ -1,0 +1,79 @@
+//! Puts a device program in force for a cgroup and all below it: the system call bpf(2), twice.
+//!
+//! The program goes with the cgroup. What it says is [`super::devices`]'s.
+
+use super::devices::Instruction;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::Path;
+
+/// Commands and kinds of linux/bpf.h.
+const PROG_LOAD: libc::c_int = 5;
+const PROG_ATTACH: libc::c_int = 8;
+const PROG_TYPE_CGROUP_DEVICE: u32 = 15;
+const CGROUP_DEVICE: u32 = 6;
+
+/// The first members of `union bpf_attr` for BPF_PROG_LOAD; the kernel takes the others for 0.
+#[repr(C)]
+struct Load {
+    kind: u32,
+    count: u32,
+    instructions: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log: u64,
+}
+
+/// The same for BPF_PROG_ATTACH.
+#[repr(C)]
+struct Attach {
+    target: u32,
+    program: u32,
+    kind: u32,
+    flags: u32,
+}
+
+/// See the module.
+pub fn attach(cgroup: &Path, program: &[Instruction]) -> io::Result<()> {
+    let directory = File::open(cgroup)?;
+    let load = Load {
+        kind: PROG_TYPE_CGROUP_DEVICE,
+        count: program.len() as u32,
+        instructions: program.as_ptr() as u64,
+        license: c"Apache-2.0".as_ptr() as u64,
+        log_level: 0,
+        log_size: 0,
+        log: 0,
+    };
+    // SAFETY: the attributes are live and their size is the one given; the instructions, `count` of them, and the license
+    // live until the call is over. The kernel copies and verifies them.
+    let loaded =
+        unsafe { libc::syscall(libc::SYS_bpf, PROG_LOAD, &raw const load, size_of::<Load>()) };
+    let loaded = i32::try_from(loaded).unwrap_or(-1);
+    if loaded < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor, and nobody else knows it.
+    let loaded = unsafe { OwnedFd::from_raw_fd(loaded) };
+    let attach = Attach {
+        target: directory.as_raw_fd() as u32,
+        program: loaded.as_raw_fd() as u32,
+        kind: CGROUP_DEVICE,
+        flags: 0,
+    };
+    // SAFETY: the attributes are live and their size is the one given; both descriptors are open.
+    let attached = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            PROG_ATTACH,
+            &raw const attach,
+            size_of::<Attach>(),
+        )
+    };
+    match attached {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}

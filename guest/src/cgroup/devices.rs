@@ -1,0 +1,305 @@
+//! Which device nodes a container may make and open: the spec's device rules as a BPF program of its cgroup.
+//!
+//! Containers may make nodes (CAP_MKNOD is in the default set), so without this one of them could read the scratch disk
+//! with the others' files. cgroup v2 has no files for it: the kernel asks a program, put in force by [`super::bpf`]. It
+//! looks at the rules from the last to the first, and the first that speaks about all (to deny: any) of the access decides.
+
+use super::CgroupError;
+use oci_spec::runtime::{LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType};
+
+/// What every container has, as in runc: making any node, and using these.
+const DEFAULT: [(i64, Option<i64>); 9] = [
+    (1, Some(3)),
+    (1, Some(5)),
+    (1, Some(7)),
+    (1, Some(8)),
+    (1, Some(9)),
+    (5, Some(0)),
+    (5, Some(1)),
+    (5, Some(2)),
+    // Pseudoterminals.
+    (136, None),
+];
+/// Rules of one container; the kernel takes programs much longer than these.
+const RULE_LIMIT: usize = 2048;
+/// Kinds and kinds of access in `struct bpf_cgroup_dev_ctx` (linux/bpf.h).
+const BLOCK: i32 = 1;
+const CHARACTER: i32 = 2;
+const MAKE: i32 = 1;
+const READ: i32 = 2;
+const WRITE: i32 = 4;
+const ALL: i32 = MAKE | READ | WRITE;
+
+/// One instruction of the kernel's BPF machine, as in `struct bpf_insn`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Instruction {
+    code: u8,
+    /// Destination in the lower half, source in the upper one.
+    registers: u8,
+    offset: i16,
+    value: i32,
+}
+
+/// A rule with numbers for everything; `None` is any.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Rule {
+    allow: bool,
+    kind: Option<i32>,
+    major: Option<i32>,
+    minor: Option<i32>,
+    access: i32,
+}
+
+/// The program for a container with these rules and devices of its own; `None` where it may have everything.
+///
+/// # Errors
+/// A number or an access that is none.
+pub fn program(
+    rules: &[LinuxDeviceCgroup],
+    devices: &[LinuxDevice],
+) -> Result<Option<Vec<Instruction>>, CgroupError> {
+    let mut all = Vec::new();
+    for rule in rules {
+        all.push(from_oci(rule)?);
+    }
+    let everything =
+        |rule: &&Rule| (rule.kind, rule.major, rule.minor, rule.access) == (None, None, None, ALL);
+    // No word about devices is none against them.
+    if all.iter().rfind(everything).is_none_or(|last| last.allow) {
+        return Ok(None);
+    }
+    all.extend([BLOCK, CHARACTER].map(|kind| allow(Some(kind), None, None, MAKE)));
+    for (major, minor) in DEFAULT {
+        let (major, minor) = (number(major)?, minor.map(number).transpose()?);
+        all.push(allow(Some(CHARACTER), Some(major), minor, ALL));
+    }
+    for device in devices {
+        let (major, minor) = (number(device.major())?, number(device.minor())?);
+        all.push(allow(kind_of(device.typ()), Some(major), Some(minor), ALL));
+    }
+    if all.len() > RULE_LIMIT {
+        return Err(CgroupError::Resource {
+            field: "devices".to_owned(),
+            reason: format!("more than {RULE_LIMIT} rules"),
+        });
+    }
+    Ok(Some(assemble(&all)))
+}
+
+fn allow(kind: Option<i32>, major: Option<i32>, minor: Option<i32>, access: i32) -> Rule {
+    Rule {
+        allow: true,
+        kind,
+        major,
+        minor,
+        access,
+    }
+}
+
+fn number(value: i64) -> Result<i32, CgroupError> {
+    i32::try_from(value)
+        .ok()
+        .filter(|value| *value >= 0)
+        .ok_or_else(|| CgroupError::Resource {
+            field: "devices".to_owned(),
+            reason: format!("{value} is no device number"),
+        })
+}
+
+fn kind_of(kind: LinuxDeviceType) -> Option<i32> {
+    match kind {
+        LinuxDeviceType::B => Some(BLOCK),
+        LinuxDeviceType::C | LinuxDeviceType::U => Some(CHARACTER),
+        LinuxDeviceType::P | LinuxDeviceType::A => None,
+    }
+}
+
+fn from_oci(rule: &LinuxDeviceCgroup) -> Result<Rule, CgroupError> {
+    // -1, too, is "any".
+    let wild = |value: Option<i64>| value.filter(|value| *value != -1).map(number).transpose();
+    let mut access = 0;
+    for letter in rule.access().as_deref().unwrap_or("rwm").chars() {
+        access |= match letter {
+            'r' => READ,
+            'w' => WRITE,
+            'm' => MAKE,
+            other => {
+                return Err(CgroupError::Resource {
+                    field: "devices.access".to_owned(),
+                    reason: format!("{other:?} is none of r, w, m"),
+                });
+            }
+        };
+    }
+    Ok(Rule {
+        allow: rule.allow(),
+        kind: rule.typ().and_then(kind_of),
+        major: wild(rule.major())?,
+        minor: wild(rule.minor())?,
+        access,
+    })
+}
+
+/// Opcodes: load a word; move, and, shift right; jump if (not) equal; return.
+const LOAD: u8 = 0x61;
+const MOVE: u8 = 0xb7;
+const COPY: u8 = 0xbf;
+const AND: u8 = 0x54;
+const SHIFT: u8 = 0x74;
+const UNLESS_EQUAL: u8 = 0x55;
+const IF_EQUAL: u8 = 0x15;
+const EXIT: u8 = 0x95;
+/// Registers: the answer, the context, and what is read out of it.
+const ANSWER: u8 = 0;
+const CONTEXT: u8 = 1;
+const KIND: u8 = 2;
+const ACCESS: u8 = 3;
+const MAJOR: u8 = 4;
+const MINOR: u8 = 5;
+const SCRATCH: u8 = 6;
+
+fn instruction(code: u8, to: u8, from: u8, offset: i16, value: i32) -> Instruction {
+    Instruction {
+        code,
+        registers: from << 4 | to,
+        offset,
+        value,
+    }
+}
+
+fn assemble(rules: &[Rule]) -> Vec<Instruction> {
+    let set = |code, to, value| instruction(code, to, 0, 0, value);
+    let mut program = vec![
+        instruction(LOAD, KIND, CONTEXT, 0, 0),
+        instruction(COPY, ACCESS, KIND, 0, 0),
+        set(AND, KIND, 0xffff),
+        set(SHIFT, ACCESS, 16),
+        instruction(LOAD, MAJOR, CONTEXT, 4, 0),
+        instruction(LOAD, MINOR, CONTEXT, 8, 0),
+    ];
+    for rule in rules.iter().rev() {
+        let mut tests = Vec::new();
+        for (register, wanted) in [(KIND, rule.kind), (MAJOR, rule.major), (MINOR, rule.minor)] {
+            if let Some(wanted) = wanted {
+                tests.push(set(UNLESS_EQUAL, register, wanted));
+            }
+        }
+        if rule.access != ALL || !rule.allow {
+            tests.push(instruction(COPY, SCRATCH, ACCESS, 0, 0));
+            if rule.allow {
+                tests.push(set(AND, SCRATCH, ALL & !rule.access));
+                tests.push(set(UNLESS_EQUAL, SCRATCH, 0));
+            } else {
+                tests.push(set(AND, SCRATCH, rule.access));
+                tests.push(set(IF_EQUAL, SCRATCH, 0));
+            }
+        }
+        // Every jump leads to behind this rule's answer.
+        let end = tests.len() + 2;
+        for (at, mut test) in tests.into_iter().enumerate() {
+            if test.code == UNLESS_EQUAL || test.code == IF_EQUAL {
+                test.offset = (end - at - 1) as i16;
+            }
+            program.push(test);
+        }
+        program.push(set(MOVE, ANSWER, i32::from(rule.allow)));
+        program.push(set(EXIT, 0, 0));
+    }
+    program.push(set(MOVE, ANSWER, 0));
+    program.push(set(EXIT, 0, 0));
+    program
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    /// What the kernel's machine answers.
+    fn run(program: &[Instruction], kind: i32, access: i32, major: i32, minor: i32) -> bool {
+        let mut registers = [0i64; 7];
+        let mut at = 0;
+        loop {
+            let Instruction {
+                code,
+                registers: pair,
+                offset,
+                value,
+            } = program[at];
+            at += 1;
+            let (to, from) = (usize::from(pair & 15), usize::from(pair >> 4));
+            let jump = |taken: bool| if taken { offset as usize } else { 0 };
+            match code {
+                LOAD => {
+                    let words = [access << 16 | kind, major, minor];
+                    registers[to] = i64::from(words[offset as usize / 4]);
+                }
+                COPY => registers[to] = registers[from],
+                MOVE => registers[to] = i64::from(value),
+                AND => registers[to] &= i64::from(value),
+                SHIFT => registers[to] >>= value,
+                UNLESS_EQUAL => at += jump(registers[to] != i64::from(value)),
+                IF_EQUAL => at += jump(registers[to] == i64::from(value)),
+                EXIT => return registers[0] == 1,
+                other => panic!("opcode {other:#x}"),
+            }
+        }
+    }
+
+    fn rules(value: serde_json::Value) -> Vec<LinuxDeviceCgroup> {
+        serde_json::from_value(value).unwrap()
+    }
+
+    #[test]
+    fn nothing_but_the_standard_devices() {
+        let device = oci_spec::runtime::LinuxDeviceBuilder::default()
+            .path("/dev/fuse")
+            .typ(LinuxDeviceType::C)
+            .major(10)
+            .minor(229)
+            .build()
+            .unwrap();
+        let none = rules(json!([{"allow": false, "access": "rwm"}]));
+        let program = program(&none, &[device]).unwrap().unwrap();
+        for (kind, access, major, minor, answer) in [
+            (CHARACTER, READ | WRITE, 1, 3, true),
+            (CHARACTER, READ | WRITE, 136, 77, true),
+            (CHARACTER, READ, 1, 1, false),
+            (BLOCK, READ, 254, 0, false),
+            (BLOCK, MAKE, 254, 0, true),
+            (BLOCK, MAKE | READ, 254, 0, false),
+            (BLOCK, READ, 1, 3, false),
+            (CHARACTER, ALL, 10, 229, true),
+            (CHARACTER, READ, 10, 200, false),
+        ] {
+            let got = run(&program, kind, access, major, minor);
+            assert_eq!(got, answer, "{kind} {access} {major}:{minor}");
+        }
+    }
+
+    #[test]
+    fn later_rules_win() {
+        let list = rules(json!([
+            {"allow": false, "access": "rwm"},
+            {"allow": true, "type": "b", "major": 8, "access": "r"},
+            {"allow": false, "type": "b", "major": 8, "minor": 1, "access": "rw"},
+        ]));
+        let program = program(&list, &[]).unwrap().unwrap();
+        assert!(run(&program, BLOCK, READ, 8, 0));
+        assert!(!run(&program, BLOCK, READ | WRITE, 8, 0));
+        assert!(!run(&program, BLOCK, READ, 8, 1));
+    }
+
+    #[test]
+    fn privileged_needs_no_program() {
+        for list in [
+            json!([]),
+            json!([{"allow": true, "access": "rwm"}]),
+            json!([{"allow": false, "access": "rwm"}, {"allow": true, "type": "a", "access": "rwm"}]),
+        ] {
+            assert_eq!(program(&rules(list), &[]).unwrap(), None);
+        }
+        assert!(program(&rules(json!([{"allow": false, "access": "x"}])), &[]).is_err());
+    }
+}
