@@ -1,4 +1,4 @@
-//! Generates the wire code of `boxlite/v1` and `cri/v1` (tonic) and of the shim's ttrpc extension.
+//! Generates the wire code of `boxlite/v1` and `cri/v1` (tonic), the messages of NRI, and the shim's ttrpc extension.
 //!
 //! Needs `protoc` (Debian: protobuf-compiler) for the gRPC half only; the ttrpc half has a compiler of its own.
 
@@ -8,6 +8,7 @@ use std::path::PathBuf;
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=boxlite");
     println!("cargo:rerun-if-changed=cri");
+    println!("cargo:rerun-if-changed=nri");
     tonic_prost_build::configure()
         .bytes(".")
         .compile_protos(&["boxlite/v1/service.proto"], &["."])?;
@@ -16,6 +17,13 @@ fn main() -> Result<(), Box<dyn Error>> {
             .bytes(".")
             .build_client(false)
             .compile_protos(&["cri/v1/api.proto"], &["."])?;
+    }
+    if std::env::var_os("CARGO_FEATURE_NRI").is_some() {
+        // Messages only: NRI's calls travel by ttrpc, over connections that cri-server multiplexes itself.
+        tonic_prost_build::configure()
+            .build_client(false)
+            .build_server(false)
+            .compile_protos(&["nri/v1alpha1/api.proto"], &["."])?;
     }
     if std::env::var_os("CARGO_FEATURE_SHIM").is_some() {
         let out = PathBuf::from(std::env::var("OUT_DIR")?).join("shim");

@@ -11,6 +11,7 @@ mod config;
 mod convert;
 mod layout;
 mod metrics;
+mod nri;
 mod serve;
 mod server;
 mod service;

@@ -1,8 +1,8 @@
 //! `boxlite-cri serve`: from the configuration to a serving daemon, and its end.
 //!
 //! ```text
-//!  choose VMM → open runtime (re-adopts live pods) → bind socket → remove leaks → serve
-//!  SIGTERM/SIGINT → stop accepting → drain calls, bounded → runtime's tasks → exit; pods go on
+//!  choose VMM → open runtime (re-adopts live pods) → bind socket → remove leaks → NRI's plugins → serve
+//!  SIGTERM/SIGINT → stop accepting → drain calls, bounded → plugins → runtime's tasks → exit; pods go on
 //! ```
 
 #[cfg(test)]
@@ -45,6 +45,9 @@ pub enum ServeError {
     /// The CRI socket.
     #[error("cannot serve the CRI")]
     Socket(#[from] socket::SocketError),
+    /// NRI's socket.
+    #[error("cannot serve NRI's plugins (nri.socket_path)")]
+    Nri(#[source] socket::SocketError),
     /// The metrics page's address.
     #[error("cannot serve metrics on {address}")]
     Metrics {
@@ -126,6 +129,7 @@ async fn run(config: Config) -> Result<(), ServeError> {
         streaming,
     );
     server.collect().await;
+    server.start_nri().await.map_err(ServeError::Nri)?;
     tracing::info!(socket = %config.listen.display(), pods = runtime.boxes().len(), "serving");
     let served = grpc(&server, listener, stop.clone()).await;
     stop.cancel();
@@ -146,6 +150,7 @@ async fn run(config: Config) -> Result<(), ServeError> {
             "calls are still under way; their pods are taken up again at the next start"
         );
     }
+    server.stop_nri().await;
     runtime.shutdown().await;
     let _ = std::fs::remove_file(&config.listen);
     tracing::info!("stopped; pods go on");

@@ -98,7 +98,7 @@ fn crates_know_only_what_they_should() {
             "cri-server",
             // The feature is for tests: shims without VMs.
             &[
-                ("boxlite-proto", &["cri"]),
+                ("boxlite-proto", &["cri", "nri"]),
                 ("boxlite-runtime", &["fake-shim"]),
             ],
         ),

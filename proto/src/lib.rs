@@ -2,7 +2,7 @@
 //!
 //! No behaviour lives here beyond parsing and printing; no path, no socket, no async code.
 //!
-//! `boxlite::v1` is the guest protocol, `cri::v1` the kubelet's, `shim` the ttrpc extension of the shim, [`vmm`] the
+//! `boxlite::v1` is the guest protocol, `cri::v1` the kubelet's, `nri::v1alpha1` that of NRI's plugins, `shim` the ttrpc extension of the shim, [`vmm`] the
 //! description of a VM that the shim hands to its vmm child.
 
 // Not `forbid`: ttrpc's generated code states its own level.
@@ -37,6 +37,15 @@ pub mod cri {
     /// Version 1; the proto package is `runtime.v1`.
     pub mod v1 {
         tonic::include_proto!("runtime.v1");
+    }
+}
+
+/// The messages of NRI as published with 0.12 (`nri/v1alpha1/api.proto`).
+#[cfg(feature = "nri")]
+pub mod nri {
+    /// The proto package is `nri.pkg.api.v1alpha1`.
+    pub mod v1alpha1 {
+        tonic::include_proto!("nri.pkg.api.v1alpha1");
     }
 }
 

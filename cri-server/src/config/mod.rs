@@ -97,6 +97,8 @@ pub struct Config {
     pub metrics: MetricsConfig,
     /// Server of exec, attach and port-forward.
     pub streaming: StreamingConfig,
+    /// NRI plugins.
+    pub nri: NriConfig,
     /// RuntimeClass handlers this runtime answers to. Default "" (no RuntimeClass) and "boxlite".
     pub runtime_handlers: Vec<String>,
     /// Limits of waiting.
@@ -174,6 +176,26 @@ pub struct StreamingConfig {
     pub creation_timeout: Duration,
 }
 
+/// NRI plugins. The names are containerd's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NriConfig {
+    /// Whether there are any. Default false: who may connect may change every container, and on a node with containerd the
+    /// socket is containerd's.
+    pub enable: bool,
+    /// Socket to which plugins connect. Default /var/run/nri/nri.sock, where published plugins look for it.
+    pub socket_path: PathBuf,
+    /// Directory of pre-installed plugins. Default /opt/nri/plugins.
+    pub plugin_path: PathBuf,
+    /// Directory of their configuration. Default /etc/nri/conf.d.
+    pub plugin_config_path: PathBuf,
+    /// For a plugin to register, and to take in what is there. Default 5 s.
+    pub registration_timeout: Duration,
+    /// For a plugin's answer to an event. Default 2 s.
+    pub request_timeout: Duration,
+    /// Only pre-installed plugins. Default false.
+    pub disable_connections: bool,
+}
+
 /// Limits of waiting.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Timeouts {
@@ -226,6 +248,15 @@ impl Default for Config {
                 port: 0,
                 idle_timeout: Duration::from_secs(4 * 3600),
                 creation_timeout: Duration::from_secs(30),
+            },
+            nri: NriConfig {
+                enable: false,
+                socket_path: "/var/run/nri/nri.sock".into(),
+                plugin_path: "/opt/nri/plugins".into(),
+                plugin_config_path: "/etc/nri/conf.d".into(),
+                registration_timeout: Duration::from_secs(5),
+                request_timeout: Duration::from_secs(2),
+                disable_connections: false,
             },
             runtime_handlers: vec![String::new(), "boxlite".into()],
             timeouts: Timeouts {
@@ -280,6 +311,7 @@ impl Config {
             pod: PodDefaults::read(top.section("pod"), default.pod, mistakes),
             cni: CniConfig::read(top.section("cni"), default.cni, mistakes),
             registry: RegistryConfig::read(top.section("registry"), default.registry, mistakes),
+            nri: NriConfig::read(top.section("nri"), default.nri, mistakes),
             metrics: MetricsConfig::read(top.section("metrics"), default.metrics, mistakes),
             streaming: StreamingConfig::read(top.section("streaming"), default.streaming, mistakes),
             timeouts: Timeouts::read(top.section("timeouts"), default.timeouts, mistakes),
@@ -396,6 +428,38 @@ impl StreamingConfig {
         };
         section.finish(mistakes);
         streaming
+    }
+}
+
+impl NriConfig {
+    fn read(mut section: Section, default: Self, mistakes: &mut Vec<Mistake>) -> Self {
+        let nri = Self {
+            enable: section.take("enable", default.enable, reader::boolean),
+            socket_path: section.take("socket_path", default.socket_path, reader::socket),
+            plugin_path: section.take("plugin_path", default.plugin_path, reader::absolute),
+            plugin_config_path: section.take(
+                "plugin_config_path",
+                default.plugin_config_path,
+                reader::absolute,
+            ),
+            registration_timeout: section.take(
+                "plugin_registration_timeout_seconds",
+                default.registration_timeout,
+                reader::seconds,
+            ),
+            request_timeout: section.take(
+                "plugin_request_timeout_seconds",
+                default.request_timeout,
+                reader::seconds,
+            ),
+            disable_connections: section.take(
+                "disable_connections",
+                default.disable_connections,
+                reader::boolean,
+            ),
+        };
+        section.finish(mistakes);
+        nri
     }
 }
 

@@ -1,8 +1,9 @@
-//! CreateContainer: image, spec, then the runtime's create. A retry joins the one in flight.
+//! CreateContainer: image, spec, the plugins' wishes, then the runtime's create. A retry joins the one in flight.
 
-use super::{Server, new_id, present, refused};
+use super::{Server, new_id, plugins, present, refused};
 use crate::convert::container;
 use boxlite_proto::cri::v1::{ContainerConfig, CreateContainerRequest, CreateContainerResponse};
+use boxlite_proto::nri::v1alpha1::Event;
 use boxlite_runtime::{BoxState, LiteBox};
 use tonic::Status;
 
@@ -61,8 +62,14 @@ async fn make(
     let id = new_id();
     let files = server.layout.pod(pod.id());
     let record = server.pod_record(pod);
-    let options = container::options(&id, pod.id(), &record, config, &image, &files)?;
-    pod.create_container(options).await.map_err(refused)?;
+    let options = container::options(&id, pod.id(), &record, config.clone(), &image, &files)?;
+    let session = server.session().await;
+    let options = plugins::create(server, &session, pod, &config, options).await?;
+    if let Err(error) = pod.create_container(options).await {
+        plugins::undo_create(server, &session, pod, &id, &config).await;
+        return Err(refused(error));
+    }
+    plugins::after(server, &session, Event::PostCreateContainer, pod, &id).await;
     Ok(id)
 }
 

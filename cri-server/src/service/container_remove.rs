@@ -1,8 +1,11 @@
 //! RemoveContainer: kills what still runs. Succeeds on what is gone.
 
-use super::{Server, present, refused, unless_gone};
+use super::{Server, plugins, present, refused, unless_gone};
 use boxlite_proto::cri::v1::{RemoveContainerRequest, RemoveContainerResponse};
+use std::time::Duration;
 use tonic::Status;
+
+const SIGKILL: i32 = 9;
 
 /// The call.
 pub async fn remove(
@@ -16,7 +19,18 @@ pub async fn remove(
     };
     let task = server.clone();
     let work = async move {
+        // Ended first, so that plugins hear of its end and of its removal in this order.
+        let ended = pod
+            .stop_container(&container.id, Duration::ZERO, SIGKILL)
+            .await;
+        unless_gone(ended)?;
+        plugins::container_ended(&task, &pod, &container.id).await;
+        let session = task.session().await;
+        if let Ok(container) = pod.container(&container.id) {
+            plugins::remove(&task, &session, &pod, &container).await;
+        }
         pod.remove_container(&container.id).await.map_err(refused)?;
+        session.forget(&container.id);
         task.creates.forget(&container.id);
         Ok(RemoveContainerResponse {})
     };

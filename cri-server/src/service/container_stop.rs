@@ -1,6 +1,6 @@
 //! StopContainer: the container's stop signal, the grace, SIGKILL. Succeeds on what is stopped or gone.
 
-use super::{Server, present, refused, unless_gone};
+use super::{Server, plugins, present, refused, unless_gone};
 use crate::convert::container::ContainerRecord;
 use crate::convert::signal;
 use boxlite_proto::cri::v1::{StopContainerRequest, StopContainerResponse};
@@ -27,10 +27,13 @@ pub async fn stop(
         .map_err(|_| Status::internal("the stop signal's number is out of range"))?;
     // A negative timeout has no meaning; the CRI's 0 is "at once".
     let grace = Duration::from_secs(u64::try_from(request.timeout).unwrap_or(0));
+    let task = server.clone();
     let work = async move {
         pod.stop_container(&container.id, grace, number)
             .await
-            .map_err(refused)
+            .map_err(refused)?;
+        plugins::container_ended(&task, &pod, &container.id).await;
+        Ok(())
     };
     server.detached(work).await?;
     Ok(StopContainerResponse {})

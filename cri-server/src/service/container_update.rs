@@ -1,10 +1,12 @@
-//! UpdateContainerResources: new limits for the cgroup in the guest, within what the VM has, and kept with the container.
+//! UpdateContainerResources: new limits for the cgroup in the guest, as the plugins want them, within what the VM has, and
+//! kept with the container.
 
-use super::{Server, present, refused};
+use super::{Server, plugins, present, refused};
 use crate::convert::container::ContainerRecord;
 use crate::convert::size::{Room, VmSize};
 use crate::convert::spec;
 use boxlite_proto::cri::v1::{UpdateContainerResourcesRequest, UpdateContainerResourcesResponse};
+use boxlite_proto::nri::v1alpha1::Event;
 use boxlite_runtime::LiteBox;
 use tonic::Status;
 
@@ -23,12 +25,19 @@ pub async fn update(
         .map_err(refused)?;
     let now = ContainerRecord::decoded(&container.metadata).resources();
     room(server, &pod).admit(&wish, now.as_ref())?;
-    let resources = spec::resources(Some(&wish))?.to_string().into_bytes();
+    spec::resources(Some(&wish))?;
+    let task = server.clone();
     let work = async move {
+        let session = task.session().await;
+        let wish = plugins::update(&task, &session, &pod, &container, wish).await?;
+        room(&task, &pod).admit(&wish, now.as_ref())?;
+        let resources = spec::resources(Some(&wish))?.to_string().into_bytes();
         let describe = Box::new(move |bytes: &[u8]| ContainerRecord::updated(bytes, &wish));
         pod.update_container(&container.id, resources, describe)
             .await
             .map_err(refused)?;
+        let id = &container.id;
+        plugins::after(&task, &session, Event::PostUpdateContainer, &pod, id).await;
         Ok(UpdateContainerResourcesResponse {})
     };
     server.detached(work).await

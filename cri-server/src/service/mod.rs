@@ -24,6 +24,7 @@ mod image_list;
 mod image_pull;
 mod image_remove;
 mod image_status;
+mod plugins;
 mod pod_files;
 mod runtime;
 mod runtime_config;
@@ -50,6 +51,7 @@ use crate::config::Config;
 use crate::convert::{sandbox::SandboxRecord, status};
 use crate::layout::Layout;
 use crate::metrics::Metrics;
+use crate::nri::Nri;
 use crate::streaming::{Streaming, Ticket};
 use boxlite_proto::cri::v1::{ContainerConfig, RunPodSandboxRequest};
 use boxlite_runtime::{
@@ -59,7 +61,7 @@ use flights::Flights;
 use rand::RngCore;
 use std::collections::HashSet;
 use std::future::Future;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::Status;
@@ -84,6 +86,8 @@ pub struct Inner {
     starting: Mutex<HashSet<String>>,
     runs: Flights<RunPodSandboxRequest>,
     creates: Flights<ContainerConfig>,
+    /// Set once at the start; without it nobody is told of anything.
+    nri: OnceLock<Nri>,
     pod_cidrs: Mutex<Vec<String>>,
     tasks: TaskTracker,
     /// Cancelled when no new call comes any more: streams without an end of their own end.
@@ -119,6 +123,7 @@ impl Server {
             starting: Mutex::default(),
             runs: Flights::default(),
             creates: Flights::default(),
+            nri: OnceLock::new(),
             pod_cidrs: Mutex::default(),
             tasks: TaskTracker::new(),
             leaving: CancellationToken::new(),
@@ -163,12 +168,20 @@ impl Server {
         }
     }
 
-    /// The pod of a request, by id or unique prefix.
+    /// The pod of a request, by id or unique prefix. One whose RunPodSandbox is under way is not there yet: its plugins may still refuse it.
     fn pod(&self, id: &str) -> Result<LiteBox, Status> {
         present("pod_sandbox_id", id)?;
-        self.runtime
+        let pod = self
+            .runtime
             .get_box(id)
-            .map_err(|error| status::status(&error))
+            .map_err(|error| status::status(&error))?;
+        if lock(&self.starting).contains(pod.id()) {
+            return Err(Status::not_found(format!(
+                "pod {} is still being started",
+                pod.id()
+            )));
+        }
+        Ok(pod)
     }
 
     /// The pod of a request, or `None` where it is gone: for the verbs that succeed on what is gone.

@@ -1,6 +1,6 @@
 //! RemovePodSandbox: stops what still runs, then nothing of the pod is left. Succeeds on what is gone.
 
-use super::{Server, pod_files, refused, sandbox_stop};
+use super::{Server, plugins, pod_files, refused, sandbox_stop};
 use boxlite_proto::cri::v1::{RemovePodSandboxRequest, RemovePodSandboxResponse};
 use tonic::Status;
 
@@ -17,6 +17,8 @@ pub async fn remove(
         let id = pod.id().to_owned();
         let containers = pod.containers();
         sandbox_stop::take_down(&task, &pod).await?;
+        let session = task.session().await;
+        plugins::remove_pod(&task, &session, &pod).await;
         // The box goes last: as long as something is left, the pod is listed and Remove can be called again.
         pod_files::remove(&task.layout, &id).map_err(|error| {
             Status::internal(format!(
@@ -27,7 +29,9 @@ pub async fn remove(
         pod.remove().await.map_err(refused)?;
         for container in containers {
             task.creates.forget(&container.id);
+            session.forget(&container.id);
         }
+        session.forget(&id);
         Ok(RemovePodSandboxResponse {})
     };
     server.detached(work).await

@@ -1,13 +1,13 @@
 //! RunPodSandbox: network, files, box, start; on failure all of it undone, in the opposite order.
 //!
 //! ```text
-//!  checked → network → files → registered → started → answered
-//!     └────────┴─────────┴─────────┴───────────┴──▶ undone
+//!  checked → network → files → registered → started → plugins told → answered
+//!     └────────┴─────────┴─────────┴───────────┴───────────┴──▶ undone
 //! ```
 //!
 //! One task per pod does it; a retry joins that task (see `flights`).
 
-use super::{Server, lock, network_failed, new_id, pod_files, refused};
+use super::{Server, lock, network_failed, new_id, plugins, pod_files, refused};
 use crate::cni::CniError;
 use crate::convert::sandbox::SandboxRecord;
 use crate::convert::size;
@@ -57,7 +57,7 @@ async fn make(server: &Server, record: SandboxRecord) -> Result<String, Status> 
     let id = new_id();
     // A pod that can't have a VM of its size must not cost an address first.
     record.box_options(&id, None, &server.config.pod, limit)?;
-    let _hidden = Hidden::new(server, &id);
+    let hidden = Hidden::new(server, &id);
     let limit_of_time = server.config.timeouts.run_pod;
     let made = match tokio::time::timeout(limit_of_time, stages(server, &id, record, limit)).await {
         Ok(made) => made,
@@ -66,12 +66,20 @@ async fn make(server: &Server, record: SandboxRecord) -> Result<String, Status> 
             limit_of_time.as_secs()
         ))),
     };
+    // From the plugins' word until the pod can be seen: a plugin that comes now finds it there, or is told of it.
+    let session = server.session().await;
+    let made = match made {
+        Ok(pod) => plugins::run_pod(server, &session, &pod).await.map(|()| pod),
+        Err(error) => Err(error),
+    };
     match made {
         Ok(pod) => {
             server.metrics.started(&pod.snapshot());
+            drop(hidden);
             Ok(id)
         }
         Err(error) => {
+            drop(session);
             undo(server, &id).await;
             Err(error)
         }

@@ -1,6 +1,6 @@
-//! StopPodSandbox: the VM ends, then the network goes. Succeeds on what is stopped or gone.
+//! StopPodSandbox: the plugins hear of it, the VM ends, then the network goes. Succeeds on what is stopped or gone.
 
-use super::{Server, network_failed, refused};
+use super::{Server, network_failed, plugins, refused};
 use boxlite_proto::cri::v1::{StopPodSandboxRequest, StopPodSandboxResponse};
 use boxlite_runtime::LiteBox;
 use tonic::Status;
@@ -23,6 +23,7 @@ pub async fn stop(
 /// Ends VM and network; repeatable.
 pub async fn take_down(server: &Server, pod: &LiteBox) -> Result<(), Status> {
     server.runs.forget(pod.id());
+    plugins::stop_pod(server, pod).await;
     pod.stop().await.map_err(refused)?;
     server
         .cni

@@ -1,0 +1,363 @@
+//! One plugin's connection: calls to the plugin, and the plugin's calls to the runtime, over one socket.
+//!
+//! ```text
+//!  call() ── writer ──▶ trunk ◀──▶ plugin
+//!    ▲                    │
+//!    └── waiting ◀── reader task ──▶ server task ──▶ Service
+//! ```
+//!
+//! Every call has a limit; one that passes it closes the connection, since its answer may still come. What the messages mean is
+//! [`super::plugin`]'s.
+
+use super::wire::{
+    self, Assembler, MESSAGE_LIMIT, Message, PLUGIN_SERVICE, REQUEST, RESPONSE, RUNTIME_SERVICE,
+    Request, Response, RpcStatus, WireError,
+};
+use prost::Message as _;
+use std::collections::HashMap;
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// The plugin's ttrpc service.
+const PLUGIN: &str = "nri.pkg.api.v1alpha1.Plugin";
+/// google.rpc's codes, as far as they mean something here.
+pub const INVALID_ARGUMENT: i32 = 3;
+pub const UNIMPLEMENTED: i32 = 12;
+/// Calls of a plugin that wait their turn. A plugin sends one and waits; more than this is a broken one.
+const REQUESTS_LIMIT: usize = 16;
+/// How long an answer to a plugin's call may take to be written: a plugin that does not read is dead.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+
+/// What became of a call to a plugin.
+#[derive(Debug, thiserror::Error)]
+pub enum CallError {
+    /// The plugin answered with an error: its word counts.
+    #[error("{message}")]
+    Refused { code: i32, message: String },
+    /// No answer in time.
+    #[error("{method} was not answered within {limit:?}")]
+    Timeout {
+        method: &'static str,
+        limit: Duration,
+    },
+    /// The connection is gone.
+    #[error("the plugin's connection is closed")]
+    Closed,
+    /// The connection broke.
+    #[error("the plugin's connection broke")]
+    Wire(#[from] WireError),
+    /// What we would have to send is larger than a plugin takes.
+    #[error("{method} has {bytes} bytes; a plugin takes {MESSAGE_LIMIT}")]
+    TooLarge { method: &'static str, bytes: usize },
+    /// The answer is no message.
+    #[error("the answer to {method} cannot be read")]
+    Garbled {
+        method: &'static str,
+        #[source]
+        source: prost::DecodeError,
+    },
+}
+
+/// What the runtime serves to a plugin.
+#[tonic::async_trait]
+pub trait Service: Send + Sync + 'static {
+    /// One call, answered or refused.
+    async fn call(&self, service: &str, method: &str, payload: &[u8])
+    -> Result<Vec<u8>, RpcStatus>;
+}
+
+/// A connection. Cheap to clone.
+#[derive(Clone)]
+pub struct Connection(Arc<Inner>);
+
+struct Inner {
+    writer: tokio::sync::Mutex<Writer>,
+    waiting: Mutex<HashMap<u32, oneshot::Sender<Response>>>,
+    closed: CancellationToken,
+    /// To close the socket under whoever reads or writes.
+    socket: StdUnixStream,
+}
+
+struct Writer {
+    half: OwnedWriteHalf,
+    /// ttrpc: odd, rising.
+    next_stream: u32,
+}
+
+impl std::fmt::Debug for Connection {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Connection")
+            .field("closed", &self.is_closed())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Closes a connection unless told that all is well: behind a dropped future the stream may end in half a message.
+struct Fuse<'a>(Option<&'a Connection>);
+
+impl Drop for Fuse<'_> {
+    fn drop(&mut self) {
+        if let Some(connection) = self.0 {
+            connection.close();
+        }
+    }
+}
+
+impl Connection {
+    /// Takes a socket over. Two tasks of `tasks` read it and serve what the plugin asks, until it is closed.
+    pub fn open(
+        socket: StdUnixStream,
+        service: Arc<dyn Service>,
+        tasks: &TaskTracker,
+    ) -> std::io::Result<Self> {
+        socket.set_nonblocking(true)?;
+        let kept = socket.try_clone()?;
+        let (reader, writer) = UnixStream::from_std(socket)?.into_split();
+        let this = Self(Arc::new(Inner {
+            writer: tokio::sync::Mutex::new(Writer {
+                half: writer,
+                next_stream: 1,
+            }),
+            waiting: Mutex::default(),
+            closed: CancellationToken::new(),
+            socket: kept,
+        }));
+        let (requests, queue) = mpsc::channel(REQUESTS_LIMIT);
+        tasks.spawn(this.clone().read(reader, requests));
+        tasks.spawn(this.clone().serve(queue, service));
+        Ok(this)
+    }
+
+    /// Calls the plugin and waits for its answer, `limit` at most; a connection that let the time pass is closed.
+    ///
+    /// Dropping the future gives the answer up; while the request is being written it closes the connection.
+    pub async fn call<A: prost::Message + Default>(
+        &self,
+        method: &'static str,
+        request: &impl prost::Message,
+        limit: Duration,
+    ) -> Result<A, CallError> {
+        let payload = Request {
+            service: PLUGIN.to_owned(),
+            method: method.to_owned(),
+            payload: request.encode_to_vec(),
+            timeout_nano: i64::try_from(limit.as_nanos()).unwrap_or(i64::MAX),
+        }
+        .encode_to_vec();
+        if payload.len() > MESSAGE_LIMIT {
+            return Err(CallError::TooLarge {
+                method,
+                bytes: payload.len(),
+            });
+        }
+        let answer = match tokio::time::timeout(limit, self.exchange(payload)).await {
+            Ok(answer) => answer?,
+            Err(_) => {
+                self.close();
+                return Err(CallError::Timeout { method, limit });
+            }
+        };
+        match answer.status {
+            Some(status) if status.code != 0 => Err(CallError::Refused {
+                code: status.code,
+                message: status.message,
+            }),
+            _ => A::decode(&answer.payload[..])
+                .map_err(|source| CallError::Garbled { method, source }),
+        }
+    }
+
+    async fn exchange(&self, payload: Vec<u8>) -> Result<Response, CallError> {
+        let (told, answer) = oneshot::channel();
+        let stream = {
+            let mut writer = self.0.writer.lock().await;
+            let stream = writer.next_stream;
+            writer.next_stream = stream.wrapping_add(2);
+            self.waiting().insert(stream, told);
+            // After the insertion: whoever closes empties the map, and who finds it closed here does not wait.
+            if self.is_closed() {
+                self.waiting().remove(&stream);
+                return Err(CallError::Closed);
+            }
+            let mut fuse = Fuse(Some(self));
+            let message = Message {
+                stream,
+                kind: REQUEST,
+                payload,
+            };
+            wire::write(&mut writer.half, PLUGIN_SERVICE, &message).await?;
+            fuse.0 = None;
+            stream
+        };
+        let _forget = Forget {
+            connection: self,
+            stream,
+        };
+        answer.await.map_err(|_| CallError::Closed)
+    }
+
+    /// Closes the socket and gives up every call that waits. Harmless the second time.
+    pub fn close(&self) {
+        self.0.closed.cancel();
+        // Not connected any more is the only failure, and what is wanted.
+        let _ = self.0.socket.shutdown(Shutdown::Both);
+        self.waiting().clear();
+    }
+
+    /// Whether it is closed, by either side.
+    pub fn is_closed(&self) -> bool {
+        self.0.closed.is_cancelled()
+    }
+
+    /// Returns once it is closed.
+    pub async fn closed(&self) {
+        self.0.closed.cancelled().await;
+    }
+
+    fn waiting(&self) -> std::sync::MutexGuard<'_, HashMap<u32, oneshot::Sender<Response>>> {
+        self.0
+            .waiting
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn read(self, mut reader: OwnedReadHalf, requests: mpsc::Sender<Message>) {
+        let _fuse = Fuse(Some(&self));
+        let (mut answers, mut calls) = (Assembler::default(), Assembler::default());
+        loop {
+            let frame = match self
+                .0
+                .closed
+                .run_until_cancelled(wire::read(&mut reader))
+                .await
+            {
+                Some(Ok(Some(frame))) => frame,
+                Some(Ok(None)) | None => return,
+                Some(Err(error)) => {
+                    tracing::debug!(
+                        error = boxlite_runtime::report(&error),
+                        "a plugin's connection ends"
+                    );
+                    return;
+                }
+            };
+            let (connection, bytes) = frame;
+            let done = match connection {
+                PLUGIN_SERVICE => self.take_answers(&mut answers, &bytes),
+                RUNTIME_SERVICE => take_calls(&mut calls, &bytes, &requests),
+                // A connection that nobody opened: the published multiplexer drops its frames too.
+                _ => Ok(true),
+            };
+            match done {
+                Ok(true) => {}
+                Ok(false) => {
+                    tracing::warn!("a plugin does not wait for answers; its connection is closed");
+                    return;
+                }
+                Err(error) => {
+                    tracing::warn!(
+                        error = boxlite_runtime::report(&error),
+                        "a plugin's connection is closed"
+                    );
+                    return;
+                }
+            }
+        }
+    }
+
+    fn take_answers(&self, answers: &mut Assembler, bytes: &[u8]) -> Result<bool, WireError> {
+        answers.push(bytes);
+        while let Some(message) = answers.next()? {
+            let waiting = self.waiting().remove(&message.stream);
+            // An answer that nobody waits for came too late.
+            if let (Some(waiting), RESPONSE) = (waiting, message.kind) {
+                let response =
+                    Response::decode(&message.payload[..]).unwrap_or_else(|error| Response {
+                        status: Some(RpcStatus {
+                            code: INVALID_ARGUMENT,
+                            message: format!("its answer cannot be read: {error}"),
+                        }),
+                        payload: Vec::new(),
+                    });
+                let _ = waiting.send(response);
+            }
+        }
+        Ok(true)
+    }
+
+    async fn serve(self, mut queue: mpsc::Receiver<Message>, service: Arc<dyn Service>) {
+        let _fuse = Fuse(Some(&self));
+        while let Some(message) = queue.recv().await {
+            let answer = match Request::decode(&message.payload[..]) {
+                Ok(request) => {
+                    let work = service.call(&request.service, &request.method, &request.payload);
+                    match self.0.closed.run_until_cancelled(work).await {
+                        Some(answer) => answer,
+                        None => return,
+                    }
+                }
+                Err(error) => Err(RpcStatus {
+                    code: INVALID_ARGUMENT,
+                    message: error.to_string(),
+                }),
+            };
+            let response = match answer {
+                Ok(payload) => Response {
+                    status: None,
+                    payload,
+                },
+                Err(status) => Response {
+                    status: Some(status),
+                    payload: Vec::new(),
+                },
+            };
+            let message = Message {
+                stream: message.stream,
+                kind: RESPONSE,
+                payload: response.encode_to_vec(),
+            };
+            let write = async {
+                let mut writer = self.0.writer.lock().await;
+                wire::write(&mut writer.half, RUNTIME_SERVICE, &message).await
+            };
+            match tokio::time::timeout(ANSWER_LIMIT, write).await {
+                Ok(Ok(())) => {}
+                Ok(Err(_)) | Err(_) => return,
+            }
+        }
+    }
+}
+
+/// Queues a plugin's calls; false where it has sent more than it may leave unanswered.
+fn take_calls(
+    calls: &mut Assembler,
+    bytes: &[u8],
+    requests: &mpsc::Sender<Message>,
+) -> Result<bool, WireError> {
+    calls.push(bytes);
+    while let Some(message) = calls.next()? {
+        if message.kind == REQUEST && requests.try_send(message).is_err() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Takes a call out of the waiting ones when its caller leaves.
+struct Forget<'a> {
+    connection: &'a Connection,
+    stream: u32,
+}
+
+impl Drop for Forget<'_> {
+    fn drop(&mut self) {
+        self.connection.waiting().remove(&self.stream);
+    }
+}

@@ -1,0 +1,179 @@
+//! Pods and containers as plugins see them.
+//!
+//! What belongs to this runtime's inside (its annotations, paths in the guest) is left out. A container's process has no id on the host:
+//! `pid` is 0. Flow: the service has records and a spec → here → an event's message.
+
+use super::resources;
+use crate::convert::sandbox::SandboxRecord;
+use boxlite_proto::cri::v1::{ContainerConfig, LinuxContainerResources};
+use boxlite_proto::nri::v1alpha1::{
+    Container, ContainerState as State, LinuxContainer, LinuxDevice, LinuxNamespace,
+    LinuxPodSandbox, LinuxResources, Mount, OptionalFileMode, OptionalInt, OptionalUInt32,
+    PodSandbox, PosixRlimit, User,
+};
+use boxlite_runtime::{BoxSnapshot, ContainerSnapshot, ContainerState};
+use oci_spec::runtime::Spec;
+use serde_json::Value;
+
+/// A pod.
+pub fn pod(snapshot: &BoxSnapshot, record: &SandboxRecord) -> PodSandbox {
+    let metadata = record.metadata();
+    let config = record.config.clone().unwrap_or_default();
+    let linux = config.linux.unwrap_or_default();
+    let all = |wish: &Option<LinuxContainerResources>| wish.as_ref().map(resources::from_cri);
+    PodSandbox {
+        id: snapshot.id.clone(),
+        name: metadata.name,
+        uid: metadata.uid,
+        namespace: metadata.namespace,
+        labels: config.labels,
+        annotations: config.annotations,
+        runtime_handler: record.runtime_handler.clone(),
+        linux: Some(LinuxPodSandbox {
+            pod_overhead: all(&linux.overhead),
+            pod_resources: all(&linux.resources),
+            cgroup_parent: linux.cgroup_parent,
+            ..Default::default()
+        }),
+        pid: snapshot
+            .shim_pid
+            .and_then(|pid| u32::try_from(pid).ok())
+            .unwrap_or(0),
+        ips: record.addresses.clone(),
+    }
+}
+
+/// A container that is being created: nothing of it is there but its config and its spec.
+pub fn new_container(
+    id: &str,
+    pod: &str,
+    config: &ContainerConfig,
+    spec: Option<&Spec>,
+) -> Container {
+    let mut container = Container {
+        id: id.to_owned(),
+        pod_sandbox_id: pod.to_owned(),
+        name: config
+            .metadata
+            .as_ref()
+            .map(|metadata| metadata.name.clone())
+            .unwrap_or_default(),
+        labels: config.labels.clone(),
+        annotations: config.annotations.clone(),
+        linux: Some(LinuxContainer::default()),
+        ..Default::default()
+    };
+    if let Some(spec) = spec.and_then(|spec| serde_json::to_value(spec).ok()) {
+        from_spec(&mut container, &spec);
+    }
+    container
+}
+
+/// A container that is there. `now` are its resources where they were changed since it was created.
+pub fn container(
+    snapshot: &ContainerSnapshot,
+    config: &ContainerConfig,
+    spec: Option<&Spec>,
+    now: Option<&LinuxContainerResources>,
+) -> Container {
+    let mut container = new_container(&snapshot.id, &snapshot.box_id, config, spec);
+    container.state = match snapshot.state {
+        ContainerState::Created => State::ContainerCreated,
+        ContainerState::Running => State::ContainerRunning,
+        ContainerState::Exited => State::ContainerStopped,
+        ContainerState::Unknown => State::ContainerUnknown,
+    } as i32;
+    container.created_at = snapshot.created_at_ns;
+    container.started_at = snapshot.started_at_ns;
+    container.finished_at = snapshot.finished_at_ns;
+    container.exit_code = snapshot.exit_code;
+    container.status_reason = snapshot.reason.clone();
+    container.status_message = snapshot.message.clone();
+    if let Some(now) = now {
+        let linux = container.linux.get_or_insert_default();
+        let all: &mut LinuxResources = linux.resources.get_or_insert_default();
+        resources::overlay(all, &resources::from_cri(now));
+    }
+    container
+}
+
+fn from_spec(container: &mut Container, spec: &Value) {
+    let process = &spec["process"];
+    container.args = texts(&process["args"]);
+    container.env = texts(&process["env"]);
+    for (key, value) in spec["annotations"].as_object().into_iter().flatten() {
+        let own = key.starts_with("boxlite.") || key.starts_with("io.boxlite.");
+        if !own {
+            container.annotations.insert(key.clone(), text(value));
+        }
+    }
+    container.mounts = each(&spec["mounts"], |mount| Mount {
+        destination: text(&mount["destination"]),
+        r#type: text(&mount["type"]),
+        source: text(&mount["source"]),
+        options: texts(&mount["options"]),
+    });
+    container.rlimits = each(&process["rlimits"], |limit| PosixRlimit {
+        r#type: text(&limit["type"]),
+        hard: limit["hard"].as_u64().unwrap_or(0),
+        soft: limit["soft"].as_u64().unwrap_or(0),
+    });
+    let user = &process["user"];
+    container.user = Some(User {
+        uid: number(&user["uid"]).unwrap_or(0),
+        gid: number(&user["gid"]).unwrap_or(0),
+        additional_gids: user["additionalGids"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(number)
+            .collect(),
+    });
+    let linux = &spec["linux"];
+    container.linux = Some(LinuxContainer {
+        namespaces: each(&linux["namespaces"], |namespace| LinuxNamespace {
+            r#type: text(&namespace["type"]),
+            path: text(&namespace["path"]),
+        }),
+        devices: each(&linux["devices"], device),
+        resources: Some(resources::from_oci(&linux["resources"])),
+        oom_score_adj: process["oomScoreAdj"]
+            .as_i64()
+            .map(|value| OptionalInt { value }),
+        sysctl: linux["sysctl"]
+            .as_object()
+            .into_iter()
+            .flatten()
+            .map(|(key, value)| (key.clone(), text(value)))
+            .collect(),
+        ..Default::default()
+    });
+}
+
+fn device(device: &Value) -> LinuxDevice {
+    LinuxDevice {
+        path: text(&device["path"]),
+        r#type: text(&device["type"]),
+        major: device["major"].as_i64().unwrap_or(0),
+        minor: device["minor"].as_i64().unwrap_or(0),
+        file_mode: number(&device["fileMode"]).map(|value| OptionalFileMode { value }),
+        uid: number(&device["uid"]).map(|value| OptionalUInt32 { value }),
+        gid: number(&device["gid"]).map(|value| OptionalUInt32 { value }),
+    }
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().unwrap_or_default().to_owned()
+}
+
+fn texts(value: &Value) -> Vec<String> {
+    each(value, text)
+}
+
+fn number(value: &Value) -> Option<u32> {
+    value.as_u64().and_then(|number| u32::try_from(number).ok())
+}
+
+fn each<T>(value: &Value, make: impl Fn(&Value) -> T) -> Vec<T> {
+    value.as_array().into_iter().flatten().map(make).collect()
+}

@@ -1,0 +1,550 @@
+//! One plugin: how it registers, is configured and synchronized, and how an event reaches it.
+//!
+//! ```text
+//!  connected ─ RegisterPlugin ─▶ Configure ─▶ Synchronize ─▶ (in the registry: events in order) ─▶ closed
+//! ```
+//!
+//! A plugin that refuses an event fails the call; one that hangs, breaks or went away is closed and the call goes on without it, as NRI
+//! has it. The order among plugins and what their answers come to are [`super`]'s and [`super::collect`]'s.
+
+use super::connection::{CallError, Connection, INVALID_ARGUMENT, Service, UNIMPLEMENTED};
+use super::wire::RpcStatus;
+use super::{Host, Limits};
+use boxlite_proto::nri::v1alpha1::{
+    ConfigureRequest, ConfigureResponse, Container, ContainerUpdate, Empty, Event, PodSandbox,
+    RegisterPluginRequest, StateChangeEvent, SynchronizeRequest, SynchronizeResponse,
+    UpdateContainersRequest, UpdateContainersResponse,
+};
+use prost::Message;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::sync::oneshot;
+use tokio_util::task::TaskTracker;
+
+/// The NRI release whose interface this is.
+const NRI_VERSION: &str = "v0.12.1";
+/// The name under which plugins know this runtime.
+const RUNTIME_NAME: &str = "boxlite";
+/// Every event there is, as a subscription.
+const EVERY_EVENT: i32 = (1 << (Event::Last as i32 - 1)) - 1;
+/// Bytes of pods and containers in one part of a synchronization: far enough below ttrpc's 4 MiB for the rest of the message.
+const PART_LIMIT: usize = 2 << 20;
+/// Longest name of a plugin, in bytes; it goes into messages and logs.
+const NAME_LIMIT: usize = 253;
+/// How long a plugin may take to hear that the runtime goes down.
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(1);
+
+/// Why a plugin is not, or no longer, one of the plugins.
+#[derive(Debug, thiserror::Error)]
+pub enum PluginError {
+    /// It said nothing.
+    #[error("it did not register within {0:?}")]
+    Silent(Duration),
+    /// It went away first.
+    #[error("its connection ended before it registered")]
+    Gone,
+    /// The socket.
+    #[error("its socket cannot be used")]
+    Socket(#[from] std::io::Error),
+    /// A call of the handshake.
+    #[error("{step} failed")]
+    Call {
+        step: &'static str,
+        #[source]
+        source: CallError,
+    },
+    /// A subscription for events that do not exist.
+    #[error("it subscribes for unknown events: {0:#x}")]
+    Events(i32),
+    /// It cannot take the state in parts.
+    #[error(
+        "it does not take the pods and containers in parts, and they are too many for one message"
+    )]
+    Parts,
+    /// Calls under way kept it from being synchronized.
+    #[error("it waited {0:?} for calls under way and was not let in")]
+    Busy(Duration),
+}
+
+/// A refusal of an event, by name of the plugin.
+#[derive(Debug, thiserror::Error)]
+#[error("NRI plugin {plugin} refuses {event}: {message}")]
+pub struct Refusal {
+    pub plugin: String,
+    pub event: &'static str,
+    pub message: String,
+}
+
+/// A plugin that is registered and configured.
+#[derive(Debug)]
+pub struct Plugin {
+    index: String,
+    name: String,
+    events: i32,
+    connection: Connection,
+    limits: Limits,
+    /// Knows only StateChange: older than the dedicated calls.
+    old: AtomicBool,
+}
+
+/// What the runtime serves to one plugin.
+struct Runtime {
+    registered: Mutex<Option<oneshot::Sender<(String, String)>>>,
+    /// Index and name of a plugin that this runtime launched.
+    given: Option<(String, String)>,
+    host: Arc<dyn Host>,
+}
+
+fn refused(code: i32, message: impl Into<String>) -> RpcStatus {
+    RpcStatus {
+        code,
+        message: message.into(),
+    }
+}
+
+#[tonic::async_trait]
+impl Service for Runtime {
+    async fn call(
+        &self,
+        service: &str,
+        method: &str,
+        payload: &[u8],
+    ) -> Result<Vec<u8>, RpcStatus> {
+        let invalid = |error: prost::DecodeError| refused(INVALID_ARGUMENT, error.to_string());
+        match (service, method) {
+            ("nri.pkg.api.v1alpha1.Runtime", "RegisterPlugin") => {
+                self.register(RegisterPluginRequest::decode(payload).map_err(invalid)?)?;
+                Ok(Empty {}.encode_to_vec())
+            }
+            ("nri.pkg.api.v1alpha1.Runtime", "UpdateContainers") => {
+                let request = UpdateContainersRequest::decode(payload).map_err(invalid)?;
+                if !request.evict.is_empty() {
+                    // Published plugins' stubs have no call for it, and the published runtime side ignores it.
+                    tracing::warn!(evictions = request.evict.len(), "evictions are ignored");
+                }
+                let failed = self.host.update(request.update).await;
+                Ok(UpdateContainersResponse { failed }.encode_to_vec())
+            }
+            _ => Err(refused(
+                UNIMPLEMENTED,
+                format!("no {service}/{method} here"),
+            )),
+        }
+    }
+}
+
+impl Runtime {
+    fn register(&self, request: RegisterPluginRequest) -> Result<(), RpcStatus> {
+        let identity = match &self.given {
+            Some(given) => given.clone(),
+            None => {
+                check_index(&request.plugin_idx)
+                    .and_then(|()| check_name(&request.plugin_name))
+                    .map_err(|reason| refused(INVALID_ARGUMENT, reason))?;
+                (request.plugin_idx, request.plugin_name)
+            }
+        };
+        let told = self
+            .registered
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        match told {
+            Some(told) => {
+                // Nobody waits any more: the connection is being closed.
+                let _ = told.send(identity);
+                Ok(())
+            }
+            None => Err(refused(INVALID_ARGUMENT, "it is registered already")),
+        }
+    }
+}
+
+/// Two digits.
+pub fn check_index(index: &str) -> Result<(), String> {
+    if index.len() == 2 && index.bytes().all(|byte| byte.is_ascii_digit()) {
+        Ok(())
+    } else {
+        Err(format!("{index:?} is no plugin index: two digits"))
+    }
+}
+
+/// Letters, digits and `-_.+`.
+pub fn check_name(name: &str) -> Result<(), String> {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.+".contains(&byte);
+    if !name.is_empty() && name.len() <= NAME_LIMIT && name.bytes().all(allowed) {
+        Ok(())
+    } else {
+        Err(format!(
+            "{name:?} is no plugin name: letters, digits, - _ . +"
+        ))
+    }
+}
+
+impl Plugin {
+    /// Takes a plugin's socket through registration and configuration. `given` are index, name and configuration of a plugin that was
+    /// launched here. An error, and a dropped future, close the socket.
+    pub async fn register(
+        socket: UnixStream,
+        given: Option<(String, String, String)>,
+        limits: Limits,
+        host: Arc<dyn Host>,
+        tasks: &TaskTracker,
+    ) -> Result<Self, PluginError> {
+        let (told, registered) = oneshot::channel();
+        let (given, config) = match given {
+            Some((index, name, config)) => (Some((index, name)), config),
+            None => (None, String::new()),
+        };
+        let service = Arc::new(Runtime {
+            registered: Mutex::new(Some(told)),
+            given,
+            host,
+        });
+        let connection = Connection::open(socket, service, tasks)?;
+        let closing = Closing(Some(connection.clone()));
+        let registered = tokio::time::timeout(limits.registration, async {
+            tokio::select! {
+                told = registered => told.map_err(|_| PluginError::Gone),
+                () = connection.closed() => Err(PluginError::Gone),
+            }
+        });
+        let (index, name) = match registered.await {
+            Ok(identity) => identity?,
+            Err(_) => return Err(PluginError::Silent(limits.registration)),
+        };
+        let events = configure(&connection, config, limits).await?;
+        closing.keep();
+        Ok(Self {
+            index,
+            name,
+            events,
+            connection,
+            limits,
+            old: AtomicBool::new(false),
+        })
+    }
+
+    /// `00-name`.
+    pub fn full_name(&self) -> String {
+        format!("{}-{}", self.index, self.name)
+    }
+
+    /// Index: what orders plugins.
+    pub fn index(&self) -> &str {
+        &self.index
+    }
+
+    /// Name without index.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Whether it wants an event.
+    pub fn wants(&self, event: Event) -> bool {
+        self.events & (1 << (event as i32 - 1)) != 0
+    }
+
+    /// Whether its connection is gone.
+    pub fn is_closed(&self) -> bool {
+        self.connection.is_closed()
+    }
+
+    /// Returns once its connection is gone.
+    pub async fn closed(&self) {
+        self.connection.closed().await;
+    }
+
+    /// Ends the connection.
+    pub fn close(&self) {
+        self.connection.close();
+    }
+
+    /// Tells it everything that is there, in parts where it is much; its wishes come back. An error closes it.
+    ///
+    /// It belongs to the registration and has its limit: the published 2 s of a request are too short for a large node.
+    pub async fn synchronize(
+        &self,
+        pods: Vec<PodSandbox>,
+        containers: Vec<Container>,
+    ) -> Result<Vec<ContainerUpdate>, PluginError> {
+        let done = self.synchronize_parts(pods, containers).await;
+        if done.is_err() {
+            self.close();
+        }
+        done
+    }
+
+    async fn synchronize_parts(
+        &self,
+        pods: Vec<PodSandbox>,
+        containers: Vec<Container>,
+    ) -> Result<Vec<ContainerUpdate>, PluginError> {
+        let parts = parts(pods, containers);
+        for part in parts {
+            let more = part.more;
+            let answer: SynchronizeResponse = self
+                .connection
+                .call("Synchronize", &part, self.limits.registration)
+                .await
+                .map_err(|source| PluginError::Call {
+                    step: "Synchronize",
+                    source,
+                })?;
+            if !more {
+                return Ok(answer.update);
+            }
+            if !answer.more || !answer.update.is_empty() {
+                return Err(PluginError::Parts);
+            }
+        }
+        Ok(Vec::new())
+    }
+
+    /// Tells it an event that it subscribed for. `None`: it did not, or it is gone now.
+    pub async fn tell<A: Message + Default>(
+        &self,
+        event: Event,
+        request: &impl Message,
+    ) -> Result<Option<A>, Refusal> {
+        if self.is_closed() || !self.wants(event) {
+            return Ok(None);
+        }
+        let answer = self
+            .connection
+            .call(method(event), request, self.limits.request)
+            .await;
+        self.judge(event, answer)
+    }
+
+    /// Asks it whether an adjustment is all right. One that subscribed for everything and does not know the call has nothing against it.
+    pub async fn validate<A: Message + Default>(
+        &self,
+        event: Event,
+        request: &impl Message,
+    ) -> Result<Option<A>, Refusal> {
+        let answer = self
+            .connection
+            .call(method(event), request, self.limits.request)
+            .await;
+        match answer {
+            Err(CallError::Refused { code, .. }) if code == UNIMPLEMENTED => Ok(Some(A::default())),
+            answer => self.judge(event, answer),
+        }
+    }
+
+    /// Tells it an event without an answer, by StateChange where it is too old for the event's own call.
+    pub async fn notify(
+        &self,
+        event: Event,
+        request: &impl Message,
+        pod: &PodSandbox,
+        container: Option<&Container>,
+    ) -> Result<(), Refusal> {
+        if self.is_closed() || !self.wants(event) {
+            return Ok(());
+        }
+        if !self.old.load(Ordering::Relaxed) {
+            let answer: Result<Empty, CallError> = self
+                .connection
+                .call(method(event), request, self.limits.request)
+                .await;
+            match answer {
+                Err(CallError::Refused { code, .. }) if code == UNIMPLEMENTED => {
+                    self.old.store(true, Ordering::Relaxed);
+                    tracing::warn!(plugin = self.full_name(), "has no calls but StateChange");
+                }
+                answer => return self.judge(event, answer).map(|_| ()),
+            }
+        }
+        let change = StateChangeEvent {
+            event: event as i32,
+            pod: Some(pod.clone()),
+            container: container.cloned(),
+        };
+        let answer: Result<Empty, CallError> = self
+            .connection
+            .call("StateChange", &change, self.limits.request)
+            .await;
+        self.judge(event, answer).map(|_| ())
+    }
+
+    /// A refusal counts; whatever else went wrong ends the plugin and not the call.
+    fn judge<A>(&self, event: Event, answer: Result<A, CallError>) -> Result<Option<A>, Refusal> {
+        match answer {
+            Ok(answer) => Ok(Some(answer)),
+            Err(CallError::Refused { message, .. }) => Err(Refusal {
+                plugin: self.full_name(),
+                event: method(event),
+                message,
+            }),
+            Err(error) => {
+                tracing::error!(
+                    plugin = self.full_name(),
+                    error = boxlite_runtime::report(&error),
+                    "the plugin is closed; the call goes on without it"
+                );
+                self.close();
+                Ok(None)
+            }
+        }
+    }
+
+    /// Lets it know that the runtime goes down, and closes it.
+    pub async fn shut_down(&self) {
+        // It goes either way.
+        let _: Result<Empty, CallError> = self
+            .connection
+            .call("Shutdown", &Empty {}, SHUTDOWN_LIMIT)
+            .await;
+        self.close();
+    }
+}
+
+/// Closes a connection unless kept.
+struct Closing(Option<Connection>);
+
+impl Closing {
+    fn keep(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        if let Some(connection) = &self.0 {
+            connection.close();
+        }
+    }
+}
+
+/// Configures it; its subscription comes back.
+async fn configure(
+    connection: &Connection,
+    config: String,
+    limits: Limits,
+) -> Result<i32, PluginError> {
+    let milliseconds = |limit: Duration| i64::try_from(limit.as_millis()).unwrap_or(i64::MAX);
+    let request = ConfigureRequest {
+        config,
+        runtime_name: RUNTIME_NAME.into(),
+        runtime_version: env!("CARGO_PKG_VERSION").into(),
+        registration_timeout: milliseconds(limits.registration),
+        request_timeout: milliseconds(limits.request),
+        nri_version: NRI_VERSION.into(),
+    };
+    let answer: ConfigureResponse = connection
+        .call("Configure", &request, limits.request)
+        .await
+        .map_err(|source| PluginError::Call {
+            step: "Configure",
+            source,
+        })?;
+    match answer.events {
+        0 => Ok(EVERY_EVENT),
+        events if events & !EVERY_EVENT != 0 => Err(PluginError::Events(events & !EVERY_EVENT)),
+        events => Ok(events),
+    }
+}
+
+/// Everything in messages of bounded size, pods first; the last one says that no more follows.
+fn parts(pods: Vec<PodSandbox>, containers: Vec<Container>) -> Vec<SynchronizeRequest> {
+    let mut parts = vec![SynchronizeRequest::default()];
+    let mut bytes = 0;
+    let mut room = |parts: &mut Vec<SynchronizeRequest>, size: usize| {
+        if bytes > 0 && bytes + size > PART_LIMIT {
+            parts.push(SynchronizeRequest::default());
+            bytes = 0;
+        }
+        bytes += size;
+    };
+    for pod in pods {
+        room(&mut parts, pod.encoded_len());
+        if let Some(part) = parts.last_mut() {
+            part.pods.push(pod);
+        }
+    }
+    for container in containers {
+        room(&mut parts, container.encoded_len());
+        if let Some(part) = parts.last_mut() {
+            part.containers.push(container);
+        }
+    }
+    let last = parts.len() - 1;
+    for part in &mut parts[..last] {
+        part.more = true;
+    }
+    parts
+}
+
+/// The call of an event.
+pub fn method(event: Event) -> &'static str {
+    match event {
+        Event::RunPodSandbox => "RunPodSandbox",
+        Event::StopPodSandbox => "StopPodSandbox",
+        Event::RemovePodSandbox => "RemovePodSandbox",
+        Event::CreateContainer => "CreateContainer",
+        Event::PostCreateContainer => "PostCreateContainer",
+        Event::StartContainer => "StartContainer",
+        Event::PostStartContainer => "PostStartContainer",
+        Event::UpdateContainer => "UpdateContainer",
+        Event::PostUpdateContainer => "PostUpdateContainer",
+        Event::StopContainer => "StopContainer",
+        Event::RemoveContainer => "RemoveContainer",
+        Event::UpdatePodSandbox => "UpdatePodSandbox",
+        Event::PostUpdatePodSandbox => "PostUpdatePodSandbox",
+        Event::ValidateContainerAdjustment => "ValidateContainerAdjustment",
+        Event::Unknown | Event::Last => "StateChange",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_indices() {
+        assert!(check_index("07").is_ok());
+        for index in ["", "7", "007", "a1", "٠٧"] {
+            assert!(check_index(index).is_err(), "{index}");
+        }
+        assert!(check_name("my-plugin_1.x+y").is_ok());
+        for name in ["", "a b", "a/b", &"x".repeat(254)] {
+            assert!(check_name(name).is_err(), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_large_state_goes_in_parts_and_nothing_is_lost() {
+        let container = |id: usize| Container {
+            id: id.to_string(),
+            args: vec!["x".repeat(200_000)],
+            ..Default::default()
+        };
+        let pods = vec![PodSandbox::default(); 3];
+        let parts = parts(pods, (0..40).map(container).collect());
+        assert!(parts.len() > 3, "{}", parts.len());
+        assert!(parts.iter().all(|part| part.encoded_len() < 3 << 20));
+        let more: Vec<bool> = parts.iter().map(|part| part.more).collect();
+        assert!(more[..more.len() - 1].iter().all(|more| *more) && !more[more.len() - 1]);
+        let ids: Vec<String> = parts
+            .iter()
+            .flat_map(|part| part.containers.iter().map(|c| c.id.clone()))
+            .collect();
+        assert_eq!(ids, (0..40).map(|id| id.to_string()).collect::<Vec<_>>());
+        assert_eq!(parts.iter().map(|part| part.pods.len()).sum::<usize>(), 3);
+    }
+
+    #[test]
+    fn nothing_is_one_part() {
+        let parts = parts(Vec::new(), Vec::new());
+        assert_eq!(parts, [SynchronizeRequest::default()]);
+    }
+
+    #[test]
+    fn the_mask_of_everything_has_fourteen_events() {
+        assert_eq!(EVERY_EVENT, 0x3fff);
+    }
+}

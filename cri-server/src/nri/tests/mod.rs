@@ -1,0 +1,350 @@
+//! The registry with plugins on socket pairs: order, refusals, the dead and the hung, and that no container is missed.
+
+mod fake;
+mod merge;
+
+use super::session::SessionError;
+use super::{Nri, Registry};
+use boxlite_proto::nri::v1alpha1::*;
+use fake::{FakeHost, LIMITS, Log, Reply, events, join, ok, registry};
+use prost::Message as _;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Everything; as a plugin that names nothing.
+const ALL: i32 = 0;
+
+fn bit(event: Event) -> i32 {
+    1 << (event as i32 - 1)
+}
+
+fn pod() -> PodSandbox {
+    PodSandbox {
+        id: "pod".into(),
+        ..Default::default()
+    }
+}
+
+fn container(id: &str) -> Container {
+    Container {
+        id: id.into(),
+        pod_sandbox_id: "pod".into(),
+        ..Default::default()
+    }
+}
+
+fn fine(_: &str, _: &[u8]) -> Reply {
+    Reply::Ok(Vec::new())
+}
+
+fn nri(registry: &Arc<Registry>) -> Nri {
+    Nri(Some(registry.clone()))
+}
+
+async fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !done() {
+        assert!(begun.elapsed() < Duration::from_secs(20), "{what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+#[tokio::test]
+async fn events_go_round_by_index_to_those_who_want_them() {
+    let (registry, log) = (registry(Default::default()), Log::default());
+    assert!(join(&registry, "20", "late", ALL, &log, fine).await);
+    let only_start = bit(Event::StartContainer);
+    assert!(join(&registry, "10", "early", only_start, &log, fine).await);
+    let session = nri(&registry).enter().await;
+    let (pod, container) = (pod(), container("c"));
+    session.ask(Event::RunPodSandbox, &pod, None).await.unwrap();
+    session.create(&pod, container.clone(), 1).await.unwrap();
+    session
+        .ask(Event::StartContainer, &pod, Some(&container))
+        .await
+        .unwrap();
+    session.stop(&pod, &container).await;
+    session.stop(&pod, &container).await;
+    session
+        .tell(Event::RemoveContainer, &pod, Some(&container))
+        .await;
+    session.stop_pod(&pod).await;
+    session.stop_pod(&pod).await;
+    session.tell(Event::RemovePodSandbox, &pod, None).await;
+    assert_eq!(
+        events(&log),
+        [
+            "late RunPodSandbox",
+            "late CreateContainer",
+            "late ValidateContainerAdjustment",
+            "early StartContainer",
+            "late StartContainer",
+            "late StopContainer",
+            "late RemoveContainer",
+            "late StopPodSandbox",
+            "late RemovePodSandbox",
+        ]
+    );
+}
+
+#[tokio::test]
+async fn a_refusal_names_the_plugin_and_the_next_is_not_asked() {
+    let (registry, log) = (registry(Default::default()), Log::default());
+    let no = |method: &str, _: &[u8]| match method {
+        "RunPodSandbox" => Reply::Refuse("not today"),
+        _ => Reply::Ok(Vec::new()),
+    };
+    assert!(join(&registry, "00", "no", ALL, &log, no).await);
+    assert!(join(&registry, "10", "yes", ALL, &log, fine).await);
+    let session = nri(&registry).enter().await;
+    let error = session
+        .ask(Event::RunPodSandbox, &pod(), None)
+        .await
+        .unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "NRI plugin 00-no refuses RunPodSandbox: not today"
+    );
+    assert_eq!(events(&log), ["no RunPodSandbox"]);
+    // What only tells goes on.
+    session.tell(Event::RemovePodSandbox, &pod(), None).await;
+    assert_eq!(events(&log).len(), 3);
+}
+
+#[tokio::test]
+async fn the_hung_and_the_dead_are_left_out_and_the_call_goes_on() {
+    for reply in [|| Reply::Hang, || Reply::Close] {
+        let (registry, log) = (registry(Default::default()), Log::default());
+        let bad = move |method: &str, _: &[u8]| match method {
+            "RunPodSandbox" => reply(),
+            _ => Reply::Ok(Vec::new()),
+        };
+        assert!(join(&registry, "00", "bad", ALL, &log, bad).await);
+        assert!(join(&registry, "10", "good", ALL, &log, fine).await);
+        let session = nri(&registry).enter().await;
+        let begun = Instant::now();
+        session
+            .ask(Event::RunPodSandbox, &pod(), None)
+            .await
+            .unwrap();
+        assert!(begun.elapsed() < LIMITS.request + Duration::from_secs(3));
+        session.tell(Event::RemovePodSandbox, &pod(), None).await;
+        assert_eq!(
+            events(&log),
+            [
+                "bad RunPodSandbox",
+                "good RunPodSandbox",
+                "good RemovePodSandbox"
+            ]
+        );
+        for _ in 0..1000 {
+            if registry.plugins.lock().await.len() == 1 {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        assert_eq!(registry.plugins.lock().await.len(), 1);
+    }
+}
+
+#[tokio::test]
+async fn who_does_not_register_properly_is_not_taken() {
+    let (registry, log) = (registry(Default::default()), Log::default());
+    assert!(!join(&registry, "1", "short", ALL, &log, fine).await);
+    assert!(!join(&registry, "00", "a b", ALL, &log, fine).await);
+    assert!(!join(&registry, "00", "events", 1 << 20, &log, fine).await);
+    let silent = |method: &str, _: &[u8]| match method {
+        "Configure" => Reply::Hang,
+        _ => Reply::Ok(Vec::new()),
+    };
+    assert!(!join(&registry, "00", "silent", ALL, &log, silent).await);
+    let bad_sync = |method: &str, _: &[u8]| match method {
+        "Synchronize" => Reply::Refuse("no"),
+        _ => Reply::Ok(Vec::new()),
+    };
+    assert!(!join(&registry, "00", "sync", ALL, &log, bad_sync).await);
+    assert!(registry.plugins.lock().await.is_empty());
+}
+
+#[tokio::test]
+async fn a_plugin_that_never_speaks_is_given_up() {
+    let registry = registry(Default::default());
+    let (ours, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    let begun = Instant::now();
+    assert!(registry.clone().bring_in(ours, None).await.is_none());
+    assert!(begun.elapsed() >= LIMITS.registration);
+}
+
+#[tokio::test]
+async fn what_is_there_and_what_comes_meanwhile_reaches_a_new_plugin() {
+    let host = Arc::new(FakeHost::default());
+    let (registry, log) = (registry(host.clone()), Log::default());
+    // A verb is between its event and its change: the plugin waits, and then finds the container.
+    let session = nri(&registry).enter().await;
+    let seen = Log::default();
+    let found = seen.clone();
+    let script = move |method: &str, payload: &[u8]| {
+        if method == "Synchronize" {
+            let request = SynchronizeRequest::decode(payload).unwrap();
+            let ids = request.containers.iter().map(|c| c.id.clone());
+            found.lock().unwrap().extend(ids);
+        }
+        Reply::Ok(Vec::new())
+    };
+    let joining = {
+        let (registry, log) = (registry.clone(), log.clone());
+        tokio::spawn(async move { join(&registry, "00", "new", ALL, &log, script).await })
+    };
+    wait_for("Configure", || !log.lock().unwrap().is_empty()).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(log.lock().unwrap().len(), 1, "Synchronize has to wait");
+    host.containers.lock().unwrap().push(container("between"));
+    // Whoever comes now waits for the plugin, and tells it.
+    let next = {
+        let nri = nri(&registry);
+        tokio::spawn(async move {
+            let session = nri.enter().await;
+            session.create(&pod(), container("next"), 1).await.map(drop)
+        })
+    };
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert!(!next.is_finished());
+    drop(session);
+    assert!(joining.await.unwrap());
+    next.await.unwrap().unwrap();
+    assert_eq!(*seen.lock().unwrap(), ["between"]);
+    assert_eq!(events(&log)[0], "new CreateContainer");
+}
+
+#[tokio::test]
+async fn a_large_state_is_taken_in_parts_or_not_at_all() {
+    let host = Arc::new(FakeHost::default());
+    for id in 0..30 {
+        let mut large = container(&id.to_string());
+        large.args = vec!["x".repeat(200_000)];
+        host.containers.lock().unwrap().push(large);
+    }
+    let (registry, log) = (registry(host), Log::default());
+    assert!(!join(&registry, "00", "old", ALL, &log, fine).await);
+    let seen = Log::default();
+    let found = seen.clone();
+    let script = move |method: &str, payload: &[u8]| match method {
+        "Synchronize" => {
+            let request = SynchronizeRequest::decode(payload).unwrap();
+            let ids = request.containers.iter().map(|c| c.id.clone());
+            found.lock().unwrap().extend(ids);
+            ok(SynchronizeResponse {
+                more: request.more,
+                ..Default::default()
+            })
+        }
+        _ => Reply::Ok(Vec::new()),
+    };
+    assert!(join(&registry, "00", "new", ALL, &log, script).await);
+    assert_eq!(seen.lock().unwrap().len(), 30);
+}
+
+#[tokio::test]
+async fn an_old_plugin_gets_state_changes() {
+    let (registry, log) = (registry(Default::default()), Log::default());
+    let old = |method: &str, payload: &[u8]| match method {
+        "StateChange" => {
+            let change = StateChangeEvent::decode(payload).unwrap();
+            assert_eq!(change.pod.unwrap().id, "pod");
+            Reply::Ok(Vec::new())
+        }
+        "Configure" | "Synchronize" => Reply::Ok(Vec::new()),
+        _ => Reply::Unimplemented,
+    };
+    assert!(join(&registry, "00", "old", ALL, &log, old).await);
+    let session = nri(&registry).enter().await;
+    session
+        .ask(Event::RunPodSandbox, &pod(), None)
+        .await
+        .unwrap();
+    session.stop_pod(&pod()).await;
+    assert_eq!(
+        events(&log),
+        ["old RunPodSandbox", "old StateChange", "old StateChange"]
+    );
+}
+
+#[tokio::test]
+async fn a_plugin_may_update_containers_in_the_middle_of_an_event() {
+    let host = Arc::new(FakeHost::default());
+    let (registry, log) = (registry(host.clone()), Log::default());
+    let update = ContainerUpdate {
+        container_id: "other".into(),
+        ..Default::default()
+    };
+    let script = move |method: &str, _: &[u8]| match method {
+        "StartContainer" => Reply::UpdateFirst(vec![update.clone()]),
+        _ => Reply::Ok(Vec::new()),
+    };
+    assert!(join(&registry, "00", "busy", ALL, &log, script).await);
+    let session = nri(&registry).enter().await;
+    session
+        .ask(Event::StartContainer, &pod(), Some(&container("c")))
+        .await
+        .unwrap();
+    assert_eq!(host.updates.lock().unwrap()[0].container_id, "other");
+}
+
+#[tokio::test]
+async fn a_validator_sees_the_adjustment_with_its_owner_and_may_reject_it() {
+    let (registry, log) = (registry(Default::default()), Log::default());
+    let adjuster = |method: &str, _: &[u8]| match method {
+        "CreateContainer" => ok(CreateContainerResponse {
+            adjust: Some(ContainerAdjustment {
+                args: vec!["true".into()],
+                ..Default::default()
+            }),
+            ..Default::default()
+        }),
+        _ => Reply::Ok(Vec::new()),
+    };
+    let validator = |method: &str, payload: &[u8]| match method {
+        "ValidateContainerAdjustment" => {
+            let request = ValidateContainerAdjustmentRequest::decode(payload).unwrap();
+            assert_eq!(request.adjust.unwrap().args, ["true"]);
+            assert!(request.container.unwrap().args.is_empty());
+            let owners = &request.owners.unwrap().owners["c"];
+            assert_eq!(owners.simple[&(Field::Args as i32)], "00-adjuster");
+            assert_eq!(request.plugins.len(), 2);
+            ok(ValidateContainerAdjustmentResponse {
+                reject: true,
+                reason: "no arguments".into(),
+            })
+        }
+        _ => Reply::Ok(Vec::new()),
+    };
+    let create = bit(Event::CreateContainer);
+    assert!(join(&registry, "00", "adjuster", create, &log, adjuster).await);
+    let validate = bit(Event::ValidateContainerAdjustment);
+    assert!(join(&registry, "10", "validator", validate, &log, validator).await);
+    let session = nri(&registry).enter().await;
+    let error = session.create(&pod(), container("c"), 1).await.unwrap_err();
+    assert!(matches!(&error, SessionError::Rejected { plugin, reason }
+        if plugin == "10-validator" && reason == "no arguments"));
+}
+
+#[tokio::test]
+async fn without_nri_nothing_is_asked() {
+    let session = Nri::default().enter().await;
+    assert!(!session.heard().await);
+    session
+        .ask(Event::RunPodSandbox, &pod(), None)
+        .await
+        .unwrap();
+    let (adjust, updates) = session.create(&pod(), container("c"), 1).await.unwrap();
+    assert_eq!((adjust, updates.len()), (Default::default(), 0));
+}
+
+#[tokio::test]
+async fn the_end_tells_plugins_and_leaves_no_task() {
+    let (registry, log) = (registry(Default::default()), Log::default());
+    assert!(join(&registry, "00", "p", ALL, &log, fine).await);
+    nri(&registry).stop().await;
+    assert_eq!(events(&log), ["p Shutdown"]);
+    assert!(registry.tasks.is_empty());
+}

@@ -1,0 +1,283 @@
+//! What is on an NRI socket: frames of a multiplexed trunk, and in them ttrpc's messages.
+//!
+//! ```text
+//! frame    connection u32 BE, length u32 BE, bytes          connection 1: the plugin serves, 2: the runtime serves
+//! message  length u32 BE, stream u32 BE, kind u8, flags u8, payload        a byte stream within one connection
+//! ```
+//!
+//! The ttrpc crate takes a socket and not a stream of frames, and plugins depend on where frames are cut (see [`write`]), so both
+//! layers are here; they are small. Pure bytes: who calls whom is [`super::connection`]'s.
+
+use bytes::{Buf, BytesMut};
+use std::io;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+/// The connection on which the plugin serves.
+pub const PLUGIN_SERVICE: u32 = 1;
+/// The connection on which the runtime serves.
+pub const RUNTIME_SERVICE: u32 = 2;
+/// Largest payload of a message, in bytes: ttrpc's own limit, which plugins enforce too.
+pub const MESSAGE_LIMIT: usize = 4 << 20;
+/// ttrpc's kind of a call.
+pub const REQUEST: u8 = 1;
+/// ttrpc's kind of an answer.
+pub const RESPONSE: u8 = 2;
+
+const FRAME_HEADER: usize = 8;
+const MESSAGE_HEADER: usize = 10;
+/// Largest frame: a whole message. The published multiplexer cuts there too.
+const FRAME_LIMIT: usize = MESSAGE_HEADER + MESSAGE_LIMIT;
+/// Buffer of a Go plugin's ttrpc reader (bufio's default), in bytes.
+const READER_BUFFER: usize = 4096;
+
+/// Why a trunk is of no more use.
+#[derive(Debug, thiserror::Error)]
+pub enum WireError {
+    /// The socket.
+    #[error("the plugin's socket failed")]
+    Io(#[from] io::Error),
+    /// A length beyond what is allowed.
+    #[error("the plugin sent {what} of {bytes} bytes; the limit is {limit}")]
+    TooLarge {
+        what: &'static str,
+        bytes: usize,
+        limit: usize,
+    },
+}
+
+/// ttrpc's request.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Request {
+    #[prost(string, tag = "1")]
+    pub service: String,
+    #[prost(string, tag = "2")]
+    pub method: String,
+    #[prost(bytes = "vec", tag = "3")]
+    pub payload: Vec<u8>,
+    /// How long the caller waits; a Go plugin makes its handler's context of it.
+    #[prost(int64, tag = "4")]
+    pub timeout_nano: i64,
+}
+
+/// ttrpc's response: a status other than ok, or a payload.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Response {
+    #[prost(message, optional, tag = "1")]
+    pub status: Option<RpcStatus>,
+    #[prost(bytes = "vec", tag = "2")]
+    pub payload: Vec<u8>,
+}
+
+/// google.rpc.Status, without details.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct RpcStatus {
+    #[prost(int32, tag = "1")]
+    pub code: i32,
+    #[prost(string, tag = "2")]
+    pub message: String,
+}
+
+/// One ttrpc message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Message {
+    pub stream: u32,
+    pub kind: u8,
+    pub payload: Vec<u8>,
+}
+
+/// Makes messages of one connection's bytes.
+#[derive(Debug, Default)]
+pub struct Assembler {
+    bytes: BytesMut,
+}
+
+impl Assembler {
+    /// Takes a frame's bytes.
+    pub fn push(&mut self, bytes: &[u8]) {
+        self.bytes.extend_from_slice(bytes);
+    }
+
+    /// The next whole message. Never holds more than a message and a frame: call it until `None` after each push.
+    pub fn next(&mut self) -> Result<Option<Message>, WireError> {
+        let Some(mut header) = self.bytes.get(..MESSAGE_HEADER) else {
+            return Ok(None);
+        };
+        let length = header.get_u32() as usize;
+        let stream = header.get_u32();
+        let kind = header.get_u8();
+        if length > MESSAGE_LIMIT {
+            return Err(WireError::TooLarge {
+                what: "a message",
+                bytes: length,
+                limit: MESSAGE_LIMIT,
+            });
+        }
+        if self.bytes.len() < MESSAGE_HEADER + length {
+            return Ok(None);
+        }
+        self.bytes.advance(MESSAGE_HEADER);
+        let payload = self.bytes.split_to(length).to_vec();
+        Ok(Some(Message {
+            stream,
+            kind,
+            payload,
+        }))
+    }
+}
+
+/// The next frame; `None` at the end of the stream. Dropping the future loses what was read of a frame.
+pub async fn read(
+    reader: &mut (impl AsyncRead + Unpin),
+) -> Result<Option<(u32, Vec<u8>)>, WireError> {
+    let mut header = [0; FRAME_HEADER];
+    match reader.read_exact(&mut header).await {
+        Ok(_) => {}
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+        Err(error) => return Err(error.into()),
+    }
+    let mut fields = &header[..];
+    let connection = fields.get_u32();
+    let length = fields.get_u32() as usize;
+    if length > FRAME_LIMIT {
+        return Err(WireError::TooLarge {
+            what: "a frame",
+            bytes: length,
+            limit: FRAME_LIMIT,
+        });
+    }
+    let mut bytes = vec![0; length];
+    reader.read_exact(&mut bytes).await?;
+    Ok(Some((connection, bytes)))
+}
+
+/// Writes one message, in at most two frames: as much as a Go plugin's reader buffers, then the rest.
+///
+/// A Go plugin reads a frame by one `Read` and fails with ENOMEM where its buffer is smaller than the frame. Its buffer is empty at
+/// the start of a message and has [`READER_BUFFER`] bytes; what is left of a payload after those is read straight into the
+/// payload's own place. Dropping the future leaves half a message: the trunk is of no more use.
+pub async fn write(
+    writer: &mut (impl AsyncWrite + Unpin),
+    connection: u32,
+    message: &Message,
+) -> Result<(), WireError> {
+    let length = message.payload.len();
+    if length > MESSAGE_LIMIT {
+        return Err(WireError::TooLarge {
+            what: "nothing: our message is one",
+            bytes: length,
+            limit: MESSAGE_LIMIT,
+        });
+    }
+    let mut bytes = Vec::with_capacity(MESSAGE_HEADER + length);
+    // Below the limit, so it fits.
+    bytes.extend_from_slice(&(length as u32).to_be_bytes());
+    bytes.extend_from_slice(&message.stream.to_be_bytes());
+    bytes.extend_from_slice(&[message.kind, 0]);
+    bytes.extend_from_slice(&message.payload);
+    let (first, rest) = bytes.split_at(bytes.len().min(READER_BUFFER));
+    for part in [first, rest] {
+        if part.is_empty() {
+            continue;
+        }
+        let mut frame = Vec::with_capacity(FRAME_HEADER + part.len());
+        frame.extend_from_slice(&connection.to_be_bytes());
+        frame.extend_from_slice(&(part.len() as u32).to_be_bytes());
+        frame.extend_from_slice(part);
+        writer.write_all(&frame).await?;
+    }
+    writer.flush().await?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn message(length: usize) -> Message {
+        Message {
+            stream: 7,
+            kind: REQUEST,
+            payload: (0..length).map(|at| at as u8).collect(),
+        }
+    }
+
+    async fn frames(message: &Message) -> Vec<(u32, Vec<u8>)> {
+        let mut bytes = Vec::new();
+        write(&mut bytes, PLUGIN_SERVICE, message).await.unwrap();
+        let (mut rest, mut found) = (&bytes[..], Vec::new());
+        while let Some(frame) = read(&mut rest).await.unwrap() {
+            found.push(frame);
+        }
+        found
+    }
+
+    #[tokio::test]
+    async fn a_message_is_cut_where_a_go_reader_can_take_it() {
+        for (length, cuts) in [
+            (0, vec![10]),
+            (4086, vec![4096]),
+            (4087, vec![4096, 1]),
+            (MESSAGE_LIMIT, vec![4096, MESSAGE_LIMIT - 4086]),
+        ] {
+            let frames = frames(&message(length)).await;
+            let lengths: Vec<usize> = frames.iter().map(|(_, bytes)| bytes.len()).collect();
+            assert_eq!(lengths, cuts, "{length}");
+            assert!(frames.iter().all(|(connection, _)| *connection == 1));
+            let mut assembler = Assembler::default();
+            for (_, bytes) in &frames {
+                assembler.push(bytes);
+            }
+            assert_eq!(assembler.next().unwrap(), Some(message(length)));
+            assert_eq!(assembler.next().unwrap(), None);
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_too_large_is_refused_before_it_is_held() {
+        assert!(
+            write(&mut Vec::new(), 1, &message(MESSAGE_LIMIT + 1))
+                .await
+                .is_err()
+        );
+        let frame = [&1u32.to_be_bytes()[..], &u32::MAX.to_be_bytes()].concat();
+        assert!(matches!(
+            read(&mut &frame[..]).await,
+            Err(WireError::TooLarge { .. })
+        ));
+        let mut assembler = Assembler::default();
+        assembler.push(&[0xff; MESSAGE_HEADER]);
+        assert!(matches!(assembler.next(), Err(WireError::TooLarge { .. })));
+    }
+
+    proptest! {
+        #[test]
+        fn any_cutting_gives_the_same_messages(lengths in proptest::collection::vec(0usize..300, 1..6), step in 1usize..64) {
+            let messages: Vec<Message> = lengths.into_iter().map(message).collect();
+            let bytes = futures::executor::block_on(async {
+                let mut bytes = Vec::new();
+                for message in &messages {
+                    for (_, part) in frames(message).await {
+                        bytes.extend(part);
+                    }
+                }
+                bytes
+            });
+            let (mut assembler, mut found) = (Assembler::default(), Vec::new());
+            for part in bytes.chunks(step) {
+                assembler.push(part);
+                while let Some(message) = assembler.next().unwrap() {
+                    found.push(message);
+                }
+            }
+            prop_assert_eq!(found, messages);
+        }
+
+        #[test]
+        fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let mut assembler = Assembler::default();
+            assembler.push(&bytes);
+            while let Ok(Some(_)) = assembler.next() {}
+        }
+    }
+}
