@@ -17,6 +17,7 @@ mod leak;
 mod lister;
 mod logs;
 mod node;
+mod nri;
 mod outcome;
 mod pod;
 mod process;

@@ -276,6 +276,12 @@ timeout_seconds = {}
 [registry]
 config_path = "{at}/certs.d"
 
+[nri]
+enable = true
+socket_path = "{at}/nri.sock"
+plugin_path = "{at}/nri/plugins"
+plugin_config_path = "{at}/nri/conf.d"
+
 [metrics]
 listen = "{metrics}"
 

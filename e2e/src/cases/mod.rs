@@ -12,6 +12,7 @@ pub mod network;
 mod observe;
 mod robust;
 mod security;
+mod nri;
 mod spec;
 mod streaming;
 mod trees;
@@ -31,6 +32,7 @@ pub fn all() -> Vec<Case> {
         spec::cases(),
         volumes::cases(),
         security::cases(),
+        nri::cases(),
         images::cases(),
         trees::cases(),
         observe::cases(),
