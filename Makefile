@@ -19,13 +19,14 @@ export BOXLITE_BIN   := $(BIN)
 export CARGO_TARGET_DIR := $(TARGET)
 export PATH := $(HOME)/.cargo/bin:$(PATH)
 
-.PHONY: all tools build guest host demo test e2e-qemu e2e-krun conformance conformance-krun bench lint unit fmt install clean help
+.PHONY: all tools build guest host demo test test-containerd e2e-qemu e2e-krun conformance conformance-krun bench lint unit fmt install clean help
 all: build
 
 help:
 	@echo "make demo     install what is needed, build, and show a pod in a real VM from pull to removal"
 	@echo "make test     lints, unit tests, end-to-end tests on QEMU and on libkrun (45 minutes on two cores)"
 	@echo "make conformance   critest, the conformance suite of CRI runtimes: SPDY, WebSocket, NRI (docs/conformance.md)"
+	@echo "make test-containerd  the shim under containerd 1.6 and 2.x"
 	@echo "make bench    ratios against a bare boot of the same VMM and kernel"
 	@echo "make build    programs into $(TARGET);  make install PREFIX=/usr/local puts them in place"
 	@echo "make tools    Debian packages, the guest kernel, virtiofsd and vhost-device-vsock"
@@ -69,6 +70,13 @@ conformance: build
 conformance-krun: build
 	@e2e/scripts/critest >/dev/null
 	@e2e/kvmhost/run --timeout 14400 -- $(BIN)/boxlite-e2e conformance --home krun $(CRITEST)
+
+# The shim under stock containerds, 1.6 and 2.x, with no boxlite-cri: on QEMU here, on libkrun with `make test-containerd
+# VMM=krun` in the emulated KVM host. VERSION=1.6 or 2 for one of them.
+test-containerd: build
+	@e2e/scripts/containerd
+	@$(if $(filter krun,$(VMM)),e2e/kvmhost/run --timeout 3000 --) $(BIN)/boxlite-e2e containerd --home $(or $(VMM),qemu) \
+	  $(if $(VERSION),--version $(VERSION)) $(if $(FILTER),--filter $(FILTER))
 
 bench: build
 	@$(BIN)/boxlite-e2e bench

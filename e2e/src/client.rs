@@ -112,7 +112,7 @@ impl tonic::codec::Decoder for Plain {
 
 impl Cri {
     /// One call of the runtime service by its name, bytes in and bytes out.
-    pub async fn raw(&self, call: &str, message: Vec<u8>) -> Result<Vec<u8>> {
+    pub async fn raw_bytes(&self, call: &str, message: Vec<u8>) -> Result<Vec<u8>> {
         let mut grpc = tonic::client::Grpc::new(self.channel.clone());
         grpc.ready().await?;
         let path = format!("/runtime.v1.RuntimeService/{call}").parse()?;

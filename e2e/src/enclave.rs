@@ -102,7 +102,12 @@ fn prepare() -> Result {
         None,
     )?;
     tmpfs(&scratch(), "mode=0755,size=75%")?;
-    for dir in ["/run/netns", "/var/lib/cni", "/run/boxlite"] {
+    for dir in [
+        "/run/netns",
+        "/var/lib/cni",
+        "/run/boxlite",
+        "/run/containerd",
+    ] {
         std::fs::create_dir_all(dir)?;
         tmpfs(dir.as_ref(), "mode=0755,size=64m")?;
     }

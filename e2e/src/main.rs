@@ -9,6 +9,7 @@ mod bench;
 mod cases;
 mod client;
 mod conformance;
+mod containerd;
 mod demo;
 mod enclave;
 mod image;
@@ -54,6 +55,18 @@ enum Command {
         /// Prints the names and ends.
         #[arg(long)]
         list: bool,
+    },
+    /// Runs the shim under a stock containerd.
+    Containerd {
+        /// Which VMM.
+        #[arg(long, value_enum, default_value = "qemu")]
+        home: world::Home,
+        /// Which containerd; both if left out.
+        #[arg(long, value_enum)]
+        version: Option<containerd::WhichVersion>,
+        /// Only cases whose name contains this.
+        #[arg(long, default_value = "")]
+        filter: String,
     },
     /// Ratios against a bare boot of the same VMM and kernel.
     Bench,
@@ -101,6 +114,11 @@ fn work(args: Args) -> outcome::Result<ExitCode> {
         Command::Bench => runtime.block_on(bench::run())?,
         // Needs no enclave; main has done it.
         Command::Tree { .. } => true,
+        Command::Containerd {
+            home,
+            version,
+            filter,
+        } => runtime.block_on(containerd::run(home, version, &filter))?,
         Command::Test { list: true, .. } => {
             for case in cases::all() {
                 println!("{}", case.name());

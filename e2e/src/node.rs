@@ -121,6 +121,17 @@ impl Node {
         })
     }
 
+    /// A node that somebody else's daemon serves at `<dir>/c.sock`: only its CRI client and its directory are of use.
+    pub fn foreign(dir: &Path) -> Result<Self> {
+        Ok(Self {
+            cri: Cri::lazy(&dir.join("c.sock"))?,
+            metrics: String::new(),
+            program: PathBuf::new(),
+            process: Mutex::new(None),
+            dir: dir.to_owned(),
+        })
+    }
+
     /// Runs the daemon and waits until it answers.
     pub async fn serve(&self) -> Result {
         let log = std::fs::OpenOptions::new()

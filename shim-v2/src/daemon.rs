@@ -5,7 +5,7 @@
 //! services down must not kill its pods on the way. SIGINT and SIGPIPE are ignored too; a panic ends the process, and the
 //! kernel then ends the VM.
 
-use crate::events::Publisher;
+use crate::events::{Publisher, Way};
 use crate::machine::VmMachine;
 use crate::record::{ProcessRef, Record};
 use crate::report::Report;
@@ -87,7 +87,7 @@ struct Prepared {
     id: String,
     namespace: String,
     socket: PathBuf,
-    events: String,
+    events: Way,
 }
 
 /// What must be done before there are threads.
@@ -130,7 +130,11 @@ fn prepare(flags: &Flags) -> Result<Prepared, DaemonError> {
         id: flags.id.clone(),
         namespace: flags.namespace.clone(),
         socket: PathBuf::from(&flags.socket),
-        events: std::env::var("TTRPC_ADDRESS").unwrap_or_default(),
+        events: Way::new(
+            &std::env::var("TTRPC_ADDRESS").unwrap_or_default(),
+            &flags.publish_binary,
+            &flags.address,
+        ),
     })
 }
 
@@ -148,13 +152,14 @@ async fn run(prepared: Prepared) -> Result<(), DaemonError> {
     let exit = CancellationToken::new();
     let published = CancellationToken::new();
     let (publisher, deliver) =
-        Publisher::new(&prepared.events, &prepared.namespace, published.clone());
+        Publisher::new(prepared.events, &prepared.namespace, published.clone());
     tasks.spawn(deliver);
     let context = Context {
         id: prepared.id.as_str().into(),
         bundle: Arc::new(prepared.bundle.clone()),
         publisher,
         tasks: tasks.clone(),
+        host_pid: Arc::default(),
     };
     let machine = Arc::new(VmMachine::new(Record {
         shim: ProcessRef::of(std::process::id().cast_signed()).ok(),

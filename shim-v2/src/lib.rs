@@ -6,6 +6,7 @@
 pub mod cgroup;
 pub mod cli;
 pub mod container;
+pub mod containerd;
 pub mod daemon;
 pub mod error;
 pub mod events;

@@ -1,4 +1,4 @@
-//! The roles in which this binary is started by itself or by boxlite-cri: `vmm`, `probe`, `probe-guest` and
+//! The roles in which this binary is started by itself or by boxlite-cri: `vmm`, `probe`, `probe-guest`, `log-program` and
 //! `user-namespace`.
 //!
 //! The shim protocol's own command line (`start`, `delete`, …) belongs to the cli module; main asks here first.
@@ -13,6 +13,7 @@ pub fn run(args: &[OsString]) -> Option<ExitCode> {
         crate::share::idmap::ROLE => Some(crate::share::idmap::hold()),
         "probe" => Some(crate::probe::run()),
         "probe-guest" => Some(crate::probe::run_guest()),
+        "log-program" => Some(crate::logs::program::run(&args[1..])),
         _ => None,
     }
 }

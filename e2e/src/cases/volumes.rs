@@ -236,7 +236,7 @@ async fn create_with_sub_path(
     };
     let mut message = request.encode_to_vec();
     field(&mut message, 2, &more);
-    let answer = pod.node.cri.raw("CreateContainer", message).await?;
+    let answer = pod.node.cri.raw_bytes("CreateContainer", message).await?;
     let id = CreateContainerResponse::decode(answer.as_slice())?.container_id;
     Ok(Container {
         pod: pod.clone(),
@@ -287,7 +287,7 @@ async fn images(world: Shared) -> Result {
     };
     let raw = node
         .cri
-        .raw("ContainerStatus", asked.encode_to_vec())
+        .raw_bytes("ContainerStatus", asked.encode_to_vec())
         .await?;
     let mut reference = Vec::new();
     field(&mut reference, 20, id.as_bytes());

@@ -40,7 +40,7 @@ pub fn layer(busybox: &Path, compression: Compression) -> Result<Layer> {
     tar.file("bin/busybox", 0o755, &program)?;
     let path = busybox.to_str().unwrap_or("/bin/busybox");
     for applet in run(path, &["--list"])?.lines().filter(|a| *a != "busybox") {
-        tar.hard_link(&format!("bin/{applet}"), "bin/busybox")?;
+        tar.hard_link_of_mode(&format!("bin/{applet}"), "bin/busybox", 0o755)?;
     }
     add_libraries(&mut tar, path)?;
     tar.file("etc/passwd", 0o644, PASSWD.as_bytes())?;

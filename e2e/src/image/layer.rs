@@ -108,7 +108,12 @@ impl LayerTar {
 
     /// A hard link to a path of this layer.
     pub fn hard_link(&mut self, path: &str, target: &str) -> Result<&mut Self> {
-        let mut header = Self::header(EntryType::Link, 0o644, 0);
+        self.hard_link_of_mode(path, target, 0o644)
+    }
+
+    /// A hard link whose header says this mode: honest tools write the file's own, and containerd gives it to the file.
+    pub fn hard_link_of_mode(&mut self, path: &str, target: &str, mode: u32) -> Result<&mut Self> {
+        let mut header = Self::header(EntryType::Link, mode, 0);
         self.tar.append_link(&mut header, path, target)?;
         Ok(self)
     }

@@ -390,26 +390,6 @@ impl LiteBox {
         self.running()?.shim.update_task(id, resources_json).await
     }
 
-    /// The OCI spec that a container was created with; mount sources are host paths.
-    ///
-    /// # Errors
-    /// `NotFound`, `Io`, `Internal` where it cannot be read.
-    pub async fn container_spec(&self, id: &str) -> Result<Spec> {
-        self.exact(id)?;
-        let path = self.inner.env.layout.container_config(self.id(), id);
-        teardown::blocking(move || {
-            let bytes = std::fs::read(&path).map_err(|source| RuntimeError::Io {
-                what: "cannot read",
-                path: path.clone(),
-                source,
-            })?;
-            serde_json::from_slice(&bytes).map_err(|error| RuntimeError::Internal {
-                what: format!("{} is no OCI spec: {error}", path.display()),
-            })
-        })
-        .await
-    }
-
     /// Has the shim close and reopen a container's log, after the kubelet moved it away.
     ///
     /// # Errors

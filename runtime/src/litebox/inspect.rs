@@ -105,7 +105,7 @@ impl LiteBox {
         })
     }
 
-    /// The OCI spec that a container was made with.
+    /// The OCI spec that a container was made with; mount sources are host paths.
     ///
     /// # Errors
     /// `NotFound`, `Io`, `Internal` where it cannot be read back.

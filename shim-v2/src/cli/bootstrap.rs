@@ -12,12 +12,16 @@
 //! The crate containerd-shim reads these too, but keeps its reader private and never answers 1.6.
 
 use super::CliError;
+use boxlite_proto::shim::shim::RuntimeOptions;
 use containerd_shim::Flags;
 use containerd_shim_protos::TASK_API_VERSION;
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult, LogLevel};
 use containerd_shim_protos::protobuf::Message;
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use std::io::{IsTerminal, Read};
 
+/// End of the type URL of a runtime handler's options.
+const RUNTIME_OPTIONS_TYPE: &str = "runtimeoptions.v1.Options";
 /// Largest bootstrap message, in bytes; containerd's own limit.
 const INPUT_LIMIT: u64 = 10 << 20;
 
@@ -33,7 +37,7 @@ pub enum Dialect {
 }
 
 /// What `start` was asked for, whatever the dialect.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct StartRequest {
     /// Where events go; empty: nowhere.
     pub events_address: String,
@@ -45,6 +49,8 @@ pub struct StartRequest {
     pub debug: bool,
     /// How to answer.
     pub dialect: Dialect,
+    /// The runtime handler's options, where containerd sends some.
+    pub options: Option<RuntimeOptions>,
 }
 
 /// Reads standard input and the environment.
@@ -81,6 +87,10 @@ pub fn parse(
             socket_dir: params.socket_dir.filter(|dir| !dir.is_empty()),
             debug,
             dialect: Dialect::Protobuf,
+            options: params
+                .extensions
+                .iter()
+                .find_map(|extension| runtime_options(&extension.value)),
         });
     }
     let address = if flags.address.is_empty() {
@@ -100,7 +110,18 @@ pub fn parse(
         socket_dir: None,
         debug: flags.debug,
         dialect,
+        options: Any::parse_from_bytes(input)
+            .ok()
+            .and_then(|any| runtime_options(&any)),
     })
+}
+
+/// The options of a runtime handler; None for those of another runtime (ctr sends runc's whatever the runtime).
+fn runtime_options(any: &Any) -> Option<RuntimeOptions> {
+    if !any.type_url.ends_with(RUNTIME_OPTIONS_TYPE) {
+        return None;
+    }
+    RuntimeOptions::parse_from_bytes(&any.value).ok()
 }
 
 /// BootstrapParams, or None where the input is empty or older: runtime options (an `Any`) decode as BootstrapParams
@@ -159,7 +180,6 @@ pub fn answer(dialect: Dialect, address: &str) -> Result<Vec<u8>, CliError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use containerd_shim_protos::protobuf::well_known_types::any::Any;
 
     fn flags() -> Flags {
         containerd_shim::parse(&[
@@ -233,9 +253,23 @@ mod tests {
             ..Default::default()
         };
         let input = options.write_to_bytes().expect("encodes");
-        assert_eq!(
-            parse(&flags(), &input, |_| None).expect("valid").dialect,
-            Dialect::Plain
-        );
+        let request = parse(&flags(), &input, |_| None).expect("valid");
+        assert_eq!((request.dialect, request.options), (Dialect::Plain, None));
+    }
+
+    #[test]
+    fn a_runtime_handlers_options_are_found() {
+        let value = RuntimeOptions {
+            config_path: "/etc/x.toml".to_owned(),
+            ..Default::default()
+        };
+        let any = Any {
+            type_url: "runtimeoptions.v1.Options".to_owned(),
+            value: value.write_to_bytes().expect("encodes"),
+            ..Default::default()
+        };
+        let input = any.write_to_bytes().expect("encodes");
+        let request = parse(&flags(), &input, |_| None).expect("valid");
+        assert_eq!(request.options, Some(value));
     }
 }

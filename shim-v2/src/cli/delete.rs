@@ -69,7 +69,8 @@ pub fn clean(bundle: &Path) -> u32 {
         let _ = std::fs::remove_file(&record.socket);
     }
     let _ = std::fs::remove_dir_all(bundle.join("vm"));
-    for name in ["scratch.img", "network.json", ADDRESS_FILE, RECORD_FILE] {
+    let _ = std::fs::remove_file(crate::machine::scratch_path(bundle));
+    for name in ["network.json", ADDRESS_FILE, RECORD_FILE] {
         let _ = std::fs::remove_file(bundle.join(name));
     }
     record.vmm.map_or(0, |vmm| vmm.pid.unsigned_abs())

@@ -6,6 +6,7 @@
 
 use super::bootstrap::{self, StartRequest};
 use super::{CliError, write_stdout};
+use crate::containerd::config::PATH_VARIABLE;
 use crate::record::{ADDRESS_FILE, write_whole};
 use containerd_shim::Flags;
 use sha2::{Digest, Sha256};
@@ -20,6 +21,8 @@ use std::time::Duration;
 
 /// Name of the daemon's log in the bundle: its standard error.
 pub const SHIM_LOG: &str = "shim.log";
+/// Name of the configuration in the bundle, where containerd sends one instead of a path.
+const CONFIG_FILE: &str = "shim.toml";
 /// Annotation by which containerd's CRI plugin and boxlite-cri say to which sandbox a container belongs.
 pub const SANDBOX_ID_ANNOTATION: &str = "io.kubernetes.cri.sandbox-id";
 /// How long the daemon may take to say that it serves. It only sets up namespaces and a runtime; a loaded node is slow.
@@ -149,6 +152,12 @@ fn spawn_daemon(
         .stdin(Stdio::from(listener))
         .stdout(Stdio::piped())
         .stderr(Stdio::from(log));
+    if let Some(path) = config_path(request, bundle)? {
+        command.env(PATH_VARIABLE, path);
+    }
+    if !flags.publish_binary.is_empty() {
+        command.args(["-publish-binary", &flags.publish_binary]);
+    }
     if request.debug {
         command.arg("-debug");
     }
@@ -156,6 +165,19 @@ fn spawn_daemon(
         .spawn()
         .map_err(CliError::io("run", program.display()))?;
     await_word(child)
+}
+
+/// The configuration file that the runtime handler's options name, or hold.
+fn config_path(request: &StartRequest, bundle: &Path) -> Result<Option<PathBuf>, CliError> {
+    let Some(options) = &request.options else {
+        return Ok(None);
+    };
+    if !options.config_body.is_empty() {
+        let path = bundle.join(CONFIG_FILE);
+        write_whole(&path, &options.config_body).map_err(CliError::io("write", path.display()))?;
+        return Ok(Some(path));
+    }
+    Ok((!options.config_path.is_empty()).then(|| PathBuf::from(&options.config_path)))
 }
 
 /// Waits for the daemon's `ok`. Anything else, silence included, is a failure and ends the daemon.
@@ -194,6 +216,7 @@ mod tests {
             socket_dir: None,
             debug: false,
             dialect: Dialect::Plain,
+            options: None,
         };
         // The value that the crate containerd-shim pins for the same input.
         assert_eq!(

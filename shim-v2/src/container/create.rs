@@ -7,6 +7,7 @@
 use super::process::{About, Process};
 use super::spec::{self, GuestSpec};
 use super::{Container, Containers, Slot, host_ipc, rootfs};
+use crate::containerd::etc;
 use crate::error::{Result, ShimError};
 use crate::logs::{Sink, Stdio};
 use crate::sandbox::Guest;
@@ -94,6 +95,7 @@ impl Containers {
         let mut undo = Undo::default();
         match self.make(guest, request, &mut undo).await {
             Ok((init, pid)) => {
+                let pid = self.context.shown_pid(pid);
                 let container = Container {
                     id: request.id.clone(),
                     bundle: PathBuf::from(&request.bundle),
@@ -123,6 +125,7 @@ impl Containers {
     ) -> Result<(Process, u32)> {
         let bundle = PathBuf::from(&request.bundle);
         let mut spec = spec::load(&bundle)?;
+        etc::mount(&self.context.bundle, &mut spec);
         host_ipc::mirror(&mut spec, &bundle, &self.context.tasks, &guest.ended).await?;
         self.mapped
             .redirect(&mut spec, &self.context.bundle)
@@ -135,7 +138,8 @@ impl Containers {
             terminal: request.terminal,
             guest_input: spec.stdin,
         };
-        let sink = Sink::open(&stdio)?;
+        let namespace = self.context.publisher.namespace();
+        let sink = Sink::open(&stdio, namespace, &request.id).await?;
         let mut rootfs = rootfs::prepare(
             &self.layers,
             &guest.share,
@@ -213,6 +217,7 @@ fn init_request(
         stdin: stdio.has_input(),
         pid_mode: spec.pid_mode.into(),
         pid_target: spec.pid_target.clone(),
-        stdin_once: spec.stdin_once,
+        // A FIFO's end is CloseIO, said once for all clients that may come.
+        stdin_once: spec.stdin_once || !stdio.stdin.is_empty(),
     })
 }

@@ -8,6 +8,7 @@ mod host_ipc;
 mod mapped;
 pub mod process;
 pub mod rootfs;
+pub mod snapshot;
 pub mod spec;
 pub mod stats;
 mod volume;

@@ -65,7 +65,7 @@ pub struct Ended {
 pub struct State {
     /// Where it is.
     pub phase: Phase,
-    /// Pid in the guest; 0 before an exec started.
+    /// Pid as it is shown: see [`Context::shown_pid`]; 0 before an exec started.
     pub pid: u32,
     /// Set in Stopped.
     pub ended: Option<Ended>,
@@ -141,7 +141,11 @@ impl Process {
         let (requests, receiver) = mpsc::channel(REQUEST_QUEUE);
         let initial = State {
             phase: Phase::Created,
-            pid,
+            pid: if exec_json.is_none() {
+                context.shown_pid(pid)
+            } else {
+                0
+            },
             ended: None,
         };
         let (sender, state) = watch::channel(initial);
@@ -156,6 +160,7 @@ impl Process {
             input: None,
             exec_json,
             oom_told: false,
+            close_input: false,
             end: None,
         };
         context.tasks.spawn(task.run());
@@ -303,6 +308,8 @@ struct Task {
     exec_json: Option<Vec<u8>>,
     /// An OOM kill was published.
     oom_told: bool,
+    /// CloseIO came before Start.
+    close_input: bool,
     /// Exit, then drained output.
     end: Option<BoxFuture<'static, (Ended, bool)>>,
 }
@@ -343,15 +350,24 @@ impl Task {
     async fn serve(&mut self, request: Request) {
         // A caller that went away changes nothing: what was asked is done all the same.
         match request {
-            Request::Start(reply) => drop(reply.send(self.start().await)),
+            Request::Start(reply) => {
+                let started = self.start().await;
+                if started.is_err() && matches!(self.sink, Some(Sink::Fifos { .. })) {
+                    // Who failed to start it reads the FIFOs to their end before it goes on.
+                    self.sink = None;
+                }
+                drop(reply.send(started));
+            }
             Request::Kill { signal, all, reply } => drop(reply.send(self.kill(signal, all).await)),
             Request::Pause(pause, reply) => drop(reply.send(self.pause(pause).await)),
             Request::Resize { rows, cols, reply } => {
                 drop(reply.send(self.resize(rows, cols).await))
             }
             Request::CloseInput(reply) => {
-                if let Some(input) = &self.input {
-                    input.close();
+                match &self.input {
+                    Some(input) => input.close(),
+                    // Before the start: a client's input may have ended already.
+                    None => self.close_input = true,
                 }
                 drop(reply.send(Ok(())));
             }
@@ -385,7 +401,11 @@ impl Task {
             }
         };
         let old = self.state.borrow().pid;
-        let pid = if pid == 0 { old } else { pid };
+        let pid = if pid == 0 {
+            old
+        } else {
+            self.context.shown_pid(pid)
+        };
         self.state.send_modify(|state| {
             state.phase = Phase::Running;
             state.pid = pid;
@@ -421,6 +441,9 @@ impl Task {
             ));
         }
         self.input = Input::spawn(&self.context, &self.guest, about);
+        if let Some(input) = self.input.as_ref().filter(|_| self.close_input) {
+            input.close();
+        }
         let drained = self.pump.as_ref().map(LogPump::watch_drained);
         let guest = self.guest.clone();
         let about = self.about.clone();

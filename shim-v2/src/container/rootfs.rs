@@ -1,7 +1,9 @@
-//! A container's root file system: EROFS layers into `l/`, anything else mounted at `r/<container id>` of the share.
+//! A container's root file system: EROFS layers into `l/`, anything else mounted at `r/<container id>` of the share. What a
+//! containerd's snapshotter means by its mounts is [`super::snapshot`]'s.
 //!
 //! SharedBinds are shared by the containers of the pod: [`SharedBinds`] counts who uses them. How the guest stacks them is its own.
 
+use super::snapshot;
 use crate::error::{Result, ShimError};
 use crate::sandbox::machine::Share;
 use crate::sandbox::undo::Undo;
@@ -96,6 +98,11 @@ pub async fn prepare(
     if !mounts.is_empty() && mounts.iter().all(|mount| mount.type_ == "erofs") {
         return stack(layers, share, mounts, undo).await;
     }
+    if let [only] = mounts
+        && let Some(files) = snapshot::erofs_layers(only)
+    {
+        return stack_files(layers, share, &files, undo).await;
+    }
     let path = format!("r/{container}");
     let taken = (share.clone(), path.clone());
     undo.push("root file system", move || async move {
@@ -151,15 +158,29 @@ async fn stack(
     mounts: &[Mount],
     undo: &mut Undo,
 ) -> Result<Rootfs> {
-    if mounts.len() > LAYER_LIMIT {
+    let files: Vec<_> = mounts
+        .iter()
+        .map(|mount| PathBuf::from(&mount.source))
+        .collect();
+    stack_files(layers, share, &files, undo).await
+}
+
+/// Lowest first.
+async fn stack_files(
+    layers: &SharedBinds,
+    share: &Arc<dyn Share>,
+    files: &[PathBuf],
+    undo: &mut Undo,
+) -> Result<Rootfs> {
+    if files.len() > LAYER_LIMIT {
         return Err(ShimError::Invalid {
             field: "rootfs",
-            reason: format!("{} layers, at most {LAYER_LIMIT}", mounts.len()),
+            reason: format!("{} layers, at most {LAYER_LIMIT}", files.len()),
         });
     }
-    let mut stacked = Vec::with_capacity(mounts.len());
-    for mount in mounts {
-        let source = host_path(Path::new(&mount.source))?;
+    let mut stacked = Vec::with_capacity(files.len());
+    for file in files {
+        let source = host_path(file)?;
         let path = layers.take(share, &source, undo).await?;
         stacked.push(Layer { path });
     }

@@ -1,10 +1,13 @@
-//! [`Publisher`]: task events to containerd (or boxlite-cri) over its ttrpc Events service, in order.
+//! [`Publisher`]: task events to containerd (or boxlite-cri), in order; how they get there is [`way`]'s.
 //!
 //! Never blocks who publishes: events wait in a bounded queue while the daemon is away (it may be restarted) and the
 //! oldest go first when the queue is full. Delivery is at least once. One task sends; the daemon owns and ends it.
 
+mod way;
+
+pub use way::Way;
+
 use crate::report::Report;
-use containerd_shim_protos::api::ForwardRequest;
 use containerd_shim_protos::events::task::{
     TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused,
     TaskResumed, TaskStart,
@@ -12,13 +15,13 @@ use containerd_shim_protos::events::task::{
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::{MessageField, MessageFull};
 use containerd_shim_protos::shim::event::Envelope;
-use containerd_shim_protos::shim_async::{Client, EventsClient};
 use containerd_shim_protos::topics;
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
+use way::{Failure, Sender};
 
 /// Events kept while nobody takes them. A pod makes a handful per container: this is hours of absence.
 const QUEUE_LIMIT: usize = 4096;
@@ -84,29 +87,29 @@ impl Shared {
 }
 
 impl Publisher {
-    /// A publisher into `namespace`, and the future that delivers to `address` (a path, or `unix://path`; empty: events
-    /// go nowhere) until `ended`. Who spawns the future owns it.
+    /// A publisher into `namespace`, and the future that delivers by `way` until `ended`. Who spawns the future owns it.
     pub fn new(
-        address: &str,
+        way: Way,
         namespace: &str,
         ended: CancellationToken,
     ) -> (Self, impl Future<Output = ()> + Send + 'static) {
         let shared = Arc::new(Shared {
             queue: Mutex::new(Queue {
-                closed: address.is_empty(),
+                closed: way == Way::Nowhere,
                 ..Queue::default()
             }),
             changed: Notify::new(),
         });
-        let address = format!(
-            "unix://{}",
-            address.strip_prefix("unix://").unwrap_or(address)
-        );
         let publisher = Self {
             shared: shared.clone(),
             namespace: namespace.into(),
         };
-        (publisher, deliver(shared, address, ended))
+        (publisher, deliver(shared, way, ended))
+    }
+
+    /// containerd's namespace.
+    pub fn namespace(&self) -> &str {
+        &self.namespace
     }
 
     /// Queues an event. Never waits.
@@ -150,8 +153,8 @@ impl Publisher {
     }
 }
 
-async fn deliver(shared: Arc<Shared>, address: String, ended: CancellationToken) {
-    let send = send_all(&shared, &address);
+async fn deliver(shared: Arc<Shared>, way: Way, ended: CancellationToken) {
+    let send = send_all(&shared, way);
     tokio::pin!(send);
     tokio::select! {
         () = &mut send => {}
@@ -177,8 +180,8 @@ async fn drained(shared: &Shared) {
 }
 
 /// Sends front to back, forever. An event leaves the queue when it was taken, so a reader of the queue's length knows.
-async fn send_all(shared: &Shared, address: &str) {
-    let mut client: Option<EventsClient> = None;
+async fn send_all(shared: &Shared, way: Way) {
+    let mut sender = Sender::new(way);
     let mut pause = PAUSE_MIN;
     let mut refused = 0;
     loop {
@@ -186,7 +189,7 @@ async fn send_all(shared: &Shared, address: &str) {
             shared.changed.notified().await;
             continue;
         };
-        match forward(&mut client, address, envelope).await {
+        match sender.send(envelope).await {
             Ok(()) => refused = 0,
             Err(Failure::Refused(error)) if refused + 1 >= REFUSED_LIMIT => {
                 tracing::warn!(error = %Report(&error), "an event was refused and is dropped");
@@ -196,7 +199,6 @@ async fn send_all(shared: &Shared, address: &str) {
                 if matches!(failure, Failure::Refused(_)) {
                     refused += 1;
                 }
-                client = None;
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(PAUSE_MAX);
                 continue;
@@ -205,50 +207,6 @@ async fn send_all(shared: &Shared, address: &str) {
         pause = PAUSE_MIN;
         shared.queue().events.pop_front();
     }
-}
-
-enum Failure {
-    /// Nobody there, or the connection broke.
-    Away,
-    /// The daemon answered with an error.
-    Refused(containerd_shim_protos::ttrpc::Error),
-}
-
-async fn forward(
-    client: &mut Option<EventsClient>,
-    address: &str,
-    envelope: Envelope,
-) -> Result<(), Failure> {
-    let attempt = async {
-        let connected = match client {
-            Some(connected) => connected.clone(),
-            None => {
-                let fresh =
-                    EventsClient::new(Client::connect(address).await.map_err(|_| Failure::Away)?);
-                client.insert(fresh).clone()
-            }
-        };
-        let request = ForwardRequest {
-            envelope: MessageField::some(envelope),
-            ..Default::default()
-        };
-        match connected
-            .forward(
-                containerd_shim_protos::ttrpc::context::with_duration(FORWARD_LIMIT),
-                &request,
-            )
-            .await
-        {
-            Ok(_) => Ok(()),
-            Err(error @ containerd_shim_protos::ttrpc::Error::RpcStatus(_)) => {
-                Err(Failure::Refused(error))
-            }
-            Err(_) => Err(Failure::Away),
-        }
-    };
-    tokio::time::timeout(FORWARD_LIMIT, attempt)
-        .await
-        .unwrap_or(Err(Failure::Away))
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use super::*;
 use async_trait::async_trait;
-use containerd_shim_protos::api::Empty;
+use containerd_shim_protos::api::{Empty, ForwardRequest};
 use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::shim_async::{Events, create_events};
 use containerd_shim_protos::ttrpc::asynchronous::transport::Listener;
@@ -47,7 +47,11 @@ async fn events_survive_a_daemon_that_is_away_and_comes_back() {
     let path = dir.path().join("events");
     let (to, mut from) = mpsc::unbounded_channel();
     let ended = CancellationToken::new();
-    let (publisher, deliver) = Publisher::new(&path.display().to_string(), "ns", ended.clone());
+    let (publisher, deliver) = Publisher::new(
+        Way::new(&path.display().to_string(), "", ""),
+        "ns",
+        ended.clone(),
+    );
     let task = tokio::spawn(deliver);
 
     for n in 0..3 {
@@ -85,11 +89,46 @@ async fn events_survive_a_daemon_that_is_away_and_comes_back() {
 
 #[tokio::test]
 async fn a_full_queue_keeps_the_newest_and_nobody_waits() {
-    let (publisher, deliver) = Publisher::new("/nowhere/at/all", "ns", CancellationToken::new());
+    let (publisher, deliver) = Publisher::new(
+        Way::new("/nowhere/at/all", "", ""),
+        "ns",
+        CancellationToken::new(),
+    );
     drop(deliver);
     for n in 0..(QUEUE_LIMIT as u32 + 10) {
         publisher.publish(&oom(n));
     }
     let queue = publisher.shared.queue();
     assert_eq!((queue.events.len(), queue.dropped), (QUEUE_LIMIT, 10));
+}
+
+#[tokio::test]
+async fn without_a_ttrpc_address_containerds_program_is_run() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().expect("tempdir");
+    let program = dir.path().join("publish");
+    let log = dir.path().join("log");
+    let script = format!(
+        "#!/bin/sh\necho \"$@\" >> {0}\nwc -c >> {0}\n",
+        log.display()
+    );
+    std::fs::write(&program, script).expect("written");
+    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).expect("chmod");
+    let way = Way::new("", &program.display().to_string(), "/run/c.sock");
+    let ended = CancellationToken::new();
+    let (publisher, deliver) = Publisher::new(way, "ns", ended.clone());
+    publisher.publish(&oom(1));
+    ended.cancel();
+    deliver.await;
+    let seen = std::fs::read_to_string(&log).expect("it ran");
+    let mut lines = seen.lines();
+    assert_eq!(
+        lines.next(),
+        Some("--address /run/c.sock publish --topic /tasks/oom --namespace ns")
+    );
+    let size: usize = lines
+        .next()
+        .and_then(|size| size.trim().parse().ok())
+        .expect("a size");
+    assert!(size > "containerd.events.TaskOOM".len());
 }

@@ -1,6 +1,7 @@
 //! [`Input`]: carries a FIFO's bytes into a process (containerd's stdin). boxlite-cri's attach goes to the guest itself.
 //!
-//! Ends with the FIFO's last writer or with CloseIO; the guest then sees the end of input.
+//! Ends with CloseIO; the guest then sees the end of input. A writer that goes (a client that detaches) ends nothing: the
+//! next one may attach, as under runc's shim.
 
 use crate::container::process::About;
 use crate::report::Report;
@@ -33,7 +34,11 @@ impl Input {
             return None;
         }
         let path = about.stdio.stdin.trim_start_matches("fifo://").to_owned();
-        let fifo = match pipe::OpenOptions::new().open_receiver(&path) {
+        // For writing too: so the FIFO has no end when its last writer goes.
+        let fifo = match pipe::OpenOptions::new()
+            .read_write(true)
+            .open_receiver(&path)
+        {
             Ok(fifo) => fifo,
             Err(error) => {
                 tracing::warn!(path, %error, "input FIFO cannot be opened");

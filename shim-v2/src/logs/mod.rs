@@ -1,7 +1,7 @@
 //! Output of containers: from the guest's Execution.Attach to where the caller wants it, each byte once, in order.
 //!
 //! ```text
-//! guest buffer ──Attach──► [pump]: reader ──bounded queue──► writer ──► [sink]: CRI file | raw file | FIFOs | nothing
+//! guest buffer ──Attach──► [pump]: reader ──bounded queue──► writer ──► [sink]: CRI file | raw file | FIFOs | program | nothing
 //!      ▲                                                        │
 //!      └──────────────── Ack of what reached the sink ──────────┘
 //! ```
@@ -12,6 +12,7 @@
 pub mod cri;
 pub mod file;
 pub mod input;
+pub mod program;
 pub mod pump;
 pub mod sink;
 pub mod stamp;

@@ -112,8 +112,11 @@ impl LogPump {
         tasks.spawn(reader.run());
         tasks.spawn(acknowledge(acker, acks, ended));
         tasks.spawn(async move {
-            writer.run(queue).await;
+            let program = writer.run(queue).await;
             done_in.send_replace(true);
+            if let Some(program) = program {
+                program.finish().await;
+            }
         });
         Self {
             commands,

@@ -5,11 +5,11 @@
 //! | `cri:///path` | both streams into one file in CRI format (boxlite-cri) |
 //! | `file:///path` | both streams, raw, appended to one file |
 //! | `/path`, `fifo:///path` | FIFOs, one per stream (containerd) |
+//! | `binary:///program?key=value` | both streams into a logging program (containerd) |
 //! | empty | nothing: read and thrown away |
-//!
-//! `binary://` (a logging program) is refused.
 
 use super::file::{Opener, opener};
+use super::program::Program;
 use crate::error::{Result, ShimError};
 use boxlite_proto::names::CRI_LOG_SCHEME;
 use std::path::{Path, PathBuf};
@@ -49,6 +49,8 @@ pub enum Sink {
         stdout: Option<pipe::Sender>,
         /// Where stderr goes.
         stderr: Option<pipe::Sender>,
+        /// Who reads the other ends, where the shim started it.
+        program: Option<Program>,
     },
     /// Nowhere.
     Discard,
@@ -80,11 +82,11 @@ impl FileTarget {
 }
 
 impl Sink {
-    /// Opens what `stdio` names. Must be called within a tokio runtime.
+    /// Opens what `stdio` names, for a container of `namespace`.
     ///
     /// # Errors
     /// Invalid for a scheme that is not known or a path that is not absolute, Io where it cannot be opened.
-    pub fn open(stdio: &Stdio) -> Result<Self> {
+    pub async fn open(stdio: &Stdio, namespace: &str, container: &str) -> Result<Self> {
         if stdio.stdout.is_empty() && stdio.stderr.is_empty() {
             return Ok(Self::Discard);
         }
@@ -95,12 +97,18 @@ impl Sink {
             Some(("file", path)) => {
                 Ok(Self::Raw(FileTarget::open(absolute(path)?, opener(false))?))
             }
-            Some(("binary", _)) => Err(ShimError::Unsupported {
-                what: "a binary:// logging program",
-            }),
+            Some(("binary", _)) => {
+                let started = Program::start(&stdio.stdout, namespace, container).await?;
+                Ok(Self::Fifos {
+                    stdout: Some(started.stdout),
+                    stderr: Some(started.stderr),
+                    program: Some(started.program),
+                })
+            }
             Some(("fifo", _)) | None => Ok(Self::Fifos {
                 stdout: fifo(&stdio.stdout)?,
                 stderr: fifo(&stdio.stderr)?,
+                program: None,
             }),
             Some((scheme, _)) => Err(ShimError::Invalid {
                 field: "stdout",

@@ -37,6 +37,8 @@ use std::time::{Duration, Instant};
 
 /// Lines of console and vmm messages in an error.
 const ERROR_LINES: usize = 30;
+/// Name of the scratch disk.
+const SCRATCH_FILE: &str = "scratch.img";
 /// Name of the pod's network description in the bundle.
 const NETWORK_FILE: &str = "network.json";
 /// Bytes for the guest's random pool.
@@ -147,7 +149,7 @@ impl Machine for VmMachine {
     async fn boot(&self, id: &str, bundle: &Path, plan: &Plan, undo: &mut Undo) -> Result<Booted> {
         let mut timers = Timers::default();
         let work_dir = make_work_dir(bundle, undo)?;
-        let scratch = bundle.join("scratch.img");
+        let scratch = scratch_path(bundle);
         let taken = scratch.clone();
         undo.push_call("scratch disk", move || remove_file(&taken));
         scratch::make(&scratch, plan.options.scratch_bytes).await?;
@@ -343,6 +345,14 @@ fn last_words(child: &VmmChild) -> String {
         part("vmm", child.stderr_tail(ERROR_LINES)),
         part("last console lines", child.console_tail(ERROR_LINES))
     )
+}
+
+/// Where the scratch disk is: in `work` of the bundle, which containerd has on a disk while the bundle is in memory; in the
+/// bundle itself with boxlite-cri, which has no such directory.
+pub fn scratch_path(bundle: &Path) -> PathBuf {
+    let work = std::fs::canonicalize(bundle.join("work"));
+    work.unwrap_or_else(|_| bundle.to_owned())
+        .join(SCRATCH_FILE)
 }
 
 /// A fresh private directory for sockets and console.

@@ -4,7 +4,7 @@
 //! starts (they join) and stops (they end it). Containers have tasks of their own; this only tells them when the VM is gone.
 
 use super::machine::{Booted, Machine};
-use super::options::Plan;
+use super::options::{Origin, Plan};
 use super::undo::Undo;
 use super::{Context, Ended, Guest, Phase, Snapshot};
 use crate::container::Containers;
@@ -13,6 +13,7 @@ use crate::report::Report;
 use crate::time;
 use futures::future::BoxFuture;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
@@ -272,6 +273,10 @@ impl Driver {
             guest,
             undo,
         });
+        let origin = self.state.borrow().plan.as_ref().map(|plan| plan.origin);
+        if origin.is_some_and(Origin::shows_host_pid) {
+            self.context.host_pid.store(booted.pid, Ordering::Relaxed);
+        }
         let mut info = booted.info;
         info.push((
             "start_ms".to_owned(),

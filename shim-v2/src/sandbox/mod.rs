@@ -25,6 +25,7 @@ use machine::Machine;
 use options::Plan;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::task::TaskTracker;
@@ -116,6 +117,18 @@ pub struct Context {
     pub publisher: Publisher,
     /// Owner of every task.
     pub tasks: TaskTracker,
+    /// Pid that tasks show instead of theirs in the guest; 0: theirs. See [`options::Origin::shows_host_pid`].
+    pub host_pid: Arc<AtomicU32>,
+}
+
+impl Context {
+    /// The pid to show for a process that has `guest` in the guest.
+    pub fn shown_pid(&self, guest: u32) -> u32 {
+        match self.host_pid.load(Ordering::Relaxed) {
+            0 => guest,
+            host => host,
+        }
+    }
 }
 
 /// A running guest: what containers need.

@@ -1,7 +1,7 @@
 //! [`Plan`]: what CreateSandbox asked for, checked.
 //!
-//! boxlite-cri sends [`SandboxOptions`] as JSON; another client (containerd's sandboxer) comes later and gets its own
-//! way to them here.
+//! boxlite-cri sends [`SandboxOptions`] as JSON. A containerd sends CRI's pod configuration, or calls no CreateSandbox at
+//! all; [`crate::containerd`] makes plans out of that.
 
 use crate::error::{Result, ShimError};
 use boxlite_proto::names::SANDBOX_OPTIONS_TYPE;
@@ -12,6 +12,25 @@ use std::path::PathBuf;
 /// Largest options accepted, in bytes.
 const OPTIONS_LIMIT: usize = 1 << 20;
 
+/// Who described the pod.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// boxlite-cri, by CreateSandbox.
+    Boxlite,
+    /// containerd's `sandboxer = "shim"`, by CreateSandbox.
+    Sandboxer,
+    /// Nobody: a containerd's first Task.Create stands for it, and the last task's end ends the VM.
+    Task,
+}
+
+impl Origin {
+    /// Whether tasks show the VM's pid on the host instead of theirs in the guest. A containerd's clients take a task's pid
+    /// for one of this machine and would look up, or configure, a stranger's namespaces.
+    pub fn shows_host_pid(self) -> bool {
+        self != Self::Boxlite
+    }
+}
+
 /// The pod to be.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
@@ -19,6 +38,8 @@ pub struct Plan {
     pub options: SandboxOptions,
     /// The pod's network namespace; None: no network.
     pub netns: Option<PathBuf>,
+    /// Who asked.
+    pub origin: Origin,
 }
 
 impl Plan {
@@ -52,13 +73,7 @@ impl Plan {
         if options.vcpus == 0 {
             return Err(invalid("vcpus is 0".to_owned()));
         }
-        let netns = (!request.netns_path.is_empty()).then(|| PathBuf::from(&request.netns_path));
-        if netns.as_ref().is_some_and(|path| !path.is_absolute()) {
-            return Err(ShimError::Invalid {
-                field: "netns_path",
-                reason: format!("{:?} is not absolute", request.netns_path),
-            });
-        }
+        let netns = netns(request)?;
         if options.host_network && netns.is_some() {
             return Err(ShimError::Invalid {
                 field: "netns_path",
@@ -70,6 +85,25 @@ impl Plan {
                 what: "the host's network on this VMM",
             });
         }
-        Ok(Self { options, netns })
+        Ok(Self {
+            options,
+            netns,
+            origin: Origin::Boxlite,
+        })
     }
+}
+
+/// The network namespace of a request.
+///
+/// # Errors
+/// Invalid for a path that is not absolute.
+pub fn netns(request: &CreateSandboxRequest) -> Result<Option<PathBuf>> {
+    let netns = (!request.netns_path.is_empty()).then(|| PathBuf::from(&request.netns_path));
+    if netns.as_ref().is_some_and(|path| !path.is_absolute()) {
+        return Err(ShimError::Invalid {
+            field: "netns_path",
+            reason: format!("{:?} is not absolute", request.netns_path),
+        });
+    }
+    Ok(netns)
 }

@@ -4,8 +4,10 @@
 //! answer. ttrpc drops a handler when its client goes away, so everything that changes something runs as a task of its
 //! own ([`Service::detached`]) and is finished whoever listens.
 //!
-//! Process ids that containerd sees: of containers and execs, the pid in the guest; of the sandbox, the vmm child's.
+//! Process ids that boxlite-cri sees: of containers and execs, the pid in the guest; of the sandbox, the vmm child's. A
+//! containerd sees the vmm child's everywhere but in Pids.
 
+mod first_task;
 mod log;
 mod sandbox;
 mod task;
@@ -16,6 +18,7 @@ use containerd_shim_protos::sandbox_async::create_sandbox;
 use containerd_shim_protos::shim_async::create_task;
 use containerd_shim_protos::ttrpc;
 use containerd_shim_protos::ttrpc::asynchronous::Service as Methods;
+use first_task::FirstTask;
 use std::collections::HashMap;
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
@@ -31,12 +34,18 @@ pub struct Service {
     sandbox: Sandbox,
     /// Cancelled when the shim is to end.
     exit: CancellationToken,
+    /// With a containerd that calls no CreateSandbox.
+    first: Arc<FirstTask>,
 }
 
 impl Service {
     /// Services over `sandbox`; `exit` is cancelled when a client asks the shim to end.
     pub fn new(sandbox: Sandbox, exit: CancellationToken) -> Self {
-        Self { sandbox, exit }
+        Self {
+            sandbox,
+            exit,
+            first: Arc::default(),
+        }
     }
 
     /// The method tables to register.

@@ -2,12 +2,17 @@
 
 use super::Service;
 use crate::container::stats;
+use crate::containerd::config::ShimConfig;
+use crate::containerd::{etc, plan};
+use crate::error::ShimError;
 use crate::sandbox::Snapshot;
-use crate::sandbox::options::Plan;
+use crate::sandbox::options::{self, Plan};
 use crate::time;
 use async_trait::async_trait;
-use containerd_shim_protos::protobuf::MessageField;
+use boxlite_proto::shim::shim::PodConfig;
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
+use containerd_shim_protos::protobuf::{Message, MessageField};
 use containerd_shim_protos::sandbox_api::{
     CreateSandboxRequest, CreateSandboxResponse, PingRequest, PingResponse, PlatformRequest,
     PlatformResponse, SandboxMetricsRequest, SandboxMetricsResponse, SandboxStatusRequest,
@@ -20,6 +25,8 @@ use containerd_shim_protos::ttrpc;
 use containerd_shim_protos::ttrpc::asynchronous::TtrpcContext;
 use std::time::Duration;
 
+/// End of the type URL of CRI's pod configuration.
+const POD_CONFIG_TYPE: &str = "runtime.v1.PodSandboxConfig";
 /// How long a guest may take to answer a ping or counters.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
@@ -31,7 +38,7 @@ impl SandboxService for Service {
         request: CreateSandboxRequest,
     ) -> ttrpc::Result<CreateSandboxResponse> {
         self.check_sandbox(&request.sandbox_id)?;
-        let plan = Plan::from_request(&request)?;
+        let plan = self.plan(&request).await?;
         let sandbox = self.sandbox.clone();
         self.detached(async move { sandbox.create(plan).await })
             .await?;
@@ -150,18 +157,47 @@ impl SandboxService for Service {
         request: SandboxMetricsRequest,
     ) -> ttrpc::Result<SandboxMetricsResponse> {
         self.check_sandbox(&request.sandbox_id)?;
+        let (data, time_unix_ns) = self.pod_stats().await?;
+        let mut response = SandboxMetricsResponse::new();
+        let metrics = response.metrics.mut_or_insert_default();
+        metrics.id = self.sandbox.context().id.to_string();
+        metrics.timestamp = MessageField::some(time::timestamp(time_unix_ns));
+        metrics.data = MessageField::some(data);
+        Ok(response)
+    }
+}
+
+impl Service {
+    /// Counters of all containers of the pod, and when they were read.
+    pub(super) async fn pod_stats(&self) -> ttrpc::Result<(Any, i64)> {
         let guest = self.sandbox.guest("measure it")?;
         let stats = guest
             .call(guest.session.guest().stats(ANSWER_LIMIT))
             .await?;
         let data = stats::any(&stats.pod.unwrap_or_default(), &stats.networks)
             .map_err(|error| ttrpc::Error::Others(error.to_string()))?;
-        let mut response = SandboxMetricsResponse::new();
-        let metrics = response.metrics.mut_or_insert_default();
-        metrics.id = self.sandbox.context().id.to_string();
-        metrics.timestamp = MessageField::some(time::timestamp(stats.time_unix_ns));
-        metrics.data = MessageField::some(data);
-        Ok(response)
+        Ok((data, stats.time_unix_ns))
+    }
+
+    /// The plan of a CreateSandbox, whoever sent it.
+    async fn plan(&self, request: &CreateSandboxRequest) -> Result<Plan, ShimError> {
+        match request.options.as_ref() {
+            Some(any) if any.type_url.ends_with(POD_CONFIG_TYPE) => {
+                let pod = PodConfig::parse_from_bytes(&any.value).map_err(|error| {
+                    ShimError::Invalid {
+                        field: "options",
+                        reason: format!("no {POD_CONFIG_TYPE}: {error}"),
+                    }
+                })?;
+                let config = ShimConfig::find()?;
+                let id = &self.sandbox.context().id;
+                let plan = plan::of_pod(id, &pod, options::netns(request)?, &config).await?;
+                let bundle = &self.sandbox.context().bundle;
+                etc::write(bundle, &pod, &plan.options.hostname)?;
+                Ok(plan)
+            }
+            _ => Plan::from_request(request),
+        }
     }
 }
 

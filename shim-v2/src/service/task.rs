@@ -3,8 +3,10 @@
 use super::Service;
 use crate::container::process::{About, Phase, Process, State};
 use crate::container::stats;
+use crate::containerd::pause::PauseTask;
 use crate::error::ShimError;
 use crate::logs::{Sink, Stdio};
+use crate::sandbox::options::Origin;
 use crate::time;
 use async_trait::async_trait;
 use containerd_shim_protos::api::{
@@ -29,6 +31,11 @@ impl Service {
     fn process(&self, id: &str, exec_id: &str) -> ttrpc::Result<Process> {
         Ok(self.sandbox.containers().get(id)?.process(exec_id)?)
     }
+
+    /// The pod's pause container, where the ids mean it.
+    fn pause_task(&self, id: &str, exec_id: &str) -> Option<PauseTask> {
+        self.first.pause(id).filter(|_| exec_id.is_empty())
+    }
 }
 
 #[async_trait]
@@ -38,10 +45,15 @@ impl Task for Service {
         _: &TtrpcContext,
         request: CreateTaskRequest,
     ) -> ttrpc::Result<CreateTaskResponse> {
-        let guest = self.sandbox.guest("create a container")?;
-        let containers = self.sandbox.containers().clone();
+        let service = self.clone();
         let pid = self
-            .detached(async move { containers.create(&guest, &request).await })
+            .detached(async move {
+                if let Some(pid) = service.first_task(&request).await? {
+                    return Ok(pid);
+                }
+                let guest = service.sandbox.guest("create a container")?;
+                service.sandbox.containers().create(&guest, &request).await
+            })
             .await?;
         Ok(CreateTaskResponse {
             pid,
@@ -50,6 +62,12 @@ impl Task for Service {
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
+        if let Some(pause) = self.pause_task(&request.id, &request.exec_id) {
+            return Ok(StartResponse {
+                pid: pause.start()?,
+                ..Default::default()
+            });
+        }
         let pid = self.process(&request.id, &request.exec_id)?.start().await?;
         Ok(StartResponse {
             pid,
@@ -58,12 +76,18 @@ impl Task for Service {
     }
 
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
+        if let Some(pause) = self.pause_task(&request.id, &request.exec_id) {
+            return Ok(state_response(pause.about(), &pause.state()));
+        }
         let process = self.process(&request.id, &request.exec_id)?;
         Ok(state_response(process.about(), &process.state()))
     }
 
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
-        let ended = self.process(&request.id, &request.exec_id)?.wait().await?;
+        let ended = match self.pause_task(&request.id, &request.exec_id) {
+            Some(pause) => pause.wait().await?,
+            None => self.process(&request.id, &request.exec_id)?.wait().await?,
+        };
         Ok(WaitResponse {
             exit_status: ended.status,
             exited_at: MessageField::some(time::timestamp(ended.at_unix_ns)),
@@ -72,12 +96,19 @@ impl Task for Service {
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
+        if let Some(pause) = self.pause_task(&request.id, &request.exec_id) {
+            pause.kill(request.signal)?;
+            return Ok(Empty::default());
+        }
         let process = self.process(&request.id, &request.exec_id)?;
         process.kill(request.signal, request.all).await?;
         Ok(Empty::default())
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
+        if let Some(pause) = self.pause_task(&request.id, "") {
+            return Err(pause.refuse("exec in it").into());
+        }
         let container = self.sandbox.containers().get(&request.id)?;
         if request.exec_id.is_empty() {
             return Err(invalid("exec_id", "empty"));
@@ -91,6 +122,7 @@ impl Task for Service {
             }
             .into());
         }
+        let context = self.sandbox.context().clone();
         let stdio = Stdio {
             stdin: request.stdin.clone(),
             stdout: request.stdout.clone(),
@@ -98,7 +130,7 @@ impl Task for Service {
             terminal: request.terminal,
             guest_input: false,
         };
-        let sink = Sink::open(&stdio)?;
+        let sink = Sink::open(&stdio, context.publisher.namespace(), &request.id).await?;
         let about = About {
             container: request.id.clone(),
             exec: request.exec_id.clone(),
@@ -106,7 +138,6 @@ impl Task for Service {
             stdio,
         };
         let process = request.spec.into_option().unwrap_or_default().value;
-        let context = self.sandbox.context().clone();
         let guest = container.guest.clone();
         container.add_exec(&request.exec_id, || {
             Process::spawn(&context, &guest, about, sink, 0, Some(process))
@@ -124,6 +155,11 @@ impl Task for Service {
         _: &TtrpcContext,
         request: DeleteRequest,
     ) -> ttrpc::Result<DeleteResponse> {
+        if let Some(pause) = self.pause_task(&request.id, &request.exec_id) {
+            let state = pause.delete()?;
+            self.first.remove_pause();
+            return Ok(delete_response(&state));
+        }
         let containers = self.sandbox.containers().clone();
         let state = if request.exec_id.is_empty() {
             let id = request.id.clone();
@@ -141,35 +177,24 @@ impl Task for Service {
             })
             .await?
         };
-        let (exit_status, exited_at) = ended(&state);
-        Ok(DeleteResponse {
-            pid: state.pid,
-            exit_status,
-            exited_at,
-            ..Default::default()
-        })
+        Ok(delete_response(&state))
     }
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
+        if let Some(pause) = self.pause_task(&request.id, "") {
+            return Ok(pids_response([pause.state().pid]));
+        }
         let container = self.sandbox.containers().get(&request.id)?;
         let pids = container
             .guest
             .call(container.guest.session.container().pids(&request.id))
             .await?;
-        Ok(PidsResponse {
-            processes: pids
-                .into_iter()
-                .map(|pid| ProcessInfo {
-                    pid,
-                    ..Default::default()
-                })
-                .collect(),
-            ..Default::default()
-        })
+        Ok(pids_response(pids))
     }
 
     async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
-        if request.stdin {
+        let pause = self.pause_task(&request.id, &request.exec_id);
+        if request.stdin && pause.is_none() {
             self.process(&request.id, &request.exec_id)?
                 .close_input()
                 .await?;
@@ -188,6 +213,10 @@ impl Task for Service {
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
+        if self.pause_task(&request.id, "").is_some() {
+            // The pod's own limits are on its cgroup on the host, and containerd sets them there.
+            return Ok(Empty::default());
+        }
         let container = self.sandbox.containers().get(&request.id)?;
         let resources = request.resources.into_option().unwrap_or_default().value;
         let (guest, id) = (container.guest.clone(), request.id);
@@ -200,6 +229,13 @@ impl Task for Service {
     }
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
+        if self.pause_task(&request.id, "").is_some() {
+            let (stats, _) = self.pod_stats().await?;
+            return Ok(StatsResponse {
+                stats: MessageField::some(stats),
+                ..Default::default()
+            });
+        }
         let container = self.sandbox.containers().get(&request.id)?;
         let session = &container.guest.session;
         let told = container
@@ -215,6 +251,9 @@ impl Task for Service {
     }
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
+        if let Some(pause) = self.pause_task(&request.id, "") {
+            return Err(pause.refuse("freeze it").into());
+        }
         self.process(&request.id, "")?.pause(true).await?;
         Ok(Empty::default())
     }
@@ -247,7 +286,9 @@ impl Task for Service {
         if !self.sandbox.containers().is_empty() && !request.now {
             return Ok(Empty::default());
         }
-        if !request.now && self.sandbox.snapshot().plan.is_some() {
+        let origin = self.sandbox.snapshot().plan.map(|plan| plan.origin);
+        let held = matches!(origin, Some(Origin::Boxlite | Origin::Sandboxer));
+        if !request.now && (held || self.first.has_pause()) {
             return Ok(Empty::default());
         }
         self.shut_down().await?;
@@ -293,6 +334,27 @@ fn state_response(about: &About, state: &State) -> StateResponse {
         exit_status,
         exited_at,
         exec_id: about.exec.clone(),
+        ..Default::default()
+    }
+}
+
+fn delete_response(state: &State) -> DeleteResponse {
+    let (exit_status, exited_at) = ended(state);
+    DeleteResponse {
+        pid: state.pid,
+        exit_status,
+        exited_at,
+        ..Default::default()
+    }
+}
+
+fn pids_response(pids: impl IntoIterator<Item = u32>) -> PidsResponse {
+    let info = |pid| ProcessInfo {
+        pid,
+        ..Default::default()
+    };
+    PidsResponse {
+        processes: pids.into_iter().map(info).collect(),
         ..Default::default()
     }
 }

@@ -9,6 +9,7 @@
 
 mod beneath;
 pub mod idmap;
+mod long_overlay;
 pub mod mountinfo;
 
 use beneath::Place;
@@ -201,13 +202,15 @@ impl PodShare {
     ) -> Result<(), ShareError> {
         let place = self.make(path, true)?;
         let (flags, data) = split_options(options);
-        let done = mount(
-            Some(source),
-            &place.path(),
-            Some(kind),
-            flags,
-            Some(data.as_str()),
-        )
+        let target = place.path();
+        let call = |data: &str| {
+            mount(Some(source), &target, Some(kind), flags, Some(data))
+                .map_err(std::io::Error::from)
+        };
+        let done = match long_overlay::shorten(kind, &data) {
+            Some((directory, short)) => long_overlay::inside(&directory, || call(&short)),
+            None => call(&data),
+        }
         .map_err(failed("mounting", source));
         drop(place);
         if done.is_err() {

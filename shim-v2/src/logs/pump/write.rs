@@ -4,6 +4,7 @@
 //! lets the offset be acknowledged. So a stalled disk holds up this task and nothing else.
 
 use super::super::cri::Formatter;
+use super::super::program::Program;
 use super::super::sink::{FileTarget, Sink};
 use super::super::stamp::Clock;
 use super::{Command, Piece, Progress, refuse_reopen};
@@ -42,6 +43,7 @@ enum Output {
     Fifos {
         stdout: Option<pipe::Sender>,
         stderr: Option<pipe::Sender>,
+        program: Option<Program>,
     },
     Discard,
 }
@@ -61,7 +63,15 @@ impl Writer {
                 clock: Clock::default(),
             },
             Sink::Raw(target) => Output::Raw(FileWriter::new(target)),
-            Sink::Fifos { stdout, stderr } => Output::Fifos { stdout, stderr },
+            Sink::Fifos {
+                stdout,
+                stderr,
+                program,
+            } => Output::Fifos {
+                stdout,
+                stderr,
+                program,
+            },
             Sink::Discard => Output::Discard,
         };
         Self {
@@ -73,8 +83,12 @@ impl Writer {
         }
     }
 
-    /// Writes until the queue ends, then what is held back, then closes the sink.
-    pub(super) async fn run(mut self, mut queue: mpsc::UnboundedReceiver<Piece>) {
+    /// Writes until the queue ends, then what is held back, then closes the sink. Gives the logging program, if one read
+    /// it: its input has ended, it may still run.
+    pub(super) async fn run(
+        mut self,
+        mut queue: mpsc::UnboundedReceiver<Piece>,
+    ) -> Option<Program> {
         let mut batch = Vec::new();
         loop {
             let order = tokio::select! {
@@ -105,6 +119,10 @@ impl Writer {
         self.orders.close();
         while let Ok(Command::Reopen(reply)) = self.orders.try_recv() {
             drop(reply.send(Ok(())));
+        }
+        match self.output {
+            Output::Fifos { program, .. } => program,
+            Output::Cri { .. } | Output::Raw(_) | Output::Discard => None,
         }
     }
 
@@ -143,7 +161,7 @@ impl Writer {
                 file.flush(&mut self.orders, &self.progress, &self.give_up)
                     .await
             }
-            Output::Fifos { stdout, stderr } => {
+            Output::Fifos { stdout, stderr, .. } => {
                 let all = async {
                     for Piece { chunk, .. } in batch.iter() {
                         let to = match chunk.stream {

@@ -1,0 +1,193 @@
+//! Pods by containerd's CRI plugin, as a kubelet drives it: with a pause container (1.6, 2.x) and with 2.x's
+//! `sandboxer = "shim"`.
+
+use super::daemon::{Containerd, Version};
+use super::{Case, Shared, case};
+use crate::node::Node;
+use crate::outcome::Result;
+use crate::pod::{Container, Pod, container_spec, pod_spec};
+use crate::{ensure, same};
+use k8s_cri::v1::*;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// All of them.
+pub fn cases() -> Vec<Case> {
+    vec![
+        case("pod::two_containers_share_a_vm", 120, pause),
+        case("pod::limits_and_annotations", 120, limits),
+        case(
+            "pod::host_network_is_refused_and_leaves_nothing",
+            60,
+            host_network,
+        ),
+        case("pod::the_sandboxer_is_the_shim", 150, sandboxer)
+            .only(Version::V2, "the Sandbox API came with 2.0"),
+    ]
+}
+
+fn node(daemon: &Containerd) -> Result<Arc<Node>> {
+    Ok(Arc::new(Node::foreign(&daemon.dir)?))
+}
+
+async fn pause(lab: Shared) -> Result {
+    let node = node(&lab.shared)?;
+    life(&lab, Pod::run(&node, "pods").await?).await
+}
+
+async fn sandboxer(lab: Shared) -> Result {
+    let daemon = lab.own("sb", |options| options.sandboxer = "shim").await?;
+    let node = node(&daemon)?;
+    life(&lab, Pod::run(&node, "sandboxer").await?).await
+}
+
+/// A pod from its first container to its removal.
+async fn life(lab: &Shared, pod: Pod) -> Result {
+    let web = pod
+        .start(
+            "web",
+            super::IMAGE,
+            &["sh", "-c", "echo from-web; httpd -f -p 80"],
+        )
+        .await?;
+    let peer = pod.start("peer", super::IMAGE, &["sleep", "600"]).await?;
+    // One VM: the same kernel boot, host name and network; each its own processes.
+    let boot = ["cat", "/proc/sys/kernel/random/boot_id"];
+    same!(web.out(&boot).await?, peer.out(&boot).await?, "boot id");
+    let hostname = peer.out(&["hostname"]).await?;
+    same!(hostname.trim(), pod.config.hostname, "host name");
+    peer.out(&[
+        "sh",
+        "-c",
+        "echo hello > /tmp/index.html; wget -q -O - http://127.0.0.1:80/ || true",
+    ])
+    .await?;
+    let address = address(&pod).await?;
+    let seen = peer.out(&["ip", "-4", "addr", "show", "eth0"]).await?;
+    ensure!(
+        seen.contains(&address),
+        "CNI gave {address}; the guest has {seen}"
+    );
+    let resolv = peer.out(&["cat", "/etc/resolv.conf"]).await?;
+    ensure!(!resolv.trim().is_empty(), "no resolv.conf");
+    web.printed("from-web", lab.patience(20)).await?;
+    let failed = peer
+        .exec(&["sh", "-c", "echo out; echo err >&2; exit 5"])
+        .await?;
+    same!(failed.exit_code, 5, "exit code of an exec");
+    same!(
+        (failed.stdout.as_slice(), failed.stderr.as_slice()),
+        (&b"out\n"[..], &b"err\n"[..]),
+        "its output"
+    );
+    let stats = peer.stats().await?;
+    let used = stats.memory.and_then(|memory| memory.working_set_bytes);
+    ensure!(used.is_some_and(|used| used.value > 0), "no memory counted");
+
+    let short = pod
+        .start("short", super::IMAGE, &["sh", "-c", "exit 9"])
+        .await?;
+    same!(
+        short.exited(lab.patience(20)).await?.exit_code,
+        9,
+        "exit code"
+    );
+    short.remove().await?;
+    web.stop(0).await?;
+    same!(
+        web.status().await?.state(),
+        ContainerState::ContainerExited,
+        "state after the stop"
+    );
+    pod.stop().await?;
+    pod.remove().await
+}
+
+async fn address(pod: &Pod) -> Result<String> {
+    let request = PodSandboxStatusRequest {
+        pod_sandbox_id: pod.id.clone(),
+        verbose: false,
+    };
+    let status = pod
+        .node
+        .cri
+        .runtime()
+        .pod_sandbox_status(request)
+        .await?
+        .into_inner()
+        .status
+        .unwrap_or_default();
+    same!(
+        status.state(),
+        PodSandboxState::SandboxReady,
+        "state of the sandbox"
+    );
+    Ok(status.network.unwrap_or_default().ip)
+}
+
+async fn limits(lab: Shared) -> Result {
+    let daemon = lab
+        .own("lim", |options| {
+            options.shim = "allowed_annotations = [\"io.boxlite.vcpus\"]".into()
+        })
+        .await?;
+    let node = node(&daemon)?;
+    let mut config = pod_spec(&node, "limits");
+    config
+        .annotations
+        .insert("io.boxlite.vcpus".into(), "2".into());
+    let pod = Pod::run_with(&node, config).await?;
+    let one = pod.start("one", super::IMAGE, &["sleep", "600"]).await?;
+    let cpus = one.out(&["nproc"]).await?;
+    same!(cpus.trim(), "2", "CPUs");
+    pod.stop().await?;
+    pod.remove().await?;
+    for (name, word) in [
+        ("io.boxlite.memory-mib", "allowed_annotations"),
+        ("io.boxlite.speed", "not known"),
+    ] {
+        let mut config = pod_spec(&node, "refused");
+        config.annotations.insert(name.into(), "512".into());
+        let Err(failure) = Pod::run_with(&node, config).await else {
+            crate::bail!("{name} was followed, or ignored")
+        };
+        ensure!(
+            failure.0.contains(name) && failure.0.contains(word),
+            "{}",
+            failure.0
+        );
+    }
+    Ok(())
+}
+
+async fn host_network(lab: Shared) -> Result {
+    let node = node(&lab.shared)?;
+    let mut config = pod_spec(&node, "host");
+    if let Some(linux) = &mut config.linux {
+        linux.security_context = Some(LinuxSandboxSecurityContext {
+            namespace_options: Some(NamespaceOption {
+                network: NamespaceMode::Node.into(),
+                ..Default::default()
+            }),
+            ..Default::default()
+        });
+    }
+    let Err(failure) = Pod::run_with(&node, config).await else {
+        crate::bail!("a pod runs on the host's network")
+    };
+    ensure!(failure.0.contains("host's network"), "{}", failure.0);
+    Ok(())
+}
+
+/// A pod with one container that sleeps, for cases that break things.
+pub async fn sleeper(daemon: &Containerd, name: &str) -> Result<(Pod, Container)> {
+    let node = node(daemon)?;
+    let pod = Pod::run(&node, name).await?;
+    let container = pod
+        .start_with(container_spec("c", super::IMAGE, &["sleep", "600"]))
+        .await?;
+    Ok((pod, container))
+}
+
+/// How long a broken connection of containerd to a shim may stay unnoticed.
+pub const NOTICE: Duration = Duration::from_secs(20);

@@ -1,0 +1,470 @@
+//! Tasks by `ctr`: run in every way, exec, signals, freezing, counters, deletion, and the events of it all.
+
+use super::daemon::{RUNTIME, Version, run_args};
+use super::{Case, Shared, case};
+use crate::outcome::{During, Failure, Result};
+use crate::{ensure, same, wait};
+use std::process::{Output, Stdio};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::process::Command;
+
+/// All of them.
+pub fn cases() -> Vec<Case> {
+    vec![
+        case(
+            "task::output_and_exit_code_of_a_foreground_run",
+            60,
+            foreground,
+        ),
+        case("task::input_reaches_the_process_and_ends", 60, input),
+        case("task::a_terminal_with_its_size", 60, terminal),
+        case("task::detached_exec_freeze_counters_kill_delete", 90, life),
+        case("task::a_client_that_went_is_followed_by_attach", 60, attach),
+        case(
+            "task::limits_make_the_vm_and_pids_are_the_hosts",
+            60,
+            limits,
+        ),
+        case("task::annotations_only_where_allowed", 60, annotations),
+        case("task::the_hosts_network_is_refused", 30, host_network),
+        case("task::events_in_order", 60, events),
+        case("task::config_by_runtime_option", 60, config_path),
+        case("task::erofs_layers_are_handed_over", 90, erofs)
+            .only(Version::V2, "1.6 has no EROFS snapshotter"),
+    ]
+}
+
+fn some<T>(end: Option<T>) -> Result<T> {
+    end.ok_or_else(|| Failure("ctr has no such end".to_owned()))
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).trim().to_owned()
+}
+
+/// `ctr task delete` of 1.6 ends with the task's exit code, that of 2.x warns of it.
+pub fn told_exit(output: &Output, code: i32) -> Result {
+    let warned = text(&output.stderr).contains(&format!("exit code {code}"));
+    ensure!(
+        warned || output.status.code() == Some(code),
+        "no exit code {code}: {}, {}",
+        output.status,
+        text(&output.stderr)
+    );
+    Ok(())
+}
+
+fn succeeded(output: &Output) -> Result<String> {
+    ensure!(
+        output.status.success(),
+        "{}: {}",
+        output.status,
+        text(&output.stderr)
+    );
+    Ok(text(&output.stdout))
+}
+
+async fn foreground(lab: Shared) -> Result {
+    let output = lab.shared.run(&["--rm"], "fg1", &["echo", "hi"]).await?;
+    same!(succeeded(&output)?, "hi", "standard output");
+    let script = "cat /opt/second; echo to-stderr >&2; exit 7";
+    let output = lab
+        .shared
+        .run(&["--rm"], "fg2", &["sh", "-c", script])
+        .await?;
+    same!(output.status.code(), Some(7), "exit code");
+    same!(
+        text(&output.stdout),
+        "from the second layer",
+        "standard output"
+    );
+    same!(text(&output.stderr), "to-stderr", "standard error");
+    // A real VM: its own kernel, and one process tree.
+    let output = lab
+        .shared
+        .run(&["--rm"], "fg3", &["sh", "-c", "uname -r; echo $$"])
+        .await?;
+    let own = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    let seen = succeeded(&output)?;
+    ensure!(
+        !seen.contains(own.trim()) && seen.ends_with("\n1"),
+        "{seen:?}"
+    );
+    let output = lab
+        .shared
+        .run(&["--rm"], "fg4", &["/no/such/program"])
+        .await?;
+    ensure!(
+        !output.status.success() && text(&output.stderr).contains("/no/such/program"),
+        "{}",
+        text(&output.stderr)
+    );
+    Ok(())
+}
+
+async fn input(lab: Shared) -> Result {
+    let mut child = lab
+        .shared
+        .ctr(&run_args(
+            &["--rm"],
+            "in1",
+            &["sh", "-c", "wc -c; echo done"],
+        ))
+        .await
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let mut stdin = some(child.stdin.take())?;
+    stdin.write_all(&vec![b'x'; 300_000]).await?;
+    drop(stdin);
+    same!(
+        succeeded(&child.wait_with_output().await?)?,
+        "300000\ndone",
+        "counted"
+    );
+    Ok(())
+}
+
+async fn terminal(lab: Shared) -> Result {
+    let run = lab
+        .shared
+        .ctr(&run_args(
+            &["--rm", "-t"],
+            "tty1",
+            &["sh", "-c", "tty; stty size"],
+        ))
+        .await;
+    let words: Vec<_> = std::iter::once(run.as_std().get_program())
+        .chain(run.as_std().get_args())
+        .map(|word| format!("'{}'", word.to_string_lossy()))
+        .collect();
+    // script(1) gives it a terminal of this size.
+    let inner = format!("stty rows 33 cols 77; {}", words.join(" "));
+    let output = Command::new("script")
+        .args(["-q", "-e", "-c", &inner, "/dev/null"])
+        .stdin(Stdio::null())
+        .output()
+        .await
+        .during("script (bsdutils)")?;
+    let seen = succeeded(&output)?;
+    ensure!(
+        seen.contains("/dev/pts/") || seen.contains("/dev/console"),
+        "{seen:?}"
+    );
+    ensure!(seen.contains("33 77"), "{seen:?}");
+    Ok(())
+}
+
+async fn life(lab: Shared) -> Result {
+    let ctr = &lab.shared;
+    ctr.sleeper("life").await?;
+    ctr.state("life", "RUNNING").await?;
+    let exec = |id: &'static str, argv: &'static [&'static str]| async move {
+        let mut args = vec!["task", "exec", "--exec-id", id, "life"];
+        args.extend(argv);
+        ctr.output(&args).await
+    };
+    let first = exec("e1", &["sh", "-c", "echo in; exit 3"]).await?;
+    same!(
+        (first.status.code(), text(&first.stdout)),
+        (Some(3), "in".to_owned()),
+        "exec"
+    );
+    let missing = exec("e2", &["/no/such"]).await?;
+    ensure!(!missing.status.success(), "an exec of nothing succeeded");
+    // A pid of the guest for each process.
+    let pids = ctr.ok(&["task", "ps", "life"]).await?;
+    ensure!(pids.lines().count() == 2, "{pids}");
+    let metrics = ctr.ok(&["task", "metrics", "life"]).await?;
+    let usage = metrics
+        .lines()
+        .find(|line| line.starts_with("memory.usage ") || line.contains("memory.usage"));
+    let bytes = usage.and_then(|line| line.split_whitespace().last()?.parse::<u64>().ok());
+    ensure!(bytes.is_some_and(|bytes| bytes > 0), "{metrics}");
+
+    ctr.ok(&["task", "pause", "life"]).await?;
+    ctr.state("life", "PAUSED").await?;
+    ctr.ok(&["task", "resume", "life"]).await?;
+    ctr.state("life", "RUNNING").await?;
+    ctr.ok(&["task", "kill", "-s", "SIGKILL", "life"]).await?;
+    ctr.stopped("life").await?;
+    let deleted = ctr.output(&["task", "delete", "life"]).await?;
+    told_exit(&deleted, 137)?;
+    ctr.ok(&["container", "delete", "life"]).await.map(drop)
+}
+
+async fn attach(lab: Shared) -> Result {
+    let ctr = &lab.shared;
+    // Reads a line, answers it; its first client is killed before that.
+    let script = "echo ready; read line; echo \"got $line\"; sleep 600";
+    let mut first = ctr
+        .ctr(&run_args(&[], "att", &["sh", "-c", script]))
+        .await
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let mut lines = BufReader::new(some(first.stdout.take())?).lines();
+    let line = lines.next_line().await?;
+    same!(line.as_deref(), Some("ready"), "the first client");
+    first.start_kill()?;
+    first.wait().await?;
+
+    let mut second = ctr
+        .ctr(&["task", "attach", "att"])
+        .await
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let mut stdin = some(second.stdin.take())?;
+    stdin.write_all(b"hello\n").await?;
+    let mut lines = BufReader::new(some(second.stdout.take())?).lines();
+    let line = tokio::time::timeout(lab.patience(20), lines.next_line()).await;
+    let line = line.during("the second client")??;
+    same!(line.as_deref(), Some("got hello"), "after attach");
+    second.start_kill()?;
+    second.wait().await?;
+    ctr.remove("att").await?;
+    clear_fifos()
+}
+
+/// ctr leaves its FIFOs where it was killed, or its task went without it; nobody else's are there.
+pub fn clear_fifos() -> Result {
+    for entry in std::fs::read_dir("/run/containerd/fifo")? {
+        std::fs::remove_dir_all(entry?.path())?;
+    }
+    Ok(())
+}
+
+async fn limits(lab: Shared) -> Result {
+    let ctr = &lab.shared;
+    let flags = ["-d", "--memory-limit", "402653184"];
+    ctr.ok(&run_args(&flags, "big", &["sleep", "600"])).await?;
+    let meminfo = ctr
+        .ok(&[
+            "task",
+            "exec",
+            "--exec-id",
+            "e",
+            "big",
+            "grep",
+            "MemTotal",
+            "/proc/meminfo",
+        ])
+        .await?;
+    let kib: u64 = meminfo
+        .split_whitespace()
+        .nth(1)
+        .and_then(|n| n.parse().ok())
+        .unwrap_or(0);
+    // 384 MiB and 64 MiB of overhead, less what the kernel keeps.
+    ensure!((380 << 10..=448 << 10).contains(&kib), "{meminfo}");
+    // A task's pid is a process of this machine, in a network namespace that is not this one.
+    let list = ctr.ok(&["task", "ls"]).await?;
+    let line = list
+        .lines()
+        .find(|line| line.starts_with("big"))
+        .unwrap_or_default();
+    let pid = line.split_whitespace().nth(1).unwrap_or_default();
+    let theirs = std::fs::read_link(format!("/proc/{pid}/ns/net")).during(format!("{line:?}"))?;
+    ensure!(
+        theirs != std::fs::read_link("/proc/self/ns/net")?,
+        "the VM is in the host's network namespace"
+    );
+    ctr.remove("big").await
+}
+
+async fn annotations(lab: Shared) -> Result {
+    let ctr = &lab.shared;
+    // ctr 1.6 makes annotations of labels, 2.x has a flag.
+    let flag = match lab.version {
+        Version::V1 => "--label",
+        Version::V2 => "--annotation",
+    };
+    let vcpus = ["--rm", flag, "io.boxlite.vcpus=2"];
+    let refused = ctr.run(&vcpus, "ann1", &["nproc"]).await?;
+    let words = text(&refused.stderr);
+    ensure!(
+        words.contains("io.boxlite.vcpus") && words.contains("allowed_annotations"),
+        "{words}"
+    );
+    ctr.output(&["container", "delete", "ann1"]).await?;
+    let allowed = lab
+        .own("ann", |options| {
+            options.shim = "allowed_annotations = [\"io.boxlite.vcpus\"]".into()
+        })
+        .await?;
+    let output = allowed.run(&vcpus, "ann2", &["nproc"]).await?;
+    same!(succeeded(&output)?, "2", "CPUs");
+    let flags = ["--rm", flag, "io.boxlite.speed=9"];
+    let words = text(&allowed.run(&flags, "ann3", &["nproc"]).await?.stderr);
+    ensure!(
+        words.contains("io.boxlite.speed") && words.contains("not known"),
+        "{words}"
+    );
+    Ok(())
+}
+
+async fn host_network(lab: Shared) -> Result {
+    let output = lab
+        .shared
+        .run(&["--rm", "--net-host"], "host", &["true"])
+        .await?;
+    let words = text(&output.stderr);
+    ensure!(
+        !output.status.success() && words.contains("host's network"),
+        "{words}"
+    );
+    lab.shared
+        .output(&["container", "delete", "host"])
+        .await
+        .map(drop)
+}
+
+async fn events(lab: Shared) -> Result {
+    let ctr = &lab.shared;
+    let mut listener = ctr.ctr(&["events"]).await.stdout(Stdio::piped()).spawn()?;
+    let mut lines = BufReader::new(some(listener.stdout.take())?).lines();
+    // Subscribed once it shows something.
+    let mut ready = false;
+    for round in 0..40 {
+        ctr.ok(&["namespace", "label", "default", &format!("e2e={round}")])
+            .await?;
+        let line =
+            tokio::time::timeout(std::time::Duration::from_millis(250), lines.next_line()).await;
+        if line.is_ok() {
+            ready = true;
+            break;
+        }
+    }
+    ensure!(ready, "ctr events shows nothing");
+    ctr.sleeper("ev").await?;
+    ctr.ok(&["task", "exec", "--exec-id", "x", "ev", "true"])
+        .await?;
+    ctr.ok(&["task", "pause", "ev"]).await?;
+    ctr.ok(&["task", "resume", "ev"]).await?;
+    ctr.remove("ev").await?;
+    let wanted = [
+        "/tasks/create",
+        "/tasks/start",
+        "/tasks/exec-added",
+        "/tasks/exec-started",
+        "/tasks/exit",
+        "/tasks/paused",
+        "/tasks/resumed",
+        "/tasks/exit",
+        "/tasks/delete",
+    ];
+    let mut seen: Vec<String> = Vec::new();
+    let read = async {
+        while seen
+            .iter()
+            .filter(|topic| *topic == "/tasks/delete")
+            .count()
+            < 1
+        {
+            let Some(line) = lines.next_line().await? else {
+                break;
+            };
+            seen.extend(
+                line.split_whitespace()
+                    .find(|word| word.starts_with("/tasks/"))
+                    .map(str::to_owned),
+            );
+        }
+        Ok::<(), std::io::Error>(())
+    };
+    let done = tokio::time::timeout(lab.patience(10), read).await;
+    listener.start_kill()?;
+    listener.wait().await?;
+    done.during(format!("the events so far: {seen:?}"))??;
+    // containerd itself announces some of them too: the order is what counts.
+    seen.dedup();
+    let mut rest = seen.iter();
+    for topic in wanted {
+        ensure!(
+            rest.any(|seen| seen == topic),
+            "{topic} is not where it should be in {seen:?}"
+        );
+    }
+    Ok(())
+}
+
+async fn config_path(lab: Shared) -> Result {
+    let path = lab.scratch.join("other.toml");
+    let text_of = std::fs::read_to_string(lab.shared.dir.join("shim.toml"))?;
+    std::fs::write(&path, format!("{text_of}\n[pod]\nvcpus = 2\n"))?;
+    let flag = path.display().to_string();
+    let output = lab
+        .shared
+        .run(
+            &["--rm", "--runtime-config-path", &flag],
+            "cfg1",
+            &["nproc"],
+        )
+        .await?;
+    same!(succeeded(&output)?, "2", "CPUs");
+    std::fs::write(&path, "vmmm = \"qemu\"\n")?;
+    let output = lab
+        .shared
+        .run(
+            &["--rm", "--runtime-config-path", &flag],
+            "cfg2",
+            &["nproc"],
+        )
+        .await?;
+    ensure!(
+        text(&output.stderr).contains("vmmm"),
+        "{}",
+        text(&output.stderr)
+    );
+    lab.shared
+        .output(&["container", "delete", "cfg2"])
+        .await
+        .map(drop)
+}
+
+async fn erofs(lab: Shared) -> Result {
+    let ctr = &lab.shared;
+    let archive = lab.archive.display().to_string();
+    ctr.ok(&[
+        "-n",
+        "erofs",
+        "image",
+        "import",
+        "--local",
+        "--snapshotter",
+        "erofs",
+        &archive,
+    ])
+    .await?;
+    let script = "grep ' / ' /proc/mounts; grep -c erofs /proc/mounts; cat /opt/second; echo new > /opt/second; cat /opt/second";
+    let run = [
+        "-n",
+        "erofs",
+        "run",
+        "--rm",
+        "--snapshotter",
+        "erofs",
+        "--runtime",
+        RUNTIME,
+        super::IMAGE,
+        "ero",
+        "sh",
+        "-c",
+        script,
+    ];
+    let seen = succeeded(&ctr.output(&run).await?)?;
+    ensure!(seen.contains("from the second layer\nnew"), "{seen}");
+    ensure!(
+        seen.lines()
+            .next()
+            .is_some_and(|line| line.starts_with("overlay")),
+        "{seen}"
+    );
+    wait::until("the image is gone", lab.patience(10), || async {
+        ctr.ok(&["-n", "erofs", "image", "delete", "--sync", super::IMAGE])
+            .await
+            .map(drop)
+    })
+    .await
+}

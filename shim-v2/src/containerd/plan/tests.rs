@@ -1,0 +1,111 @@
+//! Plans out of specs as containerd 1.6 and 2.x write them.
+
+use super::*;
+use serde_json::json;
+
+fn spec(value: serde_json::Value) -> Spec {
+    serde_json::from_value(value).expect("a spec")
+}
+
+fn config() -> ShimConfig {
+    let text = "vmm = 'qemu'\nacceleration = 'tcg'\nallowed_annotations = ['io.boxlite.vcpus']";
+    ShimConfig::parse(text, Path::new("/x")).expect("valid")
+}
+
+#[tokio::test]
+async fn a_pause_container_carries_the_pods_limits_in_annotations() {
+    let spec = spec(json!({
+        "ociVersion": "1.0.2", "hostname": "web",
+        "annotations": {
+            CONTAINER_TYPE: "sandbox", SANDBOX_MEMORY: "134217728", SANDBOX_QUOTA: "150000", SANDBOX_PERIOD: "100000",
+        },
+        "linux": {
+            "sysctl": {"net.ipv4.ip_unprivileged_port_start": "0"},
+            "cgroupsPath": "/no-such-kubepods/pod1/abc",
+            "resources": {"cpu": {"shares": 2}},
+            "namespaces": [{"type": "network", "path": "/run/netns/x"}],
+        },
+    }));
+    assert!(is_pause(&spec));
+    assert_eq!(
+        network(&spec).expect("named"),
+        Network::Namespace("/run/netns/x".into())
+    );
+    let plan = of_task("abc", &spec, Some("/run/netns/x".into()), &config())
+        .await
+        .expect("a plan");
+    let options = plan.options;
+    assert_eq!((options.vcpus, options.memory_mib), (2, 128 + 64));
+    assert_eq!(options.hostname, "web");
+    assert_eq!(options.cgroup_parent, "/no-such-kubepods/pod1");
+    assert_eq!(options.sysctls.len(), 1);
+    assert_eq!(plan.origin, Origin::Task);
+}
+
+#[tokio::test]
+async fn a_task_of_ctr_has_its_own_limits_and_a_private_network() {
+    let spec = spec(json!({
+        "ociVersion": "1.0.2", "annotations": {"io.boxlite.vcpus": "3"},
+        "linux": {
+            "cgroupsPath": "/x",
+            "resources": {"memory": {"limit": 67_108_865}, "cpu": {"quota": 50000, "period": 100000}},
+            "namespaces": [{"type": "network"}],
+        },
+    }));
+    assert_eq!(network(&spec).expect("its own"), Network::Private);
+    let plan = of_task("0123456789abcdef", &spec, None, &config())
+        .await
+        .expect("a plan");
+    let options = plan.options;
+    assert_eq!((options.vcpus, options.memory_mib), (3, 65 + 64));
+    assert_eq!(options.hostname, "0123456789ab");
+    assert_eq!(options.cgroup_parent, "", "the root is no pod's");
+}
+
+#[test]
+fn the_hosts_network_is_refused() {
+    let spec = spec(json!({"ociVersion": "1.0.2", "linux": {"namespaces": [{"type": "mount"}]}}));
+    let error = network(&spec).expect_err("refused").to_string();
+    assert!(error.contains("host's network"), "{error}");
+}
+
+#[test]
+fn slices_become_paths() {
+    let parent = |text: &str| parent_of(Path::new(text));
+    assert_eq!(
+        parent("kubepods-besteffort-podX.slice:cri-containerd:abc"),
+        "/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-podX.slice"
+    );
+    assert_eq!(
+        parent("/kubepods/besteffort/podX/abc"),
+        "/kubepods/besteffort/podX"
+    );
+    assert_eq!(parent("/default/../x"), "");
+    assert_eq!(parent("abc"), "");
+    assert_eq!(expand_slice("/kubepods/podX"), "/kubepods/podX");
+}
+
+#[tokio::test]
+async fn a_pod_configuration_is_read_and_host_network_refused() {
+    let mut pod = PodConfig::new();
+    pod.hostname = "web".to_owned();
+    let linux = pod.linux.mut_or_insert_default();
+    linux.cgroup_parent = "kubepods-podX.slice".to_owned();
+    linux
+        .resources
+        .mut_or_insert_default()
+        .memory_limit_in_bytes = 100 << 20;
+    linux.overhead.mut_or_insert_default().memory_limit_in_bytes = 160 << 20;
+    let plan = of_pod("abc", &pod, None, &config()).await.expect("a plan");
+    assert_eq!(plan.options.memory_mib, 260);
+    assert_eq!(
+        plan.options.cgroup_parent,
+        "/kubepods.slice/kubepods-podX.slice"
+    );
+    assert_eq!(plan.origin, Origin::Sandboxer);
+
+    let linux = pod.linux.mut_or_insert_default();
+    let security = linux.security_context.mut_or_insert_default();
+    security.namespace_options.mut_or_insert_default().network = NODE;
+    assert!(of_pod("abc", &pod, None, &config()).await.is_err());
+}
