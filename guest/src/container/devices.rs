@@ -58,6 +58,13 @@ pub fn of(spec: &Spec, mapped: bool) -> Result<Vec<LinuxDevice>, ContainerError>
         let device = node(&wish.source, &wish.path)
             .map_err(|error| invalid(format!("the VM has no device {:?}: {error}", wish.source)))?
             .ok_or_else(|| invalid(format!("{:?} of the VM is no device", wish.source)))?;
+        // By name it means a disk of the host, and the VM's of that name is another one: its scratch disk, say.
+        if device.typ() == LinuxDeviceType::B {
+            return Err(invalid(format!(
+                "{:?} is a block device: the host's do not reach a VM, and the VM's own are no volumes",
+                wish.source
+            )));
+        }
         devices.retain(|present| present.path() != device.path());
         devices.push(device);
     }
@@ -185,6 +192,13 @@ mod tests {
                 "{error}"
             );
         }
+        let disk = fs::read_dir(DEV).unwrap().flatten().find(|entry| {
+            let kind = entry.file_type();
+            kind.is_ok_and(|kind| kind.is_block_device())
+        });
+        let disk = disk.expect("a machine has a disk").path();
+        let error = of(&wish(disk.to_str().unwrap(), "/dev/block"), false).unwrap_err();
+        assert!(error.to_string().contains("block device"), "{error}");
         assert!(of(&wish("/dev/zero", "/dev/other"), true).is_err());
         assert!(of(&wish("/dev/zero", "/dev/zero"), true).is_ok());
     }
