@@ -431,6 +431,14 @@ async fn refused(world: Shared) -> Result {
 
     let alone = Tmpfs::new(dir.join("alone"), "size=1m")?;
     run("mount", &["--make-private", &alone.0.display().to_string()])?;
+    let mut follower = mount(&alone.0, "/alone");
+    follower.propagation = MountPropagation::PropagationHostToContainer.into();
+    let mut config = container_spec("c", &world.images.base, &["true"]);
+    config.mounts = vec![follower];
+    says(
+        &pod.create_with(config).await.map(drop),
+        &["private", &alone.0.display().to_string()],
+    )?;
     let mut config = container_spec("c", &world.images.base, &["true"]);
     config.devices = vec![Device {
         host_path: "/dev/loop0".into(),
