@@ -247,6 +247,17 @@ async fn attach(world: Shared) -> Result {
     let pod = Pod::run(&world.node, "attach").await?;
     let c = answerer(&world, &pod, false).await?;
     let mut reader = Session::open(&attach_url(&c, PLAIN).await?, BOTH[0], PLAIN).await?;
+    // Nothing tells a reader that it is attached but output: some is made until it sees it.
+    let mut typist = Session::open(&attach_url(&c, TYPING).await?, BOTH[0], TYPING).await?;
+    loop {
+        typist.send("stdin", b"probe\n").await?;
+        let heard = reader.until("stdout", "got probe\n");
+        if let Ok(heard) = tokio::time::timeout(Duration::from_millis(500), heard).await {
+            heard?;
+            break;
+        }
+    }
+    drop(typist);
     for over in BOTH {
         let mut session = Session::open(&attach_url(&c, TYPING).await?, over, TYPING).await?;
         let line = format!("{over:?}");

@@ -118,7 +118,7 @@ impl Channels {
 }
 
 /// The bytes of a message, by the subprotocol; `None` for what is none of it.
-fn decode(message: Message, base64: bool) -> Option<(u8, Bytes)> {
+pub(super) fn decode(message: Message, base64: bool) -> Option<(u8, Bytes)> {
     match message {
         Message::Binary(bytes) if !base64 => Some((*bytes.first()?, bytes.slice(1..))),
         Message::Text(text) if base64 => {
@@ -131,7 +131,8 @@ fn decode(message: Message, base64: bool) -> Option<(u8, Bytes)> {
     }
 }
 
-fn encode((channel, data): Packet, base64: bool) -> Message {
+/// A message of the subprotocol.
+pub(super) fn encode((channel, data): Packet, base64: bool) -> Message {
     if base64 {
         let mut text = String::with_capacity(1 + data.len().div_ceil(3) * 4);
         text.push(char::from(b'0' + channel % 10));
@@ -312,10 +313,4 @@ pub async fn serve<IO, H, F>(
         let rest = async { while let Some(Ok(_)) = receiving.source.next().await {} };
         let _ = tokio::time::timeout(CLOSE_LIMIT, rest).await;
     }
-}
-
-#[cfg(test)]
-pub(super) mod wire {
-    //! The message codec, for tests.
-    pub use super::{decode, encode};
 }

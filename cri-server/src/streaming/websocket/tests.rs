@@ -1,6 +1,6 @@
 //! Tests of the channel codec, of channels and of the tunnel, against tungstenite's own client side.
 
-use super::channels::wire::{decode, encode};
+use super::channels::{decode, encode};
 use super::*;
 use crate::streaming::outcome::Outcome;
 use crate::streaming::remote::Wanted;

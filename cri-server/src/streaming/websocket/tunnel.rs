@@ -9,6 +9,8 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::protocol::CloseFrame;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_tungstenite::tungstenite::{Error, Message};
 
 /// Largest message written, in bytes.
@@ -20,6 +22,8 @@ pub struct Tunnel<IO> {
     socket: WebSocketStream<IO>,
     /// What is left of the message being read.
     message: Bytes,
+    /// The close message is on its way.
+    closing: bool,
 }
 
 impl<IO> Tunnel<IO> {
@@ -28,6 +32,7 @@ impl<IO> Tunnel<IO> {
         Self {
             socket,
             message: Bytes::new(),
+            closing: false,
         }
     }
 }
@@ -90,9 +95,28 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Tunnel<IO> {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match ready!(Pin::new(&mut self.socket).poll_close(context)) {
-            Err(Error::ConnectionClosed | Error::AlreadyClosed) | Ok(()) => Poll::Ready(Ok(())),
-            Err(error) => Poll::Ready(Err(broken(error))),
+        let closed = |error| match error {
+            Error::ConnectionClosed | Error::AlreadyClosed => Ok(()),
+            error => Err(broken(error)),
+        };
+        if !self.closing {
+            if let Err(error) = ready!(Pin::new(&mut self.socket).poll_ready(context)) {
+                return Poll::Ready(closed(error));
+            }
+            self.closing = true;
+            // Without a code the peer takes it for an accident.
+            let frame = CloseFrame {
+                code: CloseCode::Normal,
+                reason: "".into(),
+            };
+            let message = Message::Close(Some(frame));
+            if let Err(error) = Pin::new(&mut self.socket).start_send(message) {
+                return Poll::Ready(closed(error));
+            }
+        }
+        match ready!(Pin::new(&mut self.socket).poll_flush(context)) {
+            Ok(()) => Poll::Ready(Ok(())),
+            Err(error) => Poll::Ready(closed(error)),
         }
     }
 }
