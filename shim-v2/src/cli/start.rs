@@ -39,7 +39,7 @@ const SOCKET_PATH_LIMIT: usize = 107;
 pub fn start(flags: &Flags) -> Result<(), CliError> {
     let request = bootstrap::read(flags)?;
     let bundle = std::env::current_dir().map_err(CliError::io("find", "the bundle"))?;
-    let address = match group_address(flags, &bundle) {
+    let address = match group_address(flags, &request, &bundle) {
         Some(address) => address,
         None => launch(flags, &request, &bundle)?,
     };
@@ -64,7 +64,8 @@ pub fn socket_path(request: &StartRequest, namespace: &str, id: &str) -> PathBuf
 }
 
 /// Address of the live shim of the sandbox that this bundle's container belongs to, if it is another's.
-fn group_address(flags: &Flags, bundle: &Path) -> Option<String> {
+/// A sandboxer's bundle is elsewhere: its shim is found by the name of its socket.
+fn group_address(flags: &Flags, request: &StartRequest, bundle: &Path) -> Option<String> {
     let spec = std::fs::read(bundle.join("config.json")).ok()?;
     let spec: serde_json::Value = serde_json::from_slice(&spec).ok()?;
     let sandbox = spec["annotations"][SANDBOX_ID_ANNOTATION].as_str()?;
@@ -72,11 +73,16 @@ fn group_address(flags: &Flags, bundle: &Path) -> Option<String> {
     if sandbox == flags.id || !plain {
         return None;
     }
-    let address =
-        std::fs::read_to_string(bundle.parent()?.join(sandbox).join(ADDRESS_FILE)).ok()?;
-    let path = address.trim().strip_prefix("unix://")?;
-    UnixStream::connect(path).ok()?;
-    Some(address.trim().to_owned())
+    let beside = std::fs::read_to_string(bundle.parent()?.join(sandbox).join(ADDRESS_FILE));
+    let address = match beside {
+        Ok(address) => address.trim().to_owned(),
+        Err(_) => {
+            let path = socket_path(request, &flags.namespace, sandbox);
+            format!("unix://{}", path.display())
+        }
+    };
+    UnixStream::connect(address.strip_prefix("unix://")?).ok()?;
+    Some(address)
 }
 
 fn launch(flags: &Flags, request: &StartRequest, bundle: &Path) -> Result<String, CliError> {
