@@ -172,6 +172,7 @@ mod tests {
             scratch_bytes: 0,
             hostname: String::new(),
             netns: None,
+            host_network: false,
             sysctls: Default::default(),
             cgroup_parent: String::new(),
             vmm: None,

@@ -5,8 +5,8 @@ use super::sandbox::SandboxRecord;
 use super::signal;
 use boxlite_proto::cri::v1::{
     Container, ContainerEventResponse, ContainerEventType, ContainerResources, ContainerState,
-    ContainerStatus, ContainerUser, ImageSpec, LinuxContainerUser, LinuxPodSandboxStatus, Namespace,
-    PodIp, PodSandbox, PodSandboxNetworkStatus, PodSandboxState, PodSandboxStatus,
+    ContainerStatus, ContainerUser, ImageSpec, LinuxContainerUser, LinuxPodSandboxStatus,
+    Namespace, PodIp, PodSandbox, PodSandboxNetworkStatus, PodSandboxState, PodSandboxStatus,
 };
 use boxlite_runtime as runtime;
 use boxlite_runtime::{

@@ -3,12 +3,10 @@
 use tonic::Status;
 
 /// Call and what it waits for.
-pub const TABLE: [(&str, &str); 1] = [
-    (
-        "CheckpointContainer",
-        "a tool in the guest that saves and restores processes (CRIU); the guest has none",
-    ),
-];
+pub const TABLE: [(&str, &str); 1] = [(
+    "CheckpointContainer",
+    "a tool in the guest that saves and restores processes (CRIU); the guest has none",
+)];
 
 /// UNIMPLEMENTED for a call of the table.
 pub fn answer(call: &'static str) -> Status {

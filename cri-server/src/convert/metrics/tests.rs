@@ -36,6 +36,7 @@ fn sandbox() -> BoxSnapshot {
         scratch_bytes: 0,
         hostname: String::new(),
         netns: None,
+        host_network: false,
         sysctls: BTreeMap::new(),
         cgroup_parent: String::new(),
         vmm: None,

@@ -24,9 +24,7 @@ pub use resources::resources;
 
 use super::ConvertError;
 use super::sandbox::SandboxRecord;
-use boxlite_proto::cri::v1::{
-    ContainerConfig, LinuxContainerSecurityContext, NamespaceMode,
-};
+use boxlite_proto::cri::v1::{ContainerConfig, LinuxContainerSecurityContext, NamespaceMode};
 use boxlite_proto::names;
 use oci_spec::image::ImageConfiguration;
 use oci_spec::runtime::Spec;
