@@ -233,13 +233,13 @@ async fn make_process(
     cgroup: &Cgroup,
     prepared: &Prepared,
 ) -> Result<Made, ContainerError> {
-    let create = Request::Create(CreateRequest {
+    let create = Request::Create(Box::new(CreateRequest {
         id: request.container_id.clone(),
         bundle: prepared.rootfs.bundle().to_path_buf(),
         state: PathBuf::from(STATE),
         terminal: request.terminal,
         confinement: prepared.confinement.clone(),
-    });
+    }));
     let failed = ContainerError::step("standard input and output");
     let (reply, pipes) = if request.terminal {
         (agent.spawner.request(&create, &[])?, None)

@@ -28,7 +28,7 @@ const FAILURE_LIMIT: usize = 4 << 10;
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Request {
     /// Make a container's init process. Descriptors: stdin, stdout, stderr (none for a terminal).
-    Create(CreateRequest),
+    Create(Box<CreateRequest>),
     /// Run a process in a container. Descriptors: the init process's pidfd, then stdin, stdout, stderr (none for a
     /// terminal).
     Exec(Box<ExecRequest>),
