@@ -36,8 +36,6 @@ pub struct NodeOptions {
     pub guest: Option<PathBuf>,
     /// Seconds for one RunPodSandbox.
     pub run_pod_seconds: u32,
-    /// More of the configuration file, whole tables.
-    pub more: String,
 }
 
 impl NodeOptions {
@@ -53,7 +51,6 @@ impl NodeOptions {
             cni_timeout: 20,
             guest: None,
             run_pod_seconds: 230,
-            more: String::new(),
         }
     }
 }
@@ -298,8 +295,6 @@ listen = "{metrics}"
 
 [timeouts]
 run_pod_seconds = {}
-
-{}
 "#,
         options.vmm,
         options.guest.as_ref().unwrap_or(&install.guest).display(),
@@ -311,6 +306,5 @@ run_pod_seconds = {}
         bins.join(", "),
         options.cni_timeout,
         options.run_pod_seconds,
-        options.more,
     )
 }

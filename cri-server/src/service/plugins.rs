@@ -77,7 +77,7 @@ impl Host for Lent {
                     container.state,
                     ContainerState::Created | ContainerState::Running
                 ) {
-                    containers.push(message(&server, &pod, &container).await);
+                    containers.push(message(&pod, &container).await);
                 }
             }
         }
@@ -96,7 +96,7 @@ fn pod_message(server: &Server, pod: &LiteBox) -> PodSandbox {
     describe::pod(&pod.snapshot(), &server.pod_record(pod))
 }
 
-async fn message(server: &Server, pod: &LiteBox, container: &ContainerSnapshot) -> Container {
+async fn message(pod: &LiteBox, container: &ContainerSnapshot) -> Container {
     let spec = match pod.container_spec(&container.id).await {
         Ok(spec) => Some(spec),
         Err(error) => {
@@ -241,7 +241,7 @@ pub async fn start(
     container: &ContainerSnapshot,
 ) -> Result<(), Status> {
     if container.state == ContainerState::Created && session.heard().await {
-        let message = message(server, pod, container).await;
+        let message = message(pod, container).await;
         session
             .ask(
                 Event::StartContainer,
@@ -259,7 +259,7 @@ pub async fn after(server: &Server, session: &Session, event: Event, pod: &LiteB
     if session.heard().await
         && let Ok(container) = pod.container(id)
     {
-        let message = message(server, pod, &container).await;
+        let message = message(pod, &container).await;
         session
             .tell(event, &pod_message(server, pod), Some(&message))
             .await;
@@ -292,7 +292,7 @@ pub async fn container_ended(server: &Server, pod: &LiteBox, id: &str) {
     let session = server.session().await;
     match pod.container(id) {
         Ok(container) if container.state == ContainerState::Exited => {
-            let message = message(server, pod, &container).await;
+            let message = message(pod, &container).await;
             let updates = session.stop(&pod_message(server, pod), &message).await;
             carry_out(server, updates).await;
         }
@@ -309,7 +309,7 @@ pub async fn remove(
 ) {
     if session.heard().await {
         let pod_message = pod_message(server, pod);
-        let message = message(server, pod, container).await;
+        let message = message(pod, container).await;
         // One that was created and never ran has not been told as stopped: NRI's order has it so.
         let updates = session.stop(&pod_message, &message).await;
         carry_out(server, updates).await;
@@ -330,7 +330,7 @@ pub async fn update(
     if !session.heard().await {
         return Ok(wish);
     }
-    let message = message(server, pod, container).await;
+    let message = message(pod, container).await;
     let (wanted, others) = session
         .update(
             &pod_message(server, pod),

@@ -306,10 +306,12 @@ fn websocket_session(request: Request<Incoming>, ticket: Ticket, context: &Conte
         Ticket::Forward(_) => Subprotocol::of_forward,
         _ => Subprotocol::of_command,
     };
-    let mut offered = values(headers, SEC_WEBSOCKET_PROTOCOL.as_str()).peekable();
-    let found = match offered.peek() {
-        None => of("").map(|subprotocol| (String::new(), subprotocol)),
-        Some(_) => offered.find_map(|name| Some((name.to_owned(), of(name)?))),
+    let found = {
+        let mut offered = values(headers, SEC_WEBSOCKET_PROTOCOL.as_str()).peekable();
+        match offered.peek() {
+            None => of("").map(|subprotocol| (String::new(), subprotocol)),
+            Some(_) => offered.find_map(|name| Some((name.to_owned(), of(name)?))),
+        }
     };
     let Some((name, subprotocol)) = found else {
         return refuse(

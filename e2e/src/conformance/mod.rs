@@ -75,7 +75,7 @@ pub struct Programs {
 /// Hosts that critest's references name.
 const HOSTS: [&str; 3] = ["registry.k8s.io", "k8s.gcr.io", "gcr.io"];
 
-/// Below the node's directory.
+/// Below the node's directory, as its configuration says.
 const NRI_SOCKET: &str = "nri.sock";
 
 /// Runs what was asked for; whether nothing failed that can run here.
@@ -153,14 +153,6 @@ impl Suite<'_> {
         for host in HOSTS {
             let server = format!("http://{}", self.registry.host);
             options.registries.push((host.into(), server, None));
-        }
-        if transport == Transport::Nri {
-            let at = self.scratch.join(&options.name);
-            std::fs::create_dir_all(at.join("nri"))?;
-            options.more = format!(
-                "[nri]\nenable = true\nsocket_path = \"{0}/{NRI_SOCKET}\"\nplugin_path = \"{0}/nri\"\nplugin_config_path = \"{0}/nri\"\n",
-                at.display()
-            );
         }
         let node = Node::start(self.scratch, self.install, &options).await?;
         println!("\n== critest, {name}, {}", self.options.home.vmm());

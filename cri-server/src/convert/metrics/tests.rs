@@ -88,6 +88,8 @@ fn started() -> ContainerSnapshot {
         tty: false,
         stdin: false,
         stdin_once: false,
+        image_volumes: Vec::new(),
+        user: None,
     }
 }
 

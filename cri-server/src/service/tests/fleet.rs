@@ -101,11 +101,13 @@ pub async fn server(node: &FakeNode) -> Server {
     let mode = std::fs::Permissions::from_mode(0o755);
     std::fs::set_permissions(node.at("bin").join("fake"), mode).unwrap();
     let runtime = BoxliteRuntime::open(options).await.unwrap();
+    let streaming = Streaming::new(config.streaming, ([127, 0, 0, 1], 1).into());
     Server::new(
         runtime,
         config,
         Arc::new(Metrics::new().unwrap()),
         "fake".into(),
+        streaming,
     )
 }
 

@@ -147,7 +147,8 @@ fn every_follower_gets_every_event_with_its_statuses() {
                 sandbox.metadata.as_ref().unwrap().uid == "u" && event.created_at > 0
             }));
             let stopped = &got[4].containers_statuses[0];
-            assert_eq!(stopped.state(), ContainerState::ContainerExited);
+            let exited = boxlite_proto::cri::v1::ContainerState::ContainerExited;
+            assert_eq!(stopped.state(), exited);
             assert_eq!(stopped.metadata.as_ref().unwrap().name, "c");
         }
         // A daemon that goes down ends its streams.
