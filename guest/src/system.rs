@@ -158,13 +158,26 @@ pub fn cpu_usage_ns() -> u64 {
     busy * 10_000_000
 }
 
-/// Traffic of every interface but the loopback.
+/// Traffic of every interface that is up but the loopback: the kernel makes some of its own (dummy0, sit0) that nobody uses.
 pub fn network_stats() -> Vec<NetworkStats> {
     let text = fs::read_to_string("/proc/net/dev").unwrap_or_default();
     text.lines()
         .filter_map(network_line)
-        .filter(|stats| stats.interface != "lo")
+        .filter(|stats| stats.interface != "lo" && is_up(&stats.interface))
         .collect()
+}
+
+fn is_up(interface: &str) -> bool {
+    let flags = PathBuf::from("/sys/class/net")
+        .join(interface)
+        .join("flags");
+    fs::read_to_string(flags).is_ok_and(|text| has_up_flag(&text))
+}
+
+/// IFF_UP of `0x1003`.
+fn has_up_flag(flags: &str) -> bool {
+    let digits = flags.trim().trim_start_matches("0x");
+    u32::from_str_radix(digits, 16).is_ok_and(|flags| flags & 1 == 1)
 }
 
 /// A line of /proc/net/dev: `name: bytes packets errs drop fifo frame compressed multicast` twice.
@@ -205,6 +218,12 @@ mod tests {
         for name in ["", ".", "..", "a..b", "/etc/passwd", "net/../../x", "a/"] {
             assert_eq!(sysctl_path(name), None, "{name:?}");
         }
+    }
+
+    #[test]
+    fn flags_of_interfaces() {
+        assert!(has_up_flag("0x1003\n") && has_up_flag("0x9"));
+        assert!(!has_up_flag("0x1002\n") && !has_up_flag("") && !has_up_flag("up"));
     }
 
     #[test]
