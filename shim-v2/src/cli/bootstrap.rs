@@ -5,8 +5,8 @@
 //! | containerd | in | out |
 //! |---|---|---|
 //! | 1.6 | flags, environment | the plain address |
-//! | 1.7 | the same and MAX_SHIM_VERSION=2 | JSON, version 2 |
-//! | 2.0–2.2, boxlite-cri | the same and MAX_SHIM_VERSION=3 | JSON, version 3 |
+//! | 1.7–2.2 | the same and MAX_SHIM_VERSION=2 | JSON, version 2 |
+//! | boxlite-cri | the same and MAX_SHIM_VERSION=3 | JSON, version 3 |
 //! | 2.3 | BootstrapParams (protobuf) on standard input | BootstrapResult (protobuf) |
 //!
 //! The crate containerd-shim reads these too, but keeps its reader private and never answers 1.6.
