@@ -319,8 +319,8 @@ impl Plugin {
         self.judge(event, answer)
     }
 
-    /// Asks it whether an adjustment is all right. One that subscribed for everything and does not know the call has nothing against it.
-    pub async fn validate<A: Message + Default>(
+    /// Asks it whether something is all right. One that subscribed for everything and does not know the call has nothing against it.
+    pub async fn consult<A: Message + Default>(
         &self,
         event: Event,
         request: &impl Message,

@@ -1,6 +1,6 @@
 //! What a verb of the service does with the plugins: one event after the other, while the gate is held.
 //!
-//! Two kinds of events: those a plugin may refuse (RunPodSandbox, CreateContainer, StartContainer, UpdateContainer) end at
+//! Two kinds of events: those a plugin may refuse (RunPodSandbox, CreateContainer, StartContainer, UpdateContainer, UpdatePodSandbox) end at
 //! the first refusal, which fails the call. Those that only tell (the Post ones, Stop, Remove) reach every plugin, and a refusal is said
 //! in the log: what is ended is ended. What the answers come to is [`super::collect`]'s.
 
@@ -11,7 +11,8 @@ use boxlite_proto::nri::v1alpha1::{
     Container, ContainerAdjustment, ContainerUpdate, CreateContainerRequest,
     CreateContainerResponse, Event, LinuxResources, PluginInstance, PodSandbox,
     StartContainerRequest, StopContainerResponse, UpdateContainerRequest, UpdateContainerResponse,
-    ValidateContainerAdjustmentRequest, ValidateContainerAdjustmentResponse,
+    UpdatePodSandboxRequest, UpdatePodSandboxResponse, ValidateContainerAdjustmentRequest,
+    ValidateContainerAdjustmentResponse,
 };
 use std::sync::Arc;
 use tokio::sync::OwnedRwLockReadGuard;
@@ -209,6 +210,20 @@ impl Session {
         }
         Ok((resources, updates.others(&container.id)))
     }
+
+    /// UpdatePodSandbox: the first refusal ends it. Plugins older than the call have nothing against it.
+    pub async fn update_pod(&self, request: &UpdatePodSandboxRequest) -> Result<(), SessionError> {
+        let Some(registry) = self.registry() else {
+            return Ok(());
+        };
+        let event = Event::UpdatePodSandbox;
+        for plugin in registry.plugins.lock().await.iter() {
+            if plugin.wants(event) && !plugin.is_closed() {
+                let _: Option<UpdatePodSandboxResponse> = plugin.consult(event, request).await?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Asks those who validate adjustments; the first no counts. Without adjustment there is nothing to ask, but NRI asks all the same.
@@ -238,7 +253,7 @@ async fn validate(
     };
     for plugin in validators {
         let answer: Option<ValidateContainerAdjustmentResponse> =
-            plugin.validate(event, &request).await?;
+            plugin.consult(event, &request).await?;
         match answer {
             Some(answer) if answer.reject => {
                 return Err(SessionError::Rejected {

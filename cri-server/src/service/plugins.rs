@@ -9,7 +9,9 @@ use crate::convert::container::ContainerRecord;
 use crate::nri::{Host, Nri, Session, SessionError, adjust, describe, resources};
 use crate::server::socket::SocketError;
 use boxlite_proto::cri::v1::{ContainerConfig, LinuxContainerResources};
-use boxlite_proto::nri::v1alpha1::{Container, ContainerUpdate, Event, LinuxResources, PodSandbox};
+use boxlite_proto::nri::v1alpha1::{
+    Container, ContainerUpdate, Event, LinuxResources, PodSandbox, UpdatePodSandboxRequest,
+};
 use boxlite_runtime::{ContainerOptions, ContainerSnapshot, ContainerState, LiteBox};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -132,6 +134,32 @@ pub async fn run_pod(server: &Server, session: &Session, pod: &LiteBox) -> Resul
     Ok(())
 }
 
+/// UpdatePodSandbox: may be refused.
+pub async fn update_pod(
+    server: &Server,
+    session: &Session,
+    pod: &LiteBox,
+    wish: Option<&LinuxContainerResources>,
+    overhead: Option<&LinuxContainerResources>,
+) -> Result<(), Status> {
+    if !session.heard().await {
+        return Ok(());
+    }
+    let request = UpdatePodSandboxRequest {
+        pod: Some(pod_message(server, pod)),
+        overhead_linux_resources: overhead.map(resources::from_cri),
+        linux_resources: wish.map(resources::from_cri),
+    };
+    session.update_pod(&request).await.map_err(no)
+}
+
+/// An event of a pod that only tells.
+pub async fn tell_pod(server: &Server, session: &Session, event: Event, pod: &LiteBox) {
+    if session.heard().await {
+        session.tell(event, &pod_message(server, pod), None).await;
+    }
+}
+
 /// StopPodSandbox: ends the containers, tells of each, then of the pod. Once for each pod; what fails is said in the log, since the VM ends next.
 pub async fn stop_pod(server: &Server, pod: &LiteBox) {
     let nri = server.plugins();
@@ -170,8 +198,7 @@ pub async fn remove_pod(server: &Server, session: &Session, pod: &LiteBox) {
         for container in pod.containers() {
             remove(server, session, pod, &container).await;
         }
-        let message = pod_message(server, pod);
-        session.tell(Event::RemovePodSandbox, &message, None).await;
+        tell_pod(server, session, Event::RemovePodSandbox, pod).await;
     }
 }
 

@@ -1,11 +1,13 @@
-//! UpdatePodSandboxResources: new limits for all containers of a pod together, within what its VM has, and kept with the pod.
+//! UpdatePodSandboxResources: new limits for all containers of a pod together, within what its VM has, unless a plugin refuses
+//! them, and kept with the pod.
 
-use super::{Server, container_update, refused};
+use super::{Server, container_update, plugins, refused};
 use crate::convert::sandbox::SandboxRecord;
 use crate::convert::spec;
 use boxlite_proto::cri::v1::{
     LinuxContainerResources, UpdatePodSandboxResourcesRequest, UpdatePodSandboxResourcesResponse,
 };
+use boxlite_proto::nri::v1alpha1::Event;
 use boxlite_runtime::BoxState;
 use tonic::Status;
 
@@ -36,13 +38,18 @@ pub async fn update(
     let wish = resources.clone().unwrap_or_default();
     room.admit(&wish, None)?;
     let limits = spec::resources(Some(&of_the_whole(&wish)))?;
+    let task = server.clone();
     let work = async move {
+        let session = task.session().await;
+        let (of_all, above) = (resources.as_ref(), overhead.as_ref());
+        plugins::update_pod(&task, &session, &pod, of_all, above).await?;
         let describe = Box::new(move |bytes: &[u8]| {
             SandboxRecord::updated(bytes, resources.as_ref(), overhead.as_ref())
         });
         pod.update_limits(limits.to_string().into_bytes(), describe)
             .await
             .map_err(refused)?;
+        plugins::tell_pod(&task, &session, Event::PostUpdatePodSandbox, &pod).await;
         Ok(UpdatePodSandboxResourcesResponse {})
     };
     server.detached(work).await

@@ -159,7 +159,11 @@ pub fn adapt(spec: &mut Spec, place: &Place<'_>) -> Result<Extracted, ContainerE
     adapt_linux(&mut linux, place)?;
     let devices = super::devices::of(spec, place.user_namespace.is_some())?;
     if !devices.is_empty() {
-        linux.set_devices(Some(devices));
+        // Beside those that the spec names by number: an NRI plugin's.
+        let mut all = linux.devices().clone().unwrap_or_default();
+        all.retain(|named| devices.iter().all(|device| device.path() != named.path()));
+        all.extend(devices);
+        linux.set_devices(Some(all));
     }
     spec.set_linux(Some(linux));
     if let Some(mounts) = spec.mounts().clone() {

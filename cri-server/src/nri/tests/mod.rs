@@ -329,6 +329,33 @@ async fn a_validator_sees_the_adjustment_with_its_owner_and_may_reject_it() {
 }
 
 #[tokio::test]
+async fn a_pods_new_limits_may_be_refused_and_old_plugins_have_nothing_against_them() {
+    let (registry, log) = (registry(Default::default()), Log::default());
+    let reply = |word: &'static str| {
+        move |method: &str, _: &[u8]| match (method, word) {
+            ("UpdatePodSandbox", "old") => Reply::Unimplemented,
+            ("UpdatePodSandbox", _) => Reply::Refuse("too much"),
+            _ => Reply::Ok(Vec::new()),
+        }
+    };
+    assert!(join(&registry, "00", "old", ALL, &log, reply("old")).await);
+    let session = nri(&registry).enter().await;
+    let request = UpdatePodSandboxRequest {
+        pod: Some(pod()),
+        ..Default::default()
+    };
+    session.update_pod(&request).await.unwrap();
+    drop(session);
+    assert!(join(&registry, "10", "no", ALL, &log, reply("no")).await);
+    let session = nri(&registry).enter().await;
+    let error = session.update_pod(&request).await.unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "NRI plugin 10-no refuses UpdatePodSandbox: too much"
+    );
+}
+
+#[tokio::test]
 async fn without_nri_nothing_is_asked() {
     let session = Nri::default().enter().await;
     assert!(!session.heard().await);
