@@ -43,7 +43,6 @@ pub fn status(server: &Server, request: &StatusRequest) -> StatusResponse {
             features: Some(RuntimeHandlerFeatures {
                 recursive_read_only_mounts: true,
                 user_namespaces: true,
-                ..Default::default()
             }),
         });
     let mut info = HashMap::new();

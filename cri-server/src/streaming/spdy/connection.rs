@@ -190,7 +190,7 @@ impl<R: AsyncRead + Unpin> Receiving<R> {
     }
 
     async fn open(&mut self, id: u32, fin: bool, headers: Headers) -> Result<(), SpdyError> {
-        if id % 2 == 0 || id <= self.last {
+        if id.is_multiple_of(2) || id <= self.last {
             self.answer(frame::reset(id, Reset::ProtocolError)).await;
             return Ok(());
         }
