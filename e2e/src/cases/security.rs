@@ -292,8 +292,8 @@ async fn node_namespaces(world: Shared) -> Result {
     );
     same!(
         a.out(&["readlink", "/proc/self/ns/pid"]).await?,
-        b.out(&["readlink", "/proc/1/ns/pid"]).await?,
-        "PID namespace of the agent"
+        b.out(&["readlink", "/proc/self/ns/pid"]).await?,
+        "PID namespace of two containers"
     );
     let made = run("ipcmk", &["-M", "4096"])?;
     let id = made
@@ -397,7 +397,7 @@ async fn user_namespace(world: Shared) -> Result {
     same!(
         c.out(&["sh", "-c", "awk '{print $2}' /proc/self/uid_map; id -u; cat /proc/1/comm; echo x > /dev/stderr; chown 5 /made; stat -c %u /made"])
             .await?,
-        "1000\n0\nsh\n5\n",
+        "1000\n0\nsleep\n5\n",
         "an exec'd process in it"
     );
     // Its root is nobody to the VM.
