@@ -3,6 +3,7 @@
 use crate::outcome::{Failure, Result};
 use crate::pod::{Container, Pod, container_spec, pod_spec};
 use crate::runner::{Case, Shared, case};
+use crate::world::Home;
 use crate::{bail, ensure, same, wait};
 use k8s_cri::v1::security_profile::ProfileType;
 use k8s_cri::v1::*;
@@ -15,6 +16,10 @@ pub fn cases() -> Vec<Case> {
         case("security::privileged_has_the_vms_devices", 60, privileged),
         case("security::pid_and_ipc_of_the_node", 60, node_namespaces),
         case("security::user_namespace", 90, user_namespace),
+        case("security::volume_in_a_user_namespace", 60, mapped_volume).not_in(
+            Home::Krun,
+            "the emulated host's kernel (6.1) has no ID-mapped mounts of tmpfs",
+        ),
     ]
 }
 
@@ -330,13 +335,17 @@ fn run(program: &str, args: &[&str]) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-async fn user_namespace(world: Shared) -> Result {
-    let ids = |container_id: u32, length: u32| IdMapping {
+/// One mapping, from 1000 of the VM on.
+fn ids(container_id: u32, length: u32) -> IdMapping {
+    IdMapping {
         host_id: 1000,
         container_id,
         length,
-    };
-    let options = |mapping: IdMapping| NamespaceOption {
+    }
+}
+
+fn mapped(mapping: IdMapping) -> NamespaceOption {
+    NamespaceOption {
         pid: NamespaceMode::Container.into(),
         userns_options: Some(UserNamespace {
             mode: NamespaceMode::Pod.into(),
@@ -344,55 +353,43 @@ async fn user_namespace(world: Shared) -> Result {
             gids: vec![mapping],
         }),
         ..Default::default()
-    };
-    let spec = |options: NamespaceOption| {
-        let mut config = pod_spec(&world.node, "userns");
-        config.linux.get_or_insert_default().security_context = Some(LinuxSandboxSecurityContext {
-            namespace_options: Some(options),
-            ..Default::default()
-        });
-        config
-    };
-    let refused = Pod::run_with(&world.node, spec(options(ids(1, 10)))).await;
+    }
+}
+
+/// A pod with a user namespace of its own.
+async fn mapped_pod(world: &Shared, mapping: IdMapping) -> Result<Pod> {
+    let mut config = pod_spec(&world.node, "userns");
+    config.linux.get_or_insert_default().security_context = Some(LinuxSandboxSecurityContext {
+        namespace_options: Some(mapped(mapping)),
+        ..Default::default()
+    });
+    Pod::run_with(&world.node, config).await
+}
+
+async fn user_namespace(world: Shared) -> Result {
+    let refused = mapped_pod(&world, ids(1, 10)).await;
     let text = refused.err().map(|error| error.0).unwrap_or_default();
     ensure!(
         text.contains("userns_options") && text.contains("ID 0"),
         "{text}"
     );
 
-    let pod = Pod::run_with(&world.node, spec(options(ids(0, 100_000)))).await?;
-    let volume = world.node.dir.join("userns-volume");
-    std::fs::create_dir_all(&volume)?;
-    std::fs::write(volume.join("there"), "x")?;
+    let pod = mapped_pod(&world, ids(0, 100_000)).await?;
     let script = "awk '{print $1, $2, $3}' /proc/self/uid_map /proc/self/gid_map; id -u; stat -c %u:%g / /etc/passwd; \
         touch /made && stat -c %u /made; echo more >> /etc/passwd && echo copied up; \
-        echo again > /dev/stdout; test -w /dev/null && echo dev; ls /sys/class/net | grep -c lo; \
-        stat -c %u:%g /volume/there; httpd -p 81 && echo bound; touch /volume/mine && echo in volume";
+        echo again > /dev/stdout; test -w /dev/null && echo dev; ls /sys/class/net | grep -c lo; httpd -p 81 && echo bound";
     let mut config = container_spec(
         "c",
         &world.images.base,
         &["sh", "-c", &format!("{script}; sleep 1000")],
     );
-    security(&mut config).namespace_options = Some(options(ids(0, 100_000)));
-    config.mounts = vec![Mount {
-        container_path: "/volume".into(),
-        host_path: volume.display().to_string(),
-        uid_mappings: vec![ids(0, 100_000)],
-        gid_mappings: vec![ids(0, 100_000)],
-        ..Default::default()
-    }];
+    security(&mut config).namespace_options = Some(mapped(ids(0, 100_000)));
     let c = pod.start_with(config).await?;
-    c.printed("in volume", world.patience(20)).await?;
+    c.printed("bound", world.patience(20)).await?;
     same!(
         c.output()?,
-        "0 1000 100000\n0 1000 100000\n0\n0:0\n0:0\n0\ncopied up\nagain\ndev\n1\n0:0\nbound\nin volume\n",
+        "0 1000 100000\n0 1000 100000\n0\n0:0\n0:0\n0\ncopied up\nagain\ndev\n1\nbound\n",
         "init in a user namespace"
-    );
-    use std::os::unix::fs::MetadataExt;
-    same!(
-        std::fs::metadata(volume.join("mine"))?.uid(),
-        0,
-        "owner on the host of what the container's root made in a mapped volume"
     );
     same!(
         c.out(&["sh", "-c", "awk '{print $2}' /proc/self/uid_map; id -u; cat /proc/1/comm; echo x > /dev/stderr; chown 5 /made; stat -c %u /made"])
@@ -408,6 +405,33 @@ async fn user_namespace(world: Shared) -> Result {
             != 0
             && c.exec(&["hostname", "other"]).await?.exit_code != 0,
         "root of the user namespace changed the VM"
+    );
+    pod.end().await
+}
+
+async fn mapped_volume(world: Shared) -> Result {
+    let volume = world.node.dir.join("userns-volume");
+    std::fs::create_dir_all(&volume)?;
+    std::fs::write(volume.join("there"), "x")?;
+    let pod = mapped_pod(&world, ids(0, 100_000)).await?;
+    let script = "stat -c %u:%g /volume/there; touch /volume/mine && echo in volume";
+    let mut config = container_spec("c", &world.images.base, &["sh", "-c", script]);
+    security(&mut config).namespace_options = Some(mapped(ids(0, 100_000)));
+    config.mounts = vec![Mount {
+        container_path: "/volume".into(),
+        host_path: volume.display().to_string(),
+        uid_mappings: vec![ids(0, 100_000)],
+        gid_mappings: vec![ids(0, 100_000)],
+        ..Default::default()
+    }];
+    let c = pod.start_with(config).await?;
+    c.exited(world.patience(20)).await?;
+    same!(c.output()?, "0:0\nin volume\n", "a mapped volume");
+    use std::os::unix::fs::MetadataExt;
+    same!(
+        std::fs::metadata(volume.join("mine"))?.uid(),
+        0,
+        "owner on the host of what the container's root made"
     );
     pod.end().await
 }
