@@ -205,25 +205,33 @@ impl Cni {
     }
 
     /// Undoes what belongs to no sandbox in `live`: records, and namespaces without record. Only this daemon's own are
-    /// looked at (its two directories), so nothing of another runtime on the node is touched. Returns how many went. At
-    /// start only: drafts of records go too.
-    pub async fn collect(&self, live: &HashSet<String>) -> usize {
+    /// looked at (its two directories), so nothing of another runtime on the node is touched. Returns how many went, and
+    /// those whose plugins failed, for [`Cni::release`]. At start only: drafts of records go too.
+    pub async fn collect(&self, live: &HashSet<String>) -> (usize, HashSet<String>) {
         Record::sweep(&self.records);
         let mut stale: HashSet<String> = Record::names(&self.records).into_iter().collect();
         stale.extend(netns::names(&self.namespaces));
-        let mut gone = 0;
-        for sandbox in stale.difference(live) {
-            match self.detach(sandbox).await {
-                Ok(()) => gone += 1,
-                Err(error) => tracing::warn!(
+        stale.retain(|sandbox| !live.contains(sandbox));
+        let found = stale.len();
+        let left = self.release(stale).await;
+        self.garbage(live).await;
+        (found - left.len(), left)
+    }
+
+    /// Undoes what these sandboxes, which are gone, left. Returns those that are still there because a plugin failed.
+    pub async fn release(&self, stale: HashSet<String>) -> HashSet<String> {
+        let mut left = HashSet::new();
+        for sandbox in stale {
+            if let Err(error) = self.detach(&sandbox).await {
+                tracing::warn!(
                     sandbox,
                     error = %boxlite_runtime::report(&error),
-                    "leaked network could not be removed; the next start tries again"
-                ),
+                    "leaked network could not be removed; it is tried again"
+                );
+                left.insert(sandbox);
             }
         }
-        self.garbage(live).await;
-        gone
+        left
     }
 
     /// Runs GC of every plugin of the present network, so that they free what no pod of ours has: leases of a daemon

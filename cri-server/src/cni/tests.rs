@@ -246,7 +246,7 @@ fn leaks_are_collected_and_live_pods_are_not() {
         node.cni.attach(&live).await.unwrap();
         // A crash between namespace and record leaves the first alone.
         netns::create(node.cni.namespace("cc33")).await.unwrap();
-        assert_eq!(node.cni.collect(&["bb22".to_owned()].into()).await, 2);
+        assert_eq!(node.cni.collect(&["bb22".to_owned()].into()).await.0, 2);
         assert_eq!(node.leases(), 1);
         assert!(node.cni.record("bb22").unwrap().is_some());
         assert!(!node.cni.namespace("cc33").exists());
@@ -281,7 +281,7 @@ fn gc_names_the_attachments_that_are_alive() {
                 ..pod()
             };
             node.cni.attach(&gone).await.unwrap();
-            assert_eq!(node.cni.collect(&[POD.to_owned()].into()).await, 1);
+            assert_eq!(node.cni.collect(&[POD.to_owned()].into()).await.0, 1);
             let seen = std::fs::read(node.path("bin/gc"));
             assert_eq!(seen.is_ok(), expected, "{version} {switch}");
             if let Ok(text) = seen {

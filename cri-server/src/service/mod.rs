@@ -62,6 +62,7 @@ use rand::RngCore;
 use std::collections::HashSet;
 use std::future::Future;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::Status;
@@ -70,6 +71,11 @@ use tracing::Instrument;
 /// What both services work with. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Server(Arc<Inner>);
+
+/// Until a leaked network is tried again: first and, doubled each time, at most. Plugins fail for seconds (a lock, a
+/// machine under load) or until somebody mends them.
+const RELEASE_PAUSE: Duration = Duration::from_secs(2);
+const RELEASE_PAUSE_LONGEST: Duration = Duration::from_secs(120);
 
 /// See [`Server`].
 #[derive(Debug)]
@@ -131,9 +137,10 @@ impl Server {
     }
 
     /// Undoes networks and files of pods that are gone. For the start, before the first call.
+    /// Networks whose plugins fail now are tried again, until this server leaves.
     pub async fn collect(&self) {
         let live: HashSet<String> = self.runtime.boxes().into_iter().map(|pod| pod.id).collect();
-        let networks = self.cni.collect(&live).await;
+        let (networks, left) = self.cni.collect(&live).await;
         let files = pod_files::collect(&self.layout, &live);
         if networks + files > 0 {
             tracing::info!(
@@ -141,6 +148,22 @@ impl Server {
                 files,
                 "removed what pods of an earlier run left behind"
             );
+        }
+        if !left.is_empty() {
+            self.tasks.spawn(self.clone().release(left));
+        }
+    }
+
+    async fn release(self, mut networks: HashSet<String>) {
+        let mut pause = RELEASE_PAUSE;
+        let leaving = self.leaving.clone();
+        while !networks.is_empty() {
+            let waited = leaving.run_until_cancelled(tokio::time::sleep(pause)).await;
+            if waited.is_none() {
+                return;
+            }
+            networks = self.cni.release(networks).await;
+            pause = (pause * 2).min(RELEASE_PAUSE_LONGEST);
         }
     }
 

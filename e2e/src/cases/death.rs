@@ -200,7 +200,7 @@ async fn random_moments(world: Shared) -> Result {
         );
         pod.end().await?;
         let daemon = |name: &String| name.contains("boxlite-cri");
-        let left: Vec<_> = wait::until("nothing left", Duration::from_secs(10), || async {
+        let left: Vec<_> = wait::until("nothing left", world.patience(10), || async {
             let left: Vec<_> = Trace::take(&node)?
                 .beyond(&clean)
                 .into_iter()
@@ -409,7 +409,7 @@ async fn removed_behind(world: Shared) -> Result {
         "its container"
     );
     pod.end().await?;
-    wait::until("nothing left", Duration::from_secs(10), || async {
+    wait::until("nothing left", world.patience(10), || async {
         let left: Vec<_> = Trace::take(&node)?
             .beyond(&clean)
             .into_iter()
