@@ -38,7 +38,7 @@ pub fn cases() -> Vec<Case> {
     vec![
         case("streaming::exec", 90, exec),
         case("streaming::exec_terminal", 60, exec_terminal),
-        case("streaming::exec_client_leaves", 60, exec_client_leaves),
+        case("streaming::exec_client_leaves", 120, exec_client_leaves),
         case("streaming::many_sessions", 90, many_sessions),
         case("streaming::attach", 90, attach),
         case("streaming::attach_stdin_once", 60, attach_stdin_once),
@@ -175,7 +175,8 @@ async fn exec_client_leaves(world: Shared) -> Result {
     for (over, streams, seconds) in [
         (Transport::Spdy, PLAIN, "7001"),
         (Transport::WebSocket, TYPING, "7002"),
-        (Transport::Spdy, TERMINAL, "7003"),
+        (Transport::Spdy, TYPING, "7003"),
+        (Transport::Spdy, TERMINAL, "7004"),
     ] {
         let script = format!("trap '' TERM; echo started; sleep {seconds} & sleep {seconds}; true");
         let mut session = run(&c, &["sh", "-c", &script], streams, over).await?;
@@ -183,7 +184,7 @@ async fn exec_client_leaves(world: Shared) -> Result {
         let seen = processes(&c).await?;
         ensure!(seen.contains(seconds), "it does not run: {seen}");
         drop(session);
-        wait::until("the command is gone", world.patience(15), || async {
+        wait::until("the command is gone", world.patience(30), || async {
             let seen = processes(&c).await?;
             ensure!(!seen.contains(seconds), "{seen}");
             Ok(())

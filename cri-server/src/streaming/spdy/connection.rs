@@ -30,6 +30,8 @@ const QUEUE_PIECES: usize = 4;
 const OUT_FRAMES: usize = 8;
 /// Streams of one connection at a time: a forwarded TCP connection takes two.
 pub const STREAM_LIMIT: usize = 512;
+/// Id of this side's pings, an even number; nobody waits for the answer.
+const OWN_PING: u32 = 2;
 /// Opened streams that the handler has not looked at yet.
 const ACCEPT_LIMIT: usize = 16;
 /// What the peer may take to read the last frames.
@@ -37,6 +39,10 @@ const FLUSH_LIMIT: Duration = Duration::from_secs(10);
 /// What the peer may take to close after them: a socket closed with something unread in it is reset, and the peer could
 /// lose what it has not read yet.
 const LINGER_LIMIT: Duration = Duration::from_secs(3);
+
+/// How long a stream's taker may stall before the peer is pinged, and again. A peer that closed cannot say so while what it
+/// sent before is not read; to a frame it answers with a reset.
+const STALL_LIMIT: Duration = Duration::from_secs(5);
 
 /// Head and payload of a frame.
 type Packet = (Bytes, Bytes);
@@ -238,11 +244,18 @@ impl<R: AsyncRead + Unpin> Receiving<R> {
         if let Some(sender) = sender
             && !data.is_empty()
         {
-            tokio::select! {
-                biased;
-                () = gone.cancelled() => {}
-                // An error: the taker wants no more, and the bytes go nowhere.
-                _ = sender.send(data) => {}
+            let mut taking = std::pin::pin!(sender.send(data));
+            loop {
+                tokio::select! {
+                    biased;
+                    () = gone.cancelled() => break,
+                    // An error: the taker wants no more, and the bytes go nowhere.
+                    _ = &mut taking => break,
+                    () = tokio::time::sleep(STALL_LIMIT) => {
+                        // Where the queue is full the peer is written to anyway.
+                        let _ = self.shared.out.try_send((frame::ping(OWN_PING), Bytes::new()));
+                    }
+                }
             }
         }
         if fin {

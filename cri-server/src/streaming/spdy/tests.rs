@@ -299,3 +299,35 @@ async fn output_after_a_reset_is_an_error() {
     drop(client);
     task.await.unwrap();
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_peer_is_pinged_while_what_it_sent_is_not_taken() {
+    let (mut client, server) = tokio::io::duplex(1 << 20);
+    let task = tokio::spawn(serve(
+        server,
+        LONG,
+        CancellationToken::new(),
+        |mut accept| async move {
+            let _held = accept.recv().await;
+            std::future::pending::<()>().await
+        },
+    ));
+    let block = Deflater::default().empty_block();
+    client.write_all(&syn_stream(1, &block)).await.unwrap();
+    for _ in 0..20 {
+        let piece = data(1, false, &[1; PIECE_LIMIT]);
+        client.write_all(&piece).await.unwrap();
+    }
+    let mut head = [0; 8];
+    loop {
+        client.read_exact(&mut head).await.unwrap();
+        let length = u32::from_be_bytes([0, head[5], head[6], head[7]]) as usize;
+        let mut payload = vec![0; length];
+        client.read_exact(&mut payload).await.unwrap();
+        if head[..4] == [0x80, 3, 0, 6] {
+            assert_eq!(payload, [0, 0, 0, 2]);
+            break;
+        }
+    }
+    task.abort();
+}

@@ -33,8 +33,9 @@ const OUT_MESSAGES: usize = 8;
 /// What the peer may take to read the last messages.
 const FLUSH_LIMIT: Duration = Duration::from_secs(10);
 /// How often the peer is told that this side lives. kubectl gives up after 61 s without, and a reader that waits for a
-/// process to take its input sees no ping.
-const PONG_INTERVAL: Duration = Duration::from_secs(20);
+/// process to take its input sees no ping. The other way round, a peer that closed cannot say so while what it sent before
+/// is not read; to a pong it answers with a reset.
+const PONG_INTERVAL: Duration = Duration::from_secs(5);
 
 const STDIN: u8 = 0;
 const STDOUT: u8 = 1;
