@@ -40,7 +40,7 @@ const HEAD_BYTES: usize = 16 << 10;
 /// Pause after a failed accept (no descriptor left), so that it is not a busy loop.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How often a connection is asked whether its client has left. A reader that waits for a process to take its input would
-/// not see it. Input that the client's kernel could not send any more hides its leaving: then keepalive notices, minutes later.
+/// not see it.
 const HANGUP_INTERVAL: Duration = Duration::from_secs(1);
 /// What is still read of a client that has left; more is of no use to anybody.
 const HANGUP_LIMIT: Duration = Duration::from_secs(3);

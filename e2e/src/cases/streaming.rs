@@ -183,6 +183,13 @@ async fn exec_client_leaves(world: Shared) -> Result {
         session.until("stdout", "started").await?;
         let seen = processes(&c).await?;
         ensure!(seen.contains(seconds), "it does not run: {seen}");
+        if streams.stdin && !streams.tty {
+            // Even one that waits with input which the command does not read.
+            let flood = vec![0; 64 << 20];
+            let sending = session.send("stdin", &flood);
+            let stalled = tokio::time::timeout(Duration::from_secs(1), sending).await;
+            ensure!(stalled.is_err(), "64 MiB of input went nowhere");
+        }
         drop(session);
         wait::until("the command is gone", world.patience(30), || async {
             let seen = processes(&c).await?;
