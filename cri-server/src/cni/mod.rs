@@ -175,8 +175,7 @@ impl Cni {
         if let Some(error) = failure {
             return Err(error);
         }
-        netns::remove(record.netns.clone()).await?;
-        Record::remove(&self.records, sandbox)
+        self.forget(sandbox).await
     }
 
     /// Runs CHECK of every plugin against the recorded result. Nothing to check where the configuration is older than
@@ -232,6 +231,28 @@ impl Cni {
             }
         }
         left
+    }
+
+    /// [`Cni::release`] once more. A network whose ADD never came to its end is given up where a plugin refuses again: it
+    /// fails on what the ADD had not made yet (bridge on its iptables chain), and would for ever.
+    pub async fn release_again(&self, stale: HashSet<String>) -> HashSet<String> {
+        let mut left = HashSet::new();
+        for sandbox in self.release(stale).await {
+            let unfinished = matches!(
+                Record::load(&self.records, &sandbox),
+                Ok(Some(Record { result: None, .. }))
+            );
+            if !unfinished || self.forget(&sandbox).await.is_err() {
+                left.insert(sandbox);
+            }
+        }
+        left
+    }
+
+    /// Removes namespace and record without asking plugins.
+    async fn forget(&self, sandbox: &str) -> Result<(), CniError> {
+        netns::remove(self.namespace(sandbox)).await?;
+        Record::remove(&self.records, sandbox)
     }
 
     /// Runs GC of every plugin of the present network, so that they free what no pod of ours has: leases of a daemon

@@ -256,6 +256,31 @@ fn leaks_are_collected_and_live_pods_are_not() {
 }
 
 #[test]
+fn an_add_that_was_cut_off_is_given_up_at_the_second_refusal() {
+    if !inside("an_add_that_was_cut_off_is_given_up_at_the_second_refusal") {
+        return;
+    }
+    run(async {
+        let node = bridged(&[serde_json::json!({"type": "half"})]);
+        // As bridge does after an ADD that did not reach its iptables chain.
+        node.script(
+            "half",
+            r#"[ "$CNI_COMMAND" = DEL ] && echo '{"code":999,"msg":"no such chain"}' && exit 1
+echo '{"cniVersion":"1.0.0","ips":[{"address":"10.9.0.2/24"}]}'"#,
+        );
+        let mut record = node.cni.attach(&pod()).await.unwrap();
+        let (gone, left) = node.cni.collect(&HashSet::new()).await;
+        assert_eq!((gone, left.len()), (0, 1));
+        let left = node.cni.release_again(left).await;
+        assert_eq!(left.len(), 1, "an ADD that ended is undone or stays");
+        record.result = None;
+        record.save(&node.cni.records).unwrap();
+        assert!(node.cni.release_again(left).await.is_empty());
+        node.assert_clean();
+    });
+}
+
+#[test]
 fn gc_names_the_attachments_that_are_alive() {
     if !inside("gc_names_the_attachments_that_are_alive") {
         return;

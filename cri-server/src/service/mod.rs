@@ -162,7 +162,7 @@ impl Server {
             if waited.is_none() {
                 return;
             }
-            networks = self.cni.release(networks).await;
+            networks = self.cni.release_again(networks).await;
             pause = (pause * 2).min(RELEASE_PAUSE_LONGEST);
         }
     }

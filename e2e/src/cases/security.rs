@@ -397,6 +397,15 @@ async fn user_namespace(world: Shared) -> Result {
         "1000\n0\nsleep\n5\n",
         "an exec'd process in it"
     );
+    // The pod's PID namespace belongs to its user namespace.
+    let mut shares = container_spec("p", &world.images.base, &["cat", "/proc/1/comm"]);
+    security(&mut shares).namespace_options = Some(NamespaceOption {
+        pid: NamespaceMode::Pod.into(),
+        ..mapped(ids(0, 100_000))
+    });
+    let shares = pod.start_with(shares).await?;
+    shares.exited(world.patience(20)).await?;
+    same!(shares.output()?, "pause\n", "PID 1 of the pod");
     // Its root is nobody to the VM.
     ensure!(
         c.exec(&["mount", "-o", "remount,rw", "/sys"])

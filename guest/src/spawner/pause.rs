@@ -96,6 +96,8 @@ fn become_holder(mut made: File, mut is_mapped: File, reply: &OwnedFd) -> Result
     setgroups(&[]).map_err(root)?;
     setresgid(gid, gid, gid).map_err(root)?;
     setresuid(uid, uid, uid).map_err(root)?;
+    // Changing users took it away, and with it the way of containers to the namespaces in /proc of the pause process.
+    prctl::set_dumpable(true).map_err(|errno| Failure::step("set dumpable", errno))?;
     hold_in_new_pid_namespace(reply)
 }
 
