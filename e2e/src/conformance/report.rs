@@ -17,6 +17,9 @@ const EXCUSED: [(&str, &str); 2] = [
     ),
 ];
 
+/// The reason of specs that a run did not ask for: those of NRI in the two runs without it. They are in no count.
+const NOT_ASKED: &str = "NRI socket not configured";
+
 /// One run's result.
 pub struct Report {
     specs: Vec<Spec>,
@@ -90,7 +93,8 @@ fn spec(report: SpecReport) -> Option<Spec> {
         _ => State::Failed,
     };
     let is_spec = report.leaf_node_type == "It";
-    if state == State::Skipped && report.failure.message.is_empty() {
+    let reason = &report.failure.message;
+    if state == State::Skipped && (reason.is_empty() || reason.contains(NOT_ASKED)) {
         return None;
     }
     // Suite nodes count only when they break: then no spec ran.
@@ -231,7 +235,13 @@ mod tests {
 
     #[test]
     fn what_the_filter_left_out_is_in_no_count_and_nothing_run_is_no_success() {
-        let empty = report(&one("Benchmark", "x", "skipped", ""));
+        let nri = one(
+            "NRI",
+            "x",
+            "skipped",
+            "NRI socket not configured (use -nri-socket flag)",
+        );
+        let empty = report(&[one("Benchmark", "x", "skipped", ""), nri].join(","));
         assert_eq!(
             empty.line(),
             "0 passed, 0 failed, 0 skipped; 0 of these cannot run here"
