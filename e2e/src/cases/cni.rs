@@ -53,53 +53,8 @@ async fn plugins_are_told(world: Shared) -> Result {
             .update_runtime_config(within(LONG, config))
             .await,
     )?;
-    let mut config = pod_spec(&node, "told");
-    config.annotations = [
-        (
-            "kubernetes.io/ingress-bandwidth".to_owned(),
-            "10M".to_owned(),
-        ),
-        (
-            "kubernetes.io/egress-bandwidth".to_owned(),
-            "1Gi".to_owned(),
-        ),
-    ]
-    .into();
-    config.port_mappings = vec![PortMapping {
-        protocol: Protocol::Udp.into(),
-        container_port: 53,
-        host_port: 5300,
-        host_ip: "127.0.0.1".into(),
-    }];
-    config.dns_config = Some(DnsConfig {
-        servers: vec!["10.96.0.10".into()],
-        searches: vec!["svc.cluster.local".into()],
-        options: vec!["ndots:5".into()],
-    });
-    let pod = Pod::run_with(&node, config).await?;
-    let add = told(&dir, "ADD")?;
-    let runtime = &add["runtimeConfig"];
-    same!(
-        runtime["bandwidth"]["ingressRate"],
-        json!(10_000_000),
-        "ingress"
-    );
-    same!(
-        runtime["bandwidth"]["egressRate"],
-        json!(1_u64 << 30),
-        "egress"
-    );
-    same!(
-        runtime["portMappings"],
-        json!([{"hostPort": 5300, "containerPort": 53, "protocol": "udp", "hostIP": "127.0.0.1"}]),
-        "ports"
-    );
-    same!(runtime["dns"]["servers"], json!(["10.96.0.10"]), "DNS");
-    same!(
-        runtime["ipRanges"],
-        json!([[{"subnet": "10.89.77.0/24"}], [{"subnet": "fd89:77::/64"}]]),
-        "pod CIDRs of UpdateRuntimeConfig"
-    );
+    let pod = Pod::run_with(&node, wishes(pod_spec(&node, "told"))).await?;
+    as_asked(&dir)?;
     let environment = std::fs::read_to_string(dir.join("ADD.env"))?;
     let name = pod.config.metadata.clone().unwrap_or_default().name;
     for wanted in [
@@ -125,6 +80,61 @@ async fn plugins_are_told(world: Shared) -> Result {
     pod.end().await?;
     same!(told(&dir, "DEL")?["prevResult"], kept, "the result at DEL");
     node.terminate().await
+}
+
+/// A pod with something for each capability.
+fn wishes(mut config: PodSandboxConfig) -> PodSandboxConfig {
+    config.annotations = [
+        (
+            "kubernetes.io/ingress-bandwidth".to_owned(),
+            "10M".to_owned(),
+        ),
+        (
+            "kubernetes.io/egress-bandwidth".to_owned(),
+            "1Gi".to_owned(),
+        ),
+    ]
+    .into();
+    config.port_mappings = vec![PortMapping {
+        protocol: Protocol::Udp.into(),
+        container_port: 53,
+        host_port: 5300,
+        host_ip: "127.0.0.1".into(),
+    }];
+    config.dns_config = Some(DnsConfig {
+        servers: vec!["10.96.0.10".into()],
+        searches: vec!["svc.cluster.local".into()],
+        options: vec!["ndots:5".into()],
+    });
+    config
+}
+
+/// ADD had all of [`wishes`].
+fn as_asked(dir: &Path) -> Result {
+    let add = told(dir, "ADD")?;
+    let runtime = &add["runtimeConfig"];
+    same!(
+        runtime["bandwidth"]["ingressRate"],
+        json!(10_000_000),
+        "ingress"
+    );
+    same!(
+        runtime["bandwidth"]["egressRate"],
+        json!(1_u64 << 30),
+        "egress"
+    );
+    same!(
+        runtime["portMappings"],
+        json!([{"hostPort": 5300, "containerPort": 53, "protocol": "udp", "hostIP": "127.0.0.1"}]),
+        "ports"
+    );
+    same!(runtime["dns"]["servers"], json!(["10.96.0.10"]), "DNS");
+    same!(
+        runtime["ipRanges"],
+        json!([[{"subnet": "10.89.77.0/24"}], [{"subnet": "fd89:77::/64"}]]),
+        "pod CIDRs of UpdateRuntimeConfig"
+    );
+    Ok(())
 }
 
 fn told(dir: &Path, command: &str) -> Result<Value> {

@@ -453,13 +453,14 @@ fn volumes_become_mounts() {
     assert_eq!(image["options"], json!(["ro", "subpath=etc/x"]));
 }
 
+fn refused(mount: Mount) -> String {
+    let mut config = container();
+    config.mounts = vec![mount];
+    made(&config, json!({})).unwrap_err().to_string()
+}
+
 #[test]
 fn wrong_mounts_name_what_is_wrong() {
-    let refused = |mount: Mount| {
-        let mut config = container();
-        config.mounts = vec![mount];
-        made(&config, json!({})).unwrap_err().to_string()
-    };
     let base = Mount {
         container_path: "/data".into(),
         host_path: "/tmp".into(),
@@ -524,6 +525,17 @@ fn wrong_mounts_name_what_is_wrong() {
         })
         .contains("PRIVATE")
     );
+    assert_eq!(
+        refused(Mount {
+            container_path: String::new(),
+            ..base
+        }),
+        "mount.container_path is missing"
+    );
+}
+
+#[test]
+fn wrong_image_volumes_name_what_is_wrong() {
     let image = Mount {
         container_path: "/data".into(),
         readonly: true,
@@ -557,13 +569,6 @@ fn wrong_mounts_name_what_is_wrong() {
             .contains(path)
         );
     }
-    assert_eq!(
-        refused(Mount {
-            container_path: String::new(),
-            ..base
-        }),
-        "mount.container_path is missing"
-    );
 }
 
 #[test]

@@ -201,8 +201,8 @@ fn the_rest_of_what_can_be_had_is_in_the_spec() {
     assert!(linux["cgroupsPath"].is_null());
 }
 
-#[test]
-fn what_makes_no_sense_in_a_vm_is_refused_by_name() {
+/// What a refusal says, and an adjustment that is refused.
+fn senseless() -> Vec<(&'static str, ContainerAdjustment)> {
     let hooks = Hooks {
         poststop: vec![Hook {
             path: "/bin/hook".into(),
@@ -222,7 +222,7 @@ fn what_makes_no_sense_in_a_vm_is_refused_by_name() {
             ..Default::default()
         })
     };
-    let table = [
+    vec![
         (
             "hooks \"/bin/hook\"",
             ContainerAdjustment {
@@ -302,8 +302,12 @@ fn what_makes_no_sense_in_a_vm_is_refused_by_name() {
                 ..Default::default()
             }),
         ),
-    ];
-    for (name, adjust) in table {
+    ]
+}
+
+#[test]
+fn what_makes_no_sense_in_a_vm_is_refused_by_name() {
+    for (name, adjust) in senseless() {
         let text = refusal(adjust);
         assert!(
             text.starts_with("NRI plugin 00-p wants ") && text.contains(name),
