@@ -201,8 +201,7 @@ fn the_rest_of_what_can_be_had_is_in_the_spec() {
     assert!(linux["cgroupsPath"].is_null());
 }
 
-/// What a refusal says, and an adjustment that is refused.
-fn senseless() -> Vec<(&'static str, ContainerAdjustment)> {
+fn with_hook() -> ContainerAdjustment {
     let hooks = Hooks {
         poststop: vec![Hook {
             path: "/bin/hook".into(),
@@ -210,6 +209,14 @@ fn senseless() -> Vec<(&'static str, ContainerAdjustment)> {
         }],
         ..Default::default()
     };
+    ContainerAdjustment {
+        hooks: Some(hooks),
+        ..Default::default()
+    }
+}
+
+/// What a refusal says, and an adjustment that is refused.
+fn senseless() -> Vec<(&'static str, ContainerAdjustment)> {
     let device = |kind: &str, major| LinuxDevice {
         path: "/dev/x".into(),
         r#type: kind.into(),
@@ -223,13 +230,7 @@ fn senseless() -> Vec<(&'static str, ContainerAdjustment)> {
         })
     };
     vec![
-        (
-            "hooks \"/bin/hook\"",
-            ContainerAdjustment {
-                hooks: Some(hooks),
-                ..Default::default()
-            },
-        ),
+        ("hooks \"/bin/hook\"", with_hook()),
         (
             "CDI_devices \"vendor/x=1\"",
             ContainerAdjustment {
