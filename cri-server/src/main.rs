@@ -9,6 +9,8 @@ mod cli;
 mod cni;
 mod config;
 mod convert;
+#[cfg(test)]
+mod inner_run;
 mod layout;
 mod metrics;
 mod nri;

@@ -45,6 +45,26 @@ impl Cri {
         Q: prost::Message + Send + Sync + 'static,
         A: prost::Message + Default + Send + Sync + 'static,
     {
+        let codec = tonic_prost::ProstCodec::<Q, A>::default();
+        Ok(self.unary(method, message, codec).await?.into_inner())
+    }
+
+    /// One call of the runtime service by its name, bytes in and bytes out.
+    pub async fn raw_bytes(&self, method: &str, message: Vec<u8>) -> Result<Vec<u8>> {
+        answer(method, self.unary(method, message, Plain).await)
+    }
+
+    async fn unary<C>(
+        &self,
+        method: &str,
+        message: C::Encode,
+        codec: C,
+    ) -> std::result::Result<tonic::Response<C::Decode>, tonic::Status>
+    where
+        C: tonic::codec::Codec,
+        C::Encode: Send + Sync + 'static,
+        C::Decode: Send + Sync + 'static,
+    {
         let path = format!("/runtime.v1.RuntimeService/{method}");
         let path = path
             .parse()
@@ -54,11 +74,9 @@ impl Cri {
             .ready()
             .await
             .map_err(|error| tonic::Status::unavailable(error.to_string()))?;
-        let codec = tonic_prost::ProstCodec::<Q, A>::default();
-        let answer = client
+        client
             .unary(tonic::Request::new(message), path, codec)
-            .await?;
-        Ok(answer.into_inner())
+            .await
     }
 
     /// The image service.
@@ -107,19 +125,6 @@ impl tonic::codec::Decoder for Plain {
         let mut item = vec![0; bytes::Buf::remaining(input)];
         bytes::Buf::copy_to_slice(input, &mut item);
         Ok(Some(item))
-    }
-}
-
-impl Cri {
-    /// One call of the runtime service by its name, bytes in and bytes out.
-    pub async fn raw_bytes(&self, call: &str, message: Vec<u8>) -> Result<Vec<u8>> {
-        let mut grpc = tonic::client::Grpc::new(self.channel.clone());
-        grpc.ready().await?;
-        let path = format!("/runtime.v1.RuntimeService/{call}").parse()?;
-        answer(
-            call,
-            grpc.unary(tonic::Request::new(message), path, Plain).await,
-        )
     }
 }
 

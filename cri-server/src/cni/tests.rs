@@ -10,34 +10,11 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-/// Set in the inner run.
-const INSIDE: &str = "BOXLITE_CNI_TEST_INSIDE";
 const PLUGINS: &str = "/usr/lib/cni";
 const POD: &str = "aa11";
 
-/// False in the outer run, which has run the inner one.
 fn inside(test: &str) -> bool {
-    if std::env::var_os(INSIDE).is_some() {
-        return true;
-    }
-    let output = Command::new("unshare")
-        .args(["--net", "--mount", "--propagation", "private", "--"])
-        .arg(std::env::current_exe().unwrap())
-        .args(["--exact", &format!("cni::tests::{test}"), "--nocapture"])
-        .env(INSIDE, "1")
-        .output()
-        .unwrap();
-    let text = format!(
-        "{}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
-    assert!(output.status.success(), "{text}");
-    assert!(
-        text.contains("1 passed"),
-        "the inner run had no such test: {text}"
-    );
-    false
+    crate::inner_run::inside(&format!("cni::tests::{test}"))
 }
 
 fn run(work: impl Future<Output = ()>) {

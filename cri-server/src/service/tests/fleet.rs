@@ -4,37 +4,14 @@
 use super::*;
 use boxlite_runtime::fake_shim::FakeNode;
 use std::os::unix::fs::PermissionsExt;
-use std::process::Command;
 use tokio_util::task::AbortOnDropHandle;
 
-/// Set in the inner run.
-const INSIDE: &str = "BOXLITE_SERVICE_TEST_INSIDE";
 /// The image that a fake node has.
 pub const IMAGE: &str = "docker.io/library/x:latest";
 
-/// False in the outer run, which has run the inner one.
+/// As [`crate::inner_run::inside`], for tests of `service`.
 pub fn inside(test: &str) -> bool {
-    if std::env::var_os(INSIDE).is_some() {
-        return true;
-    }
-    let output = Command::new("unshare")
-        .args(["--net", "--mount", "--propagation", "private", "--"])
-        .arg(std::env::current_exe().unwrap())
-        .args(["--exact", &format!("service::tests::{test}"), "--nocapture"])
-        .env(INSIDE, "1")
-        .output()
-        .unwrap();
-    let text = format!(
-        "{}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
-    assert!(output.status.success(), "{text}");
-    assert!(
-        text.contains("1 passed"),
-        "the inner run had no such test: {text}"
-    );
-    false
+    crate::inner_run::inside(&format!("service::tests::{test}"))
 }
 
 /// Runs a test's work in a tokio runtime with threads, as the daemon's.
