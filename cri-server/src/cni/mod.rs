@@ -28,8 +28,9 @@ pub use result::CniResult;
 
 use crate::config::CniConfig;
 use crate::layout::Layout;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 /// The pod's interface inside the namespace; the kubelet and every plugin expect this name.
 pub const INTERFACE: &str = "eth0";
@@ -70,14 +71,19 @@ pub enum CniError {
     },
 }
 
-/// Runs plugins. Cheap to clone; holds no state but directories: what is true is on disk.
+/// Runs plugins. Cheap to clone; what is true is on disk, in memory is only who is at work on it.
 #[derive(Debug, Clone)]
 pub struct Cni {
     conf_dir: PathBuf,
     plugins: plugin::Plugins,
     records: PathBuf,
     namespaces: PathBuf,
+    /// Sandboxes that are being detached.
+    detaching: Arc<Mutex<HashMap<String, Weak<Gate>>>>,
 }
+
+/// One detaching of a sandbox at a time.
+type Gate = tokio::sync::Mutex<()>;
 
 impl Cni {
     /// The layout's CNI records and namespaces are this module's.
@@ -87,6 +93,7 @@ impl Cni {
             plugins: plugin::Plugins::new(config.bin_dirs.clone(), config.timeout),
             records: layout.cni_records(),
             namespaces: layout.namespaces(),
+            detaching: Arc::default(),
         }
     }
 
@@ -158,8 +165,11 @@ impl Cni {
     }
 
     /// Runs DEL of every plugin in reverse order, then removes namespace and record. Succeeds on what is gone. When a
-    /// plugin fails the others still run, and the record stays so that the next call tries again.
+    /// plugin fails the others still run, and the record stays so that the next call tries again. A second call beside the
+    /// first waits for it: two DELs at once trip over each other (bridge on an interface that has just gone).
     pub async fn detach(&self, sandbox: &str) -> Result<(), CniError> {
+        let gate = self.gate(sandbox);
+        let _alone = gate.lock().await;
         let Some(record) = Record::load(&self.records, sandbox)? else {
             return netns::remove(self.namespace(sandbox)).await;
         };
@@ -176,6 +186,20 @@ impl Cni {
             return Err(error);
         }
         self.forget(sandbox).await
+    }
+
+    fn gate(&self, sandbox: &str) -> Arc<Gate> {
+        let mut gates = self
+            .detaching
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        gates.retain(|_, gate| gate.strong_count() > 0);
+        if let Some(gate) = gates.get(sandbox).and_then(Weak::upgrade) {
+            return gate;
+        }
+        let gate = Arc::new(Gate::default());
+        gates.insert(sandbox.to_owned(), Arc::downgrade(&gate));
+        gate
     }
 
     /// Runs CHECK of every plugin against the recorded result. Nothing to check where the configuration is older than

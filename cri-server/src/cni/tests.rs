@@ -233,6 +233,28 @@ fn leaks_are_collected_and_live_pods_are_not() {
 }
 
 #[test]
+fn two_detachings_at_once_both_succeed() {
+    if !inside("two_detachings_at_once_both_succeed") {
+        return;
+    }
+    run(async {
+        let node = bridged(&[serde_json::json!({"type": "once"})]);
+        // Fails where another DEL of it runs: a directory is its lock.
+        node.script(
+            "once",
+            r#"[ "$CNI_COMMAND" = DEL ] || { echo '{"cniVersion":"1.0.0","ips":[{"address":"10.9.0.2/24"}]}'; exit; }
+mkdir "$(dirname "$0")/running" || { echo '{"code":999,"msg":"two at once"}'; exit 1; }
+sleep 0.3; rmdir "$(dirname "$0")/running""#,
+        );
+        node.cni.attach(&pod()).await.unwrap();
+        let (first, second) = tokio::join!(node.cni.detach(POD), node.cni.detach(POD));
+        first.unwrap();
+        second.unwrap();
+        node.assert_clean();
+    });
+}
+
+#[test]
 fn an_add_that_was_cut_off_is_given_up_at_the_second_refusal() {
     if !inside("an_add_that_was_cut_off_is_given_up_at_the_second_refusal") {
         return;
