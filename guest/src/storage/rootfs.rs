@@ -89,7 +89,8 @@ impl Rootfs {
                 });
             }
             super::visit_root(&directory);
-            return bind(&directory, &target);
+            bind(&directory, &target)?;
+            return honour_setuid(&target);
         }
         if request.layers.is_empty() || request.layers.len() > LAYER_LIMIT {
             return Err(StorageError::TooManyLayers {
@@ -243,6 +244,20 @@ fn bind(source: &Path, target: &Path) -> Result<(), StorageError> {
         origin: source.display().to_string(),
         target: target.display().to_string(),
         source: errno.into(),
+    })
+}
+
+/// Lets setuid programs and file capabilities count in a root file system that comes through the share, which is mounted
+/// without: as they do in one that is stacked here.
+fn honour_setuid(target: &Path) -> Result<(), StorageError> {
+    let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_NODEV;
+    mount(None::<&str>, target, None::<&str>, flags, None::<&str>).map_err(|errno| {
+        StorageError::Mount {
+            fstype: "remount".to_owned(),
+            origin: "suid".to_owned(),
+            target: target.display().to_string(),
+            source: errno.into(),
+        }
     })
 }
 
