@@ -133,7 +133,8 @@ pub fn bind_source(mount: &Mount) -> Option<&Path> {
     mount.source().as_deref().filter(|_| bind)
 }
 
-/// Takes out what names things of the host: hooks, namespace paths, the network namespace, cgroup paths, labels.
+/// Takes out what names things of the host: hooks, namespace paths, the network namespace, cgroup paths, labels; and the
+/// propagation of the root, which a containerd names in words that libcontainer does not know. Each volume has its own.
 fn drop_host(spec: &mut Spec) {
     spec.set_hooks(None);
     if let Some(mut process) = spec.process().clone() {
@@ -164,6 +165,7 @@ fn drop_host(spec: &mut Spec) {
     linux
         .set_namespaces(Some(kept))
         .set_cgroups_path(None)
+        .set_rootfs_propagation(None)
         .set_mount_label(None);
     spec.set_linux(Some(linux));
 }
@@ -246,6 +248,7 @@ mod tests {
                 "linux": {
                     "uidMappings": [{"containerID": 0, "hostID": 1000, "size": 10}],
                     "cgroupsPath": "/kubepods/x",
+                    "rootfsPropagation": "rslave",
                     "namespaces": [
                         {"type": "pid", "path": "/proc/7/ns/pid"}, {"type": "network", "path": "/run/netns/x"},
                         {"type": "mount"}, {"type": "uts"}, {"type": "user", "path": "/proc/7/ns/user"},
@@ -261,7 +264,7 @@ mod tests {
         assert!(out.stdin && out.stdin_once && out.read_only);
         assert!(out.spec.hooks().is_none());
         let linux = out.spec.linux().clone().expect("linux");
-        assert!(linux.cgroups_path().is_none());
+        assert!(linux.cgroups_path().is_none() && linux.rootfs_propagation().is_none());
         assert_eq!(linux.uid_mappings().as_ref().map(Vec::len), Some(1));
         let kept: Vec<_> = linux
             .namespaces()
