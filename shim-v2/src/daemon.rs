@@ -160,6 +160,7 @@ async fn run(prepared: Prepared) -> Result<(), DaemonError> {
         publisher,
         tasks: tasks.clone(),
         host_pid: Arc::default(),
+        host_ipc: Arc::default(),
     };
     let machine = Arc::new(VmMachine::new(Record {
         shim: ProcessRef::of(std::process::id().cast_signed()).ok(),

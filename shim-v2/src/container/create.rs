@@ -7,7 +7,7 @@
 use super::process::{About, Process};
 use super::spec::{self, GuestSpec};
 use super::{Container, Containers, Slot, host_ipc, rootfs};
-use crate::containerd::etc;
+use crate::containerd::{etc, ipc};
 use crate::error::{Result, ShimError};
 use crate::logs::{Sink, Stdio};
 use crate::sandbox::Guest;
@@ -126,6 +126,9 @@ impl Containers {
         let bundle = PathBuf::from(&request.bundle);
         let mut spec = spec::load(&bundle)?;
         etc::mount(&self.context.bundle, &mut spec);
+        if self.context.host_ipc() {
+            ipc::show(&mut spec);
+        }
         host_ipc::mirror(&mut spec, &bundle, &self.context.tasks, &guest.ended).await?;
         self.mapped
             .redirect(&mut spec, &self.context.bundle)

@@ -4,7 +4,7 @@
 //! to be is in [`create`]. The locks guard maps and are never held across an await.
 
 pub mod create;
-mod host_ipc;
+pub mod host_ipc;
 mod mapped;
 pub mod process;
 pub mod rootfs;

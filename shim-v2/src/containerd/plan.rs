@@ -61,6 +61,8 @@ pub enum Network {
     Namespace(PathBuf),
     /// One of its own with nothing in it.
     Private,
+    /// The host's: the VMM's own.
+    Host,
 }
 
 /// Whether the spec is a pod's pause container.
@@ -72,10 +74,7 @@ pub fn is_pause(spec: &Spec) -> bool {
 }
 
 /// The network that a spec asks for.
-///
-/// # Errors
-/// Invalid for the host's: a VM has none of it.
-pub fn network(spec: &Spec) -> Result<Network> {
+pub fn network(spec: &Spec) -> Network {
     let linux = spec.linux().as_ref();
     let all = linux.and_then(|linux| linux.namespaces().as_deref());
     let network = all
@@ -83,22 +82,22 @@ pub fn network(spec: &Spec) -> Result<Network> {
         .iter()
         .find(|namespace| namespace.typ() == LinuxNamespaceType::Network);
     match network {
-        Some(namespace) => Ok(match namespace.path() {
+        Some(namespace) => match namespace.path() {
             Some(path) if !path.as_os_str().is_empty() => Network::Namespace(path.clone()),
             _ => Network::Private,
-        }),
-        None => Err(host_network()),
+        },
+        None => Network::Host,
     }
 }
 
-fn host_network() -> ShimError {
-    ShimError::Invalid {
-        field: "network namespace",
-        reason: "the pod asks for the host's network, and a VM has none of it".to_owned(),
-    }
+fn has(spec: &Spec, kind: LinuxNamespaceType) -> bool {
+    let all = spec.linux().as_ref();
+    let all = all.and_then(|linux| linux.namespaces().as_deref());
+    let mut all = all.unwrap_or_default().iter();
+    all.any(|namespace| namespace.typ() == kind)
 }
 
-/// The plan for a first task that no CreateSandbox came before.
+/// The plan for a first task that no CreateSandbox came before. Without `netns` the pod is in the host's network.
 ///
 /// # Errors
 /// Invalid, naming what cannot be followed.
@@ -108,7 +107,12 @@ pub async fn of_task(
     netns: Option<PathBuf>,
     config: &ShimConfig,
 ) -> Result<Plan> {
-    plan(id, needs_of_spec(spec), netns, Origin::Task, config).await
+    let mut plan = plan(id, needs_of_spec(spec), netns, Origin::Task, config).await?;
+    plan.options.host_network = plan.netns.is_none();
+    // `ctr run` has no port-forward; containerd's CRI plugin has.
+    plan.local_ports = is_pause(spec) && plan.netns.is_some();
+    plan.host_ipc = !has(spec, LinuxNamespaceType::Ipc);
+    Ok(plan)
 }
 
 /// The plan for containerd's `sandboxer = "shim"`.
@@ -121,8 +125,13 @@ pub async fn of_pod(
     netns: Option<PathBuf>,
     config: &ShimConfig,
 ) -> Result<Plan> {
-    if pod.linux.security_context.namespace_options.network == NODE {
-        return Err(host_network());
+    let namespaces = &pod.linux.security_context.namespace_options;
+    let host_network = namespaces.network == NODE;
+    if host_network && netns.is_some() {
+        return Err(ShimError::Invalid {
+            field: "netns_path",
+            reason: "a pod in the host's network has no namespace of its own".to_owned(),
+        });
     }
     let resources = &pod.linux.resources;
     let needs = Needs {
@@ -135,7 +144,11 @@ pub async fn of_pod(
         period: resources.cpu_period,
         cgroup_parent: expand_slice(&pod.linux.cgroup_parent),
     };
-    plan(id, needs, netns, Origin::Sandboxer, config).await
+    let mut plan = plan(id, needs, netns, Origin::Sandboxer, config).await?;
+    plan.options.host_network = host_network;
+    plan.local_ports = plan.netns.is_some();
+    plan.host_ipc = namespaces.ipc == NODE;
+    Ok(plan)
 }
 
 fn needs_of_spec(spec: &Spec) -> Needs {
@@ -221,6 +234,8 @@ async fn plan(
         options,
         netns,
         origin,
+        local_ports: false,
+        host_ipc: false,
     })
 }
 

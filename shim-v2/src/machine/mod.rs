@@ -12,7 +12,7 @@ mod share;
 
 use crate::cgroup;
 use crate::error::{Result, ShimError};
-use crate::net::host::HostPorts;
+use crate::net::host::{HostPorts, Place};
 use crate::net::{self, PodNetwork, user};
 use crate::record::{ProcessRef, Record, write_whole};
 use crate::sandbox::machine::{Booted, Machine};
@@ -185,9 +185,13 @@ impl Machine for VmMachine {
         )));
         let shown = if user_card { user::network() } else { network };
         let told = init(&session, &child, id, plan, &shown).await?;
-        let host_ports = match user_card {
-            true => Some(HostPorts::begin(&session, user::GATEWAY).await?),
-            false => None,
+        let host_ports = match &plan.netns {
+            _ if user_card => Some(HostPorts::begin(&session, Place::Host).await?),
+            Some(netns) if plan.local_ports => {
+                let place = Place::pod(netns)?;
+                Some(HostPorts::begin(&session, place).await?)
+            }
+            _ => None,
         };
         timers.mark("init");
         let mut info = timers.0;

@@ -1,13 +1,17 @@
-//! [`HostPorts`]: a pod in the host's network whose VMM has no TSI (Qemu): the TCP ports of the pod's processes are listened
-//! on in the host's network namespace, and the guest hears which ports the host listens on.
+//! [`HostPorts`]: the TCP ports of a pod's processes, listened on outside the VM, for two kinds of pods ([`Place`]).
 //!
-//! This process stands in the host's namespace. Outgoing connections are not its business: they leave through the VM's
+//! In the host's network, where the VMM has no TSI (Qemu): in the host's namespace, which is this process's; and the guest
+//! hears which ports the host listens on. Under containerd: on the loopback of the pod's namespace, where its CRI plugin
+//! dials for port-forward; the pod's own address does not come by here.
+//!
+//! Outgoing connections are not its business: they leave through the VM's
 //! user-mode card ([`crate::vmm::qemu`]); and libkrun's TSI does all of it by itself. The guest's half is the agent's
 //! `host_ports`; bytes go by `Guest.PortForward`.
 //!
 //! The guest is hostile: it may take free ports of the host, as any process in the host's network may, up to
 //! [`PORT_LIMIT`]; never one that somebody has.
 
+use super::user;
 use crate::error::{Result, ShimError};
 use crate::report::Report;
 use boxlite_proto::boxlite::v1::{
@@ -16,9 +20,12 @@ use boxlite_proto::boxlite::v1::{
 use boxlite_proto::names::CHUNK_LIMIT;
 use boxlite_runtime::portal::{GuestSession, PortalError};
 use bytes::BytesMut;
+use nix::sched::{CloneFlags, setns};
 use std::collections::{BTreeSet, HashMap};
+use std::fs::File;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -47,10 +54,49 @@ const QUEUE: usize = 4;
 /// "Listening" in /proc/net/tcp.
 const LISTENING: &str = "0A";
 
+/// Where a pod's ports are listened on.
+#[derive(Debug, Clone)]
+pub enum Place {
+    /// In the host's network namespace; its ports are the guest's too.
+    Host,
+    /// On the loopback of the pod's network namespace. Nobody else listens there.
+    Pod(Arc<File>),
+}
+
+impl Place {
+    /// The pod's, by the path of its namespace.
+    ///
+    /// # Errors
+    /// Io, naming the path.
+    pub fn pod(netns: &Path) -> Result<Self> {
+        let opened = File::open(netns).map_err(ShimError::io("open", netns.display()))?;
+        Ok(Self::Pod(Arc::new(opened)))
+    }
+
+    /// Ports that the guest is told, without our own.
+    fn told(&self, own: &Listeners) -> Vec<u32> {
+        match self {
+            Self::Host => host_ports(own),
+            Self::Pod(_) => Vec::new(),
+        }
+    }
+
+    async fn bind(&self, port: u16, loopback: bool) -> io::Result<TcpListener> {
+        match self {
+            Self::Host => bind(port, loopback).await,
+            Self::Pod(netns) => {
+                let netns = Arc::clone(netns);
+                let made = tokio::task::spawn_blocking(move || bind_within(&netns, port));
+                TcpListener::from_std(made.await.map_err(io::Error::other)??)
+            }
+        }
+    }
+}
+
 /// One exchange with one guest.
 pub struct HostPorts {
     session: GuestSession,
-    gateway: String,
+    place: Place,
     /// What the guest listens on, by port: on its loopback only?
     wanted: HashMap<u16, bool>,
     listeners: Listeners,
@@ -68,18 +114,17 @@ impl HostPorts {
     ///
     /// # Errors
     /// The guest refuses, or does not answer in time. Nothing stays.
-    pub async fn begin(session: &GuestSession, gateway: Ipv4Addr) -> Result<Self> {
+    pub async fn begin(session: &GuestSession, place: Place) -> Result<Self> {
         // A connection of its own: the exchange lasts as long as the VM.
         let session = session.dedicated();
-        let gateway = gateway.to_string();
         let none = Listeners::new();
-        let begun = tokio::time::timeout(FIRST_LIMIT, open(&session, &gateway, &none));
+        let begun = tokio::time::timeout(FIRST_LIMIT, open(&session, &place, &none));
         let (outgoing, answers, told) = begun.await.map_err(|_| slow()).and_then(|opened| {
             opened.map_err(ShimError::boot("tell the guest the host's ports"))
         })?;
         Ok(Self {
             session,
-            gateway,
+            place,
             wanted: HashMap::new(),
             listeners: HashMap::new(),
             tasks: JoinSet::new(),
@@ -105,7 +150,7 @@ impl HostPorts {
                 tracing::warn!(error = %Report(&error), "the exchange of ports broke; beginning again");
             }
             tokio::time::sleep(PAUSE).await;
-            match open(&self.session, &self.gateway, &self.listeners).await {
+            match open(&self.session, &self.place, &self.listeners).await {
                 Ok((outgoing, answers, told)) => {
                     self.outgoing = outgoing;
                     self.answers = answers;
@@ -134,7 +179,7 @@ impl HostPorts {
                 _ = looks.tick() => {
                     // A port that somebody had may be free by now.
                     self.listen().await;
-                    let ports = host_ports(&self.listeners);
+                    let ports = self.place.told(&self.listeners);
                     if ports != self.told {
                         self.told.clone_from(&ports);
                         let request = HostPortsRequest { ports, gateway: String::new() };
@@ -163,7 +208,7 @@ impl HostPorts {
             if self.listeners.contains_key(&port) {
                 continue;
             }
-            match bind(port, loopback).await {
+            match self.place.bind(port, loopback).await {
                 Ok(listener) => {
                     self.refused.remove(&port);
                     let task = self.tasks.spawn(accept(
@@ -211,14 +256,15 @@ type Opened = (
 
 async fn open(
     session: &GuestSession,
-    gateway: &str,
+    place: &Place,
     own: &Listeners,
 ) -> std::result::Result<Opened, PortalError> {
     let (outgoing, requests) = mpsc::channel(QUEUE);
-    let ports = host_ports(own);
+    let ports = place.told(own);
     let first = HostPortsRequest {
         ports: ports.clone(),
-        gateway: gateway.to_owned(),
+        // Of no use to a guest that hears of no ports.
+        gateway: user::GATEWAY.to_string(),
     };
     // Nobody else has the sender yet: there is room.
     drop(outgoing.send(first).await);
@@ -266,6 +312,22 @@ async fn bind(port: u16, loopback: bool) -> io::Result<TcpListener> {
         }
         result => result,
     }
+}
+
+/// Listens in another network namespace. The thread that goes there ends: none of the runtime's may stay in it. Blocks for
+/// a moment.
+fn bind_within(netns: &File, port: u16) -> io::Result<std::net::TcpListener> {
+    std::thread::scope(|scope| {
+        let there = scope.spawn(|| {
+            setns(netns, CloneFlags::CLONE_NEWNET)?;
+            let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, port))?;
+            listener.set_nonblocking(true)?;
+            Ok(listener)
+        });
+        there
+            .join()
+            .unwrap_or_else(|_| Err(io::Error::other("the thread died")))
+    })
 }
 
 /// Accepts until it is aborted, which ends its connections, too.

@@ -4,7 +4,7 @@
 //! starts (they join) and stops (they end it). Containers have tasks of their own; this only tells them when the VM is gone.
 
 use super::machine::{Booted, Machine};
-use super::options::{Origin, Plan};
+use super::options::Plan;
 use super::undo::Undo;
 use super::{Context, Ended, Guest, Phase, Snapshot};
 use crate::container::Containers;
@@ -273,9 +273,13 @@ impl Driver {
             guest,
             undo,
         });
-        let origin = self.state.borrow().plan.as_ref().map(|plan| plan.origin);
-        if origin.is_some_and(Origin::shows_host_pid) {
-            self.context.host_pid.store(booted.pid, Ordering::Relaxed);
+        if let Some(plan) = &self.state.borrow().plan {
+            self.context
+                .host_ipc
+                .store(plan.host_ipc, Ordering::Relaxed);
+            if plan.origin.shows_host_pid() {
+                self.context.host_pid.store(booted.pid, Ordering::Relaxed);
+            }
         }
         let mut info = booted.info;
         info.push((

@@ -25,7 +25,7 @@ use machine::Machine;
 use options::Plan;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::task::TaskTracker;
@@ -119,9 +119,16 @@ pub struct Context {
     pub tasks: TaskTracker,
     /// Pid that tasks show instead of theirs in the guest; 0: theirs. See [`options::Origin::shows_host_pid`].
     pub host_pid: Arc<AtomicU32>,
+    /// As the plan of the VM that runs says.
+    pub host_ipc: Arc<AtomicBool>,
 }
 
 impl Context {
+    /// See [`Plan::host_ipc`].
+    pub fn host_ipc(&self) -> bool {
+        self.host_ipc.load(Ordering::Relaxed)
+    }
+
     /// The pid to show for a process that has `guest` in the guest.
     pub fn shown_pid(&self, guest: u32) -> u32 {
         match self.host_pid.load(Ordering::Relaxed) {

@@ -40,6 +40,10 @@ pub struct Plan {
     pub netns: Option<PathBuf>,
     /// Who asked.
     pub origin: Origin,
+    /// Whether the pod's TCP ports are to be reached on the loopback of `netns`, where containerd's CRI plugin dials.
+    pub local_ports: bool,
+    /// Whether every container is shown the node's IPC objects. boxlite-cri asks for that in a container's own spec.
+    pub host_ipc: bool,
 }
 
 impl Plan {
@@ -89,6 +93,8 @@ impl Plan {
             options,
             netns,
             origin: Origin::Boxlite,
+            local_ports: false,
+            host_ipc: false,
         })
     }
 }

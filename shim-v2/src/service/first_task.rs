@@ -42,15 +42,16 @@ impl FirstTask {
         *self.pause.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    /// The network namespace of a spec: the one it names, or an empty one made for it.
-    fn network(&self, spec: &Spec) -> Result<PathBuf> {
-        match plan::network(spec)? {
-            Network::Namespace(path) => Ok(path),
+    /// The network namespace of a spec: the one it names, an empty one made for it, none for the host's.
+    fn network(&self, spec: &Spec) -> Result<Option<PathBuf>> {
+        match plan::network(spec) {
+            Network::Host => Ok(None),
+            Network::Namespace(path) => Ok(Some(path)),
             Network::Private => {
                 let made = PrivateNet::create()?;
                 let path = made.path();
                 *self.net.lock().unwrap_or_else(PoisonError::into_inner) = Some(made);
-                Ok(path)
+                Ok(Some(path))
             }
         }
     }
@@ -72,7 +73,7 @@ impl Service {
         if origin.is_none() {
             let config = ShimConfig::find()?;
             let netns = self.first.network(&spec)?;
-            let plan = plan::of_task(&context.id, &spec, Some(netns), &config).await?;
+            let plan = plan::of_task(&context.id, &spec, netns, &config).await?;
             self.sandbox.create(plan).await?;
         }
         if self.first.has_pause() {

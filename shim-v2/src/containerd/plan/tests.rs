@@ -23,14 +23,11 @@ async fn a_pause_container_carries_the_pods_limits_in_annotations() {
             "sysctl": {"net.ipv4.ip_unprivileged_port_start": "0"},
             "cgroupsPath": "/no-such-kubepods/pod1/abc",
             "resources": {"cpu": {"shares": 2}},
-            "namespaces": [{"type": "network", "path": "/run/netns/x"}],
+            "namespaces": [{"type": "network", "path": "/run/netns/x"}, {"type": "ipc"}],
         },
     }));
     assert!(is_pause(&spec));
-    assert_eq!(
-        network(&spec).expect("named"),
-        Network::Namespace("/run/netns/x".into())
-    );
+    assert_eq!(network(&spec), Network::Namespace("/run/netns/x".into()));
     let plan = of_task("abc", &spec, Some("/run/netns/x".into()), &config())
         .await
         .expect("a plan");
@@ -39,6 +36,7 @@ async fn a_pause_container_carries_the_pods_limits_in_annotations() {
     assert_eq!(options.hostname, "web");
     assert_eq!(options.cgroup_parent, "/no-such-kubepods/pod1");
     assert_eq!(options.sysctls.len(), 1);
+    assert!(plan.local_ports && !plan.host_ipc && !options.host_network);
     assert_eq!(plan.origin, Origin::Task);
 }
 
@@ -52,7 +50,7 @@ async fn a_task_of_ctr_has_its_own_limits_and_a_private_network() {
             "namespaces": [{"type": "network"}],
         },
     }));
-    assert_eq!(network(&spec).expect("its own"), Network::Private);
+    assert_eq!(network(&spec), Network::Private);
     let plan = of_task("0123456789abcdef", &spec, None, &config())
         .await
         .expect("a plan");
@@ -62,11 +60,15 @@ async fn a_task_of_ctr_has_its_own_limits_and_a_private_network() {
     assert_eq!(options.cgroup_parent, "", "the root is no pod's");
 }
 
-#[test]
-fn the_hosts_network_is_refused() {
+#[tokio::test]
+async fn a_spec_without_a_network_namespace_is_in_the_hosts() {
     let spec = spec(json!({"ociVersion": "1.0.2", "linux": {"namespaces": [{"type": "mount"}]}}));
-    let error = network(&spec).expect_err("refused").to_string();
-    assert!(error.contains("host's network"), "{error}");
+    assert_eq!(network(&spec), Network::Host);
+    let plan = of_task("abc", &spec, None, &config())
+        .await
+        .expect("a plan");
+    assert!(plan.options.host_network && !plan.local_ports);
+    assert!(plan.host_ipc, "nor has it an IPC namespace");
 }
 
 #[test]
@@ -86,7 +88,7 @@ fn slices_become_paths() {
 }
 
 #[tokio::test]
-async fn a_pod_configuration_is_read_and_host_network_refused() {
+async fn a_pod_configuration_is_read_with_its_network() {
     let mut pod = PodConfig::new();
     pod.hostname = "web".to_owned();
     let linux = pod.linux.mut_or_insert_default();
@@ -96,7 +98,11 @@ async fn a_pod_configuration_is_read_and_host_network_refused() {
         .mut_or_insert_default()
         .memory_limit_in_bytes = 100 << 20;
     linux.overhead.mut_or_insert_default().memory_limit_in_bytes = 160 << 20;
-    let plan = of_pod("abc", &pod, None, &config()).await.expect("a plan");
+    let netns = Some(PathBuf::from("/run/netns/x"));
+    let plan = of_pod("abc", &pod, netns.clone(), &config())
+        .await
+        .expect("a plan");
+    assert!(!plan.options.host_network && plan.local_ports);
     assert_eq!(plan.options.memory_mib, 260);
     assert_eq!(
         plan.options.cgroup_parent,
@@ -107,5 +113,10 @@ async fn a_pod_configuration_is_read_and_host_network_refused() {
     let linux = pod.linux.mut_or_insert_default();
     let security = linux.security_context.mut_or_insert_default();
     security.namespace_options.mut_or_insert_default().network = NODE;
-    assert!(of_pod("abc", &pod, None, &config()).await.is_err());
+    let error = of_pod("abc", &pod, netns, &config())
+        .await
+        .expect_err("both");
+    assert!(error.to_string().contains("netns_path"), "{error}");
+    let plan = of_pod("abc", &pod, None, &config()).await.expect("a plan");
+    assert!(plan.options.host_network && !plan.local_ports);
 }
