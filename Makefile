@@ -19,14 +19,14 @@ export BOXLITE_BIN   := $(BIN)
 export CARGO_TARGET_DIR := $(TARGET)
 export PATH := $(HOME)/.cargo/bin:$(PATH)
 
-.PHONY: all tools build guest host demo test test-containerd e2e-qemu e2e-krun conformance conformance-krun bench lint unit fmt install clean help
+.PHONY: all tools build guest host demo test test-containerd e2e-qemu e2e-krun conformance conformance-krun conformance-containerd bench lint unit fmt install clean help
 all: build
 
 help:
 	@echo "make demo     install what is needed, build, and show a pod in a real VM from pull to removal"
 	@echo "make test     lints, unit tests, end-to-end tests on QEMU and on libkrun (about an hour on two cores)"
 	@echo "make conformance   critest, the conformance suite of CRI runtimes: SPDY, WebSocket, NRI (docs/conformance.md)"
-	@echo "make test-containerd  the shim under containerd 1.6 and 2.x"
+	@echo "make test-containerd  the shim under containerd 1.6 and 2.x;  make conformance-containerd  critest against its CRI plugin"
 	@echo "make bench    ratios against a bare boot of the same VMM and kernel"
 	@echo "make build    programs into $(TARGET);  make install PREFIX=/usr/local puts them in place"
 	@echo "make tools    Debian packages, the guest kernel, virtiofsd and vhost-device-vsock"
@@ -77,6 +77,12 @@ test-containerd: build
 	@e2e/scripts/containerd
 	@$(if $(filter krun,$(VMM)),e2e/kvmhost/run --timeout 3000 --) $(BIN)/boxlite-e2e containerd --home $(or $(VMM),qemu) \
 	  $(if $(VERSION),--version $(VERSION)) $(if $(FILTER),--filter $(FILTER))
+
+# critest against a stock containerd whose handler is the shim, on QEMU, SPDY and NRI. VERSION=1.6 for that one, which has no NRI.
+conformance-containerd: build
+	@e2e/scripts/critest >/dev/null
+	@e2e/scripts/containerd
+	@$(BIN)/boxlite-e2e conformance --home qemu --containerd $(or $(VERSION),2) $(or $(CRITEST),--transport nri)
 
 bench: build
 	@$(BIN)/boxlite-e2e bench

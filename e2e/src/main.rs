@@ -23,6 +23,7 @@ mod outcome;
 mod pod;
 mod process;
 mod runner;
+mod service;
 mod stream;
 #[cfg(test)]
 mod tidy;
@@ -32,6 +33,7 @@ mod world;
 use clap::{Parser, Subcommand};
 use enclave::Stage;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 #[derive(Parser)]
 #[command(about = "Black-box tests, demo and bench of boxlite-cri")]
@@ -63,7 +65,7 @@ enum Command {
         home: world::Home,
         /// Which containerd; both if left out.
         #[arg(long, value_enum)]
-        version: Option<containerd::WhichVersion>,
+        version: Option<containerd::Version>,
         /// Only cases whose name contains this.
         #[arg(long, default_value = "")]
         filter: String,
@@ -125,9 +127,10 @@ fn work(args: Args) -> outcome::Result<ExitCode> {
             }
             true
         }
-        Command::Test { home, filter, .. } => {
-            runtime.block_on(runner::run(home, &filter, cases::all()))?
-        }
+        Command::Test { home, filter, .. } => runtime.block_on(async {
+            let world = Arc::new(world::World::build(home).await?);
+            runner::run(&world, home.vmm(), &filter, cases::all()).await
+        })?,
     };
     Ok(if good {
         ExitCode::SUCCESS

@@ -4,16 +4,18 @@
 //! tests, demo and bench.
 
 use crate::client::Cri;
+use crate::ensure;
 use crate::install::Install;
-use crate::outcome::{During, Failure, Result};
-use crate::{ensure, wait};
+use crate::outcome::Result;
+use crate::service::Service;
 use k8s_cri::v1::VersionRequest;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
-use tokio::process::{Child, Command};
-use tokio::sync::Mutex;
+use tokio::process::Command;
+
+/// `host`, `server` (a URL) and an optional CA: one hosts.toml.
+pub type Mirror = (String, String, Option<PathBuf>);
 
 /// What differs between nodes.
 #[derive(Debug, Clone)]
@@ -22,8 +24,8 @@ pub struct NodeOptions {
     pub name: String,
     /// `auto`, `qemu`, `krun`.
     pub vmm: String,
-    /// `host` → `server` (a URL, or several) and an optional CA: one hosts.toml each.
-    pub registries: Vec<(String, String, Option<PathBuf>)>,
+    /// Where images come from.
+    pub registries: Vec<Mirror>,
     /// Whether there is a CNI configuration.
     pub network: bool,
     /// Instead of the default CNI plugin chain.
@@ -64,13 +66,10 @@ pub struct Node {
     /// `127.0.0.1:<port>` of the metrics page.
     pub metrics: String,
     program: PathBuf,
-    process: Mutex<Option<Child>>,
+    service: Service,
 }
 
 static SUBNET: AtomicU16 = AtomicU16::new(1);
-
-/// Longest time until the daemon serves; it probes the VMM first.
-const START: Duration = Duration::from_secs(60);
 
 impl Node {
     /// Writes the configuration and starts the daemon.
@@ -94,17 +93,7 @@ impl Node {
                 conflist(&dir, subnet, options)?,
             )?;
         }
-        for (host, server, ca) in &options.registries {
-            let at = dir.join("certs.d").join(host);
-            std::fs::create_dir_all(&at)?;
-            let mut toml = format!(
-                "server = \"{server}\"\n\n[host.\"{server}\"]\n  capabilities = [\"pull\", \"resolve\"]\n"
-            );
-            if let Some(ca) = ca {
-                toml.push_str(&format!("  ca = \"{}\"\n", ca.display()));
-            }
-            std::fs::write(at.join("hosts.toml"), toml)?;
-        }
+        write_mirrors(&dir.join("certs.d"), &options.registries)?;
         std::fs::write(
             dir.join("config.toml"),
             config(&dir, install, options, &metrics),
@@ -113,7 +102,7 @@ impl Node {
             cri: Cri::lazy(&dir.join("cri.sock"))?,
             metrics,
             program: install.daemon.clone(),
-            process: Mutex::new(None),
+            service: Service::new("boxlite-cri", dir.join("daemon.log")),
             dir,
         })
     }
@@ -124,68 +113,34 @@ impl Node {
             cri: Cri::lazy(&dir.join("c.sock"))?,
             metrics: String::new(),
             program: PathBuf::new(),
-            process: Mutex::new(None),
+            service: Service::new("somebody else's daemon", PathBuf::new()),
             dir: dir.to_owned(),
         })
     }
 
     /// Runs the daemon and waits until it answers.
     pub async fn serve(&self) -> Result {
-        let log = std::fs::OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(self.log())?;
-        let child = Command::new(&self.program)
+        let mut command = Command::new(&self.program);
+        command
             .args(["serve", "--config"])
-            .arg(self.dir.join("config.toml"))
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .kill_on_drop(true)
-            .spawn()
-            .during("boxlite-cri")?;
-        *self.process.lock().await = Some(child);
-        // A daemon that ended will never answer: its death is a result of the wait, not a reason to go on.
-        wait::until("boxlite-cri answers Version", START, || async {
-            if let Some(child) = self.process.lock().await.as_mut()
-                && child.try_wait()?.is_some()
-            {
-                let text = format!("boxlite-cri ended:\n{}", self.log_tail(20));
-                return Ok(Err(Failure(text)));
-            }
-            let mut client = self.cri.runtime();
-            client.version(VersionRequest::default()).await?;
-            Ok(Ok(()))
-        })
-        .await?
+            .arg(self.dir.join("config.toml"));
+        self.service
+            .start(command, || async {
+                let mut client = self.cri.runtime();
+                client.version(VersionRequest::default()).await?;
+                Ok(())
+            })
+            .await
     }
 
     /// kill -9 of the daemon alone, as a crash would.
     pub async fn kill(&self) -> Result {
-        if let Some(mut child) = self.process.lock().await.take() {
-            child.start_kill()?;
-            child.wait().await?;
-        }
-        Ok(())
+        self.service.kill().await
     }
 
     /// SIGTERM and wait, as an upgrade would; pods go on.
     pub async fn terminate(&self) -> Result {
-        if let Some(mut child) = self.process.lock().await.take() {
-            if let Some(pid) = child.id() {
-                let pid = nix::unistd::Pid::from_raw(i32::try_from(pid)?);
-                nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?;
-            }
-            let status = tokio::time::timeout(Duration::from_secs(20), child.wait())
-                .await
-                .during("SIGTERM")??;
-            ensure!(
-                status.success(),
-                "after SIGTERM boxlite-cri ended with {status}:\n{}",
-                self.log_tail(10)
-            );
-        }
-        Ok(())
+        self.service.terminate().await
     }
 
     /// The daemon's CRI socket.
@@ -193,14 +148,14 @@ impl Node {
         self.dir.join("cri.sock")
     }
 
-    /// The daemon's log.
-    pub fn log(&self) -> PathBuf {
-        self.dir.join("daemon.log")
+    /// The daemon's process.
+    pub fn service(&self) -> &Service {
+        &self.service
     }
 
-    /// Its length in bytes.
-    pub fn log_length(&self) -> usize {
-        std::fs::read(self.log()).map_or(0, |bytes| bytes.len())
+    /// The daemon's log.
+    pub fn log(&self) -> PathBuf {
+        self.service.log().to_owned()
     }
 
     /// Its last lines.
@@ -210,10 +165,7 @@ impl Node {
 
     /// The last lines of what was written behind `mark` bytes.
     pub fn log_since(&self, mark: usize, lines: usize) -> String {
-        let bytes = std::fs::read(self.log()).unwrap_or_default();
-        let text = String::from_utf8_lossy(&bytes[mark.min(bytes.len())..]);
-        let all: Vec<_> = text.lines().collect();
-        all[all.len().saturating_sub(lines)..].join("\n")
+        self.service.tail(mark, lines)
     }
 
     /// Where IPAM keeps leases.
@@ -236,6 +188,22 @@ impl Node {
         );
         Ok(answer.text().await?)
     }
+}
+
+/// One `hosts.toml` below `dir` for each, in containerd's layout.
+pub fn write_mirrors(dir: &Path, mirrors: &[Mirror]) -> Result {
+    for (host, server, ca) in mirrors {
+        let at = dir.join(host);
+        std::fs::create_dir_all(&at)?;
+        let mut toml = format!(
+            "server = \"{server}\"\n\n[host.\"{server}\"]\n  capabilities = [\"pull\", \"resolve\"]\n"
+        );
+        if let Some(ca) = ca {
+            toml.push_str(&format!("  ca = \"{}\"\n", ca.display()));
+        }
+        std::fs::write(at.join("hosts.toml"), toml)?;
+    }
+    Ok(())
 }
 
 fn conflist(dir: &Path, subnet: u16, options: &NodeOptions) -> Result<String> {

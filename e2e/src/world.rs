@@ -27,6 +27,14 @@ impl Home {
             Self::Krun => "krun",
         }
     }
+
+    /// A time limit that is fair in this home: nested emulation is several times slower.
+    pub fn patience(self, seconds: u64) -> Duration {
+        Duration::from_secs(match self {
+            Self::Qemu => seconds,
+            Self::Krun => seconds * 5,
+        })
+    }
 }
 
 /// What tests share.
@@ -79,12 +87,9 @@ impl World {
         ))
     }
 
-    /// A time limit that is fair in this home: nested emulation is several times slower.
+    /// See [`Home::patience`].
     pub fn patience(&self, seconds: u64) -> Duration {
-        Duration::from_secs(match self.home {
-            Home::Qemu => seconds,
-            Home::Krun => seconds * 5,
-        })
+        self.home.patience(seconds)
     }
 }
 

@@ -1,21 +1,23 @@
 //! `make conformance`: critest, the conformance suite of CRI runtimes, against boxlite-cri in this enclave, three times:
-//! streams over SPDY, over WebSocket, and with NRI.
+//! streams over SPDY, over WebSocket, and with NRI; `make conformance-containerd`: against a stock containerd's CRI plugin.
 //!
 //! Only starts things and judges the result ([`report`]); the specs are those of the Go module pinned in `e2e/critest`, the
-//! images are made in [`images`]. Each run has a daemon of its own.
+//! images are made in [`images`]. Each run has a daemon of its own ([`target`]).
 
 mod images;
 mod report;
+mod target;
 
 use crate::bail;
+use crate::containerd::Version;
 use crate::image::registry::Registry;
 use crate::install::Install;
-use crate::node::{Node, NodeOptions};
 use crate::outcome::{During, Result};
 use crate::world::Home;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Instant;
+use target::Target;
 use tokio::process::Command;
 
 /// How critest is told to talk.
@@ -48,6 +50,9 @@ pub struct Options {
     /// Which runs; all three when left out.
     #[arg(long, value_enum, value_delimiter = ',')]
     transport: Vec<Transport>,
+    /// Against this containerd's CRI plugin, with the shim as the handler `boxlite`, instead of boxlite-cri.
+    #[arg(long, value_enum)]
+    containerd: Option<Version>,
     /// Only specs whose name matches this regular expression.
     #[arg(long)]
     focus: Option<String>,
@@ -71,12 +76,6 @@ pub struct Programs {
     nginx: PathBuf,
     nnp: PathBuf,
 }
-
-/// Hosts that critest's references name.
-const HOSTS: [&str; 3] = ["registry.k8s.io", "k8s.gcr.io", "gcr.io"];
-
-/// Below the node's directory, as its configuration says.
-const NRI_SOCKET: &str = "nri.sock";
 
 /// Runs what was asked for; whether nothing failed that can run here.
 pub async fn run(options: &Options) -> Result<bool> {
@@ -148,22 +147,26 @@ struct Suite<'a> {
 
 impl Suite<'_> {
     async fn run(&self, transport: Transport) -> Result<bool> {
-        let name = transport.name();
-        let mut options = NodeOptions::new(&format!("c{}", &name[..1]), self.options.home.vmm());
-        for host in HOSTS {
-            let server = format!("http://{}", self.registry.host);
-            options.registries.push((host.into(), server, None));
-        }
-        let node = Node::start(self.scratch, self.install, &options).await?;
-        println!("\n== critest, {name}, {}", self.options.home.vmm());
+        let target = Target::start(self, transport).await?;
+        let name = match target.handler() {
+            None => transport.name().to_owned(),
+            Some(_) => format!("{}-{}", target.name(), transport.name()),
+        };
+        println!(
+            "\n== critest, {}, {}, {}",
+            target.name(),
+            transport.name(),
+            self.options.home.vmm()
+        );
         let begun = Instant::now();
         let json = self.out.join(format!("{name}.json"));
         let _ = std::fs::remove_file(&json);
-        let ran = self.critest(transport, &node, &json).await;
+        let output = self.out.join(format!("{name}.log"));
+        let ran = self.critest(transport, &target, &json, &output).await;
         // The daemon's log is worth most when the run broke.
         let log = self.out.join(format!("{name}-daemon.log"));
-        std::fs::copy(node.log(), &log).during(log.display())?;
-        node.terminate().await?;
+        std::fs::copy(target.log(), &log).during(log.display())?;
+        target.end().await?;
         ran?;
         let report = report::read(&json)?;
         println!("{}", report.text());
@@ -176,8 +179,14 @@ impl Suite<'_> {
     }
 
     /// critest's exit code says only that something failed, what is in the report.
-    async fn critest(&self, transport: Transport, node: &Node, json: &Path) -> Result {
-        let endpoint = format!("unix://{}", node.dir.join("cri.sock").display());
+    async fn critest(
+        &self,
+        transport: Transport,
+        target: &Target,
+        json: &Path,
+        output: &Path,
+    ) -> Result {
+        let endpoint = format!("unix://{}", target.socket().display());
         let mut command = Command::new(&self.programs.critest);
         command
             .args(["-runtime-endpoint", &endpoint, "-image-endpoint", &endpoint])
@@ -186,6 +195,9 @@ impl Suite<'_> {
             .args(["-ginkgo.no-color", "-ginkgo.timeout", "6h"])
             .arg(format!("-ginkgo.json-report={}", json.display()))
             .env("TMPDIR", self.scratch);
+        if let Some(handler) = target.handler() {
+            command.arg(format!("-runtime-handler={handler}"));
+        }
         if let Some(focus) = &self.options.focus {
             command.args(["-ginkgo.focus", focus]);
         }
@@ -206,16 +218,14 @@ impl Suite<'_> {
             }
             Transport::Nri => {
                 if self.knows_nri().await? {
-                    let socket = node.dir.join(NRI_SOCKET);
-                    command.arg(format!("-nri-socket={}", socket.display()));
+                    command.arg(format!("-nri-socket={}", target.nri().display()));
                 } else {
                     println!("this critest has no NRI specs: the run is without --nri-socket");
                 }
             }
         }
-        let path = self.out.join(format!("{}.log", transport.name()));
-        let log = std::fs::File::create(&path).during(path.display())?;
-        println!("output in {}", path.display());
+        let log = std::fs::File::create(output).during(output.display())?;
+        println!("output in {}", output.display());
         let status = command
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
@@ -227,7 +237,7 @@ impl Suite<'_> {
         if !json.exists() {
             bail!(
                 "critest ended with {status} and no report: see {}",
-                path.display()
+                output.display()
             );
         }
         Ok(())

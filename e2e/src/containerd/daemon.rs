@@ -3,18 +3,20 @@
 //! The programs are Debian's, unpacked by `e2e/scripts/containerd`; nothing of them is installed. Judges nothing.
 
 use crate::install::Install;
-use crate::outcome::{During, Failure, Result};
+use crate::node::{Mirror, write_mirrors};
+use crate::outcome::{During, Result};
+use crate::service::Service;
 use crate::{ensure, wait};
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
 use std::time::Duration;
-use tokio::process::{Child, Command};
+use tokio::process::Command;
 use tokio::sync::Mutex;
 
 /// Name of the runtime, as a user writes it.
 pub const RUNTIME: &str = "io.containerd.boxlite.v2";
-/// Longest start.
-const START: Duration = Duration::from_secs(60);
+/// Longest wait for a task's state.
+const STATE: Duration = Duration::from_secs(60);
 /// Longest run of `ctr`; one may boot a VM.
 const CTR: Duration = Duration::from_secs(240);
 
@@ -54,6 +56,8 @@ pub struct Options {
     pub snapshotter: &'static str,
     /// More lines of the shim's configuration, in front.
     pub shim: String,
+    /// Where CRI's images come from.
+    pub registries: Vec<Mirror>,
 }
 
 impl Options {
@@ -66,6 +70,7 @@ impl Options {
             sandboxer: "podsandbox",
             snapshotter: "overlayfs",
             shim: String::new(),
+            registries: Vec::new(),
         }
     }
 }
@@ -76,7 +81,7 @@ pub struct Containerd {
     pub dir: PathBuf,
     bin: Mutex<PathBuf>,
     path: String,
-    process: Mutex<Option<Child>>,
+    service: Service,
 }
 
 fn programs(version: Version) -> PathBuf {
@@ -102,6 +107,7 @@ impl Containerd {
         std::fs::create_dir_all("/run/containerd")?;
         std::fs::write(dir.join("shim.toml"), shim_config(&dir, install, &options))?;
         std::fs::write(dir.join("cni/10-e2e.conflist"), conflist(&dir))?;
+        write_mirrors(&dir.join("certs.d"), &options.registries)?;
         for version in [Version::V1, Version::V2] {
             let text = config(&dir, install, &options, version);
             std::fs::write(dir.join(format!("config-{}.toml", version.name())), text)?;
@@ -113,7 +119,7 @@ impl Containerd {
                 std::env::var("PATH").unwrap_or_default()
             ),
             bin: Mutex::new(bin),
-            process: Mutex::new(None),
+            service: Service::new("containerd", dir.join("containerd.log")),
             dir,
         };
         daemon.serve(options.version).await?;
@@ -123,45 +129,36 @@ impl Containerd {
     /// Runs a version of containerd on these files and waits until it answers: a restart, or an upgrade.
     pub async fn serve(&self, version: Version) -> Result {
         let bin = programs(version);
-        let log = std::fs::OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(self.dir.join("containerd.log"))?;
-        let child = Command::new(bin.join("containerd"))
+        let mut command = Command::new(bin.join("containerd"));
+        command
             .arg("--config")
             .arg(self.dir.join(format!("config-{}.toml", version.name())))
             .env("PATH", format!("{}:{}", bin.display(), self.path))
-            .env("BOXLITE_SHIM_CONFIG", self.dir.join("shim.toml"))
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .kill_on_drop(true)
-            .spawn()
-            .during("containerd")?;
-        *self.process.lock().await = Some(child);
+            .env("BOXLITE_SHIM_CONFIG", self.dir.join("shim.toml"));
         *self.bin.lock().await = bin;
-        wait::until("containerd answers", START, || async {
-            if let Some(child) = self.process.lock().await.as_mut()
-                && child.try_wait()?.is_some()
-            {
-                return Ok(Err(Failure(format!(
-                    "containerd ended:\n{}",
-                    self.log_tail(20)
-                ))));
-            }
-            self.ok(&["version"]).await?;
-            Ok(Ok(()))
-        })
-        .await?
+        self.service
+            .start(command, || async { self.ok(&["version"]).await.map(drop) })
+            .await
     }
 
     /// kill -9 of containerd alone.
     pub async fn kill(&self) -> Result {
-        if let Some(mut child) = self.process.lock().await.take() {
-            child.start_kill()?;
-            child.wait().await?;
-        }
-        Ok(())
+        self.service.kill().await
+    }
+
+    /// Its socket, of containerd's own services and of CRI.
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join("c.sock")
+    }
+
+    /// Its process.
+    pub fn service(&self) -> &Service {
+        &self.service
+    }
+
+    /// Its log.
+    pub fn log(&self) -> PathBuf {
+        self.service.log().to_owned()
     }
 
     /// `ctr` with these arguments, not yet run.
@@ -169,7 +166,7 @@ impl Containerd {
         let mut command = Command::new(self.bin.lock().await.join("ctr"));
         command
             .arg("--address")
-            .arg(self.dir.join("c.sock"))
+            .arg(self.socket())
             .args(args)
             .stdin(Stdio::null())
             .kill_on_drop(true);
@@ -224,7 +221,7 @@ impl Containerd {
 
     /// Waits for a state of the task as `ctr task ls` says it.
     pub async fn state(&self, id: &str, wanted: &str) -> Result {
-        wait::until(&format!("{id} is {wanted}"), START, || async {
+        wait::until(&format!("{id} is {wanted}"), STATE, || async {
             let list = self.ok(&["task", "ls"]).await?;
             let line = list
                 .lines()
@@ -278,13 +275,6 @@ impl Containerd {
     pub fn bundle(&self, namespace: &str, id: &str) -> PathBuf {
         let kind = "state/io.containerd.runtime.v2.task";
         self.dir.join(kind).join(namespace).join(id)
-    }
-
-    /// Last lines of its log.
-    pub fn log_tail(&self, lines: usize) -> String {
-        let text = std::fs::read_to_string(self.dir.join("containerd.log")).unwrap_or_default();
-        let all: Vec<_> = text.lines().collect();
-        all[all.len().saturating_sub(lines)..].join("\n")
     }
 }
 
@@ -354,6 +344,8 @@ ConfigPath = "{at}/shim.toml"
 [plugins."io.containerd.grpc.v1.cri".cni]
 bin_dir = "{cni}"
 conf_dir = "{at}/cni"
+[plugins."io.containerd.grpc.v1.cri".registry]
+config_path = "{at}/certs.d"
 "#
         ),
         Version::V2 => format!(
@@ -363,6 +355,13 @@ conf_dir = "{at}/cni"
 snapshotter = "{snapshotter}"
 [plugins."io.containerd.cri.v1.images".pinned_images]
 sandbox = "{image}"
+[plugins."io.containerd.cri.v1.images".registry]
+config_path = "{at}/certs.d"
+[plugins."io.containerd.nri.v1.nri"]
+disable = false
+socket_path = "{at}/nri.sock"
+plugin_path = "{at}/nri/plugins"
+plugin_config_path = "{at}/nri/conf.d"
 [plugins."io.containerd.cri.v1.runtime"]
 restrict_oom_score_adj = true
 [plugins."io.containerd.cri.v1.runtime".containerd]

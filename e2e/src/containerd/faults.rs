@@ -3,8 +3,9 @@
 use super::daemon::{Containerd, Version};
 use super::pods::{NOTICE, sleeper};
 use super::tasks::{clear_fifos, told_exit};
-use super::{Case, Shared, case};
+use super::{Case, Shared, other_than};
 use crate::outcome::Result;
+use crate::runner::case;
 use crate::{ensure, process, same, wait};
 use k8s_cri::v1::ContainerState;
 
@@ -19,8 +20,10 @@ pub fn cases() -> Vec<Case> {
             150,
             containerd_killed,
         ),
+        case("fault::a_sandboxers_pods_are_found_too", 150, sandboxer)
+            .unless(other_than(Version::V2), "the Sandbox API came with 2.0"),
         case("fault::an_upgrade_keeps_tasks_and_pods", 200, upgrade)
-            .only(Version::V1, "it goes from 1.6 to 2.x"),
+            .unless(other_than(Version::V1), "it goes from 1.6 to 2.x"),
     ]
 }
 
@@ -157,6 +160,15 @@ async fn survives<F: Future<Output = Result>>(
 
 async fn containerd_killed(lab: Shared) -> Result {
     let daemon = lab.own("rs", |_| {}).await?;
+    survives(&daemon, || async {
+        daemon.kill().await?;
+        daemon.serve(lab.version).await
+    })
+    .await
+}
+
+async fn sandboxer(lab: Shared) -> Result {
+    let daemon = lab.own("rb", |options| options.sandboxer = "shim").await?;
     survives(&daemon, || async {
         daemon.kill().await?;
         daemon.serve(lab.version).await

@@ -1,8 +1,9 @@
 //! Where a detached task's output goes: `file://` and `binary://` log URIs. FIFOs are what every foreground run has.
 
 use super::daemon::run_args;
-use super::{Case, Shared, case};
+use super::{Case, Shared};
 use crate::outcome::Result;
+use crate::runner::case;
 use crate::{ensure, same, wait};
 use std::os::unix::fs::PermissionsExt;
 
@@ -18,7 +19,8 @@ pub fn cases() -> Vec<Case> {
 const LINES: &str = "for i in 1 2 3; do echo out-$i; done; echo err-1 >&2";
 
 async fn file(lab: Shared) -> Result {
-    let path = lab.scratch.join("task.log");
+    // Of this version's own: a log is appended to.
+    let path = lab.shared.dir.join("task.log");
     let uri = format!("file://{}", path.display());
     lab.shared
         .ok(&run_args(

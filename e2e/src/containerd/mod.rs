@@ -1,9 +1,10 @@
 //! `boxlite-e2e containerd`: the shim under a stock containerd, with no boxlite-cri anywhere.
 //!
-//! Each version is run on its own, in this program's namespaces: [`daemon`] starts and kills it, [`tasks`] drives it by
-//! `ctr`, [`pods`] by CRI, [`faults`] kills what can be killed. Behind every case stands a look for what was left.
+//! Each version is run on its own, in this program's namespaces: [`daemon`] starts and kills it, [`tasks`], [`events`] and
+//! [`logs`] drive it by `ctr`, [`pods`] by CRI, [`faults`] kills what can be killed. Behind every case stands a look for what was left.
 
 mod daemon;
+mod events;
 mod faults;
 mod logs;
 mod pods;
@@ -14,17 +15,17 @@ use crate::image::build::Image;
 use crate::image::busybox;
 use crate::image::layer::{Compression, LayerTar};
 use crate::install::Install;
-use crate::outcome::{During, Failure, Result};
+use crate::outcome::{During, Result};
+use crate::runner::{self, Surroundings};
+use crate::service::Service;
 use crate::world::Home;
 use crate::{ensure, wait};
-use daemon::{Containerd, Options, Version};
-use futures::FutureExt;
-use futures::future::BoxFuture;
+pub use daemon::{Containerd, Options, Version};
 use serde_json::json;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Name under which the image is imported.
 const IMAGE: &str = "e2e.local/base:1";
@@ -43,12 +44,9 @@ pub struct Lab {
 }
 
 impl Lab {
-    /// A time limit that is fair in this home.
+    /// See [`Home::patience`].
     fn patience(&self, seconds: u64) -> Duration {
-        Duration::from_secs(match self.home {
-            Home::Qemu => seconds,
-            Home::Krun => seconds * 5,
-        })
+        self.home.patience(seconds)
     }
 
     /// A containerd of its own, with the image imported.
@@ -62,36 +60,11 @@ impl Lab {
 }
 
 type Shared = Arc<Lab>;
-type Run = Box<dyn Fn(Shared) -> BoxFuture<'static, Result> + Send + Sync>;
+type Case = runner::Case<Lab>;
 
-/// A named test of one or of both versions.
-pub struct Case {
-    name: &'static str,
-    seconds: u64,
-    only: Option<(Version, &'static str)>,
-    run: Run,
-}
-
-/// A case that takes at most so many seconds on QEMU.
-fn case<F, Fut>(name: &'static str, seconds: u64, run: F) -> Case
-where
-    F: Fn(Shared) -> Fut + Send + Sync + 'static,
-    Fut: Future<Output = Result> + Send + 'static,
-{
-    Case {
-        name,
-        seconds,
-        only: None,
-        run: Box::new(move |lab| run(lab).boxed()),
-    }
-}
-
-impl Case {
-    /// Runs with this version only.
-    fn only(mut self, version: Version, reason: &'static str) -> Self {
-        self.only = Some((version, reason));
-        self
-    }
+/// A condition of cases: not this version.
+fn other_than(version: Version) -> impl Fn(&Lab) -> bool + Send + Sync + 'static {
+    move |lab| lab.version != version
 }
 
 /// Runs all cases whose name contains `filter` with every version; whether all passed.
@@ -110,8 +83,7 @@ pub async fn run(home: Home, version: Option<Version>, filter: &str) -> Result<b
 async fn run_version(home: Home, version: Version, filter: &str) -> Result<bool> {
     let scratch = crate::enclave::scratch();
     let install = Install::find()?;
-    let archive = scratch.join("base.tar");
-    archive::write(&image(&install)?, IMAGE, &archive)?;
+    let archive = archive(&install, &scratch)?;
     let options = Options::new(&format!("s{}", version.name()), version, home.vmm());
     let shared = Containerd::start(&scratch, &install, options).await?;
     shared.import(&archive).await?;
@@ -123,82 +95,45 @@ async fn run_version(home: Home, version: Version, filter: &str) -> Result<bool>
         version,
         shared,
     });
-    let begun = Instant::now();
-    let (mut passed, mut failed, mut skipped) = (0, Vec::new(), 0);
     let cases = [
         tasks::cases(),
+        events::cases(),
         logs::cases(),
         pods::cases(),
         faults::cases(),
     ];
-    for case in cases
-        .into_iter()
-        .flatten()
-        .filter(|c| c.name.contains(filter))
-    {
-        if let Some((_, reason)) = case.only.filter(|(only, _)| *only != version) {
-            println!("not with {}: {}: {reason}", version.name(), case.name);
-            skipped += 1;
-            continue;
-        }
-        let start = Instant::now();
-        let outcome = one(&lab, &case).await;
-        let took = start.elapsed().as_secs_f64();
-        match outcome {
-            Ok(()) => {
-                passed += 1;
-                println!("ok    {:<52} {took:>6.1} s", case.name);
-            }
-            Err(failure) => {
-                println!(
-                    "FAIL  {:<52} {took:>6.1} s\n      {}",
-                    case.name,
-                    indent(&failure.0)
-                );
-                println!(
-                    "      --- containerd's log\n      {}",
-                    indent(&lab.shared.log_tail(12))
-                );
-                failed.push(case.name);
-            }
-        }
-    }
-    if !failed.is_empty() {
-        println!("failed: {}", failed.join(", "));
-    }
-    println!(
-        "e2e containerd-{} {}: {passed} passed, {} failed, {skipped} skipped in {:.0} s",
-        lab.shared.version_text().await?,
-        home.vmm(),
-        failed.len(),
-        begun.elapsed().as_secs_f64()
-    );
-    Ok(failed.is_empty() && passed > 0)
+    let text = lab.shared.version_text().await?;
+    let title = format!("containerd-{text} {}", home.vmm());
+    runner::run(&lab, &title, filter, cases.into_iter().flatten().collect()).await
 }
 
-async fn one(lab: &Shared, case: &Case) -> Result {
-    let before = traces()?;
-    let limit = lab.patience(case.seconds);
-    let mut task = tokio::spawn((case.run)(lab.clone()));
-    let outcome = match tokio::time::timeout(limit, &mut task).await {
-        Ok(Ok(outcome)) => outcome,
-        Ok(Err(panic)) => Err(Failure(format!("panicked: {panic}"))),
-        Err(_) => {
-            task.abort();
-            Err(Failure(format!("not done within {} s", limit.as_secs())))
-        }
-    };
-    if outcome.is_err() {
-        // A failed case must not fail the next.
-        lab.shared.clear().await?;
+impl Surroundings for Lab {
+    type Before = BTreeSet<String>;
+
+    fn home(&self) -> Home {
+        self.home
     }
-    let left = wait::until("everything a task had is gone", SETTLE, || async {
-        let more: Vec<_> = traces()?.difference(&before).cloned().collect();
-        ensure!(more.is_empty(), "left behind:\n  {}", more.join("\n  "));
-        Ok(())
-    })
-    .await;
-    outcome.and(left)
+
+    fn daemon(&self) -> &Service {
+        self.shared.service()
+    }
+
+    fn before(&self) -> Result<BTreeSet<String>> {
+        traces()
+    }
+
+    async fn after(&self, before: BTreeSet<String>, failed: bool) -> Result {
+        if failed {
+            // A failed case must not fail the next.
+            self.shared.clear().await?;
+        }
+        wait::until("everything a task had is gone", SETTLE, || async {
+            let more: Vec<_> = traces()?.difference(&before).cloned().collect();
+            ensure!(more.is_empty(), "left behind:\n  {}", more.join("\n  "));
+            Ok(())
+        })
+        .await
+    }
 }
 
 /// What a task could leave: processes, mounts, network namespaces, cgroups.
@@ -246,6 +181,13 @@ fn below(dir: &Path, depth: usize, found: &mut Vec<PathBuf>) {
     }
 }
 
+/// Writes the image that [`Containerd::import`] takes; its pods' pause containers are of it, too.
+pub fn archive(install: &Install, scratch: &Path) -> Result<PathBuf> {
+    let archive = scratch.join("base.tar");
+    archive::write(&image(install)?, IMAGE, &archive)?;
+    Ok(archive)
+}
+
 /// Busybox in one layer, a file in a second one.
 fn image(install: &Install) -> Result<Image> {
     let mut second = LayerTar::default();
@@ -261,9 +203,3 @@ fn image(install: &Install) -> Result<Image> {
         json!({"Cmd": ["sh"], "Env": ["PATH=/bin:/usr/bin"]}),
     ))
 }
-
-fn indent(text: &str) -> String {
-    text.replace('\n', "\n      ")
-}
-
-pub use daemon::Version as WhichVersion;
