@@ -18,6 +18,7 @@ mod network;
 mod seccomp;
 mod serve;
 mod services;
+mod shown;
 mod spawner;
 mod storage;
 mod system;

@@ -10,6 +10,7 @@
 
 pub mod error;
 pub mod exit;
+pub mod fuse;
 pub mod names;
 pub mod probe;
 pub mod vmm;

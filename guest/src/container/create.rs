@@ -10,6 +10,8 @@ use crate::boot::reaper::RawExit;
 use crate::cgroup::{self, Cgroup, resources};
 use crate::execution::stdio::{AgentEnds, Pipes, terminal_ends};
 use crate::execution::{Process, supervise};
+use crate::shown::table::{Wanted, take_wanted};
+use crate::shown::watch::Watch;
 use crate::spawner::wire::{Confinement, CreateRequest, Failure, FailureKind, Message, Request};
 use crate::spawner::{Reply, SpawnError, resolve_user};
 use crate::storage::rootfs::{Owners, Rootfs};
@@ -119,6 +121,8 @@ struct Prepared {
     uid: u32,
     confinement: Confinement,
     user_namespace: Option<UserNamespace>,
+    /// Volumes with propagation Bidirectional.
+    shown: Vec<Wanted>,
 }
 
 /// Root file system, user, cgroup with its limits, `config.json`.
@@ -140,6 +144,7 @@ fn prepare(
         namespace: namespace.file.as_fd(),
         root: namespace.map.first,
     });
+    let shown = take_wanted(&mut spec);
     let mut rootfs = Rootfs::assemble(&request.container_id, tree, &pod.layers, owners.as_ref())?;
     let volumes = rootfs.mount_volumes(&mut spec, &pod.layers);
     let state = Path::new(STATE).join(&request.container_id);
@@ -190,6 +195,7 @@ fn prepare(
             uid,
             confinement,
             user_namespace: joined.user,
+            shown,
         }),
         Err(error) => {
             undo(pod, cgroup, &rootfs, &state);
@@ -376,6 +382,7 @@ fn assemble(
         execs: exec::Execs::default(),
         usage: Default::default(),
         oom_told: AtomicU64::new(0),
+        watch: watch(agent, pod, &init, &request.container_id, prepared.shown),
     });
     if crate::storage::follows_host(&prepared.spec) {
         let process = Arc::clone(&init);
@@ -393,6 +400,32 @@ fn assemble(
         .tasks
         .spawn(super::oom::watch(Arc::clone(&container), Arc::clone(pod)));
     container
+}
+
+/// Watches the mounts of a container that has Bidirectional volumes.
+fn watch(
+    agent: &Agent,
+    pod: &Pod,
+    init: &Arc<Process>,
+    id: &str,
+    wanted: Vec<Wanted>,
+) -> Option<Arc<Watch>> {
+    if wanted.is_empty() {
+        return None;
+    }
+    match Watch::begin(id, init.pid, wanted, Arc::clone(&pod.shown)) {
+        Ok(watch) => {
+            let watch = Arc::new(watch);
+            let (watching, init) = (Arc::clone(&watch), Arc::clone(init));
+            agent.tasks.spawn(async move { watching.run(&init).await });
+            Some(watch)
+        }
+        Err(error) => {
+            // It has ended already, or will be seen to.
+            tracing::warn!(container = id, %error, "mounts are not watched");
+            None
+        }
+    }
 }
 
 /// The init process ended: what else is in the container goes, and its exit becomes known.

@@ -157,7 +157,13 @@ async fn make(
     let following = supervise(Arc::clone(&process), sources, exit, {
         let (container, pod, process) =
             (Arc::clone(container), Arc::clone(pod), Arc::clone(&process));
-        async move |exit| ended(&container, &pod, &request.exec_id, &process, exit)
+        async move |exit| {
+            if let Some(watch) = &container.watch {
+                // What the command mounted is on the host when its end is told.
+                watch.settle().await;
+            }
+            ended(&container, &pod, &request.exec_id, &process, exit);
+        }
     });
     agent.tasks.spawn(following);
     Ok(process)

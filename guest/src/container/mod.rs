@@ -118,6 +118,8 @@ pub struct Container {
     usage: UsageCache,
     /// OOM kills already told as an event.
     oom_told: AtomicU64,
+    /// Where it has Bidirectional volumes: its mounts.
+    watch: Option<Arc<crate::shown::watch::Watch>>,
 }
 
 impl Container {

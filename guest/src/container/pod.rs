@@ -7,6 +7,7 @@ use super::events::Events;
 use super::userns::UserNamespace;
 use super::{Container, ContainerError, create};
 use crate::agent::Agent;
+use crate::shown::Shown;
 use crate::spawner::SpawnError;
 use crate::spawner::wire::{IdMap, Message, Request};
 use crate::storage::layers::Layers;
@@ -42,6 +43,8 @@ pub struct Pod {
     containers: Mutex<HashMap<String, Slot>>,
     pub layers: Layers,
     pub events: Events,
+    /// Mounts of containers that the host shows, too.
+    pub shown: Arc<Shown>,
     /// The process that holds the shared namespaces, once one was asked for.
     pause: tokio::sync::Mutex<Option<Pause>>,
 }

@@ -1,16 +1,18 @@
-//! The guest protocol's three gRPC services: each call is checked, handed to its module, and its error made a status.
+//! The guest protocol's four gRPC services: each call is checked, handed to its module, and its error made a status.
 //!
 //! No state and no system call lives here.
 
 pub mod container;
 pub mod execution;
 pub mod guest;
+pub mod mounts;
 pub mod status;
 
 use crate::agent::Agent;
 use boxlite_proto::boxlite::v1::container_server::ContainerServer;
 use boxlite_proto::boxlite::v1::execution_server::ExecutionServer;
 use boxlite_proto::boxlite::v1::guest_server::GuestServer;
+use boxlite_proto::boxlite::v1::mounts_server::MountsServer;
 use boxlite_proto::names;
 use std::sync::Arc;
 use tonic::service::Routes;
@@ -26,9 +28,13 @@ pub fn routes(agent: &Arc<Agent>) -> Routes {
     let execution = ExecutionServer::new(execution::ExecutionService::new(Arc::clone(agent)))
         .max_decoding_message_size(names::GUEST_MESSAGE_LIMIT)
         .max_encoding_message_size(names::GUEST_MESSAGE_LIMIT);
+    let mounts = MountsServer::new(mounts::MountsService::new(Arc::clone(agent)))
+        .max_decoding_message_size(names::GUEST_MESSAGE_LIMIT)
+        .max_encoding_message_size(names::GUEST_MESSAGE_LIMIT);
     Routes::new(guest)
         .add_service(container)
         .add_service(execution)
+        .add_service(mounts)
 }
 
 /// The result of blocking work that nobody aborts; that it panicked is the one way it can fail.

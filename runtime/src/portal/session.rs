@@ -4,6 +4,7 @@ use super::connection::Connection;
 use super::interfaces::container::ContainerInterface;
 use super::interfaces::execution::ExecutionInterface;
 use super::interfaces::guest::GuestInterface;
+use super::interfaces::mounts::MountsInterface;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -51,6 +52,11 @@ impl GuestSession {
     /// Its containers.
     pub fn container(&self) -> ContainerInterface {
         ContainerInterface::new(self.connection.channel())
+    }
+
+    /// Mounts that they show on the host.
+    pub fn mounts(&self) -> MountsInterface {
+        MountsInterface::new(self.connection.channel())
     }
 
     /// Their processes.

@@ -7,6 +7,7 @@ pub mod container;
 pub mod execution;
 pub mod follow;
 pub mod guest;
+pub mod mounts;
 
 use super::error::PortalError;
 use std::future::Future;

@@ -1,0 +1,243 @@
+//! Answers FUSE messages of the host for one shown mount: [`open`]. The file server is fuse-backend-rs's.
+//!
+//! One thread for each mount: a file system that hangs stops the answers for this mount and nothing else. It has its own
+//! file mode mask, which the server sets, and takes the user's and group's numbers of each request. The thread ends when the
+//! host drops the stream; one that hangs in the kernel ends with the VM.
+
+use super::Shown;
+use crate::services::status::status;
+use boxlite_proto::boxlite::v1::{ErrorKind, FuseRequest, FuseResponse};
+use boxlite_proto::fuse::{Frames, MAX_WRITE, MESSAGE_LIMIT};
+use boxlite_proto::names::CHUNK_LIMIT;
+use bytes::Bytes;
+use fuse_backend_rs::api::server::Server;
+use fuse_backend_rs::passthrough::{Config, PassthroughFs};
+use fuse_backend_rs::transport::{FuseBuf, FuseDevWriter, Reader, Writer};
+use nix::sched::{CloneFlags, unshare};
+use rustix::fs::{MemfdFlags, SeekFrom, ftruncate, memfd_create, seek};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio_stream::Stream;
+use tonic::{Status, Streaming};
+
+/// Requests that wait for the thread, and chunks that wait for the host.
+const QUEUE: usize = 4;
+/// How long the host's kernel trusts what it knows of names and files: the guest changes them without telling.
+const TRUST: Duration = Duration::from_secs(1);
+
+/// Requests by the kernel's numbers: those that get no answer, and the first one.
+const FORGET: u32 = 2;
+const INTERRUPT: u32 = 36;
+const BATCH_FORGET: u32 = 42;
+const INIT: u32 = 26;
+/// Bytes of a request's header.
+const REQUEST_HEADER: usize = 40;
+/// Features that are the kernel's own affair and which the server does not ask for: reads ahead, large writes, a cache that
+/// goes when a file has changed, several requests to one directory.
+const FEATURES: u32 = 1 | 1 << 5 | 1 << 12 | 1 << 18;
+
+/// Reads the first message, starts the server, and returns the answering stream.
+pub async fn open(
+    shown: &Shown,
+    mut requests: Streaming<FuseRequest>,
+) -> Result<impl Stream<Item = Result<FuseResponse, Status>> + Send + 'static, Status> {
+    let first = requests.message().await?.ok_or_else(|| {
+        status(
+            ErrorKind::InvalidArgument,
+            "id",
+            "the first message names the mount",
+        )
+    })?;
+    let id = first.id.to_string();
+    let tree = shown
+        .tree(first.id)
+        .ok_or_else(|| status(ErrorKind::NotFound, &id, format!("no mount {id} is shown")))?;
+    let (work, queue) = mpsc::channel(QUEUE);
+    let (answers, stream) = mpsc::channel(QUEUE);
+    std::thread::Builder::new()
+        .name(format!("fuse {id}"))
+        .spawn(move || {
+            if let Err(error) = serve(&tree, queue, &answers) {
+                tracing::warn!(%error, "the file server of a mount ended");
+            }
+        })
+        .map_err(|error| status(ErrorKind::Internal, &id, error.to_string()))?;
+    let feeding = tokio::spawn(async move {
+        let mut frames = Frames::default();
+        let mut message = Some(first);
+        while let Some(request) = message {
+            frames.push(&request.data);
+            loop {
+                match frames.cut() {
+                    Ok(Some(request)) => {
+                        if work.send(request).await.is_err() {
+                            return;
+                        }
+                    }
+                    Ok(None) => break,
+                    Err(error) => {
+                        tracing::warn!(%error, "the host's messages are broken");
+                        return;
+                    }
+                }
+            }
+            message = requests.message().await.ok().flatten();
+        }
+    });
+    let state = (stream, AbortOnDrop(feeding));
+    Ok(futures::stream::unfold(state, async |mut state| {
+        let data = state.0.recv().await?;
+        Some((Ok(FuseResponse { data }), state))
+    }))
+}
+
+struct AbortOnDrop(JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Serves until the queue or the host's end is closed. Blocks.
+fn serve(
+    tree: &Arc<OwnedFd>,
+    mut queue: mpsc::Receiver<Vec<u8>>,
+    answers: &mpsc::Sender<Bytes>,
+) -> io::Result<()> {
+    unshare(CloneFlags::CLONE_FS)?;
+    let config = Config {
+        // The dot makes a path of it that may be opened without following links.
+        root_dir: format!("/proc/self/fd/{}/.", tree.as_raw_fd()),
+        entry_timeout: TRUST,
+        attr_timeout: TRUST,
+        ..Config::default()
+    };
+    let server = Server::new(PassthroughFs::<()>::new(config)?);
+    // The server writes an answer in one call to a descriptor.
+    let answer = File::from(memfd_create("answer", MemfdFlags::CLOEXEC)?);
+    let mut buffer = vec![0; MESSAGE_LIMIT];
+    while let Some(mut request) = queue.blocking_recv() {
+        let reply = answer_to(&server, &mut request, &answer, &mut buffer)?;
+        for chunk in reply.chunks(CHUNK_LIMIT) {
+            if answers
+                .blocking_send(Bytes::copy_from_slice(chunk))
+                .is_err()
+            {
+                return Ok(());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The answer to one request, empty where it gets none.
+fn answer_to(
+    server: &Server<PassthroughFs<()>>,
+    request: &mut [u8],
+    answer: &File,
+    buffer: &mut [u8],
+) -> io::Result<Vec<u8>> {
+    if request.len() < REQUEST_HEADER {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    let head: Vec<u8> = request[..request.len().min(REQUEST_HEADER + 16)].to_vec();
+    ftruncate(answer, 0)?;
+    seek(answer, SeekFrom::Start(0))?;
+    let reader = Reader::<()>::from_fuse_buffer(FuseBuf::new(request)).map_err(io::Error::other)?;
+    let writer = FuseDevWriter::<()>::new(answer.as_raw_fd(), buffer).map_err(io::Error::other)?;
+    if let Err(error) = server.handle_message(reader, Writer::FuseDev(writer), None, None) {
+        tracing::debug!(%error, "request of the host's kernel");
+    }
+    let length = usize::try_from(answer.metadata()?.len()).unwrap_or(0);
+    let mut reply = vec![0; length];
+    answer.read_exact_at(&mut reply, 0)?;
+    let opcode = number(&head, 4);
+    if reply.is_empty() && ![FORGET, BATCH_FORGET, INTERRUPT].contains(&opcode) {
+        // Or the host's process would wait for ever.
+        reply.extend_from_slice(&16_u32.to_ne_bytes());
+        reply.extend_from_slice(&(-libc::EIO).to_ne_bytes());
+        reply.extend_from_slice(&head[8..16]);
+    }
+    if opcode == INIT {
+        extend(&head, &mut reply);
+    }
+    Ok(reply)
+}
+
+/// Completes the answer to INIT: flags at 28, most data of a write at 36; the kernel's own flags are at 52 of its request.
+fn extend(request: &[u8], reply: &mut [u8]) {
+    if reply.len() < 40 || request.len() < REQUEST_HEADER + 16 {
+        return;
+    }
+    let flags = number(reply, 28) | (number(request, 52) & FEATURES);
+    reply[28..32].copy_from_slice(&flags.to_ne_bytes());
+    reply[36..40].copy_from_slice(&MAX_WRITE.to_ne_bytes());
+}
+
+fn number(bytes: &[u8], at: usize) -> u32 {
+    bytes
+        .get(at..)
+        .and_then(|rest| rest.first_chunk::<4>())
+        .map_or(0, |four| u32::from_ne_bytes(*four))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A request: header with opcode and node, then the body.
+    fn request(opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
+        let mut bytes = vec![0; REQUEST_HEADER];
+        let length = u32::try_from(REQUEST_HEADER + body.len()).unwrap();
+        bytes[0..4].copy_from_slice(&length.to_ne_bytes());
+        bytes[4..8].copy_from_slice(&opcode.to_ne_bytes());
+        bytes[8..16].copy_from_slice(&77_u64.to_ne_bytes());
+        bytes[16..24].copy_from_slice(&node.to_ne_bytes());
+        bytes.extend_from_slice(body);
+        bytes
+    }
+
+    #[test]
+    fn a_directory_is_served_out_of_memory() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("flag"), "inside").unwrap();
+        let tree: OwnedFd = File::open(dir.path()).unwrap().into();
+        let tree = Arc::new(tree);
+        let (work, queue) = mpsc::channel(8);
+        let (answers, mut stream) = mpsc::channel(8);
+        let serving = std::thread::spawn(move || serve(&tree, queue, &answers));
+        let mut ask = |message: Vec<u8>| {
+            work.blocking_send(message).unwrap();
+            stream.blocking_recv().unwrap()
+        };
+        let mut init = Vec::new();
+        for field in [7_u32, 38, 1 << 17, 1 << 12, 0, 0, 0, 0] {
+            init.extend_from_slice(&field.to_ne_bytes());
+        }
+        init.resize(64, 0);
+        let reply = ask(request(INIT, 0, &init));
+        assert_eq!(number(&reply, 4), 0, "INIT");
+        assert_eq!(number(&reply, 36), MAX_WRITE);
+        assert_eq!(
+            number(&reply, 28) & FEATURES,
+            1 << 12,
+            "only what was offered"
+        );
+        let reply = ask(request(1, 1, b"flag\0"));
+        assert_eq!(number(&reply, 4), 0, "LOOKUP");
+        assert_eq!(&reply[8..16], &77_u64.to_ne_bytes());
+        let reply = ask(request(1, 1, b"nothing\0"));
+        assert_eq!(number(&reply, 4), (-libc::ENOENT).cast_unsigned());
+        let reply = ask(request(9999, 1, b""));
+        assert_ne!(number(&reply, 4), 0, "an unknown request");
+        drop((work, stream));
+        serving.join().unwrap().unwrap();
+    }
+}

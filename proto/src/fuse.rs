@@ -1,0 +1,85 @@
+//! Raw FUSE messages as a byte stream between the host's kernel and the guest's file server: [`Frames`] cuts it.
+//!
+//! Every message begins with its own length (u32, in the byte order that both have). What is in a message is the kernel's
+//! and the server's affair; nothing here looks at it.
+
+/// Most data of one write: what a host's kernel sends without being asked for more.
+pub const MAX_WRITE: u32 = 128 << 10;
+/// Largest message, in bytes: a write, or an answer to a read, with all headers.
+pub const MESSAGE_LIMIT: usize = MAX_WRITE as usize + (8 << 10);
+/// Shortest message: the header of an answer.
+pub const HEADER: usize = 16;
+
+/// A length that no message has; the stream is of no use any more.
+#[derive(Debug, thiserror::Error)]
+#[error("FUSE message of {length} bytes: not within {HEADER} and {MESSAGE_LIMIT}")]
+pub struct FrameError {
+    length: usize,
+}
+
+/// Bytes of which messages are cut.
+#[derive(Debug, Default)]
+pub struct Frames(Vec<u8>);
+
+impl Frames {
+    /// Adds what came.
+    pub fn push(&mut self, data: &[u8]) {
+        self.0.extend_from_slice(data);
+    }
+
+    /// The next whole message; None: more bytes are needed.
+    ///
+    /// # Errors
+    /// A length out of bounds.
+    pub fn cut(&mut self) -> Result<Option<Vec<u8>>, FrameError> {
+        let Some(length) = self.0.first_chunk::<4>() else {
+            return Ok(None);
+        };
+        let length = u32::from_ne_bytes(*length) as usize;
+        if !(HEADER..=MESSAGE_LIMIT).contains(&length) {
+            return Err(FrameError { length });
+        }
+        if self.0.len() < length {
+            return Ok(None);
+        }
+        let rest = self.0.split_off(length);
+        Ok(Some(std::mem::replace(&mut self.0, rest)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(length: u32, fill: u8) -> Vec<u8> {
+        let mut message = length.to_ne_bytes().to_vec();
+        message.resize(length as usize, fill);
+        message
+    }
+
+    #[test]
+    fn messages_come_whole_however_they_were_cut() {
+        let sent = [message(16, 1), message(5000, 2), message(40, 3)];
+        let stream = sent.concat();
+        for size in [1, 7, 100, 6000] {
+            let mut frames = Frames::default();
+            let mut got = Vec::new();
+            for piece in stream.chunks(size) {
+                frames.push(piece);
+                while let Some(message) = frames.cut().expect("a good length") {
+                    got.push(message);
+                }
+            }
+            assert_eq!(got, sent, "in pieces of {size}");
+        }
+    }
+
+    #[test]
+    fn lengths_are_bounded() {
+        for length in [0_u32, 15, MESSAGE_LIMIT as u32 + 1, u32::MAX] {
+            let mut frames = Frames::default();
+            frames.push(&length.to_ne_bytes());
+            assert!(frames.cut().is_err(), "{length}");
+        }
+    }
+}
