@@ -11,6 +11,7 @@ use crate::record::{ProcessRef, Record};
 use crate::report::Report;
 use crate::sandbox::{Context, Sandbox};
 use crate::service::Service;
+use crate::shown::place::{self, HostMounts};
 use containerd_shim::Flags;
 use containerd_shim_protos::ttrpc;
 use containerd_shim_protos::ttrpc::asynchronous::Server;
@@ -88,6 +89,7 @@ struct Prepared {
     namespace: String,
     socket: PathBuf,
     events: Way,
+    mounts: HostMounts,
 }
 
 /// What must be done before there are threads.
@@ -119,7 +121,8 @@ fn prepare(flags: &Flags) -> Result<Prepared, DaemonError> {
     if let Err(error) = nix::unistd::setsid() {
         tracing::debug!(%error, "no session of its own");
     }
-    crate::machine::enter_mount_namespace().map_err(DaemonError::step("make a mount namespace"))?;
+    let mounts = crate::machine::enter_mount_namespace()
+        .map_err(DaemonError::step("make a mount namespace"))?;
     if let Err(error) = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE) {
         tracing::debug!(%error, "oom_score_adj stays");
     }
@@ -135,6 +138,7 @@ fn prepare(flags: &Flags) -> Result<Prepared, DaemonError> {
             &flags.publish_binary,
             &flags.address,
         ),
+        mounts,
     })
 }
 
@@ -162,11 +166,13 @@ async fn run(prepared: Prepared) -> Result<(), DaemonError> {
         host_pid: Arc::default(),
         host_ipc: Arc::default(),
     };
-    let machine = Arc::new(VmMachine::new(Record {
+    let record = Record {
         shim: ProcessRef::of(std::process::id().cast_signed()).ok(),
         socket: prepared.socket.clone(),
+        shown: place::name(&prepared.id),
         ..Record::default()
-    }));
+    };
+    let machine = Arc::new(VmMachine::new(record, prepared.mounts));
     machine
         .store(&prepared.bundle)
         .map_err(DaemonError::step("write the shim's record"))?;

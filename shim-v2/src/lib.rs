@@ -21,5 +21,6 @@ pub mod roles;
 pub mod sandbox;
 pub mod service;
 pub mod share;
+pub mod shown;
 pub mod time;
 pub mod vmm;

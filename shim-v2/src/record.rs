@@ -109,6 +109,9 @@ pub struct Record {
     pub cgroups: Vec<PathBuf>,
     /// The pod's network namespace, with taps of ours in it.
     pub netns: Option<PathBuf>,
+    /// Source of the mounts on the host that show the guest's.
+    #[serde(default)]
+    pub shown: String,
 }
 
 impl Record {
@@ -190,6 +193,7 @@ mod tests {
             socket: "/run/x".into(),
             cgroups: vec!["/sys/fs/cgroup/x".into()],
             netns: Some("/run/netns/x".into()),
+            shown: "boxlite:x".to_owned(),
         };
         record.store(dir.path()).expect("stored");
         assert_eq!(Record::load(dir.path()), Some(record));

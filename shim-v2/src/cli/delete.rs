@@ -1,8 +1,8 @@
 //! The action `delete`: cleans up what a shim left that crashed or was killed.
 //!
 //! Runs in the bundle. The kernel has already ended the VM with its shim (PDEATHSIG) and taken the mounts with its mount
-//! namespace. This kills what may be left by recorded pid and start time, takes taps, cgroups and sockets away, and prints
-//! the DeleteResponse that containerd reads.
+//! namespace. This kills what may be left by recorded pid and start time, takes taps, cgroups, sockets and the host's mounts
+//! of the guest's mounts away, and prints the DeleteResponse that containerd reads.
 
 use super::{CliError, write_stdout};
 use crate::record::{ADDRESS_FILE, RECORD_FILE, Record};
@@ -58,6 +58,9 @@ pub fn clean(bundle: &Path) -> u32 {
         if let Err(error) = process.kill(KILL_LIMIT) {
             eprintln!("containerd-shim-boxlite-v2: kill {}: {error}", process.pid);
         }
+    }
+    if !record.shown.is_empty() {
+        crate::shown::place::sweep(&record.shown);
     }
     if let Some(netns) = &record.netns
         && let Err(error) = net::detach(netns)

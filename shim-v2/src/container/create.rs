@@ -158,6 +158,7 @@ impl Containers {
                 .bind(&guest.share, &bind.source, &bind.path, bind.mode, undo)
                 .await?;
         }
+        self.show(&spec, undo).await?;
         let init = init_request(request, &spec, rootfs, &stdio)?;
         let (containers, id, ended) = (
             guest.session.container(),
@@ -182,6 +183,28 @@ impl Containers {
             Process::spawn(&self.context, guest, about, sink, pid, None),
             pid,
         ))
+    }
+
+    /// Lets the container show its mounts below Bidirectional volumes on the host.
+    async fn show(&self, spec: &GuestSpec, undo: &mut Undo) -> Result<()> {
+        let mut any = false;
+        for bind in spec.binds.iter().filter(|bind| bind.shown) {
+            any = true;
+            self.shown
+                .add(&bind.path, &bind.source)
+                .map_err(ShimError::io("look at", bind.source.display()))?;
+            let (shown, path) = (Arc::clone(&self.shown), bind.path.clone());
+            undo.push_call("volume that shows mounts", move || {
+                shown.remove(&path);
+                Ok::<(), std::io::Error>(())
+            });
+        }
+        if any && !self.shown.followed().await {
+            return Err(ShimError::Unsupported {
+                what: "propagation Bidirectional: the guest does not tell its mounts",
+            });
+        }
+        Ok(())
     }
 
     fn publish_create(&self, request: &CreateTaskRequest, pid: u32) {

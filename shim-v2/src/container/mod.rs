@@ -16,6 +16,7 @@ mod volume;
 use crate::error::{Result, ShimError};
 use crate::sandbox::undo::Undo;
 use crate::sandbox::{Context, Guest};
+use crate::shown::volumes::Volumes;
 use process::Process;
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -108,6 +109,7 @@ pub struct Containers {
     slots: Mutex<HashMap<String, Slot>>,
     layers: rootfs::SharedBinds,
     mapped: mapped::MappedVolumes,
+    shown: Arc<Volumes>,
 }
 
 impl Containers {
@@ -118,7 +120,13 @@ impl Containers {
             slots: Mutex::default(),
             layers: rootfs::SharedBinds::default(),
             mapped: mapped::MappedVolumes::default(),
+            shown: Arc::default(),
         }
+    }
+
+    /// Volumes below which containers show mounts on the host.
+    pub fn shown(&self) -> &Arc<Volumes> {
+        &self.shown
     }
 
     fn slots(&self) -> MutexGuard<'_, HashMap<String, Slot>> {

@@ -32,6 +32,8 @@ pub struct Bind {
     pub path: String,
     /// Who may write, and whether later mounts follow; the host's side of what the spec's mount says.
     pub mode: BindMode,
+    /// Mounts that the container makes below it are shown on the host.
+    pub shown: bool,
 }
 
 /// Makes the mount the guest's; answers what it needs of the host.
@@ -58,6 +60,7 @@ struct Wish {
     destination: PathBuf,
     access: Access,
     follow_host: bool,
+    shown: bool,
 }
 
 impl Wish {
@@ -73,11 +76,13 @@ impl Wish {
             () if is("ro") => Access::ReadOnly,
             () => Access::Full,
         };
+        let shown = is("rshared") || is("shared");
         Some(Self {
             source: mount.source().clone().unwrap_or_default(),
             destination: mount.destination().clone(),
             access,
-            follow_host: is("rslave") || is("slave"),
+            follow_host: is("rslave") || is("slave") || shown,
+            shown,
         })
     }
 
@@ -133,7 +138,12 @@ fn bind(mount: &mut Mount, wish: &Wish, source: PathBuf, metadata: &Metadata) ->
     mount
         .set_source(Some(Path::new(GUEST_SHARE).join(&path)))
         .set_options(Some(options));
-    Ok(Bind { source, path, mode })
+    Ok(Bind {
+        source,
+        path,
+        mode,
+        shown: wish.shown,
+    })
 }
 
 /// One place for one inode and mode, however many containers mount it. Two places would be two inodes to the guest, and its
@@ -198,6 +208,7 @@ fn layers(mount: &mut Mount) -> Result<Vec<Bind>> {
             source,
             path,
             mode: BindMode::fixed(Access::ReadOnly),
+            shown: false,
         });
     }
     mount.set_options(Some(options));
@@ -240,6 +251,13 @@ mod tests {
         assert!(places.windows(2).all(|two| two[0] != two[1]), "{places:?}");
         assert_eq!(options(&plain_mount), ["rbind", "ro"]);
         assert_eq!(options(&tree_mount), ["rbind", "rprivate", "ro"]);
+        let (both_mount, both) = one(&["rbind", "rshared", "ro"]);
+        assert_eq!(
+            (both.mode, both.shown, slave.shown),
+            (slave.mode, true, false)
+        );
+        // The agent takes it from there.
+        assert_eq!(options(&both_mount), ["rbind", "rshared", "rw"]);
         // Later mounts below it may be written, so the guest's own mount must be writable.
         assert_eq!(options(&slave_mount), ["rbind", "rslave", "rw"]);
     }

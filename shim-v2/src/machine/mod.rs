@@ -19,6 +19,7 @@ use crate::sandbox::machine::{Booted, Machine};
 use crate::sandbox::options::Plan;
 use crate::sandbox::undo::Undo;
 use crate::share::PodShare;
+use crate::shown::place::{HostMounts, Keeper};
 use crate::time;
 use crate::vmm::{ReadySocket, Supervisor, VmmChild};
 use async_trait::async_trait;
@@ -49,11 +50,12 @@ const KILL_LIMIT: Duration = Duration::from_secs(30);
 const VMM_OOM_SCORE: &str = "0";
 
 /// Gives this process a mount namespace that mounts of the host reach and that lets none of its own out. Single-threaded
-/// callers only.
+/// callers only. Answers the way back, for mounts of the guest that the host is to show.
 ///
 /// # Errors
 /// Without the right to it.
-pub fn enter_mount_namespace() -> std::io::Result<()> {
+pub fn enter_mount_namespace() -> std::io::Result<HostMounts> {
+    let host = HostMounts::present()?;
     unshare(CloneFlags::CLONE_NEWNS)?;
     mount(
         None::<&str>,
@@ -62,7 +64,7 @@ pub fn enter_mount_namespace() -> std::io::Result<()> {
         MsFlags::MS_REC | MsFlags::MS_SLAVE,
         None::<&str>,
     )?;
-    Ok(())
+    HostMounts::new(host)
 }
 
 /// See the module.
@@ -70,12 +72,14 @@ pub struct VmMachine {
     record: Mutex<Record>,
     cgroup: Mutex<cgroup::Joined>,
     supervisor: Supervisor,
+    mounts: Arc<HostMounts>,
 }
 
 impl VmMachine {
     /// A machine that keeps `record` up to date.
-    pub fn new(record: Record) -> Self {
+    pub fn new(record: Record, mounts: HostMounts) -> Self {
         Self {
+            mounts: Arc::new(mounts),
             record: Mutex::new(record),
             cgroup: Mutex::default(),
             supervisor: Supervisor::default(),
@@ -200,7 +204,9 @@ impl Machine for VmMachine {
         info.push(("vmm".to_owned(), plan.options.vmm.to_string()));
 
         let (watched, killed) = (child.clone(), child.clone());
+        let keeper = Keeper::new(self.mounts.clone(), share.directory(), id);
         Ok(Booted {
+            keeper: Some(keeper),
             pid: child.pid().unsigned_abs(),
             session,
             share: Arc::new(VmShare(share)),

@@ -10,6 +10,7 @@ use super::{Context, Ended, Guest, Phase, Snapshot};
 use crate::container::Containers;
 use crate::error::{Result, ShimError};
 use crate::report::Report;
+use crate::shown::Shown;
 use crate::time;
 use futures::future::BoxFuture;
 use std::sync::Arc;
@@ -254,7 +255,7 @@ impl Driver {
         }
     }
 
-    fn ready(&mut self, booted: Booted, undo: Undo, began: Instant) {
+    fn ready(&mut self, booted: Booted, mut undo: Undo, began: Instant) {
         let guest = Guest {
             session: booted.session,
             share: booted.share,
@@ -266,6 +267,12 @@ impl Driver {
             .spawn(super::oom::follow(guest.clone(), self.containers.clone()));
         if let Some(ports) = booted.host_ports {
             self.context.tasks.spawn(ports.run(guest.ended.clone()));
+        }
+        if let Some(keeper) = booted.keeper {
+            let shown = Shown::new(&guest.session, keeper, self.containers.shown().clone());
+            let task = self.context.tasks.spawn(shown.run(guest.ended.clone()));
+            // Who asked for the VM's end finds none of its mounts on the host.
+            undo.push("mounts shown on the host", move || task);
         }
         self.vm = Some(Vm {
             exit: booted.exit,

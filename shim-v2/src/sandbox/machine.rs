@@ -7,6 +7,7 @@ use super::undo::Undo;
 use crate::error::Result;
 use crate::net::host::HostPorts;
 use crate::share::BindMode;
+use crate::shown::place::Keeper;
 use async_trait::async_trait;
 use boxlite_runtime::portal::GuestSession;
 use std::path::Path;
@@ -38,6 +39,8 @@ pub struct Booted {
     pub kill: Arc<dyn Fn() + Send + Sync>,
     /// For a pod in the host's network on a VMM without TSI: the exchange of ports, which the driver runs.
     pub host_ports: Option<HostPorts>,
+    /// Shows mounts of the guest on the host.
+    pub keeper: Option<Keeper>,
     /// Facts for SandboxStatus(verbose).
     pub info: Vec<(String, String)>,
 }

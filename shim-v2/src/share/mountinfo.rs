@@ -64,7 +64,7 @@ fn parse(line: &str) -> Option<Mount> {
 }
 
 /// A path of mountinfo: space, tab, newline and backslash are octal there.
-fn unescape(field: &str) -> PathBuf {
+pub(crate) fn unescape(field: &str) -> PathBuf {
     let (mut bytes, raw) = (Vec::new(), field.as_bytes());
     let mut at = 0;
     while at < raw.len() {

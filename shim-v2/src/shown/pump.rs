@@ -1,0 +1,140 @@
+//! [`Pump`]: carries FUSE messages of one mount between the host's kernel and the guest. It looks into none of them.
+//!
+//! A thread reads the device, because that read is the kernel's to end; a task writes the answers, which never waits. The
+//! guest may answer wrongly, late or never: that is between it and who reads the mount.
+
+use boxlite_proto::boxlite::v1::FuseRequest;
+use boxlite_proto::fuse::{Frames, MESSAGE_LIMIT};
+use boxlite_proto::names::CHUNK_LIMIT;
+use boxlite_runtime::portal::{GuestSession, PortalError};
+use bytes::Bytes;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use std::io::{self, PipeReader, PipeWriter};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio_stream::wrappers::ReceiverStream;
+
+/// Chunks that wait for the guest.
+const QUEUE: usize = 4;
+/// Where the number of a request is in its answer; a message of number 0 is none of the kernel's questions.
+const NUMBER: std::ops::Range<usize> = 8..16;
+
+/// Why the answers ended.
+#[derive(Debug, thiserror::Error)]
+enum PumpError {
+    /// The guest's stream.
+    #[error(transparent)]
+    Guest(#[from] PortalError),
+    /// What came is no FUSE message.
+    #[error("the guest's answer")]
+    Frame(#[from] boxlite_proto::fuse::FrameError),
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Pump {
+    task: JoinHandle<()>,
+    /// Its close stops the thread.
+    stop: PipeWriter,
+}
+
+impl Pump {
+    /// Starts both; they hold the device until [`Pump::end`].
+    ///
+    /// # Errors
+    /// No thread, or no pipe.
+    pub fn begin(session: &GuestSession, id: u64, device: Arc<OwnedFd>) -> io::Result<Self> {
+        let (stopped, stop) = io::pipe()?;
+        let (requests, outgoing) = mpsc::channel(QUEUE);
+        let first = FuseRequest {
+            id,
+            ..Default::default()
+        };
+        // The queue is empty: there is room.
+        drop(requests.try_send(first));
+        let reading = Arc::clone(&device);
+        std::thread::Builder::new()
+            .name(format!("fuse {id}"))
+            .spawn(move || read(&reading, &stopped, &requests))?;
+        // A connection of its own: who reads slowly must stall nobody else.
+        let session = session.dedicated();
+        let task = tokio::spawn(async move {
+            if let Err(error) = answer(&session, &device, outgoing).await {
+                tracing::warn!(id, error = %crate::report::Report(&error), "a mount of the guest is dead");
+            }
+        });
+        Ok(Self { task, stop })
+    }
+
+    /// Stops both. The device is closed when this is done, but for the caller's own handle.
+    pub async fn end(self) {
+        drop(self.stop);
+        self.task.abort();
+        // Cancelled is what it should be.
+        let _ = self.task.await;
+    }
+}
+
+/// From the device to the queue, until either is closed. Blocks.
+fn read(device: &OwnedFd, stopped: &PipeReader, requests: &mpsc::Sender<FuseRequest>) {
+    let mut buffer = vec![0; MESSAGE_LIMIT];
+    loop {
+        let mut wait = [
+            PollFd::new(device.as_fd(), PollFlags::POLLIN),
+            PollFd::new(stopped.as_fd(), PollFlags::POLLIN),
+        ];
+        match poll(&mut wait, PollTimeout::NONE) {
+            Ok(_) | Err(nix::Error::EINTR) => {}
+            Err(_) => return,
+        }
+        if wait[1].revents().is_some_and(|events| !events.is_empty()) {
+            return;
+        }
+        let length = match rustix::io::read(device, &mut buffer[..]) {
+            Ok(length) => length,
+            // ENOENT: the request was given up before it was read.
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR | rustix::io::Errno::NOENT) => {
+                continue;
+            }
+            // ENODEV: the file system is gone.
+            Err(_) => return,
+        };
+        for chunk in buffer[..length].chunks(CHUNK_LIMIT) {
+            let request = FuseRequest {
+                id: 0,
+                data: Bytes::copy_from_slice(chunk),
+            };
+            if requests.blocking_send(request).is_err() {
+                return;
+            }
+        }
+    }
+}
+
+/// From the guest to the device.
+async fn answer(
+    session: &GuestSession,
+    device: &OwnedFd,
+    outgoing: mpsc::Receiver<FuseRequest>,
+) -> Result<(), PumpError> {
+    let mounts = session.mounts();
+    let mut answers = mounts.fuse(ReceiverStream::new(outgoing)).await?;
+    let mut frames = Frames::default();
+    let broken = |status| PortalError::from_status("Mounts.Fuse", status);
+    while let Some(answer) = answers.message().await.map_err(broken)? {
+        frames.push(&answer.data);
+        while let Some(message) = frames.cut()? {
+            // News for the kernel's caches would be the guest's to send; it has no say there.
+            if message[NUMBER].iter().all(|byte| *byte == 0) {
+                continue;
+            }
+            // ENOENT: nobody waits for it any more. EINVAL: the guest's nonsense, which its asker never gets.
+            if let Err(error) = rustix::io::write(device, &message) {
+                tracing::debug!(%error, "an answer of the guest");
+            }
+        }
+    }
+    Ok(())
+}
