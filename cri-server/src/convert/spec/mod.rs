@@ -11,6 +11,7 @@ mod devices;
 pub mod lsm;
 mod mounts;
 mod process;
+mod propagation;
 mod resources;
 mod seccomp;
 #[cfg(test)]

@@ -1,8 +1,8 @@
 //! `mounts` of a container's spec: the standard ones, the pod's files, and the request's, in an order that nests.
 
-use super::{ConvertError, Source};
+use super::{ConvertError, Source, propagation};
 use boxlite_proto::cri::v1::{
-    IdMapping, ImageSpec, LinuxContainerSecurityContext, Mount, MountPropagation, NamespaceMode,
+    IdMapping, ImageSpec, LinuxContainerSecurityContext, Mount, NamespaceMode,
 };
 use boxlite_proto::names::{IMAGE_MOUNT, SUB_PATH_OPTION};
 use serde_json::{Value, json};
@@ -130,7 +130,8 @@ fn volume(mount: &Mount) -> Result<Value, ConvertError> {
             "is for image volumes only, and mount.image is not set",
         ));
     }
-    let propagation = propagation(mount)?;
+    let source = host_path(mount)?;
+    let propagation = propagation::option(mount, &source)?;
     let access = match (mount.readonly, mount.recursive_read_only) {
         (true, true) => "rro",
         (true, false) => "ro",
@@ -139,7 +140,7 @@ fn volume(mount: &Mount) -> Result<Value, ConvertError> {
     let mut volume = json!({
         "destination": target(mount)?,
         "type": "bind",
-        "source": host_path(mount)?,
+        "source": source,
         "options": ["rbind", propagation, access],
     });
     // For a pod with a user namespace; the shim maps the owners.
@@ -161,29 +162,6 @@ fn id_mapping(mapping: &IdMapping) -> Value {
 /// The image that a mount shows; none: it shows a host path.
 pub fn wants_image(mount: &Mount) -> Option<&ImageSpec> {
     mount.image.as_ref().filter(|image| !image.image.is_empty())
-}
-
-/// How later mounts travel, which the CRI forbids with recursive read-only: what comes later could be written.
-fn propagation(mount: &Mount) -> Result<&'static str, ConvertError> {
-    let private = mount.propagation == MountPropagation::PropagationPrivate as i32;
-    if mount.recursive_read_only && !(private && mount.readonly) {
-        return Err(ConvertError::invalid(
-            "mount.recursive_read_only",
-            mount.container_path.clone(),
-            "needs readonly, and propagation PRIVATE",
-        ));
-    }
-    if private {
-        return Ok("rprivate");
-    }
-    if mount.propagation == MountPropagation::PropagationHostToContainer as i32 {
-        return Ok("rslave");
-    }
-    Err(ConvertError::unsupported(
-        "mount.propagation",
-        format!("Bidirectional ({:?})", mount.container_path),
-        "mounts made in a VM cannot appear on the host",
-    ))
 }
 
 /// An image as a volume. Its layers come into the options later: the runtime knows their files.

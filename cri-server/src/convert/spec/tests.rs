@@ -498,6 +498,7 @@ fn wrong_mounts_name_what_is_wrong() {
     assert!(
         refused(Mount {
             propagation: 2,
+            uid_mappings: vec![Default::default()],
             ..base.clone()
         })
         .contains("Bidirectional")
