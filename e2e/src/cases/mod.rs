@@ -13,6 +13,7 @@ mod nri;
 mod observe;
 mod robust;
 mod security;
+mod shown;
 mod spec;
 mod streaming;
 mod trees;
@@ -31,6 +32,7 @@ pub fn all() -> Vec<Case> {
         cni::cases(),
         spec::cases(),
         volumes::cases(),
+        shown::cases(),
         security::cases(),
         nri::cases(),
         images::cases(),

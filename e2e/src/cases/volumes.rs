@@ -27,7 +27,7 @@ pub fn cases() -> Vec<Case> {
 const SEEN: Duration = Duration::from_secs(5);
 
 /// Looks again and again: who looks [`SEEN`] after the change must see it.
-async fn seen<F, Fut>(what: &str, mut look: F) -> Result
+pub(super) async fn seen<F, Fut>(what: &str, mut look: F) -> Result
 where
     F: FnMut() -> Fut,
     Fut: Future<Output = Result>,
@@ -43,7 +43,7 @@ where
     }
 }
 
-fn mount(host: &Path, container: &str) -> Mount {
+pub(super) fn mount(host: &Path, container: &str) -> Mount {
     Mount {
         host_path: host.display().to_string(),
         container_path: container.into(),
@@ -52,7 +52,7 @@ fn mount(host: &Path, container: &str) -> Mount {
 }
 
 /// A directory for the case's volumes.
-fn home(world: &Shared, name: &str) -> Result<PathBuf> {
+pub(super) fn home(world: &Shared, name: &str) -> Result<PathBuf> {
     let dir = world.node.dir.join("volumes").join(name);
     std::fs::create_dir_all(&dir)?;
     Ok(dir)
@@ -65,10 +65,10 @@ async fn sleeper(world: &Shared, pod: &Pod, name: &str, mounts: Vec<Mount>) -> R
 }
 
 /// A tmpfs on the host with one file; gone with the value.
-struct Tmpfs(PathBuf);
+pub(super) struct Tmpfs(pub(super) PathBuf);
 
 impl Tmpfs {
-    fn new(path: PathBuf, options: &str) -> Result<Self> {
+    pub(super) fn new(path: PathBuf, options: &str) -> Result<Self> {
         std::fs::create_dir_all(&path)?;
         let at = path.display().to_string();
         run("mount", &["-t", "tmpfs", "-o", options, "tmpfs", &at])?;
@@ -420,17 +420,20 @@ async fn memory(world: Shared) -> Result {
 async fn refused(world: Shared) -> Result {
     let dir = home(&world, "refused")?;
     let pod = Pod::run(&world.node, "refused").await?;
-    let mut both = mount(&dir, "/both");
+    let alone = Tmpfs::new(dir.join("alone"), "size=1m")?;
+    run("mount", &["--make-private", &alone.0.display().to_string()])?;
+    let mut both = mount(&alone.0, "/both");
     both.propagation = MountPropagation::PropagationBidirectional.into();
     let mut config = container_spec("c", &world.images.base, &["true"]);
     config.mounts = vec![both];
     says(
         &pod.create_with(config).await.map(drop),
-        &["Bidirectional", "/both"],
+        &[
+            "not a shared mount",
+            "/both",
+            &alone.0.display().to_string(),
+        ],
     )?;
-
-    let alone = Tmpfs::new(dir.join("alone"), "size=1m")?;
-    run("mount", &["--make-private", &alone.0.display().to_string()])?;
     let mut follower = mount(&alone.0, "/alone");
     follower.propagation = MountPropagation::PropagationHostToContainer.into();
     let mut config = container_spec("c", &world.images.base, &["true"]);

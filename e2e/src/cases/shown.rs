@@ -1,0 +1,167 @@
+//! Mounts that containers make below Bidirectional volumes: on the host when the command has ended, with files that both
+//! sides write, gone with umount, container, pod and a shim that is killed.
+
+use super::volumes::{Tmpfs, home, mount, seen};
+use crate::enclave::run;
+use crate::outcome::Result;
+use crate::pod::{Container, Pod, container_spec};
+use crate::process::{family, kill};
+use crate::runner::{Case, Shared, case};
+use crate::{ensure, same};
+use k8s_cri::v1::*;
+use std::path::{Path, PathBuf};
+
+pub fn cases() -> Vec<Case> {
+    vec![
+        case("shown::mounts_of_a_container_on_the_host", 120, mounts),
+        case("shown::files_both_ways", 120, files),
+        case("shown::a_killed_shim_leaves_no_mount", 120, killed),
+    ]
+}
+
+/// Mounts of pods that the host has, by mount point.
+fn shown(below: &Path) -> Result<Vec<PathBuf>> {
+    let table = std::fs::read_to_string("/proc/self/mountinfo")?;
+    let points = table
+        .lines()
+        .filter(|line| line.contains(" - fuse.boxlite "))
+        .filter_map(|line| line.split(' ').nth(4).map(PathBuf::from));
+    Ok(points.filter(|point| point.starts_with(below)).collect())
+}
+
+/// A privileged container with `dir` at /both.
+async fn container(world: &Shared, pod: &Pod, name: &str, dir: &Path) -> Result<Container> {
+    let mut volume = mount(dir, "/both");
+    volume.propagation = MountPropagation::PropagationBidirectional.into();
+    let mut config = container_spec(name, &world.images.base, &["sleep", "1000"]);
+    config.mounts = vec![volume];
+    let linux = config.linux.get_or_insert_default();
+    linux.security_context.get_or_insert_default().privileged = true;
+    pod.start_with(config).await
+}
+
+/// The host's look at a file of the guest, which a thread waits for.
+async fn read(path: PathBuf) -> Result<String> {
+    Ok(tokio::fs::read_to_string(path).await?)
+}
+
+async fn mounts(world: Shared) -> Result {
+    let dir = home(&world, "shown")?;
+    for name in ["memory", "deep/etc", "of-host", "left"] {
+        std::fs::create_dir_all(dir.join(name))?;
+    }
+    let pod = Pod::run(&world.node, "shown").await?;
+    let c = container(&world, &pod, "c", &dir).await?;
+    same!(
+        c.status().await?.mounts[0].propagation,
+        MountPropagation::PropagationBidirectional as i32,
+        "propagation in the status"
+    );
+    // What a command has mounted is there when the command has ended: nothing is waited for.
+    let script = "mount -t tmpfs -o size=8m tmpfs /both/memory && echo guest > /both/memory/flag";
+    c.out(&["sh", "-c", script]).await?;
+    let memory = dir.join("memory");
+    same!(read(memory.join("flag")).await?, "guest\n", "in the tmpfs");
+    let script = "echo root > /etc/mark && mount --bind /etc /both/deep/etc";
+    c.out(&["sh", "-c", script]).await?;
+    let mark = dir.join("deep/etc/mark");
+    same!(read(mark).await?, "root\n", "in the bind mount");
+    same!(shown(&dir)?.len(), 2, "mounts on the host");
+
+    // What the host mounts is seen by the container, as with HostToContainer.
+    let of_host = Tmpfs::new(dir.join("of-host"), "size=1m")?;
+    seen("the host's mount", || async {
+        let flag = c.out(&["cat", "/both/of-host/flag"]).await?;
+        same!(flag, "of the host\n", "flag");
+        Ok(())
+    })
+    .await?;
+    same!(shown(&dir)?.len(), 2, "the host's own is none of the pod's");
+
+    // A mount that goes in the guest goes on the host, and is not busy because the host looked at it.
+    c.out(&["umount", "/both/memory"]).await?;
+    same!(shown(&dir)?, [dir.join("deep/etc")], "after umount");
+    let left = std::fs::read_dir(&memory)?.count();
+    same!(left, 0, "what the host has there");
+    drop(of_host);
+
+    // A container that goes with its mounts leaves none, and so does a pod, also where the host has a file open.
+    let d = container(&world, &pod, "d", &dir).await?;
+    let script = "mount -t tmpfs tmpfs /both/left && echo x > /both/left/open";
+    d.out(&["sh", "-c", script]).await?;
+    let open = std::fs::File::open(dir.join("left/open"))?;
+    same!(shown(&dir)?.len(), 2, "mounts of two containers");
+    c.stop(0).await?;
+    seen("the end of a container", || async {
+        same!(shown(&dir)?, [dir.join("left")], "mounts of the other one");
+        Ok(())
+    })
+    .await?;
+    pod.end().await?;
+    same!(shown(&dir)?, [] as [PathBuf; 0], "after the pod");
+    drop(open);
+    Ok(())
+}
+
+async fn files(world: Shared) -> Result {
+    let dir = home(&world, "files")?;
+    let memory = dir.join("memory");
+    std::fs::create_dir_all(&memory)?;
+    let pod = Pod::run(&world.node, "files").await?;
+    let c = container(&world, &pod, "c", &dir).await?;
+    let script = "mount -t tmpfs -o size=8m tmpfs /both/memory && echo guest > /both/memory/flag";
+    c.out(&["sh", "-c", script]).await?;
+
+    // Several messages each way.
+    let big = memory.join("big");
+    let bytes: Vec<u8> = (0..3_000_000_u32).map(|n| (n / 7) as u8).collect();
+    tokio::fs::write(&big, &bytes).await?;
+    let back = tokio::fs::read(&big).await?;
+    ensure!(back == bytes, "3 MB written by the host are read by it");
+    let sum = c.out(&["sha256sum", "/both/memory/big"]).await?;
+    let path = big.display().to_string();
+    let expected = run("sha256sum", &[&path])?;
+    same!(
+        sum.split(' ').next(),
+        expected.split(' ').next(),
+        "3 MB written by the host, seen in the pod"
+    );
+    run("chown", &["7:8", &path])?;
+    let link = memory.join("link").display().to_string();
+    run("ln", &["-s", "flag", &link])?;
+    let script = "stat -c %u:%g /both/memory/big; cat /both/memory/link";
+    same!(
+        c.out(&["sh", "-c", script]).await?,
+        "7:8\nguest\n",
+        "owner and link made on the host"
+    );
+    tokio::fs::remove_file(&big).await?;
+    same!(
+        c.out(&["ls", "/both/memory"]).await?,
+        "flag\nlink\n",
+        "after the host removed a file"
+    );
+    // And what the guest writes, the host sees soon.
+    c.out(&["sh", "-c", "echo again > /both/memory/flag"])
+        .await?;
+    seen("a write of the guest", || async {
+        same!(read(memory.join("flag")).await?, "again\n", "the file");
+        Ok(())
+    })
+    .await?;
+    pod.end().await
+}
+
+async fn killed(world: Shared) -> Result {
+    let dir = home(&world, "killed")?;
+    std::fs::create_dir_all(dir.join("memory"))?;
+    let pod = Pod::run(&world.node, "killed").await?;
+    let c = container(&world, &pod, "c", &dir).await?;
+    c.out(&["mount", "-t", "tmpfs", "tmpfs", "/both/memory"])
+        .await?;
+    same!(shown(&dir)?.len(), 1, "mounts on the host");
+    kill(family(&pod.id)?.0)?;
+    pod.end().await?;
+    same!(shown(&dir)?, [] as [PathBuf; 0], "after the pod");
+    Ok(())
+}
