@@ -6,6 +6,7 @@
 use crate::client::{answer, within};
 use crate::node::Node;
 use crate::outcome::Result;
+use crate::stream::Streams;
 use crate::wait;
 use k8s_cri::v1::*;
 use std::path::PathBuf;
@@ -383,6 +384,19 @@ impl Container {
                 .await,
         )?;
         Ok(response.stats.unwrap_or_default())
+    }
+
+    /// Exec: the URL to connect to.
+    pub async fn exec_url(&self, argv: &[&str], streams: Streams) -> Result<String> {
+        let request = ExecRequest {
+            container_id: self.id.clone(),
+            cmd: argv.iter().map(|&a| a.to_owned()).collect(),
+            tty: streams.tty,
+            stdin: streams.stdin,
+            stdout: true,
+            stderr: streams.stderr,
+        };
+        Ok(answer("Exec", self.pod.node.cri.runtime().exec(request).await)?.url)
     }
 
     /// The log file.

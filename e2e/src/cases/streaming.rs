@@ -49,20 +49,8 @@ pub fn cases() -> Vec<Case> {
     ]
 }
 
-async fn exec_url(c: &Container, argv: &[&str], streams: Streams) -> Result<String> {
-    let request = ExecRequest {
-        container_id: c.id.clone(),
-        cmd: argv.iter().map(|&a| a.to_owned()).collect(),
-        tty: streams.tty,
-        stdin: streams.stdin,
-        stdout: true,
-        stderr: streams.stderr,
-    };
-    Ok(answer("Exec", c.pod.node.cri.runtime().exec(request).await)?.url)
-}
-
 async fn run(c: &Container, argv: &[&str], streams: Streams, over: Transport) -> Result<Session> {
-    Session::open(&exec_url(c, argv, streams).await?, over, streams).await
+    Session::open(&c.exec_url(argv, streams).await?, over, streams).await
 }
 
 async fn attach_url(c: &Container, streams: Streams) -> Result<String> {
@@ -326,7 +314,7 @@ async fn attach_slow_reader(world: Shared) -> Result {
 
 async fn urls_and_refusals(world: Shared) -> Result {
     let (pod, c) = sleeper(&world, "stream-urls").await?;
-    let url = exec_url(&c, &["true"], PLAIN).await?;
+    let url = c.exec_url(&["true"], PLAIN).await?;
     ensure!(url.starts_with("http://127.0.0.1:"), "{url}");
     let status = async |url: &str| -> Result<u16> {
         let head = "Connection: Upgrade\r\nUpgrade: SPDY/3.1\r\nX-Stream-Protocol-Version: v4.channel.k8s.io\r\n";
@@ -334,7 +322,7 @@ async fn urls_and_refusals(world: Shared) -> Result {
     };
     same!(status(&url).await?, 101, "first use");
     same!(status(&url).await?, 404, "second use");
-    let other = exec_url(&c, &["true"], PLAIN).await?;
+    let other = c.exec_url(&["true"], PLAIN).await?;
     same!(
         status(&other.replace("/exec/", "/attach/")).await?,
         404,
@@ -346,13 +334,13 @@ async fn urls_and_refusals(world: Shared) -> Result {
         "0".repeat(32)
     );
     same!(status(&unknown).await?, 404, "unknown token");
-    let plain = exec_url(&c, &["true"], PLAIN).await?;
+    let plain = c.exec_url(&["true"], PLAIN).await?;
     same!(
         stream::request(&plain, "GET", "").await?.1,
         400,
         "no upgrade"
     );
-    let odd = exec_url(&c, &["true"], PLAIN).await?;
+    let odd = c.exec_url(&["true"], PLAIN).await?;
     let head = "Connection: Upgrade\r\nUpgrade: SPDY/3.1\r\nX-Stream-Protocol-Version: v9.channel.k8s.io\r\n";
     same!(
         stream::request(&odd, "POST", head).await?.1,

@@ -175,7 +175,8 @@ impl Suite<'_> {
             report.line(),
             begun.elapsed().as_secs_f64()
         );
-        Ok(report.good())
+        // What a containerd lets the suite skip is its own: our part of it cannot be asked.
+        Ok(report.good(target.handler().is_none()))
     }
 
     /// critest's exit code says only that something failed, what is in the report.

@@ -9,8 +9,10 @@ use crate::node::Node;
 use crate::outcome::Result;
 use crate::pod::{Container, Pod, container_spec, pod_spec};
 use crate::runner::case;
+use crate::stream::{Session, Streams, Transport};
 use crate::{ensure, same, wait};
 use k8s_cri::v1::*;
+use sha2::{Digest, Sha256};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,6 +23,7 @@ pub fn cases() -> Vec<Case> {
         case("pod::limits_and_annotations", 120, limits),
         case("pod::host_network", 90, host_network),
         case("pod::limits_change_while_it_runs", 90, update),
+        case("pod::terminals_change_size_and_input_ends", 90, streams),
         case("pod::the_sandboxer_is_the_shim", 150, sandboxer)
             .unless(other_than(Version::V2), "the Sandbox API came with 2.0"),
         case("pod::erofs_layers", 150, erofs)
@@ -48,7 +51,14 @@ async fn erofs(lab: Shared) -> Result {
         .own("er", |options| options.snapshotter = "erofs")
         .await?;
     let node = node(&daemon)?;
-    life(&lab, Pod::run(&node, "erofs").await?).await
+    life(&lab, Pod::run(&node, "erofs").await?).await?;
+    // The snapshotter keeps an image's layers mounted as long as there is the image.
+    let image = ImageSpec {
+        image: super::IMAGE.to_owned(),
+        ..Default::default()
+    };
+    let request = RemoveImageRequest { image: Some(image) };
+    answer("RemoveImage", node.cri.image().remove_image(request).await).map(drop)
 }
 
 /// A pod from its first container to its removal.
@@ -253,6 +263,53 @@ async fn update(lab: Shared) -> Result {
         format!("{}\n30000 100000\n", 48 << 20),
         "the container's limits"
     );
+    pod.end().await
+}
+
+/// ResizePty and CloseIO, as kubectl exec brings them about.
+async fn streams(lab: Shared) -> Result {
+    let (pod, container) = sleeper(&lab.shared, "streams").await?;
+    let typing = Streams {
+        stdin: true,
+        stderr: true,
+        tty: false,
+    };
+    let url = container.exec_url(&["sha256sum"], typing).await?;
+    let mut session = Session::open(&url, Transport::Spdy, typing).await?;
+    session.send("stdin", b"typed").await?;
+    session.close("stdin").await?;
+    let sum = hex::encode(Sha256::digest(b"typed"));
+    same!(
+        session.rest("stdout").await?,
+        format!("{sum}  -\n").into_bytes(),
+        "what the command made of its input when that ended"
+    );
+    same!(session.exit_code().await?, 0, "exit code");
+
+    let terminal = Streams {
+        stdin: true,
+        stderr: false,
+        tty: true,
+    };
+    let script = "while read -r line; do stty size; done; exit 4";
+    let url = container.exec_url(&["sh", "-c", script], terminal).await?;
+    let mut session = Session::open(&url, Transport::Spdy, terminal).await?;
+    for (width, height) in [(80, 24), (132, 50)] {
+        session.resize(width, height).await?;
+        let size = format!("{height} {width}");
+        let mut seen = String::new();
+        // The size takes another way than the input: it may be told of later.
+        for _ in 0..200 {
+            session.send("stdin", b"\n").await?;
+            seen = session.until("stdout", "\n").await?;
+            if seen.contains(&size) {
+                break;
+            }
+        }
+        ensure!(seen.contains(&size), "{size} was not seen: {seen:?}");
+    }
+    session.send("stdin", b"\x04").await?;
+    same!(session.exit_code().await?, 4, "exit code on a terminal");
     pod.end().await
 }
 

@@ -433,6 +433,20 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_pods_port_is_in_its_namespace_and_not_here() {
+        const PORT: u16 = 48_231;
+        let net = crate::containerd::private_net::PrivateNet::create().unwrap();
+        let place = Place::pod(&net.path()).unwrap();
+        let listener = place.bind(PORT, false).await.unwrap();
+        assert_eq!(
+            listener.local_addr().unwrap(),
+            (Ipv4Addr::LOCALHOST, PORT).into()
+        );
+        assert!(!host_ports(&HashMap::new()).contains(&u32::from(PORT)));
+        assert!(place.bind(PORT, false).await.is_err(), "it is taken there");
+    }
+
+    #[tokio::test]
     async fn our_own_listeners_are_not_the_hosts() {
         let listener = bind(0, true).await.unwrap();
         let port = listener.local_addr().unwrap().port();
