@@ -47,6 +47,7 @@ fn run() -> Result<(), Box<dyn std::error::Error>> {
     let spawner = spawner::Spawner::start()?;
     boot::console::start_logging();
     boot::memory::lock();
+    boot::allow_many_files();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         // A VM has one or two CPUs and as little as 128 MiB; what blocks is mounts and directory walks.

@@ -31,12 +31,25 @@ fn shown(below: &Path) -> Result<Vec<PathBuf>> {
 
 /// A privileged container with `dir` at /both.
 async fn container(world: &Shared, pod: &Pod, name: &str, dir: &Path) -> Result<Container> {
+    with_pids(world, pod, name, dir, NamespaceMode::Container).await
+}
+
+async fn with_pids(
+    world: &Shared,
+    pod: &Pod,
+    name: &str,
+    dir: &Path,
+    pid: NamespaceMode,
+) -> Result<Container> {
     let mut volume = mount(dir, "/both");
     volume.propagation = MountPropagation::PropagationBidirectional.into();
     let mut config = container_spec(name, &world.images.base, &["sleep", "1000"]);
     config.mounts = vec![volume];
     let linux = config.linux.get_or_insert_default();
-    linux.security_context.get_or_insert_default().privileged = true;
+    let security = linux.security_context.get_or_insert_default();
+    security.privileged = true;
+    let spaces = security.namespace_options.get_or_insert_default();
+    spaces.pid = pid.into();
     pod.start_with(config).await
 }
 
@@ -108,7 +121,8 @@ async fn files(world: Shared) -> Result {
     let memory = dir.join("memory");
     std::fs::create_dir_all(&memory)?;
     let pod = Pod::run(&world.node, "files").await?;
-    let c = container(&world, &pod, "c", &dir).await?;
+    // It sees the agent: process 1 of the VM.
+    let c = with_pids(&world, &pod, "c", &dir, NamespaceMode::Node).await?;
     let script = "mount -t tmpfs -o size=8m tmpfs /both/memory && echo guest > /both/memory/flag";
     c.out(&["sh", "-c", script]).await?;
 
@@ -141,6 +155,16 @@ async fn files(world: Shared) -> Result {
         "flag\nlink\n",
         "after the host removed a file"
     );
+    // What the host has looked at and does not use is forgotten, now and then: the agent has a descriptor for each file until
+    // then. After a thousand the shim sees to it.
+    let script = "mkdir /both/memory/many && cd /both/memory/many && seq 2000 | xargs touch";
+    c.out(&["sh", "-c", script]).await?;
+    let many = memory.join("many").display().to_string();
+    let listed = run("ls", &["-l", &many])?;
+    same!(listed.lines().count(), 2001, "lines of a long list");
+    let open = c.out(&["sh", "-c", "ls /proc/1/fd | wc -l"]).await?;
+    let open: usize = open.trim().parse()?;
+    ensure!(open < 1700, "{open} descriptors of the agent");
     // And what the guest writes, the host sees soon.
     c.out(&["sh", "-c", "echo again > /both/memory/flag"])
         .await?;

@@ -13,6 +13,7 @@ pub mod power;
 pub mod reaper;
 
 use nix::mount::{MsFlags, mount};
+use nix::sys::resource::{Resource, setrlimit};
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create,
     fsconfig_set_string, fsmount, fsopen, move_mount,
@@ -110,6 +111,16 @@ const KERNEL_MOUNTS: [KernelMount; 6] = [
 
 /// Directories of the new root beside those that [`KERNEL_MOUNTS`] are on.
 const DIRECTORIES: [&str; 5] = ["/run", "/run/boxlite", "/tmp", "/etc", "/root"];
+
+/// Open files of the agent: those that the host has open in mounts of containers are among them. The kernel begins with 1024.
+const FILE_LIMIT: u64 = 64 << 10;
+
+/// Raises the agent's own limit. After the spawner was forked: containers have what they ask for.
+pub fn allow_many_files() {
+    if let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, FILE_LIMIT, FILE_LIMIT) {
+        tracing::warn!(%error, "the limit of open files stays");
+    }
+}
 
 /// Makes the VM habitable: root, mounts, cgroups.
 ///

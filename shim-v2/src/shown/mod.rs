@@ -36,6 +36,9 @@ const PATH_LIMIT: usize = 1024;
 const PAUSE: Duration = Duration::from_secs(1);
 /// Acknowledgements that wait for the guest.
 const QUEUE: usize = 4;
+/// How often a mount is made anew whose connection broke: a VM that stood still for long is no reason to give it up, a guest
+/// that hangs up again and again is.
+const REVIVALS: u32 = 3;
 
 /// One mount on the host.
 struct Export {
@@ -50,8 +53,13 @@ pub struct Shown {
     keeper: Keeper,
     volumes: Arc<Volumes>,
     exports: BTreeMap<u64, Export>,
+    /// The last list.
+    listed: BTreeMap<u64, ShownMount>,
     /// What could not be shown, told once.
     refused: BTreeSet<u64>,
+    /// How often a mount's connection broke.
+    deaths: BTreeMap<u64, u32>,
+    died: (mpsc::Sender<u64>, mpsc::Receiver<u64>),
 }
 
 impl Shown {
@@ -62,7 +70,10 @@ impl Shown {
             keeper,
             volumes,
             exports: BTreeMap::new(),
+            listed: BTreeMap::new(),
             refused: BTreeSet::new(),
+            deaths: BTreeMap::new(),
+            died: mpsc::channel(LIMIT),
         }
     }
 
@@ -104,6 +115,10 @@ impl Shown {
         loop {
             let list = tokio::select! {
                 list = lists.message() => list,
+                Some(id) = self.died.1.recv() => {
+                    self.revive(id).await;
+                    continue;
+                }
                 () = ended.cancelled() => return Ok(()),
             };
             let list = list.map_err(|status| PortalError::from_status("Mounts.Shown", status))?;
@@ -121,29 +136,54 @@ impl Shown {
 
     /// Makes the host as the list is.
     async fn follow(&mut self, list: ShownResponse) {
-        let listed: BTreeMap<u64, ShownMount> = list
+        self.listed = list
             .mounts
             .into_iter()
             .take(LIMIT)
             .map(|mount| (mount.id, mount))
             .collect();
-        self.refused.retain(|id| listed.contains_key(id));
+        self.refused.retain(|id| self.listed.contains_key(id));
+        self.deaths.retain(|id, _| self.listed.contains_key(id));
         let gone: Vec<u64> = self.exports.keys().copied().collect();
-        for id in gone.into_iter().filter(|id| !listed.contains_key(id)) {
-            self.withdraw(id).await;
+        for id in gone {
+            if !self.listed.contains_key(&id) {
+                self.withdraw(id).await;
+            }
         }
-        for (id, mount) in listed {
+        for (id, mount) in self.listed.clone() {
             if self.exports.contains_key(&id) || self.refused.contains(&id) {
                 continue;
             }
-            if let Err(error) = self.show(id, &mount).await {
-                tracing::warn!(
-                    container = mount.container_id, path = mount.path, %error,
-                    "a mount of the guest is not shown on the host"
-                );
-                self.refused.insert(id);
-            }
+            self.try_show(id, &mount).await;
         }
+    }
+
+    async fn try_show(&mut self, id: u64, mount: &ShownMount) {
+        if let Err(error) = self.show(id, mount).await {
+            tracing::warn!(
+                container = mount.container_id, path = mount.path, %error,
+                "a mount of the guest is not shown on the host"
+            );
+            self.refused.insert(id);
+        }
+    }
+
+    /// Makes a mount anew whose connection broke.
+    async fn revive(&mut self, id: u64) {
+        if !self.exports.contains_key(&id) {
+            return;
+        }
+        self.withdraw(id).await;
+        let Some(mount) = self.listed.get(&id).cloned() else {
+            return;
+        };
+        let deaths = self.deaths.entry(id).or_default();
+        *deaths += 1;
+        if *deaths > REVIVALS {
+            self.refused.insert(id);
+            return;
+        }
+        self.try_show(id, &mount).await;
     }
 
     async fn show(&mut self, id: u64, mount: &ShownMount) -> std::io::Result<()> {
@@ -167,7 +207,7 @@ impl Shown {
             return refuse("another mount of the guest is there");
         }
         let mounted = self.keeper.mount(wanted).await?;
-        match Pump::begin(&self.session, id, Arc::clone(&mounted.device)) {
+        match Pump::begin(&self.session, id, &mounted, self.died.0.clone()) {
             Ok(pump) => {
                 tracing::info!(target = %target.display(), "shows a mount of the guest");
                 let export = Export {

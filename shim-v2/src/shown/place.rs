@@ -12,8 +12,9 @@ use super::volumes::Volume;
 use nix::sched::{CloneFlags, setns, unshare};
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, StatxFlags, open, openat2, statx};
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, UnmountFlags, fsconfig_create,
-    fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount, unmount,
+    FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MoveMountFlags, UnmountFlags,
+    fsconfig_create, fsconfig_reconfigure, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen,
+    fspick, move_mount, unmount,
 };
 use std::fs::File;
 use std::io;
@@ -88,7 +89,8 @@ pub struct Wanted {
 pub struct Mounted {
     /// Its requests come here and their answers go here; the last close of it ends the file system.
     pub device: Arc<OwnedFd>,
-    mount: OwnedFd,
+    /// Stands for the mount, wherever it is.
+    pub mount: Arc<OwnedFd>,
 }
 
 /// Source of a sandbox's mounts.
@@ -180,7 +182,7 @@ impl Keeper {
         move_mount(&mount, "", &target, "", how).map_err(named("mount"))?;
         let mounted = Mounted {
             device: Arc::new(device),
-            mount,
+            mount: Arc::new(mount),
         };
         let hidden = enter(&self.mounts.own).and_then(|()| self.hide(wanted, &mounted));
         match hidden {
@@ -300,6 +302,17 @@ fn hide_at(base: &OwnedFd, path: &Path, own: (u32, u32)) -> io::Result<()> {
         Ok(()) | Err(rustix::io::Errno::INVAL) => Ok(()),
         Err(errno) => Err(named("take it out of the shim's namespace")(errno)),
     }
+}
+
+/// Lets the kernel forget what nobody uses of a file system: a change of its options that changes none. Blocks, and as long
+/// as the guest likes where a process has written to a mapped file; the file system's end ends it.
+///
+/// # Errors
+/// The kernel's.
+pub fn forget(mount: &OwnedFd) -> io::Result<()> {
+    let flags = FsPickFlags::FSPICK_EMPTY_PATH | FsPickFlags::FSPICK_CLOEXEC;
+    let context = fspick(mount, "", flags)?;
+    Ok(fsconfig_reconfigure(context.as_fd())?)
 }
 
 /// Takes every mount of that name away in the calling thread's namespace; what a shim left that was killed. Blocks, but

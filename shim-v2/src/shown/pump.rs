@@ -1,8 +1,10 @@
-//! [`Pump`]: carries FUSE messages of one mount between the host's kernel and the guest. It looks into none of them.
+//! [`Pump`]: carries FUSE messages of one mount between the host's kernel and the guest. Of a question it reads what kind
+//! it is, to count the names that the kernel knows, and of an answer whether it is one.
 //!
 //! A thread reads the device, because that read is the kernel's to end; a task writes the answers, which never waits. The
 //! guest may answer wrongly, late or never: that is between it and who reads the mount.
 
+use super::place::{Mounted, forget};
 use boxlite_proto::boxlite::v1::FuseRequest;
 use boxlite_proto::fuse::{Frames, MESSAGE_LIMIT};
 use boxlite_proto::names::CHUNK_LIMIT;
@@ -12,10 +14,17 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::io::{self, PipeReader, PipeWriter};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
 
+/// Names that the kernel asks for before it is told to forget those that nobody uses: each costs the agent a descriptor, and
+/// the kernel by itself keeps them until its own memory is short.
+const NAMES: usize = 1024;
+/// Kinds of questions that bring names, and how many at most or thereabouts.
+const LOOKUP: (u32, usize) = (1, 1);
+const READDIRPLUS: (u32, usize) = (44, 256);
 /// Chunks that wait for the guest.
 const QUEUE: usize = 4;
 /// Where the number of a request is in its answer; a message of number 0 is none of the kernel's questions.
@@ -41,11 +50,16 @@ pub struct Pump {
 }
 
 impl Pump {
-    /// Starts both; they hold the device until [`Pump::end`].
+    /// Starts both; they hold the device until [`Pump::end`]. `died` is told the id when the guest's stream ends before that.
     ///
     /// # Errors
     /// No thread, or no pipe.
-    pub fn begin(session: &GuestSession, id: u64, device: Arc<OwnedFd>) -> io::Result<Self> {
+    pub fn begin(
+        session: &GuestSession,
+        id: u64,
+        mounted: &Mounted,
+        died: mpsc::Sender<u64>,
+    ) -> io::Result<Self> {
         let (stopped, stop) = io::pipe()?;
         let (requests, outgoing) = mpsc::channel(QUEUE);
         let first = FuseRequest {
@@ -54,16 +68,20 @@ impl Pump {
         };
         // The queue is empty: there is room.
         drop(requests.try_send(first));
+        let device = Arc::clone(&mounted.device);
         let reading = Arc::clone(&device);
+        let names = Names::new(Arc::clone(&mounted.mount));
         std::thread::Builder::new()
             .name(format!("fuse {id}"))
-            .spawn(move || read(&reading, &stopped, &requests))?;
+            .spawn(move || read(&reading, &stopped, &requests, names))?;
         // A connection of its own: who reads slowly must stall nobody else.
         let session = session.dedicated();
         let task = tokio::spawn(async move {
             if let Err(error) = answer(&session, &device, outgoing).await {
                 tracing::warn!(id, error = %crate::report::Report(&error), "a mount of the guest is dead");
             }
+            // Full: as many are dead already, and this one comes to light with the next list.
+            let _ = died.try_send(id);
         });
         Ok(Self { task, stop })
     }
@@ -78,7 +96,12 @@ impl Pump {
 }
 
 /// From the device to the queue, until either is closed. Blocks.
-fn read(device: &OwnedFd, stopped: &PipeReader, requests: &mpsc::Sender<FuseRequest>) {
+fn read(
+    device: &OwnedFd,
+    stopped: &PipeReader,
+    requests: &mpsc::Sender<FuseRequest>,
+    mut names: Names,
+) {
     let mut buffer = vec![0; MESSAGE_LIMIT];
     loop {
         let mut wait = [
@@ -101,6 +124,7 @@ fn read(device: &OwnedFd, stopped: &PipeReader, requests: &mpsc::Sender<FuseRequ
             // ENODEV: the file system is gone.
             Err(_) => return,
         };
+        names.count(&buffer[..length]);
         for chunk in buffer[..length].chunks(CHUNK_LIMIT) {
             let request = FuseRequest {
                 id: 0,
@@ -109,6 +133,47 @@ fn read(device: &OwnedFd, stopped: &PipeReader, requests: &mpsc::Sender<FuseRequ
             if requests.blocking_send(request).is_err() {
                 return;
             }
+        }
+    }
+}
+
+/// Counts names, and lets the kernel forget them.
+struct Names {
+    count: usize,
+    mount: Arc<OwnedFd>,
+    /// It is being told.
+    busy: Arc<AtomicBool>,
+}
+
+impl Names {
+    fn new(mount: Arc<OwnedFd>) -> Self {
+        Self {
+            count: 0,
+            mount,
+            busy: Arc::default(),
+        }
+    }
+
+    fn count(&mut self, request: &[u8]) {
+        let kind = request.get(4..).and_then(|rest| rest.first_chunk::<4>());
+        let kind = kind.map_or(0, |kind| u32::from_ne_bytes(*kind));
+        for (asks, names) in [LOOKUP, READDIRPLUS] {
+            self.count += if kind == asks { names } else { 0 };
+        }
+        if self.count < NAMES || self.busy.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        self.count = 0;
+        let (mount, busy) = (Arc::clone(&self.mount), Arc::clone(&self.busy));
+        // A thread of its own: the kernel's forgetting asks questions that the caller must read.
+        let begun = std::thread::Builder::new().spawn(move || {
+            if let Err(error) = forget(&mount) {
+                tracing::debug!(%error, "names of a mount are not forgotten");
+            }
+            busy.store(false, Ordering::Release);
+        });
+        if begun.is_err() {
+            self.busy.store(false, Ordering::Release);
         }
     }
 }
