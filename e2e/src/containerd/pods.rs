@@ -23,7 +23,8 @@ pub fn cases() -> Vec<Case> {
         case("pod::limits_and_annotations", 120, limits),
         case("pod::host_network", 90, host_network),
         case("pod::limits_change_while_it_runs", 90, update),
-        case("pod::terminals_change_size_and_input_ends", 90, streams),
+        case("pod::input_ends", 60, input),
+        case("pod::terminals_change_size", 60, terminal),
         case("pod::the_sandboxer_is_the_shim", 150, sandboxer)
             .unless(other_than(Version::V2), "the Sandbox API came with 2.0"),
         case("pod::erofs_layers", 150, erofs)
@@ -266,9 +267,9 @@ async fn update(lab: Shared) -> Result {
     pod.end().await
 }
 
-/// ResizePty and CloseIO, as kubectl exec brings them about.
-async fn streams(lab: Shared) -> Result {
-    let (pod, container) = sleeper(&lab.shared, "streams").await?;
+/// CloseIO, as `kubectl exec -i` brings it about.
+async fn input(lab: Shared) -> Result {
+    let (pod, container) = sleeper(&lab.shared, "input").await?;
     let typing = Streams {
         stdin: true,
         stderr: true,
@@ -285,7 +286,12 @@ async fn streams(lab: Shared) -> Result {
         "what the command made of its input when that ended"
     );
     same!(session.exit_code().await?, 0, "exit code");
+    pod.end().await
+}
 
+/// ResizePty, as `kubectl exec -t` brings it about.
+async fn terminal(lab: Shared) -> Result {
+    let (pod, container) = sleeper(&lab.shared, "terminal").await?;
     let terminal = Streams {
         stdin: true,
         stderr: false,

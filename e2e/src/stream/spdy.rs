@@ -119,6 +119,8 @@ impl Client {
         block.extend_from_slice(&length.to_le_bytes());
         block.extend_from_slice(&(!length).to_le_bytes());
         block.extend(list);
+        // An empty block, as zlib's sync flush ends with: Go's inflate gives nothing out before the next block's head.
+        block.extend_from_slice(&[0, 0, 0, 0xff, 0xff]);
         block
     }
 }
