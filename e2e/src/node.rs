@@ -28,6 +28,8 @@ pub struct NodeOptions {
     pub registries: Vec<Mirror>,
     /// Whether there is a CNI configuration.
     pub network: bool,
+    /// Whether the default CNI plugin chain masquerades and maps host ports: both run iptables some ten times a pod.
+    pub iptables: bool,
     /// Instead of the default CNI plugin chain.
     pub cni_plugins: Option<serde_json::Value>,
     /// More directories with CNI plugins, in front.
@@ -48,6 +50,7 @@ impl NodeOptions {
             vmm: vmm.into(),
             registries: Vec::new(),
             network: true,
+            iptables: true,
             cni_plugins: None,
             cni_bin: None,
             cni_timeout: 20,
@@ -208,11 +211,17 @@ pub fn write_mirrors(dir: &Path, mirrors: &[Mirror]) -> Result {
 
 fn conflist(dir: &Path, subnet: u16, options: &NodeOptions) -> Result<String> {
     let plugins = options.cni_plugins.clone().unwrap_or_else(|| {
-        serde_json::json!([
-            {"type": "bridge", "bridge": format!("bx{subnet}"), "isGateway": true, "ipMasq": true, "hairpinMode": true,
+        let bridge = serde_json::json!(
+            {"type": "bridge", "bridge": format!("bx{subnet}"), "isGateway": true, "ipMasq": options.iptables, "hairpinMode": true,
              "ipam": {"type": "host-local", "dataDir": dir.join("ipam"),
                       "ranges": [[{"subnet": format!("10.88.{subnet}.0/24")}], [{"subnet": format!("fd88:{subnet:x}::/64")}]],
-                      "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]}},
+                      "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]}}
+        );
+        if !options.iptables {
+            return serde_json::json!([bridge]);
+        }
+        serde_json::json!([
+            bridge,
             {"type": "portmap", "capabilities": {"portMappings": true}, "snat": true}
         ])
     });

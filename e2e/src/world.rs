@@ -62,7 +62,7 @@ impl World {
         let images = ImageSet::push(&registry, &install.busybox)
             .await
             .during("pushing the images")?;
-        let node = Node::start(&scratch, &install, &options("n", home.vmm(), &registry)).await?;
+        let node = Node::start(&scratch, &install, &node_options("n", home, &registry)).await?;
         crate::pod::pull(&node, &images.base).await?;
         Ok(Self {
             home,
@@ -80,7 +80,7 @@ impl World {
         name: &str,
         change: impl FnOnce(&mut NodeOptions),
     ) -> Result<Arc<Node>> {
-        let mut options = options(name, self.home.vmm(), &self.registry);
+        let mut options = node_options(name, self.home, &self.registry);
         change(&mut options);
         Ok(Arc::new(
             Node::start(&self.scratch, &self.install, &options).await?,
@@ -91,6 +91,14 @@ impl World {
     pub fn patience(&self, seconds: u64) -> Duration {
         self.home.patience(seconds)
     }
+}
+
+/// A node of this home's tests. Emulated, iptables takes longer than the pod itself, and what it does is the host's affair
+/// and the same for every VMM: there only the case about host ports has it.
+fn node_options(name: &str, home: Home, registry: &Registry) -> NodeOptions {
+    let mut options = options(name, home.vmm(), registry);
+    options.iptables = home == Home::Qemu;
+    options
 }
 
 /// A node that knows the plain-HTTP registry.
