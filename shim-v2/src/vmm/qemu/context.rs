@@ -68,6 +68,8 @@ pub(super) fn create(spec: &InstanceSpec) -> BoxliteResult<Context> {
         "microvm,acpi=off,rtc=on,pit=on,pic=on,isa-serial=off,memory-backend=mem",
     );
     match spec.acceleration {
+        // A thread for each CPU loses to the kernel patching its own text at boot: guests with two CPUs panic now and then.
+        Acceleration::Tcg if spec.vcpus > 1 => context.option("-accel", "tcg,thread=single"),
         Acceleration::Tcg => context.option("-accel", "tcg"),
         Acceleration::Kvm => {
             context.option("-accel", "kvm");
