@@ -5,6 +5,7 @@
 //! the next one in the queue tries with its own credentials. It parses nothing. Called by `pull`; layers are `layer`'s.
 
 use std::collections::HashMap;
+use std::ops::Deref;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use bytes::Bytes;
@@ -15,10 +16,24 @@ use super::error::ImageResult;
 use super::reference::Digest;
 use super::store::Store;
 
+/// A config. While it lives, who wants the same one gets it from here: the store has it only when a pull is through.
+pub(super) struct Config {
+    bytes: Bytes,
+    _cell: Arc<OnceCell<Bytes>>,
+}
+
+impl Deref for Config {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
 /// See the module's header.
 pub(super) struct Configs {
     store: Arc<Store>,
-    /// Empty once the last of the callers that wait for it is gone.
+    /// Empty once the last of the callers that wait for it or have it is gone.
     under_way: Mutex<HashMap<String, Weak<OnceCell<Bytes>>>>,
 }
 
@@ -36,7 +51,7 @@ impl Configs {
         &self,
         id: &Digest,
         download: impl FnOnce() -> F,
-    ) -> ImageResult<Bytes>
+    ) -> ImageResult<Config>
     where
         F: Future<Output = ImageResult<Vec<u8>>>,
     {
@@ -48,7 +63,8 @@ impl Configs {
                 None => download().await.map(Bytes::from),
             }
         };
-        cell.get_or_try_init(get).await.cloned()
+        let bytes = cell.get_or_try_init(get).await?.clone();
+        Ok(Config { bytes, _cell: cell })
     }
 
     fn cell(&self, id: &Digest) -> Arc<OnceCell<Bytes>> {
@@ -63,5 +79,27 @@ impl Configs {
         let cell = Arc::new(OnceCell::new());
         all.insert(id.to_string(), Arc::downgrade(&cell));
         cell
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::error::ImageError;
+    use super::*;
+
+    #[tokio::test]
+    async fn a_config_that_a_pull_still_has_is_not_downloaded_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let configs = Configs::new(Store::open(dir.path()).unwrap());
+        let id = Digest::of(b"{}");
+        let first = configs.obtain(&id, async || Ok(b"{}".to_vec())).await;
+        let none = async || {
+            let what = "the config".into();
+            Err(ImageError::NotFound { what, host: None })
+        };
+        let second = configs.obtain(&id, none).await.unwrap();
+        assert_eq!(&*second, b"{}");
+        drop((first, second));
+        assert!(configs.obtain(&id, none).await.is_err(), "nobody has it");
     }
 }
