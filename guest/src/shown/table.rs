@@ -3,6 +3,7 @@
 //! Not shown are mounts that were there when the container was made, mounts that came from the host (submounts of
 //! virtiofs), and mounts below a shown one: that one shows them.
 
+use crate::storage::pins::unescape;
 use boxlite_proto::names::GUEST_SHARE;
 use oci_spec::runtime::Spec;
 use std::collections::{HashMap, HashSet};
@@ -111,18 +112,6 @@ impl Line {
             read_only: read_only(fields.get(5)?) || system.get(2).is_some_and(|s| read_only(s)),
         })
     }
-}
-
-/// Space, tab, newline and backslash are octal there.
-fn unescape(field: &str) -> String {
-    [
-        ("\\040", " "),
-        ("\\011", "\t"),
-        ("\\012", "\n"),
-        ("\\134", "\\"),
-    ]
-    .iter()
-    .fold(field.to_owned(), |text, (from, to)| text.replace(from, to))
 }
 
 /// Finds the volumes in the table of a container that has not been started, and the numbers of all its mounts.

@@ -54,8 +54,8 @@ fn virtiofs(line: &str) -> Option<String> {
     source.starts_with("virtiofs ").then(|| unescape(point))
 }
 
-/// Space, tab, newline and backslash are octal there.
-fn unescape(field: &str) -> String {
+/// A path of mountinfo: space, tab, newline and backslash are octal there.
+pub fn unescape(field: &str) -> String {
     [
         ("\\040", " "),
         ("\\011", "\t"),
