@@ -2,7 +2,7 @@
 //! that leave or stall, one-time URLs, and ports inside the VM; over SPDY and WebSocket.
 
 use crate::client::answer;
-use crate::outcome::Result;
+use crate::outcome::{During, Result};
 use crate::pod::{Container, Pod, container_spec};
 use crate::runner::{Case, Shared, case};
 use crate::stream::{self, Session, Streams, Transport, spdy, websocket};
@@ -130,20 +130,8 @@ async fn exec_terminal(world: Shared) -> Result {
         let mut session = run(&c, &["sh", "-c", script], TERMINAL, over).await?;
         session.until("stdout", "term=xterm").await?;
         for (width, height) in [(80, 24), (132, 50)] {
-            session.resize(width, height).await?;
-            let size = format!("{height} {width}");
-            let mut seen = String::new();
-            for _ in 0..200 {
-                session.send("stdin", b"\n").await?;
-                seen = session.until("stdout", "\n").await?;
-                if seen.contains(&size) {
-                    break;
-                }
-            }
-            ensure!(
-                seen.contains(&size),
-                "{over:?}: {size} was not seen: {seen:?}"
-            );
+            let resized = session.resize_and_see(width, height).await;
+            resized.during(format!("{over:?}"))?;
         }
         // ^D is a terminal's end of input.
         session.send("stdin", b"\x04").await?;

@@ -301,18 +301,7 @@ async fn terminal(lab: Shared) -> Result {
     let url = container.exec_url(&["sh", "-c", script], terminal).await?;
     let mut session = Session::open(&url, Transport::Spdy, terminal).await?;
     for (width, height) in [(80, 24), (132, 50)] {
-        session.resize(width, height).await?;
-        let size = format!("{height} {width}");
-        let mut seen = String::new();
-        // The size takes another way than the input: it may be told of later.
-        for _ in 0..200 {
-            session.send("stdin", b"\n").await?;
-            seen = session.until("stdout", "\n").await?;
-            if seen.contains(&size) {
-                break;
-            }
-        }
-        ensure!(seen.contains(&size), "{size} was not seen: {seen:?}");
+        session.resize_and_see(width, height).await?;
     }
     session.send("stdin", b"\x04").await?;
     same!(session.exit_code().await?, 4, "exit code on a terminal");

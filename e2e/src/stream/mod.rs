@@ -107,6 +107,23 @@ impl Session {
         self.send("resize", size.as_bytes()).await
     }
 
+    /// Tells the terminal's size, and expects a command that answers each line by `stty size` to see it.
+    pub async fn resize_and_see(&mut self, width: u16, height: u16) -> Result {
+        self.resize(width, height).await?;
+        let size = format!("{height} {width}");
+        let mut seen = String::new();
+        // The size takes another way than the input: it may be told of later.
+        for _ in 0..200 {
+            self.send("stdin", b"\n").await?;
+            seen = self.until("stdout", "\n").await?;
+            if seen.contains(&size) {
+                break;
+            }
+        }
+        ensure!(seen.contains(&size), "{size} was not seen: {seen:?}");
+        Ok(())
+    }
+
     /// The next bytes of a stream, `None` at its end.
     pub async fn next(&mut self, name: &str) -> Result<Option<Bytes>> {
         let Some(incoming) = self.incoming.get_mut(name) else {
