@@ -5,17 +5,18 @@
 //! services down must not kill its pods on the way. SIGINT and SIGPIPE are ignored too; a panic ends the process, and the
 //! kernel then ends the VM.
 
+use crate::connections::Connections;
 use crate::events::{Publisher, Way};
 use crate::machine::VmMachine;
 use crate::record::{ProcessRef, Record};
 use crate::report::Report;
+use crate::sandbox::options::Origin;
 use crate::sandbox::{Context, Sandbox};
 use crate::service::Service;
 use crate::shown::place::{self, HostMounts};
 use containerd_shim::Flags;
 use containerd_shim_protos::ttrpc;
 use containerd_shim_protos::ttrpc::asynchronous::Server;
-use containerd_shim_protos::ttrpc::asynchronous::transport::Listener;
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
@@ -28,7 +29,10 @@ use tokio_util::task::TaskTracker;
 
 /// Threads of the runtime. The shim moves little besides logs; the VM has threads of its own.
 const WORKERS: usize = 2;
-/// After the answer to Shutdown: how long the server may take to send it and end its connections.
+/// After the answer to Shutdown: how long a containerd may take to close its connections. It does so when it has read the
+/// answer; a loaded node is slow.
+const CLIENTS_LIMIT: Duration = Duration::from_secs(3);
+/// After that: how long the server may take to send what is left and end its connections.
 const SERVER_LIMIT: Duration = Duration::from_secs(2);
 /// How long tasks may take to end after everything was told to.
 const TASKS_LIMIT: Duration = Duration::from_secs(5);
@@ -180,7 +184,10 @@ async fn run(prepared: Prepared) -> Result<(), DaemonError> {
 
     let sandbox = Sandbox::spawn(context, machine.clone());
     let service = Service::new(sandbox.clone(), exit.clone());
-    let listener = Listener::try_from(prepared.listener).map_err(DaemonError::step("listen"))?;
+    let connections = Connections::default();
+    let listener = connections
+        .listener(prepared.listener)
+        .map_err(DaemonError::step("listen"))?;
     let mut server = Server::new()
         .add_listener(listener)
         .register_service(service.tables());
@@ -191,6 +198,13 @@ async fn run(prepared: Prepared) -> Result<(), DaemonError> {
     exit.cancelled().await;
     // From here on a connect must fail, or a client would wait for a shim that is going.
     drop(std::fs::remove_file(&prepared.socket));
+    // boxlite-cri keeps its connection until this process is gone, and takes its end for the answer.
+    let origin = sandbox.snapshot().plan.map(|plan| plan.origin);
+    if matches!(origin, Some(Origin::Task | Origin::Sandboxer))
+        && !connections.left_by_clients(CLIENTS_LIMIT).await
+    {
+        tracing::debug!("a client keeps its connection");
+    }
     if tokio::time::timeout(SERVER_LIMIT, server.shutdown())
         .await
         .is_err()

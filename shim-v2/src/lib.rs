@@ -5,6 +5,7 @@
 
 pub mod cgroup;
 pub mod cli;
+pub mod connections;
 pub mod container;
 pub mod containerd;
 pub mod daemon;

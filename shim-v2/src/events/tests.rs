@@ -102,19 +102,53 @@ async fn a_full_queue_keeps_the_newest_and_nobody_waits() {
     assert_eq!((queue.events.len(), queue.dropped), (QUEUE_LIMIT, 10));
 }
 
-#[tokio::test]
-async fn without_a_ttrpc_address_containerds_program_is_run() {
+/// A program at `path` that does what `script` says.
+fn program(path: &Path, script: &str) -> String {
     use std::os::unix::fs::PermissionsExt;
+    std::fs::write(path, format!("#!/bin/sh\n{script}")).expect("written");
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).expect("chmod");
+    path.display().to_string()
+}
+
+#[tokio::test]
+async fn a_program_that_fails_for_want_of_its_daemon_is_run_until_that_is_back() {
+    // Longer than an event that the daemon itself refuses is kept.
+    const AWAY: Duration = Duration::from_secs(2);
     let dir = tempfile::tempdir().expect("tempdir");
-    let program = dir.path().join("publish");
+    let socket = dir.path().join("c.sock");
     let log = dir.path().join("log");
     let script = format!(
-        "#!/bin/sh\necho \"$@\" >> {0}\nwc -c >> {0}\n",
+        "[ -S {} ] || exit 1\necho told >> {}\n",
+        socket.display(),
         log.display()
     );
-    std::fs::write(&program, script).expect("written");
-    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).expect("chmod");
-    let way = Way::new("", &program.display().to_string(), "/run/c.sock");
+    let path = program(&dir.path().join("publish"), &script);
+    let ended = CancellationToken::new();
+    let (publisher, deliver) = Publisher::new(
+        Way::new("", &path, &socket.display().to_string()),
+        "ns",
+        ended.clone(),
+    );
+    let task = tokio::spawn(deliver);
+    publisher.publish(&oom(1));
+    tokio::time::sleep(AWAY).await;
+    let _daemon = std::os::unix::net::UnixListener::bind(&socket).expect("binds");
+    let limit = tokio::time::Instant::now() + PAUSE_MAX * 5;
+    while !log.exists() && tokio::time::Instant::now() < limit {
+        tokio::time::sleep(PAUSE_MIN).await;
+    }
+    ended.cancel();
+    task.await.expect("ends");
+    assert_eq!(std::fs::read_to_string(&log).expect("told"), "told\n");
+}
+
+#[tokio::test]
+async fn without_a_ttrpc_address_containerds_program_is_run() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let log = dir.path().join("log");
+    let script = format!("echo \"$@\" >> {0}\nwc -c >> {0}\n", log.display());
+    let path = program(&dir.path().join("publish"), &script);
+    let way = Way::new("", &path, "/run/c.sock");
     let ended = CancellationToken::new();
     let (publisher, deliver) = Publisher::new(way, "ns", ended.clone());
     publisher.publish(&oom(1));

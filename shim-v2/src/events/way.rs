@@ -10,6 +10,7 @@ use containerd_shim_protos::ttrpc;
 use std::path::PathBuf;
 use std::process::Stdio;
 use tokio::io::AsyncWriteExt;
+use tokio::net::UnixStream;
 use tokio::process::Command;
 
 /// See the module.
@@ -26,7 +27,7 @@ pub enum Way {
 impl Way {
     /// The way that `start` was told of: `TTRPC_ADDRESS` first, as containerd's documentation of runtime v2 wants it.
     pub fn new(ttrpc: &str, program: &str, address: &str) -> Self {
-        let path = ttrpc.strip_prefix("unix://").unwrap_or(ttrpc);
+        let path = plain(ttrpc);
         match (path.is_empty(), program.is_empty()) {
             (false, _) => Self::Socket(format!("unix://{path}")),
             (true, false) => Self::Program {
@@ -36,6 +37,11 @@ impl Way {
             (true, true) => Self::Nowhere,
         }
     }
+}
+
+/// A socket's path.
+fn plain(address: &str) -> &str {
+    address.strip_prefix("unix://").unwrap_or(address)
 }
 
 /// Why an event was not taken.
@@ -115,6 +121,8 @@ async fn publish(path: &std::path::Path, address: &str, envelope: Envelope) -> R
     }
     match child.wait().await {
         Ok(status) if status.success() => Ok(()),
+        // The program cannot say it: where its daemon is away the event waits for it, as on the other way.
+        Ok(_) if UnixStream::connect(plain(address)).await.is_err() => Err(Failure::Away),
         Ok(status) => Err(Failure::Refused(ttrpc::Error::Others(format!(
             "{} publish: {status}",
             path.display()
