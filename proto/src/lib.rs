@@ -11,6 +11,7 @@
 pub mod error;
 pub mod exit;
 pub mod fuse;
+pub mod mountinfo;
 pub mod names;
 pub mod probe;
 pub mod vmm;

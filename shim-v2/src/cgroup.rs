@@ -3,6 +3,7 @@
 //! Best effort: where the host refuses (read-only mounts, no rights) the reason is logged and the pod runs where the
 //! shim was. Limits are the kubelet's affair, set on the parent. Nothing outside the directories made here is removed.
 
+use boxlite_proto::mountinfo::mounts;
 use std::io;
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -101,17 +102,8 @@ fn join_one(
 /// Pairs mounts of cgroup file systems (mountinfo) with this process's places (/proc/self/cgroup).
 fn hierarchies(mountinfo: &str, own: &str) -> Vec<Hierarchy> {
     let mut found = Vec::new();
-    for line in mountinfo.lines() {
-        let Some((before, after)) = line.split_once(" - ") else {
-            continue;
-        };
-        let mut after = after.split(' ');
-        let kind = after.next().unwrap_or_default();
-        let options = after.nth(1).unwrap_or_default();
-        let before: Vec<&str> = before.split(' ').collect();
-        let (Some(root), Some(mount)) = (before.get(3), before.get(4)) else {
-            continue;
-        };
+    for mount in mounts(mountinfo) {
+        let (kind, options) = (mount.kind, mount.super_options);
         if kind != "cgroup" && kind != "cgroup2" {
             continue;
         }
@@ -131,9 +123,11 @@ fn hierarchies(mountinfo: &str, own: &str) -> Vec<Hierarchy> {
         });
         let Some(place) = place else { continue };
         // Below a bind-mounted part of a hierarchy the paths of /proc/self/cgroup start above the mount.
-        let place = Path::new(place).strip_prefix(root).unwrap_or(Path::new(""));
+        let place = Path::new(place)
+            .strip_prefix(mount.root)
+            .unwrap_or(Path::new(""));
         found.push(Hierarchy {
-            mount: PathBuf::from(mount),
+            mount: mount.point,
             own: place.strip_prefix("/").unwrap_or(place).to_owned(),
             cpuset: options.split(',').any(|option| option == "cpuset"),
         });

@@ -11,6 +11,7 @@ pub mod containerd;
 pub mod daemon;
 pub mod error;
 pub mod events;
+pub mod fuse;
 pub mod jail;
 pub mod logs;
 pub mod machine;

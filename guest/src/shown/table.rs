@@ -3,7 +3,7 @@
 //! Not shown are mounts that were there when the container was made, mounts that came from the host (submounts of
 //! virtiofs), and mounts below a shown one: that one shows them.
 
-use crate::storage::pins::unescape;
+use boxlite_proto::mountinfo::{Mount, mounts};
 use boxlite_proto::names::GUEST_SHARE;
 use oci_spec::runtime::Spec;
 use std::collections::{HashMap, HashSet};
@@ -84,60 +84,28 @@ pub fn take_wanted(spec: &mut Spec) -> Vec<Wanted> {
     wanted
 }
 
-/// A line of mountinfo.
-struct Line {
-    mount: u64,
-    parent: u64,
-    device: String,
-    root: String,
-    point: PathBuf,
-    kind: String,
-    read_only: bool,
-}
-
-impl Line {
-    /// `36 35 98:0 /root /point options [optional fields …] - type source options`
-    fn parse(line: &str) -> Option<Self> {
-        let (mount, system) = line.split_once(" - ")?;
-        let fields: Vec<&str> = mount.split(' ').collect();
-        let system: Vec<&str> = system.split(' ').collect();
-        let read_only = |options: &str| options.split(',').any(|option| option == "ro");
-        Some(Self {
-            mount: fields.first()?.parse().ok()?,
-            parent: fields.get(1)?.parse().ok()?,
-            device: (*fields.get(2)?).to_owned(),
-            root: (*fields.get(3)?).to_owned(),
-            point: PathBuf::from(unescape(fields.get(4)?)),
-            kind: (*system.first()?).to_owned(),
-            read_only: read_only(fields.get(5)?) || system.get(2).is_some_and(|s| read_only(s)),
-        })
-    }
-}
-
 /// Finds the volumes in the table of a container that has not been started, and the numbers of all its mounts.
 pub fn volumes(table: &str, wanted: Vec<Wanted>) -> (Vec<Volume>, HashSet<u64>) {
-    let lines: Vec<Line> = table.lines().filter_map(Line::parse).collect();
+    let lines: Vec<Mount> = mounts(table).collect();
     let volumes = wanted.into_iter().filter_map(|wanted| {
         let mut at = lines.iter().rev();
-        let mount = at.find(|line| line.point == wanted.destination)?.mount;
+        let mount = at.find(|line| line.point == wanted.destination)?.id;
         Some(Volume { wanted, mount })
     });
     let volumes = volumes.collect();
-    (volumes, lines.iter().map(|line| line.mount).collect())
+    (volumes, lines.iter().map(|line| line.id).collect())
 }
 
 /// The container's own mounts below its volumes. `first` are those that it began with.
 pub fn find(table: &str, volumes: &[Volume], first: &HashSet<u64>) -> Vec<Found> {
-    let lines: Vec<Line> = table.lines().filter_map(Line::parse).collect();
+    let lines: Vec<Mount> = mounts(table).collect();
     // The one that came first with a device is the submount itself, later ones are binds of it.
     let mut devices: HashMap<&str, u64> = HashMap::new();
     for line in &lines {
-        devices.entry(&line.device).or_insert(line.mount);
+        devices.entry(line.device).or_insert(line.id);
     }
-    let of_host = |line: &Line| {
-        line.kind == "virtiofs"
-            && line.root == "/"
-            && devices.get(line.device.as_str()) == Some(&line.mount)
+    let of_host = |line: &Mount| {
+        line.kind == "virtiofs" && line.root == "/" && devices.get(line.device) == Some(&line.id)
     };
     // Mounts on which a new one is shown, by the index of their volume.
     let mut below: HashMap<u64, usize> = HashMap::new();
@@ -150,10 +118,10 @@ pub fn find(table: &str, volumes: &[Volume], first: &HashSet<u64>) -> Vec<Found>
             continue;
         };
         if of_host(line) {
-            below.insert(line.mount, index);
+            below.insert(line.id, index);
             continue;
         }
-        if first.contains(&line.mount) {
+        if first.contains(&line.id) {
             continue;
         }
         let wanted = &volumes[index].wanted;
@@ -167,12 +135,12 @@ pub fn find(table: &str, volumes: &[Volume], first: &HashSet<u64>) -> Vec<Found>
             continue;
         };
         found.push(Found {
-            mount: line.mount,
+            mount: line.id,
             what: format!("{} {}", line.device, line.root),
             point: line.point.clone(),
             place: wanted.place.clone(),
             path: path.to_owned(),
-            read_only: line.read_only,
+            read_only: line.is_read_only(),
         });
     }
     found

@@ -5,6 +5,7 @@
 //! before the release of that file has been answered, and the kernel (6.12) has a BUG: "Busy inodes after unmount of
 //! virtiofs". An open descriptor of it, kept until the VM ends, makes sure that it never ends.
 
+use boxlite_proto::mountinfo::mounts;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::fs::{Mode, OFlags, ResolveFlags, fstat, openat2};
 use std::collections::HashMap;
@@ -36,8 +37,8 @@ pub fn follow(pid: i32, ended: impl Fn() -> bool) {
 
 fn pin_all(pid: i32) {
     let text = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap_or_default();
-    for point in text.lines().filter_map(virtiofs) {
-        if let Some((device, submount)) = open(pid, &point) {
+    for mount in mounts(&text).filter(|mount| mount.kind == "virtiofs") {
+        if let Some((device, submount)) = open(pid, &mount.point) {
             let mut pins = PINS.lock().unwrap_or_else(PoisonError::into_inner);
             let pins = pins.get_or_insert_default();
             if pins.len() < LIMIT {
@@ -47,46 +48,13 @@ fn pin_all(pid: i32) {
     }
 }
 
-/// The mount point in a line of mountinfo, if virtiofs is mounted there.
-fn virtiofs(line: &str) -> Option<String> {
-    let (mount, source) = line.split_once(" - ")?;
-    let point = mount.split(' ').nth(4)?;
-    source.starts_with("virtiofs ").then(|| unescape(point))
-}
-
-/// A path of mountinfo: space, tab, newline and backslash are octal there.
-pub fn unescape(field: &str) -> String {
-    [
-        ("\\040", " "),
-        ("\\011", "\t"),
-        ("\\012", "\n"),
-        ("\\134", "\\"),
-    ]
-    .iter()
-    .fold(field.to_owned(), |text, (from, to)| text.replace(from, to))
-}
-
 /// The container may change what is where meanwhile: nothing outside of its root is reached, and what is opened is only kept.
-fn open(pid: i32, point: &str) -> Option<(u64, OwnedFd)> {
+fn open(pid: i32, point: &Path) -> Option<(u64, OwnedFd)> {
     let root = File::open(format!("/proc/{pid}/root")).ok()?;
-    let path = Path::new(point).strip_prefix("/").ok()?;
+    let path = point.strip_prefix("/").ok()?;
     let flags = OFlags::PATH | OFlags::CLOEXEC;
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
     let opened = openat2(&root, path, flags, Mode::empty(), resolve).ok()?;
     let device = fstat(&opened).ok()?.st_dev;
     Some((device, opened))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn mounts_of_the_share_are_found() {
-        let line = r"60 59 0:44 / /data/a\040b rw,relatime shared:1 - virtiofs share rw";
-        assert_eq!(virtiofs(line).as_deref(), Some("/data/a b"));
-        let other = "61 59 0:45 / /proc rw - proc proc rw";
-        assert_eq!(virtiofs(other), None);
-        assert_eq!(virtiofs("nonsense"), None);
-    }
 }

@@ -9,12 +9,12 @@
 //! first request is answered; what is bound into the share later has not got it either.
 
 use super::volumes::Volume;
+use crate::fuse::{FileSystem, Root, file_system, named};
+use boxlite_proto::mountinfo::mounts;
 use nix::sched::{CloneFlags, setns, unshare};
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, StatxFlags, open, openat2, statx};
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MoveMountFlags, UnmountFlags,
-    fsconfig_create, fsconfig_reconfigure, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen,
-    fspick, move_mount, unmount,
+    FsPickFlags, MoveMountFlags, UnmountFlags, fsconfig_reconfigure, fspick, move_mount, unmount,
 };
 use std::fs::File;
 use std::io;
@@ -25,8 +25,6 @@ use std::time::Duration;
 
 /// Type of the mounts in the host's table.
 const KIND: &str = "fuse.boxlite";
-/// What answers FUSE requests.
-const DEVICE: &str = "/dev/fuse";
 /// How long one step may take. A path may lead through a file system of the host that does not answer.
 const STEP_LIMIT: Duration = Duration::from_secs(10);
 
@@ -174,10 +172,8 @@ impl Keeper {
     fn place(&self, wanted: &Wanted) -> io::Result<Mounted> {
         enter(&self.mounts.host)?;
         let target = find(&wanted.volume, &wanted.path)?;
-        let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let device = open(DEVICE, flags, Mode::empty()).map_err(named("open /dev/fuse"))?;
-        let mount = file_system(&device, &self.name, wanted.read_only)
-            .map_err(named("make the file system"))?;
+        let FileSystem { device, mount } =
+            file_system(&self.name, Root::Directory, wanted.read_only)?;
         let how = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
         move_mount(&mount, "", &target, "", how).map_err(named("mount"))?;
         let mounted = Mounted {
@@ -230,13 +226,6 @@ impl Keeper {
     }
 }
 
-fn named(step: &'static str) -> impl FnOnce(rustix::io::Errno) -> io::Error {
-    move |errno| {
-        let error = io::Error::from(errno);
-        io::Error::new(error.kind(), format!("{step}: {error}"))
-    }
-}
-
 fn directory(path: &Path) -> io::Result<OwnedFd> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     Ok(open(path, flags, Mode::empty())?)
@@ -255,30 +244,6 @@ fn find(volume: &Volume, path: &str) -> io::Result<OwnedFd> {
 
 fn strict() -> ResolveFlags {
     ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS
-}
-
-/// A FUSE file system that is mounted nowhere yet. The host's kernel checks permissions by owner and mode.
-fn file_system(device: &OwnedFd, name: &str, read_only: bool) -> rustix::io::Result<OwnedFd> {
-    let context = fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC)?;
-    fsconfig_set_string(context.as_fd(), "source", name)?;
-    fsconfig_set_string(context.as_fd(), "subtype", "boxlite")?;
-    let number = device.as_raw_fd().to_string();
-    for (key, value) in [
-        ("fd", number.as_str()),
-        ("rootmode", "40000"),
-        ("user_id", "0"),
-        ("group_id", "0"),
-    ] {
-        fsconfig_set_string(context.as_fd(), key, value)?;
-    }
-    fsconfig_set_flag(context.as_fd(), "default_permissions")?;
-    fsconfig_set_flag(context.as_fd(), "allow_other")?;
-    fsconfig_create(context.as_fd())?;
-    let mut attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
-    if read_only {
-        attributes |= MountAttrFlags::MOUNT_ATTR_RDONLY;
-    }
-    fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)
 }
 
 /// Number of the file system, without asking it.
@@ -329,15 +294,10 @@ pub fn sweep(name: &str) {
 
 /// Mount points of that name, later ones first.
 fn points(table: &str, name: &str) -> Vec<PathBuf> {
-    let own = table.lines().rev().filter_map(|line| {
-        let (mount, system) = line.split_once(" - ")?;
-        let mut system = system.split(' ');
-        if (system.next(), system.next()) != (Some(KIND), Some(name)) {
-            return None;
-        }
-        mount.split(' ').nth(4)
-    });
-    own.map(crate::share::mountinfo::unescape).collect()
+    let own = mounts(table).rev();
+    own.filter(|mount| (mount.kind, mount.source) == (KIND, name))
+        .map(|mount| mount.point)
+        .collect()
 }
 
 #[cfg(test)]

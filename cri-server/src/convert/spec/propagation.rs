@@ -4,6 +4,7 @@
 
 use super::ConvertError;
 use boxlite_proto::cri::v1::{Mount, MountPropagation};
+use boxlite_proto::mountinfo;
 use std::path::{Path, PathBuf};
 
 const TABLE: &str = "/proc/self/mountinfo";
@@ -58,38 +59,18 @@ pub(super) fn option(mount: &Mount, source: &Path) -> Result<&'static str, Conve
 /// The mount point of the mount that `path` is on, if that mount is not shared.
 fn unshared(table: &str, path: &Path) -> Option<PathBuf> {
     let mut best: Option<(PathBuf, bool)> = None;
-    for line in table.lines() {
-        // `36 35 98:0 /root /point options [optional fields …] - type source options`
-        let mut fields = line.split(' ').skip(4);
-        let Some(point) = fields.next().map(unescape) else {
-            continue;
-        };
-        let mut optional = fields.skip(1).take_while(|field| *field != "-");
-        let shared = optional.any(|field| field.starts_with("shared:"));
+    for mount in mountinfo::mounts(table) {
         let depth = |path: &Path| path.components().count();
         // A later mount at the same place covers the one before.
         let deeper = best
             .as_ref()
-            .is_none_or(|(known, _)| depth(&point) >= depth(known));
-        if path.starts_with(&point) && deeper {
-            best = Some((point, shared));
+            .is_none_or(|(known, _)| depth(&mount.point) >= depth(known));
+        if path.starts_with(&mount.point) && deeper {
+            let shared = mount.is_shared();
+            best = Some((mount.point, shared));
         }
     }
     best.filter(|(_, shared)| !shared).map(|(point, _)| point)
-}
-
-/// Space, tab, newline and backslash are octal there.
-fn unescape(field: &str) -> PathBuf {
-    let codes = [
-        ("\\040", " "),
-        ("\\011", "\t"),
-        ("\\012", "\n"),
-        ("\\134", "\\"),
-    ];
-    let path = codes
-        .iter()
-        .fold(field.to_owned(), |text, (from, to)| text.replace(from, to));
-    PathBuf::from(path)
 }
 
 #[cfg(test)]

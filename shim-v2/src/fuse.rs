@@ -1,0 +1,86 @@
+//! FUSE file systems that this process serves, made and mounted nowhere yet. The host's kernel checks permissions by owner
+//! and mode.
+//!
+//! Where they are mounted and who answers: [`crate::shown`] (directories of the guest, for the host) and [`crate::blocks`]
+//! (block devices of the host, for the guest).
+
+use rustix::fs::{Mode, OFlags, open};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag,
+    fsconfig_set_string, fsmount, fsopen,
+};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+/// Type of the mounts in the host's table, together with "fuse.".
+pub const SUBTYPE: &str = "boxlite";
+/// What answers FUSE requests.
+const DEVICE: &str = "/dev/fuse";
+
+/// What the root of a file system is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Root {
+    Directory,
+    File,
+}
+
+/// A file system without a place.
+#[derive(Debug)]
+pub struct FileSystem {
+    /// Its requests come here and their answers go here; the last close of it ends the file system. Reading never blocks.
+    pub device: OwnedFd,
+    /// Stands for the mount.
+    pub mount: OwnedFd,
+}
+
+/// Makes one. `source` is its name in mount tables.
+///
+/// # Errors
+/// The step that the kernel refused.
+pub fn file_system(source: &str, root: Root, read_only: bool) -> io::Result<FileSystem> {
+    let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let device = open(DEVICE, flags, Mode::empty()).map_err(named("open /dev/fuse"))?;
+    let mount =
+        make(&device, source, root, read_only).map_err(named("make the FUSE file system"))?;
+    Ok(FileSystem { device, mount })
+}
+
+fn make(
+    device: &OwnedFd,
+    source: &str,
+    root: Root,
+    read_only: bool,
+) -> rustix::io::Result<OwnedFd> {
+    let context = fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_set_string(context.as_fd(), "source", source)?;
+    fsconfig_set_string(context.as_fd(), "subtype", SUBTYPE)?;
+    let number = device.as_raw_fd().to_string();
+    let mode = match root {
+        Root::Directory => "40000",
+        Root::File => "100600",
+    };
+    for (key, value) in [
+        ("fd", number.as_str()),
+        ("rootmode", mode),
+        ("user_id", "0"),
+        ("group_id", "0"),
+    ] {
+        fsconfig_set_string(context.as_fd(), key, value)?;
+    }
+    fsconfig_set_flag(context.as_fd(), "default_permissions")?;
+    fsconfig_set_flag(context.as_fd(), "allow_other")?;
+    fsconfig_create(context.as_fd())?;
+    let mut attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
+    if read_only {
+        attributes |= MountAttrFlags::MOUNT_ATTR_RDONLY;
+    }
+    fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)
+}
+
+/// Puts the step into an error.
+pub fn named(step: &'static str) -> impl FnOnce(rustix::io::Errno) -> io::Error {
+    move |errno| {
+        let error = io::Error::from(errno);
+        io::Error::new(error.kind(), format!("{step}: {error}"))
+    }
+}
