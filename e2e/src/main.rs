@@ -11,6 +11,7 @@ mod client;
 mod conformance;
 mod containerd;
 mod demo;
+mod disk;
 mod enclave;
 mod image;
 mod install;

@@ -23,6 +23,7 @@ const UNSAFE: &[&str] = &[
     "guest/src/spawner/pause.rs",
     "guest/src/spawner/server.rs",
     "guest/src/storage/idmap.rs",
+    "guest/src/storage/loops.rs",
     "guest/src/system.rs",
     "shim-v2/src/net/tap.rs",
     "shim-v2/src/share/idmap.rs",

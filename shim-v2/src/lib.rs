@@ -3,6 +3,7 @@
 //! The ttrpc services, the command line and the log writers are in here too, but know no VMM; only the module `vmm`
 //! does, and `machine`, which puts a VM together. No image, no database: a shim is told every path.
 
+pub mod blocks;
 pub mod cgroup;
 pub mod cli;
 pub mod connections;

@@ -2,6 +2,7 @@
 
 mod bad_images;
 mod bad_input;
+mod blocks;
 mod cni;
 mod death;
 mod exec;
@@ -32,6 +33,7 @@ pub fn all() -> Vec<Case> {
         cni::cases(),
         spec::cases(),
         volumes::cases(),
+        blocks::cases(),
         shown::cases(),
         security::cases(),
         nri::cases(),

@@ -442,12 +442,5 @@ async fn refused(world: Shared) -> Result {
         &pod.create_with(config).await.map(drop),
         &["private", &alone.0.display().to_string()],
     )?;
-    let mut config = container_spec("c", &world.images.base, &["true"]);
-    config.devices = vec![Device {
-        host_path: "/dev/loop0".into(),
-        container_path: "/dev/block".into(),
-        permissions: "rwm".into(),
-    }];
-    says(&pod.create_with(config).await.map(drop), &["/dev/loop0"])?;
     pod.end().await
 }

@@ -2,6 +2,7 @@
 
 use super::daemon::{RUNTIME, Version, run_args};
 use super::{Case, Shared, other_than};
+use crate::disk::Disk;
 use crate::outcome::{During, Failure, Result};
 use crate::runner::case;
 use crate::{ensure, same, wait};
@@ -28,6 +29,7 @@ pub fn cases() -> Vec<Case> {
         ),
         case("task::annotations_only_where_allowed", 60, annotations),
         case("task::the_hosts_network", 60, host_network),
+        case("task::a_block_device_of_the_host", 60, block_device),
         case("task::many_wait_for_one_exit", 60, many_waiters),
         case("task::config_by_runtime_option", 60, config_path),
         case("task::erofs_layers_are_handed_over", 90, erofs)
@@ -272,6 +274,23 @@ async fn limits(lab: Shared) -> Result {
         "the VM is in the host's network namespace"
     );
     ctr.remove("big").await
+}
+
+async fn block_device(lab: Shared) -> Result {
+    let disk = Disk::new(&lab.shared.dir)?;
+    disk.write(0, b"of the host")?;
+    let node = disk.node.display().to_string();
+    let script = format!(
+        "head -c 11 {node}; printf 'from the task' | dd of={node} conv=notrunc,fsync 2>/dev/null"
+    );
+    let flags = ["--rm", "--device", &node];
+    let output = lab
+        .shared
+        .run(&flags, "blk1", &["sh", "-c", &script])
+        .await?;
+    same!(succeeded(&output)?, "of the host", "read");
+    same!(disk.read(0, 13)?, b"from the task", "on the host");
+    disk.given_up().await
 }
 
 async fn annotations(lab: Shared) -> Result {

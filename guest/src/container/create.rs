@@ -147,9 +147,13 @@ fn prepare(
     let shown = take_wanted(&mut spec);
     let mut rootfs = Rootfs::assemble(&request.container_id, tree, &pod.layers, owners.as_ref())?;
     let volumes = rootfs.mount_volumes(&mut spec, &pod.layers);
+    let outside = |id| joined.user.as_ref().map_or(id, |user| user.outside(id));
+    let (id, wanted) = (&request.container_id, &request.block_devices);
+    let blocks = rootfs.make_blocks(id, wanted, outside, &mut spec);
     let state = Path::new(STATE).join(&request.container_id);
     let configure = || -> Result<(u32, Confinement), ContainerError> {
         volumes?;
+        blocks?;
         let user = resolve_user(&rootfs.path(), &spec::user_plan(&spec))?;
         let place = Place {
             rootfs: &rootfs.path(),

@@ -15,7 +15,7 @@ use std::path::{Component, Path, PathBuf};
 /// Where the VM's devices are.
 const DEV: &str = "/dev";
 /// What of it a container has of its own.
-const OWN: [&str; 6] = ["console", "fd", "mqueue", "ptmx", "pts", "shm"];
+const OWN: [&str; 7] = ["boxlite", "console", "fd", "mqueue", "ptmx", "pts", "shm"];
 /// How deep directories are looked into (/dev/disk/by-id is two), and how many devices a container may have.
 const DEPTH: u32 = 3;
 const DEVICE_LIMIT: usize = 1024;
@@ -58,10 +58,10 @@ pub fn of(spec: &Spec, mapped: bool) -> Result<Vec<LinuxDevice>, ContainerError>
         let device = node(&wish.source, &wish.path)
             .map_err(|error| invalid(format!("the VM has no device {:?}: {error}", wish.source)))?
             .ok_or_else(|| invalid(format!("{:?} of the VM is no device", wish.source)))?;
-        // By name it means a disk of the host, and the VM's of that name is another one: its scratch disk, say.
+        // The host's come by number; by name it would be one of the VM's own: its scratch disk, say.
         if device.typ() == LinuxDeviceType::B {
             return Err(invalid(format!(
-                "{:?} is a block device: the host's do not reach a VM, and the VM's own are no volumes",
+                "the host has no block device {:?}, and the VM's own are no volumes",
                 wish.source
             )));
         }

@@ -9,11 +9,14 @@
 //! /run/boxlite/scratch/c/<id>/  upper and work of a container's overlay
 //! /run/boxlite/c/<id>/          bundle: config.json, rootfs, volumes/<n>: images mounted as volumes
 //! /run/boxlite/memory/<name>    memory that containers mount at /dev/shm
+//! /dev/boxlite/<id>.<n>         node of a loop device: a block device of the host, by a file b/<number> of the share
 //! /l/<n>                        a layer, mounted once for all containers that have it
 //! ```
 
+pub mod blocks;
 pub mod idmap;
 pub mod layers;
+mod loops;
 pub mod pins;
 pub mod pod;
 pub mod rootfs;

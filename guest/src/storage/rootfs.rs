@@ -4,10 +4,11 @@
 //! [`Rootfs::assemble`] makes it, [`Rootfs::take_down`] removes everything it made. Both block.
 
 use super::StorageError;
+use super::blocks::Blocks;
 use super::idmap::Mapped;
 use super::layers::{Layers, below_share};
 use super::volumes::Volumes;
-use boxlite_proto::boxlite::v1::Rootfs as Request;
+use boxlite_proto::boxlite::v1::{BlockDevice, Rootfs as Request};
 use boxlite_proto::names;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use oci_spec::runtime::Spec;
@@ -44,6 +45,7 @@ pub struct Rootfs {
     /// Holds upper and work; none for a bound tree.
     writable: Option<PathBuf>,
     volumes: Volumes,
+    blocks: Blocks,
 }
 
 impl Rootfs {
@@ -62,6 +64,7 @@ impl Rootfs {
             bundle: Path::new(BUNDLES).join(id),
             writable: None,
             volumes: Volumes::default(),
+            blocks: Blocks::default(),
         };
         match rootfs.build(id, request, layers, owners) {
             Ok(()) => Ok(rootfs),
@@ -132,6 +135,20 @@ impl Rootfs {
         self.volumes.mount(spec, &self.bundle, layers)
     }
 
+    /// Makes the host's block devices for the container `id`, and adds them to `spec`. They go with the rootfs.
+    ///
+    /// # Errors
+    /// As [`Blocks::make`].
+    pub fn make_blocks(
+        &mut self,
+        id: &str,
+        wanted: &[BlockDevice],
+        outside: impl Fn(u32) -> u32,
+        spec: &mut Spec,
+    ) -> Result<(), StorageError> {
+        self.blocks.make(id, wanted, outside, spec)
+    }
+
     /// The layers as the owners' namespace sees them.
     fn map_layers(
         &self,
@@ -174,6 +191,7 @@ impl Rootfs {
 
     /// Unmounts and removes everything. Succeeds on what is gone.
     pub fn take_down(&self, layers: &Layers) -> Result<(), StorageError> {
+        self.blocks.take_down();
         self.volumes.take_down(layers)?;
         let target = self.path();
         match umount2(&target, MntFlags::MNT_DETACH) {

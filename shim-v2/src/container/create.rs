@@ -1,7 +1,7 @@
 //! Task.Create: from a bundle to a container that waits for its start, each step undone if a later one fails.
 //!
 //! ```text
-//! id reserved → spec rewritten → output opened → rootfs in the share → mounts in the share → Container.Init → task spawned
+//! id reserved → spec rewritten → output opened → rootfs, mounts, block devices in the share → Container.Init → task spawned
 //! ```
 
 use super::process::{About, Process};
@@ -158,8 +158,13 @@ impl Containers {
                 .bind(&guest.share, &bind.source, &bind.path, bind.mode, undo)
                 .await?;
         }
+        let mut blocks = Vec::with_capacity(spec.blocks.len());
+        for wish in &spec.blocks {
+            blocks.push(self.blocks.serve(&guest.share, wish, undo).await?);
+        }
         self.show(&spec, undo).await?;
-        let init = init_request(request, &spec, rootfs, &stdio)?;
+        let mut init = init_request(request, &spec, rootfs, &stdio)?;
+        init.block_devices = blocks;
         let (containers, id, ended) = (
             guest.session.container(),
             request.id.clone(),
@@ -245,5 +250,6 @@ fn init_request(
         pid_target: spec.pid_target.clone(),
         // A FIFO's end is CloseIO, said once for all clients that may come.
         stdin_once: spec.stdin_once || !stdio.stdin.is_empty(),
+        block_devices: Vec::new(),
     })
 }

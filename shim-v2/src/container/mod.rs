@@ -13,6 +13,7 @@ pub mod spec;
 pub mod stats;
 mod volume;
 
+use crate::blocks::Blocks;
 use crate::error::{Result, ShimError};
 use crate::sandbox::undo::Undo;
 use crate::sandbox::{Context, Guest};
@@ -110,6 +111,7 @@ pub struct Containers {
     layers: rootfs::SharedBinds,
     mapped: mapped::MappedVolumes,
     shown: Arc<Volumes>,
+    blocks: Blocks,
 }
 
 impl Containers {
@@ -121,6 +123,7 @@ impl Containers {
             layers: rootfs::SharedBinds::default(),
             mapped: mapped::MappedVolumes::default(),
             shown: Arc::default(),
+            blocks: Blocks::default(),
         }
     }
 

@@ -4,6 +4,7 @@
 //! [`super::create`]'s; building namespaces, cgroups and devices out of the spec is the guest's.
 
 use super::volume::{self, Bind};
+use crate::blocks::wish::{self, Wish};
 use crate::error::{Result, ShimError};
 use boxlite_proto::boxlite::v1::PidMode;
 use boxlite_proto::names::{PID_MODE_ANNOTATION, STDIN_ANNOTATION};
@@ -20,6 +21,8 @@ pub struct GuestSpec {
     pub spec: Spec,
     /// What to bind, in order of the mounts.
     pub binds: Vec<Bind>,
+    /// Block devices of the host.
+    pub blocks: Vec<Wish>,
     /// Whose PID namespace.
     pub pid_mode: PidMode,
     /// Container id, with [`PidMode::Target`].
@@ -57,7 +60,7 @@ pub fn load(bundle: &Path) -> Result<Spec> {
 /// Rewrites `spec` for the guest.
 ///
 /// # Errors
-/// HostPath, naming the path and the mount that wants it.
+/// HostPath, naming the path and the mount that wants it; Invalid for devices.
 pub fn rewrite(mut spec: Spec) -> Result<GuestSpec> {
     let annotation = |name: &str| {
         let all = spec.annotations().as_ref()?;
@@ -77,10 +80,12 @@ pub fn rewrite(mut spec: Spec) -> Result<GuestSpec> {
         binds.extend(volume::rewrite(mount)?);
     }
     spec.set_mounts(Some(mounts));
+    let blocks = wish::take(&mut spec)?;
     drop_host(&mut spec);
     Ok(GuestSpec {
         spec,
         binds,
+        blocks,
         pid_mode,
         pid_target,
         stdin: stdin.is_some(),

@@ -4,6 +4,7 @@ use crate::error::{Result, ShimError};
 use crate::sandbox::machine::Share;
 use crate::share::{BindMode, PodShare, ShareError};
 use async_trait::async_trait;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -27,6 +28,11 @@ impl Share for VmShare {
             share.mount(&kind, &source, &options, &path)
         })
         .await
+    }
+
+    async fn attach(&self, mount: OwnedFd, path: &str) -> Result<()> {
+        let (share, path) = (self.0.clone(), path.to_owned());
+        blocking("attach to the share", move || share.attach(&mount, &path)).await
     }
 
     async fn unbind(&self, path: &str) -> Result<()> {

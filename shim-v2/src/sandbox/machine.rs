@@ -10,6 +10,7 @@ use crate::share::BindMode;
 use crate::shown::place::Keeper;
 use async_trait::async_trait;
 use boxlite_runtime::portal::GuestSession;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -21,7 +22,9 @@ pub trait Share: Send + Sync {
     async fn bind(&self, source: &Path, path: &str, mode: BindMode) -> Result<()>;
     /// Mounts a file system of the host (`kind`, fstab-style options) at the directory `path` below the share.
     async fn mount(&self, kind: &str, source: &str, options: &[String], path: &str) -> Result<()>;
-    /// Takes away what bind or mount made; succeeds on what is gone.
+    /// Puts a file system that is one file and mounted nowhere at `path` below the share.
+    async fn attach(&self, mount: OwnedFd, path: &str) -> Result<()>;
+    /// Takes away what bind, mount or attach made; succeeds on what is gone.
     async fn unbind(&self, path: &str) -> Result<()>;
 }
 

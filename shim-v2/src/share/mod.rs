@@ -14,7 +14,10 @@ pub mod mountinfo;
 
 use beneath::Place;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use rustix::fs::CWD;
+use rustix::mount::{MoveMountFlags, move_mount};
 use std::fs;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -24,6 +27,8 @@ const OPTIONS: &str = "size=16m,nr_inodes=16384,mode=755";
 /// Longest path below the share, in bytes.
 const PATH_LIMIT: usize = 512;
 const NONE: Option<&str> = None;
+/// A place is named by a link in /proc.
+const FOLLOW: MoveMountFlags = MoveMountFlags::MOVE_MOUNT_T_SYMLINKS;
 
 /// What may be written through a bind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -128,7 +133,7 @@ impl PodShare {
         let shared = mount(NONE, directory, NONE, MsFlags::MS_SHARED, NONE)
             .map_err(failed("sharing", directory));
         let made = shared.and_then(|()| share.make_stage()).and_then(|()| {
-            ["l", "m", "r"].iter().try_for_each(|name| {
+            ["b", "l", "m", "r"].iter().try_for_each(|name| {
                 let path = directory.join(name);
                 fs::create_dir(&path).map_err(failed("creating", path))
             })
@@ -219,7 +224,23 @@ impl PodShare {
         done
     }
 
-    /// Takes away what [`PodShare::bind`] or [`PodShare::mount`] made, lazily: a guest that still has a file open keeps
+    /// Mounts a file system that is one file and has no place yet.
+    ///
+    /// # Errors
+    /// As [`PodShare::bind`]; nothing is left behind then.
+    pub fn attach(&self, tree: &OwnedFd, path: &str) -> Result<(), ShareError> {
+        let place = self.make(path, false)?;
+        let how = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+        let done = move_mount(tree, "", CWD, place.path(), how | FOLLOW)
+            .map_err(failed("moving into the share", path));
+        drop(place);
+        if done.is_err() {
+            drop(self.unbind(path));
+        }
+        done
+    }
+
+    /// Takes away what [`PodShare::bind`], [`PodShare::mount`] or [`PodShare::attach`] made, lazily: a guest that still has a file open keeps
     /// that file. Succeeds on what is gone.
     ///
     /// # Errors

@@ -1,64 +1,138 @@
-//! `devices` of the request: nodes of the guest's /dev under the names asked for.
+//! `devices` of the request: block devices of the host, and nodes of the guest's /dev under the names asked for.
 //!
-//! A VM has none of the host's devices. What a pod asks for by a name that every Linux has (/dev/fuse, /dev/net/tun) exists in
-//! the guest as well, and that is what the container gets; what the guest has not is refused there, by name. The choice travels
-//! as an annotation, since an OCI device is numbers, and the numbers are the guest's.
+//! A block device is named by its numbers, as containerd would: an OCI device and the rule that allows it. The shim serves it to
+//! the VM. Of character devices a VM has none of the host's: what a pod asks for by a name that every Linux has (/dev/fuse,
+//! /dev/net/tun) exists in the guest as well, and that is what the container gets; what the guest has not is refused there, by
+//! name. That choice travels as an annotation, since an OCI device is numbers, and the numbers are the guest's.
 
 use super::ConvertError;
 use boxlite_proto::cri::v1::Device;
-use serde_json::json;
+use nix::libc::{major, minor};
+use serde_json::{Value, json};
+use std::fs::Metadata;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Component, Path};
 
-/// The annotation's value; `None` where nothing is asked for.
-pub fn devices(wanted: &[Device]) -> Result<Option<String>, ConvertError> {
-    if wanted.is_empty() {
-        return Ok(None);
-    }
-    let mut list = Vec::new();
+/// Names of the request's fields.
+const HOST_PATH: &str = "config.devices.host_path";
+const CONTAINER_PATH: &str = "config.devices.container_path";
+
+/// What the spec says of the devices.
+#[derive(Debug, Default, PartialEq)]
+pub struct Devices {
+    /// The annotation's value; `None` where nothing of the guest's is asked for.
+    pub of_guest: Option<String>,
+    /// `linux.devices`: the host's.
+    pub nodes: Vec<Value>,
+    /// What `linux.resources.devices` says about them.
+    pub rules: Vec<Value>,
+}
+
+/// Reads the request; looks at the host for what its paths are.
+pub fn devices(wanted: &[Device]) -> Result<Devices, ConvertError> {
+    let mut devices = Devices::default();
+    let mut of_guest = Vec::new();
     for device in wanted {
-        let container_path = if device.container_path.is_empty() {
-            &device.host_path
-        } else {
-            &device.container_path
+        let container_path = match device.container_path.as_str() {
+            "" => &device.host_path,
+            path => path,
         };
-        below_dev("config.devices.host_path", &device.host_path)?;
-        below_dev("config.devices.container_path", container_path)?;
-        let permissions = match device.permissions.as_str() {
-            "" => "rwm",
-            text if text.chars().all(|c| "rwm".contains(c)) => text,
-            text => {
-                return Err(ConvertError::invalid(
-                    "config.devices.permissions",
-                    text,
-                    "must be made of r, w and m",
-                ));
+        let permissions = permissions(device)?;
+        match block_device(&device.host_path)? {
+            Some(metadata) => {
+                plain(container_path)?;
+                let (major, minor) = (major(metadata.rdev()), minor(metadata.rdev()));
+                devices.nodes.push(json!({
+                    "path": container_path, "type": "b", "major": major, "minor": minor,
+                    "fileMode": metadata.mode() & 0o7777, "uid": metadata.uid(), "gid": metadata.gid(),
+                }));
+                devices.rules.push(json!({
+                    "allow": true, "type": "b", "major": major, "minor": minor, "access": permissions,
+                }));
             }
-        };
-        list.push(json!({
-            "source": device.host_path,
-            "path": container_path,
-            "permissions": permissions,
-        }));
+            None => {
+                below_dev(HOST_PATH, &device.host_path)?;
+                below_dev(CONTAINER_PATH, container_path)?;
+                of_guest.push(json!({
+                    "source": device.host_path,
+                    "path": container_path,
+                    "permissions": permissions,
+                }));
+            }
+        }
     }
-    Ok(Some(json!(list).to_string()))
+    if !of_guest.is_empty() {
+        devices.of_guest = Some(json!(of_guest).to_string());
+    }
+    Ok(devices)
+}
+
+fn permissions(device: &Device) -> Result<&str, ConvertError> {
+    match device.permissions.as_str() {
+        "" => Ok("rwm"),
+        text if text.chars().all(|c| "rwm".contains(c)) => Ok(text),
+        text => Err(ConvertError::invalid(
+            "config.devices.permissions",
+            text,
+            "must be made of r, w and m",
+        )),
+    }
+}
+
+/// What is at a path of the host, links followed, if it is a block device; `None`: the guest's /dev decides.
+fn block_device(path: &str) -> Result<Option<Metadata>, ConvertError> {
+    let refuse = |reason: String| Err(ConvertError::invalid(HOST_PATH, path, reason));
+    if !Path::new(path).is_absolute() || path.contains('\0') {
+        return refuse("must be an absolute path".to_owned());
+    }
+    let of_guest = is_below_dev(path);
+    match std::fs::metadata(path) {
+        Ok(metadata) if metadata.file_type().is_block_device() => Ok(Some(metadata)),
+        _ if of_guest => Ok(None),
+        Ok(_) => refuse(
+            "is no block device, and of others the VM has its own, by paths below /dev".to_owned(),
+        ),
+        Err(error) => refuse(error.to_string()),
+    }
+}
+
+/// A place in the container that a device can have: absolute, of names only.
+fn plain(path: &str) -> Result<(), ConvertError> {
+    let mut parts = Path::new(path).components();
+    let root = parts.next() == Some(Component::RootDir);
+    let mut names = parts.peekable();
+    let any = names.peek().is_some();
+    let good = root && any && names.all(|part| matches!(part, Component::Normal(_)));
+    if good && !path.contains('\0') {
+        return Ok(());
+    }
+    Err(ConvertError::invalid(
+        CONTAINER_PATH,
+        path,
+        "must be an absolute path without \"..\"",
+    ))
 }
 
 /// A plain path below /dev.
 fn below_dev(field: &'static str, path: &str) -> Result<(), ConvertError> {
+    if is_below_dev(path) {
+        return Ok(());
+    }
+    Err(ConvertError::invalid(
+        field,
+        path,
+        "must be a path below /dev: only block devices come from the host",
+    ))
+}
+
+fn is_below_dev(path: &str) -> bool {
     let inside = Path::new(path).strip_prefix("/dev").is_ok_and(|rest| {
         rest.components().next().is_some()
             && rest
                 .components()
                 .all(|part| matches!(part, Component::Normal(_)))
     });
-    if inside && !path.contains('\0') {
-        return Ok(());
-    }
-    Err(ConvertError::invalid(
-        field,
-        path,
-        "must be a path below /dev: the VM has no other devices",
-    ))
+    inside && !path.contains('\0')
 }
 
 #[cfg(test)]
@@ -75,14 +149,13 @@ mod tests {
 
     #[test]
     fn paths_below_dev_with_permissions() {
-        assert_eq!(devices(&[]), Ok(None));
-        let text = devices(&[
+        assert_eq!(devices(&[]), Ok(Devices::default()));
+        let found = devices(&[
             device("/dev/fuse", "", "rw"),
             device("/dev/net/tun", "/dev/tun", ""),
         ])
-        .unwrap()
         .unwrap();
-        let list: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let list: Value = serde_json::from_str(&found.of_guest.unwrap()).unwrap();
         assert_eq!(
             list,
             json!([
@@ -90,19 +163,50 @@ mod tests {
                 {"source": "/dev/net/tun", "path": "/dev/tun", "permissions": "rwm"},
             ])
         );
+        assert!(found.nodes.is_empty() && found.rules.is_empty());
+    }
+
+    #[test]
+    fn block_devices_are_the_hosts_through_links_and_anywhere() {
+        let disk = std::fs::read_dir("/dev").unwrap().flatten().find(|entry| {
+            let kind = entry.file_type();
+            kind.is_ok_and(|kind| kind.is_block_device())
+        });
+        let disk = disk.expect("a machine has a disk").path();
+        let number = std::fs::metadata(&disk).unwrap().rdev();
+        let dir = tempfile::tempdir().unwrap();
+        let link = dir.path().join("pv");
+        std::os::unix::fs::symlink(&disk, &link).unwrap();
+        let found = devices(&[device(link.to_str().unwrap(), "/block0", "r")]).unwrap();
+        assert_eq!(found.of_guest, None);
+        assert_eq!(found.nodes[0]["path"], "/block0");
+        assert_eq!(
+            found.rules,
+            [
+                json!({"allow": true, "type": "b", "major": major(number), "minor": minor(number), "access": "r"})
+            ]
+        );
+        let disk = disk.to_str().unwrap();
+        for bad in ["block0", "/", "/a/../b", "/a\0"] {
+            let error = devices(&[device(disk, bad, "")]).unwrap_err().to_string();
+            assert!(error.contains(CONTAINER_PATH), "{error}");
+        }
     }
 
     #[test]
     fn anything_else_is_refused() {
-        for bad in [
-            device("/etc/passwd", "", ""),
-            device("/dev/../etc", "", ""),
-            device("/dev", "", ""),
-            device("", "", ""),
-            device("/dev/fuse", "/x", ""),
-            device("/dev/fuse", "", "rwx"),
+        for (bad, field) in [
+            (device("/etc/passwd", "", ""), HOST_PATH),
+            (device("/no/such/disk", "", ""), HOST_PATH),
+            (device("/dev/../etc", "", ""), HOST_PATH),
+            (device("/dev", "", ""), HOST_PATH),
+            (device("", "", ""), HOST_PATH),
+            (device("dev/fuse", "", ""), HOST_PATH),
+            (device("/dev/fuse", "/x", ""), CONTAINER_PATH),
+            (device("/dev/fuse", "", "rwx"), "config.devices.permissions"),
         ] {
-            assert!(devices(std::slice::from_ref(&bad)).is_err(), "{bad:?}");
+            let error = devices(std::slice::from_ref(&bad)).unwrap_err().to_string();
+            assert!(error.contains(field), "{bad:?}: {error}");
         }
     }
 }

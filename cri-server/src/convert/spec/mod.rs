@@ -1,7 +1,7 @@
 //! The OCI spec of a container, as containerd's CRI plugin would write it, but for what a VM makes different.
 //!
 //! Differences: network, IPC and UTS namespaces are the VM's own, so the spec asks for none; `process.user` may carry a name that only the
-//! guest can resolve (see `user`); `/dev/shm` is the guest's; devices are the guest's (see `devices`); AppArmor and SELinux are not in the
+//! guest can resolve (see `user`); `/dev/shm` is the guest's; devices but disks are the guest's (see `devices`); AppArmor and SELinux are not in the
 //! guest's kernel (see `lsm`). Mount sources are host paths; the runtime turns them into guest paths.
 //!
 //! Written as JSON, since that is what the specification defines, and read back typed: what oci-spec does not know fails here.
@@ -64,7 +64,7 @@ impl Source<'_> {
     }
 }
 
-/// The spec. Looks at the host only for the existence of mount sources.
+/// The spec. Looks at the host only for what mount sources and devices are.
 pub fn spec(source: Source<'_>) -> Result<Spec, ConvertError> {
     let security = source.security();
     refuse(&source, &security)?;
@@ -90,18 +90,22 @@ pub fn spec(source: Source<'_>) -> Result<Spec, ConvertError> {
     let process = process::process(&source, &security)?;
     let seccomp = seccomp::seccomp(&security, &process["capabilities"]["bounding"])?;
     let mut resources = resources(linux.and_then(|linux| linux.resources.as_ref()))?;
-    resources["devices"] = json!([{"allow": privileged, "access": "rwm"}]);
+    let devices = devices::devices(&source.config.devices)?;
+    let mut rules = vec![json!({"allow": privileged, "access": "rwm"})];
+    rules.extend(devices.rules);
+    resources["devices"] = json!(rules);
     let mut document = json!({
         "ociVersion": OCI_VERSION,
         "process": process,
         "root": {"path": "rootfs", "readonly": security.readonly_rootfs},
         "mounts": mounts::mounts(&source, &security)?,
-        "annotations": annotations(&source, &security)?,
+        "annotations": annotations(&source, &security, devices.of_guest)?,
         "linux": {
             "namespaces": namespaces,
             "resources": resources,
             "maskedPaths": masked,
             "readonlyPaths": readonly,
+            "devices": devices.nodes,
         },
     });
     let linux = &mut document["linux"];
@@ -190,6 +194,7 @@ pub fn namespaces(
 fn annotations(
     source: &Source<'_>,
     security: &LinuxContainerSecurityContext,
+    devices: Option<String>,
 ) -> Result<Value, ConvertError> {
     let name = source
         .config
@@ -224,7 +229,7 @@ fn annotations(
     if user::merges_groups(security) {
         annotations[names::GROUPS_ANNOTATION] = json!("merge");
     }
-    if let Some(devices) = devices::devices(&source.config.devices)? {
+    if let Some(devices) = devices {
         annotations[names::DEVICES_ANNOTATION] = json!(devices);
     }
     Ok(annotations)

@@ -1,0 +1,98 @@
+//! A device in a share, by the host's real FUSE, in a mount namespace of the test's own thread. Needs root, as the shim does.
+
+use super::*;
+use crate::share::PodShare;
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::time::Instant;
+
+const NONE: Option<&str> = None;
+const SIZE: u64 = 1 << 20;
+
+/// A file in place of a disk.
+fn device() -> (Device, File) {
+    let disk = tempfile::tempfile().expect("a file");
+    disk.set_len(SIZE).expect("a size");
+    let device = Device {
+        file: disk.try_clone().expect("a clone"),
+        size: SIZE,
+        block_size: 512,
+    };
+    (device, disk)
+}
+
+fn with_share(test: impl FnOnce(&PodShare) + Send) {
+    let host = tempfile::tempdir().expect("tempdir");
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNS).expect("unshare");
+            mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_SLAVE, NONE).expect("slave");
+            let share = PodShare::create(&host.path().join("share")).expect("share");
+            test(&share);
+            share.destroy().expect("destroy");
+        });
+        thread.join().expect("test thread");
+    });
+}
+
+#[test]
+fn a_device_is_a_file_of_the_share_until_it_is_given_up() {
+    with_share(|share| {
+        let (device, disk) = device();
+        let made = file_system(SOURCE, Root::File, false).expect("made");
+        let (server, mount) = Server::begin(made, device, false).expect("served");
+        let name = place(Number { major: 7, minor: 1 }, false);
+        share.attach(&mount, &name).expect("attached");
+        drop(mount);
+        let path = share.directory().join(&name);
+        assert_eq!(path.metadata().expect("a file").len(), SIZE);
+        let file = File::options().read(true).write(true).open(&path);
+        let file = file.expect("opened");
+        // More than one message.
+        let bytes: Vec<u8> = (0..700_000_u32).map(|n| (n / 5) as u8).collect();
+        file.write_all_at(&bytes, 4097).expect("written");
+        file.sync_all().expect("flushed");
+        let mut back = vec![0; bytes.len()];
+        disk.read_exact_at(&mut back, 4097).expect("read");
+        assert!(back == bytes, "what was written is on the disk");
+        disk.write_all_at(b"others", 0).expect("written");
+        let mut seen = [0; 6];
+        file.read_exact_at(&mut seen, 0).expect("read");
+        assert_eq!(&seen, b"others", "no cache of its own");
+        assert!(file.write_all_at(b"x", SIZE).is_err());
+        assert!(file.set_len(SIZE * 2).is_err());
+
+        share.unbind(&name).expect("gone");
+        assert!(!path.exists());
+        drop(server);
+        let began = Instant::now();
+        while file.read_at(&mut seen, 0).is_ok() {
+            assert!(began.elapsed() < OPEN_LIMIT, "it is served still");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    });
+}
+
+#[test]
+fn read_only_is_the_mounts_as_well() {
+    with_share(|share| {
+        let (device, _disk) = device();
+        let made = file_system(SOURCE, Root::File, true).expect("made");
+        let (_server, mount) = Server::begin(made, device, true).expect("served");
+        let name = place(Number { major: 7, minor: 1 }, true);
+        share.attach(&mount, &name).expect("attached");
+        let path = share.directory().join(&name);
+        assert!(File::open(&path).is_ok());
+        let error = File::options()
+            .write(true)
+            .open(&path)
+            .expect_err("refused");
+        assert_eq!(error.kind(), std::io::ErrorKind::ReadOnlyFilesystem);
+        let again = share.attach(&mount, &name).expect_err("occupied");
+        assert!(again.to_string().contains(&name), "{again}");
+        drop(mount);
+        share.unbind(&name).expect("gone");
+    });
+}
