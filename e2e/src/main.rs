@@ -78,14 +78,26 @@ enum Command {
         /// Its directory.
         directory: std::path::PathBuf,
     },
+    /// Is an NRI plugin, on standard input. Launched by a daemon.
+    #[command(hide = true)]
+    NriPlugin {
+        /// Where it leaves word.
+        notes: std::path::PathBuf,
+    },
     /// Runs critest, the conformance suite of CRI runtimes.
     Conformance(conformance::Options),
 }
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    if let Command::Tree { directory } = &args.command {
-        return match lister::run(directory) {
+    // What needs no enclave.
+    let done = match &args.command {
+        Command::Tree { directory } => Some(lister::run(directory)),
+        Command::NriPlugin { notes } => Some(nri_plugin(notes)),
+        _ => None,
+    };
+    if let Some(done) = done {
+        return match done {
             Ok(()) => ExitCode::SUCCESS,
             Err(failure) => {
                 eprintln!("boxlite-e2e: {failure}");
@@ -104,6 +116,13 @@ fn main() -> ExitCode {
     })
 }
 
+fn nri_plugin(notes: &std::path::Path) -> outcome::Result {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(nri::launched(notes))
+}
+
 fn work(args: Args) -> outcome::Result<ExitCode> {
     // reqwest is built without a TLS provider of its own choice.
     let _ = rustls::crypto::ring::default_provider().install_default();
@@ -116,7 +135,7 @@ fn work(args: Args) -> outcome::Result<ExitCode> {
         Command::Conformance(options) => runtime.block_on(conformance::run(&options))?,
         Command::Bench => runtime.block_on(bench::run())?,
         // Needs no enclave; main has done it.
-        Command::Tree { .. } => true,
+        Command::Tree { .. } | Command::NriPlugin { .. } => true,
         Command::Containerd {
             home,
             version,

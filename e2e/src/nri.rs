@@ -1,4 +1,5 @@
-//! An NRI plugin that a test plays: it connects to a node's socket, writes down what it is told, and answers by a script.
+//! An NRI plugin that a test plays: it connects to a node's socket, writes down what it is told, and answers by a script. And
+//! one that the daemon launches itself: this very program, by [`launched`].
 //!
 //! Its messages are written here by number, as far as the cases need them: a second opinion on the wire, like the CRI client's. What is
 //! right or wrong is the cases' to say.
@@ -6,6 +7,9 @@
 use crate::outcome::{During, Result};
 use crate::{ensure, wait};
 use prost::Message;
+use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -60,6 +64,13 @@ struct Synchronize {
     containers: Vec<Object>,
 }
 
+/// ConfigureRequest, in part.
+#[derive(Clone, PartialEq, Message)]
+struct Configure {
+    #[prost(string, tag = "1")]
+    config: String,
+}
+
 /// What every event has: a pod, perhaps a container.
 #[derive(Clone, PartialEq, Message)]
 struct Event {
@@ -82,6 +93,31 @@ struct Created {
     adjust: Option<Adjust>,
 }
 
+/// LinuxContainerAdjustment, LinuxResources, LinuxMemory and OptionalInt64, in part.
+#[derive(Clone, PartialEq, Message)]
+pub struct Linux {
+    #[prost(message, optional, tag = "2")]
+    pub resources: Option<Resources>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct Resources {
+    #[prost(message, optional, tag = "1")]
+    pub memory: Option<Memory>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct Memory {
+    #[prost(message, optional, tag = "1")]
+    pub limit: Option<Number>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct Number {
+    #[prost(int64, tag = "1")]
+    pub value: i64,
+}
+
 /// ContainerAdjustment, in part.
 #[derive(Clone, PartialEq, Message)]
 pub struct Adjust {
@@ -91,6 +127,8 @@ pub struct Adjust {
     pub env: Vec<Pair>,
     #[prost(message, optional, tag = "5")]
     pub hooks: Option<Hooks>,
+    #[prost(message, optional, tag = "6")]
+    pub linux: Option<Linux>,
     #[prost(message, repeated, tag = "7")]
     pub rlimits: Vec<Rlimit>,
 }
@@ -150,7 +188,7 @@ pub enum Reply {
     Adjust(Adjust),
 }
 
-type Script = dyn Fn(&str) -> Reply + Send + Sync;
+type Script<'a> = dyn Fn(&str) -> Reply + Send + Sync + 'a;
 
 #[derive(Default)]
 struct Seen {
@@ -158,6 +196,8 @@ struct Seen {
     events: Vec<String>,
     /// Ids of the synchronization; none before it.
     present: Option<Vec<String>>,
+    /// Its configuration file.
+    config: String,
 }
 
 /// A plugin that is in.
@@ -181,16 +221,7 @@ impl Plugin {
         script: impl Fn(&str) -> Reply + Send + Sync + 'static,
     ) -> Result<Self> {
         let mut stream = UnixStream::connect(socket).await.during(socket.display())?;
-        let register = Register {
-            name: name.into(),
-            index: index.into(),
-        };
-        let request = Request {
-            service: "nri.pkg.api.v1alpha1.Runtime".into(),
-            method: "RegisterPlugin".into(),
-            payload: register.encode_to_vec(),
-        };
-        send(&mut stream, RUNTIME, 1, 1, &request.encode_to_vec()).await?;
+        register(&mut stream, index, name).await?;
         let seen = Arc::new(Mutex::new(Seen::default()));
         let task = tokio::spawn({
             let seen = seen.clone();
@@ -228,7 +259,67 @@ impl Plugin {
     }
 }
 
-async fn serve(mut stream: UnixStream, seen: &Mutex<Seen>, script: &Script) -> Result {
+async fn register(stream: &mut UnixStream, index: &str, name: &str) -> Result {
+    let register = Register {
+        name: name.into(),
+        index: index.into(),
+    };
+    let request = Request {
+        service: "nri.pkg.api.v1alpha1.Runtime".into(),
+        method: "RegisterPlugin".into(),
+        payload: register.encode_to_vec(),
+    };
+    send(stream, RUNTIME, 1, 1, &request.encode_to_vec()).await
+}
+
+/// Puts a program into `plugins` that the daemon launches as the plugin `NN-name`; it leaves word in `notes`.
+pub fn install(plugins: &Path, full_name: &str, notes: &Path) -> Result {
+    std::fs::create_dir_all(plugins)?;
+    std::fs::create_dir_all(notes)?;
+    let program = std::env::current_exe()?;
+    let (program, notes) = (program.display(), notes.display());
+    // The connection is descriptor 3.
+    let script = format!("#!/bin/sh\nexec {program} nri-plugin {notes} <&3\n");
+    let path = plugins.join(full_name);
+    std::fs::write(&path, script)?;
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))?;
+    Ok(())
+}
+
+/// What such a program does: it registers by its environment on its standard input, sets the variable `<NAME>` of each container
+/// to its configuration, and writes its pid, what was present, and every event into files of `notes`. Ends with the connection.
+pub async fn launched(notes: &Path) -> Result {
+    let (index, name) = (
+        std::env::var("NRI_PLUGIN_IDX")?,
+        std::env::var("NRI_PLUGIN_NAME")?,
+    );
+    let socket = StdUnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
+    socket.set_nonblocking(true)?;
+    let mut stream = UnixStream::from_std(socket)?;
+    register(&mut stream, &index, &name).await?;
+    std::fs::write(notes.join("pid"), std::process::id().to_string())?;
+    let seen = Mutex::new(Seen::default());
+    let script = |method: &str| {
+        let seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let present = seen.present.clone().unwrap_or_default().join("\n");
+        // Whoever waits for a file finds it whole, or finds no plugin.
+        let _ = std::fs::write(notes.join("events"), seen.events.join("\n"));
+        let _ = std::fs::write(notes.join("present"), format!("{present}\n"));
+        match method {
+            "CreateContainer" => Reply::Adjust(Adjust {
+                env: vec![Pair {
+                    key: name.to_uppercase(),
+                    value: seen.config.clone(),
+                }],
+                ..Default::default()
+            }),
+            _ => Reply::Fine,
+        }
+    };
+    serve(stream, &seen, &script).await
+}
+
+async fn serve(mut stream: UnixStream, seen: &Mutex<Seen>, script: &Script<'_>) -> Result {
     let (mut connection, mut bytes) = (0, Vec::new());
     loop {
         // The runtime begins each message with a frame of its own and sends one message at a time.
@@ -269,15 +360,19 @@ async fn serve(mut stream: UnixStream, seen: &Mutex<Seen>, script: &Script) -> R
     }
 }
 
-fn heard(request: &Request, seen: &Mutex<Seen>, script: &Script) -> Result<Reply> {
+fn heard(request: &Request, seen: &Mutex<Seen>, script: &Script<'_>) -> Result<Reply> {
     let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
     match &*request.method {
-        "Configure" => Ok(Reply::Fine),
+        "Configure" => {
+            seen.config = Configure::decode(&request.payload[..])?.config;
+            Ok(Reply::Fine)
+        }
         "Synchronize" => {
             let state = Synchronize::decode(&request.payload[..])?;
             let all = state.pods.into_iter().chain(state.containers);
             seen.present = Some(all.map(|object| object.id).collect());
-            Ok(Reply::Fine)
+            drop(seen);
+            Ok(script("Synchronize"))
         }
         method => {
             let event = Event::decode(&request.payload[..])?;

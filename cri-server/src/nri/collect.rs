@@ -27,6 +27,17 @@ pub enum CollectError {
     Early { plugin: String, container: String },
 }
 
+impl CollectError {
+    /// More than the VM has; `reason` has the arithmetic.
+    pub fn beyond(plugin: &str, reason: String) -> Self {
+        let field = "linux.resources".to_owned();
+        Self::Refused {
+            plugin: plugin.to_owned(),
+            refused: Refused { field, reason },
+        }
+    }
+}
+
 /// Answers to a CreateContainer.
 #[derive(Debug)]
 pub struct Creation {

@@ -177,6 +177,11 @@ impl Launched {
         Ok((launched, ours))
     }
 
+    /// `00-name`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Waits a moment for its end, since its connection is closed, then kills it.
     pub async fn end(mut self) {
         if tokio::time::timeout(END_LIMIT, self.child.wait())

@@ -199,6 +199,12 @@ impl Registry {
         self.launched.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn take_launched(&self, name: &str) -> Option<launch::Launched> {
+        let mut launched = self.launched();
+        let at = launched.iter().position(|child| child.name() == name)?;
+        Some(launched.swap_remove(at))
+    }
+
     /// Launches what is installed, all at once, and waits until each is in or has failed.
     async fn launch(self: &Arc<Self>, config: &NriConfig) {
         let found = match launch::discover(&config.plugin_path, &config.plugin_config_path) {
@@ -220,7 +226,15 @@ impl Registry {
             );
             match launch::Launched::start(&installed) {
                 Ok((launched, socket)) => match self.clone().bring_in(socket, Some(given)).await {
-                    Some(_) => self.launched().push(launched),
+                    Some(plugin) => {
+                        self.launched().push(launched);
+                        // It may have ended before it was in the list.
+                        if plugin.is_closed()
+                            && let Some(launched) = self.take_launched(&name)
+                        {
+                            launched.end().await;
+                        }
+                    }
                     None => launched.end().await,
                 },
                 Err(error) => tracing::error!(
@@ -339,6 +353,12 @@ impl Registry {
             tracing::info!(plugin = plugin.full_name(), "NRI plugin is gone");
             let mut plugins = self.plugins.lock().await;
             plugins.retain(|other| !Arc::ptr_eq(other, &plugin));
+            drop(plugins);
+            // A launched one has ended, or hangs without its connection.
+            let gone = self.take_launched(&plugin.full_name());
+            if let Some(launched) = gone {
+                launched.end().await;
+            }
         }
     }
 }

@@ -31,6 +31,9 @@ pub enum SessionError {
     Rejected { plugin: String, reason: String },
 }
 
+/// Says why a plugin's limits for a new container are more than its VM has.
+pub type Admit<'a> = dyn Fn(&LinuxResources) -> Result<(), String> + Send + Sync + 'a;
+
 /// A verb's time with the plugins. No plugin becomes one while it lives: hold it from the event until what it is about can be seen.
 #[derive(Debug)]
 pub struct Session(Option<(Arc<Registry>, OwnedRwLockReadGuard<()>)>);
@@ -157,6 +160,7 @@ impl Session {
         pod: &PodSandbox,
         container: Container,
         vcpus: u32,
+        admit: &Admit<'_>,
     ) -> Result<(ContainerAdjustment, Vec<ContainerUpdate>), SessionError> {
         let Some(registry) = self.registry() else {
             return Ok(Default::default());
@@ -172,7 +176,11 @@ impl Session {
             let answer: Option<CreateContainerResponse> =
                 plugin.tell(Event::CreateContainer, &request).await?;
             if let Some(answer) = answer {
+                let wanted = resources_of(&answer);
                 creation.take(answer, &plugin.full_name())?;
+                if let Some(Err(reason)) = wanted.map(|wanted| admit(&wanted)) {
+                    return Err(CollectError::beyond(&plugin.full_name(), reason).into());
+                }
             }
         }
         validate(&plugins, pod, pristine, &creation).await?;
@@ -224,6 +232,11 @@ impl Session {
         }
         Ok(())
     }
+}
+
+/// The limits that an answer sets.
+fn resources_of(answer: &CreateContainerResponse) -> Option<LinuxResources> {
+    answer.adjust.as_ref()?.linux.as_ref()?.resources.clone()
 }
 
 /// Asks those who validate adjustments; the first no counts. Without adjustment there is nothing to ask, but NRI asks all the same.

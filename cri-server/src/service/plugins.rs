@@ -215,9 +215,16 @@ pub async fn create(
     }
     let pod_message = pod_message(server, pod);
     let container = describe::new_container(&options.id, pod.id(), config, Some(&options.spec));
+    // As UpdateContainerResources has it: what the kubelet itself has asked for is let through.
+    let room = super::container_update::room(server, pod);
+    let had = config.linux.as_ref().and_then(|l| l.resources.as_ref());
+    let admit = |wanted: &LinuxResources| {
+        let admitted = room.admit(&resources::cri(wanted), had);
+        admitted.map_err(|beyond| beyond.to_string())
+    };
     let done = async {
         let (adjustment, updates) = session
-            .create(&pod_message, container.clone(), vcpus(pod))
+            .create(&pod_message, container.clone(), vcpus(pod), &admit)
             .await
             .map_err(no)?;
         options.spec = adjust::apply(&adjustment, options.spec)

@@ -58,7 +58,10 @@ async fn events_go_round_by_index_to_those_who_want_them() {
     let session = nri(&registry).enter().await;
     let (pod, container) = (pod(), container("c"));
     session.ask(Event::RunPodSandbox, &pod, None).await.unwrap();
-    session.create(&pod, container.clone(), 1).await.unwrap();
+    session
+        .create(&pod, container.clone(), 1, &|_| Ok(()))
+        .await
+        .unwrap();
     session
         .ask(Event::StartContainer, &pod, Some(&container))
         .await
@@ -204,7 +207,10 @@ async fn what_is_there_and_what_comes_meanwhile_reaches_a_new_plugin() {
         let nri = nri(&registry);
         tokio::spawn(async move {
             let session = nri.enter().await;
-            session.create(&pod(), container("next"), 1).await.map(drop)
+            session
+                .create(&pod(), container("next"), 1, &|_| Ok(()))
+                .await
+                .map(drop)
         })
     };
     tokio::time::sleep(Duration::from_millis(100)).await;
@@ -323,9 +329,48 @@ async fn a_validator_sees_the_adjustment_with_its_owner_and_may_reject_it() {
     let validate = bit(Event::ValidateContainerAdjustment);
     assert!(join(&registry, "10", "validator", validate, &log, validator).await);
     let session = nri(&registry).enter().await;
-    let error = session.create(&pod(), container("c"), 1).await.unwrap_err();
+    let error = session
+        .create(&pod(), container("c"), 1, &|_| Ok(()))
+        .await
+        .unwrap_err();
     assert!(matches!(&error, SessionError::Rejected { plugin, reason }
         if plugin == "10-validator" && reason == "no arguments"));
+}
+
+#[tokio::test]
+async fn limits_beyond_the_vm_are_refused_with_the_plugins_name() {
+    let (registry, log) = (registry(Default::default()), Log::default());
+    let greedy = |method: &str, _: &[u8]| match method {
+        "CreateContainer" => ok(CreateContainerResponse {
+            adjust: Some(ContainerAdjustment {
+                linux: Some(LinuxContainerAdjustment {
+                    resources: Some(LinuxResources {
+                        memory: Some(LinuxMemory {
+                            limit: Some(OptionalInt64 { value: 1 << 40 }),
+                            ..Default::default()
+                        }),
+                        ..Default::default()
+                    }),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }),
+        _ => Reply::Ok(Vec::new()),
+    };
+    assert!(join(&registry, "10", "greedy", ALL, &log, greedy).await);
+    let session = nri(&registry).enter().await;
+    let admit = |wanted: &LinuxResources| {
+        let limit = wanted.memory.and_then(|memory| memory.limit);
+        assert_eq!(limit.map(|limit| limit.value), Some(1 << 40));
+        Err("it is too much".to_owned())
+    };
+    let refused = session.create(&pod(), container("c"), 1, &admit).await;
+    let text = refused.unwrap_err().to_string();
+    for word in ["10-greedy", "linux.resources", "it is too much"] {
+        assert!(text.contains(word), "{word}: {text}");
+    }
 }
 
 #[tokio::test]
@@ -363,7 +408,10 @@ async fn without_nri_nothing_is_asked() {
         .ask(Event::RunPodSandbox, &pod(), None)
         .await
         .unwrap();
-    let (adjust, updates) = session.create(&pod(), container("c"), 1).await.unwrap();
+    let (adjust, updates) = session
+        .create(&pod(), container("c"), 1, &|_| Ok(()))
+        .await
+        .unwrap();
     assert_eq!((adjust, updates.len()), (Default::default(), 0));
 }
 
