@@ -5,17 +5,24 @@ use super::volumes::{Tmpfs, home, mount, seen};
 use crate::enclave::run;
 use crate::outcome::Result;
 use crate::pod::{Container, Pod, container_spec};
-use crate::process::{family, kill};
+use crate::process::{family, kill, rss};
 use crate::runner::{Case, Shared, case};
+use crate::world::Home;
 use crate::{ensure, same};
 use k8s_cri::v1::*;
+use nix::sys::signal::Signal;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 pub fn cases() -> Vec<Case> {
     vec![
         case("shown::mounts_of_a_container_on_the_host", 120, mounts),
         case("shown::files_both_ways", 120, files),
         case("shown::a_killed_shim_leaves_no_mount", 120, killed),
+        case("shown::a_guest_that_stops_answering", 300, stopped).not_in(
+            Home::Krun,
+            "a minute by its limits, and nothing of the VMM's",
+        ),
     ]
 }
 
@@ -187,5 +194,80 @@ async fn killed(world: Shared) -> Result {
     kill(family(&pod.id)?.0)?;
     pod.end().await?;
     same!(shown(&dir)?, [] as [PathBuf; 0], "after the pod");
+    Ok(())
+}
+
+/// How long a reader of the host may wait for a guest that does not answer: the shim takes a connection for broken that has been
+/// silent for a minute. And how long the shim needs to find out that the guest does not end by itself.
+const SILENCE: Duration = Duration::from_secs(75);
+const STOP: Duration = Duration::from_secs(90);
+
+/// Signals the process that is the VM.
+fn signal_vm(pod: &Pod, signal: Signal) -> Result {
+    let below = family(&pod.id)?.1;
+    let vm = below.into_iter().max_by_key(|pid| rss(*pid));
+    let vm = nix::unistd::Pid::from_raw(vm.unwrap_or_default());
+    Ok(nix::sys::signal::kill(vm, signal)?)
+}
+
+/// Reads a file in a process of its own, which nothing but the answer can end; answers how long it took, and what came.
+async fn patient(file: &Path) -> Result<(Duration, std::process::Output)> {
+    let began = Instant::now();
+    let output = tokio::process::Command::new("cat").arg(file).output();
+    let output = tokio::time::timeout(SILENCE + STOP, output).await;
+    Ok((began.elapsed(), output??))
+}
+
+/// Two VMs that stand still use no processor: what takes its minute for both goes on at one time.
+async fn stopped(world: Shared) -> Result {
+    let (first, second) = (
+        mounted(&world, "away").await?,
+        mounted(&world, "hung").await?,
+    );
+    tokio::try_join!(comes_back(first), ends(second)).map(drop)
+}
+
+/// A pod with a mount on the host, and a file in it.
+async fn mounted(world: &Shared, name: &str) -> Result<(Pod, PathBuf)> {
+    let dir = home(world, name)?;
+    std::fs::create_dir_all(dir.join("memory"))?;
+    let pod = Pod::run(&world.node, name).await?;
+    let c = container(world, &pod, "c", &dir).await?;
+    let script = "mount -t tmpfs tmpfs /both/memory && echo here > /both/memory/flag";
+    c.out(&["sh", "-c", script]).await?;
+    let flag = dir.join("memory/flag");
+    same!(read(flag.clone()).await?, "here\n", "before");
+    Ok((pod, flag))
+}
+
+/// Who reads gets an error in time. The VM has been away, no more: connection and mount are made anew.
+async fn comes_back((pod, flag): (Pod, PathBuf)) -> Result {
+    signal_vm(&pod, Signal::SIGSTOP)?;
+    let (waited, output) = patient(&flag).await?;
+    let words = String::from_utf8_lossy(&output.stderr).into_owned();
+    let refused = !output.status.success() && waited < SILENCE;
+    ensure!(refused, "{waited:?}: {words}");
+    signal_vm(&pod, Signal::SIGCONT)?;
+    let again = Duration::from_secs(30);
+    crate::wait::until("the mount is there again", again, || async {
+        same!(read(flag.clone()).await?, "here\n", "the file");
+        Ok(())
+    })
+    .await?;
+    pod.end().await
+}
+
+/// The pod ends while somebody waits for it, and with it the waiting.
+async fn ends((pod, flag): (Pod, PathBuf)) -> Result {
+    signal_vm(&pod, Signal::SIGSTOP)?;
+    let point = flag.parent().map(Path::to_owned).unwrap_or_default();
+    let reading = tokio::spawn(async move { patient(&flag).await });
+    let began = Instant::now();
+    pod.end().await?;
+    let took = began.elapsed();
+    ensure!(took < STOP, "removed after {took:?}");
+    same!(shown(&point)?, [] as [PathBuf; 0], "after the pod");
+    let (_, output) = reading.await??;
+    ensure!(!output.status.success(), "read {:?}", output.stdout);
     Ok(())
 }

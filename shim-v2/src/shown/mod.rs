@@ -90,10 +90,7 @@ impl Shown {
                 tracing::debug!(error = %Report(&error), "the guest's list of mounts broke; asking again");
             }
             self.volumes.set_followed(false);
-            tokio::select! {
-                () = tokio::time::sleep(PAUSE) => {}
-                () = ended.cancelled() => {}
-            }
+            self.pause(&ended).await;
         }
         let all: Vec<u64> = self.exports.keys().copied().collect();
         for id in all {
@@ -104,14 +101,36 @@ impl Shown {
         }
     }
 
+    /// Before the list is asked for again; mounts that break meanwhile go.
+    async fn pause(&mut self, ended: &CancellationToken) {
+        let over = tokio::time::sleep(PAUSE);
+        tokio::pin!(over);
+        loop {
+            tokio::select! {
+                () = &mut over => return,
+                Some(id) = self.died.1.recv() => self.withdraw(id).await,
+                () = ended.cancelled() => return,
+            }
+        }
+    }
+
     async fn until_broken(&mut self, ended: &CancellationToken) -> Result<(), PortalError> {
         let (acknowledge, requests) = mpsc::channel(QUEUE);
-        let opened = self.session.mounts();
-        let mut lists: Streaming<ShownResponse> = tokio::select! {
-            opened = opened.shown(ReceiverStream::new(requests)) => opened?,
-            () = ended.cancelled() => return Ok(()),
+        let mounts = self.session.mounts();
+        let opening = mounts.shown(ReceiverStream::new(requests));
+        tokio::pin!(opening);
+        let mut lists: Streaming<ShownResponse> = loop {
+            tokio::select! {
+                opened = &mut opening => break opened?,
+                // A guest that does not answer must not hold up those who read its mount. It is shown again with the list.
+                Some(id) = self.died.1.recv() => self.withdraw(id).await,
+                () = ended.cancelled() => return Ok(()),
+            }
         };
         self.volumes.set_followed(true);
+        // The guest is back: what it did before it was gone counts no more.
+        self.deaths.clear();
+        self.refused.clear();
         loop {
             let list = tokio::select! {
                 list = lists.message() => list,
