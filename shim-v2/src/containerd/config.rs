@@ -212,16 +212,17 @@ impl ShimConfig {
         }
     }
 
-    /// The VMM of pods that ask for none. `auto` runs guest code once per boot and keeps the answer in the cache.
+    /// The VMM of a pod that asked for this one, and how it runs guest code. `auto` is found out by running some, once per
+    /// boot; the answer is kept in the cache.
     ///
     /// # Errors
     /// When the shim's own program is not there to be asked.
-    pub async fn choose(&self) -> Result<(VmmKind, Acceleration)> {
-        let wish = match self.vmm.as_str() {
+    pub async fn choose(&self, asked: Option<VmmKind>) -> Result<(VmmKind, Acceleration)> {
+        let wish = asked.or(match self.vmm.as_str() {
             "krun" => Some(VmmKind::Krun),
             "qemu" => Some(VmmKind::Qemu),
             _ => None,
-        };
+        });
         let told = match self.acceleration.as_str() {
             "kvm" => Some(Acceleration::Kvm),
             "tcg" => Some(Acceleration::Tcg),
@@ -299,7 +300,10 @@ mod tests {
     #[tokio::test]
     async fn a_named_vmm_needs_no_probe() {
         let config = parse("vmm = 'qemu'\nacceleration = 'tcg'").expect("valid");
-        let chosen = config.choose().await.expect("no probe");
+        let chosen = config.choose(None).await.expect("no probe");
         assert_eq!(chosen, (VmmKind::Qemu, Acceleration::Tcg));
+        let other = parse("vmm = 'krun'\nacceleration = 'tcg'").expect("valid");
+        let asked = other.choose(Some(VmmKind::Qemu)).await.expect("no probe");
+        assert_eq!(asked, chosen, "the pod's own wish");
     }
 }

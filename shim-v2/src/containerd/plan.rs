@@ -195,10 +195,7 @@ async fn plan(
     config: &ShimConfig,
 ) -> Result<Plan> {
     let wishes = Wishes::read(&needs.annotations, &config.allowed_annotations)?;
-    let (mut vmm, acceleration) = config.choose().await?;
-    if let Some(wish) = wishes.vmm {
-        vmm = wish;
-    }
+    let (vmm, acceleration) = config.choose(wishes.vmm).await?;
     let overhead = mib(needs.overhead)
         .unwrap_or(0)
         .max(u64::from(config.pod.overhead_mib));
