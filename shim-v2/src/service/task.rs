@@ -185,6 +185,12 @@ impl Task for Service {
             return Ok(pids_response([pause.state().pid]));
         }
         let container = self.sandbox.containers().get(&request.id)?;
+        let init = container.init.state();
+        if init.phase == Phase::Stopped {
+            // A containerd that starts and is told of no pid takes the task for one that was never made: it deletes it, and
+            // nobody learns how the task ended.
+            return Ok(pids_response([init.pid]));
+        }
         let pids = container
             .guest
             .call(container.guest.session.container().pids(&request.id))
