@@ -71,7 +71,7 @@ pub fn mounts(table: &str) -> impl DoubleEndedIterator<Item = Mount<'_>> {
 }
 
 /// A path as written: space, tab, newline and backslash are octal there.
-fn unescape(field: &str) -> PathBuf {
+pub fn unescape(field: &str) -> PathBuf {
     let (mut bytes, raw) = (Vec::new(), field.as_bytes());
     let mut at = 0;
     while at < raw.len() {

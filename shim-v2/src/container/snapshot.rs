@@ -1,13 +1,14 @@
-//! What the mounts of containerd's snapshotters are made of: its EROFS snapshotter mounts each layer on the host and gives
-//! an overlay of them, and the guest is better served with the layer files themselves.
+//! What the mounts of containerd's snapshotters are made of: its EROFS snapshotter, from 2.2 on containerd's mount manager,
+//! mounts each layer on the host and gives an overlay of them, and the guest is better served with the layer files themselves.
 //!
 //! Looks only. Putting layers into the share is [`super::rootfs`]'s.
 
+use crate::share::mountinfo;
 use containerd_shim_protos::api::Mount;
 use nix::sys::statfs::{FsType, statfs};
 use std::path::{Path, PathBuf};
 
-/// Name of a layer's file beside the directory it is mounted at; the EROFS snapshotter's documented layout.
+/// Name of a layer's file, which the EROFS snapshotter of 2.1 mounts beside it; its documented layout.
 const LAYER_FILE: &str = "layer.erofs";
 /// EROFS_SUPER_MAGIC_V1.
 const EROFS_MAGIC: u32 = 0xE0F5_E1E2;
@@ -16,8 +17,33 @@ const EROFS_MAGIC: u32 = 0xE0F5_E1E2;
 /// The writable layer is the guest's own then, on the pod's scratch disk; the snapshot's upper directory stays empty.
 pub fn erofs_layers(mount: &Mount) -> Option<Vec<PathBuf>> {
     layers_of(mount, |dir| {
-        statfs(dir).is_ok_and(|about| is_erofs(about.filesystem_type()))
+        let mounted = statfs(dir).is_ok_and(|about| is_erofs(about.filesystem_type()));
+        if !mounted {
+            return None;
+        }
+        let beside = dir.parent()?.join(LAYER_FILE);
+        if beside.is_file() {
+            return Some(beside);
+        }
+        let source = mountinfo::source(dir).ok()??;
+        plain_layer(&source, |name| {
+            std::fs::read_to_string(format!("/sys/class/block/{name}/loop/backing_file")).ok()
+        })
     })
+}
+
+/// The layer file behind a mount's source, the file itself or a loop device whose file `backing` knows. Nothing else is a layer
+/// on its own: neither a merged index of several files nor a dm-verity device.
+fn plain_layer(source: &Path, backing: impl Fn(&str) -> Option<String>) -> Option<PathBuf> {
+    let file = match source.parent() {
+        Some(dir) if dir == Path::new("/dev") => {
+            let text = backing(source.file_name()?.to_str()?)?;
+            PathBuf::from(text.trim_end_matches('\n'))
+        }
+        _ => source.to_owned(),
+    };
+    let named = file.file_name().is_some_and(|name| name == LAYER_FILE);
+    (named && file.is_file()).then_some(file)
 }
 
 fn is_erofs(kind: FsType) -> bool {
@@ -25,7 +51,7 @@ fn is_erofs(kind: FsType) -> bool {
     kind.0 as u32 == EROFS_MAGIC
 }
 
-fn layers_of(mount: &Mount, mounted: impl Fn(&Path) -> bool) -> Option<Vec<PathBuf>> {
+fn layers_of(mount: &Mount, file_of: impl Fn(&Path) -> Option<PathBuf>) -> Option<Vec<PathBuf>> {
     if mount.type_ != "overlay" {
         return None;
     }
@@ -35,11 +61,7 @@ fn layers_of(mount: &Mount, mounted: impl Fn(&Path) -> bool) -> Option<Vec<PathB
         .find_map(|option| option.strip_prefix("lowerdir="))?;
     let mut files = lower
         .split(':')
-        .map(|dir| {
-            let dir = Path::new(dir);
-            let file = dir.parent()?.join(LAYER_FILE);
-            (file.is_file() && mounted(dir)).then_some(file)
-        })
+        .map(|dir| file_of(Path::new(dir)))
         .collect::<Option<Vec<_>>>()?;
     // overlayfs names the uppermost first.
     files.reverse();
@@ -63,24 +85,35 @@ mod tests {
     }
 
     #[test]
-    fn only_mounted_layers_with_their_files_are_handed_over() {
+    fn an_overlay_of_layers_alone_is_handed_over_lowest_first() {
+        let dirs = ["/2/fs", "/1/fs"].map(PathBuf::from);
+        let file = |dir: &Path| Some(dir.parent()?.join(LAYER_FILE));
+        let files = layers_of(&overlay(&dirs), file).expect("layers");
+        assert_eq!(
+            files,
+            ["/1/layer.erofs", "/2/layer.erofs"].map(PathBuf::from)
+        );
+        let one = |dir: &Path| (dir == dirs[0]).then(|| dir.to_owned());
+        assert_eq!(layers_of(&overlay(&dirs), one), None, "one is no layer");
+    }
+
+    #[test]
+    fn a_mounts_source_is_a_layers_file_or_a_loop_device_of_one() {
         let dir = tempfile::tempdir().expect("tempdir");
-        let layer = |n: u32| {
-            let fs = dir.path().join(n.to_string()).join("fs");
-            std::fs::create_dir_all(&fs).expect("mkdir");
-            fs
-        };
-        let dirs = [layer(2), layer(1)];
-        assert_eq!(layers_of(&overlay(&dirs), |_| true), None, "no layer files");
-        for fs in &dirs {
-            std::fs::write(fs.with_file_name(LAYER_FILE), b"").expect("written");
+        let (layer, index) = (dir.path().join(LAYER_FILE), dir.path().join("fsmeta.erofs"));
+        for file in [&layer, &index] {
+            std::fs::write(file, b"").expect("written");
         }
-        let files = layers_of(&overlay(&dirs), |_| true).expect("layers");
-        let names: Vec<_> = files
-            .iter()
-            .map(|file| file.parent().expect("dir").file_name().expect("name"))
-            .collect();
-        assert_eq!(names, ["1", "2"], "lowest first");
-        assert_eq!(layers_of(&overlay(&dirs), |_| false), None, "not mounted");
+        let text = format!("{}\n", layer.display());
+        let backing = |name: &str| (name == "loop7").then(|| text.clone());
+        assert_eq!(plain_layer(&layer, backing), Some(layer.clone()));
+        assert_eq!(
+            plain_layer(Path::new("/dev/loop7"), backing),
+            Some(layer.clone())
+        );
+        assert_eq!(plain_layer(Path::new("/dev/dm-1"), backing), None);
+        assert_eq!(plain_layer(&index, backing), None);
+        std::fs::remove_file(&layer).expect("removed");
+        assert_eq!(plain_layer(&layer, backing), None, "deleted since");
     }
 }

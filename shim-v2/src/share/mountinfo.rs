@@ -1,7 +1,7 @@
 //! The calling thread's mount table: which mounts are at or below a path, and whose events they get. Reads, changes nothing.
 
 use super::{ShareError, failed};
-use boxlite_proto::mountinfo::mounts;
+use boxlite_proto::mountinfo::{mounts, unescape};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -38,6 +38,17 @@ pub(super) fn is_slave(point: &Path) -> Result<bool, ShareError> {
     // The last one covers those before it.
     let last = mounts(&table).rfind(|mount| mount.point == point);
     Ok(last.is_some_and(|mount| mount.is_slave()))
+}
+
+/// What is mounted at exactly this mount point: a device, or the file of a file-backed mount. None: nothing.
+///
+/// # Errors
+/// The table cannot be read.
+pub fn source(point: &Path) -> Result<Option<PathBuf>, ShareError> {
+    let table = read()?;
+    // The last one covers those before it.
+    let last = mounts(&table).rfind(|mount| mount.point == point);
+    Ok(last.map(|mount| unescape(mount.source)))
 }
 
 fn read() -> Result<String, ShareError> {
