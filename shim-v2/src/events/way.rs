@@ -9,9 +9,13 @@ use containerd_shim_protos::shim_async::{Client, EventsClient};
 use containerd_shim_protos::ttrpc;
 use std::path::PathBuf;
 use std::process::Stdio;
+use std::time::Duration;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::process::Command;
+
+/// How long a run of containerd's program may take. It is some 40 MB to load, for each event: a loaded machine takes seconds.
+const PROGRAM_LIMIT: Duration = Duration::from_secs(30);
 
 /// See the module.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,8 +67,12 @@ impl Sender {
         Self { way, client: None }
     }
 
-    /// Hands one event over, within [`FORWARD_LIMIT`]. Dropped, it may have arrived or not.
+    /// Hands one event over, within [`FORWARD_LIMIT`] or [`PROGRAM_LIMIT`]. Dropped, it may have arrived or not.
     pub(super) async fn send(&mut self, envelope: Envelope) -> Result<(), Failure> {
+        let limit = match self.way {
+            Way::Nowhere | Way::Socket(_) => FORWARD_LIMIT,
+            Way::Program { .. } => PROGRAM_LIMIT,
+        };
         let sent = async {
             match self.way.clone() {
                 Way::Nowhere => Ok(()),
@@ -72,7 +80,7 @@ impl Sender {
                 Way::Program { path, address } => publish(&path, &address, envelope).await,
             }
         };
-        let result = tokio::time::timeout(FORWARD_LIMIT, sent).await;
+        let result = tokio::time::timeout(limit, sent).await;
         let result = result.unwrap_or(Err(Failure::Away));
         if result.is_err() {
             self.client = None;
