@@ -72,16 +72,17 @@ conformance-krun: build
 	@e2e/kvmhost/run --timeout 14400 -- $(BIN)/boxlite-e2e conformance --home krun $(CRITEST)
 
 # The shim under stock containerds, 1.6 and 2.x, with no boxlite-cri: on QEMU here, on libkrun with `make test-containerd
-# VMM=krun` in the emulated KVM host. VERSION=1.6 or 2 for one of them.
+# VMM=krun` in the emulated KVM host. VERSION=1.6 or 2 for one of them; 1.7 or 2.3 for one that is built from source first. An
+# upgrade goes to 2.x.
 test-containerd: build
-	@e2e/scripts/containerd
+	@e2e/scripts/containerd $(if $(VERSION),$(sort $(VERSION) 2))
 	@$(if $(filter krun,$(VMM)),e2e/kvmhost/run --timeout 3000 --) $(BIN)/boxlite-e2e containerd --home $(or $(VMM),qemu) \
 	  $(if $(VERSION),--version $(VERSION)) $(if $(FILTER),--filter $(FILTER))
 
 # critest against a stock containerd whose handler is the shim, on QEMU, SPDY and NRI. VERSION=1.6 for that one, which has no NRI.
 conformance-containerd: build
 	@e2e/scripts/critest >/dev/null
-	@e2e/scripts/containerd
+	@e2e/scripts/containerd $(or $(VERSION),2)
 	@$(BIN)/boxlite-e2e conformance --home qemu --containerd $(or $(VERSION),2) $(or $(CRITEST),--transport nri)
 
 bench: build

@@ -1,10 +1,10 @@
 //! [`Containerd`]: one stock containerd with root, state, sockets and configuration of its own, and `ctr` against it.
 //!
-//! The programs are Debian's, unpacked by `e2e/scripts/containerd`; nothing of them is installed. Judges nothing.
+//! The programs are Debian's, or built from source, by `e2e/scripts/containerd`; nothing of them is installed. Judges nothing.
 
 use crate::install::Install;
 use crate::node::{Mirror, write_mirrors};
-use crate::outcome::{During, Result};
+use crate::outcome::{During, Failure, Result};
 use crate::service::Service;
 use crate::{ensure, wait};
 use std::path::{Path, PathBuf};
@@ -16,27 +16,47 @@ use tokio::sync::Mutex;
 /// Name of the runtime, as a user writes it.
 pub const RUNTIME: &str = "io.containerd.boxlite.v2";
 /// Longest wait for a task's state.
-const STATE: Duration = Duration::from_secs(60);
+pub const STATE: Duration = Duration::from_secs(60);
 /// Longest run of `ctr`; one may boot a VM.
 const CTR: Duration = Duration::from_secs(240);
 
-/// Which containerd.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+/// Which containerd. All of them in the order in which they came out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
 pub enum Version {
     /// Debian 12's: 1.6.
     #[value(name = "1.6")]
     V1,
-    /// 2.x of Debian's unstable suite.
+    /// The last of 1.x. Built from source, as Debian does not have it: only when asked for.
+    #[value(name = "1.7")]
+    V17,
+    /// 2.1 of Debian's unstable suite.
     #[value(name = "2")]
     V2,
+    /// 2.3, whose start of a shim speaks protobuf. Built from source, only when asked for.
+    #[value(name = "2.3")]
+    V23,
 }
 
 impl Version {
+    /// Debian's, which are run when none is asked for.
+    pub const USUAL: [Self; 2] = [Self::V1, Self::V2];
+    const ALL: [Self; 4] = [Self::V1, Self::V17, Self::V2, Self::V23];
+
     /// Short, for directories.
     pub fn name(self) -> &'static str {
         match self {
             Self::V1 => "1.6",
+            Self::V17 => "1.7",
             Self::V2 => "2",
+            Self::V23 => "2.3",
+        }
+    }
+
+    /// Flag of `ctr run` that makes an annotation: ctr 1.6 makes annotations of labels.
+    pub fn annotation_flag(self) -> &'static str {
+        match self {
+            Self::V1 => "--label",
+            Self::V17 | Self::V2 | Self::V23 => "--annotation",
         }
     }
 }
@@ -101,14 +121,15 @@ impl Containerd {
         let bin = programs(options.version);
         ensure!(
             bin.join("containerd").exists(),
-            "{} is missing: `make test-containerd` unpacks it",
-            bin.display()
+            "{} is missing: `make test-containerd VERSION={}` brings it",
+            bin.display(),
+            options.version.name()
         );
         std::fs::create_dir_all("/run/containerd")?;
         std::fs::write(dir.join("shim.toml"), shim_config(&dir, install, &options))?;
         std::fs::write(dir.join("cni/10-e2e.conflist"), conflist(&dir))?;
         write_mirrors(&dir.join("certs.d"), &options.registries)?;
-        for version in [Version::V1, Version::V2] {
+        for version in Version::ALL {
             let text = config(&dir, install, &options, version);
             std::fs::write(dir.join(format!("config-{}.toml", version.name())), text)?;
         }
@@ -232,6 +253,16 @@ impl Containerd {
         .await
     }
 
+    /// The pid that `ctr task ls` has for a task.
+    pub async fn pid(&self, id: &str) -> Result<String> {
+        let list = self.ok(&["task", "ls"]).await?;
+        let mut lines = list.lines().map(|line| line.split_whitespace());
+        let found = lines.find_map(|mut words| {
+            (words.next() == Some(id)).then(|| words.next().unwrap_or_default().to_owned())
+        });
+        found.ok_or_else(|| Failure(format!("no task {id} in {list}")))
+    }
+
     /// Imports an archive for ctr and for CRI.
     pub async fn import(&self, archive: &Path) -> Result {
         let path = archive.display().to_string();
@@ -327,7 +358,7 @@ fn config(dir: &Path, install: &Install, options: &Options, version: Version) ->
         "root = \"{at}/root\"\nstate = \"{at}/state\"\n[grpc]\naddress = \"{at}/c.sock\"\n[debug]\nlevel = \"info\"\n"
     );
     match version {
-        Version::V1 => format!(
+        Version::V1 | Version::V17 => format!(
             r#"version = 2
 {head}
 [plugins."io.containerd.grpc.v1.cri"]
@@ -348,7 +379,7 @@ conf_dir = "{at}/cni"
 config_path = "{at}/certs.d"
 "#
         ),
-        Version::V2 => format!(
+        Version::V2 | Version::V23 => format!(
             r#"version = 3
 {head}
 [plugins."io.containerd.cri.v1.images"]

@@ -1,13 +1,15 @@
 //! What can die: the shim, containerd, and a containerd's version.
 
-use super::daemon::{Containerd, Version};
-use super::pods::{NOTICE, sleeper};
+use super::daemon::{Containerd, Version, run_args};
+use super::pods::{NOTICE, node, sleeper};
 use super::tasks::{clear_fifos, told_exit};
-use super::{Case, Shared, other_than};
+use super::{Case, Shared, before};
 use crate::outcome::Result;
+use crate::pod::{Pod, container_spec};
 use crate::runner::case;
 use crate::{ensure, process, same, wait};
-use k8s_cri::v1::ContainerState;
+use k8s_cri::v1::{ContainerState, Mount};
+use std::time::SystemTime;
 
 /// All of them.
 pub fn cases() -> Vec<Case> {
@@ -21,9 +23,10 @@ pub fn cases() -> Vec<Case> {
             containerd_killed,
         ),
         case("fault::a_sandboxers_pods_are_found_too", 150, sandboxer)
-            .unless(other_than(Version::V2), "the Sandbox API came with 2.0"),
+            .unless(before(Version::V2), "the Sandbox API came with 2.0"),
+        case("fault::exits_while_containerd_is_away", 90, missed_exits),
         case("fault::an_upgrade_keeps_tasks_and_pods", 200, upgrade)
-            .unless(other_than(Version::V1), "it goes from 1.6 to 2.x"),
+            .unless(|lab| lab.version >= Version::V2, "it goes from 1.x to 2.x"),
     ]
 }
 
@@ -114,8 +117,10 @@ async fn survives<F: Future<Output = Result>>(
     let (pod, container) = sleeper(daemon, "live").await?;
     let boot = ["cat", "/proc/sys/kernel/random/boot_id"];
     let before = container.out(&boot).await?;
+    let pid = daemon.pid("live").await?;
     change().await?;
     daemon.state("live", "RUNNING").await?;
+    same!(daemon.pid("live").await?, pid, "pid of the task");
     wait::until("the container is RUNNING", NOTICE, || async {
         same!(
             container.status().await?.state(),
@@ -165,6 +170,58 @@ async fn containerd_killed(lab: Shared) -> Result {
         daemon.serve(lab.version).await
     })
     .await
+}
+
+/// A task and a container that end when nobody listens: their codes and times are there afterwards.
+async fn missed_exits(lab: Shared) -> Result {
+    let daemon = lab.own("away", |_| {}).await?;
+    let dir = daemon.dir.join("shared");
+    std::fs::create_dir_all(&dir)?;
+    let script = |name: &str, code: u8| {
+        format!("until [ -e /out/end ]; do sleep 0.1; done; echo > /out/{name}; exit {code}")
+    };
+    let bind = format!("type=bind,src={},dst=/out,options=rbind:rw", dir.display());
+    let task = script("task", 7);
+    let run = run_args(&["-d", "--mount", &bind], "away", &["sh", "-c", &task]);
+    daemon.ok(&run).await?;
+    let pod = Pod::run(&node(&daemon)?, "away").await?;
+    let mut spec = container_spec("c", super::IMAGE, &["sh", "-c", &script("pod", 8)]);
+    spec.mounts.push(Mount {
+        container_path: "/out".to_owned(),
+        host_path: dir.display().to_string(),
+        ..Default::default()
+    });
+    let container = pod.start_with(spec).await?;
+
+    daemon.kill().await?;
+    std::fs::write(dir.join("end"), "")?;
+    wait::until("both have ended", lab.patience(20), || async {
+        for name in ["task", "pod"] {
+            ensure!(dir.join(name).exists(), "{name} runs");
+        }
+        Ok(())
+    })
+    .await?;
+    daemon.serve(lab.version).await?;
+    daemon.stopped("away").await?;
+    told_exit(&daemon.output(&["task", "delete", "away"]).await?, 7)?;
+    daemon.ok(&["container", "delete", "away"]).await?;
+    let status = container.exited(NOTICE).await?;
+    same!(status.exit_code, 8, "exit code of the container");
+    // The guest's clock may be a little off.
+    let now = unix_ns()? + 1_000_000_000;
+    ensure!(
+        (status.started_at..now).contains(&status.finished_at),
+        "started at {}, finished at {}, seen at {now}",
+        status.started_at,
+        status.finished_at
+    );
+    pod.end().await
+}
+
+fn unix_ns() -> Result<i64> {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
+    Ok(i64::try_from(now.as_nanos())?)
 }
 
 async fn sandboxer(lab: Shared) -> Result {

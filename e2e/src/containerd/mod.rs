@@ -1,8 +1,9 @@
 //! `boxlite-e2e containerd`: the shim under a stock containerd, with no boxlite-cri anywhere.
 //!
-//! Each version is run on its own, in this program's namespaces: [`daemon`] starts and kills it, [`tasks`], [`events`] and
-//! [`logs`] drive it by `ctr`, [`pods`] by CRI, [`faults`] kills what can be killed. Behind every case stands a look for what was left.
+//! Each version is run on its own, in this program's namespaces: [`daemon`] starts and kills it, [`tasks`], [`choice`],
+//! [`events`] and [`logs`] drive it by `ctr`, [`pods`] by CRI, [`faults`] kills what can be killed. Behind every case stands a look for what was left.
 
+mod choice;
 mod daemon;
 mod events;
 mod faults;
@@ -62,16 +63,16 @@ impl Lab {
 type Shared = Arc<Lab>;
 type Case = runner::Case<Lab>;
 
-/// A condition of cases: not this version.
-fn other_than(version: Version) -> impl Fn(&Lab) -> bool + Send + Sync + 'static {
-    move |lab| lab.version != version
+/// A condition of cases: an older version than this one.
+fn before(version: Version) -> impl Fn(&Lab) -> bool + Send + Sync + 'static {
+    move |lab| lab.version < version
 }
 
 /// Runs all cases whose name contains `filter` with every version; whether all passed.
 pub async fn run(home: Home, version: Option<Version>, filter: &str) -> Result<bool> {
     let versions = match version {
         Some(one) => vec![one],
-        None => vec![Version::V1, Version::V2],
+        None => Version::USUAL.to_vec(),
     };
     let mut good = true;
     for version in versions {
@@ -97,6 +98,7 @@ async fn run_version(home: Home, version: Version, filter: &str) -> Result<bool>
     });
     let cases = [
         tasks::cases(),
+        choice::cases(),
         events::cases(),
         logs::cases(),
         pods::cases(),
