@@ -185,16 +185,18 @@ impl Task for Service {
             return Ok(pids_response([pause.state().pid]));
         }
         let container = self.sandbox.containers().get(&request.id)?;
-        let init = container.init.state();
-        if init.phase == Phase::Stopped {
-            // A containerd that starts and is told of no pid takes the task for one that was never made: it deletes it, and
-            // nobody learns how the task ended.
-            return Ok(pids_response([init.pid]));
-        }
-        let pids = container
+        let told = container
             .guest
             .call(container.guest.session.container().pids(&request.id))
-            .await?;
+            .await;
+        // A containerd that starts and is told of no pid takes the task for one that was never made: it deletes it, and nobody
+        // learns how the task ended. The guest has none of a task that has ended, be that known here yet or not.
+        let init = container.init.state();
+        let pids = match told {
+            Ok(pids) if !pids.is_empty() => pids,
+            Err(error) if init.phase != Phase::Stopped => return Err(error.into()),
+            Ok(_) | Err(_) => vec![init.pid],
+        };
         Ok(pids_response(pids))
     }
 
