@@ -5,7 +5,12 @@
 //! the pod's own processes listen on, and the host carries connections here by `Guest.PortForward`. So `localhost` is the
 //! node's as far as TCP goes, and a port that is taken on one side is taken on both.
 //!
+//! Where the guest's sockets are the host's already (TSI) there is nothing to carry: the agent listens where nobody dials, so
+//! that the pod's table of sockets shows the host's ports ([`plain`]).
+//!
 //! Called by `Guest.HostPorts`; everything ends when that stream is dropped.
+
+mod plain;
 
 use crate::services::status::status;
 use boxlite_proto::boxlite::v1::{ErrorKind, HostPortsRequest, HostPortsResponse, ListeningPort};
@@ -41,16 +46,19 @@ pub async fn open(
         .message()
         .await?
         .ok_or_else(|| invalid("gateway", "the first message names the gateway".into()))?;
-    let gateway: Ipv4Addr = first
-        .gateway
-        .parse()
-        .map_err(|_| invalid("gateway", format!("{:?} is no IPv4 address", first.gateway)))?;
+    let front = match first.gateway.as_str() {
+        "" => Front::Shown(plain::pool()),
+        text => Front::Carried(
+            text.parse()
+                .map_err(|_| invalid("gateway", format!("{text:?} is no IPv4 address")))?,
+        ),
+    };
     let mut looks = interval(LOOK);
     looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut exchange = Exchange {
         requests,
         looks,
-        mirrors: Mirrors::new(gateway.into()),
+        mirrors: Mirrors::new(front),
         told: None,
     };
     exchange.mirrors.set(&first.ports).await;
@@ -59,6 +67,24 @@ pub async fn open(
 
 fn invalid(field: &str, message: String) -> Status {
     status(ErrorKind::InvalidArgument, field, message)
+}
+
+/// What a listener on a port of the host does.
+#[derive(Clone, Copy)]
+enum Front {
+    /// Takes the connections to the loopback and carries them to this address.
+    Carried(Ipv4Addr),
+    /// Only stands in the table.
+    Shown(&'static plain::Pool),
+}
+
+impl Front {
+    async fn listen(self, port: u16) -> std::io::Result<TcpListener> {
+        match self {
+            Self::Carried(_) => TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await,
+            Self::Shown(pool) => TcpListener::from_std(pool.listen(port)?),
+        }
+    }
 }
 
 struct Exchange {
@@ -146,7 +172,7 @@ fn listeners(table: &str) -> impl Iterator<Item = (u16, bool)> + '_ {
 
 /// Listeners on the host's ports. Dropping it closes them with their connections.
 struct Mirrors {
-    gateway: IpAddr,
+    front: Front,
     wanted: BTreeSet<u16>,
     listening: HashMap<u16, AbortHandle>,
     tasks: JoinSet<()>,
@@ -154,9 +180,9 @@ struct Mirrors {
 }
 
 impl Mirrors {
-    fn new(gateway: IpAddr) -> Self {
+    fn new(front: Front) -> Self {
         Self {
-            gateway,
+            front,
             wanted: BTreeSet::new(),
             listening: HashMap::new(),
             tasks: JoinSet::new(),
@@ -193,10 +219,13 @@ impl Mirrors {
             if self.listening.contains_key(&port) {
                 continue;
             }
-            let Ok(listener) = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await else {
+            let Ok(listener) = self.front.listen(port).await else {
                 continue;
             };
-            let to = (self.gateway, port);
+            let to = match self.front {
+                Front::Carried(gateway) => Some((gateway.into(), port)),
+                Front::Shown(_) => None,
+            };
             let task = self
                 .tasks
                 .spawn(accept(listener, to, Arc::clone(&self.connections)));
@@ -205,8 +234,8 @@ impl Mirrors {
     }
 }
 
-/// Accepts until it is aborted, which ends its connections, too.
-async fn accept(listener: TcpListener, to: (IpAddr, u16), connections: Arc<Semaphore>) {
+/// Accepts until it is aborted, which ends its connections, too. A connection that goes nowhere is closed.
+async fn accept(listener: TcpListener, to: Option<(IpAddr, u16)>, connections: Arc<Semaphore>) {
     let mut open = JoinSet::new();
     loop {
         while open.try_join_next().is_some() {}
@@ -216,7 +245,9 @@ async fn accept(listener: TcpListener, to: (IpAddr, u16), connections: Arc<Semap
         match listener.accept().await {
             Ok((inside, _)) => {
                 open.spawn(async move {
-                    carry(inside, to).await;
+                    if let Some(to) = to {
+                        carry(inside, to).await;
+                    }
                     drop(permit);
                 });
             }
@@ -265,7 +296,7 @@ mod tests {
         let front = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let at = front.local_addr().unwrap();
         let limit = Arc::new(Semaphore::new(1));
-        let task = tokio::spawn(accept(front, (to.ip(), to.port()), limit));
+        let task = tokio::spawn(accept(front, Some((to.ip(), to.port())), limit));
         let echo = tokio::spawn(async move {
             let (mut stream, _) = server.accept().await.unwrap();
             let (mut reader, mut writer) = stream.split();

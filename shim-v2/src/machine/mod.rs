@@ -167,6 +167,7 @@ impl Machine for VmMachine {
 
         let network = self.attach(bundle, plan, undo).await?;
         // libkrun needs no card for it: TSI.
+        let tsi = plan.options.host_network && plan.options.vmm == VmmKind::Krun;
         let user_card = plan.options.host_network && plan.options.vmm == VmmKind::Qemu;
         timers.mark("net");
 
@@ -191,6 +192,7 @@ impl Machine for VmMachine {
         let told = init(&session, &child, id, plan, &shown).await?;
         let host_ports = match &plan.netns {
             _ if user_card => Some(HostPorts::begin(&session, Place::Host).await?),
+            _ if tsi => Some(HostPorts::begin(&session, Place::Vmm(child.pid())).await?),
             Some(netns) if plan.local_ports => {
                 let place = Place::pod(netns)?;
                 Some(HostPorts::begin(&session, place).await?)

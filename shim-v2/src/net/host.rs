@@ -1,16 +1,17 @@
-//! [`HostPorts`]: the TCP ports of a pod's processes, listened on outside the VM, for two kinds of pods ([`Place`]).
+//! [`HostPorts`]: the TCP ports of a pod's processes, listened on outside the VM, for three kinds of pods ([`Place`]).
 //!
 //! In the host's network, where the VMM has no TSI (Qemu): in the host's namespace, which is this process's; and the guest
-//! hears which ports the host listens on. Under containerd: on the loopback of the pod's namespace, where its CRI plugin
+//! hears which ports the host listens on. With TSI (Krun) it hears the same, to show them, and nothing is listened on here,
+//! since libkrun does it. Under containerd: on the loopback of the pod's namespace, where its CRI plugin
 //! dials for port-forward; the pod's own address does not come by here.
 //!
-//! Outgoing connections are not its business: they leave through the VM's
-//! user-mode card ([`crate::vmm::qemu`]); and libkrun's TSI does all of it by itself. The guest's half is the agent's
-//! `host_ports`; bytes go by `Guest.PortForward`.
+//! Outgoing connections are not its business: they leave through the VM's user-mode card ([`crate::vmm::qemu`]) or by TSI.
+//! The guest's half is the agent's `host_ports`; bytes go by `Guest.PortForward`.
 //!
 //! The guest is hostile: it may take free ports of the host, as any process in the host's network may, up to
 //! [`PORT_LIMIT`]; never one that somebody has.
 
+use super::listening::{host_ports, sockets_of};
 use super::user;
 use crate::error::{Result, ShimError};
 use crate::report::Report;
@@ -45,20 +46,18 @@ const FIRST_LIMIT: Duration = Duration::from_secs(20);
 const PAUSE: Duration = Duration::from_secs(1);
 /// Ports of the host a guest may take.
 const PORT_LIMIT: usize = 256;
-/// Ports of the host told to the guest; the agent takes no more.
-const TOLD_LIMIT: usize = 1024;
 /// Connections from the host into one guest at one time; more wait in the backlogs.
 const CONNECTION_LIMIT: usize = 256;
 /// Requests of one exchange, and chunks of one connection, that wait for the guest.
 const QUEUE: usize = 4;
-/// "Listening" in /proc/net/tcp.
-const LISTENING: &str = "0A";
 
 /// Where a pod's ports are listened on.
 #[derive(Debug, Clone)]
 pub enum Place {
     /// In the host's network namespace; its ports are the guest's too.
     Host,
+    /// By the VMM, the process of this pid, in the host's network namespace. Here the host's ports are only told.
+    Vmm(i32),
     /// On the loopback of the pod's network namespace. Nobody else listens there.
     Pod(Arc<File>),
 }
@@ -76,14 +75,36 @@ impl Place {
     /// Ports that the guest is told, without our own.
     fn told(&self, own: &Listeners) -> Vec<u32> {
         match self {
-            Self::Host => host_ports(own),
+            Self::Host => host_ports(|port, _| own.contains_key(&port)),
+            Self::Vmm(pid) => {
+                let own = sockets_of(*pid);
+                host_ports(|_, inode| own.contains(&inode))
+            }
             Self::Pod(_) => Vec::new(),
+        }
+    }
+
+    /// Where the guest finds those ports.
+    fn gateway(&self) -> String {
+        match self {
+            Self::Vmm(_) => String::new(),
+            // Of no use to a guest that hears of no ports.
+            Self::Host | Self::Pod(_) => user::GATEWAY.to_string(),
+        }
+    }
+
+    /// The guest's list as a map, bounded; empty where the VMM listens.
+    fn wanted(&self, ports: &[ListeningPort]) -> HashMap<u16, bool> {
+        match self {
+            Self::Vmm(_) => HashMap::new(),
+            Self::Host | Self::Pod(_) => wanted(ports),
         }
     }
 
     async fn bind(&self, port: u16, loopback: bool) -> io::Result<TcpListener> {
         match self {
             Self::Host => bind(port, loopback).await,
+            Self::Vmm(_) => Err(io::ErrorKind::Unsupported.into()),
             Self::Pod(netns) => {
                 let netns = Arc::clone(netns);
                 let made = tokio::task::spawn_blocking(move || bind_within(&netns, port));
@@ -170,7 +191,7 @@ impl HostPorts {
                     let answer = answer.map_err(|status| PortalError::from_status("Guest.HostPorts", status))?;
                     match answer {
                         Some(answer) => {
-                            self.wanted = wanted(&answer.ports);
+                            self.wanted = self.place.wanted(&answer.ports);
                             self.listen().await;
                         }
                         None => return Ok(()),
@@ -263,8 +284,7 @@ async fn open(
     let ports = place.told(own);
     let first = HostPortsRequest {
         ports: ports.clone(),
-        // Of no use to a guest that hears of no ports.
-        gateway: user::GATEWAY.to_string(),
+        gateway: place.gateway(),
     };
     // Nobody else has the sender yet: there is room.
     drop(outgoing.send(first).await);
@@ -273,31 +293,6 @@ async fn open(
         .host_ports(ReceiverStream::new(requests))
         .await?;
     Ok((outgoing, answers, ports))
-}
-
-/// Ports that somebody listens on in this process's network namespace, without our own.
-fn host_ports(own: &Listeners) -> Vec<u32> {
-    let mut found = BTreeSet::new();
-    for table in ["/proc/self/net/tcp", "/proc/self/net/tcp6"] {
-        let text = std::fs::read_to_string(table).unwrap_or_default();
-        found.extend(listening(&text));
-    }
-    found
-        .into_iter()
-        .filter(|port| !own.contains_key(port))
-        .take(TOLD_LIMIT)
-        .map(u32::from)
-        .collect()
-}
-
-/// The ports of the listening sockets in the text of /proc/net/tcp or tcp6.
-fn listening(table: &str) -> impl Iterator<Item = u16> + '_ {
-    table.lines().skip(1).filter_map(|line| {
-        let mut fields = line.split_ascii_whitespace().skip(1);
-        let port = fields.next()?.split_once(':')?.1;
-        (fields.nth(1)? == LISTENING).then_some(())?;
-        u16::from_str_radix(port, 16).ok()
-    })
 }
 
 /// IPv6 takes IPv4 along, where the host has it.
@@ -425,13 +420,6 @@ async fn carry(
 mod tests {
     use super::*;
 
-    #[test]
-    fn listening_ports_of_a_table() {
-        let text = "  sl  local_address rem_address   st tx_queue\n   0: 00000000:2EE3 00000000:0000 0A 0:0\n   1: \
-                    0100007F:0051 0100007F:1111 01 0:0\n   2: 00000000000000000000000000000000:0016 0:0 0A\nbroken\n";
-        assert_eq!(listening(text).collect::<Vec<_>>(), [12003, 22]);
-    }
-
     #[tokio::test]
     async fn a_pods_port_is_in_its_namespace_and_not_here() {
         const PORT: u16 = 48_231;
@@ -442,7 +430,7 @@ mod tests {
             listener.local_addr().unwrap(),
             (Ipv4Addr::LOCALHOST, PORT).into()
         );
-        assert!(!host_ports(&HashMap::new()).contains(&u32::from(PORT)));
+        assert!(!Place::Host.told(&HashMap::new()).contains(&u32::from(PORT)));
         assert!(place.bind(PORT, false).await.is_err(), "it is taken there");
     }
 
@@ -450,10 +438,15 @@ mod tests {
     async fn our_own_listeners_are_not_the_hosts() {
         let listener = bind(0, true).await.unwrap();
         let port = listener.local_addr().unwrap().port();
-        assert!(host_ports(&HashMap::new()).contains(&u32::from(port)));
+        assert!(Place::Host.told(&HashMap::new()).contains(&u32::from(port)));
         let task = tokio::spawn(std::future::pending::<()>());
         let own = HashMap::from([(port, (true, task.abort_handle()))]);
-        assert!(!host_ports(&own).contains(&u32::from(port)));
+        assert!(!Place::Host.told(&own).contains(&u32::from(port)));
         task.abort();
+        // As libkrun's, which the process of the VM has.
+        let vmm = Place::Vmm(std::process::id().cast_signed());
+        assert!(!vmm.told(&HashMap::new()).contains(&u32::from(port)));
+        let another = Place::Vmm(1);
+        assert!(another.told(&HashMap::new()).contains(&u32::from(port)));
     }
 }

@@ -10,6 +10,7 @@
 mod describe;
 pub mod host;
 mod join;
+mod listening;
 pub mod tap;
 pub mod user;
 

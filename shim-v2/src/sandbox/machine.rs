@@ -40,7 +40,7 @@ pub struct Booted {
     pub exit: futures::future::BoxFuture<'static, String>,
     /// Ends the VM by force; returns at once.
     pub kill: Arc<dyn Fn() + Send + Sync>,
-    /// For a pod in the host's network on a VMM without TSI: the exchange of ports, which the driver runs.
+    /// For a pod in the host's network, or under containerd: the exchange of ports, which the driver runs.
     pub host_ports: Option<HostPorts>,
     /// Shows mounts of the guest on the host.
     pub keeper: Option<Keeper>,
