@@ -9,6 +9,7 @@ use crate::outcome::Result;
 use crate::stream::Streams;
 use crate::wait;
 use k8s_cri::v1::*;
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -18,6 +19,9 @@ static SERIAL: AtomicU32 = AtomicU32::new(1);
 
 /// Deadline of a call that may boot a VM: a kubelet's is 4 minutes.
 pub const LONG: Duration = Duration::from_secs(120);
+
+/// Host name of the pod that cases share (see [`crate::world::World::pod`]).
+pub const COMMON: &str = "common";
 
 /// A sandbox configuration under construction.
 pub fn pod_spec(node: &Node, name: &str) -> PodSandboxConfig {
@@ -36,9 +40,20 @@ pub fn pod_spec(node: &Node, name: &str) -> PodSandboxConfig {
             .display()
             .to_string(),
         labels: [("e2e".to_owned(), name.to_owned())].into(),
-        linux: Some(LinuxPodSandboxConfig::default()),
+        linux: Some(LinuxPodSandboxConfig {
+            sysctls: sysctls(),
+            ..Default::default()
+        }),
         ..Default::default()
     }
+}
+
+/// In the emulated KVM host QEMU translates a guest's program for each address it runs at: processes at random ones make a
+/// machine that has seen some thousands of them ever slower. (VmmKind::Qemu sees to that by itself.)
+fn sysctls() -> HashMap<String, String> {
+    let emulated = std::env::var_os("BOXLITE_HOME_KIND").is_some_and(|kind| kind == "kvmhost");
+    let one = ("kernel.randomize_va_space".to_owned(), "0".to_owned());
+    emulated.then_some(one).into_iter().collect()
 }
 
 /// A container configuration under construction: `argv` in `image`, log file `<name>.log`.
@@ -229,10 +244,36 @@ impl Pod {
         Ok(())
     }
 
-    /// StopPodSandbox and RemovePodSandbox.
+    /// StopPodSandbox and RemovePodSandbox. The pod that cases share stays, without containers.
     pub async fn end(&self) -> Result {
+        if self.config.hostname == COMMON {
+            return self.empty().await;
+        }
         self.stop().await?;
         self.remove().await
+    }
+
+    /// Removes all containers and their logs.
+    pub async fn empty(&self) -> Result {
+        let mut client = self.node.cri.runtime();
+        let request = ListContainersRequest {
+            filter: Some(ContainerFilter {
+                pod_sandbox_id: self.id.clone(),
+                ..Default::default()
+            }),
+        };
+        let list = answer("ListContainers", client.list_containers(request).await)?;
+        for container in list.containers {
+            let request = RemoveContainerRequest {
+                container_id: container.id,
+            };
+            let removed = client.remove_container(within(LONG, request)).await;
+            answer("RemoveContainer", removed)?;
+        }
+        // As a kubelet does. A log that is still there would be appended to.
+        std::fs::remove_dir_all(&self.config.log_directory)?;
+        std::fs::create_dir_all(&self.config.log_directory)?;
+        Ok(())
     }
 }
 

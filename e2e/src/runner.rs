@@ -171,21 +171,27 @@ impl Surroundings for World {
         Trace::take(&self.node)
     }
 
-    async fn after(&self, before: Trace, _: bool) -> Result {
+    async fn after(&self, before: Trace, failed: bool) -> Result {
         let cleaned = clean(self).await;
         let left = before.restored(&self.node).await.map(drop);
-        cleaned.and(left)
+        let renewed = match failed || cleaned.is_err() || left.is_err() {
+            true => self.renew().await,
+            false => Ok(()),
+        };
+        cleaned.and(left).and(renewed)
     }
 }
 
-/// Removes every pod of the shared node: a failed test must not fail the next.
+/// Removes every pod of the shared node but the common one, and its containers: a failed test must not fail the next.
 async fn clean(world: &World) -> Result {
+    let common = world.pod().await;
+    common.empty().await?;
     let mut client = world.node.cri.runtime();
     let list = client
         .list_pod_sandbox(k8s_cri::v1::ListPodSandboxRequest::default())
         .await?
         .into_inner();
-    for pod in list.items {
+    for pod in list.items.into_iter().filter(|pod| pod.id != common.id) {
         let pod_sandbox_id = pod.id;
         client
             .stop_pod_sandbox(k8s_cri::v1::StopPodSandboxRequest {

@@ -6,9 +6,11 @@ use crate::image::set::ImageSet;
 use crate::install::Install;
 use crate::node::{Node, NodeOptions};
 use crate::outcome::{During, Result};
+use crate::pod::{COMMON, Pod};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::Mutex;
 
 /// Where the suite runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -51,6 +53,7 @@ pub struct World {
     pub images: ImageSet,
     /// The shared node; the images are pulled.
     pub node: Arc<Node>,
+    common: Mutex<Pod>,
 }
 
 impl World {
@@ -64,14 +67,32 @@ impl World {
             .during("pushing the images")?;
         let node = Node::start(&scratch, &install, &node_options("n", home, &registry)).await?;
         crate::pod::pull(&node, &images.base).await?;
+        let node = Arc::new(node);
+        let common = Mutex::new(Pod::run(&node, COMMON).await?);
         Ok(Self {
             home,
             scratch,
             install,
             registry,
             images,
-            node: Arc::new(node),
+            node,
+            common,
         })
+    }
+
+    /// The pod that the cases share which ask nothing of a pod: a boot is most of what a short one takes. It has no
+    /// containers; [`Pod::end`] takes the case's away.
+    pub async fn pod(&self) -> Pod {
+        self.common.lock().await.clone()
+    }
+
+    /// Another pod to share: behind a case that failed.
+    pub async fn renew(&self) -> Result {
+        let mut common = self.common.lock().await;
+        common.stop().await?;
+        common.remove().await?;
+        *common = Pod::run(&self.node, COMMON).await?;
+        Ok(())
     }
 
     /// A further node of its own for a test that kills, breaks or configures.
@@ -90,6 +111,15 @@ impl World {
     /// See [`Home::patience`].
     pub fn patience(&self, seconds: u64) -> Duration {
         self.home.patience(seconds)
+    }
+
+    /// How often a case repeats itself, or how much it moves: `all`, and in the emulated KVM host `fewer`, unless
+    /// `BOXLITE_E2E_WHOLE` is set.
+    pub fn rounds(&self, all: usize, fewer: usize) -> usize {
+        match self.home {
+            Home::Krun if std::env::var_os("BOXLITE_E2E_WHOLE").is_none() => fewer,
+            _ => all,
+        }
     }
 }
 

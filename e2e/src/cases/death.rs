@@ -51,12 +51,14 @@ async fn node(world: &Shared, name: &str) -> Result<Arc<Node>> {
 async fn daemon_while_logging(world: Shared) -> Result {
     let node = node(&world, "dlog").await?;
     let pod = Pod::run(&node, "logs").await?;
-    let script =
-        "i=0; while [ $i -lt 500 ]; do echo line $i; i=$((i+1)); usleep 10000; done; exit 17";
+    let (turns, lines) = (world.rounds(3, 2), world.rounds(500, 300));
+    let script = format!(
+        "i=0; while [ $i -lt {lines} ]; do echo line $i; i=$((i+1)); usleep 10000; done; exit 17"
+    );
     let c = pod
-        .start("c", &world.images.base, &["sh", "-c", script])
+        .start("c", &world.images.base, &["sh", "-c", &script])
         .await?;
-    for turn in 0..3 {
+    for turn in 0..turns {
         let seen = logs::read(&c.log())?.len();
         wait::until("more lines", world.patience(20), || async {
             let n = logs::read(&c.log())?.len();
@@ -89,7 +91,7 @@ async fn daemon_while_logging(world: Shared) -> Result {
         17,
         "exit code"
     );
-    let wanted: String = (0..500).map(|i| format!("line {i}\n")).collect();
+    let wanted: String = (0..lines).map(|i| format!("line {i}\n")).collect();
     ensure!(
         logs::stream(&logs::read(&c.log())?, "stdout") == wanted.as_bytes(),
         "the log has a gap or a line twice"
@@ -158,7 +160,7 @@ async fn random_moments(world: Shared) -> Result {
     let clean = Trace::take(&node)?;
     // About the length of run + create + start + exec in each home.
     let span = world.patience(3).as_millis() as u64;
-    for turn in 0..10 {
+    for turn in 0..world.rounds(10, 4) {
         let config = pod_spec(&node, &format!("r{turn}"));
         let work = tokio::spawn({
             let (node, config, image) = (node.clone(), config.clone(), world.images.base.clone());
@@ -331,7 +333,7 @@ async fn noticed(
 async fn shim_killed(world: Shared) -> Result {
     let node = node(&world, "kshim").await?;
     let clean = Trace::take(&node)?;
-    for _ in 0..2 {
+    for _ in 0..world.rounds(2, 1) {
         let pod = Pod::run(&node, "shim").await?;
         let c = pod
             .start("c", &world.images.base, &["sleep", "1000"])
@@ -347,7 +349,7 @@ async fn shim_killed(world: Shared) -> Result {
 async fn vmm_killed(world: Shared) -> Result {
     let node = node(&world, "kvmm").await?;
     let clean = Trace::take(&node)?;
-    for _ in 0..2 {
+    for _ in 0..world.rounds(2, 1) {
         let pod = Pod::run(&node, "vmm").await?;
         let c = pod
             .start("c", &world.images.base, &["sleep", "1000"])

@@ -22,7 +22,7 @@ pub fn cases() -> Vec<Case> {
 }
 
 async fn output_and_exit_code(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "exec").await?;
+    let pod = world.pod().await;
     let c = pod
         .start("c", &world.images.base, &["sleep", "1000"])
         .await?;
@@ -61,7 +61,7 @@ async fn output_and_exit_code(world: Shared) -> Result {
 }
 
 async fn large_output(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "large").await?;
+    let pod = world.pod().await;
     let c = pod
         .start("c", &world.images.base, &["sleep", "1000"])
         .await?;
@@ -93,7 +93,7 @@ async fn large_output(world: Shared) -> Result {
 }
 
 async fn timeout_kills_tree(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "timeout").await?;
+    let pod = world.pod().await;
     let c = pod
         .start("c", &world.images.base, &["sleep", "1000"])
         .await?;
@@ -139,7 +139,7 @@ async fn timeout_kills_tree(world: Shared) -> Result {
 }
 
 async fn many_at_once(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "many").await?;
+    let pod = world.pod().await;
     let c = pod
         .start("c", &world.images.base, &["sleep", "1000"])
         .await?;
@@ -162,7 +162,7 @@ async fn many_at_once(world: Shared) -> Result {
 }
 
 async fn in_what_does_not_run(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "dead").await?;
+    let pod = world.pod().await;
     let c = pod.start("c", &world.images.base, &["true"]).await?;
     c.exited(world.patience(20)).await?;
     let status = c.exec_raw(&["true"], 0).await;
@@ -185,7 +185,7 @@ async fn in_what_does_not_run(world: Shared) -> Result {
 }
 
 async fn identity(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "who").await?;
+    let pod = world.pod().await;
     let mut config = container_spec("c", &world.images.base, &["sleep", "1000"]);
     config.working_dir = "/tmp".into();
     config.envs = vec![KeyValue {
@@ -208,7 +208,7 @@ async fn identity(world: Shared) -> Result {
         .await?;
     same!(
         said,
-        "1000\n/tmp\nby the pod\nbase\nwho\n",
+        "1000\n/tmp\nby the pod\nbase\ncommon\n",
         "identity of an exec"
     );
     pod.end().await

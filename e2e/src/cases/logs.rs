@@ -35,7 +35,7 @@ pub fn cases() -> Vec<Case> {
 }
 
 async fn format_and_order(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "order").await?;
+    let pod = world.pod().await;
     // Written one after the other with a flush between: one process, two pipes.
     let script =
         "for i in 1 2 3 4 5; do echo out $i; usleep 20000; echo err $i >&2; usleep 20000; done";
@@ -78,7 +78,7 @@ async fn format_and_order(world: Shared) -> Result {
 }
 
 async fn long_and_binary(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "long").await?;
+    let pod = world.pod().await;
     let script =
         "head -c 100000 /dev/zero | tr '\\0' x; echo; printf 'a\\000b\\377\\r\\n'; echo; echo end";
     let container = pod
@@ -105,7 +105,7 @@ async fn long_and_binary(world: Shared) -> Result {
 }
 
 async fn unfinished_line(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "tail").await?;
+    let pod = world.pod().await;
     let container = pod
         .start(
             "c",
@@ -125,7 +125,7 @@ async fn unfinished_line(world: Shared) -> Result {
 }
 
 async fn reopen(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "rotate").await?;
+    let pod = world.pod().await;
     // A pause, which is a process, only now and then.
     let script = "i=0; while [ $i -lt 400 ]; do echo line $i; i=$((i+1)); [ $((i % 10)) = 0 ] && usleep 50000; done";
     let container = pod
@@ -171,7 +171,7 @@ async fn reopen(world: Shared) -> Result {
 }
 
 async fn terminal(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "tty").await?;
+    let pod = world.pod().await;
     let mut config = container_spec(
         "c",
         &world.images.base,
@@ -195,7 +195,8 @@ const LINE: usize = 256;
 /// Lines of a block; the container makes one with awk and prints it over and over, each time below a numbered line of its
 /// own: awk is slower than the log.
 const BLOCK_LINES: usize = 8192;
-const BLOCKS: usize = 128;
+/// Blocks of a run: 256 MiB, and 64 MiB in the emulated KVM host.
+const BLOCKS: (usize, usize) = (128, 32);
 
 /// Makes a block of so many lines as /block.
 fn block_script(lines: usize) -> String {
@@ -218,9 +219,10 @@ fn wanted(blocks: usize, lines: usize) -> (usize, String) {
 }
 
 async fn numbered_lines(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "many").await?;
+    let blocks = world.rounds(BLOCKS.0, BLOCKS.1);
+    let pod = world.pod().await;
     let script = format!(
-        "{}; i=0; while [ $i -lt {BLOCKS} ]; do echo block $i; cat /block; i=$((i+1)); done",
+        "{}; i=0; while [ $i -lt {blocks} ]; do echo block $i; cat /block; i=$((i+1)); done",
         block_script(BLOCK_LINES)
     );
     let container = pod
@@ -231,7 +233,7 @@ async fn numbered_lines(world: Shared) -> Result {
     let found = sum_of(&container.log()).during("reading the log")?;
     same!(
         found,
-        wanted(BLOCKS, BLOCK_LINES),
+        wanted(blocks, BLOCK_LINES),
         "bytes and SHA-256 of the log"
     );
     pod.end().await

@@ -73,7 +73,7 @@ async fn seccomp_modes(container: &Container) -> Result<String> {
 }
 
 async fn seccomp(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "seccomp").await?;
+    let pod = world.pod().await;
     let file = world.node.dir.join("no-chmod.json");
     let rules = r#"{"defaultAction":"SCMP_ACT_ALLOW","syscalls":[
         {"names":["chmod","fchmodat","fchmodat2"],"action":"SCMP_ACT_ERRNO","errnoRet":75},
@@ -159,7 +159,7 @@ async fn seccomp(world: Shared) -> Result {
 }
 
 async fn refused(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "refused").await?;
+    let pod = world.pod().await;
     let missing = "/no/such/profile.json";
     let text = refusal(&world, &pod, "seccomp", |c| {
         security(c).seccomp = profile(ProfileType::Localhost, missing);
@@ -220,7 +220,7 @@ async fn refused(world: Shared) -> Result {
 }
 
 async fn groups(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "groups").await?;
+    let pod = world.pod().await;
     for (name, policy, wanted) in [
         (
             "merge",
@@ -255,7 +255,7 @@ async fn groups(world: Shared) -> Result {
 }
 
 async fn privileged(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "privileged").await?;
+    let pod = world.pod().await;
     let c = sleeper(&world, &pod, "c", |s| {
         s.privileged = true;
         s.masked_paths = vec!["/proc/version".into()];

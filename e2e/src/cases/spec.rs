@@ -1,5 +1,6 @@
 //! What a container sees of what was asked: shared and own namespaces, identity, capabilities, mounts, devices, limits.
 
+use crate::client::answer;
 use crate::outcome::Result;
 use crate::pod::{Pod, container_spec, pod_spec, pull};
 use crate::runner::{Case, Shared, case};
@@ -39,7 +40,7 @@ fn security(config: &mut ContainerConfig) -> &mut LinuxContainerSecurityContext 
 }
 
 async fn namespaces(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "ns").await?;
+    let pod = world.pod().await;
     let a = pod
         .start("a", &world.images.base, &["sleep", "1000"])
         .await?;
@@ -105,7 +106,7 @@ async fn pod_pid(world: Shared) -> Result {
 }
 
 async fn arguments(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "args").await?;
+    let pod = world.pod().await;
     let mut config = container_spec("c", &world.images.base, &["sh", "-c"]);
     config.args = vec![
         "echo \"$0\" \"$1\"; pwd; echo $A; echo \"$B\"; echo $FROM_IMAGE".into(),
@@ -134,7 +135,7 @@ async fn arguments(world: Shared) -> Result {
 
 async fn image_defaults(world: Shared) -> Result {
     pull(&world.node, &world.images.user).await?;
-    let pod = Pod::run(&world.node, "image").await?;
+    let pod = world.pod().await;
     let c = pod.start("c", &world.images.user, &[]).await?;
     c.exited(world.patience(20)).await?;
     same!(c.output()?, "entry and cmd\n", "ENTRYPOINT and CMD");
@@ -152,7 +153,7 @@ async fn image_defaults(world: Shared) -> Result {
 }
 
 async fn user_and_groups(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "user").await?;
+    let pod = world.pod().await;
     let run = |name: &'static str, change: fn(&mut LinuxContainerSecurityContext)| {
         let pod = pod.clone();
         let mut config = container_spec(
@@ -202,7 +203,7 @@ async fn user_and_groups(world: Shared) -> Result {
 }
 
 async fn capabilities(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "caps").await?;
+    let pod = world.pod().await;
     let effective = |name: &'static str, change: fn(&mut LinuxContainerSecurityContext)| {
         let pod = pod.clone();
         let mut config = container_spec(
@@ -254,7 +255,7 @@ async fn capabilities(world: Shared) -> Result {
 }
 
 async fn read_only_rootfs(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "ro").await?;
+    let pod = world.pod().await;
     let script = "echo x > /file && echo wrote; echo x > /tmp/file && echo wrote; echo x > /dev/shm/file && echo shm; echo end";
     let mut config = container_spec("ro", &world.images.base, &["sh", "-c", script]);
     security(&mut config).readonly_rootfs = true;
@@ -271,7 +272,7 @@ async fn read_only_rootfs(world: Shared) -> Result {
 }
 
 async fn masked_paths(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "masked").await?;
+    let pod = world.pod().await;
     let mut config = container_spec("c", &world.images.base, &["sleep", "1000"]);
     security(&mut config).masked_paths =
         vec!["/bin/cal".into(), "/var/www".into(), "/not/there".into()];
@@ -306,7 +307,7 @@ async fn mounts(world: Shared) -> Result {
         readonly,
         ..Default::default()
     };
-    let pod = Pod::run(&world.node, "mounts").await?;
+    let pod = world.pod().await;
     let mut config = container_spec("c", &world.images.base, &["sleep", "1000"]);
     config.mounts = vec![
         mount("rw", "/rw", false),
@@ -359,7 +360,7 @@ async fn mounts(world: Shared) -> Result {
 async fn shared_volume(world: Shared) -> Result {
     let dir = world.node.dir.join("shared");
     std::fs::create_dir_all(&dir)?;
-    let pod = Pod::run(&world.node, "shared").await?;
+    let pod = world.pod().await;
     let spec = |name: &str| {
         let mut config = container_spec(name, &world.images.base, &["sleep", "1000"]);
         config.mounts = vec![Mount {
@@ -389,7 +390,7 @@ async fn termination_log(world: Shared) -> Result {
     // As the kubelet does it: a file of the host mounted on the termination message path.
     let file = world.node.dir.join("termination");
     std::fs::write(&file, "")?;
-    let pod = Pod::run(&world.node, "term").await?;
+    let pod = world.pod().await;
     let mut config = container_spec(
         "c",
         &world.images.base,
@@ -415,7 +416,7 @@ async fn termination_log(world: Shared) -> Result {
 }
 
 async fn devices(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "dev").await?;
+    let pod = world.pod().await;
     let script = "for d in null zero full random urandom tty; do test -c /dev/$d || echo no $d; done; \
         for l in fd stdin stdout stderr ptmx; do test -e /dev/$l || test -L /dev/$l || echo no $l; done; \
         test -d /dev/pts || echo no pts; ls /dev | grep -E 'vd|mem$|kmsg|hvc' ; head -c 3 /dev/zero | wc -c; echo x > /dev/null";
@@ -462,31 +463,19 @@ async fn limits(world: Shared) -> Result {
         }),
         ..Default::default()
     };
-    match world
-        .node
-        .cri
-        .runtime()
-        .update_container_resources(request)
-        .await
-    {
-        Ok(_) => {
-            same!(
-                read("memory.max").await?,
-                format!("{}\n", 96 << 20),
-                "memory.max after the update"
-            );
-            same!(
-                read("cpu.max").await?,
-                "20000 100000\n",
-                "cpu.max after the update"
-            );
-        }
-        Err(status) => same!(
-            status.code(),
-            tonic::Code::Unimplemented,
-            "UpdateContainerResources: {status:?}"
-        ),
-    }
+    let mut client = world.node.cri.runtime();
+    let updated = client.update_container_resources(request).await;
+    answer("UpdateContainerResources", updated)?;
+    same!(
+        read("memory.max").await?,
+        format!("{}\n", 96 << 20),
+        "memory.max after the update"
+    );
+    same!(
+        read("cpu.max").await?,
+        "20000 100000\n",
+        "cpu.max after the update"
+    );
     pod.end().await
 }
 
@@ -578,7 +567,7 @@ async fn vm_size(world: Shared) -> Result {
 }
 
 async fn stdin_is_empty(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "stdin").await?;
+    let pod = world.pod().await;
     let c = pod
         .start(
             "c",

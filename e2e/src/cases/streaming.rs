@@ -77,8 +77,8 @@ async fn forward_url(pod: &Pod) -> Result<String> {
 }
 
 /// A pod with one container that sleeps.
-async fn sleeper(world: &Shared, name: &str) -> Result<(Pod, Container)> {
-    let pod = Pod::run(&world.node, name).await?;
+async fn sleeper(world: &Shared) -> Result<(Pod, Container)> {
+    let pod = world.pod().await;
     let c = pod
         .start("c", &world.images.base, &["sleep", "1000"])
         .await?;
@@ -92,7 +92,7 @@ fn random(length: usize) -> Vec<u8> {
 }
 
 async fn exec(world: Shared) -> Result {
-    let (pod, c) = sleeper(&world, "stream-exec").await?;
+    let (pod, c) = sleeper(&world).await?;
     for over in BOTH {
         let script = "echo out; echo err >&2; exit 7";
         let mut session = run(&c, &["sh", "-c", script], PLAIN, over).await?;
@@ -124,7 +124,7 @@ async fn exec(world: Shared) -> Result {
 }
 
 async fn exec_terminal(world: Shared) -> Result {
-    let (pod, c) = sleeper(&world, "stream-tty").await?;
+    let (pod, c) = sleeper(&world).await?;
     for over in BOTH {
         let script = "stty -echo; echo term=$TERM; while read line; do stty size; done; exit 4";
         let mut session = run(&c, &["sh", "-c", script], TERMINAL, over).await?;
@@ -147,7 +147,7 @@ async fn processes(c: &Container) -> Result<String> {
 }
 
 async fn exec_client_leaves(world: Shared) -> Result {
-    let (pod, c) = sleeper(&world, "stream-leave").await?;
+    let (pod, c) = sleeper(&world).await?;
     for (over, streams, seconds) in [
         (Transport::Spdy, PLAIN, "7001"),
         (Transport::WebSocket, TYPING, "7002"),
@@ -178,7 +178,7 @@ async fn exec_client_leaves(world: Shared) -> Result {
 }
 
 async fn many_sessions(world: Shared) -> Result {
-    let (pod, c) = sleeper(&world, "stream-many").await?;
+    let (pod, c) = sleeper(&world).await?;
     let sessions = (0..16).map(|number| {
         let c = c.clone();
         async move {
@@ -221,7 +221,7 @@ async fn answerer(world: &Shared, pod: &Pod, once: bool) -> Result<Container> {
 }
 
 async fn attach(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "attach").await?;
+    let pod = world.pod().await;
     let c = answerer(&world, &pod, false).await?;
     let mut reader = Session::open(&attach_url(&c, PLAIN).await?, BOTH[0], PLAIN).await?;
     // Nothing tells a reader that it is attached but output: some is made until it sees it.
@@ -262,7 +262,7 @@ async fn attach(world: Shared) -> Result {
 }
 
 async fn attach_stdin_once(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "attach-once").await?;
+    let pod = world.pod().await;
     let c = answerer(&world, &pod, true).await?;
     let mut session = Session::open(&attach_url(&c, TYPING).await?, BOTH[0], TYPING).await?;
     session.send("stdin", b"one\n").await?;
@@ -276,7 +276,7 @@ async fn attach_stdin_once(world: Shared) -> Result {
 }
 
 async fn attach_slow_reader(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "attach-slow").await?;
+    let pod = world.pod().await;
     // More than all buffers on the way to a client hold, at a pace that one who reads can keep.
     let script = "read go; i=0; while [ $i -lt 100 ]; do head -c 100000 /dev/zero | tr '\\0' x; \
         usleep 40000; i=$((i+1)); done; echo done; sleep 1000";
@@ -301,7 +301,10 @@ async fn attach_slow_reader(world: Shared) -> Result {
 }
 
 async fn urls_and_refusals(world: Shared) -> Result {
-    let (pod, c) = sleeper(&world, "stream-urls").await?;
+    let pod = Pod::run(&world.node, "urls").await?;
+    let c = pod
+        .start("c", &world.images.base, &["sleep", "1000"])
+        .await?;
     let url = c.exec_url(&["true"], PLAIN).await?;
     ensure!(url.starts_with("http://127.0.0.1:"), "{url}");
     let status = async |url: &str| -> Result<u16> {
@@ -436,15 +439,16 @@ async fn rest(stream: &mut spdy::Stream) -> Result<Vec<u8>> {
 }
 
 /// A pod with servers that give back what they get, on two ports.
-async fn echoes(world: &Shared, name: &str) -> Result<Pod> {
-    let pod = Pod::run(&world.node, name).await?;
+async fn echoes(world: &Shared) -> Result<Pod> {
+    let pod = world.pod().await;
     let script = "nc -ll -p 8081 -e cat & exec nc -ll -p 8080 -e cat";
     let c = pod
         .start("c", &world.images.base, &["sh", "-c", script])
         .await?;
     wait::until("the servers listen", world.patience(20), || async {
         let tcp = c.out(&["cat", "/proc/net/tcp", "/proc/net/tcp6"]).await?;
-        ensure!(tcp.contains(":1F90 ") && tcp.contains(":1F91 "), "{tcp}");
+        let listens = |port| tcp.lines().any(|l| l.contains(port) && l.contains(" 0A "));
+        ensure!(listens(":1F90 ") && listens(":1F91 "), "{tcp}");
         Ok(())
     })
     .await?;
@@ -452,7 +456,7 @@ async fn echoes(world: &Shared, name: &str) -> Result<Pod> {
 }
 
 async fn port_forward(world: Shared) -> Result {
-    let pod = echoes(&world, "forward").await?;
+    let pod = echoes(&world).await?;
     for over in BOTH {
         let mut client = forwarder(&pod, over).await?;
         // Several connections to two ports at once, and one to a port where nobody listens.
@@ -492,7 +496,7 @@ async fn port_forward(world: Shared) -> Result {
 }
 
 async fn port_forward_bytes(world: Shared) -> Result {
-    let pod = echoes(&world, "forward-bytes").await?;
+    let pod = echoes(&world).await?;
     let mib = match std::env::var("BOXLITE_E2E_FORWARD_MIB") {
         Ok(mib) => mib.parse()?,
         Err(_) if world.home == Home::Krun => KRUN_FORWARD_MIB,

@@ -169,7 +169,7 @@ async fn read_only(world: Shared) -> Result {
     );
     let dir = home(&world, "ro")?;
     let _deep = Tmpfs::new(dir.join("deep"), "size=1m")?;
-    let pod = Pod::run(&world.node, "ro").await?;
+    let pod = world.pod().await;
     let mut plain = mount(&dir, "/plain");
     plain.readonly = true;
     let mut tree = mount(&dir, "/tree");
@@ -353,7 +353,7 @@ async fn config_map(world: Shared) -> Result {
     let dir = home(&world, "map")?;
     swap(&dir, 0)?;
     std::os::unix::fs::symlink("..data/key", dir.join("key"))?;
-    let pod = Pod::run(&world.node, "map").await?;
+    let pod = world.pod().await;
     let mut volume = mount(&dir, "/map");
     volume.readonly = true;
     let c = sleeper(&world, &pod, "c", vec![volume]).await?;
@@ -419,7 +419,7 @@ async fn memory(world: Shared) -> Result {
 
 async fn refused(world: Shared) -> Result {
     let dir = home(&world, "refused")?;
-    let pod = Pod::run(&world.node, "refused").await?;
+    let pod = world.pod().await;
     let alone = Tmpfs::new(dir.join("alone"), "size=1m")?;
     run("mount", &["--make-private", &alone.0.display().to_string()])?;
     let mut both = mount(&alone.0, "/both");
