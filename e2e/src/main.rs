@@ -13,6 +13,7 @@ mod containerd;
 mod demo;
 mod disk;
 mod enclave;
+mod ext4;
 mod image;
 mod install;
 mod leak;

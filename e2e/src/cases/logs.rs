@@ -2,7 +2,7 @@
 //! and ReopenContainerLog.
 
 use crate::client::answer;
-use crate::enclave::run;
+use crate::ext4::Ext4;
 use crate::logs;
 use crate::outcome::{During, Result};
 use crate::pod::{Pod, container_spec, pod_spec};
@@ -11,7 +11,7 @@ use crate::{ensure, same, wait};
 use k8s_cri::v1::{ContainerState, ReopenContainerLogRequest};
 use sha2::{Digest, Sha256};
 use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub fn cases() -> Vec<Case> {
@@ -250,8 +250,9 @@ const UNDER_WAY: usize = 2 << 20;
 /// afterwards every line is there.
 async fn stalled_disk(world: Shared) -> Result {
     let config = pod_spec(&world.node, "stall");
-    let disk = SlowDisk::mount(
-        &world.scratch,
+    let disk = Ext4::mount(
+        &world.scratch.join("slow.img"),
+        64 << 20,
         &Path::new(&config.log_directory).join("slow"),
     )?;
     let pod = Pod::run_with(&world.node, config).await?;
@@ -308,39 +309,6 @@ async fn stalled_disk(world: Shared) -> Result {
         "bytes and SHA-256 of the log"
     );
     pod.end().await
-}
-
-/// A small ext4 on a loop device that can be frozen. Dropping it thaws and unmounts.
-struct SlowDisk(PathBuf);
-
-impl SlowDisk {
-    fn mount(scratch: &Path, at: &Path) -> Result<Self> {
-        let image = scratch.join("slow.img");
-        std::fs::File::create(&image)?.set_len(64 << 20)?;
-        std::fs::create_dir_all(at)?;
-        let (image, target) = (image.display().to_string(), at.display().to_string());
-        run("mkfs.ext4", &["-q", "-F", &image])?;
-        run("mount", &["-o", "loop", &image, &target])?;
-        Ok(Self(at.to_owned()))
-    }
-
-    fn freeze(&self) -> Result {
-        run("fsfreeze", &["--freeze", &self.0.display().to_string()]).map(drop)
-    }
-
-    fn thaw(&self) -> Result {
-        run("fsfreeze", &["--unfreeze", &self.0.display().to_string()]).map(drop)
-    }
-}
-
-impl Drop for SlowDisk {
-    fn drop(&mut self) {
-        // Not frozen any more where the case went well.
-        let _ = self.thaw();
-        if let Err(error) = run("umount", &["--lazy", &self.0.display().to_string()]) {
-            eprintln!("{error}");
-        }
-    }
 }
 
 /// Bytes and SHA-256 of the content, line by line: the file is larger than a test should hold in memory.

@@ -5,19 +5,28 @@
 
 use super::{Suite, Transport};
 use crate::containerd::{self, Containerd};
+use crate::ext4::Ext4;
 use crate::node::{Mirror, Node, NodeOptions};
 use crate::outcome::Result;
+use crate::world::Home;
 use std::path::PathBuf;
 
 /// Hosts that critest's references name.
 const HOSTS: [&str; 3] = ["registry.k8s.io", "k8s.gcr.io", "gcr.io"];
+/// Bytes of a disk for the state: sparse, in memory.
+const DISK: u64 = 3 << 30;
 /// Below the directory of either, as its configuration says.
 const NRI_SOCKET: &str = "nri.sock";
 
 /// See the module.
 pub enum Target {
     /// The daemon of this project.
-    Boxlite(Box<Node>),
+    Boxlite {
+        /// Its node.
+        node: Box<Node>,
+        /// Where the node's directory is, where it is not on the scratch directory's tmpfs.
+        _disk: Option<Ext4>,
+    },
     /// A stock containerd, and its version.
     Containerd(Box<Containerd>, String),
 }
@@ -33,8 +42,20 @@ impl Target {
         let Some(version) = suite.options.containerd else {
             let mut options = NodeOptions::new(&format!("c{letter}"), vmm);
             options.registries = registries;
+            // critest's specs of user namespaces ask whether the state's file system can map ids: tmpfs cannot on the
+            // emulated KVM host's kernel (6.1).
+            let disk = match suite.options.home {
+                Home::Qemu => None,
+                Home::Krun => {
+                    let at = suite.scratch.join(&options.name);
+                    Some(Ext4::mount(&suite.scratch.join("state.img"), DISK, &at)?)
+                }
+            };
             let node = Node::start(suite.scratch, suite.install, &options).await?;
-            return Ok(Self::Boxlite(Box::new(node)));
+            return Ok(Self::Boxlite {
+                node: Box::new(node),
+                _disk: disk,
+            });
         };
         let mut options = containerd::Options::new(&format!("k{letter}"), version, vmm);
         options.registries = registries;
@@ -49,7 +70,7 @@ impl Target {
     /// For titles and files.
     pub fn name(&self) -> String {
         match self {
-            Self::Boxlite(_) => "boxlite-cri".to_owned(),
+            Self::Boxlite { .. } => "boxlite-cri".to_owned(),
             Self::Containerd(_, version) => format!("containerd-{version}"),
         }
     }
@@ -57,7 +78,7 @@ impl Target {
     /// The runtime handler that pods ask for.
     pub fn handler(&self) -> Option<&'static str> {
         match self {
-            Self::Boxlite(_) => None,
+            Self::Boxlite { .. } => None,
             Self::Containerd(..) => Some("boxlite"),
         }
     }
@@ -65,7 +86,7 @@ impl Target {
     /// The CRI socket.
     pub fn socket(&self) -> PathBuf {
         match self {
-            Self::Boxlite(node) => node.socket(),
+            Self::Boxlite { node, .. } => node.socket(),
             Self::Containerd(daemon, _) => daemon.socket(),
         }
     }
@@ -73,7 +94,7 @@ impl Target {
     /// Where NRI plugins come.
     pub fn nri(&self) -> PathBuf {
         match self {
-            Self::Boxlite(node) => node.dir.join(NRI_SOCKET),
+            Self::Boxlite { node, .. } => node.dir.join(NRI_SOCKET),
             Self::Containerd(daemon, _) => daemon.dir.join(NRI_SOCKET),
         }
     }
@@ -81,7 +102,7 @@ impl Target {
     /// The daemon's log.
     pub fn log(&self) -> PathBuf {
         match self {
-            Self::Boxlite(node) => node.log(),
+            Self::Boxlite { node, .. } => node.log(),
             Self::Containerd(daemon, _) => daemon.log(),
         }
     }
@@ -89,7 +110,7 @@ impl Target {
     /// Ends the daemon.
     pub async fn end(&self) -> Result {
         match self {
-            Self::Boxlite(node) => node.terminate().await,
+            Self::Boxlite { node, .. } => node.terminate().await,
             Self::Containerd(daemon, _) => daemon.kill().await,
         }
     }
