@@ -36,11 +36,13 @@ pub fn cases() -> Vec<Case> {
 
 async fn format_and_order(world: Shared) -> Result {
     let pod = world.pod().await;
-    // Written one after the other with a flush between: one process, two pipes.
-    let script =
-        "for i in 1 2 3 4 5; do echo out $i; usleep 20000; echo err $i >&2; usleep 20000; done";
+    // One process, two pipes, and between the lines time for the agent to read each: what it finds at once has no order.
+    let pause = world.patience(20).as_secs() * 1000;
+    let script = format!(
+        "for i in 1 2 3 4 5; do echo out $i; usleep {pause}; echo err $i >&2; usleep {pause}; done"
+    );
     let container = pod
-        .start("c", &world.images.base, &["sh", "-c", script])
+        .start("c", &world.images.base, &["sh", "-c", &script])
         .await?;
     container.exited(world.patience(20)).await?;
     let lines = logs::read(&container.log())?;
