@@ -66,10 +66,10 @@ conformance: build
 	@e2e/scripts/critest >/dev/null
 	@$(BIN)/boxlite-e2e conformance --home qemu $(CRITEST)
 
-# The same in the emulated KVM host, where everything takes several times as long.
+# The same in the emulated KVM host, where everything takes several times as long: once, with NRI and SPDY.
 conformance-krun: build
 	@e2e/scripts/critest >/dev/null
-	@e2e/kvmhost/run --timeout 14400 -- $(BIN)/boxlite-e2e conformance --home krun $(CRITEST)
+	@e2e/kvmhost/run --timeout 14400 -- $(BIN)/boxlite-e2e conformance --home krun $(or $(CRITEST),--transport nri)
 
 # The shim under stock containerds, 1.6 and 2.x, with no boxlite-cri: on QEMU here, on libkrun with `make test-containerd
 # VMM=krun` in the emulated KVM host. VERSION=1.6 or 2 for one of them; 1.7 or 2.3 for one that is built from source first. An
