@@ -4,12 +4,13 @@
 //! Where they are mounted and who answers: [`crate::shown`] (directories of the guest, for the host) and [`crate::blocks`]
 //! (block devices of the host, for the guest).
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag,
     fsconfig_set_string, fsmount, fsopen,
 };
-use std::io;
+use std::io::{self, PipeReader};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 /// Type of the mounts in the host's table, together with "fuse.".
@@ -75,6 +76,31 @@ fn make(
         attributes |= MountAttrFlags::MOUNT_ATTR_RDONLY;
     }
     fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)
+}
+
+/// Waits for the next request, and answers its length in `buffer`; none where the other end of `stopped` was closed or the file
+/// system is gone. Blocks.
+pub fn next_request(device: &OwnedFd, stopped: &PipeReader, buffer: &mut [u8]) -> Option<usize> {
+    loop {
+        let mut wait = [
+            PollFd::new(device.as_fd(), PollFlags::POLLIN),
+            PollFd::new(stopped.as_fd(), PollFlags::POLLIN),
+        ];
+        match poll(&mut wait, PollTimeout::NONE) {
+            Ok(_) | Err(nix::Error::EINTR) => {}
+            Err(_) => return None,
+        }
+        if wait[1].revents().is_some_and(|events| !events.is_empty()) {
+            return None;
+        }
+        match rustix::io::read(device, &mut *buffer) {
+            Ok(length) => return Some(length),
+            // ENOENT: the request was given up before it was read.
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR | rustix::io::Errno::NOENT) => {}
+            // ENODEV: the file system is gone.
+            Err(_) => return None,
+        }
+    }
 }
 
 /// Puts the step into an error.

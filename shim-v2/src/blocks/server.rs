@@ -6,17 +6,16 @@
 //! nothing but what waits for it.
 
 use super::device::Device;
-use crate::fuse::FileSystem as Made;
+use crate::fuse::{FileSystem as Made, next_request};
 use fuse_backend_rs::abi::fuse_abi::{Attr, FsOptions, OpenOptions, SetattrValid, stat64};
 use fuse_backend_rs::api::filesystem::{Context, FileSystem, ZeroCopyReader, ZeroCopyWriter};
 use fuse_backend_rs::api::server::{MAX_BUFFER_SIZE, Server as Messages};
 use fuse_backend_rs::transport::{FuseBuf, FuseDevWriter, Reader, Writer};
 use nix::libc;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::fs::{FallocateFlags, fallocate};
 use std::fs::File;
 use std::io::{self, PipeReader, PipeWriter};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -223,27 +222,7 @@ impl Server {
 fn serve(fuse: &OwnedFd, stopped: &PipeReader, file: OneFile) {
     let messages = Messages::new(file);
     let (mut request, mut answer) = (vec![0; MESSAGE_LIMIT], vec![0; MESSAGE_LIMIT]);
-    loop {
-        let mut wait = [
-            PollFd::new(fuse.as_fd(), PollFlags::POLLIN),
-            PollFd::new(stopped.as_fd(), PollFlags::POLLIN),
-        ];
-        match poll(&mut wait, PollTimeout::NONE) {
-            Ok(_) | Err(nix::Error::EINTR) => {}
-            Err(_) => return,
-        }
-        if wait[1].revents().is_some_and(|events| !events.is_empty()) {
-            return;
-        }
-        let length = match rustix::io::read(fuse, &mut request[..]) {
-            Ok(length) => length,
-            // ENOENT: the request was given up before it was read.
-            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR | rustix::io::Errno::NOENT) => {
-                continue;
-            }
-            // ENODEV: the file system is gone.
-            Err(_) => return,
-        };
+    while let Some(length) = next_request(fuse, stopped, &mut request) {
         let parts = (
             Reader::<()>::from_fuse_buffer(FuseBuf::new(&mut request[..length])),
             FuseDevWriter::<()>::new(fuse.as_raw_fd(), &mut answer),

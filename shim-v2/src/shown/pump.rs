@@ -5,14 +5,14 @@
 //! guest may answer wrongly, late or never: that is between it and who reads the mount.
 
 use super::place::{Mounted, forget};
+use crate::fuse::next_request;
 use boxlite_proto::boxlite::v1::FuseRequest;
 use boxlite_proto::fuse::{Frames, MESSAGE_LIMIT};
 use boxlite_proto::names::CHUNK_LIMIT;
 use boxlite_runtime::portal::{GuestSession, PortalError};
 use bytes::Bytes;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::io::{self, PipeReader, PipeWriter};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::mpsc;
@@ -103,27 +103,7 @@ fn read(
     mut names: Names,
 ) {
     let mut buffer = vec![0; MESSAGE_LIMIT];
-    loop {
-        let mut wait = [
-            PollFd::new(device.as_fd(), PollFlags::POLLIN),
-            PollFd::new(stopped.as_fd(), PollFlags::POLLIN),
-        ];
-        match poll(&mut wait, PollTimeout::NONE) {
-            Ok(_) | Err(nix::Error::EINTR) => {}
-            Err(_) => return,
-        }
-        if wait[1].revents().is_some_and(|events| !events.is_empty()) {
-            return;
-        }
-        let length = match rustix::io::read(device, &mut buffer[..]) {
-            Ok(length) => length,
-            // ENOENT: the request was given up before it was read.
-            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR | rustix::io::Errno::NOENT) => {
-                continue;
-            }
-            // ENODEV: the file system is gone.
-            Err(_) => return,
-        };
+    while let Some(length) = next_request(device, stopped, &mut buffer) {
         names.count(&buffer[..length]);
         for chunk in buffer[..length].chunks(CHUNK_LIMIT) {
             let request = FuseRequest {
