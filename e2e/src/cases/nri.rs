@@ -96,8 +96,10 @@ async fn events(world: Shared) -> Result {
         .await?;
     // A second plugin finds what runs.
     let late = Plugin::join(&socket(&world), "20", "late", |_| Reply::Fine).await?;
+    let common = world.pod().await.id;
+    let present = late.present().into_iter().filter(|id| *id != common);
     same!(
-        late.present(),
+        present.collect::<Vec<_>>(),
         [pod.id.clone(), long.id.clone()],
         "what a late plugin is synchronized with"
     );
@@ -141,7 +143,10 @@ async fn refusals(world: Shared) -> Result {
         let list = client
             .list_pod_sandbox(ListPodSandboxRequest { filter: None })
             .await;
-        same!(answer("ListPodSandbox", list)?.items.len(), 0, "pods left");
+        let mut left = answer("ListPodSandbox", list)?.items;
+        let common = world.pod().await.id;
+        left.retain(|pod| pod.id != common);
+        same!(left.len(), 0, "pods left");
     }
     let pod = Pod::run(&world.node, "nri").await?;
     {

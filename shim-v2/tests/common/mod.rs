@@ -127,7 +127,8 @@ impl Shim {
             .prefix("bx")
             .tempdir()
             .expect("tempdir");
-        let id = format!("{name:0<64}");
+        // Another run's processes, also those that it left behind, are not this one's.
+        let id = format!("{:0<64}", format!("{name}{:08x}", std::process::id()));
         let bundle = dir.path().join("s").join(&id);
         std::fs::create_dir_all(&bundle).expect("mkdir");
         let layer = make_layer(dir.path());
@@ -359,6 +360,18 @@ impl Shim {
     pub fn delete_action(&self) {
         let answer = action(self.dir.path(), &self.bundle, &self.id, "delete");
         assert!(answer.status.success(), "{answer:?}");
+    }
+}
+
+/// A test that failed leaves no shim behind, and so no VM.
+impl Drop for Shim {
+    fn drop(&mut self) {
+        for (pid, _) in processes_with(&self.id) {
+            let _ = nix::sys::signal::kill(
+                nix::unistd::Pid::from_raw(pid),
+                nix::sys::signal::Signal::SIGKILL,
+            );
+        }
     }
 }
 
