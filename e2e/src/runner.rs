@@ -11,6 +11,7 @@ use crate::service::Service;
 use crate::world::{Home, World};
 use futures::FutureExt;
 use futures::future::BoxFuture;
+use k8s_cri::v1::{PodSandboxFilter, RemovePodSandboxRequest, StopPodSandboxRequest};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -187,20 +188,13 @@ async fn clean(world: &World) -> Result {
     let common = world.pod().await;
     common.empty().await?;
     let mut client = world.node.cri.runtime();
-    let list = client
-        .list_pod_sandbox(k8s_cri::v1::ListPodSandboxRequest::default())
-        .await?
-        .into_inner();
-    for pod in list.items.into_iter().filter(|pod| pod.id != common.id) {
-        let pod_sandbox_id = pod.id;
-        client
-            .stop_pod_sandbox(k8s_cri::v1::StopPodSandboxRequest {
-                pod_sandbox_id: pod_sandbox_id.clone(),
-            })
-            .await?;
-        client
-            .remove_pod_sandbox(k8s_cri::v1::RemovePodSandboxRequest { pod_sandbox_id })
-            .await?;
+    for pod_sandbox_id in world.pods(PodSandboxFilter::default()).await? {
+        let stop = StopPodSandboxRequest {
+            pod_sandbox_id: pod_sandbox_id.clone(),
+        };
+        client.stop_pod_sandbox(stop).await?;
+        let remove = RemovePodSandboxRequest { pod_sandbox_id };
+        client.remove_pod_sandbox(remove).await?;
     }
     Ok(())
 }

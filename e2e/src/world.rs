@@ -1,12 +1,14 @@
 //! [`World`]: what every test gets: the home, the scratch directory, the registry with its images, a node shared by the
 //! tests that leave it well, and a factor for patience.
 
+use crate::client::answer;
 use crate::image::registry::Registry;
 use crate::image::set::ImageSet;
 use crate::install::Install;
 use crate::node::{Node, NodeOptions};
 use crate::outcome::{During, Result};
 use crate::pod::{COMMON, Pod};
+use k8s_cri::v1::{ListPodSandboxRequest, PodSandboxFilter};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -84,6 +86,19 @@ impl World {
     /// containers; [`Pod::end`] takes the case's away.
     pub async fn pod(&self) -> Pod {
         self.common.lock().await.clone()
+    }
+
+    /// Ids of the shared node's pods that pass the filter, without the common one.
+    pub async fn pods(&self, filter: PodSandboxFilter) -> Result<Vec<String>> {
+        let filter = Some(filter);
+        let request = ListPodSandboxRequest { filter };
+        let list = self.node.cri.runtime().list_pod_sandbox(request).await;
+        let common = self.pod().await.id;
+        let ids = answer("ListPodSandbox", list)?
+            .items
+            .into_iter()
+            .map(|p| p.id);
+        Ok(ids.filter(|id| *id != common).collect())
     }
 
     /// Another pod to share: behind a case that failed.

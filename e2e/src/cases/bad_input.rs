@@ -83,14 +83,8 @@ async fn unknown_handler(world: Shared) -> Result {
     )
     .map(drop);
     says(&outcome, &["gvisor", "handler"])?;
-    let list = world
-        .node
-        .cri
-        .runtime()
-        .list_pod_sandbox(ListPodSandboxRequest::default())
-        .await?
-        .into_inner();
-    same!(list.items.len(), 0, "pods");
+    let left = world.pods(PodSandboxFilter::default()).await?;
+    same!(left.len(), 0, "pods");
     Ok(())
 }
 

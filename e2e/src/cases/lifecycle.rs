@@ -165,7 +165,7 @@ async fn lists_and_filters(world: Shared) -> Result {
         ..Default::default()
     };
     same!(
-        pods(&world, filter).await?,
+        world.pods(filter).await?,
         std::slice::from_ref(&one.id),
         "by label"
     );
@@ -174,7 +174,7 @@ async fn lists_and_filters(world: Shared) -> Result {
         ..Default::default()
     };
     same!(
-        pods(&world, filter).await?,
+        world.pods(filter).await?,
         std::slice::from_ref(&two.id),
         "by prefix"
     );
@@ -184,7 +184,7 @@ async fn lists_and_filters(world: Shared) -> Result {
         state: PodSandboxState::SandboxReady.into(),
     });
     same!(
-        pods(&world, filter).await?,
+        world.pods(filter).await?,
         std::slice::from_ref(&one.id),
         "ready ones"
     );
@@ -205,16 +205,6 @@ async fn lists_and_filters(world: Shared) -> Result {
     same!(containers(&world, filter).await?.len(), 0, "of no id");
     one.end().await?;
     two.end().await
-}
-
-/// Ids of the pods that pass the filter.
-async fn pods(world: &Shared, filter: PodSandboxFilter) -> Result<Vec<String>> {
-    let filter = Some(filter);
-    let request = ListPodSandboxRequest { filter };
-    let list = world.node.cri.runtime().list_pod_sandbox(request).await?;
-    let common = world.pod().await.id;
-    let ids = list.into_inner().items.into_iter().map(|p| p.id);
-    Ok(ids.filter(|id| *id != common).collect())
 }
 
 /// Ids of the containers that pass the filter.
@@ -276,7 +266,7 @@ async fn retry_joins(world: Shared) -> Result {
         .as_ref()
         .is_err_and(|e| e.0.contains("AlreadyExists") && e.0.contains("retry"));
     ensure!(named, "a second pod of one name: {again:?}");
-    let list = pods(&world, PodSandboxFilter::default()).await?;
+    let list = world.pods(PodSandboxFilter::default()).await?;
     same!(list.len(), 1, "pods after three calls for one");
     pod.end().await
 }

@@ -1,6 +1,5 @@
 //! NRI plugins: what they are told and in which order, what they may refuse, what they may adjust, and what becomes of those that hang.
 
-use crate::client::answer;
 use crate::nri::{
     Adjust, Hook, Hooks, Linux, Memory, Mount, Number, Pair, Plugin, Reply, Resources, Rlimit,
     install,
@@ -10,7 +9,7 @@ use crate::pod::{Pod, pull};
 use crate::process::kill;
 use crate::runner::{Case, Shared, case};
 use crate::{ensure, same, wait};
-use k8s_cri::v1::ListPodSandboxRequest;
+use k8s_cri::v1::PodSandboxFilter;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -139,13 +138,7 @@ async fn refusals(world: Shared) -> Result {
         .await?;
         let outcome = Pod::run(&world.node, "refused").await;
         refused(outcome, &["10-no", "RunPodSandbox", "not on this node"])?;
-        let mut client = world.node.cri.runtime();
-        let list = client
-            .list_pod_sandbox(ListPodSandboxRequest { filter: None })
-            .await;
-        let mut left = answer("ListPodSandbox", list)?.items;
-        let common = world.pod().await.id;
-        left.retain(|pod| pod.id != common);
+        let left = world.pods(PodSandboxFilter::default()).await?;
         same!(left.len(), 0, "pods left");
     }
     let pod = Pod::run(&world.node, "nri").await?;
