@@ -24,7 +24,7 @@ all: build
 
 help:
 	@echo "make demo     install what is needed, build, and show a pod in a real VM from pull to removal"
-	@echo "make test     lints, unit tests, end-to-end tests on QEMU and on libkrun (55 minutes on two cores)"
+	@echo "make test     lints, unit tests, end-to-end tests on QEMU and on libkrun (about 45 minutes on two cores)"
 	@echo "make conformance   critest, the conformance suite of CRI runtimes: SPDY, WebSocket, NRI (docs/conformance.md)"
 	@echo "make test-containerd  the shim under containerd 1.6 and 2.x;  make conformance-containerd  critest against its CRI plugin"
 	@echo "make bench    ratios against a bare boot of the same VMM and kernel"
