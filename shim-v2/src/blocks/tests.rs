@@ -1,14 +1,11 @@
 //! A device in a share, by the host's real FUSE, in a mount namespace of the test's own thread. Needs root, as the shim does.
 
 use super::*;
-use crate::share::PodShare;
-use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
+use crate::share::tests::with_share;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::time::Instant;
 
-const NONE: Option<&str> = None;
 const SIZE: u64 = 1 << 20;
 
 /// A file in place of a disk.
@@ -23,23 +20,9 @@ fn device() -> (Device, File) {
     (device, disk)
 }
 
-fn with_share(test: impl FnOnce(&PodShare) + Send) {
-    let host = tempfile::tempdir().expect("tempdir");
-    std::thread::scope(|scope| {
-        let thread = scope.spawn(|| {
-            unshare(CloneFlags::CLONE_NEWNS).expect("unshare");
-            mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_SLAVE, NONE).expect("slave");
-            let share = PodShare::create(&host.path().join("share")).expect("share");
-            test(&share);
-            share.destroy().expect("destroy");
-        });
-        thread.join().expect("test thread");
-    });
-}
-
 #[test]
 fn a_device_is_a_file_of_the_share_until_it_is_given_up() {
-    with_share(|share| {
+    with_share(|_, share| {
         let (device, disk) = device();
         let made = file_system(SOURCE, Root::File, false).expect("made");
         let (server, mount) = Server::begin(made, device, false).expect("served");
@@ -77,7 +60,7 @@ fn a_device_is_a_file_of_the_share_until_it_is_given_up() {
 
 #[test]
 fn read_only_is_the_mounts_as_well() {
-    with_share(|share| {
+    with_share(|_, share| {
         let (device, _disk) = device();
         let made = file_system(SOURCE, Root::File, true).expect("made");
         let (_server, mount) = Server::begin(made, device, true).expect("served");

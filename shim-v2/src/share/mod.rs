@@ -441,4 +441,4 @@ pub fn is_plain(path: &Path) -> std::io::Result<bool> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -5,7 +5,7 @@ use nix::sched::{CloneFlags, unshare};
 use std::os::unix::fs::symlink;
 
 /// Runs `test` on a thread with its own mount namespace, with an empty directory of the host and a share.
-fn with_share(test: impl FnOnce(&Path, &PodShare) + Send) {
+pub(crate) fn with_share(test: impl FnOnce(&Path, &PodShare) + Send) {
     let host = tempfile::tempdir().expect("tempdir");
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
