@@ -6,12 +6,13 @@
 
 use crate::outcome::{During, Result};
 use crate::{ensure, wait};
+use boxlite_sys::sync::Mutex;
 use prost::Message;
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -238,7 +239,7 @@ impl Plugin {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Seen> {
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+        self.seen.lock()
     }
 
     /// Methods of the events of these ids, in order.
@@ -300,7 +301,7 @@ pub async fn launched(notes: &Path) -> Result {
     std::fs::write(notes.join("pid"), std::process::id().to_string())?;
     let seen = Mutex::new(Seen::default());
     let script = |method: &str| {
-        let seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let seen = seen.lock();
         let present = seen.present.clone().unwrap_or_default().join("\n");
         // Whoever waits for a file finds it whole, or finds no plugin.
         let _ = std::fs::write(notes.join("events"), seen.events.join("\n"));
@@ -361,7 +362,7 @@ async fn serve(mut stream: UnixStream, seen: &Mutex<Seen>, script: &Script<'_>) 
 }
 
 fn heard(request: &Request, seen: &Mutex<Seen>, script: &Script<'_>) -> Result<Reply> {
-    let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut seen = seen.lock();
     match &*request.method {
         "Configure" => {
             seen.config = Configure::decode(&request.payload[..])?.config;

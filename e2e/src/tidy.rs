@@ -22,15 +22,14 @@ const UNSAFE: &[&str] = &[
     "guest/src/spawner/executable.rs",
     "guest/src/spawner/pause.rs",
     "guest/src/spawner/server.rs",
-    "guest/src/storage/idmap.rs",
     "guest/src/storage/loops.rs",
     "guest/src/system.rs",
     "shim-v2/src/net/tap.rs",
-    "shim-v2/src/share/idmap.rs",
     "shim-v2/src/vmm/krun/entrypoint.rs",
     "shim-v2/src/vmm/krun/ffi.rs",
     "shim-v2/src/vmm/krunfw.rs",
     "shim-v2/src/vmm/qemu/resources.rs",
+    "sys/src/idmap.rs",
 ];
 
 /// Crates of ours that a crate may depend on, and the features it may take.
@@ -91,24 +90,50 @@ fn fail(mistakes: &[String]) {
 
 #[test]
 fn crates_know_only_what_they_should() {
-    // proto ◄ runtime ◄ cri-server, shim-v2; proto ◄ guest; e2e ► nothing of ours.
-    let ours: [(&str, Allowed); 6] = [
+    let ours: [(&str, Allowed); 10] = [
+        ("sys", &[]),
         ("proto", &[]),
-        ("runtime", &[("boxlite-proto", &["shim"])]),
+        ("erofs", &[]),
+        ("portal", &[("boxlite-proto", &[]), ("boxlite-sys", &[])]),
+        (
+            "config",
+            &[("boxlite-proto", &["shim"]), ("boxlite-sys", &[])],
+        ),
+        (
+            "runtime",
+            &[
+                ("boxlite-config", &[]),
+                ("boxlite-erofs", &[]),
+                ("boxlite-portal", &[]),
+                ("boxlite-proto", &["shim"]),
+                ("boxlite-sys", &[]),
+            ],
+        ),
         (
             "cri-server",
-            // The feature is for tests: shims without VMs.
             &[
+                ("boxlite-config", &[]),
+                ("boxlite-portal", &[]),
                 ("boxlite-proto", &["cri", "nri"]),
+                // The feature is for tests: shims without VMs.
                 ("boxlite-runtime", &["fake-shim"]),
+                ("boxlite-sys", &[]),
             ],
         ),
         (
             "shim-v2",
-            &[("boxlite-proto", &["shim"]), ("boxlite-runtime", &[])],
+            &[
+                ("boxlite-config", &[]),
+                ("boxlite-erofs", &[]),
+                ("boxlite-portal", &[]),
+                ("boxlite-proto", &["shim"]),
+                ("boxlite-runtime", &[]),
+                ("boxlite-sys", &[]),
+            ],
         ),
-        ("guest", &[("boxlite-proto", &[])]),
-        ("e2e", &[]),
+        ("guest", &[("boxlite-proto", &[]), ("boxlite-sys", &[])]),
+        // Helpers only: the tests have their own view of every wire format.
+        ("e2e", &[("boxlite-sys", &[])]),
     ];
     let single = [
         ("libkrun", "shim-v2"),
@@ -118,7 +143,11 @@ fn crates_know_only_what_they_should() {
     ];
     let mut mistakes = Vec::new();
     for (name, allowed) in ours {
-        let text = fs::read_to_string(root().join(name).join("Cargo.toml")).expect("a manifest");
+        // The crate `config` is under construction.
+        let Ok(text) = fs::read_to_string(root().join(name).join("Cargo.toml")) else {
+            assert_eq!(name, "config", "no manifest");
+            continue;
+        };
         let manifest: toml::Table = text.parse().expect("TOML");
         for kind in ["dependencies", "dev-dependencies", "build-dependencies"] {
             let Some(table) = manifest.get(kind).and_then(|t| t.as_table()) else {

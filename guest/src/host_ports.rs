@@ -14,6 +14,7 @@ mod plain;
 
 use crate::services::status::status;
 use boxlite_proto::boxlite::v1::{ErrorKind, HostPortsRequest, HostPortsResponse, ListeningPort};
+use boxlite_sys::tcp_table::listening_sockets;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
@@ -34,8 +35,6 @@ const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
 const CONNECTION_LIMIT: usize = 512;
 /// Ports of the host taken over at most; a node has a few dozen.
 const PORT_LIMIT: usize = 1024;
-/// The kernel's name for "listening" in /proc/net/tcp.
-const LISTENING: &str = "0A";
 
 /// Reads the first message, listens on its ports, and returns the answering stream: its first item is what the pod listens
 /// on by then, and one follows each change.
@@ -131,14 +130,11 @@ impl Exchange {
     /// What the pod's processes listen on: everything but the mirrors.
     fn own_ports(&self) -> Vec<ListeningPort> {
         let mut found = BTreeMap::new();
-        for table in ["/proc/net/tcp", "/proc/net/tcp6"] {
-            let text = std::fs::read_to_string(table).unwrap_or_default();
-            for (port, loopback) in listeners(&text) {
-                if !self.mirrors.has(port) {
-                    // Reachable from outside as soon as one of its sockets is.
-                    let only_loopback = found.entry(port).or_insert(true);
-                    *only_loopback &= loopback;
-                }
+        for socket in listening_sockets() {
+            if !self.mirrors.has(socket.port) {
+                // Reachable from outside as soon as one of its sockets is.
+                let only_loopback = found.entry(socket.port).or_insert(true);
+                *only_loopback &= socket.loopback;
             }
         }
         found
@@ -149,25 +145,6 @@ impl Exchange {
             })
             .collect()
     }
-}
-
-/// Port and "on the loopback only" of each listening socket in the text of /proc/net/tcp or tcp6.
-fn listeners(table: &str) -> impl Iterator<Item = (u16, bool)> + '_ {
-    table.lines().skip(1).filter_map(|line| {
-        let mut fields = line.split_ascii_whitespace().skip(1);
-        let (address, port) = fields.next()?.split_once(':')?;
-        (fields.nth(1)? == LISTENING).then_some(())?;
-        // Words in the host's byte order: 127.x.y.z ends in 7F, ::1 and ::ffff:127.x.y.z in such a last word.
-        let loopback = match address.len() {
-            8 => address.ends_with("7F"),
-            32 => {
-                address == "00000000000000000000000001000000"
-                    || (address.starts_with("0000000000000000FFFF0000") && address.ends_with("7F"))
-            }
-            _ => return None,
-        };
-        Some((u16::from_str_radix(port, 16).ok()?, loopback))
-    })
 }
 
 /// Listeners on the host's ports. Dropping it closes them with their connections.
@@ -271,22 +248,6 @@ async fn carry(mut inside: TcpStream, to: (IpAddr, u16)) {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn listeners_of_both_tables() {
-        let four = "  sl  local_address rem_address   st tx_queue\n   0: 00000000:2EE3 00000000:0000 0A 0:0\n   1: \
-                    0100007F:0050 00000000:0000 0A 0:0\n   2: 0100007F:0051 0100007F:1111 01 0:0\nbroken\n";
-        assert_eq!(
-            listeners(four).collect::<Vec<_>>(),
-            [(12003, false), (80, true)]
-        );
-        let six = "head\n 0: 00000000000000000000000000000000:0016 0:0 0A\n 1: \
-                   00000000000000000000000001000000:0017 0:0 0A\n 2: 0000000000000000FFFF00000100007F:0018 0:0 0A\n";
-        assert_eq!(
-            listeners(six).collect::<Vec<_>>(),
-            [(22, false), (23, true), (24, true)]
-        );
-    }
 
     #[tokio::test]
     async fn a_mirror_carries_both_ways_and_ends() {

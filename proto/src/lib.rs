@@ -10,8 +10,6 @@
 
 pub mod error;
 pub mod exit;
-pub mod fuse;
-pub mod mountinfo;
 pub mod names;
 pub mod probe;
 pub mod vmm;

@@ -3,7 +3,7 @@
 //!
 //! Causes stay in `#[source]`; [`report`] prints the whole chain once, for a log line or a status message.
 
-use crate::portal::{GuestErrorKind, PortalError};
+use boxlite_portal::{GuestErrorKind, PortalError};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -273,19 +273,4 @@ fn portal_kind(error: &PortalError) -> ErrorKind {
             _ => ErrorKind::Internal,
         },
     }
-}
-
-/// An error with all its causes, in one line: "a: b: c".
-pub fn report(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let next = error.to_string();
-        if !text.ends_with(&next) {
-            text.push_str(": ");
-            text.push_str(&next);
-        }
-        cause = error.source();
-    }
-    text
 }

@@ -10,8 +10,9 @@
 //! connection that the death cut is told again: at least once, never not at all.
 
 use crate::types::{BoxSnapshot, ContainerSnapshot};
+use boxlite_sys::sync::Mutex;
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 
@@ -106,7 +107,7 @@ impl EventHub {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
         // Plain data: a panic elsewhere left it whole.
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner.lock()
     }
 }
 

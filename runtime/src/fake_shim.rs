@@ -9,10 +9,10 @@ mod guest;
 
 use crate::shim_controller::ProcessId;
 use crate::types::{BoxOptions, ContainerOptions, RuntimeOptions};
-use crate::unix_socket;
 use async_trait::async_trait;
 use boxlite_proto::boxlite::v1 as wire;
 use boxlite_proto::vmm::{Acceleration, Installation, VmmKind};
+use boxlite_sys::unix_socket;
 use containerd_shim_protos::api;
 use containerd_shim_protos::protobuf::EnumOrUnknown;
 use containerd_shim_protos::protobuf::well_known_types::empty::Empty;

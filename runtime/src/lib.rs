@@ -4,7 +4,7 @@
 //! Knows paths, images and the database; knows neither CRI types (cri-server converts) nor a VMM (shim-v2 does).
 //!
 //! [`BoxliteRuntime`] holds all boxes; a [`LiteBox`] is one. Starting, stopping and exits go through the shim
-//! (`shim_controller`), exec and stats through the [`portal`].
+//! (`shim_controller`), exec and stats through `boxlite-portal`.
 
 mod database;
 pub mod error;
@@ -17,19 +17,18 @@ pub mod init_rootfs;
 pub mod litebox;
 pub mod management;
 pub mod metrics;
-pub mod portal;
 mod recovery;
 pub mod runtime;
 pub mod shim_controller;
 pub mod types;
-pub mod unix_socket;
 pub mod vmm_probe;
 
-pub use error::{ErrorKind, Result, RuntimeError, report};
+pub use boxlite_portal::ExecOutput;
+pub use boxlite_sys::report::report;
+pub use error::{ErrorKind, Result, RuntimeError};
 pub use events::{BoxEvent, EventKind, Events, EventsEnd};
 pub use litebox::{LiteBox, ProcessControls, ProcessSession};
 pub use metrics::{BoxMetricsSnapshot, RuntimeMetricsSnapshot, Stage, StageTimers};
-pub use portal::ExecOutput;
 pub use runtime::BoxliteRuntime;
 pub use types::{
     BoxOptions, BoxSnapshot, BoxState, ContainerOptions, ContainerSnapshot, ContainerState,

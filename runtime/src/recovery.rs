@@ -13,15 +13,16 @@
 //! Nothing here waits for a guest; boxes are looked at side by side, each within the limits of ShimController.
 
 use crate::database::{BoxRow, ContainerRow};
-use crate::error::{ErrorKind, Result, RuntimeError, report};
+use crate::error::{ErrorKind, Result, RuntimeError};
 use crate::filesystem_layout::{check_id, remove_tree};
 use crate::litebox::driver::{Initial, end};
 use crate::litebox::{BoxEnv, Running, now_ns, teardown};
 use crate::management::box_state::Phase;
 use crate::metrics::BoxMetrics;
-use crate::portal::{Connection, GuestAddress, GuestSession};
 use crate::shim_controller::{ShimController, TaskState};
 use crate::types::ContainerState;
+use boxlite_portal::{Connection, GuestAddress, GuestSession};
+use boxlite_sys::report::report;
 use futures::StreamExt;
 use std::collections::HashSet;
 use std::sync::Arc;

@@ -20,12 +20,13 @@ use crate::recovery;
 use crate::shim_controller::ShimProgram;
 use crate::shim_controller::events::{EventServer, ShimEvent};
 use crate::types::{BoxOptions, BoxSnapshot, BoxState, ContainerSnapshot, RuntimeOptions};
+use boxlite_sys::sync::RwLock;
 use futures::StreamExt;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::Path;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
+use std::sync::{Arc, RwLockReadGuard, RwLockWriteGuard, Weak};
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -58,7 +59,7 @@ struct RuntimeInnerImpl {
     /// One creation at a time: name and id are looked up and taken in one step.
     creating: tokio::sync::Mutex<()>,
     env: Arc<BoxEnv>,
-    events: std::sync::Mutex<Option<EventServer>>,
+    events: boxlite_sys::sync::Mutex<Option<EventServer>>,
     /// Held while the runtime is open.
     _lock: File,
 }
@@ -100,15 +101,11 @@ impl RemovedBox for Departures {
 impl RuntimeInnerImpl {
     fn read(&self) -> RwLockReadGuard<'_, SyncState> {
         // Maps are changed by single calls, so a panic elsewhere left them whole.
-        self.sync_state
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.sync_state.read()
     }
 
     fn write(&self) -> RwLockWriteGuard<'_, SyncState> {
-        self.sync_state
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.sync_state.write()
     }
 
     fn all(&self) -> Vec<LiteBox> {
@@ -159,7 +156,7 @@ impl BoxliteRuntime {
             },
             creating: tokio::sync::Mutex::new(()),
             env: env.clone(),
-            events: std::sync::Mutex::new(Some(server)),
+            events: boxlite_sys::sync::Mutex::new(Some(server)),
             _lock: lock,
         });
         let _ = departures.runtime.set(Arc::downgrade(&inner));
@@ -331,12 +328,7 @@ impl BoxliteRuntime {
                 "tasks were still at work after {SHUTDOWN_LIMIT:?}"
             );
         }
-        let server = self
-            .inner
-            .events
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        let server = self.inner.events.lock().take();
         if let Some(server) = server {
             server.stop().await;
         }

@@ -4,12 +4,13 @@
 //! `/dev/kvm` may exist and still be unable to run a guest, so nothing is concluded from files. What the shim runs in
 //! its throw-away VM is the shim's affair; the answer is kept until the next boot or another shim.
 
-use crate::error::{Result, RuntimeError, report};
+use crate::error::{Result, RuntimeError};
 use crate::filesystem_layout::FilesystemLayout;
 use crate::shim_controller::ShimProgram;
 use crate::shim_controller::program::PROBE_LIMIT;
 use boxlite_proto::probe::ProbeReport;
 use boxlite_proto::vmm::{Acceleration, VmmKind};
+use boxlite_sys::report::report;
 use serde::{Deserialize, Serialize};
 use std::io::Write;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};

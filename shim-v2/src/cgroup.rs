@@ -3,7 +3,7 @@
 //! Best effort: where the host refuses (read-only mounts, no rights) the reason is logged and the pod runs where the
 //! shim was. Limits are the kubelet's affair, set on the parent. Nothing outside the directories made here is removed.
 
-use boxlite_proto::mountinfo::mounts;
+use boxlite_sys::mountinfo::mounts;
 use std::io;
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};

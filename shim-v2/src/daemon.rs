@@ -8,12 +8,13 @@
 use crate::connections::Connections;
 use crate::events::{Publisher, Way};
 use crate::machine::VmMachine;
-use crate::record::{ProcessRef, Record};
-use crate::report::Report;
+use crate::record::Record;
 use crate::sandbox::options::Origin;
 use crate::sandbox::{Context, Sandbox};
 use crate::service::Service;
 use crate::shown::place::{self, HostMounts};
+use boxlite_sys::process::ProcessId;
+use boxlite_sys::report::Report;
 use containerd_shim::Flags;
 use containerd_shim_protos::ttrpc;
 use containerd_shim_protos::ttrpc::asynchronous::Server;
@@ -171,7 +172,7 @@ async fn run(prepared: Prepared) -> Result<(), DaemonError> {
         host_ipc: Arc::default(),
     };
     let record = Record {
-        shim: ProcessRef::of(std::process::id().cast_signed()).ok(),
+        shim: ProcessId::of(std::process::id().cast_signed()),
         socket: prepared.socket.clone(),
         shown: place::name(&prepared.id),
         ..Record::default()

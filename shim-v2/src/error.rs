@@ -2,8 +2,8 @@
 //!
 //! containerd decides by the code (NotFound is fine for a Delete, FailedPrecondition for a Kill), people read the text.
 
-use crate::report::Report;
-use boxlite_runtime::portal::{GuestErrorKind, PortalError};
+use boxlite_portal::{GuestErrorKind, PortalError};
+use boxlite_sys::report::Report;
 use containerd_shim_protos::ttrpc;
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -19,7 +19,6 @@ pub mod machine;
 pub mod net;
 pub mod probe;
 pub mod record;
-pub mod report;
 pub mod roles;
 pub mod sandbox;
 pub mod service;

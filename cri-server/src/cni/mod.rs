@@ -28,9 +28,10 @@ pub use result::CniResult;
 
 use crate::config::CniConfig;
 use crate::layout::Layout;
+use boxlite_sys::sync::Mutex;
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 
 /// The pod's interface inside the namespace; the kubelet and every plugin expect this name.
 pub const INTERFACE: &str = "eth0";
@@ -189,10 +190,7 @@ impl Cni {
     }
 
     fn gate(&self, sandbox: &str) -> Arc<Gate> {
-        let mut gates = self
-            .detaching
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut gates = self.detaching.lock();
         gates.retain(|_, gate| gate.strong_count() > 0);
         if let Some(gate) = gates.get(sandbox).and_then(Weak::upgrade) {
             return gate;

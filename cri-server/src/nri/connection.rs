@@ -13,11 +13,12 @@ use super::wire::{
     self, Assembler, MESSAGE_LIMIT, Message, PLUGIN_SERVICE, REQUEST, RESPONSE, RUNTIME_SERVICE,
     Request, Response, RpcStatus, WireError,
 };
+use boxlite_sys::sync::Mutex;
 use prost::Message as _;
 use std::collections::HashMap;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream as StdUnixStream;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
@@ -222,10 +223,7 @@ impl Connection {
     }
 
     fn waiting(&self) -> std::sync::MutexGuard<'_, HashMap<u32, oneshot::Sender<Response>>> {
-        self.0
-            .waiting
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.0.waiting.lock()
     }
 
     async fn read(self, mut reader: OwnedReadHalf, requests: mpsc::Sender<Message>) {

@@ -30,10 +30,11 @@ pub use session::{Session, SessionError};
 use crate::config::NriConfig;
 use crate::server::socket::{self, SocketError};
 use boxlite_proto::nri::v1alpha1::{Container, ContainerUpdate, PodSandbox};
+use boxlite_sys::sync::Mutex;
 use plugin::{Plugin, PluginError};
 use std::collections::HashSet;
 use std::os::unix::net::UnixStream as StdUnixStream;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::UnixListener;
 use tokio::sync::{OwnedSemaphorePermit, RwLock, Semaphore};
@@ -192,11 +193,11 @@ impl Registry {
     }
 
     fn stopped(&self) -> std::sync::MutexGuard<'_, HashSet<String>> {
-        self.stopped.lock().unwrap_or_else(PoisonError::into_inner)
+        self.stopped.lock()
     }
 
     fn launched(&self) -> std::sync::MutexGuard<'_, Vec<launch::Launched>> {
-        self.launched.lock().unwrap_or_else(PoisonError::into_inner)
+        self.launched.lock()
     }
 
     fn take_launched(&self, name: &str) -> Option<launch::Launched> {

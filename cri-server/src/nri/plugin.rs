@@ -15,10 +15,11 @@ use boxlite_proto::nri::v1alpha1::{
     RegisterPluginRequest, StateChangeEvent, SynchronizeRequest, SynchronizeResponse,
     UpdateContainersRequest, UpdateContainersResponse,
 };
+use boxlite_sys::sync::Mutex;
 use prost::Message;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio_util::task::TaskTracker;
@@ -146,11 +147,7 @@ impl Runtime {
                 (request.plugin_idx, request.plugin_name)
             }
         };
-        let told = self
-            .registered
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        let told = self.registered.lock().take();
         match told {
             Some(told) => {
                 // Nobody waits any more: the connection is being closed.

@@ -9,11 +9,12 @@
 //! the answer that nobody has heard yet. An error is never kept: who asks after it starts anew.
 
 use super::lock;
+use boxlite_sys::sync::Mutex;
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
 use std::collections::HashMap;
 use std::future::Future;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use tokio_util::task::TaskTracker;
 use tonic::Status;
 use tracing::Instrument;

@@ -57,11 +57,12 @@ use boxlite_proto::cri::v1::{ContainerConfig, RunPodSandboxRequest};
 use boxlite_runtime::{
     BoxliteRuntime, ContainerSnapshot, ContainerState, ErrorKind, LiteBox, RuntimeError,
 };
+use boxlite_sys::sync::Mutex;
 use flights::Flights;
 use rand::RngCore;
 use std::collections::HashSet;
 use std::future::Future;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -283,5 +284,5 @@ fn new_id() -> String {
 
 /// A lock whose holder panicked still guards plain data.
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    mutex.lock()
 }

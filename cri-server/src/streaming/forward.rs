@@ -8,7 +8,7 @@ use super::pipe::{Input, Output};
 use super::process::pieces;
 use super::remote::STREAM_TYPE;
 use super::spdy::{Accept, Stream};
-use boxlite_runtime::portal::PortalError;
+use boxlite_portal::PortalError;
 use boxlite_runtime::{LiteBox, RuntimeError, report};
 use bytes::Bytes;
 use std::collections::HashMap;

@@ -12,8 +12,8 @@
 use super::outcome::Outcome;
 use super::pipe::Input;
 use super::remote::{Remote, Wanted};
+use boxlite_portal::{GuestErrorKind, PortalError};
 use boxlite_proto::boxlite::v1::OutputStream;
-use boxlite_runtime::portal::{GuestErrorKind, PortalError};
 use boxlite_runtime::{LiteBox, ProcessControls, ProcessSession, RuntimeError, report};
 use bytes::Bytes;
 use futures::Stream;

@@ -3,9 +3,9 @@
 //! A token is 128 random bits, good once and for [`LIFETIME`]; at most [`LIMIT`] wait at a time. Whoever has one may do
 //! what its call asked for and nothing else, so tokens are in no log. Unknown, used and expired ones look the same.
 
+use boxlite_sys::sync::Mutex;
 use rand::RngCore;
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -52,7 +52,7 @@ impl<T> Tokens<T> {
     /// Too many wait.
     pub fn issue(&self, what: T) -> Result<String, Full> {
         let now = Instant::now();
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut inner = self.inner.lock();
         inner.expire(now);
         if inner.entries.len() >= LIMIT {
             return Err(Full);
@@ -67,7 +67,7 @@ impl<T> Tokens<T> {
 
     /// What `token` stands for, once.
     pub fn redeem(&self, token: &str) -> Option<T> {
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut inner = self.inner.lock();
         inner.expire(Instant::now());
         inner.entries.remove(token)
     }

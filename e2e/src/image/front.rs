@@ -5,8 +5,9 @@
 
 use crate::bail;
 use crate::outcome::{During, Result};
+use boxlite_sys::sync::Mutex;
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
@@ -92,10 +93,7 @@ impl Front {
 
     /// How many GETs whose path contains `part` reached the registry.
     pub fn count(&self, part: &str) -> usize {
-        let rules = self
-            .rules
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let rules = self.rules.lock();
         rules
             .seen
             .iter()
@@ -106,10 +104,7 @@ impl Front {
 
     /// From now on these faults and no others.
     pub fn set_faults(&self, faults: Vec<(&str, Fault)>) {
-        let mut rules = self
-            .rules
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut rules = self.rules.lock();
         rules.faults = faults
             .into_iter()
             .map(|(path, fault)| (path.to_owned(), fault))
@@ -217,9 +212,7 @@ async fn serve(mut client: TcpStream, rules: Arc<Mutex<Rules>>) -> Result {
         words.next().unwrap_or_default(),
     );
     let (verdict, upstream) = {
-        let mut rules = rules
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut rules = rules.lock();
         (rules.judge(method, path, &request), rules.upstream.clone())
     };
     let fault = match verdict {

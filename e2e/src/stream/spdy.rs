@@ -4,9 +4,10 @@
 use super::PATIENCE;
 use crate::bail;
 use crate::outcome::Result;
+use boxlite_sys::sync::Mutex;
 use bytes::Bytes;
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -85,7 +86,7 @@ impl Client {
     }
 
     fn table(&self) -> std::sync::MutexGuard<'_, HashMap<u32, mpsc::UnboundedSender<Bytes>>> {
-        self.streams.lock().unwrap_or_else(PoisonError::into_inner)
+        self.streams.lock()
     }
 
     async fn write(&mut self, word: u32, flags: u8, payload: &[u8]) -> Result {
@@ -135,7 +136,7 @@ impl Drop for Client {
 
 /// Hands frames to their streams until the connection ends.
 async fn read(mut source: ReadHalf<Box<dyn Io>>, streams: Table) {
-    let table = || streams.lock().unwrap_or_else(PoisonError::into_inner);
+    let table = || streams.lock();
     let mut head = [0; 8];
     while source.read_exact(&mut head).await.is_ok() {
         let length = u32::from_be_bytes([0, head[5], head[6], head[7]]) as usize;

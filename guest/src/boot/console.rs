@@ -2,6 +2,7 @@
 //!
 //! Nothing a container wrote and no environment variable is ever printed here.
 
+use boxlite_sys::report::Report;
 use std::error::Error;
 use tracing_subscriber::filter::LevelFilter;
 
@@ -24,21 +25,5 @@ pub fn start_logging() {
 
 /// Prints an error with its causes in one line.
 pub fn print_error(who: &str, error: &(dyn Error + 'static)) {
-    eprintln!("boxlite-guest: {who}: {}", chain(error));
-}
-
-/// An error and its causes, separated by colons.
-pub fn chain(error: &(dyn Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        let message = inner.to_string();
-        // Transparent errors repeat their cause.
-        if !text.ends_with(&message) {
-            text.push_str(": ");
-            text.push_str(&message);
-        }
-        cause = inner.source();
-    }
-    text
+    eprintln!("boxlite-guest: {who}: {}", Report(error));
 }

@@ -5,9 +5,10 @@
 //! an exit can't be missed. The one gap, a process that is killed before it is registered, is closed by a short memory of
 //! exits nobody had asked for.
 
+use boxlite_sys::sync::Mutex;
 use rustix::process::{Pid, WaitId, WaitIdOptions, WaitOptions, WaitStatus, wait, waitid};
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::MutexGuard;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
 
@@ -110,7 +111,7 @@ impl Reaper {
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+        self.table.lock()
     }
 }
 

@@ -19,13 +19,14 @@ use crate::system;
 use boxlite_proto::boxlite::v1::{
     ContainerInitRequest, Exit, OomEvent, PidMode, container_event::Event,
 };
+use boxlite_sys::sync::Mutex;
 use oci_spec::runtime::Spec;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
 /// Where libcontainer keeps its state.
 const STATE: &str = "/run/boxlite/oci";
@@ -211,11 +212,11 @@ fn prepare(
 /// Takes everything down that [`prepare`] and libcontainer made. Blocks.
 pub fn undo(pod: &Pod, cgroup: &Cgroup, rootfs: &Rootfs, state: &Path) {
     if let Err(error) = cgroup.remove() {
-        tracing::warn!(error = crate::boot::console::chain(&error), "remove cgroup");
+        tracing::warn!(error = boxlite_sys::report::report(&error), "remove cgroup");
     }
     if let Err(error) = rootfs.take_down(&pod.layers) {
         tracing::warn!(
-            error = crate::boot::console::chain(&error),
+            error = boxlite_sys::report::report(&error),
             "take down root file system"
         );
     }
@@ -437,7 +438,7 @@ async fn init_ended(container: &Arc<Container>, pod: &Pod, exit: RawExit) {
     // In its own PID namespace the kernel has killed them already; in a shared one they would stay.
     if let Err(error) = container.cgroup.kill() {
         tracing::warn!(
-            error = crate::boot::console::chain(&error),
+            error = boxlite_sys::report::report(&error),
             "kill container"
         );
     }
@@ -466,15 +467,10 @@ impl Container {
     pub fn take_down(&self, pod: &Pod) {
         // First its last processes, then what they asked of the share, then the mounts they saw.
         if let Err(error) = self.cgroup.remove() {
-            tracing::warn!(error = crate::boot::console::chain(&error), "remove cgroup");
+            tracing::warn!(error = boxlite_sys::report::report(&error), "remove cgroup");
         }
         crate::storage::settle_share();
-        drop(
-            self.mounts
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .take(),
-        );
+        drop(self.mounts.lock().take());
         undo(pod, &self.cgroup, &self.rootfs, &self.state);
     }
 }

@@ -2,8 +2,9 @@
 
 use crate::system::unix_time_ns;
 use boxlite_proto::boxlite::v1::{ContainerEvent, container_event::Event};
+use boxlite_sys::sync::Mutex;
 use std::collections::VecDeque;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::MutexGuard;
 use tokio::sync::Notify;
 
 /// Events kept. A reader that is further behind misses some and sees so by the gap in the numbers; state and exits can
@@ -57,7 +58,7 @@ impl Events {
     }
 
     fn lock(&self) -> MutexGuard<'_, Log> {
-        self.log.lock().unwrap_or_else(PoisonError::into_inner)
+        self.log.lock()
     }
 }
 

@@ -10,6 +10,7 @@ use crate::execution::stdio::{Pipes, terminal_ends};
 use crate::execution::{Process, supervise};
 use crate::spawner::wire::{Confinement, ExecRequest as Plan, ProcessPlan, Request, UserPlan};
 use boxlite_proto::boxlite::v1::{ContainerState, ExecRequest, Exit, container_event::Event};
+use boxlite_sys::sync::Mutex;
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
 use std::collections::HashMap;
@@ -17,7 +18,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 
 /// Execs of a container that are not deleted yet, ended or not.
 const EXEC_LIMIT: usize = 512;
@@ -47,7 +48,7 @@ impl Execs {
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
-        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+        self.slots.lock()
     }
 }
 

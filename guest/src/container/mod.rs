@@ -100,7 +100,7 @@ pub struct Container {
     pub init: Arc<Process>,
     pub cgroup: Cgroup,
     /// Its mount namespace, which so outlives its processes: see [`crate::storage::settle_share`].
-    mounts: std::sync::Mutex<Option<std::fs::File>>,
+    mounts: boxlite_sys::sync::Mutex<Option<std::fs::File>>,
     /// Stands for the init process, whatever becomes of its number.
     pidfd: OwnedFd,
     rootfs: Rootfs,

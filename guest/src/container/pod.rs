@@ -12,12 +12,13 @@ use crate::spawner::SpawnError;
 use crate::spawner::wire::{IdMap, Message, Request};
 use crate::storage::layers::Layers;
 use boxlite_proto::boxlite::v1::ContainerInitRequest;
+use boxlite_sys::sync::Mutex;
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
 use rustix::process::Signal;
 use std::collections::HashMap;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
 /// Containers of a pod.
@@ -250,9 +251,7 @@ impl Pod {
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
-        self.containers
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.containers.lock()
     }
 }
 

@@ -3,9 +3,10 @@
 //! [`Offsets`] is the bookkeeping, [`Input`] the pipe or terminal behind it.
 
 use crate::descriptor::AsyncDescriptor;
+use boxlite_sys::sync::Mutex;
 use std::collections::HashMap;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 
 /// Writers remembered per process; each attach is one.
 const WRITER_LIMIT: usize = 1024;
@@ -156,7 +157,7 @@ impl Input {
     }
 
     fn offsets(&self) -> MutexGuard<'_, Offsets> {
-        self.offsets.lock().unwrap_or_else(PoisonError::into_inner)
+        self.offsets.lock()
     }
 }
 

@@ -12,12 +12,13 @@
 
 use boxlite_proto::boxlite::v1::OutputStream;
 use boxlite_proto::names::CHUNK_LIMIT;
+use boxlite_sys::sync::Mutex;
 use bytes::Bytes;
 use rustix::buffer::spare_capacity;
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 use tokio::sync::Notify;
 
 /// What a buffer may hold, in bytes, its bookkeeping included.
@@ -261,7 +262,7 @@ pub enum Filled {
 
 impl Output {
     fn lock(&self) -> MutexGuard<'_, Buffer> {
-        self.buffer.lock().unwrap_or_else(PoisonError::into_inner)
+        self.buffer.lock()
     }
 
     /// Offset behind the last byte.

@@ -4,13 +4,14 @@
 //! on a port that somebody has there fails. The parameter can be changed while the kernel runs, but for all processes: hence a
 //! stock of sockets made once, when the VM has none but the agent. A socket serves one listener and is not used again.
 
+use boxlite_sys::sync::Mutex;
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, bind, listen, socket,
 };
 use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4, TcpListener};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::OnceLock;
 
 /// The kernel's switch, "Y" or "N".
 const SWITCH: &str = "/sys/module/kernel/parameters/tsi_hijack";
@@ -53,12 +54,12 @@ impl Pool {
     /// # Errors
     /// AddrInUse: the pod has the port. Other: all sockets are used up.
     pub fn listen(&self, port: u16) -> io::Result<TcpListener> {
-        let taken = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let taken = self.0.lock().pop();
         let socket = taken.ok_or_else(|| io::Error::other("all sockets are used up"))?;
         let address = SockaddrIn::from(SocketAddrV4::new(ADDRESS, port));
         if let Err(error) = bind(socket.as_raw_fd(), &address) {
             // A socket that is not bound can be used again.
-            let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut free = self.0.lock();
             free.push(socket);
             return Err(error.into());
         }

@@ -132,7 +132,7 @@ impl Guest for GuestService {
             }
             if let Ok(Err(error)) = tokio::task::spawn_blocking(pod::release_scratch).await {
                 tracing::warn!(
-                    error = crate::boot::console::chain(&error),
+                    error = boxlite_sys::report::report(&error),
                     "release scratch disk"
                 );
             }

@@ -1,7 +1,6 @@
 //! Errors of the agent as gRPC statuses: a code, the whole chain of causes as message, and the typed
 //! [`ErrorDetail`] as binary metadata under `boxlite_proto::names::ERROR_METADATA`.
 
-use crate::boot::console::chain;
 use crate::container::ContainerError;
 use crate::execution::input::InputError;
 use crate::network::NetworkError;
@@ -11,6 +10,7 @@ use crate::storage::StorageError;
 use crate::system::SystemError;
 use boxlite_proto::boxlite::v1::{ErrorDetail, ErrorKind};
 use boxlite_proto::names;
+use boxlite_sys::report::report;
 use prost::Message;
 use std::error::Error;
 use tonic::metadata::{MetadataMap, MetadataValue};
@@ -43,7 +43,7 @@ pub fn status(kind: ErrorKind, subject: &str, message: impl Into<String>) -> Sta
 
 /// A status for an error with causes.
 pub fn from_error(kind: ErrorKind, subject: &str, error: &(dyn Error + 'static)) -> Status {
-    status(kind, subject, chain(error))
+    status(kind, subject, report(error))
 }
 
 fn code_of(kind: ErrorKind) -> Code {

@@ -13,9 +13,10 @@ pub mod table;
 pub mod watch;
 
 use boxlite_proto::boxlite::v1::{ShownMount, ShownResponse};
+use boxlite_sys::sync::Mutex;
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 use table::Found;
 use tokio::sync::Notify;
@@ -151,7 +152,7 @@ impl Shown {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }
 

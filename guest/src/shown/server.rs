@@ -7,8 +7,8 @@
 use super::Shown;
 use crate::services::status::status;
 use boxlite_proto::boxlite::v1::{ErrorKind, FuseRequest, FuseResponse};
-use boxlite_proto::fuse::{Frames, MAX_WRITE, MESSAGE_LIMIT};
 use boxlite_proto::names::CHUNK_LIMIT;
+use boxlite_sys::fuse::{Frames, MAX_WRITE, MESSAGE_LIMIT};
 use bytes::Bytes;
 use fuse_backend_rs::api::server::Server;
 use fuse_backend_rs::passthrough::{Config, PassthroughFs};

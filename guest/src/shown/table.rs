@@ -3,8 +3,8 @@
 //! Not shown are mounts that were there when the container was made, mounts that came from the host (submounts of
 //! virtiofs), and mounts below a shown one: that one shows them.
 
-use boxlite_proto::mountinfo::{Mount, mounts};
 use boxlite_proto::names::GUEST_SHARE;
+use boxlite_sys::mountinfo::{Mount, mounts};
 use oci_spec::runtime::Spec;
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};

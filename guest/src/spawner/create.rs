@@ -9,7 +9,7 @@ use super::confine::Confined;
 use super::detail::Detail;
 use super::executable;
 use super::wire::{self, Confinement, CreateRequest, Failure, FailureKind, Message};
-use crate::boot::console::chain;
+use boxlite_sys::report::report;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::oci_spec::runtime::Spec;
 use libcontainer::syscall::syscall::SyscallType;
@@ -36,7 +36,7 @@ pub fn run(request: &CreateRequest, stdio: Vec<OwnedFd>, reply: &OwnedFd) -> Res
     let failed = |error: libcontainer::error::LibcontainerError| {
         Failure::new(
             FailureKind::Internal,
-            format!("create container: {}", chain(&error)),
+            format!("create container: {}", report(&error)),
         )
     };
     let mut builder = ContainerBuilder::new(request.id.clone(), SyscallType::default())

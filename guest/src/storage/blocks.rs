@@ -7,6 +7,7 @@ use super::StorageError;
 use super::layers::below_share;
 use super::loops::{Loop, MAJOR};
 use boxlite_proto::boxlite::v1::BlockDevice;
+use boxlite_sys::sync::Mutex;
 use oci_spec::runtime::{
     LinuxDeviceCgroup, LinuxDeviceCgroupBuilder, LinuxDeviceType, Mount, MountBuilder, Spec,
 };
@@ -14,7 +15,7 @@ use rustix::fs::{CWD, FileType, Gid, Mode, Uid, chmodat, chownat, makedev, mknod
 use std::fs;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Component, Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 /// Where the nodes are: in the VM's /dev, since a node counts on no other of its file systems.
 pub const NODES: &str = "/dev/boxlite";
@@ -47,7 +48,7 @@ impl Blocks {
             let read_only = !device.access.contains('w');
             let held = Loop::hold(&file, read_only, device.block_size)?;
             let minor = held.minor;
-            let mut loops = self.loops.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut loops = self.loops.lock();
             loops.push(held);
             drop(loops);
             let node = Path::new(NODES).join(format!("{id}.{index}"));
@@ -69,7 +70,7 @@ impl Blocks {
             // Its directory is the agent's own: nothing else can be in the way.
             let _ = fs::remove_file(node);
         }
-        let mut loops = self.loops.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut loops = self.loops.lock();
         loops.clear();
     }
 }

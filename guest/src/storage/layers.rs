@@ -5,10 +5,10 @@
 
 use super::StorageError;
 use boxlite_proto::names;
+use boxlite_sys::sync::Mutex;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use std::collections::HashMap;
 use std::path::{Component, Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 
 /// Below it the layers are mounted, under short names: overlayfs's options once had to fit one page, and short names are
 /// easier to read in /proc/mounts.
@@ -37,7 +37,7 @@ impl Layers {
     /// with [`Self::release`]. Blocks.
     pub fn hold(&self, path: &str) -> Result<PathBuf, StorageError> {
         let source = below_share(path)?;
-        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut table = self.table.lock();
         if let Some(mounted) = table.mounted.get_mut(&source) {
             mounted.holders += 1;
             return Ok(mounted.target.clone());
@@ -64,7 +64,7 @@ impl Layers {
         let Ok(source) = below_share(path) else {
             return;
         };
-        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut table = self.table.lock();
         let Some(mounted) = table.mounted.get_mut(&source) else {
             return;
         };

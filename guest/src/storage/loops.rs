@@ -3,12 +3,13 @@
 //! JUSTIFICATION for unsafe: loop devices are set up by ioctl only.
 
 use super::StorageError;
+use boxlite_sys::sync::Mutex;
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 
 /// Gives a number that is free.
 const CONTROL: &str = "/dev/loop-control";
@@ -88,7 +89,7 @@ impl Loop {
     /// # Errors
     /// The file cannot be opened, or the kernel refuses.
     pub fn hold(file: &Path, read_only: bool, block_size: u32) -> Result<Arc<Self>, StorageError> {
-        let mut loops = LOOPS.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut loops = LOOPS.lock();
         let loops = loops.get_or_insert_default();
         loops.retain(|_, held| held.strong_count() > 0);
         if let Some(held) = loops.get(file).and_then(Weak::upgrade) {

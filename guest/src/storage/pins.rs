@@ -5,14 +5,14 @@
 //! before the release of that file has been answered, and the kernel (6.12) has a BUG: "Busy inodes after unmount of
 //! virtiofs". An open descriptor of it, kept until the VM ends, makes sure that it never ends.
 
-use boxlite_proto::mountinfo::mounts;
+use boxlite_sys::mountinfo::mounts;
+use boxlite_sys::sync::Mutex;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::fs::{Mode, OFlags, ResolveFlags, fstat, openat2};
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
 
 /// Most submounts kept; what comes then is not, which is as good as it was without this.
 const LIMIT: usize = 1024;
@@ -39,7 +39,7 @@ fn pin_all(pid: i32) {
     let text = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap_or_default();
     for mount in mounts(&text).filter(|mount| mount.kind == "virtiofs") {
         if let Some((device, submount)) = open(pid, &mount.point) {
-            let mut pins = PINS.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut pins = PINS.lock();
             let pins = pins.get_or_insert_default();
             if pins.len() < LIMIT {
                 pins.entry(device).or_insert(submount);

@@ -3,11 +3,11 @@
 //! ext4 project quotas would answer at once, but need a file system made for them; the bound makes the walk good enough
 //! for statistics. A walk that hits the bound answers what it saw.
 
+use boxlite_sys::sync::Mutex;
 use std::collections::HashSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Longest walk.
@@ -32,7 +32,7 @@ pub struct UsageCache {
 impl UsageCache {
     /// What the tree at `path` takes. Blocks up to [`WALK_LIMIT`].
     pub fn get(&self, path: &Path) -> Usage {
-        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last = self.last.lock();
         match *last {
             Some((when, usage)) if when.elapsed() < FRESH => usage,
             _ => {

@@ -11,11 +11,12 @@ use crate::management::box_state::Phase;
 use crate::metrics::StageTimers;
 use crate::shim_controller::ShimRecord;
 use crate::types::{BoxOptions, ContainerSnapshot};
+use boxlite_sys::sync::Mutex;
 use rusqlite::{Connection, params};
 use serde::{Deserialize, Serialize};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Version of the tables, in `PRAGMA user_version`. Older ones are brought up, newer ones refused.
@@ -146,7 +147,7 @@ impl Database {
         let path = self.path.clone();
         let joined = tokio::task::spawn_blocking(move || {
             // A panic under the lock left at most an open transaction, and that was rolled back by its drop.
-            let mut connection = connection.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut connection = connection.lock();
             work(&mut connection)
         })
         .await;

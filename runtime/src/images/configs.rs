@@ -4,9 +4,10 @@
 //! A config is named by its digest, so whose download it was makes no difference; a failure is the downloader's alone, and
 //! the next one in the queue tries with its own credentials. It parses nothing. Called by `pull`; layers are `layer`'s.
 
+use boxlite_sys::sync::Mutex;
 use std::collections::HashMap;
 use std::ops::Deref;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 
 use bytes::Bytes;
 use tokio::sync::OnceCell;
@@ -68,10 +69,7 @@ impl Configs {
     }
 
     fn cell(&self, id: &Digest) -> Arc<OnceCell<Bytes>> {
-        let mut all = self
-            .under_way
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut all = self.under_way.lock();
         all.retain(|_, cell| cell.strong_count() > 0);
         if let Some(cell) = all.get(id.as_str()).and_then(Weak::upgrade) {
             return cell;

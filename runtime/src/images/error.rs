@@ -5,6 +5,7 @@
 //!
 //! Errors are `Clone`, since one layer download may fail for several callers at once.
 
+use boxlite_erofs::ErofsError;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -210,19 +211,9 @@ impl ImageError {
         }
     }
 
-    /// The message followed by its causes, `: ` between them, as a gRPC status shows it.
+    /// Returns the message followed by its causes, as a gRPC status shows it.
     pub fn report(&self) -> String {
-        let mut text = self.to_string();
-        let mut cause = std::error::Error::source(self);
-        while let Some(error) = cause {
-            let next = error.to_string();
-            if !text.ends_with(&next) {
-                text.push_str(": ");
-                text.push_str(&next);
-            }
-            cause = error.source();
-        }
-        text
+        boxlite_sys::report::report(self)
     }
 
     /// An I/O error while `what` was done to `path`; a full disk becomes [`ImageError::NoSpace`].
@@ -269,6 +260,26 @@ impl ImageError {
         Self::InvalidImage {
             what: what.into(),
             reason: reason.into(),
+        }
+    }
+}
+
+impl From<ErofsError> for ImageError {
+    fn from(error: ErofsError) -> Self {
+        match error {
+            ErofsError::Entry { entry, reason } => Self::LayerEntry { entry, reason },
+            ErofsError::Corrupt {
+                what,
+                expected,
+                got,
+            } => Self::Corrupt {
+                what,
+                expected,
+                got,
+            },
+            ErofsError::Invalid { what, reason } => Self::InvalidImage { what, reason },
+            ErofsError::TooLarge { what, limit, unit } => Self::TooLarge { what, limit, unit },
+            ErofsError::Io { what, path, source } => Self::io(what, &path, source),
         }
     }
 }

@@ -11,7 +11,6 @@
 //! end: before that nothing of it is visible, after that everything.
 
 mod configs;
-mod erofs;
 mod error;
 mod layer;
 mod manifest;
@@ -150,22 +149,6 @@ impl ImageManager {
     pub async fn settle(&self) {
         self.inner.jobs.settle().await;
     }
-}
-
-/// Writes the tree of a tar stream as an EROFS image into `file`, empty and at `path`. For images that are no layers,
-/// like the agent's root. `scratch` is a directory for an unnamed temporary file, `what` the stream's name in errors.
-/// Blocks.
-///
-/// # Errors
-/// As for a layer: what the archive has that no image may have, and the disk's errors.
-pub fn write_erofs(
-    input: &mut impl std::io::Read,
-    file: &std::fs::File,
-    path: &Path,
-    scratch: &Path,
-    what: &str,
-) -> ImageResult<()> {
-    erofs::write_layer(input, file, path, scratch, what)
 }
 
 /// Runs file work off the async threads. It runs to its end even if the future is dropped.

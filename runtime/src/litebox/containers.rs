@@ -11,12 +11,13 @@
 use super::driver::{Change, Message};
 use super::{Describe, LiteBox, now_ns, teardown};
 use crate::database::ContainerRow;
-use crate::error::{ErrorKind, Result, RuntimeError, report};
+use crate::error::{ErrorKind, Result, RuntimeError};
 use crate::filesystem_layout::{check_id, private_directory, remove_tree};
 use crate::images::{ImageError, ImageErrorKind};
 use crate::shim_controller::{ShimController, TaskCreate, TaskState};
 use crate::types::{ContainerOptions, ContainerSnapshot, ContainerState, ContainerUser, PidMode};
 use boxlite_proto::names;
+use boxlite_sys::report::report;
 use oci_spec::runtime::Spec;
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;

@@ -5,9 +5,9 @@
 
 use super::{LiteBox, now_ns, teardown};
 use crate::error::{Result, RuntimeError};
-use crate::portal::interfaces::execution::EXEC_OUTPUT_LIMIT;
-use crate::portal::{ExecOutput, PortalError};
 use crate::types::ContainerState;
+use boxlite_portal::interfaces::execution::EXEC_OUTPUT_LIMIT;
+use boxlite_portal::{ExecOutput, PortalError};
 use boxlite_proto::boxlite::v1::{ContainerStatsResponse, ExecRequest, GuestStatsResponse};
 use oci_spec::runtime::Spec;
 use std::sync::atomic::Ordering;

@@ -30,16 +30,17 @@ use crate::init_rootfs::InitRootfs;
 use crate::management::box_manager::unique;
 use crate::management::box_state::{Denied, Phase, Request};
 use crate::metrics::{BoxMetrics, BoxMetricsSnapshot, StageTimers};
-use crate::portal::GuestSession;
 use crate::shim_controller::{ShimController, ShimProgram};
 use crate::types::{BoxOptions, BoxSnapshot, ContainerSnapshot};
+use boxlite_portal::GuestSession;
 use boxlite_proto::vmm::{Acceleration, VmmKind};
+use boxlite_sys::sync::Mutex;
 pub use driver::Describe;
 use driver::Message;
 pub use sessions::{ProcessControls, ProcessSession};
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
@@ -295,11 +296,7 @@ impl LiteBox {
 
     /// The lock that create, start and remove of one container share.
     fn operation(&self, container_id: &str) -> Arc<tokio::sync::Mutex<()>> {
-        let mut operations = self
-            .inner
-            .operations
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut operations = self.inner.operations.lock();
         // Locks that nobody holds or waits for are forgotten here.
         operations.retain(|_, lock| Arc::strong_count(lock) > 1);
         operations

@@ -7,8 +7,8 @@
 
 use super::LiteBox;
 use crate::error::Result;
-use crate::portal::{ExecutionInterface, OutputFollower, PortalError};
 use crate::types::ContainerState;
+use boxlite_portal::{ExecutionInterface, OutputFollower, PortalError};
 use boxlite_proto::boxlite::v1::{Exit, PortForwardRequest, PortForwardResponse, SendInputRequest};
 use bytes::Bytes;
 use futures::{Stream, StreamExt};

@@ -5,9 +5,10 @@
 //! does, from what is returned.
 
 use super::BoxEnv;
-use crate::error::{Result, RuntimeError, report};
+use crate::error::{Result, RuntimeError};
 use crate::filesystem_layout::remove_tree;
 use crate::shim_controller::{ShimController, TaskExit};
+use boxlite_sys::report::report;
 use futures::StreamExt;
 use std::collections::BTreeMap;
 use std::time::Duration;

@@ -5,8 +5,8 @@
 //! without harm.
 
 use crate::error::{Result, RuntimeError};
-use crate::unix_socket;
 use async_trait::async_trait;
+use boxlite_sys::unix_socket;
 use containerd_shim_protos::api;
 use containerd_shim_protos::events::task as task_events;
 use containerd_shim_protos::protobuf::Message;

@@ -8,19 +8,18 @@
 //! the caller asks again.
 
 pub mod events;
-mod process;
 pub mod program;
 
-pub use process::ProcessId;
+pub use boxlite_sys::process::ProcessId;
 pub use program::ShimProgram;
 
 use crate::error::{ErrorKind, Result, RuntimeError};
-use crate::portal::error::clean;
-use crate::unix_socket;
+use boxlite_portal::error::clean;
 use boxlite_proto::names;
 use boxlite_proto::shim::shim as shim_log;
 use boxlite_proto::shim::shim_ttrpc::ShimLogClient;
 use boxlite_proto::vmm::{SandboxOptions, VmmKind};
+use boxlite_sys::unix_socket;
 use containerd_shim_protos::api;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;

@@ -7,6 +7,7 @@
 
 use super::device::Device;
 use crate::fuse::{FileSystem as Made, next_request};
+use boxlite_sys::sync::Mutex;
 use fuse_backend_rs::abi::fuse_abi::{Attr, FsOptions, OpenOptions, SetattrValid, stat64};
 use fuse_backend_rs::api::filesystem::{Context, FileSystem, ZeroCopyReader, ZeroCopyWriter};
 use fuse_backend_rs::api::server::{MAX_BUFFER_SIZE, Server as Messages};
@@ -16,7 +17,7 @@ use rustix::fs::{FallocateFlags, fallocate};
 use std::fs::File;
 use std::io::{self, PipeReader, PipeWriter};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::MutexGuard;
 use std::time::Duration;
 
 /// The one file.
@@ -41,7 +42,7 @@ struct OneFile {
 
 impl OneFile {
     fn file(&self) -> MutexGuard<'_, File> {
-        self.file.lock().unwrap_or_else(PoisonError::into_inner)
+        self.file.lock()
     }
 
     /// Whether a range is in the device.

@@ -6,8 +6,8 @@
 
 use super::{CliError, write_stdout};
 use crate::record::{ADDRESS_FILE, RECORD_FILE, Record};
-use crate::report::Report;
 use crate::{cgroup, net};
+use boxlite_sys::report::Report;
 use containerd_shim::Flags;
 use containerd_shim_protos::api::DeleteResponse;
 use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;

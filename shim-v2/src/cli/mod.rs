@@ -12,8 +12,8 @@ pub mod bootstrap;
 pub mod delete;
 pub mod start;
 
-use crate::report::Report;
 use boxlite_proto::exit::ExitCode;
+use boxlite_sys::report::Report;
 use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
 use std::ffi::OsString;

@@ -12,14 +12,15 @@ use crate::error::{Result, ShimError};
 use crate::logs::{Sink, Stdio};
 use crate::sandbox::Guest;
 use crate::sandbox::undo::Undo;
+use boxlite_portal::PortalError;
 use boxlite_proto::boxlite::v1::{ContainerInitRequest, Rootfs};
-use boxlite_runtime::portal::PortalError;
+use boxlite_sys::sync::Mutex;
 use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
 use containerd_shim_protos::protobuf::MessageField;
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 /// Longest container id, in bytes; they become names of files.
 const ID_LIMIT: usize = 128;

@@ -18,10 +18,11 @@ use crate::error::{Result, ShimError};
 use crate::sandbox::undo::Undo;
 use crate::sandbox::{Context, Guest};
 use crate::shown::volumes::Volumes;
+use boxlite_sys::sync::Mutex;
 use process::Process;
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
 /// SIGKILL, by number, as the guest takes signals.
@@ -44,7 +45,7 @@ pub struct Container {
 
 impl Container {
     fn execs(&self) -> MutexGuard<'_, HashMap<String, Process>> {
-        self.execs.lock().unwrap_or_else(PoisonError::into_inner)
+        self.execs.lock()
     }
 
     /// The process of an exec id; the init process for an empty one.
@@ -91,10 +92,7 @@ impl Container {
     }
 
     fn take_undo(&self) -> Option<Undo> {
-        self.undo
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
+        self.undo.lock().take()
     }
 }
 
@@ -133,7 +131,7 @@ impl Containers {
     }
 
     fn slots(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
-        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+        self.slots.lock()
     }
 
     /// The container of an id.

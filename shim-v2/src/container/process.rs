@@ -12,11 +12,11 @@
 use crate::error::{Result, ShimError};
 use crate::logs::input::Input;
 use crate::logs::{LogPump, Sink, Stdio};
-use crate::report::Report;
 use crate::sandbox::{Context, Guest};
 use crate::time;
+use boxlite_portal::PortalError;
 use boxlite_proto::boxlite::v1::{ExecRequest, Exit};
-use boxlite_runtime::portal::PortalError;
+use boxlite_sys::report::Report;
 use containerd_shim_protos::events::task::{
     TaskDelete, TaskExecStarted, TaskExit, TaskOOM, TaskPaused, TaskResumed, TaskStart,
 };

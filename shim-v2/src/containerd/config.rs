@@ -4,11 +4,11 @@
 //! missing. boxlite-cri sends its own configuration instead; this file is not read then.
 
 use crate::error::{Result, ShimError};
-use crate::report::Report;
 use boxlite_proto::probe::ProbeReport;
 use boxlite_proto::vmm::{Acceleration, Installation, VmmKind};
 use boxlite_runtime::filesystem_layout::FilesystemLayout;
 use boxlite_runtime::vmm_probe;
+use boxlite_sys::report::Report;
 use serde::Deserialize;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};

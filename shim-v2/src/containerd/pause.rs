@@ -11,9 +11,9 @@
 use crate::container::process::{About, Ended, Phase, State};
 use crate::error::{Result, ShimError};
 use crate::logs::Stdio;
-use crate::report::Report;
 use crate::sandbox::Sandbox;
 use crate::time;
+use boxlite_sys::report::Report;
 use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::events::task::{TaskCreate, TaskDelete, TaskExit, TaskStart};
 use containerd_shim_protos::protobuf::MessageField;

@@ -4,10 +4,10 @@
 //! next one may attach, as under runc's shim.
 
 use crate::container::process::About;
-use crate::report::Report;
 use crate::sandbox::{Context, Guest};
 use boxlite_proto::boxlite::v1::SendInputRequest;
 use boxlite_proto::names::CHUNK_LIMIT;
+use boxlite_sys::report::Report;
 use std::io;
 use std::time::Duration;
 use tokio::net::unix::pipe;

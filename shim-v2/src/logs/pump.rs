@@ -13,9 +13,9 @@ pub use source::{GuestSource, Source};
 
 use super::sink::{Sink, no_file};
 use crate::error::{Result, ShimError};
-use crate::report::Report;
 use crate::sandbox::{Context, Guest};
-use boxlite_runtime::portal::OutputChunk;
+use boxlite_portal::OutputChunk;
+use boxlite_sys::report::Report;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;

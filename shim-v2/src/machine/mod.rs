@@ -14,7 +14,7 @@ use crate::cgroup;
 use crate::error::{Result, ShimError};
 use crate::net::host::{HostPorts, Place};
 use crate::net::{self, PodNetwork, user};
-use crate::record::{ProcessRef, Record, write_whole};
+use crate::record::{Record, write_whole};
 use crate::sandbox::machine::{Booted, Machine};
 use crate::sandbox::options::Plan;
 use crate::sandbox::undo::Undo;
@@ -23,17 +23,19 @@ use crate::shown::place::{HostMounts, Keeper};
 use crate::time;
 use crate::vmm::{ReadySocket, Supervisor, VmmChild};
 use async_trait::async_trait;
+use boxlite_portal::{Connection, GuestAddress, GuestSession};
 use boxlite_proto::boxlite::v1::GuestInitRequest;
 use boxlite_proto::names;
 use boxlite_proto::vmm::{Disk, InstanceSpec, VmmKind};
-use boxlite_runtime::portal::{Connection, GuestAddress, GuestSession};
+use boxlite_sys::process::ProcessId;
+use boxlite_sys::sync::Mutex;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use share::{VmShare, blocking};
 use std::io::Read;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
 
 /// Lines of console and vmm messages in an error.
@@ -87,7 +89,7 @@ impl VmMachine {
     }
 
     fn record(&self) -> MutexGuard<'_, Record> {
-        self.record.lock().unwrap_or_else(PoisonError::into_inner)
+        self.record.lock()
     }
 
     /// Writes the record into the bundle.
@@ -100,15 +102,12 @@ impl VmMachine {
 
     /// Gives the pod's cgroup up. The VM must be gone.
     pub fn leave_cgroup(&self, limit: Duration) {
-        self.cgroup
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .leave(limit);
+        self.cgroup.lock().leave(limit);
     }
 
     /// Writes the vmm child down before anything waits for it: a shim that dies now leaves something to kill.
     fn note_child(&self, bundle: &Path, pid: i32) {
-        self.record().vmm = ProcessRef::of(pid).ok();
+        self.record().vmm = ProcessId::of(pid);
         if let Err(error) = self.store(bundle) {
             tracing::warn!(%error, "the shim's record cannot be written");
         }
@@ -229,7 +228,7 @@ impl Machine for VmMachine {
             record.cgroups.clone_from(&joined.made);
             record.netns.clone_from(&plan.netns);
         }
-        *self.cgroup.lock().unwrap_or_else(PoisonError::into_inner) = joined;
+        *self.cgroup.lock() = joined;
         if let Err(error) = self.store(bundle) {
             tracing::warn!(%error, "the shim's record cannot be written");
         }
@@ -344,7 +343,7 @@ async fn init(
 struct InitError {
     said: String,
     #[source]
-    source: boxlite_runtime::portal::PortalError,
+    source: boxlite_portal::PortalError,
 }
 
 fn last_words(child: &VmmChild) -> String {

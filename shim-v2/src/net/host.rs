@@ -14,12 +14,12 @@
 use super::listening::{host_ports, sockets_of};
 use super::user;
 use crate::error::{Result, ShimError};
-use crate::report::Report;
+use boxlite_portal::{GuestSession, PortalError};
 use boxlite_proto::boxlite::v1::{
     HostPortsRequest, HostPortsResponse, ListeningPort, PortForwardRequest,
 };
 use boxlite_proto::names::CHUNK_LIMIT;
-use boxlite_runtime::portal::{GuestSession, PortalError};
+use boxlite_sys::report::Report;
 use bytes::BytesMut;
 use nix::sched::{CloneFlags, setns};
 use std::collections::{BTreeSet, HashMap};

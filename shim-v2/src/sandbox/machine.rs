@@ -9,7 +9,7 @@ use crate::net::host::HostPorts;
 use crate::share::BindMode;
 use crate::shown::place::Keeper;
 use async_trait::async_trait;
-use boxlite_runtime::portal::GuestSession;
+use boxlite_portal::GuestSession;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;

@@ -19,7 +19,7 @@ pub mod undo;
 use crate::container::Containers;
 use crate::error::{Result, ShimError};
 use crate::events::Publisher;
-use boxlite_runtime::portal::GuestSession;
+use boxlite_portal::GuestSession;
 use driver::Request;
 use machine::Machine;
 use options::Plan;

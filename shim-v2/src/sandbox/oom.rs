@@ -4,9 +4,9 @@
 
 use super::Guest;
 use crate::container::Containers;
-use crate::report::Report;
+use boxlite_portal::PortalError;
 use boxlite_proto::boxlite::v1::container_event::Event;
-use boxlite_runtime::portal::PortalError;
+use boxlite_sys::report::Report;
 use std::sync::Arc;
 use std::time::Duration;
 

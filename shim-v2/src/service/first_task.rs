@@ -11,10 +11,10 @@ use crate::containerd::plan::{self, Network};
 use crate::containerd::private_net::PrivateNet;
 use crate::error::{Result, ShimError};
 use crate::sandbox::options::Origin;
+use boxlite_sys::sync::Mutex;
 use containerd_shim_protos::api::CreateTaskRequest;
 use oci_spec::runtime::Spec;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 
 /// What such a pod has beside its VM. The locks are never held across an await.
 #[derive(Default)]
@@ -27,19 +27,19 @@ pub(super) struct FirstTask {
 impl FirstTask {
     /// The pause container, if there is one of this id.
     pub(super) fn pause(&self, id: &str) -> Option<PauseTask> {
-        let pause = self.pause.lock().unwrap_or_else(PoisonError::into_inner);
+        let pause = self.pause.lock();
         pause.clone().filter(|task| task.about().container == id)
     }
 
     /// Whether there is a pause container.
     pub(super) fn has_pause(&self) -> bool {
-        let pause = self.pause.lock().unwrap_or_else(PoisonError::into_inner);
+        let pause = self.pause.lock();
         pause.is_some()
     }
 
     /// Forgets the pause container.
     pub(super) fn remove_pause(&self) {
-        *self.pause.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *self.pause.lock() = None;
     }
 
     /// The network namespace of a spec: the one it names, an empty one made for it, none for the host's.
@@ -50,7 +50,7 @@ impl FirstTask {
             Network::Private => {
                 let made = PrivateNet::create()?;
                 let path = made.path();
-                *self.net.lock().unwrap_or_else(PoisonError::into_inner) = Some(made);
+                *self.net.lock() = Some(made);
                 Ok(Some(path))
             }
         }
@@ -87,11 +87,7 @@ impl Service {
             return Ok(None);
         }
         let task = PauseTask::create(&self.sandbox, request);
-        *self
-            .first
-            .pause
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = Some(task);
+        *self.first.pause.lock() = Some(task);
         Ok(Some(pid))
     }
 }

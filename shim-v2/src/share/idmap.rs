@@ -5,18 +5,14 @@
 //! must hold for as long as that takes: this binary again, in the role [`hold`].
 
 use nix::sched::{CloneFlags, unshare};
-use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 
 /// First argument of the role.
 pub const ROLE: &str = "user-namespace";
-/// `MOUNT_ATTR_IDMAP`.
-const IDMAP: u64 = 0x0010_0000;
-
 /// Files' owners from 0 on are others from `first` on, `length` of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct IdMap {
@@ -24,15 +20,6 @@ pub struct IdMap {
     pub first: u32,
     /// How many.
     pub length: u32,
-}
-
-/// `struct mount_attr` of the kernel (linux/mount.h).
-#[repr(C)]
-struct MountAttributes {
-    set: u64,
-    clear: u64,
-    propagation: u64,
-    user_namespace: u64,
 }
 
 /// The role: a new user namespace, said by one byte, and held until the input ends.
@@ -57,19 +44,7 @@ pub fn hold() -> ExitCode {
 /// # Errors
 /// The kernel's: some file system below `source` does not know mapped mounts (EINVAL).
 pub fn mount(source: &Path, target: &Path, map: IdMap) -> io::Result<()> {
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE
-        | OpenTreeFlags::OPEN_TREE_CLOEXEC
-        | OpenTreeFlags::AT_RECURSIVE;
-    let tree = open_tree(rustix::fs::CWD, source, flags)?;
-    set_map(&tree, &user_namespace(map)?)?;
-    move_mount(
-        &tree,
-        "",
-        rustix::fs::CWD,
-        target,
-        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
-    )?;
-    Ok(())
+    boxlite_sys::idmap::mount(source, target, user_namespace(map)?.as_fd(), true)
 }
 
 /// A user namespace with that map; the descriptor keeps it alive.
@@ -97,29 +72,4 @@ fn user_namespace(map: IdMap) -> io::Result<File> {
     drop(holder.stdin.take());
     let _exit = holder.wait();
     result
-}
-
-fn set_map(tree: &impl AsFd, user_namespace: &File) -> io::Result<()> {
-    let attributes = MountAttributes {
-        set: IDMAP,
-        clear: 0,
-        propagation: 0,
-        user_namespace: user_namespace.as_raw_fd() as u64,
-    };
-    // SAFETY: the path is a NUL-terminated literal, the attributes are live and their size is the one given; the kernel
-    // only reads both.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            tree.as_fd().as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
-            &raw const attributes,
-            size_of::<MountAttributes>(),
-        )
-    };
-    match result {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
 }

@@ -1,7 +1,7 @@
 //! The calling thread's mount table: which mounts are at or below a path, and whose events they get. Reads, changes nothing.
 
 use super::{ShareError, failed};
-use boxlite_proto::mountinfo::{mounts, unescape};
+use boxlite_sys::mountinfo::{mounts, unescape};
 use std::fs;
 use std::path::{Path, PathBuf};
 

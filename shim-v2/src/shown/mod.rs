@@ -13,9 +13,9 @@ pub mod place;
 mod pump;
 pub mod volumes;
 
-use crate::report::Report;
+use boxlite_portal::{GuestSession, PortalError};
 use boxlite_proto::boxlite::v1::{ShownMount, ShownRequest, ShownResponse};
-use boxlite_runtime::portal::{GuestSession, PortalError};
+use boxlite_sys::report::Report;
 use place::{Keeper, Mounted, Wanted};
 use pump::Pump;
 use std::collections::{BTreeMap, BTreeSet};

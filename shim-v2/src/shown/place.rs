@@ -10,7 +10,7 @@
 
 use super::volumes::Volume;
 use crate::fuse::{FileSystem, Root, file_system, named};
-use boxlite_proto::mountinfo::mounts;
+use boxlite_sys::mountinfo::mounts;
 use nix::sched::{CloneFlags, setns, unshare};
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, StatxFlags, open, openat2, statx};
 use rustix::mount::{

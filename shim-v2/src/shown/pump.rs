@@ -6,10 +6,10 @@
 
 use super::place::{Mounted, forget};
 use crate::fuse::next_request;
+use boxlite_portal::{GuestSession, PortalError};
 use boxlite_proto::boxlite::v1::FuseRequest;
-use boxlite_proto::fuse::{Frames, MESSAGE_LIMIT};
 use boxlite_proto::names::CHUNK_LIMIT;
-use boxlite_runtime::portal::{GuestSession, PortalError};
+use boxlite_sys::fuse::{Frames, MESSAGE_LIMIT};
 use bytes::Bytes;
 use std::io::{self, PipeReader, PipeWriter};
 use std::os::fd::OwnedFd;
@@ -38,7 +38,7 @@ enum PumpError {
     Guest(#[from] PortalError),
     /// What came is no FUSE message.
     #[error("the guest's answer")]
-    Frame(#[from] boxlite_proto::fuse::FrameError),
+    Frame(#[from] boxlite_sys::fuse::FrameError),
 }
 
 /// See the module.
@@ -78,7 +78,7 @@ impl Pump {
         let session = session.dedicated();
         let task = tokio::spawn(async move {
             if let Err(error) = answer(&session, &device, outgoing).await {
-                tracing::warn!(id, error = %crate::report::Report(&error), "a mount of the guest is dead");
+                tracing::warn!(id, error = %boxlite_sys::report::Report(&error), "a mount of the guest is dead");
             }
             // Full: as many are dead already, and this one comes to light with the next list.
             let _ = died.try_send(id);

@@ -2,10 +2,11 @@
 //!
 //! Written when containers are made and removed, read by [`super::Shown`]; nothing that the guest says gets in here.
 
+use boxlite_sys::sync::Mutex;
 use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::MutexGuard;
 use std::time::Duration;
 use tokio::sync::watch;
 
@@ -92,7 +93,7 @@ impl Volumes {
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, (Volume, usize)>> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+        self.known.lock()
     }
 }
 

@@ -6,10 +6,10 @@
 use super::VmmFactory;
 use super::step::{StepExt, invalid};
 use crate::jail;
-use crate::report::Report;
 use boxlite_proto::error::{BoxliteError, BoxliteResult};
 use boxlite_proto::exit::ExitCode;
 use boxlite_proto::vmm::InstanceSpec;
+use boxlite_sys::report::Report;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;

@@ -3,11 +3,12 @@
 //! The guest is hostile: it may print for ever. So neither VMM writes the file itself; both write into a pipe, and a
 //! thread of the shim keeps the head of what comes on disk and the tail in memory.
 
+use boxlite_sys::sync::{Condvar, Mutex};
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
 /// Bytes of one log kept on disk: a boot with kernel messages is 30 KiB.
@@ -84,7 +85,7 @@ impl BoundedLog {
     }
 
     fn lock(&self) -> MutexGuard<'_, Tail> {
-        self.0.tail.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.tail.lock()
     }
 
     fn read_all(&self, mut from: impl Read, file: Option<PathBuf>) {

@@ -10,6 +10,7 @@
 use super::console::BoundedLog;
 use boxlite_proto::names::CONSOLE_LOG;
 use boxlite_proto::vmm::InstanceSpec;
+use boxlite_sys::sync::Mutex;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
@@ -19,7 +20,7 @@ use std::io::Write;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 use tokio::sync::watch;
 
@@ -200,8 +201,8 @@ fn fork_and_wait(
         }
     };
     let pid = Pid::from_raw(child.id().cast_signed());
-    *shared.alive.lock().unwrap_or_else(PoisonError::into_inner) = Some(pid);
-    *shared.pid.lock().unwrap_or_else(PoisonError::into_inner) = pid.as_raw();
+    *shared.alive.lock() = Some(pid);
+    *shared.pid.lock() = pid.as_raw();
     let pipes = Pipes {
         stdin: child.stdin.take(),
         stdout: child.stdout.take(),
@@ -220,7 +221,7 @@ fn wait_for(child: &mut Child, pid: Pid, shared: &Shared) -> VmmExit {
     while let Err(nix::errno::Errno::EINTR) =
         waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT)
     {}
-    *shared.alive.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    *shared.alive.lock() = None;
     match child.wait() {
         Ok(status) => VmmExit {
             code: status.code(),
@@ -248,11 +249,7 @@ pub struct VmmChild {
 impl VmmChild {
     /// Process id in the shim's PID namespace, also after its end.
     pub fn pid(&self) -> i32 {
-        *self
-            .shared
-            .pid
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        *self.shared.pid.lock()
     }
 
     /// Waits until the VM has ended. May be called often and by many; dropping the future changes nothing.
@@ -275,11 +272,7 @@ impl VmmChild {
 
     /// Kills the VM and all its helpers at once. Succeeds on what is gone; [`VmmChild::wait`] tells when it is done.
     pub fn kill(&self) {
-        let alive = self
-            .shared
-            .alive
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let alive = self.shared.alive.lock();
         if let Some(pid) = *alive {
             // It can only fail with ESRCH, and the lock excludes that.
             let _gone = nix::sys::signal::kill(pid, Signal::SIGKILL);

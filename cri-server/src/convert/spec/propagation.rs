@@ -4,7 +4,7 @@
 
 use super::ConvertError;
 use boxlite_proto::cri::v1::{Mount, MountPropagation};
-use boxlite_proto::mountinfo;
+use boxlite_sys::mountinfo;
 use std::path::{Path, PathBuf};
 
 const TABLE: &str = "/proc/self/mountinfo";

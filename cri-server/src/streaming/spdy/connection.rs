@@ -14,10 +14,11 @@ use super::SpdyError;
 use super::frame::{self, Frame, Reader, Reset};
 use super::headers::{Deflater, Headers};
 use crate::streaming::pipe::{Gone, Input};
+use boxlite_sys::sync::Mutex;
 use bytes::Bytes;
 use std::collections::HashMap;
 use std::future::Future;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufWriter};
 use tokio::sync::mpsc;
@@ -126,7 +127,7 @@ struct Shared {
 
 impl Shared {
     fn streams(&self) -> MutexGuard<'_, HashMap<u32, Entry>> {
-        self.streams.lock().unwrap_or_else(PoisonError::into_inner)
+        self.streams.lock()
     }
 
     async fn send(&self, packet: Packet, gone: &CancellationToken) -> Result<(), Gone> {
@@ -159,7 +160,7 @@ impl Shared {
 type Activity = Arc<Mutex<Instant>>;
 
 fn touch(activity: &Activity) {
-    *activity.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    *activity.lock() = Instant::now();
 }
 
 /// Reads frames and hands them on.
@@ -293,7 +294,7 @@ async fn write_all<W: AsyncWrite + Unpin>(
 
 async fn idle_for(limit: Duration, activity: &Activity) {
     loop {
-        let until = *activity.lock().unwrap_or_else(PoisonError::into_inner) + limit;
+        let until = *activity.lock() + limit;
         if Instant::now() >= until {
             return;
         }

@@ -8,12 +8,13 @@ use crate::streaming::pipe::{Gone, Input, Output};
 use crate::streaming::remote::{Remote, Version, Wanted};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
+use boxlite_sys::sync::Mutex;
 use bytes::{BufMut, Bytes, BytesMut};
 use futures::stream::{SplitSink, SplitStream};
 use futures::{SinkExt, StreamExt};
 use std::collections::HashMap;
 use std::future::Future;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc;
@@ -160,7 +161,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Receiving<IO> {
     /// Until the peer closes or breaks the protocol.
     async fn run(&mut self) {
         while let Some(message) = self.source.next().await {
-            *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+            *self.heard.lock() = Instant::now();
             match message {
                 Ok(Message::Close(_)) | Err(Error::ConnectionClosed) => return,
                 Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_)) => {}
@@ -225,7 +226,7 @@ async fn write_all<IO: AsyncRead + AsyncWrite + Unpin>(
             sink.feed(encode(packet, base64)).await?;
         }
         sink.flush().await?;
-        *heard.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        *heard.lock() = Instant::now();
     }
     let close = CloseFrame {
         code: CloseCode::Normal,
@@ -236,7 +237,7 @@ async fn write_all<IO: AsyncRead + AsyncWrite + Unpin>(
 
 async fn idle_for(limit: Duration, heard: &Mutex<Instant>) {
     loop {
-        let until = *heard.lock().unwrap_or_else(PoisonError::into_inner) + limit;
+        let until = *heard.lock() + limit;
         if Instant::now() >= until {
             return;
         }

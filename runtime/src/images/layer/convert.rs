@@ -15,7 +15,6 @@ use tokio::sync::{mpsc, oneshot};
 use super::LayerRequest;
 use super::download::Piece;
 use super::source::Source;
-use crate::images::erofs;
 use crate::images::error::{ImageError, ImageErrorKind, ImageResult};
 use crate::images::manifest::Compression;
 use crate::images::reference::Digest;
@@ -132,7 +131,8 @@ fn unpack(
         left: request.max_bytes,
         exceeded: false,
     };
-    let tree = erofs::write_layer(&mut plain, file.as_file(), file.path(), scratch, &what)
+    let tree = boxlite_erofs::write_image(&mut plain, file.as_file(), file.path(), scratch, &what)
+        .map_err(ImageError::from)
         .and_then(|()| drain(&mut plain, &what));
     if plain.exceeded {
         let what = format!("the unpacked layer {}", request.diff_id);

@@ -16,10 +16,11 @@ mod convert;
 mod download;
 mod source;
 
+use boxlite_sys::sync::Mutex;
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, PoisonError};
 
 use futures::future::{BoxFuture, FutureExt, Shared, WeakShared};
 use tokio::sync::{Semaphore, watch};
@@ -122,7 +123,7 @@ impl LayerJobs {
     /// block write: then what they had open is freed.
     pub(super) async fn ended(&self, requests: &[LayerRequest]) {
         let left: Vec<TaskTracker> = {
-            let jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+            let jobs = self.jobs.lock();
             requests
                 .iter()
                 .filter_map(|request| jobs.get(&partial_name(request)))
@@ -150,7 +151,7 @@ impl LayerJobs {
         request: &LayerRequest,
     ) -> (Job, watch::Receiver<LayerProgress>, bool) {
         let key = partial_name(request);
-        let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut jobs = self.jobs.lock();
         jobs.retain(|_, running| running.job().is_some() || !running.threads.is_empty());
         if let Some(running) = jobs.get(&key)
             && let Some(job) = running.job()

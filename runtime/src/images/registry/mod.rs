@@ -314,9 +314,7 @@ impl Session {
     }
 
     fn tokens_lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, HeaderValue>> {
-        self.tokens
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.tokens.lock()
     }
 }
 

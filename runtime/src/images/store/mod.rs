@@ -23,10 +23,11 @@ mod disk;
 
 pub(super) use disk::{PARTIAL, delete};
 
+use boxlite_sys::sync::{Mutex, RwLock};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, MutexGuard};
 
 use serde::{Deserialize, Serialize};
 
@@ -475,22 +476,19 @@ impl Store {
     }
 
     fn snapshot(&self) -> Arc<Images> {
-        self.images
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.images.read().clone()
     }
 
     fn replace(&self, images: Images) {
-        *self.images.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(images);
+        *self.images.write() = Arc::new(images);
     }
 
     fn uses(&self) -> MutexGuard<'_, Uses> {
-        self.uses.lock().unwrap_or_else(PoisonError::into_inner)
+        self.uses.lock()
     }
 
     fn writer(&self) -> MutexGuard<'_, ()> {
-        self.writer.lock().unwrap_or_else(PoisonError::into_inner)
+        self.writer.lock()
     }
 }
 

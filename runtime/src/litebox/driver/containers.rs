@@ -4,11 +4,12 @@
 
 use super::{Change, Driver};
 use crate::database::ContainerRow;
-use crate::error::{Result, RuntimeError, report};
+use crate::error::{Result, RuntimeError};
 use crate::litebox::now_ns;
 use crate::litebox::teardown::Exits;
 use crate::shim_controller::TaskExit;
 use crate::types::{ContainerSnapshot, ContainerState};
+use boxlite_sys::report::report;
 
 /// Exit code of what was killed with its VM: 128 + SIGKILL.
 pub(crate) const KILLED: i32 = 137;

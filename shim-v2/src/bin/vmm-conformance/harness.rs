@@ -1,9 +1,9 @@
 //! What every case starts from: an installation, a fresh directory, a VM that is ready, and its last words on failure.
 
+use boxlite_portal::{Connection, GuestAddress, GuestSession};
 use boxlite_proto::boxlite::v1::{GuestInitRequest, GuestInitResponse, Interface};
 use boxlite_proto::names::{SCRATCH_SERIAL, SHARE_TAG, VSOCK_SOCKET};
 use boxlite_proto::vmm::{Acceleration, Disk, Installation, InstanceSpec, Nic, VmmKind};
-use boxlite_runtime::portal::{Connection, GuestAddress, GuestSession};
 use boxlite_shim_v2::net::tap;
 use boxlite_shim_v2::vmm::{ReadySocket, Supervisor, VmmChild};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -51,17 +51,6 @@ pub fn tool(name: &str, args: &[&str]) -> Result<()> {
         )
         .into()),
     }
-}
-
-/// The error and all its causes.
-pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(&format!(": {cause}"));
-        source = cause.source();
-    }
-    text
 }
 
 /// The directory of the binaries that were built with this one.

@@ -4,7 +4,7 @@
 
 use crate::sandbox::Guest;
 use async_trait::async_trait;
-use boxlite_runtime::portal::{ExecutionInterface, OutputChunk, OutputFollower, PortalError};
+use boxlite_portal::{ExecutionInterface, OutputChunk, OutputFollower, PortalError};
 
 /// A process's output, each byte once and in order.
 #[async_trait]

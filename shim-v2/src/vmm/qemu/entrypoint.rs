@@ -8,7 +8,6 @@ use super::{derived, kernel};
 use crate::vmm::step::{StepExt, require};
 use boxlite_proto::error::BoxliteResult;
 use boxlite_proto::vmm::InstanceSpec;
-use boxlite_runtime::images;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
@@ -59,7 +58,8 @@ fn agent_image(guest: &Path, cache: &Path) -> BoxliteResult<PathBuf> {
         let archive = pack(guest).step(step())?;
         let file = File::create_new(draft).step(step())?;
         let mut archive = archive.as_slice();
-        images::write_erofs(&mut archive, &file, draft, cache, "the agent's image").step(step())
+        boxlite_erofs::write_image(&mut archive, &file, draft, cache, "the agent's image")
+            .step(step())
     })
 }
 

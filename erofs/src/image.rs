@@ -11,7 +11,7 @@ use super::format::{
     self, BLOCK, DIRENT, FileType, HOLE, INODE, InodeRecord, Layout, SLOT, Superblock,
 };
 use super::tree::{Kind, Node, NodeId, ROOT, Tree};
-use super::{ImageError, ImageResult};
+use super::{ErofsError, ErofsResult};
 
 /// Where the root's inode lies in the metadata. Not at 0, since some programs take inode number 0 for a deleted file.
 const ROOT_POSITION: u64 = 2 * SLOT;
@@ -56,13 +56,15 @@ enum Behind<'a> {
 }
 
 /// Writes everything that `tree` says behind what `data` has written. The file is complete then, but not synced.
-pub(super) fn write(mut tree: Tree, mut data: DataWriter<'_>) -> ImageResult<()> {
-    tree.finish()
-        .map_err(|reason| ImageError::invalid("the layer", reason))?;
+pub(super) fn write(mut tree: Tree, mut data: DataWriter<'_>) -> ErofsResult<()> {
+    tree.finish().map_err(|reason| ErofsError::Invalid {
+        what: "the layer".into(),
+        reason,
+    })?;
     let plan = place(&tree);
     let meta_block = data.next_block();
     let meta_blocks = plan.length.div_ceil(BLOCK as u64);
-    let too_large = || ImageError::TooLarge {
+    let too_large = || ErofsError::TooLarge {
         what: "a layer's metadata".into(),
         limit: u64::from(HOLE),
         unit: "blocks",
@@ -171,7 +173,7 @@ fn write_inodes(
     plan: &Plan,
     data: &mut DataWriter<'_>,
     dirs_block: u32,
-) -> ImageResult<()> {
+) -> ErofsResult<()> {
     let mut out: Vec<u8> = Vec::with_capacity(FLUSH + BLOCK);
     let mut dir = Vec::new();
     // Bytes of the metadata that are written already.

@@ -20,6 +20,7 @@
 //! 0755 and owner 0:0 and hides what the lower layer says about it; builders that write proper layers don't do that.
 
 mod data;
+mod error;
 mod format;
 mod image;
 mod tar;
@@ -31,7 +32,8 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use super::error::{ImageError, ImageResult};
+pub use error::{ErofsError, ErofsResult};
+
 use data::DataWriter;
 use tar::{Entry, EntryKind, TarReader};
 use tree::{Kind, Name, Tree};
@@ -60,13 +62,16 @@ const COPY: usize = 64 << 10;
 /// for an unnamed temporary file, `what` the stream's name in errors. Stops behind the archive's end mark. Blocks.
 ///
 /// On an error `file` holds garbage without a superblock.
-pub(super) fn write_layer(
+///
+/// # Errors
+/// Entries that an image must not contain, a damaged stream, exceeded limits, and I/O errors.
+pub fn write_image(
     input: &mut impl Read,
     file: &File,
     path: &Path,
     scratch: &Path,
     what: &str,
-) -> ImageResult<()> {
+) -> ErofsResult<()> {
     let mut tar = TarReader::new(input, what);
     let mut tree = Tree::new();
     let mut data = DataWriter::new(file, path, scratch)?;
@@ -84,7 +89,7 @@ fn add(
     tar: &mut TarReader<'_, impl Read>,
     entry: &Entry,
     buffer: &mut [u8],
-) -> ImageResult<()> {
+) -> ErofsResult<()> {
     let refused = |reason: String| refuse(&entry.name, reason);
     let (parent, name) = match tree.locate(&entry.name).map_err(refused)? {
         Name::Root if entry.kind == EntryKind::Dir => return tree.set_root(entry).map_err(refused),
@@ -119,10 +124,10 @@ fn content(
     tar: &mut TarReader<'_, impl Read>,
     entry: &Entry,
     buffer: &mut [u8],
-) -> ImageResult<data::Data> {
+) -> ErofsResult<data::Data> {
     if entry.size > MAX_FILE {
         let what = format!("the size of layer entry {:?}", show(&entry.name));
-        return Err(ImageError::TooLarge {
+        return Err(ErofsError::TooLarge {
             what,
             limit: MAX_FILE,
             unit: "bytes",
@@ -168,8 +173,8 @@ fn device(entry: &Entry) -> Result<u32, String> {
 }
 
 /// An entry that can't be accepted.
-fn refuse(name: &[u8], reason: String) -> ImageError {
-    ImageError::LayerEntry {
+fn refuse(name: &[u8], reason: String) -> ErofsError {
+    ErofsError::Entry {
         entry: show(name),
         reason,
     }

@@ -15,10 +15,10 @@ use archive::Archive;
 use reader::{Found, Reader};
 
 /// Converts an archive.
-fn convert(tar: &[u8]) -> ImageResult<tempfile::NamedTempFile> {
+fn convert(tar: &[u8]) -> ErofsResult<tempfile::NamedTempFile> {
     let file = tempfile::NamedTempFile::new().unwrap();
     let scratch = tempfile::tempdir().unwrap();
-    write_layer(
+    write_image(
         &mut Cursor::new(tar),
         file.as_file(),
         file.path(),

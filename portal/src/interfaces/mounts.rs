@@ -3,7 +3,7 @@
 //! Only the shim uses it, on connections of its own. What is mounted where, and whether, it decides; nothing here does.
 
 use super::{QUICK_LIMIT, unary};
-use crate::portal::error::PortalError;
+use crate::error::PortalError;
 use boxlite_proto::boxlite::v1::mounts_client::MountsClient;
 use boxlite_proto::boxlite::v1::{FuseRequest, FuseResponse, ShownRequest, ShownResponse};
 use boxlite_proto::names;
@@ -17,7 +17,7 @@ pub struct MountsInterface {
 }
 
 impl MountsInterface {
-    pub(in crate::portal) fn new(channel: Channel) -> Self {
+    pub(crate) fn new(channel: Channel) -> Self {
         let client = MountsClient::new(channel)
             .max_decoding_message_size(names::GUEST_MESSAGE_LIMIT)
             .max_encoding_message_size(names::GUEST_MESSAGE_LIMIT);
@@ -41,7 +41,7 @@ impl MountsInterface {
     }
 
     /// FUSE messages of the mount that the first message of `outgoing` names. Use a
-    /// [dedicated](crate::portal::GuestSession::dedicated) session. Ends when either side drops.
+    /// [dedicated](crate::GuestSession::dedicated) session. Ends when either side drops.
     ///
     /// # Errors
     /// Every kind of [`PortalError`]; the stream itself has no deadline.

@@ -3,7 +3,7 @@
 //! The shim calls the lifecycle half; boxlite-cri itself only reads (stats, list), so that there is one owner of exits.
 
 use super::{QUICK_LIMIT, WORK_LIMIT, unary};
-use crate::portal::error::PortalError;
+use crate::error::PortalError;
 use boxlite_proto::boxlite::v1::container_client::ContainerClient;
 use boxlite_proto::boxlite::v1::{
     ContainerDeleteRequest, ContainerEvent, ContainerEventsRequest, ContainerInfo,
@@ -24,7 +24,7 @@ pub struct ContainerInterface {
 }
 
 impl ContainerInterface {
-    pub(in crate::portal) fn new(channel: Channel) -> Self {
+    pub(crate) fn new(channel: Channel) -> Self {
         let client = ContainerClient::new(channel)
             .max_decoding_message_size(names::GUEST_MESSAGE_LIMIT)
             .max_encoding_message_size(names::GUEST_MESSAGE_LIMIT);

@@ -1,7 +1,7 @@
 //! The Portal against an agent that lives in this process: greeting, reconnect, output over broken connections.
 
 use super::*;
-use crate::portal::GuestSession;
+use crate::GuestSession;
 use boxlite_proto::boxlite::v1::execution_server::{Execution, ExecutionServer};
 use boxlite_proto::boxlite::v1::*;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};

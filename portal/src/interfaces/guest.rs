@@ -1,7 +1,7 @@
 //! [`GuestInterface`]: the Guest service — the VM itself, its network counters and ports.
 
 use super::{QUICK_LIMIT, WORK_LIMIT, unary};
-use crate::portal::error::PortalError;
+use crate::error::PortalError;
 use boxlite_proto::boxlite::v1::guest_client::GuestClient;
 use boxlite_proto::boxlite::v1::{
     GuestInitRequest, GuestInitResponse, GuestStatsRequest, GuestStatsResponse, HostPortsRequest,
@@ -24,7 +24,7 @@ pub struct GuestInterface {
 }
 
 impl GuestInterface {
-    pub(in crate::portal) fn new(channel: Channel, bytes: Arc<AtomicU64>) -> Self {
+    pub(crate) fn new(channel: Channel, bytes: Arc<AtomicU64>) -> Self {
         let client = GuestClient::new(channel)
             .max_decoding_message_size(names::GUEST_MESSAGE_LIMIT)
             .max_encoding_message_size(names::GUEST_MESSAGE_LIMIT);
@@ -139,7 +139,7 @@ impl GuestInterface {
     }
 
     /// Opens a byte stream to a port inside the guest. The first message of `outgoing` names the port. Use a
-    /// [dedicated](crate::portal::GuestSession::dedicated) session: a slow client must not stall other calls. Ends
+    /// [dedicated](crate::GuestSession::dedicated) session: a slow client must not stall other calls. Ends
     /// when either side drops.
     ///
     /// # Errors

@@ -9,7 +9,7 @@ use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use super::format::BLOCK;
-use super::{ImageError, ImageResult};
+use super::{ErofsError, ErofsResult};
 
 /// Longest tail kept beside its inode, in bytes. More would often leave the rest of the inode's block empty.
 pub(super) const MAX_TAIL: usize = 2048;
@@ -84,9 +84,9 @@ pub(super) struct DataWriter<'a> {
 
 impl<'a> DataWriter<'a> {
     /// Starts behind the superblock's block.
-    pub(super) fn new(mut file: &'a File, path: &Path, scratch: &Path) -> ImageResult<Self> {
+    pub(super) fn new(mut file: &'a File, path: &Path, scratch: &Path) -> ErofsResult<Self> {
         file.seek(SeekFrom::Start(BLOCK as u64))
-            .map_err(|e| ImageError::io("writing", path, e))?;
+            .map_err(|e| ErofsError::io("writing", path, e))?;
         Ok(Self {
             out: BufWriter::with_capacity(WRITE_BUFFER, file),
             file,
@@ -100,7 +100,7 @@ impl<'a> DataWriter<'a> {
     }
 
     /// Starts a file of exactly `size` bytes.
-    pub(super) fn file(&mut self, size: u64) -> ImageResult<FileWriter<'_, 'a>> {
+    pub(super) fn file(&mut self, size: u64) -> ErofsResult<FileWriter<'_, 'a>> {
         let mut bits = MIN_CHUNK_BITS;
         while size >> bits >= MAX_CHUNKS {
             bits += 1;
@@ -124,14 +124,14 @@ impl<'a> DataWriter<'a> {
     }
 
     /// Appends `bytes` and fills their last block with zeros. Gives the first block.
-    pub(super) fn append(&mut self, bytes: &[u8]) -> ImageResult<u32> {
+    pub(super) fn append(&mut self, bytes: &[u8]) -> ErofsResult<u32> {
         let start = self.next;
         let blocks = u32::try_from(bytes.len().div_ceil(BLOCK)).ok();
         // 0xffffffff marks a hole.
         let next = blocks
             .and_then(|b| start.checked_add(b))
             .filter(|&next| next < u32::MAX);
-        self.next = next.ok_or_else(|| ImageError::TooLarge {
+        self.next = next.ok_or_else(|| ErofsError::TooLarge {
             what: "an EROFS image".into(),
             limit: u64::from(u32::MAX),
             unit: "blocks",
@@ -140,37 +140,37 @@ impl<'a> DataWriter<'a> {
         self.out
             .write_all(bytes)
             .and_then(|()| self.out.write_all(&ZEROS[..padding]))
-            .map_err(|e| ImageError::io("writing", &self.path, e))?;
+            .map_err(|e| ErofsError::io("writing", &self.path, e))?;
         Ok(start)
     }
 
     /// Reads a tail back.
-    pub(super) fn tail(&mut self, tail: Tail, into: &mut Vec<u8>) -> ImageResult<()> {
+    pub(super) fn tail(&mut self, tail: Tail, into: &mut Vec<u8>) -> ErofsResult<()> {
         let start = into.len();
         into.resize(start + usize::from(tail.length), 0);
         self.tails
             .seek(SeekFrom::Start(tail.offset))
             .and_then(|_| self.tails.read_exact(&mut into[start..]))
-            .map_err(|e| ImageError::io("reading the tails of", &self.path, e))
+            .map_err(|e| ErofsError::io("reading the tails of", &self.path, e))
     }
 
     /// Writes what is buffered and then `first` as the first block.
-    pub(super) fn finish(mut self, first: &[u8; BLOCK]) -> ImageResult<()> {
+    pub(super) fn finish(mut self, first: &[u8; BLOCK]) -> ErofsResult<()> {
         use std::os::unix::fs::FileExt;
         self.out
             .flush()
             .and_then(|()| self.file.write_all_at(first, 0))
-            .map_err(|e| ImageError::io("writing", &self.path, e))
+            .map_err(|e| ErofsError::io("writing", &self.path, e))
     }
 
-    fn keep_tail(&mut self, bytes: &[u8]) -> ImageResult<Tail> {
+    fn keep_tail(&mut self, bytes: &[u8]) -> ErofsResult<Tail> {
         let tail = Tail {
             offset: self.tails_length,
             length: bytes.len() as u16,
         };
         self.tails
             .write_all(bytes)
-            .map_err(|e| ImageError::io("writing the tails of", &self.path, e))?;
+            .map_err(|e| ErofsError::io("writing the tails of", &self.path, e))?;
         self.tails_length += bytes.len() as u64;
         Ok(tail)
     }
@@ -194,7 +194,7 @@ impl FileWriter<'_, '_> {
         1 << self.bits
     }
 
-    pub(super) fn write(&mut self, mut bytes: &[u8]) -> ImageResult<()> {
+    pub(super) fn write(&mut self, mut bytes: &[u8]) -> ErofsResult<()> {
         while !bytes.is_empty() {
             let most = bytes
                 .len()
@@ -209,7 +209,7 @@ impl FileWriter<'_, '_> {
     }
 
     /// Writes `count` zeros without looking at each.
-    pub(super) fn zeros(&mut self, mut count: u64) -> ImageResult<()> {
+    pub(super) fn zeros(&mut self, mut count: u64) -> ErofsResult<()> {
         while count > 0 {
             if self.writer.buffer.is_empty() && count >> self.bits > 0 {
                 let chunks = count >> self.bits;
@@ -227,14 +227,14 @@ impl FileWriter<'_, '_> {
     }
 
     /// Ends the file.
-    pub(super) fn finish(mut self) -> ImageResult<Data> {
+    pub(super) fn finish(mut self) -> ErofsResult<Data> {
         let rest = std::mem::take(&mut self.writer.buffer);
         let data = self.end(&rest);
         self.writer.buffer = rest;
         data
     }
 
-    fn end(&mut self, rest: &[u8]) -> ImageResult<Data> {
+    fn end(&mut self, rest: &[u8]) -> ErofsResult<Data> {
         let hole = rest.len() >= BLOCK && is_zero(rest);
         if !self.holes && !hole {
             let whole = rest.len() - rest.len() % BLOCK;
@@ -263,7 +263,7 @@ impl FileWriter<'_, '_> {
         self.writer.chunks += chunks;
         if self.writer.chunks > MAX_ALL_CHUNKS {
             let what = "the maps of all sparse files of a layer".into();
-            return Err(ImageError::TooLarge {
+            return Err(ErofsError::TooLarge {
                 what,
                 limit: MAX_ALL_CHUNKS,
                 unit: "entries",
@@ -276,7 +276,7 @@ impl FileWriter<'_, '_> {
         })
     }
 
-    fn whole_chunk(&mut self) -> ImageResult<()> {
+    fn whole_chunk(&mut self) -> ErofsResult<()> {
         let chunk = std::mem::take(&mut self.writer.buffer);
         if is_zero(&chunk) {
             self.holes = true;

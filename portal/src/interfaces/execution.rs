@@ -5,8 +5,8 @@
 
 use super::follow::OutputFollower;
 use super::{QUICK_LIMIT, WORK_LIMIT, unary};
-use crate::portal::connection::Connection;
-use crate::portal::error::PortalError;
+use crate::connection::Connection;
+use crate::error::PortalError;
 use boxlite_proto::boxlite::v1::execution_client::ExecutionClient;
 use boxlite_proto::boxlite::v1::{
     AckRequest, AttachChunk, AttachRequest, ExecDeleteRequest, ExecRequest, Exit, KillRequest,
@@ -52,7 +52,7 @@ pub struct ExecutionInterface {
 }
 
 impl ExecutionInterface {
-    pub(in crate::portal) fn new(connection: Connection, bytes: Arc<AtomicU64>) -> Self {
+    pub(crate) fn new(connection: Connection, bytes: Arc<AtomicU64>) -> Self {
         let client = ExecutionClient::new(connection.channel())
             .max_decoding_message_size(names::GUEST_MESSAGE_LIMIT)
             .max_encoding_message_size(names::GUEST_MESSAGE_LIMIT);

@@ -4,8 +4,8 @@
 //! caller's affair (`interfaces::follow` does it for output).
 
 use super::error::PortalError;
-use crate::unix_socket;
 use boxlite_proto::names;
+use boxlite_sys::unix_socket;
 use hyper_util::rt::TokioIo;
 use std::io;
 use std::path::{Path, PathBuf};

@@ -136,7 +136,7 @@ impl PortalError {
 }
 
 /// Guest text made fit for a log line.
-pub(crate) fn clean(text: &str) -> String {
+pub fn clean(text: &str) -> String {
     let mut end = text.len().min(MESSAGE_LIMIT);
     while !text.is_char_boundary(end) {
         end -= 1;

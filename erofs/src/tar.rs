@@ -12,7 +12,7 @@ mod sparse;
 
 use std::io::{self, Read};
 
-use super::{ImageError, ImageResult, refuse, show};
+use super::{ErofsError, ErofsResult, refuse, show};
 use pax::Pax;
 use sparse::check_segments;
 
@@ -143,7 +143,7 @@ impl<'a, R: Read> TarReader<'a, R> {
     }
 
     /// The next entry, None at the archive's end mark or at the stream's end between two entries.
-    pub(super) fn next(&mut self) -> ImageResult<Option<Entry>> {
+    pub(super) fn next(&mut self) -> ErofsResult<Option<Entry>> {
         self.skip()?;
         let (mut local, mut long_name, mut long_link) = (None, None, None);
         loop {
@@ -177,7 +177,7 @@ impl<'a, R: Read> TarReader<'a, R> {
     }
 
     /// Reads some of the current entry's bytes, at least one. `name` is for the error.
-    pub(super) fn read(&mut self, name: &[u8], buffer: &mut [u8]) -> ImageResult<usize> {
+    pub(super) fn read(&mut self, name: &[u8], buffer: &mut [u8]) -> ErofsResult<usize> {
         let most = buffer
             .len()
             .min(usize::try_from(self.left).unwrap_or(usize::MAX));
@@ -198,7 +198,7 @@ impl<'a, R: Read> TarReader<'a, R> {
         pax: Pax,
         long_name: Option<Vec<u8>>,
         long_link: Option<Vec<u8>>,
-    ) -> ImageResult<Entry> {
+    ) -> ErofsResult<Entry> {
         let name = pax
             .sparse_name()
             .or(pax.get("path"))
@@ -267,7 +267,7 @@ impl<'a, R: Read> TarReader<'a, R> {
         header: &Header,
         pax: &Pax,
         stored: u64,
-    ) -> ImageResult<Entry> {
+    ) -> ErofsResult<Entry> {
         let (size, segments) = if header.kind() == b'S' {
             self.old_sparse(&entry.name, header)?
         } else if pax.get("GNU.sparse.major") == Some(b"1") {
@@ -296,7 +296,7 @@ impl<'a, R: Read> TarReader<'a, R> {
     }
 
     /// The next header block, None at the end.
-    fn header(&mut self) -> ImageResult<Option<Header>> {
+    fn header(&mut self) -> ErofsResult<Option<Header>> {
         let mut block = [0; BLOCK];
         let mut have = 0;
         while have < BLOCK {
@@ -318,12 +318,12 @@ impl<'a, R: Read> TarReader<'a, R> {
     }
 
     /// The content of a long name or PAX header.
-    fn special(&mut self, header: &Header) -> ImageResult<Vec<u8>> {
+    fn special(&mut self, header: &Header) -> ErofsResult<Vec<u8>> {
         let size = number(header.bytes(124, 12)).and_then(|v| u64::try_from(v).ok());
         let size = size.ok_or_else(|| self.corrupt("the size of an extended header", "none"))?;
         if size > MAX_SPECIAL {
             let what = format!("an extended header of {}", self.what);
-            return Err(ImageError::TooLarge {
+            return Err(ErofsError::TooLarge {
                 what,
                 limit: MAX_SPECIAL,
                 unit: "bytes",
@@ -337,7 +337,7 @@ impl<'a, R: Read> TarReader<'a, R> {
     }
 
     /// Passes over what is left of the current entry.
-    fn skip(&mut self) -> ImageResult<()> {
+    fn skip(&mut self) -> ErofsResult<()> {
         let mut rest = std::mem::take(&mut self.left) + std::mem::take(&mut self.padding);
         let mut buffer = [0; 8 * BLOCK];
         while rest > 0 {
@@ -352,7 +352,7 @@ impl<'a, R: Read> TarReader<'a, R> {
         Ok(())
     }
 
-    fn exactly(&mut self, buffer: &mut [u8], what: &str) -> ImageResult<()> {
+    fn exactly(&mut self, buffer: &mut [u8], what: &str) -> ErofsResult<()> {
         let mut have = 0;
         while have < buffer.len() {
             match self.some(&mut buffer[have..])? {
@@ -363,7 +363,7 @@ impl<'a, R: Read> TarReader<'a, R> {
         Ok(())
     }
 
-    fn some(&mut self, buffer: &mut [u8]) -> ImageResult<usize> {
+    fn some(&mut self, buffer: &mut [u8]) -> ErofsResult<usize> {
         loop {
             match self.input.read(buffer) {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -373,8 +373,12 @@ impl<'a, R: Read> TarReader<'a, R> {
         }
     }
 
-    fn corrupt(&self, expected: &str, got: &str) -> ImageError {
-        ImageError::corrupt(self.what, expected, got)
+    fn corrupt(&self, expected: &str, got: &str) -> ErofsError {
+        ErofsError::Corrupt {
+            what: self.what.to_owned(),
+            expected: expected.to_owned(),
+            got: got.to_owned(),
+        }
     }
 }
 

@@ -5,7 +5,7 @@
 //! the guest.
 
 use super::execution::ExecutionInterface;
-use crate::portal::error::PortalError;
+use crate::error::PortalError;
 use boxlite_proto::boxlite::v1::{AttachChunk, AttachRequest, OutputStream};
 use boxlite_proto::names::CHUNK_LIMIT;
 use bytes::Bytes;

@@ -5,8 +5,8 @@
 use std::io::Read;
 
 use super::{BLOCK, Header, MAX_SEGMENTS, Segment, TarReader, number};
-use crate::images::ImageResult;
-use crate::images::erofs::refuse;
+use crate::ErofsResult;
+use crate::refuse;
 
 impl<R: Read> TarReader<'_, R> {
     /// GNU's old format: four pieces in the header, more in blocks behind it.
@@ -14,7 +14,7 @@ impl<R: Read> TarReader<'_, R> {
         &mut self,
         name: &[u8],
         header: &Header,
-    ) -> ImageResult<(u64, Vec<Segment>)> {
+    ) -> ErofsResult<(u64, Vec<Segment>)> {
         let bad = || refuse(name, "its sparse map is damaged".into());
         if !header.is_gnu() {
             return Err(bad());
@@ -23,7 +23,7 @@ impl<R: Read> TarReader<'_, R> {
             .and_then(|v| u64::try_from(v).ok())
             .ok_or_else(bad)?;
         let mut segments = Vec::new();
-        let mut take = |field: &[u8]| -> ImageResult<()> {
+        let mut take = |field: &[u8]| -> ErofsResult<()> {
             for piece in field.chunks_exact(24).take_while(|piece| piece[0] != 0) {
                 let part = |bytes| {
                     number(bytes)
@@ -53,11 +53,11 @@ impl<R: Read> TarReader<'_, R> {
     }
 
     /// PAX format 1.0: decimal lines at the front of the content, padded to a block.
-    pub(super) fn inline_sparse_map(&mut self, name: &[u8]) -> ImageResult<Vec<Segment>> {
+    pub(super) fn inline_sparse_map(&mut self, name: &[u8]) -> ErofsResult<Vec<Segment>> {
         let bad = || refuse(name, "its sparse map is damaged".into());
         let mut block = [0; BLOCK];
         let mut at = BLOCK;
-        let mut line = |reader: &mut Self| -> ImageResult<u64> {
+        let mut line = |reader: &mut Self| -> ErofsResult<u64> {
             let mut value: u64 = 0;
             loop {
                 if at == BLOCK {

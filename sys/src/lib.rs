@@ -1,0 +1,12 @@
+//! System-call helpers shared by the daemon, the shim, the guest agent and the tests.
+//!
+//! Contains no wire types (those are in `boxlite-proto`), no policy and no knowledge of a VMM.
+
+pub mod fuse;
+pub mod idmap;
+pub mod mountinfo;
+pub mod process;
+pub mod report;
+pub mod sync;
+pub mod tcp_table;
+pub mod unix_socket;
