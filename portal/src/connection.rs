@@ -47,13 +47,12 @@ pub enum GuestAddress {
 }
 
 impl GuestAddress {
-    /// The address of the agent of a VM of `kind` whose socket is `path`.
-    ///
-    /// libkrun maps one vsock port to the socket; every other VMM is expected to speak hybrid vsock.
+    /// Returns the address of the agent in a VM of `kind` whose socket is `path`: libkrun maps one vsock port to the
+    /// socket, vhost-device-vsock (QEMU) speaks hybrid vsock.
     pub fn of(kind: &boxlite_proto::vmm::VmmKind, path: PathBuf) -> Self {
         match kind {
             boxlite_proto::vmm::VmmKind::Krun => Self::Direct(path),
-            _ => Self::Hybrid {
+            boxlite_proto::vmm::VmmKind::Qemu => Self::Hybrid {
                 path,
                 port: names::GUEST_PORT,
             },

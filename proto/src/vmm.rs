@@ -7,38 +7,46 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-/// Which virtual machine monitor holds a pod. Open: a VMM registered under a new name needs no change here.
+/// Virtual machine monitor of a pod.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum VmmKind {
     /// libkrun, in process, on KVM.
     Krun,
-    /// QEMU microvm: TCG, or KVM where asked for.
+    /// QEMU microvm, with TCG or KVM.
     Qemu,
-    /// Registered by somebody else, by name.
-    #[serde(untagged)]
-    Other(String),
 }
 
-impl fmt::Display for VmmKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl VmmKind {
+    /// All kinds.
+    pub const ALL: [Self; 2] = [Self::Krun, Self::Qemu];
+
+    /// Name in configuration files, annotations and messages.
+    pub fn name(&self) -> &'static str {
         match self {
-            Self::Krun => f.write_str("krun"),
-            Self::Qemu => f.write_str("qemu"),
-            Self::Other(name) => f.write_str(name),
+            Self::Krun => "krun",
+            Self::Qemu => "qemu",
         }
     }
 }
 
+impl fmt::Display for VmmKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A name that is not the name of a [`VmmKind`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("invalid VMM {0:?}: must be krun or qemu")]
+pub struct UnknownVmmKind(String);
+
 impl FromStr for VmmKind {
-    type Err = std::convert::Infallible;
+    type Err = UnknownVmmKind;
 
     fn from_str(name: &str) -> Result<Self, Self::Err> {
-        Ok(match name {
-            "krun" => Self::Krun,
-            "qemu" => Self::Qemu,
-            other => Self::Other(other.to_owned()),
-        })
+        let kind = Self::ALL.into_iter().find(|kind| kind.name() == name);
+        kind.ok_or_else(|| UnknownVmmKind(name.to_owned()))
     }
 }
 

@@ -73,11 +73,7 @@ impl Wishes {
         let bad = |wanted: &str| refuse(format!("{name} = {value:?}: {wanted}"));
         match name {
             VMM => {
-                self.vmm = Some(match value {
-                    "krun" => VmmKind::Krun,
-                    "qemu" => VmmKind::Qemu,
-                    _ => return Err(bad("krun or qemu")),
-                });
+                self.vmm = Some(value.parse().map_err(|_| bad("krun or qemu"))?);
             }
             VCPUS => {
                 let count = value.parse().ok().filter(|count| (1..=64).contains(count));

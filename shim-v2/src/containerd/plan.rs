@@ -217,7 +217,7 @@ async fn plan(
         scratch_bytes: u64::from(config.pod.scratch_mib) * MIB,
         acceleration: match vmm {
             VmmKind::Krun => boxlite_proto::vmm::Acceleration::Kvm,
-            VmmKind::Qemu | VmmKind::Other(_) => acceleration,
+            VmmKind::Qemu => acceleration,
         },
         vmm,
         hostname: hostname(&needs.hostname, id),

@@ -14,14 +14,6 @@ pub struct VmmCapabilities {
     pub max_devices: usize,
     /// How many of them are taken before the pod's first disk or card.
     pub base_devices: usize,
-    /// The share can be mapped into the guest without a copy.
-    pub dax: bool,
-    /// Memory or CPUs can change while the VM runs.
-    pub resize: bool,
-    /// A client of the vsock socket first writes `CONNECT <port>\n`.
-    pub hybrid_vsock: bool,
-    /// Needs a /dev/kvm that runs guest code.
-    pub needs_kvm: bool,
 }
 
 type Make = Box<dyn Fn() -> Box<dyn Vmm> + Send + Sync>;

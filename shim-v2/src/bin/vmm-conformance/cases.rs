@@ -439,8 +439,5 @@ async fn too_many_devices(kind: VmmKind) -> Result<String> {
 async fn bad_spec(kind: VmmKind) -> Result<String> {
     let mut bench = Bench::new(&kind)?;
     bench.spec.memory_mib = 1;
-    refused(bench, &["memory_mib", "at least 64 MiB"]).await?;
-    let mut bench = Bench::new(&kind)?;
-    bench.spec.kind = VmmKind::Other("bhyve".to_owned());
-    refused(bench, &["no VMM is registered for kind bhyve"]).await
+    refused(bench, &["memory_mib", "at least 64 MiB"]).await
 }

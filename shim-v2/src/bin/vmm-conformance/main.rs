@@ -20,8 +20,10 @@ fn main() -> ExitCode {
     let words: Vec<&str> = args.iter().filter_map(|arg| arg.to_str()).collect();
     let result = match words.as_slice() {
         // A shim that is killed: see cases::shim_death.
-        ["hold", kind, directory] => harness::hold(&parse(kind), directory.as_ref()),
-        [kind, wanted @ ..] => run(&parse(kind), wanted),
+        ["hold", kind, directory] => {
+            parse(kind).and_then(|kind| harness::hold(&kind, directory.as_ref()))
+        }
+        [kind, wanted @ ..] => parse(kind).and_then(|kind| run(&kind, wanted)),
         [] => Err("usage: boxlite-vmm-conformance <krun|qemu> [case…]".into()),
     };
     match result {
@@ -34,11 +36,8 @@ fn main() -> ExitCode {
     }
 }
 
-fn parse(kind: &str) -> VmmKind {
-    match kind.parse() {
-        Ok(kind) => kind,
-        Err(never) => match never {},
-    }
+fn parse(kind: &str) -> Result<VmmKind, harness::Error> {
+    Ok(kind.parse()?)
 }
 
 fn run(kind: &VmmKind, wanted: &[&str]) -> Result<bool, harness::Error> {

@@ -21,10 +21,6 @@ use boxlite_proto::vmm::InstanceSpec;
 pub const CAPABILITIES: VmmCapabilities = VmmCapabilities {
     max_devices: 11,
     base_devices: 6,
-    dax: true,
-    resize: false,
-    hybrid_vsock: false,
-    needs_kvm: true,
 };
 
 /// The libkrun VMM.

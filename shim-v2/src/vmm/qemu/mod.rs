@@ -23,10 +23,6 @@ use boxlite_proto::vmm::InstanceSpec;
 pub const CAPABILITIES: VmmCapabilities = VmmCapabilities {
     max_devices: 8,
     base_devices: 4,
-    dax: false,
-    resize: false,
-    hybrid_vsock: true,
-    needs_kvm: false,
 };
 
 /// The QEMU VMM.
