@@ -87,7 +87,7 @@ impl OutputFollower {
 
     /// Reads over the connection of `streaming`, which its owner shares with nothing that must not wait.
     #[must_use]
-    pub(crate) fn over(mut self, streaming: &ExecutionInterface) -> Self {
+    pub fn over(mut self, streaming: &ExecutionInterface) -> Self {
         self.streaming = streaming.clone();
         self
     }

@@ -54,7 +54,7 @@ pub fn clean(bundle: &Path) -> u32 {
         let _ = std::fs::remove_file(bundle.join(ADDRESS_FILE));
         return 0;
     };
-    for process in [record.shim, record.vmm].into_iter().flatten() {
+    for process in [&record.shim, &record.vmm].into_iter().flatten() {
         if let Err(error) = process.kill(KILL_LIMIT) {
             eprintln!("containerd-shim-boxlite-v2: kill {}: {error}", process.pid);
         }

@@ -12,8 +12,8 @@ mod auth;
 mod hosts;
 mod http;
 
+use boxlite_sys::sync::Mutex;
 use std::collections::HashMap;
-use std::sync::Mutex;
 use std::time::Duration;
 
 use futures::future::{BoxFuture, FutureExt};

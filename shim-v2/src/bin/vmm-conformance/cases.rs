@@ -1,6 +1,6 @@
 //! The cases, in the order of a VM's life. Each starts its own VM and says in a note what it measured.
 
-use super::harness::{Bench, Error, Result, Running, chain};
+use super::harness::{Bench, Error, Result, Running};
 use boxlite_proto::boxlite::v1::{AttachRequest, ContainerInitRequest, Rootfs};
 use boxlite_proto::vmm::{Disk, VmmKind};
 use boxlite_shim_v2::vmm::BootError;
@@ -174,7 +174,7 @@ async fn run_container(running: &Running, directory: &str, args: &[&str]) -> Res
     let last_words = |error: &(dyn std::error::Error + 'static)| -> Error {
         format!(
             "{}; console: {}",
-            chain(error),
+            boxlite_sys::report::report(error),
             running.child.console_tail(20).join(" | ")
         )
         .into()

@@ -174,7 +174,7 @@ impl Running {
         self.guest.guest().init(request).await.map_err(|error| {
             format!(
                 "{}; console: {}",
-                chain(&error),
+                boxlite_sys::report::report(&error),
                 self.child.console_tail(20).join(" | ")
             )
             .into()

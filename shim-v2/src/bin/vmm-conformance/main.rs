@@ -67,7 +67,10 @@ fn run(kind: &VmmKind, wanted: &[&str]) -> Result<bool, harness::Error> {
             }
             Err(error) => {
                 failed += 1;
-                println!("FAILED  {name} ({took} ms): {}", harness::chain(&*error));
+                println!(
+                    "FAILED  {name} ({took} ms): {}",
+                    boxlite_sys::report::report(&*error)
+                );
             }
         }
     }
