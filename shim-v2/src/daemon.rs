@@ -8,9 +8,10 @@
 use crate::connections::Connections;
 use crate::events::{Publisher, Way};
 use crate::machine::VmMachine;
+use crate::pod::Context;
 use crate::record::Record;
+use crate::sandbox::Sandbox;
 use crate::sandbox::options::Origin;
-use crate::sandbox::{Context, Sandbox};
 use crate::service::Service;
 use crate::shown::place::{self, HostMounts};
 use boxlite_sys::process::ProcessId;

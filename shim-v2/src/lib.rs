@@ -17,6 +17,7 @@ pub mod jail;
 pub mod logs;
 pub mod machine;
 pub mod net;
+pub mod pod;
 pub mod probe;
 pub mod record;
 pub mod roles;

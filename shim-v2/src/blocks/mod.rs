@@ -16,8 +16,8 @@ pub mod wish;
 
 use crate::error::{Result, ShimError};
 use crate::fuse::{Root, file_system};
-use crate::sandbox::machine::Share;
-use crate::sandbox::undo::Undo;
+use crate::pod::Share;
+use crate::pod::undo::Undo;
 use boxlite_proto::boxlite::v1::BlockDevice;
 use device::{Device, Number};
 use server::Server;

@@ -7,50 +7,22 @@
 use super::process::{About, Process};
 use super::spec::{self, GuestSpec};
 use super::{Container, Containers, Slot, host_ipc, rootfs};
-use crate::containerd::{etc, ipc};
 use crate::error::{Result, ShimError};
 use crate::logs::{Sink, Stdio};
-use crate::sandbox::Guest;
-use crate::sandbox::undo::Undo;
-use boxlite_portal::PortalError;
+use crate::pod::Guest;
+use crate::pod::undo::Undo;
 use boxlite_proto::boxlite::v1::{ContainerInitRequest, Rootfs};
 use boxlite_sys::sync::Mutex;
 use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
 use containerd_shim_protos::protobuf::MessageField;
+use oci_spec::runtime::Spec;
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 /// Longest container id, in bytes; they become names of files.
 const ID_LIMIT: usize = 128;
-
-impl Guest {
-    /// A call into the guest that ends at once when the VM does.
-    ///
-    /// # Errors
-    /// The guest's, or VmGone.
-    pub async fn call<T>(
-        &self,
-        call: impl Future<Output = std::result::Result<T, PortalError>>,
-    ) -> Result<T> {
-        tokio::select! {
-            biased;
-            result = call => match result {
-                Err(error) if error.is_transport() && self.ended.is_cancelled() => Err(self.gone()),
-                other => other.map_err(ShimError::from),
-            },
-            () = self.ended.cancelled() => Err(self.gone()),
-        }
-    }
-
-    fn gone(&self) -> ShimError {
-        ShimError::VmGone {
-            id: "of this shim".to_owned(),
-            how: "during the call".to_owned(),
-        }
-    }
-}
 
 /// Whether an id may become the name of a file.
 fn check_id(id: &str) -> Result<()> {
@@ -77,7 +49,12 @@ impl Containers {
     ///
     /// # Errors
     /// AlreadyExists, HostPath, Invalid, Io, the guest's refusal. Everything is undone by then.
-    pub async fn create(&self, guest: &Guest, request: &CreateTaskRequest) -> Result<u32> {
+    pub async fn create(
+        &self,
+        guest: &Guest,
+        request: &CreateTaskRequest,
+        spec: Spec,
+    ) -> Result<u32> {
         check_id(&request.id)?;
         if !request.checkpoint.is_empty() {
             return Err(ShimError::Unsupported {
@@ -94,9 +71,9 @@ impl Containers {
             std::collections::hash_map::Entry::Vacant(slot) => slot.insert(Slot::Making),
         };
         let mut undo = Undo::default();
-        match self.make(guest, request, &mut undo).await {
+        match self.make(guest, request, spec, &mut undo).await {
             Ok((init, pid)) => {
-                let pid = self.context.shown_pid(pid);
+                let pid = self.context.reported_pid(pid);
                 let container = Container {
                     id: request.id.clone(),
                     bundle: PathBuf::from(&request.bundle),
@@ -122,13 +99,12 @@ impl Containers {
         &self,
         guest: &Guest,
         request: &CreateTaskRequest,
+        mut spec: Spec,
         undo: &mut Undo,
     ) -> Result<(Process, u32)> {
         let bundle = PathBuf::from(&request.bundle);
-        let mut spec = spec::load(&bundle)?;
-        etc::mount(&self.context.bundle, &mut spec);
         if self.context.host_ipc() {
-            ipc::show(&mut spec);
+            host_ipc::add_mount(&mut spec);
         }
         host_ipc::mirror(&mut spec, &bundle, &self.context.tasks, &guest.ended).await?;
         self.mapped

@@ -6,7 +6,7 @@
 
 use super::spec::bind_source;
 use crate::error::{Result, ShimError};
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{Mount, Spec};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -21,6 +21,27 @@ const FILES: [&str; 3] = ["msg", "sem", "shm"];
 const DIRECTORY: &str = "sysvipc";
 /// Pause between two looks: as late as virtiofs shows a change anyway.
 const PAUSE: Duration = Duration::from_secs(1);
+
+/// Adds a mount of [`HOST`] unless the spec already mounts something there. A containerd expresses the node's IPC
+/// namespace by the VM's pid, which means nothing to the guest; boxlite-cri adds this mount itself.
+pub fn add_mount(spec: &mut Spec) {
+    let mut mounts = spec.mounts().clone().unwrap_or_default();
+    if mounts
+        .iter()
+        .any(|mount| mount.destination() == Path::new(HOST))
+    {
+        return;
+    }
+    let mut mount = Mount::default();
+    let options = ["rbind", "rprivate", "ro"].map(str::to_owned);
+    mount
+        .set_destination(HOST.into())
+        .set_typ(Some("bind".to_owned()))
+        .set_source(Some(HOST.into()))
+        .set_options(Some(options.to_vec()));
+    mounts.push(mount);
+    spec.set_mounts(Some(mounts));
+}
 
 /// Redirects the spec's mounts of [`HOST`] to copies in `bundle`, and keeps those up to date by a task that ends with the
 /// VM (`ended`) or with the bundle. Nothing where the spec has none. Dropped midway, it leaves a directory in the bundle.
@@ -128,5 +149,14 @@ mod tests {
         tokio::time::timeout(Duration::from_secs(20), tasks.wait())
             .await
             .expect("the task ends");
+    }
+
+    #[test]
+    fn add_mount_twice_adds_one_mount() {
+        let spec = json!({"ociVersion": "1.0.2", "mounts": []});
+        let mut spec: Spec = serde_json::from_value(spec).expect("a spec");
+        add_mount(&mut spec);
+        add_mount(&mut spec);
+        assert_eq!(spec.mounts().as_ref().map(Vec::len), Some(1));
     }
 }

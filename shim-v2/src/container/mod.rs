@@ -15,8 +15,8 @@ mod volume;
 
 use crate::blocks::Blocks;
 use crate::error::{Result, ShimError};
-use crate::sandbox::undo::Undo;
-use crate::sandbox::{Context, Guest};
+use crate::pod::undo::Undo;
+use crate::pod::{Context, Guest};
 use crate::shown::volumes::Volumes;
 use boxlite_sys::sync::Mutex;
 use process::Process;

@@ -12,7 +12,7 @@
 use crate::error::{Result, ShimError};
 use crate::logs::input::Input;
 use crate::logs::{LogPump, Sink, Stdio};
-use crate::sandbox::{Context, Guest};
+use crate::pod::{Context, Guest};
 use crate::time;
 use boxlite_portal::PortalError;
 use boxlite_proto::boxlite::v1::{ExecRequest, Exit};
@@ -65,7 +65,7 @@ pub struct Ended {
 pub struct State {
     /// Where it is.
     pub phase: Phase,
-    /// Pid as it is shown: see [`Context::shown_pid`]; 0 before an exec started.
+    /// Pid as it is shown: see [`Context::reported_pid`]; 0 before an exec started.
     pub pid: u32,
     /// Set in Stopped.
     pub ended: Option<Ended>,
@@ -142,7 +142,7 @@ impl Process {
         let initial = State {
             phase: Phase::Created,
             pid: if exec_json.is_none() {
-                context.shown_pid(pid)
+                context.reported_pid(pid)
             } else {
                 0
             },
@@ -404,7 +404,7 @@ impl Task {
         let pid = if pid == 0 {
             old
         } else {
-            self.context.shown_pid(pid)
+            self.context.reported_pid(pid)
         };
         self.state.send_modify(|state| {
             state.phase = Phase::Running;
@@ -440,7 +440,13 @@ impl Task {
                 sink,
             ));
         }
-        self.input = Input::spawn(&self.context, &self.guest, about);
+        self.input = Input::spawn(
+            &self.context,
+            &self.guest,
+            &about.container,
+            &about.exec,
+            &about.stdio.stdin,
+        );
         if let Some(input) = self.input.as_ref().filter(|_| self.close_input) {
             input.close();
         }

@@ -5,8 +5,8 @@
 
 use super::snapshot;
 use crate::error::{Result, ShimError};
-use crate::sandbox::machine::Share;
-use crate::sandbox::undo::Undo;
+use crate::pod::Share;
+use crate::pod::undo::Undo;
 use crate::share::{Access, BindMode};
 use boxlite_proto::boxlite::v1::{Layer, Rootfs};
 use containerd_shim_protos::api::Mount;

@@ -7,12 +7,13 @@
 //! enter_netns → Vmm::create (sees the host) → close: namespaces → root → pivot_root → capabilities, no_new_privs
 //! ```
 
+mod host_files;
 mod privileges;
 mod root;
 
+pub use host_files::HostFiles;
 pub use privileges::{drop_all_capabilities, raise_file_limit};
 
-use crate::vmm::HostFiles;
 use nix::sched::{CloneFlags, setns, unshare};
 use std::path::{Path, PathBuf};
 

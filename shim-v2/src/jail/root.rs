@@ -3,8 +3,8 @@
 //! The share keeps its propagation: what the shim mounts there later arrives here, because this namespace is a slave of
 //! the shim's. All else is a plain bind mount.
 
+use super::HostFiles;
 use super::{JailError, at_path, system};
-use crate::vmm::HostFiles;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::unistd::{chdir, pivot_root};
 use std::fs;

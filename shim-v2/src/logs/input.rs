@@ -3,8 +3,7 @@
 //! Ends with CloseIO; the guest then sees the end of input. A writer that goes (a client that detaches) ends nothing: the
 //! next one may attach, as under runc's shim.
 
-use crate::container::process::About;
-use crate::sandbox::{Context, Guest};
+use crate::pod::{Context, Guest};
 use boxlite_proto::boxlite::v1::SendInputRequest;
 use boxlite_proto::names::CHUNK_LIMIT;
 use boxlite_sys::report::Report;
@@ -28,12 +27,19 @@ pub struct Input {
 }
 
 impl Input {
-    /// Starts carrying, if the process has a FIFO for input.
-    pub fn spawn(context: &Context, guest: &Guest, about: &About) -> Option<Self> {
-        if about.stdio.stdin.is_empty() {
+    /// Starts copying `fifo` to the input of a process; None if the process has no FIFO (an empty path) or it cannot be
+    /// opened.
+    pub fn spawn(
+        context: &Context,
+        guest: &Guest,
+        container: &str,
+        exec: &str,
+        fifo: &str,
+    ) -> Option<Self> {
+        if fifo.is_empty() {
             return None;
         }
-        let path = about.stdio.stdin.trim_start_matches("fifo://").to_owned();
+        let path = fifo.trim_start_matches("fifo://").to_owned();
         // For writing too: so the FIFO has no end when its last writer goes.
         let fifo = match pipe::OpenOptions::new()
             .read_write(true)
@@ -49,8 +55,8 @@ impl Input {
         let end = CancellationToken::new();
         let (sender, receiver) = mpsc::channel(QUEUE);
         let first = SendInputRequest {
-            container_id: about.container.clone(),
-            exec_id: about.exec.clone(),
+            container_id: container.to_owned(),
+            exec_id: exec.to_owned(),
             writer: WRITER.to_owned(),
             ..Default::default()
         };

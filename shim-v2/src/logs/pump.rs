@@ -13,7 +13,7 @@ pub use source::{GuestSource, Source};
 
 use super::sink::{Sink, no_file};
 use crate::error::{Result, ShimError};
-use crate::sandbox::{Context, Guest};
+use crate::pod::{Context, Guest};
 use boxlite_portal::OutputChunk;
 use boxlite_sys::report::Report;
 use std::sync::Arc;

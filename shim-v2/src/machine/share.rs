@@ -1,7 +1,7 @@
 //! The pod's [`PodShare`] as containers see it: its blocking calls on threads that may wait for a disk, its errors the shim's.
 
 use crate::error::{Result, ShimError};
-use crate::sandbox::machine::Share;
+use crate::pod::Share;
 use crate::share::{BindMode, PodShare, ShareError};
 use async_trait::async_trait;
 use std::os::fd::OwnedFd;

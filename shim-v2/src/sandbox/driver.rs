@@ -5,10 +5,11 @@
 
 use super::machine::{Booted, Machine};
 use super::options::Plan;
-use super::undo::Undo;
-use super::{Context, Ended, Guest, Phase, Snapshot};
+use super::{Ended, Phase, Snapshot};
 use crate::container::Containers;
 use crate::error::{Result, ShimError};
+use crate::pod::undo::Undo;
+use crate::pod::{Context, Guest};
 use crate::shown::Shown;
 use crate::time;
 use boxlite_sys::report::Report;

@@ -3,30 +3,15 @@
 //! The real one is [`crate::machine`]; nothing else in sandbox/, container/ or logs/ knows a VMM, a tap or a mount.
 
 use super::options::Plan;
-use super::undo::Undo;
 use crate::error::Result;
 use crate::net::host::HostPorts;
-use crate::share::BindMode;
+use crate::pod::Share;
+use crate::pod::undo::Undo;
 use crate::shown::place::Keeper;
 use async_trait::async_trait;
 use boxlite_portal::GuestSession;
-use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
-
-/// The directory that the guest sees as its share.
-#[async_trait]
-pub trait Share: Send + Sync {
-    /// Makes `source` of the host (file or directory) appear at `path` below the share. Both kinds of the same path twice:
-    /// AlreadyExists. A dropped future may leave the mount; [`Share::unbind`] takes it away.
-    async fn bind(&self, source: &Path, path: &str, mode: BindMode) -> Result<()>;
-    /// Mounts a file system of the host (`kind`, fstab-style options) at the directory `path` below the share.
-    async fn mount(&self, kind: &str, source: &str, options: &[String], path: &str) -> Result<()>;
-    /// Puts a file system that is one file and mounted nowhere at `path` below the share.
-    async fn attach(&self, mount: OwnedFd, path: &str) -> Result<()>;
-    /// Takes away what bind, mount or attach made; succeeds on what is gone.
-    async fn unbind(&self, path: &str) -> Result<()>;
-}
 
 /// A VM whose guest is ready.
 pub struct Booted {

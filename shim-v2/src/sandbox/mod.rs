@@ -14,21 +14,16 @@ pub mod driver;
 pub mod machine;
 pub mod oom;
 pub mod options;
-pub mod undo;
 
 use crate::container::Containers;
 use crate::error::{Result, ShimError};
-use crate::events::Publisher;
-use boxlite_portal::GuestSession;
+use crate::pod::{Context, Guest};
 use driver::Request;
 use machine::Machine;
 use options::Plan;
-use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio_util::task::TaskTracker;
 
 /// Requests that wait for the driver. Callers beyond it wait at the door.
 const REQUEST_QUEUE: usize = 64;
@@ -104,49 +99,6 @@ impl Snapshot {
             info: Arc::default(),
         }
     }
-}
-
-/// What every part of the shim knows of its process.
-#[derive(Clone)]
-pub struct Context {
-    /// The sandbox's id.
-    pub id: Arc<str>,
-    /// The sandbox's bundle.
-    pub bundle: Arc<PathBuf>,
-    /// Events.
-    pub publisher: Publisher,
-    /// Owner of every task.
-    pub tasks: TaskTracker,
-    /// Pid that tasks show instead of theirs in the guest; 0: theirs. See [`options::Origin::shows_host_pid`].
-    pub host_pid: Arc<AtomicU32>,
-    /// As the plan of the VM that runs says.
-    pub host_ipc: Arc<AtomicBool>,
-}
-
-impl Context {
-    /// See [`Plan::host_ipc`].
-    pub fn host_ipc(&self) -> bool {
-        self.host_ipc.load(Ordering::Relaxed)
-    }
-
-    /// The pid to show for a process that has `guest` in the guest.
-    pub fn shown_pid(&self, guest: u32) -> u32 {
-        match self.host_pid.load(Ordering::Relaxed) {
-            0 => guest,
-            host => host,
-        }
-    }
-}
-
-/// A running guest: what containers need.
-#[derive(Clone)]
-pub struct Guest {
-    /// Calls into it.
-    pub session: GuestSession,
-    /// Its share.
-    pub share: Arc<dyn machine::Share>,
-    /// The end of the VM: completes at once when it dies.
-    pub ended: tokio_util::sync::CancellationToken,
 }
 
 /// The handle. Cheap to clone.

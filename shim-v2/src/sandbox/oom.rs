@@ -2,8 +2,8 @@
 //!
 //! Exits are not its business: each process waits for its own ([`crate::container::process`]).
 
-use super::Guest;
 use crate::container::Containers;
+use crate::pod::Guest;
 use boxlite_portal::PortalError;
 use boxlite_proto::boxlite::v1::container_event::Event;
 use boxlite_sys::report::Report;

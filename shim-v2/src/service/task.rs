@@ -2,7 +2,8 @@
 
 use super::Service;
 use crate::container::process::{About, Phase, Process, State};
-use crate::container::stats;
+use crate::container::{spec, stats};
+use crate::containerd::etc;
 use crate::containerd::pause::PauseTask;
 use crate::error::ShimError;
 use crate::logs::{Sink, Stdio};
@@ -22,6 +23,7 @@ use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
 use containerd_shim_protos::shim_async::Task;
 use containerd_shim_protos::ttrpc;
 use containerd_shim_protos::ttrpc::asynchronous::TtrpcContext;
+use std::path::Path;
 use std::time::Duration;
 
 /// How long a guest may take to answer counters.
@@ -51,8 +53,11 @@ impl Task for Service {
                 if let Some(pid) = service.first_task(&request).await? {
                     return Ok(pid);
                 }
-                let guest = service.sandbox.guest("create a container")?;
-                service.sandbox.containers().create(&guest, &request).await
+                let sandbox = &service.sandbox;
+                let guest = sandbox.guest("create a container")?;
+                let mut spec = spec::load(Path::new(&request.bundle))?;
+                etc::mount(&sandbox.context().bundle, &mut spec);
+                sandbox.containers().create(&guest, &request, spec).await
             })
             .await?;
         Ok(CreateTaskResponse {

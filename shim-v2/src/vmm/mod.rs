@@ -12,17 +12,16 @@ pub mod devices;
 mod factory;
 pub mod krun;
 mod krunfw;
-mod paths;
 pub mod qemu;
 pub mod ready;
 mod step;
 pub mod supervisor;
 
 pub use factory::{VmmCapabilities, VmmFactory};
-pub use paths::HostFiles;
 pub use ready::{BootError, ReadySocket};
 pub use supervisor::{Supervisor, VmmChild, VmmExit};
 
+use crate::jail::HostFiles;
 use boxlite_proto::error::BoxliteResult;
 use boxlite_proto::vmm::InstanceSpec;
 use std::convert::Infallible;

@@ -2,7 +2,8 @@
 //! bounded log.
 
 use super::console::BoundedLog;
-use super::{HostFiles, Vmm, VmmCapabilities, VmmFactory, VmmInstance, VmmInstanceImpl, devices};
+use super::{Vmm, VmmCapabilities, VmmFactory, VmmInstance, VmmInstanceImpl, devices};
+use crate::jail::HostFiles;
 use boxlite_proto::error::{BoxliteError, BoxliteResult};
 use boxlite_proto::vmm::{Acceleration, Disk, Installation, InstanceSpec, Nic, VmmKind};
 use std::convert::Infallible;

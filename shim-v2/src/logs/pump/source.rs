@@ -2,7 +2,7 @@
 //!
 //! Offsets, reconnects and doubled chunks are the Portal's OutputFollower's.
 
-use crate::sandbox::Guest;
+use crate::pod::Guest;
 use async_trait::async_trait;
 use boxlite_portal::{ExecutionInterface, OutputChunk, OutputFollower, PortalError};
 

@@ -1,7 +1,8 @@
 //! Step 8: what the jail must show, and entering the VM.
 
 use super::ffi::Context;
-use crate::vmm::{HostFiles, VmmInstance, VmmInstanceImpl};
+use crate::jail::HostFiles;
+use crate::vmm::{VmmInstance, VmmInstanceImpl};
 use boxlite_proto::error::BoxliteResult;
 use boxlite_proto::vmm::InstanceSpec;
 use std::convert::Infallible;

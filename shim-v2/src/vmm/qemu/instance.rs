@@ -4,9 +4,9 @@
 
 use super::context::Context;
 use super::{shares, vsock};
-use crate::jail;
+use crate::jail::{self, HostFiles};
 use crate::vmm::step::StepExt;
-use crate::vmm::{HostFiles, VmmInstance, VmmInstanceImpl};
+use crate::vmm::{VmmInstance, VmmInstanceImpl};
 use boxlite_proto::error::BoxliteResult;
 use boxlite_proto::exit::ExitCode;
 use boxlite_proto::vmm::InstanceSpec;
