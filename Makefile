@@ -1,8 +1,8 @@
-# boxlite-cri: build, show, test, measure. Every target may be run again; what is there already is not made twice.
+# boxlite-cri: build, demo, tests and measurements. Targets are idempotent and reuse existing results.
 #
-# PROFILE: demo, tests and bench run `dev` (own code without optimisation for quick builds, dependencies optimised: they
-# move the bytes); for a node: make build PROFILE=release && make install PROFILE=release. The agent is static and
-# stripped, since its size is what every VM boots.
+# PROFILE selects the Cargo profile. Demo, tests and bench use `dev` (workspace crates unoptimized for short builds,
+# dependencies optimized because they move the data). For a node: make build PROFILE=release && make install
+# PROFILE=release. The agent is static and stripped, since every VM boots it.
 
 CACHE      ?= $(HOME)/.cache/boxlite-cri
 PREFIX     ?= /usr/local
@@ -18,18 +18,27 @@ export BOXLITE_GUEST := $(GUEST)
 export BOXLITE_BIN   := $(BIN)
 export CARGO_TARGET_DIR := $(TARGET)
 export PATH := $(HOME)/.cargo/bin:$(PATH)
+# Features with the tests that need root. Without them `cargo test` runs what any user can run.
+export ROOT_TESTS :=
+# Size limit of the release agent in bytes.
+AGENT_MAX_BYTES := 14500000
 
-.PHONY: all tools build guest host demo test test-containerd e2e-qemu e2e-krun conformance conformance-krun conformance-containerd bench lint unit fmt install clean help
+.PHONY: all tools build guest host demo test test-containerd e2e-qemu e2e-krun conformance conformance-krun conformance-containerd bench lint deny unit agent-size fmt install clean help
 all: build
 
 help:
-	@echo "make demo     install what is needed, build, and show a pod in a real VM from pull to removal"
-	@echo "make test     lints, unit tests, end-to-end tests on QEMU and on libkrun (about 45 minutes on two cores)"
-	@echo "make conformance   critest, the conformance suite of CRI runtimes: SPDY, WebSocket, NRI (docs/conformance.md)"
-	@echo "make test-containerd  the shim under containerd 1.6 and 2.x;  make conformance-containerd  critest against its CRI plugin"
-	@echo "make bench    ratios against a bare boot of the same VMM and kernel"
-	@echo "make build    programs into $(TARGET);  make install PREFIX=/usr/local puts them in place"
-	@echo "make tools    Debian packages, the guest kernel, virtiofsd and vhost-device-vsock"
+	@echo "make demo                    install dependencies, build, and show a pod in a real VM from pull to removal"
+	@echo "make test                    lints, unit tests, end-to-end tests on QEMU and libkrun (about 45 minutes on two cores)"
+	@echo "make e2e-qemu FILTER=logs    end-to-end cases on QEMU whose name contains the filter; e2e-krun for libkrun"
+	@echo "make lint                    cargo fmt, clippy and shellcheck; make deny for licenses and sources of dependencies"
+	@echo "make unit                    unit and property tests"
+	@echo "make conformance             critest, the conformance suite of CRI runtimes (docs/conformance.md)"
+	@echo "make test-containerd         the shim under containerd 1.6 and 2.x"
+	@echo "make conformance-containerd  critest against containerd's CRI plugin with the shim"
+	@echo "make bench                   ratios against a bare boot of the same VMM and kernel"
+	@echo "make build                   build the programs into $(TARGET)"
+	@echo "make install                 install the programs below PREFIX (default /usr/local)"
+	@echo "make tools                   Debian packages, the guest kernel, virtiofsd and vhost-device-vsock"
 
 tools:
 	@e2e/scripts/tools
@@ -37,8 +46,8 @@ tools:
 host: tools
 	cargo build --locked --profile $(PROFILE) -p boxlite-cri -p boxlite-shim-v2 -p boxlite-e2e
 
-# Static, in the same target directory: what runs at build time is shared with the host's build. Every VM boots from it,
-# so without symbols.
+# Static, in the same target directory, so that build scripts and proc macros are shared with the host's build. Stripped,
+# because every VM boots it.
 guest: tools
 	RUSTFLAGS="-C target-feature=+crt-static" cargo build --locked --profile $(PROFILE) -p boxlite-guest --target $(TRIPLE)
 	mkdir -p $(dir $(GUEST))
@@ -50,40 +59,39 @@ build: host guest
 demo: build
 	@$(BIN)/boxlite-e2e demo
 
-# Everything, with one count for each home and a last line "N passed, N failed, N skipped".
+# All checks, with one line of counts per suite and a last line "N passed, N failed, N skipped".
 test: build
 	@e2e/scripts/test-all
 
-# One home alone: make e2e-qemu FILTER=logs
+# One suite, optionally some cases: make e2e-qemu FILTER=logs
 e2e-qemu: build
-	@$(BIN)/boxlite-e2e test --home qemu $(if $(FILTER),--filter $(FILTER))
+	@$(BIN)/boxlite-e2e test --backend qemu --junit $(TARGET)/junit $(if $(FILTER),--filter $(FILTER))
 
 e2e-krun: build
-	@e2e/kvmhost/run -- $(BIN)/boxlite-e2e test --home krun $(if $(FILTER),--filter $(FILTER))
+	@e2e/kvmhost/run -- $(BIN)/boxlite-e2e test --backend krun --junit $(TARGET)/junit $(if $(FILTER),--filter $(FILTER))
 
-# critest on QEMU, three times. One run, some specs: make conformance CRITEST="--transport spdy --focus Networking"
+# critest on QEMU, three times. For one run of some specs: make conformance CRITEST="--transport spdy --focus Networking"
 conformance: build
 	@e2e/scripts/critest >/dev/null
-	@$(BIN)/boxlite-e2e conformance --home qemu $(CRITEST)
+	@$(BIN)/boxlite-e2e conformance --backend qemu $(CRITEST)
 
-# The same in the emulated KVM host, where everything takes several times as long: once, with NRI and SPDY.
+# critest on libkrun in the emulated KVM host, which is several times slower: one run, NRI with SPDY.
 conformance-krun: build
 	@e2e/scripts/critest >/dev/null
-	@e2e/kvmhost/run --timeout 14400 -- $(BIN)/boxlite-e2e conformance --home krun $(or $(CRITEST),--transport nri)
+	@e2e/kvmhost/run --timeout 14400 -- $(BIN)/boxlite-e2e conformance --backend krun $(or $(CRITEST),--transport nri)
 
-# The shim under stock containerds, 1.6 and 2.x, with no boxlite-cri: on QEMU here, on libkrun with `make test-containerd
-# VMM=krun` in the emulated KVM host. VERSION=1.6 or 2 for one of them; 1.7 or 2.3 for one that is built from source first. An
-# upgrade goes to 2.x.
+# The shim under stock containerds 1.6 and 2.x, without boxlite-cri, on QEMU; with VMM=krun on libkrun in the emulated KVM
+# host. VERSION=1.6 or 2 selects one version; 1.7 and 2.3 are built from source first. The upgrade case uses 2.x.
 test-containerd: build
 	@e2e/scripts/containerd $(if $(VERSION),$(sort $(VERSION) 2))
-	@$(if $(filter krun,$(VMM)),e2e/kvmhost/run --timeout 3000 --) $(BIN)/boxlite-e2e containerd --home $(or $(VMM),qemu) \
+	@$(if $(filter krun,$(VMM)),e2e/kvmhost/run --timeout 3000 --) $(BIN)/boxlite-e2e containerd --backend $(or $(VMM),qemu) \
 	  $(if $(VERSION),--version $(VERSION)) $(if $(FILTER),--filter $(FILTER))
 
-# critest against a stock containerd whose handler is the shim, on QEMU, SPDY and NRI. VERSION=1.6 for that one, which has no NRI.
+# critest against a stock containerd with the shim as handler, on QEMU, SPDY and NRI. VERSION=1.6 selects 1.6, without NRI.
 conformance-containerd: build
 	@e2e/scripts/critest >/dev/null
 	@e2e/scripts/containerd $(or $(VERSION),2)
-	@$(BIN)/boxlite-e2e conformance --home qemu --containerd $(or $(VERSION),2) $(or $(CRITEST),--transport nri)
+	@$(BIN)/boxlite-e2e conformance --backend qemu --containerd $(or $(VERSION),2) $(or $(CRITEST),--transport nri)
 
 bench: build
 	@$(BIN)/boxlite-e2e bench
@@ -91,9 +99,20 @@ bench: build
 lint:
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
+	@e2e/scripts/lint-scripts
+
+# Licenses, bans, duplicate versions and sources of dependencies (deny.toml). Security advisories need the network: cargo
+# deny check advisories.
+deny:
+	cargo deny --locked check bans licenses sources
 
 unit:
-	cargo test --locked --workspace
+	cargo test --locked --workspace $(ROOT_TESTS)
+
+# Fails if the release agent exceeds its size limit.
+agent-size:
+	@$(MAKE) --no-print-directory guest PROFILE=release
+	@e2e/scripts/check-size $(TARGET)/$(TRIPLE)/agent-release/boxlite-guest $(AGENT_MAX_BYTES)
 
 fmt:
 	cargo fmt --all

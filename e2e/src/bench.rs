@@ -1,13 +1,13 @@
-//! `make bench`: what a pod costs, in one run and as ratios to a bare boot of the same VMM, kernel and agent.
+//! `make bench`: cost of a pod, as ratios to a bare boot of the same VMM, kernel and agent in the same run.
 //!
-//! Medians, with the fastest and slowest beside them. State is in memory (tmpfs). Prints; writes no file.
+//! Prints medians with the fastest and slowest sample and writes no file. State is in memory (tmpfs).
 
-use crate::enclave::run as command;
+use crate::failure::{During, Failure, Result};
 use crate::image::registry::Registry;
 use crate::image::set::ImageSet;
 use crate::install::Install;
+use crate::namespaces::run as command;
 use crate::node::Node;
-use crate::outcome::{During, Failure, Result};
 use crate::pod::{Pod, pull};
 use crate::process::{family, pss};
 use crate::{bail, ensure};
@@ -22,12 +22,12 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::UnixListener;
 use tokio::process::Command;
 
-/// Repetitions of what boots a VM.
-const BOOTS: usize = 9;
-/// Repetitions of what does not.
-const CALLS: usize = 30;
+/// Repetitions of measurements that boot a VM.
+const BOOT_SAMPLES: usize = 9;
+/// Repetitions of all other measurements.
+const CALL_SAMPLES: usize = 30;
 
-/// Milliseconds of repeated runs.
+/// Samples in milliseconds.
 struct Series(Vec<f64>);
 
 impl Series {
@@ -53,7 +53,7 @@ impl Series {
 
 /// Measures and prints everything.
 pub async fn run() -> Result<bool> {
-    let scratch = crate::enclave::scratch();
+    let scratch = crate::namespaces::scratch();
     let install = Install::find()?;
     let registry = Registry::start(&install.registry, &scratch, 5000, false).await?;
     let images = ImageSet::push(&registry, &install.busybox).await?;
@@ -61,7 +61,7 @@ pub async fn run() -> Result<bool> {
         Node::start(
             &scratch,
             &install,
-            &crate::world::options("b", "auto", &registry),
+            &crate::context::options("b", "auto", &registry),
         )
         .await?,
     );
@@ -72,7 +72,7 @@ pub async fn run() -> Result<bool> {
     machine(&kind)?;
 
     let mut bare = Vec::new();
-    for i in 0..BOOTS {
+    for i in 0..BOOT_SAMPLES {
         bare.push(
             bare_boot(&scratch, &install, &kind, i)
                 .await
@@ -82,7 +82,7 @@ pub async fn run() -> Result<bool> {
     let bare = Series::new(bare);
     let mut cold = Vec::new();
     let mut ends = Vec::new();
-    for _ in 0..BOOTS {
+    for _ in 0..BOOT_SAMPLES {
         let start = Instant::now();
         let pod = Pod::run(&node, "cold").await?;
         cold.push(ms(start));
@@ -119,7 +119,7 @@ async fn vmm_of(pod: &Pod) -> Result<String> {
             return Ok(kind.to_owned());
         }
     }
-    bail!("PodSandboxStatus does not tell the VMM")
+    bail!("PodSandboxStatus has no VMM")
 }
 
 fn machine(kind: &str) -> Result {
@@ -147,7 +147,7 @@ fn machine(kind: &str) -> Result {
 
 async fn pulls(node: &Arc<Node>, images: &ImageSet) -> Result<Series> {
     let mut times = Vec::new();
-    for _ in 0..BOOTS {
+    for _ in 0..BOOT_SAMPLES {
         let image = Some(ImageSpec {
             image: images.base.clone(),
             ..Default::default()
@@ -165,7 +165,7 @@ async fn pulls(node: &Arc<Node>, images: &ImageSet) -> Result<Series> {
 
 async fn calls(pod: &Pod, images: &ImageSet) -> Result<(Series, Series)> {
     let mut starts = Vec::new();
-    for i in 0..BOOTS {
+    for i in 0..BOOT_SAMPLES {
         let start = Instant::now();
         let container = pod
             .start(&format!("c{i}"), &images.base, &["sleep", "1000"])
@@ -176,7 +176,7 @@ async fn calls(pod: &Pod, images: &ImageSet) -> Result<(Series, Series)> {
     }
     let container = pod.start("exec", &images.base, &["sleep", "1000"]).await?;
     let mut execs = Vec::new();
-    for _ in 0..CALLS {
+    for _ in 0..CALL_SAMPLES {
         let start = Instant::now();
         container.out(&["true"]).await?;
         execs.push(ms(start));
@@ -186,7 +186,8 @@ async fn calls(pod: &Pod, images: &ImageSet) -> Result<(Series, Series)> {
     Ok((Series::new(starts), Series::new(execs)))
 }
 
-/// From the spawn of a vmm child to the agent's call on the ready port: no network, no scratch disk, an empty share.
+/// Measures from the spawn of a vmm child to the agent's call on the ready port: no network, no scratch disk, an empty
+/// share.
 async fn bare_boot(scratch: &Path, install: &Install, kind: &str, turn: usize) -> Result<f64> {
     let dir = scratch.join(format!("bare{turn}"));
     let (work, share) = (dir.join("vm"), dir.join("share"));
@@ -204,7 +205,7 @@ async fn bare_boot(scratch: &Path, install: &Install, kind: &str, turn: usize) -
     let listener = UnixListener::bind(work.join("vsock_2696"))?;
     let log = std::fs::File::create(dir.join("log"))?;
     let start = Instant::now();
-    // As the shim starts it: first process of a PID namespace, so that its helpers end with it.
+    // Started as by the shim: as PID 1 of a PID namespace, so that its helpers end with it.
     let mut child = Command::new("unshare")
         .args(["--pid", "--fork", "--kill-child"])
         .arg(&install.shim)
@@ -215,12 +216,12 @@ async fn bare_boot(scratch: &Path, install: &Install, kind: &str, turn: usize) -
         .stderr(log)
         .kill_on_drop(true)
         .spawn()?;
-    // Held until the end: a vmm child that finds it closed takes its shim for dead.
+    // Kept open: a vmm child that finds stdin closed treats its shim as dead.
     let mut stdin = child.stdin.take();
     if let Some(stdin) = &mut stdin {
         stdin.write_all(format!("{spec}\n").as_bytes()).await?;
     }
-    let told = |what: &str| {
+    let boot_failure = |what: &str| {
         let text = |name: &Path| std::fs::read_to_string(name).unwrap_or_default();
         Failure(format!(
             "{what}; log: {} console: {}",
@@ -230,8 +231,8 @@ async fn bare_boot(scratch: &Path, install: &Install, kind: &str, turn: usize) -
     };
     let ready = tokio::select! {
         accepted = listener.accept() => accepted.map(|_| ()).map_err(Failure::from),
-        ended = child.wait() => Err(told(&format!("the vmm child ended: {ended:?}"))),
-        () = tokio::time::sleep(Duration::from_secs(60)) => Err(told("not ready within 60 s")),
+        ended = child.wait() => Err(boot_failure(&format!("the vmm child ended: {ended:?}"))),
+        () = tokio::time::sleep(Duration::from_secs(60)) => Err(boot_failure("not ready within 60 s")),
     };
     let elapsed = ms(start);
     ready?;
@@ -240,7 +241,7 @@ async fn bare_boot(scratch: &Path, install: &Install, kind: &str, turn: usize) -
     Ok(elapsed)
 }
 
-/// PSS by process name: what one more idle pod costs.
+/// Prints the PSS of an idle pod by process name.
 fn memory(pod: &Pod) -> Result {
     let (shim, below) = family(&pod.id)?;
     let mut by_name = BTreeMap::<String, u64>::new();

@@ -1,8 +1,8 @@
-//! [`Cri`]: a CRI v1 client over the daemon's unix socket, on k8s-cri's types (not ours): what a kubelet would send.
+//! [`Cri`]: a CRI v1 client on the daemon's unix socket that sends a kubelet's requests, with the types of k8s-cri.
 //!
-//! Every call has a deadline, as a kubelet's have. Judges nothing; tests do.
+//! Every call has a deadline, as a kubelet's calls do. Assertions are made by the tests.
 
-use crate::outcome::{During, Failure, Result};
+use crate::failure::{During, Failure, Result};
 use hyper_util::rt::TokioIo;
 use k8s_cri::v1::image_service_client::ImageServiceClient;
 use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
@@ -11,17 +11,17 @@ use std::time::Duration;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint, Uri};
 
-/// A client of both services.
+/// Client of the runtime and image services.
 #[derive(Debug, Clone)]
 pub struct Cri {
     channel: Channel,
 }
 
-/// Largest answer taken, in bytes: the kubelet's.
-const MESSAGE: usize = 16 << 20;
+/// Maximum size of a response: the kubelet's limit.
+const MAX_MESSAGE_BYTES: usize = 16 << 20;
 
 impl Cri {
-    /// Connects on first use, and again after the daemon came back.
+    /// Creates a client that connects on first use and reconnects after a restart of the daemon.
     pub fn lazy(socket: &Path) -> Result<Self> {
         let socket = socket.to_owned();
         let connector = tower::service_fn(move |_: Uri| {
@@ -34,12 +34,12 @@ impl Cri {
         Ok(Self { channel })
     }
 
-    /// The runtime service.
+    /// Returns a client of the runtime service.
     pub fn runtime(&self) -> RuntimeServiceClient<Channel> {
-        RuntimeServiceClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE)
+        RuntimeServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES)
     }
 
-    /// A call of the runtime service whose messages k8s-cri does not have, or not in this form.
+    /// Calls a method of the runtime service whose messages k8s-cri does not define, or not in this form.
     pub async fn raw<Q, A>(&self, method: &str, message: Q) -> std::result::Result<A, tonic::Status>
     where
         Q: prost::Message + Send + Sync + 'static,
@@ -49,9 +49,9 @@ impl Cri {
         Ok(self.unary(method, message, codec).await?.into_inner())
     }
 
-    /// One call of the runtime service by its name, bytes in and bytes out.
+    /// Calls a method of the runtime service by name, with raw bytes in both directions.
     pub async fn raw_bytes(&self, method: &str, message: Vec<u8>) -> Result<Vec<u8>> {
-        answer(method, self.unary(method, message, Plain).await)
+        answer(method, self.unary(method, message, RawCodec).await)
     }
 
     async fn unary<C>(
@@ -79,17 +79,17 @@ impl Cri {
             .await
     }
 
-    /// The image service.
+    /// Returns a client of the image service.
     pub fn image(&self) -> ImageServiceClient<Channel> {
-        ImageServiceClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE)
+        ImageServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES)
     }
 }
 
-/// Bytes as they are on the wire, for messages with fields that k8s-cri (1.32) does not know.
+/// Codec that passes raw bytes, for messages with fields that k8s-cri (1.32) does not define.
 #[derive(Debug, Clone, Copy, Default)]
-struct Plain;
+struct RawCodec;
 
-impl tonic::codec::Codec for Plain {
+impl tonic::codec::Codec for RawCodec {
     type Encode = Vec<u8>;
     type Decode = Vec<u8>;
     type Encoder = Self;
@@ -102,7 +102,7 @@ impl tonic::codec::Codec for Plain {
     }
 }
 
-impl tonic::codec::Encoder for Plain {
+impl tonic::codec::Encoder for RawCodec {
     type Item = Vec<u8>;
     type Error = tonic::Status;
     fn encode(
@@ -115,7 +115,7 @@ impl tonic::codec::Encoder for Plain {
     }
 }
 
-impl tonic::codec::Decoder for Plain {
+impl tonic::codec::Decoder for RawCodec {
     type Item = Vec<u8>;
     type Error = tonic::Status;
     fn decode(
@@ -128,7 +128,7 @@ impl tonic::codec::Decoder for Plain {
     }
 }
 
-/// The answer's content, or the status in words.
+/// Returns the response's message, or the status as a failure.
 pub fn answer<T>(
     what: &str,
     answer: std::result::Result<tonic::Response<T>, tonic::Status>,
@@ -139,12 +139,12 @@ pub fn answer<T>(
         .during(what)
 }
 
-/// A status as a failure.
+/// Converts a status into a failure.
 pub fn status_failure(status: &tonic::Status) -> Failure {
     Failure(format!("{:?}: {}", status.code(), status.message()))
 }
 
-/// A request that gives up, at both ends, after `limit`.
+/// Wraps a message in a request with a deadline on both ends.
 pub fn within<T>(limit: Duration, message: T) -> tonic::Request<T> {
     let mut request = tonic::Request::new(message);
     request.set_timeout(limit);

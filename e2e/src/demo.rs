@@ -1,27 +1,27 @@
-//! `make demo`: the main job from pull to removal, with output that says what is seen.
+//! `make demo`: a pod from pull to removal, with explanatory output.
 //!
-//! Asserts as it goes: the demo fails where a test would, also when anything is left behind.
+//! Checks every step: the demo fails like a test, also if anything is left behind.
 
 use crate::cases::network::{get, served};
 use crate::client::{answer, within};
+use crate::failure::{During, Result};
 use crate::image::registry::Registry;
 use crate::image::set::ImageSet;
 use crate::install::Install;
-use crate::leak::Trace;
+use crate::leak::LeakSnapshot;
 use crate::node::Node;
-use crate::outcome::{During, Result};
-use crate::pod::{Container, LONG, Pod, pod_spec};
-use crate::{ensure, wait};
+use crate::pod::{Container, LONG_TIMEOUT, Pod, pod_spec};
+use crate::{ensure, poll};
 use k8s_cri::v1::*;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// A table row: what, and how long in ms.
+/// A table row: name and duration in milliseconds.
 type Stage = (String, f64);
 
-/// Shows everything; `true` when all held.
+/// Runs the demo. Returns true if every check passed.
 pub async fn run() -> Result<bool> {
-    let scratch = crate::enclave::scratch();
+    let scratch = crate::namespaces::scratch();
     let install = Install::find()?;
     title("A registry on loopback, with images made from Debian's busybox");
     let registry = Registry::start(&install.registry, &scratch, 5000, false).await?;
@@ -35,7 +35,7 @@ pub async fn run() -> Result<bool> {
     say(&format!("{}   its second layer is zstd", images.zstd));
 
     title("boxlite-cri serve, vmm = \"auto\"");
-    let options = crate::world::options("demo", "auto", &registry);
+    let options = crate::context::options("demo", "auto", &registry);
     let node = Arc::new(Node::start(&scratch, &install, &options).await?);
     say(&format!(
         "serving on {}",
@@ -49,7 +49,7 @@ pub async fn run() -> Result<bool> {
     {
         say(line.trim());
     }
-    let before = Trace::take(&node)?;
+    let before = LeakSnapshot::take(&node)?;
 
     let mut stages = Vec::new();
     title("PullImage");
@@ -108,7 +108,7 @@ fn ms(since: Instant) -> f64 {
     since.elapsed().as_secs_f64() * 1000.0
 }
 
-/// Pulls, and shows how the image store grows meanwhile: CRI has no progress of its own.
+/// Pulls an image and prints the growth of the image store, since CRI has no progress reports.
 async fn pull_with_progress(node: &Arc<Node>, reference: &str) -> Result {
     let call = tokio::spawn({
         let (node, reference) = (node.clone(), reference.to_owned());
@@ -203,7 +203,7 @@ async fn look(pod: &Pod, images: &ImageSet, stages: &mut Vec<Stage>) -> Result<C
     );
     say(&format!(
         "the host's kernel is {}, the log file of \"info\" says:",
-        crate::enclave::run("uname", &["-r"])?.trim()
+        crate::namespaces::run("uname", &["-r"])?.trim()
     ));
     show(&std::fs::read_to_string(info.log())?);
     let output = info.output()?;
@@ -240,10 +240,10 @@ async fn look(pod: &Pod, images: &ImageSet, stages: &mut Vec<Stage>) -> Result<C
     Ok(web)
 }
 
-/// ContainerStats and the Prometheus page.
+/// Prints ContainerStats and the Prometheus page.
 async fn measure(pod: &Pod, web: &Container) -> Result {
     title("ContainerStats, from the guest's cgroup");
-    let stats = wait::until("CPU time", Duration::from_secs(10), || async {
+    let stats = poll::until("CPU time", Duration::from_secs(10), || async {
         let stats = web.stats().await?;
         let used = stats
             .cpu
@@ -274,7 +274,7 @@ async fn measure(pod: &Pod, web: &Container) -> Result {
         pod.node
             .cri
             .runtime()
-            .list_container_stats(within(LONG, ListContainerStatsRequest::default()))
+            .list_container_stats(within(LONG_TIMEOUT, ListContainerStatsRequest::default()))
             .await,
     )?;
 
@@ -290,7 +290,7 @@ async fn measure(pod: &Pod, web: &Container) -> Result {
     Ok(())
 }
 
-/// The stages that PodSandboxStatus tells in its verbose info: `"startStages": [{"stage", "ms"}]`.
+/// Returns the stages in the verbose info of PodSandboxStatus: `"startStages": [{"stage", "ms"}]`.
 fn inner_stages(info: &std::collections::HashMap<String, String>) -> Vec<Stage> {
     let values = info
         .values()
@@ -308,7 +308,7 @@ fn inner_stages(info: &std::collections::HashMap<String, String>) -> Vec<Stage> 
         .collect()
 }
 
-/// Each layer's way from the registry into an EROFS file, as the daemon logged it.
+/// Returns the stages of each layer from the registry to an EROFS file, from the daemon's log.
 fn layer_stages(log: &str) -> Vec<Stage> {
     let field =
         |line: &str, name: &str| Some(line.split(name).nth(1)?.split(' ').next()?.to_owned());

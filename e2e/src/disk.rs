@@ -1,32 +1,31 @@
-//! [`Disk`]: a block device of the host for a test: a loop device of a sparse file. Loop devices are the machine's, whatever
-//! namespaces this program has made.
+//! [`Disk`]: a host block device for a test, a loop device on a sparse file. Loop devices are not namespaced.
 
-use crate::enclave::run;
-use crate::outcome::Result;
-use crate::{ensure, wait};
+use crate::failure::Result;
+use crate::namespaces::run;
+use crate::{ensure, poll};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// Bytes of the disk.
-pub const SIZE: u64 = 8 << 20;
-/// How long a disk may be in use after the answer: descriptors close with threads and processes.
-const SETTLE: Duration = Duration::from_secs(10);
+/// Size of the disk in bytes.
+pub const DISK_BYTES: u64 = 8 << 20;
+/// Time for the last user to release the disk: descriptors close with threads and processes.
+const SETTLE_LIMIT: Duration = Duration::from_secs(10);
 
-/// See the module. Gone with the value.
+/// A loop device, detached on drop.
 pub struct Disk {
-    /// Its node.
+    /// Device node.
     pub node: PathBuf,
-    /// Its number may be another's once it is not.
+    /// Whether the device is attached; afterwards another user may get its number.
     attached: bool,
 }
 
 impl Disk {
-    /// Of zeroes, by a file of `dir`.
+    /// Creates a disk of zeroes on a file in `dir`.
     pub fn new(dir: &Path) -> Result<Self> {
         let file = dir.join("disk");
-        File::create(&file)?.set_len(SIZE)?;
+        File::create(&file)?.set_len(DISK_BYTES)?;
         let node = run(
             "losetup",
             &["--find", "--show", &file.display().to_string()],
@@ -37,26 +36,26 @@ impl Disk {
         })
     }
 
-    /// As others on the host see it: not what was read before.
+    /// Reads from the device, bypassing previously cached pages.
     pub fn read(&self, offset: u64, length: usize) -> Result<Vec<u8>> {
         let mut bytes = vec![0; length];
         File::open(&self.node)?.read_exact_at(&mut bytes, offset)?;
         Ok(bytes)
     }
 
-    /// Writes and flushes, as others on the host do.
+    /// Writes and flushes, as other host processes do.
     pub fn write(&self, offset: u64, bytes: &[u8]) -> Result {
         let disk = File::options().write(true).open(&self.node)?;
         disk.write_all_at(bytes, offset)?;
         Ok(disk.sync_all()?)
     }
 
-    /// Fails as long as a process has it: one that is detached goes with its last user.
-    pub async fn given_up(mut self) -> Result {
+    /// Detaches the disk and fails if a process still uses it: a detached device disappears with its last user.
+    pub async fn detached(mut self) -> Result {
         let node = self.node.display().to_string();
         run("losetup", &["--detach", &node])?;
         self.attached = false;
-        wait::until("the end of the disk", SETTLE, || async {
+        poll::until("the end of the disk", SETTLE_LIMIT, || async {
             let left = run("losetup", &["--list", "--noheadings", "--output", "NAME"])?;
             ensure!(left.lines().all(|line| line.trim() != node), "{left}");
             Ok(())
@@ -68,7 +67,7 @@ impl Disk {
 impl Drop for Disk {
     fn drop(&mut self) {
         if self.attached {
-            // It goes with its last user.
+            // The device disappears with its last user.
             let _ = run("losetup", &["--detach", &self.node.display().to_string()]);
         }
     }

@@ -1,15 +1,15 @@
-//! [`Ext4`]: an ext4 on a loop device, for what the scratch directory's tmpfs does not have: it can be frozen, and old kernels
-//! map its ids.
+//! [`Ext4`]: an ext4 file system on a loop device. Unlike the scratch directory's tmpfs it can be frozen, and old
+//! kernels support ID-mapped mounts of it.
 
-use crate::enclave::run;
-use crate::outcome::Result;
+use crate::failure::Result;
+use crate::namespaces::run;
 use std::path::{Path, PathBuf};
 
-/// Mounted at this path. Dropping it thaws and unmounts.
+/// An ext4 mounted at this path. Dropping it thaws and unmounts it.
 pub struct Ext4(PathBuf);
 
 impl Ext4 {
-    /// A new one of so many bytes in the sparse file `image`, mounted at `at`, which is made.
+    /// Creates a file system of `bytes` bytes in the sparse file `image` and mounts it at `at`, which is created.
     pub fn mount(image: &Path, bytes: u64, at: &Path) -> Result<Self> {
         std::fs::File::create(image)?.set_len(bytes)?;
         std::fs::create_dir_all(at)?;
@@ -19,12 +19,12 @@ impl Ext4 {
         Ok(Self(at.to_owned()))
     }
 
-    /// Every write to it blocks from now on.
+    /// Freezes the file system: every write blocks.
     pub fn freeze(&self) -> Result {
         run("fsfreeze", &["--freeze", &self.0.display().to_string()]).map(drop)
     }
 
-    /// Lets them go on.
+    /// Thaws the file system.
     pub fn thaw(&self) -> Result {
         run("fsfreeze", &["--unfreeze", &self.0.display().to_string()]).map(drop)
     }
@@ -32,7 +32,7 @@ impl Ext4 {
 
 impl Drop for Ext4 {
     fn drop(&mut self) {
-        // Not frozen any more where the case went well.
+        // Already thawed unless the case failed.
         let _ = self.thaw();
         if let Err(error) = run("umount", &["--lazy", &self.0.display().to_string()]) {
             eprintln!("{error}");

@@ -1,39 +1,39 @@
-//! [`Install`]: where the programs under test and their helpers are.
+//! [`Install`]: paths of the programs under test and their helpers.
 //!
-//! Given by the Makefile in the environment, with the places it would choose as defaults. Checks that all are there,
-//! builds nothing.
+//! Set by the Makefile through the environment, with the Makefile's defaults otherwise. Checks that all exist; builds
+//! nothing.
 
 use crate::bail;
-use crate::outcome::Result;
+use crate::failure::Result;
 use std::path::PathBuf;
 
-/// Files and programs, all absolute.
+/// Absolute paths of files and programs.
 #[derive(Debug, Clone)]
 pub struct Install {
-    /// The daemon.
+    /// boxlite-cri.
     pub daemon: PathBuf,
     /// containerd-shim-boxlite-v2.
     pub shim: PathBuf,
-    /// The agent.
+    /// Guest agent.
     pub guest: PathBuf,
-    /// The guest kernel.
+    /// Library with the guest kernel.
     pub libkrunfw: PathBuf,
     /// QEMU.
     pub qemu: PathBuf,
-    /// Serves the share to QEMU.
+    /// Serves the shared directory to QEMU.
     pub virtiofsd: PathBuf,
     /// Serves vsock to QEMU.
     pub vhost_device_vsock: PathBuf,
     /// Debian's CNI plugins.
     pub cni: PathBuf,
-    /// What of an image's layers is ever taken from this machine.
+    /// Debian's busybox, the only host program in the images' layers.
     pub busybox: PathBuf,
-    /// Debian's registry.
+    /// Debian's docker-registry.
     pub registry: PathBuf,
 }
 
 impl Install {
-    /// Finds everything or names what is missing.
+    /// Finds all paths. The error lists the missing ones.
     pub fn find() -> Result<Self> {
         let env = |name: &str| std::env::var_os(name).map(PathBuf::from);
         let exe = std::env::current_exe()?;

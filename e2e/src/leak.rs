@@ -1,24 +1,24 @@
-//! [`Trace`]: what a pod could leave on a node: processes, mounts, network namespaces, cgroups, interfaces, IPAM leases,
-//! sockets and files of the state directory. Two of them compared are the leak check.
+//! [`LeakSnapshot`]: everything a pod could leave on a node: processes, mounts, network namespaces, cgroups, interfaces,
+//! IPAM leases, sockets and files of the state directory. The leak check compares two of them.
 //!
-//! Reads only. Sees this enclave's own namespaces, so that other work on the machine makes no noise.
+//! Read-only. Covers this program's namespaces, so other work on the machine does not interfere.
 
+use crate::failure::Result;
 use crate::node::Node;
-use crate::outcome::Result;
-use crate::{ensure, wait};
+use crate::{ensure, poll};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
-/// Names of things, by kind.
+/// Names of objects by kind.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Trace(BTreeMap<&'static str, Vec<String>>);
+pub struct LeakSnapshot(BTreeMap<&'static str, Vec<String>>);
 
-/// What is removed may be gone a moment after the answer (a killed process in exit, an unmount that is lazy).
-const SETTLE: Duration = Duration::from_secs(10);
+/// Time for removals that complete after the answer (an exiting process, a lazy unmount).
+const SETTLE_LIMIT: Duration = Duration::from_secs(10);
 
-impl Trace {
-    /// Looks now.
+impl LeakSnapshot {
+    /// Takes a snapshot.
     pub fn take(node: &Node) -> Result<Self> {
         let mut kinds = BTreeMap::new();
         kinds.insert("processes", processes()?);
@@ -33,8 +33,8 @@ impl Trace {
                 .filter(|n| n.contains(['.', ':']) && !n.starts_with("last_"))
                 .collect(),
         );
-        // Directories that the first pod makes for all stay; what is in them must not. Images and what is derived from the
-        // installation once are no pod's.
+        // Directories created by the first pod remain and must be empty. Images and files derived once from the
+        // installation do not belong to a pod.
         let of_pod =
             |n: &String| n.contains('/') && !n.starts_with("images/") && !n.starts_with("cache/");
         kinds.insert(
@@ -57,7 +57,7 @@ impl Trace {
         Ok(Self(kinds))
     }
 
-    /// How many of each.
+    /// Returns the number of objects by kind.
     pub fn counts(&self) -> String {
         self.0
             .iter()
@@ -66,7 +66,7 @@ impl Trace {
             .join(", ")
     }
 
-    /// What `self` has and `before` had not.
+    /// Returns the objects of `self` that `before` does not have.
     pub fn beyond(&self, before: &Self) -> Vec<String> {
         let mut more = Vec::new();
         for (kind, list) in &self.0 {
@@ -81,9 +81,9 @@ impl Trace {
         more
     }
 
-    /// Fails unless everything beyond `self` is gone, now or in a moment.
+    /// Waits until no objects beyond `self` exist, and fails after a time limit.
     pub async fn restored(&self, node: &Node) -> Result<Self> {
-        wait::until("everything a pod had is gone", SETTLE, || async {
+        poll::until("everything a pod had is gone", SETTLE_LIMIT, || async {
             let now = Self::take(node)?;
             let more = now.beyond(self);
             ensure!(more.is_empty(), "left behind:\n  {}", more.join("\n  "));
@@ -93,7 +93,7 @@ impl Trace {
     }
 }
 
-/// Programs of the product in this PID namespace, by name; zombies too.
+/// Returns the product's processes in this PID namespace by name, including zombies.
 fn processes() -> Result<Vec<String>> {
     const OURS: [&str; 6] = [
         "containerd-shim",
@@ -131,7 +131,7 @@ fn mounts() -> Result<Vec<String>> {
         .collect())
 }
 
-/// Interfaces but for the bridge, which CNI keeps.
+/// Returns the interfaces, except the bridge, which CNI keeps.
 fn interfaces() -> Result<Vec<String>> {
     let text = std::fs::read_to_string("/proc/net/dev")?;
     let names = text.lines().skip(2).filter_map(|l| l.split(':').next());
@@ -141,7 +141,7 @@ fn interfaces() -> Result<Vec<String>> {
         .collect())
 }
 
-/// Cgroups with a name of ours, on every hierarchy.
+/// Returns the product's cgroups on every hierarchy.
 fn cgroups() -> Vec<String> {
     tree("/sys/fs/cgroup".as_ref(), 5)
         .into_iter()
@@ -158,7 +158,7 @@ fn names(dir: &Path) -> Vec<String> {
         .collect()
 }
 
-/// Paths below `dir` down to `depth`, relative to it.
+/// Returns the paths below `dir` to a depth of `depth`, relative to it.
 fn tree(dir: &Path, depth: usize) -> Vec<String> {
     let mut found = Vec::new();
     for name in names(dir) {

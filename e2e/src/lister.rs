@@ -1,9 +1,9 @@
-//! `boxlite-e2e tree <directory>`: what a tree looks like to the kernel this runs on, one JSON line for each entry.
+//! `boxlite-e2e tree <directory>`: prints a tree as the running kernel sees it, one JSON line per entry.
 //!
-//! Runs inside a guest, mounted there as a volume, because busybox can show neither extended attributes nor nanoseconds.
-//! It judges nothing and knows nothing of images; [`crate::image::tree`] compares the lines with its model.
+//! Runs inside a guest, mounted as a volume, because busybox can print neither extended attributes nor nanoseconds.
+//! [`crate::image::tree`] compares the output with its model.
 
-use crate::outcome::{During, Result};
+use crate::failure::{During, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsString;
@@ -12,10 +12,10 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-/// One entry of a tree. Names, targets and values are in hex: they may be any bytes.
+/// An entry of a tree. Names, targets and values are in hex, since they may be any bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
-    /// Below the directory that was listed; the directory itself is "".
+    /// Path relative to the listed directory, which itself is "".
     pub path: String,
     /// Type and permission bits.
     pub mode: u32,
@@ -23,18 +23,18 @@ pub struct Entry {
     pub owner: (u32, u32),
     /// Seconds and nanoseconds since the epoch.
     pub mtime: (i64, i64),
-    /// Of a regular file.
+    /// Size of a regular file.
     pub size: u64,
-    /// SHA-256 of a regular file's content, a symbolic link's target in hex, major and minor number of a device.
+    /// SHA-256 of a regular file's content, target of a symbolic link in hex, or major and minor number of a device.
     pub content: String,
-    /// All that can be seen, but for what the file systems of the stack itself add.
+    /// Extended attributes, except those added by the file systems themselves.
     pub xattrs: BTreeMap<String, String>,
-    /// The first path (in order of bytes) with the same inode.
+    /// First path, in byte order, with the same inode.
     pub first: String,
 }
 
-/// Largest name list and value of extended attributes, which is the kernel's own limit.
-const XATTR: usize = 64 << 10;
+/// Maximum size of an extended attribute's value and of the list of names: the kernel's limit.
+const MAX_XATTR_BYTES: usize = 64 << 10;
 
 /// Prints the tree at `root`.
 pub fn run(root: &Path) -> Result {
@@ -72,7 +72,7 @@ fn walk(root: &Path, path: Vec<u8>, found: &mut Vec<Vec<u8>>) -> Result {
 }
 
 fn entry(root: &Path, path: &[u8], inodes: &mut HashMap<(u64, u64), String>) -> Result<Entry> {
-    // Joining nothing would add a slash, and a link be followed.
+    // Joining an empty path would add a slash, so that a link would be followed.
     let at = if path.is_empty() {
         root.to_owned()
     } else {
@@ -106,7 +106,7 @@ fn entry(root: &Path, path: &[u8], inodes: &mut HashMap<(u64, u64), String>) -> 
     })
 }
 
-/// "major:minor", or nothing for what is no device.
+/// Returns "major:minor", or an empty string for other files.
 fn device(meta: &std::fs::Metadata) -> String {
     use std::os::unix::fs::FileTypeExt;
     let kind = meta.file_type();
@@ -119,7 +119,7 @@ fn device(meta: &std::fs::Metadata) -> String {
 }
 
 fn xattrs(at: &Path) -> Result<BTreeMap<String, String>> {
-    let mut names = vec![0; XATTR];
+    let mut names = vec![0; MAX_XATTR_BYTES];
     let length = rustix::fs::llistxattr(at, &mut names)?;
     let mut found = BTreeMap::new();
     for name in names[..length].split(|byte| *byte == 0) {
@@ -127,7 +127,7 @@ fn xattrs(at: &Path) -> Result<BTreeMap<String, String>> {
             crate::bail!("an attribute's name is no text: {name:?}")
         };
         if !name.is_empty() {
-            let mut value = vec![0; XATTR];
+            let mut value = vec![0; MAX_XATTR_BYTES];
             let length = rustix::fs::lgetxattr(at, name, &mut value)?;
             found.insert(name.to_owned(), hex::encode(&value[..length]));
         }

@@ -3,28 +3,28 @@
 //! Strict: a line in any other form is a failure.
 
 use crate::ensure;
-use crate::outcome::{During, Result};
+use crate::failure::{During, Result};
 use std::path::Path;
 
-/// One line of the file.
+/// A line of the log file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LogLine {
-    /// As written.
+    /// Timestamp as written.
     pub time: String,
     /// `stdout` or `stderr`.
     pub stream: String,
-    /// Whether the container's line ends here (F) or goes on (P).
+    /// Whether this completes the container's line (F) or not (P).
     pub full: bool,
-    /// The container's bytes; with the newline where `full`.
+    /// Bytes of the container, including the newline if `full`.
     pub content: Vec<u8>,
 }
 
-/// All lines.
+/// Reads all lines.
 pub fn read(path: &Path) -> Result<Vec<LogLine>> {
     let bytes = std::fs::read(path).during(path.display())?;
     let mut lines = Vec::new();
     for raw in bytes.split_inclusive(|&b| b == b'\n') {
-        // The writer may be in the middle of its last line.
+        // The last line may be incomplete while the writer is running.
         if raw.ends_with(b"\n") {
             lines.push(parse(&raw[..raw.len() - 1])?);
         }
@@ -32,7 +32,7 @@ pub fn read(path: &Path) -> Result<Vec<LogLine>> {
     Ok(lines)
 }
 
-/// One line without its newline.
+/// Parses a line without its newline.
 pub fn parse(raw: &[u8]) -> Result<LogLine> {
     let mut parts = raw.splitn(4, |&b| b == b' ');
     let mut next = || {
@@ -67,7 +67,7 @@ pub fn parse(raw: &[u8]) -> Result<LogLine> {
     })
 }
 
-/// `2026-01-02T03:04:05.123456789Z` or with a numeric zone.
+/// Returns true for `2026-01-02T03:04:05.123456789Z` or the same with a numeric zone.
 fn is_time(text: &str) -> bool {
     let Some((date, rest)) = text.split_once('T') else {
         return false;
@@ -86,7 +86,7 @@ fn is_time(text: &str) -> bool {
         && nanos.bytes().all(|b| b.is_ascii_digit())
 }
 
-/// The bytes of one stream, joined.
+/// Returns the concatenated bytes of one stream.
 pub fn stream(lines: &[LogLine], name: &str) -> Vec<u8> {
     lines
         .iter()
@@ -100,7 +100,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn takes_a_line_and_refuses_others() {
+    fn parse_accepts_cri_lines_only() {
         let line = parse(b"2026-01-02T03:04:05.123456789Z stdout F a b").unwrap();
         assert_eq!(
             (line.stream.as_str(), line.content.as_slice()),

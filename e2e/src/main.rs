@@ -1,7 +1,7 @@
 //! boxlite-e2e: black-box tests, demo and bench of boxlite-cri on real VMs.
 //!
-//! It knows the product by its programs, its CRI socket, its configuration file and the file system, and shares no code
-//! with it: the CRI types are those of the crate k8s-cri. The whole program runs in namespaces of its own ([`enclave`]).
+//! Accesses the product by its programs, its CRI socket, its configuration file and the file system, and shares no code with
+//! it: the CRI types are those of the crate k8s-cri. The whole program runs in separate namespaces ([`namespaces`]).
 
 #![forbid(unsafe_code)]
 
@@ -10,106 +10,123 @@ mod cases;
 mod client;
 mod conformance;
 mod containerd;
+mod context;
 mod demo;
 mod disk;
-mod enclave;
 mod ext4;
+mod failure;
 mod image;
 mod install;
+mod junit;
 mod leak;
 mod lister;
 mod logs;
+mod namespaces;
 mod node;
 mod nri;
-mod outcome;
 mod pod;
+mod poll;
 mod process;
 mod runner;
 mod service;
 mod stream;
 #[cfg(test)]
 mod tidy;
-mod wait;
-mod world;
 
-use clap::{Parser, Subcommand};
-use enclave::Stage;
+use clap::{Args, Parser, Subcommand};
+use namespaces::Stage;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 #[derive(Parser)]
 #[command(about = "Black-box tests, demo and bench of boxlite-cri")]
-struct Args {
+struct Cli {
     #[command(subcommand)]
     command: Command,
+}
+
+/// Options of both suites.
+#[derive(Args)]
+struct SuiteOptions {
+    /// VMM, and the environment it needs.
+    #[arg(long, value_enum, default_value = "qemu")]
+    backend: context::Backend,
+    /// Run only the cases whose name contains this text.
+    #[arg(long, default_value = "")]
+    filter: String,
+    /// Write the results as JUnit XML into this directory.
+    #[arg(long, value_name = "DIRECTORY")]
+    junit: Option<PathBuf>,
+}
+
+impl SuiteOptions {
+    /// Returns the runner's options for a run with this title; the report is `<title>.xml`.
+    fn runner<'a>(&'a self, title: &'a str) -> runner::Options<'a> {
+        runner::Options {
+            title,
+            filter: &self.filter,
+            junit: self
+                .junit
+                .as_ref()
+                .map(|directory| directory.join(format!("e2e-{}.xml", title.replace(' ', "-")))),
+        }
+    }
 }
 
 #[derive(Subcommand)]
 enum Command {
     /// Shows a pod from pull to removal.
     Demo,
-    /// Runs the end-to-end suite in one home.
+    /// Runs the end-to-end suite.
     Test {
-        /// Which VMM.
-        #[arg(long, value_enum, default_value = "qemu")]
-        home: world::Home,
-        /// Only cases whose name contains this.
-        #[arg(long, default_value = "")]
-        filter: String,
-        /// Prints the names and ends.
+        #[command(flatten)]
+        suite: SuiteOptions,
+        /// Print the names of the cases and exit.
         #[arg(long)]
         list: bool,
     },
-    /// Runs the shim under a stock containerd.
+    /// Runs the shim's suite under a stock containerd.
     Containerd {
-        /// Which VMM.
-        #[arg(long, value_enum, default_value = "qemu")]
-        home: world::Home,
-        /// Which containerd; both if left out.
+        #[command(flatten)]
+        suite: SuiteOptions,
+        /// containerd version; 1.6 and 2 by default.
         #[arg(long, value_enum)]
         version: Option<containerd::Version>,
-        /// Only cases whose name contains this.
-        #[arg(long, default_value = "")]
-        filter: String,
     },
-    /// Ratios against a bare boot of the same VMM and kernel.
+    /// Measures pods against a bare boot of the same VMM and kernel.
     Bench,
-    /// Prints a tree as this kernel sees it. For use inside a guest.
+    /// Prints a directory tree as the running kernel sees it. Runs inside a guest.
     Tree {
-        /// Its directory.
-        directory: std::path::PathBuf,
+        /// Root of the tree.
+        directory: PathBuf,
     },
-    /// Is an NRI plugin, on standard input. Launched by a daemon.
+    /// Serves as an NRI plugin on standard input. Launched by a daemon.
     #[command(hide = true)]
     NriPlugin {
-        /// Where it leaves word.
-        notes: std::path::PathBuf,
+        /// Directory for the plugin's records.
+        notes: PathBuf,
     },
     /// Runs critest, the conformance suite of CRI runtimes.
     Conformance(conformance::Options),
 }
 
 fn main() -> ExitCode {
-    let args = Args::parse();
-    // What needs no enclave.
-    let done = match &args.command {
-        Command::Tree { directory } => Some(lister::run(directory)),
-        Command::NriPlugin { notes } => Some(nri_plugin(notes)),
-        _ => None,
-    };
-    if let Some(done) = done {
-        return match done {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(failure) => {
-                eprintln!("boxlite-e2e: {failure}");
-                ExitCode::FAILURE
+    let command = Cli::parse().command;
+    let result = match &command {
+        Command::Tree { directory } => lister::run(directory).map(|()| ExitCode::SUCCESS),
+        Command::NriPlugin { notes } => nri_plugin(notes).map(|()| ExitCode::SUCCESS),
+        Command::Test { list: true, .. } => {
+            for case in cases::all() {
+                println!("{}", case.name());
             }
-        };
-    }
-    let result = match Stage::current() {
-        Stage::Outside => enclave::enter(),
-        Stage::Init => enclave::reap(),
-        Stage::Inside => work(args),
+            Ok(ExitCode::SUCCESS)
+        }
+        _ => match Stage::current() {
+            Stage::Outside => namespaces::enter(),
+            Stage::Init => namespaces::reap(),
+            Stage::Inside => run(command),
+        },
     };
     result.unwrap_or_else(|failure| {
         eprintln!("boxlite-e2e: {failure}");
@@ -117,43 +134,36 @@ fn main() -> ExitCode {
     })
 }
 
-fn nri_plugin(notes: &std::path::Path) -> outcome::Result {
+fn nri_plugin(notes: &std::path::Path) -> failure::Result {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
     runtime.block_on(nri::launched(notes))
 }
 
-fn work(args: Args) -> outcome::Result<ExitCode> {
-    // reqwest is built without a TLS provider of its own choice.
+/// Runs a command that needs the namespaces.
+fn run(command: Command) -> failure::Result<ExitCode> {
+    // reqwest is built without a default TLS provider.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()?;
-    let good = match args.command {
+    let passed = match command {
         Command::Demo => runtime.block_on(demo::run())?,
         Command::Conformance(options) => runtime.block_on(conformance::run(&options))?,
         Command::Bench => runtime.block_on(bench::run())?,
-        // Needs no enclave; main has done it.
+        // Handled in `main`.
         Command::Tree { .. } | Command::NriPlugin { .. } => true,
-        Command::Containerd {
-            home,
-            version,
-            filter,
-        } => runtime.block_on(containerd::run(home, version, &filter))?,
-        Command::Test { list: true, .. } => {
-            for case in cases::all() {
-                println!("{}", case.name());
-            }
-            true
+        Command::Containerd { suite, version } => {
+            runtime.block_on(containerd::run(&suite, version))?
         }
-        Command::Test { home, filter, .. } => runtime.block_on(async {
-            let world = Arc::new(world::World::build(home).await?);
-            runner::run(&world, home.vmm(), &filter, cases::all()).await
+        Command::Test { suite, .. } => runtime.block_on(async {
+            let ctx = Arc::new(context::TestContext::build(suite.backend).await?);
+            runner::run(&ctx, &suite.runner(suite.backend.vmm()), cases::all()).await
         })?,
     };
-    Ok(if good {
+    Ok(if passed {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE

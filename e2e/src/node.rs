@@ -1,12 +1,13 @@
-//! [`Node`]: one boxlite-cri with roots, CNI and registry configuration of its own, and a client of it.
+//! [`Node`]: a boxlite-cri daemon with private root and state directories, CNI and registry configuration, and a CRI
+//! client.
 //!
-//! Starts, kills and restarts the daemon as an init system would; what runs in pods is [`crate::pod`]'s affair. Called by
-//! tests, demo and bench.
+//! Starts, kills and restarts the daemon as an init system would; [`crate::pod`] manages its pods. Used by tests, demo
+//! and bench.
 
 use crate::client::Cri;
 use crate::ensure;
+use crate::failure::Result;
 use crate::install::Install;
-use crate::outcome::Result;
 use crate::service::Service;
 use k8s_cri::v1::VersionRequest;
 use std::path::{Path, PathBuf};
@@ -14,36 +15,36 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 use tokio::process::Command;
 
-/// `host`, `server` (a URL) and an optional CA: one hosts.toml.
+/// Host, server URL and optional CA of a hosts.toml.
 pub type Mirror = (String, String, Option<PathBuf>);
 
-/// What differs between nodes.
+/// Options of a node.
 #[derive(Debug, Clone)]
 pub struct NodeOptions {
-    /// Short: its files lie below `<scratch>/<name>`.
+    /// Name of the directory below the scratch directory. Short, because socket paths are limited.
     pub name: String,
-    /// `auto`, `qemu`, `krun`.
+    /// `vmm` key: `auto`, `qemu` or `krun`.
     pub vmm: String,
-    /// Where images come from.
+    /// Registry mirrors.
     pub registries: Vec<Mirror>,
-    /// Whether there is a CNI configuration.
+    /// Whether to write a CNI configuration.
     pub network: bool,
-    /// Whether the default CNI plugin chain masquerades and maps host ports: both run iptables some ten times a pod.
+    /// Whether the default CNI plugin chain does masquerading and host ports: both run iptables about ten times per pod.
     pub iptables: bool,
-    /// Instead of the default CNI plugin chain.
+    /// Replacement for the default CNI plugin chain.
     pub cni_plugins: Option<serde_json::Value>,
-    /// More directories with CNI plugins, in front.
+    /// Additional directory of CNI plugins, searched first.
     pub cni_bin: Option<PathBuf>,
-    /// Seconds until a hanging plugin is killed.
+    /// CNI plugin timeout in seconds.
     pub cni_timeout: u32,
-    /// Instead of the installed agent.
+    /// Replacement for the installed agent.
     pub guest: Option<PathBuf>,
-    /// Seconds for one RunPodSandbox.
+    /// RunPodSandbox timeout in seconds.
     pub run_pod_seconds: u32,
 }
 
 impl NodeOptions {
-    /// The usual node of this name.
+    /// Returns the default options.
     pub fn new(name: &str, vmm: &str) -> Self {
         Self {
             name: name.into(),
@@ -60,13 +61,13 @@ impl NodeOptions {
     }
 }
 
-/// A node.
+/// A node under test.
 pub struct Node {
-    /// All its files.
+    /// Directory of all its files.
     pub dir: PathBuf,
-    /// CRI client.
+    /// CRI client of the daemon.
     pub cri: Cri,
-    /// `127.0.0.1:<port>` of the metrics page.
+    /// Address of the metrics page, `127.0.0.1:<port>`.
     pub metrics: String,
     program: PathBuf,
     service: Service,
@@ -82,7 +83,7 @@ impl Node {
         Ok(node)
     }
 
-    /// Writes the configuration only.
+    /// Writes the configuration without starting the daemon.
     pub fn prepare(scratch: &Path, install: &Install, options: &NodeOptions) -> Result<Self> {
         let dir = scratch.join(&options.name);
         let subnet = SUBNET.fetch_add(1, Ordering::Relaxed);
@@ -110,7 +111,8 @@ impl Node {
         })
     }
 
-    /// A node that somebody else's daemon serves at `<dir>/c.sock`: only its CRI client and its directory are of use.
+    /// Returns a node for another daemon that serves CRI at `<dir>/c.sock`. Only its CRI client and directory are
+    /// usable.
     pub fn foreign(dir: &Path) -> Result<Self> {
         Ok(Self {
             cri: Cri::lazy(&dir.join("c.sock"))?,
@@ -121,7 +123,7 @@ impl Node {
         })
     }
 
-    /// Runs the daemon and waits until it answers.
+    /// Starts the daemon and waits until it answers.
     pub async fn serve(&self) -> Result {
         let mut command = Command::new(&self.program);
         command
@@ -136,47 +138,47 @@ impl Node {
             .await
     }
 
-    /// kill -9 of the daemon alone, as a crash would.
+    /// Kills the daemon with SIGKILL, without its shims.
     pub async fn kill(&self) -> Result {
         self.service.kill().await
     }
 
-    /// SIGTERM and wait, as an upgrade would; pods go on.
+    /// Terminates the daemon with SIGTERM and waits, as an upgrade does; pods keep running.
     pub async fn terminate(&self) -> Result {
         self.service.terminate().await
     }
 
-    /// The daemon's CRI socket.
+    /// Returns the path of the CRI socket.
     pub fn socket(&self) -> PathBuf {
         self.dir.join("cri.sock")
     }
 
-    /// The daemon's process.
+    /// Returns the daemon's process.
     pub fn service(&self) -> &Service {
         &self.service
     }
 
-    /// The daemon's log.
+    /// Returns the path of the daemon's log.
     pub fn log(&self) -> PathBuf {
         self.service.log().to_owned()
     }
 
-    /// Its last lines.
+    /// Returns the last lines of the log.
     pub fn log_tail(&self, lines: usize) -> String {
         self.log_since(0, lines)
     }
 
-    /// The last lines of what was written behind `mark` bytes.
+    /// Returns the last lines written after `mark` bytes.
     pub fn log_since(&self, mark: usize, lines: usize) -> String {
         self.service.tail(mark, lines)
     }
 
-    /// Where IPAM keeps leases.
+    /// Returns the directory of the IPAM leases.
     pub fn leases(&self) -> PathBuf {
         self.dir.join("ipam/e2e")
     }
 
-    /// The Prometheus page.
+    /// Returns the Prometheus metrics page.
     pub async fn metrics_page(&self) -> Result<String> {
         let url = format!("http://{}/metrics", self.metrics);
         let client = reqwest::Client::builder()
@@ -193,7 +195,7 @@ impl Node {
     }
 }
 
-/// One `hosts.toml` below `dir` for each, in containerd's layout.
+/// Writes one `hosts.toml` per mirror below `dir`, in containerd's layout.
 pub fn write_mirrors(dir: &Path, mirrors: &[Mirror]) -> Result {
     for (host, server, ca) in mirrors {
         let at = dir.join(host);

@@ -1,11 +1,11 @@
-//! An NRI plugin that a test plays: it connects to a node's socket, writes down what it is told, and answers by a script. And
-//! one that the daemon launches itself: this very program, by [`launched`].
+//! NRI plugins: one run by a test, which connects to a node's socket, records its events and answers from a script, and
+//! one launched by the daemon: this program, through [`launched`].
 //!
-//! Its messages are written here by number, as far as the cases need them: a second opinion on the wire, like the CRI client's. What is
-//! right or wrong is the cases' to say.
+//! The message definitions are independent of the product's and cover only the fields that the cases need. The cases
+//! make the assertions.
 
-use crate::outcome::{During, Result};
-use crate::{ensure, wait};
+use crate::failure::{During, Result};
+use crate::{ensure, poll};
 use boxlite_sys::sync::Mutex;
 use prost::Message;
 use std::os::fd::AsFd;
@@ -17,11 +17,11 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
-/// Connections on the trunk.
+/// Connection id of the plugin service in the multiplexer.
 const PLUGIN: u32 = 1;
 const RUNTIME: u32 = 2;
-/// Time for a registration with synchronization.
-const JOIN: Duration = Duration::from_secs(30);
+/// Time limit for registration and synchronization.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(30);
 
 #[derive(Clone, PartialEq, Message)]
 struct Request {
@@ -65,14 +65,14 @@ struct Synchronize {
     containers: Vec<Object>,
 }
 
-/// ConfigureRequest, in part.
+/// Subset of ConfigureRequest.
 #[derive(Clone, PartialEq, Message)]
 struct Configure {
     #[prost(string, tag = "1")]
     config: String,
 }
 
-/// What every event has: a pod, perhaps a container.
+/// Common fields of all events: a pod and optionally a container.
 #[derive(Clone, PartialEq, Message)]
 struct Event {
     #[prost(message, optional, tag = "1")]
@@ -94,7 +94,7 @@ struct Created {
     adjust: Option<Adjust>,
 }
 
-/// LinuxContainerAdjustment, LinuxResources, LinuxMemory and OptionalInt64, in part.
+/// Subset of LinuxContainerAdjustment, LinuxResources, LinuxMemory and OptionalInt64.
 #[derive(Clone, PartialEq, Message)]
 pub struct Linux {
     #[prost(message, optional, tag = "2")]
@@ -119,7 +119,7 @@ pub struct Number {
     pub value: i64,
 }
 
-/// ContainerAdjustment, in part.
+/// Subset of ContainerAdjustment.
 #[derive(Clone, PartialEq, Message)]
 pub struct Adjust {
     #[prost(message, repeated, tag = "3")]
@@ -176,34 +176,34 @@ pub struct Rlimit {
     pub soft: u64,
 }
 
-/// What a plugin does with an event.
+/// Reaction of a plugin to an event.
 #[derive(Clone)]
 pub enum Reply {
-    /// Nothing against it.
+    /// Accept.
     Fine,
-    /// Says no.
+    /// Refuse with this error.
     Refuse(&'static str),
-    /// Never answers.
+    /// Never answer.
     Hang,
-    /// Wants the container so.
+    /// Adjust the container.
     Adjust(Adjust),
 }
 
 type Script<'a> = dyn Fn(&str) -> Reply + Send + Sync + 'a;
 
 #[derive(Default)]
-struct Seen {
-    /// `method id`, where the id is the container's or else the pod's.
+struct Recorded {
+    /// `method id`, with the id of the container or otherwise the pod.
     events: Vec<String>,
-    /// Ids of the synchronization; none before it.
+    /// Ids of the synchronization, `None` before it.
     present: Option<Vec<String>>,
-    /// Its configuration file.
+    /// Content of its configuration file.
     config: String,
 }
 
-/// A plugin that is in.
+/// A registered plugin.
 pub struct Plugin {
-    seen: Arc<Mutex<Seen>>,
+    seen: Arc<Mutex<Recorded>>,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -214,7 +214,7 @@ impl Drop for Plugin {
 }
 
 impl Plugin {
-    /// Connects and waits until it was synchronized.
+    /// Connects and waits until the plugin is synchronized.
     pub async fn join(
         socket: &Path,
         index: &str,
@@ -223,14 +223,14 @@ impl Plugin {
     ) -> Result<Self> {
         let mut stream = UnixStream::connect(socket).await.during(socket.display())?;
         register(&mut stream, index, name).await?;
-        let seen = Arc::new(Mutex::new(Seen::default()));
+        let seen = Arc::new(Mutex::new(Recorded::default()));
         let task = tokio::spawn({
             let seen = seen.clone();
-            // Its end is the connection's; what is missing then is seen by the case.
+            // Ends with the connection; the case detects missing events.
             async move { drop(serve(stream, &seen, &script).await) }
         });
         let plugin = Self { seen, task };
-        wait::until("the plugin is synchronized", JOIN, || async {
+        poll::until("the plugin is synchronized", JOIN_TIMEOUT, || async {
             ensure!(plugin.lock().present.is_some(), "not yet");
             Ok(())
         })
@@ -238,11 +238,11 @@ impl Plugin {
         Ok(plugin)
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Seen> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Recorded> {
         self.seen.lock()
     }
 
-    /// Methods of the events of these ids, in order.
+    /// Returns the methods of the events with these ids, in order.
     pub fn events(&self, ids: &[&str]) -> Vec<String> {
         let about = |entry: &&String| ids.iter().any(|id| entry.ends_with(*id));
         let method = |entry: &String| entry.split(' ').next().unwrap_or_default().to_owned();
@@ -254,7 +254,7 @@ impl Plugin {
             .collect()
     }
 
-    /// What was there when it came.
+    /// Returns the ids received in the synchronization.
     pub fn present(&self) -> Vec<String> {
         self.lock().present.clone().unwrap_or_default()
     }
@@ -273,7 +273,7 @@ async fn register(stream: &mut UnixStream, index: &str, name: &str) -> Result {
     send(stream, RUNTIME, 1, 1, &request.encode_to_vec()).await
 }
 
-/// Puts a program into `plugins` that the daemon launches as the plugin `NN-name`; it leaves word in `notes`.
+/// Installs a program in `plugins` that the daemon launches as the plugin `NN-name`. It writes its records to `notes`.
 pub fn install(plugins: &Path, full_name: &str, notes: &Path) -> Result {
     std::fs::create_dir_all(plugins)?;
     std::fs::create_dir_all(notes)?;
@@ -287,8 +287,9 @@ pub fn install(plugins: &Path, full_name: &str, notes: &Path) -> Result {
     Ok(())
 }
 
-/// What such a program does: it registers by its environment on its standard input, sets the variable `<NAME>` of each container
-/// to its configuration, and writes its pid, what was present, and every event into files of `notes`. Ends with the connection.
+/// Runs the launched plugin: registers by its environment on its standard input, sets the variable `<NAME>` of each
+/// container to its configuration, and writes its pid, the synchronized ids and every event to files in `notes`. Ends
+/// with the connection.
 pub async fn launched(notes: &Path) -> Result {
     let (index, name) = (
         std::env::var("NRI_PLUGIN_IDX")?,
@@ -299,11 +300,11 @@ pub async fn launched(notes: &Path) -> Result {
     let mut stream = UnixStream::from_std(socket)?;
     register(&mut stream, &index, &name).await?;
     std::fs::write(notes.join("pid"), std::process::id().to_string())?;
-    let seen = Mutex::new(Seen::default());
+    let seen = Mutex::new(Recorded::default());
     let script = |method: &str| {
         let seen = seen.lock();
         let present = seen.present.clone().unwrap_or_default().join("\n");
-        // Whoever waits for a file finds it whole, or finds no plugin.
+        // Errors are ignored: the case then finds no record of the plugin.
         let _ = std::fs::write(notes.join("events"), seen.events.join("\n"));
         let _ = std::fs::write(notes.join("present"), format!("{present}\n"));
         match method {
@@ -320,10 +321,10 @@ pub async fn launched(notes: &Path) -> Result {
     serve(stream, &seen, &script).await
 }
 
-async fn serve(mut stream: UnixStream, seen: &Mutex<Seen>, script: &Script<'_>) -> Result {
+async fn serve(mut stream: UnixStream, seen: &Mutex<Recorded>, script: &Script<'_>) -> Result {
     let (mut connection, mut bytes) = (0, Vec::new());
     loop {
-        // The runtime begins each message with a frame of its own and sends one message at a time.
+        // The runtime sends each message in a separate frame, one at a time.
         while bytes.len() < 10 || bytes.len() < 10 + number(&bytes) {
             let mut header = [0; 8];
             stream.read_exact(&mut header).await?;
@@ -338,7 +339,7 @@ async fn serve(mut stream: UnixStream, seen: &Mutex<Seen>, script: &Script<'_>) 
         }
         let id = u32::from_be_bytes([message[4], message[5], message[6], message[7]]);
         let request = Request::decode(&message[10..])?;
-        let reply = heard(&request, seen, script)?;
+        let reply = handle(&request, seen, script)?;
         let response = match reply {
             Reply::Hang => continue,
             Reply::Fine => Response::default(),
@@ -361,7 +362,7 @@ async fn serve(mut stream: UnixStream, seen: &Mutex<Seen>, script: &Script<'_>) 
     }
 }
 
-fn heard(request: &Request, seen: &Mutex<Seen>, script: &Script<'_>) -> Result<Reply> {
+fn handle(request: &Request, seen: &Mutex<Recorded>, script: &Script<'_>) -> Result<Reply> {
     let mut seen = seen.lock();
     match &*request.method {
         "Configure" => {
@@ -385,7 +386,7 @@ fn heard(request: &Request, seen: &Mutex<Seen>, script: &Script<'_>) -> Result<R
     }
 }
 
-/// The four bytes at the start.
+/// Returns the length in the first four bytes.
 fn number(bytes: &[u8]) -> usize {
     u32::from_be_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]) as usize
 }

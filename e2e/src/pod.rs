@@ -1,13 +1,12 @@
-//! [`Pod`] and [`Container`]: the calls a kubelet makes, under names that let a test read as prose.
+//! [`Pod`] and [`Container`]: a kubelet's calls under names that make tests readable.
 //!
-//! [`PodSpec`] and [`ContainerSpec`] hold CRI messages to be changed at will before use. No judgement here beyond "the call
-//! succeeded".
+//! The specs are CRI messages that tests modify before use. The only assertion here is that calls succeed.
 
 use crate::client::{answer, within};
+use crate::failure::Result;
 use crate::node::Node;
-use crate::outcome::Result;
+use crate::poll;
 use crate::stream::Streams;
-use crate::wait;
 use k8s_cri::v1::*;
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -17,13 +16,13 @@ use std::time::Duration;
 
 static SERIAL: AtomicU32 = AtomicU32::new(1);
 
-/// Deadline of a call that may boot a VM: a kubelet's is 4 minutes.
-pub const LONG: Duration = Duration::from_secs(120);
+/// Deadline of calls that may boot a VM; a kubelet's is 4 minutes.
+pub const LONG_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// Host name of the pod that cases share (see [`crate::world::World::pod`]).
-pub const COMMON: &str = "common";
+/// Hostname of the shared pod (see [`crate::context::TestContext::shared_pod`]).
+pub const SHARED_POD: &str = "common";
 
-/// A sandbox configuration under construction.
+/// Returns a sandbox configuration.
 pub fn pod_spec(node: &Node, name: &str) -> PodSandboxConfig {
     let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
     PodSandboxConfig {
@@ -48,15 +47,16 @@ pub fn pod_spec(node: &Node, name: &str) -> PodSandboxConfig {
     }
 }
 
-/// In the emulated KVM host QEMU translates a guest's program for each address it runs at: processes at random ones make a
-/// machine that has seen some thousands of them ever slower. (VmmKind::Qemu sees to that by itself.)
+/// Returns the sysctls of a pod. In the emulated KVM host QEMU translates a guest's program once per load address:
+/// random addresses make a machine slower and slower after some thousands of processes. (VmmKind::Qemu handles that
+/// itself.)
 fn sysctls() -> HashMap<String, String> {
-    let emulated = std::env::var_os("BOXLITE_HOME_KIND").is_some_and(|kind| kind == "kvmhost");
+    let emulated = std::env::var_os("BOXLITE_KVMHOST").is_some();
     let one = ("kernel.randomize_va_space".to_owned(), "0".to_owned());
     emulated.then_some(one).into_iter().collect()
 }
 
-/// A container configuration under construction: `argv` in `image`, log file `<name>.log`.
+/// Returns a container configuration: `argv` in `image`, log file `<name>.log`.
 pub fn container_spec(name: &str, image: &str, argv: &[&str]) -> ContainerConfig {
     ContainerConfig {
         metadata: Some(ContainerMetadata {
@@ -70,7 +70,7 @@ pub fn container_spec(name: &str, image: &str, argv: &[&str]) -> ContainerConfig
         command: argv.iter().map(|&a| a.to_owned()).collect(),
         log_path: format!("{name}.log"),
         labels: [("e2e".to_owned(), name.to_owned())].into(),
-        // A kubelet always says which PID namespace; left out it would mean the pod's.
+        // A kubelet always sets the PID namespace mode; the default would be the pod's.
         linux: Some(LinuxContainerConfig {
             security_context: Some(LinuxContainerSecurityContext {
                 namespace_options: Some(NamespaceOption {
@@ -85,26 +85,26 @@ pub fn container_spec(name: &str, image: &str, argv: &[&str]) -> ContainerConfig
     }
 }
 
-/// A sandbox that runs.
+/// A running sandbox.
 #[derive(Clone)]
 pub struct Pod {
-    /// Whose.
+    /// Node of the sandbox.
     pub node: Arc<Node>,
     /// Sandbox id.
     pub id: String,
-    /// As it was asked for.
+    /// Requested configuration.
     pub config: PodSandboxConfig,
 }
 
 impl Pod {
-    /// RunPodSandbox with the usual configuration.
+    /// Calls RunPodSandbox with the default configuration.
     pub async fn run(node: &Arc<Node>, name: &str) -> Result<Self> {
         Self::run_with(node, pod_spec(node, name)).await
     }
 
-    /// RunPodSandbox.
+    /// Calls RunPodSandbox.
     pub async fn run_with(node: &Arc<Node>, config: PodSandboxConfig) -> Result<Self> {
-        // Log directories are the kubelet's to make, before each call.
+        // The kubelet creates log directories before each call.
         std::fs::create_dir_all(&config.log_directory)?;
         let request = RunPodSandboxRequest {
             config: Some(config.clone()),
@@ -114,7 +114,7 @@ impl Pod {
             "RunPodSandbox",
             node.cri
                 .runtime()
-                .run_pod_sandbox(within(LONG, request))
+                .run_pod_sandbox(within(LONG_TIMEOUT, request))
                 .await,
         )?
         .pod_sandbox_id;
@@ -125,12 +125,12 @@ impl Pod {
         })
     }
 
-    /// CreateContainer with the usual configuration.
+    /// Calls CreateContainer with the default configuration.
     pub async fn create(&self, name: &str, image: &str, argv: &[&str]) -> Result<Container> {
         self.create_with(container_spec(name, image, argv)).await
     }
 
-    /// CreateContainer.
+    /// Calls CreateContainer.
     pub async fn create_with(&self, config: ContainerConfig) -> Result<Container> {
         let log = PathBuf::from(&self.config.log_directory).join(&config.log_path);
         if let Some(dir) = log.parent() {
@@ -146,7 +146,7 @@ impl Pod {
             self.node
                 .cri
                 .runtime()
-                .create_container(within(LONG, request))
+                .create_container(within(LONG_TIMEOUT, request))
                 .await,
         )?
         .container_id;
@@ -157,25 +157,25 @@ impl Pod {
         })
     }
 
-    /// CreateContainer and StartContainer.
+    /// Calls CreateContainer and StartContainer with the default configuration.
     pub async fn start(&self, name: &str, image: &str, argv: &[&str]) -> Result<Container> {
         self.start_with(container_spec(name, image, argv)).await
     }
 
-    /// CreateContainer and StartContainer.
+    /// Calls CreateContainer and StartContainer.
     pub async fn start_with(&self, config: ContainerConfig) -> Result<Container> {
         let container = self.create_with(config).await?;
         container.start().await?;
         Ok(container)
     }
 
-    /// Runs `sh -c script` to its end and gives what it printed; its exit code must be 0.
+    /// Runs `sh -c script` to completion and returns its output. Fails unless it exits with 0.
     pub async fn sh(&self, image: &str, script: &str) -> Result<String> {
         let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
         let container = self
             .start(&format!("sh{serial}"), image, &["sh", "-c", script])
             .await?;
-        let status = container.exited(LONG).await?;
+        let status = container.exited(LONG_TIMEOUT).await?;
         let output = container.output()?;
         crate::ensure!(
             status.exit_code == 0,
@@ -186,12 +186,12 @@ impl Pod {
         Ok(output)
     }
 
-    /// PodSandboxStatus.
+    /// Calls PodSandboxStatus.
     pub async fn status(&self) -> Result<PodSandboxStatus> {
         Ok(self.status_verbose(false).await?.status.unwrap_or_default())
     }
 
-    /// PodSandboxStatus, whole.
+    /// Calls PodSandboxStatus and returns the whole response.
     pub async fn status_verbose(&self, verbose: bool) -> Result<PodSandboxStatusResponse> {
         let request = PodSandboxStatusRequest {
             pod_sandbox_id: self.id.clone(),
@@ -202,17 +202,17 @@ impl Pod {
             self.node
                 .cri
                 .runtime()
-                .pod_sandbox_status(within(LONG, request))
+                .pod_sandbox_status(within(LONG_TIMEOUT, request))
                 .await,
         )
     }
 
-    /// The pod's first address.
+    /// Returns the pod's first address.
     pub async fn ip(&self) -> Result<String> {
         Ok(self.status().await?.network.unwrap_or_default().ip)
     }
 
-    /// StopPodSandbox.
+    /// Calls StopPodSandbox.
     pub async fn stop(&self) -> Result {
         let request = StopPodSandboxRequest {
             pod_sandbox_id: self.id.clone(),
@@ -222,13 +222,13 @@ impl Pod {
             self.node
                 .cri
                 .runtime()
-                .stop_pod_sandbox(within(LONG, request))
+                .stop_pod_sandbox(within(LONG_TIMEOUT, request))
                 .await,
         )?;
         Ok(())
     }
 
-    /// RemovePodSandbox.
+    /// Calls RemovePodSandbox.
     pub async fn remove(&self) -> Result {
         let request = RemovePodSandboxRequest {
             pod_sandbox_id: self.id.clone(),
@@ -238,15 +238,15 @@ impl Pod {
             self.node
                 .cri
                 .runtime()
-                .remove_pod_sandbox(within(LONG, request))
+                .remove_pod_sandbox(within(LONG_TIMEOUT, request))
                 .await,
         )?;
         Ok(())
     }
 
-    /// StopPodSandbox and RemovePodSandbox. The pod that cases share stays, without containers.
+    /// Calls StopPodSandbox and RemovePodSandbox. The shared pod is kept, without containers.
     pub async fn end(&self) -> Result {
-        if self.config.hostname == COMMON {
+        if self.config.hostname == SHARED_POD {
             return self.empty().await;
         }
         self.stop().await?;
@@ -267,29 +267,29 @@ impl Pod {
             let request = RemoveContainerRequest {
                 container_id: container.id,
             };
-            let removed = client.remove_container(within(LONG, request)).await;
+            let removed = client.remove_container(within(LONG_TIMEOUT, request)).await;
             answer("RemoveContainer", removed)?;
         }
-        // As a kubelet does. A log that is still there would be appended to.
+        // As a kubelet does; an existing log would be appended to.
         std::fs::remove_dir_all(&self.config.log_directory)?;
         std::fs::create_dir_all(&self.config.log_directory)?;
         Ok(())
     }
 }
 
-/// A container.
+/// A container of a pod.
 #[derive(Clone)]
 pub struct Container {
-    /// Of this pod.
+    /// Pod of the container.
     pub pod: Pod,
     /// Container id.
     pub id: String,
-    /// As it was asked for.
+    /// Requested configuration.
     pub config: ContainerConfig,
 }
 
 impl Container {
-    /// StartContainer.
+    /// Calls StartContainer.
     pub async fn start(&self) -> Result {
         let request = StartContainerRequest {
             container_id: self.id.clone(),
@@ -300,13 +300,13 @@ impl Container {
                 .node
                 .cri
                 .runtime()
-                .start_container(within(LONG, request))
+                .start_container(within(LONG_TIMEOUT, request))
                 .await,
         )?;
         Ok(())
     }
 
-    /// StopContainer with so many seconds of grace.
+    /// Calls StopContainer with a grace period in seconds.
     pub async fn stop(&self, grace: i64) -> Result {
         let request = StopContainerRequest {
             container_id: self.id.clone(),
@@ -318,13 +318,13 @@ impl Container {
                 .node
                 .cri
                 .runtime()
-                .stop_container(within(LONG, request))
+                .stop_container(within(LONG_TIMEOUT, request))
                 .await,
         )?;
         Ok(())
     }
 
-    /// RemoveContainer.
+    /// Calls RemoveContainer.
     pub async fn remove(&self) -> Result {
         let request = RemoveContainerRequest {
             container_id: self.id.clone(),
@@ -335,13 +335,13 @@ impl Container {
                 .node
                 .cri
                 .runtime()
-                .remove_container(within(LONG, request))
+                .remove_container(within(LONG_TIMEOUT, request))
                 .await,
         )?;
         Ok(())
     }
 
-    /// ContainerStatus.
+    /// Calls ContainerStatus.
     pub async fn status(&self) -> Result<ContainerStatus> {
         let request = ContainerStatusRequest {
             container_id: self.id.clone(),
@@ -353,7 +353,7 @@ impl Container {
                 .node
                 .cri
                 .runtime()
-                .container_status(within(LONG, request))
+                .container_status(within(LONG_TIMEOUT, request))
                 .await,
         )?;
         Ok(response.status.unwrap_or_default())
@@ -361,7 +361,7 @@ impl Container {
 
     /// Waits for EXITED.
     pub async fn exited(&self, limit: Duration) -> Result<ContainerStatus> {
-        wait::until("the container is EXITED", limit, || async {
+        poll::until("the container is EXITED", limit, || async {
             let status = self.status().await?;
             crate::ensure!(
                 status.state() == ContainerState::ContainerExited,
@@ -373,12 +373,12 @@ impl Container {
         .await
     }
 
-    /// ExecSync without a timeout of its own.
+    /// Calls ExecSync without a timeout.
     pub async fn exec(&self, argv: &[&str]) -> Result<ExecSyncResponse> {
         answer(&format!("ExecSync {argv:?}"), self.exec_raw(argv, 0).await)
     }
 
-    /// ExecSync: standard output of a command that must succeed.
+    /// Calls ExecSync and returns the standard output. Fails unless the command exits with 0.
     pub async fn out(&self, argv: &[&str]) -> Result<String> {
         let response = self.exec(argv).await?;
         let text = String::from_utf8_lossy(&response.stdout).into_owned();
@@ -391,7 +391,7 @@ impl Container {
         Ok(text)
     }
 
-    /// ExecSync with a timeout in seconds; the bare answer.
+    /// Calls ExecSync with a timeout in seconds and returns the gRPC result.
     pub async fn exec_raw(
         &self,
         argv: &[&str],
@@ -406,11 +406,11 @@ impl Container {
             .node
             .cri
             .runtime()
-            .exec_sync(within(LONG, request))
+            .exec_sync(within(LONG_TIMEOUT, request))
             .await
     }
 
-    /// ContainerStats.
+    /// Calls ContainerStats.
     pub async fn stats(&self) -> Result<ContainerStats> {
         let request = ContainerStatsRequest {
             container_id: self.id.clone(),
@@ -421,13 +421,13 @@ impl Container {
                 .node
                 .cri
                 .runtime()
-                .container_stats(within(LONG, request))
+                .container_stats(within(LONG_TIMEOUT, request))
                 .await,
         )?;
         Ok(response.stats.unwrap_or_default())
     }
 
-    /// Exec: the URL to connect to.
+    /// Calls Exec and returns the URL.
     pub async fn exec_url(&self, argv: &[&str], streams: Streams) -> Result<String> {
         let request = ExecRequest {
             container_id: self.id.clone(),
@@ -440,12 +440,12 @@ impl Container {
         Ok(answer("Exec", self.pod.node.cri.runtime().exec(request).await)?.url)
     }
 
-    /// The log file.
+    /// Returns the path of the log file.
     pub fn log(&self) -> PathBuf {
         PathBuf::from(&self.pod.config.log_directory).join(&self.config.log_path)
     }
 
-    /// What it printed on both streams so far, out of the log file.
+    /// Returns the output on both streams so far, from the log file.
     pub fn output(&self) -> Result<String> {
         Ok(crate::logs::read(&self.log())?
             .iter()
@@ -453,9 +453,9 @@ impl Container {
             .collect())
     }
 
-    /// Waits until the log holds this text.
+    /// Waits until the log contains this text.
     pub async fn printed(&self, text: &str, limit: Duration) -> Result {
-        wait::until(&format!("the log has {text:?}"), limit, || async {
+        poll::until(&format!("the log has {text:?}"), limit, || async {
             let output = self.output()?;
             crate::ensure!(output.contains(text), "{output:?}");
             Ok(())
@@ -464,12 +464,12 @@ impl Container {
     }
 }
 
-/// PullImage; gives the image reference that CRI answers.
+/// Calls PullImage and returns the image reference.
 pub async fn pull(node: &Node, reference: &str) -> Result<String> {
     pull_with(node, reference, None).await
 }
 
-/// PullImage with credentials.
+/// Calls PullImage with credentials.
 pub async fn pull_with(node: &Node, reference: &str, auth: Option<AuthConfig>) -> Result<String> {
     let request = PullImageRequest {
         image: Some(ImageSpec {
@@ -481,7 +481,10 @@ pub async fn pull_with(node: &Node, reference: &str, auth: Option<AuthConfig>) -
     };
     Ok(answer(
         &format!("PullImage {reference}"),
-        node.cri.image().pull_image(within(LONG, request)).await,
+        node.cri
+            .image()
+            .pull_image(within(LONG_TIMEOUT, request))
+            .await,
     )?
     .image_ref)
 }

@@ -1,11 +1,11 @@
-//! Processes of a pod as the kernel shows them in /proc: the shim, what runs below it, and how much memory that is.
+//! Processes of a pod in /proc: the shim, its descendants, and their memory.
 //!
-//! Knows the product by process names and command lines only.
+//! Identifies the product by process names and command lines only.
 
 use crate::bail;
-use crate::outcome::Result;
+use crate::failure::Result;
 
-/// Process ids whose command line or name holds all of the words, in this PID namespace.
+/// Returns the pids in this PID namespace whose command line or name contains all of the words.
 pub fn pids(words: &[&str]) -> Result<Vec<i32>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc")? {
@@ -28,7 +28,7 @@ pub fn pids(words: &[&str]) -> Result<Vec<i32>> {
     Ok(found)
 }
 
-/// Process ids of the shim of a pod and of everything below it.
+/// Returns the pids of a pod's shim and its descendants.
 pub fn family(id: &str) -> Result<(i32, Vec<i32>)> {
     let shims = pids(&["containerd-shim", id])?;
     let parent = |pid: i32| -> Option<i32> {
@@ -57,7 +57,7 @@ pub fn family(id: &str) -> Result<(i32, Vec<i32>)> {
     }
 }
 
-/// SIGKILL.
+/// Sends SIGKILL.
 pub fn kill(pid: i32) -> Result {
     Ok(nix::sys::signal::kill(
         nix::unistd::Pid::from_raw(pid),
@@ -65,7 +65,7 @@ pub fn kill(pid: i32) -> Result {
     )?)
 }
 
-/// Resident pages; the VMM has the most.
+/// Returns the resident pages of a process. The VMM has the most.
 pub fn rss(pid: i32) -> u64 {
     let text = std::fs::read_to_string(format!("/proc/{pid}/statm")).unwrap_or_default();
     text.split(' ')
@@ -74,7 +74,7 @@ pub fn rss(pid: i32) -> u64 {
         .unwrap_or_default()
 }
 
-/// Proportional set size in KiB.
+/// Returns the proportional set size in KiB.
 pub fn pss(pid: i32) -> u64 {
     let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
     let line = text.lines().find_map(|l| l.strip_prefix("Pss:"));

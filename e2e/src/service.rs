@@ -1,23 +1,24 @@
-//! [`Service`]: the process of a daemon under test: started with its output in a log, waited for until it answers, ended.
+//! [`Service`]: process of a daemon under test: starts it with its output in a log, waits until it answers, and ends it.
 //!
-//! What is run, and what an answer is, its user says: [`crate::node`] boxlite-cri, [`crate::containerd`] a containerd.
+//! The user defines the command and the readiness check: [`crate::node`] for boxlite-cri, [`crate::containerd`] for
+//! containerd.
 
-use crate::outcome::{During, Failure, Result};
-use crate::{ensure, wait};
+use crate::failure::{During, Failure, Result};
+use crate::{ensure, poll};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 use tokio::process::{Child, Command};
 use tokio::sync::Mutex;
 
-/// Longest time until a daemon answers; boxlite-cri probes the VMM first.
-const START: Duration = Duration::from_secs(60);
-/// Longest orderly end.
-const TERM: Duration = Duration::from_secs(20);
-/// Lines of the log that are shown of a daemon that ended.
-const TAIL: usize = 20;
+/// Time limit until a daemon answers; boxlite-cri probes the VMM first.
+const START_TIMEOUT: Duration = Duration::from_secs(60);
+/// Time limit for an orderly shutdown.
+const TERMINATION_TIMEOUT: Duration = Duration::from_secs(20);
+/// Lines of the log in the error for a daemon that ended.
+const TAIL_LINES: usize = 20;
 
-/// See the module. Dropped, it kills the process.
+/// A daemon's process, killed on drop.
 pub struct Service {
     name: &'static str,
     log: PathBuf,
@@ -25,7 +26,7 @@ pub struct Service {
 }
 
 impl Service {
-    /// Nothing runs yet.
+    /// Creates a service without starting it.
     pub fn new(name: &'static str, log: PathBuf) -> Self {
         Self {
             name,
@@ -34,7 +35,7 @@ impl Service {
         }
     }
 
-    /// Runs it and waits until `ask` succeeds.
+    /// Starts the process and waits until `ask` succeeds.
     pub async fn start<F, Fut>(&self, mut command: Command, ask: F) -> Result
     where
         F: Fn() -> Fut,
@@ -52,12 +53,12 @@ impl Service {
             .spawn()
             .during(self.name)?;
         *self.process.lock().await = Some(child);
-        // A daemon that ended will never answer: its death is a result of the wait, not a reason to go on.
-        wait::until(&format!("{} answers", self.name), START, || async {
+        // A daemon that ended never answers, so its exit ends the wait.
+        poll::until(&format!("{} answers", self.name), START_TIMEOUT, || async {
             if let Some(child) = self.process.lock().await.as_mut()
                 && child.try_wait()?.is_some()
             {
-                let text = format!("{} ended:\n{}", self.name, self.tail(0, TAIL));
+                let text = format!("{} ended:\n{}", self.name, self.tail(0, TAIL_LINES));
                 return Ok(Err(Failure(text)));
             }
             ask().await?;
@@ -66,7 +67,7 @@ impl Service {
         .await?
     }
 
-    /// kill -9 of the daemon alone, as a crash would.
+    /// Kills the daemon with SIGKILL, as a crash would.
     pub async fn kill(&self) -> Result {
         if let Some(mut child) = self.process.lock().await.take() {
             child.start_kill()?;
@@ -75,37 +76,37 @@ impl Service {
         Ok(())
     }
 
-    /// SIGTERM and wait, as an upgrade would; it must end with 0.
+    /// Terminates the daemon with SIGTERM and waits, as an upgrade does; it must exit with 0.
     pub async fn terminate(&self) -> Result {
         if let Some(mut child) = self.process.lock().await.take() {
             if let Some(pid) = child.id() {
                 let pid = nix::unistd::Pid::from_raw(i32::try_from(pid)?);
                 nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?;
             }
-            let status = tokio::time::timeout(TERM, child.wait())
+            let status = tokio::time::timeout(TERMINATION_TIMEOUT, child.wait())
                 .await
                 .during("SIGTERM")??;
             ensure!(
                 status.success(),
                 "after SIGTERM {} ended with {status}:\n{}",
                 self.name,
-                self.tail(0, TAIL)
+                self.tail(0, TAIL_LINES)
             );
         }
         Ok(())
     }
 
-    /// Its log.
+    /// Returns the path of the log.
     pub fn log(&self) -> &Path {
         &self.log
     }
 
-    /// The log's length in bytes.
+    /// Returns the length of the log in bytes.
     pub fn length(&self) -> usize {
         std::fs::read(&self.log).map_or(0, |bytes| bytes.len())
     }
 
-    /// The last lines of what was written behind `mark` bytes.
+    /// Returns the last lines written after `mark` bytes.
     pub fn tail(&self, mark: usize, lines: usize) -> String {
         let bytes = std::fs::read(&self.log).unwrap_or_default();
         let text = String::from_utf8_lossy(&bytes[mark.min(bytes.len())..]);

@@ -1,11 +1,12 @@
-//! Bad input of every kind: the error names the thing, what had been done is undone, the daemon is well.
+//! Invalid input: the error names the object, partial work is undone, and the daemon stays healthy.
 
+use crate::case;
 use crate::client::answer;
+use crate::failure::Result;
 use crate::node::{Node, NodeOptions};
-use crate::outcome::Result;
 use crate::pod::{Pod, container_spec, pod_spec};
-use crate::runner::{Case, Shared, case};
-use crate::{ensure, same, wait};
+use crate::runner::{Case, Context};
+use crate::{ensure, poll, same};
 use k8s_cri::v1::*;
 use serde_json::json;
 use std::os::unix::fs::PermissionsExt;
@@ -13,22 +14,22 @@ use std::time::{Duration, Instant};
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("bad::missing_host_path", 60, missing_host_path),
-        case("bad::unknown_runtime_handler", 30, unknown_handler),
-        case("bad::requests_without_their_parts", 60, incomplete_requests),
-        case("bad::no_cni_configuration", 60, no_network),
-        case("bad::cni_plugin_that_fails", 60, failing_plugin),
-        case("bad::cni_plugin_that_hangs", 90, hanging_plugin),
-        case("bad::guest_that_never_gets_ready", 120, silent_guest),
-        case("bad::program_that_is_not_there", 60, missing_program),
-        case("bad::config_file_with_an_unknown_key", 30, unknown_key),
+        case!(missing_host_path_is_refused, 60),
+        case!(unknown_runtime_handler_is_refused, 30),
+        case!(incomplete_requests_are_refused, 60),
+        case!(missing_cni_configuration_is_reported, 60),
+        case!(failing_cni_plugin_leaves_nothing_behind, 60),
+        case!(hanging_cni_plugin_is_killed, 90),
+        case!(silent_guest_times_out_with_its_console, 120),
+        case!(missing_program_is_reported_by_name, 60),
+        case!(unknown_config_key_is_refused, 30),
     ]
 }
 
-/// The failure's text must hold all of these (any of those between `|`).
-pub fn says<T: std::fmt::Debug>(outcome: &Result<T>, words: &[&str]) -> Result {
+/// Fails unless the error contains all of these words (any of those separated by `|`).
+pub fn expect_error<T: std::fmt::Debug>(outcome: &Result<T>, words: &[&str]) -> Result {
     let Err(failure) = outcome else {
-        crate::bail!("no error but {outcome:?}")
+        crate::bail!("expected an error, got {outcome:?}")
     };
     let text = failure.0.to_lowercase();
     for word in words {
@@ -38,18 +39,18 @@ pub fn says<T: std::fmt::Debug>(outcome: &Result<T>, words: &[&str]) -> Result {
     Ok(())
 }
 
-async fn missing_host_path(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "nopath").await?;
-    let mut config = container_spec("c", &world.images.base, &["true"]);
+async fn missing_host_path_is_refused(ctx: Context) -> Result {
+    let pod = Pod::run(&ctx.node, "nopath").await?;
+    let mut config = container_spec("c", &ctx.images.base, &["true"]);
     config.mounts = vec![Mount {
         host_path: "/no/such/path/on/the/host".into(),
         container_path: "/x".into(),
         ..Default::default()
     }];
     let outcome = async { pod.start_with(config.clone()).await.map(drop) }.await;
-    says(&outcome, &["/no/such/path/on/the/host"])?;
+    expect_error(&outcome, &["/no/such/path/on/the/host"])?;
     let list = ListContainersRequest::default();
-    let left = world
+    let left = ctx
         .node
         .cri
         .runtime()
@@ -66,30 +67,30 @@ async fn missing_host_path(world: Shared) -> Result {
     if left.is_empty() {
         pod.start_with(config)
             .await?
-            .exited(world.patience(20))
+            .exited(ctx.patience(20))
             .await?;
     }
     pod.end().await
 }
 
-async fn unknown_handler(world: Shared) -> Result {
+async fn unknown_runtime_handler_is_refused(ctx: Context) -> Result {
     let request = RunPodSandboxRequest {
-        config: Some(pod_spec(&world.node, "handler")),
+        config: Some(pod_spec(&ctx.node, "handler")),
         runtime_handler: "gvisor".into(),
     };
     let outcome = answer(
         "RunPodSandbox",
-        world.node.cri.runtime().run_pod_sandbox(request).await,
+        ctx.node.cri.runtime().run_pod_sandbox(request).await,
     )
     .map(drop);
-    says(&outcome, &["gvisor", "handler"])?;
-    let left = world.pods(PodSandboxFilter::default()).await?;
+    expect_error(&outcome, &["gvisor", "handler"])?;
+    let left = ctx.pods(PodSandboxFilter::default()).await?;
     same!(left.len(), 0, "pods");
     Ok(())
 }
 
-async fn incomplete_requests(world: Shared) -> Result {
-    let mut client = world.node.cri.runtime();
+async fn incomplete_requests_are_refused(ctx: Context) -> Result {
+    let mut client = ctx.node.cri.runtime();
     let code = |s: std::result::Result<(), tonic::Status>| s.err().map(|s| s.code());
     let invalid = Some(tonic::Code::InvalidArgument);
     same!(
@@ -113,8 +114,8 @@ async fn incomplete_requests(world: Shared) -> Result {
     );
     let nowhere = CreateContainerRequest {
         pod_sandbox_id: "0".repeat(64),
-        config: Some(container_spec("c", &world.images.base, &["true"])),
-        sandbox_config: Some(pod_spec(&world.node, "x")),
+        config: Some(container_spec("c", &ctx.images.base, &["true"])),
+        sandbox_config: Some(pod_spec(&ctx.node, "x")),
     };
     same!(
         code(client.create_container(nowhere).await.map(drop)),
@@ -146,7 +147,7 @@ async fn incomplete_requests(world: Shared) -> Result {
         Some(tonic::Code::NotFound),
         "status of no container"
     );
-    let pull = world
+    let pull = ctx
         .node
         .cri
         .image()
@@ -157,8 +158,8 @@ async fn incomplete_requests(world: Shared) -> Result {
     Ok(())
 }
 
-async fn no_network(world: Shared) -> Result {
-    let node = world.own_node("nocni", |o| o.network = false).await?;
+async fn missing_cni_configuration_is_reported(ctx: Context) -> Result {
+    let node = ctx.dedicated_node("nocni", |o| o.network = false).await?;
     let status = answer(
         "Status",
         node.cri.runtime().status(StatusRequest::default()).await,
@@ -179,13 +180,13 @@ async fn no_network(world: Shared) -> Result {
             .contains(&node.dir.join("cni").display().to_string()),
         "the reason names no directory: {network:?}"
     );
-    says(&Pod::run(&node, "nonet").await.map(drop), &["cni|network"])?;
-    // A configuration that comes later is taken without a restart.
+    expect_error(&Pod::run(&node, "nonet").await.map(drop), &["cni|network"])?;
+    // A configuration added later is used without a restart.
     std::fs::copy(
-        world.node.dir.join("cni/10-e2e.conflist"),
+        ctx.node.dir.join("cni/10-e2e.conflist"),
         node.dir.join("cni/10-e2e.conflist"),
     )?;
-    wait::until("NetworkReady", world.patience(10), || async {
+    poll::until("NetworkReady", ctx.patience(10), || async {
         let status = node
             .cri
             .runtime()
@@ -204,29 +205,28 @@ async fn no_network(world: Shared) -> Result {
     .await
 }
 
-/// A node with a shell script as its only CNI plugin.
+/// Starts a node with a shell script as its only CNI plugin.
 async fn node_with_plugin(
-    world: &Shared,
+    ctx: &Context,
     name: &str,
     script: &str,
     timeout: u32,
 ) -> Result<std::sync::Arc<Node>> {
-    let dir = world.scratch.join(format!("{name}-bin"));
+    let dir = ctx.scratch.join(format!("{name}-bin"));
     std::fs::create_dir_all(&dir)?;
     let plugin = dir.join("e2e-plugin");
     std::fs::write(&plugin, script)?;
     std::fs::set_permissions(&plugin, std::fs::Permissions::from_mode(0o755))?;
-    world
-        .own_node(name, |o| {
-            o.cni_bin = Some(dir);
-            o.cni_timeout = timeout;
-            o.cni_plugins = Some(json!([{"type": "e2e-plugin"}]));
-        })
-        .await
+    ctx.dedicated_node(name, |o| {
+        o.cni_bin = Some(dir);
+        o.cni_timeout = timeout;
+        o.cni_plugins = Some(json!([{"type": "e2e-plugin"}]));
+    })
+    .await
 }
 
-/// Nothing of a failed RunPodSandbox is left: no netns, no process of a pod, and the list names no ready pod.
-async fn undone(node: &std::sync::Arc<Node>) -> Result {
+/// Fails unless a failed RunPodSandbox left no netns, no process and no ready pod.
+async fn expect_no_remains(node: &std::sync::Arc<Node>) -> Result {
     let list = node
         .cri
         .runtime()
@@ -257,7 +257,7 @@ async fn undone(node: &std::sync::Arc<Node>) -> Result {
         0,
         "network namespaces"
     );
-    wait::until("no shim of this node", Duration::from_secs(10), || async {
+    poll::until("no shim of this node", Duration::from_secs(10), || async {
         for entry in std::fs::read_dir("/proc")? {
             let Ok(args) = std::fs::read(entry?.path().join("cmdline")) else {
                 continue;
@@ -274,27 +274,27 @@ async fn undone(node: &std::sync::Arc<Node>) -> Result {
     .await
 }
 
-async fn failing_plugin(world: Shared) -> Result {
+async fn failing_cni_plugin_leaves_nothing_behind(ctx: Context) -> Result {
     let script = "#!/bin/sh\ncat >/dev/null\n[ \"$CNI_COMMAND\" = ADD ] || exit 0\n\
         echo '{\"cniVersion\":\"1.0.0\",\"code\":101,\"msg\":\"no addresses left in the pool\"}'\nexit 1\n";
-    let node = node_with_plugin(&world, "failcni", script, 20).await?;
-    says(
+    let node = node_with_plugin(&ctx, "failcni", script, 20).await?;
+    expect_error(
         &Pod::run(&node, "fails").await.map(drop),
         &["e2e-plugin", "no addresses left in the pool"],
     )?;
-    undone(&node).await
+    expect_no_remains(&node).await
 }
 
-async fn hanging_plugin(world: Shared) -> Result {
+async fn hanging_cni_plugin_is_killed(ctx: Context) -> Result {
     let script = "#!/bin/sh\n[ \"$CNI_COMMAND\" = ADD ] || exit 0\nsleep 6543\n";
-    let node = node_with_plugin(&world, "hangcni", script, 2).await?;
+    let node = node_with_plugin(&ctx, "hangcni", script, 2).await?;
     let start = Instant::now();
-    says(
+    expect_error(
         &Pod::run(&node, "hangs").await.map(drop),
         &["e2e-plugin", "time|2 s|within"],
     )?;
     ensure!(
-        start.elapsed() < world.patience(20),
+        start.elapsed() < ctx.patience(20),
         "a plugin with 2 s took {:?}",
         start.elapsed()
     );
@@ -306,64 +306,64 @@ async fn hanging_plugin(world: Shared) -> Result {
         "",
         "processes of the hung plugin"
     );
-    undone(&node).await
+    expect_no_remains(&node).await
 }
 
-async fn silent_guest(world: Shared) -> Result {
-    // An agent that says something and goes: PID 1 ends, the kernel panics, and its last lines are in the error.
-    let agent = world.scratch.join("dying-agent");
+async fn silent_guest_times_out_with_its_console(ctx: Context) -> Result {
+    // An agent that prints a line and exits: PID 1 ends, the kernel panics, and the error contains the last lines.
+    let agent = ctx.scratch.join("dying-agent");
     std::fs::copy("/bin/true", &agent)?;
-    let node = world
-        .own_node("silent", |o| {
+    let node = ctx
+        .dedicated_node("silent", |o| {
             o.guest = Some(agent);
             o.run_pod_seconds = 60;
         })
         .await?;
     let start = Instant::now();
-    says(
+    expect_error(
         &Pod::run(&node, "silent").await.map(drop),
         &["panic|init|console|guest|ready"],
     )?;
     ensure!(
-        start.elapsed() < world.patience(70),
+        start.elapsed() < ctx.patience(70),
         "noticed after {:?}",
         start.elapsed()
     );
-    undone(&node).await
+    expect_no_remains(&node).await
 }
 
-async fn missing_program(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "noprogram").await?;
+async fn missing_program_is_reported_by_name(ctx: Context) -> Result {
+    let pod = Pod::run(&ctx.node, "noprogram").await?;
     let c = pod
-        .create("c", &world.images.base, &["/no/such/program"])
+        .create("c", &ctx.images.base, &["/no/such/program"])
         .await;
     let outcome = match c {
         Ok(c) => c.start().await,
         Err(failure) => Err(failure),
     };
-    says(&outcome, &["/no/such/program"])?;
-    let c = pod.start("fine", &world.images.base, &["true"]).await?;
+    expect_error(&outcome, &["/no/such/program"])?;
+    let c = pod.start("fine", &ctx.images.base, &["true"]).await?;
     same!(
-        c.exited(world.patience(20)).await?.exit_code,
+        c.exited(ctx.patience(20)).await?.exit_code,
         0,
         "the next container"
     );
     pod.end().await
 }
 
-async fn unknown_key(world: Shared) -> Result {
+async fn unknown_config_key_is_refused(ctx: Context) -> Result {
     let node = Node::prepare(
-        &world.scratch,
-        &world.install,
-        &NodeOptions::new("key", world.home.vmm()),
+        &ctx.scratch,
+        &ctx.install,
+        &NodeOptions::new("key", ctx.backend.vmm()),
     )?;
     let file = node.dir.join("config.toml");
     let text = std::fs::read_to_string(&file)?;
     std::fs::write(
         &file,
-        format!("colour = \"blue\"\n{text}\n[pods]\nvcpu = 1\n"),
+        format!("color = \"blue\"\n{text}\n[pods]\nvcpu = 1\n"),
     )?;
     let start = node.serve().await;
-    says(&start, &["colour", "pods"])?;
+    expect_error(&start, &["color", "pods"])?;
     Ok(())
 }

@@ -1,14 +1,15 @@
-//! Block devices of the host in pods (`volumeDevices`): bytes both ways, flushed; read-only; any place in the container; and
-//! nothing left of them, however the pod ends.
+//! Host block devices in pods (`volumeDevices`): data in both directions, flushes, read-only devices, any path in the
+//! container, and release of the device however the pod ends.
 
-use super::bad_input::says;
-use super::volumes::home;
-use crate::disk::{Disk, SIZE};
-use crate::outcome::Result;
+use super::bad_input::expect_error;
+use super::volumes::volume_dir;
+use crate::case;
+use crate::disk::{DISK_BYTES, Disk};
+use crate::failure::Result;
 use crate::pod::{Container, Pod, container_spec};
 use crate::process::{family, kill};
-use crate::runner::{Case, Shared, case};
-use crate::{ensure, same, wait};
+use crate::runner::{Case, Context};
+use crate::{ensure, poll, same};
 use k8s_cri::v1::*;
 use std::os::unix::fs::symlink;
 use std::path::Path;
@@ -16,14 +17,14 @@ use std::time::Duration;
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("blocks::a_disk_of_the_host", 90, disk),
-        case("blocks::a_killed_shim_gives_the_disk_up", 60, killed),
-        case("blocks::refused_by_name", 60, refused),
+        case!(host_disk_is_shared_with_containers, 90),
+        case!(killed_shim_releases_the_disk, 60),
+        case!(invalid_devices_are_refused_by_name, 60),
     ]
 }
 
-/// How long the VM may take to give a loop device up: its last user may be a process in exit.
-const SETTLE: Duration = Duration::from_secs(10);
+/// Limit for the VM to release a loop device: its last user may be an exiting process.
+const SETTLE_LIMIT: Duration = Duration::from_secs(10);
 
 fn device(host: &Path, container: &str, permissions: &str) -> Device {
     Device {
@@ -33,34 +34,34 @@ fn device(host: &Path, container: &str, permissions: &str) -> Device {
     }
 }
 
-async fn with(world: &Shared, pod: &Pod, name: &str, devices: Vec<Device>) -> Result<Container> {
-    let mut config = container_spec(name, &world.images.base, &["sleep", "1000"]);
+async fn with(ctx: &Context, pod: &Pod, name: &str, devices: Vec<Device>) -> Result<Container> {
+    let mut config = container_spec(name, &ctx.images.base, &["sleep", "1000"]);
     config.devices = devices;
     pod.start_with(config).await
 }
 
-async fn disk(world: Shared) -> Result {
-    let dir = home(&world, "blocks")?;
+async fn host_disk_is_shared_with_containers(ctx: Context) -> Result {
+    let dir = volume_dir(&ctx, "blocks")?;
     let disk = Disk::new(&dir)?;
-    // As the kubelet has it: a link in the pod's directory.
+    // As the kubelet passes it: a symbolic link in the pod's directory.
     let link = dir.join("pv");
     symlink(&disk.node, &link)?;
     disk.write(0, b"of the host")?;
-    let pod = Pod::run(&world.node, "blocks").await?;
-    let a = with(&world, &pod, "a", vec![device(&link, "/dev/xvda", "mrw")]).await?;
+    let pod = Pod::run(&ctx.node, "blocks").await?;
+    let a = with(&ctx, &pod, "a", vec![device(&link, "/dev/xvda", "mrw")]).await?;
     let script = "test -b /dev/xvda && head -c 11 /dev/xvda && echo && blockdev --getsize64 /dev/xvda && \
         printf 'from the pod' | dd of=/dev/xvda bs=1 seek=1048577 conv=notrunc,fsync 2>/dev/null && \
         yes 0123456 | head -c 2000000 | dd of=/dev/xvda bs=64k seek=64 conv=notrunc,fsync 2>/dev/null && echo done";
     same!(
         a.out(&["sh", "-c", script]).await?,
-        format!("of the host\n{SIZE}\ndone\n"),
+        format!("of the host\n{DISK_BYTES}\ndone\n"),
         "read and written in the pod"
     );
     same!(disk.read(1_048_577, 12)?, b"from the pod", "on the host");
     let big = disk.read(4 << 20, 2_000_000)?;
     let expected = b"0123456\n".repeat(250_000);
     ensure!(big == expected, "2 MB written by the pod, on the host");
-    // The end of the device is the end.
+    // Writes past the end of the device fail.
     let past = a.exec(&[
         "dd",
         "if=/dev/zero",
@@ -71,16 +72,16 @@ async fn disk(world: Shared) -> Result {
     ]);
     ensure!(past.await?.exit_code != 0, "written past the end");
 
-    // What the host writes, the next container reads: anywhere, and without writing.
+    // The next container reads data written by the host, at another path and read-only.
     disk.write(0, b"again, host")?;
     let devices = vec![device(&disk.node, "/vol/block0", "r")];
-    let b = with(&world, &pod, "b", devices).await?;
+    let b = with(&ctx, &pod, "b", devices).await?;
     let script = "head -c 11 /vol/block0; echo; echo x > /vol/block0 || echo refused; ls -l /vol/block0 | cut -c1";
     let said = b.out(&["sh", "-c", script]).await?;
     same!(said, "again, host\nrefused\nb\n", "in a second container");
     let said = a.out(&["head", "-c", "11", "/dev/xvda"]).await?;
     same!(said, "again, host", "in the first one, opened anew");
-    // The disks of the VM itself stay out of reach for who makes nodes.
+    // The VM's own disks are not accessible through device nodes made in the container.
     let script = "mknod /x b 254 0 && cat /x || echo refused";
     same!(
         b.out(&["sh", "-c", script]).await?,
@@ -90,13 +91,13 @@ async fn disk(world: Shared) -> Result {
 
     b.stop(0).await?;
     b.remove().await?;
-    // In the VM only what the other container has is left.
-    let mut config = container_spec("look", &world.images.base, &["sleep", "1000"]);
+    // The VM has only the other container's device left.
+    let mut config = container_spec("look", &ctx.images.base, &["sleep", "1000"]);
     let linux = config.linux.get_or_insert_default();
     linux.security_context.get_or_insert_default().privileged = true;
     let look = pod.start_with(config).await?;
     let script = "grep -l . /sys/block/loop*/loop/backing_file; cat /sys/block/loop*/loop/dio";
-    wait::until("loop devices of the VM", SETTLE, || async {
+    poll::until("loop devices of the VM", SETTLE_LIMIT, || async {
         let said = look.out(&["sh", "-c", script]).await?;
         same!(
             said,
@@ -108,31 +109,31 @@ async fn disk(world: Shared) -> Result {
     .await?;
     a.stop(0).await?;
     a.remove().await?;
-    // The pod lives, and has nothing of the disk any more.
-    disk.given_up().await?;
+    // The pod keeps running and no longer holds the disk.
+    disk.detached().await?;
     pod.end().await
 }
 
-async fn killed(world: Shared) -> Result {
-    let dir = home(&world, "blocks-killed")?;
+async fn killed_shim_releases_the_disk(ctx: Context) -> Result {
+    let dir = volume_dir(&ctx, "blocks-killed")?;
     let disk = Disk::new(&dir)?;
-    let pod = Pod::run(&world.node, "blkill").await?;
-    let c = with(&world, &pod, "c", vec![device(&disk.node, "/dev/xvda", "")]).await?;
+    let pod = Pod::run(&ctx.node, "blkill").await?;
+    let c = with(&ctx, &pod, "c", vec![device(&disk.node, "/dev/xvda", "")]).await?;
     let endless = "while :; do dd if=/dev/zero of=/dev/xvda bs=64k conv=notrunc,fsync; done > /dev/null 2>&1 &";
     c.out(&["sh", "-c", endless]).await?;
     kill(family(&pod.id)?.0)?;
     pod.end().await?;
-    disk.given_up().await
+    disk.detached().await
 }
 
-async fn refused(world: Shared) -> Result {
-    let dir = home(&world, "blocks-refused")?;
+async fn invalid_devices_are_refused_by_name(ctx: Context) -> Result {
+    let dir = volume_dir(&ctx, "blocks-refused")?;
     let file = dir.join("file");
     std::fs::write(&file, "x")?;
     let missing = dir.join("missing");
     let disk = Disk::new(&dir)?;
-    let pod = Pod::run(&world.node, "blref").await?;
-    for (wish, words) in [
+    let pod = Pod::run(&ctx.node, "blref").await?;
+    for (request, words) in [
         (
             device(&file, "/dev/x", ""),
             ["config.devices.host_path", "file"],
@@ -150,17 +151,17 @@ async fn refused(world: Shared) -> Result {
             ["config.devices.container_path", "/a/../x"],
         ),
     ] {
-        let mut config = container_spec("c", &world.images.base, &["true"]);
-        config.devices = vec![wish];
-        says(&pod.create_with(config).await.map(drop), &words)?;
+        let mut config = container_spec("c", &ctx.images.base, &["true"]);
+        config.devices = vec![request];
+        expect_error(&pod.create_with(config).await.map(drop), &words)?;
     }
-    // A disk that is there no more: its name and number are.
+    // A detached disk: its node and number still exist.
     let gone = disk.node.clone();
-    disk.given_up().await?;
-    let mut config = container_spec("c", &world.images.base, &["true"]);
+    disk.detached().await?;
+    let mut config = container_spec("c", &ctx.images.base, &["true"]);
     config.devices = vec![device(&gone, "/dev/x", "")];
     let node = gone.display().to_string();
-    says(
+    expect_error(
         &pod.create_with(config).await.map(drop),
         &["linux.devices", &node],
     )?;

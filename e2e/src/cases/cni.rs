@@ -1,11 +1,13 @@
-//! What CNI plugins are told: capabilities out of the pod's configuration and the kubelet's pod CIDR, the kept result at CHECK and DEL.
+//! Input of CNI plugins: capabilities from the pod's configuration and the kubelet's pod CIDR, and the cached result at
+//! CHECK and DEL.
 //!
-//! A plugin of the test's own stands last in the chain and keeps what it gets; the network itself is [`super::network`]'s.
+//! A recording plugin at the end of the chain keeps its input. Connectivity is tested in [`super::network`].
 
+use crate::case;
 use crate::client::{answer, within};
-use crate::outcome::{During, Result};
-use crate::pod::{LONG, Pod, pod_spec};
-use crate::runner::{Case, Shared, case};
+use crate::failure::{During, Result};
+use crate::pod::{LONG_TIMEOUT, Pod, pod_spec};
+use crate::runner::{Case, Context};
 use crate::{ensure, same};
 use k8s_cri::v1::*;
 use serde_json::{Value, json};
@@ -13,24 +15,20 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 pub fn cases() -> Vec<Case> {
-    vec![case(
-        "cni::plugins_are_told_by_capability",
-        90,
-        plugins_are_told,
-    )]
+    vec![case!(plugins_receive_their_capabilities, 90)]
 }
 
-/// Keeps its input as `<command>.json` and its environment as `<command>.env`.
+/// Records its input as `<command>.json` and its environment as `<command>.env`.
 const RECORDER: &str = "#!/bin/sh\ncd \"$(dirname \"$0\")\" && env > $CNI_COMMAND.env && exec cat > $CNI_COMMAND.json\n";
 
-async fn plugins_are_told(world: Shared) -> Result {
-    let dir = world.scratch.join("rec-bin");
+async fn plugins_receive_their_capabilities(ctx: Context) -> Result {
+    let dir = ctx.scratch.join("rec-bin");
     std::fs::create_dir_all(&dir)?;
     std::fs::write(dir.join("recorder"), RECORDER)?;
     std::fs::set_permissions(dir.join("recorder"), std::fs::Permissions::from_mode(0o755))?;
-    let leases = world.scratch.join("rec-ipam");
-    let node = world
-        .own_node("rec", |o| {
+    let leases = ctx.scratch.join("rec-ipam");
+    let node = ctx
+        .dedicated_node("rec", |o| {
             o.cni_bin = Some(dir.clone());
             o.cni_plugins = Some(json!([
                 {"type": "bridge", "bridge": "bxrec", "isGateway": true,
@@ -50,11 +48,11 @@ async fn plugins_are_told(world: Shared) -> Result {
         "UpdateRuntimeConfig",
         node.cri
             .runtime()
-            .update_runtime_config(within(LONG, config))
+            .update_runtime_config(within(LONG_TIMEOUT, config))
             .await,
     )?;
-    let pod = Pod::run_with(&node, wishes(pod_spec(&node, "told"))).await?;
-    as_asked(&dir)?;
+    let pod = Pod::run_with(&node, with_capabilities(pod_spec(&node, "told"))).await?;
+    check_add_input(&dir)?;
     let environment = std::fs::read_to_string(dir.join("ADD.env"))?;
     let name = pod.config.metadata.clone().unwrap_or_default().name;
     for wanted in [
@@ -67,23 +65,27 @@ async fn plugins_are_told(world: Shared) -> Result {
             "no {wanted} in {environment}"
         );
     }
-    // A verbose status runs CHECK against the kept result, which names the pod's address; DEL gets the same.
+    // A verbose status runs CHECK with the cached result, which names the pod's address; DEL receives the same result.
     let info = pod.status_verbose(true).await?.info;
     let text = info.get("info").cloned().unwrap_or_default();
     ensure!(text.contains("as the plugins made it"), "{text}");
     let address = pod.ip().await?;
-    let kept = told(&dir, "CHECK")?["prevResult"].clone();
+    let kept = recorded(&dir, "CHECK")?["prevResult"].clone();
     ensure!(
         kept["ips"].to_string().contains(&address),
         "no {address} at CHECK: {kept}"
     );
     pod.end().await?;
-    same!(told(&dir, "DEL")?["prevResult"], kept, "the result at DEL");
+    same!(
+        recorded(&dir, "DEL")?["prevResult"],
+        kept,
+        "the result at DEL"
+    );
     node.terminate().await
 }
 
-/// A pod with something for each capability.
-fn wishes(mut config: PodSandboxConfig) -> PodSandboxConfig {
+/// Sets a value for each capability.
+fn with_capabilities(mut config: PodSandboxConfig) -> PodSandboxConfig {
     config.annotations = [
         (
             "kubernetes.io/ingress-bandwidth".to_owned(),
@@ -109,9 +111,9 @@ fn wishes(mut config: PodSandboxConfig) -> PodSandboxConfig {
     config
 }
 
-/// ADD had all of [`wishes`].
-fn as_asked(dir: &Path) -> Result {
-    let add = told(dir, "ADD")?;
+/// Fails unless ADD received all values of [`with_capabilities`].
+fn check_add_input(dir: &Path) -> Result {
+    let add = recorded(dir, "ADD")?;
     let runtime = &add["runtimeConfig"];
     same!(
         runtime["bandwidth"]["ingressRate"],
@@ -137,7 +139,7 @@ fn as_asked(dir: &Path) -> Result {
     Ok(())
 }
 
-fn told(dir: &Path, command: &str) -> Result<Value> {
+fn recorded(dir: &Path, command: &str) -> Result<Value> {
     let path = dir.join(format!("{command}.json"));
     let bytes = std::fs::read(&path).during(path.display())?;
     Ok(serde_json::from_slice(&bytes)?)

@@ -1,31 +1,31 @@
-//! ExecSync: output, exit codes, timeouts that kill whole trees, many at once; ContainerStats and the metrics page.
+//! ExecSync: output, exit codes, timeouts that kill whole process trees, concurrency; ContainerStats and the metrics
+//! page.
 
+use crate::case;
 use crate::client::answer;
-use crate::outcome::Result;
+use crate::failure::Result;
 use crate::pod::{Pod, container_spec};
-use crate::runner::{Case, Shared, case};
-use crate::{ensure, same, wait};
+use crate::runner::{Case, Context};
+use crate::{ensure, poll, same};
 use k8s_cri::v1::*;
 use std::time::{Duration, Instant};
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("exec::output_and_exit_code", 60, output_and_exit_code),
-        case("exec::large_output", 60, large_output),
-        case("exec::timeout_kills_the_whole_tree", 60, timeout_kills_tree),
-        case("exec::many_at_once", 90, many_at_once),
-        case("exec::in_what_does_not_run", 60, in_what_does_not_run),
-        case("exec::has_the_container_s_identity", 60, identity),
-        case("stats::container_and_pod", 60, stats),
-        case("stats::metrics_page", 60, metrics_page),
+        case!(returns_output_and_exit_code, 60),
+        case!(returns_large_output, 60),
+        case!(timeout_kills_the_process_tree, 60),
+        case!(many_execs_run_at_once, 90),
+        case!(is_refused_unless_the_container_runs, 60),
+        case!(has_the_identity_of_the_container, 60),
+        case!(container_and_pod_stats_are_reported, 60),
+        case!(metrics_page_is_served, 60),
     ]
 }
 
-async fn output_and_exit_code(world: Shared) -> Result {
-    let pod = world.pod().await;
-    let c = pod
-        .start("c", &world.images.base, &["sleep", "1000"])
-        .await?;
+async fn returns_output_and_exit_code(ctx: Context) -> Result {
+    let pod = ctx.shared_pod().await;
+    let c = pod.start("c", &ctx.images.base, &["sleep", "1000"]).await?;
     let response = c
         .exec(&["sh", "-c", "echo out; echo err >&2; exit 42"])
         .await?;
@@ -60,11 +60,9 @@ async fn output_and_exit_code(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn large_output(world: Shared) -> Result {
-    let pod = world.pod().await;
-    let c = pod
-        .start("c", &world.images.base, &["sleep", "1000"])
-        .await?;
+async fn returns_large_output(ctx: Context) -> Result {
+    let pod = ctx.shared_pod().await;
+    let c = pod.start("c", &ctx.images.base, &["sleep", "1000"]).await?;
     let response = c
         .exec(&[
             "sh",
@@ -77,7 +75,7 @@ async fn large_output(world: Shared) -> Result {
         (3_000_000, 1_000_000),
         "bytes"
     );
-    // The kubelet takes 16 MiB of both; what is more than that must not take the daemon's memory.
+    // The kubelet accepts 16 MiB of both streams; output beyond that must not use the daemon's memory.
     let endless = c
         .exec_raw(&["sh", "-c", "head -c 24000000 /dev/zero"], 60)
         .await;
@@ -92,15 +90,13 @@ async fn large_output(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn timeout_kills_tree(world: Shared) -> Result {
-    let pod = world.pod().await;
-    let c = pod
-        .start("c", &world.images.base, &["sleep", "1000"])
-        .await?;
+async fn timeout_kills_the_process_tree(ctx: Context) -> Result {
+    let pod = ctx.shared_pod().await;
+    let c = pod.start("c", &ctx.images.base, &["sleep", "1000"]).await?;
     let tree = "sleep 4321 & (sleep 4321 & setsid sleep 4321) & sleep 4321; true";
     let start = Instant::now();
     let status = match c.exec_raw(&["sh", "-c", tree], 2).await {
-        Ok(response) => crate::bail!("no error but {response:?}"),
+        Ok(response) => crate::bail!("expected an error, got {response:?}"),
         Err(status) => status,
     };
     same!(
@@ -114,13 +110,13 @@ async fn timeout_kills_tree(world: Shared) -> Result {
         start.elapsed()
     );
     ensure!(
-        start.elapsed() < world.patience(6),
+        start.elapsed() < ctx.patience(6),
         "gave up only after {:?}",
         start.elapsed()
     );
-    wait::until(
+    poll::until(
         "no process of the tree is left",
-        world.patience(5),
+        ctx.patience(5),
         || async {
             let left = c
                 .out(&["sh", "-c", "ps | grep '[s]leep 4321' | wc -l"])
@@ -138,11 +134,9 @@ async fn timeout_kills_tree(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn many_at_once(world: Shared) -> Result {
-    let pod = world.pod().await;
-    let c = pod
-        .start("c", &world.images.base, &["sleep", "1000"])
-        .await?;
+async fn many_execs_run_at_once(ctx: Context) -> Result {
+    let pod = ctx.shared_pod().await;
+    let c = pod.start("c", &ctx.images.base, &["sleep", "1000"]).await?;
     let all = (0..20).map(|i| {
         let c = c.clone();
         async move {
@@ -154,17 +148,17 @@ async fn many_at_once(world: Shared) -> Result {
                 ])
                 .await?;
             same!(text.trim(), i.to_string(), "output of exec {i}");
-            Ok::<_, crate::outcome::Failure>(())
+            Ok::<_, crate::failure::Failure>(())
         }
     });
     futures::future::try_join_all(all).await?;
     pod.end().await
 }
 
-async fn in_what_does_not_run(world: Shared) -> Result {
-    let pod = world.pod().await;
-    let c = pod.start("c", &world.images.base, &["true"]).await?;
-    c.exited(world.patience(20)).await?;
+async fn is_refused_unless_the_container_runs(ctx: Context) -> Result {
+    let pod = ctx.shared_pod().await;
+    let c = pod.start("c", &ctx.images.base, &["true"]).await?;
+    c.exited(ctx.patience(20)).await?;
     let status = c.exec_raw(&["true"], 0).await;
     ensure!(
         status
@@ -184,9 +178,9 @@ async fn in_what_does_not_run(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn identity(world: Shared) -> Result {
-    let pod = world.pod().await;
-    let mut config = container_spec("c", &world.images.base, &["sleep", "1000"]);
+async fn has_the_identity_of_the_container(ctx: Context) -> Result {
+    let pod = ctx.shared_pod().await;
+    let mut config = container_spec("c", &ctx.images.base, &["sleep", "1000"]);
     config.working_dir = "/tmp".into();
     config.envs = vec![KeyValue {
         key: "GIVEN".into(),
@@ -214,12 +208,12 @@ async fn identity(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn stats(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "stats").await?;
+async fn container_and_pod_stats_are_reported(ctx: Context) -> Result {
+    let pod = Pod::run(&ctx.node, "stats").await?;
     let busy = pod
         .start(
             "busy",
-            &world.images.base,
+            &ctx.images.base,
             &[
                 "sh",
                 "-c",
@@ -228,7 +222,7 @@ async fn stats(world: Shared) -> Result {
         )
         .await?;
     let idle = pod
-        .start("idle", &world.images.base, &["sleep", "1000"])
+        .start("idle", &ctx.images.base, &["sleep", "1000"])
         .await?;
     let cpu = |s: &ContainerStats| {
         s.cpu
@@ -238,7 +232,7 @@ async fn stats(world: Shared) -> Result {
             .value
     };
     let first = cpu(&busy.stats().await?);
-    let stats = wait::until("CPU time grows by 200 ms", world.patience(20), || async {
+    let stats = poll::until("CPU time grows by 200 ms", ctx.patience(20), || async {
         let stats = busy.stats().await?;
         ensure!(
             cpu(&stats) > first + 200_000_000,
@@ -251,9 +245,9 @@ async fn stats(world: Shared) -> Result {
     let memory = stats.memory.unwrap_or_default();
     let used = memory.working_set_bytes.unwrap_or_default().value;
     ensure!((1..300 << 20).contains(&used), "working set {used}");
-    let written = wait::until(
+    let written = poll::until(
         "the writable layer shows 20 MB",
-        world.patience(20),
+        ctx.patience(20),
         || async {
             let layer = busy.stats().await?.writable_layer.unwrap_or_default();
             let bytes = layer.used_bytes.unwrap_or_default().value;
@@ -269,8 +263,7 @@ async fn stats(world: Shared) -> Result {
     );
     let list = answer(
         "ListContainerStats",
-        world
-            .node
+        ctx.node
             .cri
             .runtime()
             .list_container_stats(ListContainerStatsRequest::default())
@@ -285,7 +278,7 @@ async fn stats(world: Shared) -> Result {
     };
     let list = answer(
         "ListContainerStats",
-        world.node.cri.runtime().list_container_stats(one).await,
+        ctx.node.cri.runtime().list_container_stats(one).await,
     )?;
     same!(
         list.stats
@@ -299,11 +292,9 @@ async fn stats(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn metrics_page(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "metrics").await?;
-    let c = pod
-        .start("c", &world.images.base, &["sleep", "1000"])
-        .await?;
+async fn metrics_page_is_served(ctx: Context) -> Result {
+    let pod = Pod::run(&ctx.node, "metrics").await?;
+    let c = pod.start("c", &ctx.images.base, &["sleep", "1000"]).await?;
     let sum = |page: &str, name: &str| -> f64 {
         let lines = page
             .lines()
@@ -312,10 +303,10 @@ async fn metrics_page(world: Shared) -> Result {
             .filter_map(|l| l.rsplit(' ').next()?.parse::<f64>().ok())
             .sum()
     };
-    let before = world.node.metrics_page().await?;
+    let before = ctx.node.metrics_page().await?;
     c.out(&["echo", "one"]).await?;
     c.out(&["echo", "two"]).await?;
-    let page = world.node.metrics_page().await?;
+    let page = ctx.node.metrics_page().await?;
     for name in ["boxes_created", "boxes_destroyed", "bytes_transferred"] {
         let name = format!("boxlite_{name}_total");
         ensure!(

@@ -1,57 +1,53 @@
-//! Images: every manifest form, compression and way to a registry; one download for many callers; resumption; lists,
-//! status and removal; what layers become in a guest.
+//! Images: every manifest form, compression and registry access, shared and resumed downloads, lists, status, removal,
+//! and layers as the guest sees them.
 
+use crate::case;
 use crate::client::answer;
+use crate::failure::Result;
 use crate::image::build::Image;
-use crate::image::front::{Fault, Front, Guard};
+use crate::image::fault_proxy::{Auth, Fault, FaultProxy};
 use crate::image::layer::{Compression, LayerTar};
 use crate::image::registry::Registry;
 use crate::image::set::ImageSet;
-use crate::outcome::Result;
 use crate::pod::{Pod, pull, pull_with};
-use crate::runner::{Case, Shared, case};
+use crate::runner::{Case, Context};
 use crate::{ensure, same};
 use k8s_cri::v1::*;
 use rand::RngCore;
 use serde_json::json;
 
-/// base64 of `user:secret`.
+/// Base64 of `user:secret`.
 const SECRET: &str = "dXNlcjpzZWNyZXQ=";
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("images::index_zstd_and_docker_manifests", 90, forms),
-        case("images::layers_in_the_guest", 90, layers_in_guest),
-        case("images::list_status_and_filter", 60, list_and_status),
-        case("images::by_digest", 60, by_digest),
-        case("images::in_use_is_kept_then_nothing_is_left", 90, removal),
-        case("images::basic_auth", 60, basic),
-        case("images::bearer_auth", 60, bearer),
-        case("images::tls_with_an_own_ca", 60, tls),
-        case("images::mirror_of_another_host", 60, mirror),
-        case(
-            "images::mirror_that_fails_is_passed_over",
-            60,
-            failing_mirror,
-        ),
-        case("images::many_callers_one_download", 90, one_download),
-        case("images::resumes_after_a_cut", 90, resumes),
-        case("images::fs_info", 60, fs_info),
+        case!(every_manifest_form_is_pulled, 90),
+        case!(layers_are_merged_in_the_guest, 90),
+        case!(list_status_and_filter_agree, 60),
+        case!(image_is_pulled_by_digest, 60),
+        case!(image_in_use_is_kept_until_unused, 90),
+        case!(basic_auth_is_supported, 60),
+        case!(bearer_auth_is_supported, 60),
+        case!(tls_with_a_private_ca_is_supported, 60),
+        case!(mirror_serves_another_host, 60),
+        case!(failing_mirror_is_skipped, 60),
+        case!(concurrent_pulls_share_one_download, 90),
+        case!(interrupted_download_resumes, 90),
+        case!(image_fs_info_counts_the_store, 60),
     ]
 }
 
-/// A node whose registry configuration sends `host` to `server`.
+/// Starts a node whose registry configuration maps `host` to `server`.
 async fn node_with(
-    world: &Shared,
+    ctx: &Context,
     name: &str,
     host: &str,
     server: &str,
 ) -> Result<std::sync::Arc<crate::node::Node>> {
-    world
-        .own_node(name, |o| {
-            o.registries.push((host.into(), server.into(), None))
-        })
-        .await
+    ctx.dedicated_node(name, |o| {
+        o.registries.push((host.into(), server.into(), None))
+    })
+    .await
 }
 
 async fn image_of(node: &crate::node::Node, reference: &str) -> Result<Option<k8s_cri::v1::Image>> {
@@ -76,7 +72,7 @@ async fn remove(node: &crate::node::Node, reference: &str) -> Result {
     Ok(())
 }
 
-/// An image of one small and several random layers, so that a transfer has a length.
+/// Creates an image of one small and several random layers, so that a transfer takes time.
 pub fn bulky(set: &ImageSet, layers: usize, bytes: usize) -> Result<Image> {
     let mut all = vec![set.busybox.clone()];
     for i in 0..layers {
@@ -93,29 +89,29 @@ pub fn bulky(set: &ImageSet, layers: usize, bytes: usize) -> Result<Image> {
     ))
 }
 
-async fn forms(world: Shared) -> Result {
-    pull(&world.node, &world.images.zstd).await?;
-    pull(&world.node, &world.images.docker).await?;
-    let pod = Pod::run(&world.node, "forms").await?;
+async fn every_manifest_form_is_pulled(ctx: Context) -> Result {
+    pull(&ctx.node, &ctx.images.zstd).await?;
+    pull(&ctx.node, &ctx.images.docker).await?;
+    let pod = Pod::run(&ctx.node, "forms").await?;
     same!(
-        pod.sh(&world.images.zstd, "cat /opt/zstd").await?,
+        pod.sh(&ctx.images.zstd, "cat /opt/zstd").await?,
         "from a zstd layer\n",
         "zstd layer"
     );
     same!(
-        pod.sh(&world.images.docker, "cat /opt/docker").await?,
+        pod.sh(&ctx.images.docker, "cat /opt/docker").await?,
         "from a docker manifest\n",
         "docker manifest list"
     );
     pod.end().await
 }
 
-async fn layers_in_guest(world: Shared) -> Result {
-    pull(&world.node, &world.images.layers).await?;
-    let pod = Pod::run(&world.node, "layers").await?;
+async fn layers_are_merged_in_the_guest(ctx: Context) -> Result {
+    pull(&ctx.node, &ctx.images.layers).await?;
+    let pod = Pod::run(&ctx.node, "layers").await?;
     let see = |script: &'static str| {
         let pod = pod.clone();
-        let image = world.images.layers.clone();
+        let image = ctx.images.layers.clone();
         async move { pod.sh(&image, script).await }
     };
     same!(
@@ -156,98 +152,92 @@ async fn layers_in_guest(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn list_and_status(world: Shared) -> Result {
+async fn list_status_and_filter_agree(ctx: Context) -> Result {
     let list = answer(
         "ListImages",
-        world
-            .node
+        ctx.node
             .cri
             .image()
             .list_images(ListImagesRequest::default())
             .await,
     )?
     .images;
-    let base = list
-        .iter()
-        .find(|i| i.repo_tags.contains(&world.images.base));
+    let base = list.iter().find(|i| i.repo_tags.contains(&ctx.images.base));
     let Some(base) = base else {
-        crate::bail!("{} is not among {list:?}", world.images.base)
+        crate::bail!("{} is not among {list:?}", ctx.images.base)
     };
     same!(
         base.id,
-        world.images.base_id,
+        ctx.images.base_id,
         "image id is the digest of its configuration"
     );
-    let digest = format!("127.0.0.1:5000/base@{}", world.images.base_digest);
+    let digest = format!("127.0.0.1:5000/base@{}", ctx.images.base_digest);
     ensure!(
         base.repo_digests.contains(&digest),
         "{digest} is not in {:?}",
         base.repo_digests
     );
     ensure!(base.size > 100_000, "size {}", base.size);
-    for reference in [&world.images.base, &world.images.base_id, &digest] {
+    for reference in [&ctx.images.base, &ctx.images.base_id, &digest] {
         same!(
-            image_of(&world.node, reference).await?.map(|i| i.id),
+            image_of(&ctx.node, reference).await?.map(|i| i.id),
             Some(base.id.clone()),
             "ImageStatus {reference}"
         );
     }
     same!(
-        image_of(&world.node, "127.0.0.1:5000/none:1").await?,
+        image_of(&ctx.node, "127.0.0.1:5000/none:1").await?,
         None,
         "status of what is not there"
     );
     let filter = ListImagesRequest {
         filter: Some(ImageFilter {
             image: Some(ImageSpec {
-                image: world.images.base.clone(),
+                image: ctx.images.base.clone(),
                 ..Default::default()
             }),
         }),
     };
     same!(
-        answer(
-            "ListImages",
-            world.node.cri.image().list_images(filter).await
-        )?
-        .images
-        .len(),
+        answer("ListImages", ctx.node.cri.image().list_images(filter).await)?
+            .images
+            .len(),
         1,
         "filtered"
     );
     Ok(())
 }
 
-async fn by_digest(world: Shared) -> Result {
-    let node = world.own_node("dig", |_| {}).await?;
-    let reference = format!("127.0.0.1:5000/base@{}", world.images.base_digest);
+async fn image_is_pulled_by_digest(ctx: Context) -> Result {
+    let node = ctx.dedicated_node("dig", |_| {}).await?;
+    let reference = format!("127.0.0.1:5000/base@{}", ctx.images.base_digest);
     pull(&node, &reference).await?;
     let Some(image) = image_of(&node, &reference).await? else {
         crate::bail!("{reference} is not there after the pull")
     };
     same!(
         (image.id, image.repo_tags.len()),
-        (world.images.base_id.clone(), 0),
+        (ctx.images.base_id.clone(), 0),
         "an image without a tag"
     );
-    pull(&node, &world.images.base).await?;
+    pull(&node, &ctx.images.base).await?;
     let image = image_of(&node, &reference).await?.unwrap_or_default();
     same!(
         image.repo_tags,
-        std::slice::from_ref(&world.images.base),
+        std::slice::from_ref(&ctx.images.base),
         "the tag that came later"
     );
     Ok(())
 }
 
-async fn removal(world: Shared) -> Result {
-    let node = world.own_node("rm", |_| {}).await?;
-    // The image store; beside it the first pod leaves what is made once of agent and kernel.
+async fn image_in_use_is_kept_until_unused(ctx: Context) -> Result {
+    let node = ctx.dedicated_node("rm", |_| {}).await?;
+    // The image store only: the first pod also creates files derived from the agent and kernel.
     let size = || -> u64 { du(&node.dir.join("root/images")) };
     let empty = size();
-    let image = bulky(&world.images, 3, 2 << 20)?;
+    let image = bulky(&ctx.images, 3, 2 << 20)?;
     let reference = "127.0.0.1:5000/removed:1";
-    world.registry.push("removed", "1", &image).await?;
+    ctx.registry.push("removed", "1", &image).await?;
     pull(&node, reference).await?;
     ensure!(
         size() > empty + (6 << 20),
@@ -259,7 +249,7 @@ async fn removal(world: Shared) -> Result {
         .start("c", reference, &["sh", "-c", "sleep 2; sha256sum /bulk/*"])
         .await?;
     let refused = remove(&node, reference).await;
-    c.exited(world.patience(30)).await?;
+    c.exited(ctx.patience(30)).await?;
     same!(
         c.output()?.lines().count(),
         3,
@@ -282,7 +272,7 @@ async fn removal(world: Shared) -> Result {
     Ok(())
 }
 
-/// Bytes allocated below `dir`.
+/// Returns the bytes allocated below `dir`.
 fn du(dir: &std::path::Path) -> u64 {
     let Ok(entries) = std::fs::read_dir(dir) else {
         return 0;
@@ -298,41 +288,41 @@ fn du(dir: &std::path::Path) -> u64 {
         .sum()
 }
 
-async fn basic(world: Shared) -> Result {
-    let front = Front::start(&world.registry.host, Guard::Basic(SECRET.into()), vec![]).await?;
+async fn basic_auth_is_supported(ctx: Context) -> Result {
+    let proxy = FaultProxy::start(&ctx.registry.host, Auth::Basic(SECRET.into()), vec![]).await?;
     let node = node_with(
-        &world,
+        &ctx,
         "basic",
-        &front.host,
-        &format!("http://{}", front.host),
+        &proxy.host,
+        &format!("http://{}", proxy.host),
     )
     .await?;
-    with_credentials(&node, &format!("{}/base:1", front.host)).await
+    with_credentials(&node, &format!("{}/base:1", proxy.host)).await
 }
 
-async fn bearer(world: Shared) -> Result {
-    let front = Front::start(&world.registry.host, Guard::Bearer(SECRET.into()), vec![]).await?;
+async fn bearer_auth_is_supported(ctx: Context) -> Result {
+    let proxy = FaultProxy::start(&ctx.registry.host, Auth::Bearer(SECRET.into()), vec![]).await?;
     let node = node_with(
-        &world,
+        &ctx,
         "bearer",
-        &front.host,
-        &format!("http://{}", front.host),
+        &proxy.host,
+        &format!("http://{}", proxy.host),
     )
     .await?;
-    with_credentials(&node, &format!("{}/base:1", front.host)).await?;
-    let open = Front::start(&world.registry.host, Guard::Bearer(String::new()), vec![]).await?;
-    let node = node_with(&world, "anon", &open.host, &format!("http://{}", open.host)).await?;
+    with_credentials(&node, &format!("{}/base:1", proxy.host)).await?;
+    let open = FaultProxy::start(&ctx.registry.host, Auth::Bearer(String::new()), vec![]).await?;
+    let node = node_with(&ctx, "anon", &open.host, &format!("http://{}", open.host)).await?;
     pull(&node, &format!("{}/base:1", open.host)).await?;
     Ok(())
 }
 
 async fn with_credentials(node: &crate::node::Node, reference: &str) -> Result {
-    let nobody = pull(node, reference).await;
+    let anonymous = pull(node, reference).await;
     ensure!(
-        nobody
+        anonymous
             .as_ref()
             .is_err_and(|e| e.0.contains("Unauthenticated")),
-        "without credentials: {nobody:?}"
+        "without credentials: {anonymous:?}"
     );
     let wrong = AuthConfig {
         username: "user".into(),
@@ -358,7 +348,7 @@ async fn with_credentials(node: &crate::node::Node, reference: &str) -> Result {
     };
     pull_with(node, reference, Some(encoded)).await?;
     let log = std::fs::read_to_string(node.log())?;
-    for secret in ["WrongPassword", SECRET, "e2e-token-of-the-front"] {
+    for secret in ["WrongPassword", SECRET, "e2e-token-of-the-proxy"] {
         ensure!(
             !log.contains(secret),
             "the daemon's log holds the secret {secret}"
@@ -367,19 +357,19 @@ async fn with_credentials(node: &crate::node::Node, reference: &str) -> Result {
     Ok(())
 }
 
-async fn tls(world: Shared) -> Result {
-    let registry = Registry::start(&world.install.registry, &world.scratch, 5443, true).await?;
-    let image = bulky(&world.images, 1, 100_000)?;
+async fn tls_with_a_private_ca_is_supported(ctx: Context) -> Result {
+    let registry = Registry::start(&ctx.install.registry, &ctx.scratch, 5443, true).await?;
+    let image = bulky(&ctx.images, 1, 100_000)?;
     registry.push("tls", "1", &image).await?;
     let server = format!("https://{}", registry.host);
-    let trusted = world
-        .own_node("tls", |o| {
+    let trusted = ctx
+        .dedicated_node("tls", |o| {
             o.registries
                 .push((registry.host.clone(), server.clone(), registry.ca.clone()))
         })
         .await?;
     pull(&trusted, "127.0.0.1:5443/tls:1").await?;
-    let doubting = node_with(&world, "notls", &registry.host, &server).await?;
+    let doubting = node_with(&ctx, "notls", &registry.host, &server).await?;
     let refused = pull(&doubting, "127.0.0.1:5443/tls:1").await;
     ensure!(
         refused
@@ -390,12 +380,12 @@ async fn tls(world: Shared) -> Result {
     Ok(())
 }
 
-async fn mirror(world: Shared) -> Result {
+async fn mirror_serves_another_host(ctx: Context) -> Result {
     let node = node_with(
-        &world,
+        &ctx,
         "mirror",
         "registry.example.test",
-        &format!("http://{}", world.registry.host),
+        &format!("http://{}", ctx.registry.host),
     )
     .await?;
     pull(&node, "registry.example.test/base:1").await?;
@@ -410,14 +400,14 @@ async fn mirror(world: Shared) -> Result {
     Ok(())
 }
 
-async fn failing_mirror(world: Shared) -> Result {
-    let front = Front::start(
-        &world.registry.host,
-        Guard::Open,
+async fn failing_mirror_is_skipped(ctx: Context) -> Result {
+    let proxy = FaultProxy::start(
+        &ctx.registry.host,
+        Auth::Open,
         vec![("/v2/", Fault::Status(503))],
     )
     .await?;
-    let node = world.own_node("skip", |_| {}).await?;
+    let node = ctx.dedicated_node("skip", |_| {}).await?;
     let dir = node.dir.join("certs.d/two.example.test");
     std::fs::create_dir_all(&dir)?;
     let block = |host: &str| {
@@ -425,48 +415,42 @@ async fn failing_mirror(world: Shared) -> Result {
     };
     let toml = format!(
         "server = \"http://{0}\"\n\n{1}{2}",
-        world.registry.host,
-        block(&front.host),
-        block(&world.registry.host)
+        ctx.registry.host,
+        block(&proxy.host),
+        block(&ctx.registry.host)
     );
     std::fs::write(dir.join("hosts.toml"), toml)?;
     pull(&node, "two.example.test/base:1").await?;
     Ok(())
 }
 
-async fn one_download(world: Shared) -> Result {
-    let front = Front::start(&world.registry.host, Guard::Open, vec![]).await?;
-    let image = bulky(&world.images, 3, 3 << 20)?;
-    world.registry.push("many", "1", &image).await?;
-    let node = node_with(
-        &world,
-        "one",
-        &front.host,
-        &format!("http://{}", front.host),
-    )
-    .await?;
-    let reference = format!("{}/many:1", front.host);
+async fn concurrent_pulls_share_one_download(ctx: Context) -> Result {
+    let proxy = FaultProxy::start(&ctx.registry.host, Auth::Open, vec![]).await?;
+    let image = bulky(&ctx.images, 3, 3 << 20)?;
+    ctx.registry.push("many", "1", &image).await?;
+    let node = node_with(&ctx, "one", &proxy.host, &format!("http://{}", proxy.host)).await?;
+    let reference = format!("{}/many:1", proxy.host);
     futures::future::try_join_all((0..8).map(|_| pull(&node, &reference))).await?;
     pull(&node, &reference).await?;
     for layer in &image.layers {
         same!(
-            front.count(&format!("blobs/{}", layer.digest)),
+            proxy.count(&format!("blobs/{}", layer.digest)),
             1,
             "downloads of layer {} for 9 callers",
             layer.digest
         );
     }
     same!(
-        front.count(&format!("blobs/{}", image.id()?)),
+        proxy.count(&format!("blobs/{}", image.id()?)),
         1,
         "downloads of the config for 9 callers"
     );
     Ok(())
 }
 
-async fn resumes(world: Shared) -> Result {
-    let image = bulky(&world.images, 1, 4 << 20)?;
-    world.registry.push("cut", "1", &image).await?;
+async fn interrupted_download_resumes(ctx: Context) -> Result {
+    let image = bulky(&ctx.images, 1, 4 << 20)?;
+    ctx.registry.push("cut", "1", &image).await?;
     let layer = image.layers[1].digest.clone();
     let faults = vec![(
         layer.as_str(),
@@ -475,16 +459,10 @@ async fn resumes(world: Shared) -> Result {
             times: 2,
         },
     )];
-    let front = Front::start(&world.registry.host, Guard::Open, faults).await?;
-    let node = node_with(
-        &world,
-        "cut",
-        &front.host,
-        &format!("http://{}", front.host),
-    )
-    .await?;
-    pull(&node, &format!("{}/cut:1", front.host)).await?;
-    let tries = front.count(&layer);
+    let proxy = FaultProxy::start(&ctx.registry.host, Auth::Open, faults).await?;
+    let node = node_with(&ctx, "cut", &proxy.host, &format!("http://{}", proxy.host)).await?;
+    pull(&node, &format!("{}/cut:1", proxy.host)).await?;
+    let tries = proxy.count(&layer);
     ensure!(
         tries == 3,
         "{tries} requests for a layer that was cut twice"
@@ -492,11 +470,10 @@ async fn resumes(world: Shared) -> Result {
     Ok(())
 }
 
-async fn fs_info(world: Shared) -> Result {
+async fn image_fs_info_counts_the_store(ctx: Context) -> Result {
     let info = answer(
         "ImageFsInfo",
-        world
-            .node
+        ctx.node
             .cri
             .image()
             .image_fs_info(ImageFsInfoRequest {})

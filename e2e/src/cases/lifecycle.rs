@@ -1,50 +1,31 @@
-//! Sandboxes and containers from run to removal: states, lists and filters, idempotence, joins of retries.
+//! Sandboxes and containers from run to removal: states, lists and filters, idempotence, retries that join.
 
+use crate::case;
 use crate::client::{answer, within};
-use crate::outcome::Result;
-use crate::pod::{LONG, Pod, container_spec, pod_spec};
-use crate::runner::{Case, Shared, case};
+use crate::failure::Result;
+use crate::pod::{LONG_TIMEOUT, Pod, container_spec, pod_spec};
+use crate::runner::{Case, Context};
 use crate::{ensure, same};
 use k8s_cri::v1::*;
 use std::time::{Duration, Instant};
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("lifecycle::version_and_status", 20, version_and_status),
-        case(
-            "lifecycle::pod_from_run_to_removal",
-            60,
-            pod_from_run_to_removal,
-        ),
-        case(
-            "lifecycle::container_states_and_exit_code",
-            60,
-            container_states,
-        ),
-        case("lifecycle::lists_and_filters", 90, lists_and_filters),
-        case("lifecycle::stop_and_remove_are_idempotent", 60, idempotent),
-        case(
-            "lifecycle::retried_run_joins_the_one_in_flight",
-            60,
-            retry_joins,
-        ),
-        case("lifecycle::two_pods_of_one_name", 60, one_name_twice),
-        case(
-            "lifecycle::lists_answer_while_a_vm_boots",
-            60,
-            lists_while_booting,
-        ),
-        case(
-            "lifecycle::restart_beside_a_running_neighbour",
-            60,
-            restart_beside_neighbour,
-        ),
-        case("lifecycle::stop_grace_and_signals", 90, stop_and_signals),
+        case!(version_and_status_are_reported, 20),
+        case!(pod_runs_and_is_removed, 60),
+        case!(container_states_and_exit_code_are_reported, 60),
+        case!(lists_honor_filters, 90),
+        case!(stop_and_remove_are_idempotent, 60),
+        case!(retried_run_joins_the_one_in_flight, 60),
+        case!(second_pod_of_a_name_is_refused, 60),
+        case!(lists_answer_while_a_vm_boots, 60),
+        case!(container_restarts_beside_a_running_neighbor, 60),
+        case!(stop_honors_grace_period_and_signals, 90),
     ]
 }
 
-async fn version_and_status(world: Shared) -> Result {
-    let mut client = world.node.cri.runtime();
+async fn version_and_status_are_reported(ctx: Context) -> Result {
+    let mut client = ctx.node.cri.runtime();
     let version = answer("Version", client.version(VersionRequest::default()).await)?;
     same!(version.runtime_api_version, "v1", "API version");
     same!(version.runtime_name, "boxlite-cri", "runtime name");
@@ -68,8 +49,8 @@ async fn version_and_status(world: Shared) -> Result {
     Ok(())
 }
 
-async fn pod_from_run_to_removal(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "life").await?;
+async fn pod_runs_and_is_removed(ctx: Context) -> Result {
+    let pod = Pod::run(&ctx.node, "life").await?;
     let status = pod.status().await?;
     same!(status.state(), PodSandboxState::SandboxReady, "state");
     same!(status.metadata, pod.config.metadata, "metadata");
@@ -99,10 +80,10 @@ async fn pod_from_run_to_removal(world: Shared) -> Result {
     Ok(())
 }
 
-async fn container_states(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "states").await?;
+async fn container_states_and_exit_code_are_reported(ctx: Context) -> Result {
+    let pod = Pod::run(&ctx.node, "states").await?;
     let container = pod
-        .create("c", &world.images.base, &["sh", "-c", "echo hi; exit 7"])
+        .create("c", &ctx.images.base, &["sh", "-c", "echo hi; exit 7"])
         .await?;
     same!(
         container.status().await?.state(),
@@ -111,7 +92,7 @@ async fn container_states(world: Shared) -> Result {
     );
     let before = now();
     container.start().await?;
-    let status = container.exited(world.patience(20)).await?;
+    let status = container.exited(ctx.patience(20)).await?;
     same!(status.exit_code, 7, "exit code");
     same!(status.reason, "Error", "reason");
     ensure!(
@@ -137,9 +118,9 @@ async fn container_states(world: Shared) -> Result {
         status.image_ref
     );
     let good = pod
-        .start("good", &world.images.base, &["true"])
+        .start("good", &ctx.images.base, &["true"])
         .await?
-        .exited(world.patience(20))
+        .exited(ctx.patience(20))
         .await?;
     same!(
         (good.exit_code, good.reason.as_str()),
@@ -151,21 +132,19 @@ async fn container_states(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn lists_and_filters(world: Shared) -> Result {
-    let one = Pod::run(&world.node, "one").await?;
-    let two = Pod::run(&world.node, "two").await?;
-    let a = one
-        .start("a", &world.images.base, &["sleep", "1000"])
-        .await?;
+async fn lists_honor_filters(ctx: Context) -> Result {
+    let one = Pod::run(&ctx.node, "one").await?;
+    let two = Pod::run(&ctx.node, "two").await?;
+    let a = one.start("a", &ctx.images.base, &["sleep", "1000"]).await?;
     let b = two
-        .create("b", &world.images.base, &["sleep", "1000"])
+        .create("b", &ctx.images.base, &["sleep", "1000"])
         .await?;
     let mut filter = PodSandboxFilter {
         label_selector: one.config.labels.clone(),
         ..Default::default()
     };
     same!(
-        world.pods(filter).await?,
+        ctx.pods(filter).await?,
         std::slice::from_ref(&one.id),
         "by label"
     );
@@ -174,7 +153,7 @@ async fn lists_and_filters(world: Shared) -> Result {
         ..Default::default()
     };
     same!(
-        world.pods(filter).await?,
+        ctx.pods(filter).await?,
         std::slice::from_ref(&two.id),
         "by prefix"
     );
@@ -184,7 +163,7 @@ async fn lists_and_filters(world: Shared) -> Result {
         state: PodSandboxState::SandboxReady.into(),
     });
     same!(
-        world.pods(filter).await?,
+        ctx.pods(filter).await?,
         std::slice::from_ref(&one.id),
         "ready ones"
     );
@@ -192,35 +171,33 @@ async fn lists_and_filters(world: Shared) -> Result {
         pod_sandbox_id: two.id.clone(),
         ..Default::default()
     };
-    same!(containers(&world, filter).await?, [b.id], "of a pod");
+    same!(containers(&ctx, filter).await?, [b.id], "of a pod");
     filter = ContainerFilter::default();
     filter.state = Some(ContainerStateValue {
         state: ContainerState::ContainerRunning.into(),
     });
-    same!(containers(&world, filter).await?, [a.id], "running ones");
+    same!(containers(&ctx, filter).await?, [a.id], "running ones");
     filter = ContainerFilter {
         id: "feedbeef".into(),
         ..Default::default()
     };
-    same!(containers(&world, filter).await?.len(), 0, "of no id");
+    same!(containers(&ctx, filter).await?.len(), 0, "of no id");
     one.end().await?;
     two.end().await
 }
 
-/// Ids of the containers that pass the filter.
-async fn containers(world: &Shared, filter: ContainerFilter) -> Result<Vec<String>> {
+/// Returns the ids of the containers that match the filter.
+async fn containers(ctx: &Context, filter: ContainerFilter) -> Result<Vec<String>> {
     let filter = Some(filter);
     let request = ListContainersRequest { filter };
-    let list = world.node.cri.runtime().list_containers(request).await?;
+    let list = ctx.node.cri.runtime().list_containers(request).await?;
     let list = list.into_inner().containers;
     Ok(list.into_iter().map(|c| c.id).collect())
 }
 
-async fn idempotent(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "twice").await?;
-    let container = pod
-        .start("c", &world.images.base, &["sleep", "1000"])
-        .await?;
+async fn stop_and_remove_are_idempotent(ctx: Context) -> Result {
+    let pod = Pod::run(&ctx.node, "twice").await?;
+    let container = pod.start("c", &ctx.images.base, &["sleep", "1000"]).await?;
     for _ in 0..2 {
         container.stop(0).await?;
     }
@@ -242,14 +219,14 @@ async fn idempotent(world: Shared) -> Result {
     pod.stop().await
 }
 
-async fn retry_joins(world: Shared) -> Result {
-    let config = pod_spec(&world.node, "retry");
+async fn retried_run_joins_the_one_in_flight(ctx: Context) -> Result {
+    let config = pod_spec(&ctx.node, "retry");
     let request = RunPodSandboxRequest {
         config: Some(config.clone()),
         runtime_handler: String::new(),
     };
-    // The kubelet's first call runs into its deadline; the second comes while the first boot is under way.
-    let impatient = world
+    // The first call exceeds its deadline; the second one arrives while the VM boots.
+    let impatient = ctx
         .node
         .cri
         .runtime()
@@ -259,23 +236,23 @@ async fn retry_joins(world: Shared) -> Result {
         impatient.is_err(),
         "a VM in 150 ms: this test needs a shorter deadline"
     );
-    let pod = Pod::run_with(&world.node, config.clone()).await?;
-    // One that is there is no retry any more: a second pod of its name is a mistake, named.
-    let again = Pod::run_with(&world.node, config).await.map(|p| p.id);
+    let pod = Pod::run_with(&ctx.node, config.clone()).await?;
+    // A pod that runs is not a retry: a second pod of its name is refused by name.
+    let again = Pod::run_with(&ctx.node, config).await.map(|p| p.id);
     let named = again
         .as_ref()
         .is_err_and(|e| e.0.contains("AlreadyExists") && e.0.contains("retry"));
     ensure!(named, "a second pod of one name: {again:?}");
-    let list = world.pods(PodSandboxFilter::default()).await?;
+    let list = ctx.pods(PodSandboxFilter::default()).await?;
     same!(list.len(), 1, "pods after three calls for one");
     pod.end().await
 }
 
-async fn one_name_twice(world: Shared) -> Result {
-    let config = pod_spec(&world.node, "name");
+async fn second_pod_of_a_name_is_refused(ctx: Context) -> Result {
+    let config = pod_spec(&ctx.node, "name");
     let (one, two) = tokio::join!(
-        Pod::run_with(&world.node, config.clone()),
-        Pod::run_with(&world.node, config.clone())
+        Pod::run_with(&ctx.node, config.clone()),
+        Pod::run_with(&ctx.node, config.clone())
     );
     let first = one?;
     same!(first.id, two?.id, "two callers at once get one pod");
@@ -283,9 +260,9 @@ async fn one_name_twice(world: Shared) -> Result {
     if let Some(metadata) = &mut next.metadata {
         metadata.attempt += 1;
     }
-    let second = Pod::run_with(&world.node, next).await?;
+    let second = Pod::run_with(&ctx.node, next).await?;
     ensure!(first.id != second.id, "another attempt is another pod");
-    let image = &world.images.base;
+    let image = &ctx.images.base;
     let a = first.create("same", image, &["true"]).await?;
     let b = first.create("same", image, &["true"]).await;
     let known = b
@@ -296,15 +273,15 @@ async fn one_name_twice(world: Shared) -> Result {
     second.end().await
 }
 
-async fn lists_while_booting(world: Shared) -> Result {
+async fn lists_answer_while_a_vm_boots(ctx: Context) -> Result {
     let boot = tokio::spawn({
-        let node = world.node.clone();
+        let node = ctx.node.clone();
         async move { Pod::run(&node, "slow").await }
     });
     let mut looks = 0;
     while !boot.is_finished() {
         let start = Instant::now();
-        let mut client = world.node.cri.runtime();
+        let mut client = ctx.node.cri.runtime();
         client
             .list_pod_sandbox(ListPodSandboxRequest::default())
             .await?;
@@ -316,7 +293,7 @@ async fn lists_while_booting(world: Shared) -> Result {
             .await
             .ok();
         ensure!(
-            start.elapsed() < world.patience(1),
+            start.elapsed() < ctx.patience(1),
             "lists took {:?} while a VM booted",
             start.elapsed()
         );
@@ -326,47 +303,44 @@ async fn lists_while_booting(world: Shared) -> Result {
     boot.await??.end().await
 }
 
-async fn restart_beside_neighbour(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "restart").await?;
-    let neighbour = pod
-        .start("stays", &world.images.base, &["sleep", "1000"])
+async fn container_restarts_beside_a_running_neighbor(ctx: Context) -> Result {
+    let pod = Pod::run(&ctx.node, "restart").await?;
+    let neighbor = pod
+        .start("stays", &ctx.images.base, &["sleep", "1000"])
         .await?;
-    let pid_before = neighbour.status().await?.started_at;
+    let pid_before = neighbor.status().await?.started_at;
     for attempt in 0..3 {
-        let mut config = container_spec(
-            "again",
-            &world.images.base,
-            &["sh", "-c", "echo run; exit 3"],
-        );
+        let mut config =
+            container_spec("again", &ctx.images.base, &["sh", "-c", "echo run; exit 3"]);
         if let Some(metadata) = &mut config.metadata {
             metadata.attempt = attempt;
         }
         config.log_path = format!("again/{attempt}.log");
         let container = pod.start_with(config).await?;
         same!(
-            container.exited(world.patience(20)).await?.exit_code,
+            container.exited(ctx.patience(20)).await?.exit_code,
             3,
             "attempt {attempt}"
         );
         same!(container.output()?, "run\n", "output of attempt {attempt}");
         container.remove().await?;
     }
-    let status = neighbour.status().await?;
+    let status = neighbor.status().await?;
     same!(
         (status.state(), status.started_at),
         (ContainerState::ContainerRunning, pid_before),
-        "the neighbour"
+        "the neighbor"
     );
     pod.end().await
 }
 
-async fn stop_and_signals(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "signals").await?;
+async fn stop_honors_grace_period_and_signals(ctx: Context) -> Result {
+    let pod = Pod::run(&ctx.node, "signals").await?;
     let trap = "trap 'echo got TERM; exit 5' TERM; echo ready; while :; do sleep 0.1; done";
     let polite = pod
-        .start("polite", &world.images.base, &["sh", "-c", trap])
+        .start("polite", &ctx.images.base, &["sh", "-c", trap])
         .await?;
-    polite.printed("ready", world.patience(20)).await?;
+    polite.printed("ready", ctx.patience(20)).await?;
     polite.stop(20).await?;
     same!(
         polite.status().await?.exit_code,
@@ -376,7 +350,7 @@ async fn stop_and_signals(world: Shared) -> Result {
     let deaf = pod
         .start(
             "deaf",
-            &world.images.base,
+            &ctx.images.base,
             &[
                 "sh",
                 "-c",
@@ -384,7 +358,7 @@ async fn stop_and_signals(world: Shared) -> Result {
             ],
         )
         .await?;
-    deaf.printed("ready", world.patience(20)).await?;
+    deaf.printed("ready", ctx.patience(20)).await?;
     let start = Instant::now();
     deaf.stop(2).await?;
     ensure!(
@@ -399,25 +373,24 @@ async fn stop_and_signals(world: Shared) -> Result {
     );
     let request = PullImageRequest {
         image: Some(ImageSpec {
-            image: world.images.user.clone(),
+            image: ctx.images.user.clone(),
             ..Default::default()
         }),
         ..Default::default()
     };
     answer(
         "PullImage",
-        world
-            .node
+        ctx.node
             .cri
             .image()
-            .pull_image(within(LONG, request))
+            .pull_image(within(LONG_TIMEOUT, request))
             .await,
     )?;
     let quits = "trap 'echo QUIT; exit 6' QUIT; echo ready; while :; do sleep 0.1; done";
     let own = pod
-        .start("own", &world.images.user, &["sh", "-c", quits])
+        .start("own", &ctx.images.user, &["sh", "-c", quits])
         .await?;
-    own.printed("ready", world.patience(20)).await?;
+    own.printed("ready", ctx.patience(20)).await?;
     own.stop(20).await?;
     same!(
         own.status().await?.exit_code,

@@ -1,13 +1,14 @@
-//! Log files: CRI format, both streams in order, long lines, binary bytes, nothing lost in 256 MiB or on a disk that stalls,
-//! and ReopenContainerLog.
+//! Log files: CRI format, order of both streams, long lines, binary bytes, no loss in 256 MiB or on a stalled disk, and
+//! ReopenContainerLog.
 
+use crate::case;
 use crate::client::answer;
 use crate::ext4::Ext4;
+use crate::failure::{During, Result};
 use crate::logs;
-use crate::outcome::{During, Result};
 use crate::pod::{Pod, container_spec, pod_spec};
-use crate::runner::{Case, Shared, case};
-use crate::{ensure, same, wait};
+use crate::runner::{Case, Context};
+use crate::{ensure, poll, same};
 use k8s_cri::v1::{ContainerState, ReopenContainerLogRequest};
 use sha2::{Digest, Sha256};
 use std::io::{BufRead, BufReader};
@@ -16,35 +17,27 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("logs::format_streams_and_order", 60, format_and_order),
-        case(
-            "logs::long_lines_and_bytes_that_are_no_text",
-            60,
-            long_and_binary,
-        ),
-        case("logs::last_line_without_newline", 60, unfinished_line),
-        case("logs::reopen_after_rotation", 60, reopen),
-        case("logs::terminal", 60, terminal),
-        case("logs::many_mib_of_numbered_lines", 300, numbered_lines),
-        case(
-            "logs::stalled_disk_holds_up_its_writer_alone",
-            120,
-            stalled_disk,
-        ),
+        case!(format_streams_and_order_are_kept, 60),
+        case!(long_lines_and_binary_bytes_are_kept, 60),
+        case!(last_line_without_newline_is_kept, 60),
+        case!(reopen_continues_after_rotation, 60),
+        case!(terminal_output_is_logged, 60),
+        case!(many_numbered_lines_are_all_logged, 300),
+        case!(stalled_disk_blocks_only_its_writer, 120),
     ]
 }
 
-async fn format_and_order(world: Shared) -> Result {
-    let pod = world.pod().await;
-    // One process, two pipes, and between the lines time for the agent to read each: what it finds at once has no order.
-    let pause = world.patience(20).as_secs() * 1000;
+async fn format_streams_and_order_are_kept(ctx: Context) -> Result {
+    let pod = ctx.shared_pod().await;
+    // One process, two pipes: the agent needs time between the lines, since lines that it reads together have no order.
+    let pause = ctx.patience(20).as_secs() * 1000;
     let script = format!(
         "for i in 1 2 3 4 5; do echo out $i; usleep {pause}; echo err $i >&2; usleep {pause}; done"
     );
     let container = pod
-        .start("c", &world.images.base, &["sh", "-c", &script])
+        .start("c", &ctx.images.base, &["sh", "-c", &script])
         .await?;
-    container.exited(world.patience(20)).await?;
+    container.exited(ctx.patience(20)).await?;
     let lines = logs::read(&container.log())?;
     let seen: Vec<_> = lines
         .iter()
@@ -74,19 +67,19 @@ async fn format_and_order(world: Shared) -> Result {
             & 0o777;
     ensure!(
         mode & 0o007 == 0,
-        "the log file is open to the world: {mode:o}"
+        "the log file is world-readable: {mode:o}"
     );
     pod.end().await
 }
 
-async fn long_and_binary(world: Shared) -> Result {
-    let pod = world.pod().await;
+async fn long_lines_and_binary_bytes_are_kept(ctx: Context) -> Result {
+    let pod = ctx.shared_pod().await;
     let script =
         "head -c 100000 /dev/zero | tr '\\0' x; echo; printf 'a\\000b\\377\\r\\n'; echo; echo end";
     let container = pod
-        .start("c", &world.images.base, &["sh", "-c", script])
+        .start("c", &ctx.images.base, &["sh", "-c", script])
         .await?;
-    container.exited(world.patience(20)).await?;
+    container.exited(ctx.patience(20)).await?;
     let lines = logs::read(&container.log())?;
     let mut wanted = vec![b'x'; 100_000];
     wanted.extend(b"\na\0b\xff\r\n\nend\n");
@@ -106,16 +99,16 @@ async fn long_and_binary(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn unfinished_line(world: Shared) -> Result {
-    let pod = world.pod().await;
+async fn last_line_without_newline_is_kept(ctx: Context) -> Result {
+    let pod = ctx.shared_pod().await;
     let container = pod
         .start(
             "c",
-            &world.images.base,
+            &ctx.images.base,
             &["sh", "-c", "echo whole; printf half"],
         )
         .await?;
-    container.exited(world.patience(20)).await?;
+    container.exited(ctx.patience(20)).await?;
     let lines = logs::read(&container.log())?;
     same!(
         lines.iter().map(|l| l.full).collect::<Vec<_>>(),
@@ -126,16 +119,16 @@ async fn unfinished_line(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn reopen(world: Shared) -> Result {
-    let pod = world.pod().await;
-    // A pause, which is a process, only now and then.
+async fn reopen_continues_after_rotation(ctx: Context) -> Result {
+    let pod = ctx.shared_pod().await;
+    // Only every tenth line, since each sleep is a process.
     let script = "i=0; while [ $i -lt 400 ]; do echo line $i; i=$((i+1)); [ $((i % 10)) = 0 ] && usleep 50000; done";
     let container = pod
-        .start("c", &world.images.base, &["sh", "-c", script])
+        .start("c", &ctx.images.base, &["sh", "-c", script])
         .await?;
     let mut rotated = Vec::new();
     for turn in 0..3 {
-        wait::until("some lines", world.patience(20), || async {
+        poll::until("some lines", ctx.patience(20), || async {
             let n = logs::read(&container.log())?.len();
             ensure!(n > 20, "{n} lines");
             Ok(())
@@ -148,7 +141,7 @@ async fn reopen(world: Shared) -> Result {
         };
         answer(
             "ReopenContainerLog",
-            world.node.cri.runtime().reopen_container_log(request).await,
+            ctx.node.cri.runtime().reopen_container_log(request).await,
         )?;
         ensure!(
             container.log().exists(),
@@ -156,7 +149,7 @@ async fn reopen(world: Shared) -> Result {
         );
         rotated.push(old);
     }
-    container.exited(world.patience(40)).await?;
+    container.exited(ctx.patience(40)).await?;
     rotated.push(container.log());
     let mut all = Vec::new();
     for path in &rotated {
@@ -172,16 +165,16 @@ async fn reopen(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn terminal(world: Shared) -> Result {
-    let pod = world.pod().await;
+async fn terminal_output_is_logged(ctx: Context) -> Result {
+    let pod = ctx.shared_pod().await;
     let mut config = container_spec(
         "c",
-        &world.images.base,
+        &ctx.images.base,
         &["sh", "-c", "test -t 1 && echo a terminal; echo err >&2"],
     );
     config.tty = true;
     let container = pod.start_with(config).await?;
-    container.exited(world.patience(20)).await?;
+    container.exited(ctx.patience(20)).await?;
     let lines = logs::read(&container.log())?;
     ensure!(
         lines.iter().all(|l| l.stream == "stdout"),
@@ -192,23 +185,23 @@ async fn terminal(world: Shared) -> Result {
     pod.end().await
 }
 
-/// Bytes of a line, with number and newline.
-const LINE: usize = 256;
-/// Lines of a block; the container makes one with awk and prints it over and over, each time below a numbered line of its
-/// own: awk is slower than the log.
+/// Bytes of a line, including number and newline.
+const LINE_BYTES: usize = 256;
+/// Lines of a block. The container generates one with awk and prints it repeatedly below a numbered line, since awk is
+/// slower than the log.
 const BLOCK_LINES: usize = 8192;
-/// Blocks of a run: 256 MiB, and 64 MiB in the emulated KVM host.
+/// Blocks of a run: 256 MiB, or 64 MiB in the emulated KVM host.
 const BLOCKS: (usize, usize) = (128, 32);
 
-/// Makes a block of so many lines as /block.
+/// Returns a script that writes a block of `lines` lines to /block.
 fn block_script(lines: usize) -> String {
-    let filler = "x".repeat(LINE - 11);
+    let filler = "x".repeat(LINE_BYTES - 11);
     format!("awk 'BEGIN{{for(i=0;i<{lines};i++) printf \"%09d {filler}\\n\", i}}' > /block")
 }
 
-/// What the log must hold after `blocks` blocks of so many lines: bytes and SHA-256.
+/// Returns the expected size and SHA-256 of the log after `blocks` blocks of `lines` lines.
 fn wanted(blocks: usize, lines: usize) -> (usize, String) {
-    let filler = "x".repeat(LINE - 11);
+    let filler = "x".repeat(LINE_BYTES - 11);
     let block: String = (0..lines).map(|i| format!("{i:09} {filler}\n")).collect();
     let (mut sum, mut bytes) = (Sha256::new(), 0);
     for i in 0..blocks {
@@ -220,17 +213,17 @@ fn wanted(blocks: usize, lines: usize) -> (usize, String) {
     (bytes, hex::encode(sum.finalize()))
 }
 
-async fn numbered_lines(world: Shared) -> Result {
-    let blocks = world.rounds(BLOCKS.0, BLOCKS.1);
-    let pod = world.pod().await;
+async fn many_numbered_lines_are_all_logged(ctx: Context) -> Result {
+    let blocks = ctx.rounds(BLOCKS.0, BLOCKS.1);
+    let pod = ctx.shared_pod().await;
     let script = format!(
         "{}; i=0; while [ $i -lt {blocks} ]; do echo block $i; cat /block; i=$((i+1)); done",
         block_script(BLOCK_LINES)
     );
     let container = pod
-        .start("c", &world.images.base, &["sh", "-c", &script])
+        .start("c", &ctx.images.base, &["sh", "-c", &script])
         .await?;
-    let status = container.exited(world.patience(300)).await?;
+    let status = container.exited(ctx.patience(300)).await?;
     same!(status.exit_code, 0, "exit code");
     let found = sum_of(&container.log()).during("reading the log")?;
     same!(
@@ -241,33 +234,33 @@ async fn numbered_lines(world: Shared) -> Result {
     pod.end().await
 }
 
-/// Lines of a block, and blocks, of the case with the stalled disk: 8 MiB, several times what may be under way.
+/// Lines of a block in the stalled disk case: 8 MiB in total, several times the data in flight.
 const STALLED_LINES: usize = 1024;
 const STALLED_BLOCKS: usize = 32;
-/// What a container may have written that is not in its log: the agent's buffer, which only an acknowledgement frees, the
-/// pipe, and the block under way.
-const UNDER_WAY: usize = 2 << 20;
+/// Limit of the bytes written by a container and not in its log: the agent's buffer, which is freed by acknowledgements
+/// only, the pipe, and the block in flight.
+const MAX_IN_FLIGHT_BYTES: usize = 2 << 20;
 
-/// The log's disk stalls (a frozen ext4, where a write blocks in the kernel): the container is held up and nothing else, and
-/// afterwards every line is there.
-async fn stalled_disk(world: Shared) -> Result {
-    let config = pod_spec(&world.node, "stall");
+/// Stalls the log's disk (a frozen ext4, on which a write blocks in the kernel): only the container is blocked, and
+/// every line arrives afterwards.
+async fn stalled_disk_blocks_only_its_writer(ctx: Context) -> Result {
+    let config = pod_spec(&ctx.node, "stall");
     let disk = Ext4::mount(
-        &world.scratch.join("slow.img"),
+        &ctx.scratch.join("slow.img"),
         64 << 20,
         &Path::new(&config.log_directory).join("slow"),
     )?;
-    let pod = Pod::run_with(&world.node, config).await?;
+    let pod = Pod::run_with(&ctx.node, config).await?;
     let script = format!(
         "{}; mkfifo /gate; echo 0 > /done; read go < /gate; i=0; while [ $i -lt {STALLED_BLOCKS} ]; do echo block $i; \
          cat /block; i=$((i+1)); echo $i > /done; done",
         block_script(STALLED_LINES)
     );
-    let mut spec = container_spec("c", &world.images.base, &["sh", "-c", &script]);
+    let mut spec = container_spec("c", &ctx.images.base, &["sh", "-c", &script]);
     spec.log_path = "slow/c.log".into();
     let container = pod.start_with(spec).await?;
     disk.freeze()?;
-    // Both an exec and a neighbour's start and log, while the disk stands.
+    // An exec and another container's start and log work while the disk stalls.
     container
         .out(&[
             "sh",
@@ -275,16 +268,16 @@ async fn stalled_disk(world: Shared) -> Result {
             "until test -p /gate; do usleep 50000; done; echo go > /gate",
         ])
         .await?;
-    let neighbour = pod
+    let neighbor = pod
         .start(
             "n",
-            &world.images.base,
+            &ctx.images.base,
             &["sh", "-c", "echo beside; sleep 1000"],
         )
         .await?;
-    neighbour.printed("beside\n", world.patience(20)).await?;
+    neighbor.printed("beside\n", ctx.patience(20)).await?;
     let before = AtomicUsize::new(0);
-    let held = wait::until("the container stands", world.patience(40), || async {
+    let held = poll::until("the container stands", ctx.patience(40), || async {
         let done = container.out(&["sh", "-c", "sleep 1; cat /done"]).await?;
         let done: usize = done.trim().parse()?;
         let stands = done > 0 && before.swap(done, Ordering::Relaxed) == done;
@@ -293,7 +286,7 @@ async fn stalled_disk(world: Shared) -> Result {
     })
     .await?;
     ensure!(
-        held * STALLED_LINES * LINE <= UNDER_WAY,
+        held * STALLED_LINES * LINE_BYTES <= MAX_IN_FLIGHT_BYTES,
         "{held} blocks left the container for a disk that takes nothing"
     );
     same!(
@@ -302,7 +295,7 @@ async fn stalled_disk(world: Shared) -> Result {
         "the container, held up"
     );
     disk.thaw()?;
-    let status = container.exited(world.patience(60)).await?;
+    let status = container.exited(ctx.patience(60)).await?;
     same!(status.exit_code, 0, "exit code");
     let found = sum_of(&container.log()).during("reading the log")?;
     same!(
@@ -313,7 +306,8 @@ async fn stalled_disk(world: Shared) -> Result {
     pod.end().await
 }
 
-/// Bytes and SHA-256 of the content, line by line: the file is larger than a test should hold in memory.
+/// Returns the size and SHA-256 of the content. Reads line by line, since the file is larger than a test should hold in
+/// memory.
 fn sum_of(path: &Path) -> Result<(usize, String)> {
     let mut reader = BufReader::with_capacity(1 << 20, std::fs::File::open(path)?);
     let (mut raw, mut sum, mut bytes) = (Vec::new(), Sha256::new(), 0);

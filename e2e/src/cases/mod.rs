@@ -1,20 +1,20 @@
-//! The end-to-end cases, by subject. Each is an async function that reads as what a kubelet would see.
+//! End-to-end cases by subject. Each is an async function from a kubelet's point of view.
 
 mod bad_images;
 mod bad_input;
 mod blocks;
+mod clients;
 mod cni;
-mod death;
+mod crash;
 mod exec;
 mod images;
 mod lifecycle;
 mod logs;
+mod mount_export;
 pub mod network;
 mod nri;
 mod observe;
-mod robust;
 mod security;
-mod shown;
 mod spec;
 mod streaming;
 mod trees;
@@ -22,7 +22,7 @@ mod volumes;
 
 use crate::runner::Case;
 
-/// All cases in the order they run.
+/// Returns all cases in the order in which they run.
 pub fn all() -> Vec<Case> {
     [
         lifecycle::cases(),
@@ -34,14 +34,14 @@ pub fn all() -> Vec<Case> {
         spec::cases(),
         volumes::cases(),
         blocks::cases(),
-        shown::cases(),
+        mount_export::cases(),
         security::cases(),
         nri::cases(),
         images::cases(),
         trees::cases(),
         observe::cases(),
-        robust::cases(),
-        death::cases(),
+        clients::cases(),
+        crash::cases(),
         bad_input::cases(),
         bad_images::cases(),
     ]

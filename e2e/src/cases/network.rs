@@ -1,12 +1,13 @@
-//! The pod's network: CNI addresses, HTTP from the host, pods to pods, hostPort, IPv6, DNS and hosts files, and that
-//! nothing of it is left.
+//! Pod network: CNI addresses, HTTP from the host, between pods and through hostPort, IPv6, DNS and hosts files, and
+//! removal.
 
-use crate::enclave::run;
-use crate::outcome::{During, Result};
+use crate::case;
+use crate::context::Backend;
+use crate::failure::{During, Result};
+use crate::namespaces::run;
 use crate::pod::{Pod, pod_spec};
-use crate::runner::{Case, Shared, case};
-use crate::world::Home;
-use crate::{ensure, same, wait};
+use crate::runner::{Case, Context};
+use crate::{ensure, poll, same};
 use k8s_cri::v1::*;
 use std::net::Ipv4Addr;
 use std::time::Duration;
@@ -15,17 +16,17 @@ use tokio::net::TcpStream;
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("network::http_from_host_to_pod", 60, http_from_host),
-        case("network::host_port", 60, host_port),
-        case("network::pod_to_pod_and_out", 90, pod_to_pod),
-        case("network::addresses_in_the_guest", 60, addresses),
-        case("network::dns_hostname_and_hosts", 60, names),
-        case("network::bulk_transfer_is_whole", 120, bulk),
-        case("network::host_network", 90, host_network),
+        case!(host_reaches_the_pod_over_http, 60),
+        case!(host_port_reaches_the_pod, 60),
+        case!(pods_reach_each_other_and_the_host, 90),
+        case!(guest_has_the_cni_addresses, 60),
+        case!(dns_hostname_and_hosts_are_written, 60),
+        case!(bulk_transfer_is_complete, 120),
+        case!(host_network_pod_shares_the_host_ports, 90),
     ]
 }
 
-/// GET over HTTP/1.0, the whole answer.
+/// Sends a GET request over HTTP/1.0 and returns the whole response.
 pub async fn get(address: &str, path: &str) -> Result<String> {
     let work = async {
         let mut stream = TcpStream::connect(address).await.during(address)?;
@@ -41,9 +42,9 @@ pub async fn get(address: &str, path: &str) -> Result<String> {
         .during(format!("GET {address}{path}"))?
 }
 
-/// GET until it is answered with the test page.
+/// Repeats a GET request until the test page is returned.
 pub async fn served(address: &str, limit: Duration) -> Result {
-    wait::until(&format!("HTTP from {address}"), limit, || async {
+    poll::until(&format!("HTTP from {address}"), limit, || async {
         let text = get(address, "/index.html").await?;
         ensure!(text.contains("hello from the pod"), "{text:?}");
         Ok(())
@@ -53,10 +54,10 @@ pub async fn served(address: &str, limit: Duration) -> Result {
 
 const HTTPD: [&str; 6] = ["httpd", "-f", "-p", "80", "-h", "/var/www"];
 
-async fn http_from_host(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "web").await?;
-    pod.start("web", &world.images.base, &HTTPD).await?;
-    served(&format!("{}:80", pod.ip().await?), world.patience(10)).await?;
+async fn host_reaches_the_pod_over_http(ctx: Context) -> Result {
+    let pod = Pod::run(&ctx.node, "web").await?;
+    pod.start("web", &ctx.images.base, &HTTPD).await?;
+    served(&format!("{}:80", pod.ip().await?), ctx.patience(10)).await?;
     let more = pod
         .status()
         .await?
@@ -67,14 +68,14 @@ async fn http_from_host(world: Shared) -> Result {
     ensure!(v6.is_some(), "no IPv6 address in the status: {more:?}");
     served(
         &format!("[{}]:80", v6.map(|v| v.ip.as_str()).unwrap_or_default()),
-        world.patience(10),
+        ctx.patience(10),
     )
     .await?;
     pod.end().await
 }
 
-async fn host_port(world: Shared) -> Result {
-    let node = world.own_node("port", |o| o.iptables = true).await?;
+async fn host_port_reaches_the_pod(ctx: Context) -> Result {
+    let node = ctx.dedicated_node("port", |o| o.iptables = true).await?;
     let mut config = pod_spec(&node, "port");
     config.port_mappings = vec![PortMapping {
         protocol: Protocol::Tcp.into(),
@@ -83,9 +84,9 @@ async fn host_port(world: Shared) -> Result {
         host_ip: String::new(),
     }];
     let pod = Pod::run_with(&node, config).await?;
-    crate::pod::pull(&node, &world.images.base).await?;
-    pod.start("web", &world.images.base, &HTTPD).await?;
-    // By an address of the host that is not loopback: what a client of the node uses.
+    crate::pod::pull(&node, &ctx.images.base).await?;
+    pod.start("web", &ctx.images.base, &HTTPD).await?;
+    // Through a host address other than loopback, as a client of the node connects.
     let gateway = pod
         .ip()
         .await?
@@ -104,7 +105,7 @@ async fn host_port(world: Shared) -> Result {
         ),
     ];
     for address in &addresses {
-        served(address, world.patience(10)).await?;
+        served(address, ctx.patience(10)).await?;
     }
     pod.end().await?;
     for address in &addresses {
@@ -116,22 +117,22 @@ async fn host_port(world: Shared) -> Result {
     Ok(())
 }
 
-async fn pod_to_pod(world: Shared) -> Result {
-    let server = Pod::run(&world.node, "server").await?;
-    server.start("web", &world.images.base, &HTTPD).await?;
+async fn pods_reach_each_other_and_the_host(ctx: Context) -> Result {
+    let server = Pod::run(&ctx.node, "server").await?;
+    server.start("web", &ctx.images.base, &HTTPD).await?;
     let ip = server.ip().await?;
-    served(&format!("{ip}:80"), world.patience(10)).await?;
-    let client = Pod::run(&world.node, "client").await?;
+    served(&format!("{ip}:80"), ctx.patience(10)).await?;
+    let client = Pod::run(&ctx.node, "client").await?;
     let text = client
         .sh(
-            &world.images.base,
+            &ctx.images.base,
             &format!("wget -qO- http://{ip}/index.html"),
         )
         .await?;
     same!(text, "hello from the pod\n", "pod to pod");
     let own = client.ip().await?;
     ensure!(own != ip, "two pods with one address {ip}");
-    // A listener of the host, by the bridge's address: the way out, and the pod's own address as source.
+    // A listener on the host, reached through the bridge's address, sees the pod's own address as the source.
     let gateway = ip
         .rsplit_once('.')
         .map(|(net, _)| format!("{net}.1"))
@@ -143,10 +144,7 @@ async fn pod_to_pod(world: Shared) -> Result {
         Ok::<_, std::io::Error>(from.ip().to_string())
     });
     let text = client
-        .sh(
-            &world.images.base,
-            &format!("nc {gateway} 8099 < /dev/null"),
-        )
+        .sh(&ctx.images.base, &format!("nc {gateway} 8099 < /dev/null"))
         .await?;
     same!(text, "from the host\n", "pod to host");
     same!(caller.await??, own, "source address at the host");
@@ -154,10 +152,10 @@ async fn pod_to_pod(world: Shared) -> Result {
     client.end().await
 }
 
-async fn addresses(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "addr").await?;
+async fn guest_has_the_cni_addresses(ctx: Context) -> Result {
+    let pod = Pod::run(&ctx.node, "addr").await?;
     let text = pod
-        .sh(&world.images.base, "ip addr; ip route; ip -6 route")
+        .sh(&ctx.images.base, "ip addr; ip route; ip -6 route")
         .await?;
     let ip = pod.ip().await?;
     ensure!(
@@ -180,18 +178,18 @@ async fn addresses(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn names(world: Shared) -> Result {
-    let mut config = pod_spec(&world.node, "named");
+async fn dns_hostname_and_hosts_are_written(ctx: Context) -> Result {
+    let mut config = pod_spec(&ctx.node, "named");
     config.hostname = "a-host-name".into();
     config.dns_config = Some(DnsConfig {
         servers: vec!["10.96.0.10".into()],
         searches: vec!["e2e.svc.cluster.local".into(), "svc.cluster.local".into()],
         options: vec!["ndots:5".into()],
     });
-    let pod = Pod::run_with(&world.node, config).await?;
+    let pod = Pod::run_with(&ctx.node, config).await?;
     let text = pod
         .sh(
-            &world.images.base,
+            &ctx.images.base,
             "hostname; cat /etc/hostname; cat /etc/resolv.conf; cat /etc/hosts",
         )
         .await?;
@@ -213,10 +211,10 @@ async fn names(world: Shared) -> Result {
     pod.end().await
 }
 
-/// A pod in the host's network: the host's loopback and other addresses from inside, its own ports from the host.
-async fn host_network(world: Shared) -> Result {
+/// Runs a pod in the host network: it reaches the host's loopback and other addresses, and the host reaches its ports.
+async fn host_network_pod_shares_the_host_ports(ctx: Context) -> Result {
     const PORT: u16 = 12003;
-    let mut config = pod_spec(&world.node, "hostnet");
+    let mut config = pod_spec(&ctx.node, "hostnet");
     config.linux.get_or_insert_default().security_context = Some(LinuxSandboxSecurityContext {
         namespace_options: Some(NamespaceOption {
             network: NamespaceMode::Node.into(),
@@ -224,14 +222,14 @@ async fn host_network(world: Shared) -> Result {
         }),
         ..Default::default()
     });
-    let pod = Pod::run_with(&world.node, config).await?;
+    let pod = Pod::run_with(&ctx.node, config).await?;
     same!(
         pod.ip().await?,
         "",
         "address of a pod that has none of its own"
     );
-    // The registry, on the host's loopback: the first thing that the first container does.
-    let image = &world.images.base;
+    // The registry on the host's loopback, as the first action of the first container.
+    let image = &ctx.images.base;
     let text = pod
         .sh(image, "netstat -ltn; wget -qO- http://127.0.0.1:5000/v2/")
         .await?;
@@ -257,31 +255,27 @@ async fn host_network(world: Shared) -> Result {
         )
         .await?;
     for address in ["127.0.0.1", "127.0.0.5"] {
-        served(&format!("{address}:{PORT}"), world.patience(10)).await?;
+        served(&format!("{address}:{PORT}"), ctx.patience(10)).await?;
     }
     web.stop(0).await?;
-    // What the pod has on the host, the pod may have again.
+    // The pod can bind again a port that it holds on the host.
     let argv = ["httpd", "-f", "-p", &port, "-h", "/var/www"];
     let again = pod.start("again", image, &argv).await?;
-    served(&format!("127.0.0.1:{PORT}"), world.patience(10)).await?;
+    served(&format!("127.0.0.1:{PORT}"), ctx.patience(10)).await?;
     again.stop(0).await?;
     let free = || {
-        wait::until(
-            "the port is the host's again",
-            world.patience(10),
-            || async {
-                let socket = tokio::net::TcpSocket::new_v4()?;
-                socket.set_reuseaddr(true)?;
-                // What libkrun's connections leave in TIME_WAIT lets only such sockets in.
-                socket.set_reuseport(world.home == Home::Krun)?;
-                socket.bind((Ipv4Addr::UNSPECIFIED, PORT).into())?;
-                socket.listen(1)?;
-                Ok(())
-            },
-        )
+        poll::until("the port is the host's again", ctx.patience(10), || async {
+            let socket = tokio::net::TcpSocket::new_v4()?;
+            socket.set_reuseaddr(true)?;
+            // libkrun's connections in TIME_WAIT allow only sockets with SO_REUSEPORT.
+            socket.set_reuseport(ctx.backend == Backend::Krun)?;
+            socket.bind((Ipv4Addr::UNSPECIFIED, PORT).into())?;
+            socket.listen(1)?;
+            Ok(())
+        })
     };
-    // On libkrun a port that a server listened on is the pod's until the pod ends (docs/networking.md).
-    if world.home == Home::Qemu {
+    // On libkrun the pod keeps a port on which a server listened until the pod ends (docs/networking.md).
+    if ctx.backend == Backend::Qemu {
         free().await?;
     }
     pod.end().await?;
@@ -292,15 +286,15 @@ async fn host_network(world: Shared) -> Result {
     free().await
 }
 
-/// Lines of a part of the file, and parts: 28 MB. Numbering them all would take longer than sending them.
+/// Lines of a part of the file, and parts: 28 MB. Numbering all lines would take longer than sending them.
 const PART_LINES: usize = 250_000;
 const PARTS: usize = 16;
 
-async fn bulk(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "bulk").await?;
+async fn bulk_transfer_is_complete(ctx: Context) -> Result {
+    let pod = Pod::run(&ctx.node, "bulk").await?;
     pod.start(
         "web",
-        &world.images.base,
+        &ctx.images.base,
         &[
             "sh",
             "-c",
@@ -312,11 +306,11 @@ async fn bulk(world: Shared) -> Result {
     )
     .await?;
     let address = format!("{}:80", pod.ip().await?);
-    served(&address, world.patience(60)).await?;
+    served(&address, ctx.patience(60)).await?;
     let mut stream = TcpStream::connect(&address).await?;
     stream.write_all(b"GET /big HTTP/1.0\r\n\r\n").await?;
     let mut bytes = Vec::new();
-    tokio::time::timeout(world.patience(60), stream.read_to_end(&mut bytes))
+    tokio::time::timeout(ctx.patience(60), stream.read_to_end(&mut bytes))
         .await
         .during("28 MB by HTTP")??;
     let body = bytes

@@ -1,31 +1,32 @@
-//! NRI plugins: what they are told and in which order, what they may refuse, what they may adjust, and what becomes of those that hang.
+//! NRI plugins: order and content of events, refusals, adjustments, hanging plugins, and plugins launched by the daemon.
 
+use crate::case;
+use crate::failure::{Failure, Result};
 use crate::nri::{
     Adjust, Hook, Hooks, Linux, Memory, Mount, Number, Pair, Plugin, Reply, Resources, Rlimit,
     install,
 };
-use crate::outcome::{Failure, Result};
 use crate::pod::{Pod, pull};
 use crate::process::kill;
-use crate::runner::{Case, Shared, case};
-use crate::{ensure, same, wait};
+use crate::runner::{Case, Context};
+use crate::{ensure, poll, same};
 use k8s_cri::v1::PodSandboxFilter;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("nri::events_in_order_and_adjustments", 60, events),
-        case("nri::refusals_leave_nothing", 90, refusals),
-        case("nri::launched_plugins", 120, launched),
+        case!(events_arrive_in_order_and_adjustments_apply, 60),
+        case!(refusals_leave_nothing_behind, 90),
+        case!(launched_plugins_are_synchronized_and_reaped, 120),
     ]
 }
 
-fn socket(world: &Shared) -> PathBuf {
-    world.node.dir.join("nri.sock")
+fn socket(ctx: &Context) -> PathBuf {
+    ctx.node.dir.join("nri.sock")
 }
 
-/// Fails unless the call failed with all of these words.
+/// Fails unless the call failed with an error that contains all of these words.
 fn refused<T>(outcome: Result<T>, words: &[&str]) -> Result {
     match outcome {
         Ok(_) => Err(Failure(format!("it went well, without {words:?}"))),
@@ -37,7 +38,7 @@ fn refused<T>(outcome: Result<T>, words: &[&str]) -> Result {
     }
 }
 
-async fn events(world: Shared) -> Result {
+async fn events_arrive_in_order_and_adjustments_apply(ctx: Context) -> Result {
     let adjust = Adjust {
         env: vec![Pair {
             key: "FROM_NRI".into(),
@@ -56,21 +57,21 @@ async fn events(world: Shared) -> Result {
         }],
         ..Default::default()
     };
-    let plugin = Plugin::join(&socket(&world), "10", "e2e", move |event| match event {
+    let plugin = Plugin::join(&socket(&ctx), "10", "e2e", move |event| match event {
         "CreateContainer" => Reply::Adjust(adjust.clone()),
         _ => Reply::Fine,
     })
     .await?;
-    let pod = Pod::run(&world.node, "nri").await?;
+    let pod = Pod::run(&ctx.node, "nri").await?;
     let script =
         "echo env=$FROM_NRI files=$(ulimit -n) type=$(grep -c ' /from-nri tmpfs' /proc/mounts)";
     let short = pod
-        .start("short", &world.images.base, &["sh", "-c", script])
+        .start("short", &ctx.images.base, &["sh", "-c", script])
         .await?;
     short
-        .printed("env=yes files=777 type=1", world.patience(20))
+        .printed("env=yes files=777 type=1", ctx.patience(20))
         .await?;
-    // It ends by itself, and the plugin hears of it without anybody's call.
+    // The container exits by itself; the plugin is notified without a CRI call.
     let until_stop = [
         "CreateContainer",
         "ValidateContainerAdjustment",
@@ -79,9 +80,9 @@ async fn events(world: Shared) -> Result {
         "PostStartContainer",
         "StopContainer",
     ];
-    wait::until("StopContainer", world.patience(20), || async {
-        let told = plugin.events(&[&short.id]);
-        ensure!(told.len() >= until_stop.len(), "{told:?}");
+    poll::until("StopContainer", ctx.patience(20), || async {
+        let recorded = plugin.events(&[&short.id]);
+        ensure!(recorded.len() >= until_stop.len(), "{recorded:?}");
         Ok(())
     })
     .await?;
@@ -91,11 +92,11 @@ async fn events(world: Shared) -> Result {
         "events of a short container"
     );
     let long = pod
-        .start("long", &world.images.base, &["sleep", "1000"])
+        .start("long", &ctx.images.base, &["sleep", "1000"])
         .await?;
-    // A second plugin finds what runs.
-    let late = Plugin::join(&socket(&world), "20", "late", |_| Reply::Fine).await?;
-    let common = world.pod().await.id;
+    // A second plugin receives the running pods and containers.
+    let late = Plugin::join(&socket(&ctx), "20", "late", |_| Reply::Fine).await?;
+    let common = ctx.shared_pod().await.id;
     let present = late.present().into_iter().filter(|id| *id != common);
     same!(
         present.collect::<Vec<_>>(),
@@ -129,21 +130,21 @@ async fn events(world: Shared) -> Result {
     Ok(())
 }
 
-async fn refusals(world: Shared) -> Result {
+async fn refusals_leave_nothing_behind(ctx: Context) -> Result {
     {
-        let _no = Plugin::join(&socket(&world), "10", "no", |event| match event {
+        let _no = Plugin::join(&socket(&ctx), "10", "no", |event| match event {
             "RunPodSandbox" => Reply::Refuse("not on this node"),
             _ => Reply::Fine,
         })
         .await?;
-        let outcome = Pod::run(&world.node, "refused").await;
+        let outcome = Pod::run(&ctx.node, "refused").await;
         refused(outcome, &["10-no", "RunPodSandbox", "not on this node"])?;
-        let left = world.pods(PodSandboxFilter::default()).await?;
+        let left = ctx.pods(PodSandboxFilter::default()).await?;
         same!(left.len(), 0, "pods left");
     }
-    let pod = Pod::run(&world.node, "nri").await?;
+    let pod = Pod::run(&ctx.node, "nri").await?;
     {
-        let _hooks = Plugin::join(&socket(&world), "10", "hooks", |event| match event {
+        let _hooks = Plugin::join(&socket(&ctx), "10", "hooks", |event| match event {
             "CreateContainer" => Reply::Adjust(Adjust {
                 hooks: Some(Hooks {
                     prestart: vec![Hook {
@@ -155,11 +156,11 @@ async fn refusals(world: Shared) -> Result {
             _ => Reply::Fine,
         })
         .await?;
-        let outcome = pod.create("hooked", &world.images.base, &["true"]).await;
+        let outcome = pod.create("hooked", &ctx.images.base, &["true"]).await;
         refused(outcome, &["10-hooks", "hooks", "/bin/hook"])?;
     }
     {
-        let _greedy = Plugin::join(&socket(&world), "10", "greedy", |event| match event {
+        let _greedy = Plugin::join(&socket(&ctx), "10", "greedy", |event| match event {
             "CreateContainer" => Reply::Adjust(Adjust {
                 linux: Some(Linux {
                     resources: Some(Resources {
@@ -173,73 +174,73 @@ async fn refusals(world: Shared) -> Result {
             _ => Reply::Fine,
         })
         .await?;
-        let outcome = pod.create("hooked", &world.images.base, &["true"]).await;
+        let outcome = pod.create("hooked", &ctx.images.base, &["true"]).await;
         let words = ["10-greedy", "linux.resources", "1048576 MiB", "overhead"];
         refused(outcome, &words)?;
     }
-    let _hung = Plugin::join(&socket(&world), "10", "hung", |event| match event {
+    let _hung = Plugin::join(&socket(&ctx), "10", "hung", |event| match event {
         "CreateContainer" => Reply::Hang,
         _ => Reply::Fine,
     })
     .await?;
     let begun = Instant::now();
-    // Of the same name: the refused one has left nothing.
-    let container = pod.start("hooked", &world.images.base, &["true"]).await?;
-    let limit = Duration::from_secs(2) + world.patience(15);
+    // The same name is free again after the refusal.
+    let container = pod.start("hooked", &ctx.images.base, &["true"]).await?;
+    let limit = Duration::from_secs(2) + ctx.patience(15);
     ensure!(begun.elapsed() < limit, "{:?}", begun.elapsed());
     same!(
-        container.exited(world.patience(20)).await?.exit_code,
+        container.exited(ctx.patience(20)).await?.exit_code,
         0,
         "exit code"
     );
     pod.end().await
 }
 
-/// The pid of a launched plugin, which runs.
+/// Returns the pid of a launched plugin that is running.
 fn running(notes: &Path) -> Result<i32> {
     let pid = std::fs::read_to_string(notes.join("pid"))?.parse()?;
     ensure!(Path::new(&format!("/proc/{pid}")).exists(), "{pid} is gone");
     Ok(pid)
 }
 
-/// Fails as long as there is such a process, also one that nobody has waited for.
+/// Fails while the process exists, zombies included.
 fn gone(pid: i32) -> Result {
     let left = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     ensure!(left.is_empty(), "{left}");
     Ok(())
 }
 
-async fn launched(world: Shared) -> Result {
-    let dir = world.scratch.join("nril");
+async fn launched_plugins_are_synchronized_and_reaped(ctx: Context) -> Result {
+    let dir = ctx.scratch.join("nril");
     let (plugins, configs) = (dir.join("nri/plugins"), dir.join("nri/conf.d"));
     let (good, mortal) = (dir.join("good"), dir.join("mortal"));
     install(&plugins, "10-good", &good)?;
     install(&plugins, "20-mortal", &mortal)?;
-    // No program, and one that is no plugin: the others are in all the same.
+    // A file that is not a program and a program that is not a plugin do not affect the others.
     std::fs::write(plugins.join("README"), "x")?;
     std::os::unix::fs::symlink("/bin/false", plugins.join("30-false"))?;
     std::fs::create_dir_all(&configs)?;
     std::fs::write(configs.join("10-good.conf"), "of 10-good")?;
     std::fs::write(configs.join("good.conf"), "of good")?;
     std::fs::write(configs.join("mortal.conf"), "of mortal")?;
-    let node = world.own_node("nril", |_| {}).await?;
-    // They are in before the first call is served.
+    let node = ctx.dedicated_node("nril", |_| {}).await?;
+    // The plugins are registered before the first call is served.
     let first = running(&good)?;
     let dies = running(&mortal)?;
-    pull(&node, &world.images.base).await?;
+    pull(&node, &ctx.images.base).await?;
     let pod = Pod::run(&node, "nril").await?;
     let script = "echo $GOOD, $MORTAL.; sleep 1000";
     let argv = ["sh", "-c", script];
-    let a = pod.start("a", &world.images.base, &argv).await?;
-    let limit = world.patience(20);
+    let a = pod.start("a", &ctx.images.base, &argv).await?;
+    let limit = ctx.patience(20);
     a.printed("of 10-good, of mortal.", limit).await?;
 
-    // One that dies is nobody's trouble, and is no zombie.
+    // A plugin that dies does not affect the daemon and is reaped.
     kill(dies)?;
-    wait::until("the plugin's end", limit, || async { gone(dies) }).await?;
-    let b = pod.start("b", &world.images.base, &argv).await?;
+    poll::until("the plugin's end", limit, || async { gone(dies) }).await?;
+    let b = pod.start("b", &ctx.images.base, &argv).await?;
     b.printed("of 10-good, .", limit).await?;
-    let told = std::fs::read_to_string(good.join("events"))?;
+    let recorded = std::fs::read_to_string(good.join("events"))?;
     let expected = format!(
         "RunPodSandbox {pod}\nCreateContainer {a}\nValidateContainerAdjustment {a}\nPostCreateContainer {a}\n\
          StartContainer {a}\nPostStartContainer {a}\nCreateContainer {b}",
@@ -247,11 +248,11 @@ async fn launched(world: Shared) -> Result {
         a = a.id,
         b = b.id
     );
-    ensure!(told.starts_with(&expected), "{told}");
+    ensure!(recorded.starts_with(&expected), "{recorded}");
 
-    // They end with the daemon, and the next one launches them again.
+    // The plugins end with the daemon, and the next daemon launches them again.
     node.terminate().await?;
-    wait::until("the plugin's end", limit, || async { gone(first) }).await?;
+    poll::until("the plugin's end", limit, || async { gone(first) }).await?;
     node.serve().await?;
     let second = running(&good)?;
     ensure!(second != first, "the same process");
@@ -261,7 +262,7 @@ async fn launched(world: Shared) -> Result {
         ensure!(present.contains(id.as_str()), "{id} not in {present}");
     }
     node.kill().await?;
-    wait::until("the plugin's end", limit, || async { gone(second) }).await?;
+    poll::until("the plugin's end", limit, || async { gone(second) }).await?;
     node.serve().await?;
     pod.end().await
 }

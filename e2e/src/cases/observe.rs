@@ -1,11 +1,12 @@
-//! What a kubelet watches and changes while a pod runs: events, cAdvisor's metrics, limits.
+//! Observation and update of running pods: events, cAdvisor metrics, limits.
 
+use crate::case;
 use crate::client::{answer, status_failure, within};
-use crate::outcome::Result;
-use crate::pod::{Container, LONG, Pod, container_spec, pod_spec, pull};
+use crate::failure::Result;
+use crate::pod::{Container, LONG_TIMEOUT, Pod, container_spec, pod_spec, pull};
 use crate::process::{family, rss};
-use crate::runner::{Case, Shared, case};
-use crate::{ensure, same, wait};
+use crate::runner::{Case, Context};
+use crate::{ensure, poll, same};
 use futures::StreamExt;
 use k8s_cri::v1::*;
 use nix::sys::signal::{Signal as Kill, kill};
@@ -16,15 +17,11 @@ use std::time::Instant;
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("observe::events_of_a_life", 60, events_of_a_life),
-        case(
-            "observe::events_across_a_dead_daemon",
-            90,
-            events_across_death,
-        ),
-        case("observe::metrics_of_a_pod", 60, metrics_of_a_pod),
-        case("observe::scrape_beside_a_hung_vm", 120, hung_vm),
-        case("observe::limits_change_and_are_kept", 90, limits),
+        case!(events_of_a_pod_arrive_in_order, 60),
+        case!(events_continue_after_a_daemon_restart, 90),
+        case!(metrics_of_a_pod_match_cadvisor, 60),
+        case!(scrape_is_not_blocked_by_a_hung_vm, 120),
+        case!(updated_limits_are_applied_and_kept, 90),
     ]
 }
 
@@ -36,8 +33,8 @@ async fn follow(pod_node: &crate::node::Node) -> Result<tonic::Streaming<Contain
     )
 }
 
-/// Reads until `wanted` (id and kind) have come, in this order, others between them.
-async fn until_told(
+/// Reads until the `wanted` events (id and kind) have arrived in this order; other events may come between them.
+async fn wait_for_events(
     stream: &mut tonic::Streaming<ContainerEventResponse>,
     wanted: &[(&str, ContainerEventType)],
     limit: Duration,
@@ -70,16 +67,16 @@ async fn until_told(
     Ok(seen)
 }
 
-async fn events_of_a_life(world: Shared) -> Result {
+async fn events_of_a_pod_arrive_in_order(ctx: Context) -> Result {
     use ContainerEventType::*;
-    let mut stream = follow(&world.node).await?;
-    // Nobody reads this one: it must slow nobody else.
-    let _idle = follow(&world.node).await?;
-    let pod = Pod::run(&world.node, "events").await?;
+    let mut stream = follow(&ctx.node).await?;
+    // A subscriber that does not read must not delay the others.
+    let _idle = follow(&ctx.node).await?;
+    let pod = Pod::run(&ctx.node, "events").await?;
     let c = pod
-        .start("c", &world.images.base, &["sh", "-c", "exit 5"])
+        .start("c", &ctx.images.base, &["sh", "-c", "exit 5"])
         .await?;
-    c.exited(world.patience(20)).await?;
+    c.exited(ctx.patience(20)).await?;
     c.remove().await?;
     pod.end().await?;
     let wanted = [
@@ -92,7 +89,7 @@ async fn events_of_a_life(world: Shared) -> Result {
         (pod.id.as_str(), ContainerStoppedEvent),
         (pod.id.as_str(), ContainerDeletedEvent),
     ];
-    let seen = until_told(&mut stream, &wanted, world.patience(10)).await?;
+    let seen = wait_for_events(&mut stream, &wanted, ctx.patience(10)).await?;
     let stopped = seen
         .iter()
         .find(|e| e.container_id == c.id && e.container_event_type() == ContainerStoppedEvent);
@@ -109,16 +106,16 @@ async fn events_of_a_life(world: Shared) -> Result {
     Ok(())
 }
 
-async fn events_across_death(world: Shared) -> Result {
+async fn events_continue_after_a_daemon_restart(ctx: Context) -> Result {
     use ContainerEventType::*;
-    let node = world.own_node("oev", |_| {}).await?;
-    pull(&node, &world.images.base).await?;
+    let node = ctx.dedicated_node("oev", |_| {}).await?;
+    pull(&node, &ctx.images.base).await?;
     let pod = Pod::run(&node, "gap").await?;
     let go = node.dir.join("go");
     std::fs::create_dir_all(&go)?;
     let mut config = container_spec(
         "c",
-        &world.images.base,
+        &ctx.images.base,
         &[
             "sh",
             "-c",
@@ -133,11 +130,11 @@ async fn events_across_death(world: Shared) -> Result {
     let c = pod.start_with(config).await?;
     node.kill().await?;
     std::fs::write(go.join("now"), "")?;
-    c.printed("bye", world.patience(20)).await?;
+    c.printed("bye", ctx.patience(20)).await?;
     node.serve().await?;
     let mut stream = follow(&node).await?;
     let wanted = [(c.id.as_str(), ContainerStoppedEvent)];
-    let seen = until_told(&mut stream, &wanted, world.patience(10)).await?;
+    let seen = wait_for_events(&mut stream, &wanted, ctx.patience(10)).await?;
     let code = seen
         .last()
         .and_then(|e| e.containers_statuses.first())
@@ -157,7 +154,7 @@ async fn scrape(node: &crate::node::Node) -> Result<Vec<PodSandboxMetrics>> {
     .pod_metrics)
 }
 
-/// Names that need a feature that the guest's kernel does not have, or cgroup v2 no file for.
+/// Returns true for metrics that need a feature which the guest's kernel lacks, or for which cgroup v2 has no file.
 fn may_be_missing(name: &str) -> bool {
     [
         "container_pressure_",
@@ -176,9 +173,9 @@ fn may_be_missing(name: &str) -> bool {
         .any(|end| name.starts_with("container_fs_") && name.ends_with(end))
 }
 
-async fn metrics_of_a_pod(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "cadvisor").await?;
-    let mut config = container_spec("c", &world.images.base, &["sleep", "1000"]);
+async fn metrics_of_a_pod_match_cadvisor(ctx: Context) -> Result {
+    let pod = Pod::run(&ctx.node, "cadvisor").await?;
+    let mut config = container_spec("c", &ctx.images.base, &["sleep", "1000"]);
     let linux = config.linux.get_or_insert_default();
     linux.resources = Some(LinuxContainerResources {
         cpu_period: 100_000,
@@ -190,7 +187,7 @@ async fn metrics_of_a_pod(world: Shared) -> Result {
     let c = pod.start_with(config).await?;
     c.out(&["sh", "-c", "dd if=/dev/zero of=/file bs=1M count=3; sync"])
         .await?;
-    let mut client = world.node.cri.runtime();
+    let mut client = ctx.node.cri.runtime();
     let descriptors = answer(
         "ListMetricDescriptors",
         client
@@ -199,7 +196,7 @@ async fn metrics_of_a_pod(world: Shared) -> Result {
     )?
     .descriptors;
     same!(descriptors.len(), 56, "metrics described");
-    let pods = scrape(&world.node).await?;
+    let pods = scrape(&ctx.node).await?;
     let Some(own) = pods.iter().find(|p| p.pod_sandbox_id == pod.id) else {
         crate::bail!("the pod is not in the scrape")
     };
@@ -257,13 +254,12 @@ async fn metrics_of_a_pod(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn hung_vm(world: Shared) -> Result {
-    let well = Pod::run(&world.node, "well").await?;
-    let hung = Pod::run(&world.node, "hung").await?;
+async fn scrape_is_not_blocked_by_a_hung_vm(ctx: Context) -> Result {
+    let well = Pod::run(&ctx.node, "well").await?;
+    let hung = Pod::run(&ctx.node, "hung").await?;
     let both = [&well, &hung];
     for pod in both {
-        pod.start("c", &world.images.base, &["sleep", "1000"])
-            .await?;
+        pod.start("c", &ctx.images.base, &["sleep", "1000"]).await?;
     }
     let (_, below) = family(&hung.id)?;
     let Some(vm) = below.iter().copied().max_by_key(|&p| rss(p)) else {
@@ -271,7 +267,7 @@ async fn hung_vm(world: Shared) -> Result {
     };
     kill(Pid::from_raw(vm), Kill::SIGSTOP)?;
     let begun = Instant::now();
-    let scraped = scrape(&world.node).await;
+    let scraped = scrape(&ctx.node).await;
     let took = begun.elapsed();
     kill(Pid::from_raw(vm), Kill::SIGCONT)?;
     let ids: Vec<_> = scraped?.into_iter().map(|p| p.pod_sandbox_id).collect();
@@ -280,7 +276,7 @@ async fn hung_vm(world: Shared) -> Result {
         "scraped {ids:?}; {} hangs",
         hung.id
     );
-    // The limit of one VM is 2 s.
+    // The time limit per VM is 2 s.
     ensure!(took < Duration::from_secs(3), "the scrape took {took:?}");
     for pod in both {
         pod.end().await?;
@@ -299,18 +295,16 @@ async fn update(c: &Container, memory_mib: i64) -> std::result::Result<(), tonic
     };
     let mut client = c.pod.node.cri.runtime();
     let answer = client
-        .update_container_resources(within(LONG, request))
+        .update_container_resources(within(LONG_TIMEOUT, request))
         .await;
     answer.map(drop)
 }
 
-async fn limits(world: Shared) -> Result {
-    let node = world.own_node("olim", |_| {}).await?;
-    pull(&node, &world.images.base).await?;
+async fn updated_limits_are_applied_and_kept(ctx: Context) -> Result {
+    let node = ctx.dedicated_node("olim", |_| {}).await?;
+    pull(&node, &ctx.images.base).await?;
     let pod = Pod::run_with(&node, pod_spec(&node, "limits")).await?;
-    let c = pod
-        .start("c", &world.images.base, &["sleep", "1000"])
-        .await?;
+    let c = pod.start("c", &ctx.images.base, &["sleep", "1000"]).await?;
     let in_guest = || c.out(&["cat", "/sys/fs/cgroup/memory.max"]);
     update(&c, 96).await.map_err(|s| status_failure(&s))?;
     let now = in_guest().await?;
@@ -321,7 +315,7 @@ async fn limits(world: Shared) -> Result {
         refused.as_ref().is_err_and(|s| s.message().contains(words)),
         "{refused:?}"
     );
-    // The pod as a whole.
+    // Limits of the whole pod.
     let request = UpdatePod {
         pod_sandbox_id: pod.id.clone(),
         resources: Some(LinuxContainerResources {
@@ -329,12 +323,12 @@ async fn limits(world: Shared) -> Result {
             ..Default::default()
         }),
     };
-    let done: Nothing = node
+    let done: Empty = node
         .cri
         .raw("UpdatePodSandboxResources", request)
         .await
         .map_err(|s| status_failure(&s))?;
-    same!(done, Nothing {}, "answer");
+    same!(done, Empty {}, "answer");
     node.kill().await?;
     node.serve().await?;
     let reported = c.status().await?.resources.unwrap_or_default();
@@ -343,7 +337,7 @@ async fn limits(world: Shared) -> Result {
         Some(96 << 20),
         "reported after the daemon's death"
     );
-    wait::until("the guest answers again", world.patience(20), in_guest).await?;
+    poll::until("the guest answers again", ctx.patience(20), in_guest).await?;
     let now = in_guest().await?;
     same!(now.trim(), (96 << 20).to_string(), "in the guest");
     let stats = PodSandboxStatsRequest {
@@ -363,7 +357,7 @@ async fn limits(world: Shared) -> Result {
     pod.end().await
 }
 
-/// UpdatePodSandboxResources, which k8s-cri does not know yet.
+/// UpdatePodSandboxResourcesRequest, which k8s-cri does not define.
 #[derive(Clone, PartialEq, prost::Message)]
 struct UpdatePod {
     #[prost(string, tag = "1")]
@@ -374,4 +368,4 @@ struct UpdatePod {
 
 /// An empty message.
 #[derive(Clone, PartialEq, prost::Message)]
-struct Nothing {}
+struct Empty {}

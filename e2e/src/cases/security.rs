@@ -1,26 +1,27 @@
-//! The security context on a real VM: seccomp, groups, the node's namespaces, user namespaces, devices, refusals.
+//! Security context in a real VM: seccomp, groups, node namespaces, user namespaces, devices, refusals.
 
+use crate::case;
 use crate::ext4::Ext4;
-use crate::outcome::{Failure, Result};
+use crate::failure::{Failure, Result};
 use crate::pod::{Container, Pod, container_spec, pod_spec};
-use crate::runner::{Case, Shared, case};
-use crate::{bail, ensure, same, wait};
+use crate::runner::{Case, Context};
+use crate::{bail, ensure, poll, same};
 use k8s_cri::v1::security_profile::ProfileType;
 use k8s_cri::v1::*;
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("security::seccomp", 90, seccomp),
-        case("security::refused_by_name", 60, refused),
-        case("security::groups_policy_in_status", 60, groups),
-        case("security::privileged_has_the_vms_devices", 60, privileged),
-        case("security::pid_and_ipc_of_the_node", 60, node_namespaces),
-        case("security::user_namespace", 90, user_namespace),
-        case("security::volume_in_a_user_namespace", 60, mapped_volume),
+        case!(seccomp_profiles_apply, 90),
+        case!(unsupported_settings_are_refused_by_name, 60),
+        case!(groups_policy_is_reported_in_status, 60),
+        case!(privileged_container_has_the_vm_devices, 60),
+        case!(node_pid_and_ipc_namespaces_are_the_vms, 60),
+        case!(user_namespace_maps_ids, 90),
+        case!(volume_in_user_namespace_is_id_mapped, 60),
     ]
 }
 
-/// The security context of a container under construction.
+/// Returns the security context of a container configuration.
 fn security(config: &mut ContainerConfig) -> &mut LinuxContainerSecurityContext {
     config
         .linux
@@ -36,26 +37,26 @@ fn profile(kind: ProfileType, path: &str) -> Option<SecurityProfile> {
     })
 }
 
-/// A container that sleeps.
+/// Starts a container that sleeps.
 async fn sleeper(
-    world: &Shared,
+    ctx: &Context,
     pod: &Pod,
     name: &str,
     change: impl FnOnce(&mut LinuxContainerSecurityContext),
 ) -> Result<Container> {
-    let mut config = container_spec(name, &world.images.base, &["sleep", "1000"]);
+    let mut config = container_spec(name, &ctx.images.base, &["sleep", "1000"]);
     change(security(&mut config));
     pod.start_with(config).await
 }
 
-/// The message of a container that must not come to be.
+/// Returns the error of a container that must not be created.
 async fn refusal(
-    world: &Shared,
+    ctx: &Context,
     pod: &Pod,
     name: &str,
     change: impl FnOnce(&mut ContainerConfig),
 ) -> Result<String> {
-    let mut config = container_spec(name, &world.images.base, &["sleep", "1000"]);
+    let mut config = container_spec(name, &ctx.images.base, &["sleep", "1000"]);
     change(&mut config);
     match pod.create_with(config).await {
         Ok(_) => Err(Failure(format!("container {name} was made"))),
@@ -63,22 +64,22 @@ async fn refusal(
     }
 }
 
-/// Number after a field's name in the status of init and of an exec'd process.
+/// Returns the value of a field of /proc/<pid>/status for init and for an exec'd process.
 async fn seccomp_modes(container: &Container) -> Result<String> {
     let script = "grep -h ^Seccomp: /proc/1/status /proc/self/status | tr -dc '0-9'";
     container.out(&["sh", "-c", script]).await
 }
 
-async fn seccomp(world: Shared) -> Result {
-    let pod = world.pod().await;
-    let file = world.node.dir.join("no-chmod.json");
+async fn seccomp_profiles_apply(ctx: Context) -> Result {
+    let pod = ctx.shared_pod().await;
+    let file = ctx.node.dir.join("no-chmod.json");
     let rules = r#"{"defaultAction":"SCMP_ACT_ALLOW","syscalls":[
         {"names":["chmod","fchmodat","fchmodat2"],"action":"SCMP_ACT_ERRNO","errnoRet":75},
         {"names":["socket"],"action":"SCMP_ACT_KILL_PROCESS","args":[{"index":0,"value":16,"op":"SCMP_CMP_EQ"}]}]}"#;
     std::fs::write(&file, rules)?;
     let path = file.display().to_string();
 
-    let free = sleeper(&world, &pod, "free", |_| {}).await?;
+    let free = sleeper(&ctx, &pod, "free", |_| {}).await?;
     same!(seccomp_modes(&free).await?, "00", "no profile");
     let namespace = ["unshare", "-U", "true"];
     same!(
@@ -87,9 +88,9 @@ async fn seccomp(world: Shared) -> Result {
         "unshare without a profile"
     );
 
-    // Not root, without and with no_new_privs: the two ways a filter comes into force.
+    // A user other than root, without and with no_new_privs: the two ways in which a filter is installed.
     for (name, no_new_privs) in [("default", false), ("nnp", true)] {
-        let c = sleeper(&world, &pod, name, |s| {
+        let c = sleeper(&ctx, &pod, name, |s| {
             s.seccomp = profile(ProfileType::RuntimeDefault, "");
             s.run_as_user = Some(Int64Value { value: 1000 });
             s.no_new_privs = no_new_privs;
@@ -123,7 +124,7 @@ async fn seccomp(world: Shared) -> Result {
         );
     }
 
-    let c = sleeper(&world, &pod, "localhost", |s| {
+    let c = sleeper(&ctx, &pod, "localhost", |s| {
         s.seccomp = profile(ProfileType::Localhost, &path);
     })
     .await?;
@@ -133,7 +134,7 @@ async fn seccomp(world: Shared) -> Result {
             && String::from_utf8_lossy(&denied.stderr).contains("Value too large"),
         "the profile's own error: {denied:?}"
     );
-    // A netlink socket; by condition on an argument, and SIGSYS is 31.
+    // A netlink socket, matched by a condition on an argument; SIGSYS is signal 31.
     let killed = c.exec(&["ip", "link"]).await?;
     same!(
         killed.exit_code,
@@ -146,7 +147,7 @@ async fn seccomp(world: Shared) -> Result {
         "another family"
     );
 
-    let c = sleeper(&world, &pod, "privileged", |s| {
+    let c = sleeper(&ctx, &pod, "privileged", |s| {
         s.seccomp = profile(ProfileType::Localhost, &path);
         s.privileged = true;
     })
@@ -155,10 +156,10 @@ async fn seccomp(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn refused(world: Shared) -> Result {
-    let pod = world.pod().await;
+async fn unsupported_settings_are_refused_by_name(ctx: Context) -> Result {
+    let pod = ctx.shared_pod().await;
     let missing = "/no/such/profile.json";
-    let text = refusal(&world, &pod, "seccomp", |c| {
+    let text = refusal(&ctx, &pod, "seccomp", |c| {
         security(c).seccomp = profile(ProfileType::Localhost, missing);
     })
     .await?;
@@ -166,7 +167,7 @@ async fn refused(world: Shared) -> Result {
         text.contains("localhost_ref") && text.contains(missing),
         "{text}"
     );
-    let text = refusal(&world, &pod, "apparmor", |c| {
+    let text = refusal(&ctx, &pod, "apparmor", |c| {
         security(c).apparmor = profile(ProfileType::Localhost, "k8s-nginx");
     })
     .await?;
@@ -174,7 +175,7 @@ async fn refused(world: Shared) -> Result {
         text.contains("apparmor") && text.contains("k8s-nginx"),
         "{text}"
     );
-    let text = refusal(&world, &pod, "selinux", |c| {
+    let text = refusal(&ctx, &pod, "selinux", |c| {
         security(c).selinux_options = Some(SeLinuxOption {
             level: "s0:c4,c5".into(),
             ..Default::default()
@@ -187,7 +188,7 @@ async fn refused(world: Shared) -> Result {
         container_path: "/dev/of-mine".into(),
         permissions: "rw".into(),
     };
-    let text = refusal(&world, &pod, "device", |c| {
+    let text = refusal(&ctx, &pod, "device", |c| {
         c.devices = vec![device("/dev/nvidia0")];
     })
     .await?;
@@ -195,8 +196,8 @@ async fn refused(world: Shared) -> Result {
         text.contains("config.devices") && text.contains("/dev/nvidia0"),
         "{text}"
     );
-    // What the VM has can be asked for.
-    let mut config = container_spec("tun", &world.images.base, &["sleep", "1000"]);
+    // Devices that the VM has can be requested.
+    let mut config = container_spec("tun", &ctx.images.base, &["sleep", "1000"]);
     config.devices = vec![device("/dev/net/tun")];
     let c = pod.start_with(config).await?;
     same!(
@@ -204,7 +205,7 @@ async fn refused(world: Shared) -> Result {
         "a:c8\n",
         "the VM's /dev/net/tun under another name"
     );
-    // A node can be made of any device, and used only if it is the container's.
+    // A node can be created for any device, but only the container's devices can be opened.
     let disk =
         "set -- $(grep -w vda /proc/partitions); mknod /tmp/disk b $1 $2 && head -c 1 /tmp/disk";
     let answer = c.exec(&["sh", "-c", disk]).await?;
@@ -216,8 +217,8 @@ async fn refused(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn groups(world: Shared) -> Result {
-    let pod = world.pod().await;
+async fn groups_policy_is_reported_in_status(ctx: Context) -> Result {
+    let pod = ctx.shared_pod().await;
     for (name, policy, wanted) in [
         (
             "merge",
@@ -226,7 +227,7 @@ async fn groups(world: Shared) -> Result {
         ),
         ("strict", SupplementalGroupsPolicy::Strict, vec![1000, 1234]),
     ] {
-        let c = sleeper(&world, &pod, name, |s| {
+        let c = sleeper(&ctx, &pod, name, |s| {
             s.run_as_user = Some(Int64Value { value: 1000 });
             s.supplemental_groups = vec![1234];
             s.supplemental_groups_policy = policy.into();
@@ -251,9 +252,9 @@ async fn groups(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn privileged(world: Shared) -> Result {
-    let pod = world.pod().await;
-    let c = sleeper(&world, &pod, "c", |s| {
+async fn privileged_container_has_the_vm_devices(ctx: Context) -> Result {
+    let pod = ctx.shared_pod().await;
+    let c = sleeper(&ctx, &pod, "c", |s| {
         s.privileged = true;
         s.masked_paths = vec!["/proc/version".into()];
         s.readonly_paths = vec!["/proc/sys".into()];
@@ -271,22 +272,22 @@ async fn privileged(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn node_namespaces(world: Shared) -> Result {
+async fn node_pid_and_ipc_namespaces_are_the_vms(ctx: Context) -> Result {
     let options = NamespaceOption {
         pid: NamespaceMode::Node.into(),
         ipc: NamespaceMode::Node.into(),
         ..Default::default()
     };
-    let mut config = pod_spec(&world.node, "node");
+    let mut config = pod_spec(&ctx.node, "node");
     config.linux.get_or_insert_default().security_context = Some(LinuxSandboxSecurityContext {
         namespace_options: Some(options.clone()),
         ..Default::default()
     });
-    let pod = Pod::run_with(&world.node, config).await?;
-    let mut config = container_spec("a", &world.images.base, &["sleep", "7654"]);
+    let pod = Pod::run_with(&ctx.node, config).await?;
+    let mut config = container_spec("a", &ctx.images.base, &["sleep", "7654"]);
     security(&mut config).namespace_options = Some(options.clone());
     let a = pod.start_with(config).await?;
-    let b = sleeper(&world, &pod, "b", |s| s.namespace_options = Some(options)).await?;
+    let b = sleeper(&ctx, &pod, "b", |s| s.namespace_options = Some(options)).await?;
     let seen = b.out(&["ps"]).await?;
     ensure!(
         seen.contains("sleep 7654") && seen.contains("kthreadd"),
@@ -305,9 +306,9 @@ async fn node_namespaces(world: Shared) -> Result {
         .unwrap_or_default()
         .to_owned();
     let (b, id) = (&b, id.as_str());
-    let listed = wait::until(
+    let listed = poll::until(
         "the segment in the container",
-        world.patience(20),
+        ctx.patience(20),
         || async move {
             let text = b.out(&["cat", "/proc/sysvipc/shm"]).await?;
             let mut ids = text
@@ -320,9 +321,9 @@ async fn node_namespaces(world: Shared) -> Result {
     .await;
     run("ipcrm", &["-m", id])?;
     listed?;
-    // A container that ends takes no process of the VM with it.
+    // A container that exits leaves the VM's other processes running.
     a.stop(0).await?;
-    same!(b.out(&["echo", "alive"]).await?, "alive\n", "the neighbour");
+    same!(b.out(&["echo", "alive"]).await?, "alive\n", "the neighbor");
     pod.end().await
 }
 
@@ -332,7 +333,7 @@ fn run(program: &str, args: &[&str]) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// One mapping, from 1000 of the VM on.
+/// Returns one mapping, from id 1000 of the VM.
 fn ids(container_id: u32, length: u32) -> IdMapping {
     IdMapping {
         host_id: 1000,
@@ -353,36 +354,36 @@ fn mapped(mapping: IdMapping) -> NamespaceOption {
     }
 }
 
-/// A pod with a user namespace of its own.
-async fn mapped_pod(world: &Shared, mapping: IdMapping) -> Result<Pod> {
-    let mut config = pod_spec(&world.node, "userns");
+/// Runs a pod with a user namespace.
+async fn mapped_pod(ctx: &Context, mapping: IdMapping) -> Result<Pod> {
+    let mut config = pod_spec(&ctx.node, "userns");
     config.linux.get_or_insert_default().security_context = Some(LinuxSandboxSecurityContext {
         namespace_options: Some(mapped(mapping)),
         ..Default::default()
     });
-    Pod::run_with(&world.node, config).await
+    Pod::run_with(&ctx.node, config).await
 }
 
-async fn user_namespace(world: Shared) -> Result {
-    let refused = mapped_pod(&world, ids(1, 10)).await;
+async fn user_namespace_maps_ids(ctx: Context) -> Result {
+    let refused = mapped_pod(&ctx, ids(1, 10)).await;
     let text = refused.err().map(|error| error.0).unwrap_or_default();
     ensure!(
         text.contains("userns_options") && text.contains("ID 0"),
         "{text}"
     );
 
-    let pod = mapped_pod(&world, ids(0, 100_000)).await?;
+    let pod = mapped_pod(&ctx, ids(0, 100_000)).await?;
     let script = "awk '{print $1, $2, $3}' /proc/self/uid_map /proc/self/gid_map; id -u; stat -c %u:%g / /etc/passwd; \
         touch /made && stat -c %u /made; echo more >> /etc/passwd && echo copied up; \
         echo again > /dev/stdout; test -w /dev/null && echo dev; ls /sys/class/net | grep -c lo; httpd -p 81 && echo bound";
     let mut config = container_spec(
         "c",
-        &world.images.base,
+        &ctx.images.base,
         &["sh", "-c", &format!("{script}; sleep 1000")],
     );
     security(&mut config).namespace_options = Some(mapped(ids(0, 100_000)));
     let c = pod.start_with(config).await?;
-    c.printed("bound", world.patience(20)).await?;
+    c.printed("bound", ctx.patience(20)).await?;
     same!(
         c.output()?,
         "0 1000 100000\n0 1000 100000\n0\n0:0\n0:0\n0\ncopied up\nagain\ndev\n1\nbound\n",
@@ -394,16 +395,16 @@ async fn user_namespace(world: Shared) -> Result {
         "1000\n0\nsleep\n5\n",
         "an exec'd process in it"
     );
-    // The pod's PID namespace belongs to its user namespace.
-    let mut shares = container_spec("p", &world.images.base, &["cat", "/proc/1/comm"]);
+    // The pod's PID namespace is owned by its user namespace.
+    let mut shares = container_spec("p", &ctx.images.base, &["cat", "/proc/1/comm"]);
     security(&mut shares).namespace_options = Some(NamespaceOption {
         pid: NamespaceMode::Pod.into(),
         ..mapped(ids(0, 100_000))
     });
     let shares = pod.start_with(shares).await?;
-    shares.exited(world.patience(20)).await?;
+    shares.exited(ctx.patience(20)).await?;
     same!(shares.output()?, "pause\n", "PID 1 of the pod");
-    // Its root is nobody to the VM.
+    // The container's root is an unprivileged user in the VM.
     ensure!(
         c.exec(&["mount", "-o", "remount,rw", "/sys"])
             .await?
@@ -415,14 +416,14 @@ async fn user_namespace(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn mapped_volume(world: Shared) -> Result {
-    // The emulated host's kernel (6.1) has no ID-mapped mounts of tmpfs.
-    let volume = world.node.dir.join("userns-volume");
-    let disk = Ext4::mount(&world.scratch.join("userns.img"), 16 << 20, &volume)?;
+async fn volume_in_user_namespace_is_id_mapped(ctx: Context) -> Result {
+    // The kernel of the emulated host (6.1) has no ID-mapped mounts of tmpfs.
+    let volume = ctx.node.dir.join("userns-volume");
+    let disk = Ext4::mount(&ctx.scratch.join("userns.img"), 16 << 20, &volume)?;
     std::fs::write(volume.join("there"), "x")?;
-    let pod = mapped_pod(&world, ids(0, 100_000)).await?;
+    let pod = mapped_pod(&ctx, ids(0, 100_000)).await?;
     let script = "stat -c %u:%g /volume/there; touch /volume/mine && echo in volume";
-    let mut config = container_spec("c", &world.images.base, &["sh", "-c", script]);
+    let mut config = container_spec("c", &ctx.images.base, &["sh", "-c", script]);
     security(&mut config).namespace_options = Some(mapped(ids(0, 100_000)));
     config.mounts = vec![Mount {
         container_path: "/volume".into(),
@@ -432,7 +433,7 @@ async fn mapped_volume(world: Shared) -> Result {
         ..Default::default()
     }];
     let c = pod.start_with(config).await?;
-    c.exited(world.patience(20)).await?;
+    c.exited(ctx.patience(20)).await?;
     same!(c.output()?, "0:0\nin volume\n", "a mapped volume");
     use std::os::unix::fs::MetadataExt;
     same!(

@@ -1,36 +1,38 @@
-//! What a container sees of what was asked: shared and own namespaces, identity, capabilities, mounts, devices, limits.
+//! Container configuration as seen by the container: shared and private namespaces, identity, capabilities, mounts,
+//! devices, limits.
 
+use crate::case;
 use crate::client::answer;
-use crate::outcome::Result;
+use crate::failure::Result;
 use crate::pod::{Pod, container_spec, pod_spec, pull};
-use crate::runner::{Case, Shared, case};
-use crate::{ensure, same, wait};
+use crate::runner::{Case, Context};
+use crate::{ensure, poll, same};
 use k8s_cri::v1::*;
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("spec::namespaces_shared_and_own", 60, namespaces),
-        case("spec::pod_pid_namespace", 60, pod_pid),
-        case("spec::arguments_environment_directory", 60, arguments),
-        case("spec::image_defaults", 60, image_defaults),
-        case("spec::user_and_groups", 90, user_and_groups),
-        case("spec::capabilities", 60, capabilities),
-        case("spec::read_only_rootfs", 60, read_only_rootfs),
-        case("spec::masked_and_read_only_paths", 60, masked_paths),
-        case("spec::mounts_of_directories_and_files", 60, mounts),
-        case("spec::volume_shared_by_two_containers", 60, shared_volume),
-        case("spec::termination_log", 60, termination_log),
-        case("spec::default_devices", 60, devices),
-        case("spec::limits_in_cgroup_v2", 60, limits),
-        case("spec::oom_killed", 90, oom_killed),
-        case("spec::oom_of_a_child", 90, oom_of_a_child),
-        case("spec::vm_size_follows_the_pod", 90, vm_size),
-        case("spec::stdin_eof_without_stdin", 60, stdin_is_empty),
-        case("spec::sysctls", 60, sysctls),
+        case!(namespaces_are_shared_or_private, 60),
+        case!(pod_pid_namespace_is_shared, 60),
+        case!(arguments_environment_and_directory_apply, 60),
+        case!(image_defaults_apply, 60),
+        case!(user_and_groups_apply, 90),
+        case!(capabilities_are_added_and_dropped, 60),
+        case!(read_only_rootfs_refuses_writes, 60),
+        case!(masked_and_read_only_paths_apply, 60),
+        case!(directories_and_files_are_mounted, 60),
+        case!(volume_is_shared_by_two_containers, 60),
+        case!(termination_log_reaches_the_host, 60),
+        case!(default_devices_exist, 60),
+        case!(limits_are_set_in_cgroup_v2, 60),
+        case!(oom_killed_container_is_reported, 90),
+        case!(oom_of_a_child_process_is_reported, 90),
+        case!(vm_size_follows_the_pod, 90),
+        case!(stdin_is_at_eof_unless_requested, 60),
+        case!(sysctls_apply, 60),
     ]
 }
 
-/// The security context of a container under construction.
+/// Returns the security context of a container configuration.
 fn security(config: &mut ContainerConfig) -> &mut LinuxContainerSecurityContext {
     config
         .linux
@@ -39,14 +41,10 @@ fn security(config: &mut ContainerConfig) -> &mut LinuxContainerSecurityContext 
         .get_or_insert_default()
 }
 
-async fn namespaces(world: Shared) -> Result {
-    let pod = world.pod().await;
-    let a = pod
-        .start("a", &world.images.base, &["sleep", "1000"])
-        .await?;
-    let b = pod
-        .start("b", &world.images.base, &["sleep", "1000"])
-        .await?;
+async fn namespaces_are_shared_or_private(ctx: Context) -> Result {
+    let pod = ctx.shared_pod().await;
+    let a = pod.start("a", &ctx.images.base, &["sleep", "1000"]).await?;
+    let b = pod.start("b", &ctx.images.base, &["sleep", "1000"]).await?;
     for kind in ["net", "ipc", "uts"] {
         let link = format!("/proc/self/ns/{kind}");
         same!(
@@ -79,8 +77,8 @@ async fn namespaces(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn pod_pid(world: Shared) -> Result {
-    let mut config = pod_spec(&world.node, "pid");
+async fn pod_pid_namespace_is_shared(ctx: Context) -> Result {
+    let mut config = pod_spec(&ctx.node, "pid");
     let options = NamespaceOption {
         pid: NamespaceMode::Pod.into(),
         ..Default::default()
@@ -89,9 +87,9 @@ async fn pod_pid(world: Shared) -> Result {
         namespace_options: Some(options.clone()),
         ..Default::default()
     });
-    let pod = Pod::run_with(&world.node, config).await?;
+    let pod = Pod::run_with(&ctx.node, config).await?;
     let spec = |name: &str, argv: &[&str]| {
-        let mut config = container_spec(name, &world.images.base, argv);
+        let mut config = container_spec(name, &ctx.images.base, argv);
         security(&mut config).namespace_options = Some(options.clone());
         config
     };
@@ -100,14 +98,14 @@ async fn pod_pid(world: Shared) -> Result {
     let seen = b.out(&["ps"]).await?;
     ensure!(
         seen.contains("sleep 7654"),
-        "the neighbour's process is not seen:\n{seen}"
+        "the neighbor's process is not seen:\n{seen}"
     );
     pod.end().await
 }
 
-async fn arguments(world: Shared) -> Result {
-    let pod = world.pod().await;
-    let mut config = container_spec("c", &world.images.base, &["sh", "-c"]);
+async fn arguments_environment_and_directory_apply(ctx: Context) -> Result {
+    let pod = ctx.shared_pod().await;
+    let mut config = container_spec("c", &ctx.images.base, &["sh", "-c"]);
     config.args = vec![
         "echo \"$0\" \"$1\"; pwd; echo $A; echo \"$B\"; echo $FROM_IMAGE".into(),
         "x y".into(),
@@ -124,7 +122,7 @@ async fn arguments(world: Shared) -> Result {
         pair("FROM_IMAGE", "overridden"),
     ];
     let c = pod.start_with(config).await?;
-    c.exited(world.patience(20)).await?;
+    c.exited(ctx.patience(20)).await?;
     same!(
         c.output()?,
         "x y z'\n/made/for/it\n1\ntwo words = \u{e9}\noverridden\n",
@@ -133,40 +131,37 @@ async fn arguments(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn image_defaults(world: Shared) -> Result {
-    pull(&world.node, &world.images.user).await?;
-    let pod = world.pod().await;
-    let c = pod.start("c", &world.images.user, &[]).await?;
-    c.exited(world.patience(20)).await?;
+async fn image_defaults_apply(ctx: Context) -> Result {
+    pull(&ctx.node, &ctx.images.user).await?;
+    let pod = ctx.shared_pod().await;
+    let c = pod.start("c", &ctx.images.user, &[]).await?;
+    c.exited(ctx.patience(20)).await?;
     same!(c.output()?, "entry and cmd\n", "ENTRYPOINT and CMD");
-    let mut config = container_spec("d", &world.images.user, &[]);
+    let mut config = container_spec("d", &ctx.images.user, &[]);
     config.args = vec!["only".into(), "args".into()];
     let d = pod.start_with(config).await?;
-    d.exited(world.patience(20)).await?;
+    d.exited(ctx.patience(20)).await?;
     same!(d.output()?, "entry only args\n", "args replace CMD");
     same!(
-        pod.sh(&world.images.user, "id -un; pwd").await?,
+        pod.sh(&ctx.images.user, "id -un; pwd").await?,
         "app\n/home/app\n",
         "USER and WORKDIR"
     );
     pod.end().await
 }
 
-async fn user_and_groups(world: Shared) -> Result {
-    let pod = world.pod().await;
+async fn user_and_groups_apply(ctx: Context) -> Result {
+    let pod = ctx.shared_pod().await;
     let run = |name: &'static str, change: fn(&mut LinuxContainerSecurityContext)| {
         let pod = pod.clone();
-        let mut config = container_spec(
-            name,
-            &world.images.base,
-            &["sh", "-c", "id -u; id -g; id -G"],
-        );
+        let mut config =
+            container_spec(name, &ctx.images.base, &["sh", "-c", "id -u; id -g; id -G"]);
         change(security(&mut config));
-        let limit = world.patience(20);
+        let limit = ctx.patience(20);
         async move {
             let c = pod.start_with(config).await?;
             c.exited(limit).await?;
-            Ok::<_, crate::outcome::Failure>(c.output()?.replace('\n', " "))
+            Ok::<_, crate::failure::Failure>(c.output()?.replace('\n', " "))
         }
     };
     same!(run("root", |_| {}).await?, "0 0 0 ", "no user asked for");
@@ -190,7 +185,7 @@ async fn user_and_groups(world: Shared) -> Result {
         "4321 1234 1234 77 88 ",
         "unknown user with group and supplemental groups"
     );
-    let mut config = container_spec("nobody", &world.images.base, &["true"]);
+    let mut config = container_spec("nobody", &ctx.images.base, &["true"]);
     security(&mut config).run_as_username = "no-such-user".into();
     let outcome = async { pod.start_with(config).await.map(drop) }.await;
     ensure!(
@@ -202,26 +197,26 @@ async fn user_and_groups(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn capabilities(world: Shared) -> Result {
-    let pod = world.pod().await;
+async fn capabilities_are_added_and_dropped(ctx: Context) -> Result {
+    let pod = ctx.shared_pod().await;
     let effective = |name: &'static str, change: fn(&mut LinuxContainerSecurityContext)| {
         let pod = pod.clone();
         let mut config = container_spec(
             name,
-            &world.images.base,
+            &ctx.images.base,
             &["grep", "-E", "CapEff|NoNewPrivs", "/proc/self/status"],
         );
         change(security(&mut config));
-        let limit = world.patience(20);
+        let limit = ctx.patience(20);
         async move {
             let c = pod.start_with(config).await?;
             c.exited(limit).await?;
             let words: Vec<_> = c.output()?.split_whitespace().map(str::to_owned).collect();
             let caps = u64::from_str_radix(words.get(1).map_or("", String::as_str), 16)?;
-            Ok::<_, crate::outcome::Failure>((caps, words.get(3).cloned().unwrap_or_default()))
+            Ok::<_, crate::failure::Failure>((caps, words.get(3).cloned().unwrap_or_default()))
         }
     };
-    // The 14 of Docker and containerd: capability numbers by linux/capability.h.
+    // The 14 default capabilities of Docker and containerd, by the numbers of linux/capability.h.
     let default = [0, 1, 3, 4, 5, 6, 7, 8, 10, 13, 18, 27, 29, 31]
         .iter()
         .fold(0_u64, |set, bit| set | 1 << bit);
@@ -254,13 +249,13 @@ async fn capabilities(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn read_only_rootfs(world: Shared) -> Result {
-    let pod = world.pod().await;
+async fn read_only_rootfs_refuses_writes(ctx: Context) -> Result {
+    let pod = ctx.shared_pod().await;
     let script = "echo x > /file && echo wrote; echo x > /tmp/file && echo wrote; echo x > /dev/shm/file && echo shm; echo end";
-    let mut config = container_spec("ro", &world.images.base, &["sh", "-c", script]);
+    let mut config = container_spec("ro", &ctx.images.base, &["sh", "-c", script]);
     security(&mut config).readonly_rootfs = true;
     let c = pod.start_with(config).await?;
-    c.exited(world.patience(20)).await?;
+    c.exited(ctx.patience(20)).await?;
     let output = c.output()?;
     ensure!(
         output.contains("Read-only file system")
@@ -271,9 +266,9 @@ async fn read_only_rootfs(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn masked_paths(world: Shared) -> Result {
-    let pod = world.pod().await;
-    let mut config = container_spec("c", &world.images.base, &["sleep", "1000"]);
+async fn masked_and_read_only_paths_apply(ctx: Context) -> Result {
+    let pod = ctx.shared_pod().await;
+    let mut config = container_spec("c", &ctx.images.base, &["sleep", "1000"]);
     security(&mut config).masked_paths =
         vec!["/bin/cal".into(), "/var/www".into(), "/not/there".into()];
     security(&mut config).readonly_paths = vec!["/etc".into()];
@@ -295,8 +290,8 @@ async fn masked_paths(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn mounts(world: Shared) -> Result {
-    let dir = world.node.dir.join("volumes");
+async fn directories_and_files_are_mounted(ctx: Context) -> Result {
+    let dir = ctx.node.dir.join("volumes");
     std::fs::create_dir_all(dir.join("rw/sub"))?;
     std::fs::write(dir.join("rw/there"), "from the host\n")?;
     std::fs::write(dir.join("single"), "one file\n")?;
@@ -307,8 +302,8 @@ async fn mounts(world: Shared) -> Result {
         readonly,
         ..Default::default()
     };
-    let pod = world.pod().await;
-    let mut config = container_spec("c", &world.images.base, &["sleep", "1000"]);
+    let pod = ctx.shared_pod().await;
+    let mut config = container_spec("c", &ctx.images.base, &["sleep", "1000"]);
     config.mounts = vec![
         mount("rw", "/rw", false),
         mount("rw", "/ro", true),
@@ -357,12 +352,12 @@ async fn mounts(world: Shared) -> Result {
     Ok(())
 }
 
-async fn shared_volume(world: Shared) -> Result {
-    let dir = world.node.dir.join("shared");
+async fn volume_is_shared_by_two_containers(ctx: Context) -> Result {
+    let dir = ctx.node.dir.join("shared");
     std::fs::create_dir_all(&dir)?;
-    let pod = world.pod().await;
+    let pod = ctx.shared_pod().await;
     let spec = |name: &str| {
-        let mut config = container_spec(name, &world.images.base, &["sleep", "1000"]);
+        let mut config = container_spec(name, &ctx.images.base, &["sleep", "1000"]);
         config.mounts = vec![Mount {
             host_path: dir.display().to_string(),
             container_path: "/shared".into(),
@@ -376,7 +371,7 @@ async fn shared_volume(world: Shared) -> Result {
     same!(
         b.out(&["cat", "/shared/d/f", "/shared/hard"]).await?,
         "hello\nhello\n",
-        "a neighbour's file"
+        "a neighbor's file"
     );
     b.out(&["rm", "-r", "/shared/d"]).await?;
     ensure!(
@@ -386,14 +381,14 @@ async fn shared_volume(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn termination_log(world: Shared) -> Result {
-    // As the kubelet does it: a file of the host mounted on the termination message path.
-    let file = world.node.dir.join("termination");
+async fn termination_log_reaches_the_host(ctx: Context) -> Result {
+    // As the kubelet does: a host file mounted on the termination message path.
+    let file = ctx.node.dir.join("termination");
     std::fs::write(&file, "")?;
-    let pod = world.pod().await;
+    let pod = ctx.shared_pod().await;
     let mut config = container_spec(
         "c",
-        &world.images.base,
+        &ctx.images.base,
         &["sh", "-c", "echo because > /dev/termination-log; exit 9"],
     );
     config.mounts = vec![Mount {
@@ -402,11 +397,7 @@ async fn termination_log(world: Shared) -> Result {
         ..Default::default()
     }];
     let c = pod.start_with(config).await?;
-    same!(
-        c.exited(world.patience(20)).await?.exit_code,
-        9,
-        "exit code"
-    );
+    same!(c.exited(ctx.patience(20)).await?.exit_code, 9, "exit code");
     same!(
         std::fs::read_to_string(&file)?,
         "because\n",
@@ -415,18 +406,18 @@ async fn termination_log(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn devices(world: Shared) -> Result {
-    let pod = world.pod().await;
+async fn default_devices_exist(ctx: Context) -> Result {
+    let pod = ctx.shared_pod().await;
     let script = "for d in null zero full random urandom tty; do test -c /dev/$d || echo no $d; done; \
         for l in fd stdin stdout stderr ptmx; do test -e /dev/$l || test -L /dev/$l || echo no $l; done; \
         test -d /dev/pts || echo no pts; ls /dev | grep -E 'vd|mem$|kmsg|hvc' ; head -c 3 /dev/zero | wc -c; echo x > /dev/null";
-    same!(pod.sh(&world.images.base, script).await?, "3\n", "devices");
+    same!(pod.sh(&ctx.images.base, script).await?, "3\n", "devices");
     pod.end().await
 }
 
-async fn limits(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "limits").await?;
-    let mut config = container_spec("c", &world.images.base, &["sleep", "1000"]);
+async fn limits_are_set_in_cgroup_v2(ctx: Context) -> Result {
+    let pod = Pod::run(&ctx.node, "limits").await?;
+    let mut config = container_spec("c", &ctx.images.base, &["sleep", "1000"]);
     config.linux.get_or_insert_default().resources = Some(LinuxContainerResources {
         cpu_period: 100_000,
         cpu_quota: 50_000,
@@ -463,7 +454,7 @@ async fn limits(world: Shared) -> Result {
         }),
         ..Default::default()
     };
-    let mut client = world.node.cri.runtime();
+    let mut client = ctx.node.cri.runtime();
     let updated = client.update_container_resources(request).await;
     answer("UpdateContainerResources", updated)?;
     same!(
@@ -479,24 +470,24 @@ async fn limits(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn oom_killed(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "oom").await?;
+async fn oom_killed_container_is_reported(ctx: Context) -> Result {
+    let pod = Pod::run(&ctx.node, "oom").await?;
     let mut config = container_spec(
         "greedy",
-        &world.images.base,
+        &ctx.images.base,
         &["sh", "-c", "tail -c 200000000 /dev/zero"],
     );
     config.linux.get_or_insert_default().resources = Some(LinuxContainerResources {
         memory_limit_in_bytes: 32 << 20,
         ..Default::default()
     });
-    let neighbour = pod
-        .start("calm", &world.images.base, &["sleep", "1000"])
+    let neighbor = pod
+        .start("calm", &ctx.images.base, &["sleep", "1000"])
         .await?;
     let status = pod
         .start_with(config)
         .await?
-        .exited(world.patience(60))
+        .exited(ctx.patience(60))
         .await?;
     same!(
         (status.exit_code, status.reason.as_str()),
@@ -504,19 +495,19 @@ async fn oom_killed(world: Shared) -> Result {
         "exit"
     );
     same!(
-        neighbour.status().await?.state(),
+        neighbor.status().await?.state(),
         ContainerState::ContainerRunning,
-        "the neighbour"
+        "the neighbor"
     );
     pod.end().await
 }
 
-/// Not the first process is killed but a child of it: a container that ends well all the same had an OOM kill.
-async fn oom_of_a_child(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "oomchild").await?;
+/// Kills a child instead of the first process: a container that exits normally still had an OOM kill.
+async fn oom_of_a_child_process_is_reported(ctx: Context) -> Result {
+    let pod = Pod::run(&ctx.node, "oomchild").await?;
     let mut config = container_spec(
         "parent",
-        &world.images.base,
+        &ctx.images.base,
         &[
             "sh",
             "-c",
@@ -528,7 +519,7 @@ async fn oom_of_a_child(world: Shared) -> Result {
         ..Default::default()
     });
     let container = pod.start_with(config).await?;
-    let status = container.exited(world.patience(60)).await?;
+    let status = container.exited(ctx.patience(60)).await?;
     let output = container.output()?;
     ensure!(output.ends_with("child 137\n"), "the child: {output:?}");
     same!(
@@ -539,23 +530,23 @@ async fn oom_of_a_child(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn vm_size(world: Shared) -> Result {
+async fn vm_size_follows_the_pod(ctx: Context) -> Result {
     let total = |text: &str| -> u64 {
         text.split_whitespace()
             .nth(1)
             .and_then(|n| n.parse().ok())
             .unwrap_or_default()
     };
-    let mut config = pod_spec(&world.node, "size");
+    let mut config = pod_spec(&ctx.node, "size");
     config.linux.get_or_insert_default().resources = Some(LinuxContainerResources {
         memory_limit_in_bytes: 400 << 20,
         cpu_period: 100_000,
         cpu_quota: 150_000,
         ..Default::default()
     });
-    let pod = Pod::run_with(&world.node, config).await?;
+    let pod = Pod::run_with(&ctx.node, config).await?;
     let text = pod
-        .sh(&world.images.base, "grep MemTotal /proc/meminfo; nproc")
+        .sh(&ctx.images.base, "grep MemTotal /proc/meminfo; nproc")
         .await?;
     let kib = total(&text);
     ensure!(
@@ -566,17 +557,17 @@ async fn vm_size(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn stdin_is_empty(world: Shared) -> Result {
-    let pod = world.pod().await;
+async fn stdin_is_at_eof_unless_requested(ctx: Context) -> Result {
+    let pod = ctx.shared_pod().await;
     let c = pod
         .start(
             "c",
-            &world.images.base,
+            &ctx.images.base,
             &["sh", "-c", "cat; echo end of input"],
         )
         .await?;
     same!(
-        c.exited(world.patience(20)).await?.exit_code,
+        c.exited(ctx.patience(20)).await?.exit_code,
         0,
         "cat without an input ends"
     );
@@ -584,8 +575,8 @@ async fn stdin_is_empty(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn sysctls(world: Shared) -> Result {
-    let mut config = pod_spec(&world.node, "sysctl");
+async fn sysctls_apply(ctx: Context) -> Result {
+    let mut config = pod_spec(&ctx.node, "sysctl");
     config.linux.get_or_insert_default().sysctls = [
         ("kernel.shm_rmid_forced".to_owned(), "1".to_owned()),
         (
@@ -594,10 +585,10 @@ async fn sysctls(world: Shared) -> Result {
         ),
     ]
     .into();
-    let pod = Pod::run_with(&world.node, config).await?;
-    let text = wait::until("sysctls", world.patience(20), || async {
+    let pod = Pod::run_with(&ctx.node, config).await?;
+    let text = poll::until("sysctls", ctx.patience(20), || async {
         pod.sh(
-            &world.images.base,
+            &ctx.images.base,
             "cat /proc/sys/kernel/shm_rmid_forced /proc/sys/net/ipv4/ip_local_port_range",
         )
         .await

@@ -1,22 +1,23 @@
-//! Exec, Attach and PortForward as kubectl uses them: output and exit codes, half-close, terminals, many readers, clients
-//! that leave or stall, one-time URLs, and ports inside the VM; over SPDY and WebSocket.
+//! Exec, Attach and PortForward as kubectl uses them, over SPDY and WebSocket: output and exit codes, half-close,
+//! terminals, many readers, clients that disconnect or stall, single-use URLs, and ports inside the VM.
 
+use crate::case;
 use crate::client::answer;
-use crate::outcome::{During, Result};
+use crate::context::Backend;
+use crate::failure::{During, Result};
 use crate::pod::{Container, Pod, container_spec};
-use crate::runner::{Case, Shared, case};
+use crate::runner::{Case, Context};
 use crate::stream::{self, Session, Streams, Transport, spdy, websocket};
-use crate::world::Home;
-use crate::{ensure, same, wait};
+use crate::{ensure, poll, same};
 use k8s_cri::v1::*;
 use rand::RngCore;
 use sha2::{Digest, Sha256};
 use std::time::Duration;
 use tonic::Code;
 
-/// Bytes that go through a forwarded port and back. `BOXLITE_E2E_FORWARD_MIB` overrides it.
+/// MiB sent through a forwarded port and back. `BOXLITE_E2E_FORWARD_MIB` overrides it.
 const FORWARD_MIB: usize = 32;
-/// The same under nested emulation.
+/// `FORWARD_MIB` under nested emulation.
 const KRUN_FORWARD_MIB: usize = 4;
 const PLAIN: Streams = Streams {
     stdin: false,
@@ -36,16 +37,16 @@ const BOTH: [Transport; 2] = [Transport::Spdy, Transport::WebSocket];
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("streaming::exec", 90, exec),
-        case("streaming::exec_terminal", 60, exec_terminal),
-        case("streaming::exec_client_leaves", 120, exec_client_leaves),
-        case("streaming::many_sessions", 90, many_sessions),
-        case("streaming::attach", 90, attach),
-        case("streaming::attach_stdin_once", 60, attach_stdin_once),
-        case("streaming::attach_slow_reader", 90, attach_slow_reader),
-        case("streaming::urls_and_refusals", 60, urls_and_refusals),
-        case("streaming::port_forward", 120, port_forward),
-        case("streaming::port_forward_bytes", 300, port_forward_bytes),
+        case!(exec_streams_output_and_half_closes, 90),
+        case!(exec_terminal_is_resized, 60),
+        case!(exec_ends_when_its_client_disconnects, 120),
+        case!(many_sessions_run_at_once, 90),
+        case!(attach_serves_several_clients, 90),
+        case!(attach_with_stdin_once_ends_the_input, 60),
+        case!(attach_slow_reader_does_not_block_others, 90),
+        case!(urls_are_single_use_and_bad_requests_refused, 60),
+        case!(port_forward_connects_to_several_ports, 120),
+        case!(port_forward_transfers_every_byte, 300),
     ]
 }
 
@@ -76,12 +77,10 @@ async fn forward_url(pod: &Pod) -> Result<String> {
     .url)
 }
 
-/// A pod with one container that sleeps.
-async fn sleeper(world: &Shared) -> Result<(Pod, Container)> {
-    let pod = world.pod().await;
-    let c = pod
-        .start("c", &world.images.base, &["sleep", "1000"])
-        .await?;
+/// Runs a pod with one container that sleeps.
+async fn sleeper(ctx: &Context) -> Result<(Pod, Container)> {
+    let pod = ctx.shared_pod().await;
+    let c = pod.start("c", &ctx.images.base, &["sleep", "1000"]).await?;
     Ok((pod, c))
 }
 
@@ -91,8 +90,8 @@ fn random(length: usize) -> Vec<u8> {
     bytes
 }
 
-async fn exec(world: Shared) -> Result {
-    let (pod, c) = sleeper(&world).await?;
+async fn exec_streams_output_and_half_closes(ctx: Context) -> Result {
+    let (pod, c) = sleeper(&ctx).await?;
     for over in BOTH {
         let script = "echo out; echo err >&2; exit 7";
         let mut session = run(&c, &["sh", "-c", script], PLAIN, over).await?;
@@ -107,7 +106,7 @@ async fn exec(world: Shared) -> Result {
             status["status"] == "Failure" && status.to_string().contains("/no/such/program"),
             "{over:?}: a program that is not there: {status}"
         );
-        // The command ends only when its input does, and gives all of it back.
+        // The command ends only at the end of its input, and returns all of it.
         let bytes = random(1 << 20);
         let mut session = run(&c, &["cat"], TYPING, over).await?;
         session.send("stdin", &bytes).await?;
@@ -123,8 +122,8 @@ async fn exec(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn exec_terminal(world: Shared) -> Result {
-    let (pod, c) = sleeper(&world).await?;
+async fn exec_terminal_is_resized(ctx: Context) -> Result {
+    let (pod, c) = sleeper(&ctx).await?;
     for over in BOTH {
         let script = "stty -echo; echo term=$TERM; while read line; do stty size; done; exit 4";
         let mut session = run(&c, &["sh", "-c", script], TERMINAL, over).await?;
@@ -133,21 +132,21 @@ async fn exec_terminal(world: Shared) -> Result {
             let resized = session.resize_and_see(width, height).await;
             resized.during(format!("{over:?}"))?;
         }
-        // ^D is a terminal's end of input.
+        // ^D ends a terminal's input.
         session.send("stdin", b"\x04").await?;
         same!(session.exit_code().await?, 4, "{over:?} exit code");
     }
     pod.end().await
 }
 
-/// What runs in the container, by argument lists.
+/// Returns the argument lists of the processes in the container.
 async fn processes(c: &Container) -> Result<String> {
     let script = "for f in /proc/[0-9]*/cmdline; do tr '\\0' ' ' <$f; echo; done 2>/dev/null; true";
     c.out(&["sh", "-c", script]).await
 }
 
-async fn exec_client_leaves(world: Shared) -> Result {
-    let (pod, c) = sleeper(&world).await?;
+async fn exec_ends_when_its_client_disconnects(ctx: Context) -> Result {
+    let (pod, c) = sleeper(&ctx).await?;
     for (over, streams, seconds) in [
         (Transport::Spdy, PLAIN, "7001"),
         (Transport::WebSocket, TYPING, "7002"),
@@ -160,14 +159,14 @@ async fn exec_client_leaves(world: Shared) -> Result {
         let seen = processes(&c).await?;
         ensure!(seen.contains(seconds), "it does not run: {seen}");
         if streams.stdin && !streams.tty {
-            // Even one that waits with input which the command does not read.
+            // Including a session blocked on input that the command does not read.
             let flood = vec![0; 64 << 20];
             let sending = session.send("stdin", &flood);
             let stalled = tokio::time::timeout(Duration::from_secs(1), sending).await;
             ensure!(stalled.is_err(), "64 MiB of input went nowhere");
         }
         drop(session);
-        wait::until("the command is gone", world.patience(30), || async {
+        poll::until("the command is gone", ctx.patience(30), || async {
             let seen = processes(&c).await?;
             ensure!(!seen.contains(seconds), "{seen}");
             Ok(())
@@ -177,8 +176,8 @@ async fn exec_client_leaves(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn many_sessions(world: Shared) -> Result {
-    let (pod, c) = sleeper(&world).await?;
+async fn many_sessions_run_at_once(ctx: Context) -> Result {
+    let (pod, c) = sleeper(&ctx).await?;
     let sessions = (0..16).map(|number| {
         let c = c.clone();
         async move {
@@ -209,22 +208,22 @@ async fn many_sessions(world: Shared) -> Result {
     pod.end().await
 }
 
-/// A container that answers each line of its input.
-async fn answerer(world: &Shared, pod: &Pod, once: bool) -> Result<Container> {
+/// Starts a container that answers each line of its input.
+async fn answerer(ctx: &Context, pod: &Pod, once: bool) -> Result<Container> {
     let script = "echo before; while read line; do echo got $line; done; echo end";
-    let mut spec = container_spec("c", &world.images.base, &["sh", "-c", script]);
+    let mut spec = container_spec("c", &ctx.images.base, &["sh", "-c", script]);
     spec.stdin = true;
     spec.stdin_once = once;
     let c = pod.start_with(spec).await?;
-    c.printed("before", stream::PATIENCE).await?;
+    c.printed("before", stream::MESSAGE_TIMEOUT).await?;
     Ok(c)
 }
 
-async fn attach(world: Shared) -> Result {
-    let pod = world.pod().await;
-    let c = answerer(&world, &pod, false).await?;
+async fn attach_serves_several_clients(ctx: Context) -> Result {
+    let pod = ctx.shared_pod().await;
+    let c = answerer(&ctx, &pod, false).await?;
     let mut reader = Session::open(&attach_url(&c, PLAIN).await?, BOTH[0], PLAIN).await?;
-    // Nothing tells a reader that it is attached but output: some is made until it sees it.
+    // Output is the only sign that a reader is attached, so some is produced until it arrives.
     let mut typist = Session::open(&attach_url(&c, TYPING).await?, BOTH[0], TYPING).await?;
     loop {
         typist.send("stdin", b"probe\n").await?;
@@ -238,7 +237,7 @@ async fn attach(world: Shared) -> Result {
     for over in BOTH {
         let mut session = Session::open(&attach_url(&c, TYPING).await?, over, TYPING).await?;
         let line = format!("{over:?}");
-        // The first line's answer is seen: what is typed does not overtake the attaching.
+        // The answer to the first line arrives: input does not overtake the attach.
         session
             .send("stdin", format!("{line}\n").as_bytes())
             .await?;
@@ -248,63 +247,61 @@ async fn attach(world: Shared) -> Result {
             "output of before the attach: {seen:?}"
         );
         reader.until("stdout", &format!("got {line}\n")).await?;
-        // Leaving, with or without half-close, does not end the container's input.
+        // Disconnecting, with or without half-close, does not end the container's input.
         session.close("stdin").await?;
     }
     let mut session = Session::open(&attach_url(&c, TYPING).await?, BOTH[0], TYPING).await?;
     session.send("stdin", b"again\n").await?;
     session.until("stdout", "got again\n").await?;
-    // The container's end is the sessions' end.
+    // The sessions end with the container.
     c.stop(0).await?;
     same!(reader.exit_code().await?, 0, "attach ends well");
     same!(session.exit_code().await?, 0, "attach ends well");
     pod.end().await
 }
 
-async fn attach_stdin_once(world: Shared) -> Result {
-    let pod = world.pod().await;
-    let c = answerer(&world, &pod, true).await?;
+async fn attach_with_stdin_once_ends_the_input(ctx: Context) -> Result {
+    let pod = ctx.shared_pod().await;
+    let c = answerer(&ctx, &pod, true).await?;
     let mut session = Session::open(&attach_url(&c, TYPING).await?, BOTH[0], TYPING).await?;
     session.send("stdin", b"one\n").await?;
     session.until("stdout", "got one\n").await?;
-    // Not even half-closed: the client just leaves.
+    // The client disconnects without a half-close.
     drop(session);
-    let status = c.exited(world.patience(20)).await?;
+    let status = c.exited(ctx.patience(20)).await?;
     same!(status.exit_code, 0, "its input ended");
     ensure!(c.output()?.ends_with("end\n"), "{}", c.output()?);
     pod.end().await
 }
 
-async fn attach_slow_reader(world: Shared) -> Result {
-    let pod = world.pod().await;
-    // More than all buffers on the way to a client hold, at a pace that one who reads can keep.
+async fn attach_slow_reader_does_not_block_others(ctx: Context) -> Result {
+    let pod = ctx.shared_pod().await;
+    // More than all buffers between container and client hold, at a rate that a reading client can follow.
     let script = "read go; i=0; while [ $i -lt 100 ]; do head -c 100000 /dev/zero | tr '\\0' x; \
         usleep 40000; i=$((i+1)); done; echo done; sleep 1000";
-    let mut spec = container_spec("c", &world.images.base, &["sh", "-c", script]);
+    let mut spec = container_spec("c", &ctx.images.base, &["sh", "-c", script]);
     spec.stdin = true;
     let c = pod.start_with(spec).await?;
-    // One attached client reads nothing at all.
+    // One attached client never reads.
     let (socket, _) =
         stream::upgrade_spdy(&attach_url(&c, PLAIN).await?, "v4.channel.k8s.io").await?;
-    let mut deaf = spdy::Client::deaf(socket);
+    let mut deaf = spdy::Client::never_reading(socket);
     for name in ["error", "stdout", "stderr"] {
         deaf.open(&[("streamtype", name)]).await?;
     }
     let mut session = Session::open(&attach_url(&c, TYPING).await?, BOTH[0], TYPING).await?;
     session.send("stdin", b"go\n").await?;
-    // The other one has all of it, and so has the log.
+    // The other client receives everything, and so does the log.
     let seen = session.until("stdout", "done\n").await?;
     same!(seen.len(), 100 * 100_000 + "done\n".len(), "bytes seen");
-    c.printed("done\n", stream::PATIENCE).await?;
+    c.printed("done\n", stream::MESSAGE_TIMEOUT).await?;
     drop(deaf);
     pod.end().await
 }
 
-async fn urls_and_refusals(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "urls").await?;
-    let c = pod
-        .start("c", &world.images.base, &["sleep", "1000"])
-        .await?;
+async fn urls_are_single_use_and_bad_requests_refused(ctx: Context) -> Result {
+    let pod = Pod::run(&ctx.node, "urls").await?;
+    let c = pod.start("c", &ctx.images.base, &["sleep", "1000"]).await?;
     let url = c.exec_url(&["true"], PLAIN).await?;
     ensure!(url.starts_with("http://127.0.0.1:"), "{url}");
     let status = async |url: &str| -> Result<u16> {
@@ -338,8 +335,8 @@ async fn urls_and_refusals(world: Shared) -> Result {
         403,
         "unknown protocol"
     );
-    // The calls themselves.
-    let mut cri = world.node.cri.runtime();
+    // Refusals of the calls themselves.
+    let mut cri = ctx.node.cri.runtime();
     let request = ExecRequest {
         container_id: c.id.clone(),
         cmd: vec!["true".into()],
@@ -365,13 +362,13 @@ async fn urls_and_refusals(world: Shared) -> Result {
         Some(Code::InvalidArgument),
         "no stream"
     );
-    let nobody = AttachRequest {
+    let refused = AttachRequest {
         container_id: "nobody".into(),
         stdout: true,
         ..Default::default()
     };
     same!(
-        code(cri.attach(nobody).await.map(drop)),
+        code(cri.attach(refused).await.map(drop)),
         Some(Code::NotFound),
         "unknown container"
     );
@@ -395,7 +392,7 @@ async fn urls_and_refusals(world: Shared) -> Result {
     pod.end().await
 }
 
-/// A client for port-forward: SPDY, or SPDY through a WebSocket.
+/// Connects a port-forward client: SPDY, or SPDY through a WebSocket.
 async fn forwarder(pod: &Pod, over: Transport) -> Result<spdy::Client> {
     let url = forward_url(pod).await?;
     Ok(match over {
@@ -411,7 +408,7 @@ async fn forwarder(pod: &Pod, over: Transport) -> Result<spdy::Client> {
     })
 }
 
-/// Data and error stream of one forwarded connection.
+/// Returns the data and error streams of one forwarded connection.
 async fn dial(
     client: &mut spdy::Client,
     port: &str,
@@ -426,26 +423,26 @@ async fn dial(
 async fn rest(stream: &mut spdy::Stream) -> Result<Vec<u8>> {
     let mut read = Vec::new();
     loop {
-        match tokio::time::timeout(stream::PATIENCE, stream.incoming.recv()).await {
+        match tokio::time::timeout(stream::MESSAGE_TIMEOUT, stream.incoming.recv()).await {
             Ok(Some(bytes)) => read.extend_from_slice(&bytes),
             Ok(None) => return Ok(read),
             Err(_) => crate::bail!(
                 "nothing more within {:?} after {} bytes",
-                stream::PATIENCE,
+                stream::MESSAGE_TIMEOUT,
                 read.len()
             ),
         }
     }
 }
 
-/// A pod with servers that give back what they get, on two ports.
-async fn echoes(world: &Shared) -> Result<Pod> {
-    let pod = world.pod().await;
+/// Runs a pod with echo servers on two ports.
+async fn echoes(ctx: &Context) -> Result<Pod> {
+    let pod = ctx.shared_pod().await;
     let script = "nc -ll -p 8081 -e cat & exec nc -ll -p 8080 -e cat";
     let c = pod
-        .start("c", &world.images.base, &["sh", "-c", script])
+        .start("c", &ctx.images.base, &["sh", "-c", script])
         .await?;
-    wait::until("the servers listen", world.patience(20), || async {
+    poll::until("the servers listen", ctx.patience(20), || async {
         let tcp = c.out(&["cat", "/proc/net/tcp", "/proc/net/tcp6"]).await?;
         let listens = |port| tcp.lines().any(|l| l.contains(port) && l.contains(" 0A "));
         ensure!(listens(":1F90 ") && listens(":1F91 "), "{tcp}");
@@ -455,12 +452,12 @@ async fn echoes(world: &Shared) -> Result<Pod> {
     Ok(pod)
 }
 
-async fn port_forward(world: Shared) -> Result {
-    let pod = echoes(&world).await?;
+async fn port_forward_connects_to_several_ports(ctx: Context) -> Result {
+    let pod = echoes(&ctx).await?;
     for over in BOTH {
         let mut client = forwarder(&pod, over).await?;
-        // Several connections to two ports at once, and one to a port where nobody listens.
-        let (mut nobody, mut error) = dial(&mut client, "8099", "nobody").await?;
+        // Several connections to two ports at once, and one to a port without a listener.
+        let (mut refused, mut error) = dial(&mut client, "8099", "nobody").await?;
         let mut connections = Vec::new();
         for number in 0..6 {
             let port = ["8080", "8081"][number % 2];
@@ -475,9 +472,9 @@ async fn port_forward(world: Shared) -> Result {
             said.contains("8099") && said.contains("connection refused"),
             "{over:?}: {said:?}"
         );
-        ensure!(rest(&mut nobody).await?.is_empty(), "data from nobody");
+        ensure!(rest(&mut refused).await?.is_empty(), "data from nobody");
         for (data, error, bytes) in &mut connections {
-            // The half-close reaches the server, whose own end comes back after the last byte.
+            // The half-close reaches the server, whose own half-close follows its last byte.
             client.send(data.id, b"", true).await?;
             let echoed = rest(data).await?;
             ensure!(
@@ -495,11 +492,11 @@ async fn port_forward(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn port_forward_bytes(world: Shared) -> Result {
-    let pod = echoes(&world).await?;
+async fn port_forward_transfers_every_byte(ctx: Context) -> Result {
+    let pod = echoes(&ctx).await?;
     let mib = match std::env::var("BOXLITE_E2E_FORWARD_MIB") {
         Ok(mib) => mib.parse()?,
-        Err(_) if world.home == Home::Krun => KRUN_FORWARD_MIB,
+        Err(_) if ctx.backend == Backend::Krun => KRUN_FORWARD_MIB,
         Err(_) => FORWARD_MIB,
     };
     let mut client = forwarder(&pod, Transport::Spdy).await?;
@@ -510,7 +507,7 @@ async fn port_forward_bytes(world: Shared) -> Result {
         let mut digest = Sha256::new();
         let bytes = random(1 << 20);
         for number in 0..mib {
-            // Each MiB differs from the others.
+            // Every MiB is different.
             let mut bytes = bytes.clone();
             bytes[..8].copy_from_slice(&(number as u64).to_le_bytes());
             digest.update(&bytes);
@@ -521,7 +518,7 @@ async fn port_forward_bytes(world: Shared) -> Result {
     let receiving = async {
         let (mut digest, mut length) = (Sha256::new(), 0);
         loop {
-            match tokio::time::timeout(stream::PATIENCE, data.incoming.recv()).await {
+            match tokio::time::timeout(stream::MESSAGE_TIMEOUT, data.incoming.recv()).await {
                 Ok(Some(bytes)) => {
                     length += bytes.len();
                     digest.update(&bytes);

@@ -1,51 +1,47 @@
-//! Random images as a guest's kernel sees them, compared entry by entry with the model they were made from.
+//! Random images as seen by the guest's kernel, compared entry by entry with the model from which they were built.
 
+use crate::case;
+use crate::failure::{During, Result};
 use crate::image::build::Image;
 use crate::image::{busybox, tree};
 use crate::lister::Entry;
-use crate::outcome::{During, Result};
 use crate::pod::{Pod, container_spec, pull};
-use crate::runner::{Case, Shared, case};
+use crate::runner::{Case, Context};
 use crate::{ensure, same};
 use k8s_cri::v1::Mount;
 use serde_json::json;
 
-/// Names the seed of a run that shall be made again.
+/// Environment variable with the seed of a run to repeat.
 const SEED: &str = "BOXLITE_E2E_SEED";
-/// Images of one run, and of one in the emulated KVM host; they share a pod.
+/// Images per run, and in the emulated KVM host. They share a pod.
 const IMAGES: (usize, usize) = (5, 2);
 
 pub fn cases() -> Vec<Case> {
-    vec![case(
-        "images::random_trees_as_the_guest_sees_them",
-        120,
-        random_trees,
-    )]
+    vec![case!(random_image_trees_match_the_model, 120)]
 }
 
-async fn random_trees(world: Shared) -> Result {
+async fn random_image_trees_match_the_model(ctx: Context) -> Result {
     let seed: u64 = match std::env::var(SEED) {
         Ok(text) => text.parse().during(SEED)?,
         Err(_) => rand::random::<u32>().into(),
     };
     println!("      random trees: {SEED}={seed}");
-    let node = world.own_node("trees", |_| {}).await?;
+    let node = ctx.dedicated_node("trees", |_| {}).await?;
     let pod = Pod::run(&node, "trees").await?;
-    for number in 0..world.rounds(IMAGES.0, IMAGES.1) {
-        one_tree(&world, &pod, seed + number as u64)
+    for number in 0..ctx.rounds(IMAGES.0, IMAGES.1) {
+        one_tree(&ctx, &pod, seed + number as u64)
             .await
             .map_err(|e| e.during(format!("{SEED}={seed}, tree {number}")))?;
     }
     pod.end().await
 }
 
-async fn one_tree(world: &Shared, pod: &Pod, seed: u64) -> Result {
+async fn one_tree(ctx: &Context, pod: &Pod, seed: u64) -> Result {
     let (layers, model) = tree::random(seed)?;
-    let mut all = vec![world.images.busybox.clone()];
+    let mut all = vec![ctx.images.busybox.clone()];
     all.extend(layers);
     let name = format!("tree{seed}");
-    world
-        .registry
+    ctx.registry
         .push(&name, "1", &Image::new(all, json!({"Cmd": ["sh"]})))
         .await?;
     let reference = format!("127.0.0.1:5000/{name}:1");
@@ -70,7 +66,7 @@ async fn one_tree(world: &Shared, pod: &Pod, seed: u64) -> Result {
         })
         .collect();
     let container = pod.start_with(spec).await?;
-    let status = container.exited(world.patience(30)).await?;
+    let status = container.exited(ctx.patience(30)).await?;
     let output = container.output()?;
     same!(status.exit_code, 0, "the lister said {output}");
     let seen: Vec<Entry> = output

@@ -1,11 +1,11 @@
-//! Volumes: mounts that the host makes later, read-only trees, images, memory, configMaps that are exchanged, and what is
-//! refused.
+//! Volumes: later host mounts, read-only trees, image volumes, memory volumes, ConfigMap updates, and refusals.
 
-use super::bad_input::says;
-use crate::enclave::run;
-use crate::outcome::Result;
+use super::bad_input::expect_error;
+use crate::case;
+use crate::failure::Result;
+use crate::namespaces::run;
 use crate::pod::{Container, Pod, container_spec, pull};
-use crate::runner::{Case, Shared, case};
+use crate::runner::{Case, Context};
 use crate::{ensure, same};
 use k8s_cri::v1::*;
 use prost::Message;
@@ -14,20 +14,20 @@ use std::time::{Duration, Instant};
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("volumes::later_mounts_of_the_host", 90, propagation),
-        case("volumes::read_only_and_recursively_so", 60, read_only),
-        case("volumes::images_as_volumes", 90, images),
-        case("volumes::config_map_swap_in_five_seconds", 90, config_map),
-        case("volumes::memory", 60, memory),
-        case("volumes::refused_by_name", 60, refused),
+        case!(later_host_mounts_propagate, 90),
+        case!(read_only_mounts_are_recursive, 60),
+        case!(images_are_mounted_as_volumes, 90),
+        case!(config_map_update_is_seen_within_five_seconds, 90),
+        case!(memory_volume_is_a_tmpfs, 60),
+        case!(unsupported_mounts_are_refused_by_name, 60),
     ]
 }
 
-/// How long the kubelet's promises give a change to be seen in a pod.
-const SEEN: Duration = Duration::from_secs(5);
+/// Time within which a change on the host must be visible in a pod.
+const PROPAGATION_LIMIT: Duration = Duration::from_secs(5);
 
-/// Looks again and again: who looks [`SEEN`] after the change must see it.
-pub(super) async fn seen<F, Fut>(what: &str, mut look: F) -> Result
+/// Repeats `look` until it succeeds. A look later than [`PROPAGATION_LIMIT`] after the change must succeed.
+pub(super) async fn eventually<F, Fut>(what: &str, mut look: F) -> Result
 where
     F: FnMut() -> Fut,
     Fut: Future<Output = Result>,
@@ -37,7 +37,9 @@ where
         let asked = changed.elapsed();
         match look().await {
             Ok(()) => return Ok(()),
-            Err(instead) if asked > SEEN => crate::bail!("{what}: after {asked:?}: {instead}"),
+            Err(instead) if asked > PROPAGATION_LIMIT => {
+                crate::bail!("{what}: after {asked:?}: {instead}")
+            }
             Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
         }
     }
@@ -51,20 +53,20 @@ pub(super) fn mount(host: &Path, container: &str) -> Mount {
     }
 }
 
-/// A directory for the case's volumes.
-pub(super) fn home(world: &Shared, name: &str) -> Result<PathBuf> {
-    let dir = world.node.dir.join("volumes").join(name);
+/// Creates a directory for the case's volumes.
+pub(super) fn volume_dir(ctx: &Context, name: &str) -> Result<PathBuf> {
+    let dir = ctx.node.dir.join("volumes").join(name);
     std::fs::create_dir_all(&dir)?;
     Ok(dir)
 }
 
-async fn sleeper(world: &Shared, pod: &Pod, name: &str, mounts: Vec<Mount>) -> Result<Container> {
-    let mut config = container_spec(name, &world.images.base, &["sleep", "1000"]);
+async fn sleeper(ctx: &Context, pod: &Pod, name: &str, mounts: Vec<Mount>) -> Result<Container> {
+    let mut config = container_spec(name, &ctx.images.base, &["sleep", "1000"]);
     config.mounts = mounts;
     pod.start_with(config).await
 }
 
-/// A tmpfs on the host with one file; gone with the value.
+/// A tmpfs on the host with one file, unmounted on drop.
 pub(super) struct Tmpfs(pub(super) PathBuf);
 
 impl Tmpfs {
@@ -79,22 +81,22 @@ impl Tmpfs {
 
 impl Drop for Tmpfs {
     fn drop(&mut self) {
-        // Lazily: the VM may still look at it.
+        // A lazy unmount: the VM may still use it.
         let _ = run("umount", &["-l", &self.0.display().to_string()]);
     }
 }
 
-async fn propagation(world: Shared) -> Result {
-    let dir = home(&world, "late")?;
+async fn later_host_mounts_propagate(ctx: Context) -> Result {
+    let dir = volume_dir(&ctx, "late")?;
     for name in ["slave/later", "private/later"] {
         std::fs::create_dir_all(dir.join(name))?;
     }
     std::os::unix::fs::symlink(dir.join("slave"), dir.join("link"))?;
-    let pod = Pod::run(&world.node, "late").await?;
+    let pod = Pod::run(&ctx.node, "late").await?;
     let mut slave = mount(&dir.join("link"), "/slave");
     slave.propagation = MountPropagation::PropagationHostToContainer.into();
     let private = mount(&dir.join("private"), "/private");
-    let c = sleeper(&world, &pod, "c", vec![slave.clone(), private]).await?;
+    let c = sleeper(&ctx, &pod, "c", vec![slave.clone(), private]).await?;
     let status = c.status().await?;
     same!(
         (&status.mounts[0].host_path, status.mounts[0].propagation),
@@ -103,7 +105,7 @@ async fn propagation(world: Shared) -> Result {
     );
     let later = Tmpfs::new(dir.join("slave/later"), "size=1m")?;
     let hidden = Tmpfs::new(dir.join("private/later"), "size=1m")?;
-    seen("the host's mount", || async {
+    eventually("the host's mount", || async {
         same!(
             c.out(&["cat", "/slave/later/flag"]).await?,
             "of the host\n",
@@ -123,7 +125,7 @@ async fn propagation(world: Shared) -> Result {
         "",
         "a private volume"
     );
-    // A file of it that is open when the container ends: the guest's kernel must live through that.
+    // A file that is open when the container ends: the guest's kernel must handle it.
     c.out(&[
         "sh",
         "-c",
@@ -131,13 +133,13 @@ async fn propagation(world: Shared) -> Result {
     ])
     .await?;
     drop(later);
-    seen("the host's unmount", || async {
+    eventually("the host's unmount", || async {
         same!(c.out(&["ls", "/slave/later"]).await?, "", "what is left");
         Ok(())
     })
     .await?;
     let again = Tmpfs::new(dir.join("slave/later"), "size=1m")?;
-    seen("a second mount", || async {
+    eventually("a second mount", || async {
         same!(c.out(&["ls", "/slave/later"]).await?, "flag\n", "files");
         Ok(())
     })
@@ -145,7 +147,7 @@ async fn propagation(world: Shared) -> Result {
     c.stop(0).await?;
     c.remove().await?;
     drop((again, hidden));
-    let d = sleeper(&world, &pod, "d", vec![slave]).await?;
+    let d = sleeper(&ctx, &pod, "d", vec![slave]).await?;
     same!(
         d.out(&["ls", "/slave"]).await?,
         "later\n",
@@ -154,8 +156,8 @@ async fn propagation(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn read_only(world: Shared) -> Result {
-    let status = world
+async fn read_only_mounts_are_recursive(ctx: Context) -> Result {
+    let status = ctx
         .node
         .cri
         .runtime()
@@ -167,15 +169,15 @@ async fn read_only(world: Shared) -> Result {
         features.is_some_and(|f| f.recursive_read_only_mounts),
         "the feature is not reported: {features:?}"
     );
-    let dir = home(&world, "ro")?;
+    let dir = volume_dir(&ctx, "ro")?;
     let _deep = Tmpfs::new(dir.join("deep"), "size=1m")?;
-    let pod = world.pod().await;
+    let pod = ctx.shared_pod().await;
     let mut plain = mount(&dir, "/plain");
     plain.readonly = true;
     let mut tree = mount(&dir, "/tree");
     (tree.readonly, tree.recursive_read_only) = (true, true);
     let c = sleeper(
-        &world,
+        &ctx,
         &pod,
         "c",
         vec![plain, tree.clone(), mount(&dir, "/rw")],
@@ -194,8 +196,8 @@ async fn read_only(world: Shared) -> Result {
         same!(response.exit_code == 0, writable, "{path}: {error}");
         ensure!(writable || error.contains("Read-only"), "{path}: {error}");
     }
-    // The host is what keeps the guest from writing, whatever flags a privileged container gives its own mounts.
-    let mut config = container_spec("root", &world.images.base, &["sleep", "1000"]);
+    // The host prevents writes, whatever flags a privileged container sets on its mounts.
+    let mut config = container_spec("root", &ctx.images.base, &["sleep", "1000"]);
     config.mounts = vec![tree.clone()];
     let linux = config.linux.get_or_insert_default();
     linux.security_context.get_or_insert_default().privileged = true;
@@ -208,17 +210,17 @@ async fn read_only(world: Shared) -> Result {
         "root in the guest wrote to a read-only volume: {write:?}"
     );
     tree.propagation = MountPropagation::PropagationHostToContainer.into();
-    let mut config = container_spec("bad", &world.images.base, &["true"]);
+    let mut config = container_spec("bad", &ctx.images.base, &["true"]);
     config.mounts = vec![tree];
-    says(
+    expect_error(
         &pod.create_with(config).await.map(drop),
         &["InvalidArgument", "recursive_read_only"],
     )?;
     pod.end().await
 }
 
-/// CreateContainer with a mount whose `image_sub_path` k8s-cri does not know: the field is written behind the message, and
-/// messages of one field are merged by whoever reads them.
+/// Sends CreateContainer with a mount whose `image_sub_path` k8s-cri does not define: the field is appended to the
+/// message, and decoders merge repeated occurrences of a message field.
 async fn create_with_sub_path(
     pod: &Pod,
     config: ContainerConfig,
@@ -252,20 +254,20 @@ fn field(bytes: &mut Vec<u8>, number: u64, content: &[u8]) {
     bytes.extend(content);
 }
 
-async fn images(world: Shared) -> Result {
-    let node = &world.node;
-    let id = pull(node, &world.images.layers).await?;
+async fn images_are_mounted_as_volumes(ctx: Context) -> Result {
+    let node = &ctx.node;
+    let id = pull(node, &ctx.images.layers).await?;
     let pod = Pod::run(node, "imagevol").await?;
     let volume = |readonly| Mount {
         container_path: "/vol".into(),
         readonly,
         image: Some(ImageSpec {
-            image: world.images.layers.clone(),
+            image: ctx.images.layers.clone(),
             ..Default::default()
         }),
         ..Default::default()
     };
-    let c = sleeper(&world, &pod, "whole", vec![volume(true)]).await?;
+    let c = sleeper(&ctx, &pod, "whole", vec![volume(true)]).await?;
     same!(
         c.out(&[
             "sh",
@@ -295,7 +297,7 @@ async fn images(world: Shared) -> Result {
         raw.windows(reference.len()).any(|part| part == reference),
         "the status has no image_ref {id} in its mount"
     );
-    // The image is in use, by a volume only.
+    // The image is in use by a volume only.
     let request = RemoveImageRequest {
         image: Some(ImageSpec {
             image: id.clone(),
@@ -305,7 +307,7 @@ async fn images(world: Shared) -> Result {
     let removed = node.cri.image().remove_image(request).await;
     ensure!(removed.is_err(), "an image that is mounted was removed");
 
-    let base = |name: &str| container_spec(name, &world.images.base, &["sleep", "1000"]);
+    let base = |name: &str| container_spec(name, &ctx.images.base, &["sleep", "1000"]);
     let part = create_with_sub_path(&pod, base("part"), &volume(true), "links").await?;
     part.start().await?;
     same!(
@@ -325,19 +327,19 @@ async fn images(world: Shared) -> Result {
         ("../../etc", ["image_sub_path"]),
     ] {
         let refused = create_with_sub_path(&pod, base("bad"), &volume(true), sub_path).await;
-        says(&refused.map(drop), &words)?;
+        expect_error(&refused.map(drop), &words)?;
     }
     let mut config = base("writable");
     config.mounts = vec![volume(false)];
-    says(&pod.create_with(config).await.map(drop), &["readonly"])?;
+    expect_error(&pod.create_with(config).await.map(drop), &["readonly"])?;
     for container in [c, part, file] {
         container.remove().await?;
     }
     pod.end().await
 }
 
-/// What the kubelet's AtomicWriter does: a new directory, then one rename of the link that everything goes through.
-fn swap(dir: &Path, number: u32) -> Result {
+/// Updates the volume as the kubelet's AtomicWriter does: a new directory, then one rename of the link to it.
+fn update_config_map(dir: &Path, number: u32) -> Result {
     let content = dir.join(format!("..{number}"));
     std::fs::create_dir(&content)?;
     std::fs::write(content.join("key"), format!("{number}\n"))?;
@@ -349,20 +351,20 @@ fn swap(dir: &Path, number: u32) -> Result {
     Ok(())
 }
 
-async fn config_map(world: Shared) -> Result {
-    let dir = home(&world, "map")?;
-    swap(&dir, 0)?;
+async fn config_map_update_is_seen_within_five_seconds(ctx: Context) -> Result {
+    let dir = volume_dir(&ctx, "map")?;
+    update_config_map(&dir, 0)?;
     std::os::unix::fs::symlink("..data/key", dir.join("key"))?;
-    let pod = world.pod().await;
+    let pod = ctx.shared_pod().await;
     let mut volume = mount(&dir, "/map");
     volume.readonly = true;
-    let c = sleeper(&world, &pod, "c", vec![volume]).await?;
+    let c = sleeper(&ctx, &pod, "c", vec![volume]).await?;
     same!(c.out(&["cat", "/map/key"]).await?, "0\n", "at the start");
     for number in 1..4 {
-        swap(&dir, number)?;
-        seen("the new content", || async {
-            let seen = c.exec(&["cat", "/map/key"]).await?;
-            let text = String::from_utf8_lossy(&seen.stdout).into_owned();
+        update_config_map(&dir, number)?;
+        eventually("the new content", || async {
+            let eventually = c.exec(&["cat", "/map/key"]).await?;
+            let text = String::from_utf8_lossy(&eventually.stdout).into_owned();
             same!(text, format!("{number}\n"), "content");
             Ok(())
         })
@@ -371,15 +373,15 @@ async fn config_map(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn memory(world: Shared) -> Result {
-    let dir = home(&world, "memory")?;
+async fn memory_volume_is_a_tmpfs(ctx: Context) -> Result {
+    let dir = volume_dir(&ctx, "memory")?;
     let volume = Tmpfs::new(dir.join("v"), "size=2m")?;
     let shm = Tmpfs::new(dir.join("shm"), "size=100m")?;
-    let pod = Pod::run(&world.node, "memory").await?;
+    let pod = Pod::run(&ctx.node, "memory").await?;
     let mounts = vec![mount(&volume.0, "/cache"), mount(&shm.0, "/dev/shm")];
-    let a = sleeper(&world, &pod, "a", mounts.clone()).await?;
-    let b = sleeper(&world, &pod, "b", mounts).await?;
-    // Not df: it looks the path up in /proc/mounts by its device number, which all volumes share.
+    let a = sleeper(&ctx, &pod, "a", mounts.clone()).await?;
+    let b = sleeper(&ctx, &pod, "b", mounts).await?;
+    // Not df, which finds the mount in /proc/mounts by its device number, and all volumes share one.
     same!(
         a.out(&["stat", "-f", "-c", "%b*%S", "/cache", "/dev/shm"])
             .await?,
@@ -405,10 +407,7 @@ async fn memory(world: Shared) -> Result {
         full.exit_code != 0 && String::from_utf8_lossy(&full.stderr).contains("No space"),
         "the limit of an emptyDir in memory: {full:?}"
     );
-    let plain = pod.sh(
-        &world.images.base,
-        "stat -f -c '%b*%S' /dev/shm; ls /dev/shm",
-    );
+    let plain = pod.sh(&ctx.images.base, "stat -f -c '%b*%S' /dev/shm; ls /dev/shm");
     same!(
         plain.await?,
         "16384*4096\n",
@@ -417,16 +416,16 @@ async fn memory(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn refused(world: Shared) -> Result {
-    let dir = home(&world, "refused")?;
-    let pod = world.pod().await;
+async fn unsupported_mounts_are_refused_by_name(ctx: Context) -> Result {
+    let dir = volume_dir(&ctx, "refused")?;
+    let pod = ctx.shared_pod().await;
     let alone = Tmpfs::new(dir.join("alone"), "size=1m")?;
     run("mount", &["--make-private", &alone.0.display().to_string()])?;
     let mut both = mount(&alone.0, "/both");
     both.propagation = MountPropagation::PropagationBidirectional.into();
-    let mut config = container_spec("c", &world.images.base, &["true"]);
+    let mut config = container_spec("c", &ctx.images.base, &["true"]);
     config.mounts = vec![both];
-    says(
+    expect_error(
         &pod.create_with(config).await.map(drop),
         &[
             "not a shared mount",
@@ -436,9 +435,9 @@ async fn refused(world: Shared) -> Result {
     )?;
     let mut follower = mount(&alone.0, "/alone");
     follower.propagation = MountPropagation::PropagationHostToContainer.into();
-    let mut config = container_spec("c", &world.images.base, &["true"]);
+    let mut config = container_spec("c", &ctx.images.base, &["true"]);
     config.mounts = vec![follower];
-    says(
+    expect_error(
         &pod.create_with(config).await.map(drop),
         &["private", &alone.0.display().to_string()],
     )?;

@@ -1,15 +1,15 @@
-//! The images that critest names, made from Debian's busybox and nginx and pushed under the names it asks for.
+//! Images used by critest, made from Debian's busybox and nginx and pushed under the names that it expects.
 //!
-//! Half of them are indexes whose first entry is another architecture's empty image, so that a runtime that takes the
-//! first one fails. What a spec needs and Debian's busybox has not (`pgrep`, a System V `ipcs`, a bridge in a kernel without
-//! bridges) stands in [`tools`], and in docs/conformance.md.
+//! Half of them are indexes whose first entry is an empty image of another architecture, so that a runtime that uses the
+//! first entry fails. Replacements for tools that Debian's busybox lacks (`pgrep`, a System V `ipcs`, a bridge in a
+//! kernel without bridges) are in [`tools`] and in docs/conformance.md.
 
 use super::Programs;
+use crate::failure::{During, Result};
 use crate::image::build::{Format, Image};
 use crate::image::busybox::{self, with_libraries};
 use crate::image::layer::{Compression, Layer, LayerTar};
 use crate::image::registry::Registry;
-use crate::outcome::{During, Result};
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -20,7 +20,7 @@ const E2E: &str = "e2e-test-images";
 /// PATH in every image.
 const PATH: &str = "PATH=/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// Processes of a name, for images whose busybox has no `pgrep`.
+/// Substitute for `pgrep`, which the images' busybox lacks.
 const PGREP: &[u8] = b"#!/bin/sh
 found=1
 for status in /proc/[0-9]*/comm; do
@@ -31,13 +31,14 @@ done
 exit $found
 ";
 
-/// The guest's kernel has no bridges. What the specs ask is whether a network device can be made: NET_ADMIN, in both.
+/// Substitute for `brctl`, since the guest's kernel has no bridges. The specs test whether a network device can be
+/// created: NET_ADMIN in both cases.
 const BRCTL: &[u8] = b"#!/bin/sh
 case $1 in addbr) exec ip link add \"$2\" type dummy || exec ip link add \"$2\" type veth ;; esac
 exec busybox brctl \"$@\"
 ";
 
-/// Builds and pushes all; every registry host of the references is this one.
+/// Builds and pushes all images. Every registry host of the references maps to this registry.
 pub async fn push(registry: &Registry, busybox_path: &Path, programs: &Programs) -> Result {
     let base = vec![busybox::layer(busybox_path, Compression::Gzip)?, tools()?];
     let push = Push { registry };
@@ -46,7 +47,7 @@ pub async fn push(registry: &Registry, busybox_path: &Path, programs: &Programs)
         .await?;
     let page = json!({"Cmd": ["httpd", "-f", "-v", "-p", "80", "-h", "/var/www"], "Env": [PATH],
         "ExposedPorts": {"80/tcp": {}}});
-    // The spec waits for a line of this server's name in its log.
+    // The spec waits for this server's name in the log.
     let start = "echo httpd serves; exec httpd -f -v -p 80 -h /var/www";
     let page_config = merge(page, json!({"Cmd": ["sh", "-c", start]}));
     push.index(&format!("{E2E}/httpd"), "2.4.39-4", &base, page_config)
@@ -65,7 +66,7 @@ pub async fn push(registry: &Registry, busybox_path: &Path, programs: &Programs)
     references(&push, &base).await
 }
 
-/// nginx on its two ports.
+/// Builds the nginx images of two ports.
 async fn servers(push: &Push<'_>, base: &[Layer], programs: &Programs) -> Result {
     let repositories = [
         (format!("{E2E}/nginx"), "1.14-2", 80),
@@ -80,7 +81,7 @@ async fn servers(push: &Push<'_>, base: &[Layer], programs: &Programs) -> Result
     Ok(())
 }
 
-/// Images whose configuration names a user.
+/// Builds images whose configuration names a user.
 async fn users(push: &Push<'_>, base: &[Layer]) -> Result {
     for (name, user) in [
         ("uid", "1002"),
@@ -119,7 +120,7 @@ async fn users(push: &Push<'_>, base: &[Layer]) -> Result {
     .await
 }
 
-/// Images that are only pulled, listed and removed.
+/// Builds images that are only pulled, listed and removed.
 async fn references(push: &Push<'_>, base: &[Layer]) -> Result {
     for (name, tag, content) in [
         ("test-image-1", "latest", "1"),
@@ -146,7 +147,7 @@ async fn references(push: &Push<'_>, base: &[Layer]) -> Result {
     Ok(())
 }
 
-/// Programs that specs call and Debian's busybox lacks.
+/// Returns a layer of programs that specs call and Debian's busybox lacks.
 fn tools() -> Result<Layer> {
     let mut tar = LayerTar::default();
     tar.file("bin/pgrep", 0o755, PGREP)?
@@ -155,7 +156,8 @@ fn tools() -> Result<Layer> {
     tar.finish(Compression::Gzip)
 }
 
-/// nginx with its libraries, as the usual image has it: worker user, log files that are the container's streams, a page.
+/// Returns a layer with nginx and its libraries, as in the usual image: worker user, log files that are the container's
+/// streams, a page.
 fn nginx(program: &Path, port: u16) -> Result<Layer> {
     let mut tar = LayerTar::default();
     for dir in [
@@ -201,10 +203,10 @@ struct Push<'a> {
 }
 
 impl Push<'_> {
-    /// A manifest list with a foreign platform first.
+    /// Pushes a manifest list whose first entry is another platform.
     async fn index(&self, name: &str, tag: &str, layers: &[Layer], config: Value) -> Result {
         let mut image = Image::new(layers.to_vec(), config);
-        // Docker's media types know no zstd.
+        // Docker's media types do not include zstd.
         if layers.iter().all(|l| l.compression != Compression::Zstd) {
             image.format = Format::Docker;
         }
@@ -212,7 +214,7 @@ impl Push<'_> {
         Ok(())
     }
 
-    /// A bare OCI manifest.
+    /// Pushes a plain OCI manifest.
     async fn plain(&self, name: &str, tag: &str, layers: &[Layer], config: Value) -> Result {
         let image = Image::new(layers.to_vec(), config);
         self.registry.push(name, tag, &image).await?;

@@ -1,8 +1,8 @@
-//! `make conformance`: critest, the conformance suite of CRI runtimes, against boxlite-cri in this enclave, three times:
-//! streams over SPDY, over WebSocket, and with NRI; `make conformance-containerd`: against a stock containerd's CRI plugin.
+//! `make conformance`: runs critest, the conformance suite of CRI runtimes, against boxlite-cri three times (SPDY,
+//! WebSocket, NRI); `make conformance-containerd`: against the CRI plugin of a stock containerd.
 //!
-//! Only starts things and judges the result ([`report`]); the specs are those of the Go module pinned in `e2e/critest`, the
-//! images are made in [`images`]. Each run has a daemon of its own ([`target`]).
+//! Starts the programs and evaluates the result ([`report`]). The specs are those of the Go module pinned in
+//! `e2e/critest`; the images are built by [`images`]. Each run has a separate daemon ([`target`]).
 
 mod images;
 mod report;
@@ -10,24 +10,24 @@ mod target;
 
 use crate::bail;
 use crate::containerd::Version;
+use crate::context::Backend;
+use crate::failure::{During, Result};
 use crate::image::registry::Registry;
 use crate::install::Install;
-use crate::outcome::{During, Result};
-use crate::world::Home;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Instant;
 use target::Target;
 use tokio::process::Command;
 
-/// How critest is told to talk.
+/// Transport of critest's streaming calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Transport {
-    /// Streams over SPDY/3.1, as a kubelet's.
+    /// SPDY/3.1, as used by kubelets.
     Spdy,
-    /// Streams over WebSocket.
+    /// WebSocket.
     Websocket,
-    /// With `--nri-socket`.
+    /// SPDY, with `--nri-socket`.
     Nri,
 }
 
@@ -41,46 +41,46 @@ impl Transport {
     }
 }
 
-/// What is to be run.
+/// Options of `boxlite-e2e conformance`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
-    /// Which VMM.
+    /// VMM, and the environment it needs.
     #[arg(long, value_enum, default_value = "qemu")]
-    home: Home,
-    /// Which runs; all three when left out.
+    backend: Backend,
+    /// Runs to perform; all three by default.
     #[arg(long, value_enum, value_delimiter = ',')]
     transport: Vec<Transport>,
-    /// Against this containerd's CRI plugin, with the shim as the handler `boxlite`, instead of boxlite-cri.
+    /// Test the CRI plugin of this containerd, with the shim as the handler `boxlite`, instead of boxlite-cri.
     #[arg(long, value_enum)]
     containerd: Option<Version>,
-    /// Only specs whose name matches this regular expression.
+    /// Run only the specs whose name matches this regular expression.
     #[arg(long)]
     focus: Option<String>,
-    /// No spec whose name matches this regular expression.
+    /// Skip the specs whose name matches this regular expression.
     #[arg(long)]
     skip: Option<String>,
-    /// Another critest than the one that e2e/scripts/critest built.
+    /// Path of critest; by default the one built by e2e/scripts/critest.
     #[arg(long)]
     critest: Option<PathBuf>,
-    /// Order of the specs; random when left out.
+    /// Seed of the order of the specs; random by default.
     #[arg(long)]
     seed: Option<u64>,
-    /// Folder for critest's output, the reports and the daemon's log.
+    /// Directory for critest's output, the reports and the daemon's log.
     #[arg(long)]
     out: Option<PathBuf>,
 }
 
-/// What e2e/scripts/critest made.
+/// Programs built by e2e/scripts/critest.
 pub struct Programs {
     critest: PathBuf,
     nginx: PathBuf,
     nnp: PathBuf,
 }
 
-/// Runs what was asked for; whether nothing failed that can run here.
+/// Performs the selected runs. Returns true if nothing failed except specs that cannot run here.
 pub async fn run(options: &Options) -> Result<bool> {
     let programs = Programs::find(options.critest.clone())?;
-    let scratch = crate::enclave::scratch();
+    let scratch = crate::namespaces::scratch();
     let install = Install::find()?;
     let out = match &options.out {
         Some(out) => out.clone(),
@@ -135,7 +135,7 @@ impl Programs {
     }
 }
 
-/// One run's surroundings.
+/// Environment of one run.
 struct Suite<'a> {
     scratch: &'a Path,
     install: &'a Install,
@@ -156,14 +156,14 @@ impl Suite<'_> {
             "\n== critest, {}, {}, {}",
             target.name(),
             transport.name(),
-            self.options.home.vmm()
+            self.options.backend.vmm()
         );
         let begun = Instant::now();
         let json = self.out.join(format!("{name}.json"));
         let _ = std::fs::remove_file(&json);
         let output = self.out.join(format!("{name}.log"));
         let ran = self.critest(transport, &target, &json, &output).await;
-        // The daemon's log is worth most when the run broke.
+        // The daemon's log matters most when the run failed.
         let log = self.out.join(format!("{name}-daemon.log"));
         std::fs::copy(target.log(), &log).during(log.display())?;
         target.end().await?;
@@ -175,11 +175,11 @@ impl Suite<'_> {
             report.line(),
             begun.elapsed().as_secs_f64()
         );
-        // What a containerd lets the suite skip is its own: our part of it cannot be asked.
+        // Skips caused by a containerd's limitations do not count against the shim.
         Ok(report.good(target.handler().is_none()))
     }
 
-    /// critest's exit code says only that something failed, what is in the report.
+    /// Runs critest. Its exit code says only that something failed; the details are in the report.
     async fn critest(
         &self,
         transport: Transport,
@@ -191,7 +191,7 @@ impl Suite<'_> {
         let mut command = Command::new(&self.programs.critest);
         command
             .args(["-runtime-endpoint", &endpoint, "-image-endpoint", &endpoint])
-            // A file of the machine's must not change the run.
+            // A configuration file of the machine must not affect the run.
             .args(["-config", "/nonexistent"])
             .args(["-ginkgo.no-color", "-ginkgo.timeout", "6h"])
             .arg(format!("-ginkgo.json-report={}", json.display()))
@@ -218,7 +218,7 @@ impl Suite<'_> {
                 ]);
             }
             Transport::Nri => {
-                if self.knows_nri().await? {
+                if self.supports_nri().await? {
                     command.arg(format!("-nri-socket={}", target.nri().display()));
                 } else {
                     println!("this critest has no NRI specs: the run is without --nri-socket");
@@ -244,8 +244,8 @@ impl Suite<'_> {
         Ok(())
     }
 
-    /// Whether this critest has the flag.
-    async fn knows_nri(&self) -> Result<bool> {
+    /// Returns true if this critest has the flag `--nri-socket`.
+    async fn supports_nri(&self) -> Result<bool> {
         let output = Command::new(&self.programs.critest)
             .arg("-help")
             .output()

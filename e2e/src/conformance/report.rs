@@ -1,14 +1,14 @@
-//! [`Report`]: what critest's JSON report says, in words, and what of it counts against the runtime.
+//! [`Report`]: evaluation of critest's JSON report.
 //!
-//! Specs that the suite's own filter left out (benchmarks, `--focus`) are in no count. Every other skip and failure is
-//! printed with its reason; the only ones that can be excused stand in [`EXCUSED`].
+//! Specs that the suite's filter left out (benchmarks, `--focus`) are not counted. All other skips and failures are
+//! printed with their reason; the only acceptable ones are in [`EXCUSED`].
 
-use crate::outcome::{During, Result};
+use crate::failure::{During, Result};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-/// What cannot run here, by the part of the name it has: nothing else is excused.
+/// Specs that cannot run here, by a part of their name.
 const EXCUSED: [(&str, &str); 2] = [
     ("AppArmor", "needs AppArmor in the host's kernel"),
     (
@@ -17,10 +17,10 @@ const EXCUSED: [(&str, &str); 2] = [
     ),
 ];
 
-/// The reason of specs that a run did not ask for: those of NRI in the two runs without it. They are in no count.
-const NOT_ASKED: &str = "NRI socket not configured";
+/// Skip reason of specs that a run did not select: the NRI specs in the two runs without NRI. They are not counted.
+const NOT_SELECTED: &str = "NRI socket not configured";
 
-/// One run's result.
+/// Result of one run.
 pub struct Report {
     specs: Vec<Spec>,
 }
@@ -85,7 +85,7 @@ pub fn read(path: &Path) -> Result<Report> {
     })
 }
 
-/// `None` for what did not run because nobody asked for it.
+/// Converts an entry. Returns `None` for specs that were not selected.
 fn spec(report: SpecReport) -> Option<Spec> {
     let state = match report.state.as_str() {
         "passed" => State::Passed,
@@ -94,10 +94,10 @@ fn spec(report: SpecReport) -> Option<Spec> {
     };
     let is_spec = report.leaf_node_type == "It";
     let reason = &report.failure.message;
-    if state == State::Skipped && (reason.is_empty() || reason.contains(NOT_ASKED)) {
+    if state == State::Skipped && (reason.is_empty() || reason.contains(NOT_SELECTED)) {
         return None;
     }
-    // Suite nodes count only when they break: then no spec ran.
+    // Suite nodes count only if they fail: then no spec ran.
     if !is_spec && state != State::Failed {
         return None;
     }
@@ -136,7 +136,7 @@ impl Report {
         self.specs.iter().filter(|s| s.state == state).count()
     }
 
-    /// `N passed, N failed, N skipped, N of them cannot run here`.
+    /// Returns `N passed, N failed, N skipped; N of these cannot run here`.
     pub fn line(&self) -> String {
         let excused = self.specs.iter().filter(|s| s.state != State::Passed);
         format!(
@@ -148,7 +148,8 @@ impl Report {
         )
     }
 
-    /// Whether something passed and nothing failed without excuse; nor, where `skips_count`, was skipped without one.
+    /// Returns true if a spec passed and no spec failed without excuse; with `skips_count`, also no spec was skipped
+    /// without one.
     pub fn good(&self, skips_count: bool) -> bool {
         let counts = |s: &Spec| match s.state {
             State::Passed => false,
@@ -159,7 +160,7 @@ impl Report {
         self.count(State::Passed) > 0 && !self.specs.iter().any(bad)
     }
 
-    /// A table by group, then each spec that did not pass with its reason.
+    /// Returns a table by group, followed by each spec that did not pass and its reason.
     pub fn text(&self) -> String {
         let mut groups: BTreeMap<&str, ([usize; 3], f64)> = BTreeMap::new();
         for spec in &self.specs {
@@ -183,7 +184,7 @@ impl Report {
             };
             let excuse = spec.excuse().map(|e| format!(" ({e})")).unwrap_or_default();
             let reason = spec.reason.split_whitespace().collect::<Vec<_>>().join(" ");
-            let reason: String = reason.chars().take(LONGEST).collect();
+            let reason: String = reason.chars().take(MAX_REASON_CHARS).collect();
             text.push_str(&format!(
                 "{word}: {}: {}{excuse}: {reason}\n",
                 spec.group, spec.name
@@ -193,8 +194,8 @@ impl Report {
     }
 }
 
-/// Characters of a reason that are printed; the whole is in the log.
-const LONGEST: usize = 600;
+/// Printed characters of a reason; the log has the full text.
+const MAX_REASON_CHARS: usize = 600;
 
 #[cfg(test)]
 mod tests {
@@ -215,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn a_skip_without_excuse_is_no_success() {
+    fn skip_without_excuse_fails() {
         let good = report(
             &[
                 one("Pod", "runs", "passed", ""),
@@ -240,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_filter_left_out_is_in_no_count_and_nothing_run_is_no_success() {
+    fn filtered_specs_are_not_counted_and_an_empty_run_fails() {
         let nri = one(
             "NRI",
             "x",

@@ -1,54 +1,58 @@
-//! [`Target`]: the CRI runtime that critest judges, with its registry mirrors: boxlite-cri, or a containerd whose handler
+//! [`Target`]: the CRI runtime under test with its registry mirrors: boxlite-cri, or a containerd whose handler
 //! `boxlite` is the shim.
 //!
-//! Starts and ends it and knows its sockets. How critest is called is the parent module's.
+//! Starts and stops it and provides its socket paths. The parent module runs critest.
 
 use super::{Suite, Transport};
 use crate::containerd::{self, Containerd};
+use crate::context::Backend;
 use crate::ext4::Ext4;
+use crate::failure::Result;
 use crate::node::{Mirror, Node, NodeOptions};
-use crate::outcome::Result;
-use crate::world::Home;
 use std::path::PathBuf;
 
-/// Hosts that critest's references name.
+/// Registry hosts of critest's image references.
 const HOSTS: [&str; 3] = ["registry.k8s.io", "k8s.gcr.io", "gcr.io"];
-/// Bytes of a disk for the state: sparse, in memory.
-const DISK: u64 = 3 << 30;
-/// Below the directory of either, as its configuration says.
+/// Size in bytes of the disk for the state: a sparse file in memory.
+const DISK_BYTES: u64 = 3 << 30;
+/// NRI socket, relative to the runtime's directory.
 const NRI_SOCKET: &str = "nri.sock";
 
-/// See the module.
+/// CRI runtime under test.
 pub enum Target {
-    /// The daemon of this project.
+    /// boxlite-cri.
     Boxlite {
-        /// Its node.
+        /// Node of the daemon.
         node: Box<Node>,
-        /// Where the node's directory is, where it is not on the scratch directory's tmpfs.
+        /// Disk with the node's directory, unless it is on the scratch directory's tmpfs.
         _disk: Option<Ext4>,
     },
-    /// A stock containerd, and its version.
+    /// A stock containerd and its version.
     Containerd(Box<Containerd>, String),
 }
 
 impl Target {
-    /// Starts what the options of the run ask for.
+    /// Starts the runtime selected by the options.
     pub async fn start(suite: &Suite<'_>, transport: Transport) -> Result<Self> {
         let letter = &transport.name()[..1];
         let server = format!("http://{}", suite.registry.host);
         let mirror = |host: &str| -> Mirror { (host.to_owned(), server.clone(), None) };
         let registries = HOSTS.map(mirror).to_vec();
-        let vmm = suite.options.home.vmm();
+        let vmm = suite.options.backend.vmm();
         let Some(version) = suite.options.containerd else {
             let mut options = NodeOptions::new(&format!("c{letter}"), vmm);
             options.registries = registries;
-            // critest's specs of user namespaces ask whether the state's file system can map ids: tmpfs cannot on the
-            // emulated KVM host's kernel (6.1).
-            let disk = match suite.options.home {
-                Home::Qemu => None,
-                Home::Krun => {
+            // critest's user namespace specs require a state file system with ID-mapped mounts, which tmpfs lacks on the
+            // kernel of the emulated KVM host (6.1).
+            let disk = match suite.options.backend {
+                Backend::Qemu => None,
+                Backend::Krun => {
                     let at = suite.scratch.join(&options.name);
-                    Some(Ext4::mount(&suite.scratch.join("state.img"), DISK, &at)?)
+                    Some(Ext4::mount(
+                        &suite.scratch.join("state.img"),
+                        DISK_BYTES,
+                        &at,
+                    )?)
                 }
             };
             let node = Node::start(suite.scratch, suite.install, &options).await?;
@@ -60,14 +64,14 @@ impl Target {
         let mut options = containerd::Options::new(&format!("k{letter}"), version, vmm);
         options.registries = registries;
         let daemon = Containerd::start(suite.scratch, suite.install, options).await?;
-        // The pause container's.
+        // Image of the pause container.
         let archive = containerd::archive(suite.install, suite.scratch)?;
         daemon.import(&archive).await?;
         let text = daemon.version_text().await?;
         Ok(Self::Containerd(Box::new(daemon), text))
     }
 
-    /// For titles and files.
+    /// Returns the name for titles and files.
     pub fn name(&self) -> String {
         match self {
             Self::Boxlite { .. } => "boxlite-cri".to_owned(),
@@ -75,7 +79,7 @@ impl Target {
         }
     }
 
-    /// The runtime handler that pods ask for.
+    /// Returns the runtime handler of the pods.
     pub fn handler(&self) -> Option<&'static str> {
         match self {
             Self::Boxlite { .. } => None,
@@ -83,7 +87,7 @@ impl Target {
         }
     }
 
-    /// The CRI socket.
+    /// Returns the path of the CRI socket.
     pub fn socket(&self) -> PathBuf {
         match self {
             Self::Boxlite { node, .. } => node.socket(),
@@ -91,7 +95,7 @@ impl Target {
         }
     }
 
-    /// Where NRI plugins come.
+    /// Returns the path of the NRI socket.
     pub fn nri(&self) -> PathBuf {
         match self {
             Self::Boxlite { node, .. } => node.dir.join(NRI_SOCKET),
@@ -99,7 +103,7 @@ impl Target {
         }
     }
 
-    /// The daemon's log.
+    /// Returns the path of the daemon's log.
     pub fn log(&self) -> PathBuf {
         match self {
             Self::Boxlite { node, .. } => node.log(),
@@ -107,7 +111,7 @@ impl Target {
         }
     }
 
-    /// Ends the daemon.
+    /// Stops the daemon.
     pub async fn end(&self) -> Result {
         match self {
             Self::Boxlite { node, .. } => node.terminate().await,

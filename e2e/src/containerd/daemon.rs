@@ -1,48 +1,50 @@
-//! [`Containerd`]: one stock containerd with root, state, sockets and configuration of its own, and `ctr` against it.
+//! [`Containerd`]: a stock containerd with a private root, state, sockets and configuration, and `ctr` commands against
+//! it.
 //!
-//! The programs are Debian's, or built from source, by `e2e/scripts/containerd`; nothing of them is installed. Judges nothing.
+//! The programs come from Debian or are built from source by `e2e/scripts/containerd`; none is installed. Assertions are
+//! made by the cases.
 
+use crate::failure::{During, Failure, Result};
 use crate::install::Install;
 use crate::node::{Mirror, write_mirrors};
-use crate::outcome::{During, Failure, Result};
 use crate::service::Service;
-use crate::{ensure, wait};
+use crate::{ensure, poll};
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
 use std::time::Duration;
 use tokio::process::Command;
 use tokio::sync::Mutex;
 
-/// Name of the runtime, as a user writes it.
+/// Name of the runtime as users write it.
 pub const RUNTIME: &str = "io.containerd.boxlite.v2";
-/// Longest wait for a task's state.
-pub const STATE: Duration = Duration::from_secs(60);
-/// Longest run of `ctr`; one may boot a VM.
-const CTR: Duration = Duration::from_secs(240);
+/// Time limit for a task's state.
+pub const STATE_TIMEOUT: Duration = Duration::from_secs(60);
+/// Time limit of one `ctr` command, which may boot a VM.
+const CTR_TIMEOUT: Duration = Duration::from_secs(240);
 
-/// Which containerd. All of them in the order in which they came out.
+/// containerd version, in order of release.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
 pub enum Version {
-    /// Debian 12's: 1.6.
+    /// 1.6 of Debian 12.
     #[value(name = "1.6")]
     V1,
-    /// The last of 1.x. Built from source, as Debian does not have it: only when asked for.
+    /// The last 1.x release. Built from source, since Debian does not have it; only on request.
     #[value(name = "1.7")]
     V17,
-    /// 2.1 of Debian's unstable suite.
+    /// 2.1 of Debian unstable.
     #[value(name = "2")]
     V2,
-    /// 2.3, whose start of a shim speaks protobuf. Built from source, only when asked for.
+    /// 2.3, which starts shims with protobuf messages. Built from source; only on request.
     #[value(name = "2.3")]
     V23,
 }
 
 impl Version {
-    /// Debian's, which are run when none is asked for.
-    pub const USUAL: [Self; 2] = [Self::V1, Self::V2];
+    /// Versions from Debian, which run by default.
+    pub const DEFAULT: [Self; 2] = [Self::V1, Self::V2];
     const ALL: [Self; 4] = [Self::V1, Self::V17, Self::V2, Self::V23];
 
-    /// Short, for directories.
+    /// Returns a short name for directories.
     pub fn name(self) -> &'static str {
         match self {
             Self::V1 => "1.6",
@@ -52,7 +54,7 @@ impl Version {
         }
     }
 
-    /// Flag of `ctr run` that makes an annotation: ctr 1.6 makes annotations of labels.
+    /// Returns the flag of `ctr run` that sets an annotation: ctr 1.6 turns labels into annotations.
     pub fn annotation_flag(self) -> &'static str {
         match self {
             Self::V1 => "--label",
@@ -61,27 +63,27 @@ impl Version {
     }
 }
 
-/// What differs between containerds.
+/// Options of a containerd.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Short: its files lie below `<scratch>/<name>`.
+    /// Name of the directory below the scratch directory. Short, because socket paths are limited.
     pub name: String,
-    /// Which one.
+    /// Version to run.
     pub version: Version,
-    /// The shim's `vmm`.
+    /// `vmm` key of the shim's configuration.
     pub vmm: String,
-    /// Who represents a pod with 2.x: `podsandbox` or `shim`.
+    /// Sandboxer of 2.x: `podsandbox` or `shim`.
     pub sandboxer: &'static str,
-    /// `overlayfs` or `erofs`, for CRI.
+    /// CRI snapshotter: `overlayfs` or `erofs`.
     pub snapshotter: &'static str,
-    /// More lines of the shim's configuration, in front.
+    /// Additional lines at the start of the shim's configuration.
     pub shim: String,
-    /// Where CRI's images come from.
+    /// Registry mirrors of the CRI plugin.
     pub registries: Vec<Mirror>,
 }
 
 impl Options {
-    /// The usual.
+    /// Returns the default options.
     pub fn new(name: &str, version: Version, vmm: &str) -> Self {
         Self {
             name: name.to_owned(),
@@ -95,9 +97,9 @@ impl Options {
     }
 }
 
-/// See the module.
+/// A containerd under test.
 pub struct Containerd {
-    /// All its files.
+    /// Directory of all its files.
     pub dir: PathBuf,
     bin: Mutex<PathBuf>,
     path: String,
@@ -112,11 +114,11 @@ fn programs(version: Version) -> PathBuf {
 }
 
 impl Containerd {
-    /// Writes the configuration and starts it.
+    /// Writes the configuration and starts containerd.
     pub async fn start(scratch: &Path, install: &Install, options: Options) -> Result<Self> {
         let dir = scratch.join(&options.name);
         std::fs::create_dir_all(dir.join("cni"))?;
-        // The shim's name is how containerd finds it, in PATH.
+        // containerd finds the shim by its name in PATH.
         let shims = install.shim.parent().unwrap_or(Path::new("/"));
         let bin = programs(options.version);
         ensure!(
@@ -147,7 +149,7 @@ impl Containerd {
         Ok(daemon)
     }
 
-    /// Runs a version of containerd on these files and waits until it answers: a restart, or an upgrade.
+    /// Starts a version of containerd on these files and waits until it answers: a restart or an upgrade.
     pub async fn serve(&self, version: Version) -> Result {
         let bin = programs(version);
         let mut command = Command::new(bin.join("containerd"));
@@ -162,27 +164,27 @@ impl Containerd {
             .await
     }
 
-    /// kill -9 of containerd alone.
+    /// Kills containerd with SIGKILL, without its shims.
     pub async fn kill(&self) -> Result {
         self.service.kill().await
     }
 
-    /// Its socket, of containerd's own services and of CRI.
+    /// Returns the path of the socket of containerd's services and CRI.
     pub fn socket(&self) -> PathBuf {
         self.dir.join("c.sock")
     }
 
-    /// Its process.
+    /// Returns the process of containerd.
     pub fn service(&self) -> &Service {
         &self.service
     }
 
-    /// Its log.
+    /// Returns the path of the log.
     pub fn log(&self) -> PathBuf {
         self.service.log().to_owned()
     }
 
-    /// `ctr` with these arguments, not yet run.
+    /// Returns a `ctr` command that has not been started.
     pub async fn ctr(&self, args: &[&str]) -> Command {
         let mut command = Command::new(self.bin.lock().await.join("ctr"));
         command
@@ -194,15 +196,15 @@ impl Containerd {
         command
     }
 
-    /// Runs `ctr` to its end.
+    /// Runs `ctr` to completion.
     pub async fn output(&self, args: &[&str]) -> Result<Output> {
         let mut command = self.ctr(args).await;
-        let done = tokio::time::timeout(CTR, command.output()).await;
+        let done = tokio::time::timeout(CTR_TIMEOUT, command.output()).await;
         done.during(format!("ctr {}", args.join(" ")))?
             .during(format!("ctr {}", args.join(" ")))
     }
 
-    /// Runs `ctr`, which must succeed; gives its standard output.
+    /// Runs `ctr`, fails unless it succeeds, and returns its standard output.
     pub async fn ok(&self, args: &[&str]) -> Result<String> {
         let output = self.output(args).await?;
         ensure!(
@@ -215,19 +217,19 @@ impl Containerd {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
-    /// `ctr run` of the imported image with our runtime: flags, id, command.
+    /// Runs `ctr run` of the imported image with the shim.
     pub async fn run(&self, flags: &[&str], id: &str, argv: &[&str]) -> Result<Output> {
         self.output(&run_args(flags, id, argv)).await
     }
 
-    /// A task that sleeps, detached.
+    /// Starts a detached task that sleeps.
     pub async fn sleeper(&self, id: &str) -> Result {
         self.ok(&run_args(&["-d"], id, &["sleep", "600"]))
             .await
             .map(drop)
     }
 
-    /// SIGKILL, wait, delete task and container.
+    /// Kills the task and deletes task and container.
     pub async fn remove(&self, id: &str) -> Result {
         self.ok(&["task", "kill", "-s", "SIGKILL", id]).await?;
         self.stopped(id).await?;
@@ -240,9 +242,9 @@ impl Containerd {
         self.state(id, "STOPPED").await
     }
 
-    /// Waits for a state of the task as `ctr task ls` says it.
+    /// Waits until `ctr task ls` reports a state of the task.
     pub async fn state(&self, id: &str, wanted: &str) -> Result {
-        wait::until(&format!("{id} is {wanted}"), STATE, || async {
+        poll::until(&format!("{id} is {wanted}"), STATE_TIMEOUT, || async {
             let list = self.ok(&["task", "ls"]).await?;
             let line = list
                 .lines()
@@ -253,7 +255,7 @@ impl Containerd {
         .await
     }
 
-    /// The pid that `ctr task ls` has for a task.
+    /// Returns the task's pid as reported by `ctr task ls`.
     pub async fn pid(&self, id: &str) -> Result<String> {
         let list = self.ok(&["task", "ls"]).await?;
         let mut lines = list.lines().map(|line| line.split_whitespace());
@@ -263,7 +265,7 @@ impl Containerd {
         found.ok_or_else(|| Failure(format!("no task {id} in {list}")))
     }
 
-    /// Imports an archive for ctr and for CRI.
+    /// Imports an archive for ctr and CRI.
     pub async fn import(&self, archive: &Path) -> Result {
         let path = archive.display().to_string();
         for namespace in ["default", "k8s.io"] {
@@ -273,7 +275,7 @@ impl Containerd {
         Ok(())
     }
 
-    /// Removes every task and container, as far as it goes.
+    /// Removes every task and container, ignoring errors.
     pub async fn clear(&self) -> Result {
         for namespace in ["default", "k8s.io"] {
             for id in self
@@ -290,7 +292,7 @@ impl Containerd {
         Ok(())
     }
 
-    /// As it tells itself.
+    /// Returns the version that containerd reports.
     pub async fn version_text(&self) -> Result<String> {
         let text = self.ok(&["version"]).await?;
         let line = text
@@ -302,14 +304,14 @@ impl Containerd {
         Ok(version.split(['~', '+']).next().unwrap_or("?").to_owned())
     }
 
-    /// The bundle of a task.
+    /// Returns the bundle directory of a task.
     pub fn bundle(&self, namespace: &str, id: &str) -> PathBuf {
         let kind = "state/io.containerd.runtime.v2.task";
         self.dir.join(kind).join(namespace).join(id)
     }
 }
 
-/// Arguments of `ctr run`.
+/// Returns the arguments of `ctr run`.
 pub fn run_args<'a>(flags: &[&'a str], id: &'a str, argv: &[&'a str]) -> Vec<&'a str> {
     let mut args = vec!["run", "--runtime", RUNTIME];
     args.extend(flags);
@@ -347,7 +349,7 @@ fn config(dir: &Path, install: &Install, options: &Options, version: Version) ->
     let at = dir.display();
     let cni = install.cni.display();
     let (image, snapshotter, sandboxer) = (super::IMAGE, options.snapshotter, options.sandboxer);
-    // containerd 2.1 takes the options of a sandboxer's handler for runc's, and refuses others.
+    // containerd 2.1 parses the options of a sandboxer's handler as runc's and rejects others.
     let handler = match sandboxer {
         "shim" => String::new(),
         _ => format!(

@@ -1,12 +1,12 @@
-//! What containerd hears of tasks: the events of a life in their order, an OOM kill, and the way by containerd's program.
+//! Task events that containerd receives: order, OOM kills, and publishing through containerd's program.
 
 use super::daemon::{Containerd, Version, run_args};
-use super::tasks::told_exit;
-use super::{Case, Shared};
-use crate::outcome::{During, Failure, Result};
-use crate::runner::case;
-use crate::world::Home;
-use crate::{ensure, same, wait};
+use super::tasks::expect_exit_code;
+use super::{Case, Context};
+use crate::case;
+use crate::context::Backend;
+use crate::failure::{During, Failure, Result};
+use crate::{ensure, poll, same};
 use serde_json::Value;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -15,19 +15,19 @@ use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdout};
 
-/// All of them.
+/// Returns the cases.
 pub fn cases() -> Vec<Case> {
     vec![
-        case("event::a_life_in_order", 60, life),
-        case("event::an_oom_kill_is_told", 60, oom),
-        case("event::by_containerds_program", 90, by_program).unless(
-            |lab| lab.version >= Version::V23 || lab.home == Home::Krun,
+        case!(task_events_arrive_in_order, 60),
+        case!(oom_kill_is_reported, 60),
+        case!(events_are_published_by_program, 90).unless(
+            |ctx| ctx.version >= Version::V23 || ctx.backend == Backend::Krun,
             "2.3 names its socket otherwise; the emulated machine takes half a minute for the program's runs",
         ),
     ]
 }
 
-/// `ctr events`, subscribed.
+/// A subscribed `ctr events`.
 struct Listener {
     child: Child,
     lines: Lines<BufReader<ChildStdout>>,
@@ -41,7 +41,7 @@ impl Listener {
             .take()
             .ok_or_else(|| Failure("ctr events has no output".to_owned()))?;
         let mut lines = BufReader::new(stdout).lines();
-        // Subscribed once it shows something.
+        // It is subscribed once it prints an event.
         for round in 0..40 {
             ctr.ok(&["namespace", "label", "default", &format!("e2e={round}")])
                 .await?;
@@ -53,15 +53,15 @@ impl Listener {
         Err(Failure("ctr events shows nothing".to_owned()))
     }
 
-    /// The events of tasks up to the first `last`, and the end of the listening.
-    async fn until(mut self, last: &str, limit: Duration) -> Result<Vec<Seen>> {
-        let mut seen: Vec<Seen> = Vec::new();
+    /// Returns the task events up to the first `last` and stops listening.
+    async fn until(mut self, last: &str, limit: Duration) -> Result<Vec<TaskEvent>> {
+        let mut seen: Vec<TaskEvent> = Vec::new();
         let read = async {
             while seen.last().is_none_or(|event| event.topic != last) {
                 let Some(line) = self.lines.next_line().await? else {
                     break;
                 };
-                seen.extend(Seen::read(&line));
+                seen.extend(TaskEvent::read(&line));
             }
             Ok::<(), std::io::Error>(())
         };
@@ -73,15 +73,15 @@ impl Listener {
     }
 }
 
-/// An event as `ctr events` shows it: time, namespace, topic, message.
+/// An event as printed by `ctr events`: time, namespace, topic, message.
 #[derive(Debug, PartialEq)]
-struct Seen {
+struct TaskEvent {
     topic: String,
     message: Value,
 }
 
-impl Seen {
-    /// None for an event that is no task's.
+impl TaskEvent {
+    /// Parses a line. Returns `None` for events that are not about tasks.
     fn read(line: &str) -> Option<Self> {
         let (_, rest) = line.split_once(" /tasks/")?;
         let (topic, message) = rest.split_once(' ')?;
@@ -92,8 +92,8 @@ impl Seen {
     }
 }
 
-/// Whether the topics are there in this order, other events among them.
-fn in_order(seen: &[Seen], topics: &[&str]) -> Result {
+/// Fails unless the topics occur in this order; other events may come between them.
+fn in_order(seen: &[TaskEvent], topics: &[&str]) -> Result {
     let mut rest = seen.iter();
     for topic in topics {
         ensure!(
@@ -104,8 +104,8 @@ fn in_order(seen: &[Seen], topics: &[&str]) -> Result {
     Ok(())
 }
 
-async fn life(lab: Shared) -> Result {
-    let ctr = &lab.shared;
+async fn task_events_arrive_in_order(ctx: Context) -> Result {
+    let ctr = &ctx.shared;
     let listener = Listener::start(ctr).await?;
     ctr.sleeper("ev").await?;
     let pid = ctr.pid("ev").await?;
@@ -114,8 +114,8 @@ async fn life(lab: Shared) -> Result {
     ctr.ok(&["task", "pause", "ev"]).await?;
     ctr.ok(&["task", "resume", "ev"]).await?;
     ctr.remove("ev").await?;
-    let seen = listener.until("/tasks/delete", lab.patience(10)).await?;
-    // containerd itself announces some of them too: the order is what counts.
+    let seen = listener.until("/tasks/delete", ctx.patience(10)).await?;
+    // containerd publishes some of them too, so only the order counts.
     let wanted = [
         "/tasks/create",
         "/tasks/start",
@@ -128,7 +128,7 @@ async fn life(lab: Shared) -> Result {
         "/tasks/delete",
     ];
     in_order(&seen, &wanted)?;
-    // Each end with its process, code and time.
+    // Every exit has its process, code and time.
     for (id, code) in [("x", 3), ("ev", 137)] {
         let exit = seen.iter().map(|event| &event.message).find(|message| {
             message["id"] == id && message["container_id"] == "ev" && message["exit_status"] == code
@@ -142,13 +142,13 @@ async fn life(lab: Shared) -> Result {
     Ok(())
 }
 
-/// A containerd that names no ttrpc socket: the shim runs containerd's own program for each event.
-async fn by_program(lab: Shared) -> Result {
-    let ctr = &lab.shared;
+/// Runs a containerd that passes no ttrpc socket: the shim executes containerd's program for each event.
+async fn events_are_published_by_program(ctx: Context) -> Result {
+    let ctr = &ctx.shared;
     let dir = ctr.dir.join("publish");
     std::fs::create_dir_all(&dir)?;
     let (program, runtime, log) = (dir.join("program"), dir.join("runtime"), dir.join("log"));
-    // Notes what it is asked, and does it.
+    // Records its arguments and runs the program.
     let text = format!(
         "#!/bin/sh\necho \"$@\" >> {}\nexec \"$PUBLISHER\" \"$@\"\n",
         log.display()
@@ -159,7 +159,7 @@ async fn by_program(lab: Shared) -> Result {
          [ \"$last\" = -publish-binary ] && export PUBLISHER=\"$word\" && word={}\n  \
          last=$word\n  set -- \"$@\" \"$word\"\ndone\nexec {} \"$@\"\n",
         program.display(),
-        lab.install.shim.display()
+        ctx.install.shim.display()
     );
     executable(&runtime, &text)?;
     let listener = Listener::start(ctr).await?;
@@ -167,7 +167,7 @@ async fn by_program(lab: Shared) -> Result {
     let flags = ["run", "-d", "--runtime", &runtime, super::IMAGE, "pub"];
     ctr.ok(&[&flags[..], &["sleep", "600"]].concat()).await?;
     ctr.remove("pub").await?;
-    let seen = listener.until("/tasks/delete", lab.patience(20)).await?;
+    let seen = listener.until("/tasks/delete", ctx.patience(20)).await?;
     let topics = [
         "/tasks/create",
         "/tasks/start",
@@ -175,7 +175,7 @@ async fn by_program(lab: Shared) -> Result {
         "/tasks/delete",
     ];
     in_order(&seen, &topics)?;
-    wait::until("all were published", lab.patience(10), || async {
+    poll::until("all were published", ctx.patience(10), || async {
         let text = std::fs::read_to_string(&log)?;
         let calls: Vec<_> = text.lines().collect();
         same!(calls.len(), topics.len(), "calls of it in {text:?}");
@@ -194,19 +194,19 @@ fn executable(path: &Path, text: &str) -> Result {
     Ok(())
 }
 
-async fn oom(lab: Shared) -> Result {
-    let ctr = &lab.shared;
+async fn oom_kill_is_reported(ctx: Context) -> Result {
+    let ctr = &ctx.shared;
     let listener = Listener::start(ctr).await?;
     let limit = (32_u64 << 20).to_string();
     let flags = ["-d", "--memory-limit", &limit];
-    // More than the limit, less than the VM has: that would be refused at once.
+    // More than the limit and less than the VM's memory; a larger request would fail at once.
     let greedy = "tail -c 50000000 /dev/zero";
     ctr.ok(&run_args(&flags, "oom", &["sh", "-c", greedy]))
         .await?;
     ctr.stopped("oom").await?;
-    told_exit(&ctr.output(&["task", "delete", "oom"]).await?, 137)?;
+    expect_exit_code(&ctr.output(&["task", "delete", "oom"]).await?, 137)?;
     ctr.ok(&["container", "delete", "oom"]).await?;
-    let seen = listener.until("/tasks/delete", lab.patience(10)).await?;
+    let seen = listener.until("/tasks/delete", ctx.patience(10)).await?;
     ensure!(
         seen.iter().any(|event| event.topic == "/tasks/oom"),
         "no OOM event in {seen:?}"

@@ -1,32 +1,28 @@
-//! What can die: the shim, containerd, and a containerd's version.
+//! Failures of the shim and containerd, and upgrades of containerd.
 
 use super::daemon::{Containerd, Version, run_args};
-use super::pods::{NOTICE, node, sleeper};
-use super::tasks::{clear_fifos, told_exit};
-use super::{Case, Shared, before};
-use crate::outcome::Result;
+use super::pods::{NOTICE_LIMIT, node, sleeper};
+use super::tasks::{clear_fifos, expect_exit_code};
+use super::{Case, Context, before};
+use crate::case;
+use crate::failure::Result;
 use crate::pod::{Pod, container_spec};
-use crate::runner::case;
-use crate::{ensure, process, same, wait};
+use crate::{ensure, poll, process, same};
 use k8s_cri::v1::{ContainerState, Mount};
 use std::time::SystemTime;
 
-/// All of them.
+/// Returns the cases.
 pub fn cases() -> Vec<Case> {
     vec![
-        case("fault::a_killed_shim_is_cleaned_up", 90, shim_killed),
-        case("fault::a_vm_that_dies_is_an_exit", 90, vm_killed),
-        case("fault::a_killed_shim_of_a_pod", 120, pod_shim_killed),
-        case(
-            "fault::containerd_killed_finds_its_tasks_and_pods",
-            150,
-            containerd_killed,
-        ),
-        case("fault::a_sandboxers_pods_are_found_too", 150, sandboxer)
+        case!(killed_shim_is_cleaned_up, 90),
+        case!(dead_vm_is_reported_as_exit, 90),
+        case!(killed_pod_shim_is_cleaned_up, 120),
+        case!(killed_containerd_finds_its_tasks_and_pods, 150),
+        case!(killed_containerd_finds_sandboxer_pods, 150)
             .unless(before(Version::V2), "the Sandbox API came with 2.0"),
-        case("fault::exits_while_containerd_is_away", 90, missed_exits),
-        case("fault::an_upgrade_keeps_tasks_and_pods", 200, upgrade)
-            .unless(|lab| lab.version >= Version::V2, "it goes from 1.x to 2.x"),
+        case!(exits_during_downtime_are_reported, 90),
+        case!(upgrade_keeps_tasks_and_pods, 200)
+            .unless(|ctx| ctx.version >= Version::V2, "it goes from 1.x to 2.x"),
     ]
 }
 
@@ -34,9 +30,9 @@ fn shim_of(id: &str) -> Result<(i32, Vec<i32>)> {
     process::family(id)
 }
 
-/// Waits until none of the processes is left.
-async fn gone(pids: &[i32], lab: &Shared) -> Result {
-    wait::until("the VM's processes are gone", lab.patience(10), || async {
+/// Waits until all of the processes have ended.
+async fn gone(pids: &[i32], ctx: &Context) -> Result {
+    poll::until("the VM's processes are gone", ctx.patience(10), || async {
         let left: Vec<_> = process::pids(&[])?
             .into_iter()
             .filter(|pid| pids.contains(pid))
@@ -47,8 +43,8 @@ async fn gone(pids: &[i32], lab: &Shared) -> Result {
     .await
 }
 
-async fn shim_killed(lab: Shared) -> Result {
-    let ctr = &lab.shared;
+async fn killed_shim_is_cleaned_up(ctx: Context) -> Result {
+    let ctr = &ctx.shared;
     ctr.sleeper("victim").await?;
     let work = std::fs::canonicalize(ctr.bundle("default", "victim").join("work"))?;
     ensure!(
@@ -58,9 +54,9 @@ async fn shim_killed(lab: Shared) -> Result {
     );
     let (shim, below) = shim_of("victim")?;
     process::kill(shim)?;
-    gone(&below, &lab).await?;
-    // containerd notices the broken connection and runs `delete`: the task goes with its bundle, scratch disk and all.
-    wait::until("the task is gone", NOTICE, || async {
+    gone(&below, &ctx).await?;
+    // containerd notices the broken connection and runs `delete`, which removes the task, its bundle and scratch disk.
+    poll::until("the task is gone", NOTICE_LIMIT, || async {
         let list = ctr.ok(&["task", "ls", "-q"]).await?;
         ensure!(!list.contains("victim"), "{list}");
         ensure!(
@@ -72,7 +68,7 @@ async fn shim_killed(lab: Shared) -> Result {
     .await?;
     ctr.ok(&["container", "delete", "victim"]).await?;
     clear_fifos()?;
-    // The id is free for a next one.
+    // The id can be reused.
     let output = ctr.run(&["--rm"], "victim", &["echo", "again"]).await?;
     ensure!(
         output.status.success(),
@@ -82,33 +78,33 @@ async fn shim_killed(lab: Shared) -> Result {
     Ok(())
 }
 
-async fn vm_killed(lab: Shared) -> Result {
-    let ctr = &lab.shared;
+async fn dead_vm_is_reported_as_exit(ctx: Context) -> Result {
+    let ctr = &ctx.shared;
     ctr.sleeper("vmdies").await?;
     let (_, below) = shim_of("vmdies")?;
-    // The vmm child, or whatever of it has the most memory: the VM.
+    // The process with the most memory is the VM.
     let Some(vm) = below.iter().copied().max_by_key(|pid| process::rss(*pid)) else {
         crate::bail!("no VM")
     };
     process::kill(vm)?;
     ctr.stopped("vmdies").await?;
     let deleted = ctr.output(&["task", "delete", "vmdies"]).await?;
-    told_exit(&deleted, 137)?;
+    expect_exit_code(&deleted, 137)?;
     ctr.ok(&["container", "delete", "vmdies"]).await.map(drop)
 }
 
-async fn pod_shim_killed(lab: Shared) -> Result {
-    let (pod, container) = sleeper(&lab.shared, "podshim").await?;
+async fn killed_pod_shim_is_cleaned_up(ctx: Context) -> Result {
+    let (pod, container) = sleeper(&ctx.shared, "podshim").await?;
     let (shim, below) = shim_of(&pod.id)?;
     process::kill(shim)?;
-    gone(&below, &lab).await?;
-    let status = container.exited(NOTICE).await?;
+    gone(&below, &ctx).await?;
+    let status = container.exited(NOTICE_LIMIT).await?;
     ensure!(status.exit_code != 0, "exit code {}", status.exit_code);
     pod.stop().await?;
     pod.remove().await
 }
 
-/// A task and a pod, something done to containerd, and both are as they were.
+/// Starts a task and a pod, applies `change` to containerd, and expects both unchanged.
 async fn survives<F: Future<Output = Result>>(
     daemon: &Containerd,
     change: impl FnOnce() -> F,
@@ -121,7 +117,7 @@ async fn survives<F: Future<Output = Result>>(
     change().await?;
     daemon.state("live", "RUNNING").await?;
     same!(daemon.pid("live").await?, pid, "pid of the task");
-    wait::until("the container is RUNNING", NOTICE, || async {
+    poll::until("the container is RUNNING", NOTICE_LIMIT, || async {
         same!(
             container.status().await?.state(),
             ContainerState::ContainerRunning,
@@ -143,7 +139,7 @@ async fn survives<F: Future<Output = Result>>(
         ])
         .await?;
     same!(seen.trim(), "alive", "an exec in the task");
-    // Exits are still heard.
+    // Exits are still reported.
     container.stop(0).await?;
     same!(
         container.status().await?.state(),
@@ -154,7 +150,7 @@ async fn survives<F: Future<Output = Result>>(
         .start("more", super::IMAGE, &["sh", "-c", "exit 4"])
         .await?;
     same!(
-        more.exited(NOTICE).await?.exit_code,
+        more.exited(NOTICE_LIMIT).await?.exit_code,
         4,
         "exit code of a container made afterwards"
     );
@@ -163,18 +159,18 @@ async fn survives<F: Future<Output = Result>>(
     daemon.remove("live").await
 }
 
-async fn containerd_killed(lab: Shared) -> Result {
-    let daemon = lab.own("rs", |_| {}).await?;
+async fn killed_containerd_finds_its_tasks_and_pods(ctx: Context) -> Result {
+    let daemon = ctx.dedicated_daemon("rs", |_| {}).await?;
     survives(&daemon, || async {
         daemon.kill().await?;
-        daemon.serve(lab.version).await
+        daemon.serve(ctx.version).await
     })
     .await
 }
 
-/// A task and a container that end when nobody listens: their codes and times are there afterwards.
-async fn missed_exits(lab: Shared) -> Result {
-    let daemon = lab.own("away", |_| {}).await?;
+/// Ends a task and a container while containerd is down: exit codes and times must be reported afterwards.
+async fn exits_during_downtime_are_reported(ctx: Context) -> Result {
+    let daemon = ctx.dedicated_daemon("away", |_| {}).await?;
     let dir = daemon.dir.join("shared");
     std::fs::create_dir_all(&dir)?;
     let script = |name: &str, code: u8| {
@@ -195,20 +191,20 @@ async fn missed_exits(lab: Shared) -> Result {
 
     daemon.kill().await?;
     std::fs::write(dir.join("end"), "")?;
-    wait::until("both have ended", lab.patience(20), || async {
+    poll::until("both have ended", ctx.patience(20), || async {
         for name in ["task", "pod"] {
             ensure!(dir.join(name).exists(), "{name} runs");
         }
         Ok(())
     })
     .await?;
-    daemon.serve(lab.version).await?;
+    daemon.serve(ctx.version).await?;
     daemon.stopped("away").await?;
-    told_exit(&daemon.output(&["task", "delete", "away"]).await?, 7)?;
+    expect_exit_code(&daemon.output(&["task", "delete", "away"]).await?, 7)?;
     daemon.ok(&["container", "delete", "away"]).await?;
-    let status = container.exited(NOTICE).await?;
+    let status = container.exited(NOTICE_LIMIT).await?;
     same!(status.exit_code, 8, "exit code of the container");
-    // The guest's clock may be a little off.
+    // The guest's clock may differ slightly.
     let now = unix_ns()? + 1_000_000_000;
     ensure!(
         (status.started_at..now).contains(&status.finished_at),
@@ -224,17 +220,19 @@ fn unix_ns() -> Result<i64> {
     Ok(i64::try_from(now.as_nanos())?)
 }
 
-async fn sandboxer(lab: Shared) -> Result {
-    let daemon = lab.own("rb", |options| options.sandboxer = "shim").await?;
+async fn killed_containerd_finds_sandboxer_pods(ctx: Context) -> Result {
+    let daemon = ctx
+        .dedicated_daemon("rb", |options| options.sandboxer = "shim")
+        .await?;
     survives(&daemon, || async {
         daemon.kill().await?;
-        daemon.serve(lab.version).await
+        daemon.serve(ctx.version).await
     })
     .await
 }
 
-async fn upgrade(lab: Shared) -> Result {
-    let daemon = lab.own("up", |_| {}).await?;
+async fn upgrade_keeps_tasks_and_pods(ctx: Context) -> Result {
+    let daemon = ctx.dedicated_daemon("up", |_| {}).await?;
     survives(&daemon, || async {
         daemon.kill().await?;
         daemon.serve(Version::V2).await

@@ -1,35 +1,35 @@
-//! Where a detached task's output goes: `file://` and `binary://` log URIs. FIFOs are what every foreground run has.
+//! Output of detached tasks: `file://` and `binary://` log URIs. Foreground runs use FIFOs.
 
 use super::daemon::run_args;
-use super::{Case, Shared};
-use crate::outcome::Result;
-use crate::runner::case;
-use crate::{ensure, same, wait};
+use super::{Case, Context};
+use crate::case;
+use crate::failure::Result;
+use crate::{ensure, poll, same};
 use std::os::unix::fs::PermissionsExt;
 
-/// All of them.
+/// Returns the cases.
 pub fn cases() -> Vec<Case> {
     vec![
-        case("log::a_file_takes_both_streams", 60, file),
-        case("log::a_program_reads_both_streams", 60, program),
-        case("log::a_program_that_fails_is_told", 60, failing_program),
+        case!(file_uri_receives_both_streams, 60),
+        case!(binary_uri_receives_both_streams, 60),
+        case!(failing_log_program_is_reported, 60),
     ]
 }
 
 const LINES: &str = "for i in 1 2 3; do echo out-$i; done; echo err-1 >&2";
 
-async fn file(lab: Shared) -> Result {
-    // Of this version's own: a log is appended to.
-    let path = lab.shared.dir.join("task.log");
+async fn file_uri_receives_both_streams(ctx: Context) -> Result {
+    // A file per version, since logs are appended to.
+    let path = ctx.shared.dir.join("task.log");
     let uri = format!("file://{}", path.display());
-    lab.shared
+    ctx.shared
         .ok(&run_args(
             &["-d", "--log-uri", &uri],
             "lf",
             &["sh", "-c", LINES],
         ))
         .await?;
-    lab.shared.stopped("lf").await?;
+    ctx.shared.stopped("lf").await?;
     let mut seen: Vec<_> = std::fs::read_to_string(&path)?
         .lines()
         .map(str::to_owned)
@@ -40,17 +40,17 @@ async fn file(lab: Shared) -> Result {
         ["err-1", "out-1", "out-2", "out-3"],
         "the file, once the task is STOPPED"
     );
-    lab.shared.ok(&["task", "delete", "lf"]).await?;
-    lab.shared
+    ctx.shared.ok(&["task", "delete", "lf"]).await?;
+    ctx.shared
         .ok(&["container", "delete", "lf"])
         .await
         .map(drop)
 }
 
-async fn program(lab: Shared) -> Result {
-    let script = lab.scratch.join("logger");
-    let into = lab.scratch.join("logged");
-    // As containerd documents it: 3 and 4 to read, 5 to close when ready.
+async fn binary_uri_receives_both_streams(ctx: Context) -> Result {
+    let script = ctx.scratch.join("logger");
+    let into = ctx.scratch.join("logged");
+    // As documented by containerd: descriptors 3 and 4 to read, 5 to close when ready.
     std::fs::write(
         &script,
         "#!/bin/sh\nexec 5>&-\necho \"$CONTAINER_NAMESPACE/$CONTAINER_ID $1=$2\" > $2/about\n\
@@ -59,17 +59,17 @@ async fn program(lab: Shared) -> Result {
     std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755))?;
     std::fs::create_dir_all(&into)?;
     let uri = format!("binary://{}?dir={}", script.display(), into.display());
-    lab.shared
+    ctx.shared
         .ok(&run_args(
             &["-d", "--log-uri", &uri],
             "lp",
             &["sh", "-c", LINES],
         ))
         .await?;
-    lab.shared.stopped("lp").await?;
-    lab.shared.ok(&["task", "delete", "lp"]).await?;
-    lab.shared.ok(&["container", "delete", "lp"]).await?;
-    wait::until("the program saw the end", lab.patience(10), || async {
+    ctx.shared.stopped("lp").await?;
+    ctx.shared.ok(&["task", "delete", "lp"]).await?;
+    ctx.shared.ok(&["container", "delete", "lp"]).await?;
+    poll::until("the program saw the end", ctx.patience(10), || async {
         let about = std::fs::read_to_string(into.join("about"))?;
         ensure!(about.ends_with("ended\n"), "{about:?}");
         Ok(())
@@ -91,8 +91,8 @@ async fn program(lab: Shared) -> Result {
     Ok(())
 }
 
-async fn failing_program(lab: Shared) -> Result {
-    let output = lab
+async fn failing_log_program_is_reported(ctx: Context) -> Result {
+    let output = ctx
         .shared
         .run(
             &["-d", "--log-uri", "binary:///no/such/logger"],
@@ -105,7 +105,7 @@ async fn failing_program(lab: Shared) -> Result {
         !output.status.success() && words.contains("/no/such/logger"),
         "{words}"
     );
-    lab.shared
+    ctx.shared
         .output(&["container", "delete", "lx"])
         .await
         .map(drop)

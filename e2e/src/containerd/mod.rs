@@ -1,26 +1,26 @@
-//! `boxlite-e2e containerd`: the shim under a stock containerd, with no boxlite-cri anywhere.
+//! `boxlite-e2e containerd`: the shim under a stock containerd, without boxlite-cri.
 //!
-//! Each version is run on its own, in this program's namespaces: [`daemon`] starts and kills it, [`tasks`], [`choice`],
-//! [`events`] and [`logs`] drive it by `ctr`, [`pods`] by CRI, [`faults`] kills what can be killed. Behind every case stands a look for what was left.
+//! Runs every version in this program's namespaces: [`daemon`] starts and kills it, [`tasks`], [`vm_options`],
+//! [`events`] and [`logs`] use `ctr`, [`pods`] uses CRI, [`faults`] kills processes. A leak check follows every case.
 
-mod choice;
 mod daemon;
 mod events;
 mod faults;
 mod logs;
 mod pods;
 mod tasks;
+mod vm_options;
 
+use crate::context::Backend;
+use crate::failure::{During, Result};
 use crate::image::archive;
 use crate::image::build::Image;
 use crate::image::busybox;
 use crate::image::layer::{Compression, LayerTar};
 use crate::install::Install;
-use crate::outcome::{During, Result};
-use crate::runner::{self, Surroundings};
+use crate::runner::{self, TestEnv};
 use crate::service::Service;
-use crate::world::Home;
-use crate::{ensure, wait};
+use crate::{ensure, poll};
 pub use daemon::{Containerd, Options, Version};
 use serde_json::json;
 use std::collections::BTreeSet;
@@ -28,31 +28,35 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Name under which the image is imported.
+/// Name of the imported image.
 const IMAGE: &str = "e2e.local/base:1";
-/// What is removed may be gone a moment after the answer.
-const SETTLE: Duration = Duration::from_secs(10);
+/// Time for removals that complete after the answer.
+const SETTLE_LIMIT: Duration = Duration::from_secs(10);
 
-/// What a case is given.
-pub struct Lab {
-    home: Home,
+/// Argument of every case.
+pub struct ContainerdContext {
+    backend: Backend,
     scratch: PathBuf,
     install: Install,
     archive: PathBuf,
     version: Version,
-    /// The containerd that cases share; those that kill one start their own.
+    /// Shared containerd. Cases that kill one start a dedicated one.
     shared: Containerd,
 }
 
-impl Lab {
-    /// See [`Home::patience`].
+impl ContainerdContext {
+    /// Scales a time limit; see [`Backend::patience`].
     fn patience(&self, seconds: u64) -> Duration {
-        self.home.patience(seconds)
+        self.backend.patience(seconds)
     }
 
-    /// A containerd of its own, with the image imported.
-    async fn own(&self, name: &str, change: impl FnOnce(&mut Options)) -> Result<Containerd> {
-        let mut options = Options::new(name, self.version, self.home.vmm());
+    /// Starts a dedicated containerd with the image imported.
+    async fn dedicated_daemon(
+        &self,
+        name: &str,
+        change: impl FnOnce(&mut Options),
+    ) -> Result<Containerd> {
+        let mut options = Options::new(name, self.version, self.backend.vmm());
         change(&mut options);
         let daemon = Containerd::start(&self.scratch, &self.install, options).await?;
         daemon.import(&self.archive).await?;
@@ -60,36 +64,37 @@ impl Lab {
     }
 }
 
-type Shared = Arc<Lab>;
-type Case = runner::Case<Lab>;
+type Context = Arc<ContainerdContext>;
+type Case = runner::Case<ContainerdContext>;
 
-/// A condition of cases: an older version than this one.
-fn before(version: Version) -> impl Fn(&Lab) -> bool + Send + Sync + 'static {
-    move |lab| lab.version < version
+/// Condition for skipping a case: an older version than `version`.
+fn before(version: Version) -> impl Fn(&ContainerdContext) -> bool + Send + Sync + 'static {
+    move |ctx| ctx.version < version
 }
 
-/// Runs all cases whose name contains `filter` with every version; whether all passed.
-pub async fn run(home: Home, version: Option<Version>, filter: &str) -> Result<bool> {
+/// Runs the selected cases with every version. Returns true if all passed.
+pub async fn run(suite: &crate::SuiteOptions, version: Option<Version>) -> Result<bool> {
     let versions = match version {
         Some(one) => vec![one],
-        None => Version::USUAL.to_vec(),
+        None => Version::DEFAULT.to_vec(),
     };
-    let mut good = true;
+    let mut passed = true;
     for version in versions {
-        good &= run_version(home, version, filter).await?;
+        passed &= run_version(suite, version).await?;
     }
-    Ok(good)
+    Ok(passed)
 }
 
-async fn run_version(home: Home, version: Version, filter: &str) -> Result<bool> {
-    let scratch = crate::enclave::scratch();
+async fn run_version(suite: &crate::SuiteOptions, version: Version) -> Result<bool> {
+    let backend = suite.backend;
+    let scratch = crate::namespaces::scratch();
     let install = Install::find()?;
     let archive = archive(&install, &scratch)?;
-    let options = Options::new(&format!("s{}", version.name()), version, home.vmm());
+    let options = Options::new(&format!("s{}", version.name()), version, backend.vmm());
     let shared = Containerd::start(&scratch, &install, options).await?;
     shared.import(&archive).await?;
-    let lab = Arc::new(Lab {
-        home,
+    let ctx = Arc::new(ContainerdContext {
+        backend,
         scratch,
         install,
         archive,
@@ -98,22 +103,23 @@ async fn run_version(home: Home, version: Version, filter: &str) -> Result<bool>
     });
     let cases = [
         tasks::cases(),
-        choice::cases(),
+        vm_options::cases(),
         events::cases(),
         logs::cases(),
         pods::cases(),
         faults::cases(),
     ];
-    let text = lab.shared.version_text().await?;
-    let title = format!("containerd-{text} {}", home.vmm());
-    runner::run(&lab, &title, filter, cases.into_iter().flatten().collect()).await
+    let text = ctx.shared.version_text().await?;
+    let title = format!("containerd-{text} {}", backend.vmm());
+    let cases = cases.into_iter().flatten().collect();
+    runner::run(&ctx, &suite.runner(&title), cases).await
 }
 
-impl Surroundings for Lab {
+impl TestEnv for ContainerdContext {
     type Before = BTreeSet<String>;
 
-    fn home(&self) -> Home {
-        self.home
+    fn backend(&self) -> Backend {
+        self.backend
     }
 
     fn daemon(&self) -> &Service {
@@ -126,10 +132,10 @@ impl Surroundings for Lab {
 
     async fn after(&self, before: BTreeSet<String>, failed: bool) -> Result {
         if failed {
-            // A failed case must not fail the next.
+            // A failed case must not affect the next.
             self.shared.clear().await?;
         }
-        wait::until("everything a task had is gone", SETTLE, || async {
+        poll::until("everything a task had is gone", SETTLE_LIMIT, || async {
             let more: Vec<_> = traces()?.difference(&before).cloned().collect();
             ensure!(more.is_empty(), "left behind:\n  {}", more.join("\n  "));
             Ok(())
@@ -138,7 +144,7 @@ impl Surroundings for Lab {
     }
 }
 
-/// What a task could leave: processes, mounts, network namespaces, cgroups.
+/// Returns everything a task could leave behind: processes, mounts, network namespaces, cgroups.
 fn traces() -> Result<BTreeSet<String>> {
     let mut found = BTreeSet::new();
     for name in [
@@ -183,14 +189,14 @@ fn below(dir: &Path, depth: usize, found: &mut Vec<PathBuf>) {
     }
 }
 
-/// Writes the image that [`Containerd::import`] takes; its pods' pause containers are of it, too.
+/// Writes the image for [`Containerd::import`], which is also the pause image of its pods.
 pub fn archive(install: &Install, scratch: &Path) -> Result<PathBuf> {
     let archive = scratch.join("base.tar");
     archive::write(&image(install)?, IMAGE, &archive)?;
     Ok(archive)
 }
 
-/// Busybox in one layer, a file in a second one.
+/// Returns an image of busybox in one layer and a file in a second one.
 fn image(install: &Install) -> Result<Image> {
     let mut second = LayerTar::default();
     second

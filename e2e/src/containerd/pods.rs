@@ -1,60 +1,62 @@
-//! Pods by containerd's CRI plugin, as a kubelet drives it: with a pause container (1.6, 2.x) and with 2.x's
+//! Pods through containerd's CRI plugin, as a kubelet uses it: with a pause container (1.6, 2.x) and with 2.x's
 //! `sandboxer = "shim"`.
 
 use super::daemon::{Containerd, Version};
-use super::{Case, Shared, before};
+use super::{Case, Context, before};
+use crate::case;
 use crate::client::answer;
-use crate::enclave::run;
+use crate::failure::Result;
+use crate::namespaces::run;
 use crate::node::Node;
-use crate::outcome::Result;
 use crate::pod::{Container, Pod, container_spec, pod_spec};
-use crate::runner::case;
 use crate::stream::{Session, Streams, Transport};
-use crate::{ensure, same, wait};
+use crate::{ensure, poll, same};
 use k8s_cri::v1::*;
 use sha2::{Digest, Sha256};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// All of them.
+/// Returns the cases.
 pub fn cases() -> Vec<Case> {
     vec![
-        case("pod::two_containers_share_a_vm", 120, pause),
-        case("pod::limits_and_annotations", 120, limits),
-        case("pod::host_network", 90, host_network),
-        case("pod::limits_change_while_it_runs", 90, update),
-        case("pod::input_ends", 60, input),
-        case("pod::terminals_change_size", 60, terminal),
-        case("pod::the_sandboxer_is_the_shim", 150, sandboxer)
+        case!(two_containers_share_a_vm, 120),
+        case!(limits_and_annotations_apply, 120),
+        case!(host_network_is_reachable, 90),
+        case!(limits_change_while_running, 90),
+        case!(input_ends_with_the_client, 60),
+        case!(terminal_is_resized, 60),
+        case!(shim_serves_as_sandboxer, 150)
             .unless(before(Version::V2), "the Sandbox API came with 2.0"),
-        case("pod::erofs_layers", 150, erofs)
+        case!(erofs_layers_are_used, 150)
             .unless(before(Version::V2), "1.x has no EROFS snapshotter"),
     ]
 }
 
-/// Its CRI, as a node.
+/// Returns its CRI socket as a node.
 pub fn node(daemon: &Containerd) -> Result<Arc<Node>> {
     Ok(Arc::new(Node::foreign(&daemon.dir)?))
 }
 
-async fn pause(lab: Shared) -> Result {
-    let node = node(&lab.shared)?;
-    life(&lab, Pod::run(&node, "pods").await?).await
+async fn two_containers_share_a_vm(ctx: Context) -> Result {
+    let node = node(&ctx.shared)?;
+    run_lifecycle(&ctx, Pod::run(&node, "pods").await?).await
 }
 
-async fn sandboxer(lab: Shared) -> Result {
-    let daemon = lab.own("sb", |options| options.sandboxer = "shim").await?;
-    let node = node(&daemon)?;
-    life(&lab, Pod::run(&node, "sandboxer").await?).await
-}
-
-async fn erofs(lab: Shared) -> Result {
-    let daemon = lab
-        .own("er", |options| options.snapshotter = "erofs")
+async fn shim_serves_as_sandboxer(ctx: Context) -> Result {
+    let daemon = ctx
+        .dedicated_daemon("sb", |options| options.sandboxer = "shim")
         .await?;
     let node = node(&daemon)?;
-    life(&lab, Pod::run(&node, "erofs").await?).await?;
-    // The snapshotter keeps an image's layers mounted as long as there is the image.
+    run_lifecycle(&ctx, Pod::run(&node, "sandboxer").await?).await
+}
+
+async fn erofs_layers_are_used(ctx: Context) -> Result {
+    let daemon = ctx
+        .dedicated_daemon("er", |options| options.snapshotter = "erofs")
+        .await?;
+    let node = node(&daemon)?;
+    run_lifecycle(&ctx, Pod::run(&node, "erofs").await?).await?;
+    // The snapshotter keeps the layers of an image mounted while the image exists.
     let image = ImageSpec {
         image: super::IMAGE.to_owned(),
         ..Default::default()
@@ -63,8 +65,8 @@ async fn erofs(lab: Shared) -> Result {
     answer("RemoveImage", node.cri.image().remove_image(request).await).map(drop)
 }
 
-/// A pod from its first container to its removal.
-async fn life(lab: &Shared, pod: Pod) -> Result {
+/// Runs the life of a pod from its first container to its removal.
+async fn run_lifecycle(ctx: &Context, pod: Pod) -> Result {
     let web = pod
         .start(
             "web",
@@ -73,7 +75,7 @@ async fn life(lab: &Shared, pod: Pod) -> Result {
         )
         .await?;
     let peer = pod.start("peer", super::IMAGE, &["sleep", "600"]).await?;
-    // One VM: the same kernel boot, host name and network; each its own processes.
+    // One VM: the same boot id, hostname and network; separate processes.
     let boot = ["cat", "/proc/sys/kernel/random/boot_id"];
     same!(web.out(&boot).await?, peer.out(&boot).await?, "boot id");
     let hostname = peer.out(&["hostname"]).await?;
@@ -92,15 +94,15 @@ async fn life(lab: &Shared, pod: Pod) -> Result {
     );
     let resolv = peer.out(&["cat", "/etc/resolv.conf"]).await?;
     ensure!(!resolv.trim().is_empty(), "no resolv.conf");
-    // containerd writes this file, and leaves zeros at the end of a time out: not the strict reader's form.
-    wait::until("the line is in the log", lab.patience(20), || async {
+    // containerd writes this file and omits trailing zeros of the time, which the strict reader rejects.
+    poll::until("the line is in the log", ctx.patience(20), || async {
         let text = std::fs::read_to_string(web.log())?;
         ensure!(text.ends_with(" stdout F from-web\n"), "{text:?}");
         Ok(())
     })
     .await?;
-    local_port(lab, &peer).await?;
-    // The root comes through the share, and setuid programs count in it as in any.
+    local_port(ctx, &peer).await?;
+    // The root file system comes through the share, and setuid programs work in it.
     let mounts = peer.out(&["grep", " / ", "/proc/mounts"]).await?;
     ensure!(!mounts.contains("nosuid"), "{mounts}");
     let failed = peer
@@ -120,7 +122,7 @@ async fn life(lab: &Shared, pod: Pod) -> Result {
         .start("short", super::IMAGE, &["sh", "-c", "exit 9"])
         .await?;
     same!(
-        short.exited(lab.patience(20)).await?.exit_code,
+        short.exited(ctx.patience(20)).await?.exit_code,
         9,
         "exit code"
     );
@@ -135,8 +137,8 @@ async fn life(lab: &Shared, pod: Pod) -> Result {
     pod.remove().await
 }
 
-/// Where containerd's port-forward dials: the loopback of the pod's network namespace on the node.
-async fn local_port(lab: &Shared, peer: &Container) -> Result {
+/// Connects to the loopback of the pod's network namespace on the node, as containerd's port-forward does.
+async fn local_port(ctx: &Context, peer: &Container) -> Result {
     let script = "echo forwarded > /tmp/index.html; httpd -p 127.0.0.1:8080 -h /tmp";
     peer.out(&["sh", "-c", script]).await?;
     let mut namespaces = std::fs::read_dir("/run/netns")?;
@@ -146,7 +148,7 @@ async fn local_port(lab: &Shared, peer: &Container) -> Result {
     let flag = format!("--net={}", netns?.path().display());
     let wget = [&flag, "busybox", "wget", "-q", "-O", "-"];
     let args = [&wget[..], &["http://127.0.0.1:8080/index.html"]].concat();
-    wait::until("port-forward finds the pod", lab.patience(10), || async {
+    poll::until("port-forward finds the pod", ctx.patience(10), || async {
         same!(run("nsenter", &args)?, "forwarded\n", "the page");
         Ok(())
     })
@@ -175,9 +177,9 @@ async fn address(pod: &Pod) -> Result<String> {
     Ok(status.network.unwrap_or_default().ip)
 }
 
-async fn limits(lab: Shared) -> Result {
-    let daemon = lab
-        .own("lim", |options| {
+async fn limits_and_annotations_apply(ctx: Context) -> Result {
+    let daemon = ctx
+        .dedicated_daemon("lim", |options| {
             options.shim = "allowed_annotations = [\"io.boxlite.vcpus\"]".into()
         })
         .await?;
@@ -210,9 +212,9 @@ async fn limits(lab: Shared) -> Result {
     Ok(())
 }
 
-async fn host_network(lab: Shared) -> Result {
+async fn host_network_is_reachable(ctx: Context) -> Result {
     const PORT: u16 = 12013;
-    let node = node(&lab.shared)?;
+    let node = node(&ctx.shared)?;
     let mut config = pod_spec(&node, "host");
     if let Some(linux) = &mut config.linux {
         linux.security_context = Some(LinuxSandboxSecurityContext {
@@ -228,7 +230,7 @@ async fn host_network(lab: Shared) -> Result {
     pod.start("web", super::IMAGE, &["sh", "-c", &script])
         .await?;
     let url = format!("http://127.0.0.1:{PORT}/index.html");
-    wait::until("the node reaches the pod", lab.patience(20), || async {
+    poll::until("the node reaches the pod", ctx.patience(20), || async {
         let seen = run("busybox", &["wget", "-q", "-O", "-", &url])?;
         same!(seen, "from-host-pod\n", "the page");
         Ok(())
@@ -237,9 +239,9 @@ async fn host_network(lab: Shared) -> Result {
     pod.end().await
 }
 
-/// UpdateContainerResources, as Update of the task.
-async fn update(lab: Shared) -> Result {
-    let (pod, container) = sleeper(&lab.shared, "update").await?;
+/// Tests UpdateContainerResources, which calls Update of the task.
+async fn limits_change_while_running(ctx: Context) -> Result {
+    let (pod, container) = sleeper(&ctx.shared, "update").await?;
     let request = UpdateContainerResourcesRequest {
         container_id: container.id.clone(),
         linux: Some(LinuxContainerResources {
@@ -268,9 +270,9 @@ async fn update(lab: Shared) -> Result {
     pod.end().await
 }
 
-/// CloseIO, as `kubectl exec -i` brings it about.
-async fn input(lab: Shared) -> Result {
-    let (pod, container) = sleeper(&lab.shared, "input").await?;
+/// Tests CloseIO, as `kubectl exec -i` causes it.
+async fn input_ends_with_the_client(ctx: Context) -> Result {
+    let (pod, container) = sleeper(&ctx.shared, "input").await?;
     let typing = Streams {
         stdin: true,
         stderr: true,
@@ -290,9 +292,9 @@ async fn input(lab: Shared) -> Result {
     pod.end().await
 }
 
-/// ResizePty, as `kubectl exec -t` brings it about.
-async fn terminal(lab: Shared) -> Result {
-    let (pod, container) = sleeper(&lab.shared, "terminal").await?;
+/// Tests ResizePty, as `kubectl exec -t` causes it.
+async fn terminal_is_resized(ctx: Context) -> Result {
+    let (pod, container) = sleeper(&ctx.shared, "terminal").await?;
     let terminal = Streams {
         stdin: true,
         stderr: false,
@@ -309,7 +311,7 @@ async fn terminal(lab: Shared) -> Result {
     pod.end().await
 }
 
-/// A pod with one container that sleeps, for cases that break things.
+/// Runs a pod with one container that sleeps.
 pub async fn sleeper(daemon: &Containerd, name: &str) -> Result<(Pod, Container)> {
     let node = node(daemon)?;
     let pod = Pod::run(&node, name).await?;
@@ -319,5 +321,5 @@ pub async fn sleeper(daemon: &Containerd, name: &str) -> Result<(Pod, Container)
     Ok((pod, container))
 }
 
-/// How long a broken connection of containerd to a shim may stay unnoticed.
-pub const NOTICE: Duration = Duration::from_secs(20);
+/// Time within which containerd notices a broken connection to a shim.
+pub const NOTICE_LIMIT: Duration = Duration::from_secs(20);

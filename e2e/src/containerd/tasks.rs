@@ -1,36 +1,28 @@
-//! Tasks by `ctr`: run in every way, exec, signals, freezing, counters, deletion, and the events of it all.
+//! Tasks through `ctr`: every way to run, exec, signals, pausing, metrics, deletion, and their events.
 
-use super::daemon::{Containerd, RUNTIME, STATE, Version, run_args};
-use super::{Case, Shared, before};
+use super::daemon::{Containerd, RUNTIME, STATE_TIMEOUT, Version, run_args};
+use super::{Case, Context, before};
+use crate::case;
 use crate::disk::Disk;
-use crate::outcome::{During, Failure, Result};
-use crate::runner::case;
-use crate::{ensure, same, wait};
+use crate::failure::{During, Failure, Result};
+use crate::{ensure, poll, same};
 use std::process::{Output, Stdio};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::Command;
 
-/// All of them.
+/// Returns the cases.
 pub fn cases() -> Vec<Case> {
     vec![
-        case(
-            "task::output_and_exit_code_of_a_foreground_run",
-            60,
-            foreground,
-        ),
-        case("task::input_reaches_the_process_and_ends", 60, input),
-        case("task::a_terminal_with_its_size", 60, terminal),
-        case("task::detached_exec_freeze_counters_kill_delete", 90, life),
-        case("task::a_client_that_went_is_followed_by_attach", 60, attach),
-        case(
-            "task::limits_make_the_vm_and_pids_are_the_hosts",
-            60,
-            limits,
-        ),
-        case("task::the_hosts_network", 60, host_network),
-        case("task::a_block_device_of_the_host", 60, block_device),
-        case("task::many_wait_for_one_exit", 60, many_waiters),
-        case("task::erofs_layers_are_handed_over", 90, erofs)
+        case!(foreground_run_returns_output_and_exit_code, 60),
+        case!(input_reaches_the_process_and_ends, 60),
+        case!(terminal_has_its_size, 60),
+        case!(detached_task_is_paused_measured_and_deleted, 90),
+        case!(attach_follows_a_disconnected_client, 60),
+        case!(limits_size_the_vm_and_pid_is_on_the_host, 60),
+        case!(host_network_is_reachable, 60),
+        case!(host_block_device_is_attached, 60),
+        case!(many_waiters_receive_one_exit, 60),
+        case!(erofs_layers_are_handed_over, 90)
             .unless(before(Version::V2), "1.x has no EROFS snapshotter"),
     ]
 }
@@ -39,13 +31,13 @@ fn some<T>(end: Option<T>) -> Result<T> {
     end.ok_or_else(|| Failure("ctr has no such end".to_owned()))
 }
 
-/// As a string, without the line ends around it.
+/// Converts output to a string without surrounding line ends.
 pub fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).trim().to_owned()
 }
 
-/// `ctr task delete` of 1.6 ends with the task's exit code, that of 2.x warns of it.
-pub fn told_exit(output: &Output, code: i32) -> Result {
+/// Expects `ctr task delete` to report the exit code: 1.6 exits with it, 2.x prints a warning.
+pub fn expect_exit_code(output: &Output, code: i32) -> Result {
     let warned = text(&output.stderr).contains(&format!("exit code {code}"));
     ensure!(
         warned || output.status.code() == Some(code),
@@ -56,7 +48,7 @@ pub fn told_exit(output: &Output, code: i32) -> Result {
     Ok(())
 }
 
-/// The standard output of what must have succeeded.
+/// Returns the standard output of a command that must have succeeded.
 pub fn succeeded(output: &Output) -> Result<String> {
     ensure!(
         output.status.success(),
@@ -67,11 +59,11 @@ pub fn succeeded(output: &Output) -> Result<String> {
     Ok(text(&output.stdout))
 }
 
-async fn foreground(lab: Shared) -> Result {
-    let output = lab.shared.run(&["--rm"], "fg1", &["echo", "hi"]).await?;
+async fn foreground_run_returns_output_and_exit_code(ctx: Context) -> Result {
+    let output = ctx.shared.run(&["--rm"], "fg1", &["echo", "hi"]).await?;
     same!(succeeded(&output)?, "hi", "standard output");
     let script = "cat /opt/second; echo to-stderr >&2; exit 7";
-    let output = lab
+    let output = ctx
         .shared
         .run(&["--rm"], "fg2", &["sh", "-c", script])
         .await?;
@@ -81,11 +73,11 @@ async fn foreground(lab: Shared) -> Result {
         "from the second layer",
         "standard output"
     );
-    // ctr of 2.3 warns of cgroup v1 in front of it.
+    // ctr 2.3 prints a warning about cgroup v1 first.
     let errors = text(&output.stderr);
     same!(errors.lines().last(), Some("to-stderr"), "standard error");
-    // A real VM: its own kernel, and one process tree.
-    let output = lab
+    // A real VM: a separate kernel and one process tree.
+    let output = ctx
         .shared
         .run(&["--rm"], "fg3", &["sh", "-c", "uname -r; echo $$"])
         .await?;
@@ -95,7 +87,7 @@ async fn foreground(lab: Shared) -> Result {
         !seen.contains(own.trim()) && seen.ends_with("\n1"),
         "{seen:?}"
     );
-    let output = lab
+    let output = ctx
         .shared
         .run(&["--rm"], "fg4", &["/no/such/program"])
         .await?;
@@ -107,8 +99,8 @@ async fn foreground(lab: Shared) -> Result {
     Ok(())
 }
 
-async fn input(lab: Shared) -> Result {
-    let mut child = lab
+async fn input_reaches_the_process_and_ends(ctx: Context) -> Result {
+    let mut child = ctx
         .shared
         .ctr(&run_args(
             &["--rm"],
@@ -130,8 +122,8 @@ async fn input(lab: Shared) -> Result {
     Ok(())
 }
 
-async fn terminal(lab: Shared) -> Result {
-    let run = lab
+async fn terminal_has_its_size(ctx: Context) -> Result {
+    let run = ctx
         .shared
         .ctr(&run_args(
             &["--rm", "-t"],
@@ -143,7 +135,7 @@ async fn terminal(lab: Shared) -> Result {
         .chain(run.as_std().get_args())
         .map(|word| format!("'{}'", word.to_string_lossy()))
         .collect();
-    // script(1) gives it a terminal of this size.
+    // script(1) provides a terminal of this size.
     let inner = format!("stty rows 33 cols 77; {}", words.join(" "));
     let output = Command::new("script")
         .args(["-q", "-e", "-c", &inner, "/dev/null"])
@@ -160,8 +152,8 @@ async fn terminal(lab: Shared) -> Result {
     Ok(())
 }
 
-async fn life(lab: Shared) -> Result {
-    let ctr = &lab.shared;
+async fn detached_task_is_paused_measured_and_deleted(ctx: Context) -> Result {
+    let ctr = &ctx.shared;
     ctr.sleeper("life").await?;
     ctr.state("life", "RUNNING").await?;
     let exec = |id: &'static str, argv: &'static [&'static str]| async move {
@@ -185,13 +177,13 @@ async fn life(lab: Shared) -> Result {
     ctr.ok(&["task", "kill", "-s", "SIGKILL", "life"]).await?;
     ctr.stopped("life").await?;
     let deleted = ctr.output(&["task", "delete", "life"]).await?;
-    told_exit(&deleted, 137)?;
+    expect_exit_code(&deleted, 137)?;
     ctr.ok(&["container", "delete", "life"]).await?;
-    // ctr leaves those of a detached exec.
+    // ctr does not remove the FIFOs of a detached exec.
     clear_fifos()
 }
 
-/// `ctr task ps` and `ctr task metrics` of the task `life` with an exec beside it, which is killed alone.
+/// Checks `ctr task ps` and `ctr task metrics` of the task `life` and of an exec, which is killed alone.
 async fn pids_and_counters(ctr: &Containerd) -> Result {
     let beside = [
         "task",
@@ -204,13 +196,13 @@ async fn pids_and_counters(ctr: &Containerd) -> Result {
         "600",
     ];
     ctr.ok(&beside).await?;
-    // A pid of the guest for each process, below a head line.
+    // One guest pid per process, below a header line.
     let pids = async || -> Result<usize> {
         Ok(ctr.ok(&["task", "ps", "life"]).await?.lines().count() - 1)
     };
     same!(pids().await?, 2, "processes");
     let metrics = ctr.ok(&["task", "metrics", "life"]).await?;
-    // containerd's metrics of cgroup v2, by ctr's names.
+    // containerd's cgroup v2 metrics, as named by ctr.
     for name in ["memory.usage", "cpu.usage_usec", "pids.current"] {
         let line = metrics.lines().find(|line| line.starts_with(name));
         let value = line.and_then(|line| line.split_whitespace().last()?.parse::<u64>().ok());
@@ -218,7 +210,7 @@ async fn pids_and_counters(ctr: &Containerd) -> Result {
     }
     ctr.ok(&["task", "kill", "-s", "SIGKILL", "--exec-id", "e3", "life"])
         .await?;
-    wait::until("the exec is gone", STATE, || async {
+    poll::until("the exec is gone", STATE_TIMEOUT, || async {
         same!(pids().await?, 1, "processes");
         Ok(())
     })
@@ -226,9 +218,9 @@ async fn pids_and_counters(ctr: &Containerd) -> Result {
     ctr.state("life", "RUNNING").await
 }
 
-async fn attach(lab: Shared) -> Result {
-    let ctr = &lab.shared;
-    // Reads a line, answers it; its first client is killed before that.
+async fn attach_follows_a_disconnected_client(ctx: Context) -> Result {
+    let ctr = &ctx.shared;
+    // Reads a line and answers it; its first client is killed before that.
     let script = "echo ready; read line; echo \"got $line\"; sleep 600";
     let mut first = ctr
         .ctr(&run_args(&[], "att", &["sh", "-c", script]))
@@ -251,7 +243,7 @@ async fn attach(lab: Shared) -> Result {
     let mut stdin = some(second.stdin.take())?;
     stdin.write_all(b"hello\n").await?;
     let mut lines = BufReader::new(some(second.stdout.take())?).lines();
-    let line = tokio::time::timeout(lab.patience(20), lines.next_line()).await;
+    let line = tokio::time::timeout(ctx.patience(20), lines.next_line()).await;
     let line = line.during("the second client")??;
     same!(line.as_deref(), Some("got hello"), "after attach");
     second.start_kill()?;
@@ -260,7 +252,7 @@ async fn attach(lab: Shared) -> Result {
     clear_fifos()
 }
 
-/// ctr leaves its FIFOs where it was killed, or its task went without it; nobody else's are there.
+/// Removes the FIFOs that ctr leaves when it is killed or when its task disappears. No other FIFOs exist here.
 pub fn clear_fifos() -> Result {
     for entry in std::fs::read_dir("/run/containerd/fifo")? {
         std::fs::remove_dir_all(entry?.path())?;
@@ -268,8 +260,8 @@ pub fn clear_fifos() -> Result {
     Ok(())
 }
 
-async fn limits(lab: Shared) -> Result {
-    let ctr = &lab.shared;
+async fn limits_size_the_vm_and_pid_is_on_the_host(ctx: Context) -> Result {
+    let ctr = &ctx.shared;
     let flags = ["-d", "--memory-limit", "402653184"];
     ctr.ok(&run_args(&flags, "big", &["sleep", "600"])).await?;
     let meminfo = ctr
@@ -289,9 +281,9 @@ async fn limits(lab: Shared) -> Result {
         .nth(1)
         .and_then(|n| n.parse().ok())
         .unwrap_or(0);
-    // 384 MiB and 64 MiB of overhead, less what the kernel keeps; libkrun rounds up.
+    // 384 MiB and 64 MiB of overhead, minus the kernel's share; libkrun rounds up.
     ensure!((380 << 10..=480 << 10).contains(&kib), "{meminfo}");
-    // A task's pid is a process of this machine, in a network namespace that is not this one.
+    // The task's pid is a process of this machine in a different network namespace.
     let pid = ctr.pid("big").await?;
     let theirs = std::fs::read_link(format!("/proc/{pid}/ns/net")).during(pid)?;
     ensure!(
@@ -301,32 +293,32 @@ async fn limits(lab: Shared) -> Result {
     ctr.remove("big").await
 }
 
-async fn block_device(lab: Shared) -> Result {
-    let disk = Disk::new(&lab.shared.dir)?;
+async fn host_block_device_is_attached(ctx: Context) -> Result {
+    let disk = Disk::new(&ctx.shared.dir)?;
     disk.write(0, b"of the host")?;
     let node = disk.node.display().to_string();
     let script = format!(
         "head -c 11 {node}; printf 'from the task' | dd of={node} conv=notrunc,fsync 2>/dev/null"
     );
     let flags = ["--rm", "--device", &node];
-    let output = lab
+    let output = ctx
         .shared
         .run(&flags, "blk1", &["sh", "-c", &script])
         .await?;
     same!(succeeded(&output)?, "of the host", "read");
     same!(disk.read(0, 13)?, b"from the task", "on the host");
-    disk.given_up().await
+    disk.detached().await
 }
 
-/// `--net-host`: what listens on the node's loopback can be reached. More of it is boxlite-cri's suite's.
-async fn host_network(lab: Shared) -> Result {
+/// Runs with `--net-host`: servers on the node's loopback are reachable. boxlite-cri's suite tests the rest.
+async fn host_network_is_reachable(ctx: Context) -> Result {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:8097").await?;
     let caller = tokio::spawn(async move {
         let (mut stream, _) = listener.accept().await?;
         stream.write_all(b"from the node\n").await
     });
     let script = "nc 127.0.0.1 8097 < /dev/null";
-    let output = lab
+    let output = ctx
         .shared
         .run(&["--rm", "--net-host"], "host", &["sh", "-c", script])
         .await?;
@@ -335,9 +327,9 @@ async fn host_network(lab: Shared) -> Result {
     Ok(())
 }
 
-/// One run in the foreground and two attached clients: all of them hear the one exit.
-async fn many_waiters(lab: Shared) -> Result {
-    let ctr = &lab.shared;
+/// Runs one foreground client and two attached clients: all receive the exit.
+async fn many_waiters_receive_one_exit(ctx: Context) -> Result {
+    let ctr = &ctx.shared;
     let start = async |args: &[&str]| {
         ctr.ctr(args)
             .await
@@ -359,7 +351,7 @@ async fn many_waiters(lab: Shared) -> Result {
     }
     ctr.ok(&["task", "kill", "-s", "SIGKILL", "many"]).await?;
     for child in waiting {
-        let ended = tokio::time::timeout(lab.patience(20), child.wait_with_output());
+        let ended = tokio::time::timeout(ctx.patience(20), child.wait_with_output());
         let output = ended.await.during("a client of the task")??;
         same!(
             output.status.code(),
@@ -368,15 +360,15 @@ async fn many_waiters(lab: Shared) -> Result {
             text(&output.stderr)
         );
     }
-    // Whoever was the first has deleted the task.
+    // The first client has deleted the task.
     ctr.output(&["task", "delete", "many"]).await?;
     ctr.ok(&["container", "delete", "many"]).await?;
     clear_fifos()
 }
 
-async fn erofs(lab: Shared) -> Result {
-    let ctr = &lab.shared;
-    let archive = lab.archive.display().to_string();
+async fn erofs_layers_are_handed_over(ctx: Context) -> Result {
+    let ctr = &ctx.shared;
+    let archive = ctx.archive.display().to_string();
     ctr.ok(&[
         "-n",
         "erofs",
@@ -412,7 +404,7 @@ async fn erofs(lab: Shared) -> Result {
             .is_some_and(|line| line.starts_with("overlay")),
         "{seen}"
     );
-    wait::until("the image is gone", lab.patience(10), || async {
+    poll::until("the image is gone", ctx.patience(10), || async {
         ctr.ok(&["-n", "erofs", "image", "delete", "--sync", super::IMAGE])
             .await
             .map(drop)

@@ -1,8 +1,8 @@
-//! An image as a file: the OCI layout in a tar, as `ctr image import` reads it.
+//! An image as a file: an OCI layout in a tar archive, as read by `ctr image import`.
 
 use super::build::Image;
 use super::digest;
-use crate::outcome::Result;
+use crate::failure::Result;
 use serde_json::json;
 use std::path::Path;
 

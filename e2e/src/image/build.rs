@@ -2,10 +2,10 @@
 
 use super::digest;
 use super::layer::{Compression, Layer};
-use crate::outcome::Result;
+use crate::failure::Result;
 use serde_json::{Value, json};
 
-/// Whose media types.
+/// Media types of manifest and configuration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
     /// application/vnd.oci.image.*
@@ -32,7 +32,7 @@ impl Blob {
 /// An image of one platform.
 #[derive(Debug, Clone)]
 pub struct Image {
-    /// Lowest first.
+    /// Layers, lowest first.
     pub layers: Vec<Layer>,
     /// The `config` object of the image configuration (Env, Cmd, User …).
     pub config: Value,
@@ -41,7 +41,7 @@ pub struct Image {
 }
 
 impl Image {
-    /// An OCI image of these layers with this `config` object.
+    /// Creates an OCI image from layers and the `config` object of its configuration.
     pub fn new(layers: Vec<Layer>, config: Value) -> Self {
         Self {
             layers,
@@ -50,7 +50,7 @@ impl Image {
         }
     }
 
-    /// The image configuration.
+    /// Returns the image configuration.
     pub fn config_blob(&self) -> Result<Blob> {
         let diff_ids: Vec<_> = self.layers.iter().map(|l| l.diff_id.as_str()).collect();
         let bytes = serde_json::to_vec(&json!({
@@ -68,12 +68,12 @@ impl Image {
         })
     }
 
-    /// The image ID: digest of the configuration.
+    /// Returns the image ID, the digest of the configuration.
     pub fn id(&self) -> Result<String> {
         Ok(digest(&self.config_blob()?.bytes))
     }
 
-    /// The manifest.
+    /// Returns the manifest.
     pub fn manifest(&self) -> Result<Blob> {
         let layers: Vec<_> = self
             .layers
@@ -104,7 +104,8 @@ impl Image {
         }
     }
 
-    /// An index of this manifest behind a foreign platform's, so that a client that takes the first entry breaks.
+    /// Returns an index with a foreign platform's manifest before this one, so that a client that uses the first entry
+    /// fails.
     pub fn index(&self, foreign: &Blob) -> Result<Blob> {
         let mut first = foreign.descriptor();
         first["platform"] = json!({"architecture": "s390x", "os": "linux"});

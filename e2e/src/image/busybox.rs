@@ -1,19 +1,19 @@
-//! The base layer of every test image: Debian's dynamic busybox with its libraries, one hard link for each applet
-//! (masking one must not hide another), and a user database that the tests of users know.
+//! Base layer of every test image: Debian's dynamic busybox with its libraries, one hard link for each applet (masking
+//! one must not hide another), and the user database of the user tests.
 
 use super::layer::{Compression, Layer, LayerTar};
-use crate::enclave::run;
-use crate::outcome::{During, Result};
+use crate::failure::{During, Result};
+use crate::namespaces::run;
 use std::path::Path;
 
 /// `/etc/passwd` of the image.
 const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\nwww-data:x:33:33:www-data:/var/www:/bin/sh\n\
     app:x:1000:1000:app:/home/app:/bin/sh\nnobody:x:65534:65534:nobody:/home:/bin/false\n";
-/// `/etc/group` of the image: `app` is in two more groups.
+/// `/etc/group` of the image: `app` is a member of two more groups.
 const GROUP: &str = "root:x:0:\nwww-data:x:33:\napp:x:1000:\nextra:x:50000:app\nmore:x:50001:app,www-data\n\
     nobody:x:65534:\n";
 
-/// The layer, compressed as asked.
+/// Returns the layer with the given compression.
 pub fn layer(busybox: &Path, compression: Compression) -> Result<Layer> {
     let mut tar = LayerTar::default();
     for dir in [
@@ -49,7 +49,7 @@ pub fn layer(busybox: &Path, compression: Compression) -> Result<Layer> {
     tar.finish(compression)
 }
 
-/// Adds a program of this machine under `target`, with the libraries it loads.
+/// Adds a program of this machine as `target`, together with the libraries that it loads.
 pub fn with_libraries(tar: &mut LayerTar, program: &Path, target: &str) -> Result {
     let bytes = std::fs::read(program).during(program.display())?;
     tar.file(target, 0o755, &bytes)?;
@@ -64,7 +64,7 @@ fn add_libraries(tar: &mut LayerTar, program: &str) -> Result {
     Ok(())
 }
 
-/// The paths that the dynamic linker would load, itself included.
+/// Returns the paths that the dynamic linker loads, its own included.
 pub fn libraries(program: &str) -> Result<Vec<String>> {
     let listing = run("ldd", &[program])?;
     Ok(listing

@@ -1,26 +1,26 @@
-//! [`LayerTar`]: one layer's tar stream, entry by entry, and [`Layer`], the compressed blob of it.
+//! [`LayerTar`]: a layer's tar stream, written entry by entry, and [`Layer`], its compressed blob.
 //!
-//! Writes what it is told, also what no honest tool writes: names with `..`, absolute names, links out of the tree.
+//! Also writes entries that real tools never produce: names with `..`, absolute names, links out of the tree.
 
 use super::digest;
-use crate::outcome::Result;
+use crate::failure::Result;
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use tar::{EntryType, Header};
 
-/// How a layer travels.
+/// Compression of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Compression {
-    /// As it is.
+    /// Uncompressed.
     Plain,
-    /// The usual.
+    /// gzip, the usual form.
     Gzip,
-    /// OCI 1.1.
+    /// zstd, since OCI 1.1.
     Zstd,
 }
 
-/// A layer as a registry has it.
+/// A layer as stored in a registry.
 #[derive(Debug, Clone)]
 pub struct Layer {
     /// Compressed bytes.
@@ -29,7 +29,7 @@ pub struct Layer {
     pub digest: String,
     /// Digest of the tar stream.
     pub diff_id: String,
-    /// How it is compressed.
+    /// Compression of the blob.
     pub compression: Compression,
 }
 
@@ -65,12 +65,12 @@ impl LayerTar {
         header
     }
 
-    /// A regular file.
+    /// Adds a regular file.
     pub fn file(&mut self, path: &str, mode: u32, content: &[u8]) -> Result<&mut Self> {
         self.owned_file(path, mode, (0, 0), content)
     }
 
-    /// A regular file of this user and group.
+    /// Adds a regular file with an owner.
     pub fn owned_file(
         &mut self,
         path: &str,
@@ -85,12 +85,12 @@ impl LayerTar {
         Ok(self)
     }
 
-    /// A directory.
+    /// Adds a directory.
     pub fn dir(&mut self, path: &str, mode: u32) -> Result<&mut Self> {
         self.owned_dir(path, mode, (0, 0))
     }
 
-    /// A directory of this user and group.
+    /// Adds a directory with an owner.
     pub fn owned_dir(&mut self, path: &str, mode: u32, owner: (u64, u64)) -> Result<&mut Self> {
         let mut header = Self::header(EntryType::Directory, mode, 0);
         header.set_uid(owner.0);
@@ -99,26 +99,27 @@ impl LayerTar {
         Ok(self)
     }
 
-    /// A symbolic link with any target.
+    /// Adds a symbolic link with any target.
     pub fn symlink(&mut self, path: &str, target: &str) -> Result<&mut Self> {
         let mut header = Self::header(EntryType::Symlink, 0o777, 0);
         self.tar.append_link(&mut header, path, target)?;
         Ok(self)
     }
 
-    /// A hard link to a path of this layer.
+    /// Adds a hard link to a path of this layer.
     pub fn hard_link(&mut self, path: &str, target: &str) -> Result<&mut Self> {
         self.hard_link_of_mode(path, target, 0o644)
     }
 
-    /// A hard link whose header says this mode: honest tools write the file's own, and containerd gives it to the file.
+    /// Adds a hard link with this mode in its header. Tools normally write the file's mode; containerd applies it to the
+    /// file.
     pub fn hard_link_of_mode(&mut self, path: &str, target: &str, mode: u32) -> Result<&mut Self> {
         let mut header = Self::header(EntryType::Link, mode, 0);
         self.tar.append_link(&mut header, path, target)?;
         Ok(self)
     }
 
-    /// A character device.
+    /// Adds a character device.
     pub fn char_device(&mut self, path: &str, major: u32, minor: u32) -> Result<&mut Self> {
         let mut header = Self::header(EntryType::Char, 0o666, 0);
         header.set_device_major(major)?;
@@ -127,24 +128,24 @@ impl LayerTar {
         Ok(self)
     }
 
-    /// Extended attributes of the entry that follows.
+    /// Sets an extended attribute of the next entry.
     pub fn xattr(&mut self, name: &str, value: &[u8]) -> Result<&mut Self> {
         let key = format!("SCHILY.xattr.{name}");
         self.tar.append_pax_extensions([(key.as_str(), value)])?;
         Ok(self)
     }
 
-    /// "The layers below lose this path."
+    /// Adds a whiteout, which removes a path of the layers below.
     pub fn whiteout(&mut self, dir: &str, name: &str) -> Result<&mut Self> {
         self.file(&format!("{dir}/.wh.{name}"), 0o644, b"")
     }
 
-    /// "The layers below lose what is in this directory."
+    /// Adds an opaque marker, which removes the content of this directory in the layers below.
     pub fn opaque(&mut self, dir: &str) -> Result<&mut Self> {
         self.file(&format!("{dir}/.wh..wh..opq"), 0o644, b"")
     }
 
-    /// An entry whose name and link target are written byte by byte, whatever they are. At most 100 bytes each.
+    /// Adds an entry whose name and link target are written verbatim. At most 100 bytes each.
     pub fn raw(
         &mut self,
         kind: EntryType,
@@ -161,13 +162,13 @@ impl LayerTar {
         Ok(self)
     }
 
-    /// PAX records for the entry that follows.
+    /// Sets PAX records of the next entry.
     pub fn pax(&mut self, records: &[(String, Vec<u8>)]) -> Result {
         let records = records.iter().map(|(k, v)| (k.as_str(), v.as_slice()));
         Ok(self.tar.append_pax_extensions(records)?)
     }
 
-    /// An entry with a name of any bytes and any length.
+    /// Adds an entry with a name of any bytes and length.
     pub fn bytes_file(
         &mut self,
         kind: EntryType,
@@ -179,7 +180,7 @@ impl LayerTar {
         Ok(self.tar.append_data(&mut header, path_of(path), content)?)
     }
 
-    /// A hard or symbolic link with names of any bytes and any length.
+    /// Adds a hard or symbolic link with names of any bytes and length.
     pub fn bytes_link(&mut self, kind: EntryType, path: &[u8], target: &[u8]) -> Result {
         let mut header = Self::header(kind, 0o644, 0);
         Ok(self
@@ -187,7 +188,7 @@ impl LayerTar {
             .append_link(&mut header, path_of(path), path_of(target))?)
     }
 
-    /// A device or FIFO with a name of any bytes and any length.
+    /// Adds a device or FIFO with a name of any bytes and length.
     pub fn bytes_device(
         &mut self,
         kind: EntryType,

@@ -1,13 +1,13 @@
-//! Images for the tests, made here from Debian's dynamic busybox and pushed to a real registry.
+//! Test images, built from Debian's dynamic busybox and pushed to a real registry.
 //!
-//! [`layer`] writes tar layers entry by entry (broken ones too), [`build`] puts layers, config, manifest and index
-//! together, [`archive`] writes one as a file, [`tree`] makes random ones with a model of what a guest must see, [`registry`]
-//! runs Debian's docker-registry and pushes, [`front`] stands before it and misbehaves.
+//! [`layer`] writes tar layers entry by entry, malformed ones included. [`build`] combines layers, config, manifest and
+//! index. [`archive`] writes an image to a file. [`tree`] generates random images with a model of their merged tree.
+//! [`registry`] runs Debian's docker-registry and pushes. [`fault_proxy`] injects faults in front of it.
 
 pub mod archive;
 pub mod build;
 pub mod busybox;
-pub mod front;
+pub mod fault_proxy;
 pub mod layer;
 pub mod registry;
 pub mod set;
@@ -15,7 +15,7 @@ pub mod tree;
 
 use sha2::{Digest, Sha256};
 
-/// `sha256:<hex>` of the bytes.
+/// Returns the digest, `sha256:<hex>`, of the bytes.
 pub fn digest(bytes: &[u8]) -> String {
     format!("sha256:{}", hex::encode(Sha256::digest(bytes)))
 }

@@ -1,32 +1,32 @@
 //! [`Registry`]: Debian's docker-registry on loopback, with storage in the scratch directory, and pushing to it.
 //!
-//! Plain HTTP, or TLS with a certificate that only a CA made here vouches for.
+//! Plain HTTP, or TLS with a certificate of a CA created here.
 
 use super::build::{Blob, Image};
 use super::digest;
-use crate::enclave::run;
-use crate::outcome::{During, Result};
-use crate::{ensure, wait};
+use crate::failure::{During, Result};
+use crate::namespaces::run;
+use crate::{ensure, poll};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 use tokio::process::{Child, Command};
 
-/// A registry that listens; killed when dropped.
+/// A listening registry; killed when dropped.
 pub struct Registry {
     /// `127.0.0.1:<port>`.
     pub host: String,
-    /// CA to trust, for TLS.
+    /// CA of the TLS certificate.
     pub ca: Option<PathBuf>,
     client: reqwest::Client,
     _process: Child,
 }
 
-/// Longest start of the registry.
-const START: Duration = Duration::from_secs(20);
+/// Time limit for the start.
+const START_TIMEOUT: Duration = Duration::from_secs(20);
 
 impl Registry {
-    /// Starts one on `port` with its storage below `dir`.
+    /// Starts a registry on `port` with its storage below `dir`.
     pub async fn start(program: &Path, dir: &Path, port: u16, tls: bool) -> Result<Self> {
         let dir = dir.join(format!("registry-{port}"));
         std::fs::create_dir_all(&dir)?;
@@ -66,7 +66,7 @@ impl Registry {
             client: client.build()?,
             _process: process,
         };
-        wait::until("the registry answers", START, || async {
+        poll::until("the registry answers", START_TIMEOUT, || async {
             let answer = registry.client.get(registry.url("")).send().await?;
             ensure!(answer.status().is_success(), "{}", answer.status());
             Ok(())
@@ -80,13 +80,13 @@ impl Registry {
         format!("{scheme}://{}/v2/{path}", self.host)
     }
 
-    /// Pushes one image under `name:tag`; gives the manifest's digest.
+    /// Pushes an image as `name:tag`. Returns the manifest's digest.
     pub async fn push(&self, name: &str, tag: &str, image: &Image) -> Result<String> {
         self.push_blobs(name, image).await?;
         self.put_manifest(name, tag, &image.manifest()?).await
     }
 
-    /// Pushes an index whose first entry is another architecture's (empty) image; gives the index's digest.
+    /// Pushes an index whose first entry is an empty image of another architecture. Returns the index's digest.
     pub async fn push_index(&self, name: &str, tag: &str, image: &Image) -> Result<String> {
         let foreign = Image {
             layers: Vec::new(),
@@ -112,7 +112,7 @@ impl Registry {
         self.put_blob(name, &image.config_blob()?.bytes).await
     }
 
-    /// Puts bytes under their digest.
+    /// Uploads a blob under its digest.
     pub async fn put_blob(&self, name: &str, bytes: &[u8]) -> Result {
         let digest = digest(bytes);
         let there = self
@@ -144,7 +144,7 @@ impl Registry {
         Ok(())
     }
 
-    /// Puts a manifest or index under a tag or digest; gives its digest.
+    /// Uploads a manifest or index under a tag or digest. Returns its digest.
     pub async fn put_manifest(
         &self,
         name: &str,
@@ -168,7 +168,7 @@ impl Registry {
     }
 }
 
-/// A CA and a server certificate for 127.0.0.1, by openssl.
+/// Creates a CA and a server certificate for 127.0.0.1 with openssl.
 fn certificate(dir: &Path) -> Result {
     let at = |name: &str| dir.join(name).display().to_string();
     let (ca, ca_key, key, csr, crt, ext) = (

@@ -1,17 +1,17 @@
-//! The images that most tests run, pushed once: `base` (an OCI index with a foreign platform first), `zstd` (its second
+//! Images used by most tests, pushed once: `base` (an OCI index with a foreign platform first), `zstd` (its second
 //! layer), `docker` (schema 2), `layers` (whiteouts, opaque directories, hard links, xattrs, devices), `user`.
 
 use super::build::{Format, Image};
 use super::layer::{Compression, Layer, LayerTar};
 use super::{busybox, registry::Registry};
-use crate::outcome::Result;
+use crate::failure::Result;
 use serde_json::json;
 use std::path::Path;
 
-/// References and facts of what was pushed.
+/// References and digests of the pushed images.
 #[derive(Debug, Clone)]
 pub struct ImageSet {
-    /// The busybox layer, for more images.
+    /// The busybox layer, for further images.
     pub busybox: Layer,
     /// `registry/base:1`; digest of its index in [`Self::base_digest`].
     pub base: String,
@@ -30,7 +30,7 @@ pub struct ImageSet {
 }
 
 impl ImageSet {
-    /// Builds and pushes all.
+    /// Builds and pushes the images.
     pub async fn push(registry: &Registry, busybox_path: &Path) -> Result<Self> {
         let busybox = busybox::layer(busybox_path, Compression::Gzip)?;
         let at = |name: &str| format!("{}/{name}:1", registry.host);
@@ -78,7 +78,7 @@ impl ImageSet {
     }
 }
 
-/// Three layers above busybox that hide, replace and link.
+/// Returns an image of three layers above busybox that hide, replace and link.
 fn layered(busybox: &Layer) -> Result<Image> {
     let mut one = LayerTar::default();
     one.dir("data", 0o755)?

@@ -1,29 +1,29 @@
-//! Random images: layers of random trees, and what a guest must see of them.
+//! Random images: layers of random trees, and a model of the merged tree that a guest must see.
 //!
-//! [`random`] writes each layer's tar and keeps a model beside it that knows the rules of OCI layers only (entries replace,
-//! whiteouts remove, opaque directories hide what is below). The model knows nothing of EROFS or overlayfs. One number
-//! makes everything, so that a failure can be made again.
+//! [`random`] writes each layer's tar together with a model based only on the rules of OCI layers (entries replace,
+//! whiteouts remove, opaque directories hide the content below). The model is independent of EROFS and overlayfs. A
+//! single seed determines everything, so that failures are reproducible.
 
 use super::layer::{Compression, Layer, LayerTar};
+use crate::failure::Result;
 use crate::lister::Entry;
-use crate::outcome::Result;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, RngCore, SeedableRng};
 use std::collections::{BTreeMap, BTreeSet};
 use tar::EntryType;
 
-/// The directory of an image that holds its random tree.
+/// Directory of the image with the random tree.
 pub const TOP: &str = "tree";
-/// Entries that one layer adds or replaces.
+/// Number of entries that a layer adds or replaces.
 const ENTRIES: std::ops::Range<usize> = 10..40;
-/// Longest name, as on every Linux file system.
+/// Maximum length of a name on Linux file systems.
 const NAME_MAX: usize = 255;
 
-/// Paths below [`TOP`] to what is there; the top itself is "".
+/// Entries by path relative to [`TOP`]; the top itself is "".
 pub type Model = BTreeMap<Vec<u8>, Entry>;
 
-/// Layers, lowest first, and the tree they make together.
+/// Generates layers, lowest first, and the merged tree.
 pub fn random(seed: u64) -> Result<(Vec<Layer>, Model)> {
     let mut rng = StdRng::seed_from_u64(seed);
     let mut model = Model::new();
@@ -50,7 +50,7 @@ pub fn random(seed: u64) -> Result<(Vec<Layer>, Model)> {
     Ok((layers, linked(model)))
 }
 
-/// `first` of each entry is the inode's mark so far; afterwards it is the first of the paths that are left of it.
+/// Replaces the inode marks in `first` by the first remaining path of each inode.
 fn linked(mut model: Model) -> Model {
     let mut firsts = BTreeMap::new();
     for (path, entry) in &model {
@@ -66,7 +66,7 @@ fn linked(mut model: Model) -> Model {
     model
 }
 
-/// The first few differences, in words a reader can use.
+/// Compares the trees. The error lists the first few differences.
 pub fn compare(model: &Model, seen: &[Entry]) -> std::result::Result<(), String> {
     let seen: BTreeMap<&str, &Entry> = seen.iter().map(|e| (e.path.as_str(), e)).collect();
     let wanted: BTreeMap<&str, &Entry> = model.values().map(|e| (e.path.as_str(), e)).collect();
@@ -94,12 +94,12 @@ pub fn compare(model: &Model, seen: &[Entry]) -> std::result::Result<(), String>
     }
 }
 
-/// One layer under construction.
+/// A layer under construction.
 struct Writer<'a> {
     rng: &'a mut StdRng,
     tar: LayerTar,
     model: &'a mut Model,
-    /// Paths that this layer has written: a second entry of one name has no defined meaning.
+    /// Paths written by this layer: a second entry of the same name has no defined meaning.
     written: BTreeSet<Vec<u8>>,
     /// Regular files of this layer, for hard links.
     files: Vec<Vec<u8>>,
@@ -112,8 +112,8 @@ fn joined(parent: &[u8], name: &[u8]) -> Vec<u8> {
     }
 }
 
-/// Where a path of the model is in the image.
-fn placed(path: &[u8]) -> Vec<u8> {
+/// Returns the path in the image for a path of the model.
+fn image_path(path: &[u8]) -> Vec<u8> {
     match path {
         b"" => TOP.as_bytes().to_vec(),
         _ => joined(TOP.as_bytes(), path),
@@ -128,7 +128,7 @@ fn is_below(path: &[u8], parent: &[u8]) -> bool {
 }
 
 impl Writer<'_> {
-    /// A name of any bytes but those that mean something to tar or to layers.
+    /// Returns a random name without bytes that are special in tar or layers.
     fn name(&mut self) -> Vec<u8> {
         let odd: [&[u8]; 6] = [b"a\nb", b"\xff\xfe", b" ", b"-n", b"\\134", b"\xc3\xa4"];
         let mut name = match self.rng.random_range(0..10) {
@@ -140,7 +140,7 @@ impl Writer<'_> {
                 .collect(),
             _ => b"n".to_vec(),
         };
-        // Dots alone, and the names of whiteouts, are no names of files.
+        // Names of dots only and whiteout names are not valid file names.
         name.extend(format!("{}", self.rng.random_range(0..1000)).bytes());
         name
     }
@@ -171,7 +171,7 @@ impl Writer<'_> {
         some
     }
 
-    /// Random facts for an entry of this type.
+    /// Returns random metadata for an entry of this type.
     fn entry(&mut self, path: &[u8], kind: u32) -> Entry {
         let link = kind == libc::S_IFLNK;
         let plain = kind == libc::S_IFREG || kind == libc::S_IFDIR;
@@ -193,12 +193,12 @@ impl Writer<'_> {
             } else {
                 BTreeMap::new()
             },
-            // Names the inode, until all layers are there.
+            // Identifies the inode until all layers are written.
             first: format!("{:x}", self.rng.next_u64()),
         }
     }
 
-    /// A directory of the merged tree, which this layer names too, as every tool that writes layers does.
+    /// Returns a directory of the merged tree, which this layer also lists, as all layer tools do.
     fn parent(&mut self) -> Result<Vec<u8>> {
         let all: Vec<Vec<u8>> = self
             .model
@@ -223,13 +223,13 @@ impl Writer<'_> {
         Ok(parent)
     }
 
-    /// Writes a directory: new facts for one that is there, whose content stays.
+    /// Writes a directory: new metadata for an existing one, whose content remains.
     fn directory(&mut self, path: &[u8]) -> Result {
         let entry = self.entry(path, libc::S_IFDIR);
         self.put(path, entry, EntryType::Directory, b"", &[])
     }
 
-    /// Whiteouts and opaque directories for what the layers below have.
+    /// Writes whiteouts and opaque directories for entries of the layers below.
     fn remove_some(&mut self) -> Result {
         for _ in 0..self.rng.random_range(0..6) {
             let below: Vec<Vec<u8>> = self
@@ -241,7 +241,7 @@ impl Writer<'_> {
             let Some(victim) = below.choose(self.rng).cloned() else {
                 return Ok(());
             };
-            // A directory that this layer has entries in is not removed by it.
+            // A layer cannot remove a directory in which it has entries.
             if self.written.iter().any(|path| is_below(path, &victim)) {
                 continue;
             }
@@ -251,26 +251,26 @@ impl Writer<'_> {
             let directory = self.model[&victim].mode & libc::S_IFMT == libc::S_IFDIR;
             if directory && self.rng.random() {
                 self.directory(&victim)?;
-                let mark = joined(&placed(&victim), b".wh..wh..opq");
+                let mark = joined(&image_path(&victim), b".wh..wh..opq");
                 self.tar.bytes_file(EntryType::Regular, &mark, 0o644, b"")?;
                 self.model.retain(|path, _| !is_below(path, &victim));
             } else {
                 let name = &victim[cut.map_or(0, |at| at + 1)..];
-                let mark = joined(&placed(&parent), &[b".wh.", name].concat());
+                let mark = joined(&image_path(&parent), &[b".wh.", name].concat());
                 if name.len() + 4 > NAME_MAX {
                     continue;
                 }
                 self.tar.bytes_file(EntryType::Regular, &mark, 0o644, b"")?;
                 self.model
                     .retain(|path, _| *path != victim && !is_below(path, &victim));
-                // The same name again in this layer would contradict it.
+                // The same name again in this layer would be contradictory.
                 self.written.insert(victim);
             }
         }
         Ok(())
     }
 
-    /// Writes a directory and those above it, as far as this layer has not.
+    /// Writes a directory and its parents unless this layer already has them.
     fn name_parents(&mut self, path: &[u8]) -> Result {
         if self.written.contains(path) {
             return Ok(());
@@ -281,7 +281,7 @@ impl Writer<'_> {
         self.directory(path)
     }
 
-    /// One more entry: a new name, or one that replaces what a layer below has.
+    /// Adds an entry with a new name, or one that replaces an entry of a lower layer.
     fn add(&mut self) -> Result {
         let parent = self.parent()?;
         let mut path = joined(&parent, &self.name());
@@ -336,7 +336,7 @@ impl Writer<'_> {
         let mut body = vec![0; size];
         self.rng.fill_bytes(&mut body);
         if self.rng.random() {
-            // Holes: as zeros in the archive, and below as a sparse file of it.
+            // Holes: zeros in the archive, and a sparse file below.
             let start = self.rng.random_range(0..=size);
             body[start..].fill(0);
         }
@@ -352,7 +352,7 @@ impl Writer<'_> {
             let records: [(&str, &[u8]); 4] = [
                 ("GNU.sparse.major", b"1"),
                 ("GNU.sparse.minor", b"0"),
-                ("GNU.sparse.name", &placed(path)),
+                ("GNU.sparse.name", &image_path(path)),
                 ("GNU.sparse.realsize", real.as_bytes()),
             ];
             self.put(path, entry, EntryType::Regular, &sparse, &records)?;
@@ -383,14 +383,14 @@ impl Writer<'_> {
         let Some(target) = self.files.choose(self.rng).cloned() else {
             return Ok(());
         };
-        // The file it is of may have been replaced; then there is nothing to link to.
+        // The target may have been replaced; then there is nothing to link to.
         let Some(mut entry) = self.model.get(&target).cloned() else {
             return Ok(());
         };
         entry.path = hex::encode(path);
         self.forget(path, false);
         self.tar
-            .bytes_link(EntryType::Link, &placed(path), &placed(&target))?;
+            .bytes_link(EntryType::Link, &image_path(path), &image_path(&target))?;
         self.written.insert(path.to_vec());
         self.model.insert(path.to_vec(), entry);
         Ok(())
@@ -402,22 +402,22 @@ impl Writer<'_> {
             self.rng.random_range(0..4096),
             self.rng.random_range(0..1 << 20),
         );
-        // A character device 0:0 is overlayfs's own whiteout.
+        // A character device 0:0 is overlayfs's whiteout.
         let numbers = (numbers.0.max(1), numbers.1);
         if entry_type != EntryType::Fifo {
             entry.content = format!("{}:{}", numbers.0, numbers.1);
         }
         self.forget(path, false);
-        self.facts(&entry, &[])?;
+        self.metadata(&entry, &[])?;
         self.tar
-            .bytes_device(entry_type, &placed(path), entry.mode & 0o7777, numbers)?;
+            .bytes_device(entry_type, &image_path(path), entry.mode & 0o7777, numbers)?;
         self.written.insert(path.to_vec());
         self.model.insert(path.to_vec(), entry);
         Ok(())
     }
 
-    /// The PAX records that carry what a plain header cannot.
-    fn facts(&mut self, entry: &Entry, more: &[(&str, &[u8])]) -> Result {
+    /// Writes the PAX records for metadata that a plain header cannot hold.
+    fn metadata(&mut self, entry: &Entry, more: &[(&str, &[u8])]) -> Result {
         let mut records: Vec<(String, Vec<u8>)> = vec![
             ("uid".into(), entry.owner.0.to_string().into_bytes()),
             ("gid".into(), entry.owner.1.to_string().into_bytes()),
@@ -443,15 +443,15 @@ impl Writer<'_> {
         more: &[(&str, &[u8])],
     ) -> Result {
         self.forget(path, kind == EntryType::Directory);
-        self.facts(&entry, more)?;
+        self.metadata(&entry, more)?;
         self.tar
-            .bytes_file(kind, &placed(path), entry.mode & 0o7777, body)?;
+            .bytes_file(kind, &image_path(path), entry.mode & 0o7777, body)?;
         self.written.insert(path.to_vec());
         self.model.insert(path.to_vec(), entry);
         Ok(())
     }
 
-    /// What was at the path goes; below it too, unless a directory takes a directory's place.
+    /// Removes the entry at the path, and those below it unless a directory replaces a directory.
     fn forget(&mut self, path: &[u8], directory: bool) {
         let stays = directory
             && self
@@ -464,7 +464,7 @@ impl Writer<'_> {
     }
 }
 
-/// A time as PAX writes it: -1.25 is a quarter of a second before -1.
+/// Formats a time for PAX: -1.25 is a quarter of a second before -1.
 fn seconds((seconds, nanos): (i64, i64)) -> String {
     match seconds {
         0.. => format!("{seconds}.{nanos:09}"),
@@ -477,9 +477,9 @@ fn seconds((seconds, nanos): (i64, i64)) -> String {
 mod tests {
     use super::*;
 
-    /// The comparison must be able to fail, for every fact of an entry.
+    /// The comparison detects a difference in every field of an entry.
     #[test]
-    fn every_difference_is_seen() {
+    fn compare_reports_every_difference() {
         let (_, model) = random(7).expect("a tree");
         let seen: Vec<Entry> = model.values().cloned().collect();
         assert_eq!(compare(&model, &seen), Ok(()));
@@ -501,9 +501,9 @@ mod tests {
         assert!(compare(&model, &seen[1..]).is_err());
     }
 
-    /// A dozen images have everything in them that an image can have; the same number makes the same one.
+    /// A dozen images cover every kind of entry, and the same seed produces the same image.
     #[test]
-    fn everything_occurs() {
+    fn random_covers_every_entry_and_is_reproducible() {
         let (first, again) = (random(1).expect("a tree"), random(1).expect("a tree"));
         assert_eq!(first.1, again.1);
         let kind = |mode: u32| mode & libc::S_IFMT;

@@ -1,13 +1,13 @@
-//! A streaming client as kubectl and the kubelet are one: exec and attach sessions over SPDY/3.1 and WebSocket, and
-//! port-forward over SPDY, plain or tunnelled.
+//! Streaming client like kubectl and the kubelet: exec and attach sessions over SPDY/3.1 and WebSocket, and port-forward
+//! over SPDY, plain or tunneled.
 //!
-//! It speaks the wire by itself (`spdy`) or by tungstenite (`websocket`) and shares nothing with the product. Judges
-//! nothing; `cases/streaming.rs` does.
+//! Implements SPDY itself (`spdy`) and WebSocket with tungstenite (`websocket`), and shares no code with the product.
+//! `cases/streaming.rs` makes the assertions.
 
 pub mod spdy;
 pub mod websocket;
 
-use crate::outcome::Result;
+use crate::failure::Result;
 use crate::{bail, ensure};
 use bytes::Bytes;
 use std::collections::HashMap;
@@ -16,18 +16,18 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 
-/// Longest wait for one message of the server: it may boot nothing, but the machine may be busy.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+/// Time limit for one message of the server, generous for a busy machine.
+pub const MESSAGE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// What carries a session.
+/// Transport of a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Transport {
     Spdy,
-    /// Version 5 of the channel protocol.
+    /// WebSocket with version 5 of the channel protocol.
     WebSocket,
 }
 
-/// The streams of a session, by their Kubernetes names.
+/// Streams of a session by their Kubernetes names.
 #[derive(Debug, Clone, Copy)]
 pub struct Streams {
     pub stdin: bool,
@@ -50,7 +50,7 @@ enum Wire {
 }
 
 impl Session {
-    /// Connects to the URL of an Exec or Attach answer. Stdout is always asked for.
+    /// Connects to the URL of an Exec or Attach response. Stdout is always requested.
     pub async fn open(url: &str, transport: Transport, streams: Streams) -> Result<Self> {
         let mut names = vec!["error"];
         for (name, wanted) in [
@@ -101,18 +101,18 @@ impl Session {
         }
     }
 
-    /// Tells the terminal's size.
+    /// Sends the terminal size.
     pub async fn resize(&mut self, width: u16, height: u16) -> Result {
         let size = serde_json::json!({ "Width": width, "Height": height }).to_string();
         self.send("resize", size.as_bytes()).await
     }
 
-    /// Tells the terminal's size, and expects a command that answers each line by `stty size` to see it.
+    /// Sends the terminal size and waits until a command that answers each line with `stty size` reports it.
     pub async fn resize_and_see(&mut self, width: u16, height: u16) -> Result {
         self.resize(width, height).await?;
         let size = format!("{height} {width}");
         let mut seen = String::new();
-        // The size takes another way than the input: it may be told of later.
+        // The size uses another channel than the input and may arrive later.
         for _ in 0..200 {
             self.send("stdin", b"\n").await?;
             seen = self.until("stdout", "\n").await?;
@@ -124,18 +124,18 @@ impl Session {
         Ok(())
     }
 
-    /// The next bytes of a stream, `None` at its end.
+    /// Returns the next bytes of a stream, or `None` at its end.
     pub async fn next(&mut self, name: &str) -> Result<Option<Bytes>> {
         let Some(incoming) = self.incoming.get_mut(name) else {
             bail!("the session has no {name}");
         };
-        match tokio::time::timeout(PATIENCE, incoming.recv()).await {
+        match tokio::time::timeout(MESSAGE_TIMEOUT, incoming.recv()).await {
             Ok(bytes) => Ok(bytes),
-            Err(_) => bail!("nothing on {name} within {PATIENCE:?}"),
+            Err(_) => bail!("nothing on {name} within {MESSAGE_TIMEOUT:?}"),
         }
     }
 
-    /// Reads a stream until it contains `text`; gives all that was read.
+    /// Reads a stream until it contains `text` and returns everything read.
     pub async fn until(&mut self, name: &str, text: &str) -> Result<String> {
         let mut read = Vec::new();
         let mut looked = 0;
@@ -158,7 +158,7 @@ impl Session {
         }
     }
 
-    /// Everything that is still to come on a stream.
+    /// Returns the remaining bytes of a stream.
     pub async fn rest(&mut self, name: &str) -> Result<Vec<u8>> {
         let mut read = Vec::new();
         while let Some(bytes) = self.next(name).await? {
@@ -167,7 +167,7 @@ impl Session {
         Ok(read)
     }
 
-    /// The exit code that the error stream tells at the end.
+    /// Returns the exit code from the error stream.
     pub async fn exit_code(&mut self) -> Result<i32> {
         let status = self.status().await?;
         if status["status"] == "Success" {
@@ -179,7 +179,7 @@ impl Session {
         Ok(code["message"].as_str().unwrap_or_default().parse()?)
     }
 
-    /// The metav1.Status of the error stream.
+    /// Returns the metav1.Status from the error stream.
     pub async fn status(&mut self) -> Result<serde_json::Value> {
         let bytes = self.rest("error").await?;
         ensure!(!bytes.is_empty(), "the error stream ended without a status");
@@ -187,7 +187,7 @@ impl Session {
     }
 }
 
-/// A connection that was upgraded to SPDY, and the protocol the server chose of `protocol`.
+/// Upgrades a connection to SPDY. Returns it with the protocol that the server selected.
 pub async fn upgrade_spdy(url: &str, protocol: &str) -> Result<(TcpStream, String)> {
     let head = format!(
         "Connection: Upgrade\r\nUpgrade: SPDY/3.1\r\nX-Stream-Protocol-Version: {protocol}\r\n"
@@ -205,7 +205,7 @@ pub async fn upgrade_spdy(url: &str, protocol: &str) -> Result<(TcpStream, Strin
     Ok((socket, chosen))
 }
 
-/// Sends a request's head to `url` and reads the answer's; the socket is behind both.
+/// Sends a request head to `url` and reads the response head. Returns the socket, positioned after both.
 pub async fn request(url: &str, method: &str, headers: &str) -> Result<(TcpStream, u16, String)> {
     let Some((host, path)) = url
         .strip_prefix("http://")
@@ -220,9 +220,9 @@ pub async fn request(url: &str, method: &str, headers: &str) -> Result<(TcpStrea
     let mut answer = Vec::new();
     while !answer.ends_with(b"\r\n\r\n") {
         ensure!(answer.len() < 8192, "an endless head");
-        match tokio::time::timeout(PATIENCE, socket.read_u8()).await {
+        match tokio::time::timeout(MESSAGE_TIMEOUT, socket.read_u8()).await {
             Ok(byte) => answer.push(byte?),
-            Err(_) => bail!("no answer to {method} within {PATIENCE:?}"),
+            Err(_) => bail!("no answer to {method} within {MESSAGE_TIMEOUT:?}"),
         }
     }
     let answer = String::from_utf8_lossy(&answer).into_owned();

@@ -1,9 +1,9 @@
-//! The client's half of SPDY/3.1: opens streams, sends and receives. Header blocks are written as stored deflate blocks
-//! (no dictionary); those of the server are not looked at.
+//! Client side of SPDY/3.1: opens streams, sends and receives. Header blocks are written as stored deflate blocks (no
+//! dictionary); the server's header blocks are ignored.
 
-use super::PATIENCE;
+use super::MESSAGE_TIMEOUT;
 use crate::bail;
-use crate::outcome::Result;
+use crate::failure::Result;
 use boxlite_sys::sync::Mutex;
 use bytes::Bytes;
 use std::collections::HashMap;
@@ -12,16 +12,16 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, Wr
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
-/// What a stream is made over.
+/// Transport of a connection.
 pub trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
 
 type Table = Arc<Mutex<HashMap<u32, mpsc::UnboundedSender<Bytes>>>>;
 
-/// One connection.
+/// A SPDY connection.
 pub struct Client {
     sink: WriteHalf<Box<dyn Io>>,
-    /// Until the first read.
+    /// Read half until the reader starts.
     source: Option<ReadHalf<Box<dyn Io>>>,
     reading: Option<JoinHandle<()>>,
     streams: Table,
@@ -29,25 +29,25 @@ pub struct Client {
     first_block: bool,
 }
 
-/// An opened stream.
+/// An open stream.
 pub struct Stream {
     pub id: u32,
-    /// Ends with the server's half-close, its reset, or the connection.
+    /// Incoming bytes; ends with the server's half-close, its reset, or the connection.
     pub incoming: mpsc::UnboundedReceiver<Bytes>,
 }
 
 impl Client {
-    /// Over an upgraded connection; reads in a task of its own.
+    /// Creates a client on an upgraded connection. A task reads from it.
     pub fn new(socket: impl Io + 'static) -> Self {
-        let mut client = Self::deaf(socket);
+        let mut client = Self::never_reading(socket);
         if let Some(source) = client.source.take() {
             client.reading = Some(tokio::spawn(read(source, client.streams.clone())));
         }
         client
     }
 
-    /// One that never reads: the slowest of all clients.
-    pub fn deaf(socket: impl Io + 'static) -> Self {
+    /// Creates a client that never reads: the slowest possible client.
+    pub fn never_reading(socket: impl Io + 'static) -> Self {
         let (source, sink) = tokio::io::split(Box::new(socket) as Box<dyn Io>);
         Self {
             sink,
@@ -59,7 +59,7 @@ impl Client {
         }
     }
 
-    /// Opens a stream with these headers, whose names are in lower case.
+    /// Opens a stream with these headers; names are in lower case.
     pub async fn open(&mut self, headers: &[(&str, &str)]) -> Result<Stream> {
         let id = self.next;
         self.next += 2;
@@ -72,7 +72,7 @@ impl Client {
         Ok(Stream { id, incoming })
     }
 
-    /// Sends bytes on a stream; `fin`: the last.
+    /// Sends bytes on a stream; `fin` half-closes it.
     pub async fn send(&mut self, id: u32, data: &[u8], fin: bool) -> Result {
         let mut pieces = data.chunks(32 << 10).peekable();
         while let Some(piece) = pieces.next() {
@@ -94,14 +94,14 @@ impl Client {
         frame.extend_from_slice(&word.to_be_bytes());
         frame.extend_from_slice(&(u32::from(flags) << 24 | payload.len() as u32).to_be_bytes());
         frame.extend_from_slice(payload);
-        match tokio::time::timeout(PATIENCE, async {
+        match tokio::time::timeout(MESSAGE_TIMEOUT, async {
             self.sink.write_all(&frame).await?;
             self.sink.flush().await
         })
         .await
         {
             Ok(written) => Ok(written?),
-            Err(_) => bail!("the server takes no bytes within {PATIENCE:?}"),
+            Err(_) => bail!("the server takes no bytes within {MESSAGE_TIMEOUT:?}"),
         }
     }
 
@@ -120,7 +120,7 @@ impl Client {
         block.extend_from_slice(&length.to_le_bytes());
         block.extend_from_slice(&(!length).to_le_bytes());
         block.extend(list);
-        // An empty block, as zlib's sync flush ends with: Go's inflate gives nothing out before the next block's head.
+        // An empty block, as after zlib's sync flush: Go's inflate returns nothing before the next block's header.
         block.extend_from_slice(&[0, 0, 0, 0xff, 0xff]);
         block
     }
@@ -134,7 +134,7 @@ impl Drop for Client {
     }
 }
 
-/// Hands frames to their streams until the connection ends.
+/// Dispatches frames to their streams until the connection ends.
 async fn read(mut source: ReadHalf<Box<dyn Io>>, streams: Table) {
     let table = || streams.lock();
     let mut head = [0; 8];

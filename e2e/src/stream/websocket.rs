@@ -1,6 +1,6 @@
-//! The client's half of WebSocket, on tungstenite: version 5 of the channel protocol, and a tunnel of bytes for SPDY.
+//! Client side of WebSocket, based on tungstenite: version 5 of the channel protocol, and a byte tunnel for SPDY.
 
-use crate::outcome::Result;
+use crate::failure::Result;
 use crate::{bail, ensure};
 use bytes::Bytes;
 use futures::stream::SplitSink;
@@ -15,12 +15,12 @@ use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::http::HeaderValue;
 
-/// Channels by their number.
+/// Names of the channels by number.
 const NAMES: [&str; 5] = ["stdin", "stdout", "stderr", "error", "resize"];
 
 type Socket = WebSocketStream<TcpStream>;
 
-/// Connects with one subprotocol, which the server must take.
+/// Connects with one subprotocol, which the server must select.
 pub async fn connect(url: &str, subprotocol: &str) -> Result<Socket> {
     let mut request = url.replacen("http://", "ws://", 1).into_client_request()?;
     request.headers_mut().insert(
@@ -39,7 +39,7 @@ pub async fn connect(url: &str, subprotocol: &str) -> Result<Socket> {
     Ok(socket)
 }
 
-/// The sending half of a session.
+/// Sending half of a session.
 pub struct Channels {
     sink: SplitSink<Socket, Message>,
     reading: JoinHandle<()>,
@@ -99,12 +99,12 @@ pub async fn open(url: &str, names: &[&'static str]) -> Result<(Channels, Incomi
     Ok((Channels { sink, reading }, incoming))
 }
 
-/// A stream of bytes through a WebSocket: for SPDY in binary messages.
+/// Opens a byte stream through a WebSocket, for SPDY in binary messages.
 pub async fn tunnel(url: &str, subprotocol: &str) -> Result<DuplexStream> {
     let (mut sink, mut source) = connect(url, subprotocol).await?.split();
     let (near, far) = tokio::io::duplex(64 << 10);
     let (mut from, mut to) = tokio::io::split(far);
-    // Both end with the connection or the returned half.
+    // Both tasks end with the connection or the returned half.
     tokio::spawn(async move {
         while let Some(Ok(message)) = source.next().await {
             if let Message::Binary(bytes) = message

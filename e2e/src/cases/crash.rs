@@ -1,15 +1,16 @@
-//! Death: kill -9 of the daemon at random moments loses nothing; kill -9 of a shim or a VMM is seen within 2 s and what
-//! is left is removed cleanly. Each on a node of its own, repeatedly.
+//! Crashes: kill -9 of the daemon at random moments loses nothing; kill -9 of a shim or a VMM is noticed within 2 s and
+//! leaves nothing after removal. Each case has a dedicated node.
 
-use crate::leak::Trace;
+use crate::case;
+use crate::context::Backend;
+use crate::failure::Result;
+use crate::leak::LeakSnapshot;
 use crate::logs;
 use crate::node::Node;
-use crate::outcome::Result;
 use crate::pod::{Pod, pod_spec, pull};
 use crate::process::{family, kill, rss};
-use crate::runner::{Case, Shared, case};
-use crate::world::Home;
-use crate::{ensure, same, wait};
+use crate::runner::{Case, Context};
+use crate::{ensure, poll, same};
 use k8s_cri::v1::*;
 use rand::Rng;
 use std::sync::Arc;
@@ -17,50 +18,38 @@ use std::time::{Duration, Instant};
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("death::daemon_while_a_pod_logs", 120, daemon_while_logging),
-        case(
-            "death::daemon_and_what_ended_meanwhile",
-            120,
-            ended_meanwhile,
-        ),
-        case(
-            "death::daemon_at_random_moments_of_a_start",
-            300,
-            random_moments,
-        ),
-        case("death::daemon_during_a_pull", 120, during_pull),
-        case("death::daemon_terminated_and_started", 90, terminated),
-        case("death::shim_killed", 120, shim_killed),
-        case("death::vmm_killed", 120, vmm_killed),
-        case("death::helpers_killed", 120, helpers_killed)
-            .not_in(Home::Krun, "libkrun has no helper processes"),
-        case(
-            "death::pods_removed_behind_a_dead_daemon",
-            120,
-            removed_behind,
-        ),
+        case!(killed_daemon_loses_no_log_lines, 120),
+        case!(exits_during_downtime_are_reported, 120),
+        case!(killed_daemon_at_random_moments_of_a_start, 300),
+        case!(killed_daemon_during_a_pull_recovers, 120),
+        case!(terminated_daemon_keeps_its_pods, 90),
+        case!(killed_shim_is_noticed_and_cleaned_up, 120),
+        case!(killed_vmm_is_noticed_and_cleaned_up, 120),
+        case!(killed_helpers_are_noticed_and_cleaned_up, 120)
+            .not_on(Backend::Krun, "libkrun has no helper processes"),
+        case!(pods_removed_during_downtime_are_forgotten, 120),
     ]
 }
 
-async fn node(world: &Shared, name: &str) -> Result<Arc<Node>> {
-    let node = world.own_node(name, |_| {}).await?;
-    pull(&node, &world.images.base).await?;
+async fn node(ctx: &Context, name: &str) -> Result<Arc<Node>> {
+    let node = ctx.dedicated_node(name, |_| {}).await?;
+    pull(&node, &ctx.images.base).await?;
     Ok(node)
 }
 
-async fn daemon_while_logging(world: Shared) -> Result {
-    let node = node(&world, "dlog").await?;
+async fn killed_daemon_loses_no_log_lines(ctx: Context) -> Result {
+    let node = node(&ctx, "dlog").await?;
     let pod = Pod::run(&node, "logs").await?;
-    let (turns, lines) = (world.rounds(3, 2), world.rounds(500, 300));
+    let (turns, lines) = (ctx.rounds(3, 2), ctx.rounds(500, 300));
     let script = format!(
         "i=0; while [ $i -lt {lines} ]; do echo line $i; i=$((i+1)); usleep 10000; done; exit 17"
     );
     let c = pod
-        .start("c", &world.images.base, &["sh", "-c", &script])
+        .start("c", &ctx.images.base, &["sh", "-c", &script])
         .await?;
     for turn in 0..turns {
         let seen = logs::read(&c.log())?.len();
-        wait::until("more lines", world.patience(20), || async {
+        poll::until("more lines", ctx.patience(20), || async {
             let n = logs::read(&c.log())?.len();
             ensure!(n > seen + 30, "{n} lines after {seen}, turn {turn}");
             Ok(())
@@ -68,7 +57,7 @@ async fn daemon_while_logging(world: Shared) -> Result {
         .await?;
         node.kill().await?;
         let dead = logs::read(&c.log())?.len();
-        wait::until("lines while no daemon runs", world.patience(20), || async {
+        poll::until("lines while no daemon runs", ctx.patience(20), || async {
             let n = logs::read(&c.log())?.len();
             ensure!(n > dead + 10, "{n} lines after {dead}");
             Ok(())
@@ -86,11 +75,7 @@ async fn daemon_while_logging(world: Shared) -> Result {
             "ExecSync, turn {turn}"
         );
     }
-    same!(
-        c.exited(world.patience(60)).await?.exit_code,
-        17,
-        "exit code"
-    );
+    same!(c.exited(ctx.patience(60)).await?.exit_code, 17, "exit code");
     let wanted: String = (0..lines).map(|i| format!("line {i}\n")).collect();
     ensure!(
         logs::stream(&logs::read(&c.log())?, "stdout") == wanted.as_bytes(),
@@ -99,14 +84,14 @@ async fn daemon_while_logging(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn ended_meanwhile(world: Shared) -> Result {
-    let node = node(&world, "dend").await?;
+async fn exits_during_downtime_are_reported(ctx: Context) -> Result {
+    let node = node(&ctx, "dend").await?;
     let pod = Pod::run(&node, "ends").await?;
     let flag = node.dir.join("go");
     std::fs::create_dir_all(&flag)?;
     let mut config = crate::pod::container_spec(
         "c",
-        &world.images.base,
+        &ctx.images.base,
         &[
             "sh",
             "-c",
@@ -120,18 +105,18 @@ async fn ended_meanwhile(world: Shared) -> Result {
     }];
     let c = pod.start_with(config).await?;
     let stays = pod
-        .start("stays", &world.images.base, &["sleep", "1000"])
+        .start("stays", &ctx.images.base, &["sleep", "1000"])
         .await?;
     let created = pod
-        .create("created", &world.images.base, &["sh", "-c", "exit 4"])
+        .create("created", &ctx.images.base, &["sh", "-c", "exit 4"])
         .await?;
     let before = (pod.status().await?, stays.status().await?);
     node.kill().await?;
     std::fs::write(flag.join("now"), "")?;
-    c.printed("bye", world.patience(20)).await?;
+    c.printed("bye", ctx.patience(20)).await?;
     node.serve().await?;
     same!(
-        c.exited(world.patience(5)).await?.exit_code,
+        c.exited(ctx.patience(5)).await?.exit_code,
         23,
         "exit code of what ended meanwhile"
     );
@@ -144,26 +129,26 @@ async fn ended_meanwhile(world: Shared) -> Result {
     same!(
         (after.1.state(), after.1.started_at, after.1.metadata),
         (before.1.state(), before.1.started_at, before.1.metadata),
-        "the neighbour"
+        "the neighbor"
     );
     created.start().await?;
     same!(
-        created.exited(world.patience(20)).await?.exit_code,
+        created.exited(ctx.patience(20)).await?.exit_code,
         4,
         "one that was created before and started after"
     );
     pod.end().await
 }
 
-async fn random_moments(world: Shared) -> Result {
-    let node = node(&world, "drnd").await?;
-    let clean = Trace::take(&node)?;
-    // About the length of run + create + start + exec in each home.
-    let span = world.patience(3).as_millis() as u64;
-    for turn in 0..world.rounds(10, 4) {
+async fn killed_daemon_at_random_moments_of_a_start(ctx: Context) -> Result {
+    let node = node(&ctx, "drnd").await?;
+    let clean = LeakSnapshot::take(&node)?;
+    // Roughly the duration of run, create, start and exec on this backend.
+    let span = ctx.patience(3).as_millis() as u64;
+    for turn in 0..ctx.rounds(10, 4) {
         let config = pod_spec(&node, &format!("r{turn}"));
         let work = tokio::spawn({
-            let (node, config, image) = (node.clone(), config.clone(), world.images.base.clone());
+            let (node, config, image) = (node.clone(), config.clone(), ctx.images.base.clone());
             async move {
                 let pod = Pod::run_with(&node, config).await?;
                 let c = pod
@@ -196,14 +181,14 @@ async fn random_moments(world: Shared) -> Result {
                 .await?;
         }
         same!(
-            pod.sh(&world.images.base, "echo alive").await?,
+            pod.sh(&ctx.images.base, "echo alive").await?,
             "alive\n",
             "turn {turn}, killed after {delay} ms"
         );
         pod.end().await?;
         let daemon = |name: &String| name.contains("boxlite-cri");
-        let left: Vec<_> = wait::until("nothing left", world.patience(10), || async {
-            let left: Vec<_> = Trace::take(&node)?
+        let left: Vec<_> = poll::until("nothing left", ctx.patience(10), || async {
+            let left: Vec<_> = LeakSnapshot::take(&node)?
                 .beyond(&clean)
                 .into_iter()
                 .filter(|n| !daemon(n))
@@ -220,8 +205,8 @@ async fn random_moments(world: Shared) -> Result {
     Ok(())
 }
 
-/// What a kubelet does with a pod it may have started: takes the sandbox of that name if it is READY, else stops and
-/// removes it and runs the next attempt.
+/// Acts as a kubelet does on a pod that it may have started: uses the sandbox of that name if it is READY, otherwise
+/// stops and removes it and runs the next attempt.
 async fn as_a_kubelet(node: &Arc<Node>, mut config: PodSandboxConfig) -> Result<Pod> {
     let list = node
         .cri
@@ -247,10 +232,10 @@ async fn as_a_kubelet(node: &Arc<Node>, mut config: PodSandboxConfig) -> Result<
     Pod::run_with(node, config).await
 }
 
-async fn during_pull(world: Shared) -> Result {
-    let node = node(&world, "dpull").await?;
-    let image = super::images::bulky(&world.images, 3, 8 << 20)?;
-    world.registry.push("killed", "1", &image).await?;
+async fn killed_daemon_during_a_pull_recovers(ctx: Context) -> Result {
+    let node = node(&ctx, "dpull").await?;
+    let image = super::images::bulky(&ctx.images, 3, 8 << 20)?;
+    ctx.registry.push("killed", "1", &image).await?;
     for _ in 0..4 {
         let work = tokio::spawn({
             let node = node.clone();
@@ -273,12 +258,10 @@ async fn during_pull(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn terminated(world: Shared) -> Result {
-    let node = node(&world, "dterm").await?;
+async fn terminated_daemon_keeps_its_pods(ctx: Context) -> Result {
+    let node = node(&ctx, "dterm").await?;
     let pod = Pod::run(&node, "upgrade").await?;
-    let c = pod
-        .start("c", &world.images.base, &["sleep", "1000"])
-        .await?;
+    let c = pod.start("c", &ctx.images.base, &["sleep", "1000"]).await?;
     node.terminate().await?;
     node.serve().await?;
     same!(
@@ -290,16 +273,16 @@ async fn terminated(world: Shared) -> Result {
     pod.end().await
 }
 
-/// NOTREADY and EXITED within 2 s of `since`, then Stop and Remove leave nothing.
-async fn noticed(
+/// Expects NOTREADY and EXITED within 2 s of `since`, and no remains after Stop and Remove.
+async fn expect_noticed(
     pod: &Pod,
     c: &crate::pod::Container,
     since: Instant,
-    clean: &Trace,
-    world: &Shared,
+    clean: &LeakSnapshot,
+    ctx: &Context,
 ) -> Result {
     let limit = Duration::from_secs(2);
-    wait::until("NOTREADY", limit, || async {
+    poll::until("NOTREADY", limit, || async {
         let state = pod.status().await?.state();
         ensure!(state == PodSandboxState::SandboxNotready, "{state:?}");
         Ok(())
@@ -323,37 +306,33 @@ async fn noticed(
     clean.restored(&pod.node).await?;
     let again = Pod::run(&pod.node, "next").await?;
     same!(
-        again.sh(&world.images.base, "echo fine").await?,
+        again.sh(&ctx.images.base, "echo fine").await?,
         "fine\n",
         "the next pod"
     );
     again.end().await
 }
 
-async fn shim_killed(world: Shared) -> Result {
-    let node = node(&world, "kshim").await?;
-    let clean = Trace::take(&node)?;
-    for _ in 0..world.rounds(2, 1) {
+async fn killed_shim_is_noticed_and_cleaned_up(ctx: Context) -> Result {
+    let node = node(&ctx, "kshim").await?;
+    let clean = LeakSnapshot::take(&node)?;
+    for _ in 0..ctx.rounds(2, 1) {
         let pod = Pod::run(&node, "shim").await?;
-        let c = pod
-            .start("c", &world.images.base, &["sleep", "1000"])
-            .await?;
+        let c = pod.start("c", &ctx.images.base, &["sleep", "1000"]).await?;
         let (shim, _) = family(&pod.id)?;
         let since = Instant::now();
         kill(shim)?;
-        noticed(&pod, &c, since, &clean, &world).await?;
+        expect_noticed(&pod, &c, since, &clean, &ctx).await?;
     }
     Ok(())
 }
 
-async fn vmm_killed(world: Shared) -> Result {
-    let node = node(&world, "kvmm").await?;
-    let clean = Trace::take(&node)?;
-    for _ in 0..world.rounds(2, 1) {
+async fn killed_vmm_is_noticed_and_cleaned_up(ctx: Context) -> Result {
+    let node = node(&ctx, "kvmm").await?;
+    let clean = LeakSnapshot::take(&node)?;
+    for _ in 0..ctx.rounds(2, 1) {
         let pod = Pod::run(&node, "vmm").await?;
-        let c = pod
-            .start("c", &world.images.base, &["sleep", "1000"])
-            .await?;
+        let c = pod.start("c", &ctx.images.base, &["sleep", "1000"]).await?;
         let (_, below) = family(&pod.id)?;
         let vm = below.iter().copied().max_by_key(|&p| rss(p));
         let Some(vm) = vm else {
@@ -361,19 +340,17 @@ async fn vmm_killed(world: Shared) -> Result {
         };
         let since = Instant::now();
         kill(vm)?;
-        noticed(&pod, &c, since, &clean, &world).await?;
+        expect_noticed(&pod, &c, since, &clean, &ctx).await?;
     }
     Ok(())
 }
 
-async fn helpers_killed(world: Shared) -> Result {
-    let node = node(&world, "khelp").await?;
-    let clean = Trace::take(&node)?;
+async fn killed_helpers_are_noticed_and_cleaned_up(ctx: Context) -> Result {
+    let node = node(&ctx, "khelp").await?;
+    let clean = LeakSnapshot::take(&node)?;
     for helper in ["virtiofsd", "vhost-device"] {
         let pod = Pod::run(&node, "helper").await?;
-        let c = pod
-            .start("c", &world.images.base, &["sleep", "1000"])
-            .await?;
+        let c = pod.start("c", &ctx.images.base, &["sleep", "1000"]).await?;
         let (_, below) = family(&pod.id)?;
         let named = |pid: &i32| {
             std::fs::read_to_string(format!("/proc/{pid}/comm"))
@@ -384,18 +361,16 @@ async fn helpers_killed(world: Shared) -> Result {
         };
         let since = Instant::now();
         kill(pid)?;
-        noticed(&pod, &c, since, &clean, &world).await?;
+        expect_noticed(&pod, &c, since, &clean, &ctx).await?;
     }
     Ok(())
 }
 
-async fn removed_behind(world: Shared) -> Result {
-    let node = node(&world, "kboth").await?;
-    let clean = Trace::take(&node)?;
+async fn pods_removed_during_downtime_are_forgotten(ctx: Context) -> Result {
+    let node = node(&ctx, "kboth").await?;
+    let clean = LeakSnapshot::take(&node)?;
     let pod = Pod::run(&node, "both").await?;
-    let c = pod
-        .start("c", &world.images.base, &["sleep", "1000"])
-        .await?;
+    let c = pod.start("c", &ctx.images.base, &["sleep", "1000"]).await?;
     let (shim, _) = family(&pod.id)?;
     node.kill().await?;
     kill(shim)?;
@@ -411,8 +386,8 @@ async fn removed_behind(world: Shared) -> Result {
         "its container"
     );
     pod.end().await?;
-    wait::until("nothing left", world.patience(10), || async {
-        let left: Vec<_> = Trace::take(&node)?
+    poll::until("nothing left", ctx.patience(10), || async {
+        let left: Vec<_> = LeakSnapshot::take(&node)?
             .beyond(&clean)
             .into_iter()
             .filter(|n| !n.contains("boxlite-cri"))

@@ -1,13 +1,14 @@
-//! Mounts that containers make below Bidirectional volumes: on the host when the command has ended, with files that both
-//! sides write, gone with umount, container, pod and a shim that is killed.
+//! Mounts made by containers below Bidirectional volumes: they are on the host when the command has ended, both sides
+//! can write files, and they are removed by umount and with the container, the pod and a killed shim.
 
-use super::volumes::{Tmpfs, home, mount, seen};
-use crate::enclave::run;
-use crate::outcome::Result;
+use super::volumes::{Tmpfs, eventually, mount, volume_dir};
+use crate::case;
+use crate::context::Backend;
+use crate::failure::Result;
+use crate::namespaces::run;
 use crate::pod::{Container, Pod, container_spec};
 use crate::process::{family, kill, rss};
-use crate::runner::{Case, Shared, case};
-use crate::world::Home;
+use crate::runner::{Case, Context};
 use crate::{ensure, same};
 use k8s_cri::v1::*;
 use nix::sys::signal::Signal;
@@ -16,18 +17,18 @@ use std::time::{Duration, Instant};
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("shown::mounts_of_a_container_on_the_host", 120, mounts),
-        case("shown::files_both_ways", 120, files),
-        case("shown::a_killed_shim_leaves_no_mount", 120, killed),
-        case("shown::a_guest_that_stops_answering", 300, stopped).not_in(
-            Home::Krun,
+        case!(container_mounts_appear_on_the_host, 120),
+        case!(files_are_shared_both_ways, 120),
+        case!(killed_shim_leaves_no_mount, 120),
+        case!(unresponsive_guest_does_not_block_readers, 300).not_on(
+            Backend::Krun,
             "a minute by its limits, and nothing of the VMM's",
         ),
     ]
 }
 
-/// Mounts of pods that the host has, by mount point.
-fn shown(below: &Path) -> Result<Vec<PathBuf>> {
+/// Returns the mount points of exported mounts on the host.
+fn exported_mounts(below: &Path) -> Result<Vec<PathBuf>> {
     let table = std::fs::read_to_string("/proc/self/mountinfo")?;
     let points = table
         .lines()
@@ -36,13 +37,13 @@ fn shown(below: &Path) -> Result<Vec<PathBuf>> {
     Ok(points.filter(|point| point.starts_with(below)).collect())
 }
 
-/// A privileged container with `dir` at /both.
-async fn container(world: &Shared, pod: &Pod, name: &str, dir: &Path) -> Result<Container> {
-    with_pids(world, pod, name, dir, NamespaceMode::Container).await
+/// Starts a privileged container with `dir` at /both.
+async fn container(ctx: &Context, pod: &Pod, name: &str, dir: &Path) -> Result<Container> {
+    with_pids(ctx, pod, name, dir, NamespaceMode::Container).await
 }
 
 async fn with_pids(
-    world: &Shared,
+    ctx: &Context,
     pod: &Pod,
     name: &str,
     dir: &Path,
@@ -50,7 +51,7 @@ async fn with_pids(
 ) -> Result<Container> {
     let mut volume = mount(dir, "/both");
     volume.propagation = MountPropagation::PropagationBidirectional.into();
-    let mut config = container_spec(name, &world.images.base, &["sleep", "1000"]);
+    let mut config = container_spec(name, &ctx.images.base, &["sleep", "1000"]);
     config.mounts = vec![volume];
     let linux = config.linux.get_or_insert_default();
     let security = linux.security_context.get_or_insert_default();
@@ -60,24 +61,24 @@ async fn with_pids(
     pod.start_with(config).await
 }
 
-/// The host's look at a file of the guest, which a thread waits for.
+/// Reads a guest file on the host, in a blocking thread.
 async fn read(path: PathBuf) -> Result<String> {
     Ok(tokio::fs::read_to_string(path).await?)
 }
 
-async fn mounts(world: Shared) -> Result {
-    let dir = home(&world, "shown")?;
+async fn container_mounts_appear_on_the_host(ctx: Context) -> Result {
+    let dir = volume_dir(&ctx, "shown")?;
     for name in ["memory", "deep/etc", "of-host", "left"] {
         std::fs::create_dir_all(dir.join(name))?;
     }
-    let pod = Pod::run(&world.node, "shown").await?;
-    let c = container(&world, &pod, "c", &dir).await?;
+    let pod = Pod::run(&ctx.node, "shown").await?;
+    let c = container(&ctx, &pod, "c", &dir).await?;
     same!(
         c.status().await?.mounts[0].propagation,
         MountPropagation::PropagationBidirectional as i32,
         "propagation in the status"
     );
-    // What a command has mounted is there when the command has ended: nothing is waited for.
+    // A command's mounts are on the host when the command has ended, without waiting.
     let script = "mount -t tmpfs -o size=8m tmpfs /both/memory && echo guest > /both/memory/flag";
     c.out(&["sh", "-c", script]).await?;
     let memory = dir.join("memory");
@@ -86,54 +87,66 @@ async fn mounts(world: Shared) -> Result {
     c.out(&["sh", "-c", script]).await?;
     let mark = dir.join("deep/etc/mark");
     same!(read(mark).await?, "root\n", "in the bind mount");
-    same!(shown(&dir)?.len(), 2, "mounts on the host");
+    same!(exported_mounts(&dir)?.len(), 2, "mounts on the host");
 
-    // What the host mounts is seen by the container, as with HostToContainer.
+    // Mounts made by the host are seen in the container, as with HostToContainer.
     let of_host = Tmpfs::new(dir.join("of-host"), "size=1m")?;
-    seen("the host's mount", || async {
+    eventually("the host's mount", || async {
         let flag = c.out(&["cat", "/both/of-host/flag"]).await?;
         same!(flag, "of the host\n", "flag");
         Ok(())
     })
     .await?;
-    same!(shown(&dir)?.len(), 2, "the host's own is none of the pod's");
+    same!(
+        exported_mounts(&dir)?.len(),
+        2,
+        "the host's own is none of the pod's"
+    );
 
-    // A mount that goes in the guest goes on the host, and is not busy because the host looked at it.
+    // A mount removed in the guest is removed on the host, and is not busy because the host read from it.
     c.out(&["umount", "/both/memory"]).await?;
-    same!(shown(&dir)?, [dir.join("deep/etc")], "after umount");
+    same!(
+        exported_mounts(&dir)?,
+        [dir.join("deep/etc")],
+        "after umount"
+    );
     let left = std::fs::read_dir(&memory)?.count();
     same!(left, 0, "what the host has there");
     drop(of_host);
 
-    // A container that goes with its mounts leaves none, and so does a pod, also where the host has a file open.
-    let d = container(&world, &pod, "d", &dir).await?;
+    // A container with mounts leaves none behind, nor does a pod, even while the host has a file open.
+    let d = container(&ctx, &pod, "d", &dir).await?;
     let script = "mount -t tmpfs tmpfs /both/left && echo x > /both/left/open";
     d.out(&["sh", "-c", script]).await?;
     let open = std::fs::File::open(dir.join("left/open"))?;
-    same!(shown(&dir)?.len(), 2, "mounts of two containers");
+    same!(exported_mounts(&dir)?.len(), 2, "mounts of two containers");
     c.stop(0).await?;
-    seen("the end of a container", || async {
-        same!(shown(&dir)?, [dir.join("left")], "mounts of the other one");
+    eventually("the end of a container", || async {
+        same!(
+            exported_mounts(&dir)?,
+            [dir.join("left")],
+            "mounts of the other one"
+        );
         Ok(())
     })
     .await?;
     pod.end().await?;
-    same!(shown(&dir)?, [] as [PathBuf; 0], "after the pod");
+    same!(exported_mounts(&dir)?, [] as [PathBuf; 0], "after the pod");
     drop(open);
     Ok(())
 }
 
-async fn files(world: Shared) -> Result {
-    let dir = home(&world, "files")?;
+async fn files_are_shared_both_ways(ctx: Context) -> Result {
+    let dir = volume_dir(&ctx, "files")?;
     let memory = dir.join("memory");
     std::fs::create_dir_all(&memory)?;
-    let pod = Pod::run(&world.node, "files").await?;
-    // It sees the agent: process 1 of the VM.
-    let c = with_pids(&world, &pod, "c", &dir, NamespaceMode::Node).await?;
+    let pod = Pod::run(&ctx.node, "files").await?;
+    // The container sees the agent, process 1 of the VM.
+    let c = with_pids(&ctx, &pod, "c", &dir, NamespaceMode::Node).await?;
     let script = "mount -t tmpfs -o size=8m tmpfs /both/memory && echo guest > /both/memory/flag";
     c.out(&["sh", "-c", script]).await?;
 
-    // Several messages each way.
+    // Larger than one message in each direction.
     let big = memory.join("big");
     let bytes: Vec<u8> = (0..3_000_000_u32).map(|n| (n / 7) as u8).collect();
     tokio::fs::write(&big, &bytes).await?;
@@ -162,8 +175,8 @@ async fn files(world: Shared) -> Result {
         "flag\nlink\n",
         "after the host removed a file"
     );
-    // What the host has looked at and does not use is forgotten, now and then: the agent has a descriptor for each file until
-    // then. After a thousand the shim sees to it.
+    // Files that the host has accessed and no longer uses are forgotten from time to time, since the agent holds a
+    // descriptor for each. The shim does so after a thousand.
     let script = "mkdir /both/memory/many && cd /both/memory/many && seq 2000 | xargs touch";
     c.out(&["sh", "-c", script]).await?;
     let many = memory.join("many").display().to_string();
@@ -172,10 +185,10 @@ async fn files(world: Shared) -> Result {
     let open = c.out(&["sh", "-c", "ls /proc/1/fd | wc -l"]).await?;
     let open: usize = open.trim().parse()?;
     ensure!(open < 1700, "{open} descriptors of the agent");
-    // And what the guest writes, the host sees soon.
+    // The host soon sees changes made by the guest.
     c.out(&["sh", "-c", "echo again > /both/memory/flag"])
         .await?;
-    seen("a write of the guest", || async {
+    eventually("a write of the guest", || async {
         same!(read(memory.join("flag")).await?, "again\n", "the file");
         Ok(())
     })
@@ -183,26 +196,26 @@ async fn files(world: Shared) -> Result {
     pod.end().await
 }
 
-async fn killed(world: Shared) -> Result {
-    let dir = home(&world, "killed")?;
+async fn killed_shim_leaves_no_mount(ctx: Context) -> Result {
+    let dir = volume_dir(&ctx, "killed")?;
     std::fs::create_dir_all(dir.join("memory"))?;
-    let pod = Pod::run(&world.node, "killed").await?;
-    let c = container(&world, &pod, "c", &dir).await?;
+    let pod = Pod::run(&ctx.node, "killed").await?;
+    let c = container(&ctx, &pod, "c", &dir).await?;
     c.out(&["mount", "-t", "tmpfs", "tmpfs", "/both/memory"])
         .await?;
-    same!(shown(&dir)?.len(), 1, "mounts on the host");
+    same!(exported_mounts(&dir)?.len(), 1, "mounts on the host");
     kill(family(&pod.id)?.0)?;
     pod.end().await?;
-    same!(shown(&dir)?, [] as [PathBuf; 0], "after the pod");
+    same!(exported_mounts(&dir)?, [] as [PathBuf; 0], "after the pod");
     Ok(())
 }
 
-/// How long a reader of the host may wait for a guest that does not answer: the shim takes a connection for broken that has been
-/// silent for a minute. And how long the shim needs to find out that the guest does not end by itself.
-const SILENCE: Duration = Duration::from_secs(75);
-const STOP: Duration = Duration::from_secs(90);
+/// Limit for a reader on the host when the guest does not answer: the shim treats a connection as broken after a minute
+/// of silence, and needs some time to notice that the guest does not end by itself.
+const READ_LIMIT: Duration = Duration::from_secs(75);
+const STOP_LIMIT: Duration = Duration::from_secs(90);
 
-/// Signals the process that is the VM.
+/// Sends a signal to the VM's process.
 fn signal_vm(pod: &Pod, signal: Signal) -> Result {
     let below = family(&pod.id)?.1;
     let vm = below.into_iter().max_by_key(|pid| rss(*pid));
@@ -210,29 +223,30 @@ fn signal_vm(pod: &Pod, signal: Signal) -> Result {
     Ok(nix::sys::signal::kill(vm, signal)?)
 }
 
-/// Reads a file in a process of its own, which nothing but the answer can end; answers how long it took, and what came.
-async fn patient(file: &Path) -> Result<(Duration, std::process::Output)> {
+/// Reads a file in a separate process, which only the answer can unblock. Returns the duration and the output.
+async fn timed_read(file: &Path) -> Result<(Duration, std::process::Output)> {
     let began = Instant::now();
     let output = tokio::process::Command::new("cat").arg(file).output();
-    let output = tokio::time::timeout(SILENCE + STOP, output).await;
+    let output = tokio::time::timeout(READ_LIMIT + STOP_LIMIT, output).await;
     Ok((began.elapsed(), output??))
 }
 
-/// Two VMs that stand still use no processor: what takes its minute for both goes on at one time.
-async fn stopped(world: Shared) -> Result {
-    let (first, second) = (
-        mounted(&world, "away").await?,
-        mounted(&world, "hung").await?,
-    );
-    tokio::try_join!(comes_back(first), ends(second)).map(drop)
+/// Two stopped VMs use no CPU, so both waits of a minute run at the same time.
+async fn unresponsive_guest_does_not_block_readers(ctx: Context) -> Result {
+    let (first, second) = (mounted(&ctx, "away").await?, mounted(&ctx, "hung").await?);
+    tokio::try_join!(
+        recovers_after_stop(first),
+        returns_when_the_pod_ends(second)
+    )
+    .map(drop)
 }
 
-/// A pod with a mount on the host, and a file in it.
-async fn mounted(world: &Shared, name: &str) -> Result<(Pod, PathBuf)> {
-    let dir = home(world, name)?;
+/// Runs a pod with an exported mount and a file in it.
+async fn mounted(ctx: &Context, name: &str) -> Result<(Pod, PathBuf)> {
+    let dir = volume_dir(ctx, name)?;
     std::fs::create_dir_all(dir.join("memory"))?;
-    let pod = Pod::run(&world.node, name).await?;
-    let c = container(world, &pod, "c", &dir).await?;
+    let pod = Pod::run(&ctx.node, name).await?;
+    let c = container(ctx, &pod, "c", &dir).await?;
     let script = "mount -t tmpfs tmpfs /both/memory && echo here > /both/memory/flag";
     c.out(&["sh", "-c", script]).await?;
     let flag = dir.join("memory/flag");
@@ -240,16 +254,16 @@ async fn mounted(world: &Shared, name: &str) -> Result<(Pod, PathBuf)> {
     Ok((pod, flag))
 }
 
-/// Who reads gets an error in time. The VM has been away, no more: connection and mount are made anew.
-async fn comes_back((pod, flag): (Pod, PathBuf)) -> Result {
+/// Expects readers to get an error in time. The VM was only stopped: connection and mount are re-established.
+async fn recovers_after_stop((pod, flag): (Pod, PathBuf)) -> Result {
     signal_vm(&pod, Signal::SIGSTOP)?;
-    let (waited, output) = patient(&flag).await?;
+    let (waited, output) = timed_read(&flag).await?;
     let words = String::from_utf8_lossy(&output.stderr).into_owned();
-    let refused = !output.status.success() && waited < SILENCE;
+    let refused = !output.status.success() && waited < READ_LIMIT;
     ensure!(refused, "{waited:?}: {words}");
     signal_vm(&pod, Signal::SIGCONT)?;
     let again = Duration::from_secs(30);
-    crate::wait::until("the mount is there again", again, || async {
+    crate::poll::until("the mount is there again", again, || async {
         same!(read(flag.clone()).await?, "here\n", "the file");
         Ok(())
     })
@@ -257,16 +271,20 @@ async fn comes_back((pod, flag): (Pod, PathBuf)) -> Result {
     pod.end().await
 }
 
-/// The pod ends while somebody waits for it, and with it the waiting.
-async fn ends((pod, flag): (Pod, PathBuf)) -> Result {
+/// Expects a blocked reader to return when the pod ends.
+async fn returns_when_the_pod_ends((pod, flag): (Pod, PathBuf)) -> Result {
     signal_vm(&pod, Signal::SIGSTOP)?;
     let point = flag.parent().map(Path::to_owned).unwrap_or_default();
-    let reading = tokio::spawn(async move { patient(&flag).await });
+    let reading = tokio::spawn(async move { timed_read(&flag).await });
     let began = Instant::now();
     pod.end().await?;
     let took = began.elapsed();
-    ensure!(took < STOP, "removed after {took:?}");
-    same!(shown(&point)?, [] as [PathBuf; 0], "after the pod");
+    ensure!(took < STOP_LIMIT, "removed after {took:?}");
+    same!(
+        exported_mounts(&point)?,
+        [] as [PathBuf; 0],
+        "after the pod"
+    );
     let (_, output) = reading.await??;
     ensure!(!output.status.success(), "read {:?}", output.stdout);
     Ok(())

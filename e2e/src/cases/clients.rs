@@ -1,24 +1,25 @@
-//! Clients as they really are: big messages, fifty at a time, deadlines that pass in the middle of every call.
+//! Client behavior: messages of 16 MiB, fifty clients at once, and deadlines that expire during any call.
 
+use crate::case;
 use crate::client::{Cri, answer, within};
-use crate::outcome::Result;
+use crate::failure::Result;
 use crate::pod::{Pod, container_spec, pod_spec};
-use crate::runner::{Case, Shared, case};
-use crate::{ensure, same, wait};
+use crate::runner::{Case, Context};
+use crate::{ensure, poll, same};
 use k8s_cri::v1::*;
 use std::time::Duration;
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case("robust::messages_of_16_mib", 60, big_messages),
-        case("robust::fifty_clients", 90, fifty_clients),
-        case("robust::deadlines_in_the_middle", 120, deadlines),
-        case("robust::bytes_in_the_environment", 60, raw_environment),
+        case!(messages_of_16_mib_are_accepted, 60),
+        case!(fifty_clients_are_served, 90),
+        case!(expired_deadlines_leave_consistent_state, 120),
+        case!(environment_values_may_be_any_bytes, 60),
     ]
 }
 
-/// A list with a filter of this size.
-async fn list_with(world: &Shared, bytes: usize) -> std::result::Result<usize, tonic::Status> {
+/// Lists containers with a filter of this size.
+async fn list_with(ctx: &Context, bytes: usize) -> std::result::Result<usize, tonic::Status> {
     let filter = PodSandboxFilter {
         label_selector: [("big".to_owned(), "x".repeat(bytes))].into(),
         ..Default::default()
@@ -26,35 +27,33 @@ async fn list_with(world: &Shared, bytes: usize) -> std::result::Result<usize, t
     let request = ListPodSandboxRequest {
         filter: Some(filter),
     };
-    let mut client = world.node.cri.runtime();
+    let mut client = ctx.node.cri.runtime();
     let answer = client.list_pod_sandbox(request).await?;
     Ok(answer.into_inner().items.len())
 }
 
-async fn big_messages(world: Shared) -> Result {
-    let taken = list_with(&world, (16 << 20) - 1024).await;
+async fn messages_of_16_mib_are_accepted(ctx: Context) -> Result {
+    let taken = list_with(&ctx, (16 << 20) - 1024).await;
     ensure!(
         taken.as_ref().is_ok_and(|n| *n == 0),
         "just below: {taken:?}"
     );
-    let refused = list_with(&world, 17 << 20).await;
+    let refused = list_with(&ctx, 17 << 20).await;
     ensure!(
         refused
             .as_ref()
             .is_err_and(|s| s.code() == tonic::Code::OutOfRange),
         "beyond: {refused:?}"
     );
-    ensure!(list_with(&world, 1).await.is_ok(), "the daemon is not well");
+    ensure!(list_with(&ctx, 1).await.is_ok(), "the daemon is not well");
     Ok(())
 }
 
-async fn fifty_clients(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "fifty").await?;
-    let c = pod
-        .start("c", &world.images.base, &["sleep", "1000"])
-        .await?;
+async fn fifty_clients_are_served(ctx: Context) -> Result {
+    let pod = Pod::run(&ctx.node, "fifty").await?;
+    let c = pod.start("c", &ctx.images.base, &["sleep", "1000"]).await?;
     let clients = (0..50).map(|number| {
-        let (socket, c) = (world.node.socket(), c.clone());
+        let (socket, c) = (ctx.node.socket(), c.clone());
         tokio::spawn(async move {
             let cri = Cri::lazy(&socket)?;
             for _ in 0..4 {
@@ -84,25 +83,25 @@ async fn fifty_clients(world: Shared) -> Result {
     for client in clients.collect::<Vec<_>>() {
         client
             .await
-            .map_err(|e| crate::outcome::Failure(e.to_string()))??;
+            .map_err(|e| crate::failure::Failure(e.to_string()))??;
     }
     pod.end().await
 }
 
-async fn deadlines(world: Shared) -> Result {
-    let config = pod_spec(&world.node, "hasty");
+async fn expired_deadlines_leave_consistent_state(ctx: Context) -> Result {
+    let config = pod_spec(&ctx.node, "hasty");
     std::fs::create_dir_all(&config.log_directory)?;
     let run = RunPodSandboxRequest {
         config: Some(config.clone()),
         runtime_handler: String::new(),
     };
-    let mut client = world.node.cri.runtime();
+    let mut client = ctx.node.cri.runtime();
     for milliseconds in [1, 30, 200] {
         let hasty = within(Duration::from_millis(milliseconds), run.clone());
         let hasty = client.run_pod_sandbox(hasty).await;
         ensure!(hasty.is_err(), "a pod in {milliseconds} ms");
     }
-    let pod = Pod::run_with(&world.node, config.clone()).await?;
+    let pod = Pod::run_with(&ctx.node, config.clone()).await?;
     let same_name = |p: &PodSandbox| p.metadata == config.metadata;
     let list = ListPodSandboxRequest::default();
     let list = answer("ListPodSandbox", client.list_pod_sandbox(list).await)?;
@@ -113,7 +112,7 @@ async fn deadlines(world: Shared) -> Result {
     );
     let create = CreateContainerRequest {
         pod_sandbox_id: pod.id.clone(),
-        config: Some(container_spec("c", &world.images.base, &["sleep", "1000"])),
+        config: Some(container_spec("c", &ctx.images.base, &["sleep", "1000"])),
         sandbox_config: Some(config),
     };
     let short = Duration::from_millis(2);
@@ -133,7 +132,7 @@ async fn deadlines(world: Shared) -> Result {
         .exec_sync(within(Duration::from_millis(400), exec))
         .await;
     ensure!(cut.is_err(), "sleep 777 in 400 ms");
-    wait::until("the command is killed", world.patience(10), || async {
+    poll::until("the command is killed", ctx.patience(10), || async {
         let ps = c.out(&["ps"]).await?;
         ensure!(!ps.contains("777"), "{ps}");
         Ok(())
@@ -162,11 +161,11 @@ async fn deadlines(world: Shared) -> Result {
     pod.remove().await
 }
 
-async fn raw_environment(world: Shared) -> Result {
-    let pod = Pod::run(&world.node, "bytes").await?;
+async fn environment_values_may_be_any_bytes(ctx: Context) -> Result {
+    let pod = Pod::run(&ctx.node, "bytes").await?;
     let config = container_spec(
         "c",
-        &world.images.base,
+        &ctx.images.base,
         &["sh", "-c", "echo \"[$GOOD]\"; sleep 1000"],
     );
     let request = RawCreate {
@@ -188,7 +187,7 @@ async fn raw_environment(world: Shared) -> Result {
             log_path: config.log_path.clone(),
         }),
     };
-    let made: CreateContainerResponse = world
+    let made: CreateContainerResponse = ctx
         .node
         .cri
         .raw("CreateContainer", request)
@@ -200,13 +199,13 @@ async fn raw_environment(world: Shared) -> Result {
         config,
     };
     c.start().await?;
-    c.printed("[é]", world.patience(20)).await?;
+    c.printed("[é]", ctx.patience(20)).await?;
     let bytes = c.out(&["sh", "-c", "echo ${#BYTES}"]).await?;
     ensure!(bytes.trim() != "0", "the variable is empty");
     pod.end().await
 }
 
-/// CreateContainer as of Kubernetes 1.34, where a variable's value is bytes; k8s-cri has a string there.
+/// CreateContainerRequest as of Kubernetes 1.34, in which an environment value is bytes; k8s-cri has a string.
 #[derive(Clone, PartialEq, prost::Message)]
 struct RawCreate {
     #[prost(string, tag = "1")]
@@ -215,7 +214,7 @@ struct RawCreate {
     config: Option<RawConfig>,
 }
 
-/// The fields that are used here.
+/// Subset of the fields.
 #[derive(Clone, PartialEq, prost::Message)]
 struct RawConfig {
     #[prost(message, optional, tag = "1")]

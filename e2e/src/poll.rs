@@ -1,14 +1,14 @@
-//! Waiting for a condition with a deadline: the only way in which anything here waits. No test sleeps a fixed time and
-//! hopes.
+//! Polls a condition with a deadline. Tests wait through this module only and never sleep for a fixed time.
 
 use crate::bail;
-use crate::outcome::Result;
+use crate::failure::Result;
 use std::time::{Duration, Instant};
 
-/// Pause between two looks.
-const PAUSE: Duration = Duration::from_millis(25);
+/// Interval between two attempts.
+const POLL_INTERVAL: Duration = Duration::from_millis(25);
 
-/// Looks until `look` gives a value; its `Err` text is what was seen instead, shown when the time is over.
+/// Repeats `look` until it returns a value. Its error text describes the current state and is part of the failure after
+/// the time limit.
 pub async fn until<T, F, Fut>(what: &str, limit: Duration, mut look: F) -> Result<T>
 where
     F: FnMut() -> Fut,
@@ -26,6 +26,6 @@ where
                 limit.as_secs_f64()
             );
         }
-        tokio::time::sleep(PAUSE).await;
+        tokio::time::sleep(POLL_INTERVAL).await;
     }
 }

@@ -1,10 +1,10 @@
-//! [`Front`]: a proxy before the registry that misbehaves as told: cuts connections, truncates, corrupts, asks for
-//! credentials, hangs; and counts who asked for what.
+//! [`FaultProxy`]: a proxy in front of the registry that injects faults: cuts connections, truncates, corrupts, requires
+//! credentials, hangs. It also counts requests.
 //!
-//! HTTP/1.1, one request a connection, so that a fault is a matter of bytes. It speaks to the registry only.
+//! HTTP/1.1 with one request per connection, so that a fault occurs at an exact byte. It connects only to the registry.
 
 use crate::bail;
-use crate::outcome::{During, Result};
+use crate::failure::{During, Result};
 use boxlite_sys::sync::Mutex;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,61 +12,61 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 
-/// What happens to requests whose path contains a given text.
+/// Fault for requests whose path contains a given text.
 #[derive(Debug, Clone)]
 pub enum Fault {
-    /// The body ends after so many bytes and the connection closes, for the first `times` requests.
+    /// The body ends after `after` bytes and the connection closes, for the first `times` requests.
     Cut { after: usize, times: usize },
-    /// The last byte of the body is another one.
+    /// The last byte of the body is changed.
     Corrupt,
-    /// This status and no body.
+    /// Responds with this status and no body.
     Status(u16),
-    /// No answer, ever; the connection stays open.
+    /// Never responds; the connection stays open.
     Hang,
 }
 
-/// Who may ask.
+/// Required authentication.
 #[derive(Debug, Clone)]
-pub enum Guard {
-    /// Everybody.
+pub enum Auth {
+    /// None.
     Open,
-    /// HTTP Basic with this `user:password` in base64.
+    /// HTTP Basic with this Base64 of `user:password`.
     Basic(String),
-    /// A bearer token from this server's own `/token`, which wants HTTP Basic with this `user:password` in base64, or
-    /// nothing when empty.
+    /// A bearer token from this server's `/token`, which requires HTTP Basic with this Base64 of `user:password`, or
+    /// nothing if empty.
     Bearer(String),
 }
 
-/// The token that [`Guard::Bearer`] hands out.
-const TOKEN: &str = "e2e-token-of-the-front";
-/// Longest request or response head, in bytes.
-const HEAD: usize = 64 << 10;
+/// Token issued for [`Auth::Bearer`].
+const TOKEN: &str = "e2e-token-of-the-proxy";
+/// Maximum size of a request or response head in bytes.
+const MAX_HEAD_BYTES: usize = 64 << 10;
 
 struct Rules {
     upstream: String,
     host: String,
-    guard: Guard,
+    guard: Auth,
     faults: Vec<(String, Fault)>,
     seen: BTreeMap<String, usize>,
 }
 
-/// A proxy that listens; ends when dropped.
-pub struct Front {
+/// A listening proxy; stops when dropped.
+pub struct FaultProxy {
     /// `127.0.0.1:<port>`.
     pub host: String,
     rules: Arc<Mutex<Rules>>,
     task: JoinHandle<()>,
 }
 
-impl Drop for Front {
+impl Drop for FaultProxy {
     fn drop(&mut self) {
         self.task.abort();
     }
 }
 
-impl Front {
-    /// Listens on a free port before `upstream` (`host:port`, plain HTTP).
-    pub async fn start(upstream: &str, guard: Guard, faults: Vec<(&str, Fault)>) -> Result<Self> {
+impl FaultProxy {
+    /// Listens on a free port in front of `upstream` (`host:port`, plain HTTP).
+    pub async fn start(upstream: &str, guard: Auth, faults: Vec<(&str, Fault)>) -> Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let host = listener.local_addr()?.to_string();
         let rules = Arc::new(Mutex::new(Rules {
@@ -81,7 +81,7 @@ impl Front {
         }));
         let shared = rules.clone();
         let task = tokio::spawn(async move {
-            // Dropped with the task, and every connection with it.
+            // Dropped with the task, which closes every connection.
             let mut connections = tokio::task::JoinSet::new();
             while let Ok((stream, _)) = listener.accept().await {
                 let rules = shared.clone();
@@ -91,7 +91,7 @@ impl Front {
         Ok(Self { host, rules, task })
     }
 
-    /// How many GETs whose path contains `part` reached the registry.
+    /// Returns the number of GET requests that reached the registry and whose path contains `part`.
     pub fn count(&self, part: &str) -> usize {
         let rules = self.rules.lock();
         rules
@@ -102,7 +102,7 @@ impl Front {
             .sum()
     }
 
-    /// From now on these faults and no others.
+    /// Replaces the faults.
     pub fn set_faults(&self, faults: Vec<(&str, Fault)>) {
         let mut rules = self.rules.lock();
         rules.faults = faults
@@ -112,7 +112,7 @@ impl Front {
     }
 }
 
-/// What [`Rules::judge`] decided.
+/// Decision of [`Rules::judge`].
 enum Verdict {
     Answer(String),
     Hang,
@@ -130,12 +130,12 @@ impl Rules {
             .map(|(_, v)| v.trim().to_owned())
             .unwrap_or_default();
         match &self.guard {
-            Guard::Open => {}
-            Guard::Basic(secret) if authorization == format!("Basic {secret}") => {}
-            Guard::Basic(_) => {
+            Auth::Open => {}
+            Auth::Basic(secret) if authorization == format!("Basic {secret}") => {}
+            Auth::Basic(_) => {
                 return Verdict::Answer(unauthorized("Basic realm=\"e2e\""));
             }
-            Guard::Bearer(secret) if path.starts_with("/token") => {
+            Auth::Bearer(secret) if path.starts_with("/token") => {
                 if secret.is_empty() || authorization == format!("Basic {secret}") {
                     return Verdict::Answer(answer(
                         200,
@@ -145,8 +145,8 @@ impl Rules {
                 }
                 return Verdict::Answer(answer(401, "", "{}"));
             }
-            Guard::Bearer(_) if authorization == format!("Bearer {TOKEN}") => {}
-            Guard::Bearer(_) => {
+            Auth::Bearer(_) if authorization == format!("Bearer {TOKEN}") => {}
+            Auth::Bearer(_) => {
                 let realm = format!(
                     "Bearer realm=\"http://{}/token\",service=\"e2e\"",
                     self.host
@@ -190,7 +190,7 @@ fn answer(code: u16, headers: &str, body: &str) -> String {
     )
 }
 
-/// Reads up to the empty line; gives the head and what came behind it.
+/// Reads up to the empty line. Returns the head and the bytes after it.
 async fn head(stream: &mut TcpStream) -> Result<(String, Vec<u8>)> {
     let mut bytes = Vec::new();
     loop {
@@ -198,7 +198,7 @@ async fn head(stream: &mut TcpStream) -> Result<(String, Vec<u8>)> {
             let rest = bytes.split_off(end + 4);
             return Ok((String::from_utf8_lossy(&bytes).into_owned(), rest));
         }
-        if bytes.len() > HEAD || stream.read_buf(&mut bytes).await? == 0 {
+        if bytes.len() > MAX_HEAD_BYTES || stream.read_buf(&mut bytes).await? == 0 {
             bail!("no whole head");
         }
     }
@@ -221,7 +221,7 @@ async fn serve(mut client: TcpStream, rules: Arc<Mutex<Rules>>) -> Result {
             return Ok(client.shutdown().await?);
         }
         Verdict::Hang => {
-            // Until the client gives up.
+            // Waits until the client disconnects.
             let mut sink = [0; 64];
             while client.read(&mut sink).await? > 0 {}
             return Ok(());

@@ -1,29 +1,31 @@
-//! What chooses a task's VM: annotations, where they are allowed, and the shim's TOML file. Those of pods are in [`super::pods`].
+//! Selection of a task's VM: annotations, their permission, and the shim's TOML file. Annotations of pods are tested in
+//! [`super::pods`].
 
 use super::daemon::run_args;
 use super::tasks::{succeeded, text};
-use super::{Case, Shared};
-use crate::outcome::{During, Failure, Result};
-use crate::runner::case;
-use crate::world::Home;
+use super::{Case, Context};
+use crate::case;
+use crate::context::Backend;
+use crate::failure::{During, Failure, Result};
 use crate::{ensure, process, same};
 use std::ops::RangeInclusive;
 
-/// All of them.
+/// Returns the cases.
 pub fn cases() -> Vec<Case> {
     vec![
-        case("choice::annotations_only_where_allowed", 60, refused),
-        case("choice::annotations_make_the_vm", 90, annotations),
-        case("choice::a_file_by_runtime_option", 60, file),
+        case!(annotations_are_refused_unless_allowed, 60),
+        case!(annotations_configure_the_vm, 90),
+        case!(runtime_option_names_the_config_file, 60),
     ]
 }
 
-/// KiB that the kernel of a VM of 128 MiB and 64 of overhead counts; libkrun rounds up. Without a wish it is over 300 MiB.
-const SMALL: RangeInclusive<u64> = (130 << 10)..=(230 << 10);
-/// Prints what [`sizes`] reads.
-const SIZES: &str = "nproc; grep MemTotal /proc/meminfo";
+/// Range of MemTotal in KiB in a VM of 128 MiB plus 64 MiB of overhead; libkrun rounds up. Without the annotation it is
+/// over 300 MiB.
+const SMALL_VM_KIB: RangeInclusive<u64> = (130 << 10)..=(230 << 10);
+/// Prints the input of [`sizes`].
+const SIZES_SCRIPT: &str = "nproc; grep MemTotal /proc/meminfo";
 
-/// CPUs, and KiB of memory.
+/// Parses the number of CPUs and the memory in KiB.
 fn sizes(text: &str) -> Result<(u32, u64)> {
     let mut words = text.split_whitespace();
     let vcpus = words.next().and_then(|word| word.parse().ok());
@@ -33,9 +35,9 @@ fn sizes(text: &str) -> Result<(u32, u64)> {
         .ok_or_else(|| Failure(format!("no sizes in {text:?}")))
 }
 
-async fn refused(lab: Shared) -> Result {
-    let ctr = &lab.shared;
-    let flag = lab.version.annotation_flag();
+async fn annotations_are_refused_unless_allowed(ctx: Context) -> Result {
+    let ctr = &ctx.shared;
+    let flag = ctx.version.annotation_flag();
     let vcpus = ["--rm", flag, "io.boxlite.vcpus=2"];
     let refused = ctr.run(&vcpus, "ann1", &["nproc"]).await?;
     let words = text(&refused.stderr);
@@ -44,8 +46,8 @@ async fn refused(lab: Shared) -> Result {
         "{words}"
     );
     ctr.output(&["container", "delete", "ann1"]).await?;
-    let allowed = lab
-        .own("ann", |options| {
+    let allowed = ctx
+        .dedicated_daemon("ann", |options| {
             options.shim = "allowed_annotations = [\"io.boxlite.vcpus\"]".into()
         })
         .await?;
@@ -60,28 +62,28 @@ async fn refused(lab: Shared) -> Result {
     Ok(())
 }
 
-/// All five at once, against a file that says otherwise.
-async fn annotations(lab: Shared) -> Result {
+/// All five annotations at once, with a file that has other values.
+async fn annotations_configure_the_vm(ctx: Context) -> Result {
     const ALL: [&str; 5] = ["vmm", "vcpus", "memory-mib", "kernel", "debug-console"];
-    let kernel = lab.scratch.join("other-libkrunfw.so");
-    std::fs::copy(&lab.install.libkrunfw, &kernel).during("copying the guest kernel")?;
-    let daemon = lab
-        .own("cho", |options| {
-            options.vmm = match lab.home {
-                Home::Qemu => "krun".to_owned(),
-                Home::Krun => "qemu".to_owned(),
+    let kernel = ctx.scratch.join("other-libkrunfw.so");
+    std::fs::copy(&ctx.install.libkrunfw, &kernel).during("copying the guest kernel")?;
+    let daemon = ctx
+        .dedicated_daemon("cho", |options| {
+            options.vmm = match ctx.backend {
+                Backend::Qemu => "krun".to_owned(),
+                Backend::Krun => "qemu".to_owned(),
             };
             let names = ALL.map(|name| format!("io.boxlite.{name}"));
             options.shim = format!("allowed_annotations = {names:?}");
         })
         .await?;
     let kernel = kernel.display().to_string();
-    let values = [lab.home.vmm(), "2", "128", &kernel, "true"];
+    let values = [ctx.backend.vmm(), "2", "128", &kernel, "true"];
     let wishes = ALL.iter().zip(values);
     let wishes: Vec<_> = wishes
         .map(|(name, value)| format!("io.boxlite.{name}={value}"))
         .collect();
-    let flag = lab.version.annotation_flag();
+    let flag = ctx.version.annotation_flag();
     let mut flags = vec!["-d"];
     flags.extend(wishes.iter().flat_map(|wish| [flag, wish.as_str()]));
     daemon
@@ -95,25 +97,25 @@ async fn annotations(lab: Shared) -> Result {
         "chosen",
         "sh",
         "-c",
-        SIZES,
+        SIZES_SCRIPT,
     ];
     let (vcpus, kib) = sizes(&daemon.ok(&exec).await?)?;
     same!(vcpus, 2, "CPUs");
-    ensure!(SMALL.contains(&kib), "{kib} KiB of memory");
+    ensure!(SMALL_VM_KIB.contains(&kib), "{kib} KiB of memory");
     let (_, below) = process::family("chosen")?;
     let qemu = process::pids(&["qemu-system"])?;
     same!(
         below.iter().any(|pid| qemu.contains(pid)),
-        lab.home == Home::Qemu,
+        ctx.backend == Backend::Qemu,
         "whether QEMU runs"
     );
     let console = daemon.bundle("default", "chosen").join("vm/console.log");
     let console = std::fs::read_to_string(&console).during(console.display())?;
-    // The first lines may be cut off.
+    // The first lines may be missing.
     ensure!(console.contains("as init process"), "{console}");
     daemon.remove("chosen").await?;
-    // A file that is no kernel: whoever follows the wish cannot boot.
-    let busybox = lab.install.busybox.display().to_string();
+    // A file that is not a kernel: a VM that uses it cannot boot.
+    let busybox = ctx.install.busybox.display().to_string();
     let wish = format!("io.boxlite.kernel={busybox}");
     let refused = daemon
         .run(&["--rm", flag, &wish, flag, &wishes[0]], "odd", &["true"])
@@ -129,27 +131,27 @@ async fn annotations(lab: Shared) -> Result {
         .map(drop)
 }
 
-async fn file(lab: Shared) -> Result {
-    let path = lab.scratch.join("other.toml");
-    let text_of = std::fs::read_to_string(lab.shared.dir.join("shim.toml"))?;
+async fn runtime_option_names_the_config_file(ctx: Context) -> Result {
+    let path = ctx.scratch.join("other.toml");
+    let text_of = std::fs::read_to_string(ctx.shared.dir.join("shim.toml"))?;
     std::fs::write(
         &path,
         format!("{text_of}\n[pod]\nvcpus = 2\nmemory_mib = 128\n"),
     )?;
     let flag = path.display().to_string();
-    let output = lab
+    let output = ctx
         .shared
         .run(
             &["--rm", "--runtime-config-path", &flag],
             "cfg1",
-            &["sh", "-c", SIZES],
+            &["sh", "-c", SIZES_SCRIPT],
         )
         .await?;
     let (vcpus, kib) = sizes(&succeeded(&output)?)?;
     same!(vcpus, 2, "CPUs");
-    ensure!(SMALL.contains(&kib), "{kib} KiB of memory");
+    ensure!(SMALL_VM_KIB.contains(&kib), "{kib} KiB of memory");
     std::fs::write(&path, "vmmm = \"qemu\"\n")?;
-    let output = lab
+    let output = ctx
         .shared
         .run(
             &["--rm", "--runtime-config-path", &flag],
@@ -162,7 +164,7 @@ async fn file(lab: Shared) -> Result {
         "{}",
         text(&output.stderr)
     );
-    lab.shared
+    ctx.shared
         .output(&["container", "delete", "cfg2"])
         .await
         .map(drop)

@@ -1,10 +1,10 @@
-//! The enclave: network, mount, PID, IPC and UTS namespaces that the whole program runs in, so that bridges, iptables
-//! rules, a registry on port 5000, mounts and orphaned shims touch nothing of the machine and end with the program.
+//! Network, mount, PID, IPC and UTS namespaces for the whole program, so that bridges, iptables rules, a registry on
+//! port 5000, mounts and orphaned shims do not affect the machine and disappear with the program.
 //!
-//! Three processes: the one that was called waits outside; [`Stage::Init`] is PID 1 of the namespaces and only reaps
-//! (orphaned shims become its children, as they would be init's on a node); the third does the work.
+//! Three processes: the original one waits outside; [`Stage::Init`] is PID 1 of the namespaces and only reaps (orphaned
+//! shims become its children, as on a node they become init's); the third runs the command.
 
-use crate::outcome::{During, Result};
+use crate::failure::{During, Result};
 use nix::mount::MsFlags;
 use nix::sys::wait::{WaitStatus, wait};
 use std::path::{Path, PathBuf};
@@ -13,19 +13,19 @@ use std::process::{Command, ExitCode};
 const STAGE: &str = "BOXLITE_E2E_STAGE";
 const SCRATCH: &str = "BOXLITE_E2E_SCRATCH";
 
-/// Which of the three processes this is.
+/// Role of the current process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stage {
-    /// On the machine.
+    /// The original process, outside the namespaces.
     Outside,
     /// PID 1 of the namespaces.
     Init,
-    /// Inside, the worker.
+    /// The worker inside the namespaces.
     Inside,
 }
 
 impl Stage {
-    /// By the environment.
+    /// Reads the stage from the environment.
     pub fn current() -> Self {
         match std::env::var(STAGE).as_deref() {
             Ok("init") => Self::Init,
@@ -35,9 +35,9 @@ impl Stage {
     }
 }
 
-/// Makes the namespaces, runs this same command line in them and gives its exit code. Removes the scratch directory.
+/// Creates the namespaces, runs this command line in them and returns its exit code. Removes the scratch directory.
 pub fn enter() -> Result<ExitCode> {
-    // Short, because unix socket paths end at 107 bytes.
+    // Short, because unix socket paths are limited to 107 bytes.
     let scratch = tempfile::Builder::new()
         .prefix("bx-")
         .rand_bytes(4)
@@ -63,7 +63,7 @@ pub fn enter() -> Result<ExitCode> {
     Ok(exit_code(status.code()))
 }
 
-/// Runs the worker and reaps whatever becomes an orphan until the worker has ended.
+/// Runs the worker and reaps orphans until the worker has ended.
 pub fn reap() -> Result<ExitCode> {
     prepare().during("preparing the namespaces")?;
     let worker = Command::new(std::env::current_exe()?)
@@ -81,8 +81,8 @@ pub fn reap() -> Result<ExitCode> {
     }
 }
 
-/// The scratch directory: a tmpfs of this enclave's own. For timings all state is in memory, on disk a runtime differs
-/// from itself by more than two.
+/// Returns the scratch directory: a tmpfs in the mount namespace. Timings need all state in memory: on disk, the same
+/// runtime varies by more than a factor of two.
 pub fn scratch() -> PathBuf {
     std::env::var_os(SCRATCH).map_or_else(|| "/tmp".into(), PathBuf::from)
 }
@@ -93,7 +93,7 @@ fn exit_code(code: Option<i32>) -> ExitCode {
 }
 
 fn prepare() -> Result {
-    // A node's mounts are shared; pods' volumes and the shims' slave namespaces rely on it.
+    // Mounts of a node are shared; pods' volumes and the shims' slave namespaces rely on it.
     mount(
         None,
         "/".as_ref(),
@@ -137,7 +137,7 @@ fn mount(
         .during(format!("mount {}", target.display()))
 }
 
-/// Runs a program to its end; its standard error is part of the failure.
+/// Runs a program to completion. The failure includes its standard error.
 pub fn run(program: &str, args: &[&str]) -> Result<String> {
     let output = Command::new(program).args(args).output().during(program)?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();

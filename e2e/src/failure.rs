@@ -1,16 +1,16 @@
-//! [`Result`] and the macros of the tests: what a check says when it does not hold.
+//! [`Failure`], [`Result`] and the assertion macros of the tests.
 //!
-//! A failure is a sentence for a reader. No type is ever matched on, so no enum.
+//! A failure is a message for a reader. Callers never match on its type, so there is no enum.
 
-/// What a test, the demo or the bench ends with.
+/// Result of a test, the demo or the bench.
 pub type Result<T = ()> = std::result::Result<T, Failure>;
 
-/// Why, in words; with the chain of causes flattened behind it.
+/// Message that includes the chain of causes.
 #[derive(Debug)]
 pub struct Failure(pub String);
 
 impl Failure {
-    /// The same failure with what was being done in front of it.
+    /// Prefixes the failure with a description of the operation.
     pub fn during(self, what: impl std::fmt::Display) -> Self {
         Self(format!("{what}: {}", self.0))
     }
@@ -28,9 +28,9 @@ impl<E: std::error::Error + 'static> From<E> for Failure {
     }
 }
 
-/// Adds what was being done to an error.
+/// Adds a description of the operation to an error.
 pub trait During<T> {
-    /// `what: error`.
+    /// Returns the error as `what: error`.
     fn during(self, what: impl std::fmt::Display) -> Result<T>;
 }
 
@@ -40,13 +40,13 @@ impl<T, E: Into<Failure>> During<T> for std::result::Result<T, E> {
     }
 }
 
-/// Ends the function with a [`Failure`] in these words.
+/// Returns a [`Failure`] with this message from the function.
 #[macro_export]
 macro_rules! bail {
-    ($($arg:tt)*) => { return Err($crate::outcome::Failure(format!($($arg)*))) };
+    ($($arg:tt)*) => { return Err($crate::failure::Failure(format!($($arg)*))) };
 }
 
-/// Ends the function with a [`Failure`] in these words unless the condition holds.
+/// Returns a [`Failure`] with this message from the function unless the condition holds.
 #[macro_export]
 macro_rules! ensure {
     ($cond:expr, $($arg:tt)*) => {{
@@ -55,7 +55,7 @@ macro_rules! ensure {
     }};
 }
 
-/// Ends the function unless both are equal, and shows them.
+/// Returns a [`Failure`] that shows both values unless they are equal.
 #[macro_export]
 macro_rules! same {
     ($left:expr, $right:expr, $($arg:tt)*) => {{
