@@ -35,8 +35,8 @@ pub enum BoxliteError {
         #[source]
         source: Option<std::io::Error>,
     },
-    /// A system call or helper failed while `step` was done.
-    #[error("{step} failed")]
+    /// A system call or helper failed at `step`.
+    #[error("failed to {step}")]
     Step {
         step: String,
         #[source]

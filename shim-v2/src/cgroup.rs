@@ -1,33 +1,33 @@
-//! The pod's cgroup on the host: a child of `cgroup_parent` for the shim and the VMM, on v1 hierarchies and v2.
+//! The pod's cgroup on the host: a child of `cgroup_parent` for the shim and the VMM, on cgroup v1 and v2.
 //!
-//! Best effort: where the host refuses (read-only mounts, no rights) the reason is logged and the pod runs where the
-//! shim was. Limits are the kubelet's affair, set on the parent. Nothing outside the directories made here is removed.
+//! Best effort: if the host refuses (read-only mounts, missing privileges) the reason is logged and the pod runs in the cgroup
+//! of the shim. The kubelet sets limits on the parent. Only directories created here are removed.
 
 use boxlite_sys::mountinfo::mounts;
 use std::io;
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// How often a directory that still holds dying processes is tried again.
+/// Interval at which removal of a directory with dying processes is retried.
 const REMOVE_POLL: Duration = Duration::from_millis(20);
-/// v1 cpuset files that a new directory needs before it takes a process.
+/// v1 cpuset files that must be set before a directory accepts processes.
 const CPUSET_FILES: [&str; 2] = ["cpuset.cpus", "cpuset.mems"];
 
-/// The cgroups a shim joined.
+/// The cgroups that this shim joined.
 #[derive(Debug, Default)]
 pub struct Joined {
-    /// Directories made, parents first, to be removed at the end.
+    /// Directories created, parents first, removed at the end.
     pub made: Vec<PathBuf>,
-    /// `cgroup.procs` of where this process was before, one per hierarchy joined.
+    /// `cgroup.procs` of the previous cgroup, one per joined hierarchy.
     back: Vec<PathBuf>,
 }
 
 impl Joined {
-    /// Moves this process back to where it came from and removes what was made. The VM must be gone.
+    /// Moves this process back and removes the created directories. The VM must have ended.
     pub fn leave(&mut self, limit: Duration) {
         for procs in self.back.drain(..) {
             if let Err(error) = std::fs::write(&procs, "0") {
-                tracing::debug!(procs = %procs.display(), %error, "cannot go back to the old cgroup");
+                tracing::debug!(procs = %procs.display(), %error, "failed to return to the previous cgroup");
             }
         }
         remove(&self.made, limit);
@@ -35,7 +35,7 @@ impl Joined {
     }
 }
 
-/// A mounted hierarchy and where this process is in it.
+/// A mounted hierarchy and this process's cgroup in it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Hierarchy {
     mount: PathBuf,
@@ -43,8 +43,8 @@ struct Hierarchy {
     cpuset: bool,
 }
 
-/// Moves this process, with all it will start, into `<parent>/boxlite-<first 12 of id>` of every hierarchy. An empty
-/// parent leaves it where it is.
+/// Moves this process and its future children into `<parent>/boxlite-<first 12 of id>` of every hierarchy. An empty parent
+/// changes nothing.
 pub fn join(parent: &str, id: &str) -> Joined {
     let mut joined = Joined::default();
     if parent.is_empty() {
@@ -55,7 +55,7 @@ pub fn join(parent: &str, id: &str) -> Joined {
     let name = format!("boxlite-{}", id.get(..12).unwrap_or(id));
     for hierarchy in hierarchies(&mounts, &own) {
         if let Err(error) = join_one(&hierarchy, parent, &name, &mut joined) {
-            tracing::info!(mount = %hierarchy.mount.display(), parent, %error, "cgroup not joined");
+            tracing::info!(mount = %hierarchy.mount.display(), parent, %error, "failed to join cgroup");
         }
     }
     joined
@@ -76,7 +76,7 @@ fn join_one(
             }
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
-                "cgroup parent with dots",
+                "invalid cgroup parent: contains dot components",
             ));
         };
         let above = dir.clone();
@@ -99,7 +99,7 @@ fn join_one(
     Ok(())
 }
 
-/// Pairs mounts of cgroup file systems (mountinfo) with this process's places (/proc/self/cgroup).
+/// Pairs cgroup mounts (mountinfo) with this process's cgroups (/proc/self/cgroup).
 fn hierarchies(mountinfo: &str, own: &str) -> Vec<Hierarchy> {
     let mut found = Vec::new();
     for mount in mounts(mountinfo) {
@@ -107,7 +107,7 @@ fn hierarchies(mountinfo: &str, own: &str) -> Vec<Hierarchy> {
         if kind != "cgroup" && kind != "cgroup2" {
             continue;
         }
-        let place = own.lines().find_map(|line| {
+        let path = own.lines().find_map(|line| {
             let mut fields = line.splitn(3, ':');
             let (_, controllers, path) = (fields.next()?, fields.next()?, fields.next()?);
             let same = match kind {
@@ -121,22 +121,22 @@ fn hierarchies(mountinfo: &str, own: &str) -> Vec<Hierarchy> {
             };
             same.then_some(path)
         });
-        let Some(place) = place else { continue };
-        // Below a bind-mounted part of a hierarchy the paths of /proc/self/cgroup start above the mount.
-        let place = Path::new(place)
+        let Some(path) = path else { continue };
+        // In a bind mount of a part of a hierarchy, the paths of /proc/self/cgroup start above the mount.
+        let path = Path::new(path)
             .strip_prefix(mount.root)
             .unwrap_or(Path::new(""));
         found.push(Hierarchy {
             mount: mount.point,
-            own: place.strip_prefix("/").unwrap_or(place).to_owned(),
+            own: path.strip_prefix("/").unwrap_or(path).to_owned(),
             cpuset: options.split(',').any(|option| option == "cpuset"),
         });
     }
     found
 }
 
-/// Removes directories made by [`join`], last first; waits at most `limit` for dying processes to leave them. A parent
-/// that others use meanwhile stays.
+/// Removes directories made by [`join`], last first, and waits at most `limit` for dying processes to leave them. Parents
+/// in use by others remain.
 pub fn remove(made: &[PathBuf], limit: Duration) {
     let deadline = Instant::now() + limit;
     for dir in made.iter().rev() {
@@ -147,7 +147,7 @@ pub fn remove(made: &[PathBuf], limit: Duration) {
                 Err(error) => {
                     let dying = error.kind() == io::ErrorKind::ResourceBusy && !has_children(dir);
                     if !dying || Instant::now() >= deadline {
-                        tracing::debug!(dir = %dir.display(), %error, "cgroup not removed");
+                        tracing::debug!(dir = %dir.display(), %error, "failed to remove cgroup");
                         break;
                     }
                     std::thread::sleep(REMOVE_POLL);
@@ -181,7 +181,7 @@ mod tests {
     const OWN: &str = "7:cpu,cpuacct:/a/b\n5:cpuset:/\n0::/c\n";
 
     #[test]
-    fn mounts_and_places_are_paired() {
+    fn hierarchies_pairs_mounts_with_own_cgroups() {
         let found = hierarchies(MOUNTS, OWN);
         let seen: Vec<_> = found
             .iter()
@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn a_parent_with_dots_is_refused_before_anything_is_made() {
+    fn join_one_parent_with_dots_creates_nothing() {
         let dir = tempfile::tempdir().expect("tempdir");
         let hierarchy = Hierarchy {
             mount: dir.path().join("m"),

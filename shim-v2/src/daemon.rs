@@ -8,12 +8,12 @@
 use crate::connections::Connections;
 use crate::events::{Publisher, Way};
 use crate::machine::VmMachine;
+use crate::mount_export::host_mounter::{self, HostMounts};
 use crate::pod::Context;
 use crate::record::Record;
 use crate::sandbox::Sandbox;
 use crate::sandbox::options::Origin;
 use crate::service::Service;
-use crate::shown::place::{self, HostMounts};
 use boxlite_sys::process::ProcessId;
 use boxlite_sys::report::Report;
 use containerd_shim::Flags;
@@ -175,7 +175,7 @@ async fn run(prepared: Prepared) -> Result<(), DaemonError> {
     let record = Record {
         shim: ProcessId::of(std::process::id().cast_signed()),
         socket: prepared.socket.clone(),
-        shown: place::name(&prepared.id),
+        shown: host_mounter::name(&prepared.id),
         ..Record::default()
     };
     let machine = Arc::new(VmMachine::new(record, prepared.mounts));

@@ -1,8 +1,8 @@
-//! FUSE file systems that this process serves, made and mounted nowhere yet. The host's kernel checks permissions by owner
+//! FUSE file systems served by this process, created without a mount point. The host's kernel checks permissions by owner
 //! and mode.
 //!
-//! Where they are mounted and who answers: [`crate::shown`] (directories of the guest, for the host) and [`crate::blocks`]
-//! (block devices of the host, for the guest).
+//! Users: [`crate::mount_export`] (directories of the guest, for the host) and [`crate::blocks`] (block devices of the host,
+//! for the guest).
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::fs::{Mode, OFlags, open};
@@ -13,36 +13,35 @@ use rustix::mount::{
 use std::io::{self, PipeReader};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-/// Type of the mounts in the host's table, together with "fuse.".
+/// Subtype of the mounts: their type in mount tables is "fuse.boxlite".
 pub const SUBTYPE: &str = "boxlite";
-/// What answers FUSE requests.
+/// FUSE device.
 const DEVICE: &str = "/dev/fuse";
 
-/// What the root of a file system is.
+/// File type of a file system's root.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Root {
     Directory,
     File,
 }
 
-/// A file system without a place.
+/// A detached file system.
 #[derive(Debug)]
 pub struct FileSystem {
-    /// Its requests come here and their answers go here; the last close of it ends the file system. Reading never blocks.
+    /// FUSE device, non-blocking; closing the last descriptor ends the file system.
     pub device: OwnedFd,
-    /// Stands for the mount.
+    /// Descriptor of the detached mount.
     pub mount: OwnedFd,
 }
 
-/// Makes one. `source` is its name in mount tables.
+/// Creates a file system. `source` is its name in mount tables.
 ///
 /// # Errors
-/// The step that the kernel refused.
+/// The failed step.
 pub fn file_system(source: &str, root: Root, read_only: bool) -> io::Result<FileSystem> {
     let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let device = open(DEVICE, flags, Mode::empty()).map_err(named("open /dev/fuse"))?;
-    let mount =
-        make(&device, source, root, read_only).map_err(named("make the FUSE file system"))?;
+    let mount = make(&device, source, root, read_only).map_err(named("create FUSE file system"))?;
     Ok(FileSystem { device, mount })
 }
 
@@ -78,8 +77,8 @@ fn make(
     fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)
 }
 
-/// Waits for the next request, and answers its length in `buffer`; none where the other end of `stopped` was closed or the file
-/// system is gone. Blocks.
+/// Waits for the next request and returns its length in `buffer`; None once the writer of `stopped` is closed or the file
+/// system has ended. Blocks.
 pub fn next_request(device: &OwnedFd, stopped: &PipeReader, buffer: &mut [u8]) -> Option<usize> {
     loop {
         let mut wait = [
@@ -95,18 +94,18 @@ pub fn next_request(device: &OwnedFd, stopped: &PipeReader, buffer: &mut [u8]) -
         }
         match rustix::io::read(device, &mut *buffer) {
             Ok(length) => return Some(length),
-            // ENOENT: the request was given up before it was read.
+            // ENOENT: the request was interrupted before it was read.
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR | rustix::io::Errno::NOENT) => {}
-            // ENODEV: the file system is gone.
+            // ENODEV: the file system has ended.
             Err(_) => return None,
         }
     }
 }
 
-/// Puts the step into an error.
+/// Adds the step to an error.
 pub fn named(step: &'static str) -> impl FnOnce(rustix::io::Errno) -> io::Error {
     move |errno| {
         let error = io::Error::from(errno);
-        io::Error::new(error.kind(), format!("{step}: {error}"))
+        io::Error::new(error.kind(), format!("failed to {step}: {error}"))
     }
 }

@@ -1,4 +1,4 @@
-//! The shim with a real VM on QEMU: boot, container, log, exit code, deaths of every kind.
+//! Tests of the shim with a real VM on QEMU: boot, container, log, exit code, deaths of every kind.
 
 mod common;
 
@@ -23,7 +23,7 @@ fn code(error: &ttrpc::Error) -> ttrpc::Code {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_container_runs_logs_and_ends_with_its_code() {
+async fn container_runs_logs_and_exits_with_its_code() {
     let shim = Shim::start("a1").await;
     let began = Instant::now();
     let mut options = options();
@@ -31,11 +31,11 @@ async fn a_container_runs_logs_and_ends_with_its_code() {
     shim.create_sandbox(&options).await.expect("created");
     let pid = shim.start_sandbox().await.expect("started");
     assert!(pid > 0);
-    // Where the host lets a process into a new cgroup at all, the VM is in the pod's.
+    // If the host accepts processes in new cgroups at all, the VM is in the pod's.
     if common::cgroups_are_writable() {
         let own = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).expect("cgroup");
-        let wanted = format!("/boxlite-test-a1/boxlite-{}", &shim.id[..12]);
-        assert!(own.contains(&wanted), "{own}");
+        let expected = format!("/boxlite-test-a1/boxlite-{}", &shim.id[..12]);
+        assert!(own.contains(&expected), "{own}");
     }
     eprintln!(
         "StartSandbox {} ms: {:?}",
@@ -70,7 +70,7 @@ async fn a_container_runs_logs_and_ends_with_its_code() {
         ttrpc::Code::NOT_FOUND
     );
 
-    // The same id again, its mounts being gone; and a path that is not there.
+    // The same id again after its mounts are gone; and a path that does not exist.
     let missing = serde_json::json!([{
         "destination": "/x", "type": "bind", "source": "/no/such/path", "options": ["rbind"]
     }]);
@@ -101,7 +101,7 @@ async fn a_container_runs_logs_and_ends_with_its_code() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_killed_vm_is_noticed_within_two_seconds() {
+async fn killed_vm_is_noticed_within_two_seconds() {
     let shim = Shim::start("b1").await;
     let pid = shim.boot().await;
     shim.run("c1", "echo alive; sleep 1000").await;
@@ -137,7 +137,7 @@ async fn a_killed_vm_is_noticed_within_two_seconds() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_killed_shim_takes_its_vm_along_and_delete_cleans_up() {
+async fn killed_shim_ends_its_vm_and_delete_cleans_up() {
     let shim = Shim::start("c1").await;
     let vmm = shim.boot().await;
     shim.run("c1", "sleep 1000").await;
@@ -149,7 +149,7 @@ async fn a_killed_shim_takes_its_vm_along_and_delete_cleans_up() {
         .0;
     signal(daemon.unsigned_abs(), "-9");
     let began = Instant::now();
-    // A process that has ended has no command line; when it is reaped, its parent being gone, is the machine's affair.
+    // An exited process has no command line; reaping it is init's task once its parent is gone.
     while std::fs::read(format!("/proc/{vmm}/cmdline")).is_ok_and(|line| !line.is_empty()) {
         assert!(
             began.elapsed() < Duration::from_secs(2),
@@ -163,7 +163,7 @@ async fn a_killed_shim_takes_its_vm_along_and_delete_cleans_up() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_guest_without_an_agent_fails_with_its_last_words_and_may_be_tried_again() {
+async fn boot_without_agent_fails_with_console_and_can_be_retried() {
     let shim = Shim::start("d1").await;
     let mut options = options();
     options.installation.guest = "/bin/busybox".into();
@@ -180,23 +180,23 @@ async fn a_guest_without_an_agent_fails_with_its_last_words_and_may_be_tried_aga
     shim.end().await;
 }
 
-/// 64 MiB of numbered lines with rotations on the way: every byte once, in order. The figure is printed.
+/// Logs 64 MiB of numbered lines across rotations: every byte once, in order. Prints the throughput.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn many_lines_arrive_whole_over_rotations() {
+async fn log_is_complete_across_rotations() {
     const BYTES: usize = 64 << 20;
     const ROTATIONS: usize = 3;
     let shim = Shim::start("e1").await;
     shim.boot().await;
     let volume = shim.dir.path().join("volume");
     std::fs::create_dir(&volume).expect("mkdir");
-    let mut wanted = Vec::with_capacity(BYTES + 128);
+    let mut expected = Vec::with_capacity(BYTES + 128);
     let mut number = 0u64;
-    while wanted.len() < BYTES {
+    while expected.len() < BYTES {
         let padding = "x".repeat((number % 97) as usize);
-        wanted.extend_from_slice(format!("line {number} {padding}\n").as_bytes());
+        expected.extend_from_slice(format!("line {number} {padding}\n").as_bytes());
         number += 1;
     }
-    std::fs::write(volume.join("lines"), &wanted).expect("write");
+    std::fs::write(volume.join("lines"), &expected).expect("write");
     let mounts = serde_json::json!([
         {"destination": "/v", "type": "bind", "source": volume, "options": ["rbind", "ro"]}
     ]);
@@ -219,12 +219,12 @@ async fn many_lines_arrive_whole_over_rotations() {
     log.extend(std::fs::read(&path).expect("the last"));
     eprintln!(
         "{} MiB of output as {} MiB of log in {} ms",
-        wanted.len() >> 20,
+        expected.len() >> 20,
         log.len() >> 20,
         took.as_millis()
     );
     assert!(
-        log_bytes(&log, "stdout") == wanted,
+        log_bytes(&log, "stdout") == expected,
         "the log is not the output"
     );
     shim.end().await;

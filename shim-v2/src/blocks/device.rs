@@ -1,4 +1,4 @@
-//! [`Device`]: a block device of the host, found by its number and opened. It reads and writes nothing.
+//! [`Device`]: a block device of the host, opened by its number.
 
 use nix::libc::makedev;
 use std::fs::{self, File, OpenOptions};
@@ -6,14 +6,14 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
 
-/// Where the kernel tells what a number is called.
+/// Directory in which the kernel lists block devices by number.
 const NUMBERS: &str = "/sys/dev/block";
-/// Where the nodes are.
+/// Directory of the device nodes.
 const NODES: &str = "/dev";
-/// Logical block sizes that a loop device can have; the first one goes where nothing is known.
+/// Logical block sizes that a loop device supports; the first is the default.
 const BLOCK_SIZES: [u32; 4] = [512, 1024, 2048, 4096];
 
-/// A device's number.
+/// A device number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Number {
     pub major: u32,
@@ -30,34 +30,39 @@ impl std::fmt::Display for Number {
 #[derive(Debug)]
 pub struct Device {
     pub file: File,
-    /// Bytes, as they are now.
+    /// Size in bytes at the time of opening.
     pub size: u64,
-    /// Logical block size, in bytes.
+    /// Logical block size in bytes.
     pub block_size: u32,
 }
 
 impl Device {
-    /// Opens the device with this number. Blocks, as long as the device likes.
+    /// Opens the device with this number. Blocks until the device responds.
     ///
     /// # Errors
-    /// There is none, its node is another one by now, or the kernel refuses.
+    /// The device does not exist, its node belongs to another device, or the kernel refuses.
     pub fn open(number: Number, read_only: bool) -> io::Result<Self> {
-        let facts = Path::new(NUMBERS).join(number.to_string());
-        let path = node(&fs::read_to_string(facts.join("uevent"))?)
-            .ok_or_else(|| io::Error::other("the kernel has no name for it"))?;
+        let sysfs = Path::new(NUMBERS).join(number.to_string());
+        let path = node(&fs::read_to_string(sysfs.join("uevent"))?)
+            .ok_or_else(|| io::Error::other("device has no name"))?;
         let mut file = OpenOptions::new()
             .read(true)
             .write(!read_only)
             .custom_flags(nix::libc::O_NOFOLLOW)
             .open(&path)
             .map_err(|error| {
-                io::Error::new(error.kind(), format!("open {}: {error}", path.display()))
+                io::Error::new(
+                    error.kind(),
+                    format!("failed to open {}: {error}", path.display()),
+                )
             })?;
         let metadata = file.metadata()?;
         let same = metadata.rdev() == makedev(number.major, number.minor);
         if !metadata.file_type().is_block_device() || !same {
             let path = path.display();
-            return Err(io::Error::other(format!("{path} is another device")));
+            return Err(io::Error::other(format!(
+                "{path} belongs to another device"
+            )));
         }
         let size = file.seek(SeekFrom::End(0))?;
         if size == 0 {
@@ -66,12 +71,12 @@ impl Device {
         Ok(Self {
             file,
             size,
-            block_size: block_size(&facts),
+            block_size: block_size(&sysfs),
         })
     }
 }
 
-/// The node that a device's `uevent` names.
+/// Returns the node named by a device's `uevent`.
 fn node(uevent: &str) -> Option<PathBuf> {
     let mut lines = uevent.lines();
     let name = lines.find_map(|line| line.strip_prefix("DEVNAME="))?;
@@ -80,9 +85,9 @@ fn node(uevent: &str) -> Option<PathBuf> {
     good.then(|| Path::new(NODES).join(name))
 }
 
-/// Of the device, or of the disk that it is a part of.
-fn block_size(facts: &Path) -> u32 {
-    let read = |name: &str| fs::read_to_string(facts.join(name)).ok();
+/// Reads the logical block size of a disk or of a partition's disk.
+fn block_size(sysfs: &Path) -> u32 {
+    let read = |name: &str| fs::read_to_string(sysfs.join(name)).ok();
     let text = read("queue/logical_block_size").or_else(|| read("../queue/logical_block_size"));
     let size = text.and_then(|text| text.trim().parse().ok());
     size.filter(|size| BLOCK_SIZES.contains(size))
@@ -94,7 +99,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_of_devices() {
+    fn node_accepts_only_plain_names() {
         let text = "MAJOR=253\nMINOR=1\nDEVNAME=mapper/x\nDEVTYPE=disk\n";
         assert_eq!(node(text), Some(PathBuf::from("/dev/mapper/x")));
         for bad in ["", "DEVNAME=\n", "DEVNAME=../x\n", "DEVNAME=/etc/x\n"] {
@@ -103,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_device_is_refused() {
+    fn open_unknown_number_fails() {
         let none = Number {
             major: 4000,
             minor: 7,

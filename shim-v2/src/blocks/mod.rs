@@ -1,18 +1,18 @@
-//! [`Blocks`]: block devices of the host that containers of this pod have, each served to the VM as a regular file of its share.
+//! [`Blocks`]: block devices of the host used by this pod's containers, each served to the VM as a regular file in its share.
 //!
-//! A VM's devices are fixed when it boots, and which ones its containers want is known only then: so the way in is the share,
-//! as for everything else. virtiofs cannot carry a device, but a file: a FUSE file system that is one file, mounted at
-//! `b/<number>` of the share and nowhere else. The guest makes a loop device of it. [`wish`] reads what is wanted out of a
-//! spec, [`device`] opens, [`server`] answers.
+//! A VM's devices are fixed at boot, before its containers are known, so block devices go through the share like everything
+//! else. virtiofs cannot carry a device node but carries a file: a FUSE file system whose root is one file, mounted at
+//! `b/<number>` of the share. The guest attaches a loop device to it. [`request`] extracts the devices from a spec, [`device`]
+//! opens them, [`server`] answers FUSE requests.
 //!
 //! ```text
 //! container ─► loop device ─► virtiofs ─► the VM's file server ─► FUSE ─► server ─► the device of the host
 //! ```
-//! The mount is in the shim's own mount namespace and the jail's, so it goes with them, however they end.
+//! The mount exists only in the mount namespaces of the shim and the jail, so it ends with them.
 
 pub mod device;
+pub mod request;
 mod server;
-pub mod wish;
 
 use crate::error::{Result, ShimError};
 use crate::fuse::{Root, file_system};
@@ -20,52 +20,54 @@ use crate::pod::Share;
 use crate::pod::undo::Undo;
 use boxlite_proto::boxlite::v1::BlockDevice;
 use device::{Device, Number};
+use request::DeviceRequest;
 use server::Server;
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Mutex;
-use wish::Wish;
 
-/// Devices of one pod; each costs a thread with 2 MiB of buffers. Kubernetes' own limits of volumes on a node are of this
-/// size.
-const LIMIT: usize = 64;
-/// How long opening a device may take: one on a network answers or not.
-const OPEN_LIMIT: Duration = Duration::from_secs(10);
-/// Source of the mounts, for people.
+/// Maximum number of devices per pod, in line with Kubernetes' volume limits per node. Each costs a thread with 2 MiB of
+/// buffers.
+const MAX_DEVICES: usize = 64;
+/// Timeout for opening a device, which may be on a network.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
+/// Source of the mounts in mount tables.
 const SOURCE: &str = "boxlite-block";
 
-/// A device that is served.
+/// A device with its server and number of users.
 struct Served {
     server: Server,
     block_size: u32,
     users: usize,
 }
 
-/// By path below the share. An async lock: it is held while a device is being opened, so that a second user waits for it.
+/// Devices by path below the share. The lock is async because it is held while a device opens, so that a second user waits.
 #[derive(Clone, Default)]
 pub struct Blocks(Arc<Mutex<HashMap<String, Served>>>);
 
 impl Blocks {
-    /// Serves what `wish` names, for one more container; `undo` gives it back. Answers what the guest is told.
+    /// Serves the requested device to one more container; `undo` releases it. Returns the description for the guest.
     ///
     /// # Errors
-    /// Invalid naming the device, or the share's; nothing is left behind then. A dropped future leaves at most a thread
-    /// that opens the device and closes it.
+    /// Invalid with the device, or the share's error; nothing remains then. A dropped future leaves at most a thread that opens
+    /// and closes the device.
     pub async fn serve(
         &self,
         share: &Arc<dyn Share>,
-        wish: &Wish,
+        request: &DeviceRequest,
         undo: &mut Undo,
     ) -> Result<BlockDevice> {
-        let file = place(wish.number, wish.read_only());
+        let file = share_path(request.number, request.read_only());
         let mut all = self.0.lock().await;
         if !all.contains_key(&file) {
-            if all.len() >= LIMIT {
-                return Err(wish.refuse(format!("the pod has {LIMIT} already")));
+            if all.len() >= MAX_DEVICES {
+                return Err(request.refuse(format!(
+                    "too many devices in the pod (maximum {MAX_DEVICES})"
+                )));
             }
-            let (server, mount, block_size) = begin(wish).await?;
+            let (server, mount, block_size) = open_and_serve(request).await?;
             share.attach(mount, &file).await?;
             let served = Served {
                 server,
@@ -82,20 +84,20 @@ impl Blocks {
         drop(all);
         let (blocks, share, key) = (self.clone(), share.clone(), file.clone());
         undo.push("block device", move || async move {
-            blocks.give_back(&share, &key).await
+            blocks.release(&share, &key).await
         });
         Ok(BlockDevice {
             file,
-            path: wish.path.display().to_string(),
-            access: wish.access.clone(),
+            path: request.path.display().to_string(),
+            access: request.access.clone(),
             block_size,
-            mode: wish.mode,
-            uid: wish.uid,
-            gid: wish.gid,
+            mode: request.mode,
+            uid: request.uid,
+            gid: request.gid,
         })
     }
 
-    async fn give_back(&self, share: &Arc<dyn Share>, file: &str) -> Result<()> {
+    async fn release(&self, share: &Arc<dyn Share>, file: &str) -> Result<()> {
         let mut all = self.0.lock().await;
         match all.get_mut(file) {
             Some(served) if served.users > 1 => {
@@ -103,40 +105,40 @@ impl Blocks {
                 Ok(())
             }
             Some(_) => {
-                // First the mount: what still uses it gets errors from then on, and never waits.
-                let gone = share.unbind(file).await;
+                // Unmount first: remaining users get errors from then on instead of blocking.
+                let unbound = share.unbind(file).await;
                 if let Some(served) = all.remove(file) {
                     drop(served.server);
                 }
-                gone
+                unbound
             }
             None => Ok(()),
         }
     }
 }
 
-/// Where a device is in the share. One that is read-only is another one.
-fn place(number: Number, read_only: bool) -> String {
+/// Returns the path of a device in the share. Read-only and writable access are separate.
+fn share_path(number: Number, read_only: bool) -> String {
     let Number { major, minor } = number;
     let access = if read_only { "ro" } else { "rw" };
     format!("b/{major}-{minor}-{access}")
 }
 
-/// Opens the device and starts its server, on a thread that may wait for the disk.
-async fn begin(wish: &Wish) -> Result<(Server, OwnedFd, u32)> {
-    let (number, read_only) = (wish.number, wish.read_only());
+/// Opens the device and starts its server, on a thread that may block on the device.
+async fn open_and_serve(request: &DeviceRequest) -> Result<(Server, OwnedFd, u32)> {
+    let (number, read_only) = (request.number, request.read_only());
     let opening = tokio::task::spawn_blocking(move || -> std::io::Result<_> {
         let device = Device::open(number, read_only)?;
         let block_size = device.block_size;
         let made = file_system(SOURCE, Root::File, read_only)?;
-        let (server, mount) = Server::begin(made, device, read_only)?;
+        let (server, mount) = Server::start(made, device, read_only)?;
         Ok((server, mount, block_size))
     });
-    match tokio::time::timeout(OPEN_LIMIT, opening).await {
+    match tokio::time::timeout(OPEN_TIMEOUT, opening).await {
         Ok(Ok(Ok(served))) => Ok(served),
-        Ok(Ok(Err(error))) => Err(wish.refuse(error.to_string())),
+        Ok(Ok(Err(error))) => Err(request.refuse(error.to_string())),
         Ok(Err(_)) => Err(ShimError::Ending),
-        Err(_) => Err(wish.refuse(format!("not opened within {OPEN_LIMIT:?}"))),
+        Err(_) => Err(request.refuse(format!("failed to open within {OPEN_TIMEOUT:?}"))),
     }
 }
 

@@ -1,9 +1,9 @@
-//! [`Server`]: answers FUSE requests for a file system that is one regular file, with a device's bytes and size. The messages
-//! are read and written by fuse-backend-rs.
+//! [`Server`]: answers FUSE requests for a file system whose root is one regular file with a device's bytes and size.
+//! fuse-backend-rs encodes and decodes the messages.
 //!
-//! The requests come from the host's kernel, on behalf of the VM's file server: what they say is the guest's, and hostile, so
-//! offsets and lengths are checked against the device here. A thread of its own for each device: one that is stalled stops
-//! nothing but what waits for it.
+//! Requests come from the host's kernel on behalf of the VM's file server. Their contents are chosen by the guest, which is
+//! hostile, so offsets and lengths are checked against the device. Each device has its own thread, so a stalled device blocks
+//! only its own users.
 
 use super::device::Device;
 use crate::fuse::{FileSystem as Made, next_request};
@@ -20,21 +20,21 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::MutexGuard;
 use std::time::Duration;
 
-/// The one file.
+/// Inode of the file.
 const ROOT: u64 = 1;
-/// How long the kernel trusts its size and owner: they do not change.
-const TRUST: Duration = Duration::from_secs(3600);
-/// Largest message, in bytes: a write with its headers.
-const MESSAGE_LIMIT: usize = MAX_BUFFER_SIZE as usize + 4096;
+/// Attribute timeout: size and owner do not change.
+const ATTRIBUTE_TIMEOUT: Duration = Duration::from_secs(3600);
+/// Maximum size of a message in bytes: a write with its headers.
+const MAX_MESSAGE_BYTES: usize = MAX_BUFFER_SIZE as usize + 4096;
 
 fn refused<T>(errno: i32) -> io::Result<T> {
     Err(io::Error::from_raw_os_error(errno))
 }
 
-/// A device as a file.
+/// A device presented as a file.
 #[derive(Debug)]
 struct OneFile {
-    /// The file server's interface asks for exclusive use; there is one thread.
+    /// The trait requires interior mutability; only one thread uses it.
     file: Mutex<File>,
     size: u64,
     read_only: bool,
@@ -45,8 +45,8 @@ impl OneFile {
         self.file.lock()
     }
 
-    /// Whether a range is in the device.
-    fn has(&self, offset: u64, length: u64) -> bool {
+    /// Reports whether a range lies within the device.
+    fn contains(&self, offset: u64, length: u64) -> bool {
         offset
             .checked_add(length)
             .is_some_and(|end| end <= self.size)
@@ -65,7 +65,7 @@ impl FileSystem for OneFile {
         if inode != ROOT {
             return refused(libc::ENOENT);
         }
-        let facts = Attr {
+        let attributes = Attr {
             ino: ROOT,
             size: self.size,
             blocks: self.size / 512,
@@ -74,7 +74,7 @@ impl FileSystem for OneFile {
             blksize: 4096,
             ..Default::default()
         };
-        Ok((facts.into(), TRUST))
+        Ok((attributes.into(), ATTRIBUTE_TIMEOUT))
     }
 
     fn setattr(
@@ -98,7 +98,7 @@ impl FileSystem for OneFile {
         if self.read_only && flags & libc::O_ACCMODE.cast_unsigned() != 0 {
             return refused(libc::EROFS);
         }
-        // The device has its cache; a second one in the file system would not see what others write.
+        // The device has its own cache; a second one here would miss writes by others.
         Ok((None, OpenOptions::DIRECT_IO, None))
     }
 
@@ -113,8 +113,8 @@ impl FileSystem for OneFile {
         _: Option<u64>,
         _: u32,
     ) -> io::Result<usize> {
-        let left = self.size.saturating_sub(offset);
-        let count = left.min(size.min(MAX_BUFFER_SIZE).into());
+        let remaining = self.size.saturating_sub(offset);
+        let count = remaining.min(size.min(MAX_BUFFER_SIZE).into());
         match usize::try_from(count) {
             Ok(0) | Err(_) => Ok(0),
             Ok(count) => answer.write_from(&mut *self.file(), count, offset),
@@ -137,7 +137,7 @@ impl FileSystem for OneFile {
         if self.read_only {
             return refused(libc::EROFS);
         }
-        if !self.has(offset, size.into()) {
+        if !self.contains(offset, size.into()) {
             return refused(libc::ENOSPC);
         }
         data.read_to(&mut *self.file(), size as usize, offset)
@@ -154,7 +154,7 @@ impl FileSystem for OneFile {
         }
     }
 
-    /// A discard, where the device can. Nothing else: writing zeroes over a range takes as long as it likes.
+    /// Discards a range if the device can. Other modes are refused: zeroing a range may take arbitrarily long.
     fn fallocate(
         &self,
         _: &Context,
@@ -171,7 +171,7 @@ impl FileSystem for OneFile {
         if self.read_only {
             return refused(libc::EROFS);
         }
-        if !self.has(offset, length) {
+        if !self.contains(offset, length) {
             return refused(libc::ENOSPC);
         }
         Ok(fallocate(&*self.file(), discard, offset, length)?)
@@ -191,20 +191,20 @@ impl FileSystem for OneFile {
     }
 }
 
-/// See the module. Dropping it ends the thread, its file system and its use of the device, once the request in hand is
-/// answered; nobody waits for that, since a stalled device may never do.
+/// A running server. Dropping it ends the thread, its file system and its use of the device after the current request. Drop
+/// does not wait, because a stalled device may never answer.
 #[derive(Debug)]
 pub struct Server {
-    /// Its close stops the thread.
+    /// Closing it stops the thread.
     _stop: PipeWriter,
 }
 
 impl Server {
-    /// Starts the thread; answers the mount.
+    /// Starts the thread and returns the mount.
     ///
     /// # Errors
-    /// No thread, or no pipe.
-    pub fn begin(made: Made, device: Device, read_only: bool) -> io::Result<(Self, OwnedFd)> {
+    /// Failed to start the thread or to create the pipe.
+    pub fn start(made: Made, device: Device, read_only: bool) -> io::Result<(Self, OwnedFd)> {
         let (stopped, stop) = io::pipe()?;
         let file = OneFile {
             size: device.size,
@@ -219,10 +219,10 @@ impl Server {
     }
 }
 
-/// Until either end is closed.
+/// Answers requests until either end is closed.
 fn serve(fuse: &OwnedFd, stopped: &PipeReader, file: OneFile) {
     let messages = Messages::new(file);
-    let (mut request, mut answer) = (vec![0; MESSAGE_LIMIT], vec![0; MESSAGE_LIMIT]);
+    let (mut request, mut answer) = (vec![0; MAX_MESSAGE_BYTES], vec![0; MAX_MESSAGE_BYTES]);
     while let Some(length) = next_request(fuse, stopped, &mut request) {
         let parts = (
             Reader::<()>::from_fuse_buffer(FuseBuf::new(&mut request[..length])),
@@ -232,7 +232,7 @@ fn serve(fuse: &OwnedFd, stopped: &PipeReader, file: OneFile) {
             return;
         };
         if let Err(error) = messages.handle_message(reader, Writer::FuseDev(writer), None, None) {
-            tracing::debug!(%error, "a request to a block device");
+            tracing::debug!(%error, "failed to answer a request to a block device");
         }
     }
 }

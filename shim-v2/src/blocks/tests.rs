@@ -1,4 +1,4 @@
-//! A device in a share, by the host's real FUSE, in a mount namespace of the test's own thread. Needs root, as the shim does.
+//! Tests of a device in a share through the host's FUSE, in a mount namespace of the test thread. They need root.
 
 use super::*;
 use crate::share::tests::with_share;
@@ -8,7 +8,7 @@ use std::time::Instant;
 
 const SIZE: u64 = 1 << 20;
 
-/// A file in place of a disk.
+/// Returns a file in place of a disk.
 fn device() -> (Device, File) {
     let disk = tempfile::tempfile().expect("a file");
     disk.set_len(SIZE).expect("a size");
@@ -21,29 +21,29 @@ fn device() -> (Device, File) {
 }
 
 #[test]
-fn a_device_is_a_file_of_the_share_until_it_is_given_up() {
+fn attached_device_is_a_file_until_unbound() {
     with_share(|_, share| {
         let (device, disk) = device();
         let made = file_system(SOURCE, Root::File, false).expect("made");
-        let (server, mount) = Server::begin(made, device, false).expect("served");
-        let name = place(Number { major: 7, minor: 1 }, false);
+        let (server, mount) = Server::start(made, device, false).expect("served");
+        let name = share_path(Number { major: 7, minor: 1 }, false);
         share.attach(&mount, &name).expect("attached");
         drop(mount);
         let path = share.directory().join(&name);
         assert_eq!(path.metadata().expect("a file").len(), SIZE);
         let file = File::options().read(true).write(true).open(&path);
         let file = file.expect("opened");
-        // More than one message.
+        // Larger than one message.
         let bytes: Vec<u8> = (0..700_000_u32).map(|n| (n / 5) as u8).collect();
         file.write_all_at(&bytes, 4097).expect("written");
         file.sync_all().expect("flushed");
         let mut back = vec![0; bytes.len()];
         disk.read_exact_at(&mut back, 4097).expect("read");
-        assert!(back == bytes, "what was written is on the disk");
+        assert!(back == bytes, "writes reach the disk");
         disk.write_all_at(b"others", 0).expect("written");
         let mut seen = [0; 6];
         file.read_exact_at(&mut seen, 0).expect("read");
-        assert_eq!(&seen, b"others", "no cache of its own");
+        assert_eq!(&seen, b"others", "the file system does not cache");
         assert!(file.write_all_at(b"x", SIZE).is_err());
         assert!(file.set_len(SIZE * 2).is_err());
 
@@ -52,19 +52,19 @@ fn a_device_is_a_file_of_the_share_until_it_is_given_up() {
         drop(server);
         let began = Instant::now();
         while file.read_at(&mut seen, 0).is_ok() {
-            assert!(began.elapsed() < OPEN_LIMIT, "it is served still");
+            assert!(began.elapsed() < OPEN_TIMEOUT, "the device is still served");
             std::thread::sleep(Duration::from_millis(10));
         }
     });
 }
 
 #[test]
-fn read_only_is_the_mounts_as_well() {
+fn attached_read_only_device_has_a_read_only_mount() {
     with_share(|_, share| {
         let (device, _disk) = device();
         let made = file_system(SOURCE, Root::File, true).expect("made");
-        let (_server, mount) = Server::begin(made, device, true).expect("served");
-        let name = place(Number { major: 7, minor: 1 }, true);
+        let (_server, mount) = Server::start(made, device, true).expect("served");
+        let name = share_path(Number { major: 7, minor: 1 }, true);
         share.attach(&mount, &name).expect("attached");
         let path = share.directory().join(&name);
         assert!(File::open(&path).is_ok());

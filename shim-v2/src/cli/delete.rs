@@ -60,7 +60,7 @@ pub fn clean(bundle: &Path) -> u32 {
         }
     }
     if !record.shown.is_empty() {
-        crate::shown::place::sweep(&record.shown);
+        crate::mount_export::host_mounter::sweep(&record.shown);
     }
     if let Some(netns) = &record.netns
         && let Err(error) = net::detach(netns)

@@ -172,16 +172,16 @@ impl Containers {
         let mut any = false;
         for bind in spec.binds.iter().filter(|bind| bind.shown) {
             any = true;
-            self.shown
+            self.export_volumes
                 .add(&bind.path, &bind.source)
                 .map_err(ShimError::io("look at", bind.source.display()))?;
-            let (shown, path) = (Arc::clone(&self.shown), bind.path.clone());
+            let (volumes, path) = (Arc::clone(&self.export_volumes), bind.path.clone());
             undo.push_call("volume that shows mounts", move || {
-                shown.remove(&path);
+                volumes.remove(&path);
                 Ok::<(), std::io::Error>(())
             });
         }
-        if any && !self.shown.followed().await {
+        if any && !self.export_volumes.watched().await {
             return Err(ShimError::Unsupported {
                 what: "propagation Bidirectional: the guest does not tell its mounts",
             });

@@ -15,9 +15,9 @@ mod volume;
 
 use crate::blocks::Blocks;
 use crate::error::{Result, ShimError};
+use crate::mount_export::volumes::ExportVolumes;
 use crate::pod::undo::Undo;
 use crate::pod::{Context, Guest};
-use crate::shown::volumes::Volumes;
 use boxlite_sys::sync::Mutex;
 use process::Process;
 use std::collections::HashMap;
@@ -108,7 +108,7 @@ pub struct Containers {
     slots: Mutex<HashMap<String, Slot>>,
     layers: rootfs::SharedBinds,
     mapped: mapped::MappedVolumes,
-    shown: Arc<Volumes>,
+    export_volumes: Arc<ExportVolumes>,
     blocks: Blocks,
 }
 
@@ -120,14 +120,14 @@ impl Containers {
             slots: Mutex::default(),
             layers: rootfs::SharedBinds::default(),
             mapped: mapped::MappedVolumes::default(),
-            shown: Arc::default(),
+            export_volumes: Arc::default(),
             blocks: Blocks::default(),
         }
     }
 
-    /// Volumes below which containers show mounts on the host.
-    pub fn shown(&self) -> &Arc<Volumes> {
-        &self.shown
+    /// Returns the volumes below which containers may export mounts to the host.
+    pub fn export_volumes(&self) -> &Arc<ExportVolumes> {
+        &self.export_volumes
     }
 
     fn slots(&self) -> MutexGuard<'_, HashMap<String, Slot>> {

@@ -4,7 +4,7 @@
 //! [`super::create`]'s; building namespaces, cgroups and devices out of the spec is the guest's.
 
 use super::volume::{self, Bind};
-use crate::blocks::wish::{self, Wish};
+use crate::blocks::request::{self, DeviceRequest};
 use crate::error::{Result, ShimError};
 use boxlite_proto::boxlite::v1::PidMode;
 use boxlite_proto::names::{PID_MODE_ANNOTATION, STDIN_ANNOTATION};
@@ -22,7 +22,7 @@ pub struct GuestSpec {
     /// What to bind, in order of the mounts.
     pub binds: Vec<Bind>,
     /// Block devices of the host.
-    pub blocks: Vec<Wish>,
+    pub blocks: Vec<DeviceRequest>,
     /// Whose PID namespace.
     pub pid_mode: PidMode,
     /// Container id, with [`PidMode::Target`].
@@ -80,7 +80,7 @@ pub fn rewrite(mut spec: Spec) -> Result<GuestSpec> {
         binds.extend(volume::rewrite(mount)?);
     }
     spec.set_mounts(Some(mounts));
-    let blocks = wish::take(&mut spec)?;
+    let blocks = request::take(&mut spec)?;
     drop_host(&mut spec);
     Ok(GuestSpec {
         spec,

@@ -1,18 +1,18 @@
-//! [`HostFiles`]: the files of the host that a VMM needs inside the jail. Data only; the jail module mounts them.
+//! [`HostFiles`]: the host files that a VMM needs inside the jail.
 
 use std::path::PathBuf;
 
-/// Absolute host paths, visible in the jail under the same names. What is not listed is not there.
+/// Absolute host paths, visible in the jail under the same names. Other paths do not exist there.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct HostFiles {
     /// Files and directory trees, read-only.
     pub read_only: Vec<PathBuf>,
-    /// Read-only where the host has them; silently left out otherwise (`/lib64`, `/etc/ld.so.cache`).
+    /// Read-only if the host has them, otherwise omitted (`/lib64`, `/etc/ld.so.cache`).
     pub optional: Vec<PathBuf>,
-    /// Files, directories and device nodes that are written.
+    /// Writable files, directories and device nodes.
     pub read_write: Vec<PathBuf>,
-    /// The virtiofs share: with everything that is mounted into it later.
+    /// The virtiofs share, including mounts made in it later.
     pub share: PathBuf,
-    /// Becomes the working directory, so that socket names stay short. Writable.
+    /// Working directory in the jail, writable, so that socket names stay short.
     pub work_dir: PathBuf,
 }

@@ -1,7 +1,7 @@
-//! The vmm child's jail: own mount, IPC and UTS namespace, a root of nothing but what the VMM listed, few capabilities.
+//! The vmm child's jail: its own mount, IPC and UTS namespaces, a root with only the listed host files, few capabilities.
 //!
-//! It starts nothing and knows no VMM. The PID namespace is made by the supervisor before the fork, the network
-//! namespace entered by [`enter_netns`] before the VMM opens its tap. Called once, in a single-threaded process.
+//! The PID namespace is created by the supervisor before the fork; the network namespace is entered by [`enter_netns`] before
+//! the VMM opens its tap. Called once, in a single-threaded process.
 //!
 //! ```text
 //! enter_netns → Vmm::create (sees the host) → close: namespaces → root → pivot_root → capabilities, no_new_privs
@@ -17,18 +17,18 @@ pub use privileges::{drop_all_capabilities, raise_file_limit};
 use nix::sched::{CloneFlags, setns, unshare};
 use std::path::{Path, PathBuf};
 
-/// Why the jail could not be closed. The VM is not started then.
+/// Error while setting up the jail. The VM is not started then.
 #[derive(Debug, thiserror::Error)]
 pub enum JailError {
-    /// A system call without a path of its own.
-    #[error("jail: {step}")]
+    /// A system call without a path failed.
+    #[error("failed to {step} for the jail")]
     System {
         step: &'static str,
         #[source]
         source: nix::Error,
     },
-    /// A system call on a path of the host.
-    #[error("jail: {step} {path}")]
+    /// A system call on a host path failed.
+    #[error("failed to {step} {path} for the jail")]
     Path {
         step: &'static str,
         path: PathBuf,
@@ -36,7 +36,7 @@ pub enum JailError {
         source: std::io::Error,
     },
     /// Capabilities could not be changed.
-    #[error("jail: capabilities")]
+    #[error("failed to reduce capabilities")]
     Capabilities(#[source] caps::errors::CapsError),
 }
 
@@ -55,23 +55,23 @@ fn system(step: &'static str) -> impl FnOnce(nix::Error) -> JailError {
     move |source| JailError::System { step, source }
 }
 
-/// Moves this thread, and with it a single-threaded process, into a network namespace.
+/// Moves the calling thread, in a single-threaded process, into a network namespace.
 ///
 /// # Errors
-/// The path is no network namespace, or this process may not enter it.
+/// The path is not a network namespace, or the process lacks the privilege.
 pub fn enter_netns(path: &Path) -> Result<(), JailError> {
-    let file = std::fs::File::open(path).map_err(at_path("opening the network namespace", path))?;
-    setns(file, CloneFlags::CLONE_NEWNET).map_err(at_path("entering the network namespace", path))
+    let file = std::fs::File::open(path).map_err(at_path("open network namespace", path))?;
+    setns(file, CloneFlags::CLONE_NEWNET).map_err(at_path("enter network namespace", path))
 }
 
-/// Closes the jail: afterwards this process sees `files` under their own names and nothing else of the host, its
-/// working directory is `files.work_dir`, and it holds no capability beyond those a file server needs.
+/// Enters the jail: afterwards this process sees `files` under their own names and nothing else of the host, its working
+/// directory is `files.work_dir`, and it holds only the capabilities of a file server.
 ///
 /// # Errors
-/// Names the step. The process is in an undefined state then and must end.
+/// The failed step. The process is in an undefined state then and must exit.
 pub fn close(files: &HostFiles) -> Result<(), JailError> {
     let namespaces = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS;
-    unshare(namespaces).map_err(system("unsharing namespaces"))?;
+    unshare(namespaces).map_err(system("unshare namespaces"))?;
     root::enter(files)?;
     privileges::reduce()
 }

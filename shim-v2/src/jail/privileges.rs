@@ -1,19 +1,19 @@
-//! What the jailed process may do: capabilities, no_new_privs, the limit of open files.
+//! Privileges of the jailed process: capabilities, no_new_privs, RLIMIT_NOFILE.
 //!
-//! A file server on behalf of the guest needs the file capabilities and nothing more. Not among them: CAP_MKNOD and
-//! CAP_DAC_READ_SEARCH, by which (open_by_handle_at) a process leaves any mount namespace.
+//! A file server acting for the guest needs the file capabilities. CAP_MKNOD and CAP_DAC_READ_SEARCH are not among them:
+//! open_by_handle_at with the latter escapes any mount namespace.
 
 use super::{JailError, system};
 use caps::{CapSet, Capability, CapsHashSet};
 use nix::sys::prctl::set_no_new_privs;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-/// Open files wanted: libkrun and virtiofsd hold one per inode the guest has looked at. The kernel's default ceiling
-/// (fs.nr_open).
-const OPEN_FILES: u64 = 1 << 20;
+/// Limit of open files: libkrun and virtiofsd hold one per inode that the guest has looked up. Equals the kernel's default
+/// ceiling (fs.nr_open).
+const MAX_OPEN_FILES: u64 = 1 << 20;
 
-/// What the virtiofs server needs to act for any user of the guest; and CAP_SETPCAP, without which virtiofsd cannot give
-/// up the rest and refuses to start. It gives no way to gain anything.
+/// Capabilities that the virtiofs server needs to act for any user of the guest, and CAP_SETPCAP, without which virtiofsd cannot drop the
+/// others and refuses to start. CAP_SETPCAP cannot add capabilities.
 const FILE_CAPABILITIES: [Capability; 8] = [
     Capability::CAP_CHOWN,
     Capability::CAP_DAC_OVERRIDE,
@@ -25,24 +25,24 @@ const FILE_CAPABILITIES: [Capability; 8] = [
     Capability::CAP_SETPCAP,
 ];
 
-/// Raises the limit of open files as far as this process may.
+/// Raises the limit of open files as far as permitted.
 pub fn raise_file_limit() {
-    if setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES).is_ok() {
+    if setrlimit(Resource::RLIMIT_NOFILE, MAX_OPEN_FILES, MAX_OPEN_FILES).is_ok() {
         return;
     }
-    // Without CAP_SYS_RESOURCE: up to the hard limit. A refusal leaves what there was, which works, for fewer files.
+    // Without CAP_SYS_RESOURCE, up to the hard limit. If that fails, the current limit serves fewer files.
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
         let _unchanged = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
     }
 }
 
-/// Keeps the file capabilities, for this process and what it starts, and forbids gaining others.
+/// Keeps the file capabilities for this process and its children, and prevents gaining others.
 pub(super) fn reduce() -> Result<(), JailError> {
-    set_no_new_privs().map_err(system("setting no_new_privs"))?;
+    set_no_new_privs().map_err(system("set no_new_privs"))?;
     keep(&FILE_CAPABILITIES.into_iter().collect())
 }
 
-/// Gives up every capability, for this process and what it starts from now on.
+/// Drops every capability for this process and its future children.
 ///
 /// # Errors
 /// The kernel refused.

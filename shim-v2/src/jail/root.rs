@@ -1,7 +1,7 @@
 //! The jail's root: a tmpfs with bind mounts of the listed files, entered by pivot_root.
 //!
-//! The share keeps its propagation: what the shim mounts there later arrives here, because this namespace is a slave of
-//! the shim's. All else is a plain bind mount.
+//! The share keeps its propagation: later mounts of the shim appear here because this namespace is a slave of the shim's. All
+//! other paths are plain bind mounts.
 
 use super::HostFiles;
 use super::{JailError, at_path, system};
@@ -11,24 +11,23 @@ use std::fs;
 use std::os::unix::fs::{DirBuilderExt, symlink};
 use std::path::{Path, PathBuf};
 
-/// Directory of the VM's working directory on which the jail's root is mounted; inside the jail it is empty.
+/// Directory below the VM's working directory on which the jail's root is mounted; empty inside the jail.
 const ROOT_DIR: &str = "root";
-/// Size of the root's tmpfs: it holds mount points only.
+/// Mount options of the root's tmpfs: it holds mount points only.
 const ROOT_OPTIONS: &str = "size=1m,mode=755";
-/// Device nodes every process may expect.
+/// Device nodes that programs expect.
 const DEVICES: [&str; 4] = ["/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"];
 const NONE: Option<&str> = None;
 
-/// Builds the root and enters it. The mount namespace must be the caller's own already.
+/// Builds the root and enters it. The caller must have its own mount namespace.
 pub(super) fn enter(files: &HostFiles) -> Result<(), JailError> {
     let slave = MsFlags::MS_REC | MsFlags::MS_SLAVE;
-    mount(NONE, "/", NONE, slave, NONE)
-        .map_err(system("making the mounts slaves of the shim's"))?;
+    mount(NONE, "/", NONE, slave, NONE).map_err(system("make the mounts slaves of the shim's"))?;
 
     let root = files.work_dir.join(ROOT_DIR);
     match fs::DirBuilder::new().mode(0o700).create(&root) {
         Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
-            return Err(at_path("creating", &root)(error));
+            return Err(at_path("create", &root)(error));
         }
         _ => {}
     }
@@ -40,26 +39,26 @@ pub(super) fn enter(files: &HostFiles) -> Result<(), JailError> {
         flags,
         Some(ROOT_OPTIONS),
     )
-    .map_err(at_path("mounting", &root))?;
+    .map_err(at_path("mount", &root))?;
 
     populate(&root, files)?;
-    chdir(&root).map_err(at_path("entering", &root))?;
-    // The old root ends up on top of the new one at ".", and is taken off.
-    pivot_root(".", ".").map_err(system("changing the root"))?;
-    umount2(".", MntFlags::MNT_DETACH).map_err(system("taking the host's root off"))?;
+    chdir(&root).map_err(at_path("enter", &root))?;
+    // The old root is stacked on the new one at "." and unmounted from there.
+    pivot_root(".", ".").map_err(system("change the root"))?;
+    umount2(".", MntFlags::MNT_DETACH).map_err(system("unmount the host's root"))?;
 
     let proc = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC | MsFlags::MS_RDONLY;
-    // Read-only: root could write /proc/sys by file mode alone. Not subset=pid: virtiofsd insists on reading fs.nr_open.
-    mount(Some("proc"), "/proc", Some("proc"), proc, NONE).map_err(system("mounting /proc"))?;
+    // Read-only: root could write /proc/sys by file mode alone. Not subset=pid: virtiofsd reads fs.nr_open.
+    mount(Some("proc"), "/proc", Some("proc"), proc, NONE).map_err(system("mount /proc"))?;
     let sealed = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY | flags;
-    mount(NONE, "/", NONE, sealed, NONE).map_err(system("making the root read-only"))?;
-    chdir(&files.work_dir).map_err(at_path("entering", &files.work_dir))
+    mount(NONE, "/", NONE, sealed, NONE).map_err(system("make the root read-only"))?;
+    chdir(&files.work_dir).map_err(at_path("enter", &files.work_dir))
 }
 
 fn populate(root: &Path, files: &HostFiles) -> Result<(), JailError> {
     for name in ["proc", "dev", "tmp"] {
         let path = root.join(name);
-        fs::create_dir(&path).map_err(at_path("creating", &path))?;
+        fs::create_dir(&path).map_err(at_path("create", &path))?;
     }
     for path in &files.optional {
         if fs::symlink_metadata(path).is_ok() {
@@ -83,11 +82,11 @@ fn populate(root: &Path, files: &HostFiles) -> Result<(), JailError> {
 enum Access {
     ReadOnly,
     Full,
-    /// With the mounts below, which keep their flags; itself read-only.
+    /// Read-only itself, with the mounts below it, which keep their flags.
     Tree,
 }
 
-/// The place of `path` below the new root.
+/// Returns the path of `path` below the new root.
 fn inside(root: &Path, path: &Path) -> PathBuf {
     root.join(path.strip_prefix("/").unwrap_or(path))
 }
@@ -95,27 +94,25 @@ fn inside(root: &Path, path: &Path) -> PathBuf {
 fn bind(root: &Path, path: &Path, access: Access) -> Result<(), JailError> {
     let target = inside(root, path);
     if let Some(parent) = target.parent() {
-        fs::create_dir_all(parent).map_err(at_path("creating", parent))?;
+        fs::create_dir_all(parent).map_err(at_path("create", parent))?;
     }
     let kind = fs::symlink_metadata(path)
-        .map_err(at_path("looking at", path))?
+        .map_err(at_path("stat", path))?
         .file_type();
-    // `/lib` → `usr/lib`: as on the host. What it points to is listed by itself.
+    // Links such as `/lib` → `usr/lib` are copied; their targets are listed separately.
     if kind.is_symlink() && access == Access::ReadOnly {
-        let to = fs::read_link(path).map_err(at_path("reading", path))?;
+        let to = fs::read_link(path).map_err(at_path("read", path))?;
         if to.is_relative() {
-            return symlink(&to, &target).map_err(at_path("linking", &target));
+            return symlink(&to, &target).map_err(at_path("link", &target));
         }
     }
-    let directory = fs::metadata(path)
-        .map_err(at_path("looking at", path))?
-        .is_dir();
+    let directory = fs::metadata(path).map_err(at_path("stat", path))?.is_dir();
     if fs::symlink_metadata(&target).is_err() {
         let made = match directory {
             true => fs::create_dir(&target),
             false => fs::File::create(&target).map(drop),
         };
-        made.map_err(at_path("creating", &target))?;
+        made.map_err(at_path("create", &target))?;
     }
     let recursive = match access {
         Access::Tree => MsFlags::MS_REC,
@@ -128,13 +125,13 @@ fn bind(root: &Path, path: &Path, access: Access) -> Result<(), JailError> {
         MsFlags::MS_BIND | recursive,
         NONE,
     )
-    .map_err(at_path("binding", path))?;
-    // The share's own tmpfs holds mount points only; writable ones below keep their own flags. A guest must not be able to
-    // exchange a mount point for a link.
+    .map_err(at_path("bind", path))?;
+    // The share's tmpfs holds mount points only; writable mounts below it keep their flags. Read-only, so that the guest
+    // cannot replace a mount point by a link.
     if access != Access::Full {
         let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
         let flags = flags | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-        mount(NONE, &target, NONE, flags, NONE).map_err(at_path("making read-only", path))?;
+        mount(NONE, &target, NONE, flags, NONE).map_err(at_path("make read-only", path))?;
     }
     Ok(())
 }

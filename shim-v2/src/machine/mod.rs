@@ -1,25 +1,25 @@
-//! [`VmMachine`]: puts a pod's VM together out of vmm, share and net.
+//! [`VmMachine`]: assembles a pod's VM from vmm, share and net.
 //!
 //! ```text
 //! work dir → scratch disk → share → taps in the pod's netns → ready socket → vmm child → guest calls 2696 → Guest.Init
 //! ```
 //!
-//! Each step tells [`Undo`] how to take it back before it is done; the driver runs that list after a failure, a stop or
-//! the VM's end. Nothing here decides when.
+//! Each step registers its reversal with [`Undo`] before it runs; the driver runs that list after a failure, a stop or the
+//! VM's end. The order of a pod's life is the driver's decision.
 
 mod scratch;
 mod share;
 
 use crate::cgroup;
 use crate::error::{Result, ShimError};
-use crate::net::host::{HostPorts, Place};
-use crate::net::{self, PodNetwork, user};
+use crate::mount_export::host_mounter::{HostMounter, HostMounts};
+use crate::net::host::{BindScope, HostPorts};
+use crate::net::{self, PodNetwork, slirp};
 use crate::pod::undo::Undo;
 use crate::record::{Record, write_whole};
 use crate::sandbox::machine::{Booted, Machine};
 use crate::sandbox::options::Plan;
 use crate::share::PodShare;
-use crate::shown::place::{HostMounts, Keeper};
 use crate::time;
 use crate::vmm::{ReadySocket, Supervisor, VmmChild};
 use async_trait::async_trait;
@@ -38,26 +38,26 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
 
-/// Lines of console and vmm messages in an error.
+/// Number of console and vmm lines in an error.
 const ERROR_LINES: usize = 30;
-/// Name of the scratch disk.
+/// File name of the scratch disk.
 const SCRATCH_FILE: &str = "scratch.img";
-/// Name of the pod's network description in the bundle.
+/// File name of the pod's network description in the bundle.
 const NETWORK_FILE: &str = "network.json";
-/// Bytes for the guest's random pool.
-const ENTROPY: usize = 64;
-/// How long a killed VMM may take to be gone when a boot is taken back.
-const KILL_LIMIT: Duration = Duration::from_secs(30);
-/// The VM itself is as good a victim of the OOM killer as any pod; only the shim is protected.
+/// Number of bytes for the guest's random pool.
+const ENTROPY_BYTES: usize = 64;
+/// Maximum time for a killed VMM to exit when a boot is undone.
+const KILL_TIMEOUT: Duration = Duration::from_secs(30);
+/// OOM score adjustment of the VM: it can be killed like any pod; only the shim is protected.
 const VMM_OOM_SCORE: &str = "0";
 
-/// Gives this process a mount namespace that mounts of the host reach and that lets none of its own out. Single-threaded
-/// callers only. Answers the way back, for mounts of the guest that the host is to show.
+/// Gives this process a mount namespace that receives mounts of the host and propagates none back. Single-threaded callers
+/// only. Returns handles on both namespaces, for exported mounts.
 ///
 /// # Errors
-/// Without the right to it.
+/// The process lacks CAP_SYS_ADMIN.
 pub fn enter_mount_namespace() -> std::io::Result<HostMounts> {
-    let host = HostMounts::present()?;
+    let host = HostMounts::current()?;
     unshare(CloneFlags::CLONE_NEWNS)?;
     mount(
         None::<&str>,
@@ -69,7 +69,7 @@ pub fn enter_mount_namespace() -> std::io::Result<HostMounts> {
     HostMounts::new(host)
 }
 
-/// See the module.
+/// The machine of one pod.
 pub struct VmMachine {
     record: Mutex<Record>,
     cgroup: Mutex<cgroup::Joined>,
@@ -78,7 +78,7 @@ pub struct VmMachine {
 }
 
 impl VmMachine {
-    /// A machine that keeps `record` up to date.
+    /// Creates a machine that keeps `record` up to date.
     pub fn new(record: Record, mounts: HostMounts) -> Self {
         Self {
             mounts: Arc::new(mounts),
@@ -92,38 +92,38 @@ impl VmMachine {
         self.record.lock()
     }
 
-    /// Writes the record into the bundle.
+    /// Writes the record to the bundle.
     ///
     /// # Errors
-    /// When the bundle cannot be written.
+    /// The bundle is not writable.
     pub fn store(&self, bundle: &Path) -> std::io::Result<()> {
         self.record().store(bundle)
     }
 
-    /// Gives the pod's cgroup up. The VM must be gone.
+    /// Leaves and removes the pod's cgroup. The VM must have ended.
     pub fn leave_cgroup(&self, limit: Duration) {
         self.cgroup.lock().leave(limit);
     }
 
-    /// Writes the vmm child down before anything waits for it: a shim that dies now leaves something to kill.
-    fn note_child(&self, bundle: &Path, pid: i32) {
+    /// Records the vmm child before anything waits for it, so that it can be killed if the shim dies.
+    fn record_child(&self, bundle: &Path, pid: i32) {
         self.record().vmm = ProcessId::of(pid);
         if let Err(error) = self.store(bundle) {
-            tracing::warn!(%error, "the shim's record cannot be written");
+            tracing::warn!(%error, "failed to persist shim state");
         }
         if let Err(error) = std::fs::write(format!("/proc/{pid}/oom_score_adj"), VMM_OOM_SCORE) {
-            tracing::debug!(%error, "oom_score_adj of the VM stays");
+            tracing::debug!(%error, "failed to set oom_score_adj of the VM");
         }
     }
 
-    /// Joins the pod's interfaces with taps. The description is kept in the bundle for whoever looks.
+    /// Joins the pod's interfaces with taps. The description is kept in the bundle for diagnosis.
     async fn attach(&self, bundle: &Path, plan: &Plan, undo: &mut Undo) -> Result<PodNetwork> {
         let Some(netns) = plan.netns.clone() else {
             return Ok(PodNetwork::default());
         };
         let taken = netns.clone();
         undo.push("taps", move || {
-            blocking("take the taps away", move || net::detach(&taken))
+            blocking("remove the taps", move || net::detach(&taken))
         });
         let network = blocking("join the pod's network", move || net::attach(&netns)).await?;
         let path = bundle.join(NETWORK_FILE);
@@ -138,10 +138,10 @@ impl VmMachine {
         let hold = child.clone();
         undo.push("vmm child", move || async move {
             hold.kill();
-            tokio::time::timeout(KILL_LIMIT, hold.wait())
+            tokio::time::timeout(KILL_TIMEOUT, hold.wait())
                 .await
                 .map(drop)
-                .map_err(|_| "it outlived SIGKILL")
+                .map_err(|_| "still running after SIGKILL")
         });
         Ok(child)
     }
@@ -155,26 +155,26 @@ impl Machine for VmMachine {
         let scratch = scratch_path(bundle);
         let taken = scratch.clone();
         undo.push_call("scratch disk", move || remove_file(&taken));
-        scratch::make(&scratch, plan.options.scratch_bytes).await?;
+        scratch::create(&scratch, plan.options.scratch_bytes).await?;
         timers.mark("scratch");
 
         let directory = bundle.join("share");
-        let share = blocking("make the share", move || PodShare::create(&directory)).await?;
+        let share = blocking("create the share", move || PodShare::create(&directory)).await?;
         let taken = share.clone();
         undo.push_call("share", move || taken.destroy());
         timers.mark("share");
 
         let network = self.attach(bundle, plan, undo).await?;
-        // libkrun needs no card for it: TSI.
+        // libkrun uses TSI and needs no NIC.
         let tsi = plan.options.host_network && plan.options.vmm == VmmKind::Krun;
-        let user_card = plan.options.host_network && plan.options.vmm == VmmKind::Qemu;
+        let slirp_nic = plan.options.host_network && plan.options.vmm == VmmKind::Qemu;
         timers.mark("net");
 
         let ready =
             ReadySocket::bind(&work_dir).map_err(ShimError::boot("listen for the guest"))?;
         let spec = instance(id, plan, &work_dir, &share, &scratch, &network);
         let child = self.start_child(spec, undo).await?;
-        self.note_child(bundle, child.pid());
+        self.record_child(bundle, child.pid());
         timers.mark("spawn");
         ready
             .wait(&child)
@@ -187,27 +187,27 @@ impl Machine for VmMachine {
             &plan.options.vmm,
             socket,
         )));
-        let shown = if user_card { user::network() } else { network };
-        let told = init(&session, &child, id, plan, &shown).await?;
+        let guest_network = if slirp_nic { slirp::network() } else { network };
+        let versions = init(&session, &child, id, plan, &guest_network).await?;
         let host_ports = match &plan.netns {
-            _ if user_card => Some(HostPorts::begin(&session, Place::Host).await?),
-            _ if tsi => Some(HostPorts::begin(&session, Place::Vmm(child.pid())).await?),
+            _ if slirp_nic => Some(HostPorts::start(&session, BindScope::Host).await?),
+            _ if tsi => Some(HostPorts::start(&session, BindScope::Vmm(child.pid())).await?),
             Some(netns) if plan.local_ports => {
-                let place = Place::pod(netns)?;
-                Some(HostPorts::begin(&session, place).await?)
+                let scope = BindScope::pod(netns)?;
+                Some(HostPorts::start(&session, scope).await?)
             }
             _ => None,
         };
         timers.mark("init");
         let mut info = timers.0;
-        info.push(("kernel".to_owned(), told.0));
-        info.push(("agent".to_owned(), told.1));
+        info.push(("kernel".to_owned(), versions.0));
+        info.push(("agent".to_owned(), versions.1));
         info.push(("vmm".to_owned(), plan.options.vmm.to_string()));
 
         let (watched, killed) = (child.clone(), child.clone());
-        let keeper = Keeper::new(self.mounts.clone(), share.directory(), id);
+        let mounter = HostMounter::new(self.mounts.clone(), share.directory(), id);
         Ok(Booted {
-            keeper: Some(keeper),
+            mounter: Some(mounter),
             pid: child.pid().unsigned_abs(),
             session,
             share: Arc::new(VmShare(share)),
@@ -230,12 +230,12 @@ impl Machine for VmMachine {
         }
         *self.cgroup.lock() = joined;
         if let Err(error) = self.store(bundle) {
-            tracing::warn!(%error, "the shim's record cannot be written");
+            tracing::warn!(%error, "failed to persist shim state");
         }
     }
 }
 
-/// Milliseconds of each step, for SandboxStatus: `shim.<stage>_ms`, which the runtime takes for a stage by its ending.
+/// Durations in milliseconds for SandboxStatus: `shim.<stage>_ms`; the runtime recognizes stages by the suffix.
 struct TimersInner(Instant);
 
 #[derive(Default)]
@@ -286,7 +286,7 @@ fn instance(
     }
 }
 
-/// Guest.Init, ended by the VM's death. Answers kernel and agent version.
+/// Calls Guest.Init, aborted by the VM's death. Returns the versions of kernel and agent.
 async fn init(
     session: &GuestSession,
     child: &VmmChild,
@@ -294,7 +294,7 @@ async fn init(
     plan: &Plan,
     network: &PodNetwork,
 ) -> Result<(String, String)> {
-    let mut entropy = vec![0; ENTROPY];
+    let mut entropy = vec![0; ENTROPY_BYTES];
     std::fs::File::open("/dev/urandom")
         .and_then(|mut file| file.read_exact(&mut entropy))
         .map_err(ShimError::io("read", "/dev/urandom"))?;
@@ -311,21 +311,21 @@ async fn init(
         ..Default::default()
     };
     let guest = session.guest();
-    let told = tokio::select! {
-        told = guest.init(request) => told,
+    let response = tokio::select! {
+        response = guest.init(request) => response,
         exit = child.wait() => return Err(ShimError::VmGone {
             id: id.to_owned(),
             how: format!("{exit} during Guest.Init; {}", last_words(child)),
         }),
     };
-    match told {
-        Ok(told) => {
-            // Again, on a connection that is warm: the first time was old by the length of connecting to a guest that just
-            // booted, and exits are dated by this clock.
+    match response {
+        Ok(response) => {
+            // A second time on the warm connection: the first value was late by the connection setup to a guest that had just
+            // booted, and exit times are taken from this clock.
             if let Err(error) = guest.set_time(time::unix_ns()).await {
-                tracing::warn!(id, error = %error, "the guest's clock is not set anew");
+                tracing::warn!(id, error = %error, "failed to set the guest's clock again");
             }
-            Ok((told.kernel_release, told.agent_version))
+            Ok((response.kernel_release, response.agent_version))
         }
         Err(error) => Err(ShimError::Boot {
             step: "Guest.Init",
@@ -337,7 +337,7 @@ async fn init(
     }
 }
 
-/// A guest that came up and then refused its initialisation.
+/// A guest that reported readiness and then refused its initialization.
 #[derive(Debug, thiserror::Error)]
 #[error("{said}")]
 struct InitError {
@@ -358,15 +358,15 @@ fn last_words(child: &VmmChild) -> String {
     )
 }
 
-/// Where the scratch disk is: in `work` of the bundle, which containerd has on a disk while the bundle is in memory; in the
-/// bundle itself with boxlite-cri, which has no such directory.
+/// Returns the path of the scratch disk: below the bundle's `work`, which containerd keeps on disk while the bundle is in
+/// memory; in the bundle itself under boxlite-cri, which has no such directory.
 pub fn scratch_path(bundle: &Path) -> PathBuf {
     let work = std::fs::canonicalize(bundle.join("work"));
     work.unwrap_or_else(|_| bundle.to_owned())
         .join(SCRATCH_FILE)
 }
 
-/// A fresh private directory for sockets and console.
+/// Creates an empty private directory for sockets and console.
 fn make_work_dir(bundle: &Path, undo: &mut Undo) -> Result<PathBuf> {
     let dir = bundle.join("vm");
     match std::fs::remove_dir_all(&dir) {
@@ -379,7 +379,7 @@ fn make_work_dir(bundle: &Path, undo: &mut Undo) -> Result<PathBuf> {
         .mode(0o700)
         .create(&dir)
         .map_err(ShimError::io("create", dir.display()))?;
-    // The console's log stays for whoever looks for the reason; the sockets lead nowhere any more.
+    // The console log is kept for diagnosis; the sockets are useless without the VM.
     let taken = dir.clone();
     undo.push_call("sockets", move || {
         for name in [names::VSOCK_SOCKET, names::READY_SOCKET] {

@@ -1,4 +1,4 @@
-//! The pod's scratch disk: a sparse file with an empty ext4, made anew for every boot. Its size is the pod's quota.
+//! The pod's scratch disk: a sparse file with an empty ext4, created for each boot. Its size is the pod's quota.
 //!
 //! No journal: the disk never outlives its VM.
 
@@ -8,21 +8,21 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::Stdio;
 
-/// Smallest disk that an ext4 is worth making on, in bytes.
-const SMALLEST: u64 = 16 << 20;
+/// Minimum size of the disk in bytes.
+const MIN_BYTES: u64 = 16 << 20;
 
-/// Makes the disk at `path`.
+/// Creates the disk at `path`.
 ///
 /// # Errors
-/// Invalid for a size too small, Io where the file or its file system cannot be made.
-pub async fn make(path: &Path, bytes: u64) -> Result<()> {
-    if bytes < SMALLEST {
+/// Invalid if the size is too small, Io if the file or its file system cannot be created.
+pub async fn create(path: &Path, bytes: u64) -> Result<()> {
+    if bytes < MIN_BYTES {
         return Err(ShimError::Invalid {
             field: "scratch_bytes",
-            reason: format!("{bytes}, at least {SMALLEST}"),
+            reason: format!("{bytes} is less than {MIN_BYTES}"),
         });
     }
-    let failed = |source| ShimError::io("make the scratch disk", path.display())(source);
+    let failed = |source| ShimError::io("create scratch disk", path.display())(source);
     let file = OpenOptions::new()
         .write(true)
         .create(true)
@@ -32,7 +32,7 @@ pub async fn make(path: &Path, bytes: u64) -> Result<()> {
         .map_err(failed)?;
     file.set_len(bytes).map_err(failed)?;
     drop(file);
-    // lazy_itable_init: the file is all zeros, which is what an inode table is initialised to.
+    // lazy_itable_init: the file is all zeros, so inode tables need no initialization.
     let output = tokio::process::Command::new("mke2fs")
         .args(["-q", "-F", "-t", "ext4", "-m", "0", "-O", "^has_journal"])
         .args(["-E", "lazy_itable_init=1,nodiscard"])

@@ -1,4 +1,4 @@
-//! The pod's [`PodShare`] as containers see it: its blocking calls on threads that may wait for a disk, its errors the shim's.
+//! [`VmShare`]: runs the blocking calls of [`PodShare`] on blocking threads and converts its errors.
 
 use crate::error::{Result, ShimError};
 use crate::pod::Share;
@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
-/// See the module.
+/// The pod's share, as containers use it.
 pub struct VmShare(pub PodShare);
 
 #[async_trait]
@@ -37,11 +37,11 @@ impl Share for VmShare {
 
     async fn unbind(&self, path: &str) -> Result<()> {
         let (share, path) = (self.0.clone(), path.to_owned());
-        blocking("take out of the share", move || share.unbind(&path)).await
+        blocking("remove from the share", move || share.unbind(&path)).await
     }
 }
 
-/// Runs `work` on a blocking thread; dropped, the work goes on.
+/// Runs `work` on a blocking thread. Dropping the future does not stop it.
 pub(super) async fn blocking<T, E>(
     step: &'static str,
     work: impl FnOnce() -> std::result::Result<T, E> + Send + 'static,
@@ -56,7 +56,7 @@ where
     }
 }
 
-/// Errors of the VM's parts, on their way into the shim's.
+/// Errors of the VM's parts before their conversion.
 pub(super) enum MachineError {
     Share(ShareError),
     Other(Arc<dyn std::error::Error + Send + Sync>),
@@ -73,11 +73,11 @@ impl MachineError {
             Self::Share(ShareError::Private { path }) => ShimError::HostPath {
                 path,
                 wanted_for: "a mount with propagation HostToContainer".to_owned(),
-                reason: "it is on a private mount, so later mounts of the host cannot appear"
+                reason: "it is on a private mount, so later mounts of the host cannot propagate"
                     .to_owned(),
             },
             Self::Share(ShareError::Occupied { path }) => ShimError::AlreadyExists {
-                what: "place in the share",
+                what: "path in the share",
                 id: path,
             },
             Self::Share(error) => ShimError::Boot {

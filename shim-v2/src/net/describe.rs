@@ -1,6 +1,6 @@
-//! Reads what CNI configured in the current network namespace: links, addresses, routes.
+//! Reads the CNI configuration of the current network namespace: links, addresses, routes.
 //!
-//! Changes nothing. Routes that the kernel derives from addresses are left out: the guest's kernel derives them too.
+//! Read-only. Routes that the kernel derives from addresses are omitted: the guest's kernel derives them too.
 
 use super::{NetError, PodInterface, PodNetwork, PodRoute, TAP_PREFIX};
 use futures::TryStreamExt;
@@ -12,8 +12,8 @@ use rtnetlink::packet_route::route::{
 use rtnetlink::{Handle, RouteMessageBuilder};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-/// Bytes of an Ethernet address.
-const MAC_LENGTH: usize = 6;
+/// Length of an Ethernet address in bytes.
+const MAC_BYTES: usize = 6;
 
 fn failed(step: &'static str, interface: &str) -> impl FnOnce(rtnetlink::Error) -> NetError {
     move |source| NetError::Netlink {
@@ -23,7 +23,7 @@ fn failed(step: &'static str, interface: &str) -> impl FnOnce(rtnetlink::Error) 
     }
 }
 
-/// The whole namespace, without loopback and without our taps.
+/// Reads the whole namespace except loopback and our taps.
 pub(super) async fn read(handle: &Handle) -> Result<PodNetwork, NetError> {
     let mut interfaces = links(handle).await?;
     addresses(handle, &mut interfaces).await?;
@@ -34,15 +34,11 @@ pub(super) async fn read(handle: &Handle) -> Result<PodNetwork, NetError> {
     ];
     for (query, ipv6) in queries.into_iter().zip([false, true]) {
         let mut stream = std::pin::pin!(handle.route().get(query).execute());
-        while let Some(message) = stream
-            .try_next()
-            .await
-            .map_err(failed("reading the routes", ""))?
-        {
+        while let Some(message) = stream.try_next().await.map_err(failed("read routes", ""))? {
             routes.extend(route(&message, &interfaces, ipv6));
         }
     }
-    // A gateway must be reachable when its route is set: routes on the link come first.
+    // A gateway must be reachable when its route is added, so on-link routes come first.
     routes.sort_by_key(|route| !route.gateway.is_empty());
     Ok(PodNetwork { interfaces, routes })
 }
@@ -50,11 +46,7 @@ pub(super) async fn read(handle: &Handle) -> Result<PodNetwork, NetError> {
 async fn links(handle: &Handle) -> Result<Vec<PodInterface>, NetError> {
     let mut interfaces = Vec::new();
     let mut stream = std::pin::pin!(handle.link().get().execute());
-    while let Some(message) = stream
-        .try_next()
-        .await
-        .map_err(failed("reading the links", ""))?
-    {
+    while let Some(message) = stream.try_next().await.map_err(failed("read links", ""))? {
         if message.header.flags.contains(LinkFlags::Loopback) {
             continue;
         }
@@ -69,7 +61,7 @@ async fn links(handle: &Handle) -> Result<Vec<PodInterface>, NetError> {
             match attribute {
                 LinkAttribute::IfName(name) => interface.name = name,
                 LinkAttribute::Mtu(mtu) => interface.mtu = mtu,
-                LinkAttribute::Address(bytes) if bytes.len() == MAC_LENGTH => {
+                LinkAttribute::Address(bytes) if bytes.len() == MAC_BYTES => {
                     let octets: Vec<String> =
                         bytes.iter().map(|byte| format!("{byte:02x}")).collect();
                     interface.mac = octets.join(":");
@@ -81,7 +73,7 @@ async fn links(handle: &Handle) -> Result<Vec<PodInterface>, NetError> {
             .name
             .strip_prefix(TAP_PREFIX)
             .is_some_and(|rest| rest.parse::<u8>().is_ok());
-        // Tunnels that the kernel puts into every namespace (tunl0, sit0 …) have no Ethernet address.
+        // Tunnels that the kernel adds to every namespace (tunl0, sit0 …) have no Ethernet address.
         if !interface.mac.is_empty() && !is_tap && message.header.flags.contains(LinkFlags::Up) {
             interfaces.push(interface);
         }
@@ -95,7 +87,7 @@ async fn addresses(handle: &Handle, interfaces: &mut [PodInterface]) -> Result<(
     while let Some(message) = stream
         .try_next()
         .await
-        .map_err(failed("reading the addresses", ""))?
+        .map_err(failed("read addresses", ""))?
     {
         let Some(interface) = interfaces
             .iter_mut()
@@ -106,14 +98,14 @@ async fn addresses(handle: &Handle, interfaces: &mut [PodInterface]) -> Result<(
         let mut found = None;
         for attribute in message.attributes {
             match attribute {
-                // On a point-to-point link Address is the peer's; Local is ours where it is there.
+                // On a point-to-point link Address is the peer's, and Local is present and is ours.
                 AddressAttribute::Local(address) => found = Some(address),
                 AddressAttribute::Address(address) => found = found.or(Some(address)),
                 _ => {}
             }
         }
         match found {
-            // The guest makes its own out of the same MAC.
+            // The guest derives its own from the same MAC.
             Some(IpAddr::V6(address)) if address.is_unicast_link_local() => {}
             Some(address) => interface
                 .addresses
@@ -132,7 +124,7 @@ fn address(from: &RouteAddress) -> Option<IpAddr> {
     }
 }
 
-/// None for what the guest's kernel makes by itself, and for other tables and interfaces.
+/// Returns None for routes that the guest's kernel derives, and for other tables and interfaces.
 fn route(message: &RouteMessage, interfaces: &[PodInterface], ipv6: bool) -> Option<PodRoute> {
     let header = &message.header;
     if header.table != RouteHeader::RT_TABLE_MAIN

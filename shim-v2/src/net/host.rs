@@ -1,18 +1,18 @@
-//! [`HostPorts`]: the TCP ports of a pod's processes, listened on outside the VM, for three kinds of pods ([`Place`]).
+//! [`HostPorts`]: forwards the TCP ports of a pod's processes from outside the VM, in one of three scopes ([`BindScope`]).
 //!
-//! In the host's network, where the VMM has no TSI (Qemu): in the host's namespace, which is this process's; and the guest
-//! hears which ports the host listens on. With TSI (Krun) it hears the same, to show them, and nothing is listened on here,
-//! since libkrun does it. Under containerd: on the loopback of the pod's namespace, where its CRI plugin
-//! dials for port-forward; the pod's own address does not come by here.
+//! For a pod in the host's network without TSI (Qemu), ports are bound in the host's network namespace, which is this process's,
+//! and the guest receives the list of ports that the host listens on. With TSI (Krun) the guest receives that list too, for
+//! display, and nothing is bound here because libkrun does it. Under containerd, ports are bound on the loopback of the pod's
+//! namespace, where its CRI plugin connects for port-forward; traffic to the pod's own address does not pass through here.
 //!
-//! Outgoing connections are not its business: they leave through the VM's user-mode card ([`crate::vmm::qemu`]) or by TSI.
-//! The guest's half is the agent's `host_ports`; bytes go by `Guest.PortForward`.
+//! Outgoing connections leave through the VM's slirp NIC ([`super::slirp`]) or by TSI. The guest's half is the agent's
+//! `host_ports`; bytes travel over `Guest.PortForward`.
 //!
-//! The guest is hostile: it may take free ports of the host, as any process in the host's network may, up to
-//! [`PORT_LIMIT`]; never one that somebody has.
+//! The guest is hostile. Like any process in the host's network it can take free ports of the host, up to [`MAX_PORTS`], but
+//! no port that is in use.
 
 use super::listening::{host_ports, sockets_of};
-use super::user;
+use super::slirp;
 use crate::error::{Result, ShimError};
 use boxlite_portal::{GuestSession, PortalError};
 use boxlite_proto::boxlite::v1::{
@@ -38,42 +38,42 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
 
-/// How often the host's listeners are looked at.
-const LOOK: Duration = Duration::from_millis(500);
-/// Longest first exchange: the guest answers when it listens.
-const FIRST_LIMIT: Duration = Duration::from_secs(20);
-/// Pause before a broken exchange is begun again.
-const PAUSE: Duration = Duration::from_secs(1);
-/// Ports of the host a guest may take.
-const PORT_LIMIT: usize = 256;
-/// Connections from the host into one guest at one time; more wait in the backlogs.
-const CONNECTION_LIMIT: usize = 256;
-/// Requests of one exchange, and chunks of one connection, that wait for the guest.
-const QUEUE: usize = 4;
+/// Interval at which the host's listeners are polled.
+const POLL_INTERVAL: Duration = Duration::from_millis(500);
+/// Timeout of the first exchange: the guest answers once it listens.
+const FIRST_EXCHANGE_TIMEOUT: Duration = Duration::from_secs(20);
+/// Delay before a broken exchange is reopened.
+const REOPEN_DELAY: Duration = Duration::from_secs(1);
+/// Maximum number of host ports per guest.
+const MAX_PORTS: usize = 256;
+/// Maximum number of concurrent connections from the host into one guest; further ones wait in the backlogs.
+const MAX_CONNECTIONS: usize = 256;
+/// Number of requests of one exchange, and of chunks of one connection, buffered for the guest.
+const CHANNEL_CAPACITY: usize = 4;
 
-/// Where a pod's ports are listened on.
+/// Network namespace in which a pod's ports are bound.
 #[derive(Debug, Clone)]
-pub enum Place {
-    /// In the host's network namespace; its ports are the guest's too.
+pub enum BindScope {
+    /// The host's network namespace; the guest sees the host's ports.
     Host,
-    /// By the VMM, the process of this pid, in the host's network namespace. Here the host's ports are only told.
+    /// None: the VMM, the process with this pid, binds in the host's network namespace. The guest only sees the host's ports.
     Vmm(i32),
-    /// On the loopback of the pod's network namespace. Nobody else listens there.
+    /// The loopback of the pod's network namespace, which has no other listeners.
     Pod(Arc<File>),
 }
 
-impl Place {
-    /// The pod's, by the path of its namespace.
+impl BindScope {
+    /// Opens the pod's network namespace by its path.
     ///
     /// # Errors
-    /// Io, naming the path.
+    /// Io with the path.
     pub fn pod(netns: &Path) -> Result<Self> {
         let opened = File::open(netns).map_err(ShimError::io("open", netns.display()))?;
         Ok(Self::Pod(Arc::new(opened)))
     }
 
-    /// Ports that the guest is told, without our own.
-    fn told(&self, own: &Listeners) -> Vec<u32> {
+    /// Returns the ports reported to the guest, without our own.
+    fn reported(&self, own: &Listeners) -> Vec<u32> {
         match self {
             Self::Host => host_ports(|port, _| own.contains_key(&port)),
             Self::Vmm(pid) => {
@@ -84,20 +84,20 @@ impl Place {
         }
     }
 
-    /// Where the guest finds those ports.
+    /// Returns the address at which the guest reaches those ports.
     fn gateway(&self) -> String {
         match self {
             Self::Vmm(_) => String::new(),
-            // Of no use to a guest that hears of no ports.
-            Self::Host | Self::Pod(_) => user::GATEWAY.to_string(),
+            // Ignored by a guest that receives no ports.
+            Self::Host | Self::Pod(_) => slirp::GATEWAY.to_string(),
         }
     }
 
-    /// The guest's list as a map, bounded; empty where the VMM listens.
-    fn wanted(&self, ports: &[ListeningPort]) -> HashMap<u16, bool> {
+    /// Returns the guest's list as a bounded map; empty if the VMM binds.
+    fn listening(&self, ports: &[ListeningPort]) -> HashMap<u16, bool> {
         match self {
             Self::Vmm(_) => HashMap::new(),
-            Self::Host | Self::Pod(_) => wanted(ports),
+            Self::Host | Self::Pod(_) => listening(ports),
         }
     }
 
@@ -114,50 +114,53 @@ impl Place {
     }
 }
 
-/// One exchange with one guest.
+/// The exchange of ports with one guest.
 pub struct HostPorts {
     session: GuestSession,
-    place: Place,
-    /// What the guest listens on, by port: on its loopback only?
-    wanted: HashMap<u16, bool>,
+    scope: BindScope,
+    /// Ports that the guest listens on, and whether only on its loopback.
+    listening: HashMap<u16, bool>,
     listeners: Listeners,
     tasks: JoinSet<()>,
     connections: Arc<Semaphore>,
     outgoing: mpsc::Sender<HostPortsRequest>,
     answers: Streaming<HostPortsResponse>,
-    told: Vec<u32>,
-    /// Ports that could not be had, told in the log once.
+    reported: Vec<u32>,
+    /// Ports that could not be bound, logged once each.
     refused: BTreeSet<u16>,
 }
 
 impl HostPorts {
-    /// Tells the guest the host's ports and waits until it listens on them: a container that starts now finds them.
+    /// Reports the host's ports to the guest and waits until it listens on them, so that containers started later find them.
     ///
     /// # Errors
-    /// The guest refuses, or does not answer in time. Nothing stays.
-    pub async fn begin(session: &GuestSession, place: Place) -> Result<Self> {
-        // A connection of its own: the exchange lasts as long as the VM.
+    /// The guest refuses or does not answer in time. No task remains.
+    pub async fn start(session: &GuestSession, scope: BindScope) -> Result<Self> {
+        // A dedicated connection: the exchange lasts as long as the VM.
         let session = session.dedicated();
         let none = Listeners::new();
-        let begun = tokio::time::timeout(FIRST_LIMIT, open(&session, &place, &none));
-        let (outgoing, answers, told) = begun.await.map_err(|_| slow()).and_then(|opened| {
-            opened.map_err(ShimError::boot("tell the guest the host's ports"))
-        })?;
+        let first = tokio::time::timeout(FIRST_EXCHANGE_TIMEOUT, open(&session, &scope, &none));
+        let (outgoing, answers, reported) = first
+            .await
+            .map_err(|_| first_exchange_timeout())
+            .and_then(|opened| {
+                opened.map_err(ShimError::boot("report the host's ports to the guest"))
+            })?;
         Ok(Self {
             session,
-            place,
-            wanted: HashMap::new(),
+            scope,
+            listening: HashMap::new(),
             listeners: HashMap::new(),
             tasks: JoinSet::new(),
-            connections: Arc::new(Semaphore::new(CONNECTION_LIMIT)),
+            connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
             outgoing,
             answers,
-            told,
+            reported,
             refused: BTreeSet::new(),
         })
     }
 
-    /// Goes on until `ended`; then all listeners and connections are closed. The owner is the shim's task tracker.
+    /// Runs until `ended`, then closes all listeners and connections. Runs on the shim's task tracker.
     pub async fn run(mut self, ended: CancellationToken) {
         tokio::select! {
             () = self.follow() => {}
@@ -168,41 +171,43 @@ impl HostPorts {
     async fn follow(&mut self) {
         loop {
             if let Err(error) = self.until_broken().await {
-                tracing::warn!(error = %Report(&error), "the exchange of ports broke; beginning again");
+                tracing::warn!(error = %Report(&error), "port exchange broke, reopening");
             }
-            tokio::time::sleep(PAUSE).await;
-            match open(&self.session, &self.place, &self.listeners).await {
-                Ok((outgoing, answers, told)) => {
+            tokio::time::sleep(REOPEN_DELAY).await;
+            match open(&self.session, &self.scope, &self.listeners).await {
+                Ok((outgoing, answers, reported)) => {
                     self.outgoing = outgoing;
                     self.answers = answers;
-                    self.told = told;
+                    self.reported = reported;
                 }
-                Err(error) => tracing::debug!(error = %Report(&error), "no exchange of ports"),
+                Err(error) => {
+                    tracing::debug!(error = %Report(&error), "failed to reopen port exchange")
+                }
             }
         }
     }
 
     async fn until_broken(&mut self) -> std::result::Result<(), PortalError> {
-        let mut looks = tokio::time::interval(LOOK);
-        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut polls = tokio::time::interval(POLL_INTERVAL);
+        polls.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 answer = self.answers.message() => {
                     let answer = answer.map_err(|status| PortalError::from_status("Guest.HostPorts", status))?;
                     match answer {
                         Some(answer) => {
-                            self.wanted = self.place.wanted(&answer.ports);
+                            self.listening = self.scope.listening(&answer.ports);
                             self.listen().await;
                         }
                         None => return Ok(()),
                     }
                 }
-                _ = looks.tick() => {
-                    // A port that somebody had may be free by now.
+                _ = polls.tick() => {
+                    // A port that was in use may be free by now.
                     self.listen().await;
-                    let ports = self.place.told(&self.listeners);
-                    if ports != self.told {
-                        self.told.clone_from(&ports);
+                    let ports = self.scope.reported(&self.listeners);
+                    if ports != self.reported {
+                        self.reported.clone_from(&ports);
                         let request = HostPortsRequest { ports, gateway: String::new() };
                         if self.outgoing.send(request).await.is_err() {
                             return Ok(());
@@ -213,23 +218,23 @@ impl HostPorts {
         }
     }
 
-    /// Listens on the guest's ports and no others.
+    /// Binds exactly the guest's ports.
     async fn listen(&mut self) {
-        let wanted = &self.wanted;
+        let listening = &self.listening;
         self.listeners.retain(|port, (loopback, task)| {
-            let keep = wanted.get(port) == Some(loopback);
+            let keep = listening.get(port) == Some(loopback);
             if !keep {
                 task.abort();
             }
             keep
         });
-        // Aborted listeners are closed when their tasks have ended.
+        // Aborted listeners close when their tasks have ended.
         while self.tasks.try_join_next().is_some() {}
-        for (&port, &loopback) in wanted {
+        for (&port, &loopback) in listening {
             if self.listeners.contains_key(&port) {
                 continue;
             }
-            match self.place.bind(port, loopback).await {
+            match self.scope.bind(port, loopback).await {
                 Ok(listener) => {
                     self.refused.remove(&port);
                     let task = self.tasks.spawn(accept(
@@ -241,7 +246,7 @@ impl HostPorts {
                     self.listeners.insert(port, (loopback, task));
                 }
                 Err(error) if self.refused.insert(port) => {
-                    tracing::warn!(port, %error, "the pod listens on a port that the host cannot give it");
+                    tracing::warn!(port, %error, "failed to bind port of the pod");
                 }
                 Err(_) => {}
             }
@@ -249,24 +254,24 @@ impl HostPorts {
     }
 }
 
-fn slow() -> ShimError {
+fn first_exchange_timeout() -> ShimError {
     ShimError::from(PortalError::Deadline {
         call: "Guest.HostPorts",
-        limit: FIRST_LIMIT,
+        limit: FIRST_EXCHANGE_TIMEOUT,
     })
 }
 
-/// The guest's list as a map, bounded.
-fn wanted(ports: &[ListeningPort]) -> HashMap<u16, bool> {
+/// Converts the guest's list to a bounded map.
+fn listening(ports: &[ListeningPort]) -> HashMap<u16, bool> {
     ports
         .iter()
-        .take(PORT_LIMIT)
+        .take(MAX_PORTS)
         .filter_map(|port| Some((u16::try_from(port.port).ok()?, port.loopback)))
         .filter(|(port, _)| *port != 0)
         .collect()
 }
 
-/// By port: on the loopback only, and the task that has the listener.
+/// Listener tasks by port, and whether they are bound to loopback only.
 type Listeners = HashMap<u16, (bool, AbortHandle)>;
 
 type Opened = (
@@ -277,16 +282,16 @@ type Opened = (
 
 async fn open(
     session: &GuestSession,
-    place: &Place,
+    scope: &BindScope,
     own: &Listeners,
 ) -> std::result::Result<Opened, PortalError> {
-    let (outgoing, requests) = mpsc::channel(QUEUE);
-    let ports = place.told(own);
+    let (outgoing, requests) = mpsc::channel(CHANNEL_CAPACITY);
+    let ports = scope.reported(own);
     let first = HostPortsRequest {
         ports: ports.clone(),
-        gateway: place.gateway(),
+        gateway: scope.gateway(),
     };
-    // Nobody else has the sender yet: there is room.
+    // The channel is empty, so this succeeds.
     drop(outgoing.send(first).await);
     let answers = session
         .guest()
@@ -295,7 +300,7 @@ async fn open(
     Ok((outgoing, answers, ports))
 }
 
-/// IPv6 takes IPv4 along, where the host has it.
+/// Binds IPv6 and IPv4 at once if the host has IPv6.
 async fn bind(port: u16, loopback: bool) -> io::Result<TcpListener> {
     if loopback {
         return TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await;
@@ -309,8 +314,7 @@ async fn bind(port: u16, loopback: bool) -> io::Result<TcpListener> {
     }
 }
 
-/// Listens in another network namespace. The thread that goes there ends: none of the runtime's may stay in it. Blocks for
-/// a moment.
+/// Binds in another network namespace, on a thread of its own so that no runtime thread changes namespace. Blocks briefly.
 fn bind_within(netns: &File, port: u16) -> io::Result<std::net::TcpListener> {
     std::thread::scope(|scope| {
         let there = scope.spawn(|| {
@@ -321,11 +325,11 @@ fn bind_within(netns: &File, port: u16) -> io::Result<std::net::TcpListener> {
         });
         there
             .join()
-            .unwrap_or_else(|_| Err(io::Error::other("the thread died")))
+            .unwrap_or_else(|_| Err(io::Error::other("binding thread panicked")))
     })
 }
 
-/// Accepts until it is aborted, which ends its connections, too.
+/// Accepts connections until aborted, which also ends its connections.
 async fn accept(
     listener: TcpListener,
     port: u16,
@@ -340,24 +344,24 @@ async fn accept(
         };
         match listener.accept().await {
             Ok((outside, _)) => {
-                // Each has a connection of its own: all streams of one share a window, and a slow one would stall the others.
+                // A connection each: streams share a flow-control window, so a slow one would stall the others.
                 let session = session.dedicated();
                 open.spawn(async move {
                     if let Err(error) = carry(outside, port, &session).await {
-                        tracing::debug!(port, error = %Report(&error), "connection into the pod");
+                        tracing::debug!(port, error = %Report(&error), "connection into the pod failed");
                     }
                     drop(permit);
                 });
             }
             Err(error) => {
-                tracing::warn!(port, %error, "accept");
-                tokio::time::sleep(PAUSE).await;
+                tracing::warn!(port, %error, "failed to accept connection");
+                tokio::time::sleep(REOPEN_DELAY).await;
             }
         }
     }
 }
 
-/// Carries one connection, with half-close kept both ways, until both directions have ended or one breaks.
+/// Carries one connection, keeping half-close in both directions, until both have ended or one breaks.
 async fn carry(
     outside: TcpStream,
     port: u16,
@@ -365,7 +369,7 @@ async fn carry(
 ) -> std::result::Result<(), PortalError> {
     let _ = outside.set_nodelay(true);
     let (mut reader, mut writer) = outside.into_split();
-    let (outgoing, requests) = mpsc::channel(QUEUE);
+    let (outgoing, requests) = mpsc::channel(CHANNEL_CAPACITY);
     let first = PortForwardRequest {
         port: port.into(),
         ..Default::default()
@@ -378,7 +382,7 @@ async fn carry(
     let inbound = async {
         loop {
             let mut data = BytesMut::with_capacity(CHUNK_LIMIT);
-            // An error of the client's is the end of what it sends.
+            // A read error ends the client's direction.
             let eof = !matches!(reader.read_buf(&mut data).await, Ok(count) if count > 0);
             let request = PortForwardRequest {
                 data: data.freeze(),
@@ -397,7 +401,7 @@ async fn carry(
                 return Ok(false);
             }
             if answer.eof {
-                // The other direction goes on.
+                // The other direction continues.
                 return Ok(writer.shutdown().await.is_ok());
             }
         }
@@ -407,7 +411,7 @@ async fn carry(
     tokio::select! {
         () = &mut inbound => outbound.await.map(drop),
         half = &mut outbound => {
-            // Where it broke, or the client is gone, dropping both tells either side.
+            // On a break, dropping both futures notifies both sides.
             if half? {
                 inbound.await;
             }
@@ -421,32 +425,43 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_pods_port_is_in_its_namespace_and_not_here() {
+    async fn bind_in_pod_scope_stays_in_the_pod_namespace() {
         const PORT: u16 = 48_231;
         let net = crate::containerd::private_net::PrivateNet::create().unwrap();
-        let place = Place::pod(&net.path()).unwrap();
-        let listener = place.bind(PORT, false).await.unwrap();
+        let scope = BindScope::pod(&net.path()).unwrap();
+        let listener = scope.bind(PORT, false).await.unwrap();
         assert_eq!(
             listener.local_addr().unwrap(),
             (Ipv4Addr::LOCALHOST, PORT).into()
         );
-        assert!(!Place::Host.told(&HashMap::new()).contains(&u32::from(PORT)));
-        assert!(place.bind(PORT, false).await.is_err(), "it is taken there");
+        assert!(
+            !BindScope::Host
+                .reported(&HashMap::new())
+                .contains(&u32::from(PORT))
+        );
+        assert!(
+            scope.bind(PORT, false).await.is_err(),
+            "the port is in use there"
+        );
     }
 
     #[tokio::test]
-    async fn our_own_listeners_are_not_the_hosts() {
+    async fn reported_ports_exclude_our_own_listeners() {
         let listener = bind(0, true).await.unwrap();
         let port = listener.local_addr().unwrap().port();
-        assert!(Place::Host.told(&HashMap::new()).contains(&u32::from(port)));
+        assert!(
+            BindScope::Host
+                .reported(&HashMap::new())
+                .contains(&u32::from(port))
+        );
         let task = tokio::spawn(std::future::pending::<()>());
         let own = HashMap::from([(port, (true, task.abort_handle()))]);
-        assert!(!Place::Host.told(&own).contains(&u32::from(port)));
+        assert!(!BindScope::Host.reported(&own).contains(&u32::from(port)));
         task.abort();
-        // As libkrun's, which the process of the VM has.
-        let vmm = Place::Vmm(std::process::id().cast_signed());
-        assert!(!vmm.told(&HashMap::new()).contains(&u32::from(port)));
-        let another = Place::Vmm(1);
-        assert!(another.told(&HashMap::new()).contains(&u32::from(port)));
+        // As with libkrun, whose process owns the sockets.
+        let vmm = BindScope::Vmm(std::process::id().cast_signed());
+        assert!(!vmm.reported(&HashMap::new()).contains(&u32::from(port)));
+        let another = BindScope::Vmm(1);
+        assert!(another.reported(&HashMap::new()).contains(&u32::from(port)));
     }
 }

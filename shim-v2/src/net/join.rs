@@ -1,8 +1,8 @@
-//! Joins an interface of CNI with a tap: what enters the one leaves by the other, both ways, before any stack sees it.
+//! Joins a CNI interface with a tap: frames received by one are sent by the other, in both directions, before any stack.
 //!
-//! tc at ingress: a u32 filter that matches everything, with mirred redirect as its action. Bridges would do too, but
-//! the interface keeps its addresses this way, so that CNI's CHECK still finds what ADD made; the namespace's own stack
-//! never sees a packet and so never answers in the guest's place.
+//! tc ingress: a u32 filter that matches everything, with mirred redirect as its action. Unlike with a bridge, the interface
+//! keeps its addresses, so CNI's CHECK still finds what ADD configured; the namespace's own stack never sees a packet and so
+//! never answers in place of the guest.
 
 use super::{NetError, PodInterface, TAP_PREFIX, tap};
 use futures::TryStreamExt;
@@ -11,19 +11,19 @@ use rtnetlink::{Handle, LinkUnspec};
 
 /// TC_H_MAKE(TC_H_INGRESS, 0): the parent of filters on an ingress qdisc.
 const INGRESS: u32 = 0xffff_0000;
-/// ETH_P_ALL in network byte order, as tc's header wants it.
+/// ETH_P_ALL in network byte order, as tc's header expects it.
 const ALL_PROTOCOLS: u16 = 0x0003_u16.to_be();
-/// -EEXIST of a netlink answer.
+/// -EEXIST in a netlink answer.
 const EXISTS: i32 = -nix::libc::EEXIST;
-/// -ENODEV of a netlink answer.
+/// -ENODEV in a netlink answer.
 const NO_DEVICE: i32 = -nix::libc::ENODEV;
-/// -ENOENT and -EINVAL: a qdisc that is not there.
+/// -ENOENT and -EINVAL: the qdisc does not exist.
 const NO_QDISC: [i32; 2] = [-nix::libc::ENOENT, -nix::libc::EINVAL];
 
-/// Makes `tap` and joins it with `interface`. Repeatable.
+/// Creates the tap `name` and joins it with `interface`. Idempotent.
 ///
 /// # Errors
-/// The kernel's; the step is named.
+/// The kernel's error with the failed step.
 pub(super) async fn join(
     handle: &Handle,
     interface: &PodInterface,
@@ -37,20 +37,16 @@ pub(super) async fn join(
             source: Box::new(source),
         }
     };
-    let known = index(handle, name)
-        .await
-        .map_err(failed("looking for the tap", name))?;
+    let known = index(handle, name).await.map_err(failed("look up", name))?;
     if known.is_none() {
         tap::create(name).map_err(|source| NetError::System {
-            step: "making a tap",
+            step: "create tap",
             source,
         })?;
     }
-    let index = index(handle, name)
-        .await
-        .map_err(failed("looking for the tap", name))?;
+    let index = index(handle, name).await.map_err(failed("look up", name))?;
     let index = index.ok_or_else(|| NetError::System {
-        step: "making a tap",
+        step: "create tap",
         source: std::io::ErrorKind::NotFound.into(),
     })?;
     let up = LinkUnspec::new_with_index(index)
@@ -62,17 +58,17 @@ pub(super) async fn join(
         .set(up)
         .execute()
         .await
-        .map_err(failed("bringing up", name))?;
+        .map_err(failed("bring up", name))?;
 
     for (from, to, of) in [
         (interface.index, index, interface.name.as_str()),
         (index, interface.index, name),
     ] {
-        let step = failed("adding the ingress queue", of);
+        let step = failed("add ingress qdisc", of);
         if !qdisc(handle, from).await.map_err(step)? {
             continue;
         }
-        let step = failed("adding the redirect", of);
+        let step = failed("add redirect", of);
         redirect(handle, from, to).await.map_err(step)?;
     }
     Ok(())
@@ -87,7 +83,7 @@ async fn index(handle: &Handle, name: &str) -> Result<Option<u32>, rtnetlink::Er
     }
 }
 
-/// False: it was there, and so is its redirect.
+/// Adds the ingress qdisc; returns false if it exists, and then its redirect exists too.
 async fn qdisc(handle: &Handle, index: u32) -> Result<bool, rtnetlink::Error> {
     match handle
         .qdisc()
@@ -110,7 +106,7 @@ async fn redirect(handle: &Handle, from: u32, to: u32) -> Result<(), rtnetlink::
         .protocol(ALL_PROTOCOLS);
     let done = filter.redirect(to)?.execute().await;
     if done.is_err() {
-        // A queue without its redirect would be taken for a finished one next time.
+        // The next attempt would take a qdisc without redirect for a finished one.
         let _kept = unqueue(handle, from).await;
     }
     done
@@ -127,10 +123,10 @@ async fn unqueue(handle: &Handle, index: u32) -> Result<(), rtnetlink::Error> {
     }
 }
 
-/// Takes every tap of ours and every redirect of the namespace away.
+/// Removes our taps and every redirect in the namespace.
 ///
 /// # Errors
-/// The kernel's; the step is named.
+/// The kernel's error with the failed step.
 pub(super) async fn part(handle: &Handle) -> Result<(), NetError> {
     let failed = |step: &'static str, interface: &str| {
         let interface = interface.to_owned();
@@ -142,11 +138,7 @@ pub(super) async fn part(handle: &Handle) -> Result<(), NetError> {
     };
     let mut links = Vec::new();
     let mut stream = std::pin::pin!(handle.link().get().execute());
-    while let Some(message) = stream
-        .try_next()
-        .await
-        .map_err(failed("reading the links", ""))?
-    {
+    while let Some(message) = stream.try_next().await.map_err(failed("read links", ""))? {
         let name = message
             .attributes
             .iter()
@@ -166,11 +158,11 @@ pub(super) async fn part(handle: &Handle) -> Result<(), NetError> {
                 .del(index)
                 .execute()
                 .await
-                .map_err(failed("deleting", &name))?;
+                .map_err(failed("delete", &name))?;
         } else if name != "lo" {
             unqueue(handle, index)
                 .await
-                .map_err(failed("removing the redirect", &name))?;
+                .map_err(failed("remove redirect", &name))?;
         }
     }
     Ok(())

@@ -1,23 +1,28 @@
-//! Which TCP ports of the host are listened on, and by whose sockets, as /proc tells it.
+//! Listening TCP ports of the host and the sockets that own them, read from /proc.
 //!
-//! Reads only; what a guest is told of them is [`super::host`]'s decision.
+//! [`super::host`] decides which of them a guest sees.
 
 use boxlite_sys::tcp_table::listening_sockets;
 use std::collections::{BTreeSet, HashSet};
 
-/// Ports told to a guest at most; the agent takes no more.
-const TOLD_LIMIT: usize = 1024;
-/// Ports that somebody listens on in this process's network namespace, without those that are `ours` by port and inode.
+/// Maximum number of ports reported to a guest; the agent accepts no more.
+const MAX_REPORTED: usize = 1024;
+
+/// Returns the listening ports of this process's network namespace, except those for which `ours` (port, inode) is true.
 pub fn host_ports(ours: impl Fn(u16, u64) -> bool) -> Vec<u32> {
     let found: BTreeSet<u16> = listening_sockets()
         .into_iter()
         .filter(|socket| !ours(socket.port, socket.inode))
         .map(|socket| socket.port)
         .collect();
-    found.into_iter().take(TOLD_LIMIT).map(u32::from).collect()
+    found
+        .into_iter()
+        .take(MAX_REPORTED)
+        .map(u32::from)
+        .collect()
 }
 
-/// Inodes of a process's open sockets; none where it has ended.
+/// Returns the inodes of a process's open sockets; empty if it has ended.
 pub fn sockets_of(pid: i32) -> HashSet<u64> {
     let entries = std::fs::read_dir(format!("/proc/{pid}/fd"));
     let links = entries.into_iter().flatten().flatten();

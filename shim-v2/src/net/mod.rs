@@ -1,18 +1,18 @@
-//! The pod's network on the host's side: a tap beside each interface that CNI made, and what the guest is told about it.
+//! The pod's network on the host's side: a tap beside each CNI interface, and the configuration handed to the guest.
 //!
-//! It runs no plugin and keeps no lease (boxlite-cri or containerd do) and configures nothing in the guest (Guest.Init
-//! does). Everything happens inside the pod's network namespace, on a thread of its own that entered it: a worker of the
-//! async runtime must never change its namespace.
+//! CNI plugins and leases belong to boxlite-cri or containerd, configuration in the guest to Guest.Init. All work happens inside
+//! the pod's network namespace, on a dedicated thread that entered it: a worker of the async runtime must never change its
+//! namespace.
 //!
-//! Flow: `sandbox` → [`attach`] → [`describe`] reads links, addresses, routes → [`join`] makes the tap and redirects →
-//! [`PodNetwork`], which the bundle keeps.
+//! Flow: `sandbox` → [`attach`] → [`describe`] reads links, addresses, routes → [`join`] creates the tap and redirects →
+//! [`PodNetwork`], kept in the bundle.
 
 mod describe;
 pub mod host;
 mod join;
 mod listening;
+pub mod slirp;
 pub mod tap;
-pub mod user;
 
 use boxlite_proto::boxlite::v1 as wire;
 use boxlite_proto::vmm::Nic;
@@ -21,23 +21,23 @@ use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// How long everything in the namespace may take: a handful of netlink round trips.
-const LIMIT: Duration = Duration::from_secs(10);
-/// Most interfaces a pod may have: each takes a device slot of the VMM.
-const INTERFACE_LIMIT: usize = 8;
+/// Timeout of all work in the namespace: a handful of netlink round trips.
+const NETLINK_TIMEOUT: Duration = Duration::from_secs(10);
+/// Maximum number of interfaces of a pod: each takes a device slot of the VMM.
+const MAX_INTERFACES: usize = 8;
 
-/// Why a pod's network could not be read or joined.
+/// Error while reading or joining a pod's network.
 #[derive(Debug, thiserror::Error)]
 pub enum NetError {
-    /// The namespace's file cannot be opened or entered.
-    #[error("network namespace {path}")]
+    /// The namespace cannot be opened or entered.
+    #[error("failed to enter network namespace {path}")]
     Namespace {
         path: PathBuf,
         #[source]
         source: std::io::Error,
     },
     /// A netlink request failed.
-    #[error("{step} of interface {interface:?}")]
+    #[error("failed to {step} (interface {interface:?})")]
     Netlink {
         step: &'static str,
         interface: String,
@@ -45,63 +45,63 @@ pub enum NetError {
         source: Box<rtnetlink::Error>,
     },
     /// A system call failed.
-    #[error("{step}")]
+    #[error("failed to {step}")]
     System {
         step: &'static str,
         #[source]
         source: std::io::Error,
     },
-    /// More interfaces than a VM gets.
-    #[error("network namespace {path} has {count} interfaces, at most {INTERFACE_LIMIT} fit a VM")]
+    /// The pod has more interfaces than a VM supports.
+    #[error("network namespace {path} has {count} interfaces (maximum {MAX_INTERFACES})")]
     TooMany { path: PathBuf, count: usize },
     /// Netlink did not answer in time.
-    #[error("network namespace {path}: no answer from netlink within {LIMIT:?}")]
+    #[error("network namespace {path}: no netlink answer within {NETLINK_TIMEOUT:?}")]
     Timeout { path: PathBuf },
 }
 
-/// One interface as CNI left it.
+/// An interface as CNI configured it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PodInterface {
     /// Name in the pod, e.g. eth0.
     pub name: String,
     /// Index in the network namespace.
     pub index: u32,
-    /// aa:bb:cc:dd:ee:ff
+    /// MAC address as aa:bb:cc:dd:ee:ff.
     pub mac: String,
-    /// Bytes.
+    /// MTU in bytes.
     pub mtu: u32,
-    /// CIDR, IPv4 and IPv6, without link-local ones.
+    /// Addresses as CIDR, IPv4 and IPv6, without link-local ones.
     pub addresses: Vec<String>,
 }
 
-/// One route as CNI left it; the fields are those of the wire's Route.
+/// A route as CNI configured it, with the fields of the wire's Route.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PodRoute {
-    /// CIDR; empty for a default route.
+    /// Destination as CIDR; empty for a default route.
     pub destination: String,
-    /// Address; empty for a route on the link.
+    /// Gateway address; empty for an on-link route.
     pub gateway: String,
     /// Name of the interface.
     pub interface: String,
     /// Preferred source address, or empty.
     pub source: String,
-    /// rtnetlink scope.
+    /// Scope as in rtnetlink.
     pub scope: u32,
-    /// Address family.
+    /// Whether the address family is IPv6.
     pub ipv6: bool,
 }
 
-/// What a pod's namespace offers its VM. Kept in the bundle, so that a second start gives the same.
+/// Configuration of a pod's network namespace. Kept in the bundle, so that a second start has the same.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct PodNetwork {
     /// Interfaces in the order of their index.
     pub interfaces: Vec<PodInterface>,
-    /// Routes of the main table that the kernel did not make by itself.
+    /// Routes of the main table, except those that the kernel derives.
     pub routes: Vec<PodRoute>,
 }
 
 impl PodNetwork {
-    /// The VM's cards, in the order of the interfaces.
+    /// Returns the VM's NICs, in the order of the interfaces.
     pub fn nics(&self) -> Vec<Nic> {
         let nic = |(index, interface): (usize, &PodInterface)| Nic {
             tap: tap_name(index),
@@ -111,7 +111,7 @@ impl PodNetwork {
         self.interfaces.iter().enumerate().map(nic).collect()
     }
 
-    /// As Guest.Init wants the interfaces.
+    /// Returns the interfaces for Guest.Init.
     pub fn wire_interfaces(&self) -> Vec<wire::Interface> {
         let interface = |from: &PodInterface| wire::Interface {
             name: from.name.clone(),
@@ -122,7 +122,7 @@ impl PodNetwork {
         self.interfaces.iter().map(interface).collect()
     }
 
-    /// As Guest.Init wants the routes.
+    /// Returns the routes for Guest.Init.
     pub fn wire_routes(&self) -> Vec<wire::Route> {
         let route = |from: &PodRoute| wire::Route {
             destination: from.destination.clone(),
@@ -140,18 +140,18 @@ fn tap_name(index: usize) -> String {
     format!("{TAP_PREFIX}{index}")
 }
 
-/// Taps are called tap0, tap1 …; an interface of that name is never taken for one of CNI's.
+/// Name prefix of our taps (tap0, tap1 …); interfaces with such a name are not treated as CNI's.
 const TAP_PREFIX: &str = "tap";
 
-/// Makes a tap beside every interface of the namespace, joins both by redirects, and tells what CNI configured. May be
-/// repeated: taps and redirects that are there stay. Blocks for some milliseconds; call it off the async runtime.
+/// Creates a tap beside every interface of the namespace, joins both by redirects, and returns the CNI configuration.
+/// Idempotent. Blocks for some milliseconds; call it off the async runtime.
 ///
 /// # Errors
-/// See [`NetError`]; taps made before the failure stay until [`detach`] or the namespace's end.
+/// See [`NetError`]; taps created before the failure remain until [`detach`] or the namespace's end.
 pub fn attach(netns: &Path) -> Result<PodNetwork, NetError> {
     inside(netns, async |handle| {
         let network = describe::read(&handle).await?;
-        if network.interfaces.len() > INTERFACE_LIMIT {
+        if network.interfaces.len() > MAX_INTERFACES {
             return Err(NetError::TooMany {
                 path: netns.to_owned(),
                 count: network.interfaces.len(),
@@ -164,7 +164,7 @@ pub fn attach(netns: &Path) -> Result<PodNetwork, NetError> {
     })
 }
 
-/// Takes the taps and redirects away again. Succeeds on what is gone, the namespace included.
+/// Removes the taps and redirects. Succeeds if they or the namespace no longer exist.
 ///
 /// # Errors
 /// See [`NetError`].
@@ -175,7 +175,7 @@ pub fn detach(netns: &Path) -> Result<(), NetError> {
     inside(netns, async |handle| join::part(&handle).await)
 }
 
-/// Runs `work` on a thread that entered `netns`, with a netlink connection of that namespace.
+/// Runs `work` on a thread that entered `netns`, with a netlink connection in that namespace.
 fn inside<T: Send>(
     netns: &Path,
     work: impl AsyncFnOnce(rtnetlink::Handle) -> Result<T, NetError> + Send,
@@ -191,12 +191,12 @@ fn inside<T: Send>(
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
-            .map_err(system("starting a runtime"))?;
+            .map_err(system("start a runtime"))?;
         runtime.block_on(async {
             let (connection, handle, _) =
-                rtnetlink::new_connection().map_err(system("opening netlink"))?;
+                rtnetlink::new_connection().map_err(system("open netlink"))?;
             let connection = tokio::spawn(connection);
-            let result = tokio::time::timeout(LIMIT, work(handle)).await;
+            let result = tokio::time::timeout(NETLINK_TIMEOUT, work(handle)).await;
             connection.abort();
             result.unwrap_or_else(|_| {
                 Err(NetError::Timeout {
@@ -209,10 +209,12 @@ fn inside<T: Send>(
         let thread = std::thread::Builder::new()
             .name("netns".to_owned())
             .spawn_scoped(scope, on_thread)
-            .map_err(system("starting a thread"))?;
-        thread
-            .join()
-            .unwrap_or_else(|_| Err(system("a thread")(std::io::Error::other("it panicked"))))
+            .map_err(system("start a thread"))?;
+        thread.join().unwrap_or_else(|_| {
+            Err(system("configure the network")(std::io::Error::other(
+                "thread panicked",
+            )))
+        })
     })
 }
 

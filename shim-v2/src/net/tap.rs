@@ -1,6 +1,6 @@
-//! Taps: made persistent for a pod, opened by a VMM. Always in the calling thread's network namespace.
+//! TAP devices: created persistently for a pod, opened by a VMM. Always in the calling thread's network namespace.
 //!
-//! JUSTIFICATION for unsafe: /dev/net/tun is spoken to by ioctl only.
+//! JUSTIFICATION for unsafe: /dev/net/tun has only an ioctl interface.
 
 use nix::libc::{IFF_NO_PI, IFF_TAP, IFF_VNET_HDR, IFNAMSIZ};
 use std::fs::{File, OpenOptions};
@@ -19,7 +19,7 @@ mod ioctl {
     );
 }
 
-/// `struct ifreq` as far as TUNSETIFF reads it.
+/// `struct ifreq` up to the fields that TUNSETIFF reads.
 #[repr(C)]
 pub struct Request {
     name: [u8; IFNAMSIZ],
@@ -31,10 +31,10 @@ fn attach(name: &str) -> io::Result<File> {
     if name.is_empty() || name.len() >= IFNAMSIZ {
         return Err(io::Error::new(
             io::ErrorKind::InvalidInput,
-            format!("{name:?} is no interface name"),
+            format!("invalid interface name {name:?}"),
         ));
     }
-    // A card's frames with their offload header (VNET_HDR) and nothing else in front (NO_PI). All three fit 16 bits.
+    // Ethernet frames with offload header (VNET_HDR) and without packet information (NO_PI). All three flags fit 16 bits.
     let flags = (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR) as nix::libc::c_short;
     let mut request = Request {
         name: [0; IFNAMSIZ],
@@ -51,18 +51,18 @@ fn attach(name: &str) -> io::Result<File> {
     Ok(file)
 }
 
-/// Opens the tap called `name`, which exists.
+/// Opens the existing tap `name`.
 ///
 /// # Errors
-/// The kernel's: no such device node, the tap is in use.
+/// The kernel's error, for example if the device node is missing or the tap is in use.
 pub fn open(name: &str) -> io::Result<OwnedFd> {
     attach(name).map(OwnedFd::from)
 }
 
-/// Makes a tap that stays until it or its network namespace is deleted.
+/// Creates a tap that exists until it or its network namespace is deleted.
 ///
 /// # Errors
-/// The kernel's.
+/// The kernel's error.
 pub fn create(name: &str) -> io::Result<()> {
     let file = attach(name)?;
     // SAFETY: the descriptor is open and attached; the argument is a plain number.

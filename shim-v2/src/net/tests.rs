@@ -1,9 +1,9 @@
-//! Against the kernel: a namespace of the test's own with a veth as CNI leaves it. Needs root, as the shim does.
+//! Tests against the kernel, in a network namespace with a veth as CNI leaves it. They need root.
 
 use super::*;
 use std::process::Command;
 
-/// A network namespace held by a sleeping process, so that the machine's own is never touched.
+/// A network namespace held by a sleeping process; the machine's own is never touched.
 struct Namespace(std::process::Child);
 
 impl Namespace {
@@ -65,14 +65,14 @@ fn cni_like() -> Namespace {
     ] {
         namespace.run(line);
     }
-    // The peer stands for the host's end; down, it is no interface of the pod.
+    // The peer stands for the host's end; while down it does not count as an interface of the pod.
     namespace.run("ip link set host0 down");
     namespace.run("ip link set eth0 up");
     namespace
 }
 
 #[test]
-fn reads_what_cni_made_and_joins_it() {
+fn attach_joins_cni_interfaces_and_detach_undoes_it() {
     let namespace = cni_like();
     let network = attach(&namespace.path()).expect("attach");
     assert_eq!(network.interfaces.len(), 1, "{network:?}");
@@ -109,7 +109,7 @@ fn reads_what_cni_made_and_joins_it() {
 }
 
 #[test]
-fn an_empty_namespace_has_no_cards() {
+fn attach_empty_namespace_returns_no_interfaces() {
     let namespace = Namespace::new();
     assert_eq!(
         attach(&namespace.path()).expect("attach"),
@@ -118,7 +118,7 @@ fn an_empty_namespace_has_no_cards() {
 }
 
 #[test]
-fn a_path_that_is_no_namespace_is_named() {
+fn attach_invalid_namespace_names_the_path() {
     let error = attach(Path::new("/dev/null")).expect_err("not a namespace");
     assert!(error.to_string().contains("/dev/null"), "{error}");
     detach(Path::new("/nonexistent/netns")).expect("gone is fine");

@@ -1,33 +1,33 @@
-//! The throw-away VM: 64 KiB of memory, one vCPU in long mode, 69 bytes of code that report by one `out`.
+//! The test VM: 64 KiB of memory, one vCPU in long mode, 69 bytes of code that report by one `out`.
 //!
-//! JUSTIFICATION for unsafe: KVM takes guest memory as an address of this process, and runs whatever is there.
+//! JUSTIFICATION for unsafe: KVM takes guest memory as an address of this process and runs its contents.
 
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use std::path::Path;
 
-/// Guest memory; KVM wants whole pages.
+/// Guest memory; KVM requires whole pages.
 #[repr(C, align(4096))]
 struct Memory([u8; MEMORY]);
 
-/// Guest memory in bytes, from guest physical address 0.
+/// Size of guest memory in bytes, from guest physical address 0.
 const MEMORY: usize = 0x10000;
 const CODE_AT: usize = 0x1000;
 const STACK_TOP: u64 = 0x7000;
-/// Page tables: one 2 MiB page maps everything.
+/// Page tables: one 2 MiB page maps all memory.
 const PML4: usize = 0x9000;
 const PDPT: usize = 0xa000;
 const PD: usize = 0xb000;
-/// Present, writable; the last one also "large page".
+/// Flags "present" and "writable"; the last level adds "large page".
 const TABLE: u64 = 0x3;
 const LARGE: u64 = 0x83;
 const REPORT_PORT: u16 = 0x80;
 const DONE: u8 = 0x42;
-/// Exits until the report: one is enough, signals may add some.
-const EXIT_LIMIT: u32 = 100;
+/// Maximum number of exits before the report: one suffices, signals may add some.
+const MAX_EXITS: u32 = 100;
 
-/// movd, paddd (SSE2) and their result compared; lock cmpxchg16b at 0x7000 and what it stored compared; cpuid; then
-/// `out 0x80` with 0x42, or 0xee where a comparison failed.
+/// movd and paddd (SSE2) with a check of the result; lock cmpxchg16b at 0x7000 with a check of the stored value; cpuid; then
+/// `out 0x80` with 0x42, or 0xee if a check failed.
 const CODE: [u8; 69] = [
     0xb8, 0x11, 0x00, 0x00, 0x00, 0x66, 0x0f, 0x6e, 0xc0, 0x66, 0x0f, 0xfe, 0xc0, 0x66, 0x0f, 0x7e,
     0xc1, 0x83, 0xf9, 0x22, 0x75, 0x2a, 0x31, 0xc0, 0x31, 0xd2, 0xbb, 0x01, 0x00, 0x00, 0x00, 0xb9,
@@ -36,25 +36,25 @@ const CODE: [u8; 69] = [
     0xb0, 0xee, 0xe6, 0x80, 0xf4,
 ];
 
-/// Why no guest code ran to its end.
+/// Error of a test VM.
 #[derive(Debug, thiserror::Error)]
 pub enum ProbeError {
-    /// The device is there and cannot be used as KVM.
+    /// The device exists but cannot be used as KVM.
     #[error("{device}: {step}: {source}")]
     Kvm {
         device: String,
         step: &'static str,
         source: kvm_ioctls::Error,
     },
-    /// The vCPU stopped for something the code does not do.
+    /// The vCPU exited for a reason that the code does not cause.
     #[error("{exit}")]
     Exit { exit: String },
 }
 
-/// Runs the VM. The text says what ran.
+/// Runs the VM and returns a description of what ran.
 ///
 /// # Errors
-/// What stopped it, in KVM's words.
+/// The failed step with KVM's error, or the unexpected exit.
 pub fn run(device: &Path) -> Result<String, ProbeError> {
     let name = device.display().to_string();
     let failed = |step| {
@@ -66,12 +66,12 @@ pub fn run(device: &Path) -> Result<String, ProbeError> {
         }
     };
     let path = std::ffi::CString::new(device.as_os_str().as_encoded_bytes());
-    let path = path.map_err(|_| failed("opening")(kvm_ioctls::Error::new(nix::libc::EINVAL)))?;
-    let kvm = Kvm::new_with_path(path).map_err(failed("opening"))?;
+    let path = path.map_err(|_| failed("open")(kvm_ioctls::Error::new(nix::libc::EINVAL)))?;
+    let kvm = Kvm::new_with_path(path).map_err(failed("open"))?;
     let vm = kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
     let mut memory = Box::new(Memory([0; MEMORY]));
     fill(&mut memory.0);
-    // KVM writes to it from now on: never freed, never looked at again. The process ends soon.
+    // KVM writes to it from now on: never freed and never read. The process exits soon.
     let memory = Box::into_raw(memory);
     let region = kvm_userspace_memory_region {
         slot: 0,
@@ -80,16 +80,16 @@ pub fn run(device: &Path) -> Result<String, ProbeError> {
         memory_size: MEMORY as u64,
         userspace_addr: memory as u64,
     };
-    // SAFETY: the region is the page-aligned allocation above, which lives until this process ends; Rust does not touch it any more.
+    // SAFETY: the region is the page-aligned allocation above, which lives until the process exits and is not accessed by Rust.
     unsafe { vm.set_user_memory_region(region) }.map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
-    let mut vcpu = prepare(&kvm, &vm).map_err(failed("setting the vCPU up"))?;
-    for _ in 0..EXIT_LIMIT {
+    let mut vcpu = prepare(&kvm, &vm).map_err(failed("set up the vCPU"))?;
+    for _ in 0..MAX_EXITS {
         let exit = match vcpu.run().map_err(failed("KVM_RUN"))? {
             VcpuExit::IoOut(REPORT_PORT, [DONE]) => {
                 return Ok("ran long mode, SSE2, cmpxchg16b and cpuid".to_owned());
             }
             VcpuExit::IoOut(REPORT_PORT, data) => {
-                format!("guest code computed wrongly (out {data:02x?})")
+                format!("guest code computed a wrong result (out {data:02x?})")
             }
             VcpuExit::Intr => continue,
             VcpuExit::InternalError => "KVM_EXIT_INTERNAL_ERROR".to_owned(),
@@ -102,7 +102,7 @@ pub fn run(device: &Path) -> Result<String, ProbeError> {
         return Err(ProbeError::Exit { exit });
     }
     Err(ProbeError::Exit {
-        exit: format!("{EXIT_LIMIT} exits without a report"),
+        exit: format!("{MAX_EXITS} exits without a report"),
     })
 }
 
@@ -121,7 +121,7 @@ fn prepare(kvm: &Kvm, vm: &VmFd) -> Result<VcpuFd, kvm_ioctls::Error> {
     let vcpu = vm.create_vcpu(0)?;
     vcpu.set_cpuid2(&kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?)?;
     let mut special = vcpu.get_sregs()?;
-    // Flat 64-bit code and data segments, as a kernel has them (Intel SDM volume 3, 3.4.5).
+    // Flat 64-bit code and data segments (Intel SDM volume 3, 3.4.5).
     let code = kvm_segment {
         base: 0,
         limit: u32::MAX,

@@ -1,8 +1,8 @@
-//! Roles `probe` and `probe-guest`: whether this machine's KVM really runs guest code.
+//! Roles `probe` and `probe-guest`: test whether this machine's KVM runs guest code.
 //!
-//! /dev/kvm may exist and be unable to run a guest, and then libkrun dies late and in odd ways. So a throw-away VM runs
-//! what every kernel needs early: long mode with paging, SSE, cmpxchg16b, cpuid. That happens in a child process with a
-//! time limit, since a broken KVM may hang or kill its caller. It draws no conclusion; runtime's `vmm_probe` does.
+//! /dev/kvm may exist without being able to run a guest, and then libkrun fails late and obscurely. So a small test VM runs
+//! code that every kernel needs early: long mode with paging, SSE, cmpxchg16b, cpuid. It runs in a child process with a timeout,
+//! because a broken KVM may hang or kill its caller. Runtime's `vmm_probe` evaluates the report.
 //!
 //! Flow: boxlite-cri → `containerd-shim-boxlite-v2 probe` → `/proc/self/exe probe-guest` → [`guest::run`].
 
@@ -15,13 +15,13 @@ use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-/// How long the throw-away VM may take: it runs some twenty instructions; emulated KVM hosts need a second or two.
-const LIMIT: Duration = Duration::from_secs(10);
-/// How often the child is looked at.
-const TICK: Duration = Duration::from_millis(10);
-/// Most bytes read of what the child says.
-const SAID_LIMIT: u64 = 1024;
-const DEVICE: &str = "/dev/kvm";
+/// Timeout of the test VM: it runs some twenty instructions; emulated KVM hosts need a second or two.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Interval at which the child is polled.
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
+/// Maximum number of bytes read of the child's output.
+const MAX_OUTPUT_BYTES: u64 = 1024;
+const KVM_DEVICE: &str = "/dev/kvm";
 
 /// Role `probe`: prints a [`ProbeReport`] as JSON.
 pub fn run() -> ExitCode {
@@ -37,9 +37,9 @@ pub fn run() -> ExitCode {
     }
 }
 
-/// Role `probe-guest`: runs the VM in this process; says what happened on standard output.
+/// Role `probe-guest`: runs the VM in this process and prints the result to standard output.
 pub fn run_guest() -> ExitCode {
-    match guest::run(Path::new(DEVICE)) {
+    match guest::run(Path::new(KVM_DEVICE)) {
         Ok(ran) => {
             println!("{ran}");
             ExitCode::SUCCESS
@@ -52,18 +52,18 @@ pub fn run_guest() -> ExitCode {
 }
 
 fn report() -> ProbeReport {
-    if !Path::new(DEVICE).exists() {
+    if !Path::new(KVM_DEVICE).exists() {
         return ProbeReport {
             kvm_present: false,
             kvm_usable: false,
-            reason: format!("no {DEVICE}"),
+            reason: format!("{KVM_DEVICE} not found"),
         };
     }
-    let (kvm_usable, reason) = match ask(Path::new("/proc/self/exe"), LIMIT) {
-        Ok(said) => said,
+    let (kvm_usable, reason) = match ask(Path::new("/proc/self/exe"), PROBE_TIMEOUT) {
+        Ok(output) => output,
         Err(error) => (
             false,
-            format!("the test VM's process could not be started: {error}"),
+            format!("failed to start the test VM's process: {error}"),
         ),
     };
     ProbeReport {
@@ -90,25 +90,25 @@ fn ask(program: &Path, limit: Duration) -> std::io::Result<(bool, String)> {
             child.wait()?;
             break None;
         }
-        std::thread::sleep(TICK);
+        std::thread::sleep(POLL_INTERVAL);
     };
-    let mut said = String::new();
+    let mut output = String::new();
     if let Some(from) = child.stdout.take() {
-        from.take(SAID_LIMIT).read_to_string(&mut said)?;
+        from.take(MAX_OUTPUT_BYTES).read_to_string(&mut output)?;
     }
-    let said = said.trim().to_owned();
+    let output = output.trim().to_owned();
     Ok(match status {
         None => (
             false,
-            format!("the test VM did not end within {} s", limit.as_secs()),
+            format!("the test VM did not exit within {} s", limit.as_secs()),
         ),
-        Some(status) if status.success() => (true, said),
+        Some(status) if status.success() => (true, output),
         Some(status) => match status.signal() {
             Some(signal) => (
                 false,
-                format!("the test VM's process died of signal {signal}"),
+                format!("the test VM's process was killed by signal {signal}"),
             ),
-            None => (false, said),
+            None => (false, output),
         },
     })
 }
@@ -118,7 +118,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_probe_that_hangs_or_dies_is_a_no() {
+    fn ask_child_that_hangs_or_dies_is_unusable() {
         let script = tempfile::NamedTempFile::new().expect("file");
         let path = script.into_temp_path();
         let run = |text: &str| {
@@ -129,11 +129,14 @@ mod tests {
         };
         assert_eq!(
             run("#!/bin/sh\nexec sleep 5\n"),
-            (false, "the test VM did not end within 0 s".to_owned())
+            (false, "the test VM did not exit within 0 s".to_owned())
         );
         assert_eq!(
             run("#!/bin/sh\nkill -9 $$\n"),
-            (false, "the test VM's process died of signal 9".to_owned())
+            (
+                false,
+                "the test VM's process was killed by signal 9".to_owned()
+            )
         );
         assert_eq!(
             run("#!/bin/sh\necho no; exit 1\n"),
@@ -143,11 +146,11 @@ mod tests {
     }
 
     #[test]
-    fn the_answer_has_a_reason() {
-        let (_, said) = match guest::run(Path::new("/dev/null")) {
-            Ok(said) => (true, said),
+    fn run_failure_names_the_device() {
+        let (_, output) = match guest::run(Path::new("/dev/null")) {
+            Ok(output) => (true, output),
             Err(error) => (false, error.to_string()),
         };
-        assert!(said.contains("/dev/null"), "{said}");
+        assert!(output.contains("/dev/null"), "{output}");
     }
 }

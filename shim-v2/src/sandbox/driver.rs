@@ -8,9 +8,9 @@ use super::options::Plan;
 use super::{Ended, Phase, Snapshot};
 use crate::container::Containers;
 use crate::error::{Result, ShimError};
+use crate::mount_export::MountExporter;
 use crate::pod::undo::Undo;
 use crate::pod::{Context, Guest};
-use crate::shown::Shown;
 use crate::time;
 use boxlite_sys::report::Report;
 use futures::future::BoxFuture;
@@ -269,11 +269,12 @@ impl Driver {
         if let Some(ports) = booted.host_ports {
             self.context.tasks.spawn(ports.run(guest.ended.clone()));
         }
-        if let Some(keeper) = booted.keeper {
-            let shown = Shown::new(&guest.session, keeper, self.containers.shown().clone());
-            let task = self.context.tasks.spawn(shown.run(guest.ended.clone()));
-            // Who asked for the VM's end finds none of its mounts on the host.
-            undo.push("mounts shown on the host", move || task);
+        if let Some(mounter) = booted.mounter {
+            let volumes = self.containers.export_volumes().clone();
+            let exporter = MountExporter::new(&guest.session, mounter, volumes);
+            let task = self.context.tasks.spawn(exporter.run(guest.ended.clone()));
+            // Stopping the VM completes only after its mounts are gone from the host.
+            undo.push("exported mounts", move || task);
         }
         self.vm = Some(Vm {
             exit: booted.exit,

@@ -4,10 +4,10 @@
 
 use super::options::Plan;
 use crate::error::Result;
+use crate::mount_export::host_mounter::HostMounter;
 use crate::net::host::HostPorts;
 use crate::pod::Share;
 use crate::pod::undo::Undo;
-use crate::shown::place::Keeper;
 use async_trait::async_trait;
 use boxlite_portal::GuestSession;
 use std::path::Path;
@@ -27,8 +27,8 @@ pub struct Booted {
     pub kill: Arc<dyn Fn() + Send + Sync>,
     /// For a pod in the host's network, or under containerd: the exchange of ports, which the driver runs.
     pub host_ports: Option<HostPorts>,
-    /// Shows mounts of the guest on the host.
-    pub keeper: Option<Keeper>,
+    /// Mounts the guest's exported mounts on the host.
+    pub mounter: Option<HostMounter>,
     /// Facts for SandboxStatus(verbose).
     pub info: Vec<(String, String)>,
 }

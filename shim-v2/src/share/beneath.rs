@@ -1,6 +1,6 @@
-//! [`Place`]: a path below a directory, resolved by openat2 so that no link is followed and nothing outside is reached.
+//! [`SharePath`]: a path below a directory, resolved by openat2 without following links and without leaving the directory.
 //!
-//! It mounts nothing. The path it hands out goes through the opened descriptor, so nobody can exchange it meanwhile.
+//! It mounts nothing. [`SharePath::path`] goes through the opened descriptor, so it cannot be replaced in between.
 
 use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat, openat2};
 use nix::sys::stat::{Mode, mkdirat};
@@ -13,14 +13,14 @@ const DIRECTORY_MODE: Mode = Mode::from_bits_truncate(0o755);
 const FILE_MODE: Mode = Mode::from_bits_truncate(0o644);
 
 /// An opened mount point.
-pub struct Place(OwnedFd);
+pub struct SharePath(OwnedFd);
 
-impl Place {
-    /// Makes `path` below `base`, a directory or an empty file, and its parents.
+impl SharePath {
+    /// Creates `path` below `base`, a directory or an empty file, and its parents.
     ///
     /// # Errors
-    /// AlreadyExists; whatever openat2 answers to a link on the way (ELOOP).
-    pub fn make(base: &Path, path: &str, directory: bool) -> io::Result<Self> {
+    /// AlreadyExists, or the error of openat2, for example ELOOP for a link in the path.
+    pub fn create(base: &Path, path: &str, directory: bool) -> io::Result<Self> {
         let mut parent = openat(
             AT_FDCWD,
             base,
@@ -48,10 +48,10 @@ impl Place {
         step(&parent, name, OFlag::empty()).map(Self)
     }
 
-    /// Opens `path` below `base`; None when it is not there.
+    /// Opens `path` below `base`; None if it does not exist.
     ///
     /// # Errors
-    /// As [`Place::make`].
+    /// As [`SharePath::create`].
     pub fn open(base: &Path, path: &str) -> io::Result<Option<Self>> {
         let base = openat(
             AT_FDCWD,
@@ -60,16 +60,16 @@ impl Place {
             Mode::empty(),
         )?;
         match step(&base, path, OFlag::empty()) {
-            Ok(place) => Ok(Some(Self(place))),
+            Ok(opened) => Ok(Some(Self(opened))),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
     }
 
-    /// Removes the empty directory or file `path` below `base`. Succeeds on what is gone.
+    /// Removes the empty directory or file `path` below `base`. Succeeds if it does not exist.
     ///
     /// # Errors
-    /// It is not empty, or still a mount point.
+    /// It is not empty, or is still a mount point.
     pub fn remove(base: &Path, path: &str) -> io::Result<()> {
         let base = openat(
             AT_FDCWD,
@@ -92,7 +92,7 @@ impl Place {
         }
     }
 
-    /// A path to the opened place for a mount call.
+    /// Returns a path to the opened mount point for a mount call.
     pub fn path(&self) -> PathBuf {
         PathBuf::from(format!("/proc/self/fd/{}", self.0.as_raw_fd()))
     }

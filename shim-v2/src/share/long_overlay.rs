@@ -1,19 +1,18 @@
-//! overlayfs with more lower directories than one page of mount options holds: named relative to the directory they share.
+//! overlayfs mounts with more lower directories than fit one page of mount options: paths relative to their common parent.
 //!
-//! containerd does the same for its own mounts. The mount call is [`super::PodShare`]'s; this shortens its words and calls
-//! it from a thread whose working directory is not the process's.
+//! containerd does the same. [`super::PodShare`] makes the mount call, on a thread with its own working directory.
 
 use nix::sched::{CloneFlags, unshare};
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// What the kernel takes: a page with its final NUL.
-const OPTIONS_LIMIT: usize = 4095;
+/// Maximum length of mount options in bytes: a page without the final NUL.
+const MAX_OPTIONS_BYTES: usize = 4095;
 
-/// The directory that all lower directories share and the options relative to it. None: the options are short enough, or
+/// Returns the common parent of the lower directories and options relative to it. None if the options are short enough or
 /// cannot be shortened.
 pub(super) fn shorten(kind: &str, data: &str) -> Option<(PathBuf, String)> {
-    if kind != "overlay" || data.len() <= OPTIONS_LIMIT {
+    if kind != "overlay" || data.len() <= MAX_OPTIONS_BYTES {
         return None;
     }
     let lower = data.split(',').find_map(|o| o.strip_prefix("lowerdir="))?;
@@ -47,7 +46,7 @@ pub(super) fn inside<T: Send>(
         });
         thread
             .join()
-            .unwrap_or_else(|_| Err(io::Error::other("the mounting thread died")))
+            .unwrap_or_else(|_| Err(io::Error::other("mounting thread panicked")))
     })
 }
 
@@ -56,16 +55,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn many_layers_fit_a_page() {
+    fn shorten_makes_many_layers_fit_a_page() {
         let root = "/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs/snapshots";
         let dirs: Vec<_> = (0..120).map(|n| format!("{root}/{n}/fs")).collect();
         let data = format!(
             "index=off,workdir={root}/200/work,lowerdir={}",
             dirs.join(":")
         );
-        let (common, short) = shorten("overlay", &data).expect("too long as it is");
+        let (common, short) = shorten("overlay", &data).expect("options exceed a page");
         assert_eq!(common, Path::new(root));
-        assert!(short.len() <= OPTIONS_LIMIT, "{}", short.len());
+        assert!(short.len() <= MAX_OPTIONS_BYTES, "{}", short.len());
         assert!(
             short.contains(&format!("workdir={root}/200/work"))
                 && short.contains("lowerdir=0/fs:1/fs:")
@@ -74,10 +73,10 @@ mod tests {
     }
 
     #[test]
-    fn the_process_keeps_its_working_directory() {
-        let before = std::env::current_dir().expect("one");
+    fn inside_keeps_the_process_working_directory() {
+        let before = std::env::current_dir().expect("working directory");
         let seen = inside(Path::new("/usr"), std::env::current_dir).expect("entered");
         assert_eq!(seen, Path::new("/usr"));
-        assert_eq!(std::env::current_dir().expect("one"), before);
+        assert_eq!(std::env::current_dir().expect("working directory"), before);
     }
 }

@@ -1,18 +1,18 @@
-//! [`PodShare`]: the directory that the VM's virtiofs share serves, and the bind mounts in it.
+//! [`PodShare`]: the directory served to the VM by virtiofs, and the mounts in it.
 //!
-//! A tmpfs with nothing but mount points, in the shim's own mount namespace: no mount of a pod is ever seen on the host,
-//! and all of them end with the shim. The mount is shared, so what is bound later arrives in the jail of the VMM, whose
-//! namespace is a slave of this one. It decides nothing about layers or volumes; the container module does.
+//! A tmpfs of mount points in the shim's own mount namespace: mounts of a pod are not visible on the host and end with the
+//! shim. The mount is shared, so later mounts also appear in the jail of the VMM, whose namespace is a slave of this one.
+//! Layers and volumes are chosen by the container module.
 //!
-//! The guest may write into this tmpfs through virtiofs unless the jail's view of it is read-only, so every path here is
-//! resolved without following links and without leaving the share. Blocking calls; keep them off the async runtime.
+//! The guest can write to this tmpfs through virtiofs unless the jail's view of it is read-only. Every path is therefore
+//! resolved below the share without following links. All calls block; keep them off the async runtime.
 
 mod beneath;
 pub mod idmap;
 mod long_overlay;
 pub mod mountinfo;
 
-use beneath::Place;
+use beneath::SharePath;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use rustix::fs::CWD;
 use rustix::mount::{MoveMountFlags, move_mount};
@@ -22,36 +22,36 @@ use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// The tmpfs holds mount points only: a page each at most.
+/// Mount options of the tmpfs. It holds mount points only, at most one page each.
 const OPTIONS: &str = "size=16m,nr_inodes=16384,mode=755";
-/// Longest path below the share, in bytes.
-const PATH_LIMIT: usize = 512;
+/// Maximum length of a path below the share, in bytes.
+const MAX_PATH_BYTES: usize = 512;
 const NONE: Option<&str> = None;
-/// A place is named by a link in /proc.
+/// Mount points are passed as links in /proc.
 const FOLLOW: MoveMountFlags = MoveMountFlags::MOVE_MOUNT_T_SYMLINKS;
 
-/// What may be written through a bind.
+/// Write access through a bind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Access {
-    /// All that the source lets.
+    /// As the source allows.
     Full,
-    /// Not the mount itself; the mounts below it stay as they are.
+    /// Read-only mount; mounts below it keep their flags.
     ReadOnly,
-    /// Neither the mount nor any below it.
+    /// Read-only mount, including the mounts below it.
     ReadOnlyTree,
 }
 
-/// How a source appears in the share.
+/// Options of a bind into the share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct BindMode {
-    /// What may be written.
+    /// Write access.
     pub access: Access,
-    /// Mounts that the host makes below the source later appear too, and go when the host takes them away.
+    /// Whether later mounts and unmounts of the host below the source propagate.
     pub follow_host: bool,
 }
 
 impl BindMode {
-    /// As it is now, with this access.
+    /// Returns a mode without propagation.
     pub fn fixed(access: Access) -> Self {
         Self {
             access,
@@ -60,27 +60,27 @@ impl BindMode {
     }
 }
 
-/// Why something could not be put into the share or taken out of it.
+/// Error of a change to the share.
 #[derive(Debug, thiserror::Error)]
 pub enum ShareError {
-    /// The source is not there, or cannot be looked at.
-    #[error("host path {path}")]
+    /// The source cannot be read.
+    #[error("failed to read host path {path}")]
     Source {
         path: PathBuf,
         #[source]
         source: std::io::Error,
     },
-    /// The source's mount gets no events of the host.
-    #[error("host path {path} is on a private mount, so later mounts of the host cannot appear")]
+    /// The source's mount receives no mount events of the host.
+    #[error("host path {path} is on a private mount, so later mounts of the host cannot propagate")]
     Private { path: PathBuf },
-    /// The place in the share is no plain relative path.
-    #[error("{path:?} is no place in the share: {reason}")]
-    Place { path: String, reason: &'static str },
-    /// Something is there already.
-    #[error("{path:?} is in the share already")]
+    /// The path below the share is not a plain relative path.
+    #[error("invalid path {path:?} in the share: {reason}")]
+    InvalidPath { path: String, reason: &'static str },
+    /// The path is in use.
+    #[error("{path:?} already exists in the share")]
     Occupied { path: String },
     /// A system call failed.
-    #[error("{step} {path}")]
+    #[error("failed to {step} {path}")]
     System {
         step: &'static str,
         path: PathBuf,
@@ -100,21 +100,21 @@ fn failed<E: Into<std::io::Error>>(
     }
 }
 
-/// See the module. Clones are the same share.
+/// A pod's share. Clones refer to the same share.
 #[derive(Debug, Clone)]
 pub struct PodShare {
     directory: PathBuf,
 }
 
 impl PodShare {
-    /// Mounts an empty share at `directory`, which is made if it is missing. The caller's mount namespace must be its own.
+    /// Mounts an empty share at `directory`, which is created if missing. The caller must have its own mount namespace.
     ///
     /// # Errors
-    /// Names the step.
+    /// The failed step.
     pub fn create(directory: &Path) -> Result<Self, ShareError> {
         match fs::DirBuilder::new().mode(0o700).create(directory) {
             Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
-                return Err(failed("creating", directory)(error));
+                return Err(failed("create", directory)(error));
             }
             _ => {}
         }
@@ -126,16 +126,16 @@ impl PodShare {
             flags,
             Some(OPTIONS),
         )
-        .map_err(failed("mounting", directory))?;
+        .map_err(failed("mount", directory))?;
         let share = Self {
             directory: directory.to_owned(),
         };
         let shared = mount(NONE, directory, NONE, MsFlags::MS_SHARED, NONE)
-            .map_err(failed("sharing", directory));
+            .map_err(failed("make shared", directory));
         let made = shared.and_then(|()| share.make_stage()).and_then(|()| {
             ["b", "l", "m", "r"].iter().try_for_each(|name| {
                 let path = directory.join(name);
-                fs::create_dir(&path).map_err(failed("creating", path))
+                fs::create_dir(&path).map_err(failed("create", path))
             })
         });
         if let Err(error) = made {
@@ -145,7 +145,7 @@ impl PodShare {
         Ok(share)
     }
 
-    /// Where binds are prepared: see [`Staged`].
+    /// Returns the directory in which binds are prepared; see [`Staged`].
     fn stage(&self) -> PathBuf {
         self.directory.with_extension("stage")
     }
@@ -154,50 +154,56 @@ impl PodShare {
         let stage = self.stage();
         match fs::DirBuilder::new().mode(0o700).create(&stage) {
             Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
-                return Err(failed("creating", stage)(error));
+                return Err(failed("create", stage)(error));
             }
             _ => {}
         }
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
         let kind = Some("tmpfs");
-        mount(kind, &stage, kind, flags, Some(OPTIONS)).map_err(failed("mounting", &stage))?;
-        mount(NONE, &stage, NONE, MsFlags::MS_PRIVATE, NONE).map_err(failed("separating", &stage))
+        mount(kind, &stage, kind, flags, Some(OPTIONS)).map_err(failed("mount", &stage))?;
+        mount(NONE, &stage, NONE, MsFlags::MS_PRIVATE, NONE).map_err(failed("make private", &stage))
     }
 
-    /// Where it is mounted.
+    /// Returns the mount point of the share.
     pub fn directory(&self) -> &Path {
         &self.directory
     }
 
-    /// Makes `source` (a file or a directory with all mounts below it) appear at `path`. Links in `source` are followed.
+    /// Binds `source`, a file or a directory with all mounts below it, at `path`. Links in `source` are followed.
     ///
     /// # Errors
-    /// Source when it is not there, Private when later mounts are wanted and none can come, Occupied when something is at
-    /// `path`; nothing is left behind then.
+    /// Source if it cannot be read, Private if propagation is requested from a private mount, Occupied if `path` is in use. The
+    /// share is unchanged then.
     pub fn bind(&self, source: &Path, path: &str, mode: BindMode) -> Result<(), ShareError> {
         let missing = |error| ShareError::Source {
             path: source.to_owned(),
             source: error,
         };
         let metadata = fs::metadata(source).map_err(missing)?;
-        let place = self.make(path, metadata.is_dir())?;
+        let mount_point = self.create_mount_point(path, metadata.is_dir())?;
         let staged = Staged::bind(&self.stage(), source, metadata.is_dir(), mode);
         let done = staged.and_then(|staged| {
-            // Arrives in the VMM's namespace as it is now, and is shared with it, since the share is.
-            mount(Some(&staged.0), &place.path(), NONE, MsFlags::MS_MOVE, NONE)
-                .map_err(failed("moving into the share", source))
+            // Appears in the VMM's namespace with its final flags, and is shared with it because the share is.
+            mount(
+                Some(&staged.0),
+                &mount_point.path(),
+                NONE,
+                MsFlags::MS_MOVE,
+                NONE,
+            )
+            .map_err(failed("move into the share", source))
         });
-        drop(place);
+        drop(mount_point);
         if done.is_err() {
             drop(self.unbind(path));
         }
         done
     }
 
-    /// Mounts a file system of type `kind` at the directory `path`, with options as in fstab.
+    /// Mounts a file system of type `kind` at the directory `path`, with fstab options.
     ///
     /// # Errors
-    /// The kernel's answer to the mount; nothing is left behind then.
+    /// The kernel refused the mount; the share is unchanged then.
     pub fn mount(
         &self,
         kind: &str,
@@ -205,9 +211,9 @@ impl PodShare {
         options: &[String],
         path: &str,
     ) -> Result<(), ShareError> {
-        let place = self.make(path, true)?;
+        let mount_point = self.create_mount_point(path, true)?;
         let (flags, data) = split_options(options);
-        let target = place.path();
+        let target = mount_point.path();
         let call = |data: &str| {
             mount(Some(source), &target, Some(kind), flags, Some(data))
                 .map_err(std::io::Error::from)
@@ -216,82 +222,83 @@ impl PodShare {
             Some((directory, short)) => long_overlay::inside(&directory, || call(&short)),
             None => call(&data),
         }
-        .map_err(failed("mounting", source));
-        drop(place);
+        .map_err(failed("mount", source));
+        drop(mount_point);
         if done.is_err() {
             drop(self.unbind(path));
         }
         done
     }
 
-    /// Mounts a file system that is one file and has no place yet.
+    /// Moves a detached mount whose root is a file to `path`.
     ///
     /// # Errors
-    /// As [`PodShare::bind`]; nothing is left behind then.
+    /// As [`PodShare::bind`]; the share is unchanged then.
     pub fn attach(&self, tree: &OwnedFd, path: &str) -> Result<(), ShareError> {
-        let place = self.make(path, false)?;
+        let mount_point = self.create_mount_point(path, false)?;
         let how = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
-        let done = move_mount(tree, "", CWD, place.path(), how | FOLLOW)
-            .map_err(failed("moving into the share", path));
-        drop(place);
+        let done = move_mount(tree, "", CWD, mount_point.path(), how | FOLLOW)
+            .map_err(failed("move into the share", path));
+        drop(mount_point);
         if done.is_err() {
             drop(self.unbind(path));
         }
         done
     }
 
-    /// Takes away what [`PodShare::bind`], [`PodShare::mount`] or [`PodShare::attach`] made, lazily: a guest that still has a file open keeps
-    /// that file. Succeeds on what is gone.
+    /// Removes a mount made by [`PodShare::bind`], [`PodShare::mount`] or [`PodShare::attach`] lazily: files that the guest has
+    /// open remain usable. Succeeds if nothing is mounted.
     ///
     /// # Errors
     /// The kernel refused.
     pub fn unbind(&self, path: &str) -> Result<(), ShareError> {
         check(path)?;
         let target = self.directory.join(path);
-        let Some(place) = Place::open(&self.directory, path).map_err(failed("opening", &target))?
+        let Some(mount_point) =
+            SharePath::open(&self.directory, path).map_err(failed("open", &target))?
         else {
             return Ok(());
         };
-        drop(place);
+        drop(mount_point);
         loop {
             match umount2(&target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
                 Ok(()) => {}
                 Err(nix::Error::EINVAL | nix::Error::ENOENT) => break,
-                Err(errno) => return Err(failed("unmounting", &target)(errno)),
+                Err(errno) => return Err(failed("unmount", &target)(errno)),
             }
         }
         self.clear(path)
     }
 
-    /// Unmounts the share with all that is in it. Succeeds on what is gone.
+    /// Unmounts the share and everything in it. Succeeds if it is not mounted.
     ///
     /// # Errors
     /// The kernel refused.
     pub fn destroy(&self) -> Result<(), ShareError> {
-        take_away(&self.directory)?;
-        take_away(&self.stage())
+        unmount_and_remove(&self.directory)?;
+        unmount_and_remove(&self.stage())
     }
 
-    /// Makes the mount point for a bind and its parents.
-    fn make(&self, path: &str, directory: bool) -> Result<Place, ShareError> {
+    /// Creates the mount point of a bind and its parents.
+    fn create_mount_point(&self, path: &str, directory: bool) -> Result<SharePath, ShareError> {
         check(path)?;
         let target = self.directory.join(path);
-        Place::make(&self.directory, path, directory).map_err(|error| match error.kind() {
+        SharePath::create(&self.directory, path, directory).map_err(|error| match error.kind() {
             std::io::ErrorKind::AlreadyExists => ShareError::Occupied {
                 path: path.to_owned(),
             },
-            _ => failed("making", target)(error),
+            _ => failed("create", target)(error),
         })
     }
 
-    /// Removes the mount point and then its parents as far as they are empty, but for the share's own directories.
+    /// Removes the mount point and its empty parents, except the share's top-level directories.
     fn clear(&self, path: &str) -> Result<(), ShareError> {
         let target = self.directory.join(path);
-        Place::remove(&self.directory, path).map_err(failed("removing", target))?;
+        SharePath::remove(&self.directory, path).map_err(failed("remove", target))?;
         let mut parent = Path::new(path).parent();
         while let Some(path) = parent.filter(|path| path.components().count() > 1) {
-            // Not empty: somebody else's mount point is in it.
-            if Place::remove(&self.directory, &path.to_string_lossy()).is_err() {
+            // Not empty: it contains another mount point.
+            if SharePath::remove(&self.directory, &path.to_string_lossy()).is_err() {
                 break;
             }
             parent = path.parent();
@@ -302,12 +309,12 @@ impl PodShare {
 
 fn check(path: &str) -> Result<(), ShareError> {
     let bad = |reason| {
-        Err(ShareError::Place {
-            path: path.chars().take(PATH_LIMIT).collect(),
+        Err(ShareError::InvalidPath {
+            path: path.chars().take(MAX_PATH_BYTES).collect(),
             reason,
         })
     };
-    if path.is_empty() || path.len() > PATH_LIMIT {
+    if path.is_empty() || path.len() > MAX_PATH_BYTES {
         return bad("empty or too long");
     }
     if path
@@ -320,28 +327,28 @@ fn check(path: &str) -> Result<(), ShareError> {
     Ok(())
 }
 
-/// Unmounts a directory of the shim's own and removes it.
-fn take_away(directory: &Path) -> Result<(), ShareError> {
+/// Unmounts one of the shim's directories and removes it.
+fn unmount_and_remove(directory: &Path) -> Result<(), ShareError> {
     match umount2(directory, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
         Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => {}
-        Err(errno) => return Err(failed("unmounting", directory)(errno)),
+        Err(errno) => return Err(failed("unmount", directory)(errno)),
     }
     match fs::remove_dir(directory) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(failed("removing", directory)(error))
+            Err(failed("remove", directory)(error))
         }
         _ => Ok(()),
     }
 }
 
-/// A bind that is being prepared, on a mount that propagates nowhere. In the share the VMM's namespace has its own copy from
-/// the first moment, and flags and propagation that are set later do not reach that copy: it would stay writable.
-/// What was not moved away goes when this is dropped.
+/// A bind under preparation, on a private mount. A bind made in the share directly would be copied into the VMM's namespace
+/// at once, and flags or propagation set later would not reach that copy: it would stay writable.
+/// Dropping it unmounts it unless it was moved away.
 struct Staged(PathBuf);
 
 impl Drop for Staged {
     fn drop(&mut self) {
-        // EINVAL: it has been moved.
+        // EINVAL: it was moved.
         let _ = umount2(&self.0, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
         let _ = fs::remove_dir(&self.0).or_else(|_| fs::remove_file(&self.0));
     }
@@ -360,24 +367,24 @@ impl Staged {
             true => fs::create_dir(&path),
             false => fs::File::create_new(&path).map(drop),
         };
-        made.map_err(failed("creating", &path))?;
+        made.map_err(failed("create", &path))?;
         let staged = Self(path);
         let flags = MsFlags::MS_BIND | MsFlags::MS_REC;
-        mount(Some(source), &staged.0, NONE, flags, NONE).map_err(failed("binding", source))?;
+        mount(Some(source), &staged.0, NONE, flags, NONE).map_err(failed("bind", source))?;
         staged.set_up(source, mode)?;
         Ok(staged)
     }
 
-    /// Propagation and flags.
+    /// Sets propagation and flags.
     fn set_up(&self, source: &Path, mode: BindMode) -> Result<(), ShareError> {
         let kind = match mode.follow_host {
-            // Its own from now on: no event of the host's mounts reaches into the pod, none of the pod's the host.
+            // No mount event passes in either direction.
             false => MsFlags::MS_PRIVATE,
-            // Events come, none go.
+            // Mount events of the host are received, none are sent.
             true => MsFlags::MS_SLAVE,
         };
         mount(NONE, &self.0, NONE, kind | MsFlags::MS_REC, NONE)
-            .map_err(failed("separating", source))?;
+            .map_err(failed("set propagation of", source))?;
         if mode.follow_host && !mountinfo::is_slave(&self.0)? {
             return Err(ShareError::Private {
                 path: source.to_owned(),
@@ -395,9 +402,9 @@ impl Staged {
 
 /// Makes one mount read-only.
 fn make_read_only(point: &Path) -> Result<(), ShareError> {
-    // Flags of the source must be repeated, or the kernel takes them off.
+    // The remount clears flags that it does not repeat.
     let flags = nix::sys::statvfs::statvfs(point)
-        .map_err(failed("looking at", point))?
+        .map_err(failed("stat", point))?
         .flags();
     let mut keep = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
     for (set, flag) in [
@@ -410,10 +417,10 @@ fn make_read_only(point: &Path) -> Result<(), ShareError> {
             keep |= flag;
         }
     }
-    mount(NONE, point, NONE, keep, NONE).map_err(failed("making read-only", point))
+    mount(NONE, point, NONE, keep, NONE).map_err(failed("make read-only", point))
 }
 
-/// fstab-style options as the mount call wants them.
+/// Splits fstab options into flags and data of the mount call.
 fn split_options(options: &[String]) -> (MsFlags, String) {
     let mut flags = MsFlags::empty();
     let mut data = Vec::new();
@@ -434,7 +441,7 @@ fn split_options(options: &[String]) -> (MsFlags, String) {
     (flags, data.join(","))
 }
 
-/// Whether a host path can be used through virtiofs as what it is: a socket or a device there is only its name here.
+/// Reports whether virtiofs can serve a host path: sockets, FIFOs and devices appear in the guest without their function.
 pub fn is_plain(path: &Path) -> std::io::Result<bool> {
     let kind = fs::metadata(path)?.file_type();
     Ok(!(kind.is_socket() || kind.is_char_device() || kind.is_block_device() || kind.is_fifo()))

@@ -1,4 +1,4 @@
-//! The calling thread's mount table: which mounts are at or below a path, and whose events they get. Reads, changes nothing.
+//! Queries of the calling thread's mount table: mounts at or below a path, their sources and propagation.
 
 use super::{ShareError, failed};
 use boxlite_sys::mountinfo::{mounts, unescape};
@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 const TABLE: &str = "/proc/thread-self/mountinfo";
 
-/// Mount points at or below `path`, upper ones first.
+/// Returns the mount points at or below `path`, parents first.
 ///
 /// # Errors
 /// The table cannot be read.
@@ -21,7 +21,7 @@ pub fn points(path: &Path) -> Result<Vec<PathBuf>, ShareError> {
     Ok(points)
 }
 
-/// Whether something is mounted below the directory `path`, itself excluded.
+/// Reports whether anything is mounted below the directory `path`, itself excluded.
 ///
 /// # Errors
 /// The table cannot be read.
@@ -29,28 +29,28 @@ pub fn has_mounts_below(path: &Path) -> Result<bool, ShareError> {
     Ok(points(path)?.iter().any(|point| point != path))
 }
 
-/// Whether the mount at exactly this mount point is a slave: it gets the events of another one.
+/// Reports whether the mount at exactly this mount point is a slave, that is, receives mount events.
 ///
 /// # Errors
 /// The table cannot be read.
 pub(super) fn is_slave(point: &Path) -> Result<bool, ShareError> {
     let table = read()?;
-    // The last one covers those before it.
+    // The topmost mount comes last.
     let last = mounts(&table).rfind(|mount| mount.point == point);
     Ok(last.is_some_and(|mount| mount.is_slave()))
 }
 
-/// What is mounted at exactly this mount point: a device, or the file of a file-backed mount. None: nothing.
+/// Returns the device or backing file mounted at exactly this mount point; None if nothing is mounted there.
 ///
 /// # Errors
 /// The table cannot be read.
 pub fn source(point: &Path) -> Result<Option<PathBuf>, ShareError> {
     let table = read()?;
-    // The last one covers those before it.
+    // The topmost mount comes last.
     let last = mounts(&table).rfind(|mount| mount.point == point);
     Ok(last.map(|mount| unescape(mount.source)))
 }
 
 fn read() -> Result<String, ShareError> {
-    fs::read_to_string(TABLE).map_err(failed("reading", TABLE))
+    fs::read_to_string(TABLE).map_err(failed("read", TABLE))
 }

@@ -1,10 +1,10 @@
-//! In a mount namespace of the test's own thread. Needs root, as the shim does.
+//! Tests of the share in a mount namespace of the test thread. They need root.
 
 use super::*;
 use nix::sched::{CloneFlags, unshare};
 use std::os::unix::fs::symlink;
 
-/// Runs `test` on a thread with its own mount namespace, with an empty directory of the host and a share.
+/// Runs `test` on a thread with its own mount namespace, an empty host directory and a share.
 pub(crate) fn with_share(test: impl FnOnce(&Path, &PodShare) + Send) {
     let host = tempfile::tempdir().expect("tempdir");
     std::thread::scope(|scope| {
@@ -26,13 +26,13 @@ const FULL: BindMode = BindMode {
     follow_host: false,
 };
 
-/// mountinfo of the calling thread (`self` is the process).
+/// Reads a file. Tests read the thread's mount table, not the process's.
 fn read(path: impl AsRef<Path>) -> String {
     fs::read_to_string(path).expect("read")
 }
 
 #[test]
-fn files_and_directories_appear_and_go() {
+fn bind_and_unbind_files_and_directories() {
     with_share(|host, share| {
         fs::create_dir(host.join("data")).expect("dir");
         fs::write(host.join("data/x"), "hello").expect("file");
@@ -50,10 +50,13 @@ fn files_and_directories_appear_and_go() {
         share.unbind("m/c1/0").expect("unbind");
         assert!(share.directory().join("m/c1").exists());
         share.unbind("m/c1/1").expect("unbind");
-        assert!(!share.directory().join("m/c1").exists(), "empty parents go");
+        assert!(
+            !share.directory().join("m/c1").exists(),
+            "empty parents are removed"
+        );
         assert!(
             share.directory().join("m").exists(),
-            "the share's own directories stay"
+            "top-level directories remain"
         );
         share.unbind("m/c1/1").expect("twice");
         assert_eq!(read(host.join("data/x")), "hello");
@@ -61,7 +64,7 @@ fn files_and_directories_appear_and_go() {
 }
 
 #[test]
-fn what_is_not_there_is_named_and_leaves_nothing() {
+fn bind_missing_or_occupied_fails_and_leaves_nothing() {
     with_share(|host, share| {
         let error = share
             .bind(&host.join("nowhere"), "m/c1/0", FULL)
@@ -78,37 +81,37 @@ fn what_is_not_there_is_named_and_leaves_nothing() {
     });
 }
 
-/// A file system for a test at `host/name`.
+/// Mounts a tmpfs at `path`.
 fn tmpfs(path: &Path) {
     fs::create_dir_all(path).expect("dir");
     mount(Some("none"), path, Some("tmpfs"), MsFlags::empty(), NONE).expect("tmpfs");
 }
 
 #[test]
-fn read_only_is_the_mount_or_the_tree() {
+fn bind_read_only_covers_mount_or_tree() {
     with_share(|host, share| {
         tmpfs(&host.join("v/deep"));
-        for (place, access, deep) in [
+        for (path, access, deep) in [
             ("m/one", Access::ReadOnly, true),
             ("m/all", Access::ReadOnlyTree, false),
         ] {
             let mode = BindMode::fixed(access);
-            share.bind(&host.join("v"), place, mode).expect("bind");
-            let at = share.directory().join(place);
+            share.bind(&host.join("v"), path, mode).expect("bind");
+            let at = share.directory().join(path);
             let top = fs::write(at.join("x"), "").expect_err("read-only");
             assert_eq!(top.kind(), std::io::ErrorKind::ReadOnlyFilesystem);
-            assert_eq!(fs::write(at.join("deep/x"), "").is_ok(), deep, "{place}");
-            share.unbind(place).expect("unbind");
+            assert_eq!(fs::write(at.join("deep/x"), "").is_ok(), deep, "{path}");
+            share.unbind(path).expect("unbind");
         }
-        fs::write(host.join("v/x"), "").expect("the source is as it was");
+        fs::write(host.join("v/x"), "").expect("source is still writable");
         nix::mount::umount(&host.join("v/deep")).expect("umount");
     });
 }
 
 #[test]
-fn later_mounts_appear_where_wanted_only() {
+fn bind_follow_host_receives_later_mounts() {
     with_share(|host, share| {
-        // What the host is to the shim: a mount whose events come here.
+        // Stands for the host: a mount whose events propagate here.
         tmpfs(&host.join("outer"));
         let outer = host.join("outer");
         mount(NONE, &outer, NONE, MsFlags::MS_SHARED, NONE).expect("shared");
@@ -130,15 +133,15 @@ fn later_mounts_appear_where_wanted_only() {
         umount2(&outer.join("later"), MntFlags::MNT_DETACH).expect("umount");
         assert!(!share.directory().join("m/slave/later/x").exists());
 
-        // Nothing can come to a private one, and that is said.
+        // A private mount receives no events, so the bind is refused.
         tmpfs(&host.join("alone"));
         let alone = host.join("alone");
         mount(NONE, &alone, NONE, MsFlags::MS_PRIVATE, NONE).expect("private");
         let error = share.bind(&alone, "m/alone", follow).expect_err("refused");
         assert!(error.to_string().contains("alone"), "{error}");
         assert!(!share.directory().join("m/alone").exists());
-        for place in ["m/slave", "m/private"] {
-            share.unbind(place).expect("unbind");
+        for path in ["m/slave", "m/private"] {
+            share.unbind(path).expect("unbind");
         }
         for path in [&inner, &outer, &alone] {
             umount2(path, MntFlags::MNT_DETACH).expect("umount");
@@ -146,9 +149,9 @@ fn later_mounts_appear_where_wanted_only() {
     });
 }
 
-/// What counts is what the VMM's namespace has, which was there before the bind.
+/// The VMM's namespace exists before the bind, so its view is what counts.
 #[test]
-fn the_vmm_sees_the_same_flags_and_mounts() {
+fn bind_flags_reach_the_vmm_namespace() {
     with_share(|host, share| {
         fs::create_dir_all(host.join("v/later")).expect("dir");
         let (ready, bound) = (std::sync::Barrier::new(2), std::sync::Barrier::new(2));
@@ -171,23 +174,23 @@ fn the_vmm_sees_the_same_flags_and_mounts() {
             tmpfs(&host.join("v/later"));
             fs::write(host.join("v/later/x"), "").expect("file");
             bound.wait();
-            jail.join().expect("what the VMM sees");
+            jail.join().expect("jail thread");
         });
         umount2(&host.join("v/later"), MntFlags::MNT_DETACH).expect("umount");
         assert_eq!(
             fs::read_dir(share.stage()).expect("stage").count(),
             0,
-            "nothing is left where binds are prepared"
+            "the staging directory is empty"
         );
     });
 }
 
 #[test]
-fn a_link_in_the_share_leads_nowhere() {
+fn bind_does_not_follow_links_in_the_share() {
     with_share(|host, share| {
         fs::create_dir(host.join("outside")).expect("dir");
         fs::write(host.join("f"), "").expect("file");
-        // What a hostile guest could leave behind in a writable share.
+        // A link that a hostile guest could leave in a writable share.
         symlink(host.join("outside"), share.directory().join("m/evil")).expect("link");
         assert!(share.bind(&host.join("f"), "m/evil/0", FULL).is_err());
         assert!(!host.join("outside/0").exists());
@@ -196,12 +199,12 @@ fn a_link_in_the_share_leads_nowhere() {
 }
 
 #[test]
-fn paths_that_leave_the_share_are_refused() {
+fn bind_outside_the_share_is_refused() {
     with_share(|host, share| {
         for path in ["", "/m/x", "m//x", "m/../../x", "m/.", "m/\0"] {
             let error = share.bind(host, path, FULL).expect_err(path);
             assert!(
-                matches!(error, ShareError::Place { .. }),
+                matches!(error, ShareError::InvalidPath { .. }),
                 "{path:?}: {error}"
             );
         }
@@ -209,7 +212,7 @@ fn paths_that_leave_the_share_are_refused() {
 }
 
 #[test]
-fn options_are_split() {
+fn split_options_separates_flags_and_data() {
     let options: Vec<String> = ["ro", "lowerdir=/a:/b", "nodev", "rw"]
         .map(str::to_owned)
         .to_vec();

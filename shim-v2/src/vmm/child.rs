@@ -1,7 +1,7 @@
-//! The role `vmm`: reads an InstanceSpec, creates the VM, closes the jail around itself and enters.
+//! The role `vmm`: reads an InstanceSpec, creates the VM, enters the jail and starts the VM.
 //!
-//! Single-threaded until the VMM starts threads of its own. Whoever started it is [`super::supervisor`]; nobody else
-//! calls this. Ends with a code of [`boxlite_proto::exit::ExitCode`] and a message on standard error.
+//! Single-threaded until the VMM starts threads. Started only by [`super::supervisor`]. Exits with a code of
+//! [`boxlite_proto::exit::ExitCode`] and a message on standard error.
 
 use super::VmmFactory;
 use super::step::{StepExt, invalid};
@@ -17,10 +17,10 @@ use std::convert::Infallible;
 use std::io::{BufRead, BufReader, Read};
 use std::os::fd::AsFd;
 
-/// Longest spec accepted, in bytes.
-const SPEC_LIMIT: u64 = 1 << 20;
+/// Maximum size of a spec in bytes.
+const MAX_SPEC_BYTES: u64 = 1 << 20;
 
-/// Runs the role with the standard VMMs. Returns only when no VM could be started.
+/// Runs the role with the standard VMMs. Returns only if no VM could be started.
 pub fn run() -> std::process::ExitCode {
     run_with(&VmmFactory::standard())
 }
@@ -56,8 +56,8 @@ fn report(error: &(dyn std::error::Error + 'static)) {
 }
 
 fn start(factory: &VmmFactory) -> Result<Infallible, Failure> {
-    // Before the spec is read: a shim that died earlier than this closed the pipe, one that dies later is noticed.
-    set_pdeathsig(Signal::SIGKILL).step("setting the parent-death signal")?;
+    // Set before the spec is read: if the shim died earlier, the pipe is closed; if it dies later, the signal arrives.
+    set_pdeathsig(Signal::SIGKILL).step("set the parent-death signal")?;
     let spec = read_spec()?;
     jail::raise_file_limit();
     if let Some(netns) = &spec.netns {
@@ -71,18 +71,16 @@ fn start(factory: &VmmFactory) -> Result<Infallible, Failure> {
 fn read_spec() -> BoxliteResult<InstanceSpec> {
     let stdin = std::io::stdin();
     let mut line = String::new();
-    let mut reader = BufReader::new(stdin.lock().take(SPEC_LIMIT));
-    reader
-        .read_line(&mut line)
-        .step("reading the instance spec")?;
-    // Our shim keeps the pipe open as long as it lives.
+    let mut reader = BufReader::new(stdin.lock().take(MAX_SPEC_BYTES));
+    reader.read_line(&mut line).step("read the instance spec")?;
+    // The shim keeps the pipe open as long as it lives.
     let mut fds = [PollFd::new(stdin.as_fd(), PollFlags::POLLIN)];
-    poll(&mut fds, PollTimeout::ZERO).step("looking at the spec's pipe")?;
+    poll(&mut fds, PollTimeout::ZERO).step("poll the spec's pipe")?;
     let closed = fds[0]
         .revents()
         .is_some_and(|events| events.contains(PollFlags::POLLHUP));
     if closed {
-        return Err(std::io::Error::other("the shim is gone")).step("reading the instance spec");
+        return Err(std::io::Error::other("the shim has exited")).step("read the instance spec");
     }
     serde_json::from_str(&line)
         .map_err(|error| invalid("json", format!("{} bytes", line.len()), error.to_string()))

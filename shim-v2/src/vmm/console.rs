@@ -1,7 +1,7 @@
-//! [`BoundedLog`]: what the guest's console or the vmm child printed, bounded on disk and in memory.
+//! [`BoundedLog`]: output of the guest's console or of the vmm child, bounded on disk and in memory.
 //!
-//! The guest is hostile: it may print for ever. So neither VMM writes the file itself; both write into a pipe, and a
-//! thread of the shim keeps the head of what comes on disk and the tail in memory.
+//! A hostile guest may print without end, so the VMMs do not write the file. They write to a pipe, and a thread of the shim
+//! keeps the beginning on disk and the last lines in memory.
 
 use boxlite_sys::sync::{Condvar, Mutex};
 use std::collections::VecDeque;
@@ -11,12 +11,12 @@ use std::path::PathBuf;
 use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
-/// Bytes of one log kept on disk: a boot with kernel messages is 30 KiB.
-const DISK_LIMIT: u64 = 1 << 20;
-/// Lines kept in memory for error messages.
+/// Maximum bytes of one log on disk: a boot with kernel messages takes 30 KiB.
+const MAX_DISK_BYTES: u64 = 1 << 20;
+/// Number of lines kept in memory for error messages.
 const TAIL_LINES: usize = 200;
-/// Bytes of one line kept; the rest of it is cut.
-const LINE_LIMIT: usize = 512;
+/// Maximum bytes kept of one line; the rest is cut.
+const MAX_LINE_BYTES: usize = 512;
 
 #[derive(Default)]
 struct Tail {
@@ -30,7 +30,7 @@ impl Tail {
         for &byte in bytes {
             match byte {
                 b'\n' => self.close_line(),
-                _ if self.open.len() < LINE_LIMIT => self.open.push(byte),
+                _ if self.open.len() < MAX_LINE_BYTES => self.open.push(byte),
                 _ => {}
             }
         }
@@ -49,7 +49,7 @@ impl Tail {
     }
 }
 
-/// No control characters: these lines end up in error messages and on terminals.
+/// Removes control characters: these lines appear in error messages and on terminals.
 fn printable(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);
     text.chars()
@@ -65,20 +65,20 @@ struct Shared {
     ended: Condvar,
 }
 
-/// The last lines of a stream, shared between its reader and whoever writes an error message.
+/// The last lines of a stream, shared between its reader and writers of error messages.
 #[derive(Clone, Default)]
 pub struct BoundedLog(Arc<Shared>);
 
 impl BoundedLog {
-    /// Reads `from` until its end, keeping the first MiB in `file` and the last lines in memory. A disk that cannot be
-    /// written is no reason to stop reading: a full pipe would stop the VM.
+    /// Reads `from` to its end, keeping the first MiB in `file` and the last lines in memory. Reading continues if the file
+    /// cannot be written, because a full pipe would block the VM.
     pub fn follow(&self, from: impl Read, file: Option<PathBuf>) {
         self.read_all(from, file);
         self.lock().ended = true;
         self.0.ended.notify_all();
     }
 
-    /// Waits until the stream has ended, at most for `limit`: what ended may have said why just before.
+    /// Waits at most `limit` for the end of the stream, which may state the cause of an exit.
     pub fn wait_end(&self, limit: Duration) {
         let running = |tail: &mut Tail| !tail.ended;
         drop(self.0.ended.wait_timeout_while(self.lock(), limit, running));
@@ -90,7 +90,7 @@ impl BoundedLog {
 
     fn read_all(&self, mut from: impl Read, file: Option<PathBuf>) {
         let mut file = file.and_then(|path| File::create(path).ok());
-        let mut room = DISK_LIMIT;
+        let mut room = MAX_DISK_BYTES;
         let mut buffer = [0u8; 4096];
         loop {
             let count = match from.read(&mut buffer) {
@@ -111,7 +111,7 @@ impl BoundedLog {
         }
     }
 
-    /// At most the last `count` lines, oldest first, an unfinished one included.
+    /// Returns at most the last `count` lines, oldest first, including an unfinished one.
     pub fn tail(&self, count: usize) -> Vec<String> {
         let tail = self.lock();
         let mut lines: Vec<String> = tail.lines.iter().cloned().collect();

@@ -1,40 +1,40 @@
-//! What of a spec every VMM checks alike: sizes, device slots, names. Each VMM's own limits come in as its capabilities.
+//! Checks of a spec that apply to every VMM: sizes, device slots, names. VMM-specific limits come as capabilities.
 
 use super::VmmCapabilities;
 use super::step::invalid;
 use boxlite_proto::error::{BoxliteError, BoxliteResult};
 use boxlite_proto::vmm::InstanceSpec;
 
-/// Longest serial number a virtio-blk device can report, in bytes (VIRTIO_BLK_ID_BYTES).
-const SERIAL_LIMIT: usize = 20;
-/// Smallest guest that boots: kernel image and its own tables take about 45 MiB.
-const MEMORY_FLOOR_MIB: u32 = 64;
-/// Longest interface name, in bytes, without the closing zero (IFNAMSIZ).
-const INTERFACE_NAME_LIMIT: usize = 15;
+/// Maximum length of a virtio-blk serial in bytes (VIRTIO_BLK_ID_BYTES).
+const MAX_SERIAL_BYTES: usize = 20;
+/// Minimum guest memory: kernel image and page tables take about 45 MiB.
+const MIN_MEMORY_MIB: u32 = 64;
+/// Maximum length of an interface name in bytes, without the NUL (IFNAMSIZ).
+const MAX_INTERFACE_NAME_BYTES: usize = 15;
 
-/// Checks `spec` against what every VM needs and against the VMM's slots.
+/// Checks `spec` against requirements of every VM and against the VMM's slots.
 ///
 /// # Errors
-/// Names the first field that is wrong, or all devices when there are too many.
+/// The first invalid field, or all devices if there are too many.
 pub fn check(spec: &InstanceSpec, capabilities: &VmmCapabilities) -> BoxliteResult<()> {
     if spec.vcpus == 0 {
         return Err(invalid("vcpus", 0, "a VM has at least 1 CPU"));
     }
-    if spec.memory_mib < MEMORY_FLOOR_MIB {
-        let reason = format!("a VM needs at least {MEMORY_FLOOR_MIB} MiB");
+    if spec.memory_mib < MIN_MEMORY_MIB {
+        let reason = format!("a VM needs at least {MIN_MEMORY_MIB} MiB");
         return Err(invalid("memory_mib", spec.memory_mib, reason));
     }
     for disk in &spec.disks {
-        let fits = disk.serial.len() <= SERIAL_LIMIT;
+        let fits = disk.serial.len() <= MAX_SERIAL_BYTES;
         let plain = disk
             .serial
             .bytes()
             .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
         if !fits || !plain || disk.serial.is_empty() {
-            let reason = format!("1 to {SERIAL_LIMIT} letters, digits, '-' or '_'");
+            let reason = format!("1 to {MAX_SERIAL_BYTES} letters, digits, '-' or '_'");
             return Err(invalid("disks.serial", &disk.serial, reason));
         }
-        // QEMU separates options by commas, and libkrun takes UTF-8 only.
+        // QEMU separates options by commas; libkrun accepts UTF-8 only.
         match disk.path.to_str() {
             Some(path) if disk.path.is_absolute() && !path.contains(',') => {}
             _ => {
@@ -44,7 +44,7 @@ pub fn check(spec: &InstanceSpec, capabilities: &VmmCapabilities) -> BoxliteResu
         }
     }
     for nic in &spec.nics {
-        let fits = (1..=INTERFACE_NAME_LIMIT).contains(&nic.tap.len());
+        let fits = (1..=MAX_INTERFACE_NAME_BYTES).contains(&nic.tap.len());
         if !fits
             || nic
                 .tap
@@ -59,44 +59,44 @@ pub fn check(spec: &InstanceSpec, capabilities: &VmmCapabilities) -> BoxliteResu
 }
 
 fn check_slots(spec: &InstanceSpec, capabilities: &VmmCapabilities) -> BoxliteResult<()> {
-    let user_cards = usize::from(spec.host_network);
-    let wanted = capabilities.base_devices + spec.disks.len() + spec.nics.len() + user_cards;
-    if wanted <= capabilities.max_devices {
+    let slirp_nics = usize::from(spec.host_network);
+    let requested = capabilities.base_devices + spec.disks.len() + spec.nics.len() + slirp_nics;
+    if requested <= capabilities.max_devices {
         return Ok(());
     }
-    let mut devices = vec![format!("{} of the VM itself", capabilities.base_devices)];
+    let mut devices = vec![format!("{} built-in", capabilities.base_devices)];
     devices.extend(
         spec.disks
             .iter()
             .map(|disk| format!("disk {}", disk.serial)),
     );
-    devices.extend(spec.nics.iter().map(|nic| format!("card {}", nic.tap)));
+    devices.extend(spec.nics.iter().map(|nic| format!("NIC {}", nic.tap)));
     Err(BoxliteError::TooManyDevices {
         kind: spec.kind.clone(),
         limit: capabilities.max_devices,
-        wanted,
+        wanted: requested,
         devices: devices.join(", "),
     })
 }
 
-/// Reads `aa:bb:cc:dd:ee:ff`.
+/// Parses a MAC address of the form `aa:bb:cc:dd:ee:ff`.
 ///
 /// # Errors
-/// It is not one, or it is a group address, which no card may have.
+/// The text is not a MAC address, or is a group address, which a NIC cannot have.
 pub fn parse_mac(text: &str) -> BoxliteResult<[u8; 6]> {
-    let bad = |reason: &str| invalid("nics.mac", text, reason);
+    let invalid_mac = |reason: &str| invalid("nics.mac", text, reason);
     let mut mac = [0u8; 6];
     let mut parts = text.split(':');
     for byte in &mut mac {
         let part = parts.next().filter(|part| part.len() == 2);
-        let part = part.ok_or_else(|| bad("six pairs of hex digits"))?;
-        *byte = u8::from_str_radix(part, 16).map_err(|_| bad("six pairs of hex digits"))?;
+        let part = part.ok_or_else(|| invalid_mac("six pairs of hex digits"))?;
+        *byte = u8::from_str_radix(part, 16).map_err(|_| invalid_mac("six pairs of hex digits"))?;
     }
     if parts.next().is_some() {
-        return Err(bad("six pairs of hex digits"));
+        return Err(invalid_mac("six pairs of hex digits"));
     }
     if mac[0] & 1 == 1 {
-        return Err(bad("a group address"));
+        return Err(invalid_mac("a group address"));
     }
     Ok(mac)
 }

@@ -1,37 +1,37 @@
-//! [`VmmFactory`]: from VmmKind to a Vmm and what it can do.
+//! [`VmmFactory`]: maps a VmmKind to a Vmm and its capabilities.
 //!
-//! It decides nothing: which kind a pod gets is boxlite-cri's choice, made with the probe's answer.
+//! boxlite-cri chooses the kind of a pod, with the probe's result.
 
 use super::{Vmm, krun, qemu};
 use boxlite_proto::error::{BoxliteError, BoxliteResult};
 use boxlite_proto::vmm::VmmKind;
 use std::collections::BTreeMap;
 
-/// What a caller may ask about a VMM before it makes one.
+/// Properties of a VMM, known without creating one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct VmmCapabilities {
-    /// Device slots, those the VMM fills itself included.
+    /// Number of device slots, including built-in devices.
     pub max_devices: usize,
-    /// How many of them are taken before the pod's first disk or card.
+    /// Number of slots taken by built-in devices.
     pub base_devices: usize,
 }
 
 type Make = Box<dyn Fn() -> Box<dyn Vmm> + Send + Sync>;
 
-/// The VMMs this process knows.
+/// The VMMs known to this process.
 pub struct VmmFactory {
     entries: BTreeMap<VmmKind, (VmmCapabilities, Make)>,
 }
 
 impl VmmFactory {
-    /// With nothing registered.
+    /// Returns a factory without VMMs.
     pub fn empty() -> Self {
         Self {
             entries: BTreeMap::new(),
         }
     }
 
-    /// With Krun and Qemu.
+    /// Returns a factory with Krun and Qemu.
     pub fn standard() -> Self {
         let mut factory = Self::empty();
         factory.register(VmmKind::Krun, krun::CAPABILITIES, || {
@@ -43,7 +43,7 @@ impl VmmFactory {
         factory
     }
 
-    /// Adds a VMM, or replaces the one of that kind.
+    /// Registers a VMM, replacing one of the same kind.
     pub fn register<F>(&mut self, kind: VmmKind, capabilities: VmmCapabilities, make: F)
     where
         F: Fn() -> Box<dyn Vmm> + Send + Sync + 'static,
@@ -51,17 +51,17 @@ impl VmmFactory {
         self.entries.insert(kind, (capabilities, Box::new(make)));
     }
 
-    /// What the VMM of that kind can do. None: there is none.
+    /// Returns the capabilities of a kind; None if it is not registered.
     pub fn capabilities(&self, kind: &VmmKind) -> Option<VmmCapabilities> {
         self.entries
             .get(kind)
             .map(|(capabilities, _)| *capabilities)
     }
 
-    /// A Vmm of that kind.
+    /// Creates a Vmm of a kind.
     ///
     /// # Errors
-    /// None is registered.
+    /// The kind is not registered.
     pub fn make(&self, kind: &VmmKind) -> BoxliteResult<Box<dyn Vmm>> {
         match self.entries.get(kind) {
             Some((_, make)) => Ok(make()),

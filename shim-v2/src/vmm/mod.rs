@@ -1,10 +1,10 @@
-//! The VMM boundary: [`Vmm`] makes a [`VmmInstance`] out of an InstanceSpec, [`VmmFactory`] finds the Vmm of a kind.
+//! The VMM boundary: [`Vmm`] turns an InstanceSpec into a [`VmmInstance`], [`VmmFactory`] finds the Vmm of a kind.
 //!
-//! A Vmm configures and enters; it knows no pod, no container, no image, and has no call for a running VM: what comes
-//! after boot comes through the share or through vsock. Keep it that small.
+//! A Vmm configures and starts a VM. It has no notion of pods, containers or images and no call for a running VM: after boot,
+//! everything goes through the share or vsock.
 //!
 //! Flow: the shim's [`supervisor`] starts the vmm child ([`child`]) → `VmmFactory::make` → `Vmm::create` (still sees the
-//! host: checks, caches, opens) → the jail closes → `VmmInstance::enter`, which never returns.
+//! host: checks, caches, opens) → the jail is entered → `VmmInstance::enter`, which does not return.
 
 pub mod child;
 pub mod console;
@@ -28,37 +28,37 @@ use std::convert::Infallible;
 
 /// A virtual machine monitor.
 pub trait Vmm {
-    /// Turns the spec into an instance that is ready to be entered. Runs before the jail closes, with the whole host in
-    /// sight; everything it opens stays open.
+    /// Turns the spec into an instance ready to be entered. Runs before the jail is entered, with the whole host visible; files
+    /// opened here stay open.
     ///
     /// # Errors
-    /// The spec asks for what this VMM has not, or a file it needs is missing.
+    /// The spec requests something this VMM does not support, or a required file is missing.
     fn create(&mut self, spec: InstanceSpec) -> BoxliteResult<VmmInstance>;
 }
 
-/// What a VMM keeps between create and enter.
+/// State of a VMM between create and enter.
 pub trait VmmInstanceImpl {
-    /// The files that must be visible once the jail has closed.
+    /// Returns the files that must be visible inside the jail.
     fn host_files(&self) -> HostFiles;
-    /// Runs the VM in this process, inside the jail. See [`VmmInstance::enter`].
+    /// Runs the VM in this process, inside the jail; see [`VmmInstance::enter`].
     fn enter(self: Box<Self>) -> BoxliteResult<Infallible>;
 }
 
-/// A configured VM that has not started.
+/// A configured VM that has not been started.
 pub struct VmmInstance(Box<dyn VmmInstanceImpl>);
 
 impl VmmInstance {
-    /// Wraps a VMM's own state.
+    /// Wraps a VMM's state.
     pub fn new(state: impl VmmInstanceImpl + 'static) -> Self {
         Self(Box::new(state))
     }
 
-    /// The files that must be visible once the jail has closed.
+    /// Returns the files that must be visible inside the jail.
     pub fn host_files(&self) -> HostFiles {
         self.0.host_files()
     }
 
-    /// Becomes the VM. The process ends with it; only a failure to start comes back.
+    /// Runs the VM. The process exits with it; returns only if the VM could not be started.
     ///
     /// # Errors
     /// The VM could not be started.

@@ -1,21 +1,21 @@
-//! [`ReadySocket`]: the one call by which a guest says that its agent serves.
+//! [`ReadySocket`]: receives the guest's connection that reports its agent ready.
 //!
-//! The caller's deadline is the only time limit here; the end of the VM ends the wait at once. The call is untrusted:
-//! one accept, nothing is read from it.
+//! The caller's deadline is the only timeout; the end of the VM ends the wait at once. The connection is untrusted: it is
+//! accepted and nothing is read from it.
 
 use super::supervisor::{VmmChild, VmmExit};
 use boxlite_proto::names::READY_SOCKET;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 
-/// Lines of the console that an error carries.
+/// Number of console lines in an error.
 const ERROR_LINES: usize = 30;
 
-/// Why a VM did not get as far as its agent.
+/// Error while waiting for the agent.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
-    /// The vmm child ended first.
-    #[error("the VM ended before its agent was ready ({exit}); {said}", said = said(.console, .stderr))]
+    /// The vmm child exited first.
+    #[error("the VM ended before its agent was ready ({exit}); {output}", output = output(.console, .stderr))]
     Died {
         exit: VmmExit,
         /// Last lines of the guest's console.
@@ -23,8 +23,8 @@ pub enum BootError {
         /// Last lines of the vmm child's standard error.
         stderr: Vec<String>,
     },
-    /// The ready socket cannot be served.
-    #[error("ready socket {path}")]
+    /// The ready socket failed.
+    #[error("failed to listen on ready socket {path}")]
     Socket {
         path: String,
         #[source]
@@ -32,7 +32,7 @@ pub enum BootError {
     },
 }
 
-fn said(console: &[String], stderr: &[String]) -> String {
+fn output(console: &[String], stderr: &[String]) -> String {
     let part = |name: &str, lines: &[String]| match lines.is_empty() {
         true => format!("{name}: nothing"),
         false => format!("{name}: {}", lines.join(" | ")),
@@ -44,14 +44,14 @@ fn said(console: &[String], stderr: &[String]) -> String {
     )
 }
 
-/// Listens before the VM starts, so that the guest's call cannot come too early.
+/// The listening socket. It is bound before the VM starts, so that the guest cannot connect too early.
 pub struct ReadySocket {
     listener: tokio::net::UnixListener,
     path: String,
 }
 
 impl ReadySocket {
-    /// Binds [`READY_SOCKET`] in `work_dir`, over what an earlier start left there.
+    /// Binds [`READY_SOCKET`] in `work_dir`, replacing the socket of an earlier start.
     ///
     /// # Errors
     /// The directory is missing or not writable.
@@ -67,7 +67,7 @@ impl ReadySocket {
             }
             _ => {}
         }
-        // A unix address holds 107 bytes, a path may be longer: go through the directory's descriptor.
+        // A unix socket address holds 107 bytes and the path may be longer, so it is bound through a descriptor of its directory.
         let directory = std::fs::File::open(work_dir).map_err(failed)?;
         let short = format!("/proc/self/fd/{}/{READY_SOCKET}", directory.as_raw_fd());
         let listener = tokio::net::UnixListener::bind(short).map_err(failed)?;
@@ -77,10 +77,10 @@ impl ReadySocket {
         })
     }
 
-    /// Waits for the guest's call. Dropping the future leaves nothing behind but the socket file.
+    /// Waits for the guest's connection. Dropping the future leaves only the socket file.
     ///
     /// # Errors
-    /// The VM ended first; the error has its last words.
+    /// The VM ended first; the error contains its last output.
     pub async fn wait(self, child: &VmmChild) -> Result<(), BootError> {
         tokio::select! {
             accepted = self.listener.accept() => match accepted {

@@ -1,11 +1,11 @@
-//! Small helpers that turn failures of the VMM code into [`BoxliteError`]s. No behaviour of its own.
+//! Helpers that convert failures of VMM code to [`BoxliteError`].
 
 use boxlite_proto::error::{BoxliteError, BoxliteResult};
 use std::path::Path;
 
-/// Names the step at which something failed.
+/// Adds the failed step to an error.
 pub(crate) trait StepExt<T> {
-    /// On failure: `<step> failed`, with the cause as source.
+    /// On failure, returns `failed to <step>` with the cause as source.
     fn step(self, step: impl Into<String>) -> BoxliteResult<T>;
 }
 
@@ -21,7 +21,7 @@ where
     }
 }
 
-/// Checks that a file of the installation is there.
+/// Checks that a file of the installation exists.
 pub(crate) fn require(what: &'static str, path: &Path) -> BoxliteResult<()> {
     match std::fs::metadata(path) {
         Ok(_) => Ok(()),
@@ -33,7 +33,7 @@ pub(crate) fn require(what: &'static str, path: &Path) -> BoxliteResult<()> {
     }
 }
 
-/// An error of the spec's `field`.
+/// Returns an error about the spec's `field`.
 pub(crate) fn invalid(
     field: &'static str,
     value: impl ToString,

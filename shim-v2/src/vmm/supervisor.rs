@@ -1,11 +1,11 @@
-//! [`Supervisor`] starts the vmm child and [`VmmChild`] is the shim's hold on it: wait, kill, last words.
+//! [`Supervisor`] starts the vmm child; [`VmmChild`] is the shim's handle on it: wait, kill, last output.
 //!
-//! The child is this same binary in the role `vmm`, PID 1 of a PID namespace of its own: whatever the VMM started dies
-//! with it. It has SIGKILL as parent-death signal; that one fires when the *thread* that forked it ends, so one thread
-//! per child forks, waits and does nothing else.
+//! The child is this binary in the role `vmm`, PID 1 of its own PID namespace, so everything the VMM started dies with it. Its
+//! parent-death signal is SIGKILL. That signal fires when the *thread* that forked it ends, so a dedicated thread per child
+//! forks and waits.
 //!
-//! The spec goes over a pipe on standard input (never argv); the pipe stays open until the child ends, so a child that
-//! finds it closed knows that its shim is gone. Console comes back on standard output, messages on standard error.
+//! The spec is sent over a pipe on standard input, not in argv. The pipe stays open until the child exits; a child that finds
+//! it closed knows that its shim has died. The console is standard output, messages are standard error.
 
 use super::console::BoundedLog;
 use boxlite_proto::names::CONSOLE_LOG;
@@ -27,15 +27,15 @@ use tokio::sync::watch;
 /// File in the VM's working directory with the vmm child's standard error.
 const STDERR_LOG: &str = "vmm.log";
 
-/// Time for the rest of what a dead child wrote to be read. Its pipes have no other writer, so this is milliseconds.
-const LAST_WORDS_LIMIT: Duration = Duration::from_millis(500);
+/// Timeout for reading the remaining output of a dead child. Its pipes have no other writer, so this takes milliseconds.
+const LAST_OUTPUT_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// How a vmm child ended.
+/// Exit status of a vmm child.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct VmmExit {
-    /// Exit code, unless a signal ended it.
+    /// Exit code, unless killed by a signal.
     pub code: Option<i32>,
-    /// The signal that ended it.
+    /// Signal that killed it.
     pub signal: Option<i32>,
 }
 
@@ -49,18 +49,18 @@ impl fmt::Display for VmmExit {
     }
 }
 
-/// Why no vmm child came to be.
+/// Error while starting a vmm child.
 #[derive(Debug, thiserror::Error)]
 pub enum SpawnError {
     /// A system call failed.
-    #[error("{step} the vmm child")]
+    #[error("failed to {step} the vmm child")]
     Step {
         step: &'static str,
         #[source]
         source: std::io::Error,
     },
-    /// The spec cannot be written as JSON.
-    #[error("instance spec")]
+    /// The spec cannot be serialized.
+    #[error("failed to serialize instance spec")]
     Spec(#[source] serde_json::Error),
 }
 
@@ -72,28 +72,28 @@ pub struct Supervisor {
 
 impl Default for Supervisor {
     fn default() -> Self {
-        // Not a path in the file system: the binary may have been replaced by an upgrade meanwhile.
+        // Not a file system path: the binary may be replaced by an upgrade.
         Self::new(PathBuf::from("/proc/self/exe"))
     }
 }
 
 impl Supervisor {
-    /// Uses another binary than the running one (tests).
+    /// Uses another binary than the running one (for tests).
     pub fn new(program: PathBuf) -> Self {
         Self { program }
     }
 
-    /// Starts a child for `spec`, whose working directory must exist. Blocks for the time of a fork and exec.
+    /// Starts a child for `spec`, whose working directory must exist. Blocks for a fork and exec.
     ///
     /// # Errors
-    /// It could not be started. What goes wrong later inside the child shows as its exit.
+    /// The child could not be started. Later failures inside the child show as its exit.
     pub fn spawn(&self, spec: &InstanceSpec) -> Result<VmmChild, SpawnError> {
         let step = |step| move |source| SpawnError::Step { step, source };
         let mut line = serde_json::to_vec(spec).map_err(SpawnError::Spec)?;
         line.push(b'\n');
 
         let mut command = Command::new(&self.program);
-        // Its own process group: a terminal's ctrl-C is the shim's business. argv[1] is for ps; it is no secret.
+        // A process group of its own, so that a terminal's ctrl-C reaches only the shim. argv[1] is for ps and not secret.
         command
             .arg("vmm")
             .arg(&spec.id)
@@ -113,12 +113,12 @@ impl Supervisor {
         std::thread::Builder::new()
             .name("vmm-child".to_owned())
             .spawn(move || fork_and_wait(command, &hold, &logs, &started_to, &exit_to))
-            .map_err(step("starting a thread for"))?;
-        let gone = || std::io::Error::other("its thread ended");
+            .map_err(step("start a thread for"))?;
+        let gone = || std::io::Error::other("thread ended");
         let mut child = started
             .recv()
-            .map_err(|_| step("starting")(gone()))?
-            .map_err(step("starting"))?;
+            .map_err(|_| step("start")(gone()))?
+            .map_err(step("start"))?;
 
         if let Some(from) = child.stdout.take() {
             follow(
@@ -127,11 +127,11 @@ impl Supervisor {
                 from,
                 spec.work_dir.join(CONSOLE_LOG),
             )
-            .map_err(step("reading"))?;
+            .map_err(step("read output of"))?;
         }
         if let Some(from) = child.stderr.take() {
             follow("vmm-stderr", &stderr, from, spec.work_dir.join(STDERR_LOG))
-                .map_err(step("reading"))?;
+                .map_err(step("read output of"))?;
         }
         let child = VmmChild {
             shared,
@@ -141,11 +141,11 @@ impl Supervisor {
             _spec_pipe: Arc::new(child.stdin.take()),
         };
         if let Some(mut pipe) = child._spec_pipe.as_ref().as_ref() {
-            // A child that died at once shows as its exit, with its message; not as a broken pipe here.
+            // A child that exited at once shows as its exit, with its message, rather than as a broken pipe.
             match pipe.write_all(&line) {
                 Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
                     child.kill();
-                    return Err(step("writing the spec to")(error));
+                    return Err(step("write the spec to")(error));
                 }
                 _ => {}
             }
@@ -161,7 +161,7 @@ fn follow(
     file: PathBuf,
 ) -> std::io::Result<()> {
     let log = log.clone();
-    // Ends by itself when the child, the last writer, is gone.
+    // Ends when the child, the last writer, has exited.
     std::thread::Builder::new()
         .name(name.to_owned())
         .spawn(move || log.follow(from, Some(file)))?;
@@ -170,7 +170,7 @@ fn follow(
 
 #[derive(Default)]
 struct Shared {
-    /// Set from the fork until just before the child is reaped: nobody else can have the number meanwhile.
+    /// Set from the fork until just before the child is reaped, while the pid cannot be reused.
     alive: Mutex<Option<Pid>>,
     pid: Mutex<i32>,
 }
@@ -189,7 +189,7 @@ fn fork_and_wait(
     started: &mpsc::SyncSender<std::io::Result<Pipes>>,
     exit: &watch::Sender<Option<VmmExit>>,
 ) {
-    // Only children of this thread are born into the new PID namespace.
+    // Only children of this thread are created in the new PID namespace.
     let child = unshare(CloneFlags::CLONE_NEWPID)
         .map_err(std::io::Error::from)
         .and_then(|()| command.spawn());
@@ -211,13 +211,13 @@ fn fork_and_wait(
     drop(started.send(Ok(pipes)));
     let ended = wait_for(&mut child, pid, shared);
     for log in logs {
-        log.wait_end(LAST_WORDS_LIMIT);
+        log.wait_end(LAST_OUTPUT_TIMEOUT);
     }
     exit.send_replace(Some(ended));
 }
 
 fn wait_for(child: &mut Child, pid: Pid, shared: &Shared) -> VmmExit {
-    // Leave the zombie until no one can signal its number any more.
+    // Keep the zombie until the pid can no longer be signaled.
     while let Err(nix::errno::Errno::EINTR) =
         waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT)
     {}
@@ -227,7 +227,7 @@ fn wait_for(child: &mut Child, pid: Pid, shared: &Shared) -> VmmExit {
             code: status.code(),
             signal: status.signal(),
         },
-        // Somebody else reaped it: it has ended, and nobody knows how.
+        // Reaped elsewhere: it has exited with an unknown status.
         Err(_) => VmmExit {
             code: None,
             signal: None,
@@ -235,8 +235,8 @@ fn wait_for(child: &mut Child, pid: Pid, shared: &Shared) -> VmmExit {
     }
 }
 
-/// The shim's hold on a vmm child. Clones are the same child. Dropping all of them closes the spec pipe, nothing else:
-/// who gives a VM up calls [`VmmChild::kill`].
+/// The shim's handle on a vmm child. Clones refer to the same child. Dropping all of them only closes the spec pipe; to end the
+/// VM, call [`VmmChild::kill`].
 #[derive(Clone)]
 pub struct VmmChild {
     shared: Arc<Shared>,
@@ -247,12 +247,12 @@ pub struct VmmChild {
 }
 
 impl VmmChild {
-    /// Process id in the shim's PID namespace, also after its end.
+    /// Returns the process id in the shim's PID namespace, also after exit.
     pub fn pid(&self) -> i32 {
         *self.shared.pid.lock()
     }
 
-    /// Waits until the VM has ended. May be called often and by many; dropping the future changes nothing.
+    /// Waits until the VM has exited. Cancel-safe; may be called concurrently.
     pub async fn wait(&self) -> VmmExit {
         let mut exit = self.exit.clone();
         let unknown = VmmExit {
@@ -265,26 +265,26 @@ impl VmmChild {
         }
     }
 
-    /// How it ended; None while it runs.
+    /// Returns how it exited; None while it runs.
     pub fn exited(&self) -> Option<VmmExit> {
         *self.exit.borrow()
     }
 
-    /// Kills the VM and all its helpers at once. Succeeds on what is gone; [`VmmChild::wait`] tells when it is done.
+    /// Kills the VM and all its helpers. Succeeds if already exited; [`VmmChild::wait`] completes when they are gone.
     pub fn kill(&self) {
         let alive = self.shared.alive.lock();
         if let Some(pid) = *alive {
-            // It can only fail with ESRCH, and the lock excludes that.
+            // Only ESRCH is possible, and the lock excludes it.
             let _gone = nix::sys::signal::kill(pid, Signal::SIGKILL);
         }
     }
 
-    /// The last lines of the guest's console.
+    /// Returns the last lines of the guest's console.
     pub fn console_tail(&self, lines: usize) -> Vec<String> {
         self.console.tail(lines)
     }
 
-    /// The last lines of the vmm child's standard error.
+    /// Returns the last lines of the vmm child's standard error.
     pub fn stderr_tail(&self, lines: usize) -> Vec<String> {
         self.stderr.tail(lines)
     }

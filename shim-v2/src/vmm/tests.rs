@@ -1,5 +1,4 @@
-//! Tests of the VMM boundary that need no VM: the factory with a VMM of a name of its own, the checks of a spec, the
-//! bounded log.
+//! Tests of the VMM boundary without a VM: the factory, spec checks, the bounded log.
 
 use super::console::BoundedLog;
 use super::{Vmm, VmmCapabilities, VmmFactory, VmmInstance, VmmInstanceImpl, devices};
@@ -14,7 +13,7 @@ const TOY: VmmCapabilities = VmmCapabilities {
     base_devices: 1,
 };
 
-/// The page docs/adding-a-vmm.md, as code.
+/// The example of docs/adding-a-vmm.md.
 struct ToyVmm;
 
 struct ToyInstance(InstanceSpec);
@@ -37,7 +36,7 @@ impl VmmInstanceImpl for ToyInstance {
 
     fn enter(self: Box<Self>) -> BoxliteResult<Infallible> {
         Err(BoxliteError::Step {
-            step: format!("entering the toy of {}", self.0.id),
+            step: format!("enter the toy of {}", self.0.id),
             source: "it has no engine".into(),
         })
     }
@@ -91,7 +90,7 @@ fn factory_register_replaces_the_vmm_of_its_kind() {
     factory.register(VmmKind::Qemu, TOY, || Box::new(ToyVmm));
     assert_eq!(factory.capabilities(&VmmKind::Qemu), Some(TOY));
 
-    // The kind travels as plain text in the spec that the vmm child reads.
+    // The kind is plain text in the spec that the vmm child reads.
     let json = serde_json::to_string(&spec(VmmKind::Qemu)).expect("a spec is JSON");
     let read: InstanceSpec = serde_json::from_str(&json).expect("and back");
     assert_eq!(read.kind, VmmKind::Qemu);
@@ -102,7 +101,7 @@ fn factory_register_replaces_the_vmm_of_its_kind() {
     let instance = instance.expect("the toy takes any small spec");
     assert_eq!(instance.host_files().work_dir, PathBuf::from("/run/vm"));
     let Err(error) = instance.enter();
-    assert_eq!(error.to_string(), "entering the toy of pod failed");
+    assert_eq!(error.to_string(), "failed to enter the toy of pod");
 }
 
 #[test]
@@ -121,28 +120,28 @@ fn factory_standard_has_every_kind() {
 }
 
 #[test]
-fn both_vmms_have_room_for_a_pod() {
+fn check_accepts_a_pod_up_to_the_last_slot() {
     let factory = VmmFactory::standard();
     for kind in [VmmKind::Krun, VmmKind::Qemu] {
         let capabilities = factory.capabilities(&kind).expect("standard");
         let mut pod = spec(kind);
         pod.disks.push(disk("scratch"));
         pod.nics.push(nic("tap0", "02:00:00:00:00:01"));
-        devices::check(&pod, &capabilities).expect("scratch disk and card fit");
-        // The first that does not fit, and the last that does.
-        let room = capabilities.max_devices - capabilities.base_devices - 2;
+        devices::check(&pod, &capabilities).expect("scratch disk and NIC fit");
+        // Fill all slots, then add one more.
+        let free = capabilities.max_devices - capabilities.base_devices - 2;
         pod.disks
-            .extend((0..room).map(|index| disk(&format!("more{index}"))));
+            .extend((0..free).map(|index| disk(&format!("more{index}"))));
         devices::check(&pod, &capabilities).expect("every slot can be used");
         pod.disks.push(disk("toomany"));
-        let error = devices::check(&pod, &capabilities).expect_err("no slot is left");
+        let error = devices::check(&pod, &capabilities).expect_err("no free slot");
         let text = error.to_string();
         assert!(text.contains("toomany") && text.contains("tap0"), "{text}");
     }
 }
 
 #[test]
-fn bad_specs_are_refused_by_field() {
+fn check_invalid_spec_names_the_field() {
     type Spoil = fn(&mut InstanceSpec);
     let cases: [(&str, Spoil); 9] = [
         ("vcpus", |spec| spec.vcpus = 0),
@@ -168,18 +167,18 @@ fn bad_specs_are_refused_by_field() {
             spec.nics.push(nic("tap0", "03:00:00:00:00:01"))
         }),
     ];
-    for (wanted, spoil) in cases {
+    for (expected, spoil) in cases {
         let mut spec = spec(VmmKind::Qemu);
         spoil(&mut spec);
         match devices::check(&spec, &TOY) {
-            Err(BoxliteError::InvalidSpec { field, .. }) => assert_eq!(field, wanted),
-            other => panic!("{wanted}: {other:?}"),
+            Err(BoxliteError::InvalidSpec { field, .. }) => assert_eq!(field, expected),
+            other => panic!("{expected}: {other:?}"),
         }
     }
 }
 
 #[test]
-fn a_log_keeps_the_end_in_memory_and_the_head_on_disk() {
+fn log_keeps_tail_in_memory_and_head_on_disk() {
     let directory = tempfile::tempdir().expect("a directory");
     let file = directory.path().join("console.log");
     let line = format!("\u{1b}[31m{}\n", "x".repeat(4000));
@@ -188,7 +187,7 @@ fn a_log_keeps_the_end_in_memory_and_the_head_on_disk() {
     log.follow(text.as_bytes(), Some(file.clone()));
 
     let kept = std::fs::metadata(&file).expect("it was written").len();
-    assert_eq!(kept, 1 << 20, "two MiB came, one is kept");
+    assert_eq!(kept, 1 << 20, "only the first MiB is kept");
     let tail = log.tail(2);
     assert_eq!(tail[1], "last words");
     assert!(

@@ -1,7 +1,7 @@
-//! A shim driven as boxlite-cri drives it: the binary's actions, ttrpc on its socket, a root file system of busybox.
+//! A shim driven like boxlite-cri drives it: the binary's actions, ttrpc on its socket, a busybox root file system.
 //!
 //! Needs root, QEMU and its helpers, libkrunfw and the agent: BOXLITE_GUEST names the agent, BOXLITE_CACHE the directory
-//! of `make tools`. What is missing fails the test.
+//! of `make tools`. Tests fail if one is missing.
 
 use boxlite_proto::names;
 use boxlite_proto::shim::shim::ReopenLogRequest;
@@ -25,9 +25,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
 
-/// For calls that may boot a VM under emulation on a machine that compiles meanwhile.
-const BOOT_LIMIT: Duration = Duration::from_secs(120);
-const CALL_LIMIT: Duration = Duration::from_secs(60);
+/// Timeout of calls that may boot an emulated VM on a busy machine.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
+const CALL_TIMEOUT: Duration = Duration::from_secs(60);
 
 pub struct Shim {
     pub dir: tempfile::TempDir,
@@ -75,7 +75,7 @@ pub fn options() -> SandboxOptions {
     }
 }
 
-/// An EROFS layer with busybox and what it is linked with.
+/// Creates an EROFS layer with busybox and its shared libraries.
 fn make_layer(dir: &Path) -> PathBuf {
     let root = dir.join("root");
     for name in ["bin", "proc", "sys", "dev", "tmp", "etc"] {
@@ -121,13 +121,13 @@ fn action(dir: &Path, bundle: &Path, id: &str, action: &str) -> Output {
 }
 
 impl Shim {
-    /// Starts a shim; nothing boots yet.
+    /// Starts a shim without booting a VM.
     pub async fn start(name: &str) -> Self {
         let dir = tempfile::Builder::new()
             .prefix("bx")
             .tempdir()
             .expect("tempdir");
-        // Another run's processes, also those that it left behind, are not this one's.
+        // Unique per run, so that processes of other runs do not count.
         let id = format!("{:0<64}", format!("{name}{:08x}", std::process::id()));
         let bundle = dir.path().join("s").join(&id);
         std::fs::create_dir_all(&bundle).expect("mkdir");
@@ -165,7 +165,7 @@ impl Shim {
             ..Default::default()
         };
         self.sandbox
-            .create_sandbox(with_duration(CALL_LIMIT), &request)
+            .create_sandbox(with_duration(CALL_TIMEOUT), &request)
             .await
             .map(drop)
     }
@@ -177,12 +177,12 @@ impl Shim {
         };
         Ok(self
             .sandbox
-            .start_sandbox(with_duration(BOOT_LIMIT), &request)
+            .start_sandbox(with_duration(BOOT_TIMEOUT), &request)
             .await?
             .pid)
     }
 
-    /// As boxlite-cri: create and start the sandbox.
+    /// Creates and starts the sandbox.
     pub async fn boot(&self) -> u32 {
         self.create_sandbox(&options()).await.expect("created");
         match self.start_sandbox().await {
@@ -202,7 +202,7 @@ impl Shim {
             ..Default::default()
         };
         self.sandbox
-            .sandbox_status(with_duration(CALL_LIMIT), &request)
+            .sandbox_status(with_duration(CALL_TIMEOUT), &request)
             .await
             .expect("status")
     }
@@ -252,7 +252,7 @@ impl Shim {
         };
         Ok(self
             .task
-            .create(with_duration(BOOT_LIMIT), &request)
+            .create(with_duration(BOOT_TIMEOUT), &request)
             .await?
             .pid)
     }
@@ -269,7 +269,7 @@ impl Shim {
             id: id.to_owned(),
             ..Default::default()
         };
-        if let Err(error) = self.task.start(with_duration(CALL_LIMIT), &request).await {
+        if let Err(error) = self.task.start(with_duration(CALL_TIMEOUT), &request).await {
             panic!("{error}\n{}", self.shim_log());
         }
     }
@@ -290,7 +290,7 @@ impl Shim {
             id: id.to_owned(),
             ..Default::default()
         };
-        self.task.state(with_duration(CALL_LIMIT), &request).await
+        self.task.state(with_duration(CALL_TIMEOUT), &request).await
     }
 
     pub async fn kill(&self, id: &str, signal: u32) -> ttrpc::Result<()> {
@@ -300,7 +300,7 @@ impl Shim {
             ..Default::default()
         };
         self.task
-            .kill(with_duration(CALL_LIMIT), &request)
+            .kill(with_duration(CALL_TIMEOUT), &request)
             .await
             .map(drop)
     }
@@ -312,7 +312,7 @@ impl Shim {
         };
         Ok(self
             .task
-            .delete(with_duration(CALL_LIMIT), &request)
+            .delete(with_duration(CALL_TIMEOUT), &request)
             .await?
             .exit_status)
     }
@@ -323,7 +323,7 @@ impl Shim {
             ..Default::default()
         };
         self.log
-            .reopen_log(with_duration(CALL_LIMIT), &request)
+            .reopen_log(with_duration(CALL_TIMEOUT), &request)
             .await
             .expect("reopened");
     }
@@ -335,12 +335,12 @@ impl Shim {
             ..Default::default()
         };
         self.sandbox
-            .stop_sandbox(with_duration(CALL_LIMIT), &request)
+            .stop_sandbox(with_duration(CALL_TIMEOUT), &request)
             .await
             .expect("stopped");
     }
 
-    /// Stops and ends the shim, and runs `delete`; fails when anything of it is left.
+    /// Stops and ends the shim and runs `delete`; fails if any process or mount remains.
     pub async fn end(self) {
         self.stop().await;
         let request = ShutdownSandboxRequest {
@@ -348,7 +348,7 @@ impl Shim {
             ..Default::default()
         };
         self.sandbox
-            .shutdown_sandbox(with_duration(CALL_LIMIT), &request)
+            .shutdown_sandbox(with_duration(CALL_TIMEOUT), &request)
             .await
             .expect("ended");
         self.delete_action();
@@ -363,7 +363,7 @@ impl Shim {
     }
 }
 
-/// A test that failed leaves no shim behind, and so no VM.
+/// Kills the shim, and so its VM, after a failed test.
 impl Drop for Shim {
     fn drop(&mut self) {
         for (pid, _) in processes_with(&self.id) {
@@ -375,20 +375,20 @@ impl Drop for Shim {
     }
 }
 
-/// No process has the sandbox's id in its command line within 5 s.
+/// Waits up to 5 s until no process has the sandbox's id in its command line.
 pub async fn assert_gone(id: &str) {
-    let mut left = Vec::new();
+    let mut remaining = Vec::new();
     for _ in 0..100 {
-        left = processes_with(id);
-        if left.is_empty() {
+        remaining = processes_with(id);
+        if remaining.is_empty() {
             return;
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    panic!("left: {left:?}");
+    panic!("still running: {remaining:?}");
 }
 
-/// Pids with command lines that hold `word`.
+/// Returns the processes whose command lines contain `word`.
 pub fn processes_with(word: &str) -> Vec<(i32, String)> {
     let own = std::process::id().to_string();
     std::fs::read_dir("/proc")
@@ -403,7 +403,7 @@ pub fn processes_with(word: &str) -> Vec<(i32, String)> {
         .collect()
 }
 
-/// The bytes of one stream of a CRI log.
+/// Extracts the bytes of one stream of a CRI log.
 pub fn log_bytes(log: &[u8], stream: &str) -> Vec<u8> {
     let mut bytes = Vec::new();
     for line in log.split_inclusive(|byte| *byte == b'\n') {
@@ -426,7 +426,7 @@ pub fn log_bytes(log: &[u8], stream: &str) -> Vec<u8> {
     bytes
 }
 
-/// Mount points of cgroup hierarchies.
+/// Returns the mount points of cgroup hierarchies.
 fn cgroup_mounts() -> Vec<PathBuf> {
     std::fs::read_to_string("/proc/mounts")
         .expect("mounts")
@@ -439,13 +439,13 @@ fn cgroup_mounts() -> Vec<PathBuf> {
         .collect()
 }
 
-/// Directories of that name at the top of any hierarchy.
+/// Returns the directories of that name at the top of any hierarchy.
 pub fn cgroups_named(name: &str) -> Vec<PathBuf> {
     let all = cgroup_mounts().into_iter().map(|mount| mount.join(name));
     all.filter(|path| path.exists()).collect()
 }
 
-/// Whether a cgroup can be made in any hierarchy here.
+/// Reports whether a cgroup can be created in any hierarchy here.
 pub fn cgroups_are_writable() -> bool {
     cgroup_mounts().into_iter().any(|mount| {
         let probe = mount.join("boxlite-test-probe");

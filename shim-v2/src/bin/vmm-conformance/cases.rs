@@ -1,4 +1,4 @@
-//! The cases, in the order of a VM's life. Each starts its own VM and says in a note what it measured.
+//! The cases, in the order of a VM's life. Each starts its own VM and returns a note with its measurements.
 
 use super::harness::{Bench, Error, Result, Running};
 use boxlite_proto::boxlite::v1::{AttachRequest, ContainerInitRequest, Rootfs};
@@ -16,14 +16,14 @@ use std::time::{Duration, Instant};
 type Outcome = Pin<Box<dyn Future<Output = Result<String>>>>;
 type Case = fn(VmmKind) -> Outcome;
 
-/// Longest time until the end of a VM is known.
-const DEATH_LIMIT: Duration = Duration::from_secs(2);
-/// For a call the agent answers at once.
-const CALL_LIMIT: Duration = Duration::from_secs(20);
+/// Maximum time until the end of a VM is noticed.
+const MAX_DEATH_DELAY: Duration = Duration::from_secs(2);
+/// Timeout of a call that the agent answers at once.
+const CALL_TIMEOUT: Duration = Duration::from_secs(20);
 
 pub const ALL: &[(&str, Case)] = &[
     ("boot-ready-ping", |kind| Box::pin(boot(kind))),
-    ("init-disk-share-card", |kind| Box::pin(init(kind))),
+    ("init-disk-share-nic", |kind| Box::pin(init(kind))),
     ("late-share-mount", |kind| Box::pin(late_mount(kind))),
     ("debug-console", |kind| Box::pin(debug_console(kind))),
     ("jail", |kind| Box::pin(jail(kind))),
@@ -37,15 +37,15 @@ pub const ALL: &[(&str, Case)] = &[
     ("bad-spec", |kind| Box::pin(bad_spec(kind))),
 ];
 
-fn check(holds: bool, what: impl FnOnce() -> String) -> Result<()> {
-    if holds { Ok(()) } else { Err(what().into()) }
+fn check(holds: bool, message: impl FnOnce() -> String) -> Result<()> {
+    if holds { Ok(()) } else { Err(message().into()) }
 }
 
 async fn boot(kind: VmmKind) -> Result<String> {
     let mut times = Vec::new();
     for _ in 0..3 {
         let running = Bench::new(&kind)?.boot().await?;
-        running.guest.guest().ping(CALL_LIMIT).await?;
+        running.guest.guest().ping(CALL_TIMEOUT).await?;
         times.push(running.ready_after.as_millis());
         check(running.child.exited().is_none(), || {
             "the VM has ended".to_owned()
@@ -58,9 +58,9 @@ async fn init(kind: VmmKind) -> Result<String> {
     let running = Bench::new(&kind)?.boot().await?;
     let answer = running.init().await?;
     let pss = pss_of_tree(running.child.pid());
-    // A closed port answers with a reset: frames go through the tap both ways, and the guest has its address.
+    // A closed port answers with a reset, which proves that frames pass the tap both ways and that the guest has its address.
     let dial = tokio::net::TcpStream::connect("10.199.0.2:9");
-    match tokio::time::timeout(CALL_LIMIT, dial).await {
+    match tokio::time::timeout(CALL_TIMEOUT, dial).await {
         Ok(Err(error)) if error.kind() == std::io::ErrorKind::ConnectionRefused => {}
         other => return Err(format!("dialling the guest: {other:?}").into()),
     }
@@ -70,7 +70,7 @@ async fn init(kind: VmmKind) -> Result<String> {
     ))
 }
 
-/// The kernel's messages come where they were asked for, and nowhere else.
+/// Kernel messages appear on the console only if requested.
 async fn debug_console(kind: VmmKind) -> Result<String> {
     let talks = |running: &Running| {
         let console = running.child.console_tail(usize::MAX);
@@ -85,12 +85,12 @@ async fn debug_console(kind: VmmKind) -> Result<String> {
     drop(running);
     let quiet = Bench::new(&kind)?.boot().await?;
     check(!talks(&quiet), || {
-        "kernel messages that nobody asked for".to_owned()
+        "kernel messages without debug_console".to_owned()
     })?;
     Ok(String::new())
 }
 
-/// Proportional memory of a process and all below it, in MiB.
+/// Returns the proportional memory (PSS) of a process tree in MiB.
 fn pss_of_tree(root: i32) -> u64 {
     let mut todo = vec![root];
     let mut kib = 0;
@@ -116,7 +116,7 @@ fn pss_of_tree(root: i32) -> u64 {
     kib / 1024
 }
 
-/// A root made of a bind mount that arrives in the share while the VM runs: the host's programs, read by the guest.
+/// A root made of bind mounts added to the share while the VM runs: the guest runs the host's programs.
 async fn late_mount(kind: VmmKind) -> Result<String> {
     let running = Bench::new(&kind)?.boot().await?;
     running.init().await?;
@@ -171,7 +171,7 @@ async fn run_container(running: &Running, directory: &str, args: &[&str]) -> Res
     });
     let (id, containers, execution) =
         ("late", running.guest.container(), running.guest.execution());
-    let last_words = |error: &(dyn std::error::Error + 'static)| -> Error {
+    let with_console = |error: &(dyn std::error::Error + 'static)| -> Error {
         format!(
             "{}; console: {}",
             boxlite_sys::report::report(error),
@@ -191,11 +191,11 @@ async fn run_container(running: &Running, directory: &str, args: &[&str]) -> Res
     containers
         .init(request)
         .await
-        .map_err(|error| last_words(&error))?;
+        .map_err(|error| with_console(&error))?;
     containers
         .start(id)
         .await
-        .map_err(|error| last_words(&error))?;
+        .map_err(|error| with_console(&error))?;
     let request = AttachRequest {
         container_id: id.to_owned(),
         ..AttachRequest::default()
@@ -212,7 +212,7 @@ async fn run_container(running: &Running, directory: &str, args: &[&str]) -> Res
     Ok(String::from_utf8_lossy(&printed).into_owned())
 }
 
-/// What the processes of a VM can see and do.
+/// View and privileges of the processes of a VM.
 async fn jail(kind: VmmKind) -> Result<String> {
     let running = Bench::new(&kind)?.boot().await?;
     let pid = running.child.pid();
@@ -287,7 +287,7 @@ async fn shutdown(kind: VmmKind) -> Result<String> {
         .shutdown(Duration::from_secs(1))
         .await?;
     let start = Instant::now();
-    let exit = tokio::time::timeout(CALL_LIMIT, running.child.wait()).await?;
+    let exit = tokio::time::timeout(CALL_TIMEOUT, running.child.wait()).await?;
     check(exit.code == Some(0), || format!("ended with {exit}"))?;
     Ok(format!(
         "ended {} ms after the call",
@@ -299,13 +299,13 @@ async fn kill(kind: VmmKind) -> Result<String> {
     let running = Bench::new(&kind)?.boot().await?;
     let start = Instant::now();
     running.child.kill();
-    let exit = tokio::time::timeout(DEATH_LIMIT, running.child.wait()).await?;
+    let exit = tokio::time::timeout(MAX_DEATH_DELAY, running.child.wait()).await?;
     check(exit.signal == Some(9), || format!("ended with {exit}"))?;
     running.child.kill();
     Ok(format!("noticed after {} ms", start.elapsed().as_millis()))
 }
 
-/// The shim is killed: its VM and every helper of it go too.
+/// Killing the shim ends its VM and every helper.
 async fn shim_death(kind: VmmKind) -> Result<String> {
     let directory = tempfile::tempdir()?;
     let mut shim = tokio::process::Command::new(std::env::current_exe()?);
@@ -328,7 +328,7 @@ async fn shim_death(kind: VmmKind) -> Result<String> {
     shim.kill().await?;
     let start = Instant::now();
     while processes.iter().any(|process| alive(process)) {
-        check(start.elapsed() < DEATH_LIMIT, || {
+        check(start.elapsed() < MAX_DEATH_DELAY, || {
             format!("{processes:?} outlive their shim")
         })?;
         tokio::time::sleep(Duration::from_millis(5)).await;
@@ -343,13 +343,13 @@ async fn shim_death(kind: VmmKind) -> Result<String> {
 
 fn alive(process: &str) -> bool {
     let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
-    // A zombie waits for its parent only.
+    // A zombie only waits for its parent.
     stat.rsplit(')')
         .next()
         .is_some_and(|rest| !rest.is_empty() && !rest.trim_start().starts_with('Z'))
 }
 
-/// Each process that the VMM has started is as good as the VMM: the first to end ends the VM.
+/// The exit of any process started by the VMM ends the VM.
 async fn helper_death(kind: VmmKind) -> Result<String> {
     let mut notes = Vec::new();
     let mut index = 0;
@@ -366,7 +366,7 @@ async fn helper_death(kind: VmmKind) -> Result<String> {
             nix::sys::signal::Signal::SIGKILL,
         )?;
         let start = Instant::now();
-        let exit = tokio::time::timeout(DEATH_LIMIT, running.child.wait()).await;
+        let exit = tokio::time::timeout(MAX_DEATH_DELAY, running.child.wait()).await;
         let exit = exit.map_err(|_| format!("the end of {name} goes unnoticed"))?;
         check(exit.code != Some(0), || {
             format!("the end of {name} looks like a clean exit")
@@ -388,9 +388,9 @@ async fn dead_agent(kind: VmmKind) -> Result<String> {
     child.kill();
     match waited? {
         Err(BootError::Died { console, .. }) => {
-            let said = console.join("\n");
-            check(said.contains("init"), || {
-                format!("the console's last lines do not tell: {said:?}")
+            let text = console.join("\n");
+            check(text.contains("init"), || {
+                format!("the console's last lines do not name the cause: {text:?}")
             })?;
             Ok(format!("{} lines", console.len()))
         }
@@ -398,11 +398,11 @@ async fn dead_agent(kind: VmmKind) -> Result<String> {
     }
 }
 
-/// Starts a VM that cannot start, and checks that its error has the given words.
+/// Starts a VM that cannot start and checks that its error contains the given words.
 async fn refused(bench: Bench, words: &[&str]) -> Result<String> {
     let (ready, child) = bench.spawn()?;
     let start = Instant::now();
-    let waited = tokio::time::timeout(CALL_LIMIT, ready.wait(&child)).await;
+    let waited = tokio::time::timeout(CALL_TIMEOUT, ready.wait(&child)).await;
     child.kill();
     let Err(error) = waited? else {
         return Err("it started".into());
@@ -433,7 +433,7 @@ async fn too_many_devices(kind: VmmKind) -> Result<String> {
             read_only: true,
         });
     }
-    refused(bench, &["device slots", "disk extra11", "card tap0"]).await
+    refused(bench, &["device slots", "disk extra11", "NIC tap0"]).await
 }
 
 async fn bad_spec(kind: VmmKind) -> Result<String> {

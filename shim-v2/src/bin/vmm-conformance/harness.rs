@@ -1,4 +1,4 @@
-//! What every case starts from: an installation, a fresh directory, a VM that is ready, and its last words on failure.
+//! Setup shared by the cases: an installation, a fresh directory, a ready VM, and its last output on failure.
 
 use boxlite_portal::{Connection, GuestAddress, GuestSession};
 use boxlite_proto::boxlite::v1::{GuestInitRequest, GuestInitResponse, Interface};
@@ -20,12 +20,12 @@ pub const HOST_ADDRESS: &str = "10.199.0.1/24";
 pub const GUEST_ADDRESS: &str = "10.199.0.2/24";
 const TAP: &str = "tap0";
 const MAC: &str = "02:00:0a:c7:00:02";
-/// Enough for the agent and a busybox; the suite may run beside other VMs.
+/// Enough for the agent and busybox; the suite may run beside other VMs.
 const MEMORY_MIB: u32 = 256;
-/// Sparse.
+/// Size of the sparse scratch disk.
 const SCRATCH_BYTES: u64 = 1 << 30;
 
-/// Mount and network namespaces of this process's own: nothing that a case mounts or creates outlives it.
+/// Gives this process its own mount and network namespaces, so that nothing that a case mounts or creates outlives it.
 pub fn isolate() -> Result<()> {
     unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET)
         .map_err(|error| format!("needs root: {error}"))?;
@@ -37,7 +37,7 @@ pub fn isolate() -> Result<()> {
     tool("ip", &["link", "set", TAP, "up"])
 }
 
-/// Runs a program of the machine; its output is part of the error.
+/// Runs a program of the machine; the error includes its output.
 pub fn tool(name: &str, args: &[&str]) -> Result<()> {
     let output = Command::new(name)
         .args(args)
@@ -53,7 +53,7 @@ pub fn tool(name: &str, args: &[&str]) -> Result<()> {
     }
 }
 
-/// The directory of the binaries that were built with this one.
+/// Returns the directory of the binaries built with this one.
 fn binaries() -> Result<PathBuf> {
     let this = std::env::current_exe()?;
     Ok(this.parent().ok_or("no directory")?.to_owned())
@@ -80,7 +80,7 @@ fn installation(cache: &Path) -> Result<Installation> {
     })
 }
 
-/// BOXLITE_ACCELERATION, tcg without it. For Qemu in a home with KVM.
+/// Reads BOXLITE_ACCELERATION, by default tcg. For Qemu on a backend with KVM.
 fn acceleration() -> Result<Acceleration> {
     match std::env::var("BOXLITE_ACCELERATION").as_deref() {
         Err(_) | Ok("tcg") => Ok(Acceleration::Tcg),
@@ -89,7 +89,7 @@ fn acceleration() -> Result<Acceleration> {
     }
 }
 
-/// A spec and the directory in which it lives, deleted with it.
+/// A spec and its directory, which is deleted on drop.
 pub struct Bench {
     pub spec: InstanceSpec,
     pub directory: tempfile::TempDir,
@@ -97,20 +97,20 @@ pub struct Bench {
 
 impl Drop for Bench {
     fn drop(&mut self) {
-        // Else the directory cannot be deleted. A case that failed earlier may have left it unmounted.
+        // Otherwise the directory cannot be deleted. A case that failed early may have left it unmounted.
         let _gone = umount2(&self.spec.share_dir, MntFlags::MNT_DETACH);
     }
 }
 
 impl Bench {
-    /// A VM with scratch disk, share and card.
+    /// Creates a VM with scratch disk, share and NIC.
     pub fn new(kind: &VmmKind) -> Result<Self> {
         let directory = tempfile::tempdir()?;
         let spec = spec(kind, directory.path())?;
         Ok(Self { spec, directory })
     }
 
-    /// A file of the given content in the bench's directory.
+    /// Creates a file with the given content in the bench's directory.
     pub fn file(&self, name: &str, content: &[u8]) -> Result<PathBuf> {
         let path = self.directory.path().join(name);
         std::fs::write(&path, content)?;
@@ -144,7 +144,7 @@ impl Bench {
     }
 }
 
-/// A VM whose agent has called. Killed with this.
+/// A VM whose agent is ready, killed on drop.
 pub struct Running {
     pub bench: Bench,
     pub child: VmmChild,
@@ -153,7 +153,7 @@ pub struct Running {
 }
 
 impl Running {
-    /// Guest.Init with everything the bench has.
+    /// Calls Guest.Init with everything the bench has.
     pub async fn init(&self) -> Result<GuestInitResponse> {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?;
         let request = GuestInitRequest {
@@ -189,7 +189,7 @@ impl Running {
 impl Drop for Running {
     fn drop(&mut self) {
         self.child.kill();
-        // The next VM needs the tap. Two seconds is what the suite allows a death to take.
+        // The next VM needs the tap. The suite allows a death to take two seconds.
         let deadline = Instant::now() + Duration::from_secs(2);
         while self.child.exited().is_none() && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(2));
@@ -228,7 +228,7 @@ fn spec(kind: &VmmKind, directory: &Path) -> Result<InstanceSpec> {
         vcpus: 1,
         memory_mib: MEMORY_MIB,
         acceleration: acceleration()?,
-        // One for all cases: the second boot must find what the first has left.
+        // Shared by all cases: the second boot must find the files of the first.
         installation: installation(&std::env::temp_dir().join("boxlite-conformance-cache"))?,
         work_dir,
         share_dir,
@@ -248,9 +248,9 @@ fn spec(kind: &VmmKind, directory: &Path) -> Result<InstanceSpec> {
     })
 }
 
-/// Stands for a shim: starts a VM, writes its process id once it is ready, and waits to be killed.
+/// Stands for a shim: starts a VM, writes its process id once ready, and waits to be killed.
 pub fn hold(kind: &VmmKind, directory: &Path) -> Result<bool> {
-    // The caller's namespaces are inherited; its tap and mounts are ours.
+    // Namespaces are inherited from the caller; tap and mounts are our own.
     let mut spec = spec(kind, directory)?;
     spec.nics.clear();
     let runtime = tokio::runtime::Builder::new_current_thread()

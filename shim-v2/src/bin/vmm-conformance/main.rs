@@ -1,8 +1,9 @@
-//! One suite for every Vmm: real VMs with the real agent, seen through the VMM boundary, the share, the tap and vsock.
+//! A conformance suite for every Vmm: real VMs with the real agent, tested through the VMM boundary, the share, the tap and
+//! vsock.
 //!
-//! It knows no pod and no shim service; those are e2e's. Run by `make test` once per VMM, each in the home where that VMM
-//! works, as root: `boxlite-vmm-conformance <krun|qemu> [case…]`. Prints one line per case and a count at the end;
-//! without root or without an installation it fails.
+//! Pods and shim services are tested by e2e. `make test` runs it once per VMM as root, each on the backend on which that VMM
+//! works: `boxlite-vmm-conformance <krun|qemu> [case…]`. Prints one line per case and a count at the end. Fails without root
+//! or an installation.
 
 mod cases;
 mod harness;
@@ -12,18 +13,18 @@ use std::ffi::OsString;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-/// Longest time for one case. A nested krun VM boots in 4 s on a quiet machine, in 40 s on a busy one.
-const CASE_LIMIT: Duration = Duration::from_secs(180);
+/// Timeout of one case. A nested krun VM boots in 4 s on a quiet machine, in 40 s on a busy one.
+const CASE_TIMEOUT: Duration = Duration::from_secs(180);
 
 fn main() -> ExitCode {
     let args: Vec<OsString> = std::env::args_os().skip(1).collect();
     let words: Vec<&str> = args.iter().filter_map(|arg| arg.to_str()).collect();
     let result = match words.as_slice() {
-        // A shim that is killed: see cases::shim_death.
+        // The role of a shim to be killed; see cases::shim_death.
         ["hold", kind, directory] => {
             parse(kind).and_then(|kind| harness::hold(&kind, directory.as_ref()))
         }
-        [kind, wanted @ ..] => parse(kind).and_then(|kind| run(&kind, wanted)),
+        [kind, filter @ ..] => parse(kind).and_then(|kind| run(&kind, filter)),
         [] => Err("usage: boxlite-vmm-conformance <krun|qemu> [case…]".into()),
     };
     match result {
@@ -40,8 +41,8 @@ fn parse(kind: &str) -> Result<VmmKind, harness::Error> {
     Ok(kind.parse()?)
 }
 
-fn run(kind: &VmmKind, wanted: &[&str]) -> Result<bool, harness::Error> {
-    // Before any thread: namespaces of this process, with nothing of the machine's to clean up afterwards.
+fn run(kind: &VmmKind, filter: &[&str]) -> Result<bool, harness::Error> {
+    // Before any thread starts: this process's own namespaces, so that nothing remains on the machine.
     harness::isolate()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -49,14 +50,14 @@ fn run(kind: &VmmKind, wanted: &[&str]) -> Result<bool, harness::Error> {
         .build()?;
     let (mut passed, mut failed) = (0, 0);
     for (name, case) in cases::ALL {
-        if !wanted.is_empty() && !wanted.contains(name) {
+        if !filter.is_empty() && !filter.contains(name) {
             continue;
         }
         let start = Instant::now();
         let outcome = runtime.block_on(async {
-            match tokio::time::timeout(CASE_LIMIT, case(kind.clone())).await {
+            match tokio::time::timeout(CASE_TIMEOUT, case(kind.clone())).await {
                 Ok(outcome) => outcome,
-                Err(_) => Err(format!("not done after {CASE_LIMIT:?}").into()),
+                Err(_) => Err(format!("timed out after {CASE_TIMEOUT:?}").into()),
             }
         });
         let took = start.elapsed().as_millis();

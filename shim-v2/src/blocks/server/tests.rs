@@ -1,4 +1,4 @@
-//! The server as the kernel speaks to it, over a socket in place of /dev/fuse: what is answered, and what is refused.
+//! Tests of the server over a socket in place of /dev/fuse.
 
 use super::*;
 use std::os::unix::fs::FileExt;
@@ -20,7 +20,7 @@ struct Kernel {
 }
 
 impl Kernel {
-    /// With a file for a disk, of numbered blocks.
+    /// Creates a server with a file of numbered blocks as its disk.
     fn new(read_only: bool) -> Self {
         let disk = tempfile::tempfile().expect("a file");
         for block in 0..SIZE / 512 {
@@ -45,7 +45,7 @@ impl Kernel {
         }
     }
 
-    /// The error (0: none) and the rest of the answer.
+    /// Sends a request and returns the error (0 for success) and the body of the answer.
     fn ask(&self, opcode: u32, node: u64, body: &[u8]) -> (i32, Vec<u8>) {
         let mut message = Vec::new();
         let length = u32::try_from(40 + body.len()).expect("short");
@@ -63,8 +63,8 @@ impl Kernel {
         let mut answer = vec![0; 2 << 20];
         let length = self.socket.recv(&mut answer).expect("an answer");
         answer.truncate(length);
-        let told = u32::from_ne_bytes(*answer.first_chunk().expect("a header"));
-        assert_eq!(told as usize, length, "the length in the header");
+        let announced = u32::from_ne_bytes(*answer.first_chunk().expect("a header"));
+        assert_eq!(announced as usize, length, "the length in the header");
         let error = i32::from_ne_bytes(*answer[4..].first_chunk().expect("a header"));
         (error, answer.split_off(16))
     }
@@ -103,7 +103,7 @@ impl Kernel {
 }
 
 #[test]
-fn a_file_with_the_devices_bytes_and_size() {
+fn getattr_and_read_return_the_device_contents() {
     let kernel = Kernel::new(false);
     let mut body = Vec::new();
     for number in [7_u32, 38, 1 << 17, u32::MAX] {
@@ -129,7 +129,7 @@ fn a_file_with_the_devices_bytes_and_size() {
 }
 
 #[test]
-fn nothing_beyond_the_end() {
+fn requests_beyond_the_end_are_refused() {
     let kernel = Kernel::new(false);
     assert_eq!(kernel.read(SIZE - 100, 512), (0, vec![127; 100]));
     for offset in [SIZE, SIZE + 1, u64::MAX] {
@@ -146,22 +146,26 @@ fn nothing_beyond_the_end() {
 }
 
 #[test]
-fn messages_that_lie() {
+fn malformed_messages_are_answered_with_errors() {
     let kernel = Kernel::new(false);
-    // More is announced than there is: what is there is written, and said.
+    // The header announces more data than was sent: the data sent is written and counted.
     let (error, answer) = kernel.write(0, 4096, b"short");
-    let said = u32::from_ne_bytes(*answer.first_chunk().expect("a count"));
-    assert_eq!((error, said), (0, 5));
+    let count = u32::from_ne_bytes(*answer.first_chunk().expect("a count"));
+    assert_eq!((error, count), (0, 5));
     assert_eq!(kernel.read(0, u32::MAX).1.len() as u64, SIZE);
-    // No header, an opcode that is none, an operation that a file has not.
+    // No header, an unknown opcode, an operation that the file does not support.
     kernel.socket.send(b"nonsense").expect("sent");
     assert_eq!(kernel.ask(9999, ROOT, &[]).0, -libc::ENOSYS);
     assert_ne!(kernel.ask(1, ROOT, b"name\0").0, 0, "LOOKUP");
-    assert_eq!(kernel.read(0, 5), (0, b"short".to_vec()), "it goes on");
+    assert_eq!(
+        kernel.read(0, 5),
+        (0, b"short".to_vec()),
+        "the server still runs"
+    );
 }
 
 #[test]
-fn read_only_is_kept() {
+fn read_only_device_refuses_writes() {
     let kernel = Kernel::new(true);
     assert_eq!(kernel.open(libc::O_RDONLY), 0);
     assert_eq!(kernel.open(libc::O_RDWR), -libc::EROFS);
@@ -172,13 +176,16 @@ fn read_only_is_kept() {
 }
 
 #[test]
-fn it_ends_when_it_is_dropped() {
+fn dropping_the_server_ends_its_thread() {
     let Kernel { socket, _stop, .. } = Kernel::new(false);
     drop(_stop);
-    // The other end of the socket is closed with the thread.
+    // The thread closes the other end of the socket.
     let began = std::time::Instant::now();
     while socket.send(&[0]).is_ok() {
-        assert!(began.elapsed() < Duration::from_secs(10), "it goes on");
+        assert!(
+            began.elapsed() < Duration::from_secs(10),
+            "the server still runs"
+        );
         std::thread::sleep(Duration::from_millis(10));
     }
 }

@@ -1,4 +1,4 @@
-//! Step 1: the libkrun context, with the guest kernel loaded first so that libkrun finds it wherever it is installed.
+//! Step 1: the libkrun context. The guest kernel is loaded first, so that libkrun finds it in any directory.
 
 use super::ffi::{self, Context};
 use crate::vmm::krunfw;

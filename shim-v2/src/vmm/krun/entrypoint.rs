@@ -1,7 +1,7 @@
-//! Step 3: the guest's root, a virtual file system whose one file is the agent, and the console.
+//! Step 3: the guest's root, a virtual file system that contains only the agent, and the console.
 //!
-//! libkrun starts `/init.krun`. The agent stands there itself: no init of libkrun's, no root on disk. Its bytes are the
-//! file's page cache, mapped read-only and shared by all pods.
+//! libkrun starts `/init.krun`, which is the agent itself: neither libkrun's init nor a root on disk is used. Its contents are
+//! the file's page cache, mapped read-only and shared by all pods.
 
 use super::ffi::Context;
 use crate::vmm::step::{StepExt, require};
@@ -11,9 +11,9 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 
-/// Tag by which the guest's kernel finds its root.
+/// Tag of the guest's root file system.
 const ROOT_TAG: &str = "/dev/root";
-/// Mount points the agent, and for /dev the kernel, needs in a root that it cannot write.
+/// Mount points needed in the read-only root by the agent and, for /dev, by the kernel.
 const DIRECTORIES: [&str; 6] = ["dev", "proc", "sys", "run", "tmp", "etc"];
 
 pub(super) fn configure(context: &Context, spec: &InstanceSpec) -> BoxliteResult<()> {
@@ -26,25 +26,25 @@ pub(super) fn configure(context: &Context, spec: &InstanceSpec) -> BoxliteResult
     }
     context.add_overlay_file(ROOT_TAG, "init.krun", agent, 0o755)?;
     if spec.debug_console {
-        // libkrun always says "quiet"; this is stronger.
+        // libkrun always passes "quiet"; this overrides it.
         context.add_kernel_word("ignore_loglevel")?;
     }
-    // A pipe to the shim, which bounds what it keeps.
+    // A pipe to the shim, which bounds the log.
     context.set_console_output("/proc/self/fd/1")
 }
 
-/// Maps a file for the rest of the process's life.
+/// Maps a file for the rest of the process's lifetime.
 ///
-/// JUSTIFICATION for unsafe: a read of the file would cost every pod its own copy of the agent.
+/// JUSTIFICATION for unsafe: reading the file would give each pod its own copy of the agent.
 fn map_file(path: &Path) -> BoxliteResult<&'static [u8]> {
-    let step = || format!("mapping {}", path.display());
+    let step = || format!("map {}", path.display());
     let file = File::open(path).step(step())?;
     let bytes = usize::try_from(file.metadata().step(step())?.len()).step(step())?;
     if bytes == 0 {
         return Err(std::io::Error::other("empty file")).step(step());
     }
-    // SAFETY: a new mapping at an address of the kernel's choice replaces nothing; it is never unmapped. The agent is
-    // replaced by rename on upgrades, never truncated in place.
+    // SAFETY: a new mapping at an address chosen by the kernel replaces nothing and is never unmapped. Upgrades replace the
+    // agent by rename and do not truncate it in place.
     let start = unsafe {
         libc::mmap(
             std::ptr::null_mut(),

@@ -1,13 +1,13 @@
-//! libkrun's C interface with Rust types: strings checked, negative answers turned into errors.
+//! Safe wrappers for libkrun's C interface: strings are checked, negative return values become errors.
 //!
-//! JUSTIFICATION for unsafe: the crate offers only `extern "C"` functions. All of them are called here and nowhere else.
+//! JUSTIFICATION for unsafe: the crate offers only `extern "C"` functions.
 
 use super::super::step::invalid;
 use boxlite_proto::error::{BoxliteError, BoxliteResult};
 use std::ffi::CString;
 use std::ptr;
 
-/// A libkrun configuration context. Entering consumes it.
+/// A libkrun configuration context, consumed by entering.
 pub(super) struct Context(u32);
 
 fn answer(call: &'static str, code: i32) -> BoxliteResult<()> {
@@ -54,7 +54,7 @@ impl Context {
         )
     }
 
-    /// Without TSI the guest's sockets are its own; with it those of IPv4 and IPv6 are opened in this process.
+    /// Without TSI the guest's sockets are its own; with TSI, IPv4 and IPv6 sockets are opened in this process.
     pub(super) fn add_vsock(&self, tsi: bool) -> BoxliteResult<()> {
         /// KRUN_TSI_HIJACK_INET of libkrun.h.
         const HIJACK_INET: u32 = 1;
@@ -62,7 +62,7 @@ impl Context {
         answer("krun_add_vsock", krun::krun_add_vsock(self.0, features))
     }
 
-    /// `path` None: a file system of overlay entries only. `dax_bytes` 0: no mapping window.
+    /// `path` None: a file system of overlay entries only. `dax_bytes` 0: no DAX window.
     pub(super) fn add_virtiofs(
         &self,
         tag: &str,
@@ -70,7 +70,7 @@ impl Context {
         dax_bytes: u64,
         read_only: bool,
     ) -> BoxliteResult<()> {
-        /// Ownership and modes as they are on the host.
+        /// Ownership and modes as on the host.
         const LINUX_COMPLETE: u32 = 0;
         let tag = c_string("tag", tag)?;
         let path = path.map(|path| c_string("share_dir", path)).transpose()?;
@@ -90,7 +90,7 @@ impl Context {
         answer("krun_add_virtiofs4", code)
     }
 
-    /// A file whose content is `data`; it appears read-only.
+    /// Adds a read-only file with the contents `data`.
     pub(super) fn add_overlay_file(
         &self,
         tag: &str,
@@ -99,8 +99,7 @@ impl Context {
         mode: u32,
     ) -> BoxliteResult<()> {
         let (tag, path) = (c_string("tag", tag)?, c_string("path", path)?);
-        // SAFETY: the strings outlive the call; `data` is valid for the rest of the process's life ('static), which is
-        // what libkrun demands, for it keeps the pointer.
+        // SAFETY: the strings outlive the call; libkrun keeps the pointer `data`, which is 'static.
         let code = unsafe {
             krun::krun_fs_add_overlay_file(
                 self.0,
@@ -123,10 +122,10 @@ impl Context {
         answer("krun_fs_add_overlay_dir", code)
     }
 
-    /// A raw image; `id` is its serial.
+    /// Adds a raw image with `id` as its serial.
     pub(super) fn add_disk(&self, id: &str, path: &str, read_only: bool) -> BoxliteResult<()> {
         const RAW: u32 = 0;
-        /// The guest's flushes reach the file (fdatasync), not the platters: a scratch disk dies with its host.
+        /// The guest's flushes reach the file (fdatasync) but not the disk: a scratch disk does not outlive its host.
         const SYNC_RELAXED: u32 = 1;
         let (id, path) = (c_string("disks.serial", id)?, c_string("disks.path", path)?);
         // SAFETY: both strings outlive the call; libkrun copies them.
@@ -144,7 +143,7 @@ impl Context {
         answer("krun_add_disk3", code)
     }
 
-    /// A card on an existing tap, found by name in this process's network namespace.
+    /// Adds a NIC on an existing tap, found by name in this process's network namespace.
     pub(super) fn add_net_tap(&self, tap: &str, mac: &[u8; 6], features: u32) -> BoxliteResult<()> {
         let tap = c_string("nics.tap", tap)?;
         // SAFETY: the string outlives the call, `mac` has the six bytes that are read; libkrun copies both.
@@ -153,7 +152,7 @@ impl Context {
         answer("krun_add_net_tap", code)
     }
 
-    /// Joins a vsock port to a unix socket. `listen`: the host connects, else the guest does.
+    /// Connects a vsock port to a unix socket. If `listen`, the host connects, otherwise the guest.
     pub(super) fn add_vsock_port(&self, port: u32, path: &str, listen: bool) -> BoxliteResult<()> {
         let path = c_string("work_dir", path)?;
         // SAFETY: the string outlives the call; libkrun copies it.
@@ -168,21 +167,21 @@ impl Context {
         answer("krun_set_console_output", code)
     }
 
-    /// Adds a word to the kernel's command line: libkrun passes the entrypoint's environment there, quoted, and the
-    /// kernel takes the quotes off. No secret may go this way.
+    /// Adds a word to the kernel's command line: libkrun passes the entrypoint's environment there in quotes, which the kernel
+    /// removes. Must not carry secrets.
     pub(super) fn add_kernel_word(&self, word: &str) -> BoxliteResult<()> {
-        /// As many pointers as libkrun makes a slice of, however many are set (MAX_ARGS).
+        /// Number of pointers that libkrun reads, however many are set (MAX_ARGS).
         const POINTERS: usize = 4096;
         let word = c_string("debug_console", word)?;
         let mut environment = vec![ptr::null(); POINTERS];
         environment[0] = word.as_ptr();
-        // SAFETY: the array has all the elements that libkrun's slice covers and is closed by nulls; it and the string
-        // outlive the call; libkrun copies.
+        // SAFETY: the array has all the elements that libkrun reads and is terminated by nulls; it and the string outlive the
+        // call; libkrun copies them.
         let code = unsafe { krun::krun_set_env(self.0, environment.as_ptr()) };
         answer("krun_set_env", code)
     }
 
-    /// Becomes the VM. Comes back only with the error that kept it from starting.
+    /// Runs the VM. Returns only the error that kept it from starting.
     pub(super) fn start_enter(self) -> BoxliteError {
         BoxliteError::Krun {
             call: "krun_start_enter",
@@ -191,12 +190,12 @@ impl Context {
     }
 }
 
-/// libkrun's errors on standard error. Its warnings include one per closed vsock connection.
+/// Sends libkrun's errors to standard error. Its warnings include one per closed vsock connection.
 pub(super) fn log_errors() {
     const STDERR: i32 = 2;
     const ERROR: u32 = 1;
     const STYLE_NEVER: u32 = 2;
     const NO_ENVIRONMENT: u32 = 1;
-    // SAFETY: with a standard stream as target no descriptor changes hands.
+    // SAFETY: with a standard stream as target no descriptor is transferred.
     unsafe { krun::krun_init_log(STDERR, ERROR, STYLE_NEVER, NO_ENVIRONMENT) };
 }

@@ -1,4 +1,4 @@
-//! Step 8: what the jail must show, and entering the VM.
+//! Step 8: the jail's files, and entering the VM.
 
 use super::ffi::Context;
 use crate::jail::HostFiles;

@@ -1,6 +1,6 @@
-//! VmmKind::Krun: libkrun, linked in, on KVM. Eight steps, one file each, called in order by [`KrunVmm`].
+//! VmmKind::Krun: libkrun, linked in, on KVM. Eight steps, one file each, run in order by [`KrunVmm`].
 //!
-//! libkrun takes its process over and leaves by `_exit`: it runs in the vmm child only.
+//! libkrun takes over its process and exits by `_exit`, so it runs only in the vmm child.
 
 mod context;
 mod disks;
@@ -16,8 +16,8 @@ use super::{Vmm, VmmCapabilities, VmmInstance, devices};
 use boxlite_proto::error::BoxliteResult;
 use boxlite_proto::vmm::InstanceSpec;
 
-/// x86_64 has IRQ lines 5 to 15 for libkrun's virtio-mmio devices. The VM itself takes six: balloon, rng, console, the
-/// root, the share, vsock.
+/// x86_64 has IRQ lines 5 to 15 for libkrun's virtio-mmio devices. Six are built in: balloon, rng, console, root, share and
+/// vsock.
 pub const CAPABILITIES: VmmCapabilities = VmmCapabilities {
     max_devices: 11,
     base_devices: 6,

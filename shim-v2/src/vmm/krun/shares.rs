@@ -1,4 +1,4 @@
-//! Step 4: the pod's one virtiofs share.
+//! Step 4: the pod's virtiofs share.
 
 use super::ffi::Context;
 use crate::vmm::step::invalid;
@@ -6,8 +6,8 @@ use boxlite_proto::error::BoxliteResult;
 use boxlite_proto::names::SHARE_TAG;
 use boxlite_proto::vmm::InstanceSpec;
 
-/// No mapping window: it would be one more memory slot of the guest, and files mapped through it can be truncated by
-/// others, which kills the reader.
+/// DAX is off: it would take another memory slot of the guest, and others can truncate files mapped through it, which kills the
+/// reader.
 const DAX_BYTES: u64 = 0;
 
 pub(super) fn configure(context: &Context, spec: &InstanceSpec) -> BoxliteResult<()> {

@@ -1,7 +1,7 @@
-//! Step 7: vsock, and its two ports. Without TSI (a pod with its own card must not reach the host's network past it), but for
-//! a pod in the host's network: its sockets are the host's by TSI.
+//! Step 7: vsock and its two ports. TSI is on only for a pod in the host's network, whose sockets it opens on the host; a pod
+//! with its own NIC must not reach the host's network by it.
 //!
-//! Socket names are relative to the working directory, which is the VM's: a unix address holds 107 bytes.
+//! Socket names are relative to the VM's working directory, because a unix socket address holds 107 bytes.
 
 use super::ffi::Context;
 use crate::vmm::step::StepExt;
@@ -10,10 +10,10 @@ use boxlite_proto::names::{GUEST_PORT, READY_PORT, READY_SOCKET, VSOCK_SOCKET};
 use boxlite_proto::vmm::InstanceSpec;
 
 pub(super) fn configure(context: &Context, spec: &InstanceSpec) -> BoxliteResult<()> {
-    // libkrun refuses a socket file that exists.
+    // libkrun refuses an existing socket file.
     match std::fs::remove_file(spec.work_dir.join(VSOCK_SOCKET)) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            return Err(error).step("removing an old vsock socket");
+            return Err(error).step("remove an old vsock socket");
         }
         _ => {}
     }

@@ -1,4 +1,4 @@
-//! Step 1: [`Context`], the command line of QEMU as it grows, with what its helpers need; and the machine.
+//! Step 1: [`Context`], the growing command line of QEMU and the needs of its helpers; and the machine type.
 
 use crate::vmm::step::{StepExt, require};
 use boxlite_proto::error::BoxliteResult;
@@ -9,22 +9,22 @@ use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 
-/// A QEMU that has not started.
+/// A QEMU that has not been started.
 pub(super) struct Context {
     /// Arguments of QEMU.
     pub(super) args: Vec<String>,
-    /// The guest kernel's command line, by words.
+    /// Words of the guest kernel's command line.
     pub(super) kernel_words: Vec<String>,
-    /// Files the jail must show beside those every instance needs.
+    /// Files needed in the jail in addition to those of every instance.
     pub(super) read_only: Vec<PathBuf>,
     pub(super) read_write: Vec<PathBuf>,
-    /// The socket on which virtiofsd waits for QEMU; bound here, so that nobody has to wait for it.
+    /// Listening socket of virtiofsd. Bound here, so that QEMU can connect without waiting.
     pub(super) share_socket: Option<UnixListener>,
-    /// Name of the socket on which vhost-device-vsock waits for QEMU.
+    /// Name of the socket on which vhost-device-vsock listens.
     pub(super) vsock_socket: String,
-    /// Taps that QEMU inherits, by their numbers.
+    /// Taps inherited by QEMU under their descriptor numbers.
     pub(super) taps: Vec<OwnedFd>,
-    /// Where derived files are kept.
+    /// Directory of derived files.
     pub(super) cache: PathBuf,
 }
 
@@ -46,7 +46,7 @@ pub(super) fn create(spec: &InstanceSpec) -> BoxliteResult<Context> {
         .recursive(true)
         .mode(0o700)
         .create(&files.cache);
-    made.step(format!("creating {}", files.cache.display()))?;
+    made.step(format!("create {}", files.cache.display()))?;
 
     let mut context = Context {
         args: Vec::new(),
@@ -62,13 +62,13 @@ pub(super) fn create(spec: &InstanceSpec) -> BoxliteResult<Context> {
         taps: Vec::new(),
         cache: files.cache.clone(),
     };
-    // acpi=off with rtc, pit and pic is the one set of timers that neither hangs nor waits two seconds (measured).
+    // acpi=off with rtc, pit and pic is the only set of timers that neither hangs nor waits two seconds (measured).
     context.option(
         "-M",
         "microvm,acpi=off,rtc=on,pit=on,pic=on,isa-serial=off,memory-backend=mem",
     );
     match spec.acceleration {
-        // A thread for each CPU loses to the kernel patching its own text at boot: guests with two CPUs panic now and then.
+        // With a thread per CPU, guests with two CPUs occasionally panic at boot when the kernel patches its own text.
         Acceleration::Tcg if spec.vcpus > 1 => context.option("-accel", "tcg,thread=single"),
         Acceleration::Tcg => context.option("-accel", "tcg"),
         Acceleration::Kvm => {
@@ -91,7 +91,7 @@ pub(super) fn create(spec: &InstanceSpec) -> BoxliteResult<Context> {
                 .collect::<String>()
         ),
     );
-    // QEMU parses what the guest sends: no new processes, no privileges, whatever happens in it.
+    // QEMU parses guest input: it must not start processes or raise privileges.
     context.option(
         "-sandbox",
         "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",

@@ -1,10 +1,10 @@
-//! Files derived from the installation, kept in its cache: the kernel's ELF wrapper and the agent's root image. Made once
-//! per generation of their source, and deleted when nobody has started a VM from them for a while.
+//! Cache of files derived from the installation: the kernel's ELF wrapper and the agent's root image. Created once per
+//! version of their source, deleted when no VM was started from them for some time.
 //!
-//! What is in them is their makers' ([`super::kernel`], [`super::entrypoint`]). Several daemons and many starts share one
-//! cache without a lock: a file appears whole by a rename, each use renews its time, and only what was not used for
-//! [`UNUSED`] goes. A VM that runs is not hurt even by that, since QEMU has its files open; one that starts is done with
-//! their names in seconds.
+//! [`super::kernel`] and [`super::entrypoint`] create the contents. Several daemons and concurrent starts share a cache
+//! without a lock: a file appears by rename, each use updates its modification time, and only files unused for
+//! [`MAX_UNUSED_AGE`] are deleted. A running VM is unaffected because QEMU has its files open; a starting one needs the names
+//! only for seconds.
 
 use crate::vmm::step::StepExt;
 use boxlite_proto::error::BoxliteResult;
@@ -15,18 +15,17 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-/// How long a file stays that no start has used. Far longer than a start takes; making it again takes 0.1 s.
-const UNUSED: Duration = Duration::from_secs(3600);
-/// Bytes of the digest that names a generation.
+/// Age at which an unused file is deleted. A start takes far less; creating the file again takes 0.1 s.
+const MAX_UNUSED_AGE: Duration = Duration::from_secs(3600);
+/// Length of the digest in a file name, in bytes.
 const KEY_BYTES: usize = 8;
-/// In the names of files that are being made.
+/// Marker in the names of incomplete files.
 const DRAFT: &str = "new-";
 
-/// `<kind>-<generation of source>.<ending>` in `cache`, made by `make` under the name it is given if it is not there.
-/// Then deletes old generations.
+/// Returns `<kind>-<version of source>.<ending>` in `cache`, created by `make` if missing, and deletes old versions.
 ///
 /// # Errors
-/// Those of `make`, which leaves nothing, and of the cache.
+/// Errors of `make`, after which nothing remains, and of the cache.
 pub(super) fn obtain(
     cache: &Path,
     kind: &str,
@@ -37,9 +36,8 @@ pub(super) fn obtain(
     let path = cache.join(format!("{kind}-{}.{ending}", identity(source)?));
     if !used(&path) {
         let draft = draft_name(&path);
-        let made = make(&draft).and_then(|()| {
-            fs::rename(&draft, &path).step(format!("moving into place {}", path.display()))
-        });
+        let made = make(&draft)
+            .and_then(|()| fs::rename(&draft, &path).step(format!("rename to {}", path.display())));
         if made.is_err() {
             drop(fs::remove_file(&draft));
         }
@@ -49,10 +47,10 @@ pub(super) fn obtain(
     Ok(path)
 }
 
-/// Notes that the file is used now; false when it is not there.
+/// Marks the file as used; returns false if it does not exist.
 fn used(path: &Path) -> bool {
     match File::open(path) {
-        // On a cache that cannot be written its time is of no use to anybody either.
+        // In a read-only cache the time does not matter, because nothing is deleted.
         Ok(file) => {
             drop(file.set_modified(SystemTime::now()));
             true
@@ -61,8 +59,8 @@ fn used(path: &Path) -> bool {
     }
 }
 
-/// Deletes what is of this kind, a draft of a process that died included, and was not used for [`UNUSED`] before `now`. A
-/// file that cannot be deleted stays for the next time: a start must not fail for it.
+/// Deletes files of this kind, including drafts of dead processes, that were not used for [`MAX_UNUSED_AGE`] before `now`. A
+/// failed deletion is retried by the next start.
 fn prune(cache: &Path, kind: &str, now: SystemTime) {
     for entry in fs::read_dir(cache).into_iter().flatten().flatten() {
         let ours = entry
@@ -75,16 +73,16 @@ fn prune(cache: &Path, kind: &str, now: SystemTime) {
             .and_then(|meta| meta.modified())
             .ok()
             .and_then(|used| now.duration_since(used).ok());
-        if ours && age.is_some_and(|age| age > UNUSED) {
+        if ours && age.is_some_and(|age| age > MAX_UNUSED_AGE) {
             drop(fs::remove_file(entry.path()));
         }
     }
 }
 
-/// A short name for a file's content without reading it: which file it is, how long, and when it was written.
+/// Returns a short identifier of a file's version from its metadata, without reading it.
 fn identity(path: &Path) -> BoxliteResult<String> {
-    let meta = fs::metadata(path).step(format!("looking at {}", path.display()))?;
-    let facts = [
+    let meta = fs::metadata(path).step(format!("stat {}", path.display()))?;
+    let fields = [
         meta.dev(),
         meta.ino(),
         meta.size(),
@@ -92,33 +90,32 @@ fn identity(path: &Path) -> BoxliteResult<String> {
         meta.mtime_nsec().cast_unsigned(),
     ];
     let mut digest = Sha256::new();
-    for fact in facts {
-        digest.update(fact.to_le_bytes());
+    for field in fields {
+        digest.update(field.to_le_bytes());
     }
     digest.update(path.as_os_str().as_encoded_bytes());
     Ok(hex::encode(&digest.finalize()[..KEY_BYTES]))
 }
 
-/// Writes a file that is not there yet.
+/// Writes a file that does not exist yet.
 pub(super) fn write_new(path: &Path, content: &[u8]) -> BoxliteResult<()> {
-    let mut file = File::create_new(path).step(format!("creating {}", path.display()))?;
+    let mut file = File::create_new(path).step(format!("create {}", path.display()))?;
     file.write_all(content)
-        .step(format!("writing {}", path.display()))
+        .step(format!("write {}", path.display()))
 }
 
-/// Writes a file so that others see all of it or nothing; two writers at once are harmless.
+/// Replaces a file atomically; concurrent writers are harmless.
 pub(super) fn write_whole(path: &Path, content: &[u8]) -> BoxliteResult<()> {
     let draft = draft_name(path);
-    let written = write_new(&draft, content).and_then(|()| {
-        fs::rename(&draft, path).step(format!("moving into place {}", path.display()))
-    });
+    let written = write_new(&draft, content)
+        .and_then(|()| fs::rename(&draft, path).step(format!("rename to {}", path.display())));
     if written.is_err() {
         drop(fs::remove_file(&draft));
     }
     written
 }
 
-/// A name beside `path` that nobody else uses: the process id alone is 1 in every vmm child.
+/// Returns a unique name beside `path`. The process id does not suffice: it is 1 in every vmm child.
 fn draft_name(path: &Path) -> PathBuf {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     path.with_extension(format!("{DRAFT}{:x}", now.map_or(0, |now| now.as_nanos())))
@@ -139,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn old_generations_go_and_what_is_used_stays() {
+    fn obtain_deletes_old_versions_and_keeps_used_files() {
         let dir = tempfile::tempdir().expect("tempdir");
         let (cache, source) = (dir.path().join("cache"), dir.path().join("agent"));
         fs::create_dir(&cache).expect("cache");
@@ -159,22 +156,22 @@ mod tests {
         for name in ["agent-dead.new-1", "kernel-x.elf", "tsc_khz"] {
             fs::write(cache.join(name), "x").expect("writable");
         }
-        // Both were used just now: nothing goes.
+        // Both were just used, so nothing is deleted.
         assert_eq!(names(&cache).len(), 5);
-        let long_ago = SystemTime::now() - UNUSED - Duration::from_secs(60);
+        let long_ago = SystemTime::now() - MAX_UNUSED_AGE - Duration::from_secs(60);
         for path in [&first, &second, &cache.join("agent-dead.new-1")] {
             let file = File::options().write(true).open(path).expect("opens");
             file.set_modified(long_ago).expect("its time");
         }
         assert_eq!(get("not made again"), second, "used again after a while");
-        let left = names(&cache);
-        assert_eq!(left.len(), 3, "{left:?}");
-        assert!(second.exists() && !first.exists(), "{left:?}");
+        let remaining = names(&cache);
+        assert_eq!(remaining.len(), 3, "{remaining:?}");
+        assert!(second.exists() && !first.exists(), "{remaining:?}");
         assert_eq!(std::io::read_to_string(open).expect("still there"), "1");
     }
 
     #[test]
-    fn what_could_not_be_made_leaves_nothing() {
+    fn obtain_failed_make_leaves_nothing() {
         let dir = tempfile::tempdir().expect("tempdir");
         let source = dir.path().join("source");
         fs::write(&source, "x").expect("source");

@@ -14,9 +14,9 @@ pub(super) fn configure(context: &mut Context, spec: &InstanceSpec) -> BoxliteRe
             "discard=unmap"
         };
         let path = disk.path.display();
-        // cache=unsafe ignores the guest's flushes, and is right here: these are the agent's image, which nobody writes,
-        // and the scratch disk, which is made for this VM and removed with it. No VM ever boots from it again, so what a
-        // crash of the host leaves half written in it is never read. Data that must live on is in volumes, not here.
+        // cache=unsafe ignores the guest's flushes. That is safe for these disks: the agent's image is read-only, and the scratch
+        // disk is created for this VM and removed with it, so data lost by a host crash is never read. Persistent data is in
+        // volumes.
         let drive = format!(
             "file={path},if=none,id=disk{index},format=raw,cache=unsafe,file.locking=off,{mode}"
         );

@@ -1,6 +1,6 @@
-//! Step 3: kernel, root with the agent, command line, console.
+//! Step 3: kernel, root file system with the agent, command line, console.
 //!
-//! The root is a read-only EROFS image of the agent and some empty directories, made once per agent binary: pods share
+//! The root is a read-only EROFS image of the agent and some empty directories, created once per agent binary, so pods share
 //! its page cache.
 
 use super::context::Context;
@@ -11,7 +11,7 @@ use boxlite_proto::vmm::InstanceSpec;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-/// Mount points the agent and, for /dev, the kernel need in a root that cannot be written.
+/// Mount points needed in the read-only root by the agent and, for /dev, by the kernel.
 const DIRECTORIES: [&str; 6] = ["dev", "proc", "sys", "run", "tmp", "etc"];
 
 pub(super) fn configure(context: &mut Context, spec: &InstanceSpec) -> BoxliteResult<()> {
@@ -25,25 +25,25 @@ pub(super) fn configure(context: &mut Context, spec: &InstanceSpec) -> BoxliteRe
     );
     context.option("-drive", drive);
     context.option("-device", "virtio-blk-device,drive=agent,serial=agent");
-    // Standard output is a pipe to the shim, which bounds what it keeps.
+    // Standard output is a pipe to the shim, which bounds the log.
     context.option("-chardev", "file,id=console,path=/proc/self/fd/1");
     context.option("-device", "virtio-serial-device");
     context.option("-device", "virtconsole,chardev=console");
-    let volume = if spec.debug_console {
+    let verbosity = if spec.debug_console {
         "ignore_loglevel"
     } else {
         "quiet"
     };
     let words = [
-        volume,
+        verbosity,
         "panic=-1",
         "console=hvc0",
         "root=/dev/vda",
         "rootfstype=erofs",
         "ro",
         "init=/init",
-        // The clock chip's driver takes IRQ 8, which is the fifth device's: that one would not work. Nothing needs the
-        // driver; the kernel reads the time at boot without it.
+        // The RTC driver takes IRQ 8, which is that of the fifth virtio device. It is not needed: the kernel reads the time at
+        // boot without it.
         "initcall_blacklist=cmos_init",
     ];
     context.kernel_words.extend(words.map(str::to_owned));
@@ -51,10 +51,10 @@ pub(super) fn configure(context: &mut Context, spec: &InstanceSpec) -> BoxliteRe
     Ok(())
 }
 
-/// The root image for the agent at `guest`; made now if the cache has none.
+/// Returns the root image for the agent at `guest`, created if the cache lacks it.
 fn agent_image(guest: &Path, cache: &Path) -> BoxliteResult<PathBuf> {
     derived::obtain(cache, "agent", guest, "erofs", |draft| {
-        let step = || format!("making the agent's image {}", draft.display());
+        let step = || format!("create the agent's image {}", draft.display());
         let archive = pack(guest).step(step())?;
         let file = File::create_new(draft).step(step())?;
         let mut archive = archive.as_slice();
@@ -63,7 +63,7 @@ fn agent_image(guest: &Path, cache: &Path) -> BoxliteResult<PathBuf> {
     })
 }
 
-/// A tar of the agent as /init and the mount points.
+/// Returns a tar archive with the agent as /init and the mount points.
 fn pack(guest: &Path) -> std::io::Result<Vec<u8>> {
     let mut archive = tar::Builder::new(Vec::new());
     let mut header = tar::Header::new_gnu();

@@ -1,6 +1,6 @@
-//! Step 8: what the jail must show; helpers and QEMU started and watched.
+//! Step 8: the jail's files; starting and watching the helpers and QEMU.
 //!
-//! Nothing here restarts anything: a pod whose share or vsock is gone is dead, and the shim hears of it at once.
+//! Nothing is restarted: a pod that lost its share or vsock has failed, and the shim is notified by the exit.
 
 use super::context::Context;
 use super::{shares, vsock};
@@ -19,16 +19,16 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// Time vhost-device-vsock gets to listen. It takes 5 ms; a loaded host a hundred times that.
-const HELPER_LIMIT: Duration = Duration::from_secs(10);
-/// Time between two looks at the socket.
-const HELPER_STEP: Duration = Duration::from_millis(2);
-/// Time between the first helper's leave and QEMU's own end; less than the two seconds in which a death must be known.
-const END_LIMIT: Duration = Duration::from_secs(1);
+/// Timeout for vhost-device-vsock to listen. It takes 5 ms, up to a hundred times that on a loaded host.
+const LISTEN_TIMEOUT: Duration = Duration::from_secs(10);
+/// Interval at which the socket is checked.
+const POLL_INTERVAL: Duration = Duration::from_millis(2);
+/// Time between a helper's exit and QEMU's own; below the two seconds within which a death must be noticed.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Flag of a listening socket in /proc/net/unix (__SO_ACCEPTCON).
 const LISTENING: &str = "00010000";
-/// Programs and their libraries, QEMU's firmware.
-const SYSTEM: [&str; 1] = ["/usr"];
+/// Directories of programs, libraries and QEMU's firmware.
+const SYSTEM_DIRECTORIES: [&str; 1] = ["/usr"];
 const SYSTEM_LINKS: [&str; 6] = [
     "/bin",
     "/lib",
@@ -49,8 +49,12 @@ pub(super) fn create(context: Context, spec: InstanceSpec) -> VmmInstance {
 
 impl VmmInstanceImpl for QemuInstance {
     fn host_files(&self) -> HostFiles {
-        let mut read_only: Vec<PathBuf> = SYSTEM.map(PathBuf::from).to_vec();
-        let beyond = |path: &&PathBuf| !SYSTEM.iter().any(|known| path.starts_with(known));
+        let mut read_only: Vec<PathBuf> = SYSTEM_DIRECTORIES.map(PathBuf::from).to_vec();
+        let beyond = |path: &&PathBuf| {
+            !SYSTEM_DIRECTORIES
+                .iter()
+                .any(|known| path.starts_with(known))
+        };
         read_only.extend(self.context.read_only.iter().filter(beyond).cloned());
         HostFiles {
             read_only,
@@ -72,7 +76,7 @@ impl VmmInstanceImpl for QemuInstance {
         )?;
         wait_listening(&mut vsock, socket)?;
         // QEMU and this process need none from here on.
-        jail::drop_all_capabilities().step("dropping capabilities")?;
+        jail::drop_all_capabilities().step("drop capabilities")?;
         let mut args = self.context.args.clone();
         args.extend(["-append".to_owned(), self.context.kernel_words.join(" ")]);
         for tap in &self.context.taps {
@@ -80,7 +84,7 @@ impl VmmInstanceImpl for QemuInstance {
         }
         let mut command = Command::new(&files.qemu);
         command.args(args).env_clear().stdin(Stdio::null());
-        let mut qemu = command.spawn().step("starting QEMU")?;
+        let mut qemu = command.spawn().step("start QEMU")?;
         watch(&mut qemu)
     }
 }
@@ -93,7 +97,7 @@ impl QemuInstance {
             .share_socket
             .as_ref()
             .ok_or_else(missing)
-            .step("starting virtiofsd")?;
+            .step("start virtiofsd")?;
         let args = shares::virtiofsd_args(&self.spec.share_dir, socket.as_raw_fd());
         inherit(socket, true)?;
         let child = start("virtiofsd", &self.spec.installation.virtiofsd, &args)?;
@@ -104,16 +108,16 @@ impl QemuInstance {
 
 fn start(name: &str, program: &Path, args: &[String]) -> BoxliteResult<Child> {
     let mut command = Command::new(program);
-    // Their output belongs to the vmm child's messages, not to the console.
+    // Their output goes to the vmm child's standard error, not to the console.
     command
         .args(args)
         .env_clear()
         .stdin(Stdio::null())
         .stdout(Stdio::null());
-    command.spawn().step(format!("starting {name}"))
+    command.spawn().step(format!("start {name}"))
 }
 
-/// Lets the next child inherit a descriptor under its number, or not any more. This process has one thread.
+/// Sets whether later children inherit a descriptor. This process has one thread.
 fn inherit(fd: impl AsFd, yes: bool) -> BoxliteResult<()> {
     let flags = if yes {
         FdFlag::empty()
@@ -122,74 +126,74 @@ fn inherit(fd: impl AsFd, yes: bool) -> BoxliteResult<()> {
     };
     fcntl(fd, FcntlArg::F_SETFD(flags))
         .map(drop)
-        .step("marking a descriptor for inheritance")
+        .step("mark a descriptor for inheritance")
 }
 
-/// Waits until `child` listens on `socket`, a name in the working directory: QEMU connects once and does not try again.
+/// Waits until `child` listens on `socket`, a name in the working directory: QEMU connects once and does not retry.
 fn wait_listening(child: &mut Child, socket: &str) -> BoxliteResult<()> {
-    let step = "waiting for vhost-device-vsock";
-    let deadline = Instant::now() + HELPER_LIMIT;
+    let step = "wait for vhost-device-vsock";
+    let deadline = Instant::now() + LISTEN_TIMEOUT;
     loop {
         let table = fs::read_to_string("/proc/self/net/unix").step(step)?;
         let listens = |line: &str| {
             let mut fields = line.split_ascii_whitespace();
             fields.nth(3) == Some(LISTENING) && fields.nth(3) == Some(socket)
         };
-        // The table is the network namespace's, other VMs' sockets are in it: hence the unique name.
+        // The table covers the network namespace with other VMs' sockets, hence the unique name.
         if table.lines().any(listens) {
             return Ok(());
         }
         if let Some(status) = child.try_wait().step(step)? {
-            return Err(std::io::Error::other(format!("it ended: {status}"))).step(step);
+            return Err(std::io::Error::other(format!("exited: {status}"))).step(step);
         }
         if Instant::now() > deadline {
-            return Err(std::io::Error::other("it does not listen")).step(step);
+            return Err(std::io::Error::other("not listening")).step(step);
         }
-        std::thread::sleep(HELPER_STEP);
+        std::thread::sleep(POLL_INTERVAL);
     }
 }
 
-/// Ends this process, PID 1 of its namespace, when the first of its children ends.
+/// Exits this process, PID 1 of its namespace, when the first of its children exits.
 fn watch(qemu: &mut Child) -> BoxliteResult<Infallible> {
-    let ended = first_end(qemu.id())?;
-    let code = match ended {
-        Ended::Qemu(status) => qemu_exit(status),
-        // Helpers leave by themselves when QEMU closes their sockets, which is just before it ends itself.
-        Ended::Helper(WaitStatus::Exited(_, 0)) => match wait_briefly(qemu)? {
+    let exited = first_exit(qemu.id())?;
+    let code = match exited {
+        Exited::Qemu(status) => qemu_exit(status),
+        // Helpers exit when QEMU closes their sockets, just before QEMU itself exits.
+        Exited::Helper(WaitStatus::Exited(_, 0)) => match wait_briefly(qemu)? {
             Some(status) if status.success() => ExitCode::Ok,
             Some(status) => {
-                eprintln!("vmm: QEMU ended: {status}");
+                eprintln!("vmm: QEMU exited: {status}");
                 ExitCode::VmmStart
             }
             None => {
-                eprintln!("vmm: a helper of the VM left");
+                eprintln!("vmm: a helper of the VM exited early");
                 ExitCode::VmmStart
             }
         },
-        Ended::Helper(status) => {
-            eprintln!("vmm: a helper of the VM ended: {status:?}");
+        Exited::Helper(status) => {
+            eprintln!("vmm: a helper of the VM exited: {status:?}");
             ExitCode::VmmStart
         }
     };
     std::process::exit(code as i32)
 }
 
-enum Ended {
+enum Exited {
     Qemu(WaitStatus),
     Helper(WaitStatus),
 }
 
-fn first_end(qemu: u32) -> BoxliteResult<Ended> {
+fn first_exit(qemu: u32) -> BoxliteResult<Exited> {
     loop {
         match wait() {
             Err(nix::errno::Errno::EINTR) => {}
-            Err(error) => return Err(error).step("waiting for QEMU"),
+            Err(error) => return Err(error).step("wait for QEMU"),
             Ok(status @ (WaitStatus::Exited(pid, _) | WaitStatus::Signaled(pid, _, _))) => {
                 let is_qemu = u32::try_from(pid.as_raw()).is_ok_and(|pid| pid == qemu);
                 return Ok(if is_qemu {
-                    Ended::Qemu(status)
+                    Exited::Qemu(status)
                 } else {
-                    Ended::Helper(status)
+                    Exited::Helper(status)
                 });
             }
             Ok(_) => {}
@@ -199,26 +203,26 @@ fn first_end(qemu: u32) -> BoxliteResult<Ended> {
 
 fn qemu_exit(status: WaitStatus) -> ExitCode {
     match status {
-        // The guest powered off, or its kernel gave up and rebooted (-no-reboot).
+        // The guest powered off, or its kernel panicked and rebooted (-no-reboot).
         WaitStatus::Exited(_, 0) => ExitCode::Ok,
         WaitStatus::Exited(_, code) => {
-            eprintln!("vmm: QEMU ended with code {code}");
+            eprintln!("vmm: QEMU exited with code {code}");
             ExitCode::VmmStart
         }
         other => {
-            eprintln!("vmm: QEMU ended: {other:?}");
+            eprintln!("vmm: QEMU exited: {other:?}");
             ExitCode::VmmStart
         }
     }
 }
 
 fn wait_briefly(qemu: &mut Child) -> BoxliteResult<Option<std::process::ExitStatus>> {
-    let deadline = Instant::now() + END_LIMIT;
+    let deadline = Instant::now() + EXIT_TIMEOUT;
     loop {
-        let status = qemu.try_wait().step("waiting for QEMU")?;
+        let status = qemu.try_wait().step("wait for QEMU")?;
         if status.is_some() || Instant::now() > deadline {
             return Ok(status);
         }
-        std::thread::sleep(HELPER_STEP);
+        std::thread::sleep(POLL_INTERVAL);
     }
 }

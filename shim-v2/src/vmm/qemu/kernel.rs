@@ -1,7 +1,7 @@
-//! The guest kernel as a file QEMU can boot: libkrunfw's raw image behind a 4 KiB ELF header, made once and cached.
+//! The guest kernel in a form that QEMU boots: libkrunfw's raw image behind a 4 KiB ELF header, created once and cached.
 //!
-//! The image has a Xen PVH note of its own (type 18: the 32-bit entry). QEMU wants an ELF whose PT_NOTE leads to such a
-//! note and whose PT_LOAD leads to the image; nothing else of ELF is looked at.
+//! The image contains a Xen PVH note (type 18: the 32-bit entry). QEMU needs an ELF file whose PT_NOTE refers to such a note
+//! and whose PT_LOAD refers to the image; it ignores the rest of ELF.
 
 use super::derived;
 use crate::vmm::krunfw::{self, KernelImage};
@@ -9,16 +9,16 @@ use crate::vmm::step::StepExt;
 use boxlite_proto::error::BoxliteResult;
 use std::path::{Path, PathBuf};
 
-/// Where the image starts in the file: one page, so that the mapping is aligned.
+/// Offset of the image in the file: one page, so that the mapping is aligned.
 const IMAGE_OFFSET: usize = 4096;
-/// Virtual address of the kernel's text; only debuggers look at it.
+/// Virtual address of the kernel's text, used only by debuggers.
 const TEXT_ADDRESS: u64 = 0xffff_ffff_8100_0000;
-/// Name size, descriptor size, type and name of the PVH entry note (XEN_ELFNOTE_PHYS32_ENTRY), little-endian.
+/// Start of the PVH entry note (XEN_ELFNOTE_PHYS32_ENTRY): sizes of name and descriptor, type and name, little-endian.
 const PVH_NOTE: [u8; 16] = *b"\x04\0\0\0\x08\0\0\0\x12\0\0\0Xen\0";
-/// Note header and its eight-byte descriptor.
+/// Length of the note header and its eight-byte descriptor.
 const PVH_NOTE_BYTES: usize = PVH_NOTE.len() + 8;
 
-/// The bootable kernel for the libkrunfw at `library`; made now if the cache has none.
+/// Returns the bootable kernel for the libkrunfw at `library`, created if the cache lacks it.
 pub(super) fn bootable(library: &Path, cache: &Path) -> BoxliteResult<PathBuf> {
     derived::obtain(cache, "kernel", library, "elf", |draft| {
         let image = krunfw::kernel_image(library)?;
@@ -26,7 +26,7 @@ pub(super) fn bootable(library: &Path, cache: &Path) -> BoxliteResult<PathBuf> {
     })
 }
 
-/// The image with the header in front.
+/// Puts the header in front of the image.
 fn wrap(image: &KernelImage) -> BoxliteResult<Vec<u8>> {
     let note = image
         .bytes
@@ -37,8 +37,8 @@ fn wrap(image: &KernelImage) -> BoxliteResult<Vec<u8>> {
         .map(|index| index * 4)
         .filter(|start| start + PVH_NOTE_BYTES <= image.bytes.len());
     let note = note
-        .ok_or_else(|| std::io::Error::other("it has no PVH note"))
-        .step("wrapping the guest kernel")?;
+        .ok_or_else(|| std::io::Error::other("no PVH note in the image"))
+        .step("wrap the guest kernel")?;
     let size = image.bytes.len() as u64;
     let load = Segment {
         kind: 1,
@@ -68,7 +68,7 @@ fn wrap(image: &KernelImage) -> BoxliteResult<Vec<u8>> {
     Ok(file)
 }
 
-/// Program header; `offset` counts from the image's first byte.
+/// Program header; `offset` is relative to the image's first byte.
 struct Segment {
     kind: u32,
     flags: u32,
@@ -92,7 +92,7 @@ impl Segment {
     }
 }
 
-/// ELF64, little-endian, executable, x86_64, two program headers right behind.
+/// Returns an ELF64 header, little-endian, executable, x86_64, followed by two program headers.
 fn elf_header(entry: u64) -> Vec<u8> {
     const HEADER_BYTES: u16 = 64;
     const SEGMENT_BYTES: u16 = 56;
@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn headers_lead_to_image_and_note() {
+    fn wrap_headers_refer_to_image_and_note() {
         let image = image(Some(8192));
         let file = wrap(&image).expect("it has a note");
         assert_eq!(&file[IMAGE_OFFSET..], image.bytes);
@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn an_image_without_a_whole_note_is_refused() {
+    fn wrap_image_without_whole_note_fails() {
         assert!(wrap(&image(None)).is_err());
         let cut = image(None).bytes.len() - PVH_NOTE.len() - 1;
         assert!(wrap(&image(Some(cut / 4 * 4))).is_err());

@@ -1,8 +1,8 @@
-//! VmmKind::Qemu: a QEMU microvm with the same guest kernel, share, disks, card and vsock ports as Krun; emulated
-//! (TCG), or on KVM where asked for. Built in the same eight steps, one file each.
+//! VmmKind::Qemu: a QEMU microvm with the same guest kernel, share, disks, NICs and vsock ports as Krun, emulated (TCG) or
+//! on KVM if configured. Built in the same eight steps, one file each.
 //!
-//! The vmm child stays as PID 1 of its namespace, holds virtiofsd, vhost-device-vsock and QEMU as its children, and ends
-//! when the first of them ends; the kernel then kills the others.
+//! The vmm child remains PID 1 of its namespace with virtiofsd, vhost-device-vsock and QEMU as children. It exits with the
+//! first of them, and the kernel then kills the others.
 
 mod context;
 mod derived;
@@ -19,7 +19,7 @@ use super::{Vmm, VmmCapabilities, VmmInstance, devices};
 use boxlite_proto::error::BoxliteResult;
 use boxlite_proto::vmm::InstanceSpec;
 
-/// A microvm without ACPI has 8 virtio-mmio slots. The VM itself takes four: the agent's disk, console, share, vsock.
+/// A microvm without ACPI has 8 virtio-mmio slots. Four are built in: the agent's disk, console, share and vsock.
 pub const CAPABILITIES: VmmCapabilities = VmmCapabilities {
     max_devices: 8,
     base_devices: 4,

@@ -1,9 +1,8 @@
-//! Step 6: network cards on taps that exist already in this process's network namespace; for a pod in the host's network one
-//! of user mode.
+//! Step 6: NICs on existing taps in this process's network namespace; a slirp NIC for a pod in the host's network.
 
 use super::context::Context;
+use crate::net::slirp::{GATEWAY, MAC, NAME_SERVER, SUBNET};
 use crate::net::tap;
-use crate::net::user::{GATEWAY, MAC, NAME_SERVER, SUBNET};
 use crate::vmm::devices::parse_mac;
 use crate::vmm::step::StepExt;
 use boxlite_proto::error::BoxliteResult;
@@ -13,7 +12,7 @@ use std::os::fd::AsRawFd;
 pub(super) fn configure(context: &mut Context, spec: &InstanceSpec) -> BoxliteResult<()> {
     for (index, nic) in spec.nics.iter().enumerate() {
         parse_mac(&nic.mac)?;
-        let fd = tap::open(&nic.tap).step(format!("opening the tap {}", nic.tap))?;
+        let fd = tap::open(&nic.tap).step(format!("open tap {}", nic.tap))?;
         context.option(
             "-netdev",
             format!("tap,id=net{index},fd={}", fd.as_raw_fd()),
@@ -29,7 +28,7 @@ pub(super) fn configure(context: &mut Context, spec: &InstanceSpec) -> BoxliteRe
         context.taps.push(fd);
     }
     if spec.host_network {
-        // QEMU's own stack, with the host's sockets. Listening is the shim's (`net::host`), so nothing is forwarded here.
+        // QEMU's own stack on the host's sockets. The shim binds ports (`net::host`), so nothing is forwarded here.
         context.option(
             "-netdev",
             format!("user,id=user,ipv6=off,net={SUBNET},host={GATEWAY},dns={NAME_SERVER}"),

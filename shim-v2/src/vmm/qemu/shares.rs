@@ -1,4 +1,4 @@
-//! Step 4: the pod's one virtiofs share, served by virtiofsd over vhost-user.
+//! Step 4: the pod's virtiofs share, served by virtiofsd over vhost-user.
 
 use super::context::Context;
 use crate::vmm::step::StepExt;
@@ -10,7 +10,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
-/// In the VM's working directory: where QEMU finds virtiofsd.
+/// Socket of virtiofsd in the VM's working directory.
 const SOCKET: &str = "fs";
 
 pub(super) fn configure(context: &mut Context, spec: &InstanceSpec) -> BoxliteResult<()> {
@@ -24,25 +24,25 @@ pub(super) fn configure(context: &mut Context, spec: &InstanceSpec) -> BoxliteRe
 }
 
 fn listen(directory: &Path, name: &str) -> BoxliteResult<UnixListener> {
-    let step = "binding virtiofsd's socket";
+    let step = "bind virtiofsd's socket";
     match std::fs::remove_file(directory.join(name)) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error).step(step),
         _ => {}
     }
-    // Through the descriptor: a unix address holds 107 bytes, a path may be longer.
+    // A unix socket address holds 107 bytes and the path may be longer, so it is bound through a descriptor.
     let directory = File::open(directory).step(step)?;
     UnixListener::bind(format!("/proc/self/fd/{}/{name}", directory.as_raw_fd())).step(step)
 }
 
-/// Arguments of virtiofsd, given the number under which it inherits the socket.
+/// Returns virtiofsd's arguments, given the descriptor number of its inherited socket.
 pub(super) fn virtiofsd_args(share: &Path, socket: i32) -> Vec<String> {
     let mut args = vec![
         format!("--fd={socket}"),
         format!("--shared-dir={}", share.display()),
     ];
-    // It is in our jail already, with fewer capabilities than it would keep. No file handles: CAP_DAC_READ_SEARCH, which
-    // they take, opens every file of the host. No announced submounts: the guest's kernel (6.12) has a BUG when one ends
-    // with its mount namespace while a file of it is being closed ("Busy inodes after unmount of virtiofs").
+    // It already runs in our jail with fewer capabilities than it would keep. No file handles: they need CAP_DAC_READ_SEARCH,
+    // which opens every file of the host. No announced submounts: the guest's kernel (6.12) has a BUG when a submount ends
+    // with its mount namespace while one of its files is being closed ("Busy inodes after unmount of virtiofs").
     args.extend(
         [
             "--sandbox=none",
@@ -55,7 +55,7 @@ pub(super) fn virtiofsd_args(share: &Path, socket: i32) -> Vec<String> {
         ]
         .map(str::to_owned),
     );
-    // 0: as inherited, which the vmm child has raised.
+    // 0: keep the inherited limit, which the vmm child has raised.
     args.push("--rlimit-nofile=0".to_owned());
     args
 }

@@ -1,5 +1,5 @@
-//! Step 7: vsock by vhost-device-vsock: a connect to `vsock` and `CONNECT 2695` reaches the agent; the agent's call to
-//! 2696 reaches `vsock_2696`. No vhost-vsock of the host's kernel is involved.
+//! Step 7: vsock by vhost-device-vsock. A client of `vsock` that sends `CONNECT 2695` reaches the agent; the agent's
+//! connection to port 2696 reaches `vsock_2696`. The host kernel's vhost-vsock is not used.
 
 use super::context::Context;
 use crate::vmm::step::StepExt;
@@ -10,10 +10,10 @@ use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 pub(super) fn configure(context: &mut Context, spec: &InstanceSpec) -> BoxliteResult<()> {
-    // In the VM's working directory. A name that no other VM has ever had: see wait_listening.
+    // In the VM's working directory, under a name no other VM has used; see wait_listening.
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
-        .step("reading the clock")?;
+        .step("read the clock")?;
     context.vsock_socket = format!("vhu-{:x}", now.as_nanos());
     remove_old(&spec.work_dir.join(VSOCK_SOCKET))?;
     context.option(
@@ -24,19 +24,19 @@ pub(super) fn configure(context: &mut Context, spec: &InstanceSpec) -> BoxliteRe
     Ok(())
 }
 
-/// A socket file left by an earlier start of the same pod keeps a new one from being bound.
+/// Removes the socket file of an earlier start of the same pod, which would prevent binding.
 fn remove_old(socket: &Path) -> BoxliteResult<()> {
     match std::fs::remove_file(socket) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(error).step("removing an old vsock socket")
+            Err(error).step("remove an old vsock socket")
         }
         _ => Ok(()),
     }
 }
 
-/// Arguments of vhost-device-vsock. Names are relative to the VM's working directory.
+/// Returns the arguments of vhost-device-vsock. Names are relative to the VM's working directory.
 pub(super) fn device_args(socket: &str) -> Vec<String> {
-    // Packets over 32 KiB stall a connection for ever with the default buffer (measured).
+    // With the default buffer, packets over 32 KiB stall a connection (measured).
     let socket = format!("--socket={socket}");
     let names = [
         "--guest-cid=3",

@@ -1,10 +1,10 @@
-//! [`Pump`]: carries FUSE messages of one mount between the host's kernel and the guest. Of a question it reads what kind
-//! it is, to count the names that the kernel knows, and of an answer whether it is one.
+//! [`Pump`]: carries FUSE messages of one mount between the host's kernel and the guest. It reads the opcode of requests, to
+//! count the names that the kernel caches, and checks that replies are well-formed.
 //!
-//! A thread reads the device, because that read is the kernel's to end; a task writes the answers, which never waits. The
-//! guest may answer wrongly, late or never: that is between it and who reads the mount.
+//! A thread reads the device, because the kernel may block that read; a task writes the replies, which never blocks. A guest
+//! that replies wrongly, late or never affects only readers of its mount.
 
-use super::place::{Mounted, forget};
+use super::host_mounter::{HostMount, drop_unused_inodes};
 use crate::fuse::next_request;
 use boxlite_portal::{GuestSession, PortalError};
 use boxlite_proto::boxlite::v1::FuseRequest;
@@ -19,54 +19,54 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
 
-/// Names that the kernel asks for before it is told to forget those that nobody uses: each costs the agent a descriptor, and
-/// the kernel by itself keeps them until its own memory is short.
-const NAMES: usize = 1024;
-/// Kinds of questions that bring names, and how many at most or thereabouts.
+/// Number of lookups after which the kernel drops unused inodes: each costs the agent a descriptor, and the kernel keeps them
+/// until its own memory is short.
+const NAMES_PER_DROP: usize = 1024;
+/// Opcodes that return names, each with the approximate maximum number of names.
 const LOOKUP: (u32, usize) = (1, 1);
 const READDIRPLUS: (u32, usize) = (44, 256);
-/// Chunks that wait for the guest.
-const QUEUE: usize = 4;
-/// Where the number of a request is in its answer; a message of number 0 is none of the kernel's questions.
-const NUMBER: std::ops::Range<usize> = 8..16;
+/// Number of chunks buffered for the guest.
+const CHANNEL_CAPACITY: usize = 4;
+/// Byte range of the request's unique id in a reply; id 0 marks an unsolicited notification.
+const UNIQUE: std::ops::Range<usize> = 8..16;
 
-/// Why the answers ended.
+/// Error that ended the reply stream.
 #[derive(Debug, thiserror::Error)]
 enum PumpError {
-    /// The guest's stream.
+    /// The guest's stream failed.
     #[error(transparent)]
     Guest(#[from] PortalError),
-    /// What came is no FUSE message.
-    #[error("the guest's answer")]
+    /// The guest sent an invalid FUSE message.
+    #[error("invalid reply of the guest")]
     Frame(#[from] boxlite_sys::fuse::FrameError),
 }
 
-/// See the module.
+/// The thread and the task that serve one mount.
 #[derive(Debug)]
 pub struct Pump {
     task: JoinHandle<()>,
-    /// Its close stops the thread.
+    /// Closing it stops the thread.
     stop: PipeWriter,
 }
 
 impl Pump {
-    /// Starts both; they hold the device until [`Pump::end`]. `died` is told the id when the guest's stream ends before that.
+    /// Starts both; they hold the device until [`Pump::stop`]. `died` receives the id if the guest's stream ends earlier.
     ///
     /// # Errors
-    /// No thread, or no pipe.
-    pub fn begin(
+    /// Failed to start the thread or to create the pipe.
+    pub fn start(
         session: &GuestSession,
         id: u64,
-        mounted: &Mounted,
+        mounted: &HostMount,
         died: mpsc::Sender<u64>,
     ) -> io::Result<Self> {
         let (stopped, stop) = io::pipe()?;
-        let (requests, outgoing) = mpsc::channel(QUEUE);
+        let (requests, outgoing) = mpsc::channel(CHANNEL_CAPACITY);
         let first = FuseRequest {
             id,
             ..Default::default()
         };
-        // The queue is empty: there is room.
+        // The queue is empty, so this succeeds.
         drop(requests.try_send(first));
         let device = Arc::clone(&mounted.device);
         let reading = Arc::clone(&device);
@@ -74,28 +74,28 @@ impl Pump {
         std::thread::Builder::new()
             .name(format!("fuse {id}"))
             .spawn(move || read(&reading, &stopped, &requests, names))?;
-        // A connection of its own: who reads slowly must stall nobody else.
+        // A dedicated connection: a slow reader must not stall other streams.
         let session = session.dedicated();
         let task = tokio::spawn(async move {
             if let Err(error) = answer(&session, &device, outgoing).await {
-                tracing::warn!(id, error = %boxlite_sys::report::Report(&error), "a mount of the guest is dead");
+                tracing::warn!(id, error = %boxlite_sys::report::Report(&error), "connection of exported mount broke");
             }
-            // Full: as many are dead already, and this one comes to light with the next list.
+            // If the channel is full, the next list finds this mount dead.
             let _ = died.try_send(id);
         });
         Ok(Self { task, stop })
     }
 
-    /// Stops both. The device is closed when this is done, but for the caller's own handle.
-    pub async fn end(self) {
+    /// Stops both. The device is closed afterwards, except for the caller's own handle.
+    pub async fn stop(self) {
         drop(self.stop);
         self.task.abort();
-        // Cancelled is what it should be.
+        // Returns the cancellation.
         let _ = self.task.await;
     }
 }
 
-/// From the device to the queue, until either is closed. Blocks.
+/// Forwards requests from the device to the queue until either is closed. Blocks.
 fn read(
     device: &OwnedFd,
     stopped: &PipeReader,
@@ -117,11 +117,11 @@ fn read(
     }
 }
 
-/// Counts names, and lets the kernel forget them.
+/// Counts names and makes the kernel drop unused ones.
 struct Names {
     count: usize,
     mount: Arc<OwnedFd>,
-    /// It is being told.
+    /// Whether a drop is running.
     busy: Arc<AtomicBool>,
 }
 
@@ -135,30 +135,30 @@ impl Names {
     }
 
     fn count(&mut self, request: &[u8]) {
-        let kind = request.get(4..).and_then(|rest| rest.first_chunk::<4>());
-        let kind = kind.map_or(0, |kind| u32::from_ne_bytes(*kind));
-        for (asks, names) in [LOOKUP, READDIRPLUS] {
-            self.count += if kind == asks { names } else { 0 };
+        let opcode = request.get(4..).and_then(|rest| rest.first_chunk::<4>());
+        let opcode = opcode.map_or(0, |bytes| u32::from_ne_bytes(*bytes));
+        for (lookup, names) in [LOOKUP, READDIRPLUS] {
+            self.count += if opcode == lookup { names } else { 0 };
         }
-        if self.count < NAMES || self.busy.swap(true, Ordering::AcqRel) {
+        if self.count < NAMES_PER_DROP || self.busy.swap(true, Ordering::AcqRel) {
             return;
         }
         self.count = 0;
         let (mount, busy) = (Arc::clone(&self.mount), Arc::clone(&self.busy));
-        // A thread of its own: the kernel's forgetting asks questions that the caller must read.
-        let begun = std::thread::Builder::new().spawn(move || {
-            if let Err(error) = forget(&mount) {
-                tracing::debug!(%error, "names of a mount are not forgotten");
+        // On a separate thread: dropping inodes sends requests that the calling thread must read.
+        let spawned = std::thread::Builder::new().spawn(move || {
+            if let Err(error) = drop_unused_inodes(&mount) {
+                tracing::debug!(%error, "failed to drop unused inodes of exported mount");
             }
             busy.store(false, Ordering::Release);
         });
-        if begun.is_err() {
+        if spawned.is_err() {
             self.busy.store(false, Ordering::Release);
         }
     }
 }
 
-/// From the guest to the device.
+/// Forwards replies from the guest to the device.
 async fn answer(
     session: &GuestSession,
     device: &OwnedFd,
@@ -171,13 +171,13 @@ async fn answer(
     while let Some(answer) = answers.message().await.map_err(broken)? {
         frames.push(&answer.data);
         while let Some(message) = frames.cut()? {
-            // News for the kernel's caches would be the guest's to send; it has no say there.
-            if message[NUMBER].iter().all(|byte| *byte == 0) {
+            // Notifications would change the kernel's caches; the guest may not send them.
+            if message[UNIQUE].iter().all(|byte| *byte == 0) {
                 continue;
             }
-            // ENOENT: nobody waits for it any more. EINVAL: the guest's nonsense, which its asker never gets.
+            // ENOENT: the request was interrupted. EINVAL: the reply is invalid and its requester never gets it.
             if let Err(error) = rustix::io::write(device, &message) {
-                tracing::debug!(%error, "an answer of the guest");
+                tracing::debug!(%error, "failed to write reply of the guest");
             }
         }
     }

@@ -1,22 +1,22 @@
-//! [`Shown`]: mounts that containers make below volumes with propagation Bidirectional, shown on the host by FUSE.
+//! [`MountExporter`]: exports mounts that containers make below volumes with propagation Bidirectional to the host, by FUSE.
 //!
-//! Follows the guest's list and does as it says, within what [`Volumes`] allows: [`place`] mounts, [`pump`] carries the
-//! files' messages. What happens in the mount table of a container is the agent's to know.
+//! It follows the guest's list within the limits of [`ExportVolumes`]: [`host_mounter`] mounts, [`pump`] carries the FUSE
+//! messages. Watching the mount tables of containers is the agent's part.
 //!
 //! ```text
-//! guest's list ─► path checked ─► FUSE mounted on the host, hidden in the share ─► messages pumped ─► acknowledged
+//! guest's list ─► path checked ─► FUSE mounted on the host, hidden from the share ─► messages pumped ─► acknowledged
 //! ```
-//! A mount goes when it leaves the list, when its container or the VM ends; a shim that was killed leaves dead ones, which
-//! the action `delete` sweeps.
+//! A mount is removed when it leaves the list and when its container or the VM ends. A killed shim leaves dead mounts, which
+//! the action `delete` removes.
 
-pub mod place;
+pub mod host_mounter;
 mod pump;
 pub mod volumes;
 
 use boxlite_portal::{GuestSession, PortalError};
 use boxlite_proto::boxlite::v1::{ShownMount, ShownRequest, ShownResponse};
 use boxlite_sys::report::Report;
-use place::{Keeper, Mounted, Wanted};
+use host_mounter::{ExportRequest, HostMount, HostMounter};
 use pump::Pump;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -26,84 +26,84 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
-use volumes::Volumes;
+use volumes::ExportVolumes;
 
-/// Mounts of one guest on the host; the agent lists no more.
-const LIMIT: usize = 64;
-/// Longest path below a volume, in bytes.
-const PATH_LIMIT: usize = 1024;
-/// Pause before a stream that broke is asked for again.
-const PAUSE: Duration = Duration::from_secs(1);
-/// Acknowledgements that wait for the guest.
-const QUEUE: usize = 4;
-/// How often a mount is made anew whose connection broke: a VM that stood still for long is no reason to give it up, a guest
-/// that hangs up again and again is.
-const REVIVALS: u32 = 3;
+/// Maximum number of exported mounts per guest; the agent lists at most as many.
+const MAX_EXPORTS: usize = 64;
+/// Maximum length of a path below a volume, in bytes.
+const MAX_PATH_BYTES: usize = 1024;
+/// Delay before a broken stream is reopened.
+const REOPEN_DELAY: Duration = Duration::from_secs(1);
+/// Number of acknowledgements buffered for the guest.
+const CHANNEL_CAPACITY: usize = 4;
+/// Maximum number of times that a mount with a broken connection is mounted again. A VM that was paused for long keeps its mounts; a guest that
+/// hangs up repeatedly does not.
+const MAX_REVIVALS: u32 = 3;
 
-/// One mount on the host.
+/// One exported mount on the host.
 struct Export {
     target: PathBuf,
-    mounted: Mounted,
+    mounted: HostMount,
     pump: Pump,
 }
 
-/// See the module.
-pub struct Shown {
+/// Follows one guest's list of mounts and mirrors it on the host.
+pub struct MountExporter {
     session: GuestSession,
-    keeper: Keeper,
-    volumes: Arc<Volumes>,
+    mounter: HostMounter,
+    volumes: Arc<ExportVolumes>,
     exports: BTreeMap<u64, Export>,
-    /// The last list.
+    /// The latest list.
     listed: BTreeMap<u64, ShownMount>,
-    /// What could not be shown, told once.
+    /// Mounts that could not be exported, logged once each.
     refused: BTreeSet<u64>,
-    /// How often a mount's connection broke.
+    /// Number of broken connections per mount.
     deaths: BTreeMap<u64, u32>,
     died: (mpsc::Sender<u64>, mpsc::Receiver<u64>),
 }
 
-impl Shown {
-    /// For one guest.
-    pub fn new(session: &GuestSession, keeper: Keeper, volumes: Arc<Volumes>) -> Self {
+impl MountExporter {
+    /// Creates the exporter of one guest.
+    pub fn new(session: &GuestSession, mounter: HostMounter, volumes: Arc<ExportVolumes>) -> Self {
         Self {
             session: session.clone(),
-            keeper,
+            mounter,
             volumes,
             exports: BTreeMap::new(),
             listed: BTreeMap::new(),
             refused: BTreeSet::new(),
             deaths: BTreeMap::new(),
-            died: mpsc::channel(LIMIT),
+            died: mpsc::channel(MAX_EXPORTS),
         }
     }
 
-    /// Follows the guest's list until `ended`; then no mount is left. Its owner is the shim's task tracker.
+    /// Follows the guest's list until `ended`, then removes every mount. Runs on the shim's task tracker.
     pub async fn run(mut self, ended: CancellationToken) {
         tokio::select! {
-            () = self.volumes.wanted() => {}
+            () = self.volumes.first_added() => {}
             () = ended.cancelled() => return,
         }
-        // The list is followed as long as the VM lives: a connection of its own.
+        // The list is followed for the lifetime of the VM, so it gets a dedicated connection.
         self.session = self.session.dedicated();
         while !ended.is_cancelled() {
-            if let Err(error) = self.until_broken(&ended).await {
-                tracing::debug!(error = %Report(&error), "the guest's list of mounts broke; asking again");
+            if let Err(error) = self.follow_stream(&ended).await {
+                tracing::debug!(error = %Report(&error), "mount list stream broke, reopening");
             }
-            self.volumes.set_followed(false);
+            self.volumes.set_watched(false);
             self.pause(&ended).await;
         }
         let all: Vec<u64> = self.exports.keys().copied().collect();
         for id in all {
             self.withdraw(id).await;
         }
-        if let Err(error) = self.keeper.sweep().await {
-            tracing::warn!(%error, "mounts of the guest may be left");
+        if let Err(error) = self.mounter.sweep().await {
+            tracing::warn!(%error, "failed to sweep exported mounts");
         }
     }
 
-    /// Before the list is asked for again; mounts that break meanwhile go.
+    /// Waits before the stream is reopened and removes mounts whose connection breaks meanwhile.
     async fn pause(&mut self, ended: &CancellationToken) {
-        let over = tokio::time::sleep(PAUSE);
+        let over = tokio::time::sleep(REOPEN_DELAY);
         tokio::pin!(over);
         loop {
             tokio::select! {
@@ -114,21 +114,21 @@ impl Shown {
         }
     }
 
-    async fn until_broken(&mut self, ended: &CancellationToken) -> Result<(), PortalError> {
-        let (acknowledge, requests) = mpsc::channel(QUEUE);
+    async fn follow_stream(&mut self, ended: &CancellationToken) -> Result<(), PortalError> {
+        let (acknowledge, requests) = mpsc::channel(CHANNEL_CAPACITY);
         let mounts = self.session.mounts();
         let opening = mounts.shown(ReceiverStream::new(requests));
         tokio::pin!(opening);
         let mut lists: Streaming<ShownResponse> = loop {
             tokio::select! {
                 opened = &mut opening => break opened?,
-                // A guest that does not answer must not hold up those who read its mount. It is shown again with the list.
+                // Readers of a mount must not wait for a guest that does not answer. The next list mounts it again.
                 Some(id) = self.died.1.recv() => self.withdraw(id).await,
                 () = ended.cancelled() => return Ok(()),
             }
         };
-        self.volumes.set_followed(true);
-        // The guest is back: what it did before it was gone counts no more.
+        self.volumes.set_watched(true);
+        // The guest answers again: earlier failures no longer count.
         self.deaths.clear();
         self.refused.clear();
         loop {
@@ -145,7 +145,7 @@ impl Shown {
                 return Ok(());
             };
             let generation = list.generation;
-            // To its end, whatever happens: nothing may be mounted that nobody knows of.
+            // Runs to completion even when `ended` fires, so that no mount exists without an entry in `exports`.
             self.follow(list).await;
             if acknowledge.send(ShownRequest { generation }).await.is_err() {
                 return Ok(());
@@ -153,12 +153,12 @@ impl Shown {
         }
     }
 
-    /// Makes the host as the list is.
+    /// Makes the host's mounts match the list.
     async fn follow(&mut self, list: ShownResponse) {
         self.listed = list
             .mounts
             .into_iter()
-            .take(LIMIT)
+            .take(MAX_EXPORTS)
             .map(|mount| (mount.id, mount))
             .collect();
         self.refused.retain(|id| self.listed.contains_key(id));
@@ -173,21 +173,21 @@ impl Shown {
             if self.exports.contains_key(&id) || self.refused.contains(&id) {
                 continue;
             }
-            self.try_show(id, &mount).await;
+            self.try_export(id, &mount).await;
         }
     }
 
-    async fn try_show(&mut self, id: u64, mount: &ShownMount) {
-        if let Err(error) = self.show(id, mount).await {
+    async fn try_export(&mut self, id: u64, mount: &ShownMount) {
+        if let Err(error) = self.export(id, mount).await {
             tracing::warn!(
                 container = mount.container_id, path = mount.path, %error,
-                "a mount of the guest is not shown on the host"
+                "failed to export mount"
             );
             self.refused.insert(id);
         }
     }
 
-    /// Makes a mount anew whose connection broke.
+    /// Mounts an export again after its connection broke.
     async fn revive(&mut self, id: u64) {
         if !self.exports.contains_key(&id) {
             return;
@@ -198,37 +198,37 @@ impl Shown {
         };
         let deaths = self.deaths.entry(id).or_default();
         *deaths += 1;
-        if *deaths > REVIVALS {
+        if *deaths > MAX_REVIVALS {
             self.refused.insert(id);
             return;
         }
-        self.try_show(id, &mount).await;
+        self.try_export(id, &mount).await;
     }
 
-    async fn show(&mut self, id: u64, mount: &ShownMount) -> std::io::Result<()> {
+    async fn export(&mut self, id: u64, mount: &ShownMount) -> std::io::Result<()> {
         let refuse = |reason: &str| Err(std::io::Error::other(reason.to_owned()));
         let Some(volume) = self.volumes.get(&mount.volume) else {
-            return refuse("its volume is not Bidirectional");
+            return refuse("volume is not Bidirectional");
         };
         if !plain(&mount.path) {
-            return refuse("it is not a plain path below the volume");
+            return refuse("invalid path: not a plain path below the volume");
         }
-        let wanted = Wanted {
+        let request = ExportRequest {
             volume,
-            place: mount.volume.clone(),
+            share_path: mount.volume.clone(),
             path: mount.path.clone(),
             read_only: mount.read_only,
         };
-        let target = Keeper::describe(&wanted);
-        // Looking for it would be a question to the guest.
+        let target = HostMounter::target(&request);
+        // By name only: a lookup would send a request to the guest.
         let mut others = self.exports.values();
         if others.any(|export| target.starts_with(&export.target)) {
-            return refuse("another mount of the guest is there");
+            return refuse("another exported mount contains this path");
         }
-        let mounted = self.keeper.mount(wanted).await?;
-        match Pump::begin(&self.session, id, &mounted, self.died.0.clone()) {
+        let mounted = self.mounter.mount(request).await?;
+        match Pump::start(&self.session, id, &mounted, self.died.0.clone()) {
             Ok(pump) => {
-                tracing::info!(target = %target.display(), "shows a mount of the guest");
+                tracing::info!(target = %target.display(), "exported mount");
                 let export = Export {
                     target,
                     mounted,
@@ -238,7 +238,7 @@ impl Shown {
                 Ok(())
             }
             Err(error) => {
-                self.keeper.unmount(mounted).await?;
+                self.mounter.unmount(mounted).await?;
                 Err(error)
             }
         }
@@ -248,19 +248,19 @@ impl Shown {
         let Some(export) = self.exports.remove(&id) else {
             return;
         };
-        export.pump.end().await;
-        if let Err(error) = self.keeper.unmount(export.mounted).await {
+        export.pump.stop().await;
+        if let Err(error) = self.mounter.unmount(export.mounted).await {
             let target = export.target.display();
-            tracing::warn!(%target, %error, "a mount of the guest is left");
+            tracing::warn!(%target, %error, "failed to unmount exported mount");
         }
     }
 }
 
-/// Whether it is a relative path of names only.
+/// Reports whether `path` is relative and made of plain names only.
 fn plain(path: &str) -> bool {
     let names = path.split('/');
-    let good = |name: &str| !matches!(name, "" | "." | "..") && !name.contains('\0');
-    path.len() <= PATH_LIMIT && names.into_iter().all(good)
+    let is_name = |name: &str| !matches!(name, "" | "." | "..") && !name.contains('\0');
+    path.len() <= MAX_PATH_BYTES && names.into_iter().all(is_name)
 }
 
 #[cfg(test)]
@@ -268,13 +268,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn paths_are_names_only() {
-        for good in ["a", "a/b c", "…/x"] {
-            assert!(plain(good), "{good:?}");
+    fn plain_accepts_only_relative_names() {
+        for valid in ["a", "a/b c", "…/x"] {
+            assert!(plain(valid), "{valid:?}");
         }
-        for bad in ["", "/", "/a", "a/", "a//b", "..", "a/../b", ".", "a\0"] {
-            assert!(!plain(bad), "{bad:?}");
+        for invalid in ["", "/", "/a", "a/", "a//b", "..", "a/../b", ".", "a\0"] {
+            assert!(!plain(invalid), "{invalid:?}");
         }
-        assert!(!plain(&"x".repeat(PATH_LIMIT + 1)));
+        assert!(!plain(&"x".repeat(MAX_PATH_BYTES + 1)));
     }
 }
