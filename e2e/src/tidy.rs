@@ -2,6 +2,8 @@
 //!
 //! Reads the repository's text only. Counts lines as rustfmt leaves them, so it needs no parser.
 
+mod language;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
