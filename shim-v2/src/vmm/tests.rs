@@ -42,7 +42,7 @@ impl VmmInstanceImpl for ToyInstance {
     }
 }
 
-fn spec(kind: VmmKind) -> InstanceSpec {
+pub(super) fn spec(kind: VmmKind) -> InstanceSpec {
     InstanceSpec {
         id: "pod".to_owned(),
         kind,

@@ -10,6 +10,7 @@ use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 
 /// A QEMU that has not been started.
+#[derive(Default)]
 pub(super) struct Context {
     /// Arguments of QEMU.
     pub(super) args: Vec<String>,
@@ -49,18 +50,13 @@ pub(super) fn create(spec: &InstanceSpec) -> BoxliteResult<Context> {
     made.step(format!("create {}", files.cache.display()))?;
 
     let mut context = Context {
-        args: Vec::new(),
-        kernel_words: Vec::new(),
         read_only: vec![
             files.qemu.clone(),
             files.virtiofsd.clone(),
             files.vhost_device_vsock.clone(),
         ],
-        read_write: Vec::new(),
-        share_socket: None,
-        vsock_socket: String::new(),
-        taps: Vec::new(),
         cache: files.cache.clone(),
+        ..Context::default()
     };
     // acpi=off with rtc, pit and pic is the only set of timers that neither hangs nor waits two seconds (measured).
     context.option(
