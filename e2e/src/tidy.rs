@@ -31,7 +31,7 @@ const UNSAFE: &[&str] = &[
     "shim-v2/src/vmm/krun/ffi.rs",
     "shim-v2/src/vmm/krunfw.rs",
     "shim-v2/src/vmm/qemu/resources.rs",
-    "sys/src/idmap.rs",
+    "sys/src/mount_attributes.rs",
 ];
 
 /// Crates of ours that a crate may depend on, and the features it may take.

@@ -4,6 +4,7 @@
 
 pub mod fuse;
 pub mod idmap;
+pub mod mount_attributes;
 pub mod mountinfo;
 pub mod process;
 pub mod report;

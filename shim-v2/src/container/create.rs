@@ -11,6 +11,7 @@ use crate::error::{Result, ShimError};
 use crate::logs::{Sink, Stdio};
 use crate::pod::Guest;
 use crate::pod::undo::Undo;
+use crate::share::host_namespace::HostNamespace;
 use boxlite_proto::boxlite::v1::{ContainerInitRequest, Rootfs};
 use boxlite_sys::sync::Mutex;
 use containerd_shim_protos::api::CreateTaskRequest;
@@ -107,10 +108,8 @@ impl Containers {
             host_ipc::add_mount(&mut spec);
         }
         host_ipc::mirror(&mut spec, &bundle, &self.context.tasks, &guest.ended).await?;
-        self.mapped
-            .redirect(&mut spec, &self.context.bundle)
-            .await?;
-        let spec = spec::rewrite(spec)?;
+        let host = guest.share.host();
+        let spec = host.run_blocking(move || spec::rewrite(spec)).await?;
         let stdio = Stdio {
             stdin: request.stdin.clone(),
             stdout: request.stdout.clone(),
@@ -139,7 +138,7 @@ impl Containers {
         for wish in &spec.blocks {
             blocks.push(self.blocks.serve(&guest.share, wish, undo).await?);
         }
-        self.show(&spec, undo).await?;
+        self.show(&host, &spec, undo).await?;
         let mut init = init_request(request, &spec, rootfs, &stdio)?;
         init.block_devices = blocks;
         let (containers, id, ended) = (
@@ -168,13 +167,16 @@ impl Containers {
     }
 
     /// Lets the container show its mounts below Bidirectional volumes on the host.
-    async fn show(&self, spec: &GuestSpec, undo: &mut Undo) -> Result<()> {
+    async fn show(&self, host: &HostNamespace, spec: &GuestSpec, undo: &mut Undo) -> Result<()> {
         let mut any = false;
         for bind in spec.binds.iter().filter(|bind| bind.shown) {
             any = true;
-            self.export_volumes
-                .add(&bind.path, &bind.source)
-                .map_err(ShimError::io("look at", bind.source.display()))?;
+            let (volumes, added) = (Arc::clone(&self.export_volumes), bind.clone());
+            let add = move || {
+                let failed = ShimError::io("look at", added.source.display());
+                volumes.add(&added.path, &added.source).map_err(failed)
+            };
+            host.run_blocking(add).await?;
             let (volumes, path) = (Arc::clone(&self.export_volumes), bind.path.clone());
             undo.push_call("volume that shows mounts", move || {
                 volumes.remove(&path);

@@ -107,7 +107,6 @@ pub struct Containers {
     context: Context,
     slots: Mutex<HashMap<String, Slot>>,
     layers: rootfs::SharedBinds,
-    mapped: mapped::MappedVolumes,
     export_volumes: Arc<ExportVolumes>,
     blocks: Blocks,
 }
@@ -119,7 +118,6 @@ impl Containers {
             context,
             slots: Mutex::default(),
             layers: rootfs::SharedBinds::default(),
-            mapped: mapped::MappedVolumes::default(),
             export_volumes: Arc::default(),
             blocks: Blocks::default(),
         }

@@ -99,7 +99,7 @@ pub async fn prepare(
         return stack(layers, share, mounts, undo).await;
     }
     if let [only] = mounts
-        && let Some(files) = snapshot::erofs_layers(only)
+        && let Some(files) = snapshot_layers(share, only).await?
     {
         return stack_files(layers, share, &files, undo).await;
     }
@@ -112,7 +112,7 @@ pub async fn prepare(
         [] => {
             share
                 .bind(
-                    &host_path(&bundle.join("rootfs"))?,
+                    &host_path(share, &bundle.join("rootfs")).await?,
                     &path,
                     BindMode::fixed(Access::Full),
                 )
@@ -125,7 +125,11 @@ pub async fn prepare(
                 false => Access::Full,
             });
             share
-                .bind(&host_path(Path::new(&only.source))?, &path, mode)
+                .bind(
+                    &host_path(share, Path::new(&only.source)).await?,
+                    &path,
+                    mode,
+                )
                 .await?;
         }
         [only] => {
@@ -180,7 +184,7 @@ async fn stack_files(
     }
     let mut stacked = Vec::with_capacity(files.len());
     for file in files {
-        let source = host_path(file)?;
+        let source = host_path(share, file).await?;
         let path = layers.take(share, &source, undo).await?;
         stacked.push(Layer { path });
     }
@@ -198,10 +202,21 @@ fn is_bind(mount: &Mount) -> bool {
             .any(|option| option == "bind" || option == "rbind")
 }
 
-fn host_path(path: &Path) -> Result<PathBuf> {
-    std::fs::canonicalize(path).map_err(|error| ShimError::HostPath {
-        path: path.to_owned(),
-        wanted_for: "the root file system".to_owned(),
-        reason: error.to_string(),
-    })
+async fn snapshot_layers(share: &Arc<dyn Share>, mount: &Mount) -> Result<Option<Vec<PathBuf>>> {
+    let mount = mount.clone();
+    let look = move || Ok(snapshot::erofs_layers(&mount));
+    share.host().run_blocking(look).await
+}
+
+/// Resolves links of a path of the host.
+async fn host_path(share: &Arc<dyn Share>, path: &Path) -> Result<PathBuf> {
+    let path = path.to_owned();
+    let resolve = move || {
+        std::fs::canonicalize(&path).map_err(|error| ShimError::HostPath {
+            path,
+            wanted_for: "the root file system".to_owned(),
+            reason: error.to_string(),
+        })
+    };
+    share.host().run_blocking(resolve).await
 }

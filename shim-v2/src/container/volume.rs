@@ -9,6 +9,7 @@
 //!
 //! It looks at sources and mounts nothing: [`super::create`] does, with what this returns.
 
+use super::mapped;
 use super::rootfs::layer_path;
 use crate::error::{Result, ShimError};
 use crate::share::{Access, BindMode, mountinfo};
@@ -133,11 +134,14 @@ fn bind(mount: &mut Mount, wish: &Wish, source: PathBuf, metadata: &Metadata) ->
     let mode = BindMode {
         access: wish.access,
         follow_host: wish.follow_host,
+        map: mapped::mapping(mount)?,
     };
     let path = format!("m/{}", key(&source, metadata, mode));
     mount
         .set_source(Some(Path::new(GUEST_SHARE).join(&path)))
-        .set_options(Some(options));
+        .set_options(Some(options))
+        .set_uid_mappings(None)
+        .set_gid_mappings(None);
     Ok(Bind {
         source,
         path,
@@ -161,6 +165,8 @@ fn key(source: &Path, metadata: &Metadata, mode: BindMode) -> String {
         metadata.ino(),
         access,
         u64::from(mode.follow_host),
+        mode.map.map_or(0, |map| u64::from(map.first)),
+        mode.map.map_or(0, |map| u64::from(map.length)),
     ];
     for number in facts {
         hash.update(number.to_le_bytes());

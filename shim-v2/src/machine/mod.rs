@@ -20,6 +20,7 @@ use crate::record::{Record, write_whole};
 use crate::sandbox::machine::{Booted, Machine};
 use crate::sandbox::options::Plan;
 use crate::share::PodShare;
+use crate::share::host_namespace::HostNamespace;
 use crate::time;
 use crate::vmm::{ReadySocket, Supervisor, VmmChild};
 use async_trait::async_trait;
@@ -57,7 +58,7 @@ const VMM_OOM_SCORE: &str = "0";
 /// # Errors
 /// The process lacks CAP_SYS_ADMIN.
 pub fn enter_mount_namespace() -> std::io::Result<HostMounts> {
-    let host = HostMounts::current()?;
+    let host = HostNamespace::current()?;
     unshare(CloneFlags::CLONE_NEWNS)?;
     mount(
         None::<&str>,
@@ -66,7 +67,10 @@ pub fn enter_mount_namespace() -> std::io::Result<HostMounts> {
         MsFlags::MS_REC | MsFlags::MS_SLAVE,
         None::<&str>,
     )?;
-    HostMounts::new(host)
+    Ok(HostMounts {
+        host,
+        own: HostNamespace::current()?,
+    })
 }
 
 /// The machine of one pod.
@@ -159,7 +163,9 @@ impl Machine for VmMachine {
         timers.mark("scratch");
 
         let directory = bundle.join("share");
-        let share = blocking("create the share", move || PodShare::create(&directory)).await?;
+        let host = self.mounts.host.clone();
+        let create = move || PodShare::create(&directory, host);
+        let share = blocking("create the share", create).await?;
         let taken = share.clone();
         undo.push_call("share", move || taken.destroy());
         timers.mark("share");

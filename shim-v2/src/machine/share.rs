@@ -2,6 +2,7 @@
 
 use crate::error::{Result, ShimError};
 use crate::pod::Share;
+use crate::share::host_namespace::HostNamespace;
 use crate::share::{BindMode, PodShare, ShareError};
 use async_trait::async_trait;
 use std::os::fd::OwnedFd;
@@ -19,6 +20,10 @@ impl Share for VmShare {
             share.bind(&source, &path, mode)
         })
         .await
+    }
+
+    fn host(&self) -> HostNamespace {
+        self.0.host().clone()
     }
 
     async fn mount(&self, kind: &str, source: &str, options: &[String], path: &str) -> Result<()> {
@@ -75,6 +80,11 @@ impl MachineError {
                 wanted_for: "a mount with propagation HostToContainer".to_owned(),
                 reason: "it is on a private mount, so later mounts of the host cannot propagate"
                     .to_owned(),
+            },
+            Self::Share(ShareError::Map { path, source }) => ShimError::HostPath {
+                path,
+                wanted_for: "a pod with a user namespace".to_owned(),
+                reason: format!("its owners cannot be mapped for the user namespace: {source}"),
             },
             Self::Share(ShareError::Occupied { path }) => ShimError::AlreadyExists {
                 what: "path in the share",

@@ -10,13 +10,13 @@
 
 use super::volumes::ExportVolume;
 use crate::fuse::{FileSystem, Root, file_system, named};
+use crate::share::host_namespace::HostNamespace;
 use boxlite_sys::mountinfo::mounts;
-use nix::sched::{CloneFlags, setns, unshare};
+use nix::sched::{CloneFlags, unshare};
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, StatxFlags, open, openat2, statx};
 use rustix::mount::{
     FsPickFlags, MoveMountFlags, UnmountFlags, fsconfig_reconfigure, fspick, move_mount, unmount,
 };
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -29,34 +29,12 @@ const FS_TYPE: &str = "fuse.boxlite";
 const STEP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Handles on the host's mount namespace and on the shim's own.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct HostMounts {
-    host: File,
-    own: File,
-}
-
-impl HostMounts {
-    /// Opens the mount namespace of the calling process.
-    ///
-    /// # Errors
-    /// /proc is not mounted.
-    pub fn current() -> io::Result<File> {
-        File::open("/proc/self/ns/mnt")
-    }
-
-    /// Pairs `host` with the mount namespace of the calling process.
-    ///
-    /// # Errors
-    /// /proc is not mounted.
-    pub fn new(host: File) -> io::Result<Self> {
-        let own = Self::current()?;
-        Ok(Self { host, own })
-    }
-}
-
-/// Moves the calling thread into a mount namespace. The thread must have unshared its fs attributes (CLONE_FS).
-fn enter(namespace: &File) -> io::Result<()> {
-    Ok(setns(namespace, CloneFlags::CLONE_NEWNS)?)
+    /// The host's namespace.
+    pub host: HostNamespace,
+    /// The shim's namespace.
+    pub own: HostNamespace,
 }
 
 /// Mounts, unmounts and sweeps exported mounts. Cheap to clone.
@@ -140,7 +118,7 @@ impl HostMounter {
     pub async fn sweep(&self) -> io::Result<()> {
         let mounter = self.clone();
         let work = move || {
-            enter(&mounter.mounts.host)?;
+            mounter.mounts.host.enter()?;
             sweep(&mounter.name);
             Ok(())
         };
@@ -174,7 +152,7 @@ impl HostMounter {
     }
 
     fn mount_on_host(&self, request: &ExportRequest) -> io::Result<HostMount> {
-        enter(&self.mounts.host)?;
+        self.mounts.host.enter()?;
         let target = find(&request.volume, &request.path)?;
         let FileSystem { device, mount } =
             file_system(&self.name, Root::Directory, request.read_only)?;
@@ -184,7 +162,11 @@ impl HostMounter {
             device: Arc::new(device),
             mount: Arc::new(mount),
         };
-        let hidden = enter(&self.mounts.own).and_then(|()| self.hide(request, &mounted));
+        let hidden = self
+            .mounts
+            .own
+            .enter()
+            .and_then(|()| self.hide(request, &mounted));
         match hidden {
             Ok(()) => Ok(mounted),
             Err(error) => {
@@ -210,7 +192,7 @@ impl HostMounter {
 
     /// Unmounts lazily by descriptor, so that no other mount at the same path is affected.
     fn detach(&self, mounted: HostMount) {
-        let unmounted = enter(&self.mounts.host).and_then(|()| {
+        let unmounted = self.mounts.host.enter().and_then(|()| {
             let path = format!("/proc/thread-self/fd/{}", mounted.mount.as_raw_fd());
             Ok(unmount(path, UnmountFlags::DETACH)?)
         });

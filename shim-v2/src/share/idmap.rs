@@ -1,28 +1,26 @@
-//! ID-mapped copies of host directories: the owners of files as a user namespace maps them.
+//! ID-mapped mounts for volumes of pods with a user namespace.
 //!
-//! For volumes of pods with a user namespace: on this host the files are user 0's, in the VM the container's root is another
-//! number, and the mapping between is the mount's. A mapping is handed to the kernel as a user namespace, which a process
-//! must hold for as long as that takes: this binary again, in the role [`hold`].
+//! On the host the files belong to user 0; in the VM the container's root has another id, and the mount maps between them.
+//! The kernel takes a mapping as a user namespace, which a process must hold meanwhile: this binary in the role [`hold`].
 
 use nix::sched::{CloneFlags, unshare};
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::AsFd;
-use std::path::Path;
+use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Command, ExitCode, Stdio};
 
 /// First argument of the role.
 pub const ROLE: &str = "user-namespace";
-/// Files' owners from 0 on are others from `first` on, `length` of them.
+/// Maps the owners 0 to `length` - 1 to ids starting at `first`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct IdMap {
-    /// What 0 is in the VM.
+    /// Id of owner 0 in the VM.
     pub first: u32,
-    /// How many.
+    /// Number of ids.
     pub length: u32,
 }
 
-/// The role: a new user namespace, said by one byte, and held until the input ends.
+/// Runs the role: creates a user namespace, writes one byte, and holds the namespace until the input ends.
 pub fn hold() -> ExitCode {
     let held = unshare(CloneFlags::CLONE_NEWUSER)
         .map_err(io::Error::from)
@@ -32,22 +30,21 @@ pub fn hold() -> ExitCode {
     match held {
         Ok(_) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("user namespace: {error}");
+            eprintln!("failed to hold a user namespace: {error}");
             ExitCode::FAILURE
         }
     }
 }
 
-/// Mounts `source`, with all mounts below it, on `target`, a file or directory like it, owners mapped. The caller's mount
-/// namespace must be its own. Blocks.
+/// Maps file owners of a detached mount and of all mounts below it. Blocks.
 ///
 /// # Errors
-/// The kernel's: some file system below `source` does not know mapped mounts (EINVAL).
-pub fn mount(source: &Path, target: &Path, map: IdMap) -> io::Result<()> {
-    boxlite_sys::idmap::mount(source, target, user_namespace(map)?.as_fd(), true)
+/// The kernel refused; EINVAL if a file system does not support ID-mapped mounts.
+pub fn apply(tree: &OwnedFd, map: IdMap) -> io::Result<()> {
+    boxlite_sys::mount_attributes::set_user_namespace(tree, user_namespace(map)?.as_fd(), true)
 }
 
-/// A user namespace with that map; the descriptor keeps it alive.
+/// Creates a user namespace with the map; the descriptor keeps it alive.
 fn user_namespace(map: IdMap) -> io::Result<File> {
     let mut holder = Command::new("/proc/self/exe")
         .arg(ROLE)
@@ -68,7 +65,7 @@ fn user_namespace(map: IdMap) -> io::Result<File> {
         File::open(format!("/proc/{pid}/ns/user"))
     };
     let result = made();
-    // Ends its input and takes its exit.
+    // Closes its input and reaps it.
     drop(holder.stdin.take());
     let _exit = holder.wait();
     result

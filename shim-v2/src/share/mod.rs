@@ -8,13 +8,19 @@
 //! resolved below the share without following links. All calls block; keep them off the async runtime.
 
 mod beneath;
+pub mod host_namespace;
 pub mod idmap;
 mod long_overlay;
 pub mod mountinfo;
 
 use beneath::SharePath;
+use boxlite_sys::mount_attributes::{
+    MOUNT_ATTR_NODEV, MOUNT_ATTR_NOSUID, MOUNT_ATTR_RDONLY, set_flags,
+};
+use host_namespace::HostNamespace;
+use idmap::IdMap;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use rustix::fs::CWD;
+use rustix::fs::{CWD, FileType, fstat};
 use rustix::mount::{MoveMountFlags, move_mount};
 use std::fs;
 use std::os::fd::OwnedFd;
@@ -48,6 +54,8 @@ pub struct BindMode {
     pub access: Access,
     /// Whether later mounts and unmounts of the host below the source propagate.
     pub follow_host: bool,
+    /// Mapping of file owners for a user namespace.
+    pub map: Option<IdMap>,
 }
 
 impl BindMode {
@@ -56,6 +64,7 @@ impl BindMode {
         Self {
             access,
             follow_host: false,
+            map: None,
         }
     }
 }
@@ -73,6 +82,13 @@ pub enum ShareError {
     /// The source's mount receives no mount events of the host.
     #[error("host path {path} is on a private mount, so later mounts of the host cannot propagate")]
     Private { path: PathBuf },
+    /// A file system of the source does not support ID-mapped mounts.
+    #[error("failed to map the file owners of {path} for a user namespace")]
+    Map {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
     /// The path below the share is not a plain relative path.
     #[error("invalid path {path:?} in the share: {reason}")]
     InvalidPath { path: String, reason: &'static str },
@@ -104,14 +120,16 @@ fn failed<E: Into<std::io::Error>>(
 #[derive(Debug, Clone)]
 pub struct PodShare {
     directory: PathBuf,
+    host: HostNamespace,
 }
 
 impl PodShare {
-    /// Mounts an empty share at `directory`, which is created if missing. The caller must have its own mount namespace.
+    /// Mounts an empty share at `directory`, which is created if missing. The caller must have its own mount namespace; sources
+    /// of binds are resolved in `host`.
     ///
     /// # Errors
     /// The failed step.
-    pub fn create(directory: &Path) -> Result<Self, ShareError> {
+    pub fn create(directory: &Path, host: HostNamespace) -> Result<Self, ShareError> {
         match fs::DirBuilder::new().mode(0o700).create(directory) {
             Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
                 return Err(failed("create", directory)(error));
@@ -129,6 +147,7 @@ impl PodShare {
         .map_err(failed("mount", directory))?;
         let share = Self {
             directory: directory.to_owned(),
+            host,
         };
         let shared = mount(NONE, directory, NONE, MsFlags::MS_SHARED, NONE)
             .map_err(failed("make shared", directory));
@@ -164,12 +183,18 @@ impl PodShare {
         mount(NONE, &stage, NONE, MsFlags::MS_PRIVATE, NONE).map_err(failed("make private", &stage))
     }
 
+    /// Returns the namespace in which sources of binds are resolved.
+    pub fn host(&self) -> &HostNamespace {
+        &self.host
+    }
+
     /// Returns the mount point of the share.
     pub fn directory(&self) -> &Path {
         &self.directory
     }
 
-    /// Binds `source`, a file or a directory with all mounts below it, at `path`. Links in `source` are followed.
+    /// Binds `source`, a file or a directory with all mounts below it, at `path`. It is resolved in the host's mount namespace at
+    /// the time of the call, following links.
     ///
     /// # Errors
     /// Source if it cannot be read, Private if propagation is requested from a private mount, Occupied if `path` is in use. The
@@ -179,9 +204,17 @@ impl PodShare {
             path: source.to_owned(),
             source: error,
         };
-        let metadata = fs::metadata(source).map_err(missing)?;
-        let mount_point = self.create_mount_point(path, metadata.is_dir())?;
-        let staged = Staged::bind(&self.stage(), source, metadata.is_dir(), mode);
+        let tree = self.host.clone_tree(source).map_err(missing)?;
+        let kind = FileType::from_raw_mode(fstat(&tree).map_err(|e| missing(e.into()))?.st_mode);
+        if let Some(map) = mode.map {
+            idmap::apply(&tree, map).map_err(|error| ShareError::Map {
+                path: source.to_owned(),
+                source: error,
+            })?;
+        }
+        restrict(&tree, mode.access).map_err(failed("set mount flags of", source))?;
+        let mount_point = self.create_mount_point(path, kind.is_dir())?;
+        let staged = Staged::attach(&self.stage(), &tree, kind.is_dir(), source, mode);
         let done = staged.and_then(|staged| {
             // Appears in the VMM's namespace with its final flags, and is shared with it because the share is.
             mount(
@@ -342,7 +375,7 @@ fn unmount_and_remove(directory: &Path) -> Result<(), ShareError> {
 }
 
 /// A bind under preparation, on a private mount. A bind made in the share directly would be copied into the VMM's namespace
-/// at once, and flags or propagation set later would not reach that copy: it would stay writable.
+/// at once, and propagation set later would not reach that copy.
 /// Dropping it unmounts it unless it was moved away.
 struct Staged(PathBuf);
 
@@ -355,10 +388,11 @@ impl Drop for Staged {
 }
 
 impl Staged {
-    fn bind(
+    fn attach(
         stage: &Path,
-        source: &Path,
+        tree: &OwnedFd,
         directory: bool,
+        source: &Path,
         mode: BindMode,
     ) -> Result<Self, ShareError> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
@@ -369,14 +403,13 @@ impl Staged {
         };
         made.map_err(failed("create", &path))?;
         let staged = Self(path);
-        let flags = MsFlags::MS_BIND | MsFlags::MS_REC;
-        mount(Some(source), &staged.0, NONE, flags, NONE).map_err(failed("bind", source))?;
-        staged.set_up(source, mode)?;
+        let how = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+        move_mount(tree, "", CWD, &staged.0, how).map_err(failed("bind", source))?;
+        staged.set_propagation(source, mode)?;
         Ok(staged)
     }
 
-    /// Sets propagation and flags.
-    fn set_up(&self, source: &Path, mode: BindMode) -> Result<(), ShareError> {
+    fn set_propagation(&self, source: &Path, mode: BindMode) -> Result<(), ShareError> {
         let kind = match mode.follow_host {
             // No mount event passes in either direction.
             false => MsFlags::MS_PRIVATE,
@@ -390,34 +423,19 @@ impl Staged {
                 path: source.to_owned(),
             });
         }
-        match mode.access {
-            Access::Full => Ok(()),
-            Access::ReadOnly => make_read_only(&self.0),
-            Access::ReadOnlyTree => mountinfo::points(&self.0)?
-                .iter()
-                .try_for_each(|point| make_read_only(point)),
-        }
+        Ok(())
     }
 }
 
-/// Makes one mount read-only.
-fn make_read_only(point: &Path) -> Result<(), ShareError> {
-    // The remount clears flags that it does not repeat.
-    let flags = nix::sys::statvfs::statvfs(point)
-        .map_err(failed("stat", point))?
-        .flags();
-    let mut keep = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
-    for (set, flag) in [
-        (nix::sys::statvfs::FsFlags::ST_NOSUID, MsFlags::MS_NOSUID),
-        (nix::sys::statvfs::FsFlags::ST_NODEV, MsFlags::MS_NODEV),
-        (nix::sys::statvfs::FsFlags::ST_NOEXEC, MsFlags::MS_NOEXEC),
-        (nix::sys::statvfs::FsFlags::ST_NOATIME, MsFlags::MS_NOATIME),
-    ] {
-        if flags.contains(set) {
-            keep |= flag;
-        }
+/// Restricts a detached tree: no part of the host needs devices or set-user-id programs of a volume, and the guest applies
+/// its own mount options.
+fn restrict(tree: &OwnedFd, access: Access) -> std::io::Result<()> {
+    set_flags(tree, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV, true)?;
+    match access {
+        Access::Full => Ok(()),
+        Access::ReadOnly => set_flags(tree, MOUNT_ATTR_RDONLY, false),
+        Access::ReadOnlyTree => set_flags(tree, MOUNT_ATTR_RDONLY, true),
     }
-    mount(NONE, point, NONE, keep, NONE).map_err(failed("make read-only", point))
 }
 
 /// Splits fstab options into flags and data of the mount call.

@@ -2,6 +2,7 @@
 
 use super::*;
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::statvfs::FsFlags;
 use std::os::unix::fs::symlink;
 
 /// Runs `test` on a thread with its own mount namespace, an empty host directory and a share.
@@ -11,7 +12,8 @@ pub(crate) fn with_share(test: impl FnOnce(&Path, &PodShare) + Send) {
         let thread = scope.spawn(|| {
             unshare(CloneFlags::CLONE_NEWNS).expect("unshare");
             mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_SLAVE, NONE).expect("slave");
-            let share = PodShare::create(&host.path().join("share")).expect("share");
+            let share =
+                PodShare::create(&host.path().join("share"), HostNamespace::same()).expect("share");
             test(host.path(), &share);
             share.destroy().expect("destroy");
             assert!(!host.path().join("share").exists());
@@ -24,6 +26,7 @@ pub(crate) fn with_share(test: impl FnOnce(&Path, &PodShare) + Send) {
 const FULL: BindMode = BindMode {
     access: Access::Full,
     follow_host: false,
+    map: None,
 };
 
 /// Reads a file. Tests read the thread's mount table, not the process's.
@@ -108,6 +111,24 @@ fn bind_read_only_covers_mount_or_tree() {
     });
 }
 
+/// The jail's file server must not be led to a device or a set-user-id program of a volume.
+#[test]
+fn bind_is_nosuid_and_nodev_including_submounts() {
+    with_share(|host, share| {
+        tmpfs(&host.join("v/deep"));
+        share.bind(&host.join("v"), "m/v", FULL).expect("bind");
+        for path in ["m/v", "m/v/deep"] {
+            let at = share.directory().join(path);
+            let flags = nix::sys::statvfs::statvfs(&at).expect("statvfs").flags();
+            for flag in [FsFlags::ST_NOSUID, FsFlags::ST_NODEV] {
+                assert!(flags.contains(flag), "{path}: {flags:?}");
+            }
+        }
+        share.unbind("m/v").expect("unbind");
+        nix::mount::umount(&host.join("v/deep")).expect("umount");
+    });
+}
+
 #[test]
 fn bind_follow_host_receives_later_mounts() {
     with_share(|host, share| {
@@ -123,6 +144,7 @@ fn bind_follow_host_receives_later_mounts() {
         let follow = BindMode {
             access: Access::Full,
             follow_host: true,
+            map: None,
         };
         share.bind(&inner, "m/slave", follow).expect("bind");
         share.bind(&inner, "m/private", FULL).expect("bind");
@@ -219,4 +241,63 @@ fn split_options_separates_flags_and_data() {
     let (flags, data) = split_options(&options);
     assert_eq!(flags, MsFlags::MS_RDONLY | MsFlags::MS_NODEV);
     assert_eq!(data, "lowerdir=/a:/b");
+}
+
+/// A node with private mounts, for example without systemd: mounts made after the pod's start do not propagate to the shim.
+#[test]
+fn bind_resolves_sources_in_the_host_namespace() {
+    let host = tempfile::tempdir().expect("tempdir");
+    let step = std::sync::Barrier::new(2);
+    let at = |name: &str| host.path().join(name);
+    std::thread::scope(|scope| {
+        let node = scope.spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNS).expect("unshare");
+            let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+            mount(NONE, "/", NONE, private, NONE).expect("private");
+            let namespace = HostNamespace::current().expect("namespace");
+            let shim = scope.spawn(|| bind_later_mounts(host.path(), namespace, &step));
+            step.wait();
+            for name in ["volume", "tree/below", "shared"] {
+                tmpfs(&at(name));
+                fs::write(at(name).join("x"), name).expect("file");
+            }
+            mount(NONE, &at("shared"), NONE, MsFlags::MS_SHARED, NONE).expect("shared");
+            fs::create_dir(at("shared/later")).expect("dir");
+            step.wait();
+            step.wait();
+            tmpfs(&at("shared/later"));
+            fs::write(at("shared/later/x"), "later").expect("file");
+            step.wait();
+            shim.join().expect("shim thread");
+        });
+        node.join().expect("node thread");
+    });
+}
+
+fn bind_later_mounts(host: &Path, namespace: HostNamespace, step: &std::sync::Barrier) {
+    unshare(CloneFlags::CLONE_NEWNS).expect("unshare");
+    let share = PodShare::create(&host.join("share"), namespace).expect("share");
+    step.wait();
+    step.wait();
+    let at = share.directory();
+    share.bind(&host.join("volume"), "m/v", FULL).expect("bind");
+    share.bind(&host.join("tree"), "m/t", FULL).expect("bind");
+    let follow = BindMode {
+        follow_host: true,
+        ..FULL
+    };
+    let shared = host.join("shared");
+    share.bind(&shared, "m/s", follow).expect("bind");
+    assert_eq!(read(at.join("m/v/x")), "volume");
+    assert_eq!(read(at.join("m/t/below/x")), "tree/below");
+    assert_eq!(read(at.join("m/s/x")), "shared");
+    let error = share.bind(&host.join("volume"), "m/p", follow);
+    assert!(
+        matches!(error, Err(ShareError::Private { .. })),
+        "{error:?}"
+    );
+    step.wait();
+    step.wait();
+    assert_eq!(read(at.join("m/s/later/x")), "later");
+    share.destroy().expect("destroy");
 }
