@@ -18,8 +18,9 @@ export BOXLITE_GUEST := $(GUEST)
 export BOXLITE_BIN   := $(BIN)
 export CARGO_TARGET_DIR := $(TARGET)
 export PATH := $(HOME)/.cargo/bin:$(PATH)
+COMMA := ,
 # Features with the tests that need root. Without them `cargo test` runs what any user can run.
-export ROOT_TESTS :=
+export ROOT_TESTS := $(if $(filter 0,$(shell id -u)),--features boxlite-erofs/root-tests$(COMMA)boxlite-runtime/root-tests$(COMMA)boxlite-shim-v2/root-tests$(COMMA)boxlite-cri/root-tests)
 # Size limit of the release agent in bytes.
 AGENT_MAX_BYTES := 14500000
 

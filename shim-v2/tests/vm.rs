@@ -23,6 +23,7 @@ fn code(error: &ttrpc::Error) -> ttrpc::Code {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 async fn container_runs_logs_and_exits_with_its_code() {
     let shim = Shim::start("a1").await;
     let began = Instant::now();
@@ -101,6 +102,7 @@ async fn container_runs_logs_and_exits_with_its_code() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 async fn killed_vm_is_noticed_within_two_seconds() {
     let shim = Shim::start("b1").await;
     let pid = shim.boot().await;
@@ -137,6 +139,7 @@ async fn killed_vm_is_noticed_within_two_seconds() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 async fn killed_shim_ends_its_vm_and_delete_cleans_up() {
     let shim = Shim::start("c1").await;
     let vmm = shim.boot().await;
@@ -163,6 +166,7 @@ async fn killed_shim_ends_its_vm_and_delete_cleans_up() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 async fn boot_without_agent_fails_with_console_and_can_be_retried() {
     let shim = Shim::start("d1").await;
     let mut options = options();
@@ -182,6 +186,7 @@ async fn boot_without_agent_fails_with_console_and_can_be_retried() {
 
 /// Logs 64 MiB of numbered lines across rotations: every byte once, in order. Prints the throughput.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 async fn log_is_complete_across_rotations() {
     const BYTES: usize = 64 << 20;
     const ROTATIONS: usize = 3;

@@ -144,6 +144,7 @@ fn in_namespace(path: &Path, command: &[&str]) -> String {
 }
 
 #[test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 fn add_check_and_del_with_real_plugins() {
     if !inside("add_check_and_del_with_real_plugins") {
         return;
@@ -182,6 +183,7 @@ fn add_check_and_del_with_real_plugins() {
 }
 
 #[test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 fn a_new_daemon_undoes_and_so_does_one_after_a_reboot() {
     if !inside("a_new_daemon_undoes_and_so_does_one_after_a_reboot") {
         return;
@@ -209,6 +211,7 @@ fn a_new_daemon_undoes_and_so_does_one_after_a_reboot() {
 }
 
 #[test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 fn leaks_are_collected_and_live_pods_are_not() {
     if !inside("leaks_are_collected_and_live_pods_are_not") {
         return;
@@ -233,6 +236,7 @@ fn leaks_are_collected_and_live_pods_are_not() {
 }
 
 #[test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 fn two_detachings_at_once_both_succeed() {
     if !inside("two_detachings_at_once_both_succeed") {
         return;
@@ -255,6 +259,7 @@ sleep 0.3; rmdir "$(dirname "$0")/running""#,
 }
 
 #[test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 fn an_add_that_was_cut_off_is_given_up_at_the_second_refusal() {
     if !inside("an_add_that_was_cut_off_is_given_up_at_the_second_refusal") {
         return;
@@ -280,6 +285,7 @@ echo '{"cniVersion":"1.0.0","ips":[{"address":"10.9.0.2/24"}]}'"#,
 }
 
 #[test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 fn gc_names_the_attachments_that_are_alive() {
     if !inside("gc_names_the_attachments_that_are_alive") {
         return;
@@ -323,6 +329,7 @@ fn gc_names_the_attachments_that_are_alive() {
 }
 
 #[test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 fn a_plugin_that_refuses_is_quoted_and_everything_undone() {
     if !inside("a_plugin_that_refuses_is_quoted_and_everything_undone") {
         return;
@@ -350,6 +357,7 @@ echo '{"cniVersion":"1.0.0","code":11,"msg":"no port left","details":"all of 4 t
 }
 
 #[test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 fn a_plugin_that_hangs_is_killed_with_its_children() {
     if !inside("a_plugin_that_hangs_is_killed_with_its_children") {
         return;
@@ -386,6 +394,7 @@ sleep 1000 & echo $! > "$(dirname "$0")/child"; wait"#,
 }
 
 #[test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 fn a_plugin_without_end_of_output_is_killed() {
     if !inside("a_plugin_without_end_of_output_is_killed") {
         return;
@@ -403,6 +412,7 @@ fn a_plugin_without_end_of_output_is_killed() {
 }
 
 #[test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 fn a_del_that_fails_is_tried_again() {
     if !inside("a_del_that_fails_is_tried_again") {
         return;

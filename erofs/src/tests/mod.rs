@@ -312,6 +312,7 @@ fn sparse_files_of_all_four_formats() {
 }
 
 #[test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 fn a_file_of_more_than_4_gib_costs_nothing_when_it_is_a_hole() {
     let size: u64 = (5 << 30) + 3;
     let mut tar = Archive::new();
@@ -376,6 +377,7 @@ fn in_kernel(layers: &[&Path], script: &str) -> String {
 }
 
 #[test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 fn the_kernel_stacks_layers() {
     let mut low = Archive::new();
     low.file("etc/keep", b"low", |h| h.set_uid(1000));

@@ -21,6 +21,7 @@ fn device() -> (Device, File) {
 }
 
 #[test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 fn attached_device_is_a_file_until_unbound() {
     with_share(|_, share| {
         let (device, disk) = device();
@@ -59,6 +60,7 @@ fn attached_device_is_a_file_until_unbound() {
 }
 
 #[test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 fn attached_read_only_device_has_a_read_only_mount() {
     with_share(|_, share| {
         let (device, _disk) = device();

@@ -425,6 +425,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
+    #[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
     async fn bind_in_pod_scope_stays_in_the_pod_namespace() {
         const PORT: u16 = 48_231;
         let net = crate::containerd::private_net::PrivateNet::create().unwrap();

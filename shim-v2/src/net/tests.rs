@@ -72,6 +72,7 @@ fn cni_like() -> Namespace {
 }
 
 #[test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 fn attach_joins_cni_interfaces_and_detach_undoes_it() {
     let namespace = cni_like();
     let network = attach(&namespace.path()).expect("attach");
@@ -109,6 +110,7 @@ fn attach_joins_cni_interfaces_and_detach_undoes_it() {
 }
 
 #[test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 fn attach_empty_namespace_returns_no_interfaces() {
     let namespace = Namespace::new();
     assert_eq!(

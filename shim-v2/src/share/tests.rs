@@ -35,6 +35,7 @@ fn read(path: impl AsRef<Path>) -> String {
 }
 
 #[test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 fn bind_and_unbind_files_and_directories() {
     with_share(|host, share| {
         fs::create_dir(host.join("data")).expect("dir");
@@ -67,6 +68,7 @@ fn bind_and_unbind_files_and_directories() {
 }
 
 #[test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 fn bind_missing_or_occupied_fails_and_leaves_nothing() {
     with_share(|host, share| {
         let error = share
@@ -91,6 +93,7 @@ fn tmpfs(path: &Path) {
 }
 
 #[test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 fn bind_read_only_covers_mount_or_tree() {
     with_share(|host, share| {
         tmpfs(&host.join("v/deep"));
@@ -113,6 +116,7 @@ fn bind_read_only_covers_mount_or_tree() {
 
 /// The jail's file server must not be led to a device or a set-user-id program of a volume.
 #[test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 fn bind_is_nosuid_and_nodev_including_submounts() {
     with_share(|host, share| {
         tmpfs(&host.join("v/deep"));
@@ -130,6 +134,7 @@ fn bind_is_nosuid_and_nodev_including_submounts() {
 }
 
 #[test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 fn bind_follow_host_receives_later_mounts() {
     with_share(|host, share| {
         // Stands for the host: a mount whose events propagate here.
@@ -173,6 +178,7 @@ fn bind_follow_host_receives_later_mounts() {
 
 /// The VMM's namespace exists before the bind, so its view is what counts.
 #[test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 fn bind_flags_reach_the_vmm_namespace() {
     with_share(|host, share| {
         fs::create_dir_all(host.join("v/later")).expect("dir");
@@ -208,6 +214,7 @@ fn bind_flags_reach_the_vmm_namespace() {
 }
 
 #[test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 fn bind_does_not_follow_links_in_the_share() {
     with_share(|host, share| {
         fs::create_dir(host.join("outside")).expect("dir");
@@ -221,6 +228,7 @@ fn bind_does_not_follow_links_in_the_share() {
 }
 
 #[test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 fn bind_outside_the_share_is_refused() {
     with_share(|host, share| {
         for path in ["", "/m/x", "m//x", "m/../../x", "m/.", "m/\0"] {
@@ -245,6 +253,7 @@ fn split_options_separates_flags_and_data() {
 
 /// A node with private mounts, for example without systemd: mounts made after the pod's start do not propagate to the shim.
 #[test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 fn bind_resolves_sources_in_the_host_namespace() {
     let host = tempfile::tempdir().expect("tempdir");
     let step = std::sync::Barrier::new(2);

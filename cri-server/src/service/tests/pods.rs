@@ -59,6 +59,7 @@ async fn limits(server: &Server, id: &str) -> LinuxContainerResources {
 }
 
 #[test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 fn updates_are_bounded_by_the_vm_reported_and_kept() {
     if !inside("pods::updates_are_bounded_by_the_vm_reported_and_kept") {
         return;
@@ -105,6 +106,7 @@ fn updates_are_bounded_by_the_vm_reported_and_kept() {
 }
 
 #[test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 fn every_follower_gets_every_event_with_its_statuses() {
     if !inside("pods::every_follower_gets_every_event_with_its_statuses") {
         return;
@@ -164,6 +166,7 @@ fn every_follower_gets_every_event_with_its_statuses() {
 }
 
 #[test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 fn a_hung_vm_costs_a_scrape_its_own_limit_and_its_own_figures() {
     if !inside("pods::a_hung_vm_costs_a_scrape_its_own_limit_and_its_own_figures") {
         return;
@@ -211,6 +214,7 @@ fn a_hung_vm_costs_a_scrape_its_own_limit_and_its_own_figures() {
 }
 
 #[test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 fn verbose_information_has_the_spec_and_no_value_of_the_environment() {
     if !inside("pods::verbose_information_has_the_spec_and_no_value_of_the_environment") {
         return;

@@ -200,6 +200,7 @@ async fn replay(ops: &[Op]) {
 }
 
 #[test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 fn every_mutating_call_may_come_twice_at_once() {
     if !inside("robust::every_mutating_call_may_come_twice_at_once") {
         return;
@@ -216,6 +217,7 @@ fn every_mutating_call_may_come_twice_at_once() {
 }
 
 #[test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 fn a_deadline_in_the_middle_leaks_nothing_and_the_retry_succeeds() {
     if !inside("robust::a_deadline_in_the_middle_leaks_nothing_and_the_retry_succeeds") {
         return;
@@ -266,6 +268,7 @@ fn a_deadline_in_the_middle_leaks_nothing_and_the_retry_succeeds() {
 }
 
 #[test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 fn fifty_clients_at_once() {
     if !inside("robust::fifty_clients_at_once") {
         return;

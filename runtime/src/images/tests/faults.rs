@@ -356,6 +356,7 @@ impl Drop for SmallDisk {
 }
 
 #[tokio::test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 async fn a_full_disk_is_named_and_everything_undone() {
     let registry = Registry::start().await;
     let disk = SmallDisk::new(1 << 20);
