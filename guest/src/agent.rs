@@ -1,52 +1,47 @@
-//! [`Agent`]: what all services share, for the life of the VM.
+//! [`Agent`]: state shared by all services for the lifetime of the VM.
 
-use crate::boot::reaper::Reaper;
+use crate::container::launcher::Launcher;
 use crate::container::pod::Pod;
 use crate::spawner::Spawner;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::Notify;
-use tokio_util::task::TaskTracker;
 
-/// The agent's state. One per VM, behind an `Arc`.
+/// The agent's state; one per VM.
 #[derive(Debug)]
 pub struct Agent {
-    /// Takes every exit of the VM.
-    pub reaper: Reaper,
-    /// Makes processes.
-    pub spawner: Spawner,
     /// The pod's containers.
     pub pod: Arc<Pod>,
-    /// Owns the tasks that outlast a call: they make containers and follow processes.
-    pub tasks: TaskTracker,
     initialized: AtomicBool,
     shutdown: Notify,
 }
 
 impl Agent {
-    /// An agent of a VM that has no pod yet.
+    /// Creates the agent of a VM whose pod is not initialized.
     pub fn new(spawner: Spawner) -> Self {
         Self {
-            reaper: Reaper::default(),
-            spawner,
-            pod: Arc::default(),
-            tasks: TaskTracker::new(),
+            pod: Arc::new(Pod::new(Launcher::new(spawner))),
             initialized: AtomicBool::new(false),
             shutdown: Notify::new(),
         }
     }
 
-    /// Notes that the pod's mounts and network are there.
+    /// Returns the spawner, the reaper and the task tracker.
+    pub fn launcher(&self) -> &Launcher {
+        &self.pod.context.launcher
+    }
+
+    /// Records that the pod's mounts and network are set up.
     pub fn set_initialized(&self) {
         self.initialized.store(true, Ordering::Release);
     }
 
-    /// Whether containers can be made.
+    /// Returns whether containers can be created.
     pub fn is_initialized(&self) -> bool {
         self.initialized.load(Ordering::Acquire)
     }
 
-    /// Lets [`Self::shut_down`] return.
+    /// Makes [`Self::shut_down`] return.
     pub fn request_shutdown(&self) {
         self.shutdown.notify_one();
     }

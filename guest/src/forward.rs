@@ -3,7 +3,7 @@
 //! One task per forward copies client → socket; the answering stream reads the socket itself, so a slow reader slows the
 //! socket. Dropping the answering stream ends the task and closes the socket.
 
-use crate::services::status::status;
+use crate::status::status;
 use boxlite_proto::boxlite::v1::{ErrorKind, PortForwardRequest, PortForwardResponse};
 use boxlite_proto::names::CHUNK_LIMIT;
 use bytes::BytesMut;

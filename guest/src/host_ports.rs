@@ -12,7 +12,7 @@
 
 mod plain;
 
-use crate::services::status::status;
+use crate::status::status;
 use boxlite_proto::boxlite::v1::{ErrorKind, HostPortsRequest, HostPortsResponse, ListeningPort};
 use boxlite_sys::tcp_table::listening_sockets;
 use std::collections::{BTreeMap, BTreeSet, HashMap};

@@ -1,10 +1,11 @@
-//! `boxlite-guest`: the agent of a pod's VM. As PID 1 it prepares the VM, forks the spawner and serves the guest protocol.
+//! `boxlite-guest`: the agent of a pod's VM. As PID 1 it sets up the VM, forks the spawner and serves the guest
+//! protocol.
 //!
-//! It decides nothing about pods: what to run, where and when comes from the host. It never returns while the VM is to
-//! live: any way out of `main`, and any panic, powers the VM off.
+//! The agent makes no decisions about pods: the host determines what runs. It does not return while the VM should
+//! live: every return from `main`, and every panic, powers the VM off.
 //!
-//! Flow: [`boot`] (mounts, cgroups, single-threaded) → [`spawner`] forked → tokio → [`serve`] (vsock 2695, ready on 2696)
-//! → [`services`] → [`container`], [`execution`], [`storage`], [`network`].
+//! Startup: [`boot`] (mounts, cgroups, single-threaded) → [`spawner`] forked → tokio → [`serve`] (vsock 2695, ready
+//! on 2696) → [`services`] → [`container`], [`execution`], [`storage`], [`network`].
 
 mod agent;
 mod boot;
@@ -14,12 +15,13 @@ mod descriptor;
 mod execution;
 mod forward;
 mod host_ports;
+mod mount_export;
 mod network;
 mod seccomp;
 mod serve;
 mod services;
-mod shown;
 mod spawner;
+mod status;
 mod storage;
 mod system;
 
@@ -28,7 +30,7 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     if std::process::id() != 1 {
         eprintln!(
-            "boxlite-guest {} is the PID 1 of a boxlite VM and does nothing elsewhere",
+            "boxlite-guest {} runs as PID 1 of a boxlite VM only",
             env!("CARGO_PKG_VERSION")
         );
         return ExitCode::from(64);
@@ -40,17 +42,18 @@ fn main() -> ExitCode {
     boot::power::off()
 }
 
-/// Boots, serves, and comes back only when the VM is to end.
+/// Boots and serves; returns when the VM is to end.
 fn run() -> Result<(), Box<dyn std::error::Error>> {
     boot::prepare()?;
-    // Before any thread, and before there is a subscriber: helpers must not log to a container's standard error.
+    // Before any thread exists, and before the subscriber is set: helpers must not log to a container's standard
+    // error.
     let spawner = spawner::Spawner::start()?;
     boot::console::start_logging();
     boot::memory::lock();
     boot::allow_many_files();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        // A VM has one or two CPUs and as little as 128 MiB; what blocks is mounts and directory walks.
+        // A VM has one or two CPUs and as little as 128 MiB; blocking calls are mounts and directory walks.
         .max_blocking_threads(8)
         .build()?;
     runtime.block_on(serve::serve(spawner))?;

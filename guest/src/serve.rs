@@ -1,7 +1,8 @@
-//! Serves the guest protocol on vsock 2695, says ready on host port 2696, and ends when the VM is to power off.
+//! Serves the guest protocol on vsock port 2695, reports readiness on host port 2696, and returns when the VM is to
+//! power off.
 //!
-//! The vsock bridge of libkrun loses bytes on a short write, so HTTP/2 windows stay at [`names::GUEST_WINDOW`] and
-//! connections few; the limits of messages are those of `boxlite_proto::names`.
+//! libkrun's vsock bridge loses bytes on a short write, so HTTP/2 windows stay at [`names::GUEST_WINDOW`] and
+//! connections are few; message limits are those of `boxlite_proto::names`.
 
 use crate::agent::Agent;
 use crate::boot::reaper::Reaper;
@@ -19,73 +20,75 @@ use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, Vso
 use tonic::transport::Server;
 use tonic::transport::server::Connected;
 
-/// First pause before the ready call is tried again; doubled up to [`READY_PAUSE_LIMIT`].
-const READY_PAUSE: Duration = Duration::from_millis(10);
-/// Longest pause between two ready calls.
-const READY_PAUSE_LIMIT: Duration = Duration::from_millis(500);
-/// How often the ready call is tried: about a minute. After that the host is taken to need none; it may still connect.
+/// Initial delay before the readiness call is retried; doubled up to [`MAX_READY_DELAY`].
+const INITIAL_READY_DELAY: Duration = Duration::from_millis(10);
+/// Maximum delay between two readiness calls.
+const MAX_READY_DELAY: Duration = Duration::from_millis(500);
+/// Maximum number of readiness calls, about one minute. After that the host is assumed to need none; it can still
+/// connect.
 const READY_ATTEMPTS: u32 = 120;
-/// Longest one ready call may take.
+/// Timeout of one readiness call.
 const READY_TIMEOUT: Duration = Duration::from_secs(2);
-/// Largest HTTP/2 frame the agent sends or takes, in bytes; the protocol's smallest.
-const FRAME_LIMIT: u32 = 16 << 10;
-/// Streams per connection: every follower of a log, every exec and every port-forward holds one or two.
-const STREAM_LIMIT: u32 = 512;
+/// Maximum size of HTTP/2 frames in bytes; the smallest the protocol allows.
+const MAX_FRAME_BYTES: u32 = 16 << 10;
+/// Maximum number of streams per connection; every log follower, exec and port-forward uses one or two.
+const MAX_STREAMS: u32 = 512;
 
-/// Between the answer to Shutdown and the end of the VM.
-const LAST_WORDS: Duration = Duration::from_millis(20);
+/// Delay between the reply to Shutdown and the end of the VM.
+const SHUTDOWN_DELAY: Duration = Duration::from_millis(20);
 
-/// What the agent cannot go on without.
+/// Errors that end the agent.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    /// SIGCHLD could not be caught.
-    #[error("catch SIGCHLD")]
+    /// The handler of SIGCHLD could not be installed.
+    #[error("failed to catch SIGCHLD")]
     Signals(#[source] io::Error),
-    /// The vsock port could not be listened on.
-    #[error("listen on vsock port {port}")]
+    /// The vsock port could not be bound.
+    #[error("failed to listen on vsock port {port}")]
     Listen {
         port: u32,
         #[source]
         source: io::Error,
     },
-    /// No process can be made any more.
-    #[error("the spawner ended")]
+    /// The spawner exited, so no process can be created.
+    #[error("spawner exited")]
     SpawnerGone,
-    /// The gRPC server broke.
-    #[error("gRPC server")]
+    /// The gRPC server failed.
+    #[error("gRPC server failed")]
     Server(#[from] tonic::transport::Error),
 }
 
-/// Runs the agent. Returns when `Guest.Shutdown` was carried out.
+/// Runs the agent. Returns after `Guest.Shutdown`.
 pub async fn serve(spawner: Spawner) -> Result<(), ServeError> {
     let children = Reaper::subscribe().map_err(ServeError::Signals)?;
     let agent = Arc::new(Agent::new(spawner));
     let reaping = tokio::spawn({
         let agent = Arc::clone(&agent);
-        async move { agent.reaper.run(children).await }
+        async move { agent.launcher().reaper.run(children).await }
     });
 
-    let spawner_gone = agent.reaper.register(agent.spawner.pid);
+    let launcher = agent.launcher();
+    let spawner_gone = launcher.reaper.register(launcher.spawner.pid);
 
     let address = VsockAddr::new(VMADDR_CID_ANY, names::GUEST_PORT);
     let listener = VsockListener::bind(address).map_err(|source| ServeError::Listen {
         port: names::GUEST_PORT,
         source,
     })?;
-    let ready = tokio::spawn(say_ready());
+    let ready = tokio::spawn(report_ready());
 
     let server = Server::builder()
         .initial_stream_window_size(names::GUEST_WINDOW)
         .initial_connection_window_size(names::GUEST_WINDOW)
-        .max_frame_size(FRAME_LIMIT)
-        .max_concurrent_streams(STREAM_LIMIT)
+        .max_frame_size(MAX_FRAME_BYTES)
+        .max_concurrent_streams(MAX_STREAMS)
         .add_routes(services::routes(&agent))
         .serve_with_incoming(connections(listener));
     let result = tokio::select! {
         result = server => result.map_err(ServeError::from),
         () = agent.shut_down() => {
-            // Time for the answer to leave.
-            tokio::time::sleep(LAST_WORDS).await;
+            // Lets the reply leave the VM.
+            tokio::time::sleep(SHUTDOWN_DELAY).await;
             Ok(())
         }
         _ = spawner_gone => Err(ServeError::SpawnerGone),
@@ -95,41 +98,42 @@ pub async fn serve(spawner: Spawner) -> Result<(), ServeError> {
     result
 }
 
-/// Connects once to the host's ready port and closes. The host accepts once and reads nothing.
-async fn say_ready() {
-    let mut pause = READY_PAUSE;
+/// Connects once to the host's readiness port and closes the connection. The host accepts one connection and reads
+/// nothing.
+async fn report_ready() {
+    let mut pause = INITIAL_READY_DELAY;
     for attempt in 1..=READY_ATTEMPTS {
         let call = VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, names::READY_PORT));
         match tokio::time::timeout(READY_TIMEOUT, call).await {
             Ok(Ok(_)) => return,
             Ok(Err(error)) if attempt == READY_ATTEMPTS => {
-                tracing::warn!(%error, "nobody took the ready call")
+                tracing::warn!(%error, "failed to report readiness to the host")
             }
             _ => tokio::time::sleep(pause).await,
         }
-        pause = (pause * 2).min(READY_PAUSE_LIMIT);
+        pause = (pause * 2).min(MAX_READY_DELAY);
     }
 }
 
-/// Incoming connections; a failed accept (a peer that left at once) is no reason to stop.
+/// Returns incoming connections. A failed accept (the peer may have left) does not end the stream.
 fn connections(listener: VsockListener) -> impl Stream<Item = io::Result<Connection>> {
     listener.incoming().filter_map(|accepted| match accepted {
         Ok(stream) => Some(Ok(Connection(BufWriter::with_capacity(
-            WRITE_BUFFER,
+            WRITE_BUFFER_BYTES,
             stream,
         )))),
         Err(error) => {
-            tracing::warn!(%error, "vsock accept");
+            tracing::warn!(%error, "failed to accept a vsock connection");
             None
         }
     })
 }
 
-/// Bytes gathered before they go to the socket: h2 writes a frame's head and its payload apart, and each write to a vsock
-/// is a packet of its own with a kick of the host. Sized for what one window lets through; h2 flushes when it has no more.
-const WRITE_BUFFER: usize = names::GUEST_WINDOW as usize;
+/// Size of the write buffer, in bytes. h2 writes a frame's header and payload separately, and each write to a vsock
+/// is a packet that notifies the host. Sized for one flow-control window; h2 flushes when it has no more to send.
+const WRITE_BUFFER_BYTES: usize = names::GUEST_WINDOW as usize;
 
-/// A vsock stream as tonic wants it. There is one peer, the host: nothing about it is worth knowing.
+/// A vsock stream for tonic. The host is the only peer, so there is no connection info.
 struct Connection(BufWriter<VsockStream>);
 
 impl Connected for Connection {

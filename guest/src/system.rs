@@ -140,6 +140,19 @@ fn sysctl_path(name: &str) -> Option<PathBuf> {
     clean.then(|| PathBuf::from("/proc/sys").join(below))
 }
 
+/// The VM's memory in bytes, as the kernel has it after its own share.
+pub fn memory_total() -> Option<u64> {
+    meminfo("MemTotal:")
+}
+
+/// A line of /proc/meminfo, in bytes.
+pub fn meminfo(key: &str) -> Option<u64> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find(|line| line.starts_with(key))?;
+    let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kib << 10)
+}
+
 /// Time the VM's CPUs spent busy since boot, in ns: user, nice, system, irq, softirq of /proc/stat (ticks of 10 ms).
 pub fn cpu_usage_ns() -> u64 {
     let text = fs::read_to_string("/proc/stat").unwrap_or_default();

@@ -1,13 +1,13 @@
-//! The console: few lines, because the host shows the last of them when a boot fails.
+//! The console. Output is kept short, because the host shows its last lines when a boot fails.
 //!
-//! Nothing a container wrote and no environment variable is ever printed here.
+//! Output of containers and environment variables are never printed here.
 
 use boxlite_sys::report::Report;
 use std::error::Error;
 use tracing_subscriber::filter::LevelFilter;
 
-/// Sends the agent's log to standard error, which the kernel connected to the console. Not called in the spawner: its
-/// children's standard error becomes a container's.
+/// Sends the agent's log to standard error, which the kernel connected to the console. Not called in the spawner,
+/// whose children pass standard error to containers.
 pub fn start_logging() {
     let level = match std::fs::read_to_string("/proc/cmdline") {
         Ok(line) if line.split_whitespace().any(|word| word == "boxlite.debug") => {
@@ -23,7 +23,7 @@ pub fn start_logging() {
         .init();
 }
 
-/// Prints an error with its causes in one line.
+/// Prints an error with its causes on one line.
 pub fn print_error(who: &str, error: &(dyn Error + 'static)) {
     eprintln!("boxlite-guest: {who}: {}", Report(error));
 }

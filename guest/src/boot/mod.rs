@@ -1,11 +1,11 @@
-//! What PID 1 does before anything else: a writable root, the kernel's file systems, the cgroup tree.
+//! Early setup by PID 1: a writable root, the kernel's filesystems, the cgroup tree.
 //!
-//! Single-threaded, called once from `main`. The pod's own things (share, scratch disk, network) come later, from
-//! `Guest.Init`; nothing here knows the pod.
+//! Single-threaded, called once from `main`. The pod's share, scratch disk and network are set up later, by
+//! `Guest.Init`.
 //!
-//! Under QEMU the root is a read-only EROFS image, under libkrun a virtual virtiofs root that holds `/init` and cannot
-//! take a directory. Both are covered alike: a tmpfs is mounted on top of `/` and becomes the root; the old root stays
-//! beneath it because the running binary is mapped from there.
+//! Under QEMU the root is a read-only EROFS image, under libkrun a virtual virtiofs root that holds `/init` and does
+//! not support mkdir. Both are handled alike: a tmpfs is mounted on top of `/` and becomes the root; the old root
+//! remains beneath it because the running binary is mapped from there.
 
 pub mod console;
 pub mod memory;
@@ -21,41 +21,41 @@ use rustix::mount::{
 use std::fs;
 use std::path::Path;
 
-/// A step of the boot that failed; the VM cannot be used and is powered off.
+/// A failed boot step; the VM cannot be used and is powered off.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
     /// The tmpfs could not become the root.
-    #[error("root switch: {step}")]
+    #[error("failed to switch the root: {step}")]
     Root {
         /// The call that failed.
         step: &'static str,
         #[source]
         source: std::io::Error,
     },
-    /// A directory below the new root could not be made.
-    #[error("mkdir {path}")]
+    /// A directory below the new root could not be created.
+    #[error("failed to create directory {path}")]
     Directory {
         path: &'static str,
         #[source]
         source: std::io::Error,
     },
-    /// A kernel file system could not be mounted.
-    #[error("mount {fstype} on {path}")]
+    /// A kernel filesystem could not be mounted.
+    #[error("failed to mount {fstype} on {path}")]
     Mount {
         fstype: &'static str,
         path: &'static str,
         #[source]
         source: nix::Error,
     },
-    /// The cgroup tree could not be laid out.
+    /// The cgroup tree could not be created.
     #[error(transparent)]
-    Cgroup(#[from] crate::cgroup::CgroupError),
+    Cgroup(#[from] crate::cgroup::error::CgroupError),
 }
 
-/// Size of the root tmpfs: mount points, sockets and specs of at most some hundred containers.
+/// Options of the root tmpfs. It holds mount points, sockets and specs of at most a few hundred containers.
 const ROOT_OPTIONS: [(&str, &str); 2] = [("mode", "0755"), ("size", "32m")];
 
-/// One of the kernel's file systems.
+/// A filesystem of the kernel.
 struct KernelMount {
     fstype: &'static str,
     path: &'static str,
@@ -63,23 +63,23 @@ struct KernelMount {
     data: Option<&'static str>,
 }
 
-const HARMLESS: MsFlags = MsFlags::MS_NOSUID
+const NO_PRIVILEGES: MsFlags = MsFlags::MS_NOSUID
     .union(MsFlags::MS_NODEV)
     .union(MsFlags::MS_NOEXEC);
 
-/// In this order: a mount's directory may lie in the one before. `favordynmods`: every exec moves a process into a cgroup,
-/// and without it each move waits for an RCU grace period.
+/// Kernel filesystems in mount order: a mount point may be inside an earlier mount. `favordynmods` is set because
+/// every exec moves a process into a cgroup, and each move would otherwise wait for an RCU grace period.
 const KERNEL_MOUNTS: [KernelMount; 6] = [
     KernelMount {
         fstype: "proc",
         path: "/proc",
-        flags: HARMLESS,
+        flags: NO_PRIVILEGES,
         data: None,
     },
     KernelMount {
         fstype: "sysfs",
         path: "/sys",
-        flags: HARMLESS,
+        flags: NO_PRIVILEGES,
         data: None,
     },
     KernelMount {
@@ -94,45 +94,46 @@ const KERNEL_MOUNTS: [KernelMount; 6] = [
         flags: MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC),
         data: Some("newinstance,gid=5,mode=0620,ptmxmode=0666"),
     },
-    // Guest.Init gives it the pod's size.
+    // Resized to the pod's size by Guest.Init.
     KernelMount {
         fstype: "tmpfs",
         path: "/dev/shm",
-        flags: HARMLESS,
+        flags: NO_PRIVILEGES,
         data: Some("mode=1777,size=64m"),
     },
     KernelMount {
         fstype: "cgroup2",
         path: "/sys/fs/cgroup",
-        flags: HARMLESS,
+        flags: NO_PRIVILEGES,
         data: Some("nsdelegate,favordynmods"),
     },
 ];
 
-/// Directories of the new root beside those that [`KERNEL_MOUNTS`] are on.
+/// Directories of the new root other than mount points of [`KERNEL_MOUNTS`].
 const DIRECTORIES: [&str; 5] = ["/run", "/run/boxlite", "/tmp", "/etc", "/root"];
 
-/// Open files of the agent: those that the host has open in mounts of containers are among them. The kernel begins with 1024.
-const FILE_LIMIT: u64 = 64 << 10;
+/// Maximum number of open files of the agent, which include those the host has open in exported mounts. The kernel's
+/// default is 1024.
+const MAX_OPEN_FILES: u64 = 64 << 10;
 
-/// Raises the agent's own limit. After the spawner was forked: containers have what they ask for.
+/// Raises the agent's own limit. Called after the spawner was forked, so that containers do not inherit it.
 pub fn allow_many_files() {
-    if let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, FILE_LIMIT, FILE_LIMIT) {
-        tracing::warn!(%error, "the limit of open files stays");
+    if let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, MAX_OPEN_FILES, MAX_OPEN_FILES) {
+        tracing::warn!(%error, "failed to raise the limit of open files");
     }
 }
 
-/// Makes the VM habitable: root, mounts, cgroups.
+/// Sets up the VM: root, mounts, cgroups.
 ///
 /// # Errors
-/// The first step that failed; what was done before stays, the caller powers the VM off.
+/// If a step fails. Earlier steps are not undone; the caller powers the VM off.
 pub fn prepare() -> Result<(), BootError> {
     switch_root()?;
     for path in DIRECTORIES {
         fs::create_dir_all(path).map_err(|source| BootError::Directory { path, source })?;
     }
     for entry in &KERNEL_MOUNTS {
-        // sysfs has its own directory for cgroups and takes no other.
+        // sysfs already has a directory for cgroups and does not allow creating others.
         if !Path::new(entry.path).is_dir() {
             fs::create_dir_all(entry.path).map_err(|source| BootError::Directory {
                 path: entry.path,
@@ -154,19 +155,19 @@ pub fn prepare() -> Result<(), BootError> {
     }
     mount_mqueue();
     link_ptmx();
-    // A kernel that has met a bug of its own leaves processes stuck: better no VM, which the host notices, than half a one.
+    // After an oops, processes hang. A VM that panics is noticed by the host; one that half works is not.
     let _ = fs::write("/proc/sys/kernel/panic_on_oops", "1");
     let _ = fs::write("/proc/sys/kernel/panic", "-1");
-    // A VM has one or two CPUs, where grace periods cost nothing to hurry; unmounts and ended namespaces wait for them.
+    // A VM has one or two CPUs, where expediting grace periods is cheap; unmounts and exiting namespaces wait for
+    // them.
     let _ = fs::write("/sys/kernel/rcu_expedited", "1");
-    // The agent must outlive every container when memory runs out. -1000 would keep it from being chosen even when it
-    // alone is to blame.
+    // The agent must survive every container when memory runs out. -1000 would exempt it even if it were the cause.
     let _ = fs::write("/proc/self/oom_score_adj", "-999");
-    crate::cgroup::lay_out()?;
+    crate::cgroup::pod::create_tree()?;
     Ok(())
 }
 
-/// Mounts a tmpfs over `/` and moves this process into it. The mount calls of the new API need no directory to mount on.
+/// Mounts a tmpfs over `/` and moves this process into it. The new mount API does not need a directory to mount on.
 fn switch_root() -> Result<(), BootError> {
     let failed = |step| {
         move |errno: rustix::io::Errno| BootError::Root {
@@ -199,20 +200,20 @@ fn switch_root() -> Result<(), BootError> {
     Ok(())
 }
 
-/// POSIX message queues, where the kernel has them (libkrunfw's may not). Containers share the pod's.
+/// Mounts POSIX message queues if the kernel supports them (libkrunfw's may not). Containers share the pod's.
 fn mount_mqueue() {
     if fs::create_dir_all("/dev/mqueue").is_ok() {
         let _ = mount(
             Some("mqueue"),
             "/dev/mqueue",
             Some("mqueue"),
-            HARMLESS,
+            NO_PRIVILEGES,
             None::<&str>,
         );
     }
 }
 
-/// devtmpfs's own `/dev/ptmx` opens the kernel's first devpts; the agent's is the one mounted here.
+/// Replaces devtmpfs's `/dev/ptmx`, which opens the kernel's initial devpts, by one that opens the agent's.
 fn link_ptmx() {
     let _ = fs::remove_file("/dev/ptmx");
     let _ = std::os::unix::fs::symlink("pts/ptmx", "/dev/ptmx");

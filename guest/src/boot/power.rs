@@ -1,7 +1,7 @@
-//! The one way out: powering the VM off.
+//! Powers the VM off.
 //!
-//! QEMU runs with `-no-reboot` and the kernel with `reboot=t`, libkrun ends on a reboot: so *reboot* is what ends the VM
-//! on both. A plain power-off would leave the microvm, which has no ACPI, halted for ever.
+//! QEMU runs with `-no-reboot` and the kernel with `reboot=t`, and libkrun exits on a reboot, so a *reboot* ends the
+//! VM on both. A regular power-off would leave the microvm, which has no ACPI, halted forever.
 
 use nix::sys::reboot::{RebootMode, reboot};
 
@@ -12,16 +12,17 @@ pub fn off() -> ! {
         Ok(never) => match never {},
         Err(errno) => errno,
     };
-    eprintln!("boxlite-guest: reboot refused: {refused}");
-    // PID 1 going away panics the kernel, and that too ends the VM (libkrunfw boots with panic=-1).
+    eprintln!("boxlite-guest: failed to reboot: {refused}");
+    // The exit of PID 1 panics the kernel, which also ends the VM (libkrunfw boots with panic=-1).
     std::process::exit(1)
 }
 
-/// Makes a panic anywhere in the agent end the VM: half an agent would leave the host waiting for its deadlines.
+/// Makes a panic in any thread of the agent end the VM: a half-working agent would leave the host waiting for its
+/// deadlines.
 pub fn off_on_panic() {
     std::panic::set_hook(Box::new(|info| {
         eprintln!("boxlite-guest: {info}");
-        // The spawner and its children are copies of this process and must not take the VM with them.
+        // The spawner and its children are copies of this process and must not end the VM.
         if std::process::id() == 1 {
             off()
         }

@@ -1,9 +1,9 @@
-//! Reaps every child of PID 1 and hands exits to who waits for them: [`Reaper`].
+//! Reaps every child of PID 1 and delivers exits to registered waiters: [`Reaper`].
 //!
-//! As PID 1 the agent inherits every orphan of the VM's own PID namespace, so one `wait` loop must take them all and
-//! nobody else may wait. Processes that matter are created stopped (before their exec), registered here, then released:
-//! an exit can't be missed. The one gap, a process that is killed before it is registered, is closed by a short memory of
-//! exits nobody had asked for.
+//! As PID 1 the agent inherits every orphan of the VM's initial PID namespace, so a single `wait` loop must reap them
+//! all and no other code may call wait. Processes of interest are created stopped (before their exec), registered
+//! here, then released, so no exit is missed. A process killed before it is registered is covered by a short list of
+//! unclaimed exits.
 
 use boxlite_sys::sync::Mutex;
 use rustix::process::{Pid, WaitId, WaitIdOptions, WaitOptions, WaitStatus, wait, waitid};
@@ -12,20 +12,20 @@ use std::sync::MutexGuard;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
 
-/// How a process ended.
+/// Exit of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RawExit {
     /// 0–255; a death by signal is 128 + signal.
     pub code: u32,
-    /// 0 where it ended by itself.
+    /// 0 if the process exited by itself.
     pub signal: u32,
-    /// Wall clock when it was reaped, ns since the epoch.
+    /// Wall clock at the time of reaping, in ns since the epoch.
     pub at_unix_ns: i64,
 }
 
-/// Exits kept for somebody who registers late. Between a helper's report of a pid and its registration only a handful of
-/// other processes can end.
-const REMEMBERED_EXITS: usize = 256;
+/// Number of unclaimed exits kept for late registrations. Few processes can end between a helper's report of a PID
+/// and its registration.
+const MAX_UNCLAIMED_EXITS: usize = 256;
 
 #[derive(Debug, Default)]
 struct Table {
@@ -33,22 +33,22 @@ struct Table {
     unclaimed: VecDeque<(i32, RawExit)>,
 }
 
-/// The table of those who wait for an exit.
+/// Waiters by PID, and recent unclaimed exits.
 #[derive(Debug, Default)]
 pub struct Reaper {
     table: Mutex<Table>,
 }
 
 impl Reaper {
-    /// Starts catching SIGCHLD; call before the first child is made.
+    /// Installs the SIGCHLD handler. Must be called before the first child is created.
     ///
     /// # Errors
-    /// The signal handler could not be installed.
+    /// If the signal handler could not be installed.
     pub fn subscribe() -> std::io::Result<Signal> {
         signal(SignalKind::child())
     }
 
-    /// Reaps until the runtime ends. Owned by the agent's main task.
+    /// Reaps until the runtime ends. Runs in the agent's main task.
     pub async fn run(&self, mut children: Signal) {
         loop {
             self.reap();
@@ -58,20 +58,21 @@ impl Reaper {
         }
     }
 
-    /// The exit of `pid`, a child of PID 1 that was made but not yet released. Dropping the receiver forgets it.
+    /// Returns the exit of `pid`, a child of PID 1 that was created but not released. Dropping the receiver removes
+    /// the registration.
     pub fn register(&self, pid: i32) -> oneshot::Receiver<RawExit> {
         let (sender, receiver) = oneshot::channel();
         let mut table = self.lock();
         let gone = Pid::from_raw(pid).is_none_or(|pid| {
-            // Without waiting and without reaping: is it still a child of ours?
+            // Checks without reaping whether it is still a child.
             let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
             matches!(
                 waitid(WaitId::Pid(pid), options),
                 Err(rustix::io::Errno::CHILD)
             )
         });
-        // The latest exit of that number is its own, since the number can't have been given out again meanwhile and
-        // reaping is done under the same lock.
+        // The latest exit with this PID is the right one: the PID cannot have been reused in the meantime, and
+        // reaping holds the same lock.
         let exit = table
             .unclaimed
             .iter()
@@ -90,7 +91,7 @@ impl Reaper {
         receiver
     }
 
-    /// Takes all exits there are.
+    /// Reaps all exited children.
     fn reap(&self) {
         let mut table = self.lock();
         while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
@@ -101,7 +102,7 @@ impl Reaper {
                     let _ = sender.send(exit);
                 }
                 None => {
-                    if table.unclaimed.len() >= REMEMBERED_EXITS {
+                    if table.unclaimed.len() >= MAX_UNCLAIMED_EXITS {
                         table.unclaimed.pop_front();
                     }
                     table.unclaimed.push_back((pid, exit));

@@ -1,6 +1,6 @@
-//! Puts a device program in force for a cgroup and all below it: the system call bpf(2), twice.
+//! Attaches a device program to a cgroup and its descendants, with two calls of bpf(2).
 //!
-//! The program goes with the cgroup. What it says is [`super::devices`]'s.
+//! The kernel releases the program with the cgroup. [`super::devices`] generates it.
 
 use super::devices::Instruction;
 use std::fs::File;
@@ -8,13 +8,13 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 
-/// Commands and kinds of linux/bpf.h.
+/// Commands and types of linux/bpf.h.
 const PROG_LOAD: libc::c_int = 5;
 const PROG_ATTACH: libc::c_int = 8;
 const PROG_TYPE_CGROUP_DEVICE: u32 = 15;
 const CGROUP_DEVICE: u32 = 6;
 
-/// The first members of `union bpf_attr` for BPF_PROG_LOAD; the kernel takes the others for 0.
+/// Leading members of `union bpf_attr` for BPF_PROG_LOAD; the kernel takes the rest as 0.
 #[repr(C)]
 struct Load {
     kind: u32,
@@ -26,7 +26,7 @@ struct Load {
     log: u64,
 }
 
-/// The same for BPF_PROG_ATTACH.
+/// Members of `union bpf_attr` for BPF_PROG_ATTACH.
 #[repr(C)]
 struct Attach {
     target: u32,
@@ -35,7 +35,7 @@ struct Attach {
     flags: u32,
 }
 
-/// See the module.
+/// Loads `program` and attaches it to `cgroup`.
 pub fn attach(cgroup: &Path, program: &[Instruction]) -> io::Result<()> {
     let directory = File::open(cgroup)?;
     let load = Load {
@@ -47,15 +47,15 @@ pub fn attach(cgroup: &Path, program: &[Instruction]) -> io::Result<()> {
         log_size: 0,
         log: 0,
     };
-    // SAFETY: the attributes are live and their size is the one given; the instructions, `count` of them, and the license
-    // live until the call is over. The kernel copies and verifies them.
+    // SAFETY: the attributes are live and of the given size; the `count` instructions and the license live until the
+    // call returns. The kernel copies and verifies them.
     let loaded =
         unsafe { libc::syscall(libc::SYS_bpf, PROG_LOAD, &raw const load, size_of::<Load>()) };
     let loaded = i32::try_from(loaded).unwrap_or(-1);
     if loaded < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the kernel has just made this descriptor, and nobody else knows it.
+    // SAFETY: the kernel has just created this descriptor, and nothing else owns it.
     let loaded = unsafe { OwnedFd::from_raw_fd(loaded) };
     let attach = Attach {
         target: directory.as_raw_fd() as u32,
@@ -63,7 +63,7 @@ pub fn attach(cgroup: &Path, program: &[Instruction]) -> io::Result<()> {
         kind: CGROUP_DEVICE,
         flags: 0,
     };
-    // SAFETY: the attributes are live and their size is the one given; both descriptors are open.
+    // SAFETY: the attributes are live and of the given size; both descriptors are open.
     let attached = unsafe {
         libc::syscall(
             libc::SYS_bpf,

@@ -1,13 +1,14 @@
-//! Which device nodes a container may make and open: the spec's device rules as a BPF program of its cgroup.
+//! Compiles the device rules of a spec to a BPF program of the container's cgroup.
 //!
-//! Containers may make nodes (CAP_MKNOD is in the default set), so without this one of them could read the scratch disk
-//! with the others' files. cgroup v2 has no files for it: the kernel asks a program, put in force by [`super::bpf`]. It
-//! looks at the rules from the last to the first, and the first that speaks about all (to deny: any) of the access decides.
+//! Containers may create nodes (CAP_MKNOD is in the default set), so without this a container could read other
+//! containers' files on the scratch disk. cgroup v2 has no files for device rules; the kernel runs a program,
+//! attached by [`super::bpf`]. The program evaluates the rules from last to first; the first rule that covers the
+//! whole requested access (or, to deny, any part of it) decides.
 
-use super::CgroupError;
+use super::error::CgroupError;
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType};
 
-/// What every container has, as in runc: making any node, and using these.
+/// Rules that every container has, as in runc: mknod of any device, and the use of these.
 const DEFAULT: [(i64, Option<i64>); 9] = [
     (1, Some(3)),
     (1, Some(5)),
@@ -20,9 +21,9 @@ const DEFAULT: [(i64, Option<i64>); 9] = [
     // Pseudoterminals.
     (136, None),
 ];
-/// Rules of one container; the kernel takes programs much longer than these.
-const RULE_LIMIT: usize = 2048;
-/// Kinds and kinds of access in `struct bpf_cgroup_dev_ctx` (linux/bpf.h).
+/// Maximum number of rules of one container; the kernel accepts much longer programs.
+const MAX_RULES: usize = 2048;
+/// Device types and access bits of `struct bpf_cgroup_dev_ctx` (linux/bpf.h).
 const BLOCK: i32 = 1;
 const CHARACTER: i32 = 2;
 const MAKE: i32 = 1;
@@ -30,18 +31,18 @@ const READ: i32 = 2;
 const WRITE: i32 = 4;
 const ALL: i32 = MAKE | READ | WRITE;
 
-/// One instruction of the kernel's BPF machine, as in `struct bpf_insn`.
+/// An instruction of the kernel's BPF machine, as in `struct bpf_insn`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Instruction {
     code: u8,
-    /// Destination in the lower half, source in the upper one.
+    /// Destination in the lower half, source in the upper half.
     registers: u8,
     offset: i16,
     value: i32,
 }
 
-/// A rule with numbers for everything; `None` is any.
+/// A rule in numbers; `None` matches any.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Rule {
     allow: bool,
@@ -51,10 +52,10 @@ struct Rule {
     access: i32,
 }
 
-/// The program for a container with these rules and devices of its own; `None` where it may have everything.
+/// Compiles the program for these rules and the container's own devices; `None` if everything is allowed.
 ///
 /// # Errors
-/// A number or an access that is none.
+/// If a device number or an access is invalid.
 pub fn program(
     rules: &[LinuxDeviceCgroup],
     devices: &[LinuxDevice],
@@ -65,7 +66,7 @@ pub fn program(
     }
     let everything =
         |rule: &&Rule| (rule.kind, rule.major, rule.minor, rule.access) == (None, None, None, ALL);
-    // No word about devices is none against them.
+    // Without any rule all devices are allowed.
     if all.iter().rfind(everything).is_none_or(|last| last.allow) {
         return Ok(None);
     }
@@ -78,10 +79,10 @@ pub fn program(
         let (major, minor) = (number(device.major())?, number(device.minor())?);
         all.push(allow(kind_of(device.typ()), Some(major), Some(minor), ALL));
     }
-    if all.len() > RULE_LIMIT {
+    if all.len() > MAX_RULES {
         return Err(CgroupError::Resource {
             field: "devices".to_owned(),
-            reason: format!("more than {RULE_LIMIT} rules"),
+            reason: format!("more than {MAX_RULES} rules"),
         });
     }
     Ok(Some(assemble(&all)))
@@ -103,7 +104,7 @@ fn number(value: i64) -> Result<i32, CgroupError> {
         .filter(|value| *value >= 0)
         .ok_or_else(|| CgroupError::Resource {
             field: "devices".to_owned(),
-            reason: format!("{value} is no device number"),
+            reason: format!("{value} is not a device number"),
         })
 }
 
@@ -116,7 +117,7 @@ fn kind_of(kind: LinuxDeviceType) -> Option<i32> {
 }
 
 fn from_oci(rule: &LinuxDeviceCgroup) -> Result<Rule, CgroupError> {
-    // -1, too, is "any".
+    // -1 is also a wildcard.
     let wild = |value: Option<i64>| value.filter(|value| *value != -1).map(number).transpose();
     let mut access = 0;
     for letter in rule.access().as_deref().unwrap_or("rwm").chars() {
@@ -127,7 +128,7 @@ fn from_oci(rule: &LinuxDeviceCgroup) -> Result<Rule, CgroupError> {
             other => {
                 return Err(CgroupError::Resource {
                     field: "devices.access".to_owned(),
-                    reason: format!("{other:?} is none of r, w, m"),
+                    reason: format!("{other:?} is not one of r, w, m"),
                 });
             }
         };
@@ -150,7 +151,7 @@ const SHIFT: u8 = 0x74;
 const UNLESS_EQUAL: u8 = 0x55;
 const IF_EQUAL: u8 = 0x15;
 const EXIT: u8 = 0x95;
-/// Registers: the answer, the context, and what is read out of it.
+/// Registers: the return value, the context, and values read from it.
 const ANSWER: u8 = 0;
 const CONTEXT: u8 = 1;
 const KIND: u8 = 2;
@@ -195,7 +196,7 @@ fn assemble(rules: &[Rule]) -> Vec<Instruction> {
                 tests.push(set(IF_EQUAL, SCRATCH, 0));
             }
         }
-        // Every jump leads to behind this rule's answer.
+        // All jumps lead to the instruction after this rule's return.
         let end = tests.len() + 2;
         for (at, mut test) in tests.into_iter().enumerate() {
             if test.code == UNLESS_EQUAL || test.code == IF_EQUAL {
@@ -216,7 +217,7 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    /// What the kernel's machine answers.
+    /// Returns the result of the kernel's BPF machine.
     fn run(program: &[Instruction], kind: i32, access: i32, major: i32, minor: i32) -> bool {
         let mut registers = [0i64; 7];
         let mut at = 0;
@@ -252,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_but_the_standard_devices() {
+    fn program_without_rules_allows_standard_devices() {
         let device = oci_spec::runtime::LinuxDeviceBuilder::default()
             .path("/dev/fuse")
             .typ(LinuxDeviceType::C)
@@ -279,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn later_rules_win() {
+    fn program_later_rules_take_precedence() {
         let list = rules(json!([
             {"allow": false, "access": "rwm"},
             {"allow": true, "type": "b", "major": 8, "access": "r"},
@@ -292,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn privileged_needs_no_program() {
+    fn program_privileged_returns_none() {
         for list in [
             json!([]),
             json!([{"allow": true, "access": "rwm"}]),

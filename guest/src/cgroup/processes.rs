@@ -1,7 +1,7 @@
-//! Looks at the processes of a cgroup: how many, what they have open, and the limit on that.
+//! Inspects the processes of a cgroup: their number, open descriptors, and the limit of these.
 //!
-//! A container may have as many processes and descriptors as it likes, so the look is bounded in time and number; beyond the
-//! bound the answer is what was seen. Blocks; called through `spawn_blocking` by `Container.Stats` when asked for it.
+//! A container may have any number of processes and descriptors, so the inspection is bounded in time and number;
+//! beyond the bound the result is partial. Blocks; called through `spawn_blocking` by `Container.Stats` on request.
 
 use super::Cgroup;
 use boxlite_proto::boxlite::v1::ProcessStats;
@@ -9,15 +9,15 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// Longest look: part of the 2 s that a scrape gives a VM.
-const LOOK_LIMIT: Duration = Duration::from_millis(200);
-/// Most descriptors looked at.
-const DESCRIPTOR_LIMIT: u64 = 65_536;
+/// Maximum duration of an inspection, a part of the 2 s that a scrape allows per VM.
+const MAX_INSPECT_TIME: Duration = Duration::from_millis(200);
+/// Maximum number of descriptors inspected.
+const MAX_DESCRIPTORS: u64 = 65_536;
 
-/// What the processes of `cgroup` have; `init` is the container's own process, whose limit counts.
-pub fn look(cgroup: &Cgroup, init: i32) -> ProcessStats {
+/// Returns statistics of the processes in `cgroup`; the open-files limit is that of the process `init`.
+pub fn inspect(cgroup: &Cgroup, init: i32) -> ProcessStats {
     let processes = cgroup.processes();
-    let deadline = Instant::now() + LOOK_LIMIT;
+    let deadline = Instant::now() + MAX_INSPECT_TIME;
     let mut stats = ProcessStats {
         processes: processes.len() as u64,
         max_open_files: max_open_files(init),
@@ -32,10 +32,10 @@ pub fn look(cgroup: &Cgroup, init: i32) -> ProcessStats {
     stats
 }
 
-/// Adds the entries of one `fd` directory; false where the bound is reached. A process that ended meanwhile has none.
+/// Counts the entries of one `fd` directory; false if the bound is reached. A process that has ended has none.
 fn count(directory: &Path, deadline: Instant, stats: &mut ProcessStats) -> bool {
     for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
-        if stats.file_descriptors >= DESCRIPTOR_LIMIT || Instant::now() >= deadline {
+        if stats.file_descriptors >= MAX_DESCRIPTORS || Instant::now() >= deadline {
             return false;
         }
         stats.file_descriptors += 1;
@@ -54,7 +54,7 @@ fn max_open_files(pid: i32) -> u64 {
         .unwrap_or(0)
 }
 
-/// The soft limit in `Max open files   1024   4096   files`; `None` where it is `unlimited`.
+/// Parses the soft limit of `Max open files   1024   4096   files`; `None` if it is `unlimited`.
 fn soft_open_files(limits: &str) -> Option<u64> {
     let line = limits
         .lines()
@@ -67,7 +67,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn descriptors_and_sockets_of_this_process() {
+    fn count_counts_descriptors_and_sockets() {
         let (_one, _other) = std::os::unix::net::UnixStream::pair().unwrap();
         let mut stats = ProcessStats::default();
         let deadline = Instant::now() + Duration::from_secs(5);
@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn the_limit_of_open_files() {
+    fn soft_open_files_parses_the_limit() {
         let text = "Limit  Soft Limit  Hard Limit  Units\nMax open files            1024                 4096                 files     \n";
         assert_eq!(soft_open_files(text), Some(1024));
         assert_eq!(

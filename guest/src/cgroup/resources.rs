@@ -1,38 +1,39 @@
-//! OCI `LinuxResources` (cgroup v1 words) → cgroup v2 files, with the conversions runc uses.
+//! Converts OCI `LinuxResources` (in cgroup v1 terms) to cgroup v2 files, as runc does.
 //!
-//! Devices are not handled: in the VM a container has the device nodes it was given and no CAP_MKNOD unless asked for.
+//! Devices are handled in [`super::devices`].
 
-use super::{Cgroup, CgroupError};
+use super::Cgroup;
+use super::error::CgroupError;
 use oci_spec::runtime::LinuxResources;
 
-/// One file and what to write into it.
+/// A file and the value to write.
 pub type Setting = (String, String);
 
-/// Period the kernel assumes where the spec gives none, in µs.
-const DEFAULT_PERIOD: u64 = 100_000;
-/// Largest number of settings a spec may ask for, `unified` included.
-const SETTINGS_LIMIT: usize = 256;
+/// The kernel's default CPU period, in µs.
+const DEFAULT_PERIOD_US: u64 = 100_000;
+/// Maximum number of settings of a spec, including `unified`.
+const MAX_SETTINGS: usize = 256;
 
 /// Applies `resources` to a container's cgroup.
 ///
 /// # Errors
-/// The first setting that makes no sense or that the kernel refuses, by its file. Those before it stay applied.
+/// If a setting is invalid or rejected by the kernel; the error names its file. Earlier settings remain applied.
 pub fn apply(cgroup: &Cgroup, resources: &LinuxResources) -> Result<(), CgroupError> {
     for (file, value) in settings(resources)? {
-        if cgroup.path().join(&file).exists() || !kept_anyway(&file, &value) {
+        if cgroup.path().join(&file).exists() || !holds_without_file(&file, &value) {
             cgroup.write(&file, &value)?;
         }
     }
     Ok(())
 }
 
-/// Whether a kernel that has no such file keeps this limit all the same: one without swap keeps any limit of it, one without
-/// huge pages the kubelet's "none of this size".
-fn kept_anyway(file: &str, value: &str) -> bool {
+/// Returns whether a limit holds even if the kernel lacks its file: without swap any limit of it does, and without
+/// huge pages the kubelet's limit of zero.
+fn holds_without_file(file: &str, value: &str) -> bool {
     file == "memory.swap.max" || (file.starts_with("hugetlb.") && value == "0")
 }
 
-/// The files to write, in order.
+/// Returns the files to write, in order.
 pub fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, CgroupError> {
     let mut list = Vec::new();
     cpu_settings(resources, &mut list)?;
@@ -49,16 +50,16 @@ pub fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, CgroupError>
             huge.limit().to_string(),
         ));
     }
-    // Written last: what the spec says in v2 words overrides what was converted.
+    // Written last, so that explicit v2 settings override converted ones.
     let mut unified: Vec<_> = resources.unified().iter().flatten().collect();
     unified.sort();
     for (file, value) in unified {
         list.push((plain_name("unified", file)?.to_owned(), value.clone()));
     }
-    if list.len() > SETTINGS_LIMIT {
+    if list.len() > MAX_SETTINGS {
         return Err(refused(
             "unified",
-            format!("more than {SETTINGS_LIMIT} settings"),
+            format!("more than {MAX_SETTINGS} settings"),
         ));
     }
     Ok(list)
@@ -86,7 +87,7 @@ fn cpu_settings(resources: &LinuxResources, list: &mut Vec<Setting>) -> Result<(
         };
         list.push((
             "cpu.max".to_owned(),
-            format!("{quota} {}", period.unwrap_or(DEFAULT_PERIOD)),
+            format!("{quota} {}", period.unwrap_or(DEFAULT_PERIOD_US)),
         ));
     }
     if let Some(burst) = cpu.burst() {
@@ -119,15 +120,15 @@ fn memory_settings(resources: &LinuxResources, list: &mut Vec<Setting>) -> Resul
     Ok(())
 }
 
-/// v1's `memsw` counts memory and swap together, v2's `memory.swap.max` swap alone.
+/// Returns v2's `memory.swap.max`, which counts swap alone, from v1's `memsw`, which counts memory and swap together.
 fn swap_max(hard: Option<i64>, swap: i64) -> Result<Option<String>, CgroupError> {
     match (hard, swap) {
         (_, swap) if swap < 0 => Ok(Some("max".to_owned())),
-        // Memory unlimited and swap not: runc refuses to guess.
-        (None, _) => Err(refused("memory.swap", "needs memory.limit beside it")),
+        // A swap limit without a memory limit is rejected, as in runc.
+        (None, _) => Err(refused("memory.swap", "requires memory.limit")),
         (Some(hard), _) if hard < 0 => Err(refused(
             "memory.swap",
-            "needs a memory.limit that is not unlimited",
+            "requires a memory.limit that is not unlimited",
         )),
         (Some(hard), swap) if swap < hard => Err(refused(
             "memory.swap",
@@ -137,8 +138,8 @@ fn swap_max(hard: Option<i64>, swap: i64) -> Result<Option<String>, CgroupError>
     }
 }
 
-/// The kernel's own mapping of [2, 262144] to [1, 10000], as the OCI runtimes do it since 2025: quadratic in the
-/// logarithm, so that the defaults 1024 and 100 meet.
+/// Maps [2, 262144] to [1, 10000] as OCI runtimes do since 2025: quadratic in the logarithm, so that the defaults
+/// 1024 and 100 correspond.
 fn weight_of_shares(shares: u64) -> u64 {
     if shares <= 2 {
         return 1;
@@ -151,7 +152,7 @@ fn weight_of_shares(shares: u64) -> u64 {
     (10f64.powf(exponent).ceil() as u64).clamp(1, 10_000)
 }
 
-/// A limit where anything negative means none.
+/// Formats a limit; negative values mean no limit.
 fn limit(value: i64) -> String {
     if value < 0 {
         "max".to_owned()
@@ -160,14 +161,14 @@ fn limit(value: i64) -> String {
     }
 }
 
-/// A cgroup file's name: no path.
+/// Checks that a cgroup file's name is not a path.
 fn plain_name<'a>(field: &str, name: &'a str) -> Result<&'a str, CgroupError> {
     let plain = !name.is_empty()
         && name
             .bytes()
             .all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte));
     if !plain || name.contains("..") || name.starts_with("cgroup.") {
-        return Err(refused(field, format!("{name:?} is no resource file")));
+        return Err(refused(field, format!("{name:?} is not a resource file")));
     }
     Ok(name)
 }
@@ -198,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn cpu_quota_and_period() {
+    fn settings_convert_cpu_quota_and_period() {
         assert_eq!(
             converted(r#"{"cpu":{"quota":50000,"period":100000}}"#),
             [pair("cpu.max", "50000 100000")]
@@ -218,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn shares_meet_the_defaults_and_the_ends() {
+    fn weight_of_shares_maps_defaults_and_bounds() {
         assert_eq!(weight_of_shares(0), 1);
         assert_eq!(weight_of_shares(2), 1);
         assert_eq!(weight_of_shares(1024), 100);
@@ -233,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kernel_without_swap_or_huge_pages_keeps_their_limits() {
+    fn apply_accepts_limits_of_missing_swap_and_hugetlb() {
         let dir = tempfile::tempdir().unwrap();
         let cgroup = Cgroup {
             path: dir.path().to_owned(),
@@ -249,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn swap_counts_without_memory() {
+    fn settings_convert_swap_without_memory() {
         assert_eq!(
             converted(r#"{"memory":{"limit":100,"swap":150}}"#),
             [pair("memory.swap.max", "50"), pair("memory.max", "100")]
@@ -263,12 +264,13 @@ mod tests {
     }
 
     #[test]
-    fn unified_comes_last_and_is_no_path() {
+    fn settings_unified_is_last_and_not_a_path() {
         let list = converted(r#"{"pids":{"limit":7},"unified":{"memory.oom.group":"1"}}"#);
         assert_eq!(list, [pair("pids.max", "7"), pair("memory.oom.group", "1")]);
         for file in ["../pids.max", "a/b", "cgroup.procs", ""] {
             assert!(
-                refusal(&format!(r#"{{"unified":{{"{file}":"1"}}}}"#)).contains("no resource file"),
+                refusal(&format!(r#"{{"unified":{{"{file}":"1"}}}}"#))
+                    .contains("not a resource file"),
                 "{file}"
             );
         }

@@ -1,15 +1,15 @@
-//! Reads a cgroup's figures into the wire's [`CgroupStats`]; the names are the kernel's
-//! (Documentation/admin-guide/cgroup-v2.rst). A file that isn't there leaves its fields 0.
+//! Reads a cgroup's statistics into [`CgroupStats`]; names are those of Documentation/admin-guide/cgroup-v2.rst.
+//! Fields of missing files are 0.
 
 use super::Cgroup;
 use boxlite_proto::boxlite::v1::{BlkioStats, CgroupStats, HugetlbStats, Pressure, PressureLine};
 use std::collections::HashMap;
 use std::path::Path;
 
-/// Where block devices are found by number.
+/// Directory of block devices by number.
 const DEVICES: &str = "/sys/dev/block";
 
-/// Everything the wire carries about one cgroup.
+/// Reads all statistics of one cgroup.
 pub fn read(cgroup: &Cgroup) -> CgroupStats {
     let cpu = keyed(cgroup, "cpu.stat");
     let events = keyed(cgroup, "memory.events");
@@ -44,12 +44,12 @@ pub fn read(cgroup: &Cgroup) -> CgroupStats {
     }
 }
 
-/// A pressure file; `None` where the kernel has no PSI.
+/// Reads a pressure file; `None` if the kernel has no PSI.
 fn pressure(cgroup: &Cgroup, file: &str) -> Option<Pressure> {
     cgroup.read(file).map(|text| parse_pressure(&text))
 }
 
-/// `some avg10=0.00 avg60=0.00 avg300=0.00 total=0`, and `full …` where the kernel has it.
+/// Parses `some avg10=0.00 avg60=0.00 avg300=0.00 total=0`, and `full …` if present.
 fn parse_pressure(text: &str) -> Pressure {
     let mut pressure = Pressure::default();
     for line in text.lines() {
@@ -74,7 +74,7 @@ fn parse_pressure(text: &str) -> Pressure {
     pressure
 }
 
-/// One entry per page size that the kernel accounts. cgroup v2 keeps no peak of it.
+/// Returns one entry per page size. cgroup v2 does not record a peak.
 fn hugetlb(cgroup: &Cgroup) -> Vec<HugetlbStats> {
     let entries = std::fs::read_dir(cgroup.path()).into_iter().flatten();
     let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
@@ -89,25 +89,25 @@ fn hugetlb(cgroup: &Cgroup) -> Vec<HugetlbStats> {
         .collect()
 }
 
-/// `2MB` of `hugetlb.2MB.current`.
+/// Extracts `2MB` from `hugetlb.2MB.current`.
 fn hugetlb_page_size(file: &str) -> Option<&str> {
     let size = file.strip_prefix("hugetlb.")?.strip_suffix(".current")?;
     (!size.contains('.')).then_some(size)
 }
 
-/// How often the kernel killed a process of this cgroup (or below) for memory.
+/// Returns how many processes of this cgroup and its descendants the kernel has OOM-killed.
 pub fn oom_kills(cgroup: &Cgroup) -> u64 {
     cgroup
         .read("memory.events")
         .map_or(0, |text| oom_kills_in(&text))
 }
 
-/// The same out of the text of `memory.events`.
+/// Parses the number of OOM kills from `memory.events`.
 pub fn oom_kills_in(text: &str) -> u64 {
     parse_keyed(text).get("oom_kill").copied().unwrap_or(0)
 }
 
-/// A file of one number; `max` reads as the largest one.
+/// Reads a file with a single number; `max` reads as the largest.
 fn single(cgroup: &Cgroup, file: &str) -> u64 {
     match cgroup.read(file).as_deref().map(str::trim) {
         Some("max") => u64::MAX,
@@ -116,7 +116,7 @@ fn single(cgroup: &Cgroup, file: &str) -> u64 {
     }
 }
 
-/// A "flat keyed" file: one `name number` per line.
+/// Reads a "flat keyed" file: one `name number` per line.
 fn keyed(cgroup: &Cgroup, file: &str) -> HashMap<String, u64> {
     cgroup
         .read(file)
@@ -133,7 +133,7 @@ fn parse_keyed(text: &str) -> HashMap<String, u64> {
         .collect()
 }
 
-/// `io.stat`: `major:minor rbytes=… wbytes=… rios=… wios=… …` per line.
+/// Parses `io.stat`: `major:minor rbytes=… wbytes=… rios=… wios=… …` per line.
 fn parse_io(text: &str) -> Vec<BlkioStats> {
     text.lines().filter_map(parse_io_line).collect()
 }
@@ -160,7 +160,7 @@ fn parse_io_line(line: &str) -> Option<BlkioStats> {
     Some(stats)
 }
 
-/// `/dev/vdb`, from the link of its number; empty where there is none.
+/// Returns `/dev/vdb` from the link of its number, or an empty string if it does not exist.
 fn device_name(link: &Path) -> String {
     std::fs::read_link(link)
         .ok()
@@ -173,7 +173,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pressure_lines() {
+    fn parse_pressure_reads_some_and_full() {
         let text = "some avg10=1.50 avg60=0.10 avg300=0.00 total=77\nfull avg10=x total=5\n";
         let parsed = parse_pressure(text);
         let some = parsed.some.unwrap();
@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn page_sizes_of_files() {
+    fn hugetlb_page_size_parses_file_names() {
         assert_eq!(hugetlb_page_size("hugetlb.2MB.current"), Some("2MB"));
         for file in [
             "hugetlb.2MB.rsvd.current",
@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn io_lines_are_read_and_unknown_keys_skipped() {
+    fn parse_io_skips_unknown_keys() {
         let text =
             "254:0 rbytes=4096 wbytes=8192 rios=1 wios=2 dbytes=0 dios=0\n254:16\nnonsense\n";
         let parsed = parse_io(text);
@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn keyed_lines_are_read_and_broken_ones_skipped() {
+    fn parse_keyed_skips_broken_lines() {
         let parsed = parse_keyed("usage_usec 12\nbroken\nuser_usec x\nsystem_usec 3\n");
         assert_eq!(parsed.len(), 2);
         assert_eq!(parsed["usage_usec"], 12);

@@ -1,9 +1,10 @@
-//! Device nodes of a container beyond the standard ones: all of the VM's for a privileged one, else those it asked for.
+//! Device nodes of a container beyond the standard ones: all of the VM's if it is privileged, else the requested
+//! ones.
 //!
-//! What the VM has stands in its own /dev (devtmpfs). Making the nodes is libcontainer's: with mknod, or in a user
-//! namespace by binding them.
+//! The VM's devices are found in its /dev (devtmpfs). libcontainer creates the nodes: with mknod, or by bind mounts
+//! in a user namespace.
 
-use super::ContainerError;
+use super::error::ContainerError;
 use boxlite_proto::names::{DEVICES_ANNOTATION, PRIVILEGED_ANNOTATION};
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceBuilder, LinuxDeviceType, Spec};
 use serde::Deserialize;
@@ -12,66 +13,73 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
 
-/// Where the VM's devices are.
+/// Directory of the VM's devices.
 const DEV: &str = "/dev";
-/// What of it a container has of its own.
+/// Entries of [`DEV`] that every container has its own of.
 const OWN: [&str; 7] = ["boxlite", "console", "fd", "mqueue", "ptmx", "pts", "shm"];
-/// How deep directories are looked into (/dev/disk/by-id is two), and how many devices a container may have.
-const DEPTH: u32 = 3;
-const DEVICE_LIMIT: usize = 1024;
+/// Maximum depth of directories searched for devices (/dev/disk/by-id has two levels), and maximum number of devices
+/// of a container.
+const MAX_DEPTH: u32 = 3;
+const MAX_DEVICES: usize = 1024;
 
 /// One entry of the annotation.
 #[derive(Debug, Deserialize)]
-struct Wish {
-    /// In the VM.
+struct DeviceRequest {
+    /// Path in the VM.
     source: PathBuf,
-    /// In the container.
+    /// Path in the container.
     path: PathBuf,
-    /// Made of r, w and m. A container that may open a device may do all of these with it.
+    /// Any of r, w and m. Not evaluated: a container that may open a device has all three permissions.
     #[serde(rename = "permissions")]
     _permissions: String,
 }
 
-/// The devices of a spec. `mapped`: it is for a user namespace.
+/// Returns the devices of a spec. `mapped` is true if the container is in a user namespace.
 pub fn of(spec: &Spec, mapped: bool) -> Result<Vec<LinuxDevice>, ContainerError> {
     let annotation = |name: &str| spec.annotations().as_ref().and_then(|all| all.get(name));
     let mut devices = Vec::new();
     if annotation(PRIVILEGED_ANNOTATION).is_some_and(|value| value == "true") {
         walk(Path::new(DEV), 0, &mut devices)
-            .map_err(ContainerError::step("list the VM's devices"))?;
+            .map_err(ContainerError::step("failed to list the VM's devices"))?;
     }
-    let wishes: Vec<Wish> = match annotation(DEVICES_ANNOTATION) {
+    let requests: Vec<DeviceRequest> = match annotation(DEVICES_ANNOTATION) {
         Some(text) => serde_json::from_str(text).map_err(|error| invalid(error.to_string()))?,
         None => Vec::new(),
     };
-    for wish in wishes {
-        for path in [&wish.source, &wish.path] {
+    for request in requests {
+        for path in [&request.source, &request.path] {
             below_dev(path)?;
         }
-        if mapped && wish.source != wish.path {
+        if mapped && request.source != request.path {
             return Err(invalid(format!(
-                "{} as {}: in a user namespace a device keeps its name",
-                wish.source.display(),
-                wish.path.display()
+                "invalid path {:?} of device {:?}: a device keeps its name in a user namespace",
+                request.source.display(),
+                request.path.display()
             )));
         }
-        let device = node(&wish.source, &wish.path)
-            .map_err(|error| invalid(format!("the VM has no device {:?}: {error}", wish.source)))?
-            .ok_or_else(|| invalid(format!("{:?} of the VM is no device", wish.source)))?;
-        // The host's come by number; by name it would be one of the VM's own: its scratch disk, say.
+        let device = node(&request.source, &request.path)
+            .map_err(|error| {
+                invalid(format!(
+                    "device {:?} not found in the VM: {error}",
+                    request.source
+                ))
+            })?
+            .ok_or_else(|| invalid(format!("{:?} in the VM is not a device", request.source)))?;
+        // Block devices of the host are requested by number; a name would select one of the VM's, such as its scratch
+        // disk.
         if device.typ() == LinuxDeviceType::B {
             return Err(invalid(format!(
-                "the host has no block device {:?}, and the VM's own are no volumes",
-                wish.source
+                "block device {:?} not found on the host, and block devices of the VM cannot be used as volumes",
+                request.source
             )));
         }
         devices.retain(|present| present.path() != device.path());
         devices.push(device);
     }
-    if devices.len() > DEVICE_LIMIT {
+    if devices.len() > MAX_DEVICES {
         return Err(ContainerError::Limit {
             what: "devices of a container",
-            limit: DEVICE_LIMIT,
+            limit: MAX_DEVICES,
         });
     }
     Ok(devices)
@@ -95,13 +103,13 @@ fn below_dev(path: &Path) -> Result<(), ContainerError> {
         Ok(())
     } else {
         Err(invalid(format!(
-            "{} is no path below {DEV}",
+            "{} is not a path below {DEV}",
             path.display()
         )))
     }
 }
 
-/// Adds every device below `directory`.
+/// Collects all devices below `directory`.
 fn walk(directory: &Path, depth: u32, devices: &mut Vec<LinuxDevice>) -> io::Result<()> {
     for entry in fs::read_dir(directory)? {
         let entry = entry?;
@@ -110,9 +118,9 @@ fn walk(directory: &Path, depth: u32, devices: &mut Vec<LinuxDevice>) -> io::Res
             continue;
         }
         let path = entry.path();
-        if entry.file_type()?.is_dir() && depth < DEPTH {
+        if entry.file_type()?.is_dir() && depth < MAX_DEPTH {
             walk(&path, depth + 1, devices)?;
-        } else if devices.len() <= DEVICE_LIMIT
+        } else if devices.len() <= MAX_DEVICES
             && let Some(device) = node(&path, &path)?
         {
             devices.push(device);
@@ -121,7 +129,7 @@ fn walk(directory: &Path, depth: u32, devices: &mut Vec<LinuxDevice>) -> io::Res
     Ok(())
 }
 
-/// The device at `source`, to be at `path`; `None` where it is none. Follows no link.
+/// Returns the device at `source` with the path `path`, or `None` if it is not a device. Does not follow symlinks.
 fn node(source: &Path, path: &Path) -> io::Result<Option<LinuxDevice>> {
     let metadata = fs::symlink_metadata(source)?;
     let kind = match metadata.file_type() {
@@ -153,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn a_privileged_container_has_all_but_its_own() {
+    fn devices_privileged_returns_all_but_standard_ones() {
         let all = of(&spec(PRIVILEGED_ANNOTATION, "true"), false).unwrap();
         let null = all
             .iter()
@@ -171,22 +179,22 @@ mod tests {
     }
 
     #[test]
-    fn devices_by_name() {
-        let wish = |source: &str, path: &str| {
+    fn devices_by_name_returns_requested_or_rejects() {
+        let request = |source: &str, path: &str| {
             let text = json!([{"source": source, "path": path, "permissions": "rw"}]).to_string();
             spec(DEVICES_ANNOTATION, &text)
         };
-        let zero = of(&wish("/dev/zero", "/dev/nothing"), false).unwrap();
+        let zero = of(&request("/dev/zero", "/dev/nothing"), false).unwrap();
         assert_eq!(zero[0].path(), Path::new("/dev/nothing"));
         assert_eq!(zero[0].minor(), 5);
         for (source, path, word) in [
-            ("/dev/no-such", "/dev/x", "the VM has no device"),
-            ("/etc/passwd", "/dev/x", "no path below /dev"),
-            ("/dev/../etc/passwd", "/dev/x", "no path below /dev"),
-            ("/dev/zero", "/etc/x", "no path below /dev"),
-            ("/dev", "/dev/x", "no path below /dev"),
+            ("/dev/no-such", "/dev/x", "not found in the VM"),
+            ("/etc/passwd", "/dev/x", "not a path below /dev"),
+            ("/dev/../etc/passwd", "/dev/x", "not a path below /dev"),
+            ("/dev/zero", "/etc/x", "not a path below /dev"),
+            ("/dev", "/dev/x", "not a path below /dev"),
         ] {
-            let error = of(&wish(source, path), false).unwrap_err().to_string();
+            let error = of(&request(source, path), false).unwrap_err().to_string();
             assert!(
                 error.contains(word) && error.contains("config.devices"),
                 "{error}"
@@ -197,9 +205,9 @@ mod tests {
             kind.is_ok_and(|kind| kind.is_block_device())
         });
         let disk = disk.expect("a machine has a disk").path();
-        let error = of(&wish(disk.to_str().unwrap(), "/dev/block"), false).unwrap_err();
+        let error = of(&request(disk.to_str().unwrap(), "/dev/block"), false).unwrap_err();
         assert!(error.to_string().contains("block device"), "{error}");
-        assert!(of(&wish("/dev/zero", "/dev/other"), true).is_err());
-        assert!(of(&wish("/dev/zero", "/dev/zero"), true).is_ok());
+        assert!(of(&request("/dev/zero", "/dev/other"), true).is_err());
+        assert!(of(&request("/dev/zero", "/dev/zero"), true).is_ok());
     }
 }

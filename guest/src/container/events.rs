@@ -1,4 +1,4 @@
-//! What happened to containers, as a bounded log with sequence numbers that readers follow.
+//! [`Events`]: bounded log of container events with sequence numbers, followed by readers.
 
 use crate::system::unix_time_ns;
 use boxlite_proto::boxlite::v1::{ContainerEvent, container_event::Event};
@@ -7,9 +7,9 @@ use std::collections::VecDeque;
 use std::sync::MutexGuard;
 use tokio::sync::Notify;
 
-/// Events kept. A reader that is further behind misses some and sees so by the gap in the numbers; state and exits can
-/// always be listed.
-const KEPT: usize = 1024;
+/// Maximum number of events kept. A reader that falls further behind sees a gap in the sequence numbers; states and
+/// exits can still be listed.
+const MAX_EVENTS: usize = 1024;
 
 #[derive(Debug, Default)]
 struct Log {
@@ -17,7 +17,7 @@ struct Log {
     last: u64,
 }
 
-/// The log.
+/// Log of container events.
 #[derive(Debug, Default)]
 pub struct Events {
     log: Mutex<Log>,
@@ -25,11 +25,11 @@ pub struct Events {
 }
 
 impl Events {
-    /// Adds an event. `exec_id` is empty for the container itself.
+    /// Adds an event. `exec_id` is empty for the container's init process.
     pub fn add(&self, container_id: &str, exec_id: &str, event: Event) {
         let mut log = self.lock();
         log.last += 1;
-        if log.kept.len() >= KEPT {
+        if log.kept.len() >= MAX_EVENTS {
             log.kept.pop_front();
         }
         let event = ContainerEvent {
@@ -44,7 +44,7 @@ impl Events {
         self.added.notify_waiters();
     }
 
-    /// The first event kept whose number is at least `from`, waiting for it. Safe to drop.
+    /// Returns the first kept event with a sequence number of at least `from`, waiting for it if needed. Cancel-safe.
     pub async fn next(&self, from: u64) -> ContainerEvent {
         loop {
             let added = self.added.notified();
@@ -68,14 +68,14 @@ mod tests {
     use boxlite_proto::boxlite::v1::Exit;
 
     #[tokio::test]
-    async fn readers_continue_by_number_and_old_events_go() {
+    async fn next_resumes_by_number_and_skips_dropped_events() {
         let events = Events::default();
-        for _ in 0..KEPT + 10 {
+        for _ in 0..MAX_EVENTS + 10 {
             events.add("c", "", Event::Exit(Exit::default()));
         }
         assert_eq!(events.next(0).await.sequence, 11);
         assert_eq!(events.next(500).await.sequence, 500);
-        let last = (KEPT + 10) as u64;
+        let last = (MAX_EVENTS + 10) as u64;
         let waiting = events.next(last + 1);
         tokio::pin!(waiting);
         assert!(futures::poll!(&mut waiting).is_pending());

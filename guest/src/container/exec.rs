@@ -1,63 +1,30 @@
-//! Further processes in a container.
+//! Exec'd processes of a container.
 
-use super::create::{receive, until_exec};
-use super::pod::Pod;
-use super::{Container, ContainerError, spec};
-use crate::agent::Agent;
+use super::context::PodContext;
+use super::error::ContainerError;
+use super::execs::Slot;
+use super::launcher::{Launcher, blocking, until_exec};
+use super::{Container, spec};
 use crate::boot::reaper::RawExit;
 use crate::cgroup;
 use crate::execution::stdio::{Pipes, terminal_ends};
 use crate::execution::{Process, supervise};
-use crate::spawner::wire::{Confinement, ExecRequest as Plan, ProcessPlan, Request, UserPlan};
+use crate::spawner::wire::{ExecRequest as Plan, ProcessPlan, Request};
 use boxlite_proto::boxlite::v1::{ContainerState, ExecRequest, Exit, container_event::Event};
-use boxlite_sys::sync::Mutex;
 use futures::FutureExt;
-use futures::future::{BoxFuture, Shared};
-use std::collections::HashMap;
+use futures::future::Shared;
 use std::io;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, MutexGuard};
+use std::sync::Arc;
 
-/// Execs of a container that are not deleted yet, ended or not.
-const EXEC_LIMIT: usize = 512;
+/// Maximum number of execs of a container, running or ended, that have not been deleted.
+const MAX_EXECS: usize = 512;
 
-/// A process being made, or made; every caller with its id gets the same.
-type Slot = Shared<BoxFuture<'static, Result<Arc<Process>, Arc<ContainerError>>>>;
-
-/// The execs of a container, by id.
-#[derive(Debug, Default)]
-pub struct Execs {
-    slots: Mutex<HashMap<String, Slot>>,
-    /// Numbers the cgroups.
-    next: AtomicU64,
-}
-
-impl Execs {
-    /// The process with that id, waiting while it is being made.
-    pub async fn get(&self, id: &str) -> Result<Arc<Process>, ContainerError> {
-        let slot = self.lock().get(id).cloned();
-        match slot {
-            Some(slot) => Ok(slot.await?),
-            None => Err(ContainerError::NotFound {
-                what: "exec",
-                id: id.to_owned(),
-            }),
-        }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
-        self.slots.lock()
-    }
-}
-
-/// Starts the process of the request, or answers the one with its id.
+/// Starts the process of the request, or returns the one with its id.
 ///
-/// Dropping the future leaves the process being made; a repeated call gets it.
+/// If the future is dropped, the process is still created; a repeated call returns it.
 pub async fn exec(
-    agent: &Arc<Agent>,
-    pod: &Arc<Pod>,
+    context: &Arc<PodContext>,
     container: &Arc<Container>,
     request: ExecRequest,
 ) -> Result<Arc<Process>, ContainerError> {
@@ -65,21 +32,21 @@ pub async fn exec(
     if id.is_empty() {
         return Err(ContainerError::Invalid {
             field: "exec_id",
-            reason: "is missing".to_owned(),
+            reason: "missing".to_owned(),
         });
     }
     let slot = {
         let mut slots = container.execs.lock();
         match slots.get(&id) {
             Some(slot) => slot.clone(),
-            None if slots.len() >= EXEC_LIMIT => {
+            None if slots.len() >= MAX_EXECS => {
                 return Err(ContainerError::Limit {
-                    what: "execs of one container",
-                    limit: EXEC_LIMIT,
+                    what: "execs of a container",
+                    limit: MAX_EXECS,
                 });
             }
             None => {
-                let slot = begin(agent, pod, container, request);
+                let slot = begin(context, container, request);
                 slots.insert(id.clone(), slot.clone());
                 slot
             }
@@ -88,7 +55,7 @@ pub async fn exec(
     match slot.await {
         Ok(process) => Ok(process),
         Err(error) => {
-            // A failed one is forgotten, so that it can be tried again.
+            // A failed exec is forgotten, so that it can be retried.
             let mut slots = container.execs.lock();
             if slots
                 .get(&id)
@@ -102,40 +69,30 @@ pub async fn exec(
     }
 }
 
-fn begin(
-    agent: &Arc<Agent>,
-    pod: &Arc<Pod>,
-    container: &Arc<Container>,
-    request: ExecRequest,
-) -> Slot {
+fn begin(context: &Arc<PodContext>, container: &Arc<Container>, request: ExecRequest) -> Slot {
     let task = {
-        let (agent, pod, container) = (Arc::clone(agent), Arc::clone(pod), Arc::clone(container));
-        async move {
-            make(&agent, &pod, &container, request)
-                .await
-                .map_err(Arc::new)
-        }
+        let (context, container) = (Arc::clone(context), Arc::clone(container));
+        async move { make(&context, &container, request).await.map_err(Arc::new) }
     };
-    let task = agent.tasks.spawn(task);
+    let task = context.launcher.tasks.spawn(task);
     let slot = async move {
         match task.await {
             Ok(result) => result,
             Err(error) => Err(Arc::new(ContainerError::Step {
-                step: "exec",
+                step: "exec task panicked",
                 source: io::Error::other(error),
             })),
         }
     }
     .boxed()
     .shared();
-    // Somebody must take the result even when all callers have gone.
-    agent.tasks.spawn(slot.clone().map(drop));
+    // The result must be awaited even if all callers have left.
+    context.launcher.tasks.spawn(slot.clone().map(drop));
     slot
 }
 
 async fn make(
-    agent: &Arc<Agent>,
-    pod: &Arc<Pod>,
+    context: &Arc<PodContext>,
     container: &Arc<Container>,
     request: ExecRequest,
 ) -> Result<Arc<Process>, ContainerError> {
@@ -143,30 +100,33 @@ async fn make(
         return Err(container.wrong_state("exec"));
     }
     let plan = spec::exec_plan(&request.process_json, request.terminal, &container.base)?;
-    let number = container.execs.next.fetch_add(1, Ordering::Relaxed);
+    let number = container.execs.next_number();
     let cgroup = container.cgroup.child(&format!("x{number}"));
     cgroup.create()?;
-    let result = launch(agent, container, &request, plan, &cgroup).await;
+    let result = launch(&context.launcher, container, &request, plan, &cgroup).await;
     let (process, sources, exit) = match result {
         Ok(launched) => launched,
         Err(error) => {
             let cgroup = cgroup.clone();
-            let _ = super::create::blocking(move || Ok(cgroup.remove()?)).await;
+            let _ = blocking(move || Ok(cgroup.remove()?)).await;
             return Err(error);
         }
     };
     let following = supervise(Arc::clone(&process), sources, exit, {
-        let (container, pod, process) =
-            (Arc::clone(container), Arc::clone(pod), Arc::clone(&process));
+        let (container, context, process) = (
+            Arc::clone(container),
+            Arc::clone(context),
+            Arc::clone(&process),
+        );
         async move |exit| {
             if let Some(watch) = &container.watch {
-                // What the command mounted is on the host when its end is told.
-                watch.settle().await;
+                // The exit is reported once the host has mirrored the mounts of the command.
+                watch.sync_and_wait().await;
             }
-            ended(&container, &pod, &request.exec_id, &process, exit);
+            ended(&container, &context, &request.exec_id, &process, exit);
         }
     });
-    agent.tasks.spawn(following);
+    context.launcher.tasks.spawn(following);
     Ok(process)
 }
 
@@ -179,15 +139,15 @@ type Launched = (
     tokio::sync::oneshot::Receiver<RawExit>,
 );
 
-/// Makes the process and lets it run its program.
+/// Creates the process and lets it execute its program.
 async fn launch(
-    agent: &Arc<Agent>,
+    launcher: &Launcher,
     container: &Container,
     request: &ExecRequest,
     plan: ProcessPlan,
     cgroup: &cgroup::Cgroup,
 ) -> Result<Launched, ContainerError> {
-    let failed = || ContainerError::step("standard input and output");
+    let failed = || ContainerError::step("failed to set up standard streams");
     let uid = plan.user.uid;
     let body = Plan {
         cgroup_procs: cgroup.path().join("cgroup.procs"),
@@ -201,21 +161,21 @@ async fn launch(
         Some(Pipes::new(request.stdin).map_err(failed())?)
     };
     if let (Some(pipes), Some(namespace)) = (&pipes, &container.user_namespace) {
-        // The process cannot take what a user from outside of its namespace owns.
+        // The process cannot open pipes owned by a user that its namespace does not map.
         pipes.give_to(namespace.outside(uid));
     }
     let mut descriptors = vec![container.pidfd.as_fd()];
     if let Some(pipes) = &pipes {
         descriptors.extend(pipes.process_ends());
     }
-    let reply = agent.spawner.request(&body, &descriptors)?;
-    let (pid, exit, _) = receive(agent, &reply).await?;
+    let reply = launcher.spawner.request(&body, &descriptors)?;
+    let (pid, exit, _) = launcher.receive(&reply).await?;
     reply.release()?;
     let console = until_exec(&reply).await?;
     let ends = match (pipes, console) {
         (Some(pipes), _) => pipes.into_agent_ends(true),
         (None, Some(master)) => terminal_ends(master, request.stdin, true),
-        (None, None) => Err(io::Error::other("no terminal was handed over")),
+        (None, None) => Err(io::Error::other("the process sent no terminal")),
     };
     let ends = match ends {
         Ok(ends) => ends,
@@ -228,11 +188,11 @@ async fn launch(
     Ok((process, ends.sources, exit))
 }
 
-/// The process ended; what it left behind lives on, as a daemon started by an exec would.
-fn ended(container: &Container, pod: &Pod, id: &str, process: &Process, exit: RawExit) {
+/// Publishes the exit of the process. Its children keep running, as a daemon started by an exec would.
+fn ended(container: &Container, context: &PodContext, id: &str, process: &Process, exit: RawExit) {
     let kills = cgroup::stats::oom_kills(&container.cgroup);
-    container.tell_oom(pod, kills);
-    // Only the container as a whole counts OOM kills, so a SIGKILL in a container that had one is taken for it.
+    container.emit_oom(context, kills);
+    // OOM kills are counted per container, so a SIGKILL in a container that had one is attributed to it.
     let oom_killed = exit.signal == libc::SIGKILL.unsigned_abs() && kills > 0;
     let exit = Exit {
         code: exit.code,
@@ -241,47 +201,29 @@ fn ended(container: &Container, pod: &Pod, id: &str, process: &Process, exit: Ra
         finished_at_unix_ns: exit.at_unix_ns,
     };
     process.set_exit(exit);
-    pod.events.add(&container.id, id, Event::Exit(exit));
+    context.events.add(&container.id, id, Event::Exit(exit));
 }
 
-/// Forgets an exec that ended. Succeeds on what is gone.
+/// Forgets an exec that ended. Succeeds if it does not exist.
 ///
 /// # Errors
-/// It still runs.
+/// If it is still running.
 pub async fn delete(container: &Container, id: &str) -> Result<(), ContainerError> {
     let process = match container.execs.get(id).await {
         Ok(process) => process,
-        // Gone, or never made.
+        // Deleted before, or never created.
         Err(_) => {
             container.execs.lock().remove(id);
             return Ok(());
         }
     };
     if process.exit().is_none() {
-        return Err(container.wrong_state("delete an exec that runs"));
+        return Err(container.wrong_state("delete a running exec"));
     }
     container.execs.lock().remove(id);
     if process.cgroup.is_empty() {
         let cgroup = process.cgroup.clone();
-        let _ = super::create::blocking(move || Ok(cgroup.remove()?)).await;
+        let _ = blocking(move || Ok(cgroup.remove()?)).await;
     }
     Ok(())
-}
-
-/// The plan of a container whose spec has no process, which [`spec::parse`] refuses.
-pub fn empty_plan() -> ProcessPlan {
-    ProcessPlan {
-        terminal: false,
-        console_size: (0, 0),
-        args: Vec::new(),
-        env: Vec::new(),
-        cwd: PathBuf::from("/"),
-        user: UserPlan::default(),
-        confinement: Confinement {
-            no_new_privileges: true,
-            ..Confinement::default()
-        },
-        rlimits: Vec::new(),
-        oom_score_adj: 0,
-    }
 }

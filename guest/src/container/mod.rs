@@ -1,129 +1,90 @@
 //! Containers of the pod.
 //!
-//! [`pod::Pod`] finds them by id and makes creation and removal happen once; [`Container`] is one of them; [`create`] and
-//! [`exec`] make its processes through the spawner; [`spec`] adapts the OCI spec; [`events`] tells what happened.
+//! [`pod::Pod`] finds containers by id and serializes their creation and removal; [`Container`] is one of them;
+//! [`create`] and [`exec`] create processes through the spawner; [`spec`] adapts the OCI spec; [`events`] logs
+//! events.
 //!
 //! ```text
 //!            Init                Start               init process ends
 //!  (absent) ──────► Created ──────────────► Running ───────────────────► Stopped ──Delete──► (absent)
-//!                      └───────── killed, or its program can't run ─────────▲
+//!                      └───────── killed, or its program cannot run ────────▲
 //! ```
-//! Running containers can be paused. State lives in memory only: the host's copy survives the VM, nothing here does.
+//! Running containers can be paused. State is kept in memory only; the host's copy survives the VM.
 
-pub mod create;
+mod context;
+mod create;
 mod devices;
-pub mod events;
+pub mod error;
+mod events;
 pub mod exec;
-pub mod oom;
+mod execs;
+pub mod launcher;
+mod oom;
 pub mod pod;
-pub mod spec;
+mod spec;
+mod teardown;
 mod userns;
 
-use crate::cgroup::{Cgroup, CgroupError};
+use crate::cgroup::Cgroup;
 use crate::execution::Process;
 use crate::spawner::wire::ProcessPlan;
-use crate::spawner::{Reply, SpawnError, UserError};
-use crate::storage::StorageError;
+use crate::spawner::{Reply, SpawnError};
 use crate::storage::rootfs::Rootfs;
 use crate::storage::usage::UsageCache;
-use crate::system::SystemError;
-use boxlite_proto::boxlite::v1::{ContainerInfo, ContainerState, ContainerUser};
+use boxlite_proto::boxlite::v1::{
+    ContainerInfo, ContainerState, ContainerUser, OomEvent, container_event::Event,
+};
+use boxlite_sys::report::report;
+use context::PodContext;
+use error::ContainerError;
+use execs::Execs;
+use launcher::until_exec;
 use rustix::process::{Pid, Signal, pidfd_send_signal};
-use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
+use teardown::remove_state;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use userns::UserNamespace;
 
-/// Longest time between the start signal and the program's exec; everything slow was done before.
+/// Timeout between the start signal and the program's exec; all slow steps were done before.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Why something could not be done to a container.
-#[derive(Debug, thiserror::Error)]
-pub enum ContainerError {
-    /// No such container or exec.
-    #[error("{what} {id:?} not found")]
-    NotFound { what: &'static str, id: String },
-    /// It is not in a state for that.
-    #[error("container {id} is {state}: cannot {action}")]
-    WrongState {
-        id: String,
-        state: &'static str,
-        action: &'static str,
-    },
-    /// A field of the request is not what it should be.
-    #[error("{field}: {reason}")]
-    Invalid { field: &'static str, reason: String },
-    /// A bound of the agent.
-    #[error("{what}: at most {limit}")]
-    Limit { what: &'static str, limit: usize },
-    #[error(transparent)]
-    Storage(#[from] StorageError),
-    #[error(transparent)]
-    Cgroup(#[from] CgroupError),
-    #[error(transparent)]
-    Spawn(#[from] SpawnError),
-    #[error(transparent)]
-    User(#[from] UserError),
-    #[error(transparent)]
-    System(#[from] SystemError),
-    /// A system call outside of the above.
-    #[error("{step}")]
-    Step {
-        step: &'static str,
-        #[source]
-        source: io::Error,
-    },
-    /// The pod isn't there yet.
-    #[error("the guest is not initialized")]
-    NoPod,
-    /// Work that was shared with an earlier call failed there.
-    #[error(transparent)]
-    Shared(#[from] Arc<ContainerError>),
-}
-
-impl ContainerError {
-    fn step(step: &'static str) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Step { step, source }
-    }
-}
-
-/// A container whose init process exists or existed.
+/// A container whose init process exists or has existed.
 #[derive(Debug)]
 pub struct Container {
     pub id: String,
-    /// The init process, and everything about its streams.
+    /// The init process with its streams.
     pub init: Arc<Process>,
     pub cgroup: Cgroup,
-    /// Its mount namespace, which so outlives its processes: see [`crate::storage::settle_share`].
+    /// The mount namespace, kept open until the share has been synchronized: see [`crate::storage::sync_share`].
     mounts: boxlite_sys::sync::Mutex<Option<std::fs::File>>,
-    /// Stands for the init process, whatever becomes of its number.
+    /// Refers to the init process even if its PID is reused.
     pidfd: OwnedFd,
     rootfs: Rootfs,
-    /// Its user namespace, if not the VM's.
+    /// The user namespace, if it is not the VM's.
     user_namespace: Option<UserNamespace>,
     /// Defaults of an exec.
     base: ProcessPlan,
-    /// libcontainer's directory of it.
+    /// Directory of libcontainer's state.
     state: PathBuf,
-    /// The init process's own word about its exec; taken by the start.
+    /// Socket on which the init process reports a failed exec; taken by Start.
     reply: tokio::sync::Mutex<Option<Reply>>,
     started: AtomicBool,
     paused: AtomicBool,
-    execs: exec::Execs,
+    execs: Execs,
     usage: UsageCache,
-    /// OOM kills already told as an event.
-    oom_told: AtomicU64,
-    /// Where it has Bidirectional volumes: its mounts.
-    watch: Option<Arc<crate::shown::watch::Watch>>,
+    /// OOM kills already reported as events.
+    oom_reported: AtomicU64,
+    /// Watcher of the mounts below Bidirectional volumes.
+    watch: Option<Arc<crate::mount_export::watcher::MountWatcher>>,
 }
 
 impl Container {
-    /// Its state in the wire's words.
+    /// Returns the state as defined by the protocol.
     pub fn state(&self) -> ContainerState {
         if self.init.exit().is_some() {
             ContainerState::Stopped
@@ -136,7 +97,7 @@ impl Container {
         }
     }
 
-    /// What a list shows.
+    /// Returns the entry of a container list.
     pub fn info(&self) -> ContainerInfo {
         ContainerInfo {
             container_id: self.id.clone(),
@@ -154,9 +115,9 @@ impl Container {
     /// Lets the init process execute its program. A second call is a no-op.
     ///
     /// # Errors
-    /// The program can't be executed (the container is then stopped), or the container has ended before.
+    /// If the program cannot be executed (the container is then stopped), or the container has ended.
     ///
-    /// Dropping the future after the signal was sent leaves the container started.
+    /// If the future is dropped after the signal was sent, the container is started.
     pub async fn start(&self) -> Result<(), ContainerError> {
         let mut reply = self.reply.lock().await;
         if self.started.load(Ordering::Acquire) {
@@ -174,15 +135,17 @@ impl Container {
             stream.write_all(b"start container").await?;
             stream.shutdown().await
         };
-        signal.await.map_err(ContainerError::step("start signal"))?;
+        signal
+            .await
+            .map_err(ContainerError::step("failed to send the start signal"))?;
         self.started.store(true, Ordering::Release);
-        match tokio::time::timeout(START_TIMEOUT, create::until_exec(&reply)).await {
+        match tokio::time::timeout(START_TIMEOUT, until_exec(&reply)).await {
             Ok(result) => Ok(result.map(drop)?),
             Err(_) => Err(SpawnError::Timeout.into()),
         }
     }
 
-    /// Signals the init process, or with `all` every process. Succeeds on a container that has ended.
+    /// Signals the init process, or all processes if `all` is set. Succeeds on a container that has ended.
     pub fn kill(&self, signal: u32, all: bool) -> Result<(), ContainerError> {
         if self.init.exit().is_some() && !all {
             return Ok(());
@@ -194,7 +157,7 @@ impl Container {
         match pidfd_send_signal(&self.pidfd, signal) {
             Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
             Err(errno) => Err(ContainerError::Step {
-                step: "signal init process",
+                step: "failed to signal the init process",
                 source: errno.into(),
             }),
         }
@@ -211,7 +174,7 @@ impl Container {
         Ok(())
     }
 
-    /// The process with that exec id; the init process where it is empty.
+    /// Returns the process with that exec id, or the init process if it is empty.
     pub async fn process(&self, exec_id: &str) -> Result<Arc<Process>, ContainerError> {
         if exec_id.is_empty() {
             Ok(Arc::clone(&self.init))
@@ -220,12 +183,32 @@ impl Container {
         }
     }
 
-    /// Bytes and inodes of the writable layer. Blocks.
+    /// Returns the bytes and inodes used by the writable layer. Blocks.
     pub fn upper_usage(&self) -> crate::storage::usage::Usage {
         self.rootfs
             .upper()
             .map(|upper| self.usage.get(&upper))
             .unwrap_or_default()
+    }
+
+    /// Emits an event if `kills` exceeds the number of OOM kills reported so far.
+    pub fn emit_oom(&self, context: &PodContext, kills: u64) {
+        if self.oom_reported.fetch_max(kills, Ordering::AcqRel) < kills {
+            context
+                .events
+                .add(&self.id, "", Event::Oom(OomEvent { count: kills }));
+        }
+    }
+
+    /// Kills the container's processes and removes its state. Blocks.
+    pub fn tear_down(&self, context: &PodContext) {
+        // The order matters: processes, their requests to the share, then the mounts they used.
+        if let Err(error) = self.cgroup.remove() {
+            tracing::warn!(error = report(&error), "failed to remove cgroup");
+        }
+        crate::storage::sync_share();
+        drop(self.mounts.lock().take());
+        remove_state(&context.layers, &self.cgroup, &self.rootfs, &self.state);
     }
 
     fn wrong_state(&self, action: &'static str) -> ContainerError {
@@ -244,28 +227,28 @@ impl Container {
     }
 }
 
-/// A signal by its Linux number.
+/// Converts a Linux signal number.
 pub fn signal_of(number: u32) -> Result<Signal, ContainerError> {
     let invalid = || ContainerError::Invalid {
         field: "signal",
-        reason: format!("{number} is no signal"),
+        reason: format!("{number} is not a signal number"),
     };
     let number = i32::try_from(number).map_err(|_| invalid())?;
-    // Real-time signals have no names, and those the C library keeps for itself are valid to send.
+    // Real-time signals have no names, and those reserved by the C library are valid to send.
     if !(1..=64).contains(&number) {
         return Err(invalid());
     }
-    // SAFETY: the kernel takes any number in 1..=64; nothing here installs a handler for it.
+    // SAFETY: the kernel accepts any number in 1..=64; no handler is installed for it here.
     Ok(unsafe { Signal::from_raw_unchecked(number) })
 }
 
-/// Signals everything in a cgroup.
+/// Signals all processes of a cgroup.
 pub fn kill_all(cgroup: &Cgroup, signal: Signal) -> Result<(), ContainerError> {
     if signal == Signal::KILL {
         return Ok(cgroup.kill()?);
     }
     for pid in cgroup.processes().into_iter().filter_map(Pid::from_raw) {
-        // One that has ended meanwhile needs no signal.
+        // The process may have ended in the meantime.
         let _ = rustix::process::kill_process(pid, signal);
     }
     Ok(())

@@ -1,17 +1,13 @@
-//! [`Pod`]: the containers by id, and what they share.
+//! [`Pod`]: the containers of the pod by id.
 //!
-//! The map's lock is held for lookups only. Making a container happens once per id in a task of its own, whose result
-//! every caller with that id gets; so a caller that gives up leaves nothing half made.
+//! The map is locked for lookups only. A container is created once per id, in a task of its own, whose result all
+//! callers with that id share; a caller that leaves does not interrupt the creation.
 
-use super::events::Events;
-use super::userns::UserNamespace;
-use super::{Container, ContainerError, create};
-use crate::agent::Agent;
-use crate::shown::Shown;
-use crate::spawner::SpawnError;
-use crate::spawner::wire::{IdMap, Message, Request};
-use crate::storage::layers::Layers;
-use boxlite_proto::boxlite::v1::ContainerInitRequest;
+use super::context::PodContext;
+use super::error::ContainerError;
+use super::launcher::{Launcher, blocking};
+use super::{Container, create};
+use boxlite_proto::boxlite::v1::{ContainerInitRequest, PidMode};
 use boxlite_sys::sync::Mutex;
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
@@ -21,37 +17,33 @@ use std::io;
 use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
-/// Containers of a pod.
-const CONTAINER_LIMIT: usize = 256;
-/// Longest container id; the host's are 64 hex digits.
-const ID_LIMIT: usize = 128;
-/// How long a killed container's init process may take to be seen dead.
+/// Maximum number of containers in a pod.
+const MAX_CONTAINERS: usize = 256;
+/// Maximum length of a container id; the host uses 64 hex digits.
+const MAX_ID_BYTES: usize = 128;
+/// Timeout of the exit of a killed container's init process.
 const DEATH_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A container being made, or made.
+/// A container that is being created or exists.
 type Slot = Shared<BoxFuture<'static, Result<Arc<Container>, Arc<ContainerError>>>>;
 
-/// Holds the namespaces that containers share.
+/// The pod's containers and their shared state.
 #[derive(Debug)]
-struct Pause {
-    pid: i32,
-    user_namespace: Option<UserNamespace>,
-}
-
-/// The pod.
-#[derive(Debug, Default)]
 pub struct Pod {
+    pub context: Arc<PodContext>,
     containers: Mutex<HashMap<String, Slot>>,
-    pub layers: Layers,
-    pub events: Events,
-    /// Mounts of containers that the host shows, too.
-    pub shown: Arc<Shown>,
-    /// The process that holds the shared namespaces, once one was asked for.
-    pause: tokio::sync::Mutex<Option<Pause>>,
 }
 
 impl Pod {
-    /// The container with that id, waiting while it is being made.
+    /// Creates a pod without containers.
+    pub fn new(launcher: Launcher) -> Self {
+        Self {
+            context: Arc::new(PodContext::new(launcher)),
+            containers: Mutex::default(),
+        }
+    }
+
+    /// Returns the container with that id, waiting while it is being created.
     pub async fn get(&self, id: &str) -> Result<Arc<Container>, ContainerError> {
         let slot = self.lock().get(id).cloned();
         match slot {
@@ -63,7 +55,7 @@ impl Pod {
         }
     }
 
-    /// All that are made.
+    /// Returns all containers whose creation is complete.
     pub fn list(&self) -> Vec<Arc<Container>> {
         self.lock()
             .values()
@@ -71,12 +63,11 @@ impl Pod {
             .collect()
     }
 
-    /// Makes a container, or answers the one with its id.
+    /// Creates a container, or returns the one with its id.
     ///
-    /// Dropping the future leaves it being made; a repeated call gets it.
+    /// If the future is dropped, the container is still created; a repeated call returns it.
     pub async fn init(
         self: &Arc<Self>,
-        agent: &Arc<Agent>,
         request: ContainerInitRequest,
     ) -> Result<Arc<Container>, ContainerError> {
         let id = request.container_id.clone();
@@ -85,14 +76,14 @@ impl Pod {
             let mut containers = self.lock();
             match containers.get(&id) {
                 Some(slot) => slot.clone(),
-                None if containers.len() >= CONTAINER_LIMIT => {
+                None if containers.len() >= MAX_CONTAINERS => {
                     return Err(ContainerError::Limit {
-                        what: "containers of a pod",
-                        limit: CONTAINER_LIMIT,
+                        what: "containers in the pod",
+                        limit: MAX_CONTAINERS,
                     });
                 }
                 None => {
-                    let slot = self.begin(agent, request);
+                    let slot = self.begin(request);
                     containers.insert(id.clone(), slot.clone());
                     slot
                 }
@@ -114,33 +105,40 @@ impl Pod {
         }
     }
 
-    fn begin(self: &Arc<Self>, agent: &Arc<Agent>, request: ContainerInitRequest) -> Slot {
-        let task = agent
-            .tasks
-            .spawn(create::create(Arc::clone(agent), Arc::clone(self), request));
+    fn begin(self: &Arc<Self>, request: ContainerInitRequest) -> Slot {
+        let tasks = &self.context.launcher.tasks;
+        let pod = Arc::clone(self);
+        let task = tasks.spawn(async move {
+            let target = match request.pid_mode() {
+                PidMode::Target => Some(pod.get(&request.pid_target).await?),
+                _ => None,
+            };
+            create::create(Arc::clone(&pod.context), target, request).await
+        });
         let slot = async move {
             match task.await {
                 Ok(result) => result.map_err(Arc::new),
                 Err(error) => Err(Arc::new(ContainerError::Step {
-                    step: "create",
+                    step: "creation task panicked",
                     source: io::Error::other(error),
                 })),
             }
         }
         .boxed()
         .shared();
-        // Somebody must take the result even when all callers have gone.
-        agent.tasks.spawn(slot.clone().map(drop));
+        // The result must be awaited even if all callers have left.
+        tasks.spawn(slot.clone().map(drop));
         slot
     }
 
-    /// Removes a container that has ended; with `force` kills it first. Succeeds on what is gone.
+    /// Removes a container that has ended; with `force`, kills it first. Succeeds if it does not exist.
     ///
-    /// Dropping the future leaves the container there or gone, and what of it was taken down is.
+    /// If the future is dropped, the container is removed completely or not at all; parts of its state may already be
+    /// gone.
     pub async fn delete(self: &Arc<Self>, id: &str, force: bool) -> Result<(), ContainerError> {
         let container = match self.get(id).await {
             Ok(container) => container,
-            // Gone, or never made.
+            // Removed before, or never created.
             Err(_) => {
                 self.lock().remove(id);
                 return Ok(());
@@ -155,12 +153,12 @@ impl Pod {
                 .await
                 .is_err()
             {
-                return Err(container.wrong_state("delete: it doesn't die"));
+                return Err(container.wrong_state("delete it: SIGKILL did not end it in time"));
             }
         }
-        let pod = Arc::clone(self);
-        create::blocking(move || {
-            container.take_down(&pod);
+        let context = Arc::clone(&self.context);
+        blocking(move || {
+            container.tear_down(&context);
             Ok(())
         })
         .await?;
@@ -168,65 +166,7 @@ impl Pod {
         Ok(())
     }
 
-    /// The process that holds the pod's shared PID namespace, made when first asked for. It lives in the pod's user
-    /// namespace if `map` asks for one; all containers of a pod must ask for the same.
-    pub async fn pause_pid(
-        &self,
-        agent: &Agent,
-        map: Option<IdMap>,
-    ) -> Result<i32, ContainerError> {
-        let mut pause = self.pause.lock().await;
-        if let Some(pause) = &*pause {
-            let present = pause.user_namespace.as_ref().map(|present| present.map);
-            return if present == map {
-                Ok(pause.pid)
-            } else {
-                Err(ContainerError::Invalid {
-                    field: "linux.uidMappings",
-                    reason: "differs from that of the pod's other containers".to_owned(),
-                })
-            };
-        }
-        let reply = agent.spawner.request(&Request::Pause(map), &[])?;
-        let pid = match reply.next().await? {
-            Some((Message::Created { pid }, _)) => pid,
-            Some((Message::Failed(failure), _)) => return Err(SpawnError::Refused(failure).into()),
-            _ => return Err(SpawnError::Silent.into()),
-        };
-        if map.is_some() {
-            // The network is the VM's, which the pod's root has no rights to; a pod may bind its low ports all the same.
-            crate::system::set_sysctl("net.ipv4.ip_unprivileged_port_start", "0")?;
-        }
-        let user_namespace = map
-            .map(|map| {
-                let file = std::fs::File::open(format!("/proc/{pid}/ns/user"))?;
-                let file = Arc::new(file);
-                Ok(UserNamespace { map, pid, file })
-            })
-            .transpose()
-            .map_err(ContainerError::step("open the user namespace"))?;
-        *pause = Some(Pause {
-            pid,
-            user_namespace,
-        });
-        Ok(pid)
-    }
-
-    /// The pod's user namespace, made when first asked for.
-    pub async fn user_namespace(
-        &self,
-        agent: &Agent,
-        map: IdMap,
-    ) -> Result<UserNamespace, ContainerError> {
-        self.pause_pid(agent, Some(map)).await?;
-        let pause = self.pause.lock().await;
-        let present = pause
-            .as_ref()
-            .and_then(|pause| pause.user_namespace.clone());
-        present.ok_or(SpawnError::Silent.into())
-    }
-
-    /// Ends all containers: asks them, waits up to `grace`, kills.
+    /// Stops all containers: sends SIGTERM, waits up to `grace`, then kills them.
     pub async fn stop_all(&self, grace: Duration) {
         let containers = self.list();
         let ended = async {
@@ -255,20 +195,20 @@ impl Pod {
     }
 }
 
-/// An id becomes a directory and a cgroup.
+/// Checks an id, which is used as the name of a directory and of a cgroup.
 fn check_id(id: &str) -> Result<(), ContainerError> {
     let plain = id
         .bytes()
         .all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte));
-    // A dot in front would hide it or be a parent; cgroup file names all have one inside.
+    // A leading dot is hidden or names a parent; all cgroup files have a dot in their name.
     let taken = id.starts_with('.')
         || id.contains("..")
         || id.starts_with("cgroup.")
         || id.starts_with("memory.");
-    if id.is_empty() || id.len() > ID_LIMIT || !plain || taken {
+    if id.is_empty() || id.len() > MAX_ID_BYTES || !plain || taken {
         return Err(ContainerError::Invalid {
             field: "container_id",
-            reason: format!("{id:?} is no id"),
+            reason: format!("{id:?} is not a valid id"),
         });
     }
     Ok(())
@@ -279,13 +219,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ids_are_plain_names() {
+    fn check_id_accepts_only_plain_names() {
         for good in ["a", "0123abcdef", "web_1.x-y"] {
             assert!(check_id(good).is_ok(), "{good:?}");
         }
         for bad in ["", ".", "..", "a/b", "a..b", "cgroup.procs", "a b", "é"] {
             assert!(check_id(bad).is_err(), "{bad:?}");
         }
-        assert!(check_id(&"a".repeat(ID_LIMIT + 1)).is_err());
+        assert!(check_id(&"a".repeat(MAX_ID_BYTES + 1)).is_err());
     }
 }

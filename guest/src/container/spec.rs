@@ -1,11 +1,11 @@
-//! The OCI spec of a request, made into one that holds inside this VM: [`adapt`].
+//! Adapts the OCI spec of a request to this VM: [`adapt`].
 //!
-//! The host's words about namespaces, cgroups, limits and hooks are about *its* machine. Here a container gets its own
-//! mount, PID and cgroup namespace and shares the VM's network, IPC and UTS; its limits are the agent's to set, and its
-//! capabilities, no_new_privs and seccomp the spawner's; hooks, AppArmor and SELinux are dropped, since what they name
-//! isn't in the VM. Everything else is passed to libcontainer as it came.
+//! Namespaces, cgroups, limits and hooks of the spec refer to the host. In the VM a container has its own mount, PID
+//! and cgroup namespace and shares the VM's network, IPC and UTS namespaces. The agent sets its limits; the spawner
+//! applies capabilities, no_new_privs and seccomp. Hooks, AppArmor and SELinux are dropped because their targets do
+//! not exist in the VM. Everything else is passed to libcontainer unchanged.
 
-use super::ContainerError;
+use super::error::ContainerError;
 use crate::seccomp::Filter;
 use crate::spawner::ResolvedUser;
 use crate::spawner::wire::{Confinement, ProcessPlan, UserPlan};
@@ -19,40 +19,40 @@ use serde::Deserialize;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-/// The one value of the annotation about groups.
+/// The only value of the annotation about supplemental groups.
 const GROUPS_MERGE: &str = "merge";
-/// Bytes of arguments and environment together; the kernel's own limit is about 2 MiB.
-const ARGUMENTS_LIMIT: usize = 2 << 20;
-/// Mounts of one container.
-const MOUNT_LIMIT: usize = 512;
+/// Maximum size of arguments and environment together, in bytes; the kernel's own limit is about 2 MiB.
+const MAX_ARGUMENT_BYTES: usize = 2 << 20;
+/// Maximum number of mounts of a container.
+const MAX_MOUNTS: usize = 512;
 
-/// Where a container's processes are numbered.
+/// PID namespace of a container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PidNamespace {
     Own,
     Joined(PathBuf),
-    /// With the agent.
+    /// The VM's own, shared with the agent.
     Vm,
 }
 
-/// What the agent knows about a container that its spec doesn't.
+/// Properties of a container that its spec does not contain.
 #[derive(Debug)]
-pub struct Place<'a> {
-    /// The mounted tree.
+pub struct ContainerFacts<'a> {
+    /// Root of the mounted tree.
     pub rootfs: &'a Path,
     pub read_only: bool,
-    /// Below the cgroup mount.
+    /// Path below the cgroup mount.
     pub cgroup: String,
     pub pid_namespace: PidNamespace,
-    /// The user namespace to join; none: the VM's.
+    /// User namespace to join; `None` for the VM's.
     pub user_namespace: Option<PathBuf>,
     pub terminal: bool,
     pub user: &'a ResolvedUser,
-    /// File systems the kernel has.
+    /// Whether the kernel supports POSIX message queues.
     pub mqueue: bool,
 }
 
-/// What the agent takes out of a spec for itself.
+/// Parts of a spec that the agent handles itself.
 #[derive(Debug, Default)]
 pub struct Extracted {
     pub resources: Option<LinuxResources>,
@@ -60,7 +60,7 @@ pub struct Extracted {
     pub confinement: Confinement,
 }
 
-/// Parses and checks the spec of a request.
+/// Parses and validates the spec of a request.
 pub fn parse(json: &[u8]) -> Result<Spec, ContainerError> {
     let invalid = |reason: String| ContainerError::Invalid {
         field: "spec_json",
@@ -79,9 +79,9 @@ pub fn parse(json: &[u8]) -> Result<Spec, ContainerError> {
     if spec
         .mounts()
         .as_ref()
-        .is_some_and(|mounts| mounts.len() > MOUNT_LIMIT)
+        .is_some_and(|mounts| mounts.len() > MAX_MOUNTS)
     {
-        return Err(invalid(format!("more than {MOUNT_LIMIT} mounts")));
+        return Err(invalid(format!("more than {MAX_MOUNTS} mounts")));
     }
     Ok(spec)
 }
@@ -103,10 +103,10 @@ fn check_process(
     if strings.clone().any(|text| text.contains('\0')) {
         return Err(invalid(
             "process",
-            "an argument or environment variable holds a NUL byte",
+            "an argument or environment variable contains a NUL byte",
         ));
     }
-    if strings.map(String::len).sum::<usize>() > ARGUMENTS_LIMIT {
+    if strings.map(String::len).sum::<usize>() > MAX_ARGUMENT_BYTES {
         return Err(invalid("process", "arguments and environment are too long"));
     }
     if !cwd.is_absolute() {
@@ -115,7 +115,7 @@ fn check_process(
     Ok(())
 }
 
-/// Whom the container's process runs as, in the spec's words.
+/// Returns the user of the container's process as the spec defines it.
 pub fn user_plan(spec: &Spec) -> UserPlan {
     let merge = spec
         .annotations()
@@ -142,12 +142,12 @@ fn plan_of(user: &User, merge_groups: bool) -> UserPlan {
     }
 }
 
-/// Makes the spec hold in this VM; takes out what the agent does itself.
-pub fn adapt(spec: &mut Spec, place: &Place<'_>) -> Result<Extracted, ContainerError> {
+/// Adapts the spec to this VM and extracts the parts handled by the agent.
+pub fn adapt(spec: &mut Spec, facts: &ContainerFacts<'_>) -> Result<Extracted, ContainerError> {
     let mut extracted = Extracted::default();
     let mut root = Root::default();
-    root.set_path(place.rootfs.to_path_buf())
-        .set_readonly(Some(place.read_only));
+    root.set_path(facts.rootfs.to_path_buf())
+        .set_readonly(Some(facts.read_only));
     spec.set_root(Some(root))
         .set_hooks(None)
         .set_hostname(None)
@@ -156,10 +156,10 @@ pub fn adapt(spec: &mut Spec, place: &Place<'_>) -> Result<Extracted, ContainerE
     extracted.resources = linux.resources().clone();
     extracted.sysctls = linux.sysctl().clone().unwrap_or_default();
     extracted.confinement = confinement(spec.process().as_ref(), linux.seccomp().as_ref())?;
-    adapt_linux(&mut linux, place)?;
-    let devices = super::devices::of(spec, place.user_namespace.is_some())?;
+    adapt_linux(&mut linux, facts)?;
+    let devices = super::devices::of(spec, facts.user_namespace.is_some())?;
     if !devices.is_empty() {
-        // Beside those that the spec names by number: an NRI plugin's.
+        // In addition to devices listed by number in the spec, such as those added by an NRI plugin.
         let mut all = linux.devices().clone().unwrap_or_default();
         all.retain(|named| devices.iter().all(|device| device.path() != named.path()));
         all.extend(devices);
@@ -167,16 +167,16 @@ pub fn adapt(spec: &mut Spec, place: &Place<'_>) -> Result<Extracted, ContainerE
     }
     spec.set_linux(Some(linux));
     if let Some(mounts) = spec.mounts().clone() {
-        spec.set_mounts(Some(adapt_mounts(mounts, place)));
+        spec.set_mounts(Some(adapt_mounts(mounts, facts)));
     }
     if let Some(mut process) = spec.process().clone() {
-        adapt_process(&mut process, place);
+        adapt_process(&mut process, facts);
         spec.set_process(Some(process));
     }
     Ok(extracted)
 }
 
-/// What the program may do. The spawner sees to it, so libcontainer finds none of it in the spec.
+/// Extracts the privileges of the program. The spawner applies them, so they are removed from the spec.
 fn confinement(
     process: Option<&Process>,
     seccomp: Option<&LinuxSeccomp>,
@@ -194,24 +194,24 @@ fn confinement(
     })
 }
 
-fn adapt_linux(linux: &mut Linux, place: &Place<'_>) -> Result<(), ContainerError> {
+fn adapt_linux(linux: &mut Linux, facts: &ContainerFacts<'_>) -> Result<(), ContainerError> {
     let mut namespaces = vec![
         namespace(LinuxNamespaceType::Mount, None)?,
         namespace(LinuxNamespaceType::Cgroup, None)?,
     ];
-    match &place.pid_namespace {
+    match &facts.pid_namespace {
         PidNamespace::Own => namespaces.push(namespace(LinuxNamespaceType::Pid, None)?),
         PidNamespace::Joined(path) => {
             namespaces.push(namespace(LinuxNamespaceType::Pid, Some(path.clone()))?);
         }
         PidNamespace::Vm => {}
     }
-    if let Some(path) = &place.user_namespace {
+    if let Some(path) = &facts.user_namespace {
         namespaces.push(namespace(LinuxNamespaceType::User, Some(path.clone()))?);
     }
     linux
         .set_namespaces(Some(namespaces))
-        .set_cgroups_path(Some(PathBuf::from(&place.cgroup)))
+        .set_cgroups_path(Some(PathBuf::from(&facts.cgroup)))
         .set_resources(None)
         .set_sysctl(None)
         .set_seccomp(None)
@@ -239,10 +239,11 @@ fn namespace(
     })
 }
 
-/// The pod's shared memory and message queues are the VM's own. So are sysfs and message queues to a container in a user
-/// namespace: they show the VM's network and IPC namespaces, which it does not own, so it cannot mount them itself.
-fn adapt_mounts(mounts: Vec<Mount>, place: &Place<'_>) -> Vec<Mount> {
-    let mapped = place.user_namespace.is_some();
+/// Replaces mounts of shared memory and message queues by binds of the VM's. In a user namespace the same applies to
+/// sysfs and message queues, which show the VM's network and IPC namespaces: the container does not own these and
+/// cannot mount them.
+fn adapt_mounts(mounts: Vec<Mount>, facts: &ContainerFacts<'_>) -> Vec<Mount> {
+    let mapped = facts.user_namespace.is_some();
     let mut adapted = Vec::with_capacity(mounts.len());
     for mut mount in mounts {
         match (mount.typ().as_deref(), mount.destination().to_str()) {
@@ -253,7 +254,7 @@ fn adapt_mounts(mounts: Vec<Mount>, place: &Place<'_>) -> Vec<Mount> {
                     .set_source(Some(PathBuf::from("/dev/shm")))
                     .set_options(Some(options.to_vec()));
             }
-            (Some("mqueue"), _) if !place.mqueue => continue,
+            (Some("mqueue"), _) if !facts.mqueue => continue,
             (Some(kind @ ("sysfs" | "mqueue")), _) if mapped => {
                 let source = if kind == "sysfs" {
                     "/sys"
@@ -274,27 +275,27 @@ fn adapt_mounts(mounts: Vec<Mount>, place: &Place<'_>) -> Vec<Mount> {
     adapted
 }
 
-fn adapt_process(process: &mut Process, place: &Place<'_>) {
+fn adapt_process(process: &mut Process, facts: &ContainerFacts<'_>) {
     let mut user = process.user().clone();
-    user.set_uid(place.user.uid).set_gid(place.user.gid);
-    user.set_additional_gids(Some(place.user.additional_gids.clone()))
+    user.set_uid(facts.user.uid).set_gid(facts.user.gid);
+    user.set_additional_gids(Some(facts.user.additional_gids.clone()))
         .set_username(None);
     let mut env = process.env().clone().unwrap_or_default();
-    // libcontainer would ask the C library, which in a static build needs the container's own libraries.
+    // libcontainer would call the C library, which in a static build requires the container's libraries.
     if !env.iter().any(|entry| entry.starts_with("HOME=")) {
-        env.push(format!("HOME={}", place.user.home));
+        env.push(format!("HOME={}", facts.user.home));
     }
     process
         .set_user(user)
         .set_env(Some(env))
-        .set_terminal(Some(place.terminal))
+        .set_terminal(Some(facts.terminal))
         .set_capabilities(None)
         .set_no_new_privileges(None)
         .set_apparmor_profile(None)
         .set_selinux_label(None);
 }
 
-/// The container's own process, of an adapted spec, as a plan: what an exec that says less starts from.
+/// Returns the plan of the container's own process, from an adapted spec; execs inherit fields from it.
 pub fn process_plan(spec: &Spec, confinement: &Confinement) -> Option<ProcessPlan> {
     let process = spec.process().as_ref()?;
     Some(ProcessPlan {
@@ -310,13 +311,13 @@ pub fn process_plan(spec: &Spec, confinement: &Confinement) -> Option<ProcessPla
     })
 }
 
-/// Rows and columns.
+/// Returns rows and columns.
 fn size_of(size: Option<&ConsoleSize>) -> (u16, u16) {
     let cells = |value: u64| u16::try_from(value).unwrap_or(u16::MAX);
     size.map_or((0, 0), |size| (cells(size.height()), cells(size.width())))
 }
 
-/// An OCI process in which every field may be left out.
+/// An OCI process with all fields optional.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct PartialProcess {
@@ -331,7 +332,7 @@ struct PartialProcess {
     console_size: Option<ConsoleSize>,
 }
 
-/// The plan of an exec: what `json` says, the rest from the container's own process.
+/// Returns the plan of an exec: fields of `json`, completed from the container's own process.
 pub fn exec_plan(
     json: &[u8],
     terminal: bool,
@@ -352,7 +353,7 @@ pub fn exec_plan(
         .unwrap_or(plan.cwd);
     if let Some(user) = &partial.user {
         plan.user = plan_of(user, false);
-        // The home directory in the base's environment is another user's.
+        // The home directory in the base's environment belongs to another user.
         if plan.user != base.user {
             plan.env.retain(|entry| {
                 !entry.starts_with("HOME=") || base.env.iter().all(|own| own != entry)
@@ -374,6 +375,24 @@ pub fn exec_plan(
     }
     check_process(Some(&plan.args), Some(&plan.env), &plan.cwd)?;
     Ok(plan)
+}
+
+/// Returns the plan of a container whose spec has no process, which [`parse`] rejects.
+pub fn empty_plan() -> ProcessPlan {
+    ProcessPlan {
+        terminal: false,
+        console_size: (0, 0),
+        args: Vec::new(),
+        env: Vec::new(),
+        cwd: PathBuf::from("/"),
+        user: UserPlan::default(),
+        confinement: Confinement {
+            no_new_privileges: true,
+            ..Confinement::default()
+        },
+        rlimits: Vec::new(),
+        oom_score_adj: 0,
+    }
 }
 
 #[cfg(test)]

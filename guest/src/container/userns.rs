@@ -1,40 +1,41 @@
-//! User namespaces of pods: the mapping that a container's spec asks for, and the namespace that stands for it.
+//! User namespaces of pods: the mapping requested by a container's spec, and the namespace that implements it.
 //!
-//! A pod has one, held by its pause process and shared by its containers. The VM's own file systems and network belong to
-//! the VM's first user namespace, so what a container in another may not mount itself it gets bound from the VM.
+//! A pod has one user namespace, held by its pause process and shared by its containers. The VM's filesystems and
+//! network belong to the VM's initial user namespace, so mounts that a container in another namespace may not make
+//! are bind mounts of the VM's.
 
-use super::ContainerError;
+use super::error::ContainerError;
 use crate::spawner::wire::IdMap;
 use oci_spec::runtime::{LinuxIdMapping, Spec};
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// A user namespace that exists.
+/// An existing user namespace.
 #[derive(Debug, Clone)]
 pub struct UserNamespace {
-    /// Users and groups alike.
+    /// Mapping of both users and groups.
     pub map: IdMap,
-    /// Of the process that holds it.
+    /// PID of the process that holds it.
     pub pid: i32,
-    /// The namespace itself, whatever becomes of the process.
+    /// Keeps the namespace alive independently of the process.
     pub file: Arc<File>,
 }
 
 impl UserNamespace {
-    /// For a spec to join.
+    /// Returns the path for a spec to join it.
     pub fn path(&self) -> PathBuf {
         PathBuf::from(format!("/proc/{}/ns/user", self.pid))
     }
 
-    /// The VM's number of a container's user or group.
+    /// Returns the VM's ID of a user or group of the container.
     pub fn outside(&self, id: u32) -> u32 {
         self.map.outside(id).unwrap_or(id)
     }
 }
 
-/// The mapping that a spec asks for: one range, from 0, for users and groups alike.
-pub fn wanted(spec: &Spec) -> Result<Option<IdMap>, ContainerError> {
+/// Returns the mapping requested by a spec: one range starting at 0, the same for users and groups.
+pub fn requested_mapping(spec: &Spec) -> Result<Option<IdMap>, ContainerError> {
     let Some(linux) = spec.linux() else {
         return Ok(None);
     };
@@ -50,18 +51,18 @@ pub fn wanted(spec: &Spec) -> Result<Option<IdMap>, ContainerError> {
         reason: reason.to_owned(),
     };
     let ([uid], [gid]) = (uids, gids) else {
-        return Err(invalid("must be one mapping, and so gidMappings"));
+        return Err(invalid("must be a single mapping, as must gidMappings"));
     };
     let map = |mapping: &LinuxIdMapping| IdMap {
         first: mapping.host_id(),
         length: mapping.size(),
     };
     if uid.container_id() != 0 || gid.container_id() != 0 || map(uid) != map(gid) {
-        return Err(invalid("must start at ID 0 and be the same as gidMappings"));
+        return Err(invalid("must start at ID 0 and equal gidMappings"));
     }
     let map = map(uid);
     if map.length == 0 || map.first.checked_add(map.length).is_none() {
-        return Err(invalid("is no range of IDs"));
+        return Err(invalid("not a range of IDs"));
     }
     Ok(Some(map))
 }

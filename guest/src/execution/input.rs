@@ -1,6 +1,6 @@
-//! A process's standard input: chunks with offsets per writer, so that a chunk that is sent again is written once.
+//! A process's standard input: chunks carry offsets per writer, so that a resent chunk is written once.
 //!
-//! [`Offsets`] is the bookkeeping, [`Input`] the pipe or terminal behind it.
+//! [`Offsets`] does the bookkeeping, [`Input`] writes to the pipe or terminal.
 
 use crate::descriptor::AsyncDescriptor;
 use boxlite_sys::sync::Mutex;
@@ -8,38 +8,39 @@ use std::collections::HashMap;
 use std::io;
 use std::sync::{Arc, MutexGuard};
 
-/// Writers remembered per process; each attach is one.
-const WRITER_LIMIT: usize = 1024;
+/// Maximum number of writers remembered per process; each attach is one.
+const MAX_WRITERS: usize = 1024;
 
-/// Why a chunk was not taken.
+/// Reasons a chunk was rejected.
 #[derive(Debug, thiserror::Error)]
 pub enum InputError {
     /// Bytes before the chunk are missing.
-    #[error("input of writer {writer:?} continues at {expected}, the chunk starts at {offset}")]
+    #[error("invalid input offset of writer {writer:?}: expected {expected}, got {offset}")]
     Gap {
         writer: String,
         expected: u64,
         offset: u64,
     },
-    /// More writers than are remembered.
-    #[error("more than {WRITER_LIMIT} writers of one process's input")]
+    /// The maximum number of writers is reached.
+    #[error("too many writers to the process's input (maximum {MAX_WRITERS})")]
     TooManyWriters,
-    /// The process was made without input.
+    /// The process was created without input.
     #[error("the process has no standard input")]
     None,
-    /// The pipe or terminal broke.
-    #[error("write input")]
+    /// Writing to the pipe or terminal failed.
+    #[error("failed to write input")]
     Write(#[source] io::Error),
 }
 
-/// How far each writer came.
+/// Number of bytes accepted per writer.
 #[derive(Debug, Default)]
 pub struct Offsets {
     accepted: HashMap<String, u64>,
 }
 
 impl Offsets {
-    /// How much of a chunk of `length` bytes at `offset` was taken before: that many bytes are skipped.
+    /// Returns the number of bytes of a chunk of `length` bytes at `offset` that were accepted before and are to be
+    /// skipped.
     pub fn skip(&mut self, writer: &str, offset: u64, length: usize) -> Result<usize, InputError> {
         let expected = self.accepted.get(writer).copied().unwrap_or(0);
         if offset > expected {
@@ -50,7 +51,7 @@ impl Offsets {
             });
         }
         if !self.accepted.contains_key(writer) {
-            if self.accepted.len() >= WRITER_LIMIT {
+            if self.accepted.len() >= MAX_WRITERS {
                 return Err(InputError::TooManyWriters);
             }
             self.accepted.insert(writer.to_owned(), 0);
@@ -60,24 +61,24 @@ impl Offsets {
             .min(length))
     }
 
-    /// Notes that `length` more bytes of the writer were taken.
+    /// Records that `length` more bytes of the writer were accepted.
     pub fn advance(&mut self, writer: &str, length: usize) {
         *self.accepted.entry(writer.to_owned()).or_default() += length as u64;
     }
 
-    /// Bytes taken from the writer.
+    /// Returns the number of bytes accepted from the writer.
     pub fn accepted(&self, writer: &str) -> u64 {
         self.accepted.get(writer).copied().unwrap_or(0)
     }
 }
 
-/// What the bytes go to.
+/// Destination of the input.
 #[derive(Debug)]
 enum Sink {
-    /// The process was made without.
+    /// The process was created without input.
     None,
     Open(Arc<AsyncDescriptor>),
-    /// Closed by an EOF, or nobody reads any more: further bytes are taken and dropped.
+    /// Closed by an EOF or by the reader; further bytes are discarded.
     Closed,
 }
 
@@ -85,16 +86,16 @@ enum Sink {
 #[derive(Debug)]
 pub struct Input {
     offsets: Mutex<Offsets>,
-    /// Held while a chunk is written, so that chunks of several writers don't mix.
+    /// Locked while a chunk is written, so that chunks of several writers do not interleave.
     sink: tokio::sync::Mutex<Sink>,
-    /// A terminal isn't closed by an EOF: the process would be hung up.
+    /// A terminal is not closed by an EOF, which would hang up the process.
     terminal: bool,
-    /// Whether an EOF closes it at all (not for a container's init process unless `stdin_once`).
+    /// Whether an EOF closes the input (not for a container's init process unless `stdin_once`).
     closes: bool,
 }
 
 impl Input {
-    /// The input of a process whose descriptor, if any, is `sink`.
+    /// Creates the input of a process whose descriptor, if any, is `sink`.
     pub fn new(sink: Option<Arc<AsyncDescriptor>>, terminal: bool, closes: bool) -> Self {
         let sink = sink.map_or(Sink::None, Sink::Open);
         Self {
@@ -105,10 +106,10 @@ impl Input {
         }
     }
 
-    /// Writes what of the chunk is new, waiting while the process doesn't read. Answers the bytes taken from the writer so
-    /// far.
+    /// Writes the new part of the chunk, waiting while the process does not read. Returns the number of bytes
+    /// accepted from the writer so far.
     ///
-    /// Dropping the future keeps what was written; sending the chunk again continues behind it.
+    /// If the future is dropped, written bytes are recorded; resending the chunk continues after them.
     pub async fn write(
         &self,
         writer: &str,
@@ -128,7 +129,7 @@ impl Input {
                         .await
                     {
                         Ok(written) => written,
-                        // The other end is gone; what the process doesn't want is no error of the sender's.
+                        // The reader has closed its end, which is not an error of the sender.
                         Err(error)
                             if matches!(error.raw_os_error(), Some(libc::EPIPE | libc::EIO)) =>
                         {
@@ -148,7 +149,7 @@ impl Input {
         Ok(self.offsets().accepted(writer))
     }
 
-    /// Drops the descriptor when the process has ended; later input is taken and dropped.
+    /// Closes the descriptor when the process has ended; later input is discarded.
     pub async fn close(&self) {
         let mut sink = self.sink.lock().await;
         if matches!(*sink, Sink::Open(_)) {
@@ -167,7 +168,7 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
-        /// A sender that repeats and overlaps chunks at will still has every byte taken once and in order.
+        /// A sender that repeats and overlaps chunks has every byte written once and in order.
         #[test]
         fn every_byte_is_taken_once(cuts in proptest::collection::vec((0u64..300, 0usize..60, 0usize..60), 1..60)) {
             let mut offsets = Offsets::default();
@@ -176,7 +177,7 @@ mod tests {
                 match offsets.skip("w", offset, length) {
                     Ok(skip) => {
                         prop_assert!(skip <= length);
-                        // The pipe may take less than what is left.
+                        // The pipe may accept only a part.
                         let new = (length - skip).min(written);
                         for index in 0..new {
                             taken.push(offset + (skip + index) as u64);
@@ -194,7 +195,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_repeated_chunk_is_written_once_and_eof_closes() {
+    async fn write_repeated_chunk_once_until_eof() {
         let (reader, writer) = nix::unistd::pipe().unwrap();
         let sink = Arc::new(AsyncDescriptor::new(writer).unwrap());
         let input = Input::new(Some(sink), false, true);
@@ -214,7 +215,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn input_nobody_reads_is_taken_and_dropped() {
+    async fn write_without_reader_discards_input() {
         let (reader, writer) = nix::unistd::pipe().unwrap();
         drop(reader);
         let input = Input::new(

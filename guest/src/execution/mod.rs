@@ -1,7 +1,8 @@
-//! Processes of containers, whatever started them: output, input, exit.
+//! Processes of containers: output, input, exit.
 //!
-//! A [`Process`] is made by [`crate::container`] (init process and exec alike) from what the spawner hands over. Its one
-//! task, [`supervise`], owns pump and exit: it ends when the process has ended *and* its output was read.
+//! [`crate::container`] creates a [`Process`] (init or exec) from the descriptors returned by the spawner. A single
+//! task, [`supervise`], pumps output and handles the exit; it ends when the process has exited *and* its output was
+//! read.
 
 pub mod input;
 pub mod output;
@@ -18,30 +19,30 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{oneshot, watch};
 
-/// After a process has ended, silence of this length on a pipe that something else still holds counts as its end. What
-/// the process itself wrote is in the pipe by then and is read first.
-const DRAIN_SILENCE: Duration = Duration::from_millis(200);
-/// How many such intervals with output in each are waited for: children left behind may write for ever.
-const DRAIN_ROUNDS: u32 = 10;
+/// After a process has exited, a pipe still held open by others counts as closed after this time without output.
+/// Output of the process itself is in the pipe by then and is read first.
+const DRAIN_QUIET_INTERVAL: Duration = Duration::from_millis(200);
+/// Maximum number of such intervals with output; remaining children may write forever.
+const MAX_DRAIN_INTERVALS: u32 = 10;
 
 /// A process of a container.
 #[derive(Debug)]
 pub struct Process {
-    /// In the VM's own numbering.
+    /// PID in the VM's initial PID namespace.
     pub pid: i32,
-    /// What it wrote.
+    /// Output of the process.
     pub output: Arc<Output>,
-    /// What it reads.
+    /// Input of the process.
     pub input: Input,
-    /// The terminal's master, where it has one.
+    /// The terminal's master, if the process has one.
     pub terminal: Option<Arc<AsyncDescriptor>>,
-    /// Where it, and what it starts, lives.
+    /// Cgroup of the process and its descendants.
     pub cgroup: Cgroup,
     exit: watch::Sender<Option<Exit>>,
 }
 
 impl Process {
-    /// A process that was registered with the reaper and not yet released.
+    /// Creates a process that was registered with the reaper and not yet released.
     pub fn new(
         pid: i32,
         input: Input,
@@ -58,23 +59,22 @@ impl Process {
         }
     }
 
-    /// Its exit, if it has ended.
+    /// Returns the exit, if the process has ended.
     pub fn exit(&self) -> Option<Exit> {
         *self.exit.borrow()
     }
 
-    /// Waits for its exit. Safe to drop; the wait lasts as long as the process, the caller brings the deadline.
+    /// Waits for the exit. Cancel-safe; there is no timeout.
     pub async fn wait(&self) -> Exit {
         let mut exit = self.exit.subscribe();
         match exit.wait_for(Option::is_some).await {
             Ok(exit) => exit.unwrap_or_default(),
-            // The sender is in `self`.
+            // The sender is owned by `self`.
             Err(_) => Exit::default(),
         }
     }
 
-    /// Signals the process itself. Its number is its own as long as it was not reaped; an exit that is known makes this a
-    /// no-op.
+    /// Signals the process. Its PID is not reused before it is reaped; once the exit is known this is a no-op.
     pub fn kill(&self, signal: Signal) -> std::io::Result<()> {
         let pid = Pid::from_raw(self.pid).filter(|_| self.exit().is_none());
         match pid.map(|pid| kill_process(pid, signal)) {
@@ -83,14 +83,14 @@ impl Process {
         }
     }
 
-    /// Makes its exit known.
+    /// Publishes the exit.
     pub fn set_exit(&self, exit: Exit) {
         self.exit.send_replace(Some(exit));
     }
 }
 
-/// Follows a process to its end: pumps its output, and calls `on_exit` once with its exit, which makes the exit known.
-/// Owned by the process's container.
+/// Follows a process until its end: pumps its output, and calls `on_exit` once with its exit. Runs in the agent's
+/// task tracker.
 pub async fn supervise(
     process: Arc<Process>,
     sources: Vec<(OutputStream, AsyncDescriptor)>,
@@ -100,7 +100,7 @@ pub async fn supervise(
     let pump = pump(&process.output, sources);
     tokio::pin!(pump);
     let ended = async {
-        // The reaper lives as long as the agent; were it gone, the process would read as killed.
+        // The reaper lives as long as the agent; if it were gone, the process would count as killed.
         let exit = exit.await.unwrap_or(RawExit {
             code: 137,
             signal: 9,
@@ -117,12 +117,15 @@ pub async fn supervise(
     process.input.close().await;
 }
 
-/// Reads what is left. A slow reader is waited for without limit: its bytes are not dropped.
+/// Reads the remaining output. A slow reader is waited for without limit, so its bytes are not dropped.
 async fn drain(output: &Output, mut pump: impl Future<Output = ()> + Unpin) {
     let mut rounds = 0;
-    while rounds < DRAIN_ROUNDS {
+    while rounds < MAX_DRAIN_INTERVALS {
         let before = output.end();
-        if tokio::time::timeout(DRAIN_SILENCE, &mut pump).await.is_ok() {
+        if tokio::time::timeout(DRAIN_QUIET_INTERVAL, &mut pump)
+            .await
+            .is_ok()
+        {
             return;
         }
         if !output.has_room() {
@@ -135,7 +138,7 @@ async fn drain(output: &Output, mut pump: impl Future<Output = ()> + Unpin) {
     }
 }
 
-/// Moves bytes from the descriptors to the buffer until all have ended.
+/// Copies bytes from the descriptors to the buffer until all have ended.
 async fn pump(output: &Output, sources: Vec<(OutputStream, AsyncDescriptor)>) {
     let streams = sources.into_iter().map(|(stream, source)| async move {
         loop {
@@ -144,7 +147,7 @@ async fn pump(output: &Output, sources: Vec<(OutputStream, AsyncDescriptor)>) {
                 Ok(Filled::Bytes | Filled::NoRoom) => {}
                 Ok(Filled::End) => return,
                 Err(error) => {
-                    tracing::warn!(%error, "read output");
+                    tracing::warn!(%error, "failed to read output");
                     return;
                 }
             }

@@ -1,9 +1,9 @@
-//! A process's output: one bounded buffer for both streams, read by offset, freed by acknowledgement.
+//! A process's output: a bounded buffer for both streams, read by offset and freed by acknowledgement.
 //!
-//! [`Buffer`] is the plain data structure, [`Output`] the same behind a lock with wake-ups. The pump fills it straight
-//! from pipe or terminal; any number of readers take chunks by offset; what is acknowledged is freed; when it is full
-//! the pump stops reading and the process blocks in its write. Nothing is ever dropped before it is acknowledged; what is
-//! acknowledged stays for an [`Observer`] as long as there is room.
+//! [`Buffer`] is the data structure, [`Output`] adds a lock and notifications. The pump fills it directly from pipe
+//! or terminal; any number of readers take chunks by offset; acknowledged bytes are freed; when it is full, the pump
+//! stops reading and the process blocks in its write. Bytes are not dropped before they are acknowledged;
+//! acknowledged bytes are kept for an [`Observer`] while there is room.
 //!
 //! ```text
 //!            base                                   end
@@ -21,42 +21,43 @@ use std::os::fd::BorrowedFd;
 use std::sync::{Arc, MutexGuard};
 use tokio::sync::Notify;
 
-/// What a buffer may hold, in bytes, its bookkeeping included.
-const CAPACITY: usize = 1 << 20;
-/// Charged for every segment beside its bytes, so that single-byte writes can't make the bookkeeping outgrow the data.
-const SEGMENT_OVERHEAD: usize = 128;
-/// Sealed tails below this size are copied: the block they were read into is used on, and a segment never pins much more
-/// memory than it is charged for.
-const COPY_BELOW: usize = 24 << 10;
-/// A tail with less room than this is sealed before the next read: short reads cost more than a new block.
-const READ_MINIMUM: usize = 4 << 10;
+/// Capacity of a buffer in bytes, including its bookkeeping.
+const CAPACITY_BYTES: usize = 1 << 20;
+/// Charged for every segment in addition to its bytes, so that single-byte writes cannot make the bookkeeping outgrow
+/// the data.
+const SEGMENT_OVERHEAD_BYTES: usize = 128;
+/// Sealed tails below this size are copied: their block is reused, and a segment never pins much more memory than it
+/// is charged for.
+const COPY_THRESHOLD_BYTES: usize = 24 << 10;
+/// A tail with less room than this is sealed before the next read, because short reads cost more than a new block.
+const MIN_READ_BYTES: usize = 4 << 10;
 
-/// Bytes of one stream in a row.
+/// Consecutive bytes of one stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Chunk {
-    /// Of its first byte, over both streams.
+    /// Offset of the first byte, counted over both streams.
     pub offset: u64,
     pub stream: OutputStream,
     pub data: Bytes,
 }
 
-/// What a reader finds at an offset.
+/// Result of a read at an offset.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Found {
     Data(Chunk),
-    /// Nothing yet.
+    /// No bytes yet.
     Later,
-    /// Freed; the first offset still there.
+    /// Freed; holds the first offset still available.
     Gone(u64),
-    /// Nothing, and nothing will come.
+    /// The end of the output.
     End,
 }
 
-/// The buffer without lock and wake-ups.
+/// The buffer without lock and notifications.
 #[derive(Debug)]
 pub struct Buffer {
     base: u64,
-    /// Below it everything may be freed; it is, unless observers are there and nobody needs the room.
+    /// Bytes below may be freed; they are kept while observers exist and the room is not needed.
     acked: u64,
     observers: usize,
     sealed: VecDeque<Chunk>,
@@ -85,15 +86,15 @@ impl Default for Buffer {
 }
 
 impl Buffer {
-    /// Offset behind the last byte.
+    /// Returns the offset after the last byte.
     pub fn end(&self) -> u64 {
         self.tail_offset + self.tail.len() as u64
     }
 
-    /// Whether another read fits, once what only observers may still want is freed.
+    /// Returns whether another read fits, after freeing bytes kept only for observers.
     pub fn has_room(&mut self) -> bool {
         while !self.fits() && self.base < self.acked {
-            // A segment at a time: an observer loses no more than must be.
+            // One segment at a time, so that observers lose as little as possible.
             let first = self.sealed.front();
             let end = first.map_or(self.acked, |first| first.offset + first.data.len() as u64);
             self.free(end.min(self.acked));
@@ -102,10 +103,10 @@ impl Buffer {
     }
 
     fn fits(&self) -> bool {
-        self.charged + self.tail.len() + SEGMENT_OVERHEAD + CHUNK_LIMIT <= CAPACITY
+        self.charged + self.tail.len() + SEGMENT_OVERHEAD_BYTES + CHUNK_LIMIT <= CAPACITY_BYTES
     }
 
-    /// One observer more or less.
+    /// Changes the number of observers.
     pub fn observed(&mut self, by: isize) {
         self.observers = self.observers.saturating_add_signed(by);
         if self.observers == 0 {
@@ -113,32 +114,32 @@ impl Buffer {
         }
     }
 
-    /// Lets `read` put bytes of `stream` into the spare room of the vector it is given. Answers how many came.
+    /// Lets `read` append bytes of `stream` to the spare capacity of a vector. Returns their number.
     pub fn fill(
         &mut self,
         stream: OutputStream,
         read: impl FnOnce(&mut Vec<u8>) -> io::Result<usize>,
     ) -> io::Result<usize> {
-        let full = self.tail.capacity() - self.tail.len() < READ_MINIMUM;
+        let full = self.tail.capacity() - self.tail.len() < MIN_READ_BYTES;
         if !self.tail.is_empty() && (full || self.tail_stream != stream) {
             self.seal();
         }
         if self.tail.is_empty() {
             self.tail_stream = stream;
-            if self.tail.capacity() < READ_MINIMUM {
+            if self.tail.capacity() < MIN_READ_BYTES {
                 self.tail = Vec::with_capacity(CHUNK_LIMIT);
             }
         }
         read(&mut self.tail)
     }
 
-    /// Makes the tail a segment, which readers can share.
+    /// Turns the tail into a segment, which readers can share.
     fn seal(&mut self) {
         if self.tail.is_empty() {
             return;
         }
         let length = self.tail.len();
-        let data = if length < COPY_BELOW {
+        let data = if length < COPY_THRESHOLD_BYTES {
             let copy = Bytes::copy_from_slice(&self.tail);
             self.tail.clear();
             copy
@@ -150,11 +151,11 @@ impl Buffer {
             stream: self.tail_stream,
             data,
         });
-        self.charged += length + SEGMENT_OVERHEAD;
+        self.charged += length + SEGMENT_OVERHEAD_BYTES;
         self.tail_offset += length as u64;
     }
 
-    /// What is at `offset`: at most [`CHUNK_LIMIT`] bytes of one stream.
+    /// Returns at most [`CHUNK_LIMIT`] bytes of one stream at `offset`.
     pub fn get(&mut self, offset: u64) -> Found {
         if offset < self.base {
             return Found::Gone(self.base);
@@ -181,7 +182,7 @@ impl Buffer {
         })
     }
 
-    /// Everything below `offset` may go; an offset beyond the end means everything.
+    /// Frees everything below `offset`; an offset beyond the end frees everything.
     pub fn ack(&mut self, offset: u64) {
         self.acked = self.acked.max(offset.min(self.end()));
         if self.observers == 0 {
@@ -200,7 +201,7 @@ impl Buffer {
         while let Some(first) = self.sealed.front_mut() {
             let length = first.data.len();
             if first.offset + length as u64 <= offset {
-                self.charged -= length + SEGMENT_OVERHEAD;
+                self.charged -= length + SEGMENT_OVERHEAD_BYTES;
                 self.sealed.pop_front();
                 continue;
             }
@@ -214,7 +215,7 @@ impl Buffer {
         }
     }
 
-    /// No more bytes will come. Gives the spare memory back.
+    /// Marks the end of the output and frees spare memory.
     pub fn close(&mut self) {
         self.seal();
         self.tail = Vec::new();
@@ -226,19 +227,18 @@ impl Buffer {
 #[derive(Debug, Default)]
 pub struct Output {
     buffer: Mutex<Buffer>,
-    /// More bytes, or the end, or a freed range.
+    /// Notified on new bytes, the end, and freed ranges.
     changed: Notify,
-    /// Bytes were freed.
+    /// Notified when bytes were freed.
     room: Notify,
 }
 
-/// A reader that never acknowledges: while it is there, what others have acknowledged stays as long as there is room for
-/// it.
+/// A reader that never acknowledges. While it exists, bytes acknowledged by others are kept as long as there is room.
 #[derive(Debug)]
 pub struct Observer(Arc<Output>);
 
 impl Observer {
-    /// One more of `output`.
+    /// Adds an observer of `output`.
     pub fn of(output: &Arc<Output>) -> Self {
         output.lock().observed(1);
         Self(Arc::clone(output))
@@ -251,7 +251,7 @@ impl Drop for Observer {
     }
 }
 
-/// What came of one attempt to fill the buffer.
+/// Result of one attempt to fill the buffer.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Filled {
     Bytes,
@@ -265,12 +265,12 @@ impl Output {
         self.buffer.lock()
     }
 
-    /// Offset behind the last byte.
+    /// Returns the offset after the last byte.
     pub fn end(&self) -> u64 {
         self.lock().end()
     }
 
-    /// Whether another read fits.
+    /// Returns whether another read fits.
     pub fn has_room(&self) -> bool {
         self.lock().has_room()
     }
@@ -278,7 +278,7 @@ impl Output {
     /// Reads once from a non-blocking descriptor.
     ///
     /// # Errors
-    /// WouldBlock where nothing is there. A terminal without a process at its other end reads as the end.
+    /// WouldBlock if no bytes are available. A terminal without a process at its other end reads as the end.
     pub fn fill(&self, stream: OutputStream, source: BorrowedFd<'_>) -> io::Result<Filled> {
         let mut buffer = self.lock();
         if !buffer.has_room() {
@@ -299,7 +299,7 @@ impl Output {
         }
     }
 
-    /// Waits until another read fits. Safe to drop.
+    /// Waits until another read fits. Cancel-safe.
     pub async fn wait_for_room(&self) {
         loop {
             let freed = self.room.notified();
@@ -312,7 +312,7 @@ impl Output {
         }
     }
 
-    /// What is at `offset`, waiting for it where nothing is there yet. Safe to drop.
+    /// Returns the bytes at `offset`, waiting for them if needed. Cancel-safe.
     pub async fn read(&self, offset: u64) -> Found {
         loop {
             let changed = self.changed.notified();
@@ -326,7 +326,7 @@ impl Output {
         }
     }
 
-    /// Waits until a whole chunk is there behind `offset`, or no more will come. Safe to drop.
+    /// Waits until a whole chunk is available at `offset`, or the output ends. Cancel-safe.
     pub async fn fills_chunk(&self, offset: u64) {
         loop {
             let changed = self.changed.notified();
@@ -334,7 +334,7 @@ impl Output {
             changed.as_mut().enable();
             {
                 let mut buffer = self.lock();
-                // Where there is no room the pump waits, and so would this.
+                // Without room the pump waits, so the chunk cannot fill.
                 if buffer.closed
                     || !buffer.has_room()
                     || buffer.end() >= offset + CHUNK_LIMIT as u64
@@ -350,11 +350,11 @@ impl Output {
     pub fn ack(&self, offset: u64) {
         self.lock().ack(offset);
         self.room.notify_waiters();
-        // A reader that waits below it must learn that its bytes are gone.
+        // A reader waiting below it must learn that its bytes are gone.
         self.changed.notify_waiters();
     }
 
-    /// No more bytes will come.
+    /// Marks the end of the output.
     pub fn close(&self) {
         self.lock().close();
         self.changed.notify_waiters();

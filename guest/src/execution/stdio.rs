@@ -1,4 +1,4 @@
-//! Makes a process's standard input and output: pipes, or the ends of a terminal.
+//! Creates a process's standard streams: pipes, or the ends of a terminal.
 
 use super::input::Input;
 use crate::descriptor::AsyncDescriptor;
@@ -16,7 +16,7 @@ pub struct AgentEnds {
     pub terminal: Option<Arc<AsyncDescriptor>>,
 }
 
-/// Pipes before the process exists.
+/// Pipes of a process that does not exist yet.
 #[derive(Debug)]
 pub struct Pipes {
     stdin: OwnedFd,
@@ -28,7 +28,7 @@ pub struct Pipes {
 }
 
 impl Pipes {
-    /// Pipes for output, and for input where it is wanted; else /dev/null.
+    /// Creates pipes for output, and for input if `stdin` is set; else input is /dev/null.
     pub fn new(stdin: bool) -> io::Result<Self> {
         let pipe = || nix::unistd::pipe2(OFlag::O_CLOEXEC).map_err(io::Error::from);
         let (out, stdout) = pipe()?;
@@ -49,15 +49,15 @@ impl Pipes {
         })
     }
 
-    /// The process's ends, in the order 0, 1, 2.
+    /// Returns the process's ends in the order 0, 1, 2.
     pub fn process_ends(&self) -> [BorrowedFd<'_>; 3] {
         [self.stdin.as_fd(), self.stdout.as_fd(), self.stderr.as_fd()]
     }
 
-    /// Lets the user open its own /dev/stdout again.
+    /// Makes the user the owner, so that it can reopen /dev/stdout.
     pub fn give_to(&self, uid: u32) {
         for end in [&self.stdin, &self.stdout, &self.stderr] {
-            // /dev/null's refusal doesn't matter; it is open to all.
+            // /dev/null is skipped; it is open to all users.
             let is_pipe = rustix::fs::fstat(end).is_ok_and(|stat| {
                 rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::Fifo
             });
@@ -67,7 +67,7 @@ impl Pipes {
         }
     }
 
-    /// Closes the process's ends here and keeps the agent's. `closes`: an EOF closes the input.
+    /// Closes the process's ends and returns the agent's. `closes`: an EOF closes the input.
     pub fn into_agent_ends(self, closes: bool) -> io::Result<AgentEnds> {
         let sink = self
             .sink
@@ -85,7 +85,7 @@ impl Pipes {
     }
 }
 
-/// The agent's ends of a terminal, from its master.
+/// Returns the agent's ends of a terminal, from its master.
 pub fn terminal_ends(master: OwnedFd, stdin: bool, closes: bool) -> io::Result<AgentEnds> {
     let reader = AsyncDescriptor::new(master.try_clone()?)?;
     let terminal = Arc::new(AsyncDescriptor::new(master)?);

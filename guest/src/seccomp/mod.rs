@@ -14,9 +14,13 @@
 //! load nr ── binary search over ranges of numbers ──► [conditions on arguments] ──► return action
 //! ```
 
+mod error;
 pub mod install;
+mod instruction;
 mod rule;
 
+pub use error::SeccompError;
+use instruction::{Instruction, JUMP, JUMP_AT_LEAST, JUMP_EQUAL, LOAD, RETURN, jump};
 use oci_spec::runtime::{LinuxSeccomp, LinuxSeccompAction, LinuxSeccompFilterFlag, LinuxSyscall};
 use rule::Rule;
 use serde::{Deserialize, Serialize};
@@ -36,55 +40,9 @@ const KILL_PROCESS: u32 = 0x8000_0000;
 /// Offsets in `struct seccomp_data`.
 const OFFSET_NR: u32 = 0;
 const OFFSET_ARCH: u32 = 4;
-/// BPF opcodes: load word, jumps by constant, return constant.
-const LOAD: u16 = 0x20;
-const JUMP: u16 = 0x05;
-const JUMP_EQUAL: u16 = 0x15;
-const JUMP_GREATER: u16 = 0x25;
-const JUMP_AT_LEAST: u16 = 0x35;
-const AND: u16 = 0x54;
-const RETURN: u16 = 0x06;
 /// Flags of seccomp(2).
 const FLAG_LOG: u32 = 1 << 1;
 const FLAG_SPEC_ALLOW: u32 = 1 << 2;
-
-/// A profile that cannot be put in force.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum SeccompError {
-    /// It hands calls to a program on the host.
-    #[error("seccomp: SCMP_ACT_NOTIFY is not supported: there is no listener inside the VM")]
-    Notify,
-    /// A value that does not fit.
-    #[error("seccomp: {field} = {value} is out of range")]
-    Range { field: &'static str, value: u64 },
-    /// More than the kernel takes.
-    #[error("seccomp: the profile needs {count} {what}, and the limit is {limit}")]
-    TooBig {
-        what: &'static str,
-        count: usize,
-        limit: usize,
-    },
-}
-
-/// One BPF instruction, as in `struct sock_filter`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Instruction {
-    pub code: u16,
-    pub yes: u8,
-    pub no: u8,
-    pub value: u32,
-}
-
-impl Instruction {
-    fn plain(code: u16, value: u32) -> Self {
-        Self {
-            code,
-            yes: 0,
-            no: 0,
-            value,
-        }
-    }
-}
 
 /// A compiled profile.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -155,15 +113,6 @@ fn unpack(packed: u64) -> Instruction {
         yes: byte(40),
         no: byte(32),
         value: packed as u32,
-    }
-}
-
-fn jump(code: u16, value: u32, yes: u8, no: u8) -> Instruction {
-    Instruction {
-        code,
-        yes,
-        no,
-        value,
     }
 }
 

@@ -3,9 +3,8 @@
 //! Arguments are 64 bits wide and BPF compares 32, so each condition looks at the upper half first. Which rules a syscall
 //! has, and in what order, is the parent module's.
 
-use super::{
-    AND, Instruction, JUMP_AT_LEAST, JUMP_EQUAL, JUMP_GREATER, LOAD, RETURN, SeccompError,
-};
+use super::error::SeccompError;
+use super::instruction::{AND, Instruction, JUMP_AT_LEAST, JUMP_EQUAL, JUMP_GREATER, LOAD, RETURN};
 use oci_spec::runtime::{LinuxSeccompArg, LinuxSeccompOperator as Operator};
 
 /// Arguments of a syscall.

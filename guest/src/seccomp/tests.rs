@@ -1,5 +1,6 @@
 //! Programs are run in a small interpreter of the kernel's BPF, and one is put in force in a process of its own.
 
+use super::instruction::{AND, JUMP_GREATER};
 use super::*;
 use oci_spec::runtime::LinuxSeccomp;
 use proptest::prelude::*;

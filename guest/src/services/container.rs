@@ -1,9 +1,9 @@
 //! The `Container` service: containers of the pod.
 
-use super::joined;
 use crate::agent::Agent;
 use crate::cgroup::{processes, resources, stats};
-use crate::container::ContainerError;
+use crate::container::error::ContainerError;
+use crate::status::joined;
 use crate::system;
 use boxlite_proto::boxlite::v1::container_server::Container;
 use boxlite_proto::boxlite::v1::{
@@ -19,14 +19,14 @@ use std::sync::Arc;
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status};
 
-/// See the service in `service.proto`.
+/// Implementation of the `Container` service.
 #[derive(Debug)]
 pub struct ContainerService {
     agent: Arc<Agent>,
 }
 
 impl ContainerService {
-    /// The service of `agent`.
+    /// Creates the service of `agent`.
     pub fn new(agent: Arc<Agent>) -> Self {
         Self { agent }
     }
@@ -45,11 +45,7 @@ impl Container for ContainerService {
         if !self.agent.is_initialized() {
             return Err(ContainerError::NoPod.into());
         }
-        let container = self
-            .agent
-            .pod
-            .init(&self.agent, request.into_inner())
-            .await?;
+        let container = self.agent.pod.init(request.into_inner()).await?;
         Ok(Response::new(ContainerInitResponse {
             pid: container.init.pid.unsigned_abs(),
         }))
@@ -132,11 +128,11 @@ impl Container for ContainerService {
         let request = request.into_inner();
         let container = self.find(&request.container_id).await?;
         let figures = stats::read(&container.cgroup);
-        container.tell_oom(&self.agent.pod, figures.memory_events_oom_kill);
+        container.emit_oom(&self.agent.pod.context, figures.memory_events_oom_kill);
         let look = move || {
             let inside = request
                 .processes
-                .then(|| processes::look(&container.cgroup, container.init.pid));
+                .then(|| processes::inspect(&container.cgroup, container.init.pid));
             (container.upper_usage(), inside)
         };
         let (upper, inside) = joined(tokio::task::spawn_blocking(look)).await?;
@@ -189,7 +185,7 @@ impl Container for ContainerService {
         let pod = Arc::clone(&self.agent.pod);
         let stream =
             futures::stream::unfold((pod, request.into_inner().from), |(pod, from)| async move {
-                let event = pod.events.next(from).await;
+                let event = pod.context.events.next(from).await;
                 let next = event.sequence + 1;
                 Some((Ok(event), (pod, next)))
             });

@@ -1,11 +1,12 @@
 //! The `Execution` service: processes of containers and their streams.
 
-use super::status::status;
 use crate::agent::Agent;
-use crate::container::{Container, ContainerError, exec, kill_all, signal_of};
+use crate::container::error::ContainerError;
+use crate::container::{Container, exec, kill_all, signal_of};
 use crate::execution::Process;
 use crate::execution::output::{Found, Observer};
 use crate::spawner::set_terminal_size;
+use crate::status::status;
 use boxlite_proto::boxlite::v1::execution_server::Execution;
 use boxlite_proto::boxlite::v1::{
     AckRequest, AckResponse, AttachChunk, AttachRequest, ErrorKind, ExecDeleteRequest,
@@ -20,14 +21,14 @@ use tokio::time::Instant;
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status, Streaming};
 
-/// See the service in `service.proto`.
+/// Implementation of the `Execution` service.
 #[derive(Debug)]
 pub struct ExecutionService {
     agent: Arc<Agent>,
 }
 
 impl ExecutionService {
-    /// The service of `agent`.
+    /// Creates the service of `agent`.
     pub fn new(agent: Arc<Agent>) -> Self {
         Self { agent }
     }
@@ -41,54 +42,55 @@ impl ExecutionService {
     }
 }
 
-/// A reader that had a chunk less than this ago waits as long for the next to fill: a process that writes line by line
-/// would otherwise cost a message, and a wake-up of the host, per line. A first chunk after silence goes at once, and so
-/// does what is there when the process ends.
-const COALESCE: Duration = Duration::from_millis(20);
-/// The same for a terminal, where somebody waits for the echo.
-const COALESCE_TERMINAL: Duration = Duration::from_millis(2);
+/// Minimum interval between two chunks of a reader. If the last chunk is more recent, the next is held back until it
+/// is full or the interval has passed: otherwise a process that writes line by line would cost a message, and a
+/// wake-up of the host, per line. The first chunk after a pause, and the output left when the process ends, are sent
+/// immediately.
+const COALESCE_INTERVAL: Duration = Duration::from_millis(20);
+/// The same for a terminal, where a user waits for the echo.
+const TERMINAL_COALESCE_INTERVAL: Duration = Duration::from_millis(2);
 
-/// Where a reader is.
-struct Follower {
+/// State of an Attach stream.
+struct AttachStream {
     process: Arc<Process>,
     offset: u64,
-    /// When the last chunk was taken.
+    /// Time of the last chunk.
     last: Option<Instant>,
-    /// Where it never acknowledges.
+    /// Present if the reader never acknowledges.
     _observer: Option<Observer>,
 }
 
-impl Follower {
-    /// The next chunk; the last one says EOF, and an error ends the stream too.
-    async fn next(follower: Option<Self>) -> Option<(Result<AttachChunk, Status>, Option<Self>)> {
-        let mut follower = follower?;
-        let pause = if follower.process.terminal.is_some() {
-            COALESCE_TERMINAL
+impl AttachStream {
+    /// Returns the next chunk; the last one has `eof` set, and an error also ends the stream.
+    async fn next(stream: Option<Self>) -> Option<(Result<AttachChunk, Status>, Option<Self>)> {
+        let mut stream = stream?;
+        let pause = if stream.process.terminal.is_some() {
+            TERMINAL_COALESCE_INTERVAL
         } else {
-            COALESCE
+            COALESCE_INTERVAL
         };
-        if let Some(last) = follower.last
+        if let Some(last) = stream.last
             && last.elapsed() < pause
         {
-            let filled = follower.process.output.fills_chunk(follower.offset);
+            let filled = stream.process.output.fills_chunk(stream.offset);
             let _ = tokio::time::timeout_at(last + pause, filled).await;
         }
-        match follower.process.output.read(follower.offset).await {
+        match stream.process.output.read(stream.offset).await {
             Found::Data(chunk) => {
-                follower.offset = chunk.offset + chunk.data.len() as u64;
-                follower.last = Some(Instant::now());
+                stream.offset = chunk.offset + chunk.data.len() as u64;
+                stream.last = Some(Instant::now());
                 let message = AttachChunk {
                     offset: chunk.offset,
                     stream: chunk.stream.into(),
                     data: chunk.data,
                     eof: false,
                 };
-                Some((Ok(message), Some(follower)))
+                Some((Ok(message), Some(stream)))
             }
             Found::Gone(first) => {
                 let message = format!(
-                    "output below {first} was freed, {} was asked for",
-                    follower.offset
+                    "output below offset {first} was freed, requested offset {}",
+                    stream.offset
                 );
                 Some((
                     Err(status(ErrorKind::OutputGone, &first.to_string(), message)),
@@ -97,7 +99,7 @@ impl Follower {
             }
             Found::End | Found::Later => {
                 let message = AttachChunk {
-                    offset: follower.process.output.end(),
+                    offset: stream.process.output.end(),
                     stream: OutputStream::Unspecified.into(),
                     data: Default::default(),
                     eof: true,
@@ -113,7 +115,7 @@ impl Execution for ExecutionService {
     async fn exec(&self, request: Request<ExecRequest>) -> Result<Response<ExecResponse>, Status> {
         let request = request.into_inner();
         let container = self.container(&request.container_id).await?;
-        let process = exec::exec(&self.agent, &self.agent.pod, &container, request).await?;
+        let process = exec::exec(&self.agent.pod.context, &container, request).await?;
         Ok(Response::new(ExecResponse {
             pid: process.pid.unsigned_abs(),
         }))
@@ -136,18 +138,21 @@ impl Execution for ExecutionService {
             request.offset
         };
         if offset > process.output.end() {
-            let message = format!("offset {offset} is beyond the end {}", process.output.end());
+            let message = format!(
+                "offset {offset} is beyond the end of the output, {}",
+                process.output.end()
+            );
             return Err(status(ErrorKind::InvalidArgument, "offset", message));
         }
-        let follower = Follower {
+        let stream = AttachStream {
             process,
             offset,
             last: None,
             _observer: observer,
         };
         Ok(Response::new(Box::pin(futures::stream::unfold(
-            Some(follower),
-            Follower::next,
+            Some(stream),
+            AttachStream::next,
         ))))
     }
 
@@ -169,7 +174,7 @@ impl Execution for ExecutionService {
             return Err(status(
                 ErrorKind::InvalidArgument,
                 "container_id",
-                "the first message names the process",
+                "the first message must name the process",
             ));
         };
         let process = self.process(&first.container_id, &first.exec_id).await?;
@@ -214,7 +219,7 @@ impl Execution for ExecutionService {
             process
                 .kill(signal)
                 .map_err(|source| ContainerError::Step {
-                    step: "signal process",
+                    step: "failed to signal the process",
                     source,
                 })?;
         }
@@ -249,7 +254,7 @@ impl Execution for ExecutionService {
         let request = request.into_inner();
         match self.agent.pod.get(&request.container_id).await {
             Ok(container) => exec::delete(&container, &request.exec_id).await?,
-            // With its container the exec is gone, too.
+            // An exec does not outlive its container.
             Err(ContainerError::NotFound { .. }) => {}
             Err(error) => return Err(error.into()),
         }

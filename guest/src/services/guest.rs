@@ -1,9 +1,9 @@
 //! The `Guest` service: the VM and its pod as a whole.
 
-use super::status::status;
 use crate::agent::Agent;
 use crate::cgroup::{self, Cgroup};
-use crate::container::ContainerError;
+use crate::container::error::ContainerError;
+use crate::status::{joined, status};
 use crate::storage::pod;
 use crate::{network, system};
 use boxlite_proto::boxlite::v1::guest_server::Guest;
@@ -19,19 +19,20 @@ use std::time::Duration;
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status, Streaming};
 
-/// Longest grace a Shutdown may ask for.
-const GRACE_LIMIT: Duration = Duration::from_secs(3600);
+/// Maximum grace period of a Shutdown.
+const MAX_GRACE: Duration = Duration::from_secs(3600);
 
-/// See the service in `service.proto`.
+/// Implementation of the `Guest` service.
 #[derive(Debug)]
 pub struct GuestService {
     agent: Arc<Agent>,
-    /// The request that initialized the pod, without what differs between retries. Held while one is carried out.
+    /// The request that initialized the pod, without the fields that differ between retries. Locked while a request
+    /// is handled.
     initialized: tokio::sync::Mutex<Option<GuestInitRequest>>,
 }
 
 impl GuestService {
-    /// The service of `agent`.
+    /// Creates the service of `agent`.
     pub fn new(agent: Arc<Agent>) -> Self {
         Self {
             agent,
@@ -40,7 +41,7 @@ impl GuestService {
     }
 }
 
-/// Carries out what a pod needs, in order: what comes later may need what comes first.
+/// Sets up the pod. The order matters: later steps depend on earlier ones.
 async fn initialize(request: &GuestInitRequest) -> Result<(), Status> {
     if request.time_unix_ns != 0 {
         system::set_time(request.time_unix_ns)?;
@@ -60,16 +61,16 @@ async fn initialize(request: &GuestInitRequest) -> Result<(), Status> {
         pod::resize_shm(shm)
     });
     network::configure(&request.interfaces, &request.routes).await?;
-    super::joined(mounts).await??;
-    // Last: some name an interface.
+    joined(mounts).await??;
+    // Last, because some name an interface.
     for (name, value) in &request.sysctls {
         system::set_sysctl(name, value)?;
     }
     Ok(())
 }
 
-/// What must be equal in a repeated Init.
-fn essence(request: &GuestInitRequest) -> GuestInitRequest {
+/// Returns the fields that must be equal in a repeated Init.
+fn comparable(request: &GuestInitRequest) -> GuestInitRequest {
     GuestInitRequest {
         time_unix_ns: 0,
         entropy: Default::default(),
@@ -89,11 +90,11 @@ impl Guest for GuestService {
             None => {
                 initialize(&request).await?;
                 self.agent.set_initialized();
-                *initialized = Some(essence(&request));
+                *initialized = Some(comparable(&request));
             }
-            Some(before) if *before == essence(&request) => {}
+            Some(before) if *before == comparable(&request) => {}
             Some(before) => {
-                let message = format!("the VM belongs to sandbox {} already", before.sandbox_id);
+                let message = format!("the VM already belongs to sandbox {}", before.sandbox_id);
                 return Err(status(
                     ErrorKind::AlreadyExists,
                     &before.sandbox_id,
@@ -122,10 +123,10 @@ impl Guest for GuestService {
         &self,
         request: Request<ShutdownRequest>,
     ) -> Result<Response<ShutdownResponse>, Status> {
-        let grace = Duration::from_millis(request.into_inner().grace_ms.into()).min(GRACE_LIMIT);
+        let grace = Duration::from_millis(request.into_inner().grace_ms.into()).min(MAX_GRACE);
         let agent = Arc::clone(&self.agent);
-        // In a task: it goes on when the caller is gone.
-        let stopping = self.agent.tasks.spawn(async move {
+        // In a task, so that it continues if the caller leaves.
+        let stopping = self.agent.launcher().tasks.spawn(async move {
             agent.pod.stop_all(grace).await;
             for container in agent.pod.list() {
                 let _ = agent.pod.delete(&container.id, true).await;
@@ -133,7 +134,7 @@ impl Guest for GuestService {
             if let Ok(Err(error)) = tokio::task::spawn_blocking(pod::release_scratch).await {
                 tracing::warn!(
                     error = boxlite_sys::report::report(&error),
-                    "release scratch disk"
+                    "failed to release the scratch disk"
                 );
             }
         });
@@ -150,8 +151,8 @@ impl Guest for GuestService {
         Ok(Response::new(GuestStatsResponse {
             time_unix_ns: system::unix_time_ns(),
             cpu_usage_ns: system::cpu_usage_ns(),
-            memory_total_bytes: cgroup::memory_total().unwrap_or(0),
-            memory_available_bytes: cgroup::meminfo("MemAvailable:").unwrap_or(0),
+            memory_total_bytes: system::memory_total().unwrap_or(0),
+            memory_available_bytes: system::meminfo("MemAvailable:").unwrap_or(0),
             networks: system::network_stats(),
             process_count: pod.processes().len() as u32,
             pod: Some(cgroup::stats::read(&pod)),
@@ -170,7 +171,7 @@ impl Guest for GuestService {
                     reason: error.to_string(),
                 }
             })?;
-        cgroup::update_pod(&limits).map_err(ContainerError::from)?;
+        cgroup::pod::update_pod(&limits).map_err(ContainerError::from)?;
         Ok(Response::new(UpdatePodResponse {}))
     }
 

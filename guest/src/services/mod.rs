@@ -1,6 +1,7 @@
-//! The guest protocol's four gRPC services: each call is checked, handed to its module, and its error made a status.
+//! The four gRPC services of the guest protocol. Each RPC is validated, passed to its module, and its error converted
+//! to a status.
 //!
-//! No state and no system call lives here.
+//! Services hold no state of their own and make no system calls.
 
 pub mod container;
 pub mod execution;
@@ -17,7 +18,7 @@ use boxlite_proto::names;
 use std::sync::Arc;
 use tonic::service::Routes;
 
-/// All services, with the limits of messages.
+/// Returns all services, with message size limits.
 pub fn routes(agent: &Arc<Agent>) -> Routes {
     let guest = GuestServer::new(guest::GuestService::new(Arc::clone(agent)))
         .max_decoding_message_size(names::GUEST_MESSAGE_LIMIT)
@@ -35,10 +36,4 @@ pub fn routes(agent: &Arc<Agent>) -> Routes {
         .add_service(container)
         .add_service(execution)
         .add_service(mounts)
-}
-
-/// The result of blocking work that nobody aborts; that it panicked is the one way it can fail.
-pub async fn joined<T>(task: tokio::task::JoinHandle<T>) -> Result<T, tonic::Status> {
-    task.await
-        .map_err(|error| tonic::Status::internal(error.to_string()))
 }

@@ -1,23 +1,25 @@
-//! The `Mounts` service: mounts of containers that the host shows, too. All of it is [`crate::shown`]'s.
+//! The `Mounts` service: exports mounts of containers to the host, by [`crate::mount_export`].
 
 use crate::agent::Agent;
-use crate::shown::server;
+use crate::mount_export::server;
 use boxlite_proto::boxlite::v1::mounts_server::Mounts;
-use boxlite_proto::boxlite::v1::{FuseRequest, FuseResponse, ShownRequest, ShownResponse};
+use boxlite_proto::boxlite::v1::{
+    FuseRequest, FuseResponse, WatchExportsRequest, WatchExportsResponse,
+};
 use std::pin::Pin;
 use std::sync::Arc;
 use tokio::task::JoinHandle;
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status, Streaming};
 
-/// See the service in `service.proto`.
+/// Implementation of the `Mounts` service.
 #[derive(Debug)]
 pub struct MountsService {
     agent: Arc<Agent>,
 }
 
 impl MountsService {
-    /// The service of `agent`.
+    /// Creates the service of `agent`.
     pub fn new(agent: Arc<Agent>) -> Self {
         Self { agent }
     }
@@ -33,29 +35,31 @@ impl Drop for AbortOnDrop {
 
 #[tonic::async_trait]
 impl Mounts for MountsService {
-    type ShownStream = Pin<Box<dyn Stream<Item = Result<ShownResponse, Status>> + Send>>;
+    type WatchExportsStream =
+        Pin<Box<dyn Stream<Item = Result<WatchExportsResponse, Status>> + Send>>;
 
-    async fn shown(
+    async fn watch_exports(
         &self,
-        request: Request<Streaming<ShownRequest>>,
-    ) -> Result<Response<Self::ShownStream>, Status> {
-        let shown = Arc::clone(&self.agent.pod.shown);
-        let reader = shown.reader();
+        request: Request<Streaming<WatchExportsRequest>>,
+    ) -> Result<Response<Self::WatchExportsStream>, Status> {
+        let exports = Arc::clone(&self.agent.pod.context.exports);
+        let reader = exports.reader();
         let mut said = request.into_inner();
         let hearing = tokio::spawn({
-            let shown = Arc::clone(&shown);
+            let exports = Arc::clone(&exports);
             async move {
                 while let Ok(Some(message)) = said.message().await {
-                    shown.acknowledge(message.generation);
+                    exports.acknowledge(message.generation);
                 }
             }
         });
-        let state = (shown, reader, AbortOnDrop(hearing), None);
-        let stream = futures::stream::unfold(state, |(shown, reader, hearing, after)| async move {
-            let list = shown.next(after).await;
-            let after = Some(list.generation);
-            Some((Ok(list), (shown, reader, hearing, after)))
-        });
+        let state = (exports, reader, AbortOnDrop(hearing), None);
+        let stream =
+            futures::stream::unfold(state, |(exports, reader, hearing, after)| async move {
+                let list = exports.next(after).await;
+                let after = Some(list.generation);
+                Some((Ok(list), (exports, reader, hearing, after)))
+            });
         Ok(Response::new(Box::pin(stream)))
     }
 
@@ -65,7 +69,7 @@ impl Mounts for MountsService {
         &self,
         request: Request<Streaming<FuseRequest>>,
     ) -> Result<Response<Self::FuseStream>, Status> {
-        let stream = server::open(&self.agent.pod.shown, request.into_inner()).await?;
+        let stream = server::open(&self.agent.pod.context.exports, request.into_inner()).await?;
         Ok(Response::new(Box::pin(stream)))
     }
 }

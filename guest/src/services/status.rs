@@ -1,66 +1,15 @@
-//! Errors of the agent as gRPC statuses: a code, the whole chain of causes as message, and the typed
-//! [`ErrorDetail`] as binary metadata under `boxlite_proto::names::ERROR_METADATA`.
+//! Conversion of the agent's errors to gRPC statuses: a code, the whole chain of causes as message, and the typed detail.
 
-use crate::container::ContainerError;
+use crate::container::error::ContainerError;
 use crate::execution::input::InputError;
 use crate::network::NetworkError;
 use crate::spawner::SpawnError;
 use crate::spawner::wire::FailureKind;
+use crate::status::from_error;
 use crate::storage::StorageError;
 use crate::system::SystemError;
-use boxlite_proto::boxlite::v1::{ErrorDetail, ErrorKind};
-use boxlite_proto::names;
-use boxlite_sys::report::report;
-use prost::Message;
-use std::error::Error;
-use tonic::metadata::{MetadataMap, MetadataValue};
-use tonic::{Code, Status};
-
-/// Longest message of a status, in bytes: it travels in an HTTP/2 header.
-const MESSAGE_LIMIT: usize = 2048;
-
-/// A status of that kind about `subject`.
-pub fn status(kind: ErrorKind, subject: &str, message: impl Into<String>) -> Status {
-    let mut message = message.into();
-    if message.len() > MESSAGE_LIMIT {
-        let end = (0..=MESSAGE_LIMIT)
-            .rev()
-            .find(|end| message.is_char_boundary(*end))
-            .unwrap_or(0);
-        message.truncate(end);
-    }
-    let detail = ErrorDetail {
-        kind: kind.into(),
-        subject: subject.to_owned(),
-    };
-    let mut metadata = MetadataMap::new();
-    metadata.insert_bin(
-        names::ERROR_METADATA,
-        MetadataValue::from_bytes(&detail.encode_to_vec()),
-    );
-    Status::with_metadata(code_of(kind), message, metadata)
-}
-
-/// A status for an error with causes.
-pub fn from_error(kind: ErrorKind, subject: &str, error: &(dyn Error + 'static)) -> Status {
-    status(kind, subject, report(error))
-}
-
-fn code_of(kind: ErrorKind) -> Code {
-    match kind {
-        ErrorKind::NotFound => Code::NotFound,
-        ErrorKind::AlreadyExists => Code::AlreadyExists,
-        ErrorKind::InvalidArgument | ErrorKind::UserNotFound | ErrorKind::ExecutableNotFound => {
-            Code::InvalidArgument
-        }
-        ErrorKind::WrongState => Code::FailedPrecondition,
-        ErrorKind::Resources => Code::ResourceExhausted,
-        ErrorKind::OutputGone => Code::OutOfRange,
-        ErrorKind::Rootfs | ErrorKind::Mount | ErrorKind::Internal | ErrorKind::Unspecified => {
-            Code::Internal
-        }
-    }
-}
+use boxlite_proto::boxlite::v1::ErrorKind;
+use tonic::Status;
 
 fn storage_kind(error: &StorageError) -> (ErrorKind, String) {
     match error {
@@ -84,7 +33,7 @@ impl From<StorageError> for Status {
     }
 }
 
-/// Kind and subject of a container's error; one that was shared with an earlier call is told as its own.
+/// Returns kind and subject of a container's error; an error shared with an earlier call keeps its own.
 fn container_kind(error: &ContainerError) -> (ErrorKind, String) {
     match error {
         ContainerError::NotFound { id, .. } => (ErrorKind::NotFound, id.clone()),

@@ -1,12 +1,13 @@
-//! The last steps of every program: capabilities, no_new_privs, seccomp, exec. One order for init and exec'd processes.
+//! The last steps of every program: capabilities, no_new_privs, seccomp, exec. The order is the same for init and
+//! exec'd processes.
 //!
 //! ```text
-//! user changed ─► bounding set ─► sets as asked (CAP_SYS_ADMIN kept aside for the filter) ─► program looked up
+//! user changed ─► bounding set ─► requested sets (CAP_SYS_ADMIN kept aside for the filter) ─► program looked up
 //!     ─► no_new_privs, or CAP_SYS_ADMIN raised ─► seccomp ─► CAP_SYS_ADMIN dropped ─► exec
 //! ```
-//! The kernel takes a filter from a process that has no_new_privs or CAP_SYS_ADMIN, and a filter cannot be taken back. So
-//! everything that a profile might forbid comes before it; what is left after it is one capset (as in runc, only without
-//! no_new_privs) and the exec.
+//! The kernel accepts a filter from a process that has no_new_privs or CAP_SYS_ADMIN, and a filter cannot be removed.
+//! Everything that a profile might forbid is therefore done first; only one capset (as in runc, and only without
+//! no_new_privs) and the exec come after it.
 //!
 //! The caller has changed the user with the permitted capabilities kept, and still has all of them.
 
@@ -18,7 +19,7 @@ use nix::sys::prctl;
 use oci_spec::runtime::{Capabilities, LinuxCapabilities};
 use std::convert::Infallible;
 
-/// The five sets, without names this kernel doesn't have.
+/// The five capability sets, without names unknown to this kernel.
 struct Sets {
     bounding: CapsHashSet,
     effective: CapsHashSet,
@@ -55,11 +56,11 @@ fn set(kind: CapSet, value: &CapsHashSet) -> Result<(), Failure> {
     caps::set(None, kind, value).map_err(|error| Failure::step("set capabilities", error))
 }
 
-/// A process whose capabilities are set; its filter is not in force yet.
+/// A process whose capabilities are set and whose filter is not installed yet.
 #[derive(Debug)]
 pub struct Confined<'a> {
     confinement: &'a Confinement,
-    /// The permitted set as asked, where more of it is kept for the filter.
+    /// The requested permitted set, if a larger one is kept until the filter is installed.
     permitted: Option<CapsHashSet>,
 }
 
@@ -67,27 +68,27 @@ impl<'a> Confined<'a> {
     /// Sets the capabilities.
     ///
     /// # Errors
-    /// The kernel refuses a set: the caller had not all of it.
+    /// If the kernel rejects a set because the caller lacks a capability.
     pub fn set(confinement: &'a Confinement) -> Result<Self, Failure> {
         let sets = Sets::of(confinement.capabilities.as_ref());
         let failed = |error| Failure::step("read capabilities", error);
-        // A change of the user empties the effective set.
+        // A change of the user clears the effective set.
         let all = caps::read(None, CapSet::Permitted).map_err(failed)?;
         set(CapSet::Effective, &all)?;
         let bounding = caps::read(None, CapSet::Bounding).map_err(failed)?;
         for capability in bounding.difference(&sets.bounding) {
             caps::drop(None, CapSet::Bounding, *capability)
-                .map_err(|error| Failure::step("bounding set", error))?;
+                .map_err(|error| Failure::step("drop from the bounding set", error))?;
         }
         let privileged_filter = confinement.seccomp.is_some() && !confinement.no_new_privileges;
         let mut permitted = sets.permitted.clone();
         let kept = privileged_filter && permitted.insert(Capability::CAP_SYS_ADMIN);
-        // Effective before permitted: the kernel wants the one within the other at every step.
+        // Effective before permitted: the kernel requires one to be a subset of the other at every step.
         set(CapSet::Inheritable, &sets.inheritable)?;
         set(CapSet::Effective, &sets.effective)?;
         set(CapSet::Permitted, &permitted)?;
         for capability in &sets.ambient {
-            // Like runc: an ambient capability that isn't permitted and inheritable is no reason to fail.
+            // Like runc: an ambient capability that is not permitted and inheritable is not an error.
             let _ = caps::raise(None, CapSet::Ambient, *capability);
         }
         Ok(Self {
@@ -96,15 +97,15 @@ impl<'a> Confined<'a> {
         })
     }
 
-    /// Becomes the program.
+    /// Executes the program.
     ///
     /// # Errors
-    /// It can't be found or executed, or the filter is refused. Where a filter was put in force it stays.
+    /// If the program cannot be found or executed, or the filter is rejected. An installed filter stays in force.
     pub fn execute(self, args: &[String], env: &[String]) -> Result<Infallible, Failure> {
         let name = args.first().map_or("", String::as_str);
         let program = Program::new(&executable::find(name, env)?, args, env)?;
         if self.confinement.no_new_privileges {
-            prctl::set_no_new_privs().map_err(|errno| Failure::step("no_new_privs", errno))?;
+            prctl::set_no_new_privs().map_err(|errno| Failure::step("set no_new_privs", errno))?;
         }
         if let Some(filter) = &self.confinement.seccomp {
             let effective = caps::read(None, CapSet::Effective)
@@ -114,7 +115,8 @@ impl<'a> Confined<'a> {
                 raised.insert(Capability::CAP_SYS_ADMIN);
                 set(CapSet::Effective, &raised)?;
             }
-            install::install(filter).map_err(|error| Failure::step("seccomp", error))?;
+            install::install(filter)
+                .map_err(|error| Failure::step("install the seccomp filter", error))?;
             if !self.confinement.no_new_privileges {
                 set(CapSet::Effective, &effective)?;
             }

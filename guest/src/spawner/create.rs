@@ -1,9 +1,9 @@
-//! Role *create*: libcontainer makes a container's init process, which stops before its exec.
+//! Role *create*: libcontainer creates a container's init process, which stops before its exec.
 //!
-//! libcontainer enters the namespaces, mounts, pivots, changes the user, and waits on its notify socket. What it is not
-//! left to do: cgroup limits (the agent's, they must also be updated), capabilities, no_new_privs and seccomp (see
-//! [`super::confine`]; its own seccomp is libseccomp, which a static build has not), looking for and executing the program
-//! (typed errors and the exact environment, see [`Program`]).
+//! libcontainer enters the namespaces, mounts, pivots, changes the user, and waits on its notify socket. It does not
+//! set cgroup limits (the agent does, as it also updates them), capabilities, no_new_privs and seccomp (see
+//! [`super::confine`]; libcontainer's seccomp needs libseccomp, which a static build lacks), and does not look up or
+//! execute the program (for typed errors and the exact environment, see [`Program`]).
 
 use super::confine::Confined;
 use super::detail::Detail;
@@ -21,22 +21,22 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::rc::Rc;
 
-/// Name of the socket in the bundle on which libcontainer hands over the terminal's master.
+/// Name of the socket in the bundle on which libcontainer sends the terminal's master.
 const CONSOLE_SOCKET: &str = "console.sock";
 
-/// Makes the process and answers its pid, and its terminal if it has one.
+/// Creates the process and reports its PID, and its terminal if it has one.
 pub fn run(request: &CreateRequest, stdio: Vec<OwnedFd>, reply: &OwnedFd) -> Result<(), Failure> {
     let own_reply = reply
         .try_clone()
-        .map_err(|error| Failure::step("dup", error))?;
+        .map_err(|error| Failure::step("duplicate a descriptor", error))?;
     let log = reply
         .try_clone()
-        .map_err(|error| Failure::step("dup", error))?;
+        .map_err(|error| Failure::step("duplicate a descriptor", error))?;
     Detail::install(log);
     let failed = |error: libcontainer::error::LibcontainerError| {
         Failure::new(
             FailureKind::Internal,
-            format!("create container: {}", report(&error)),
+            format!("failed to create container: {}", report(&error)),
         )
     };
     let mut builder = ContainerBuilder::new(request.id.clone(), SyscallType::default())
@@ -52,7 +52,8 @@ pub fn run(request: &CreateRequest, stdio: Vec<OwnedFd>, reply: &OwnedFd) -> Res
     if request.terminal {
         let path = request.bundle.join(CONSOLE_SOCKET);
         listener = Some(
-            UnixListener::bind(&path).map_err(|error| Failure::step("console socket", error))?,
+            UnixListener::bind(&path)
+                .map_err(|error| Failure::step("bind the console socket", error))?,
         );
         builder = builder.with_console_socket(Some(path));
     } else {
@@ -61,7 +62,7 @@ pub fn run(request: &CreateRequest, stdio: Vec<OwnedFd>, reply: &OwnedFd) -> Res
         else {
             return Err(Failure::new(
                 FailureKind::Internal,
-                "standard input and output are missing",
+                "standard streams are missing",
             ));
         };
         builder = builder
@@ -73,7 +74,7 @@ pub fn run(request: &CreateRequest, stdio: Vec<OwnedFd>, reply: &OwnedFd) -> Res
         .as_init(&request.bundle)
         .with_systemd(false)
         .with_detach(true)
-        // The agent's child, as everything is.
+        // A child of the agent, like all processes.
         .as_sibling(true)
         .build()
         .map_err(failed)?;
@@ -84,26 +85,26 @@ pub fn run(request: &CreateRequest, stdio: Vec<OwnedFd>, reply: &OwnedFd) -> Res
         hand_over_console(&listener, reply)?;
     }
     wire::send(reply.as_fd(), &Message::Created { pid: pid.as_raw() }, None)
-        .map_err(|error| Failure::step("reply", error))
+        .map_err(|error| Failure::step("send the reply", error))
 }
 
-/// Takes the terminal's master, which libcontainer has sent already, and passes it to the agent.
+/// Receives the terminal's master, which libcontainer has sent, and passes it to the agent.
 fn hand_over_console(listener: &UnixListener, reply: &OwnedFd) -> Result<(), Failure> {
     let (connection, _) = listener
         .accept()
-        .map_err(|error| Failure::step("console socket", error))?;
+        .map_err(|error| Failure::step("accept on the console socket", error))?;
     let mut name = [0; 64];
     let (_, mut descriptors) = wire::receive_with(connection.as_fd(), &mut name)
-        .map_err(|error| Failure::step("receive console", error))?;
+        .map_err(|error| Failure::step("receive the console", error))?;
     let master = descriptors
         .pop()
         .ok_or_else(|| Failure::new(FailureKind::Internal, "libcontainer sent no terminal"))?;
     wire::send(reply.as_fd(), &Message::Console, Some(master.as_fd()))
-        .map_err(|error| Failure::step("reply", error))
+        .map_err(|error| Failure::step("send the reply", error))
 }
 
-/// Finds and executes the program in place of libcontainer's own executor, which loses the order of the environment and
-/// reports in prose. Failures go to the agent at once; the socket closes with the exec.
+/// Finds and executes the program instead of libcontainer's executor, which loses the order of the environment and
+/// reports untyped errors. Failures are sent to the agent immediately; the exec closes the socket.
 #[derive(Clone)]
 struct Program {
     reply: Rc<OwnedFd>,
@@ -142,7 +143,7 @@ impl Executor for Program {
     }
 
     fn setup_envs(&self, _: HashMap<String, String>) -> Result<(), ExecutorSetEnvsError> {
-        // The program gets its environment with the exec.
+        // The exec sets the program's environment.
         Ok(())
     }
 

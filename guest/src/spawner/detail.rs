@@ -1,7 +1,8 @@
-//! Tells the agent what libcontainer logs as errors while it makes a container: [`Detail`], a minimal subscriber.
+//! [`Detail`]: a minimal subscriber that forwards libcontainer's error logs to the agent while a container is
+//! created.
 //!
-//! Between its processes libcontainer passes only the outermost message on ("failed to prepare rootfs"); which mount was
-//! refused and why stands in the log alone. The subscriber is installed in the *create* helper and goes with its clones
+//! libcontainer's processes pass only the outermost message on ("failed to prepare rootfs"); the rejected mount and
+//! its errno appear only in the log. The subscriber is installed in the *create* helper and inherited by its clones
 //! up to the exec.
 
 use super::wire::{self, Message};
@@ -11,8 +12,8 @@ use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Level, Metadata, Subscriber};
 
-/// Longest detail, in bytes.
-const DETAIL_LIMIT: usize = 1024;
+/// Maximum length of a detail, in bytes.
+const MAX_DETAIL_BYTES: usize = 1024;
 
 /// Sends every error event to the agent.
 pub struct Detail {
@@ -22,7 +23,7 @@ pub struct Detail {
 impl Detail {
     /// Makes this process, and those cloned from it, report on `reply`.
     pub fn install(reply: OwnedFd) {
-        // The helper has none yet; were there one, details would be lost and nothing else.
+        // The helper has no subscriber; if it had one, only details would be lost.
         let _ = tracing::subscriber::set_global_default(Self { reply });
     }
 }
@@ -43,7 +44,7 @@ impl Subscriber for Detail {
     fn event(&self, event: &Event<'_>) {
         let mut text = Text(String::new());
         event.record(&mut text);
-        let end = (0..=DETAIL_LIMIT.min(text.0.len()))
+        let end = (0..=MAX_DETAIL_BYTES.min(text.0.len()))
             .rev()
             .find(|end| text.0.is_char_boundary(*end))
             .unwrap_or(0);
@@ -56,7 +57,7 @@ impl Subscriber for Detail {
     fn exit(&self, _: &Id) {}
 }
 
-/// The message of an event, its fields behind it.
+/// The message of an event, followed by its fields.
 struct Text(String);
 
 impl Visit for Text {

@@ -1,15 +1,15 @@
 //! Role *exec*: runs a further process in a container.
 //!
-//! Done with system calls and not with libcontainer's tenant builder: that needs the state of a *running* container on
-//! disk, forks three times, starts the program before its pid is known, and reports a missing program only as prose. An
-//! exec probe runs this every few seconds in every container. Steps and order are runc's.
+//! Implemented with system calls instead of libcontainer's tenant builder, which needs the on-disk state of a
+//! *running* container, forks three times, starts the program before its PID is known, and reports a missing program
+//! only as text. An exec probe does this every few seconds in every container. Steps and order are those of runc.
 //!
 //! The helper joins the cgroup and the namespaces and clones the process; the process waits until the agent has
-//! registered its pid, drops its privileges and executes the program.
+//! registered its PID, drops its privileges and executes the program.
 
+use super::clone::{Parent, clone_child};
 use super::confine::Confined;
-use super::executable::words;
-use super::server::{Parent, clone_child};
+use super::executable::errno_text;
 use super::user::{self, ResolvedUser};
 use super::wire::{self, ExecRequest, Failure, FailureKind, Message, ProcessPlan};
 use nix::errno::Errno;
@@ -27,12 +27,12 @@ use std::fs;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
-/// The namespaces a container has of its own, a user namespace aside; the others are the VM's.
+/// Namespaces private to a container, except the user namespace; the others are the VM's.
 const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWNS
     .union(CloneFlags::CLONE_NEWPID)
     .union(CloneFlags::CLONE_NEWCGROUP);
 
-/// Makes the process and answers its pid.
+/// Creates the process and reports its PID.
 pub fn run(
     request: &ExecRequest,
     descriptors: Vec<OwnedFd>,
@@ -43,14 +43,16 @@ pub fn run(
         .next()
         .ok_or_else(|| Failure::new(FailureKind::Internal, "the container's pidfd is missing"))?;
     let stdio: Vec<OwnedFd> = descriptors.collect();
-    // From here on nothing in the container may look into this process.
-    prctl::set_dumpable(false).map_err(|errno| Failure::step("set undumpable", errno))?;
+    // From here on, processes of the container must not be able to inspect this one.
+    prctl::set_dumpable(false)
+        .map_err(|errno| Failure::step("clear the dumpable attribute", errno))?;
     fs::write(
         "/proc/self/oom_score_adj",
         request.process.oom_score_adj.to_string(),
     )
-    .map_err(|error| Failure::step("oom_score_adj", error))?;
-    fs::write(&request.cgroup_procs, "0").map_err(|error| Failure::step("join cgroup", error))?;
+    .map_err(|error| Failure::step("set oom_score_adj", error))?;
+    fs::write(&request.cgroup_procs, "0")
+        .map_err(|error| Failure::step("join the cgroup", error))?;
     let own = if request.user_namespace {
         NAMESPACES | CloneFlags::CLONE_NEWUSER
     } else {
@@ -58,11 +60,11 @@ pub fn run(
     };
     setns(&container, own).map_err(|errno| match errno {
         Errno::ESRCH => Failure::new(FailureKind::Internal, "the container has ended"),
-        errno => Failure::step("join namespaces", errno),
+        errno => Failure::step("join the namespaces", errno),
     })?;
     match clone_child(Parent::Grand) {
         Ok(Some(pid)) => wire::send(reply.as_fd(), &Message::Created { pid }, None)
-            .map_err(|error| Failure::step("reply", error)),
+            .map_err(|error| Failure::step("send the reply", error)),
         Ok(None) => {
             let made = become_program(&request.process, request.user_namespace, stdio, reply);
             let failure = match made {
@@ -72,11 +74,11 @@ pub fn run(
             let _ = wire::send(reply.as_fd(), &Message::Failed(failure), None);
             std::process::exit(127)
         }
-        Err(error) => Err(Failure::step("clone", error)),
+        Err(error) => Err(Failure::step("clone the process", error)),
     }
 }
 
-/// The process: everything from its first instruction to the exec.
+/// Runs in the new process, from its first instruction to the exec.
 fn become_program(
     plan: &ProcessPlan,
     user_namespace: bool,
@@ -89,13 +91,13 @@ fn become_program(
         _ => {
             return Err(Failure::new(
                 FailureKind::Internal,
-                "the agent gave the process up",
+                "the agent closed the request",
             ));
         }
     }
-    setsid().map_err(|errno| Failure::step("setsid", errno))?;
+    setsid().map_err(|errno| Failure::step("create a session", errno))?;
     if user_namespace {
-        become_its_root()?;
+        become_namespace_root()?;
     }
     let user = user::resolve(Path::new("/"), &plan.user)
         .map_err(|error| Failure::new(FailureKind::UserNotFound, error.to_string()))?;
@@ -108,13 +110,17 @@ fn become_program(
     for limit in &plan.rlimits {
         set_limit(limit)?;
     }
-    // As root first: the user may be forbidden a directory that the runtime may enter.
+    // As root first: the user may lack access to a directory that the runtime can enter.
     let entered = enter_directory(&plan.cwd);
     change_user(&user)?;
     let confined = Confined::set(&plan.confinement)?;
     if entered.is_err() {
         enter_directory(&plan.cwd).map_err(|errno| {
-            let message = format!("chdir to cwd ({:?}) failed: {}", plan.cwd, words(errno));
+            let message = format!(
+                "chdir to cwd ({:?}) failed: {}",
+                plan.cwd,
+                errno_text(errno)
+            );
             Failure::new(FailureKind::InvalidArgument, message)
         })?;
     }
@@ -128,8 +134,8 @@ fn become_program(
     confined.execute(&plan.args, &env)
 }
 
-/// In a user namespace that was just joined this process is still a user from outside, who owns nothing in it.
-fn become_its_root() -> Result<(), Failure> {
+/// After joining a user namespace this process still has a user of the parent namespace, who owns nothing in it.
+fn become_namespace_root() -> Result<(), Failure> {
     let failed = |errno| Failure::step("become root of the user namespace", errno);
     let (uid, gid) = (Uid::from_raw(0), Gid::from_raw(0));
     setgroups(&[]).map_err(failed)?;
@@ -139,7 +145,7 @@ fn become_its_root() -> Result<(), Failure> {
 
 fn enter_directory(cwd: &Path) -> Result<(), Errno> {
     chdir(cwd)?;
-    // A working directory that lies outside of the root (as a leaked descriptor would allow) reads as unreachable.
+    // A working directory outside the root (reachable through a leaked descriptor) reads as unreachable.
     match std::env::current_dir() {
         Ok(path) if path.is_absolute() => Ok(()),
         _ => Err(Errno::ENOENT),
@@ -150,10 +156,10 @@ fn connect_stdio(stdio: &[OwnedFd], user: &ResolvedUser) -> Result<(), Failure> 
     let [stdin, stdout, stderr] = stdio else {
         return Err(Failure::new(
             FailureKind::Internal,
-            "standard input and output are missing",
+            "standard streams are missing",
         ));
     };
-    // The user must be able to open /dev/stdout again. Only pipes: /dev/null is the VM's.
+    // The user must be able to reopen /dev/stdout. Pipes only: /dev/null belongs to the VM.
     for end in stdio {
         let is_pipe = rustix::fs::fstat(end)
             .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Fifo);
@@ -164,7 +170,7 @@ fn connect_stdio(stdio: &[OwnedFd], user: &ResolvedUser) -> Result<(), Failure> 
     let connected = dup2_stdin(stdin)
         .and_then(|()| dup2_stdout(stdout))
         .and_then(|()| dup2_stderr(stderr));
-    connected.map_err(|errno| Failure::step("connect standard input and output", errno))
+    connected.map_err(|errno| Failure::step("connect the standard streams", errno))
 }
 
 mod terminal_ioctl {
@@ -172,7 +178,7 @@ mod terminal_ioctl {
     nix::ioctl_write_ptr_bad!(set_size, libc::TIOCSWINSZ, libc::winsize);
 }
 
-/// Sets a terminal's size.
+/// Sets the size of a terminal.
 pub fn set_terminal_size(terminal: impl AsFd, rows: u16, cols: u16) -> Result<(), Errno> {
     let size = libc::winsize {
         ws_row: rows,
@@ -184,9 +190,9 @@ pub fn set_terminal_size(terminal: impl AsFd, rows: u16, cols: u16) -> Result<()
     unsafe { terminal_ioctl::set_size(terminal.as_fd().as_raw_fd(), &size) }.map(|_| ())
 }
 
-/// A terminal of the container's own devpts, so that its name exists in the container.
+/// Opens a terminal of the container's own devpts, so that its name exists in the container.
 fn open_terminal(size: (u16, u16), user: &ResolvedUser, reply: &OwnedFd) -> Result<(), Failure> {
-    let failed = |errno| Failure::step("open terminal", errno);
+    let failed = |errno| Failure::step("open a terminal", errno);
     let pty = nix::pty::openpty(None, None).map_err(failed)?;
     if size != (0, 0) {
         set_terminal_size(&pty.master, size.0, size.1).map_err(failed)?;
@@ -199,11 +205,11 @@ fn open_terminal(size: (u16, u16), user: &ResolvedUser, reply: &OwnedFd) -> Resu
         .and_then(|()| dup2_stderr(&pty.slave));
     connected.map_err(failed)?;
     wire::send(reply.as_fd(), &Message::Console, Some(pty.master.as_fd()))
-        .map_err(|error| Failure::step("reply", error))
+        .map_err(|error| Failure::step("send the reply", error))
 }
 
 fn change_user(user: &ResolvedUser) -> Result<(), Failure> {
-    let failed = |errno| Failure::step("change user", errno);
+    let failed = |errno| Failure::step("change the user", errno);
     let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
     let groups: Vec<Gid> = user
         .additional_gids
@@ -211,7 +217,7 @@ fn change_user(user: &ResolvedUser) -> Result<(), Failure> {
         .copied()
         .map(Gid::from_raw)
         .collect();
-    // Capabilities must survive the change of the user until they are set as asked.
+    // Capabilities must survive the change of the user until the requested ones are set.
     caps::securebits::set_keepcaps(true)
         .map_err(|error| Failure::step("keep capabilities", error))?;
     setgroups(&groups).map_err(failed)?;
@@ -240,5 +246,5 @@ fn set_limit(limit: &PosixRlimit) -> Result<(), Failure> {
         PosixRlimitType::RlimitRttime => Resource::RLIMIT_RTTIME,
     };
     setrlimit(resource, limit.soft(), limit.hard())
-        .map_err(|errno| Failure::step(&format!("rlimit {}", limit.typ()), errno))
+        .map_err(|errno| Failure::step(&format!("set rlimit {}", limit.typ()), errno))
 }

@@ -1,4 +1,4 @@
-//! Finds and executes a container's program, with the words other runtimes use when it can't be found.
+//! Finds and executes a container's program, with the error texts of other runtimes.
 //!
 //! Called in the container's root, as its user, by the last code before the program itself.
 
@@ -10,10 +10,10 @@ use std::convert::Infallible;
 use std::ffi::CString;
 use std::path::{Path, PathBuf};
 
-/// Where a program is looked for when the environment has no PATH.
+/// Search path used if the environment has no PATH.
 pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// The file that `name` means with the environment `env`.
+/// Resolves `name` to a file, using PATH of the environment `env`.
 pub fn find(name: &str, env: &[String]) -> Result<PathBuf, Failure> {
     if name.is_empty() {
         return Err(not_found(name, "no command specified"));
@@ -23,7 +23,10 @@ pub fn find(name: &str, env: &[String]) -> Result<PathBuf, Failure> {
             Ok(()) => Ok(PathBuf::from(name)),
             Err(Errno::EACCES) => Err(not_found(name, "permission denied")),
             Err(Errno::EISDIR) => Err(not_found(name, "is a directory")),
-            Err(errno) => Err(not_found(name, &format!("stat {name}: {}", words(errno)))),
+            Err(errno) => Err(not_found(
+                name,
+                &format!("stat {name}: {}", errno_text(errno)),
+            )),
         };
     }
     let path = env
@@ -48,7 +51,7 @@ pub fn find(name: &str, env: &[String]) -> Result<PathBuf, Failure> {
     Err(not_found(name, reason))
 }
 
-/// Whether the effective user may execute the file.
+/// Checks that the effective user may execute the file.
 fn check(path: &Path) -> Result<(), Errno> {
     let metadata = std::fs::metadata(path)
         .map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
@@ -63,7 +66,8 @@ fn check(path: &Path) -> Result<(), Errno> {
     )
 }
 
-/// A program with all that its exec needs: between the last check and the exec no other system call is made.
+/// A program with everything its exec needs, so that no other system call is made between the last check and the
+/// exec.
 #[derive(Debug)]
 pub struct Program {
     path: CString,
@@ -72,15 +76,15 @@ pub struct Program {
 }
 
 impl Program {
-    /// Puts the strings together, and the process's signals as a program expects them.
+    /// Prepares the strings, and resets signal dispositions to those a program expects.
     ///
     /// # Errors
-    /// A NUL byte.
+    /// If a string contains a NUL byte.
     pub fn new(path: &Path, args: &[String], env: &[String]) -> Result<Self, Failure> {
         let invalid = |what: &str| {
             Failure::new(
                 FailureKind::InvalidArgument,
-                format!("{what} holds a NUL byte"),
+                format!("{what} contains a NUL byte"),
             )
         };
         let strings = |list: &[String], what: &str| -> Result<Vec<CString>, Failure> {
@@ -93,8 +97,7 @@ impl Program {
             args: strings(args, "argument")?,
             env: strings(env, "environment")?,
         };
-        // The standard library ignores SIGPIPE, and that would be inherited.
-        // SAFETY: SIG_DFL installs no handler code.
+        // The standard library ignores SIGPIPE, which would be inherited. SAFETY: SIG_DFL installs no handler code.
         let _ = unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) };
         let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None);
         Ok(program)
@@ -103,7 +106,7 @@ impl Program {
     /// Replaces this process by the program.
     ///
     /// # Errors
-    /// The kernel can't execute it.
+    /// If the kernel cannot execute it.
     pub fn execute(&self) -> Result<Infallible, Failure> {
         execve(&self.path, &self.args, &self.env).map_err(|errno| {
             let kind = match errno {
@@ -114,7 +117,7 @@ impl Program {
                 _ => FailureKind::Internal,
             };
             let path = self.path.to_string_lossy();
-            Failure::new(kind, format!("exec {path}: {}", words(errno)))
+            Failure::new(kind, format!("exec {path}: {}", errno_text(errno)))
         })
     }
 }
@@ -126,8 +129,8 @@ fn not_found(name: &str, reason: &str) -> Failure {
     )
 }
 
-/// An errno in the words of the C library, without the symbol.
-pub fn words(errno: Errno) -> String {
+/// Returns the C library's text of an errno, without the symbol.
+pub fn errno_text(errno: Errno) -> String {
     errno.desc().to_lowercase()
 }
 
@@ -136,7 +139,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_words_are_those_of_other_runtimes() {
+    fn find_errors_match_other_runtimes() {
         let env = vec!["PATH=/nowhere".to_owned()];
         assert_eq!(
             find("foo", &env).unwrap_err().message,
@@ -157,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn path_is_searched_in_order_and_defaults() {
+    fn find_searches_path_in_order() {
         assert_eq!(
             find("sh", &["PATH=/nowhere:/bin".to_owned()]).unwrap(),
             Path::new("/bin/sh")

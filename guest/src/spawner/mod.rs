@@ -1,11 +1,12 @@
-//! Makes processes: [`Spawner`] in the agent asks a small single-threaded process, forked at boot, to fork again.
+//! Creates processes: [`Spawner`] in the agent asks a small single-threaded process, forked at boot, to fork again.
 //!
-//! Namespaces must be entered and processes cloned by a process with one thread; the agent has several. So before tokio
-//! starts, the agent forks the *spawner* ([`server`]), which does nothing but receive a request with descriptors and clone
-//! a *helper* for it. A helper plays one role, [`create`] (libcontainer makes a container's init process), [`exec`] (a
-//! further process in a container) or [`pause`] (the pod's shared PID namespace), answers on the request's own socket,
-//! and ends. Everything is cloned with CLONE_PARENT, so that all processes are children of the agent and its reaper sees
-//! every exit. Compared with executing the agent's binary again this saves loading and relocating it for every exec.
+//! Only a single-threaded process can enter namespaces and clone safely, and the agent has several threads. Before
+//! tokio starts, the agent therefore forks the *spawner* ([`server`]), which receives requests with descriptors and
+//! clones a *helper* for each. A helper has one role, [`create`] (libcontainer creates a container's init process),
+//! [`exec`] (a further process in a container) or [`pause`] (the pod's shared PID namespace), replies on the
+//! request's own socket, and exits. Everything is cloned with CLONE_PARENT, so all processes are children of the
+//! agent and its reaper sees every exit. Compared with executing the agent's binary again, this saves loading and
+//! relocating it for every exec.
 //!
 //! ```text
 //! agent ──(kind, request memfd, reply socket, stdio …)──► spawner ──clone──► helper ──clone──► process
@@ -13,6 +14,7 @@
 //!   └──────────────── reply socket; closed by the process's exec ──────────────┴─────────────────┘
 //! ```
 
+mod clone;
 mod confine;
 mod create;
 mod detail;
@@ -33,27 +35,27 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 use wire::{Message, Request};
 
-/// Longest time a helper may take to make a process: generous, since a TCG guest under load pages its way through it.
+/// Timeout of a helper creating a process. Generous, because a TCG guest under load has to page in the code.
 const HELPER_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Why a process could not be made.
+/// Reasons a process could not be created.
 #[derive(Debug, thiserror::Error)]
 pub enum SpawnError {
-    /// The helper or the process itself reported it.
+    /// Reported by the helper or by the process itself.
     #[error("{}", .0.message)]
     Refused(wire::Failure),
-    /// The spawner or its socket broke.
-    #[error("spawner: {step}")]
+    /// The spawner or its socket failed.
+    #[error("spawner: failed to {step}")]
     Broken {
         step: &'static str,
         #[source]
         source: io::Error,
     },
-    /// The helper ended without an answer.
-    #[error("the helper ended without an answer")]
+    /// The helper exited without a reply.
+    #[error("spawner helper exited without a reply")]
     Silent,
-    /// The helper took too long.
-    #[error("no answer from the helper within {HELPER_TIMEOUT:?}")]
+    /// The helper did not reply in time.
+    #[error("spawner helper did not reply within {HELPER_TIMEOUT:?}")]
     Timeout,
 }
 
@@ -61,15 +63,15 @@ pub enum SpawnError {
 #[derive(Debug)]
 pub struct Spawner {
     socket: OwnedFd,
-    /// The spawner's process.
+    /// PID of the spawner.
     pub pid: i32,
 }
 
 impl Spawner {
-    /// Forks the spawner. The caller must have one thread only, and be PID 1.
+    /// Forks the spawner. The caller must be single-threaded and PID 1.
     ///
     /// # Errors
-    /// Socket or fork failed.
+    /// If the socket pair or the fork fails.
     pub fn start() -> Result<Self, SpawnError> {
         let (ours, theirs) = pair()?;
         let (pid, socket) = server::fork(ours, theirs).map_err(|source| SpawnError::Broken {
@@ -79,14 +81,14 @@ impl Spawner {
         Ok(Self { socket, pid })
     }
 
-    /// Asks for a process; the answers come on the returned [`Reply`].
+    /// Requests a process; messages about it arrive on the returned [`Reply`].
     pub fn request(
         &self,
         request: &Request,
         descriptors: &[BorrowedFd<'_>],
     ) -> Result<Reply, SpawnError> {
         let broken = |step| move |source: io::Error| SpawnError::Broken { step, source };
-        let body = wire::to_memfd(request).map_err(broken("write request"))?;
+        let body = wire::to_memfd(request).map_err(broken("write the request"))?;
         let (ours, theirs) = pair()?;
         let mut passed = vec![body.as_fd(), theirs.as_fd()];
         passed.extend_from_slice(descriptors);
@@ -96,8 +98,8 @@ impl Spawner {
             &passed,
             SendFlags::NOSIGNAL,
         )
-        .map_err(broken("send request"))?;
-        let socket = AsyncDescriptor::new(ours).map_err(broken("reply socket"))?;
+        .map_err(broken("send the request"))?;
+        let socket = AsyncDescriptor::new(ours).map_err(broken("register the reply socket"))?;
         Ok(Reply { socket })
     }
 }
@@ -109,20 +111,20 @@ pub struct Reply {
 }
 
 impl Reply {
-    /// The next message with the descriptor it carries; `None` once helper and process have closed their end, which an
-    /// exec does. Dropping the future loses nothing.
+    /// Returns the next message with its descriptor, or `None` once helper and process have closed their ends, which
+    /// an exec does. Cancel-safe.
     pub async fn next(&self) -> Result<Option<(Message, Option<OwnedFd>)>, SpawnError> {
         let received = self.socket.read_with(wire::receive);
         match tokio::time::timeout(HELPER_TIMEOUT, received).await {
             Ok(result) => result.map_err(|source| SpawnError::Broken {
-                step: "receive reply",
+                step: "receive the reply",
                 source,
             }),
             Err(_) => Err(SpawnError::Timeout),
         }
     }
 
-    /// Lets the process go on that waits to be registered.
+    /// Releases the process, which waits until its PID is registered.
     pub fn release(&self) -> Result<(), SpawnError> {
         wire::send_with(
             self.socket.get(),
@@ -131,7 +133,7 @@ impl Reply {
             SendFlags::NOSIGNAL,
         )
         .map_err(|source| SpawnError::Broken {
-            step: "release process",
+            step: "release the process",
             source,
         })
     }

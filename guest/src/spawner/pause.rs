@@ -1,5 +1,5 @@
-//! Role *pause*: holds the pod's shared PID namespace, and its user namespace where it has one. Its process is PID 1 there,
-//! so containers that share the namespace see it and not the agent.
+//! Role *pause*: holds the pod's shared PID namespace, and its user namespace if it has one. Its process is PID 1 in
+//! the namespace, so containers that share it do not see the agent.
 //!
 //! ```text
 //! helper ──clone──► holder: new user namespace ─► waits for its maps ─► root in it ─► new PID namespace ──clone──► pause
@@ -7,7 +7,7 @@
 //! ```
 //! Without a user namespace the helper is the holder.
 
-use super::server::{Parent, clone_child};
+use super::clone::{Parent, clone_child};
 use super::wire::{self, Failure, FailureKind, IdMap, Message};
 use nix::fcntl::OFlag;
 use nix::sched::{CloneFlags, unshare};
@@ -18,10 +18,10 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 
-/// Nearly never chosen when memory runs out: every container of the namespaces would die with it.
+/// OOM score adjustment of the process. Very low, because all containers in its namespaces would die with it.
 const OOM_SCORE: &str = "-998";
 
-/// Makes the namespaces and the process that holds them.
+/// Creates the namespaces and the process that holds them.
 pub fn run(map: Option<IdMap>, reply: &OwnedFd) -> Result<(), Failure> {
     match map {
         None => hold_in_new_pid_namespace(reply),
@@ -31,37 +31,39 @@ pub fn run(map: Option<IdMap>, reply: &OwnedFd) -> Result<(), Failure> {
 
 fn hold_in_new_pid_namespace(reply: &OwnedFd) -> Result<(), Failure> {
     unshare(CloneFlags::CLONE_NEWPID)
-        .map_err(|errno| Failure::step("unshare PID namespace", errno))?;
+        .map_err(|errno| Failure::step("unshare the PID namespace", errno))?;
     match clone_child(Parent::Grand) {
         Ok(Some(pid)) => wire::send(reply.as_fd(), &Message::Created { pid }, None)
-            .map_err(|error| Failure::step("reply", error)),
+            .map_err(|error| Failure::step("send the reply", error)),
         Ok(None) => hold(),
-        Err(error) => Err(Failure::step("clone", error)),
+        Err(error) => Err(Failure::step("clone the pause process", error)),
     }
 }
 
-/// The maps must be written from outside by who may change users there: this helper.
+/// The maps must be written by a process outside the namespace that may change users there: this helper.
 fn with_user_namespace(map: IdMap, reply: &OwnedFd) -> Result<(), Failure> {
     let pipe = || {
         nix::unistd::pipe2(OFlag::O_CLOEXEC)
             .map(|(reader, writer)| (File::from(reader), File::from(writer)))
-            .map_err(|errno| Failure::step("pipe", errno))
+            .map_err(|errno| Failure::step("create a pipe", errno))
     };
-    let ((mut is_made, made), (is_mapped, mut mapped)) = (pipe()?, pipe()?);
-    let holder = clone_child(Parent::Grand).map_err(|error| Failure::step("clone", error))?;
+    let ((mut created_reader, created_writer), (mapped_reader, mut mapped_writer)) =
+        (pipe()?, pipe()?);
+    let holder =
+        clone_child(Parent::Grand).map_err(|error| Failure::step("clone the holder", error))?;
     let Some(pid) = holder else {
-        // Its copies of the helper's ends would keep it from seeing the helper fail.
-        drop((is_made, mapped));
-        let result = become_holder(made, is_mapped, reply);
+        // Copies of the helper's ends would keep the holder from noticing that the helper failed.
+        drop((created_reader, mapped_writer));
+        let result = become_holder(created_writer, mapped_reader, reply);
         if let Err(failure) = &result {
             let _ = wire::send(reply.as_fd(), &Message::Failed(failure.clone()), None);
         }
         std::process::exit(i32::from(result.is_err()))
     };
-    drop((made, is_mapped));
+    drop((created_writer, mapped_reader));
     let mut mark = [0];
-    if !matches!(is_made.read(&mut mark), Ok(1)) {
-        // It has said why.
+    if !matches!(created_reader.read(&mut mark), Ok(1)) {
+        // The holder has reported its failure.
         return Ok(());
     }
     let line = format!("0 {} {}\n", map.first, map.length);
@@ -69,26 +71,31 @@ fn with_user_namespace(map: IdMap, reply: &OwnedFd) -> Result<(), Failure> {
         std::fs::write(format!("/proc/{pid}/{name}"), &line)
             .map_err(|error| Failure::step(&format!("write {name}"), error))?;
     }
-    mapped
+    mapped_writer
         .write_all(&mark)
-        .map_err(|error| Failure::step("tell the holder", error))
+        .map_err(|error| Failure::step("notify the holder", error))
 }
 
-fn become_holder(mut made: File, mut is_mapped: File, reply: &OwnedFd) -> Result<(), Failure> {
+fn become_holder(
+    mut created_writer: File,
+    mut mapped_reader: File,
+    reply: &OwnedFd,
+) -> Result<(), Failure> {
     // Root of a user namespace may not lower it.
     let _ = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE);
     unshare(CloneFlags::CLONE_NEWUSER)
-        .map_err(|errno| Failure::step("unshare user namespace", errno))?;
-    // Or its maps in /proc belong to a user that nobody is.
-    prctl::set_dumpable(true).map_err(|errno| Failure::step("set dumpable", errno))?;
+        .map_err(|errno| Failure::step("unshare the user namespace", errno))?;
+    // Otherwise its maps in /proc belong to an unmapped user.
+    prctl::set_dumpable(true)
+        .map_err(|errno| Failure::step("set the dumpable attribute", errno))?;
     let broken = |error| Failure::step("wait for the maps", error);
-    made.write_all(&[0]).map_err(broken)?;
-    drop(made);
+    created_writer.write_all(&[0]).map_err(broken)?;
+    drop(created_writer);
     let mut mark = [0];
-    if is_mapped.read(&mut mark).map_err(broken)? != 1 {
+    if mapped_reader.read(&mut mark).map_err(broken)? != 1 {
         return Err(Failure::new(
             FailureKind::Internal,
-            "the user namespace got no maps",
+            "the user namespace received no maps",
         ));
     }
     let root = |errno| Failure::step("become root of the user namespace", errno);
@@ -96,12 +103,13 @@ fn become_holder(mut made: File, mut is_mapped: File, reply: &OwnedFd) -> Result
     setgroups(&[]).map_err(root)?;
     setresgid(gid, gid, gid).map_err(root)?;
     setresuid(uid, uid, uid).map_err(root)?;
-    // Changing users took it away, and with it the way of containers to the namespaces in /proc of the pause process.
-    prctl::set_dumpable(true).map_err(|errno| Failure::step("set dumpable", errno))?;
+    // Changing users cleared it, and containers need it to access the namespaces in the pause process's /proc.
+    prctl::set_dumpable(true)
+        .map_err(|errno| Failure::step("set the dumpable attribute", errno))?;
     hold_in_new_pid_namespace(reply)
 }
 
-/// Waits for ever. The kernel reaps orphans of the namespace by itself when SIGCHLD is ignored.
+/// Waits forever. With SIGCHLD ignored, the kernel reaps the namespace's orphans.
 fn hold() -> ! {
     // SAFETY: SIG_IGN installs no handler code.
     let _ = unsafe { signal(Signal::SIGCHLD, SigHandler::SigIgn) };
@@ -113,7 +121,7 @@ fn hold() -> ! {
     }
 }
 
-/// Closes everything inherited: stdio is the console's, the reply socket's end must be seen by the agent.
+/// Closes all inherited descriptors: stdio is the console's, and the agent must see the reply socket close.
 fn close_all() {
     for descriptor in 0..64 {
         // SAFETY: this process owns all its descriptors and uses none of them again.

@@ -1,7 +1,8 @@
-//! Whom a process runs as, looked up in the container's own /etc/passwd and /etc/group.
+//! Resolves the user of a process in the container's own /etc/passwd and /etc/group.
 //!
-//! Those files are hostile: they are opened below the root file system without following links out of it, read up to a
-//! limit, and every line that doesn't parse is skipped. Rules as in other runtimes: a number needs no entry, a name does.
+//! Those files are untrusted: they are opened below the root filesystem without following symlinks out of it, read up
+//! to a limit, and lines that do not parse are skipped. As in other runtimes, a name needs an entry and a number does
+//! not.
 
 use super::wire::UserPlan;
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
@@ -10,34 +11,34 @@ use std::io::Read;
 use std::os::fd::AsFd;
 use std::path::Path;
 
-/// Bytes read of either file.
-const FILE_LIMIT: u64 = 4 << 20;
-/// Supplementary groups the kernel takes (NGROUPS_MAX is 65536; nobody means that).
-const GROUP_LIMIT: usize = 1024;
+/// Maximum number of bytes read of either file.
+const MAX_FILE_BYTES: u64 = 4 << 20;
+/// Maximum number of supplementary groups (the kernel's NGROUPS_MAX is 65536).
+const MAX_GROUPS: usize = 1024;
 
-/// A user or group that the container doesn't know.
+/// A user or group not found in the container.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum UserError {
-    /// By the words other runtimes use.
+    /// User not found; the text is that of other runtimes.
     #[error("unable to find user {0}: no matching entries in passwd file")]
     NoUser(String),
-    /// The same for a group.
+    /// Group not found; the text is that of other runtimes.
     #[error("unable to find group {0}: no matching entries in group file")]
     NoGroup(String),
 }
 
-/// What a [`UserPlan`] comes to.
+/// A [`UserPlan`] with names resolved.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ResolvedUser {
     pub uid: u32,
     pub gid: u32,
-    /// Sorted, without repetitions.
+    /// Sorted and without duplicates.
     pub additional_gids: Vec<u32>,
-    /// Home directory; `/` where passwd has no entry.
+    /// Home directory; `/` if passwd has no entry.
     pub home: String,
 }
 
-/// Looks `plan` up in the root file system at `root`.
+/// Resolves `plan` in the root filesystem at `root`.
 pub fn resolve(root: &Path, plan: &UserPlan) -> Result<ResolvedUser, UserError> {
     let passwd = read_bounded(root, "etc/passwd");
     let groups = if plan.name.is_some() || plan.merge_groups {
@@ -48,7 +49,7 @@ pub fn resolve(root: &Path, plan: &UserPlan) -> Result<ResolvedUser, UserError> 
     resolve_in(&passwd, &groups, plan)
 }
 
-/// A file below `root`, or nothing: containers without either file are common.
+/// Reads a file below `root`; empty if it is missing, which is common.
 fn read_bounded(root: &Path, path: &str) -> String {
     let read = || -> std::io::Result<String> {
         let root = File::open(root)?;
@@ -60,7 +61,7 @@ fn read_bounded(root: &Path, path: &str) -> String {
             return Ok(String::new());
         }
         let mut bytes = Vec::new();
-        file.take(FILE_LIMIT).read_to_end(&mut bytes)?;
+        file.take(MAX_FILE_BYTES).read_to_end(&mut bytes)?;
         Ok(String::from_utf8_lossy(&bytes).into_owned())
     };
     read().unwrap_or_default()
@@ -93,7 +94,7 @@ fn passwd_entries(text: &str) -> impl Iterator<Item = PasswdEntry<'_>> {
     })
 }
 
-/// Name, number and members of each group.
+/// Returns name, ID and members of each group.
 fn group_entries(text: &str) -> impl Iterator<Item = (&str, u32, &str)> {
     text.lines().filter_map(|line| {
         let mut fields = line.split(':');
@@ -113,7 +114,7 @@ fn resolve_in(passwd: &str, groups: &str, plan: &UserPlan) -> Result<ResolvedUse
     };
     let number = user.map_or(Some(plan.uid), |user| user.parse().ok());
     let entry = match user.filter(|user| !user.is_empty()) {
-        // A name wins over a number of the same spelling.
+        // A name takes precedence over an ID of the same spelling.
         Some(user) => passwd_entries(passwd)
             .find(|entry| entry.name == user)
             .or_else(|| passwd_entries(passwd).find(|entry| Some(entry.uid) == number)),
@@ -141,11 +142,11 @@ fn resolve_in(passwd: &str, groups: &str, plan: &UserPlan) -> Result<ResolvedUse
                 .map(|(_, gid, _)| gid),
         );
     }
-    // The primary group too, as in other runtimes: a process that changes its primary group keeps what it had.
+    // The primary group too, as in other runtimes: a process that changes its primary group keeps this one.
     additional_gids.push(gid);
     additional_gids.sort_unstable();
     additional_gids.dedup();
-    additional_gids.truncate(GROUP_LIMIT);
+    additional_gids.truncate(MAX_GROUPS);
     let home = entry
         .map(|entry| entry.home)
         .filter(|home| !home.is_empty())
@@ -187,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn names_numbers_and_groups() {
+    fn resolve_finds_names_ids_and_groups() {
         let web = by_name("web").unwrap();
         assert_eq!((web.uid, web.gid, web.home.as_str()), (33, 34, "/srv"));
         assert_eq!(web.additional_gids, [34]);
@@ -205,13 +206,13 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_looks_like_a_number_is_a_name() {
+    fn resolve_numeric_name_prefers_the_entry() {
         let odd = by_name("77").unwrap();
         assert_eq!((odd.uid, odd.gid), (5, 6));
     }
 
     #[test]
-    fn unknown_names_are_errors() {
+    fn resolve_unknown_name_returns_error() {
         assert_eq!(by_name("nobody"), Err(UserError::NoUser("nobody".into())));
         assert_eq!(
             by_name("web:nobody"),
@@ -226,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn groups_are_merged_when_asked() {
+    fn resolve_merges_groups_if_requested() {
         let plan = UserPlan {
             uid: 33,
             gid: 100,
@@ -240,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn links_do_not_lead_out_of_the_root() {
+    fn resolve_does_not_follow_links_out_of_the_root() {
         let outside = tempfile::tempdir().unwrap();
         std::fs::write(outside.path().join("passwd"), "evil:x:1:1::/:\n").unwrap();
         let root = tempfile::tempdir().unwrap();
@@ -254,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fifo_or_directory_reads_as_nothing() {
+    fn resolve_ignores_fifos_and_directories() {
         let root = tempfile::tempdir().unwrap();
         std::fs::create_dir(root.path().join("etc")).unwrap();
         nix::unistd::mkfifo(

@@ -1,4 +1,4 @@
-//! What agent, spawner and helpers say to each other: JSON over SEQPACKET sockets, descriptors beside it.
+//! Protocol between agent, spawner and helpers: JSON over SEQPACKET sockets, with descriptors attached.
 //!
 //! Both ends are the same binary, so there is no versioning. A process in a container never holds such a socket after
 //! its exec.
@@ -15,28 +15,28 @@ use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
-/// The one byte of messages that carry only descriptors.
+/// The only byte of messages that carry just descriptors.
 pub const REQUEST_MARK: u8 = 1;
-/// Descriptors of one message: request, reply, three of stdio, one pidfd.
-pub const DESCRIPTOR_LIMIT: usize = 6;
-/// Largest reply, in bytes.
-const REPLY_LIMIT: usize = 16 << 10;
-/// Longest message of a failure, so that a reply always fits.
-const FAILURE_LIMIT: usize = 4 << 10;
+/// Maximum number of descriptors of one message: request, reply, three of stdio, one pidfd.
+pub const MAX_DESCRIPTORS: usize = 6;
+/// Maximum size of a reply, in bytes.
+const MAX_REPLY_BYTES: usize = 16 << 10;
+/// Maximum length of a failure's message in bytes, so that a reply always fits.
+const MAX_FAILURE_BYTES: usize = 4 << 10;
 
-/// A request, in the memfd that goes with it.
+/// A request, sent as a memfd.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Request {
-    /// Make a container's init process. Descriptors: stdin, stdout, stderr (none for a terminal).
+    /// Creates a container's init process. Descriptors: stdin, stdout, stderr (none for a terminal).
     Create(Box<CreateRequest>),
-    /// Run a process in a container. Descriptors: the init process's pidfd, then stdin, stdout, stderr (none for a
+    /// Runs a process in a container. Descriptors: the init process's pidfd, then stdin, stdout, stderr (none for a
     /// terminal).
     Exec(Box<ExecRequest>),
-    /// Hold a new PID namespace, and a user namespace where a mapping is given. No descriptors.
+    /// Holds a new PID namespace, and a user namespace if a mapping is given. No descriptors.
     Pause(Option<IdMap>),
 }
 
-/// See [`Request::Create`].
+/// Content of [`Request::Create`].
 #[derive(Debug, Serialize, Deserialize)]
 pub struct CreateRequest {
     /// Container id.
@@ -47,26 +47,26 @@ pub struct CreateRequest {
     pub state: PathBuf,
     /// Whether the process gets a terminal.
     pub terminal: bool,
-    /// What the program may do; libcontainer is not told.
+    /// Privileges of the program; unknown to libcontainer.
     pub confinement: Confinement,
 }
 
-/// See [`Request::Exec`].
+/// Content of [`Request::Exec`].
 #[derive(Debug, Serialize, Deserialize)]
 pub struct ExecRequest {
     /// `cgroup.procs` of the cgroup the process starts in.
     pub cgroup_procs: PathBuf,
-    /// Whether the container has a user namespace of its own.
+    /// Whether the container is in a user namespace.
     pub user_namespace: bool,
     /// The process.
     pub process: ProcessPlan,
 }
 
-/// A process as it is to be, all defaults filled in.
+/// A process with all defaults filled in.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ProcessPlan {
     pub terminal: bool,
-    /// Rows and columns of the terminal; 0: the kernel's default.
+    /// Rows and columns of the terminal; 0 for the kernel's default.
     pub console_size: (u16, u16),
     pub args: Vec<String>,
     pub env: Vec<String>,
@@ -77,65 +77,65 @@ pub struct ProcessPlan {
     pub oom_score_adj: i32,
 }
 
-/// How users and groups of a user namespace are numbered outside: from 0 on.
+/// Mapping of the users and groups of a user namespace, starting at 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IdMap {
-    /// What 0 is outside.
+    /// ID outside the namespace that 0 maps to.
     pub first: u32,
-    /// How many there are.
+    /// Number of mapped IDs.
     pub length: u32,
 }
 
 impl IdMap {
-    /// The number outside; `None` where it has none.
+    /// Returns the ID outside the namespace, or `None` if it is not mapped.
     pub fn outside(self, id: u32) -> Option<u32> {
         (id < self.length).then(|| self.first + id)
     }
 }
 
-/// What a program may do beyond what its user may.
+/// Privileges of a program beyond those of its user.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Confinement {
     pub capabilities: Option<LinuxCapabilities>,
     pub no_new_privileges: bool,
-    /// Put in force right before the program.
+    /// Installed right before the program is executed.
     pub seccomp: Option<Filter>,
 }
 
-/// Whom a process runs as.
+/// User a process runs as.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UserPlan {
     pub uid: u32,
     pub gid: u32,
     pub additional_gids: Vec<u32>,
     pub umask: Option<u32>,
-    /// `user[:group]` to be looked up in the container's /etc/passwd and /etc/group; wins over the numbers.
+    /// `user[:group]` to be resolved in the container's /etc/passwd and /etc/group; takes precedence over the IDs.
     pub name: Option<String>,
-    /// Whether the groups that /etc/group gives the user are added.
+    /// Whether the user's groups in /etc/group are added.
     pub merge_groups: bool,
 }
 
-/// What a helper, or the process before its exec, answers.
+/// A message of a helper, or of the process before its exec.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Message {
-    /// The process exists, stopped before its exec.
+    /// The process exists and is stopped before its exec.
     Created { pid: i32 },
-    /// The terminal's master; the descriptor goes with it.
+    /// The terminal's master, attached as a descriptor.
     Console,
-    /// What libcontainer logged as an error; a failure may follow.
+    /// An error logged by libcontainer; a failure may follow.
     Detail(String),
-    /// It will not run.
+    /// The process cannot be run.
     Failed(Failure),
 }
 
-/// Why a process will not run.
+/// Reason a process cannot be run.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Failure {
     pub kind: FailureKind,
     pub message: String,
 }
 
-/// Kinds of failure that the host tells apart.
+/// Kinds of failure distinguished by the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FailureKind {
     ExecutableNotFound,
@@ -145,11 +145,11 @@ pub enum FailureKind {
 }
 
 impl Failure {
-    /// A failure with a message cut to what a reply carries.
+    /// Creates a failure, with the message truncated to fit a reply.
     pub fn new(kind: FailureKind, message: impl Into<String>) -> Self {
         let mut message = message.into();
-        if message.len() > FAILURE_LIMIT {
-            let end = (0..=FAILURE_LIMIT)
+        if message.len() > MAX_FAILURE_BYTES {
+            let end = (0..=MAX_FAILURE_BYTES)
                 .rev()
                 .find(|end| message.is_char_boundary(*end))
                 .unwrap_or(0);
@@ -158,9 +158,9 @@ impl Failure {
         Self { kind, message }
     }
 
-    /// A step that a system call refused.
+    /// Creates a failure of a system call; `step` is a verb phrase.
     pub fn step(step: &str, error: impl std::fmt::Display) -> Self {
-        Self::new(FailureKind::Internal, format!("{step}: {error}"))
+        Self::new(FailureKind::Internal, format!("failed to {step}: {error}"))
     }
 }
 
@@ -180,14 +180,14 @@ pub fn from_memfd(descriptor: OwnedFd) -> io::Result<Request> {
     Ok(serde_json::from_slice(&text)?)
 }
 
-/// Sends bytes with descriptors beside them.
+/// Sends bytes with descriptors attached.
 pub fn send_with(
     socket: BorrowedFd<'_>,
     bytes: &[u8],
     descriptors: &[BorrowedFd<'_>],
     flags: SendFlags,
 ) -> io::Result<()> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTOR_LIMIT))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
         return Err(io::Error::from(io::ErrorKind::InvalidInput));
@@ -200,9 +200,9 @@ pub fn send_with(
     }
 }
 
-/// Receives bytes with descriptors beside them; 0 bytes is the other end closed.
+/// Receives bytes and attached descriptors; 0 bytes if the other end is closed.
 pub fn receive_with(socket: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTOR_LIMIT))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let received = loop {
         let flags = RecvFlags::CMSG_CLOEXEC;
@@ -220,7 +220,7 @@ pub fn receive_with(socket: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<(usi
     Ok((received.bytes, descriptors))
 }
 
-/// Sends an answer.
+/// Sends a message.
 pub fn send(
     socket: BorrowedFd<'_>,
     message: &Message,
@@ -231,11 +231,11 @@ pub fn send(
     send_with(socket, &text, &descriptors, SendFlags::NOSIGNAL)
 }
 
-/// Receives an answer; `None` once all other ends are closed.
+/// Receives a message; `None` once all other ends are closed.
 pub fn receive(socket: BorrowedFd<'_>) -> io::Result<Option<(Message, Option<OwnedFd>)>> {
-    let mut buffer = vec![0; REPLY_LIMIT];
+    let mut buffer = vec![0; MAX_REPLY_BYTES];
     let (length, mut descriptors) = match receive_with(socket, &mut buffer) {
-        // An end that was closed with data unread.
+        // The other end was closed with unread data.
         Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(None),
         other => other?,
     };

@@ -1,7 +1,8 @@
-//! [`Blocks`]: block devices of the host that one container has. The host serves each as a file of the share; a loop device
-//! makes a block device of it again, with a node of its own for this container, bound to where it wants it.
+//! [`Blocks`]: block devices of the host in one container. The host serves each device as a file of the share; a loop
+//! device turns it into a block device, and a device node of this container is bind-mounted at the requested path.
 //!
-//! A bind instead of a node in the container's /dev: the place may be anywhere, and in a user namespace nodes cannot be made.
+//! A bind mount is used instead of a node in the container's /dev, because the path may be anywhere and nodes cannot
+//! be created in a user namespace.
 
 use super::StorageError;
 use super::layers::below_share;
@@ -17,33 +18,34 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
-/// Where the nodes are: in the VM's /dev, since a node counts on no other of its file systems.
+/// Directory of the nodes; in the VM's /dev, because the other filesystems do not allow devices.
 pub const NODES: &str = "/dev/boxlite";
 
-/// See the module.
+/// Block devices of one container.
 #[derive(Debug, Default)]
 pub struct Blocks {
     nodes: Vec<PathBuf>,
-    /// Given up with the container, whoever still has it in hand.
+    /// Released when the container is removed, even if another reference to `self` exists.
     loops: Mutex<Vec<Arc<Loop>>>,
 }
 
 impl Blocks {
-    /// Makes the devices of the container `id`, and adds their binds and rules to `spec`. `outside` is the VM's number of a
-    /// user or group of the container. On an error what was made is in `self` all the same, for [`Self::take_down`]. Blocks.
+    /// Creates the devices of the container `id`, and adds their binds and rules to `spec`. `outside` maps a user or
+    /// group of the container to the VM's ID. After an error, `self` holds what was created, for [`Self::take_down`].
+    /// Blocks.
     ///
     /// # Errors
-    /// A path that is none, or what the kernel refuses.
+    /// If a path is invalid or a system call fails.
     pub fn make(
         &mut self,
         id: &str,
-        wanted: &[BlockDevice],
+        requests: &[BlockDevice],
         outside: impl Fn(u32) -> u32,
         spec: &mut Spec,
     ) -> Result<(), StorageError> {
         let (mut binds, mut rules) = (Vec::new(), Vec::new());
-        for (index, device) in wanted.iter().enumerate() {
-            plain(&device.path)?;
+        for (index, device) in requests.iter().enumerate() {
+            check_plain_path(&device.path)?;
             let file = below_share(&device.file)?;
             let read_only = !device.access.contains('w');
             let held = Loop::hold(&file, read_only, device.block_size)?;
@@ -54,20 +56,20 @@ impl Blocks {
             let node = Path::new(NODES).join(format!("{id}.{index}"));
             self.nodes.push(node.clone());
             make_node(&node, minor, device, &outside)
-                .map_err(StorageError::path("mknod", &node))?;
+                .map_err(StorageError::path("create device node", &node))?;
             binds.push(bind(&node, &device.path)?);
             rules.push(rule(minor, &device.access)?);
         }
-        if !wanted.is_empty() {
+        if !requests.is_empty() {
             add(spec, binds, rules);
         }
         Ok(())
     }
 
-    /// Removes the nodes and gives the loop devices up. Succeeds on what is gone.
+    /// Removes the nodes and releases the loop devices. Idempotent.
     pub fn take_down(&self) {
         for node in &self.nodes {
-            // Its directory is the agent's own: nothing else can be in the way.
+            // Only the agent writes to this directory, so an error means the node does not exist.
             let _ = fs::remove_file(node);
         }
         let mut loops = self.loops.lock();
@@ -75,8 +77,8 @@ impl Blocks {
     }
 }
 
-/// An absolute path of names only.
-fn plain(path: &str) -> Result<(), StorageError> {
+/// Checks that a path is absolute and consists of normal components.
+fn check_plain_path(path: &str) -> Result<(), StorageError> {
     let mut parts = Path::new(path).components();
     let root = parts.next() == Some(Component::RootDir);
     let mut names = parts.peekable();
@@ -108,7 +110,7 @@ fn make_node(
         mode,
         makedev(MAJOR, minor),
     )?;
-    // The umask has taken bits away.
+    // The umask was applied to the mode.
     chmodat(CWD, node, mode, rustix::fs::AtFlags::empty())?;
     let uid = Uid::from_raw(outside(device.uid));
     let gid = Gid::from_raw(outside(device.gid));
@@ -120,7 +122,9 @@ fn built<T, E: std::error::Error + Send + Sync + 'static>(
     made: Result<T, E>,
     path: &Path,
 ) -> Result<T, StorageError> {
-    made.map_err(|error| StorageError::path("describe", path)(std::io::Error::other(error)))
+    made.map_err(|error| {
+        StorageError::path("build the mount of", path)(std::io::Error::other(error))
+    })
 }
 
 fn bind(node: &Path, target: &str) -> Result<Mount, StorageError> {
@@ -152,7 +156,7 @@ fn add(spec: &mut Spec, binds: Vec<Mount>, rules: Vec<LinuxDeviceCgroup>) {
     let mut linux = spec.linux().clone().unwrap_or_default();
     let mut resources = linux.resources().clone().unwrap_or_default();
     let mut all = resources.devices().clone().unwrap_or_default();
-    // No word about devices is none against them; a first word would be.
+    // An empty list allows all devices; a single rule would forbid all others.
     if !all.is_empty() {
         all.extend(rules);
     }
@@ -166,7 +170,7 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn wanted(file: &str, path: &str) -> BlockDevice {
+    fn requests(file: &str, path: &str) -> BlockDevice {
         BlockDevice {
             file: file.into(),
             path: path.into(),
@@ -178,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn paths_that_are_none() {
+    fn make_invalid_paths_returns_escape() {
         let mut spec: Spec = serde_json::from_value(json!({"ociVersion": "1.0.2"})).unwrap();
         for (file, path) in [
             ("../etc/passwd", "/x"),
@@ -189,7 +193,7 @@ mod tests {
             ("b/1", ""),
         ] {
             let mut blocks = Blocks::default();
-            let made = blocks.make("c", &[wanted(file, path)], |id| id, &mut spec);
+            let made = blocks.make("c", &[requests(file, path)], |id| id, &mut spec);
             let error = made.unwrap_err();
             assert!(matches!(error, StorageError::Escape { .. }), "{error}");
             assert!(blocks.nodes.is_empty());
@@ -197,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn binds_and_rules_come_last() {
+    fn add_appends_binds_and_rules() {
         let mut spec: Spec = serde_json::from_value(json!({"ociVersion": "1.0.2",
             "mounts": [{"destination": "/dev", "type": "tmpfs", "source": "tmpfs"}],
             "linux": {"resources": {"devices": [{"allow": false, "access": "rwm"}]}}}))

@@ -1,7 +1,7 @@
-//! Image layers: each EROFS file of the share is mounted once, however many containers stack it.
+//! Image layers: each EROFS file of the share is mounted once, however many containers use it.
 //!
-//! The file on the share is trusted as little as what made it: the mount is read-only, without devices taking effect in
-//! the agent's own tree (containers get their devices from their own /dev).
+//! Layer files are untrusted, so they are mounted read-only and with nodev (containers get devices from their own
+//! /dev).
 
 use super::StorageError;
 use boxlite_proto::names;
@@ -10,8 +10,8 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use std::collections::HashMap;
 use std::path::{Component, Path, PathBuf};
 
-/// Below it the layers are mounted, under short names: overlayfs's options once had to fit one page, and short names are
-/// easier to read in /proc/mounts.
+/// Parent of the layers' mount points. The names are short because overlayfs options once had to fit one page, and
+/// for readability of /proc/mounts.
 const LAYERS: &str = "/l";
 
 #[derive(Debug)]
@@ -26,15 +26,15 @@ struct Table {
     next: u64,
 }
 
-/// The layers that are mounted.
+/// The mounted layers.
 #[derive(Debug, Default)]
 pub struct Layers {
     table: Mutex<Table>,
 }
 
 impl Layers {
-    /// Mounts the layer file at `path` below the share, or takes the mount that is there. Answers the mount point. Pair
-    /// with [`Self::release`]. Blocks.
+    /// Mounts the layer file at `path` below the share, or reuses its mount. Returns the mount point. Each call must
+    /// be paired with [`Self::release`]. Blocks.
     pub fn hold(&self, path: &str) -> Result<PathBuf, StorageError> {
         let source = below_share(path)?;
         let mut table = self.table.lock();
@@ -44,7 +44,8 @@ impl Layers {
         }
         let target = Path::new(LAYERS).join(table.next.to_string());
         table.next += 1;
-        std::fs::create_dir_all(&target).map_err(StorageError::path("mkdir", &target))?;
+        std::fs::create_dir_all(&target)
+            .map_err(StorageError::path("create directory", &target))?;
         if let Err(error) = mount_erofs(&source, &target) {
             let _ = std::fs::remove_dir(&target);
             return Err(error);
@@ -59,7 +60,7 @@ impl Layers {
         Ok(target)
     }
 
-    /// Gives a layer up; the last holder unmounts it. Blocks.
+    /// Releases a layer; the last release unmounts it. Blocks.
     pub fn release(&self, path: &str) {
         let Ok(source) = below_share(path) else {
             return;
@@ -70,7 +71,7 @@ impl Layers {
         };
         mounted.holders -= 1;
         if mounted.holders == 0 {
-            // Detached: a dying mount namespace may hold the overlay on top a moment longer.
+            // Detached, because an exiting mount namespace may still hold the overlay on top of it.
             let _ = umount2(&mounted.target, MntFlags::MNT_DETACH);
             let _ = std::fs::remove_dir(&mounted.target);
             table.mounted.remove(&source);
@@ -78,7 +79,7 @@ impl Layers {
     }
 }
 
-/// The kernel mounts an EROFS file without a loop device (since 6.12, CONFIG_EROFS_FS_BACKED_BY_FILE).
+/// Mounts an EROFS file without a loop device (possible since kernel 6.12, CONFIG_EROFS_FS_BACKED_BY_FILE).
 fn mount_erofs(source: &Path, target: &Path) -> Result<(), StorageError> {
     let flags = MsFlags::MS_RDONLY | MsFlags::MS_NODEV | MsFlags::MS_NOATIME;
     mount(Some(source), target, Some("erofs"), flags, None::<&str>).map_err(|errno| {
@@ -91,7 +92,7 @@ fn mount_erofs(source: &Path, target: &Path) -> Result<(), StorageError> {
     })
 }
 
-/// A path of a request as one below the share: relative, and without `..`.
+/// Returns the absolute path of a request's path below the share, which must be relative and without `..`.
 pub fn below_share(path: &str) -> Result<PathBuf, StorageError> {
     let relative = Path::new(path);
     let plain = !path.is_empty()
@@ -112,7 +113,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_plain_paths_are_below_the_share() {
+    fn below_share_accepts_only_plain_relative_paths() {
         assert_eq!(
             below_share("l/0.erofs").unwrap(),
             Path::new("/run/boxlite/share/l/0.erofs")

@@ -1,6 +1,7 @@
-//! [`Loop`]: a loop device of the VM for a file of the share. Who makes nodes of it for containers is [`super::blocks`].
+//! [`Loop`]: a loop device of the VM backed by a file of the share. [`super::blocks`] creates its nodes for
+//! containers.
 //!
-//! JUSTIFICATION for unsafe: loop devices are set up by ioctl only.
+//! JUSTIFICATION for unsafe: loop devices can be configured by ioctl only.
 
 use super::StorageError;
 use boxlite_sys::sync::Mutex;
@@ -11,11 +12,11 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 
-/// Gives a number that is free.
+/// Device that allocates loop device numbers.
 const CONTROL: &str = "/dev/loop-control";
-/// How often a free number may be taken by somebody else (a privileged container) before it is used here.
-const TRIES: u32 = 16;
-/// The kernel's flags (linux/loop.h): nothing is written; no second cache of the file, whose content others change.
+/// Maximum number of attempts; a privileged container may take an allocated number first.
+const MAX_ATTEMPTS: u32 = 16;
+/// Kernel flags (linux/loop.h): read-only, and direct I/O, which avoids a second cache of a file that others change.
 const READ_ONLY: u32 = 1;
 const DIRECT_IO: u32 = 16;
 
@@ -53,11 +54,11 @@ mod ioctl {
     nix::ioctl_write_ptr_bad!(configure, 0x4c0a, super::Config);
 }
 
-/// A loop device. It goes when this is dropped and no process has it open any more. Nothing here keeps it open: what the
-/// kernel has read ahead of it goes with its last user, and the next one sees what the host has written since.
+/// A loop device, removed once this is dropped and no process has it open. It is not kept open here, so the kernel
+/// drops its cached data with the last user, and the next one sees what the host has written since.
 #[derive(Debug)]
 pub struct Loop {
-    /// Its minor number.
+    /// Minor number.
     pub minor: u32,
 }
 
@@ -66,9 +67,10 @@ impl Drop for Loop {
         let Ok(device) = File::open(node(self.minor)) else {
             return;
         };
-        // SAFETY: takes no argument and writes no memory. The kernel waits for other users by itself.
+        // SAFETY: takes no argument and writes no memory. The kernel defers the removal until other users have closed
+        // it.
         if let Err(errno) = unsafe { ioctl::clear(device.as_raw_fd()) } {
-            tracing::warn!(minor = self.minor, %errno, "a loop device stays");
+            tracing::warn!(minor = self.minor, %errno, "failed to detach loop device");
         }
     }
 }
@@ -77,17 +79,17 @@ fn node(minor: u32) -> PathBuf {
     PathBuf::from(format!("/dev/loop{minor}"))
 }
 
-/// Major number of all of them.
+/// Major number of loop devices.
 pub const MAJOR: u32 = 7;
 
-/// What is there, by file: containers of a pod that have the same device share one, with one cache.
+/// Loop devices by file: containers of a pod with the same device share one, and its cache.
 static LOOPS: Mutex<Option<HashMap<PathBuf, Weak<Loop>>>> = Mutex::new(None);
 
 impl Loop {
-    /// The device of `file`, made if there is none. Blocks.
+    /// Returns the loop device of `file`, creating it on first use. Blocks.
     ///
     /// # Errors
-    /// The file cannot be opened, or the kernel refuses.
+    /// If the file cannot be opened or a system call fails.
     pub fn hold(file: &Path, read_only: bool, block_size: u32) -> Result<Arc<Self>, StorageError> {
         let mut loops = LOOPS.lock();
         let loops = loops.get_or_insert_default();
@@ -96,7 +98,7 @@ impl Loop {
             return Ok(held);
         }
         let made = Self::make(file, read_only, block_size);
-        let made = Arc::new(made.map_err(StorageError::path("make a loop device of", file))?);
+        let made = Arc::new(made.map_err(StorageError::path("create a loop device of", file))?);
         loops.insert(file.to_owned(), Arc::downgrade(&made));
         Ok(made)
     }
@@ -112,10 +114,10 @@ impl Loop {
             let minor = u32::try_from(minor).map_err(io::Error::other)?;
             let device = open(&node(minor))?;
             let config = config(&backing, read_only, block_size);
-            // SAFETY: `config` is a whole `struct loop_config`, and the kernel copies it within the call.
+            // SAFETY: `config` is a complete `struct loop_config`, and the kernel copies it during the call.
             match unsafe { ioctl::configure(device.as_raw_fd(), &config) } {
                 Ok(_) => return Ok(Self { minor }),
-                Err(nix::Error::EBUSY) if tries < TRIES => tries += 1,
+                Err(nix::Error::EBUSY) if tries < MAX_ATTEMPTS => tries += 1,
                 Err(errno) => return Err(errno.into()),
             }
         }
@@ -150,7 +152,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn as_the_kernel_has_them() {
+    fn structs_have_the_size_of_the_kernel() {
         assert_eq!(size_of::<Info>(), 232);
         assert_eq!(size_of::<Config>(), 304);
         let file = File::open("/dev/null").unwrap();

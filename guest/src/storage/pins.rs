@@ -1,9 +1,9 @@
-//! Keeps the submounts of volumes that follow the host's mounts: [`follow`].
+//! Keeps submounts of volumes that follow the host's mounts alive: [`follow`].
 //!
-//! Where the host announces its mounts (libkrun does), one that it makes later comes up in the guest as a submount of the
-//! container that first looks at it, and goes when the host takes it away. If its last user is then a file being closed, it ends
-//! before the release of that file has been answered, and the kernel (6.12) has a BUG: "Busy inodes after unmount of
-//! virtiofs". An open descriptor of it, kept until the VM ends, makes sure that it never ends.
+//! If the host announces its mounts (libkrun does), a later mount appears in the guest as a submount of the container
+//! that first accesses it, and disappears when the host unmounts it. If its last user is a file being closed, it ends
+//! before the release of that file was answered, and the kernel (6.12) has a bug: "Busy inodes after unmount of
+//! virtiofs". An open descriptor, kept until the VM ends, prevents the submount from ending.
 
 use boxlite_sys::mountinfo::mounts;
 use boxlite_sys::sync::Mutex;
@@ -14,24 +14,24 @@ use std::fs::{self, File};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-/// Most submounts kept; what comes then is not, which is as good as it was without this.
-const LIMIT: usize = 1024;
-/// Pause between two looks at whether the container still runs, in ms; its mounts wake at once.
-const PAUSE: u16 = 1000;
+/// Maximum number of submounts kept; further ones are not protected.
+const MAX_PINS: usize = 1024;
+/// Interval in ms between checks whether the container still runs; changes of its mounts wake the thread immediately.
+const POLL_INTERVAL_MS: u16 = 1000;
 
-/// By device number: each submount has its own.
+/// Descriptors by device number; each submount has its own.
 static PINS: Mutex<Option<HashMap<u64, OwnedFd>>> = Mutex::new(None);
 
-/// Keeps every submount that comes up in the mount namespace of process `pid`, until `ended`. Blocks.
+/// Pins every submount that appears in the mount namespace of process `pid`, until `ended` returns true. Blocks.
 pub fn follow(pid: i32, ended: impl Fn() -> bool) {
     let Ok(table) = File::open(format!("/proc/{pid}/mountinfo")) else {
         return;
     };
     while !ended() {
         pin_all(pid);
-        // The kernel tells a change of the table as an exceptional condition of this very descriptor.
+        // The kernel reports a change of the table as an exceptional condition of this descriptor.
         let mut wait = [PollFd::new(table.as_fd(), PollFlags::POLLPRI)];
-        let _ = poll(&mut wait, PollTimeout::from(PAUSE));
+        let _ = poll(&mut wait, PollTimeout::from(POLL_INTERVAL_MS));
     }
 }
 
@@ -41,14 +41,15 @@ fn pin_all(pid: i32) {
         if let Some((device, submount)) = open(pid, &mount.point) {
             let mut pins = PINS.lock();
             let pins = pins.get_or_insert_default();
-            if pins.len() < LIMIT {
+            if pins.len() < MAX_PINS {
                 pins.entry(device).or_insert(submount);
             }
         }
     }
 }
 
-/// The container may change what is where meanwhile: nothing outside of its root is reached, and what is opened is only kept.
+/// Opens a mount point below the container's root. The container may change its mounts concurrently, so the
+/// descriptor is only kept and never used.
 fn open(pid: i32, point: &Path) -> Option<(u64, OwnedFd)> {
     let root = File::open(format!("/proc/{pid}/root")).ok()?;
     let path = point.strip_prefix("/").ok()?;

@@ -1,4 +1,4 @@
-//! The pod's own mounts: share, scratch disk, /dev/shm. Called once by `Guest.Init`, undone by `Guest.Shutdown`.
+//! The pod's own mounts: share, scratch disk, /dev/shm. Set up once by `Guest.Init`, removed by `Guest.Shutdown`.
 
 use super::{StorageError, mount_error};
 use boxlite_proto::boxlite::v1::FilesystemStats;
@@ -7,12 +7,12 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use std::fs;
 use std::path::Path;
 
-/// Size of the pod's /dev/shm where the request gives none, in bytes (what container runtimes give).
-pub(super) const DEFAULT_SHM: u64 = 64 << 20;
-/// Where block devices are listed.
+/// Default size of the pod's /dev/shm in bytes, that of other runtimes.
+pub(super) const DEFAULT_SHM_BYTES: u64 = 64 << 20;
+/// Directory in which the kernel lists block devices.
 const BLOCK_DEVICES: &str = "/sys/block";
 
-/// Mounts the virtiofs share with the tag `tag`; nothing where the tag is empty.
+/// Mounts the virtiofs share with the tag `tag`; does nothing if it is empty.
 pub fn mount_share(tag: &str) -> Result<(), StorageError> {
     if tag.is_empty() || is_mount_point(names::GUEST_SHARE) {
         return Ok(());
@@ -21,7 +21,7 @@ pub fn mount_share(tag: &str) -> Result<(), StorageError> {
     make_and_mount(tag, names::GUEST_SHARE, "virtiofs", flags, None)
 }
 
-/// Mounts the scratch disk, found by serial or by path; a tmpfs stands in where `device` is empty.
+/// Mounts the scratch disk, given by serial or path, or a tmpfs if `device` is empty.
 pub fn mount_scratch(device: &str) -> Result<(), StorageError> {
     if is_mount_point(names::GUEST_SCRATCH) {
         return Ok(());
@@ -36,7 +36,7 @@ pub fn mount_scratch(device: &str) -> Result<(), StorageError> {
         );
     }
     let path = find_disk(device)?;
-    // Discard gives deleted blocks back to the sparse image on the host.
+    // Discard returns deleted blocks to the sparse image on the host.
     make_and_mount(
         &path,
         names::GUEST_SCRATCH,
@@ -46,9 +46,9 @@ pub fn mount_scratch(device: &str) -> Result<(), StorageError> {
     )
 }
 
-/// Gives the pod's /dev/shm its size in bytes.
+/// Sets the size of the pod's /dev/shm in bytes.
 pub fn resize_shm(bytes: u64) -> Result<(), StorageError> {
-    let bytes = if bytes == 0 { DEFAULT_SHM } else { bytes };
+    let bytes = if bytes == 0 { DEFAULT_SHM_BYTES } else { bytes };
     let options = format!("mode=1777,size={bytes}");
     let flags = MsFlags::MS_REMOUNT | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(
@@ -61,7 +61,7 @@ pub fn resize_shm(bytes: u64) -> Result<(), StorageError> {
     .map_err(|errno| mount_error("tmpfs", "size", "/dev/shm", errno))
 }
 
-/// Writes all dirty data and unmounts the scratch disk; what still holds it is cut off.
+/// Writes all dirty data and unmounts the scratch disk; remaining users are cut off.
 pub fn release_scratch() -> Result<(), StorageError> {
     rustix::fs::sync();
     match umount2(names::GUEST_SCRATCH, MntFlags::empty()) {
@@ -73,7 +73,7 @@ pub fn release_scratch() -> Result<(), StorageError> {
     }
 }
 
-/// Room on the scratch disk; `None` where nothing is mounted there. Does not block on a disk: the kernel has the figures.
+/// Returns usage figures of the scratch disk, or `None` if none is mounted. Does not access the disk.
 pub fn scratch_stats() -> Option<FilesystemStats> {
     if !is_mount_point(names::GUEST_SCRATCH) {
         return None;
@@ -89,7 +89,7 @@ pub fn scratch_stats() -> Option<FilesystemStats> {
     })
 }
 
-/// What is mounted at `target`, in the words of /proc/self/mounts: `origin target type options 0 0`.
+/// Returns the source of the mount at `target` in the format of /proc/self/mounts: `origin target type options 0 0`.
 fn origin_of(mounts: &str, target: &str) -> Option<String> {
     mounts.lines().rev().find_map(|line| {
         let mut words = line.split(' ');
@@ -98,7 +98,7 @@ fn origin_of(mounts: &str, target: &str) -> Option<String> {
     })
 }
 
-/// Block devices of the guest, for messages: `vda (serial)`.
+/// Returns the guest's block devices for messages: `vda (serial)`.
 pub fn devices() -> Vec<String> {
     disks()
         .into_iter()
@@ -112,13 +112,13 @@ pub fn devices() -> Vec<String> {
         .collect()
 }
 
-/// Device node of the disk with that serial; of the only writable one where no VMM reports serials.
-fn find_disk(wanted: &str) -> Result<String, StorageError> {
-    if wanted.starts_with("/dev/") {
-        return Ok(wanted.to_owned());
+/// Returns the device node of the disk with that serial, or the only writable one if the VMM reports no serials.
+fn find_disk(device: &str) -> Result<String, StorageError> {
+    if device.starts_with("/dev/") {
+        return Ok(device.to_owned());
     }
     let disks = disks();
-    let by_serial = disks.iter().find(|(_, serial)| serial == wanted);
+    let by_serial = disks.iter().find(|(_, serial)| serial == device);
     let nameless = || {
         disks
             .iter()
@@ -127,13 +127,13 @@ fn find_disk(wanted: &str) -> Result<String, StorageError> {
     match by_serial.or_else(nameless) {
         Some((name, _)) => Ok(format!("/dev/{name}")),
         None => Err(StorageError::NoDisk {
-            serial: wanted.to_owned(),
+            serial: device.to_owned(),
             present: devices().join(", "),
         }),
     }
 }
 
-/// virtio-blk disks with their serials, by name.
+/// Returns virtio-blk disks by name, with their serials.
 fn disks() -> Vec<(String, String)> {
     let mut found = Vec::new();
     for entry in fs::read_dir(BLOCK_DEVICES).into_iter().flatten().flatten() {
@@ -152,7 +152,7 @@ fn is_writable(name: &str) -> bool {
     fs::read_to_string(flag).is_ok_and(|text| text.trim() == "0")
 }
 
-/// Whether something is mounted on `path`, by the device number changing there.
+/// Returns whether `path` is a mount point, by comparing device numbers with its parent.
 fn is_mount_point(path: &str) -> bool {
     use std::os::unix::fs::MetadataExt;
     let parent = Path::new(path).parent().unwrap_or(Path::new("/"));
@@ -169,7 +169,7 @@ fn make_and_mount(
     flags: MsFlags,
     options: Option<&str>,
 ) -> Result<(), StorageError> {
-    fs::create_dir_all(target).map_err(StorageError::path("mkdir", target))?;
+    fs::create_dir_all(target).map_err(StorageError::path("create directory", target))?;
     mount(Some(origin), target, Some(fstype), flags, options)
         .map_err(|errno| mount_error(fstype, origin, target, errno))
 }
@@ -179,7 +179,7 @@ mod tests {
     use super::origin_of;
 
     #[test]
-    fn the_last_mount_of_a_place_counts() {
+    fn origin_of_returns_the_last_mount() {
         let mounts = "/dev/vda / erofs ro 0 0\ntmpfs /x tmpfs rw 0 0\n/dev/vdb /x ext4 rw 0 0\n";
         assert_eq!(origin_of(mounts, "/x").as_deref(), Some("/dev/vdb"));
         assert_eq!(origin_of(mounts, "/y"), None);

@@ -1,58 +1,55 @@
-//! A container's root file system: layers stacked by overlayfs under a writable layer on the scratch disk, or a whole
-//! tree bound from the share.
+//! A container's root filesystem: an overlay of image layers with a writable layer on the scratch disk, or a
+//! directory of the share.
 //!
-//! [`Rootfs::assemble`] makes it, [`Rootfs::take_down`] removes everything it made. Both block.
+//! [`Rootfs::assemble`] creates it, [`Rootfs::take_down`] removes everything. Both block.
 
 use super::StorageError;
 use super::blocks::Blocks;
 use super::idmap::Mapped;
 use super::layers::{Layers, below_share};
+use super::overlay::stack;
 use super::volumes::Volumes;
 use boxlite_proto::boxlite::v1::{BlockDevice, Rootfs as Request};
 use boxlite_proto::names;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use oci_spec::runtime::Spec;
 use rustix::fs::{Mode, OFlags, ResolveFlags, mkdirat, openat2};
-use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create, fsconfig_set_flag,
-    fsconfig_set_string, fsmount, fsopen, move_mount,
-};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Component, Path, PathBuf};
 
-/// Layers that can be stacked. The kernel takes 500; images stop at 127.
-const LAYER_LIMIT: usize = 200;
-/// Where containers' bundles are.
+/// Maximum number of layers. The kernel supports 500; images have at most 127.
+const MAX_LAYERS: usize = 200;
+/// Directory of the containers' bundles.
 const BUNDLES: &str = "/run/boxlite/c";
 
-/// Whose the files of a container in a user namespace are.
+/// Owner mapping of a container in a user namespace.
 #[derive(Debug)]
 pub struct Owners<'a> {
-    /// The namespace.
+    /// The user namespace.
     pub namespace: BorrowedFd<'a>,
-    /// The VM's number of its root, user and group.
+    /// The VM's ID of the namespace's root user and group.
     pub root: u32,
 }
 
-/// A container's root file system and what it is made of.
+/// A container's root filesystem and its parts.
 #[derive(Debug)]
 pub struct Rootfs {
     layers: Vec<String>,
-    /// Holds `config.json` and the mount point.
+    /// Directory of `config.json` and the mount point.
     bundle: PathBuf,
-    /// Holds upper and work; none for a bound tree.
+    /// Directory of upper and work; `None` for a bind-mounted tree.
     writable: Option<PathBuf>,
     volumes: Volumes,
     blocks: Blocks,
 }
 
 impl Rootfs {
-    /// Stacks or binds what `request` names, for a container whose id is one plain path component.
+    /// Mounts the root filesystem of `request` for a container whose id is one normal path component.
     ///
     /// # Errors
-    /// A path that leaves the share, or a mount the kernel refuses. What was made before is taken down again.
+    /// If a path leaves the share or a mount fails. Earlier steps are undone.
     pub fn assemble(
         id: &str,
         request: &Request,
@@ -83,7 +80,7 @@ impl Rootfs {
         owners: Option<&Owners<'_>>,
     ) -> Result<(), StorageError> {
         let target = self.path();
-        fs::create_dir_all(&target).map_err(StorageError::path("mkdir", &target))?;
+        fs::create_dir_all(&target).map_err(StorageError::path("create directory", &target))?;
         if !request.directory.is_empty() {
             let directory = below_share(&request.directory)?;
             if owners.is_some() {
@@ -91,14 +88,14 @@ impl Rootfs {
                     path: request.directory.clone(),
                 });
             }
-            super::visit_root(&directory);
+            super::prefault_root(&directory);
             bind(&directory, &target)?;
-            return honour_setuid(&target);
+            return allow_setuid(&target);
         }
-        if request.layers.is_empty() || request.layers.len() > LAYER_LIMIT {
+        if request.layers.is_empty() || request.layers.len() > MAX_LAYERS {
             return Err(StorageError::TooManyLayers {
                 count: request.layers.len(),
-                limit: LAYER_LIMIT,
+                limit: MAX_LAYERS,
             });
         }
         let mut lower = Vec::new();
@@ -110,13 +107,13 @@ impl Rootfs {
         self.writable = Some(writable.clone());
         for name in ["upper", "work"] {
             let path = writable.join(name);
-            fs::create_dir_all(&path).map_err(StorageError::path("mkdir", &path))?;
+            fs::create_dir_all(&path).map_err(StorageError::path("create directory", &path))?;
             if let Some(owners) = owners {
                 std::os::unix::fs::chown(&path, Some(owners.root), Some(owners.root))
                     .map_err(StorageError::path("chown", &path))?;
             }
         }
-        // Gone from here once the overlay holds them.
+        // Dropped once the overlay holds its own references.
         let mapped = match owners {
             Some(owners) => self.map_layers(&lower, owners)?,
             None => Vec::new(),
@@ -127,7 +124,8 @@ impl Rootfs {
         stack(&lower, Some(&writable), &target)
     }
 
-    /// Mounts the volumes that the guest makes itself, and makes plain binds of them in `spec`. They go with the rootfs.
+    /// Mounts the volumes created by the guest and replaces them by binds in `spec`. They are removed with the root
+    /// filesystem.
     ///
     /// # Errors
     /// As [`Volumes::mount`].
@@ -135,21 +133,22 @@ impl Rootfs {
         self.volumes.mount(spec, &self.bundle, layers)
     }
 
-    /// Makes the host's block devices for the container `id`, and adds them to `spec`. They go with the rootfs.
+    /// Creates the host's block devices for the container `id`, and adds them to `spec`. They are removed with the
+    /// root filesystem.
     ///
     /// # Errors
     /// As [`Blocks::make`].
     pub fn make_blocks(
         &mut self,
         id: &str,
-        wanted: &[BlockDevice],
+        requests: &[BlockDevice],
         outside: impl Fn(u32) -> u32,
         spec: &mut Spec,
     ) -> Result<(), StorageError> {
-        self.blocks.make(id, wanted, outside, spec)
+        self.blocks.make(id, requests, outside, spec)
     }
 
-    /// The layers as the owners' namespace sees them.
+    /// Mounts views of the layers mapped by the owners' namespace.
     fn map_layers(
         &self,
         lower: &[PathBuf],
@@ -158,7 +157,7 @@ impl Rootfs {
         let mut mapped = Vec::new();
         for (index, layer) in lower.iter().enumerate() {
             let target = self.bundle.join(format!("l{index}"));
-            fs::create_dir_all(&target).map_err(StorageError::path("mkdir", &target))?;
+            fs::create_dir_all(&target).map_err(StorageError::path("create directory", &target))?;
             let view = Mapped::mount(layer, &target, owners.namespace).map_err(|source| {
                 StorageError::Mount {
                     fstype: "mapped layer".to_owned(),
@@ -172,24 +171,24 @@ impl Rootfs {
         Ok(mapped)
     }
 
-    /// The mounted tree.
+    /// Returns the mount point of the tree.
     pub fn path(&self) -> PathBuf {
         self.bundle.join("rootfs")
     }
 
-    /// The directory for `config.json` beside it.
+    /// Returns the bundle directory.
     pub fn bundle(&self) -> &Path {
         &self.bundle
     }
 
-    /// The writable layer's directory.
+    /// Returns the directory of the writable layer.
     pub fn upper(&self) -> Option<PathBuf> {
         self.writable
             .as_ref()
             .map(|writable| writable.join("upper"))
     }
 
-    /// Unmounts and removes everything. Succeeds on what is gone.
+    /// Unmounts and removes everything. Idempotent.
     pub fn take_down(&self, layers: &Layers) -> Result<(), StorageError> {
         self.blocks.take_down();
         self.volumes.take_down(layers)?;
@@ -206,7 +205,7 @@ impl Rootfs {
         for layer in &self.layers {
             layers.release(layer);
         }
-        // remove_dir_all follows no links.
+        // remove_dir_all does not follow symlinks.
         for path in self.writable.iter().chain([&self.bundle]) {
             match fs::remove_dir_all(path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -219,7 +218,7 @@ impl Rootfs {
     }
 }
 
-/// Makes a directory and its parents inside the tree at `root`, following links within it only.
+/// Creates a directory and its parents inside the tree at `root`; symlinks are resolved within the tree.
 pub fn make_directory(root: &Path, path: &Path) -> io::Result<()> {
     let root = fs::File::open(root)?;
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -265,9 +264,9 @@ fn bind(source: &Path, target: &Path) -> Result<(), StorageError> {
     })
 }
 
-/// Lets setuid programs and file capabilities count in a root file system that comes through the share, which is mounted
-/// without: as they do in one that is stacked here.
-fn honour_setuid(target: &Path) -> Result<(), StorageError> {
+/// Makes setuid programs and file capabilities effective in a root filesystem on the share, which is mounted with
+/// nosuid, as they are in an overlay.
+fn allow_setuid(target: &Path) -> Result<(), StorageError> {
     let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_NODEV;
     mount(None::<&str>, target, None::<&str>, flags, None::<&str>).map_err(|errno| {
         StorageError::Mount {
@@ -279,54 +278,12 @@ fn honour_setuid(target: &Path) -> Result<(), StorageError> {
     })
 }
 
-/// Stacks `lower`, lowest first, at `target`: under the upper layer in `writable`, or to be read only.
-pub(super) fn stack(
-    lower: &[PathBuf],
-    writable: Option<&Path>,
-    target: &Path,
-) -> Result<(), StorageError> {
-    overlay(lower, writable, target).map_err(|source| StorageError::Mount {
-        fstype: "overlay".to_owned(),
-        origin: format!("of {} layers", lower.len()),
-        target: target.display().to_string(),
-        source,
-    })
-}
-
-/// Stacks `lower`, lowest first. The layers are handed over one by one: in one string their number would be limited by
-/// the page the old mount call copies.
-fn overlay(lower: &[PathBuf], writable: Option<&Path>, target: &Path) -> io::Result<()> {
-    let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
-    fsconfig_set_string(&context, "source", "overlay")?;
-    for layer in lower.iter().rev() {
-        fsconfig_set_string(&context, "lowerdir+", layer.as_path())?;
-    }
-    let mut attributes = MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NODEV;
-    if let Some(writable) = writable {
-        fsconfig_set_string(&context, "upperdir", writable.join("upper"))?;
-        fsconfig_set_string(&context, "workdir", writable.join("work"))?;
-        // The writable layer doesn't outlive the pod, so a container's fsync needs no disk.
-        fsconfig_set_flag(&context, "volatile")?;
-        attributes = MountAttrFlags::empty();
-    }
-    fsconfig_create(&context)?;
-    let tree = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
-    move_mount(
-        &tree,
-        "",
-        rustix::fs::CWD,
-        target,
-        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
-    )?;
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn directories_are_made_inside_the_root_only() {
+    fn make_directory_stays_inside_the_root() {
         let outside = tempfile::tempdir().unwrap();
         let root = tempfile::tempdir().unwrap();
         std::os::unix::fs::symlink(outside.path(), root.path().join("link")).unwrap();

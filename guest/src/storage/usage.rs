@@ -1,7 +1,7 @@
-//! How much a container has written: a walk over its writable layer, bounded in time and kept for a while.
+//! Disk usage of a container: a walk over its writable layer, bounded in time and cached.
 //!
-//! ext4 project quotas would answer at once, but need a file system made for them; the bound makes the walk good enough
-//! for statistics. A walk that hits the bound answers what it saw.
+//! ext4 project quotas would be immediate, but need a filesystem created for them; the bounded walk is sufficient for
+//! statistics. A walk that reaches the limit returns what it has counted.
 
 use boxlite_sys::sync::Mutex;
 use std::collections::HashSet;
@@ -10,33 +10,33 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// Longest walk.
-const WALK_LIMIT: Duration = Duration::from_millis(300);
-/// How long an answer is good: the kubelet asks every 10 s.
-const FRESH: Duration = Duration::from_secs(5);
+/// Maximum duration of a walk.
+const MAX_WALK_TIME: Duration = Duration::from_millis(300);
+/// Lifetime of a cached result; the kubelet queries every 10 s.
+const CACHE_LIFETIME: Duration = Duration::from_secs(5);
 
-/// What a tree takes.
+/// Disk usage of a tree.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Usage {
-    /// Blocks on the disk, in bytes.
+    /// Allocated blocks, in bytes.
     pub bytes: u64,
     pub inodes: u64,
 }
 
-/// The last answer for one tree.
+/// Cached usage of one tree.
 #[derive(Debug, Default)]
 pub struct UsageCache {
     last: Mutex<Option<(Instant, Usage)>>,
 }
 
 impl UsageCache {
-    /// What the tree at `path` takes. Blocks up to [`WALK_LIMIT`].
+    /// Returns the usage of the tree at `path`. Blocks up to [`MAX_WALK_TIME`].
     pub fn get(&self, path: &Path) -> Usage {
         let mut last = self.last.lock();
         match *last {
-            Some((when, usage)) if when.elapsed() < FRESH => usage,
+            Some((when, usage)) if when.elapsed() < CACHE_LIFETIME => usage,
             _ => {
-                let usage = walk(path, Instant::now() + WALK_LIMIT);
+                let usage = walk(path, Instant::now() + MAX_WALK_TIME);
                 *last = Some((Instant::now(), usage));
                 usage
             }
@@ -44,7 +44,7 @@ impl UsageCache {
     }
 }
 
-/// Counts every inode once and follows no links.
+/// Counts every inode once; symlinks are not followed.
 fn walk(path: &Path, deadline: Instant) -> Usage {
     let mut usage = Usage::default();
     let mut linked = HashSet::new();
@@ -78,7 +78,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hard_links_count_once_and_links_are_not_followed() {
+    fn walk_counts_hard_links_once_and_ignores_symlinks() {
         let tree = tempfile::tempdir().unwrap();
         fs::write(tree.path().join("a"), vec![1; 100_000]).unwrap();
         fs::hard_link(tree.path().join("a"), tree.path().join("b")).unwrap();

@@ -1,10 +1,10 @@
-//! Volumes that the guest makes itself: images shown read-only, and memory. [`Volumes::mount`] makes them and turns their
-//! mounts in the spec into plain binds; volumes of the host are binds of the share already.
+//! Volumes created by the guest: image volumes and tmpfs. [`Volumes::mount`] mounts them and replaces their entries
+//! in the spec by bind mounts; the host's volumes are bind mounts of the share already.
 //!
-//! A path inside an image is hostile: it is resolved by the kernel within the image's own root.
+//! Paths inside an image are untrusted; the kernel resolves them within the image's root.
 
 use super::layers::Layers;
-use super::rootfs::stack;
+use super::overlay::stack;
 use super::{StorageError, mount_error};
 use boxlite_proto::names::{IMAGE_MOUNT, LAYER_OPTION, MEMORY_MOUNT, SUB_PATH_OPTION};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -14,14 +14,15 @@ use std::fs::{self, File};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-/// Below a container's bundle: its image volumes.
+/// Directory of a container's image volumes below its bundle.
 const IMAGES: &str = "volumes";
-/// Below it: memory shared by containers of the pod, by name. Stays until the VM ends, like the pod's /dev/shm.
+/// Directory of the tmpfs shared by containers of the pod, by name. They exist until the VM ends, like the pod's
+/// /dev/shm.
 const MEMORY: &str = "/run/boxlite/memory";
-/// overlayfs wants two directories at least, and an image may have one layer.
+/// Empty lower directory; overlayfs requires at least two, and an image may have a single layer.
 const EMPTY: &str = "/run/boxlite/empty";
 
-/// What was mounted for one container.
+/// Mounts made for one container.
 #[derive(Debug, Default)]
 pub struct Volumes {
     mounts: Vec<PathBuf>,
@@ -29,11 +30,11 @@ pub struct Volumes {
 }
 
 impl Volumes {
-    /// Mounts what `spec` wants of these kinds below `bundle`. On an error what was made is in `self` all the same, for
+    /// Mounts the volumes of these types in `spec` below `bundle`. After an error, `self` holds what was mounted, for
     /// [`Self::take_down`].
     ///
     /// # Errors
-    /// A layer or a part of the image that is not there, or a mount that the kernel refuses.
+    /// If a layer or path of the image does not exist, or a mount fails.
     pub fn mount(
         &mut self,
         spec: &mut Spec,
@@ -44,8 +45,8 @@ impl Volumes {
         for (number, mount) in mounts.iter_mut().enumerate() {
             let (source, access) = match mount.typ().as_deref() {
                 Some(IMAGE_MOUNT) => {
-                    let place = bundle.join(IMAGES).join(number.to_string());
-                    (self.image(mount, place, layers)?, "ro")
+                    let target = bundle.join(IMAGES).join(number.to_string());
+                    (self.image(mount, target, layers)?, "ro")
                 }
                 Some(MEMORY_MOUNT) => (memory(mount)?, "rw"),
                 _ => continue,
@@ -62,14 +63,14 @@ impl Volumes {
 
     fn image(
         &mut self,
-        wish: &Mount,
-        place: PathBuf,
+        request: &Mount,
+        target: PathBuf,
         layers: &Layers,
     ) -> Result<PathBuf, StorageError> {
         let mut lower = vec![PathBuf::from(EMPTY)];
-        fs::create_dir_all(EMPTY).map_err(StorageError::path("mkdir", EMPTY))?;
+        fs::create_dir_all(EMPTY).map_err(StorageError::path("create directory", EMPTY))?;
         let mut sub_path = "";
-        for option in wish.options().iter().flatten() {
+        for option in request.options().iter().flatten() {
             if let Some(layer) = option.strip_prefix(LAYER_OPTION) {
                 lower.push(layers.hold(layer)?);
                 self.layers.push(layer.to_owned());
@@ -77,37 +78,37 @@ impl Volumes {
                 sub_path = path;
             }
         }
-        fs::create_dir_all(&place).map_err(StorageError::path("mkdir", &place))?;
-        stack(&lower, None, &place)?;
-        self.mounts.push(place.clone());
+        fs::create_dir_all(&target).map_err(StorageError::path("create directory", &target))?;
+        stack(&lower, None, &target)?;
+        self.mounts.push(target.clone());
         if sub_path.is_empty() {
-            return Ok(place);
+            return Ok(target);
         }
-        let part = find(&place, sub_path)?;
-        let shown = place.with_extension("part");
-        self.show(&part, &shown)?;
-        Ok(shown)
+        let part = find(&target, sub_path)?;
+        let target = target.with_extension("part");
+        self.bind(&part, &target)?;
+        Ok(target)
     }
 
-    /// Binds what was opened to `place`, which is made.
-    fn show(&mut self, part: &OwnedFd, place: &Path) -> Result<(), StorageError> {
+    /// Binds the opened file or directory to `target`, which is created.
+    fn bind(&mut self, part: &OwnedFd, target: &Path) -> Result<(), StorageError> {
         let origin = PathBuf::from(format!("/proc/self/fd/{}", part.as_raw_fd()));
-        let metadata = fs::metadata(&origin).map_err(StorageError::path("look at", place))?;
+        let metadata = fs::metadata(&origin).map_err(StorageError::path("stat", target))?;
         let made = match metadata.is_dir() {
-            true => fs::create_dir_all(place),
-            false => File::create(place).map(drop),
+            true => fs::create_dir_all(target),
+            false => File::create(target).map(drop),
         };
-        made.map_err(StorageError::path("create", place))?;
+        made.map_err(StorageError::path("create", target))?;
         let none = None::<&str>;
-        mount(Some(&origin), place, none, MsFlags::MS_BIND, none).map_err(|errno| {
-            let (origin, place) = (origin.display().to_string(), place.display().to_string());
-            mount_error("bind", &origin, &place, errno)
+        mount(Some(&origin), target, none, MsFlags::MS_BIND, none).map_err(|errno| {
+            let (origin, target) = (origin.display().to_string(), target.display().to_string());
+            mount_error("bind", &origin, &target, errno)
         })?;
-        self.mounts.push(place.to_owned());
+        self.mounts.push(target.to_owned());
         Ok(())
     }
 
-    /// Unmounts everything and gives the layers up. Succeeds on what is gone.
+    /// Unmounts everything and releases the layers. Idempotent.
     pub fn take_down(&self, layers: &Layers) -> Result<(), StorageError> {
         for target in self.mounts.iter().rev() {
             match umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
@@ -127,20 +128,19 @@ impl Volumes {
     }
 }
 
-/// Opens a path of the image whose tree is at `root`; links lead nowhere outside of it.
+/// Opens a path of the image mounted at `root`; symlinks are resolved within it.
 fn find(root: &Path, path: &str) -> Result<OwnedFd, StorageError> {
-    let failed = |errno: rustix::io::Errno| {
-        StorageError::path("find in the image the subpath", path)(errno.into())
-    };
+    let failed =
+        |errno: rustix::io::Errno| StorageError::path("find image subpath", path)(errno.into());
     let root = File::open(root).map_err(StorageError::path("open", root))?;
     let flags = OFlags::PATH | OFlags::CLOEXEC;
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
     openat2(&root, path, flags, Mode::empty(), resolve).map_err(failed)
 }
 
-/// The tmpfs of this name, made by its first user.
-fn memory(wish: &Mount) -> Result<PathBuf, StorageError> {
-    let name = wish.source().as_deref().unwrap_or(Path::new(""));
+/// Returns the mount point of the tmpfs with that name, mounting it on first use.
+fn memory(request: &Mount) -> Result<PathBuf, StorageError> {
+    let name = request.source().as_deref().unwrap_or(Path::new(""));
     let text = name.to_string_lossy();
     if text.is_empty() || !text.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
         return Err(StorageError::Escape {
@@ -148,31 +148,31 @@ fn memory(wish: &Mount) -> Result<PathBuf, StorageError> {
             base: MEMORY,
         });
     }
-    let place = Path::new(MEMORY).join(name);
-    if place.exists() {
-        return Ok(place);
+    let target = Path::new(MEMORY).join(name);
+    if target.exists() {
+        return Ok(target);
     }
-    let sizes = wish.options().iter().flatten();
+    let sizes = request.options().iter().flatten();
     let size = sizes
         .filter_map(|option| option.strip_prefix("size="))
         .find_map(|size| size.parse::<u64>().ok())
-        .unwrap_or(super::pod::DEFAULT_SHM);
-    fs::create_dir_all(&place).map_err(StorageError::path("mkdir", &place))?;
+        .unwrap_or(super::pod::DEFAULT_SHM_BYTES);
+    fs::create_dir_all(&target).map_err(StorageError::path("create directory", &target))?;
     let options = format!("mode=1777,size={size}");
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     let made = mount(
         Some("tmpfs"),
-        &place,
+        &target,
         Some("tmpfs"),
         flags,
         Some(options.as_str()),
     );
     made.map_err(|errno| {
-        // Or the next one would take the directory for the memory.
-        let _ = fs::remove_dir(&place);
-        mount_error("tmpfs", "memory", &place.display().to_string(), errno)
+        // Otherwise the next caller would use the plain directory.
+        let _ = fs::remove_dir(&target);
+        mount_error("tmpfs", "memory", &target.display().to_string(), errno)
     })?;
-    Ok(place)
+    Ok(target)
 }
 
 #[cfg(test)]
@@ -181,7 +181,7 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     #[test]
-    fn a_path_in_an_image_stays_in_it() {
+    fn find_stays_inside_the_image() {
         let root = tempfile::tempdir().unwrap();
         fs::create_dir_all(root.path().join("etc/deep")).unwrap();
         fs::write(root.path().join("etc/deep/x"), "inside").unwrap();
@@ -199,11 +199,11 @@ mod tests {
     }
 
     #[test]
-    fn memory_has_a_plain_name() {
+    fn memory_rejects_names_with_separators() {
         for name in ["", "..", "a/b", "/etc"] {
-            let mut wish = Mount::default();
-            wish.set_source(Some(name.into()));
-            assert!(memory(&wish).is_err(), "{name:?}");
+            let mut request = Mount::default();
+            request.set_source(Some(name.into()));
+            assert!(memory(&request).is_err(), "{name:?}");
         }
     }
 }

@@ -5,7 +5,9 @@
 use super::{QUICK_LIMIT, unary};
 use crate::error::PortalError;
 use boxlite_proto::boxlite::v1::mounts_client::MountsClient;
-use boxlite_proto::boxlite::v1::{FuseRequest, FuseResponse, ShownRequest, ShownResponse};
+use boxlite_proto::boxlite::v1::{
+    FuseRequest, FuseResponse, WatchExportsRequest, WatchExportsResponse,
+};
 use boxlite_proto::names;
 use tonic::Streaming;
 use tonic::transport::Channel;
@@ -28,14 +30,17 @@ impl MountsInterface {
     ///
     /// # Errors
     /// Every kind of [`PortalError`]; the stream itself has no deadline.
-    pub async fn shown<S>(&self, outgoing: S) -> Result<Streaming<ShownResponse>, PortalError>
+    pub async fn watch_exports<S>(
+        &self,
+        outgoing: S,
+    ) -> Result<Streaming<WatchExportsResponse>, PortalError>
     where
-        S: futures::Stream<Item = ShownRequest> + Send + 'static,
+        S: futures::Stream<Item = WatchExportsRequest> + Send + 'static,
     {
         unary(
-            "Mounts.Shown",
+            "Mounts.WatchExports",
             QUICK_LIMIT,
-            self.client.clone().shown(outgoing),
+            self.client.clone().watch_exports(outgoing),
         )
         .await
     }

@@ -14,7 +14,7 @@ mod pump;
 pub mod volumes;
 
 use boxlite_portal::{GuestSession, PortalError};
-use boxlite_proto::boxlite::v1::{ShownMount, ShownRequest, ShownResponse};
+use boxlite_proto::boxlite::v1::{ExportedMount, WatchExportsRequest, WatchExportsResponse};
 use boxlite_sys::report::Report;
 use host_mounter::{ExportRequest, HostMount, HostMounter};
 use pump::Pump;
@@ -54,7 +54,7 @@ pub struct MountExporter {
     volumes: Arc<ExportVolumes>,
     exports: BTreeMap<u64, Export>,
     /// The latest list.
-    listed: BTreeMap<u64, ShownMount>,
+    listed: BTreeMap<u64, ExportedMount>,
     /// Mounts that could not be exported, logged once each.
     refused: BTreeSet<u64>,
     /// Number of broken connections per mount.
@@ -117,9 +117,9 @@ impl MountExporter {
     async fn follow_stream(&mut self, ended: &CancellationToken) -> Result<(), PortalError> {
         let (acknowledge, requests) = mpsc::channel(CHANNEL_CAPACITY);
         let mounts = self.session.mounts();
-        let opening = mounts.shown(ReceiverStream::new(requests));
+        let opening = mounts.watch_exports(ReceiverStream::new(requests));
         tokio::pin!(opening);
-        let mut lists: Streaming<ShownResponse> = loop {
+        let mut lists: Streaming<WatchExportsResponse> = loop {
             tokio::select! {
                 opened = &mut opening => break opened?,
                 // Readers of a mount must not wait for a guest that does not answer. The next list mounts it again.
@@ -140,21 +140,26 @@ impl MountExporter {
                 }
                 () = ended.cancelled() => return Ok(()),
             };
-            let list = list.map_err(|status| PortalError::from_status("Mounts.Shown", status))?;
+            let list =
+                list.map_err(|status| PortalError::from_status("Mounts.WatchExports", status))?;
             let Some(list) = list else {
                 return Ok(());
             };
             let generation = list.generation;
             // Runs to completion even when `ended` fires, so that no mount exists without an entry in `exports`.
             self.follow(list).await;
-            if acknowledge.send(ShownRequest { generation }).await.is_err() {
+            if acknowledge
+                .send(WatchExportsRequest { generation })
+                .await
+                .is_err()
+            {
                 return Ok(());
             }
         }
     }
 
     /// Makes the host's mounts match the list.
-    async fn follow(&mut self, list: ShownResponse) {
+    async fn follow(&mut self, list: WatchExportsResponse) {
         self.listed = list
             .mounts
             .into_iter()
@@ -177,7 +182,7 @@ impl MountExporter {
         }
     }
 
-    async fn try_export(&mut self, id: u64, mount: &ShownMount) {
+    async fn try_export(&mut self, id: u64, mount: &ExportedMount) {
         if let Err(error) = self.export(id, mount).await {
             tracing::warn!(
                 container = mount.container_id, path = mount.path, %error,
@@ -205,7 +210,7 @@ impl MountExporter {
         self.try_export(id, &mount).await;
     }
 
-    async fn export(&mut self, id: u64, mount: &ShownMount) -> std::io::Result<()> {
+    async fn export(&mut self, id: u64, mount: &ExportedMount) -> std::io::Result<()> {
         let refuse = |reason: &str| Err(std::io::Error::other(reason.to_owned()));
         let Some(volume) = self.volumes.get(&mount.volume) else {
             return refuse("volume is not Bidirectional");

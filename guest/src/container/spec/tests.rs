@@ -1,4 +1,4 @@
-//! Specs as kubelet, containerd and others write them, and what becomes of them.
+//! Adaptation of specs as written by the kubelet, containerd and others.
 
 use super::*;
 use serde_json::{Value, json};
@@ -12,8 +12,8 @@ fn user() -> ResolvedUser {
     }
 }
 
-fn place(user: &ResolvedUser) -> Place<'_> {
-    Place {
+fn facts(user: &ResolvedUser) -> ContainerFacts<'_> {
+    ContainerFacts {
         rootfs: Path::new("/run/boxlite/c/x/rootfs"),
         read_only: true,
         cgroup: "/pod/x".into(),
@@ -52,10 +52,10 @@ fn full() -> Value {
 }
 
 #[test]
-fn what_belongs_to_the_host_is_replaced_and_the_rest_kept() {
+fn adapt_replaces_host_settings_and_keeps_the_rest() {
     let mut spec = parse(full().to_string().as_bytes()).unwrap();
     let user = user();
-    let extracted = adapt(&mut spec, &place(&user)).unwrap();
+    let extracted = adapt(&mut spec, &facts(&user)).unwrap();
     assert_eq!(
         extracted
             .resources
@@ -94,10 +94,10 @@ fn what_belongs_to_the_host_is_replaced_and_the_rest_kept() {
 }
 
 #[test]
-fn shared_memory_is_the_pods_and_missing_file_systems_are_left_out() {
+fn adapt_binds_shm_and_drops_unsupported_mounts() {
     let mut spec = parse(full().to_string().as_bytes()).unwrap();
     let user = user();
-    adapt(&mut spec, &place(&user)).unwrap();
+    adapt(&mut spec, &facts(&user)).unwrap();
     let mounts = serde_json::to_value(spec.mounts()).unwrap();
     let destinations: Vec<_> = mounts
         .as_array()
@@ -111,17 +111,17 @@ fn shared_memory_is_the_pods_and_missing_file_systems_are_left_out() {
 }
 
 #[test]
-fn in_a_user_namespace_sysfs_is_the_vms() {
+fn adapt_in_user_namespace_binds_sysfs() {
     let mut value = full();
     value["mounts"] = json!([{"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "ro"]}]);
     let mut spec = parse(value.to_string().as_bytes()).unwrap();
     let user = user();
-    let place = Place {
+    let facts = ContainerFacts {
         user_namespace: Some("/proc/5/ns/user".into()),
         pid_namespace: PidNamespace::Vm,
-        ..place(&user)
+        ..facts(&user)
     };
-    adapt(&mut spec, &place).unwrap();
+    adapt(&mut spec, &facts).unwrap();
     let result = serde_json::to_value(&spec).unwrap();
     assert_eq!(
         result["mounts"][0],
@@ -134,14 +134,14 @@ fn in_a_user_namespace_sysfs_is_the_vms() {
 }
 
 #[test]
-fn what_the_program_may_do_is_the_spawners_affair() {
+fn adapt_moves_privileges_to_the_confinement() {
     let mut value = full();
     value["process"]["noNewPrivileges"] = json!(true);
     value["process"]["capabilities"] = json!({"bounding": ["CAP_CHOWN"]});
     value["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ALLOW"});
     let mut spec = parse(value.to_string().as_bytes()).unwrap();
     let user = user();
-    let confinement = adapt(&mut spec, &place(&user)).unwrap().confinement;
+    let confinement = adapt(&mut spec, &facts(&user)).unwrap().confinement;
     assert!(confinement.no_new_privileges && confinement.seccomp.is_some());
     assert!(confinement.capabilities.is_some());
     let process = serde_json::to_value(spec.process()).unwrap();
@@ -150,7 +150,7 @@ fn what_the_program_may_do_is_the_spawners_affair() {
     }
     value["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_NOTIFY"});
     let mut spec = parse(value.to_string().as_bytes()).unwrap();
-    let error = adapt(&mut spec, &place(&user)).unwrap_err().to_string();
+    let error = adapt(&mut spec, &facts(&user)).unwrap_err().to_string();
     assert!(
         error.contains("linux.seccomp") && error.contains("NOTIFY"),
         "{error}"
@@ -158,14 +158,14 @@ fn what_the_program_may_do_is_the_spawners_affair() {
 }
 
 #[test]
-fn a_joined_pid_namespace_is_named() {
+fn adapt_names_a_joined_pid_namespace() {
     let mut spec = parse(full().to_string().as_bytes()).unwrap();
     let user = user();
-    let place = Place {
+    let facts = ContainerFacts {
         pid_namespace: PidNamespace::Joined("/proc/5/ns/pid".into()),
-        ..place(&user)
+        ..facts(&user)
     };
-    adapt(&mut spec, &place).unwrap();
+    adapt(&mut spec, &facts).unwrap();
     let linux = serde_json::to_value(spec.linux()).unwrap();
     assert_eq!(
         linux["namespaces"][2],
@@ -174,7 +174,7 @@ fn a_joined_pid_namespace_is_named() {
 }
 
 #[test]
-fn unusable_specs_are_refused_by_field() {
+fn parse_invalid_spec_names_the_field() {
     let broken = |change: fn(&mut Value)| {
         let mut value = full();
         change(&mut value);
@@ -190,12 +190,12 @@ fn unusable_specs_are_refused_by_field() {
 fn base() -> ProcessPlan {
     let mut spec = parse(full().to_string().as_bytes()).unwrap();
     let user = user();
-    adapt(&mut spec, &place(&user)).unwrap();
+    adapt(&mut spec, &facts(&user)).unwrap();
     process_plan(&spec, &Confinement::default()).unwrap()
 }
 
 #[test]
-fn an_exec_takes_what_it_leaves_out_from_the_container() {
+fn exec_plan_inherits_missing_fields() {
     let base = base();
     let plan = exec_plan(br#"{"args":["true"]}"#, false, &base).unwrap();
     assert_eq!(plan.args, ["true"]);
@@ -219,7 +219,7 @@ fn an_exec_takes_what_it_leaves_out_from_the_container() {
 }
 
 #[test]
-fn another_users_home_is_not_inherited() {
+fn exec_plan_of_another_user_drops_home() {
     let plan = exec_plan(
         br#"{"args":["true"],"user":{"uid":5,"gid":6}}"#,
         false,
@@ -230,7 +230,7 @@ fn another_users_home_is_not_inherited() {
 }
 
 #[test]
-fn an_exec_without_a_command_is_refused() {
+fn exec_plan_without_command_is_rejected() {
     assert!(
         exec_plan(b"{}", false, &base())
             .unwrap_err()
@@ -240,7 +240,7 @@ fn an_exec_without_a_command_is_refused() {
 }
 
 #[test]
-fn groups_are_merged_only_by_the_annotation() {
+fn user_plan_merges_groups_only_by_annotation() {
     let mut value = full();
     assert!(!user_plan(&parse(value.to_string().as_bytes()).unwrap()).merge_groups);
     value["annotations"] = json!({"boxlite.groups": "merge"});

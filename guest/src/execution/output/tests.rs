@@ -1,4 +1,4 @@
-//! The buffer against a model that keeps every byte for ever.
+//! The buffer compared with a model that keeps every byte.
 
 use super::*;
 use proptest::prelude::*;
@@ -21,11 +21,11 @@ enum Step {
         percent: u8,
     },
     Close,
-    /// One of several readers takes what is at its own offset.
+    /// One of several readers takes a chunk at its own offset.
     Read {
         reader: usize,
     },
-    /// A reader comes back at an arbitrary offset.
+    /// A reader resumes at an arbitrary offset.
     Seek {
         reader: usize,
         percent: u8,
@@ -53,7 +53,7 @@ fn write(
     let taken = buffer
         .fill(stream, |tail| {
             let room = tail.capacity() - tail.len();
-            assert!(room >= READ_MINIMUM, "a read always has room");
+            assert!(room >= MIN_READ_BYTES, "a read always has room");
             let taken = length.min(room);
             for _ in 0..taken {
                 *next = next.wrapping_mul(31).wrapping_add(7);
@@ -117,17 +117,17 @@ proptest! {
             }
             prop_assert_eq!(buffer.end() as usize, model.bytes.len());
             let kept: usize = buffer.sealed.iter().map(|chunk| chunk.data.len()).sum::<usize>() + buffer.tail.len();
-            prop_assert!(kept <= CAPACITY);
+            prop_assert!(kept <= CAPACITY_BYTES);
             prop_assert_eq!(
                 buffer.charged,
-                buffer.sealed.iter().map(|chunk| chunk.data.len() + SEGMENT_OVERHEAD).sum::<usize>()
+                buffer.sealed.iter().map(|chunk| chunk.data.len() + SEGMENT_OVERHEAD_BYTES).sum::<usize>()
             );
         }
     }
 }
 
 #[test]
-fn single_bytes_with_a_reader_in_step_stay_within_bounds() {
+fn buffer_of_single_bytes_stays_within_bounds() {
     let mut buffer = Buffer::default();
     let mut model = Model::default();
     let (mut next, mut reader) = (0, 0);
@@ -135,14 +135,14 @@ fn single_bytes_with_a_reader_in_step_stay_within_bounds() {
         write(&mut buffer, &mut model, OutputStream::Stdout, 1, &mut next);
         check_read(&mut buffer, &model, &mut reader);
     }
-    assert!(buffer.sealed.len() <= CAPACITY / SEGMENT_OVERHEAD);
+    assert!(buffer.sealed.len() <= CAPACITY_BYTES / SEGMENT_OVERHEAD_BYTES);
     buffer.ack(reader as u64);
     assert!(buffer.has_room());
     assert_eq!(buffer.charged, 0);
 }
 
 #[tokio::test]
-async fn a_full_buffer_stops_reading_until_an_ack_and_loses_nothing() {
+async fn output_full_stops_reading_until_ack() {
     let (reader, writer) = nix::unistd::pipe().unwrap();
     let total: usize = 5 << 20;
     let producer = std::thread::spawn(move || {
@@ -166,7 +166,7 @@ async fn a_full_buffer_stops_reading_until_an_ack_and_loses_nothing() {
                     .unwrap()
                 {
                     Filled::End => break,
-                    _ => assert!(output.end() - output.lock().base <= CAPACITY as u64),
+                    _ => assert!(output.end() - output.lock().base <= CAPACITY_BYTES as u64),
                 }
             }
             output.close();
@@ -194,7 +194,7 @@ async fn a_full_buffer_stops_reading_until_an_ack_and_loses_nothing() {
 }
 
 #[test]
-fn what_is_acknowledged_stays_for_observers_while_there_is_room() {
+fn buffer_keeps_acked_bytes_for_observers() {
     let (mut buffer, mut model, mut next) = (Buffer::default(), Model::default(), 0);
     let fill = |buffer: &mut Buffer, model: &mut Model, next: &mut u8| {
         write(buffer, model, OutputStream::Stdout, CHUNK_LIMIT, next);
@@ -209,18 +209,18 @@ fn what_is_acknowledged_stays_for_observers_while_there_is_room() {
     check_read(&mut buffer, &model, &mut offset);
     assert!(
         offset > from,
-        "an acknowledged byte was there for the observer"
+        "an acknowledged byte is available to the observer"
     );
-    // It holds nothing back: acknowledged output always makes room, and only as much as is needed goes.
+    // It holds nothing back: acknowledged output is freed if needed, and only as much as is needed.
     for _ in 0..100 {
         assert!(buffer.has_room());
         fill(&mut buffer, &mut model, &mut next);
     }
     assert!(matches!(buffer.get(from as u64), Found::Gone(first) if first < buffer.end()));
-    assert!(buffer.end() - buffer.base > (CAPACITY / 2) as u64);
+    assert!(buffer.end() - buffer.base > (CAPACITY_BYTES / 2) as u64);
     buffer.observed(-1);
     assert_eq!(buffer.base, buffer.end());
-    // Without an acknowledgement an observer makes no room.
+    // Without an acknowledgement an observer frees nothing.
     buffer.observed(1);
     while buffer.has_room() {
         write(

@@ -1,11 +1,11 @@
-//! Answers FUSE messages of the host for one shown mount: [`open`]. The file server is fuse-backend-rs's.
+//! Answers the host's FUSE requests for one exported mount: [`open`]. The file server is fuse-backend-rs.
 //!
-//! One thread for each mount: a file system that hangs stops the answers for this mount and nothing else. It has its own
-//! file mode mask, which the server sets, and takes the user's and group's numbers of each request. The thread ends when the
-//! host drops the stream; one that hangs in the kernel ends with the VM.
+//! Each mount has its own thread, so a file system that hangs stops only the answers for its mount. The server sets
+//! the thread's umask and switches to the user and group of each request. The thread ends when the host drops the
+//! stream; a thread that hangs in the kernel ends with the VM.
 
-use super::Shown;
-use crate::services::status::status;
+use super::ExportList;
+use crate::status::status;
 use boxlite_proto::boxlite::v1::{ErrorKind, FuseRequest, FuseResponse};
 use boxlite_proto::names::CHUNK_LIMIT;
 use boxlite_sys::fuse::{Frames, MAX_WRITE, MESSAGE_LIMIT};
@@ -26,45 +26,49 @@ use tokio::task::JoinHandle;
 use tokio_stream::Stream;
 use tonic::{Status, Streaming};
 
-/// Requests that wait for the thread, and chunks that wait for the host.
-const QUEUE: usize = 4;
-/// How long the host's kernel trusts what it knows of names and files: the guest changes them without telling.
-const TRUST: Duration = Duration::from_secs(1);
+/// Capacity of the queues of requests to the thread and of chunks to the host.
+const CHANNEL_CAPACITY: usize = 4;
+/// Time the host's kernel caches names and attributes; the guest changes files without notifying it.
+const CACHE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Requests by the kernel's numbers: those that get no answer, and the first one.
+/// FUSE opcodes: INIT, and the requests that have no reply.
 const FORGET: u32 = 2;
 const INTERRUPT: u32 = 36;
 const BATCH_FORGET: u32 = 42;
 const INIT: u32 = 26;
-/// Bytes of a request's header.
-const REQUEST_HEADER: usize = 40;
-/// Features that are the kernel's own affair and which the server does not ask for: reads ahead, large writes, a cache that
-/// goes when a file has changed, several requests to one directory.
-const FEATURES: u32 = 1 | 1 << 5 | 1 << 12 | 1 << 18;
+/// Size of a request's header, in bytes.
+const REQUEST_HEADER_BYTES: usize = 40;
+/// FUSE features handled by the host's kernel that the server does not negotiate: async reads, large writes, cache
+/// invalidation on modification, parallel operations in a directory.
+const KERNEL_FEATURES: u32 = 1 | 1 << 5 | 1 << 12 | 1 << 18;
 
-/// Reads the first message, starts the server, and returns the answering stream.
+/// Reads the first message, starts the server, and returns the stream of replies.
 pub async fn open(
-    shown: &Shown,
+    exports: &ExportList,
     mut requests: Streaming<FuseRequest>,
 ) -> Result<impl Stream<Item = Result<FuseResponse, Status>> + Send + 'static, Status> {
     let first = requests.message().await?.ok_or_else(|| {
         status(
             ErrorKind::InvalidArgument,
             "id",
-            "the first message names the mount",
+            "the first message must name the mount",
         )
     })?;
     let id = first.id.to_string();
-    let tree = shown
-        .tree(first.id)
-        .ok_or_else(|| status(ErrorKind::NotFound, &id, format!("no mount {id} is shown")))?;
-    let (work, queue) = mpsc::channel(QUEUE);
-    let (answers, stream) = mpsc::channel(QUEUE);
+    let tree = exports.tree(first.id).ok_or_else(|| {
+        status(
+            ErrorKind::NotFound,
+            &id,
+            format!("exported mount {id} not found"),
+        )
+    })?;
+    let (work, queue) = mpsc::channel(CHANNEL_CAPACITY);
+    let (answers, stream) = mpsc::channel(CHANNEL_CAPACITY);
     std::thread::Builder::new()
         .name(format!("fuse {id}"))
         .spawn(move || {
             if let Err(error) = serve(&tree, queue, &answers) {
-                tracing::warn!(%error, "the file server of a mount ended");
+                tracing::warn!(%error, "file server of an exported mount failed");
             }
         })
         .map_err(|error| status(ErrorKind::Internal, &id, error.to_string()))?;
@@ -82,7 +86,7 @@ pub async fn open(
                     }
                     Ok(None) => break,
                     Err(error) => {
-                        tracing::warn!(%error, "the host's messages are broken");
+                        tracing::warn!(%error, "received an invalid FUSE message from the host");
                         return;
                     }
                 }
@@ -105,7 +109,7 @@ impl Drop for AbortOnDrop {
     }
 }
 
-/// Serves until the queue or the host's end is closed. Blocks.
+/// Serves requests until the queue or the host's end is closed. Blocks.
 fn serve(
     tree: &Arc<OwnedFd>,
     mut queue: mpsc::Receiver<Vec<u8>>,
@@ -113,14 +117,14 @@ fn serve(
 ) -> io::Result<()> {
     unshare(CloneFlags::CLONE_FS)?;
     let config = Config {
-        // The dot makes a path of it that may be opened without following links.
+        // The trailing dot makes it a path that can be opened with O_NOFOLLOW.
         root_dir: format!("/proc/self/fd/{}/.", tree.as_raw_fd()),
-        entry_timeout: TRUST,
-        attr_timeout: TRUST,
+        entry_timeout: CACHE_TIMEOUT,
+        attr_timeout: CACHE_TIMEOUT,
         ..Config::default()
     };
     let server = Server::new(PassthroughFs::<()>::new(config)?);
-    // The server writes an answer in one call to a descriptor.
+    // The server writes each reply to a descriptor in one call.
     let answer = File::from(memfd_create("answer", MemfdFlags::CLOEXEC)?);
     let mut buffer = vec![0; MESSAGE_LIMIT];
     while let Some(mut request) = queue.blocking_recv() {
@@ -137,30 +141,30 @@ fn serve(
     Ok(())
 }
 
-/// The answer to one request, empty where it gets none.
+/// Returns the reply to one request; empty if the request has none.
 fn answer_to(
     server: &Server<PassthroughFs<()>>,
     request: &mut [u8],
     answer: &File,
     buffer: &mut [u8],
 ) -> io::Result<Vec<u8>> {
-    if request.len() < REQUEST_HEADER {
+    if request.len() < REQUEST_HEADER_BYTES {
         return Err(io::ErrorKind::InvalidData.into());
     }
-    let head: Vec<u8> = request[..request.len().min(REQUEST_HEADER + 16)].to_vec();
+    let head: Vec<u8> = request[..request.len().min(REQUEST_HEADER_BYTES + 16)].to_vec();
     ftruncate(answer, 0)?;
     seek(answer, SeekFrom::Start(0))?;
     let reader = Reader::<()>::from_fuse_buffer(FuseBuf::new(request)).map_err(io::Error::other)?;
     let writer = FuseDevWriter::<()>::new(answer.as_raw_fd(), buffer).map_err(io::Error::other)?;
     if let Err(error) = server.handle_message(reader, Writer::FuseDev(writer), None, None) {
-        tracing::debug!(%error, "request of the host's kernel");
+        tracing::debug!(%error, "failed to handle a FUSE request");
     }
     let length = usize::try_from(answer.metadata()?.len()).unwrap_or(0);
     let mut reply = vec![0; length];
     answer.read_exact_at(&mut reply, 0)?;
     let opcode = number(&head, 4);
     if reply.is_empty() && ![FORGET, BATCH_FORGET, INTERRUPT].contains(&opcode) {
-        // Or the host's process would wait for ever.
+        // Without a reply the process on the host would block forever.
         reply.extend_from_slice(&16_u32.to_ne_bytes());
         reply.extend_from_slice(&(-libc::EIO).to_ne_bytes());
         reply.extend_from_slice(&head[8..16]);
@@ -171,12 +175,13 @@ fn answer_to(
     Ok(reply)
 }
 
-/// Completes the answer to INIT: flags at 28, most data of a write at 36; the kernel's own flags are at 52 of its request.
+/// Completes the reply to INIT: flags at offset 28, maximum write size at 36. The kernel's flags are at offset 52 of
+/// the request.
 fn extend(request: &[u8], reply: &mut [u8]) {
-    if reply.len() < 40 || request.len() < REQUEST_HEADER + 16 {
+    if reply.len() < 40 || request.len() < REQUEST_HEADER_BYTES + 16 {
         return;
     }
-    let flags = number(reply, 28) | (number(request, 52) & FEATURES);
+    let flags = number(reply, 28) | (number(request, 52) & KERNEL_FEATURES);
     reply[28..32].copy_from_slice(&flags.to_ne_bytes());
     reply[36..40].copy_from_slice(&MAX_WRITE.to_ne_bytes());
 }
@@ -192,10 +197,10 @@ fn number(bytes: &[u8], at: usize) -> u32 {
 mod tests {
     use super::*;
 
-    /// A request: header with opcode and node, then the body.
+    /// Builds a request of a header with opcode and node, followed by the body.
     fn request(opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
-        let mut bytes = vec![0; REQUEST_HEADER];
-        let length = u32::try_from(REQUEST_HEADER + body.len()).unwrap();
+        let mut bytes = vec![0; REQUEST_HEADER_BYTES];
+        let length = u32::try_from(REQUEST_HEADER_BYTES + body.len()).unwrap();
         bytes[0..4].copy_from_slice(&length.to_ne_bytes());
         bytes[4..8].copy_from_slice(&opcode.to_ne_bytes());
         bytes[8..16].copy_from_slice(&77_u64.to_ne_bytes());
@@ -205,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_is_served_out_of_memory() {
+    fn server_serves_a_directory_from_memory() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("flag"), "inside").unwrap();
         let tree: OwnedFd = File::open(dir.path()).unwrap().into();
@@ -226,9 +231,9 @@ mod tests {
         assert_eq!(number(&reply, 4), 0, "INIT");
         assert_eq!(number(&reply, 36), MAX_WRITE);
         assert_eq!(
-            number(&reply, 28) & FEATURES,
+            number(&reply, 28) & KERNEL_FEATURES,
             1 << 12,
-            "only what was offered"
+            "only offered features"
         );
         let reply = ask(request(1, 1, b"flag\0"));
         assert_eq!(number(&reply, 4), 0, "LOOKUP");

@@ -1,7 +1,7 @@
-//! Reads a container's mount table for mounts below its Bidirectional volumes: [`volumes`] and [`find`]. Pure.
+//! Finds mounts below Bidirectional volumes in a container's mount table: [`volumes`] and [`find`]. Pure functions.
 //!
-//! Not shown are mounts that were there when the container was made, mounts that came from the host (submounts of
-//! virtiofs), and mounts below a shown one: that one shows them.
+//! Excluded are mounts made before the container started, mounts of the host (submounts of virtiofs), and mounts
+//! below an exported one, which are part of its tree.
 
 use boxlite_proto::names::GUEST_SHARE;
 use boxlite_sys::mountinfo::{Mount, mounts};
@@ -9,47 +9,47 @@ use oci_spec::runtime::Spec;
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
-/// Longest path below a volume, in bytes; the host takes no longer one.
-const PATH_LIMIT: usize = 1024;
+/// Maximum length of a path below a volume, in bytes; the host rejects longer ones.
+const MAX_PATH_BYTES: usize = 1024;
 
-/// A volume as the spec wants it.
+/// A Bidirectional volume of the spec.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Wanted {
+pub struct BidirectionalVolume {
     /// Mount point in the container.
     pub destination: PathBuf,
     /// Path below the share.
-    pub place: String,
+    pub share_path: String,
 }
 
 /// A volume that is mounted.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Volume {
-    wanted: Wanted,
-    /// Number of its mount.
+pub struct MountedVolume {
+    spec: BidirectionalVolume,
+    /// ID of its mount.
     mount: u64,
 }
 
-/// A mount of the container's own below a volume.
+/// A mount made by the container below a volume.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Found {
-    /// Number of the mount.
+pub struct FoundMount {
+    /// Mount ID.
     pub mount: u64,
-    /// Its file system and what of it is mounted: numbers are used again.
-    pub what: String,
-    /// Where in the container.
+    /// Device and root of the mount; the kernel reuses mount IDs.
+    pub origin: String,
+    /// Mount point in the container.
     pub point: PathBuf,
-    /// The volume's path below the share.
-    pub place: String,
+    /// Path of the volume below the share.
+    pub share_path: String,
     /// Path of the mount point below the volume.
     pub path: String,
-    /// Nothing can be written.
+    /// Whether the mount is read-only.
     pub read_only: bool,
 }
 
-/// Takes the propagation Bidirectional out of `spec`, whose mounts the kernel of the VM cannot carry out to the host: for
-/// it they are volumes that follow the host's mounts. Answers these volumes.
-pub fn take_wanted(spec: &mut Spec) -> Vec<Wanted> {
-    let mut wanted = Vec::new();
+/// Replaces the propagation Bidirectional by HostToContainer in `spec`, because the VM's kernel cannot propagate
+/// mounts to the host. Returns the affected volumes.
+pub fn take_bidirectional(spec: &mut Spec) -> Vec<BidirectionalVolume> {
+    let mut taken = Vec::new();
     let mut mounts = spec.mounts().clone().unwrap_or_default();
     for mount in &mut mounts {
         let mut options = mount.options().clone().unwrap_or_default();
@@ -65,41 +65,41 @@ pub fn take_wanted(spec: &mut Spec) -> Vec<Wanted> {
         }
         mount.set_options(Some(options));
         let source = mount.source().clone().unwrap_or_default();
-        if let Some(place) = source.strip_prefix(GUEST_SHARE).ok().and_then(Path::to_str) {
-            wanted.push(Wanted {
+        if let Some(share_path) = source.strip_prefix(GUEST_SHARE).ok().and_then(Path::to_str) {
+            taken.push(BidirectionalVolume {
                 destination: mount.destination().clone(),
-                place: place.to_owned(),
+                share_path: share_path.to_owned(),
             });
         }
     }
-    if wanted.is_empty() {
-        return wanted;
+    if taken.is_empty() {
+        return taken;
     }
     spec.set_mounts(Some(mounts));
-    // containerd makes the root so, too, and pivot_root refuses that.
+    // containerd also sets the root to shared, which pivot_root rejects.
     if let Some(mut linux) = spec.linux().clone() {
         linux.set_rootfs_propagation(None);
         spec.set_linux(Some(linux));
     }
-    wanted
+    taken
 }
 
-/// Finds the volumes in the table of a container that has not been started, and the numbers of all its mounts.
-pub fn volumes(table: &str, wanted: Vec<Wanted>) -> (Vec<Volume>, HashSet<u64>) {
+/// Returns the volumes found in the mount table of a container that has not started, and the IDs of all its mounts.
+pub fn volumes(table: &str, specs: Vec<BidirectionalVolume>) -> (Vec<MountedVolume>, HashSet<u64>) {
     let lines: Vec<Mount> = mounts(table).collect();
-    let volumes = wanted.into_iter().filter_map(|wanted| {
+    let volumes = specs.into_iter().filter_map(|spec| {
         let mut at = lines.iter().rev();
-        let mount = at.find(|line| line.point == wanted.destination)?.id;
-        Some(Volume { wanted, mount })
+        let mount = at.find(|line| line.point == spec.destination)?.id;
+        Some(MountedVolume { spec, mount })
     });
     let volumes = volumes.collect();
     (volumes, lines.iter().map(|line| line.id).collect())
 }
 
-/// The container's own mounts below its volumes. `first` are those that it began with.
-pub fn find(table: &str, volumes: &[Volume], first: &HashSet<u64>) -> Vec<Found> {
+/// Returns the container's own mounts below its volumes. `initial` holds the IDs of the mounts it started with.
+pub fn find(table: &str, volumes: &[MountedVolume], initial: &HashSet<u64>) -> Vec<FoundMount> {
     let lines: Vec<Mount> = mounts(table).collect();
-    // The one that came first with a device is the submount itself, later ones are binds of it.
+    // The first mount of a device is the submount itself; later ones are binds of it.
     let mut devices: HashMap<&str, u64> = HashMap::new();
     for line in &lines {
         devices.entry(line.device).or_insert(line.id);
@@ -107,7 +107,7 @@ pub fn find(table: &str, volumes: &[Volume], first: &HashSet<u64>) -> Vec<Found>
     let of_host = |line: &Mount| {
         line.kind == "virtiofs" && line.root == "/" && devices.get(line.device) == Some(&line.id)
     };
-    // Mounts on which a new one is shown, by the index of their volume.
+    // IDs of mounts on which new mounts are exported, with the index of their volume.
     let mut below: HashMap<u64, usize> = HashMap::new();
     for (index, volume) in volumes.iter().enumerate() {
         below.insert(volume.mount, index);
@@ -121,24 +121,24 @@ pub fn find(table: &str, volumes: &[Volume], first: &HashSet<u64>) -> Vec<Found>
             below.insert(line.id, index);
             continue;
         }
-        if first.contains(&line.id) {
+        if initial.contains(&line.id) {
             continue;
         }
-        let wanted = &volumes[index].wanted;
+        let volume = &volumes[index].spec;
         let Some(path) = line
             .point
-            .strip_prefix(&wanted.destination)
+            .strip_prefix(&volume.destination)
             .ok()
             .and_then(Path::to_str)
-            .filter(|path| !path.is_empty() && path.len() <= PATH_LIMIT)
+            .filter(|path| !path.is_empty() && path.len() <= MAX_PATH_BYTES)
         else {
             continue;
         };
-        found.push(Found {
+        found.push(FoundMount {
             mount: line.id,
-            what: format!("{} {}", line.device, line.root),
+            origin: format!("{} {}", line.device, line.root),
             point: line.point.clone(),
-            place: wanted.place.clone(),
+            share_path: volume.share_path.clone(),
             path: path.to_owned(),
             read_only: line.is_read_only(),
         });
@@ -158,23 +158,23 @@ mod tests {
 24 20 0:40 /m/other /plain rw - virtiofs share rw
 ";
 
-    fn started() -> (Vec<Volume>, HashSet<u64>) {
-        let wanted = Wanted {
+    fn started() -> (Vec<MountedVolume>, HashSet<u64>) {
+        let volume = BidirectionalVolume {
             destination: "/vol".into(),
-            place: "m/abc".into(),
+            share_path: "m/abc".into(),
         };
-        volumes(BEFORE, vec![wanted])
+        volumes(BEFORE, vec![volume])
     }
 
     fn paths(more: &str) -> Vec<String> {
-        let (volumes, first) = started();
+        let (volumes, initial) = started();
         let table = format!("{BEFORE}{more}");
-        let found = find(&table, &volumes, &first);
+        let found = find(&table, &volumes, &initial);
         found.into_iter().map(|found| found.path).collect()
     }
 
     #[test]
-    fn the_containers_own_mounts_are_found() {
+    fn find_returns_mounts_of_the_container() {
         assert!(paths("").is_empty());
         let more = r"
 30 21 0:50 / /vol/a\040b rw - tmpfs tmpfs rw
@@ -184,18 +184,18 @@ mod tests {
 34 21 0:40 /m/abc/sub /vol/bind rw - virtiofs share rw
 nonsense";
         assert_eq!(paths(more), ["a b", "etc/deep", "bind"]);
-        let (volumes, first) = started();
-        let found = find(&format!("{BEFORE}{more}"), &volumes, &first);
+        let (volumes, initial) = started();
+        let found = find(&format!("{BEFORE}{more}"), &volumes, &initial);
         assert_eq!(
             found.iter().map(|f| f.read_only).collect::<Vec<_>>(),
             [false, true, false]
         );
-        assert_eq!(found[1].place, "m/abc");
+        assert_eq!(found[1].share_path, "m/abc");
         assert_eq!(found[1].point, Path::new("/vol/etc/deep"));
     }
 
     #[test]
-    fn mounts_of_the_host_and_mounts_below_shown_ones_are_not() {
+    fn find_skips_host_mounts_and_nested_mounts() {
         let more = "
 30 21 0:60 / /vol/host rw - virtiofs share rw
 31 30 0:61 / /vol/host/mine rw - tmpfs tmpfs rw
@@ -206,21 +206,21 @@ nonsense";
     }
 
     #[test]
-    fn long_paths_are_not_shown() {
-        let name = "x".repeat(PATH_LIMIT + 1);
+    fn find_skips_paths_above_the_limit() {
+        let name = "x".repeat(MAX_PATH_BYTES + 1);
         assert!(paths(&format!("30 21 0:60 / /vol/{name} rw - tmpfs t rw")).is_empty());
     }
 
     #[test]
-    fn bidirectional_is_taken_out_of_the_spec() {
+    fn take_bidirectional_replaces_shared_by_rslave() {
         let spec = serde_json::json!({"ociVersion": "1.0.2", "linux": {"rootfsPropagation": "rshared"}, "mounts": [
             {"destination": "/vol", "type": "bind", "source": "/run/boxlite/share/m/abc", "options": ["rbind", "rshared", "rw"]},
             {"destination": "/x", "type": "bind", "source": "/run/boxlite/share/m/x", "options": ["rbind", "rprivate"]},
         ]});
         let mut spec: Spec = serde_json::from_value(spec).unwrap();
-        let wanted = take_wanted(&mut spec);
-        assert_eq!(wanted.len(), 1);
-        assert_eq!(wanted[0].place, "m/abc");
+        let taken = take_bidirectional(&mut spec);
+        assert_eq!(taken.len(), 1);
+        assert_eq!(taken[0].share_path, "m/abc");
         let mounts = spec.mounts().as_ref().unwrap();
         let options = |at: usize| mounts[at].options().clone().unwrap();
         assert_eq!(options(0), ["rbind", "rslave", "rw"]);
