@@ -1,5 +1,5 @@
-//! [`AsyncDescriptor`]: any pollable descriptor (pipe, terminal, socket) in the runtime, with the caller's own system
-//! call on it. The only place that registers descriptors.
+//! [`AsyncDescriptor`]: a pollable descriptor (pipe, terminal, socket) registered with the runtime, on which the
+//! caller makes its own system calls.
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use std::io;
@@ -14,24 +14,24 @@ pub struct AsyncDescriptor {
 }
 
 impl AsyncDescriptor {
-    /// Makes it non-blocking and registers it.
+    /// Makes the descriptor non-blocking and registers it.
     ///
     /// # Errors
-    /// The descriptor can't be polled (a regular file), or the runtime is out of resources.
+    /// If it cannot be polled (a regular file), or the runtime is out of resources.
     pub fn new(descriptor: OwnedFd) -> io::Result<Self> {
         let flags = fcntl_getfl(&descriptor)?;
         fcntl_setfl(&descriptor, flags | OFlags::NONBLOCK)?;
-        // SAFETY: the OwnedFd owns its descriptor, and nothing replaces or closes it while the AsyncFd has it.
+        // SAFETY: the OwnedFd owns its descriptor, and nothing replaces or closes it during the life of the AsyncFd.
         let inner = unsafe { AsyncFd::register(descriptor) }?;
         Ok(Self { inner })
     }
 
-    /// Registers a file of cgroupfs, which tells of changes as "priority"; see [`Self::changed`].
+    /// Registers a file of cgroupfs or procfs, which signals changes as "priority"; see [`Self::changed`].
     ///
     /// # Errors
-    /// The runtime is out of resources.
+    /// If the runtime is out of resources.
     pub fn notifying(file: OwnedFd) -> io::Result<Self> {
-        // SAFETY: the OwnedFd owns its descriptor, and nothing replaces or closes it while the AsyncFd has it.
+        // SAFETY: the OwnedFd owns its descriptor, and nothing replaces or closes it during the life of the AsyncFd.
         let inner = unsafe { AsyncFd::register_with_interest(file, Interest::PRIORITY) }?;
         Ok(Self { inner })
     }
@@ -42,13 +42,13 @@ impl AsyncDescriptor {
         Ok(())
     }
 
-    /// The descriptor, for calls that don't block.
+    /// Returns the descriptor for non-blocking calls.
     pub fn get(&self) -> BorrowedFd<'_> {
         self.inner.get_ref().as_fd()
     }
 
-    /// Runs `call` when the descriptor is readable until it doesn't answer EWOULDBLOCK. Dropping the future loses nothing
-    /// that `call` hasn't done.
+    /// Runs `call` whenever the descriptor is readable, until it returns something other than EWOULDBLOCK.
+    /// Cancel-safe if `call` is.
     pub async fn read_with<T>(
         &self,
         mut call: impl FnMut(BorrowedFd<'_>) -> io::Result<T>,
@@ -61,7 +61,7 @@ impl AsyncDescriptor {
         }
     }
 
-    /// The same when it is writable.
+    /// Runs `call` whenever the descriptor is writable, like [`Self::read_with`].
     pub async fn write_with<T>(
         &self,
         mut call: impl FnMut(BorrowedFd<'_>) -> io::Result<T>,

@@ -1,7 +1,8 @@
-//! Port-forward: dials a port on the VM's loopback and carries bytes both ways, with half-close kept both ways.
+//! Port-forward: connects to a port on the VM's loopback and copies bytes both ways, with half-close in both
+//! directions.
 //!
-//! One task per forward copies client → socket; the answering stream reads the socket itself, so a slow reader slows the
-//! socket. Dropping the answering stream ends the task and closes the socket.
+//! One task per connection copies from client to socket; the stream of replies reads the socket itself, so a slow
+//! reader slows the socket. Dropping that stream ends the task and closes the socket.
 
 use crate::status::status;
 use boxlite_proto::boxlite::v1::{ErrorKind, PortForwardRequest, PortForwardResponse};
@@ -16,10 +17,10 @@ use tokio::task::JoinHandle;
 use tokio_stream::Stream;
 use tonic::{Status, Streaming};
 
-/// Longest time a dial on the loopback may take; a listener answers at once or its backlog is full.
+/// Timeout of a dial on the loopback; a listener accepts immediately unless its backlog is full.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Reads the first message, dials, and returns the answering stream.
+/// Reads the first message, dials, and returns the stream of replies.
 pub async fn open(
     mut requests: Streaming<PortForwardRequest>,
 ) -> Result<impl Stream<Item = Result<PortForwardResponse, Status>> + Send + 'static, Status> {
@@ -27,7 +28,7 @@ pub async fn open(
         status(
             ErrorKind::InvalidArgument,
             "port",
-            "the first message names the port",
+            "the first message must name the port",
         )
     })?;
     let port = u16::try_from(first.port)
@@ -54,7 +55,7 @@ pub async fn open(
             }
             message = requests.message().await.ok().flatten();
         }
-        // Half-close; the other direction goes on.
+        // Half-close; the other direction continues.
         let _ = writer.shutdown().await;
     });
     Ok(futures::stream::unfold(
@@ -67,7 +68,7 @@ pub async fn open(
     ))
 }
 
-/// 127.0.0.1 first, then ::1, as a server may listen on one of them only.
+/// Dials 127.0.0.1, then ::1, as a server may listen on only one of them.
 async fn dial(port: u16) -> Result<TcpStream, Status> {
     let connect = async {
         match TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await {
@@ -81,7 +82,7 @@ async fn dial(port: u16) -> Result<TcpStream, Status> {
         status(
             ErrorKind::NotFound,
             &port.to_string(),
-            format!("dial port {port}: {reason}"),
+            format!("failed to connect to port {port}: {reason}"),
         )
     };
     match tokio::time::timeout(DIAL_TIMEOUT, connect).await {
@@ -102,18 +103,18 @@ impl Drop for AbortOnDrop {
 struct Outbound {
     reader: OwnedReadHalf,
     inbound: AbortOnDrop,
-    /// The socket's end was passed on.
+    /// The end of the socket was sent.
     ended: bool,
 }
 
 type Item = Result<PortForwardResponse, Status>;
 
 impl Outbound {
-    /// The next chunk; after the end, or an error, nothing more.
+    /// Returns the next chunk; `None` after the end or an error.
     async fn next(state: Option<Self>) -> Option<(Item, Option<Self>)> {
         let mut state = state?;
         if state.ended {
-            // The client may still be sending: the stream lasts until it ends, too, or goes away.
+            // The client may still be sending; the stream lasts until it ends or disconnects.
             let _ = (&mut state.inbound.0).await;
             return None;
         }

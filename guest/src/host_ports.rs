@@ -1,12 +1,12 @@
-//! Ports of a pod in the host's network: what listens on one side can be reached on the other.
+//! TCP ports of a pod in the host's network: listeners on either side are reachable from the other.
 //!
-//! The host tells which TCP ports are listened on there; the agent listens on the same ones, on the loopback, and carries
-//! each connection to the host through the VM's user-mode network card. The other way round the agent tells which ports
-//! the pod's own processes listen on, and the host carries connections here by `Guest.PortForward`. So `localhost` is the
-//! node's as far as TCP goes, and a port that is taken on one side is taken on both.
+//! The host reports its listening TCP ports; the agent listens on the same ports on the loopback and forwards each
+//! connection to the host through the slirp NIC. In turn the agent reports the ports the pod's processes listen on,
+//! and the host forwards connections to them with `Guest.PortForward`. For TCP, `localhost` is therefore the node's,
+//! and a port in use on one side is in use on both.
 //!
-//! Where the guest's sockets are the host's already (TSI) there is nothing to carry: the agent listens where nobody dials, so
-//! that the pod's table of sockets shows the host's ports ([`plain`]).
+//! If the guest's sockets already are the host's (TSI), nothing is forwarded: the agent listens on an address that
+//! receives no connections, so that the pod's socket table shows the host's ports ([`plain`]).
 //!
 //! Called by `Guest.HostPorts`; everything ends when that stream is dropped.
 
@@ -26,41 +26,41 @@ use tokio::time::{Interval, MissedTickBehavior, interval};
 use tokio_stream::Stream;
 use tonic::{Status, Streaming};
 
-/// How often the pod's own listeners are looked at: as late may a port be reachable from the host. A look costs well under
-/// a millisecond, also emulated.
-const LOOK: Duration = Duration::from_millis(500);
-/// Longest dial to the host.
+/// Interval between checks of the pod's listeners, and thus the delay until a port is reachable from the host. A
+/// check takes well under a millisecond, even when emulated.
+const CHECK_INTERVAL: Duration = Duration::from_millis(500);
+/// Timeout of a dial to the host.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
-/// Connections to the host at one time; more wait in the listeners' backlogs.
-const CONNECTION_LIMIT: usize = 512;
-/// Ports of the host taken over at most; a node has a few dozen.
-const PORT_LIMIT: usize = 1024;
+/// Maximum number of concurrent connections to the host; further ones wait in the listeners' backlogs.
+const MAX_CONNECTIONS: usize = 512;
+/// Maximum number of mirrored host ports; a node has a few dozen.
+const MAX_PORTS: usize = 1024;
 
-/// Reads the first message, listens on its ports, and returns the answering stream: its first item is what the pod listens
-/// on by then, and one follows each change.
+/// Reads the first message, listens on its ports, and returns the stream of replies: the pod's current ports, then
+/// one item per change.
 pub async fn open(
     mut requests: Streaming<HostPortsRequest>,
 ) -> Result<impl Stream<Item = Result<HostPortsResponse, Status>> + Send + 'static, Status> {
     let first = requests
         .message()
         .await?
-        .ok_or_else(|| invalid("gateway", "the first message names the gateway".into()))?;
-    let front = match first.gateway.as_str() {
-        "" => Front::Shown(plain::pool()),
-        text => Front::Carried(
+        .ok_or_else(|| invalid("gateway", "the first message must name the gateway".into()))?;
+    let mode = match first.gateway.as_str() {
+        "" => ListenerMode::Visible(plain::pool()),
+        text => ListenerMode::Forwarded(
             text.parse()
-                .map_err(|_| invalid("gateway", format!("{text:?} is no IPv4 address")))?,
+                .map_err(|_| invalid("gateway", format!("{text:?} is not an IPv4 address")))?,
         ),
     };
-    let mut looks = interval(LOOK);
+    let mut looks = interval(CHECK_INTERVAL);
     looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut exchange = Exchange {
         requests,
         looks,
-        mirrors: Mirrors::new(front),
-        told: None,
+        listeners: PortListeners::new(mode),
+        sent: None,
     };
-    exchange.mirrors.set(&first.ports).await;
+    exchange.listeners.set(&first.ports).await;
     Ok(futures::stream::unfold(Some(exchange), Exchange::step))
 }
 
@@ -68,20 +68,20 @@ fn invalid(field: &str, message: String) -> Status {
     status(ErrorKind::InvalidArgument, field, message)
 }
 
-/// What a listener on a port of the host does.
+/// Treatment of connections to a mirrored port.
 #[derive(Clone, Copy)]
-enum Front {
-    /// Takes the connections to the loopback and carries them to this address.
-    Carried(Ipv4Addr),
-    /// Only stands in the table.
-    Shown(&'static plain::Pool),
+enum ListenerMode {
+    /// Accepts connections to the loopback and forwards them to this address.
+    Forwarded(Ipv4Addr),
+    /// Only makes the port visible in the socket table.
+    Visible(&'static plain::Pool),
 }
 
-impl Front {
+impl ListenerMode {
     async fn listen(self, port: u16) -> std::io::Result<TcpListener> {
         match self {
-            Self::Carried(_) => TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await,
-            Self::Shown(pool) => TcpListener::from_std(pool.listen(port)?),
+            Self::Forwarded(_) => TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await,
+            Self::Visible(pool) => TcpListener::from_std(pool.listen(port)?),
         }
     }
 }
@@ -89,9 +89,9 @@ impl Front {
 struct Exchange {
     requests: Streaming<HostPortsRequest>,
     looks: Interval,
-    mirrors: Mirrors,
-    /// As last sent.
-    told: Option<Vec<ListeningPort>>,
+    listeners: PortListeners,
+    /// The list last sent.
+    sent: Option<Vec<ListeningPort>>,
 }
 
 type Item = Result<HostPortsResponse, Status>;
@@ -106,33 +106,33 @@ impl Exchange {
         }
     }
 
-    /// The next answer; none after the host closed its side.
+    /// Returns the next reply, or `None` after the host has closed its side.
     async fn next(&mut self) -> Result<Option<HostPortsResponse>, Status> {
         loop {
             tokio::select! {
                 request = self.requests.message() => match request? {
-                    Some(request) => self.mirrors.set(&request.ports).await,
+                    Some(request) => self.listeners.set(&request.ports).await,
                     None => return Ok(None),
                 },
                 _ = self.looks.tick() => {
                     let ports = self.own_ports();
-                    if self.told.as_ref() != Some(&ports) {
-                        self.told = Some(ports.clone());
+                    if self.sent.as_ref() != Some(&ports) {
+                        self.sent = Some(ports.clone());
                         return Ok(Some(HostPortsResponse { ports }));
                     }
-                    // A port of the host that was taken here may be free by now.
-                    self.mirrors.retry().await;
+                    // A host port that was in use here may be free now.
+                    self.listeners.retry().await;
                 }
             }
         }
     }
 
-    /// What the pod's processes listen on: everything but the mirrors.
+    /// Returns the ports the pod's processes listen on, excluding listeners.
     fn own_ports(&self) -> Vec<ListeningPort> {
         let mut found = BTreeMap::new();
         for socket in listening_sockets() {
-            if !self.mirrors.has(socket.port) {
-                // Reachable from outside as soon as one of its sockets is.
+            if !self.listeners.has(socket.port) {
+                // Reachable from outside if at least one of its sockets is.
                 let only_loopback = found.entry(socket.port).or_insert(true);
                 *only_loopback &= socket.loopback;
             }
@@ -147,23 +147,23 @@ impl Exchange {
     }
 }
 
-/// Listeners on the host's ports. Dropping it closes them with their connections.
-struct Mirrors {
-    front: Front,
+/// Listeners on the host's ports. Dropping it closes them and their connections.
+struct PortListeners {
+    mode: ListenerMode,
     wanted: BTreeSet<u16>,
     listening: HashMap<u16, AbortHandle>,
     tasks: JoinSet<()>,
     connections: Arc<Semaphore>,
 }
 
-impl Mirrors {
-    fn new(front: Front) -> Self {
+impl PortListeners {
+    fn new(mode: ListenerMode) -> Self {
         Self {
-            front,
+            mode,
             wanted: BTreeSet::new(),
             listening: HashMap::new(),
             tasks: JoinSet::new(),
-            connections: Arc::new(Semaphore::new(CONNECTION_LIMIT)),
+            connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
         }
     }
 
@@ -171,12 +171,12 @@ impl Mirrors {
         self.listening.contains_key(&port)
     }
 
-    /// Listens on these ports and no others.
+    /// Listens on exactly these ports.
     async fn set(&mut self, ports: &[u32]) {
         self.wanted = ports
             .iter()
             .filter_map(|port| u16::try_from(*port).ok().filter(|port| *port != 0))
-            .take(PORT_LIMIT)
+            .take(MAX_PORTS)
             .collect();
         let wanted = &self.wanted;
         self.listening.retain(|port, task| {
@@ -189,19 +189,19 @@ impl Mirrors {
         self.retry().await;
     }
 
-    /// Listens where it could not before: a process of the pod may have had the port.
+    /// Retries ports that could not be bound because a process of the pod may have had them.
     async fn retry(&mut self) {
         while self.tasks.try_join_next().is_some() {}
         for &port in &self.wanted {
             if self.listening.contains_key(&port) {
                 continue;
             }
-            let Ok(listener) = self.front.listen(port).await else {
+            let Ok(listener) = self.mode.listen(port).await else {
                 continue;
             };
-            let to = match self.front {
-                Front::Carried(gateway) => Some((gateway.into(), port)),
-                Front::Shown(_) => None,
+            let to = match self.mode {
+                ListenerMode::Forwarded(gateway) => Some((gateway.into(), port)),
+                ListenerMode::Visible(_) => None,
             };
             let task = self
                 .tasks
@@ -211,7 +211,7 @@ impl Mirrors {
     }
 }
 
-/// Accepts until it is aborted, which ends its connections, too. A connection that goes nowhere is closed.
+/// Accepts connections until the task is aborted, which also closes them. Connections without a target are closed.
 async fn accept(listener: TcpListener, to: Option<(IpAddr, u16)>, connections: Arc<Semaphore>) {
     let mut open = JoinSet::new();
     loop {
@@ -228,8 +228,8 @@ async fn accept(listener: TcpListener, to: Option<(IpAddr, u16)>, connections: A
                     drop(permit);
                 });
             }
-            // Out of descriptors: those that are open must end first.
-            Err(_) => tokio::time::sleep(LOOK).await,
+            // Out of descriptors: open connections must end first.
+            Err(_) => tokio::time::sleep(CHECK_INTERVAL).await,
         }
     }
 }
@@ -237,7 +237,7 @@ async fn accept(listener: TcpListener, to: Option<(IpAddr, u16)>, connections: A
 async fn carry(mut inside: TcpStream, to: (IpAddr, u16)) {
     let dialled = tokio::time::timeout(DIAL_TIMEOUT, TcpStream::connect(to)).await;
     let Ok(Ok(mut outside)) = dialled else {
-        // The client sees its connection close, as with a server that goes away.
+        // The client sees its connection close, as if the server had exited.
         return;
     };
     let _ = inside.set_nodelay(true);
@@ -250,14 +250,14 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_mirror_carries_both_ways_and_ends() {
-        // Both ends are here: the mirror's port is another than the server's, so the dial is tested by `carry` itself.
+    async fn mirror_forwards_both_ways_and_ends() {
+        // The mirror needs another port than the server here, so the forwarding is tested with `carry`.
         let server = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let to = server.local_addr().unwrap();
-        let front = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-        let at = front.local_addr().unwrap();
+        let mode = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let at = mode.local_addr().unwrap();
         let limit = Arc::new(Semaphore::new(1));
-        let task = tokio::spawn(accept(front, Some((to.ip(), to.port())), limit));
+        let task = tokio::spawn(accept(mode, Some((to.ip(), to.port())), limit));
         let echo = tokio::spawn(async move {
             let (mut stream, _) = server.accept().await.unwrap();
             let (mut reader, mut writer) = stream.split();

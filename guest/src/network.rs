@@ -1,8 +1,8 @@
-//! Gives the pod's network card the name, addresses and routes the host took over from CNI.
+//! Configures the pod's NIC with the name, addresses and routes that the host took over from CNI.
 //!
-//! The card is found by its MAC. The tap behind it carries what the plugin's interface on the host carried, so addresses
-//! are the pod's already: no DHCP, no duplicate address detection (the host's own copy would answer it).
-//! Called once by `Guest.Init`.
+//! The NIC is found by its MAC address. The tap behind it replaces the plugin's interface on the host, so the
+//! addresses already belong to the pod: no DHCP and no duplicate address detection (the host's own copy would
+//! respond). Called once by `Guest.Init`.
 
 use boxlite_proto::boxlite::v1::{Interface, Route};
 use futures::TryStreamExt;
@@ -13,24 +13,24 @@ use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-/// What of the network could not be set up.
+/// An error in configuring the network.
 #[derive(Debug, thiserror::Error)]
 pub enum NetworkError {
-    /// No netlink socket.
-    #[error("netlink socket")]
+    /// No netlink socket could be opened.
+    #[error("failed to open a netlink socket")]
     Socket(#[source] std::io::Error),
-    /// A field of the request is not what it should be.
-    #[error("{field} {value:?}: {reason}")]
+    /// A field of the request is invalid.
+    #[error("invalid {field} {value:?}: {reason}")]
     Invalid {
         field: &'static str,
         value: String,
         reason: &'static str,
     },
-    /// No card has that MAC.
-    #[error("no network card has the address {mac}; there are: {present}")]
+    /// No NIC has that MAC address.
+    #[error("NIC with MAC address {mac} not found; present: {present}")]
     NoCard { mac: String, present: String },
-    /// The kernel refused a step.
-    #[error("{step}")]
+    /// The kernel rejected a step.
+    #[error("failed to {step}")]
     Step {
         step: String,
         #[source]
@@ -38,9 +38,9 @@ pub enum NetworkError {
     },
 }
 
-/// Sets up the loopback, then interfaces, then routes, in the order given.
+/// Sets up the loopback, then interfaces, then routes, in the given order.
 ///
-/// Dropping the future leaves the network half set up; calling it again completes it.
+/// If the future is dropped, the network is partially configured; another call completes it.
 pub async fn configure(interfaces: &[Interface], routes: &[Route]) -> Result<(), NetworkError> {
     let (connection, handle, _) = rtnetlink::new_connection().map_err(NetworkError::Socket)?;
     let connection = tokio::spawn(connection);
@@ -60,7 +60,7 @@ async fn apply(
         .execute()
         .try_collect()
         .await
-        .map_err(|source| step("list network cards", source))?;
+        .map_err(|source| step("list NICs", source))?;
     if let Some(loopback) = links.iter().find(|link| name_of(link) == Some("lo")) {
         let up = LinkUnspec::new_with_index(loopback.header.index)
             .up()
@@ -70,7 +70,7 @@ async fn apply(
             .set(up)
             .execute()
             .await
-            .map_err(|source| step("loopback up", source))?;
+            .map_err(|source| step("set the loopback up", source))?;
     }
     let mut indexes = HashMap::new();
     for interface in interfaces {
@@ -82,13 +82,13 @@ async fn apply(
         let message = route_message(route, &indexes)?;
         let what = || {
             format!(
-                "route {} via {:?} dev {}",
+                "add route {} via {:?} dev {}",
                 destination_of(route),
                 route.gateway,
                 route.interface
             )
         };
-        // A repeated Init finds its routes there.
+        // Routes exist already if Init is repeated.
         handle
             .route()
             .add(message)
@@ -106,10 +106,10 @@ async fn set_up(handle: &Handle, index: u32, interface: &Interface) -> Result<()
         return Err(invalid(
             "interface name",
             name,
-            "not a name the kernel takes",
+            "not a valid interface name",
         ));
     }
-    // A card is renamed while it is down.
+    // An interface can be renamed only while it is down.
     let mut link = LinkUnspec::new_with_index(index).name(name.clone());
     if interface.mtu != 0 {
         link = link.mtu(interface.mtu);
@@ -119,7 +119,7 @@ async fn set_up(handle: &Handle, index: u32, interface: &Interface) -> Result<()
         .set(link.build())
         .execute()
         .await
-        .map_err(|source| step(format!("name card {name}"), source))?;
+        .map_err(|source| step(format!("rename NIC to {name}"), source))?;
     for address in &interface.addresses {
         let (ip, prefix) = parse_cidr("address", address)?;
         let mut request = handle.address().add(index, ip, prefix).replace();
@@ -132,7 +132,7 @@ async fn set_up(handle: &Handle, index: u32, interface: &Interface) -> Result<()
         request
             .execute()
             .await
-            .map_err(|source| step(format!("address {address} on {name}"), source))?;
+            .map_err(|source| step(format!("add address {address} to {name}"), source))?;
     }
     let up = LinkUnspec::new_with_index(index).up().build();
     handle
@@ -140,10 +140,10 @@ async fn set_up(handle: &Handle, index: u32, interface: &Interface) -> Result<()
         .set(up)
         .execute()
         .await
-        .map_err(|source| step(format!("{name} up"), source))
+        .map_err(|source| step(format!("set {name} up"), source))
 }
 
-/// The card with the MAC `wanted`.
+/// Returns the index of the NIC with the MAC address `wanted`.
 fn find(links: &[LinkMessage], wanted: &str) -> Result<u32, NetworkError> {
     let bytes = parse_mac(wanted)?;
     let has = |link: &&LinkMessage| {
@@ -205,7 +205,7 @@ fn destination_of(route: &Route) -> &str {
     }
 }
 
-/// The netlink form of a route.
+/// Builds the netlink message of a route.
 fn route_message(
     route: &Route,
     indexes: &HashMap<&str, u32>,
@@ -252,8 +252,7 @@ fn route_message(
         builder = builder.pref_source(source).map_err(|_| mixed())?;
     }
     builder = match gateway {
-        // Gateways outside every subnet (as ptp and calico have them) are reached on the link itself; the flag does no harm
-        // to others.
+        // Gateways outside all subnets (as in ptp and calico) are on the link; the flag is harmless for others.
         Some(gateway) => builder.gateway(gateway).map_err(|_| mixed())?.onlink(),
         None => builder,
     };
@@ -295,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn defaults_of_both_families() {
+    fn route_message_without_destination_is_default() {
         let indexes = HashMap::from([("eth0", 2)]);
         let four = route_message(&route("", "10.0.0.1", false), &indexes).unwrap();
         assert_eq!(four.header.destination_prefix_length, 0);
@@ -311,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn a_route_without_gateway_is_a_link_route() {
+    fn route_message_without_gateway_has_link_scope() {
         let indexes = HashMap::from([("eth0", 2)]);
         let message = route_message(&route("169.254.1.1/32", "", false), &indexes).unwrap();
         assert_eq!(message.header.scope, RouteScope::Link);
@@ -319,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn nonsense_is_refused() {
+    fn parse_invalid_values_are_rejected() {
         let indexes = HashMap::from([("eth0", 2)]);
         assert!(route_message(&route("10.0.0.0/33", "", false), &indexes).is_err());
         assert!(route_message(&route("fd00::/64", "10.0.0.1", true), &indexes).is_err());

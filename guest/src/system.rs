@@ -1,6 +1,6 @@
-//! The VM's own settings: clock, random pool, hostname, sysctls, and what `Ping` and `Stats` ask of /proc.
+//! Settings of the VM (clock, random pool, hostname, sysctls), and its figures for `Ping` and `Stats`.
 //!
-//! Called by `Guest.Init`, `Guest.SetTime` and the statistics; knows no container.
+//! Called by `Guest.Init`, `Guest.SetTime` and the statistics; independent of containers.
 
 use boxlite_proto::boxlite::v1::NetworkStats;
 use nix::sys::time::TimeSpec;
@@ -10,28 +10,28 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 
-/// A setting of the VM that could not be made.
+/// A setting of the VM that could not be changed.
 #[derive(Debug, thiserror::Error)]
 pub enum SystemError {
-    /// The clock was not set.
-    #[error("set clock to {unix_ns} ns")]
+    /// The clock could not be set.
+    #[error("failed to set the clock to {unix_ns} ns")]
     Clock {
         unix_ns: i64,
         #[source]
         source: nix::Error,
     },
-    /// The random pool took no entropy.
-    #[error("add entropy")]
+    /// The entropy could not be added.
+    #[error("failed to add entropy")]
     Entropy(#[source] io::Error),
-    /// The hostname was refused.
-    #[error("hostname {name:?}")]
+    /// The hostname was rejected.
+    #[error("failed to set hostname {name:?}")]
     Hostname {
         name: String,
         #[source]
         source: nix::Error,
     },
-    /// The sysctl isn't one, or the kernel refused the value.
-    #[error("sysctl {name} = {value:?}")]
+    /// The sysctl does not exist, or the kernel rejected the value.
+    #[error("failed to set sysctl {name} = {value:?}")]
     Sysctl {
         name: String,
         value: String,
@@ -40,12 +40,12 @@ pub enum SystemError {
     },
 }
 
-/// Wall clock in ns since the epoch.
+/// Returns the wall clock in ns since the epoch.
 pub fn unix_time_ns() -> i64 {
     time_ns(ClockId::CLOCK_REALTIME)
 }
 
-/// Milliseconds since the kernel started.
+/// Returns the milliseconds since boot.
 pub fn uptime_ms() -> u64 {
     (time_ns(ClockId::CLOCK_BOOTTIME) / 1_000_000).unsigned_abs()
 }
@@ -66,47 +66,47 @@ pub fn set_time(unix_ns: i64) -> Result<(), SystemError> {
         .map_err(|source| SystemError::Clock { unix_ns, source })
 }
 
-/// Bytes of entropy taken from one request.
-const ENTROPY_LIMIT: usize = 512;
+/// Maximum number of bytes of entropy taken from one request.
+const MAX_ENTROPY_BYTES: usize = 512;
 
 /// `struct rand_pool_info` of the kernel (linux/random.h) with its buffer.
 #[repr(C)]
 struct RandPool {
-    /// Bits.
+    /// In bits.
     entropy_count: libc::c_int,
-    /// Bytes.
+    /// In bytes.
     buf_size: libc::c_int,
-    buf: [u8; ENTROPY_LIMIT],
+    buf: [u8; MAX_ENTROPY_BYTES],
 }
 
 mod random_ioctl {
     nix::ioctl_write_ptr!(add_entropy, b'R', 0x03, [libc::c_int; 2]);
 }
 
-/// Mixes `bytes` into the kernel's random pool and credits them: they come from the host's own generator.
+/// Mixes `bytes` into the kernel's random pool and credits them; they come from the host's generator.
 pub fn add_entropy(bytes: &[u8]) -> Result<(), SystemError> {
-    let bytes = &bytes[..bytes.len().min(ENTROPY_LIMIT)];
+    let bytes = &bytes[..bytes.len().min(MAX_ENTROPY_BYTES)];
     if bytes.is_empty() {
         return Ok(());
     }
     let mut pool = RandPool {
         entropy_count: bytes.len() as libc::c_int * 8,
         buf_size: bytes.len() as libc::c_int,
-        buf: [0; ENTROPY_LIMIT],
+        buf: [0; MAX_ENTROPY_BYTES],
     };
     pool.buf[..bytes.len()].copy_from_slice(bytes);
     let device = fs::OpenOptions::new()
         .write(true)
         .open("/dev/random")
         .map_err(SystemError::Entropy)?;
-    // SAFETY: the pointer is to a live RandPool, whose first two fields are the int[2] that the ioctl's number encodes and
-    // whose buffer holds `buf_size` bytes behind them, which is all the kernel reads.
+    // SAFETY: the pointer is to a live RandPool, whose first two fields are the int[2] encoded in the ioctl's number
+    // and whose buffer holds the `buf_size` bytes after them, which is all the kernel reads.
     unsafe { random_ioctl::add_entropy(device.as_raw_fd(), std::ptr::from_ref(&pool).cast()) }
         .map_err(|errno| SystemError::Entropy(errno.into()))?;
     Ok(())
 }
 
-/// Sets the hostname of the pod (the VM's own UTS namespace).
+/// Sets the hostname of the pod (the VM's UTS namespace).
 pub fn set_hostname(name: &str) -> Result<(), SystemError> {
     nix::unistd::sethostname(name).map_err(|source| SystemError::Hostname {
         name: name.to_owned(),
@@ -114,7 +114,7 @@ pub fn set_hostname(name: &str) -> Result<(), SystemError> {
     })
 }
 
-/// Sets a sysctl by its dotted name. A component may contain dots where the name is written with slashes instead.
+/// Sets a sysctl by its dotted name. Components may contain dots if the name is written with slashes.
 pub fn set_sysctl(name: &str, value: &str) -> Result<(), SystemError> {
     let failed = |source| SystemError::Sysctl {
         name: name.to_owned(),
@@ -126,7 +126,7 @@ pub fn set_sysctl(name: &str, value: &str) -> Result<(), SystemError> {
     fs::write(path, value).map_err(failed)
 }
 
-/// The file of a sysctl; `None` where the name would leave /proc/sys.
+/// Returns the file of a sysctl, or `None` if the name would leave /proc/sys.
 fn sysctl_path(name: &str) -> Option<PathBuf> {
     let below = if name.contains('/') {
         name.to_owned()
@@ -140,12 +140,12 @@ fn sysctl_path(name: &str) -> Option<PathBuf> {
     clean.then(|| PathBuf::from("/proc/sys").join(below))
 }
 
-/// The VM's memory in bytes, as the kernel has it after its own share.
+/// Returns the memory available to the VM's kernel, in bytes.
 pub fn memory_total() -> Option<u64> {
     meminfo("MemTotal:")
 }
 
-/// A line of /proc/meminfo, in bytes.
+/// Returns a value of /proc/meminfo, in bytes.
 pub fn meminfo(key: &str) -> Option<u64> {
     let text = fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find(|line| line.starts_with(key))?;
@@ -153,7 +153,7 @@ pub fn meminfo(key: &str) -> Option<u64> {
     Some(kib << 10)
 }
 
-/// Time the VM's CPUs spent busy since boot, in ns: user, nice, system, irq, softirq of /proc/stat (ticks of 10 ms).
+/// Returns the CPU time used since boot, in ns: user, nice, system, irq, softirq of /proc/stat (ticks of 10 ms).
 pub fn cpu_usage_ns() -> u64 {
     let text = fs::read_to_string("/proc/stat").unwrap_or_default();
     let Some(line) = text.lines().next() else {
@@ -171,7 +171,8 @@ pub fn cpu_usage_ns() -> u64 {
     busy * 10_000_000
 }
 
-/// Traffic of every interface that is up but the loopback: the kernel makes some of its own (dummy0, sit0) that nobody uses.
+/// Returns the traffic of every interface that is up except the loopback. Interfaces created by the kernel (dummy0,
+/// sit0) are down.
 pub fn network_stats() -> Vec<NetworkStats> {
     let text = fs::read_to_string("/proc/net/dev").unwrap_or_default();
     text.lines()
@@ -187,13 +188,13 @@ fn is_up(interface: &str) -> bool {
     fs::read_to_string(flags).is_ok_and(|text| has_up_flag(&text))
 }
 
-/// IFF_UP of `0x1003`.
+/// Checks IFF_UP in a string like `0x1003`.
 fn has_up_flag(flags: &str) -> bool {
     let digits = flags.trim().trim_start_matches("0x");
     u32::from_str_radix(digits, 16).is_ok_and(|flags| flags & 1 == 1)
 }
 
-/// A line of /proc/net/dev: `name: bytes packets errs drop fifo frame compressed multicast` twice.
+/// Parses a line of /proc/net/dev: `name: bytes packets errs drop fifo frame compressed multicast` twice.
 fn network_line(line: &str) -> Option<NetworkStats> {
     let (name, figures) = line.split_once(':')?;
     let figures: Vec<u64> = figures
@@ -219,7 +220,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sysctl_names_stay_in_proc_sys() {
+    fn sysctl_path_stays_below_proc_sys() {
         assert_eq!(
             sysctl_path("net.ipv4.ip_forward").unwrap(),
             PathBuf::from("/proc/sys/net/ipv4/ip_forward")
@@ -234,13 +235,13 @@ mod tests {
     }
 
     #[test]
-    fn flags_of_interfaces() {
+    fn has_up_flag_reads_hexadecimal() {
         assert!(has_up_flag("0x1003\n") && has_up_flag("0x9"));
         assert!(!has_up_flag("0x1002\n") && !has_up_flag("") && !has_up_flag("up"));
     }
 
     #[test]
-    fn traffic_lines() {
+    fn network_line_parses_counters() {
         let line = "  eth0: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16";
         let stats = network_line(line).unwrap();
         assert_eq!(stats.interface, "eth0");

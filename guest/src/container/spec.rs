@@ -48,7 +48,7 @@ pub struct ContainerFacts<'a> {
     pub user_namespace: Option<PathBuf>,
     pub terminal: bool,
     pub user: &'a ResolvedUser,
-    /// Whether the kernel supports POSIX message queues.
+    /// True if the kernel supports POSIX message queues.
     pub mqueue: bool,
 }
 

@@ -90,7 +90,7 @@ pub struct Input {
     sink: tokio::sync::Mutex<Sink>,
     /// A terminal is not closed by an EOF, which would hang up the process.
     terminal: bool,
-    /// Whether an EOF closes the input (not for a container's init process unless `stdin_once`).
+    /// True if an EOF closes the input (not for a container's init process unless `stdin_once`).
     closes: bool,
 }
 
@@ -170,7 +170,7 @@ mod tests {
     proptest! {
         /// A sender that repeats and overlaps chunks has every byte written once and in order.
         #[test]
-        fn every_byte_is_taken_once(cuts in proptest::collection::vec((0u64..300, 0usize..60, 0usize..60), 1..60)) {
+        fn write_any_cuts_writes_each_byte_once(cuts in proptest::collection::vec((0u64..300, 0usize..60, 0usize..60), 1..60)) {
             let mut offsets = Offsets::default();
             let mut taken: Vec<u64> = Vec::new();
             for (offset, length, written) in cuts {

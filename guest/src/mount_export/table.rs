@@ -42,7 +42,7 @@ pub struct FoundMount {
     pub share_path: String,
     /// Path of the mount point below the volume.
     pub path: String,
-    /// Whether the mount is read-only.
+    /// True if the mount is read-only.
     pub read_only: bool,
 }
 

@@ -1,6 +1,6 @@
-//! Puts a [`Filter`] in force for the calling process, for good, and for all it executes.
+//! Installs a [`Filter`] in the calling process; its children and programs inherit it.
 //!
-//! The caller has no_new_privs or CAP_SYS_ADMIN, and one thread.
+//! The caller has no_new_privs or CAP_SYS_ADMIN, and is single-threaded.
 
 use super::Filter;
 use std::io;
@@ -8,7 +8,7 @@ use std::io;
 /// `SECCOMP_SET_MODE_FILTER`.
 const SET_MODE_FILTER: libc::c_uint = 1;
 
-/// See the module.
+/// Installs the filter, which cannot be removed again.
 pub fn install(filter: &Filter) -> io::Result<()> {
     let mut program: Vec<libc::sock_filter> = filter
         .instructions()
@@ -25,7 +25,8 @@ pub fn install(filter: &Filter) -> io::Result<()> {
             .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?,
         filter: program.as_mut_ptr(),
     };
-    // SAFETY: the header points to `len` instructions that live until the call is over; the kernel copies and checks them.
+    // SAFETY: the header points to `len` instructions that live until the call returns; the kernel copies and checks
+    // them.
     let result = unsafe {
         libc::syscall(
             libc::SYS_seccomp,

@@ -1,13 +1,13 @@
-//! Seccomp profiles of OCI specs, made into BPF programs for this kernel: [`Filter::compile`].
+//! Compiles seccomp profiles of OCI specs to BPF programs: [`Filter::compile`].
 //!
-//! Pure; putting a program in force is [`install`]'s, and when that happens the spawner's. Written here because the
-//! static agent links no libseccomp, and the crate `seccompiler` knows one action beside the default, where a profile may
-//! have any number. What a profile means is libseccomp's word: a syscall named without arguments wins over rules with
-//! arguments; of several rules with arguments the first that matches decides; arguments of one rule must all match, but
-//! two conditions on the same argument are alternatives; names this kernel does not have are skipped.
+//! Pure; [`install`] installs a program, at a time chosen by the spawner. Implemented here because the static agent
+//! cannot link libseccomp, and the crate `seccompiler` supports only one action besides the default. Semantics are
+//! those of libseccomp: a syscall listed without arguments takes precedence over rules with arguments; of several
+//! rules with arguments the first match decides; all arguments of a rule must match, but two conditions on the same
+//! argument are alternatives; names unknown to this kernel are skipped.
 //!
-//! The guest's kernel runs x86-64 programs only (no IA32, no x32), so a profile's other architectures have nothing to
-//! apply to; a call by another ABI's entry ends the process.
+//! The guest's kernel runs x86-64 programs only (no IA32, no x32), so a profile's other architectures do not apply; a
+//! call through another ABI kills the process.
 //!
 //! ```text
 //! load arch ─ not x86-64 ─► kill process
@@ -27,13 +27,13 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use syscalls::Sysno;
 
-/// Instructions the kernel takes (BPF_MAXINSNS).
-const INSTRUCTION_LIMIT: usize = 4096;
-/// Rules of one profile; moby's has some 20.
-const RULE_LIMIT: usize = 4096;
+/// Maximum number of instructions accepted by the kernel (BPF_MAXINSNS).
+const MAX_INSTRUCTIONS: usize = 4096;
+/// Maximum number of rules in a profile; moby's has about 20.
+const MAX_RULES: usize = 4096;
 /// `AUDIT_ARCH_X86_64`.
 const ARCH: u32 = 0xc000_003e;
-/// First number of the x32 ABI, which the guest's kernel lacks.
+/// First number of the x32 ABI, which the guest's kernel does not support.
 const X32: u32 = 0x4000_0000;
 /// `SECCOMP_RET_KILL_PROCESS`.
 const KILL_PROCESS: u32 = 0x8000_0000;
@@ -47,7 +47,7 @@ const FLAG_SPEC_ALLOW: u32 = 1 << 2;
 /// A compiled profile.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Filter {
-    /// Instructions in one number each, to be short on the wire.
+    /// Instructions packed into one number each, for a compact encoding.
     packed: Vec<u64>,
     /// Flags for seccomp(2).
     flags: u32,
@@ -57,7 +57,7 @@ impl Filter {
     /// Compiles a profile.
     ///
     /// # Errors
-    /// See [`SeccompError`].
+    /// As listed in [`SeccompError`].
     pub fn compile(profile: &LinuxSeccomp) -> Result<Self, SeccompError> {
         let default = action(profile.default_action(), profile.default_errno_ret())?;
         let chains = chains(
@@ -72,11 +72,11 @@ impl Filter {
             Instruction::plain(LOAD, OFFSET_NR),
         ];
         program.extend(search(&segments(chains, default)));
-        if program.len() > INSTRUCTION_LIMIT {
+        if program.len() > MAX_INSTRUCTIONS {
             return Err(SeccompError::TooBig {
                 what: "instructions",
                 count: program.len(),
-                limit: INSTRUCTION_LIMIT,
+                limit: MAX_INSTRUCTIONS,
             });
         }
         Ok(Self {
@@ -85,12 +85,12 @@ impl Filter {
         })
     }
 
-    /// The program.
+    /// Returns the program.
     pub fn instructions(&self) -> Vec<Instruction> {
         self.packed.iter().copied().map(unpack).collect()
     }
 
-    /// Flags for seccomp(2).
+    /// Returns the flags for seccomp(2).
     pub fn flags(&self) -> u32 {
         self.flags
     }
@@ -116,7 +116,7 @@ fn unpack(packed: u64) -> Instruction {
     }
 }
 
-/// The kernel's return value for an action. Errors are EPERM unless the profile says another.
+/// Returns the kernel's return value for an action. The default errno is EPERM.
 fn action(action: LinuxSeccompAction, errno: Option<u32>) -> Result<u32, SeccompError> {
     if action == LinuxSeccompAction::ScmpActNotify {
         return Err(SeccompError::Notify);
@@ -137,22 +137,22 @@ fn flags(wanted: &[LinuxSeccompFilterFlag]) -> u32 {
         .map(|flag| match flag {
             LinuxSeccompFilterFlag::SeccompFilterFlagLog => FLAG_LOG,
             LinuxSeccompFilterFlag::SeccompFilterFlagSpecAllow => FLAG_SPEC_ALLOW,
-            // The process has one thread, and nobody is notified.
+            // The process is single-threaded, and there is no notification listener.
             LinuxSeccompFilterFlag::SeccompFilterFlagTsync
             | LinuxSeccompFilterFlag::SeccompFilterFlagWaitKillableRecv => 0,
         })
         .fold(0, |all, flag| all | flag)
 }
 
-/// What is to happen to one syscall.
+/// Rules of one syscall.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Chain {
     Always(u32),
-    /// The first that matches, else the default.
+    /// The first match decides, else the default.
     Conditions(Vec<Rule>),
 }
 
-/// The rules by syscall number.
+/// Returns the rules by syscall number.
 fn chains(
     entries: &[LinuxSyscall],
     default_action: LinuxSeccompAction,
@@ -164,17 +164,17 @@ fn chains(
         let result = action(entry.action(), entry.errno_ret())?;
         let args = entry.args().as_deref().unwrap_or_default();
         let rules = rule::alternatives(args, result)?;
-        // What would happen anyway is no rule: in libseccomp, too, it takes nothing away from other rules.
+        // Rules equal to the default are ignored; in libseccomp, too, they do not weaken other rules.
         if entry.action() == default_action && result == default {
             continue;
         }
         for number in entry.names().iter().filter_map(|name| number_of(name)) {
             count += rules.len().max(1);
-            if count > RULE_LIMIT {
+            if count > MAX_RULES {
                 return Err(SeccompError::TooBig {
                     what: "rules",
                     count,
-                    limit: RULE_LIMIT,
+                    limit: MAX_RULES,
                 });
             }
             let chain = chains
@@ -190,20 +190,20 @@ fn chains(
     Ok(chains)
 }
 
-/// The number of a syscall on this kernel, if it has it.
+/// Returns the number of a syscall on this kernel, if it exists.
 fn number_of(name: &str) -> Option<u32> {
     let number: Sysno = name.parse().ok()?;
     u32::try_from(number.id()).ok()
 }
 
-/// A range of numbers, from `first` to before the next segment's, and the code for it.
+/// A range of syscall numbers, from `first` to the next segment, and its code.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Segment {
     first: u32,
     code: Vec<Instruction>,
 }
 
-/// The whole range of numbers, in order, neighbours with the same code as one.
+/// Returns segments covering all numbers in order; adjacent ones with equal code are merged.
 fn segments(chains: BTreeMap<u32, Chain>, default: u32) -> Vec<Segment> {
     let answer = |value| vec![Instruction::plain(RETURN, value)];
     let mut all: Vec<Segment> = Vec::new();
@@ -232,7 +232,7 @@ fn segments(chains: BTreeMap<u32, Chain>, default: u32) -> Vec<Segment> {
     all
 }
 
-/// Binary search for the segment that the loaded number is in.
+/// Returns a binary search for the segment of the loaded number.
 fn search(segments: &[Segment]) -> Vec<Instruction> {
     match segments {
         [] => Vec::new(),

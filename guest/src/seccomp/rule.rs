@@ -1,27 +1,27 @@
 //! [`Rule`]: conditions on a syscall's arguments, and their code.
 //!
-//! Arguments are 64 bits wide and BPF compares 32, so each condition looks at the upper half first. Which rules a syscall
-//! has, and in what order, is the parent module's.
+//! Arguments have 64 bits and BPF compares 32, so each condition tests the upper half first. The parent module
+//! selects and orders the rules of a syscall.
 
 use super::error::SeccompError;
 use super::instruction::{AND, Instruction, JUMP_AT_LEAST, JUMP_EQUAL, JUMP_GREATER, LOAD, RETURN};
 use oci_spec::runtime::{LinuxSeccompArg, LinuxSeccompOperator as Operator};
 
-/// Arguments of a syscall.
+/// Number of arguments of a syscall.
 const ARGUMENTS: usize = 6;
-/// Offset of the first argument in `struct seccomp_data`, and from a lower half to its upper one.
+/// Offset of the first argument in `struct seccomp_data`, and distance from a lower half to its upper half.
 const OFFSET_ARGUMENTS: u32 = 16;
 const HALF: u32 = 4;
 
-/// Conditions that must all hold, and the kernel's return value then.
+/// Conditions that must all hold, and the resulting return value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rule {
     conditions: Vec<LinuxSeccompArg>,
     result: u32,
 }
 
-/// The rules that a list of conditions means: one with all of them, or, as runc reads it, one for each where two are about
-/// the same argument. None where there are no conditions.
+/// Returns the rules of a list of conditions: one with all of them, or, as in runc, one per condition if two are on
+/// the same argument. Empty if there are no conditions.
 pub fn alternatives(args: &[LinuxSeccompArg], result: u32) -> Result<Vec<Rule>, SeccompError> {
     let mut seen = [0usize; ARGUMENTS];
     for arg in args {
@@ -44,7 +44,7 @@ pub fn alternatives(args: &[LinuxSeccompArg], result: u32) -> Result<Vec<Rule>, 
     })
 }
 
-/// Where a step goes.
+/// Target of a step's jump.
 #[derive(Debug, Clone, Copy)]
 enum Goal {
     /// The following step.
@@ -55,7 +55,7 @@ enum Goal {
     Fail,
 }
 
-/// An instruction before its jumps are counted out.
+/// An instruction with symbolic jump targets.
 struct Step {
     code: u16,
     value: u32,
@@ -64,10 +64,10 @@ struct Step {
 }
 
 impl Rule {
-    /// The code: returns the result where the rule matches, else falls off its end.
+    /// Returns code that returns the result if the rule matches, and otherwise continues after its end.
     pub fn code(&self) -> Vec<Instruction> {
         let conditions: Vec<Vec<Step>> = self.conditions.iter().map(steps).collect();
-        // Six conditions of at most six steps: every jump is short.
+        // Six conditions of at most six steps: all jumps are short.
         let end = conditions.iter().map(Vec::len).sum::<usize>() + 1;
         let mut code = Vec::with_capacity(end);
         for condition in conditions {
@@ -92,7 +92,7 @@ impl Rule {
     }
 }
 
-/// One condition, step by step.
+/// Returns the steps of one condition.
 fn steps(arg: &LinuxSeccompArg) -> Vec<Step> {
     use Goal::{Fail, Next, Pass};
     let offset = OFFSET_ARGUMENTS + 8 * arg.index() as u32;
@@ -110,7 +110,7 @@ fn steps(arg: &LinuxSeccompArg) -> Vec<Step> {
         yes,
         no,
     };
-    // Upper half: decided where it differs.
+    // Upper halves decide if they differ.
     let ordered = |greater, less, last: Step| {
         vec![
             load(offset + HALF),

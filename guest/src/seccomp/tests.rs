@@ -1,4 +1,4 @@
-//! Programs are run in a small interpreter of the kernel's BPF, and one is put in force in a process of its own.
+//! Runs programs in a small interpreter of the kernel's BPF; one program is also installed in a thread.
 
 use super::instruction::{AND, JUMP_GREATER};
 use super::*;
@@ -9,7 +9,7 @@ use serde_json::json;
 const ALLOW: u32 = 0x7fff_0000;
 const EPERM: u32 = 0x0005_0001;
 
-/// What the kernel would answer.
+/// Returns the kernel's result.
 fn run(filter: &Filter, arch: u32, number: u32, args: [u64; 6]) -> u32 {
     let program = filter.instructions();
     let word = |offset: u32| match offset {
@@ -54,7 +54,7 @@ fn call(filter: &Filter, name: &str, args: [u64; 6]) -> u32 {
 }
 
 #[test]
-fn names_actions_and_the_default() {
+fn compile_maps_names_actions_and_default() {
     let filter = filter(json!({
         "defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 38,
         "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_AARCH64"],
@@ -89,7 +89,7 @@ fn names_actions_and_the_default() {
 }
 
 #[test]
-fn rules_without_arguments_win_and_the_first_condition_decides() {
+fn compile_unconditional_rule_wins_then_first_match() {
     let condition = |value: u64| json!([{"index": 0, "value": value, "op": "SCMP_CMP_EQ"}]);
     let filter = filter(json!({
         "defaultAction": "SCMP_ACT_ALLOW",
@@ -115,7 +115,7 @@ fn rules_without_arguments_win_and_the_first_condition_decides() {
 }
 
 #[test]
-fn all_arguments_of_a_rule_must_match_but_two_on_one_are_alternatives() {
+fn compile_two_conditions_on_one_argument_are_alternatives() {
     let eq = |index: u32, value: u64| json!({"index": index, "value": value, "op": "SCMP_CMP_EQ"});
     let filter = filter(json!({
         "defaultAction": "SCMP_ACT_ERRNO",
@@ -132,7 +132,7 @@ fn all_arguments_of_a_rule_must_match_but_two_on_one_are_alternatives() {
 }
 
 #[test]
-fn what_cannot_be_done_is_said() {
+fn compile_unsupported_profile_returns_error() {
     let compile = |profile| {
         let profile: LinuxSeccomp = serde_json::from_value(profile).unwrap();
         Filter::compile(&profile).unwrap_err()
@@ -167,7 +167,7 @@ fn what_cannot_be_done_is_said() {
     assert!(matches!(error, SeccompError::TooBig { .. }), "{error}");
 }
 
-/// The operator as it is defined.
+/// Defines the operators.
 fn holds(op: &str, argument: u64, value: u64, second: u64) -> bool {
     match op {
         "SCMP_CMP_EQ" => argument == value,
@@ -190,7 +190,7 @@ const OPERATORS: [&str; 7] = [
     "SCMP_CMP_MASKED_EQ",
 ];
 
-/// Values whose halves collide often.
+/// Generates values whose halves collide often.
 fn value() -> impl Strategy<Value = u64> {
     let half = || prop_oneof![0u64..3, Just(u64::from(u32::MAX)), Just(0x8000_0000u64)];
     (half(), half()).prop_map(|(high, low)| high << 32 | low)
@@ -215,9 +215,9 @@ proptest! {
         prop_assert_eq!(call(&filter, "read", args), answer);
     }
 
-    /// Any set of numbers: the search finds each, and the default between them.
+    /// For any set of numbers, the search finds each of them and the default between.
     #[test]
-    fn the_search_finds_every_number(rules in prop::collection::btree_map(0u32..460, 0u32..3, 0..300)) {
+    fn search_finds_every_number(rules in prop::collection::btree_map(0u32..460, 0u32..3, 0..300)) {
         let chains = rules.iter().map(|(number, action)| (*number, Chain::Always(0x0005_0000 | (action + 1)))).collect();
         let mut program = vec![Instruction::plain(LOAD, OFFSET_NR)];
         program.extend(search(&segments(chains, ALLOW)));
@@ -229,9 +229,9 @@ proptest! {
     }
 }
 
-/// The kernel takes the program and does what it says: in a thread of its own, since there is no way back.
+/// Installs a program in the kernel, in a separate thread because it cannot be removed.
 #[test]
-fn the_kernel_obeys() {
+fn install_kernel_enforces_the_filter() {
     let filter = filter(json!({
         "defaultAction": "SCMP_ACT_ALLOW",
         "syscalls": [

@@ -47,7 +47,7 @@ impl ExecutionService {
 /// wake-up of the host, per line. The first chunk after a pause, and the output left when the process ends, are sent
 /// immediately.
 const COALESCE_INTERVAL: Duration = Duration::from_millis(20);
-/// The same for a terminal, where a user waits for the echo.
+/// The same for a terminal, because a user waits for the echo.
 const TERMINAL_COALESCE_INTERVAL: Duration = Duration::from_millis(2);
 
 /// State of an Attach stream.

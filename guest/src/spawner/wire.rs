@@ -45,7 +45,7 @@ pub struct CreateRequest {
     pub bundle: PathBuf,
     /// Directory in which libcontainer keeps its state.
     pub state: PathBuf,
-    /// Whether the process gets a terminal.
+    /// True if the process gets a terminal.
     pub terminal: bool,
     /// Privileges of the program; unknown to libcontainer.
     pub confinement: Confinement,
@@ -56,7 +56,7 @@ pub struct CreateRequest {
 pub struct ExecRequest {
     /// `cgroup.procs` of the cgroup the process starts in.
     pub cgroup_procs: PathBuf,
-    /// Whether the container is in a user namespace.
+    /// True if the container is in a user namespace.
     pub user_namespace: bool,
     /// The process.
     pub process: ProcessPlan,
@@ -111,7 +111,7 @@ pub struct UserPlan {
     pub umask: Option<u32>,
     /// `user[:group]` to be resolved in the container's /etc/passwd and /etc/group; takes precedence over the IDs.
     pub name: Option<String>,
-    /// Whether the user's groups in /etc/group are added.
+    /// True if the user's groups in /etc/group are added.
     pub merge_groups: bool,
 }
 
