@@ -128,7 +128,7 @@ async fn run(config: Config) -> Result<(), ServeError> {
         choice.to_string(),
         streaming,
     );
-    server.collect().await;
+    server.remove_orphans().await;
     server.start_nri().await.map_err(ServeError::Nri)?;
     tracing::info!(socket = %config.listen.display(), pods = runtime.boxes().len(), "serving");
     let served = grpc(&server, listener, stop.clone()).await;
@@ -142,7 +142,7 @@ async fn run(config: Config) -> Result<(), ServeError> {
     {
         tracing::warn!("streaming sessions did not end in time");
     }
-    if tokio::time::timeout(config.timeouts.drain, server.finished())
+    if tokio::time::timeout(config.timeouts.drain, server.wait_for_tasks())
         .await
         .is_err()
     {
@@ -181,7 +181,7 @@ async fn grpc(
         done = &mut serving => return Ok(done?),
         () = stop.cancelled() => {}
     }
-    server.leave();
+    server.close_streams();
     match tokio::time::timeout(server.config.timeouts.drain, serving).await {
         Ok(done) => Ok(done?),
         Err(_) => {

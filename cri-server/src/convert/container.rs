@@ -1,7 +1,7 @@
 //! A container: from CreateContainer's config to what the runtime starts, and what this crate keeps of it.
 
 use super::ConvertError;
-use super::sandbox::SandboxRecord;
+use super::sandbox::PodMetadata;
 use super::signal;
 use super::size;
 use super::spec::{self, Source};
@@ -13,7 +13,7 @@ use std::path::{Component, Path, PathBuf};
 
 /// What this crate keeps about a container. No environment: it may hold secrets, and no call gives it back.
 #[derive(Clone, PartialEq, Message)]
-pub struct ContainerRecord {
+pub struct ContainerMetadata {
     /// As CreateContainer had it, less `envs`.
     #[prost(message, optional, tag = "1")]
     pub config: Option<ContainerConfig>,
@@ -28,9 +28,9 @@ pub struct ContainerRecord {
     pub log_path: String,
 }
 
-impl ContainerRecord {
+impl ContainerMetadata {
     /// Reads what was kept; what can't be read is an empty record, so that the container can still be removed.
-    pub fn decoded(bytes: &[u8]) -> Self {
+    pub fn from_bytes(bytes: &[u8]) -> Self {
         Self::decode(bytes).unwrap_or_else(|error| {
             tracing::warn!(%error, "a container's record cannot be read");
             Self::default()
@@ -91,14 +91,14 @@ pub fn key(config: &ContainerConfig) -> String {
 
 /// The reference of the image that a mount shows, if it shows one.
 pub fn image_volume(mount: &Mount) -> Option<String> {
-    spec::wants_image(mount).map(|image| image.image.clone())
+    spec::image_source(mount).map(|image| image.image.clone())
 }
 
 /// The container for the runtime. Mounts of images have the image's ID in `image_ref`.
 pub fn options(
     id: &str,
     sandbox_id: &str,
-    sandbox: &SandboxRecord,
+    sandbox: &PodMetadata,
     config: ContainerConfig,
     image: &ImageRecord,
     files: &Path,
@@ -124,7 +124,7 @@ pub fn options(
         .unwrap_or(signal::TERM);
     let mut kept = config.clone();
     kept.envs.clear();
-    let record = ContainerRecord {
+    let record = ContainerMetadata {
         config: Some(kept),
         image_ref: image.repo_digests.first().unwrap_or(&image.id).clone(),
         stop_signal,
@@ -160,7 +160,7 @@ fn pid_mode(mode: i32) -> PidMode {
 
 /// `log_directory` + `log_path`, where the request has both; never outside the directory.
 fn log_path(
-    sandbox: &SandboxRecord,
+    sandbox: &PodMetadata,
     config: &ContainerConfig,
 ) -> Result<Option<PathBuf>, ConvertError> {
     let directory = sandbox
@@ -190,8 +190,8 @@ mod tests {
     use super::*;
     use boxlite_proto::cri::v1::PodSandboxConfig;
 
-    fn pod(directory: &str) -> SandboxRecord {
-        SandboxRecord {
+    fn pod(directory: &str) -> PodMetadata {
+        PodMetadata {
             config: Some(PodSandboxConfig {
                 log_directory: directory.into(),
                 ..Default::default()
@@ -230,12 +230,13 @@ mod tests {
             memory_limit_in_bytes,
             ..Default::default()
         };
-        let first = ContainerRecord::updated(&[], &resources(2, 0));
-        let record = ContainerRecord::decoded(&ContainerRecord::updated(&first, &resources(0, 9)));
+        let first = ContainerMetadata::updated(&[], &resources(2, 0));
+        let record =
+            ContainerMetadata::from_bytes(&ContainerMetadata::updated(&first, &resources(0, 9)));
         assert_eq!(record.resources(), Some(resources(2, 9)));
         let unreadable = [0xff; 3];
         assert_eq!(
-            ContainerRecord::updated(&unreadable, &resources(1, 1)),
+            ContainerMetadata::updated(&unreadable, &resources(1, 1)),
             unreadable
         );
     }

@@ -1,6 +1,6 @@
 //! A pod: from RunPodSandbox's config to what the runtime keeps and the network needs.
 //!
-//! [`SandboxRecord`] is the runtime's opaque metadata of a box: the CRI's own messages, encoded as the CRI encodes them, so a newer
+//! [`PodMetadata`] is the runtime's opaque metadata of a box: the CRI's own messages, encoded as the CRI encodes them, so a newer
 //! kubelet's fields survive a restart of this daemon.
 
 use super::ConvertError;
@@ -18,14 +18,14 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 /// Longest hostname Linux takes, in bytes.
-const HOSTNAME_LIMIT: usize = 64;
+const MAX_HOSTNAME_BYTES: usize = 64;
 /// Longest label of a name made from the pod's, in bytes (RFC 1123).
-const LABEL_LIMIT: usize = 63;
+const MAX_LABEL_BYTES: usize = 63;
 const MIB: u64 = 1 << 20;
 
 /// What this crate keeps about a pod.
 #[derive(Clone, PartialEq, Message)]
-pub struct SandboxRecord {
+pub struct PodMetadata {
     /// As RunPodSandbox had it.
     #[prost(message, optional, tag = "1")]
     pub config: Option<PodSandboxConfig>,
@@ -40,7 +40,7 @@ pub struct SandboxRecord {
     pub network_ms: u64,
 }
 
-impl SandboxRecord {
+impl PodMetadata {
     /// A record of a pod without network yet. Checks what the CRI requires and what this runtime refuses.
     pub fn new(config: PodSandboxConfig, runtime_handler: String) -> Result<Self, ConvertError> {
         let metadata = config
@@ -65,7 +65,7 @@ impl SandboxRecord {
             ..Self::default()
         };
         let hostname = record.hostname();
-        if hostname.len() > HOSTNAME_LIMIT
+        if hostname.len() > MAX_HOSTNAME_BYTES
             || hostname
                 .chars()
                 .any(|c| c.is_control() || c == '/' || c.is_whitespace())
@@ -90,7 +90,7 @@ impl SandboxRecord {
     }
 
     /// Reads what [`Self::encoded`] wrote; what can't be read is an empty record, so that the pod can still be removed.
-    pub fn decoded(bytes: &[u8]) -> Self {
+    pub fn from_bytes(bytes: &[u8]) -> Self {
         Self::decode(bytes).unwrap_or_else(|error| {
             tracing::warn!(%error, "a pod's record cannot be read");
             Self::default()
@@ -154,7 +154,7 @@ impl SandboxRecord {
             .name
             .chars()
             .map(|c| if c.is_ascii_alphanumeric() { c } else { '-' })
-            .take(LABEL_LIMIT)
+            .take(MAX_LABEL_BYTES)
             .collect();
         label.truncate(label.trim_end_matches('-').len());
         if label.is_empty() {

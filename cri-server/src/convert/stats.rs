@@ -1,6 +1,6 @@
 //! Counters of a guest's cgroups to the CRI's stats. The guest is hostile: numbers are passed on, sums and products saturate.
 
-use super::container::ContainerRecord;
+use super::container::ContainerMetadata;
 use super::status;
 use boxlite_proto::boxlite::v1::{
     CgroupStats, ContainerStatsResponse, GuestStatsResponse, Pressure, PressureLine,
@@ -85,7 +85,7 @@ fn memory(stats: &CgroupStats, timestamp: i64) -> MemoryUsage {
 
 /// Which container it is.
 pub fn attributes(snapshot: &ContainerSnapshot) -> ContainerAttributes {
-    let config = ContainerRecord::decoded(&snapshot.metadata).config();
+    let config = ContainerMetadata::from_bytes(&snapshot.metadata).config();
     ContainerAttributes {
         id: snapshot.id.clone(),
         metadata: config.metadata,

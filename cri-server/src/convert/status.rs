@@ -1,7 +1,7 @@
 //! Snapshots of the runtime to the CRI's states and statuses.
 
-use super::container::ContainerRecord;
-use super::sandbox::SandboxRecord;
+use super::container::ContainerMetadata;
+use super::sandbox::PodMetadata;
 use super::signal;
 use boxlite_proto::cri::v1::{
     Container, ContainerEventResponse, ContainerEventType, ContainerResources, ContainerState,
@@ -40,7 +40,7 @@ fn sandbox_state(state: BoxState) -> PodSandboxState {
 
 /// The list form of a pod.
 pub fn sandbox(snapshot: &BoxSnapshot) -> PodSandbox {
-    let record = SandboxRecord::decoded(&snapshot.metadata);
+    let record = PodMetadata::from_bytes(&snapshot.metadata);
     let config = record.config.clone().unwrap_or_default();
     PodSandbox {
         id: snapshot.id.clone(),
@@ -55,7 +55,7 @@ pub fn sandbox(snapshot: &BoxSnapshot) -> PodSandbox {
 
 /// The status form of a pod. A pod that is not ready has no network any more.
 pub fn sandbox_status(snapshot: &BoxSnapshot) -> PodSandboxStatus {
-    let record = SandboxRecord::decoded(&snapshot.metadata);
+    let record = PodMetadata::from_bytes(&snapshot.metadata);
     let config = record.config.clone().unwrap_or_default();
     let addresses: &[String] = if snapshot.state == BoxState::Ready {
         &record.addresses
@@ -101,7 +101,7 @@ fn container_state(state: runtime::ContainerState) -> ContainerState {
 
 /// The list form of a container.
 pub fn container(snapshot: &ContainerSnapshot) -> Container {
-    let record = ContainerRecord::decoded(&snapshot.metadata);
+    let record = ContainerMetadata::from_bytes(&snapshot.metadata);
     let config = record.config();
     Container {
         id: snapshot.id.clone(),
@@ -133,7 +133,7 @@ fn user(user: &runtime::ContainerUser) -> ContainerUser {
 
 /// The status form of a container.
 pub fn container_status(snapshot: &ContainerSnapshot) -> ContainerStatus {
-    let record = ContainerRecord::decoded(&snapshot.metadata);
+    let record = ContainerMetadata::from_bytes(&snapshot.metadata);
     let config = record.config();
     let linux = record.resources();
     ContainerStatus {

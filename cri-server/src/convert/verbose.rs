@@ -2,7 +2,7 @@
 //!
 //! No value of an environment variable is in it: they hold secrets, and what crictl prints ends in tickets and archives. Names are.
 
-use super::container::ContainerRecord;
+use super::container::ContainerMetadata;
 use boxlite_proto::cri::v1::{
     ContainerConfig, LinuxContainerResources, LinuxContainerSecurityContext, NamespaceMode,
     PodSandboxConfig,
@@ -15,7 +15,7 @@ const WITHHELD: &str = "(withheld)";
 
 /// `info` of a ContainerStatus. `spec` is the OCI spec that was handed on; `pid` the first process's number in the guest.
 pub fn container(snapshot: &ContainerSnapshot, spec: Option<Value>, pid: Option<u32>) -> Value {
-    let record = ContainerRecord::decoded(&snapshot.metadata);
+    let record = ContainerMetadata::from_bytes(&snapshot.metadata);
     json!({
         "sandboxID": snapshot.box_id,
         "pid": pid.unwrap_or(0),

@@ -7,7 +7,7 @@ mod page;
 #[cfg(test)]
 mod tests;
 
-use crate::convert::sandbox::SandboxRecord;
+use crate::convert::sandbox::PodMetadata;
 use boxlite_runtime::{BoxSnapshot, BoxliteRuntime};
 use prometheus::{HistogramOpts, HistogramVec, Registry};
 use std::sync::Arc;
@@ -86,7 +86,7 @@ impl Metrics {
 
     /// Notes the stages of a pod that has just started.
     pub fn started(&self, pod: &BoxSnapshot) {
-        let network = SandboxRecord::decoded(&pod.metadata).network_ms;
+        let network = PodMetadata::from_bytes(&pod.metadata).network_ms;
         let stages = pod
             .timers
             .stages

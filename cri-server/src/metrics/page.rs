@@ -1,7 +1,7 @@
 //! The Prometheus page: the standing registry, and one made for this scrape from the runtime's snapshots, so that a pod that is gone
 //! leaves no line.
 
-use crate::convert::sandbox::SandboxRecord;
+use crate::convert::sandbox::PodMetadata;
 use boxlite_runtime::{BoxSnapshot, BoxState, ContainerSnapshot, RuntimeMetricsSnapshot};
 use prometheus::{Counter, CounterVec, Gauge, GaugeVec, Opts, Registry, TextEncoder};
 
@@ -140,7 +140,7 @@ impl PodLines {
     }
 
     fn add(&self, pod: &BoxSnapshot) {
-        let record = SandboxRecord::decoded(&pod.metadata);
+        let record = PodMetadata::from_bytes(&pod.metadata);
         let metadata = record.metadata();
         let labels = [
             metadata.name.as_str(),

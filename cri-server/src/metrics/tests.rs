@@ -16,7 +16,7 @@ fn pod() -> BoxSnapshot {
         }),
         ..Default::default()
     };
-    let mut record = SandboxRecord::new(config, String::new()).unwrap();
+    let mut record = PodMetadata::new(config, String::new()).unwrap();
     record.network_ms = 20;
     let options: BoxOptions = record
         .box_options("ab", None, &crate::config::Config::default().pod, None)

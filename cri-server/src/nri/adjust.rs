@@ -21,13 +21,13 @@ const OOM_RANGE: std::ops::RangeInclusive<i64> = -1000..=1000;
 /// A wish that is not granted.
 #[derive(Debug, Clone, thiserror::Error, PartialEq, Eq)]
 #[error("{field}: {reason}")]
-pub struct Refused {
+pub struct Unsupported {
     pub field: String,
     pub reason: String,
 }
 
-fn refused(field: impl Into<String>, reason: impl Into<String>) -> Refused {
-    Refused {
+fn unsupported(field: impl Into<String>, reason: impl Into<String>) -> Unsupported {
+    Unsupported {
         field: field.into(),
         reason: reason.into(),
     }
@@ -42,24 +42,24 @@ pub fn unmarked(key: &str) -> (&str, bool) {
 }
 
 /// What one plugin's adjustment has that no VM can give. `vcpus` is what the pod's VM has.
-pub fn refuse(adjust: &ContainerAdjustment, vcpus: u32) -> Result<(), Refused> {
+pub fn check(adjust: &ContainerAdjustment, vcpus: u32) -> Result<(), Unsupported> {
     for key in adjust.annotations.keys() {
         let (name, _) = unmarked(key);
         if RESERVED.iter().any(|prefix| name.starts_with(prefix)) {
-            return Err(refused(
+            return Err(unsupported(
                 format!("annotations {name:?}"),
                 "is the runtime's own",
             ));
         }
     }
     if let Some(hook) = adjust.hooks.as_ref().and_then(first_hook) {
-        return Err(refused(
+        return Err(unsupported(
             format!("hooks {hook:?}"),
             "a hook is a program of the host that enters the container's namespaces, and those are in a VM",
         ));
     }
     if let Some(device) = adjust.cdi_devices.first() {
-        return Err(refused(
+        return Err(unsupported(
             format!("CDI_devices {:?}", device.name),
             "a VM has no device of the host",
         ));
@@ -67,7 +67,7 @@ pub fn refuse(adjust: &ContainerAdjustment, vcpus: u32) -> Result<(), Refused> {
     for mount in &adjust.mounts {
         let (target, _) = unmarked(&mount.destination);
         if !clean(target) {
-            return Err(refused(
+            return Err(unsupported(
                 format!("mounts {target:?}"),
                 "a destination must be an absolute path below / without ..",
             ));
@@ -77,21 +77,21 @@ pub fn refuse(adjust: &ContainerAdjustment, vcpus: u32) -> Result<(), Refused> {
         let (name, _) = unmarked(&entry.key);
         // Never the value: it may be secret.
         if name.is_empty() || name.contains(['=', '\0']) || entry.value.contains('\0') {
-            return Err(refused(format!("env {name:?}"), "is no variable"));
+            return Err(unsupported(format!("env {name:?}"), "is no variable"));
         }
     }
     if adjust.args.iter().any(|arg| arg.contains('\0')) {
-        return Err(refused("args", "an argument has a NUL"));
+        return Err(unsupported("args", "an argument has a NUL"));
     }
     match &adjust.linux {
-        Some(linux) => refuse_linux(linux, vcpus),
+        Some(linux) => check_linux(linux, vcpus),
         None => Ok(()),
     }
 }
 
-fn refuse_linux(linux: &LinuxContainerAdjustment, vcpus: u32) -> Result<(), Refused> {
+fn check_linux(linux: &LinuxContainerAdjustment, vcpus: u32) -> Result<(), Unsupported> {
     let named = |is_set: bool, field: &str, reason: &str| match is_set {
-        true => Err(refused(format!("linux.{field}"), reason)),
+        true => Err(unsupported(format!("linux.{field}"), reason)),
         false => Ok(()),
     };
     named(
@@ -132,33 +132,33 @@ fn refuse_linux(linux: &LinuxContainerAdjustment, vcpus: u32) -> Result<(), Refu
         "is not taken into the guest",
     )?;
     for device in &linux.devices {
-        refuse_device(device)?;
+        check_device(device)?;
     }
     if let Some(score) = &linux.oom_score_adj
         && !OOM_RANGE.contains(&score.value)
     {
-        return Err(refused(
+        return Err(unsupported(
             format!("linux.oom_score_adj = {}", score.value),
             "must be -1000 to 1000",
         ));
     }
     match &linux.resources {
-        Some(wanted) => resources::refuse(wanted, vcpus),
+        Some(wanted) => resources::check(wanted, vcpus),
         None => Ok(()),
     }
 }
 
-fn refuse_device(device: &LinuxDevice) -> Result<(), Refused> {
+fn check_device(device: &LinuxDevice) -> Result<(), Unsupported> {
     let (path, removed) = unmarked(&device.path);
     let field = format!("linux.devices {path:?}");
     if !clean(path) || !path.starts_with("/dev/") {
-        return Err(refused(field, "must be a path below /dev"));
+        return Err(unsupported(field, "must be a path below /dev"));
     }
     let known = device.r#type == "c" || device.r#type == "u";
     if removed || (known && DEVICES.contains(&(device.major, device.minor))) {
         return Ok(());
     }
-    Err(refused(
+    Err(unsupported(
         format!(
             "{field} ({} {}:{})",
             device.r#type, device.major, device.minor
@@ -193,9 +193,9 @@ fn clean(path: &str) -> bool {
 }
 
 /// The spec with the adjustment in it.
-pub fn apply(adjust: &ContainerAdjustment, spec: Spec) -> Result<Spec, Refused> {
+pub fn apply(adjust: &ContainerAdjustment, spec: Spec) -> Result<Spec, Unsupported> {
     let unreadable =
-        |error: serde_json::Error| refused("adjustment", format!("makes no OCI spec: {error}"));
+        |error: serde_json::Error| unsupported("adjustment", format!("makes no OCI spec: {error}"));
     let mut document = serde_json::to_value(spec).map_err(unreadable)?;
     let annotations = adjust.annotations.iter();
     edit_map(

@@ -3,7 +3,7 @@
 //! A later plugin sees the container as the earlier ones made it. Pure: who is asked is [`super`]'s, what is refused is
 //! [`super::adjust`]'s.
 
-use super::adjust::{self, Refused, name_of, unmarked};
+use super::adjust::{self, Unsupported, name_of, unmarked};
 use super::owners::{Conflict, Owners};
 use super::resources;
 use boxlite_proto::nri::v1alpha1::{
@@ -21,7 +21,10 @@ pub enum CollectError {
     Conflict(#[from] Conflict),
     /// Something that a VM has not.
     #[error("NRI plugin {plugin} wants {refused}")]
-    Refused { plugin: String, refused: Refused },
+    Unsupported {
+        plugin: String,
+        refused: Unsupported,
+    },
     /// The container that is being created is adjusted, not updated.
     #[error("NRI plugin {plugin} updates container {container} while it is being created")]
     Early { plugin: String, container: String },
@@ -31,9 +34,9 @@ impl CollectError {
     /// More than the VM has; `reason` has the arithmetic.
     pub fn beyond(plugin: &str, reason: String) -> Self {
         let field = "linux.resources".to_owned();
-        Self::Refused {
+        Self::Unsupported {
             plugin: plugin.to_owned(),
-            refused: Refused { field, reason },
+            refused: Unsupported { field, reason },
         }
     }
 }
@@ -86,7 +89,7 @@ impl Updates {
         };
         let id = update.container_id;
         let vcpus = self.vcpus.get(&id).copied().unwrap_or(u32::MAX);
-        resources::refuse(&wanted, vcpus).map_err(|refused| CollectError::Refused {
+        resources::check(&wanted, vcpus).map_err(|refused| CollectError::Unsupported {
             plugin: plugin.to_owned(),
             refused,
         })?;
@@ -154,8 +157,8 @@ impl Creation {
     ) -> Result<(), CollectError> {
         if let Some(adjust) = answer.adjust {
             let vcpus = self.updates.vcpus.get(&self.container.id).copied();
-            adjust::refuse(&adjust, vcpus.unwrap_or(u32::MAX)).map_err(|refused| {
-                CollectError::Refused {
+            adjust::check(&adjust, vcpus.unwrap_or(u32::MAX)).map_err(|refused| {
+                CollectError::Unsupported {
                     plugin: plugin.to_owned(),
                     refused,
                 }

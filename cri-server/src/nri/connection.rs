@@ -3,15 +3,15 @@
 //! ```text
 //!  call() ── writer ──▶ trunk ◀──▶ plugin
 //!    ▲                    │
-//!    └── waiting ◀── reader task ──▶ server task ──▶ Service
+//!    └── pending ◀── reader task ──▶ server task ──▶ Service
 //! ```
 //!
 //! Every call has a limit; one that passes it closes the connection, since its answer may still come. What the messages mean is
 //! [`super::plugin`]'s.
 
 use super::wire::{
-    self, Assembler, MESSAGE_LIMIT, Message, PLUGIN_SERVICE, REQUEST, RESPONSE, RUNTIME_SERVICE,
-    Request, Response, RpcStatus, WireError,
+    self, Assembler, MAX_MESSAGE_BYTES, Message, PLUGIN_SERVICE, REQUEST, RESPONSE,
+    RUNTIME_SERVICE, Request, Response, RpcStatus, WireError,
 };
 use boxlite_sys::sync::Mutex;
 use prost::Message as _;
@@ -32,16 +32,16 @@ const PLUGIN: &str = "nri.pkg.api.v1alpha1.Plugin";
 pub const INVALID_ARGUMENT: i32 = 3;
 pub const UNIMPLEMENTED: i32 = 12;
 /// Calls of a plugin that wait their turn. A plugin sends one and waits; more than this is a broken one.
-const REQUESTS_LIMIT: usize = 16;
+const MAX_QUEUED_REQUESTS: usize = 16;
 /// How long an answer to a plugin's call may take to be written: a plugin that does not read is dead.
-const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What became of a call to a plugin.
 #[derive(Debug, thiserror::Error)]
 pub enum CallError {
     /// The plugin answered with an error: its word counts.
     #[error("{message}")]
-    Refused { code: i32, message: String },
+    Rejected { code: i32, message: String },
     /// No answer in time.
     #[error("{method} was not answered within {limit:?}")]
     Timeout {
@@ -55,7 +55,7 @@ pub enum CallError {
     #[error("the plugin's connection broke")]
     Wire(#[from] WireError),
     /// What we would have to send is larger than a plugin takes.
-    #[error("{method} has {bytes} bytes; a plugin takes {MESSAGE_LIMIT}")]
+    #[error("{method} has {bytes} bytes; a plugin takes {MAX_MESSAGE_BYTES}")]
     TooLarge { method: &'static str, bytes: usize },
     /// The answer is no message.
     #[error("the answer to {method} cannot be read")]
@@ -80,7 +80,7 @@ pub struct Connection(Arc<Inner>);
 
 struct Inner {
     writer: tokio::sync::Mutex<Writer>,
-    waiting: Mutex<HashMap<u32, oneshot::Sender<Response>>>,
+    pending: Mutex<HashMap<u32, oneshot::Sender<Response>>>,
     closed: CancellationToken,
     /// To close the socket under whoever reads or writes.
     socket: StdUnixStream,
@@ -101,9 +101,9 @@ impl std::fmt::Debug for Connection {
 }
 
 /// Closes a connection unless told that all is well: behind a dropped future the stream may end in half a message.
-struct Fuse<'a>(Option<&'a Connection>);
+struct CloseOnDrop<'a>(Option<&'a Connection>);
 
-impl Drop for Fuse<'_> {
+impl Drop for CloseOnDrop<'_> {
     fn drop(&mut self) {
         if let Some(connection) = self.0 {
             connection.close();
@@ -126,11 +126,11 @@ impl Connection {
                 half: writer,
                 next_stream: 1,
             }),
-            waiting: Mutex::default(),
+            pending: Mutex::default(),
             closed: CancellationToken::new(),
             socket: kept,
         }));
-        let (requests, queue) = mpsc::channel(REQUESTS_LIMIT);
+        let (requests, queue) = mpsc::channel(MAX_QUEUED_REQUESTS);
         tasks.spawn(this.clone().read(reader, requests));
         tasks.spawn(this.clone().serve(queue, service));
         Ok(this)
@@ -152,7 +152,7 @@ impl Connection {
             timeout_nano: i64::try_from(limit.as_nanos()).unwrap_or(i64::MAX),
         }
         .encode_to_vec();
-        if payload.len() > MESSAGE_LIMIT {
+        if payload.len() > MAX_MESSAGE_BYTES {
             return Err(CallError::TooLarge {
                 method,
                 bytes: payload.len(),
@@ -166,7 +166,7 @@ impl Connection {
             }
         };
         match answer.status {
-            Some(status) if status.code != 0 => Err(CallError::Refused {
+            Some(status) if status.code != 0 => Err(CallError::Rejected {
                 code: status.code,
                 message: status.message,
             }),
@@ -181,23 +181,23 @@ impl Connection {
             let mut writer = self.0.writer.lock().await;
             let stream = writer.next_stream;
             writer.next_stream = stream.wrapping_add(2);
-            self.waiting().insert(stream, told);
+            self.pending().insert(stream, told);
             // After the insertion: whoever closes empties the map, and who finds it closed here does not wait.
             if self.is_closed() {
-                self.waiting().remove(&stream);
+                self.pending().remove(&stream);
                 return Err(CallError::Closed);
             }
-            let mut fuse = Fuse(Some(self));
+            let mut close_on_drop = CloseOnDrop(Some(self));
             let message = Message {
                 stream,
                 kind: REQUEST,
                 payload,
             };
             wire::write(&mut writer.half, PLUGIN_SERVICE, &message).await?;
-            fuse.0 = None;
+            close_on_drop.0 = None;
             stream
         };
-        let _forget = Forget {
+        let _forget = RemovePending {
             connection: self,
             stream,
         };
@@ -209,7 +209,7 @@ impl Connection {
         self.0.closed.cancel();
         // Not connected any more is the only failure, and what is wanted.
         let _ = self.0.socket.shutdown(Shutdown::Both);
-        self.waiting().clear();
+        self.pending().clear();
     }
 
     /// Whether it is closed, by either side.
@@ -222,12 +222,12 @@ impl Connection {
         self.0.closed.cancelled().await;
     }
 
-    fn waiting(&self) -> std::sync::MutexGuard<'_, HashMap<u32, oneshot::Sender<Response>>> {
-        self.0.waiting.lock()
+    fn pending(&self) -> std::sync::MutexGuard<'_, HashMap<u32, oneshot::Sender<Response>>> {
+        self.0.pending.lock()
     }
 
     async fn read(self, mut reader: OwnedReadHalf, requests: mpsc::Sender<Message>) {
-        let _fuse = Fuse(Some(&self));
+        let _close_on_drop = CloseOnDrop(Some(&self));
         let (mut answers, mut calls) = (Assembler::default(), Assembler::default());
         loop {
             let frame = match self
@@ -273,9 +273,9 @@ impl Connection {
     fn take_answers(&self, answers: &mut Assembler, bytes: &[u8]) -> Result<bool, WireError> {
         answers.push(bytes);
         while let Some(message) = answers.next()? {
-            let waiting = self.waiting().remove(&message.stream);
+            let pending = self.pending().remove(&message.stream);
             // An answer that nobody waits for came too late.
-            if let (Some(waiting), RESPONSE) = (waiting, message.kind) {
+            if let (Some(pending), RESPONSE) = (pending, message.kind) {
                 let response =
                     Response::decode(&message.payload[..]).unwrap_or_else(|error| Response {
                         status: Some(RpcStatus {
@@ -284,14 +284,14 @@ impl Connection {
                         }),
                         payload: Vec::new(),
                     });
-                let _ = waiting.send(response);
+                let _ = pending.send(response);
             }
         }
         Ok(true)
     }
 
     async fn serve(self, mut queue: mpsc::Receiver<Message>, service: Arc<dyn Service>) {
-        let _fuse = Fuse(Some(&self));
+        let _close_on_drop = CloseOnDrop(Some(&self));
         while let Some(message) = queue.recv().await {
             let answer = match Request::decode(&message.payload[..]) {
                 Ok(request) => {
@@ -325,7 +325,7 @@ impl Connection {
                 let mut writer = self.0.writer.lock().await;
                 wire::write(&mut writer.half, RUNTIME_SERVICE, &message).await
             };
-            match tokio::time::timeout(ANSWER_LIMIT, write).await {
+            match tokio::time::timeout(ANSWER_TIMEOUT, write).await {
                 Ok(Ok(())) => {}
                 Ok(Err(_)) | Err(_) => return,
             }
@@ -348,14 +348,14 @@ fn take_calls(
     Ok(true)
 }
 
-/// Takes a call out of the waiting ones when its caller leaves.
-struct Forget<'a> {
+/// Takes a call out of the pending ones when its caller leaves.
+struct RemovePending<'a> {
     connection: &'a Connection,
     stream: u32,
 }
 
-impl Drop for Forget<'_> {
+impl Drop for RemovePending<'_> {
     fn drop(&mut self) {
-        self.connection.waiting().remove(&self.stream);
+        self.connection.pending().remove(&self.stream);
     }
 }

@@ -19,9 +19,9 @@ use tokio::process::{Child, Command};
 /// The plugin's end of the connection.
 const SOCKET_FD: i32 = 3;
 /// Largest configuration of a plugin, in bytes: it must fit into one message with room to spare.
-const CONFIG_LIMIT: u64 = 1 << 20;
+const MAX_CONFIG_BYTES: u64 = 1 << 20;
 /// How long a plugin may take to end once its connection is closed.
-const END_LIMIT: Duration = Duration::from_secs(1);
+const EXIT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Why a plugin is not launched.
 #[derive(Debug, thiserror::Error)]
@@ -119,9 +119,9 @@ fn installed(path: PathBuf, configs: &Path) -> Result<Installed, LaunchError> {
         match fs::metadata(&candidate) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             Err(error) => return Err(read(error)),
-            Ok(metadata) if metadata.len() > CONFIG_LIMIT => {
+            Ok(metadata) if metadata.len() > MAX_CONFIG_BYTES => {
                 return Err(read(io::Error::other(format!(
-                    "more than {CONFIG_LIMIT} bytes"
+                    "more than {MAX_CONFIG_BYTES} bytes"
                 ))));
             }
             Ok(_) => {}
@@ -184,7 +184,7 @@ impl Launched {
 
     /// Waits a moment for its end, since its connection is closed, then kills it.
     pub async fn end(mut self) {
-        if tokio::time::timeout(END_LIMIT, self.child.wait())
+        if tokio::time::timeout(EXIT_TIMEOUT, self.child.wait())
             .await
             .is_err()
             && let Err(error) = self.child.kill().await

@@ -4,7 +4,7 @@
 //!  socket (listen) ─┐
 //!                   ├─▶ Plugin::register ─▶ synchronized under the gate ─▶ plugins, by index
 //!  launched ────────┘
-//!  a verb: Nri::enter ─▶ Session: events, one plugin after the other ─▶ collect ─▶ the verb applies what came of it
+//!  a verb: Nri::begin_session ─▶ Session: events, one plugin after the other ─▶ collect ─▶ the verb applies what came of it
 //! ```
 //!
 //! The gate is what keeps a new plugin from missing a container: a verb holds it from its event to the moment its change can be seen,
@@ -15,8 +15,8 @@
 pub mod adjust;
 pub mod collect;
 mod connection;
-pub mod describe;
 mod launch;
+pub mod messages;
 mod owners;
 mod plugin;
 pub mod resources;
@@ -42,13 +42,13 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 /// How long a new plugin waits for creations under way. It is let in between two, and while it waits no other begins.
-const GATE_LIMIT: Duration = Duration::from_secs(30);
+const GATE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Plugins and those who want to become one, at a time. A node has a handful.
-const PLUGIN_LIMIT: usize = 64;
+const MAX_PLUGINS: usize = 64;
 /// How long the end waits for launched plugins and tasks.
-const STOP_LIMIT: Duration = Duration::from_secs(5);
+const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 /// Pause after a failed accept: out of descriptors, most likely.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
 /// How long plugins may take.
 #[derive(Debug, Clone, Copy)]
@@ -84,7 +84,7 @@ struct Registry {
     /// Pods and containers whose stop was told.
     stopped: Mutex<HashSet<String>>,
     launched: Mutex<Vec<launch::Launched>>,
-    seats: Arc<Semaphore>,
+    slots: Arc<Semaphore>,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
@@ -118,12 +118,12 @@ impl Nri {
 
     /// Lets a verb in: events by the session, and no plugin becomes one while it is held. Waits for a plugin that is being let in, at most
     /// the registration's limit.
-    pub async fn enter(&self) -> Session {
+    pub async fn begin_session(&self) -> Session {
         match &self.0 {
-            None => Session::nothing(),
+            None => Session::disabled(),
             Some(registry) => {
                 let gate = registry.gate.clone().read_owned().await;
-                Session::of(registry.clone(), gate)
+                Session::open(registry.clone(), gate)
             }
         }
     }
@@ -144,7 +144,7 @@ impl Nri {
     }
 
     /// Notes pods and containers that were stopped before the first plugin came: nobody is told of them.
-    pub fn already_stopped(&self, ids: impl IntoIterator<Item = String>) {
+    pub fn mark_stopped(&self, ids: impl IntoIterator<Item = String>) {
         if let Some(registry) = &self.0 {
             registry.stopped().extend(ids);
         }
@@ -171,7 +171,7 @@ impl Nri {
             registry.tasks.close();
             registry.tasks.wait().await;
         };
-        if tokio::time::timeout(STOP_LIMIT, ending).await.is_err() {
+        if tokio::time::timeout(STOP_TIMEOUT, ending).await.is_err() {
             tracing::warn!("NRI plugins did not go in time");
         }
     }
@@ -186,7 +186,7 @@ impl Registry {
             plugins: tokio::sync::Mutex::default(),
             stopped: Mutex::default(),
             launched: Mutex::default(),
-            seats: Arc::new(Semaphore::new(PLUGIN_LIMIT)),
+            slots: Arc::new(Semaphore::new(MAX_PLUGINS)),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
         }
@@ -218,26 +218,28 @@ impl Registry {
                 return;
             }
         };
-        let bringing = found.into_iter().map(|installed| async move {
+        let connecting = found.into_iter().map(|installed| async move {
             let name = installed.full_name();
-            let given = (
+            let preassigned = (
                 installed.index.clone(),
                 installed.name.clone(),
                 installed.config.clone(),
             );
             match launch::Launched::start(&installed) {
-                Ok((launched, socket)) => match self.clone().bring_in(socket, Some(given)).await {
-                    Some(plugin) => {
-                        self.launched().push(launched);
-                        // It may have ended before it was in the list.
-                        if plugin.is_closed()
-                            && let Some(launched) = self.take_launched(&name)
-                        {
-                            launched.end().await;
+                Ok((launched, socket)) => {
+                    match self.clone().connect(socket, Some(preassigned)).await {
+                        Some(plugin) => {
+                            self.launched().push(launched);
+                            // It may have ended before it was in the list.
+                            if plugin.is_closed()
+                                && let Some(launched) = self.take_launched(&name)
+                            {
+                                launched.end().await;
+                            }
                         }
+                        None => launched.end().await,
                     }
-                    None => launched.end().await,
-                },
+                }
                 Err(error) => tracing::error!(
                     plugin = name,
                     error = boxlite_runtime::report(&error),
@@ -245,7 +247,7 @@ impl Registry {
                 ),
             }
         });
-        futures::future::join_all(bringing).await;
+        futures::future::join_all(connecting).await;
     }
 
     async fn accept(self: Arc<Self>, listener: UnixListener) {
@@ -253,13 +255,13 @@ impl Registry {
             let accepted = self
                 .stop
                 .run_until_cancelled(async {
-                    // The seat first: who finds none waits in the socket's own queue.
-                    let seat = self.seats.clone().acquire_owned().await.ok()?;
+                    // The slot first: who finds none waits in the socket's own queue.
+                    let slot = self.slots.clone().acquire_owned().await.ok()?;
                     match listener.accept().await {
-                        Ok((socket, _)) => Some((socket.into_std().ok()?, seat)),
+                        Ok((socket, _)) => Some((socket.into_std().ok()?, slot)),
                         Err(error) => {
                             tracing::warn!(%error, "accepting an NRI plugin failed");
-                            tokio::time::sleep(ACCEPT_PAUSE).await;
+                            tokio::time::sleep(ACCEPT_RETRY_INTERVAL).await;
                             None
                         }
                     }
@@ -268,16 +270,16 @@ impl Registry {
             match accepted {
                 None => return,
                 Some(None) => {}
-                Some(Some((socket, seat))) => {
+                Some(Some((socket, slot))) => {
                     let this = self.clone();
                     self.tasks.spawn(async move {
-                        let seated: OwnedSemaphorePermit = seat;
+                        let held: OwnedSemaphorePermit = slot;
                         let stop = this.stop.clone();
-                        let plugin = stop.run_until_cancelled(this.clone().bring_in(socket, None));
+                        let plugin = stop.run_until_cancelled(this.clone().connect(socket, None));
                         if let Some(Some(plugin)) = plugin.await {
                             stop.run_until_cancelled(plugin.closed()).await;
                         }
-                        drop(seated);
+                        drop(held);
                     });
                 }
             }
@@ -285,18 +287,24 @@ impl Registry {
     }
 
     /// From a socket to one of the plugins; every failure is said in the log. A task takes it out again when its connection ends.
-    async fn bring_in(
+    async fn connect(
         self: Arc<Self>,
         socket: StdUnixStream,
-        given: Option<(String, String, String)>,
+        preassigned: Option<(String, String, String)>,
     ) -> Option<Arc<Plugin>> {
-        let said = given
+        let said = preassigned
             .as_ref()
             .map_or("a connecting plugin".to_owned(), |(index, name, _)| {
                 format!("{index}-{name}")
             });
-        let registered =
-            Plugin::register(socket, given, self.limits, self.host.clone(), &self.tasks).await;
+        let registered = Plugin::register(
+            socket,
+            preassigned,
+            self.limits,
+            self.host.clone(),
+            &self.tasks,
+        )
+        .await;
         let admitted = match registered {
             Ok(plugin) => self.admit(Arc::new(plugin)).await,
             Err(error) => Err(error),
@@ -304,7 +312,8 @@ impl Registry {
         match admitted {
             Ok(plugin) => {
                 tracing::info!(plugin = plugin.full_name(), "NRI plugin is in");
-                self.tasks.spawn(self.clone().part(plugin.clone()));
+                self.tasks
+                    .spawn(self.clone().remove_when_closed(plugin.clone()));
                 Some(plugin)
             }
             Err(error) => {
@@ -320,10 +329,10 @@ impl Registry {
 
     /// Synchronizes a plugin and makes it one of those who are told. Its wishes are carried out before anybody else's.
     async fn admit(&self, plugin: Arc<Plugin>) -> Result<Arc<Plugin>, PluginError> {
-        let alone = tokio::time::timeout(GATE_LIMIT, self.gate.write()).await;
+        let alone = tokio::time::timeout(GATE_TIMEOUT, self.gate.write()).await;
         let Ok(_alone) = alone else {
             plugin.close();
-            return Err(PluginError::Busy(GATE_LIMIT));
+            return Err(PluginError::Busy(GATE_TIMEOUT));
         };
         let (pods, containers) = self.host.snapshot().await;
         let updates = plugin.synchronize(pods, containers).await?;
@@ -344,7 +353,7 @@ impl Registry {
     }
 
     /// Waits for a plugin's end and takes it out.
-    async fn part(self: Arc<Self>, plugin: Arc<Plugin>) {
+    async fn remove_when_closed(self: Arc<Self>, plugin: Arc<Plugin>) {
         if self
             .stop
             .run_until_cancelled(plugin.closed())

@@ -29,13 +29,13 @@ const NRI_VERSION: &str = "v0.12.1";
 /// The name under which plugins know this runtime.
 const RUNTIME_NAME: &str = "boxlite";
 /// Every event there is, as a subscription.
-const EVERY_EVENT: i32 = (1 << (Event::Last as i32 - 1)) - 1;
+const ALL_EVENTS: i32 = (1 << (Event::Last as i32 - 1)) - 1;
 /// Bytes of pods and containers in one part of a synchronization: far enough below ttrpc's 4 MiB for the rest of the message.
-const PART_LIMIT: usize = 2 << 20;
+const MAX_PART_BYTES: usize = 2 << 20;
 /// Longest name of a plugin, in bytes; it goes into messages and logs.
-const NAME_LIMIT: usize = 253;
+const MAX_NAME_BYTES: usize = 253;
 /// How long a plugin may take to hear that the runtime goes down.
-const SHUTDOWN_LIMIT: Duration = Duration::from_secs(1);
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Why a plugin is not, or no longer, one of the plugins.
 #[derive(Debug, thiserror::Error)]
@@ -87,18 +87,18 @@ pub struct Plugin {
     connection: Connection,
     limits: Limits,
     /// Knows only StateChange: older than the dedicated calls.
-    old: AtomicBool,
+    legacy: AtomicBool,
 }
 
 /// What the runtime serves to one plugin.
-struct Runtime {
+struct RuntimeService {
     registered: Mutex<Option<oneshot::Sender<(String, String)>>>,
     /// Index and name of a plugin that this runtime launched.
-    given: Option<(String, String)>,
+    preassigned: Option<(String, String)>,
     host: Arc<dyn Host>,
 }
 
-fn refused(code: i32, message: impl Into<String>) -> RpcStatus {
+fn rpc_error(code: i32, message: impl Into<String>) -> RpcStatus {
     RpcStatus {
         code,
         message: message.into(),
@@ -106,14 +106,14 @@ fn refused(code: i32, message: impl Into<String>) -> RpcStatus {
 }
 
 #[tonic::async_trait]
-impl Service for Runtime {
+impl Service for RuntimeService {
     async fn call(
         &self,
         service: &str,
         method: &str,
         payload: &[u8],
     ) -> Result<Vec<u8>, RpcStatus> {
-        let invalid = |error: prost::DecodeError| refused(INVALID_ARGUMENT, error.to_string());
+        let invalid = |error: prost::DecodeError| rpc_error(INVALID_ARGUMENT, error.to_string());
         match (service, method) {
             ("nri.pkg.api.v1alpha1.Runtime", "RegisterPlugin") => {
                 self.register(RegisterPluginRequest::decode(payload).map_err(invalid)?)?;
@@ -128,7 +128,7 @@ impl Service for Runtime {
                 let failed = self.host.update(request.update).await;
                 Ok(UpdateContainersResponse { failed }.encode_to_vec())
             }
-            _ => Err(refused(
+            _ => Err(rpc_error(
                 UNIMPLEMENTED,
                 format!("no {service}/{method} here"),
             )),
@@ -136,14 +136,14 @@ impl Service for Runtime {
     }
 }
 
-impl Runtime {
+impl RuntimeService {
     fn register(&self, request: RegisterPluginRequest) -> Result<(), RpcStatus> {
-        let identity = match &self.given {
-            Some(given) => given.clone(),
+        let identity = match &self.preassigned {
+            Some(preassigned) => preassigned.clone(),
             None => {
                 check_index(&request.plugin_idx)
                     .and_then(|()| check_name(&request.plugin_name))
-                    .map_err(|reason| refused(INVALID_ARGUMENT, reason))?;
+                    .map_err(|reason| rpc_error(INVALID_ARGUMENT, reason))?;
                 (request.plugin_idx, request.plugin_name)
             }
         };
@@ -154,7 +154,7 @@ impl Runtime {
                 let _ = told.send(identity);
                 Ok(())
             }
-            None => Err(refused(INVALID_ARGUMENT, "it is registered already")),
+            None => Err(rpc_error(INVALID_ARGUMENT, "it is registered already")),
         }
     }
 }
@@ -171,7 +171,7 @@ pub fn check_index(index: &str) -> Result<(), String> {
 /// Letters, digits and `-_.+`.
 pub fn check_name(name: &str) -> Result<(), String> {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.+".contains(&byte);
-    if !name.is_empty() && name.len() <= NAME_LIMIT && name.bytes().all(allowed) {
+    if !name.is_empty() && name.len() <= MAX_NAME_BYTES && name.bytes().all(allowed) {
         Ok(())
     } else {
         Err(format!(
@@ -181,27 +181,27 @@ pub fn check_name(name: &str) -> Result<(), String> {
 }
 
 impl Plugin {
-    /// Takes a plugin's socket through registration and configuration. `given` are index, name and configuration of a plugin that was
+    /// Takes a plugin's socket through registration and configuration. `preassigned` are index, name and configuration of a plugin that was
     /// launched here. An error, and a dropped future, close the socket.
     pub async fn register(
         socket: UnixStream,
-        given: Option<(String, String, String)>,
+        preassigned: Option<(String, String, String)>,
         limits: Limits,
         host: Arc<dyn Host>,
         tasks: &TaskTracker,
     ) -> Result<Self, PluginError> {
         let (told, registered) = oneshot::channel();
-        let (given, config) = match given {
+        let (preassigned, config) = match preassigned {
             Some((index, name, config)) => (Some((index, name)), config),
             None => (None, String::new()),
         };
-        let service = Arc::new(Runtime {
+        let service = Arc::new(RuntimeService {
             registered: Mutex::new(Some(told)),
-            given,
+            preassigned,
             host,
         });
         let connection = Connection::open(socket, service, tasks)?;
-        let closing = Closing(Some(connection.clone()));
+        let closing = CloseOnDrop(Some(connection.clone()));
         let registered = tokio::time::timeout(limits.registration, async {
             tokio::select! {
                 told = registered => told.map_err(|_| PluginError::Gone),
@@ -220,7 +220,7 @@ impl Plugin {
             events,
             connection,
             limits,
-            old: AtomicBool::new(false),
+            legacy: AtomicBool::new(false),
         })
     }
 
@@ -301,7 +301,7 @@ impl Plugin {
     }
 
     /// Tells it an event that it subscribed for. `None`: it did not, or it is gone now.
-    pub async fn tell<A: Message + Default>(
+    pub async fn call<A: Message + Default>(
         &self,
         event: Event,
         request: &impl Message,
@@ -313,11 +313,11 @@ impl Plugin {
             .connection
             .call(method(event), request, self.limits.request)
             .await;
-        self.judge(event, answer)
+        self.check_answer(event, answer)
     }
 
     /// Asks it whether something is all right. One that subscribed for everything and does not know the call has nothing against it.
-    pub async fn consult<A: Message + Default>(
+    pub async fn call_or_default<A: Message + Default>(
         &self,
         event: Event,
         request: &impl Message,
@@ -327,8 +327,10 @@ impl Plugin {
             .call(method(event), request, self.limits.request)
             .await;
         match answer {
-            Err(CallError::Refused { code, .. }) if code == UNIMPLEMENTED => Ok(Some(A::default())),
-            answer => self.judge(event, answer),
+            Err(CallError::Rejected { code, .. }) if code == UNIMPLEMENTED => {
+                Ok(Some(A::default()))
+            }
+            answer => self.check_answer(event, answer),
         }
     }
 
@@ -343,17 +345,17 @@ impl Plugin {
         if self.is_closed() || !self.wants(event) {
             return Ok(());
         }
-        if !self.old.load(Ordering::Relaxed) {
+        if !self.legacy.load(Ordering::Relaxed) {
             let answer: Result<Empty, CallError> = self
                 .connection
                 .call(method(event), request, self.limits.request)
                 .await;
             match answer {
-                Err(CallError::Refused { code, .. }) if code == UNIMPLEMENTED => {
-                    self.old.store(true, Ordering::Relaxed);
+                Err(CallError::Rejected { code, .. }) if code == UNIMPLEMENTED => {
+                    self.legacy.store(true, Ordering::Relaxed);
                     tracing::warn!(plugin = self.full_name(), "has no calls but StateChange");
                 }
-                answer => return self.judge(event, answer).map(|_| ()),
+                answer => return self.check_answer(event, answer).map(|_| ()),
             }
         }
         let change = StateChangeEvent {
@@ -365,14 +367,18 @@ impl Plugin {
             .connection
             .call("StateChange", &change, self.limits.request)
             .await;
-        self.judge(event, answer).map(|_| ())
+        self.check_answer(event, answer).map(|_| ())
     }
 
     /// A refusal counts; whatever else went wrong ends the plugin and not the call.
-    fn judge<A>(&self, event: Event, answer: Result<A, CallError>) -> Result<Option<A>, Refusal> {
+    fn check_answer<A>(
+        &self,
+        event: Event,
+        answer: Result<A, CallError>,
+    ) -> Result<Option<A>, Refusal> {
         match answer {
             Ok(answer) => Ok(Some(answer)),
-            Err(CallError::Refused { message, .. }) => Err(Refusal {
+            Err(CallError::Rejected { message, .. }) => Err(Refusal {
                 plugin: self.full_name(),
                 event: method(event),
                 message,
@@ -394,22 +400,22 @@ impl Plugin {
         // It goes either way.
         let _: Result<Empty, CallError> = self
             .connection
-            .call("Shutdown", &Empty {}, SHUTDOWN_LIMIT)
+            .call("Shutdown", &Empty {}, SHUTDOWN_TIMEOUT)
             .await;
         self.close();
     }
 }
 
 /// Closes a connection unless kept.
-struct Closing(Option<Connection>);
+struct CloseOnDrop(Option<Connection>);
 
-impl Closing {
+impl CloseOnDrop {
     fn keep(mut self) {
         self.0 = None;
     }
 }
 
-impl Drop for Closing {
+impl Drop for CloseOnDrop {
     fn drop(&mut self) {
         if let Some(connection) = &self.0 {
             connection.close();
@@ -440,8 +446,8 @@ async fn configure(
             source,
         })?;
     match answer.events {
-        0 => Ok(EVERY_EVENT),
-        events if events & !EVERY_EVENT != 0 => Err(PluginError::Events(events & !EVERY_EVENT)),
+        0 => Ok(ALL_EVENTS),
+        events if events & !ALL_EVENTS != 0 => Err(PluginError::Events(events & !ALL_EVENTS)),
         events => Ok(events),
     }
 }
@@ -451,7 +457,7 @@ fn parts(pods: Vec<PodSandbox>, containers: Vec<Container>) -> Vec<SynchronizeRe
     let mut parts = vec![SynchronizeRequest::default()];
     let mut bytes = 0;
     let mut room = |parts: &mut Vec<SynchronizeRequest>, size: usize| {
-        if bytes > 0 && bytes + size > PART_LIMIT {
+        if bytes > 0 && bytes + size > MAX_PART_BYTES {
             parts.push(SynchronizeRequest::default());
             bytes = 0;
         }
@@ -542,6 +548,6 @@ mod tests {
 
     #[test]
     fn the_mask_of_everything_has_fourteen_events() {
-        assert_eq!(EVERY_EVENT, 0x3fff);
+        assert_eq!(ALL_EVENTS, 0x3fff);
     }
 }

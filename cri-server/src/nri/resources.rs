@@ -2,7 +2,7 @@
 //!
 //! What is claimed by whom is [`super::owners`]'s; who gets them is the service's.
 
-use super::adjust::Refused;
+use super::adjust::Unsupported;
 use boxlite_proto::cri::v1::LinuxContainerResources;
 use boxlite_proto::nri::v1alpha1::{
     Field, LinuxCpu, LinuxMemory, LinuxPids, LinuxResources, OptionalInt64, OptionalUInt64,
@@ -64,7 +64,7 @@ fn set<T>(into: &mut Option<T>, from: Option<T>) {
 }
 
 /// What has no meaning in this VM, by name. `vcpus` is what the pod's VM has.
-pub fn refuse(resources: &LinuxResources, vcpus: u32) -> Result<(), Refused> {
+pub fn check(resources: &LinuxResources, vcpus: u32) -> Result<(), Unsupported> {
     let memory = resources.memory.unwrap_or_default();
     let cpu = resources.cpu.clone().unwrap_or_default();
     let old = "is of cgroup v1, and the guest has v2";
@@ -97,7 +97,7 @@ pub fn refuse(resources: &LinuxResources, vcpus: u32) -> Result<(), Refused> {
         ),
     ] {
         if is_set {
-            return Err(Refused {
+            return Err(Unsupported {
                 field: format!("linux.resources.{field}"),
                 reason: reason.to_owned(),
             });
@@ -108,11 +108,11 @@ pub fn refuse(resources: &LinuxResources, vcpus: u32) -> Result<(), Refused> {
 }
 
 /// A list such as `0-3,7`, all below `count`: the guest's CPUs are numbered from 0 whatever the host's are.
-fn numbers(list: &str, field: &str, count: u32, what: &str) -> Result<(), Refused> {
+fn numbers(list: &str, field: &str, count: u32, what: &str) -> Result<(), Unsupported> {
     if list.is_empty() {
         return Ok(());
     }
-    let refused = |reason: String| Refused {
+    let invalid = |reason: String| Unsupported {
         field: format!("linux.resources.{field} = {list:?}"),
         reason,
     };
@@ -121,14 +121,14 @@ fn numbers(list: &str, field: &str, count: u32, what: &str) -> Result<(), Refuse
         let number = |text: &str| {
             text.trim()
                 .parse::<u32>()
-                .map_err(|_| refused("is no list of numbers".to_owned()))
+                .map_err(|_| invalid("is no list of numbers".to_owned()))
         };
         let (first, last) = (number(first)?, number(last)?);
         if first > last {
-            return Err(refused("is no list of numbers".to_owned()));
+            return Err(invalid("is no list of numbers".to_owned()));
         }
         if last >= count {
-            return Err(refused(format!(
+            return Err(invalid(format!(
                 "the pod's VM has {count} {what}, numbered from 0"
             )));
         }
@@ -324,19 +324,19 @@ mod tests {
 
     #[test]
     fn what_a_vm_has_not_is_named() {
-        assert!(refuse(&some(), 2).is_ok());
-        let text = refuse(&some(), 1).unwrap_err().to_string();
+        assert!(check(&some(), 2).is_ok());
+        let text = check(&some(), 1).unwrap_err().to_string();
         assert!(
             text.contains("\"0-1\"") && text.contains("has 1 virtual CPUs"),
             "{text}"
         );
         for cpus in ["x", "1-", "3-1", "0,,1", "99999999999"] {
             let wrong = from_oci(&json!({"cpu": {"cpus": cpus}}));
-            assert!(refuse(&wrong, 4).is_err(), "{cpus}");
+            assert!(check(&wrong, 4).is_err(), "{cpus}");
         }
         let mut rdt = some();
         rdt.rdt_class = Some(Default::default());
-        let text = refuse(&rdt, 2).unwrap_err().to_string();
+        let text = check(&rdt, 2).unwrap_err().to_string();
         assert!(text.contains("linux.resources.rdt_class"), "{text}");
     }
 }

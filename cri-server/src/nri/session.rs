@@ -48,11 +48,11 @@ fn subject(pod: &PodSandbox, container: Option<&Container>) -> StartContainerReq
 
 impl Session {
     /// Of a runtime without plugins.
-    pub(super) fn nothing() -> Self {
+    pub(super) fn disabled() -> Self {
         Self(None)
     }
 
-    pub(super) fn of(registry: Arc<Registry>, gate: OwnedRwLockReadGuard<()>) -> Self {
+    pub(super) fn open(registry: Arc<Registry>, gate: OwnedRwLockReadGuard<()>) -> Self {
         Self(Some((registry, gate)))
     }
 
@@ -61,7 +61,7 @@ impl Session {
     }
 
     /// Whether anybody listens: where nobody does, no message need be made.
-    pub async fn heard(&self) -> bool {
+    pub async fn has_plugins(&self) -> bool {
         match self.registry() {
             None => false,
             Some(registry) => !registry.plugins.lock().await.is_empty(),
@@ -69,7 +69,7 @@ impl Session {
     }
 
     /// RunPodSandbox, StartContainer: the first refusal ends it.
-    pub async fn ask(
+    pub async fn request(
         &self,
         event: Event,
         pod: &PodSandbox,
@@ -86,7 +86,7 @@ impl Session {
     }
 
     /// Post events and Remove: everybody is told.
-    pub async fn tell(&self, event: Event, pod: &PodSandbox, container: Option<&Container>) {
+    pub async fn notify(&self, event: Event, pod: &PodSandbox, container: Option<&Container>) {
         let Some(registry) = self.registry() else {
             return;
         };
@@ -129,7 +129,7 @@ impl Session {
         let mut updates = Updates::default();
         for plugin in plugins.iter() {
             match plugin
-                .tell::<StopContainerResponse>(Event::StopContainer, &request)
+                .call::<StopContainerResponse>(Event::StopContainer, &request)
                 .await
             {
                 Ok(Some(answer)) => {
@@ -174,7 +174,7 @@ impl Session {
                 container: Some(creation.container.clone()),
             };
             let answer: Option<CreateContainerResponse> =
-                plugin.tell(Event::CreateContainer, &request).await?;
+                plugin.call(Event::CreateContainer, &request).await?;
             if let Some(answer) = answer {
                 let wanted = resources_of(&answer);
                 creation.take(answer, &plugin.full_name())?;
@@ -206,7 +206,7 @@ impl Session {
                 linux_resources: Some(resources.clone()),
             };
             let answer: Option<UpdateContainerResponse> =
-                plugin.tell(Event::UpdateContainer, &request).await?;
+                plugin.call(Event::UpdateContainer, &request).await?;
             let Some(answer) = answer else { continue };
             if !answer.evict.is_empty() {
                 tracing::warn!(plugin = plugin.full_name(), "evictions are ignored");
@@ -227,7 +227,8 @@ impl Session {
         let event = Event::UpdatePodSandbox;
         for plugin in registry.plugins.lock().await.iter() {
             if plugin.wants(event) && !plugin.is_closed() {
-                let _: Option<UpdatePodSandboxResponse> = plugin.consult(event, request).await?;
+                let _: Option<UpdatePodSandboxResponse> =
+                    plugin.call_or_default(event, request).await?;
             }
         }
         Ok(())
@@ -266,7 +267,7 @@ async fn validate(
     };
     for plugin in validators {
         let answer: Option<ValidateContainerAdjustmentResponse> =
-            plugin.consult(event, &request).await?;
+            plugin.call_or_default(event, &request).await?;
         match answer {
             Some(answer) if answer.reject => {
                 return Err(SessionError::Rejected {

@@ -17,18 +17,18 @@ pub const PLUGIN_SERVICE: u32 = 1;
 /// The connection on which the runtime serves.
 pub const RUNTIME_SERVICE: u32 = 2;
 /// Largest payload of a message, in bytes: ttrpc's own limit, which plugins enforce too.
-pub const MESSAGE_LIMIT: usize = 4 << 20;
+pub const MAX_MESSAGE_BYTES: usize = 4 << 20;
 /// ttrpc's kind of a call.
 pub const REQUEST: u8 = 1;
 /// ttrpc's kind of an answer.
 pub const RESPONSE: u8 = 2;
 
-const FRAME_HEADER: usize = 8;
-const MESSAGE_HEADER: usize = 10;
+const FRAME_HEADER_BYTES: usize = 8;
+const MESSAGE_HEADER_BYTES: usize = 10;
 /// Largest frame: a whole message. The published multiplexer cuts there too.
-const FRAME_LIMIT: usize = MESSAGE_HEADER + MESSAGE_LIMIT;
+const MAX_FRAME_BYTES: usize = MESSAGE_HEADER_BYTES + MAX_MESSAGE_BYTES;
 /// Buffer of a Go plugin's ttrpc reader (bufio's default), in bytes.
-const READER_BUFFER: usize = 4096;
+const READER_BUFFER_BYTES: usize = 4096;
 
 /// Why a trunk is of no more use.
 #[derive(Debug, thiserror::Error)]
@@ -99,23 +99,23 @@ impl Assembler {
 
     /// The next whole message. Never holds more than a message and a frame: call it until `None` after each push.
     pub fn next(&mut self) -> Result<Option<Message>, WireError> {
-        let Some(mut header) = self.bytes.get(..MESSAGE_HEADER) else {
+        let Some(mut header) = self.bytes.get(..MESSAGE_HEADER_BYTES) else {
             return Ok(None);
         };
         let length = header.get_u32() as usize;
         let stream = header.get_u32();
         let kind = header.get_u8();
-        if length > MESSAGE_LIMIT {
+        if length > MAX_MESSAGE_BYTES {
             return Err(WireError::TooLarge {
                 what: "a message",
                 bytes: length,
-                limit: MESSAGE_LIMIT,
+                limit: MAX_MESSAGE_BYTES,
             });
         }
-        if self.bytes.len() < MESSAGE_HEADER + length {
+        if self.bytes.len() < MESSAGE_HEADER_BYTES + length {
             return Ok(None);
         }
-        self.bytes.advance(MESSAGE_HEADER);
+        self.bytes.advance(MESSAGE_HEADER_BYTES);
         let payload = self.bytes.split_to(length).to_vec();
         Ok(Some(Message {
             stream,
@@ -129,7 +129,7 @@ impl Assembler {
 pub async fn read(
     reader: &mut (impl AsyncRead + Unpin),
 ) -> Result<Option<(u32, Vec<u8>)>, WireError> {
-    let mut header = [0; FRAME_HEADER];
+    let mut header = [0; FRAME_HEADER_BYTES];
     match reader.read_exact(&mut header).await {
         Ok(_) => {}
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
@@ -138,11 +138,11 @@ pub async fn read(
     let mut fields = &header[..];
     let connection = fields.get_u32();
     let length = fields.get_u32() as usize;
-    if length > FRAME_LIMIT {
+    if length > MAX_FRAME_BYTES {
         return Err(WireError::TooLarge {
             what: "a frame",
             bytes: length,
-            limit: FRAME_LIMIT,
+            limit: MAX_FRAME_BYTES,
         });
     }
     let mut bytes = vec![0; length];
@@ -153,7 +153,7 @@ pub async fn read(
 /// Writes one message, in at most two frames: as much as a Go plugin's reader buffers, then the rest.
 ///
 /// A Go plugin reads a frame by one `Read` and fails with ENOMEM where its buffer is smaller than the frame. Its buffer is empty at
-/// the start of a message and has [`READER_BUFFER`] bytes; what is left of a payload after those is read straight into the
+/// the start of a message and has [`READER_BUFFER_BYTES`] bytes; what is left of a payload after those is read straight into the
 /// payload's own place. Dropping the future leaves half a message: the trunk is of no more use.
 pub async fn write(
     writer: &mut (impl AsyncWrite + Unpin),
@@ -161,25 +161,25 @@ pub async fn write(
     message: &Message,
 ) -> Result<(), WireError> {
     let length = message.payload.len();
-    if length > MESSAGE_LIMIT {
+    if length > MAX_MESSAGE_BYTES {
         return Err(WireError::TooLarge {
             what: "nothing: our message is one",
             bytes: length,
-            limit: MESSAGE_LIMIT,
+            limit: MAX_MESSAGE_BYTES,
         });
     }
-    let mut bytes = Vec::with_capacity(MESSAGE_HEADER + length);
+    let mut bytes = Vec::with_capacity(MESSAGE_HEADER_BYTES + length);
     // Below the limit, so it fits.
     bytes.extend_from_slice(&(length as u32).to_be_bytes());
     bytes.extend_from_slice(&message.stream.to_be_bytes());
     bytes.extend_from_slice(&[message.kind, 0]);
     bytes.extend_from_slice(&message.payload);
-    let (first, rest) = bytes.split_at(bytes.len().min(READER_BUFFER));
+    let (first, rest) = bytes.split_at(bytes.len().min(READER_BUFFER_BYTES));
     for part in [first, rest] {
         if part.is_empty() {
             continue;
         }
-        let mut frame = Vec::with_capacity(FRAME_HEADER + part.len());
+        let mut frame = Vec::with_capacity(FRAME_HEADER_BYTES + part.len());
         frame.extend_from_slice(&connection.to_be_bytes());
         frame.extend_from_slice(&(part.len() as u32).to_be_bytes());
         frame.extend_from_slice(part);
@@ -218,7 +218,7 @@ mod tests {
             (0, vec![10]),
             (4086, vec![4096]),
             (4087, vec![4096, 1]),
-            (MESSAGE_LIMIT, vec![4096, MESSAGE_LIMIT - 4086]),
+            (MAX_MESSAGE_BYTES, vec![4096, MAX_MESSAGE_BYTES - 4086]),
         ] {
             let frames = frames(&message(length)).await;
             let lengths: Vec<usize> = frames.iter().map(|(_, bytes)| bytes.len()).collect();
@@ -236,7 +236,7 @@ mod tests {
     #[tokio::test]
     async fn what_is_too_large_is_refused_before_it_is_held() {
         assert!(
-            write(&mut Vec::new(), 1, &message(MESSAGE_LIMIT + 1))
+            write(&mut Vec::new(), 1, &message(MAX_MESSAGE_BYTES + 1))
                 .await
                 .is_err()
         );
@@ -246,7 +246,7 @@ mod tests {
             Err(WireError::TooLarge { .. })
         ));
         let mut assembler = Assembler::default();
-        assembler.push(&[0xff; MESSAGE_HEADER]);
+        assembler.push(&[0xff; MESSAGE_HEADER_BYTES]);
         assert!(matches!(assembler.next(), Err(WireError::TooLarge { .. })));
     }
 

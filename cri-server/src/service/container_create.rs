@@ -1,6 +1,6 @@
 //! CreateContainer: image, spec, the plugins' wishes, then the runtime's create. A retry joins the one in flight.
 
-use super::{Server, new_id, plugins, present, refused};
+use super::{Server, new_id, nri_hooks, require, status_of};
 use crate::convert::container;
 use boxlite_proto::cri::v1::{ContainerConfig, CreateContainerRequest, CreateContainerResponse};
 use boxlite_proto::nri::v1alpha1::Event;
@@ -12,7 +12,7 @@ pub async fn create(
     server: &Server,
     request: CreateContainerRequest,
 ) -> Result<CreateContainerResponse, Status> {
-    present("pod_sandbox_id", &request.pod_sandbox_id)?;
+    require("pod_sandbox_id", &request.pod_sandbox_id)?;
     let config = request
         .config
         .ok_or_else(|| Status::invalid_argument("config is missing"))?;
@@ -61,15 +61,15 @@ async fn make(
     name_image_volumes(server, &mut config)?;
     let id = new_id();
     let files = server.layout.pod(pod.id());
-    let record = server.pod_record(pod);
+    let record = server.pod_metadata(pod);
     let options = container::options(&id, pod.id(), &record, config.clone(), &image, &files)?;
     let session = server.session().await;
-    let options = plugins::create(server, &session, pod, &config, options).await?;
+    let options = nri_hooks::create(server, &session, pod, &config, options).await?;
     if let Err(error) = pod.create_container(options).await {
-        plugins::undo_create(server, &session, pod, &id, &config).await;
-        return Err(refused(error));
+        nri_hooks::undo_create(server, &session, pod, &id, &config).await;
+        return Err(status_of(error));
     }
-    plugins::after(server, &session, Event::PostCreateContainer, pod, &id).await;
+    nri_hooks::notify_container(server, &session, Event::PostCreateContainer, pod, &id).await;
     Ok(id)
 }
 

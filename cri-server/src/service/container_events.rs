@@ -14,7 +14,7 @@ use tonic::Status;
 
 /// The call.
 pub fn follow(server: &Server) -> Stream<ContainerEventResponse> {
-    let end = server.leaving.clone().cancelled_owned();
+    let end = server.stopping.clone().cancelled_owned();
     stream::unfold(Some(server.runtime.events()), next)
         .take_until(end)
         .boxed()

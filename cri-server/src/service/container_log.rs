@@ -1,6 +1,6 @@
 //! ReopenContainerLog: after the kubelet renamed the file.
 
-use super::{Server, refused};
+use super::{Server, status_of};
 use boxlite_proto::cri::v1::{ReopenContainerLogRequest, ReopenContainerLogResponse};
 use tonic::Status;
 
@@ -10,7 +10,7 @@ pub async fn reopen(
     request: ReopenContainerLogRequest,
 ) -> Result<ReopenContainerLogResponse, Status> {
     let (pod, container) = server.running_container(&request.container_id)?;
-    let work = async move { pod.reopen_log(&container.id).await.map_err(refused) };
-    server.detached(work).await?;
+    let work = async move { pod.reopen_log(&container.id).await.map_err(status_of) };
+    server.run_detached(work).await?;
     Ok(ReopenContainerLogResponse {})
 }

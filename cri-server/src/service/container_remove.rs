@@ -1,6 +1,6 @@
 //! RemoveContainer: kills what still runs. Succeeds on what is gone.
 
-use super::{Server, plugins, present, refused, unless_gone};
+use super::{Server, none_if_not_found, nri_hooks, require, status_of};
 use boxlite_proto::cri::v1::{RemoveContainerRequest, RemoveContainerResponse};
 use std::time::Duration;
 use tonic::Status;
@@ -12,8 +12,9 @@ pub async fn remove(
     server: &Server,
     request: RemoveContainerRequest,
 ) -> Result<RemoveContainerResponse, Status> {
-    present("container_id", &request.container_id)?;
-    let Some((pod, container)) = unless_gone(server.runtime.find_container(&request.container_id))?
+    require("container_id", &request.container_id)?;
+    let Some((pod, container)) =
+        none_if_not_found(server.runtime.find_container(&request.container_id))?
     else {
         return Ok(RemoveContainerResponse {});
     };
@@ -23,16 +24,18 @@ pub async fn remove(
         let ended = pod
             .stop_container(&container.id, Duration::ZERO, SIGKILL)
             .await;
-        unless_gone(ended)?;
-        plugins::container_ended(&task, &pod, &container.id).await;
+        none_if_not_found(ended)?;
+        nri_hooks::container_ended(&task, &pod, &container.id).await;
         let session = task.session().await;
         if let Ok(container) = pod.container(&container.id) {
-            plugins::remove(&task, &session, &pod, &container).await;
+            nri_hooks::remove(&task, &session, &pod, &container).await;
         }
-        pod.remove_container(&container.id).await.map_err(refused)?;
+        pod.remove_container(&container.id)
+            .await
+            .map_err(status_of)?;
         session.forget(&container.id);
         task.creates.forget(&container.id);
         Ok(RemoveContainerResponse {})
     };
-    server.detached(work).await
+    server.run_detached(work).await
 }

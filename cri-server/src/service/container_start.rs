@@ -1,6 +1,6 @@
 //! StartContainer: unless a plugin refuses it.
 
-use super::{Server, plugins, present, refused};
+use super::{Server, nri_hooks, require, status_of};
 use boxlite_proto::cri::v1::{StartContainerRequest, StartContainerResponse};
 use boxlite_proto::nri::v1alpha1::Event;
 use tonic::Status;
@@ -10,23 +10,23 @@ pub async fn start(
     server: &Server,
     request: StartContainerRequest,
 ) -> Result<StartContainerResponse, Status> {
-    present("container_id", &request.container_id)?;
+    require("container_id", &request.container_id)?;
     let (pod, container) = server
         .runtime
         .find_container(&request.container_id)
-        .map_err(refused)?;
+        .map_err(status_of)?;
     let task = server.clone();
     let work = async move {
         let session = task.session().await;
-        plugins::start(&task, &session, &pod, &container).await?;
+        nri_hooks::start(&task, &session, &pod, &container).await?;
         let started = pod.start_container(&container.id).await;
         // A failed start has ended the container too.
-        plugins::watch(&task, &pod, &container.id);
-        started.map_err(refused)?;
+        nri_hooks::watch(&task, &pod, &container.id);
+        started.map_err(status_of)?;
         let id = &container.id;
-        plugins::after(&task, &session, Event::PostStartContainer, &pod, id).await;
+        nri_hooks::notify_container(&task, &session, Event::PostStartContainer, &pod, id).await;
         Ok(())
     };
-    server.detached(work).await?;
+    server.run_detached(work).await?;
     Ok(StartContainerResponse {})
 }

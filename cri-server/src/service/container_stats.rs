@@ -1,7 +1,7 @@
 //! ContainerStats, ListContainerStats and StreamContainerStats. Each guest has a deadline; one that does not answer is left out of a
 //! list, and holds nobody else up.
 
-use super::{Server, container_list, present, refused};
+use super::{Server, container_list, require, status_of};
 use crate::convert::{filter, stats, time};
 use boxlite_proto::cri::v1::{
     ContainerStats, ContainerStatsFilter, ContainerStatsRequest, ContainerStatsResponse,
@@ -15,15 +15,19 @@ pub async fn stats(
     server: &Server,
     request: ContainerStatsRequest,
 ) -> Result<ContainerStatsResponse, Status> {
-    present("container_id", &request.container_id)?;
+    require("container_id", &request.container_id)?;
     let (pod, container) = server
         .runtime
         .find_container(&request.container_id)
-        .map_err(refused)?;
+        .map_err(status_of)?;
     let limit = server.config.timeouts.stats;
     let answer = if container.state == ContainerState::Running {
         let asked = tokio::time::timeout(limit, pod.container_stats(&container.id, false)).await;
-        Some(asked.map_err(|_| silent(limit))?.map_err(refused)?)
+        Some(
+            asked
+                .map_err(|_| guest_timeout(limit))?
+                .map_err(status_of)?,
+        )
     } else {
         None
     };
@@ -65,7 +69,7 @@ pub async fn of_pod(server: &Server, pod: &LiteBox) -> Vec<ContainerStats> {
 }
 
 /// A guest's silence as a status.
-pub fn silent(limit: Duration) -> Status {
+pub fn guest_timeout(limit: Duration) -> Status {
     Status::deadline_exceeded(format!(
         "the guest did not answer within {} s",
         limit.as_secs_f32()

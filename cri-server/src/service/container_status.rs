@@ -1,6 +1,6 @@
 //! ContainerStatus: from memory, never from a VM. With verbose, the spec is read and the guest asked for the pid, within its limit.
 
-use super::{Server, present, refused};
+use super::{Server, require, status_of};
 use crate::convert::{status, verbose};
 use boxlite_proto::cri::v1::{ContainerStatusRequest, ContainerStatusResponse};
 use boxlite_runtime::{ContainerSnapshot, ContainerState, LiteBox};
@@ -12,11 +12,11 @@ pub async fn status(
     server: &Server,
     request: ContainerStatusRequest,
 ) -> Result<ContainerStatusResponse, Status> {
-    present("container_id", &request.container_id)?;
+    require("container_id", &request.container_id)?;
     let (pod, container) = server
         .runtime
         .find_container(&request.container_id)
-        .map_err(refused)?;
+        .map_err(status_of)?;
     Ok(ContainerStatusResponse {
         status: Some(status::container_status(&container)),
         info: if request.verbose {

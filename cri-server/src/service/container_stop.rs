@@ -1,7 +1,7 @@
 //! StopContainer: the container's stop signal, the grace, SIGKILL. Succeeds on what is stopped or gone.
 
-use super::{Server, plugins, present, refused, unless_gone};
-use crate::convert::container::ContainerRecord;
+use super::{Server, none_if_not_found, nri_hooks, require, status_of};
+use crate::convert::container::ContainerMetadata;
 use crate::convert::signal;
 use boxlite_proto::cri::v1::{StopContainerRequest, StopContainerResponse};
 use std::time::Duration;
@@ -12,12 +12,13 @@ pub async fn stop(
     server: &Server,
     request: StopContainerRequest,
 ) -> Result<StopContainerResponse, Status> {
-    present("container_id", &request.container_id)?;
-    let Some((pod, container)) = unless_gone(server.runtime.find_container(&request.container_id))?
+    require("container_id", &request.container_id)?;
+    let Some((pod, container)) =
+        none_if_not_found(server.runtime.find_container(&request.container_id))?
     else {
         return Ok(StopContainerResponse {});
     };
-    let record = ContainerRecord::decoded(&container.metadata);
+    let record = ContainerMetadata::from_bytes(&container.metadata);
     let number = if record.stop_signal == 0 {
         signal::TERM
     } else {
@@ -31,10 +32,10 @@ pub async fn stop(
     let work = async move {
         pod.stop_container(&container.id, grace, number)
             .await
-            .map_err(refused)?;
-        plugins::container_ended(&task, &pod, &container.id).await;
+            .map_err(status_of)?;
+        nri_hooks::container_ended(&task, &pod, &container.id).await;
         Ok(())
     };
-    server.detached(work).await?;
+    server.run_detached(work).await?;
     Ok(StopContainerResponse {})
 }

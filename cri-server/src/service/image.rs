@@ -1,6 +1,6 @@
 //! The trait of the ImageService: hands each call to its file.
 
-use super::streams::{Stream, portions};
+use super::streams::{Stream, batches};
 use super::{Server, image_fs, image_list, image_pull, image_remove, image_status};
 use boxlite_proto::cri::v1::image_service_server::ImageService;
 use boxlite_proto::cri::v1::*;
@@ -23,7 +23,7 @@ impl ImageService for Server {
         request: Request<StreamImagesRequest>,
     ) -> Result<Response<Self::StreamImagesStream>, Status> {
         let images = image_list::list(self, request.into_inner().filter);
-        Ok(portions(images, |images| StreamImagesResponse { images }))
+        Ok(batches(images, |images| StreamImagesResponse { images }))
     }
 
     async fn image_status(

@@ -9,7 +9,7 @@ use std::os::unix::fs::MetadataExt;
 use tonic::Status;
 
 /// Unit of `st_blocks`, in bytes (stat(2)).
-const BLOCK: u64 = 512;
+const BLOCK_BYTES: u64 = 512;
 
 /// The call.
 pub async fn info(server: &Server) -> Result<ImageFsInfoResponse, Status> {
@@ -33,7 +33,7 @@ fn scratch_disks(server: &Server) -> FilesystemUsage {
         .boxes()
         .iter()
         .filter_map(|pod| std::fs::metadata(layout.scratch(&pod.id)).ok())
-        .map(|disk| disk.blocks().saturating_mul(BLOCK))
+        .map(|disk| disk.blocks().saturating_mul(BLOCK_BYTES))
         .collect();
     FilesystemUsage {
         timestamp: time::now_ns(),

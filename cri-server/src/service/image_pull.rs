@@ -1,7 +1,7 @@
 //! PullImage. A client that goes away cancels its own pull; what was downloaded is used by the next, and others who pull the same layers
 //! go on.
 
-use super::{Server, present};
+use super::{Server, require};
 use crate::convert::image;
 use boxlite_proto::cri::v1::{PullImageRequest, PullImageResponse};
 use boxlite_runtime::images::PullProgress;
@@ -15,7 +15,7 @@ const REPORT_INTERVAL: Duration = Duration::from_secs(5);
 /// The call. Answers the image's id.
 pub async fn pull(server: &Server, request: PullImageRequest) -> Result<PullImageResponse, Status> {
     let reference = request.image.unwrap_or_default().image;
-    present("image.image", &reference)?;
+    require("image.image", &reference)?;
     let (sender, receiver) = watch::channel(PullProgress::default());
     let images = server.runtime.images();
     let pulled = images.pull(&reference, image::auth(request.auth), Some(sender));

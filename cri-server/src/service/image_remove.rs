@@ -1,6 +1,6 @@
 //! RemoveImage. Succeeds on what is gone; an image in use is kept, and the error names who holds it.
 
-use super::{Server, present};
+use super::{Server, require};
 use crate::convert::image;
 use boxlite_proto::cri::v1::{RemoveImageRequest, RemoveImageResponse};
 use tonic::Status;
@@ -11,7 +11,7 @@ pub async fn remove(
     request: RemoveImageRequest,
 ) -> Result<RemoveImageResponse, Status> {
     let wanted = request.image.unwrap_or_default().image;
-    present("image.image", &wanted)?;
+    require("image.image", &wanted)?;
     server
         .runtime
         .images()

@@ -1,6 +1,6 @@
 //! ImageStatus. An image that is not here is an answer without image, not an error.
 
-use super::{Server, present};
+use super::{Server, require};
 use crate::convert::image;
 use boxlite_proto::cri::v1::{ImageStatusRequest, ImageStatusResponse};
 use boxlite_runtime::images::ImageRecord;
@@ -11,7 +11,7 @@ use tonic::Status;
 /// The call.
 pub fn status(server: &Server, request: ImageStatusRequest) -> Result<ImageStatusResponse, Status> {
     let wanted = request.image.unwrap_or_default().image;
-    present("image.image", &wanted)?;
+    require("image.image", &wanted)?;
     let Some(record) = find(server, &wanted) else {
         return Ok(ImageStatusResponse::default());
     };

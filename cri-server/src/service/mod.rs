@@ -4,8 +4,9 @@
 //! A verb converts, makes one or two calls of the runtime, answers. It holds no state but what is in `Server`, reads no path, and
 //! waits for a VM only where the CRI's meaning is to wait. Logging, latency and panics are `server::layer`'s.
 //!
-//! What changes something runs as a task of its own (`Server::detached`): a client that goes away tears nothing half-way.
+//! What changes something runs as a task of its own (`Server::run_detached`): a client that goes away tears nothing half-way.
 
+mod capacity;
 mod container_create;
 mod container_events;
 mod container_list;
@@ -17,14 +18,13 @@ mod container_status;
 mod container_stop;
 mod container_update;
 mod exec_sync;
-mod flights;
 mod image;
 mod image_fs;
 mod image_list;
 mod image_pull;
 mod image_remove;
 mod image_status;
-mod plugins;
+mod nri_hooks;
 mod pod_files;
 mod runtime;
 mod runtime_config;
@@ -37,6 +37,7 @@ mod sandbox_stats;
 mod sandbox_status;
 mod sandbox_stop;
 mod sandbox_update;
+mod single_flight;
 mod stream_attach;
 mod stream_exec;
 mod stream_forward;
@@ -48,7 +49,7 @@ mod version;
 
 use crate::cni::{Cni, CniError};
 use crate::config::Config;
-use crate::convert::{sandbox::SandboxRecord, status};
+use crate::convert::{sandbox::PodMetadata, status};
 use crate::layout::Layout;
 use crate::metrics::Metrics;
 use crate::nri::Nri;
@@ -58,8 +59,8 @@ use boxlite_runtime::{
     BoxliteRuntime, ContainerSnapshot, ContainerState, ErrorKind, LiteBox, RuntimeError,
 };
 use boxlite_sys::sync::Mutex;
-use flights::Flights;
 use rand::RngCore;
+use single_flight::SingleFlight;
 use std::collections::HashSet;
 use std::future::Future;
 use std::sync::{Arc, OnceLock};
@@ -75,8 +76,8 @@ pub struct Server(Arc<Inner>);
 
 /// Until a leaked network is tried again: first and, doubled each time, at most. Plugins fail for seconds (a lock, a
 /// machine under load) or until somebody mends them.
-const RELEASE_PAUSE: Duration = Duration::from_secs(2);
-const RELEASE_PAUSE_LONGEST: Duration = Duration::from_secs(120);
+const CNI_RETRY_INTERVAL: Duration = Duration::from_secs(2);
+const MAX_CNI_RETRY_INTERVAL: Duration = Duration::from_secs(120);
 
 /// See [`Server`].
 #[derive(Debug)]
@@ -91,14 +92,14 @@ pub struct Inner {
     streaming: Streaming,
     /// Pods whose RunPodSandbox is under way; no list shows them yet.
     starting: Mutex<HashSet<String>>,
-    runs: Flights<RunPodSandboxRequest>,
-    creates: Flights<ContainerConfig>,
+    runs: SingleFlight<RunPodSandboxRequest>,
+    creates: SingleFlight<ContainerConfig>,
     /// Set once at the start; without it nobody is told of anything.
     nri: OnceLock<Nri>,
     pod_cidrs: Mutex<Vec<String>>,
     tasks: TaskTracker,
     /// Cancelled when no new call comes any more: streams without an end of their own end.
-    leaving: CancellationToken,
+    stopping: CancellationToken,
 }
 
 impl std::ops::Deref for Server {
@@ -128,18 +129,18 @@ impl Server {
             vmm,
             streaming,
             starting: Mutex::default(),
-            runs: Flights::default(),
-            creates: Flights::default(),
+            runs: SingleFlight::default(),
+            creates: SingleFlight::default(),
             nri: OnceLock::new(),
             pod_cidrs: Mutex::default(),
             tasks: TaskTracker::new(),
-            leaving: CancellationToken::new(),
+            stopping: CancellationToken::new(),
         }))
     }
 
     /// Undoes networks and files of pods that are gone. For the start, before the first call.
     /// Networks whose plugins fail now are tried again, until this server leaves.
-    pub async fn collect(&self) {
+    pub async fn remove_orphans(&self) {
         let live: HashSet<String> = self.runtime.boxes().into_iter().map(|pod| pod.id).collect();
         let (networks, left) = self.cni.collect(&live).await;
         let files = pod_files::collect(&self.layout, &live);
@@ -151,36 +152,38 @@ impl Server {
             );
         }
         if !left.is_empty() {
-            self.tasks.spawn(self.clone().release(left));
+            self.tasks.spawn(self.clone().retry_cni_release(left));
         }
     }
 
-    async fn release(self, mut networks: HashSet<String>) {
-        let mut pause = RELEASE_PAUSE;
-        let leaving = self.leaving.clone();
+    async fn retry_cni_release(self, mut networks: HashSet<String>) {
+        let mut pause = CNI_RETRY_INTERVAL;
+        let stopping = self.stopping.clone();
         while !networks.is_empty() {
-            let waited = leaving.run_until_cancelled(tokio::time::sleep(pause)).await;
+            let waited = stopping
+                .run_until_cancelled(tokio::time::sleep(pause))
+                .await;
             if waited.is_none() {
                 return;
             }
             networks = self.cni.release_again(networks).await;
-            pause = (pause * 2).min(RELEASE_PAUSE_LONGEST);
+            pause = (pause * 2).min(MAX_CNI_RETRY_INTERVAL);
         }
     }
 
     /// Ends the streams that would go on for ever: clients follow the next daemon.
-    pub fn leave(&self) {
-        self.leaving.cancel();
+    pub fn close_streams(&self) {
+        self.stopping.cancel();
     }
 
     /// Waits for the tasks of calls whose clients have gone. No new call may come any more.
-    pub async fn finished(&self) {
+    pub async fn wait_for_tasks(&self) {
         self.tasks.close();
         self.tasks.wait().await;
     }
 
     /// Runs `work` to its end even when the caller's future is dropped.
-    async fn detached<T: Send + 'static>(
+    async fn run_detached<T: Send + 'static>(
         &self,
         work: impl Future<Output = Result<T, Status>> + Send + 'static,
     ) -> Result<T, Status> {
@@ -194,12 +197,12 @@ impl Server {
 
     /// The pod of a request, by id or unique prefix. One whose RunPodSandbox is under way is not there yet: its plugins may still refuse it.
     fn pod(&self, id: &str) -> Result<LiteBox, Status> {
-        present("pod_sandbox_id", id)?;
+        require("pod_sandbox_id", id)?;
         let pod = self
             .runtime
             .get_box(id)
             .map_err(|error| status::status(&error))?;
-        if lock(&self.starting).contains(pod.id()) {
+        if self.starting.lock().contains(pod.id()) {
             return Err(Status::not_found(format!(
                 "pod {} is still being started",
                 pod.id()
@@ -210,8 +213,8 @@ impl Server {
 
     /// The pod of a request, or `None` where it is gone: for the verbs that succeed on what is gone.
     fn pod_if_any(&self, id: &str) -> Result<Option<LiteBox>, Status> {
-        present("pod_sandbox_id", id)?;
-        unless_gone(self.runtime.get_box(id))
+        require("pod_sandbox_id", id)?;
+        none_if_not_found(self.runtime.get_box(id))
     }
 
     /// The URL at which a client may use `ticket` once.
@@ -223,8 +226,8 @@ impl Server {
 
     /// A container that runs and its pod; FAILED_PRECONDITION for one that does not.
     fn running_container(&self, id: &str) -> Result<(LiteBox, ContainerSnapshot), Status> {
-        present("container_id", id)?;
-        let (pod, container) = self.runtime.find_container(id).map_err(refused)?;
+        require("container_id", id)?;
+        let (pod, container) = self.runtime.find_container(id).map_err(status_of)?;
         if container.state != ContainerState::Running {
             return Err(Status::failed_precondition(format!(
                 "container {} is {}, not running",
@@ -235,13 +238,13 @@ impl Server {
     }
 
     /// The pod's own record.
-    fn pod_record(&self, pod: &LiteBox) -> SandboxRecord {
-        SandboxRecord::decoded(&pod.snapshot().metadata)
+    fn pod_metadata(&self, pod: &LiteBox) -> PodMetadata {
+        PodMetadata::from_bytes(&pod.snapshot().metadata)
     }
 }
 
 /// An error of a request's identifier that is not there.
-fn present(field: &'static str, value: &str) -> Result<(), Status> {
+fn require(field: &'static str, value: &str) -> Result<(), Status> {
     if value.is_empty() {
         return Err(Status::invalid_argument(format!("{field} is missing")));
     }
@@ -249,7 +252,7 @@ fn present(field: &'static str, value: &str) -> Result<(), Status> {
 }
 
 /// NotFound as `None`, every other error as a status.
-fn unless_gone<T>(found: Result<T, RuntimeError>) -> Result<Option<T>, Status> {
+fn none_if_not_found<T>(found: Result<T, RuntimeError>) -> Result<Option<T>, Status> {
     match found {
         Ok(found) => Ok(Some(found)),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
@@ -258,12 +261,12 @@ fn unless_gone<T>(found: Result<T, RuntimeError>) -> Result<Option<T>, Status> {
 }
 
 /// For `map_err`.
-fn refused(error: RuntimeError) -> Status {
+fn status_of(error: RuntimeError) -> Status {
     status::status(&error)
 }
 
 /// The status of a network's failure.
-fn network_failed(error: &CniError) -> Status {
+fn cni_status(error: &CniError) -> Status {
     let text = boxlite_runtime::report(error);
     match error {
         CniError::Conf(_) => Status::failed_precondition(text),

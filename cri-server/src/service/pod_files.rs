@@ -1,6 +1,6 @@
 //! The files that every container of a pod sees: resolv.conf, hostname, hosts.
 
-use crate::convert::sandbox::SandboxRecord;
+use crate::convert::sandbox::PodMetadata;
 use crate::layout::Layout;
 use std::collections::HashSet;
 use std::fs::{self, DirBuilder, OpenOptions};
@@ -13,10 +13,10 @@ const NODE_RESOLV_CONF: &str = "/etc/resolv.conf";
 /// Where a pod in the host's network takes its hosts file from.
 const NODE_HOSTS: &str = "/etc/hosts";
 /// Most bytes of such a file that are copied.
-const NODE_FILE_LIMIT: u64 = 1 << 20;
+const MAX_NODE_FILE_BYTES: u64 = 1 << 20;
 
 /// Writes the files. The directory is private; the files are readable to whatever user a container has.
-pub fn write(layout: &Layout, id: &str, record: &SandboxRecord) -> io::Result<()> {
+pub fn write(layout: &Layout, id: &str, record: &PodMetadata) -> io::Result<()> {
     let directory = layout.pod(id);
     DirBuilder::new()
         .recursive(true)
@@ -72,7 +72,7 @@ fn of_node(path: &str) -> io::Result<Vec<u8>> {
     let mut text = Vec::new();
     match fs::File::open(path) {
         Ok(file) => {
-            file.take(NODE_FILE_LIMIT).read_to_end(&mut text)?;
+            file.take(MAX_NODE_FILE_BYTES).read_to_end(&mut text)?;
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(error),

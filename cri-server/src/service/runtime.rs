@@ -1,6 +1,6 @@
 //! The trait of the RuntimeService: hands each call to its file, and the others to the table of what is not there yet.
 
-use super::streams::{Stream, portions};
+use super::streams::{Stream, batches};
 use super::{
     Server, container_create, container_events, container_list, container_log, container_remove,
     container_start, container_stats, container_status, container_stop, container_update,
@@ -72,7 +72,7 @@ impl RuntimeService for Server {
         request: Request<StreamPodSandboxesRequest>,
     ) -> Result<Response<Self::StreamPodSandboxesStream>, Status> {
         let pods = sandbox_list::list(self, request.into_inner().filter.as_ref());
-        Ok(portions(pods, |pod_sandboxes| StreamPodSandboxesResponse {
+        Ok(batches(pods, |pod_sandboxes| StreamPodSandboxesResponse {
             pod_sandboxes,
         }))
     }
@@ -128,8 +128,8 @@ impl RuntimeService for Server {
         request: Request<StreamContainersRequest>,
     ) -> Result<Response<Self::StreamContainersStream>, Status> {
         let containers = container_list::list(self, request.into_inner().filter.as_ref());
-        Ok(portions(containers, |containers| {
-            StreamContainersResponse { containers }
+        Ok(batches(containers, |containers| StreamContainersResponse {
+            containers,
         }))
     }
 
@@ -211,7 +211,7 @@ impl RuntimeService for Server {
         request: Request<StreamContainerStatsRequest>,
     ) -> Result<Response<Self::StreamContainerStatsStream>, Status> {
         let stats = container_stats::list(self, request.into_inner().filter).await;
-        Ok(portions(stats, |container_stats| {
+        Ok(batches(stats, |container_stats| {
             StreamContainerStatsResponse { container_stats }
         }))
     }
@@ -240,7 +240,7 @@ impl RuntimeService for Server {
         request: Request<StreamPodSandboxStatsRequest>,
     ) -> Result<Response<Self::StreamPodSandboxStatsStream>, Status> {
         let stats = sandbox_stats::list(self, request.into_inner().filter).await;
-        Ok(portions(stats, |pod_sandbox_stats| {
+        Ok(batches(stats, |pod_sandbox_stats| {
             StreamPodSandboxStatsResponse { pod_sandbox_stats }
         }))
     }
@@ -300,7 +300,7 @@ impl RuntimeService for Server {
         _: Request<StreamPodSandboxMetricsRequest>,
     ) -> Result<Response<Self::StreamPodSandboxMetricsStream>, Status> {
         let metrics = sandbox_metrics::list(self).await;
-        Ok(portions(metrics, |pod_sandbox_metrics| {
+        Ok(batches(metrics, |pod_sandbox_metrics| {
             StreamPodSandboxMetricsResponse {
                 pod_sandbox_metrics,
             }

@@ -1,6 +1,6 @@
 //! RuntimeConfig and UpdateRuntimeConfig.
 
-use super::{Server, lock};
+use super::Server;
 use boxlite_proto::cri::v1::{
     CgroupDriver, LinuxRuntimeConfiguration, RuntimeConfigResponse, UpdateRuntimeConfigRequest,
     UpdateRuntimeConfigResponse,
@@ -45,7 +45,7 @@ pub fn update(
         }
     }
     if !cidrs.is_empty() {
-        *lock(&server.pod_cidrs) = cidrs;
+        *server.pod_cidrs.lock() = cidrs;
     }
     Ok(UpdateRuntimeConfigResponse {})
 }

@@ -1,12 +1,12 @@
 //! ListPodSandbox and StreamPodSandboxes: from memory, never from a VM.
 
-use super::{Server, lock};
+use super::Server;
 use crate::convert::{filter, status};
 use boxlite_proto::cri::v1::{PodSandbox, PodSandboxFilter};
 
 /// The pods that `wanted` selects, newest first.
 pub fn list(server: &Server, wanted: Option<&PodSandboxFilter>) -> Vec<PodSandbox> {
-    let starting = lock(&server.starting).clone();
+    let starting = server.starting.lock().clone();
     let mut pods: Vec<PodSandbox> = server
         .runtime
         .boxes()

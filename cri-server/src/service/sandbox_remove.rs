@@ -1,6 +1,6 @@
 //! RemovePodSandbox: stops what still runs, then nothing of the pod is left. Succeeds on what is gone.
 
-use super::{Server, plugins, pod_files, refused, sandbox_stop};
+use super::{Server, nri_hooks, pod_files, sandbox_stop, status_of};
 use boxlite_proto::cri::v1::{RemovePodSandboxRequest, RemovePodSandboxResponse};
 use tonic::Status;
 
@@ -16,9 +16,9 @@ pub async fn remove(
     let work = async move {
         let id = pod.id().to_owned();
         let containers = pod.containers();
-        sandbox_stop::take_down(&task, &pod).await?;
+        sandbox_stop::tear_down(&task, &pod).await?;
         let session = task.session().await;
-        plugins::remove_pod(&task, &session, &pod).await;
+        nri_hooks::remove_pod(&task, &session, &pod).await;
         // The box goes last: as long as something is left, the pod is listed and Remove can be called again.
         pod_files::remove(&task.layout, &id).map_err(|error| {
             Status::internal(format!(
@@ -26,7 +26,7 @@ pub async fn remove(
                 task.layout.pod(&id).display()
             ))
         })?;
-        pod.remove().await.map_err(refused)?;
+        pod.remove().await.map_err(status_of)?;
         for container in containers {
             task.creates.forget(&container.id);
             session.forget(&container.id);
@@ -34,5 +34,5 @@ pub async fn remove(
         session.forget(&id);
         Ok(RemovePodSandboxResponse {})
     };
-    server.detached(work).await
+    server.run_detached(work).await
 }

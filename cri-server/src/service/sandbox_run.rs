@@ -5,11 +5,11 @@
 //!     └────────┴─────────┴─────────┴───────────┴───────────┴──▶ undone
 //! ```
 //!
-//! One task per pod does it; a retry joins that task (see `flights`).
+//! One task per pod does it; a retry joins that task (see `single_flight`).
 
-use super::{Server, lock, network_failed, new_id, plugins, pod_files, refused};
+use super::{Server, cni_status, new_id, nri_hooks, pod_files, status_of};
 use crate::cni::CniError;
-use crate::convert::sandbox::SandboxRecord;
+use crate::convert::sandbox::PodMetadata;
 use crate::convert::size;
 use boxlite_proto::cri::v1::{RunPodSandboxRequest, RunPodSandboxResponse};
 use boxlite_runtime::LiteBox;
@@ -32,7 +32,7 @@ pub async fn run(
             server.config.runtime_handlers
         )));
     }
-    let record = SandboxRecord::new(request.config.clone().unwrap_or_default(), handler.clone())?;
+    let record = PodMetadata::new(request.config.clone().unwrap_or_default(), handler.clone())?;
     let work = || {
         let server = server.clone();
         let record = record.clone();
@@ -45,7 +45,7 @@ pub async fn run(
     Ok(RunPodSandboxResponse { pod_sandbox_id })
 }
 
-async fn make(server: &Server, record: SandboxRecord) -> Result<String, Status> {
+async fn make(server: &Server, record: PodMetadata) -> Result<String, Status> {
     if let Some(present) = server.runtime.find_box_by_name(&record.key()) {
         return Err(Status::already_exists(format!(
             "pod {:?} exists already as {}",
@@ -57,7 +57,7 @@ async fn make(server: &Server, record: SandboxRecord) -> Result<String, Status> 
     let id = new_id();
     // A pod that can't have a VM of its size must not cost an address first.
     record.box_options(&id, None, &server.config.pod, limit)?;
-    let hidden = Hidden::new(server, &id);
+    let hidden = StartingGuard::new(server, &id);
     let limit_of_time = server.config.timeouts.run_pod;
     let made = match tokio::time::timeout(limit_of_time, stages(server, &id, record, limit)).await {
         Ok(made) => made,
@@ -69,7 +69,9 @@ async fn make(server: &Server, record: SandboxRecord) -> Result<String, Status> 
     // From the plugins' word until the pod can be seen: a plugin that comes now finds it there, or is told of it.
     let session = server.session().await;
     let made = match made {
-        Ok(pod) => plugins::run_pod(server, &session, &pod).await.map(|()| pod),
+        Ok(pod) => nri_hooks::run_pod(server, &session, &pod)
+            .await
+            .map(|()| pod),
         Err(error) => Err(error),
     };
     match made {
@@ -89,7 +91,7 @@ async fn make(server: &Server, record: SandboxRecord) -> Result<String, Status> 
 async fn stages(
     server: &Server,
     id: &str,
-    mut record: SandboxRecord,
+    mut record: PodMetadata,
     limit: Option<u64>,
 ) -> Result<LiteBox, Status> {
     let netns = match record.host_network() {
@@ -104,20 +106,24 @@ async fn stages(
         ))
     })?;
     let options = record.box_options(id, netns, &server.config.pod, limit)?;
-    let pod = server.runtime.create_box(options).await.map_err(refused)?;
-    pod.start().await.map_err(refused)?;
+    let pod = server
+        .runtime
+        .create_box(options)
+        .await
+        .map_err(status_of)?;
+    pod.start().await.map_err(status_of)?;
     Ok(pod)
 }
 
 /// The pod's network by CNI: its namespace; the record gets the addresses.
-async fn attach(server: &Server, id: &str, record: &mut SandboxRecord) -> Result<PathBuf, Status> {
-    let ranges = lock(&server.pod_cidrs).clone();
+async fn attach(server: &Server, id: &str, record: &mut PodMetadata) -> Result<PathBuf, Status> {
+    let ranges = server.pod_cidrs.lock().clone();
     let begun = Instant::now();
     let network = server
         .cni
         .attach(&record.network(id, &ranges)?)
         .await
-        .map_err(|error: CniError| network_failed(&error))?;
+        .map_err(|error: CniError| cni_status(&error))?;
     record.network_ms = milliseconds(begun.elapsed());
     record.set_addresses(&network.addresses());
     Ok(network.netns)
@@ -151,14 +157,14 @@ fn milliseconds(time: Duration) -> u64 {
 }
 
 /// Keeps a pod out of lists until RunPodSandbox is done with it: a kubelet that saw it NOTREADY would replace it.
-struct Hidden<'a> {
+struct StartingGuard<'a> {
     server: &'a Server,
     id: String,
 }
 
-impl<'a> Hidden<'a> {
+impl<'a> StartingGuard<'a> {
     fn new(server: &'a Server, id: &str) -> Self {
-        lock(&server.starting).insert(id.to_owned());
+        server.starting.lock().insert(id.to_owned());
         Self {
             server,
             id: id.to_owned(),
@@ -166,8 +172,8 @@ impl<'a> Hidden<'a> {
     }
 }
 
-impl Drop for Hidden<'_> {
+impl Drop for StartingGuard<'_> {
     fn drop(&mut self) {
-        lock(&self.server.starting).remove(&self.id);
+        self.server.starting.lock().remove(&self.id);
     }
 }

@@ -1,7 +1,7 @@
 //! PodSandboxStats, ListPodSandboxStats and StreamPodSandboxStats. Each guest has a deadline; one that does not answer has no numbers, and
 //! holds nobody else up.
 
-use super::{Server, container_stats, refused, sandbox_list};
+use super::{Server, container_stats, sandbox_list, status_of};
 use crate::convert::{filter, stats, time};
 use boxlite_proto::cri::v1::{
     PodSandboxStats, PodSandboxStatsFilter, PodSandboxStatsRequest, PodSandboxStatsResponse,
@@ -23,8 +23,8 @@ pub async fn stats(
             container_stats::of_pod(server, &pod)
         );
         let answer = asked
-            .map_err(|_| container_stats::silent(limit))?
-            .map_err(refused)?;
+            .map_err(|_| container_stats::guest_timeout(limit))?
+            .map_err(status_of)?;
         (Some(answer), containers)
     } else {
         (None, Vec::new())

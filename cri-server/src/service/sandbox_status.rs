@@ -1,7 +1,7 @@
 //! PodSandboxStatus: from memory, never from a VM. With verbose, a ready pod's network is checked by its plugins (CNI CHECK).
 
 use super::Server;
-use crate::convert::sandbox::SandboxRecord;
+use crate::convert::sandbox::PodMetadata;
 use crate::convert::{status, time, verbose};
 use boxlite_proto::cri::v1::{PodSandboxStatusRequest, PodSandboxStatusResponse};
 use boxlite_runtime::{BoxSnapshot, BoxState};
@@ -35,7 +35,7 @@ pub async fn status(
 
 /// What `crictl inspectp` shows beside the status.
 async fn info(server: &Server, snapshot: &BoxSnapshot) -> HashMap<String, String> {
-    let record = SandboxRecord::decoded(&snapshot.metadata);
+    let record = PodMetadata::from_bytes(&snapshot.metadata);
     let mut stages = vec![("cni".to_owned(), record.network_ms)];
     stages.extend(snapshot.timers.stages.iter().cloned());
     let stages: Vec<_> = stages

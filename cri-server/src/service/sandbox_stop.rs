@@ -1,6 +1,6 @@
 //! StopPodSandbox: the plugins hear of it, the VM ends, then the network goes. Succeeds on what is stopped or gone.
 
-use super::{Server, network_failed, plugins, refused};
+use super::{Server, cni_status, nri_hooks, status_of};
 use boxlite_proto::cri::v1::{StopPodSandboxRequest, StopPodSandboxResponse};
 use boxlite_runtime::LiteBox;
 use tonic::Status;
@@ -15,19 +15,19 @@ pub async fn stop(
     };
     let task = server.clone();
     server
-        .detached(async move { take_down(&task, &pod).await })
+        .run_detached(async move { tear_down(&task, &pod).await })
         .await?;
     Ok(StopPodSandboxResponse {})
 }
 
 /// Ends VM and network; repeatable.
-pub async fn take_down(server: &Server, pod: &LiteBox) -> Result<(), Status> {
+pub async fn tear_down(server: &Server, pod: &LiteBox) -> Result<(), Status> {
     server.runs.forget(pod.id());
-    plugins::stop_pod(server, pod).await;
-    pod.stop().await.map_err(refused)?;
+    nri_hooks::stop_pod(server, pod).await;
+    pod.stop().await.map_err(status_of)?;
     server
         .cni
         .detach(pod.id())
         .await
-        .map_err(|error| network_failed(&error))
+        .map_err(|error| cni_status(&error))
 }

@@ -1,8 +1,8 @@
 //! UpdatePodSandboxResources: new limits for all containers of a pod together, within what its VM has, unless a plugin refuses
 //! them, and kept with the pod.
 
-use super::{Server, container_update, plugins, refused};
-use crate::convert::sandbox::SandboxRecord;
+use super::{Server, capacity, nri_hooks, status_of};
+use crate::convert::sandbox::PodMetadata;
 use crate::convert::spec;
 use boxlite_proto::cri::v1::{
     LinuxContainerResources, UpdatePodSandboxResourcesRequest, UpdatePodSandboxResourcesResponse,
@@ -34,7 +34,7 @@ pub async fn update(
             pod.id()
         )));
     }
-    let room = container_update::room(server, &pod);
+    let room = capacity::of_pod(server, &pod);
     let wish = resources.clone().unwrap_or_default();
     room.admit(&wish, None)?;
     let limits = spec::resources(Some(&of_the_whole(&wish)))?;
@@ -42,17 +42,17 @@ pub async fn update(
     let work = async move {
         let session = task.session().await;
         let (of_all, above) = (resources.as_ref(), overhead.as_ref());
-        plugins::update_pod(&task, &session, &pod, of_all, above).await?;
+        nri_hooks::update_pod(&task, &session, &pod, of_all, above).await?;
         let describe = Box::new(move |bytes: &[u8]| {
-            SandboxRecord::updated(bytes, resources.as_ref(), overhead.as_ref())
+            PodMetadata::updated(bytes, resources.as_ref(), overhead.as_ref())
         });
         pod.update_limits(limits.to_string().into_bytes(), describe)
             .await
-            .map_err(refused)?;
-        plugins::tell_pod(&task, &session, Event::PostUpdatePodSandbox, &pod).await;
+            .map_err(status_of)?;
+        nri_hooks::notify_pod(&task, &session, Event::PostUpdatePodSandbox, &pod).await;
         Ok(UpdatePodSandboxResourcesResponse {})
     };
-    server.detached(work).await
+    server.run_detached(work).await
 }
 
 /// What makes sense for the pod as a whole. Shares weigh pods against each other, and in its VM it is alone.

@@ -1,26 +1,31 @@
 //! Attach: checks the request and answers the URL of one session.
 
 use super::Server;
-use crate::streaming::{Attach, Ticket, Wanted};
+use crate::streaming::{Attach, RequestedStreams, Ticket};
 use boxlite_proto::cri::v1::{AttachRequest, AttachResponse};
 use tonic::Status;
 
 /// The call.
 pub fn attach(server: &Server, request: AttachRequest) -> Result<AttachResponse, Status> {
-    let wanted = wanted(request.stdin, request.stdout, request.stderr, request.tty)?;
+    let streams = requested_streams(request.stdin, request.stdout, request.stderr, request.tty)?;
     let (pod, container) = server.running_container(&request.container_id)?;
     let ticket = Ticket::Attach(Attach {
         pod,
         has_stdin: container.stdin,
         container: container.id,
-        wanted,
+        streams,
     });
     let url = server.stream_url(ticket)?;
     Ok(AttachResponse { url })
 }
 
 /// The streams of a request, if they make sense together.
-pub fn wanted(stdin: bool, stdout: bool, stderr: bool, tty: bool) -> Result<Wanted, Status> {
+pub fn requested_streams(
+    stdin: bool,
+    stdout: bool,
+    stderr: bool,
+    tty: bool,
+) -> Result<RequestedStreams, Status> {
     if tty && stderr {
         // A terminal has one output.
         return Err(Status::invalid_argument(
@@ -32,7 +37,7 @@ pub fn wanted(stdin: bool, stdout: bool, stderr: bool, tty: bool) -> Result<Want
             "one of stdin, stdout, and stderr must be set",
         ));
     }
-    Ok(Wanted {
+    Ok(RequestedStreams {
         stdin,
         stdout,
         stderr,

@@ -1,6 +1,6 @@
 //! Exec: checks the request and answers the URL of one session.
 
-use super::{Server, stream_attach::wanted};
+use super::{Server, stream_attach::requested_streams};
 use crate::streaming::{Exec, Ticket};
 use boxlite_proto::cri::v1::{ExecRequest, ExecResponse};
 use tonic::Status;
@@ -10,13 +10,13 @@ pub fn exec(server: &Server, request: ExecRequest) -> Result<ExecResponse, Statu
     if request.cmd.first().is_none_or(String::is_empty) {
         return Err(Status::invalid_argument("cmd is missing"));
     }
-    let wanted = wanted(request.stdin, request.stdout, request.stderr, request.tty)?;
+    let streams = requested_streams(request.stdin, request.stdout, request.stderr, request.tty)?;
     let (pod, container) = server.running_container(&request.container_id)?;
     let ticket = Ticket::Exec(Exec {
         pod,
         container: container.id,
         argv: request.cmd,
-        wanted,
+        streams,
     });
     let url = server.stream_url(ticket)?;
     Ok(ExecResponse { url })

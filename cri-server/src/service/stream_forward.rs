@@ -1,12 +1,12 @@
 //! PortForward: checks the request and answers the URL of one session.
 
-use super::{Server, refused};
+use super::{Server, status_of};
 use crate::streaming::{Forward, Ticket};
 use boxlite_proto::cri::v1::{PortForwardRequest, PortForwardResponse};
 use tonic::Status;
 
 /// Ports of one call: WebSocket's channels have one byte for their number and a port takes two of them.
-const PORT_LIMIT: usize = 127;
+const MAX_PORTS: usize = 127;
 
 /// The call. Ports may be left out: over SPDY the client names them with each connection.
 pub fn forward(
@@ -26,14 +26,14 @@ pub fn forward(
                 })
         })
         .collect::<Result<Vec<_>, _>>()?;
-    if ports.len() > PORT_LIMIT {
+    if ports.len() > MAX_PORTS {
         return Err(Status::invalid_argument(format!(
-            "port has {} entries: at most {PORT_LIMIT} fit on one connection",
+            "port has {} entries: at most {MAX_PORTS} fit on one connection",
             ports.len()
         )));
     }
     // An error where no VM runs.
-    pod.portal().map_err(refused)?;
+    pod.portal().map_err(status_of)?;
     let url = server.stream_url(Ticket::Forward(Forward { pod, ports }))?;
     Ok(PortForwardResponse { url })
 }

@@ -261,15 +261,15 @@ fn run_request(handler: &str) -> RunPodSandboxRequest {
 #[tokio::test]
 async fn an_unknown_handler_is_refused_by_name() {
     let server = Fixture::new().await.server;
-    let refused = server
+    let status_of = server
         .run_pod_sandbox(Request::new(run_request("gvisor")))
         .await
         .unwrap_err();
-    assert_eq!(refused.code(), Code::InvalidArgument);
+    assert_eq!(status_of.code(), Code::InvalidArgument);
     assert!(
-        refused.message().contains("\"gvisor\""),
+        status_of.message().contains("\"gvisor\""),
         "{}",
-        refused.message()
+        status_of.message()
     );
 }
 
@@ -278,15 +278,15 @@ async fn without_network_configuration_no_pod_starts_and_status_says_why() {
     let fixture = Fixture::new().await;
     let server = &fixture.server;
     std::fs::create_dir(fixture.dir.path().join("net.d")).unwrap();
-    let refused = server
+    let status_of = server
         .run_pod_sandbox(Request::new(run_request("boxlite")))
         .await
         .unwrap_err();
-    assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert_eq!(status_of.code(), Code::FailedPrecondition);
     assert!(
-        refused.message().contains("no network configuration"),
+        status_of.message().contains("no network configuration"),
         "{}",
-        refused.message()
+        status_of.message()
     );
     assert!(server.runtime.boxes().is_empty(), "the pod is left");
     let status = server
@@ -328,12 +328,12 @@ async fn a_vm_too_big_for_its_cgroup_costs_no_address() {
         }),
         ..Default::default()
     });
-    let refused = fixture
+    let status_of = fixture
         .server
         .run_pod_sandbox(Request::new(request))
         .await
         .unwrap_err();
-    assert_eq!(refused.code(), Code::InvalidArgument);
+    assert_eq!(status_of.code(), Code::InvalidArgument);
     assert!(
         !fixture.dir.path().join("root/cni").exists(),
         "CNI was asked"
@@ -358,13 +358,13 @@ async fn pod_cidrs_are_taken_and_checked() {
             .await
             .is_ok()
     );
-    assert_eq!(*lock(&server.pod_cidrs), ["10.1.0.0/24", "fd00::/64"]);
+    assert_eq!(*server.pod_cidrs.lock(), ["10.1.0.0/24", "fd00::/64"]);
     assert_eq!(
         code(server.update_runtime_config(update("10.1.0.0")).await),
         Code::InvalidArgument
     );
     assert!(server.update_runtime_config(update("")).await.is_ok());
-    assert_eq!(lock(&server.pod_cidrs).len(), 2);
+    assert_eq!(server.pod_cidrs.lock().len(), 2);
 }
 
 #[test]

@@ -5,7 +5,7 @@
 //! buffered here. Which port may be dialled is not restricted: the pod is the client's.
 
 use super::pipe::{Input, Output};
-use super::process::pieces;
+use super::process::chunks;
 use super::remote::STREAM_TYPE;
 use super::spdy::{Accept, Stream};
 use boxlite_portal::PortalError;
@@ -18,7 +18,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 /// Half pairs that wait for their other half; a client opens one after the other.
-const HALF_LIMIT: usize = 64;
+const MAX_HALF_OPEN_PAIRS: usize = 64;
 
 /// What a PortForward call asked for.
 #[derive(Debug, Clone)]
@@ -100,7 +100,7 @@ impl Halves {
                 stream.output.reset().await;
                 None
             }
-            None if self.waiting.len() >= HALF_LIMIT => {
+            None if self.waiting.len() >= MAX_HALF_OPEN_PAIRS => {
                 stream.output.reset().await;
                 None
             }
@@ -176,7 +176,7 @@ pub async fn forward(pod: LiteBox, port: u16, input: Input, data: Output, mut er
         let message = format!(
             "error forwarding port {port} to pod {}: {}",
             pod.id(),
-            words(&reason)
+            guest_message(&reason)
         );
         tracing::debug!(message, "port-forward");
         let _ = error.write(message.into()).await;
@@ -185,7 +185,7 @@ pub async fn forward(pod: LiteBox, port: u16, input: Input, data: Output, mut er
 }
 
 async fn carry(pod: &LiteBox, port: u16, input: Input, data: Output) -> Result<(), RuntimeError> {
-    let mut answers = match pod.port_forward(port, pieces(input)).await {
+    let mut answers = match pod.port_forward(port, chunks(input)).await {
         Ok(answers) => answers,
         Err(error) => {
             data.reset().await;
@@ -222,7 +222,7 @@ async fn carry(pod: &LiteBox, port: u16, input: Input, data: Output) -> Result<(
 }
 
 /// The guest's own words where it refused, in the form that clients of other runtimes know: "connection refused".
-fn words(error: &RuntimeError) -> String {
+fn guest_message(error: &RuntimeError) -> String {
     match error {
         RuntimeError::Portal(PortalError::Guest { message, .. }) => message.to_lowercase(),
         error => report(error),

@@ -32,20 +32,20 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 /// Connections at a time; more wait in the listener's queue.
-const CONNECTION_LIMIT: usize = 512;
+const MAX_CONNECTIONS: usize = 512;
 /// What a client may take for its request's head.
-const HEAD_LIMIT: Duration = Duration::from_secs(10);
+const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Largest head, in bytes.
-const HEAD_BYTES: usize = 16 << 10;
+const MAX_HEADER_BYTES: usize = 16 << 10;
 /// Pause after a failed accept (no descriptor left), so that it is not a busy loop.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(100);
 /// How often a connection is asked whether its client has left. A reader that waits for a process to take its input would
 /// not see it.
-const HANGUP_INTERVAL: Duration = Duration::from_secs(1);
+const DISCONNECT_POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// What is still read of a client that has left; more is of no use to anybody.
-const HANGUP_LIMIT: Duration = Duration::from_secs(3);
+const DISCONNECT_GRACE: Duration = Duration::from_secs(3);
 /// Silence after which the kernel asks whether a client is still there, in seconds.
-const KEEPALIVE_SECONDS: u32 = 60;
+const KEEPALIVE_IDLE_SECONDS: u32 = 60;
 
 /// The protocol that a client asks to upgrade to.
 const SPDY: &str = "SPDY/3.1";
@@ -65,28 +65,28 @@ type Answer = Response<Full<Bytes>>;
 
 /// Serves until `stop`, then ends all sessions and waits for them to clean up.
 pub async fn serve(listener: TcpListener, streaming: Streaming, stop: CancellationToken) {
-    let places = Arc::new(Semaphore::new(CONNECTION_LIMIT));
+    let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let tasks = TaskTracker::new();
     loop {
         let accepted = tokio::select! {
             biased;
             () = stop.cancelled() => break,
-            accepted = accept(&listener, &places) => accepted,
+            accepted = accept(&listener, &permits) => accepted,
         };
         match accepted {
-            Ok((socket, place, descriptor)) => {
+            Ok((socket, permit, descriptor)) => {
                 let context = Context {
                     streaming: streaming.clone(),
                     stop: stop.clone(),
                     tasks: tasks.clone(),
                     descriptor: Arc::new(descriptor),
-                    place: Arc::new(place),
+                    permit: Arc::new(permit),
                 };
                 tasks.spawn(connection(socket, context));
             }
             Err(error) => {
                 tracing::warn!(%error, "a streaming client was not accepted");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
+                tokio::time::sleep(ACCEPT_RETRY_INTERVAL).await;
             }
         }
     }
@@ -96,9 +96,9 @@ pub async fn serve(listener: TcpListener, streaming: Streaming, stop: Cancellati
 
 async fn accept(
     listener: &TcpListener,
-    places: &Arc<Semaphore>,
+    permits: &Arc<Semaphore>,
 ) -> std::io::Result<(TcpStream, OwnedSemaphorePermit, OwnedFd)> {
-    let place = places
+    let permit = permits
         .clone()
         .acquire_owned()
         .await
@@ -106,9 +106,9 @@ async fn accept(
     let (socket, _) = listener.accept().await?;
     socket.set_nodelay(true)?;
     setsockopt(&socket, sockopt::KeepAlive, &true)?;
-    setsockopt(&socket, sockopt::TcpKeepIdle, &KEEPALIVE_SECONDS)?;
+    setsockopt(&socket, sockopt::TcpKeepIdle, &KEEPALIVE_IDLE_SECONDS)?;
     let descriptor = socket.as_fd().try_clone_to_owned()?;
-    Ok((socket, place, descriptor))
+    Ok((socket, permit, descriptor))
 }
 
 /// What a request needs beside itself. Cheap to clone.
@@ -120,7 +120,7 @@ struct Context {
     /// The connection's socket, to ask whether the client has left.
     descriptor: Arc<OwnedFd>,
     /// Given back when connection and session have ended.
-    place: Arc<OwnedSemaphorePermit>,
+    permit: Arc<OwnedSemaphorePermit>,
 }
 
 /// One connection's requests, up to an upgrade.
@@ -132,8 +132,8 @@ async fn connection(socket: TcpStream, context: Context) {
     });
     let serving = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_LIMIT)
-        .max_buf_size(HEAD_BYTES)
+        .header_read_timeout(HEADER_TIMEOUT)
+        .max_buf_size(MAX_HEADER_BYTES)
         .serve_connection(TokioIo::new(socket), service)
         .with_upgrades();
     tokio::select! {
@@ -144,28 +144,32 @@ async fn connection(socket: TcpStream, context: Context) {
     }
 }
 
-/// Cancels `gone` when the client has left and what it sent is not read within [`HANGUP_LIMIT`]. Never returns; the
+/// Cancels `gone` when the client has left and what it sent is not read within [`DISCONNECT_GRACE`]. Never returns; the
 /// session that it runs beside ends it.
-async fn watch(descriptor: Arc<OwnedFd>, gone: CancellationToken) {
-    let hung_up = || {
+async fn watch_disconnect(descriptor: Arc<OwnedFd>, gone: CancellationToken) {
+    let disconnected = || {
         // The one flag that nix has no name for.
         let left = PollFlags::from_bits_retain(nix::libc::POLLRDHUP);
         let mut asked = [PollFd::new(descriptor.as_fd(), left)];
         poll(&mut asked, PollTimeout::ZERO).is_ok_and(|found| found > 0)
     };
-    while !hung_up() {
-        tokio::time::sleep(HANGUP_INTERVAL).await;
+    while !disconnected() {
+        tokio::time::sleep(DISCONNECT_POLL_INTERVAL).await;
     }
-    tokio::time::sleep(HANGUP_LIMIT).await;
+    tokio::time::sleep(DISCONNECT_GRACE).await;
     gone.cancel();
     std::future::pending().await
 }
 
 /// Runs `session` with a watch over its client.
-async fn watched(session: impl Future<Output = ()>, gone: &CancellationToken, context: &Context) {
+async fn run_until_disconnect(
+    session: impl Future<Output = ()>,
+    gone: &CancellationToken,
+    context: &Context,
+) {
     tokio::select! {
         () = session => {}
-        () = watch(context.descriptor.clone(), gone.clone()) => {}
+        () = watch_disconnect(context.descriptor.clone(), gone.clone()) => {}
     }
 }
 
@@ -281,13 +285,13 @@ fn upgrade<F>(
 ) where
     F: Future<Output = ()> + Send + 'static,
 {
-    let place = context.place.clone();
+    let permit = context.permit.clone();
     context.tasks.spawn(async move {
         match hyper::upgrade::on(request).await {
             Ok(upgraded) => session(TokioIo::new(upgraded)).await,
             Err(error) => tracing::debug!(%error, "streaming client did not upgrade"),
         }
-        drop(place);
+        drop(permit);
     });
 }
 
@@ -359,11 +363,11 @@ async fn run_websocket(io: Upgraded, ticket: Ticket, kind: Subprotocol, context:
     let serving = channels::serve(socket, kind, idle, gone.clone(), move |channels| {
         let session: BoxFuture<'static, ()> = match ticket {
             Ticket::Exec(exec) => {
-                let remote = channels.remote(exec.wanted, version);
+                let remote = channels.remote(exec.streams, version);
                 Box::pin(process::exec(exec, remote))
             }
             Ticket::Attach(attach) => {
-                let remote = channels.remote(attach.wanted, version);
+                let remote = channels.remote(attach.streams, version);
                 Box::pin(process::attach(attach, remote))
             }
             Ticket::Forward(Forward { pod, ports }) => {
@@ -383,7 +387,7 @@ async fn run_websocket(io: Upgraded, ticket: Ticket, kind: Subprotocol, context:
         };
         session
     });
-    watched(serving, &gone, context).await;
+    run_until_disconnect(serving, &gone, context).await;
 }
 
 /// A session over SPDY on any byte stream.
@@ -406,14 +410,14 @@ where
                 }
                 Ticket::Exec(exec) => {
                     if let Some(remote) =
-                        collect(accept, exec.wanted, version, for_handler, creation).await
+                        collect(accept, exec.streams, version, for_handler, creation).await
                     {
                         process::exec(exec, remote).await;
                     }
                 }
                 Ticket::Attach(attach) => {
                     if let Some(remote) =
-                        collect(accept, attach.wanted, version, for_handler, creation).await
+                        collect(accept, attach.streams, version, for_handler, creation).await
                     {
                         process::attach(attach, remote).await;
                     }
@@ -421,12 +425,12 @@ where
             }
         },
     );
-    watched(serving, &gone, context).await;
+    run_until_disconnect(serving, &gone, context).await;
 }
 
 async fn collect(
     mut accept: spdy::Accept,
-    wanted: remote::Wanted,
+    wanted: remote::RequestedStreams,
     version: Version,
     gone: CancellationToken,
     limit: Duration,

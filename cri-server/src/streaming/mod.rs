@@ -2,7 +2,7 @@
 //!
 //! A call of the CRI is checked in `service/` and becomes a [`Ticket`] here, good for one connection. The client (the
 //! kubelet, crictl) then connects to `http`, which upgrades to SPDY (`spdy`) or WebSocket (`websocket`); `remote` and
-//! `forward` make sessions of their streams, `process` joins them with the guest. CRI types stay out of this folder, and so do VMs: it calls `LiteBox`.
+//! `forward` make sessions of their streams, `process` joins them with the guest. CRI forwards_stdin stay out of this folder, and so do VMs: it calls `LiteBox`.
 //!
 //! ```text
 //!  Exec ─▶ tokens ─▶ URL ─▶ client ─▶ http ─┬▶ spdy ─────┬▶ remote ─▶ process ─▶ LiteBox::exec_session
@@ -22,8 +22,8 @@ mod websocket;
 pub use forward::Forward;
 pub use http::serve;
 pub use process::{Attach, Exec};
-pub use remote::Wanted;
-pub use tokens::Full;
+pub use remote::RequestedStreams;
+pub use tokens::TooManyPending;
 
 use crate::config::StreamingConfig;
 use std::net::SocketAddr;
@@ -74,7 +74,7 @@ impl Streaming {
     ///
     /// # Errors
     /// Too many wait for their clients.
-    pub fn url(&self, ticket: Ticket) -> Result<String, Full> {
+    pub fn url(&self, ticket: Ticket) -> Result<String, TooManyPending> {
         let verb = ticket.verb();
         let token = self.0.tokens.issue(ticket)?;
         Ok(format!("http://{}/{verb}/{token}", self.0.address))

@@ -1,7 +1,7 @@
 //! Streams of a session without their transport: [`Input`] from the client, [`Output`] to it.
 //!
 //! SPDY and WebSocket make them (`spdy::connection`, `websocket`); exec, attach and port-forward use them and know no
-//! transport. Both wait where the other side does not keep up; neither holds more than a few pieces.
+//! transport. Both wait where the other side does not keep up; neither holds more than a few chunks.
 
 use super::spdy::StreamOutput;
 use super::websocket::channels::ChannelOutput;
@@ -17,26 +17,26 @@ pub struct Gone;
 /// What a client sends on one stream.
 #[derive(Debug)]
 pub struct Input {
-    pieces: mpsc::Receiver<Bytes>,
+    chunks: mpsc::Receiver<Bytes>,
     gone: CancellationToken,
 }
 
 impl Input {
-    /// The reading end of `pieces`; `gone` is cancelled when the stream ends without the client's saying so.
-    pub fn new(pieces: mpsc::Receiver<Bytes>, gone: CancellationToken) -> Self {
-        Self { pieces, gone }
+    /// The reading end of `chunks`; `gone` is cancelled when the stream ends without the client's saying so.
+    pub fn new(chunks: mpsc::Receiver<Bytes>, gone: CancellationToken) -> Self {
+        Self { chunks, gone }
     }
 
-    /// The next piece, `Ok(None)` after the client's last. May be dropped and called again.
+    /// The next chunk, `Ok(None)` after the client's last. May be dropped and called again.
     ///
     /// # Errors
     /// The stream was reset, or the client is gone.
     pub async fn next(&mut self) -> Result<Option<Bytes>, Gone> {
         tokio::select! {
             biased;
-            piece = self.pieces.recv() => match piece {
+            chunk = self.chunks.recv() => match chunk {
                 None if self.gone.is_cancelled() => Err(Gone),
-                piece => Ok(piece),
+                chunk => Ok(chunk),
             },
             () = self.gone.cancelled() => Err(Gone),
         }

@@ -11,7 +11,7 @@
 
 use super::outcome::Outcome;
 use super::pipe::Input;
-use super::remote::{Remote, Wanted};
+use super::remote::{Remote, RequestedStreams};
 use boxlite_portal::{GuestErrorKind, PortalError};
 use boxlite_proto::boxlite::v1::OutputStream;
 use boxlite_runtime::{LiteBox, ProcessControls, ProcessSession, RuntimeError, report};
@@ -20,7 +20,7 @@ use futures::Stream;
 use serde::Deserialize;
 
 /// Longest run of resize messages without a whole one in it, in bytes.
-const RESIZE_LIMIT: usize = 1 << 10;
+const MAX_RESIZE_BYTES: usize = 1 << 10;
 
 /// What an Exec call asked for.
 #[derive(Debug, Clone)]
@@ -28,7 +28,7 @@ pub struct Exec {
     pub pod: LiteBox,
     pub container: String,
     pub argv: Vec<String>,
-    pub wanted: Wanted,
+    pub streams: RequestedStreams,
 }
 
 /// What an Attach call asked for.
@@ -36,7 +36,7 @@ pub struct Exec {
 pub struct Attach {
     pub pod: LiteBox,
     pub container: String,
-    pub wanted: Wanted,
+    pub streams: RequestedStreams,
     /// Whether the container has an input at all.
     pub has_stdin: bool,
 }
@@ -54,7 +54,7 @@ enum Ended {
 /// Runs a command for `remote` to its end. Driven to its end it leaves no process behind but what the command itself
 /// left; dropped, it leaves the command running.
 pub async fn exec(exec: Exec, mut remote: Remote) {
-    let Wanted { tty, stdin, .. } = exec.wanted;
+    let RequestedStreams { tty, stdin, .. } = exec.streams;
     let started = exec
         .pod
         .exec_session(&exec.container, &exec.argv, tty, stdin)
@@ -85,11 +85,11 @@ pub async fn attach(attach: Attach, mut remote: Remote) {
         Ok(session) => session,
         Err(error) => return failed(remote, "error attaching to container", &error).await,
     };
-    let types = attach.wanted.stdin && attach.has_stdin;
-    let outcome = match join(&mut session, &mut remote, types).await {
+    let forwards_stdin = attach.streams.stdin && attach.has_stdin;
+    let outcome = match join(&mut session, &mut remote, forwards_stdin).await {
         Ended::Output => Outcome::Success,
         Ended::Gone => {
-            if types {
+            if forwards_stdin {
                 // The end of its input, too; the guest closes it where the container wants its input closed (stdin_once).
                 let _ = session
                     .controls()
@@ -112,10 +112,10 @@ async fn failed(remote: Remote, what: &str, error: &RuntimeError) {
     remote.finish(&Outcome::Failed(reason)).await;
 }
 
-/// Moves bytes until the output ends or somebody goes. Unless it `types`, the client's input goes nowhere.
-async fn join(session: &mut ProcessSession, remote: &mut Remote, types: bool) -> Ended {
+/// Moves bytes until the output ends or somebody goes. Unless it `forwards_stdin`, the client's input goes nowhere.
+async fn join(session: &mut ProcessSession, remote: &mut Remote, forwards_stdin: bool) -> Ended {
     let (controls, gone) = (session.controls(), remote.gone.clone());
-    let input = type_in(remote.stdin.take(), types, &controls);
+    let input = copy_input(remote.stdin.take(), forwards_stdin, &controls);
     let resize = resize(remote.resize.take(), &controls);
     // The end of the input is not the process's.
     let side = async {
@@ -125,13 +125,13 @@ async fn join(session: &mut ProcessSession, remote: &mut Remote, types: bool) ->
     tokio::select! {
         biased;
         () = gone.cancelled() => Ended::Gone,
-        ended = show(session, remote) => ended,
+        ended = copy_output(session, remote) => ended,
         ended = side => ended,
     }
 }
 
 /// The process's output to the client, until its end. What the client does not want is read all the same.
-async fn show(session: &mut ProcessSession, remote: &mut Remote) -> Ended {
+async fn copy_output(session: &mut ProcessSession, remote: &mut Remote) -> Ended {
     let output = session.output();
     loop {
         let chunk = match output.next().await {
@@ -155,14 +155,14 @@ async fn show(session: &mut ProcessSession, remote: &mut Remote) -> Ended {
 }
 
 /// The client's input to the process, until its end.
-async fn type_in(input: Option<Input>, types: bool, controls: &ProcessControls) {
+async fn copy_input(input: Option<Input>, forwards_stdin: bool, controls: &ProcessControls) {
     let Some(mut input) = input else { return };
-    if !types {
+    if !forwards_stdin {
         // Taken and thrown away: the client must not stall.
         while let Ok(Some(_)) = input.next().await {}
         return;
     }
-    if let Err(error) = controls.send_input(pieces(input)).await {
+    if let Err(error) = controls.send_input(chunks(input)).await {
         tracing::debug!(
             error = report(&error),
             "input of a session could not be passed on"
@@ -171,10 +171,10 @@ async fn type_in(input: Option<Input>, types: bool, controls: &ProcessControls) 
 }
 
 /// What the client sends as a stream that ends with it.
-pub fn pieces(input: Input) -> impl Stream<Item = Bytes> + Send + 'static {
+pub fn chunks(input: Input) -> impl Stream<Item = Bytes> + Send + 'static {
     futures::stream::unfold(input, |mut input| async move {
-        let piece = input.next().await.ok().flatten()?;
-        Some((piece, input))
+        let chunk = input.next().await.ok().flatten()?;
+        Some((chunk, input))
     })
 }
 
@@ -191,8 +191,8 @@ struct Size {
 async fn resize(input: Option<Input>, controls: &ProcessControls) {
     let Some(mut input) = input else { return };
     let mut text = Vec::new();
-    while let Ok(Some(piece)) = input.next().await {
-        text.extend_from_slice(&piece);
+    while let Ok(Some(chunk)) = input.next().await {
+        text.extend_from_slice(&chunk);
         let Some((sizes, used)) = sizes(&text) else {
             tracing::debug!("resize messages of a client cannot be read");
             break;
@@ -219,7 +219,7 @@ fn sizes(text: &[u8]) -> Option<(Vec<Size>, usize)> {
                 sizes.push(size);
                 used = values.byte_offset();
             }
-            Some(Err(error)) if error.is_eof() && text.len() - used <= RESIZE_LIMIT => {
+            Some(Err(error)) if error.is_eof() && text.len() - used <= MAX_RESIZE_BYTES => {
                 return Some((sizes, used));
             }
             Some(Err(_)) => return None,
@@ -240,7 +240,7 @@ mod tests {
         assert_eq!(sizes(b"{"), Some((vec![], 0)));
         assert_eq!(sizes(b"nonsense"), None);
         assert_eq!(sizes(br#"{"Width":-1,"Height":24}"#), None);
-        let endless = [br#"{"Width":8"#.as_slice(), &[b' '; 2 * RESIZE_LIMIT]].concat();
+        let endless = [br#"{"Width":8"#.as_slice(), &[b' '; 2 * MAX_RESIZE_BYTES]].concat();
         assert_eq!(sizes(&endless), None);
     }
 

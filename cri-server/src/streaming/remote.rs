@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 /// Which streams a call asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Wanted {
+pub struct RequestedStreams {
     pub stdin: bool,
     pub stdout: bool,
     pub stderr: bool,
@@ -117,7 +117,7 @@ pub enum RemoteError {
 /// It did not.
 pub async fn collect(
     accept: &mut spdy::Accept,
-    wanted: Wanted,
+    wanted: RequestedStreams,
     version: Version,
     gone: CancellationToken,
     limit: Duration,
@@ -167,7 +167,7 @@ struct Streams {
 }
 
 impl Streams {
-    fn expected(wanted: Wanted, version: Version) -> usize {
+    fn expected(wanted: RequestedStreams, version: Version) -> usize {
         let resize = wanted.tty && version.resizes();
         1 + [wanted.stdin, wanted.stdout, wanted.stderr, resize]
             .into_iter()
@@ -192,7 +192,7 @@ impl Streams {
     fn place(
         &mut self,
         stream: spdy::Stream,
-        wanted: Wanted,
+        wanted: RequestedStreams,
         version: Version,
     ) -> Option<spdy::Stream> {
         let place = match stream.headers.get(STREAM_TYPE) {

@@ -1,6 +1,6 @@
 //! One-time tokens: what an Exec, Attach or PortForward call allowed, until its URL is used or expires.
 //!
-//! A token is 128 random bits, good once and for [`LIFETIME`]; at most [`LIMIT`] wait at a time. Whoever has one may do
+//! A token is 128 random bits, good once and for [`TOKEN_LIFETIME`]; at most [`MAX_TOKENS`] wait at a time. Whoever has one may do
 //! what its call asked for and nothing else, so tokens are in no log. Unknown, used and expired ones look the same.
 
 use boxlite_sys::sync::Mutex;
@@ -10,16 +10,16 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 /// What a client may take from the call's answer to the connection; the kubelet connects at once.
-pub const LIFETIME: Duration = Duration::from_secs(60);
+pub const TOKEN_LIFETIME: Duration = Duration::from_secs(60);
 /// Tokens that wait for their use.
-pub const LIMIT: usize = 1000;
+pub const MAX_TOKENS: usize = 1000;
 
 /// More calls than tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{LIMIT} streaming requests wait for their clients already; one expires {LIFETIME:?} after its call"
+    "{MAX_TOKENS} streaming requests wait for their clients already; one expires {TOKEN_LIFETIME:?} after its call"
 )]
-pub struct Full;
+pub struct TooManyPending;
 
 /// Tokens and what they stand for.
 #[derive(Debug)]
@@ -50,17 +50,19 @@ impl<T> Tokens<T> {
     ///
     /// # Errors
     /// Too many wait.
-    pub fn issue(&self, what: T) -> Result<String, Full> {
+    pub fn issue(&self, what: T) -> Result<String, TooManyPending> {
         let now = Instant::now();
         let mut inner = self.inner.lock();
         inner.expire(now);
-        if inner.entries.len() >= LIMIT {
-            return Err(Full);
+        if inner.entries.len() >= MAX_TOKENS {
+            return Err(TooManyPending);
         }
         let mut bytes = [0; 16];
         rand::rng().fill_bytes(&mut bytes);
         let token = hex::encode(bytes);
-        inner.expiry.push_back((now + LIFETIME, token.clone()));
+        inner
+            .expiry
+            .push_back((now + TOKEN_LIFETIME, token.clone()));
         inner.entries.insert(token.clone(), what);
         Ok(token)
     }
@@ -96,18 +98,18 @@ mod tests {
         assert_eq!(tokens.redeem(&a), Some(1));
         assert_eq!(tokens.redeem(&a), None);
         assert_eq!(tokens.redeem("nothing"), None);
-        tokio::time::advance(LIFETIME).await;
+        tokio::time::advance(TOKEN_LIFETIME).await;
         assert_eq!(tokens.redeem(&b), None);
     }
 
     #[tokio::test(start_paused = true)]
     async fn their_number_is_bounded_and_expiry_makes_room() {
         let tokens = Tokens::default();
-        for number in 0..LIMIT {
+        for number in 0..MAX_TOKENS {
             tokens.issue(number).unwrap();
         }
-        assert_eq!(tokens.issue(0), Err(Full));
-        tokio::time::advance(LIFETIME).await;
+        assert_eq!(tokens.issue(0), Err(TooManyPending));
+        tokio::time::advance(TOKEN_LIFETIME).await;
         assert!(tokens.issue(0).is_ok());
     }
 }

@@ -7,8 +7,8 @@ pub mod table;
 #[cfg(test)]
 mod tests;
 
-use super::container::ContainerRecord;
-use super::sandbox::SandboxRecord;
+use super::container::ContainerMetadata;
+use super::sandbox::PodMetadata;
 use super::stats::{NO_LIMIT, stat, working_set};
 use boxlite_proto::boxlite::v1::{
     CgroupStats, ContainerStatsResponse, FilesystemStats, GuestStatsResponse, Pressure,
@@ -21,7 +21,7 @@ use boxlite_runtime::{BoxSnapshot, ContainerSnapshot};
 use table::{BASE, TABLE};
 
 /// Most devices and interfaces of one guest that are passed on: a VM of ours has fewer than 16 of either.
-const LIST_LIMIT: usize = 64;
+const MAX_ENTRIES: usize = 64;
 /// Period of the CPU limit where none was set, in µs: the kernel's.
 const PERIOD: i64 = 100_000;
 /// Shares where none were set: the kernel's.
@@ -54,7 +54,7 @@ pub fn pod(
     containers: Vec<ContainerMetrics>,
     now: i64,
 ) -> PodSandboxMetrics {
-    let record = SandboxRecord::decoded(&snapshot.metadata);
+    let record = PodMetadata::from_bytes(&snapshot.metadata);
     let metadata = record.metadata();
     let mut figures = Figures {
         labels: vec![
@@ -93,8 +93,8 @@ pub fn container(
     scratch: Option<&FilesystemStats>,
     now: i64,
 ) -> ContainerMetrics {
-    let sandbox = SandboxRecord::decoded(&pod.metadata);
-    let record = ContainerRecord::decoded(&snapshot.metadata);
+    let sandbox = PodMetadata::from_bytes(&pod.metadata);
+    let record = ContainerMetadata::from_bytes(&snapshot.metadata);
     let metadata = sandbox.metadata();
     let config = record.config();
     let mut figures = Figures {
@@ -129,7 +129,7 @@ pub fn container(
 }
 
 /// The label `id`: cAdvisor's is the cgroup on the host. A container's cgroup is in the VM, below the pod's.
-fn cgroup_path(sandbox: &SandboxRecord, container: &str) -> String {
+fn cgroup_path(sandbox: &PodMetadata, container: &str) -> String {
     let parent = sandbox.cgroup_parent();
     let parent = parent.trim_matches('/');
     match (parent.is_empty(), container.is_empty()) {
@@ -223,7 +223,7 @@ impl Figures {
                 self.add("container_memory_failures_total", &[kind, scope], value);
             }
         }
-        for huge in stats.hugetlb.iter().take(LIST_LIMIT) {
+        for huge in stats.hugetlb.iter().take(MAX_ENTRIES) {
             self.add(
                 "container_hugetlb_usage_bytes",
                 &[&huge.page_size],
@@ -264,7 +264,7 @@ impl Figures {
     }
 
     fn devices(&mut self, stats: &CgroupStats) {
-        for io in stats.io.iter().take(LIST_LIMIT) {
+        for io in stats.io.iter().take(MAX_ENTRIES) {
             let (major, minor) = (io.major.to_string(), io.minor.to_string());
             let device = io.device.as_str();
             for (name, value) in [
@@ -337,7 +337,7 @@ impl Figures {
     }
 
     fn network(&mut self, answer: &GuestStatsResponse) {
-        for network in answer.networks.iter().take(LIST_LIMIT) {
+        for network in answer.networks.iter().take(MAX_ENTRIES) {
             for (name, value) in [
                 ("container_network_receive_bytes_total", network.rx_bytes),
                 ("container_network_receive_errors_total", network.rx_errors),

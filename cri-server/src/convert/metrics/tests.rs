@@ -12,7 +12,7 @@ use prost::Message;
 use std::collections::{BTreeMap, BTreeSet};
 
 fn sandbox() -> BoxSnapshot {
-    let record = SandboxRecord {
+    let record = PodMetadata {
         config: Some(PodSandboxConfig {
             metadata: Some(PodSandboxMetadata {
                 name: "web".into(),
@@ -58,7 +58,7 @@ fn sandbox() -> BoxSnapshot {
 }
 
 fn started() -> ContainerSnapshot {
-    let record = ContainerRecord {
+    let record = ContainerMetadata {
         config: Some(ContainerConfig {
             linux: Some(LinuxContainerConfig {
                 resources: Some(LinuxContainerResources {
@@ -228,5 +228,5 @@ fn a_kernel_without_a_feature_has_no_value_and_a_lying_guest_is_bounded() {
     };
     assert_eq!(of("container_pressure_io_waiting_seconds_total"), 0);
     assert_eq!(of("container_fs_limit_bytes"), 0);
-    assert_eq!(of("container_fs_reads_total"), LIST_LIMIT);
+    assert_eq!(of("container_fs_reads_total"), MAX_ENTRIES);
 }

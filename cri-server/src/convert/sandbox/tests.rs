@@ -21,14 +21,14 @@ fn config() -> PodSandboxConfig {
     }
 }
 
-fn record(config: PodSandboxConfig) -> SandboxRecord {
-    SandboxRecord::new(config, "boxlite".into()).unwrap()
+fn record(config: PodSandboxConfig) -> PodMetadata {
+    PodMetadata::new(config, "boxlite".into()).unwrap()
 }
 
 #[test]
 fn what_the_cri_requires_is_named() {
     let refused = |config| {
-        SandboxRecord::new(config, String::new())
+        PodMetadata::new(config, String::new())
             .unwrap_err()
             .to_string()
     };
@@ -58,7 +58,7 @@ fn namespaces_of_the_node() {
             }),
             ..Default::default()
         });
-        SandboxRecord::new(pod, String::new())
+        PodMetadata::new(pod, String::new())
     };
     let node = NamespaceMode::Node as i32;
     let both = NamespaceOption {
@@ -105,7 +105,7 @@ fn the_network_of_the_node_makes_a_box_without_namespace() {
             }),
             ..Default::default()
         });
-        let record = SandboxRecord::new(pod, String::new()).unwrap();
+        let record = PodMetadata::new(pod, String::new()).unwrap();
         record
             .box_options("ab", None, &Config::default().pod, None)
             .unwrap()
@@ -135,7 +135,7 @@ fn box_options_have_name_size_and_the_record() {
     assert_eq!(options.hostname, "web-0");
     assert_eq!(options.cgroup_parent, "/kubepods/podu-1");
     assert_eq!(options.sysctls["net.ipv4.ip_forward"], "1");
-    assert_eq!(SandboxRecord::decoded(&options.metadata), record);
+    assert_eq!(PodMetadata::from_bytes(&options.metadata), record);
 }
 
 #[test]
@@ -197,7 +197,7 @@ fn wrong_ports_and_rates_are_refused() {
         container_port: 70_000,
         ..Default::default()
     }];
-    assert!(SandboxRecord::new(pod, String::new()).is_err());
+    assert!(PodMetadata::new(pod, String::new()).is_err());
     for rate in ["", "10X", "-1", "999", "2000000T", "99999999999999999999"] {
         assert!(quantity("x", rate).is_err(), "{rate}");
     }
@@ -222,6 +222,6 @@ proptest! {
 
     #[test]
     fn no_bytes_panic(bytes in prop::collection::vec(any::<u8>(), 0..64)) {
-        let _ = SandboxRecord::decoded(&bytes).hostname();
+        let _ = PodMetadata::from_bytes(&bytes).hostname();
     }
 }

@@ -19,12 +19,12 @@ mod tests;
 mod user;
 pub mod userns;
 
-pub use mounts::wants_image;
+pub use mounts::image_source;
 pub use process::image_stop_signal;
 pub use resources::resources;
 
 use super::ConvertError;
-use super::sandbox::SandboxRecord;
+use super::sandbox::PodMetadata;
 use boxlite_proto::cri::v1::{ContainerConfig, LinuxContainerSecurityContext, NamespaceMode};
 use boxlite_proto::names;
 use oci_spec::image::ImageConfiguration;
@@ -41,7 +41,7 @@ pub struct Source<'a> {
     /// The container as the kubelet wants it.
     pub config: &'a ContainerConfig,
     /// Its pod.
-    pub sandbox: &'a SandboxRecord,
+    pub sandbox: &'a PodMetadata,
     /// Its pod's id.
     pub sandbox_id: &'a str,
     /// Its image's configuration.

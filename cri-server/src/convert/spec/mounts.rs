@@ -120,7 +120,7 @@ fn target(mount: &Mount) -> Result<PathBuf, ConvertError> {
 }
 
 fn volume(mount: &Mount) -> Result<Value, ConvertError> {
-    if let Some(image) = wants_image(mount) {
+    if let Some(image) = image_source(mount) {
         return image_volume(mount, &image.image_ref);
     }
     if !mount.image_sub_path.is_empty() {
@@ -160,7 +160,7 @@ fn id_mapping(mapping: &IdMapping) -> Value {
 }
 
 /// The image that a mount shows; none: it shows a host path.
-pub fn wants_image(mount: &Mount) -> Option<&ImageSpec> {
+pub fn image_source(mount: &Mount) -> Option<&ImageSpec> {
     mount.image.as_ref().filter(|image| !image.image.is_empty())
 }
 

@@ -16,7 +16,7 @@ use std::io::Read;
 /// Field of the request.
 const FIELD: &str = "security_context.seccomp";
 /// Largest profile read, in bytes; it travels in the spec.
-const PROFILE_LIMIT: u64 = 1 << 20;
+const MAX_PROFILE_BYTES: u64 = 1 << 20;
 /// EPERM is the default error; clone3 answers ENOSYS, upon which C libraries take clone, whose flags can be looked at.
 const ENOSYS: u32 = 38;
 /// CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET.
@@ -97,13 +97,13 @@ fn read(reference: &str) -> Result<Value, ConvertError> {
         }
         let mut bytes = Vec::new();
         File::open(path)?
-            .take(PROFILE_LIMIT + 1)
+            .take(MAX_PROFILE_BYTES + 1)
             .read_to_end(&mut bytes)?;
         Ok(bytes)
     };
     let bytes = open().map_err(|error| fail(format!("cannot be loaded: {error}")))?;
-    if bytes.len() as u64 > PROFILE_LIMIT {
-        return Err(fail(format!("is longer than {PROFILE_LIMIT} bytes")));
+    if bytes.len() as u64 > MAX_PROFILE_BYTES {
+        return Err(fail(format!("is longer than {MAX_PROFILE_BYTES} bytes")));
     }
     let document: Value = serde_json::from_slice(&bytes)
         .map_err(|error| fail(format!("is no seccomp profile: {error}")))?;

@@ -16,7 +16,7 @@ fn image(config: Value) -> ImageConfiguration {
     .unwrap()
 }
 
-fn pod() -> SandboxRecord {
+fn pod() -> PodMetadata {
     let config = PodSandboxConfig {
         metadata: Some(PodSandboxMetadata {
             name: "web".into(),
@@ -26,7 +26,7 @@ fn pod() -> SandboxRecord {
         }),
         ..Default::default()
     };
-    SandboxRecord::new(config, String::new()).unwrap()
+    PodMetadata::new(config, String::new()).unwrap()
 }
 
 fn container() -> ContainerConfig {
@@ -69,7 +69,7 @@ fn made(config: &ContainerConfig, image_config: Value) -> Result<Value, ConvertE
 }
 
 fn made_in(
-    sandbox: &SandboxRecord,
+    sandbox: &PodMetadata,
     config: &ContainerConfig,
     image_config: Value,
 ) -> Result<Value, ConvertError> {

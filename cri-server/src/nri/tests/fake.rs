@@ -98,7 +98,7 @@ pub async fn join(
         script: Arc::new(script),
     };
     tokio::spawn(plugin.run(theirs));
-    registry.clone().bring_in(ours, None).await.is_some()
+    registry.clone().connect(ours, None).await.is_some()
 }
 
 struct Fake {
@@ -116,7 +116,7 @@ impl Fake {
         socket.set_nonblocking(true).unwrap();
         let (mut reader, writer) = UnixStream::from_std(socket).unwrap().into_split();
         let writer = Arc::new(tokio::sync::Mutex::new(writer));
-        let waiting = Waiting::default();
+        let pending = Waiting::default();
         let register = RegisterPluginRequest {
             plugin_name: self.name.into(),
             plugin_idx: self.index.into(),
@@ -128,8 +128,8 @@ impl Fake {
             if connection == RUNTIME_SERVICE {
                 answers.push(&bytes);
                 while let Some(message) = answers.next().unwrap() {
-                    if let Some(waiting) = waiting.lock().unwrap().remove(&message.stream) {
-                        let _ = waiting.send(Response::decode(&message.payload[..]).unwrap());
+                    if let Some(pending) = pending.lock().unwrap().remove(&message.stream) {
+                        let _ = pending.send(Response::decode(&message.payload[..]).unwrap());
                     }
                 }
                 continue;
@@ -145,7 +145,7 @@ impl Fake {
                 }
                 tokio::spawn(answer(
                     writer.clone(),
-                    waiting.clone(),
+                    pending.clone(),
                     message.stream,
                     reply,
                 ));
@@ -191,7 +191,7 @@ async fn ask(
 
 async fn answer(
     writer: Arc<tokio::sync::Mutex<OwnedWriteHalf>>,
-    waiting: Waiting,
+    pending: Waiting,
     stream: u32,
     reply: Reply,
 ) {
@@ -211,7 +211,7 @@ async fn answer(
         Reply::Unimplemented => refuse(UNIMPLEMENTED, "unimplemented"),
         Reply::UpdateFirst(update) => {
             let (told, answered) = oneshot::channel();
-            waiting.lock().unwrap().insert(3, told);
+            pending.lock().unwrap().insert(3, told);
             let request = UpdateContainersRequest {
                 update,
                 ..Default::default()

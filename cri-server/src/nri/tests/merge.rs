@@ -2,7 +2,7 @@
 
 use super::super::adjust::{self, apply};
 use super::super::collect::{Creation, Updates};
-use super::super::describe;
+use super::super::messages;
 use super::container;
 use boxlite_proto::cri::v1::ContainerConfig;
 use boxlite_proto::nri::v1alpha1::*;
@@ -58,7 +58,7 @@ fn variables(list: &[(&str, &str)]) -> CreateContainerResponse {
 
 /// The spec after the plugins' wishes, in order.
 fn adjusted(answers: Vec<CreateContainerResponse>) -> Result<Value, String> {
-    let described = describe::new_container("c", "pod", &ContainerConfig::default(), Some(&spec()));
+    let described = messages::new_container("c", "pod", &ContainerConfig::default(), Some(&spec()));
     let mut creation = Creation::new(described, 2);
     for (at, answer) in answers.into_iter().enumerate() {
         creation
@@ -324,12 +324,12 @@ fn what_makes_no_sense_in_a_vm_is_refused_by_name() {
         }),
         ..Default::default()
     };
-    assert!(adjust::refuse(&empty, 1).is_ok());
+    assert!(adjust::check(&empty, 1).is_ok());
 }
 
 #[test]
 fn a_plugin_sees_the_container_without_the_runtimes_own() {
-    let seen = describe::new_container("c", "pod", &ContainerConfig::default(), Some(&spec()));
+    let seen = messages::new_container("c", "pod", &ContainerConfig::default(), Some(&spec()));
     assert_eq!(seen.annotations.len(), 1);
     assert_eq!((seen.args, seen.env.len()), (vec!["sh".to_owned()], 2));
     assert_eq!(seen.user.unwrap().uid, 7);

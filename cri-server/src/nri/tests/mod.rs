@@ -55,25 +55,28 @@ async fn events_go_round_by_index_to_those_who_want_them() {
     assert!(join(&registry, "20", "late", ALL, &log, fine).await);
     let only_start = bit(Event::StartContainer);
     assert!(join(&registry, "10", "early", only_start, &log, fine).await);
-    let session = nri(&registry).enter().await;
+    let session = nri(&registry).begin_session().await;
     let (pod, container) = (pod(), container("c"));
-    session.ask(Event::RunPodSandbox, &pod, None).await.unwrap();
+    session
+        .request(Event::RunPodSandbox, &pod, None)
+        .await
+        .unwrap();
     session
         .create(&pod, container.clone(), 1, &|_| Ok(()))
         .await
         .unwrap();
     session
-        .ask(Event::StartContainer, &pod, Some(&container))
+        .request(Event::StartContainer, &pod, Some(&container))
         .await
         .unwrap();
     session.stop(&pod, &container).await;
     session.stop(&pod, &container).await;
     session
-        .tell(Event::RemoveContainer, &pod, Some(&container))
+        .notify(Event::RemoveContainer, &pod, Some(&container))
         .await;
     session.stop_pod(&pod).await;
     session.stop_pod(&pod).await;
-    session.tell(Event::RemovePodSandbox, &pod, None).await;
+    session.notify(Event::RemovePodSandbox, &pod, None).await;
     assert_eq!(
         events(&log),
         [
@@ -99,9 +102,9 @@ async fn a_refusal_names_the_plugin_and_the_next_is_not_asked() {
     };
     assert!(join(&registry, "00", "no", ALL, &log, no).await);
     assert!(join(&registry, "10", "yes", ALL, &log, fine).await);
-    let session = nri(&registry).enter().await;
+    let session = nri(&registry).begin_session().await;
     let error = session
-        .ask(Event::RunPodSandbox, &pod(), None)
+        .request(Event::RunPodSandbox, &pod(), None)
         .await
         .unwrap_err();
     assert_eq!(
@@ -110,7 +113,7 @@ async fn a_refusal_names_the_plugin_and_the_next_is_not_asked() {
     );
     assert_eq!(events(&log), ["no RunPodSandbox"]);
     // What only tells goes on.
-    session.tell(Event::RemovePodSandbox, &pod(), None).await;
+    session.notify(Event::RemovePodSandbox, &pod(), None).await;
     assert_eq!(events(&log).len(), 3);
 }
 
@@ -124,14 +127,14 @@ async fn the_hung_and_the_dead_are_left_out_and_the_call_goes_on() {
         };
         assert!(join(&registry, "00", "bad", ALL, &log, bad).await);
         assert!(join(&registry, "10", "good", ALL, &log, fine).await);
-        let session = nri(&registry).enter().await;
+        let session = nri(&registry).begin_session().await;
         let begun = Instant::now();
         session
-            .ask(Event::RunPodSandbox, &pod(), None)
+            .request(Event::RunPodSandbox, &pod(), None)
             .await
             .unwrap();
         assert!(begun.elapsed() < LIMITS.request + Duration::from_secs(3));
-        session.tell(Event::RemovePodSandbox, &pod(), None).await;
+        session.notify(Event::RemovePodSandbox, &pod(), None).await;
         assert_eq!(
             events(&log),
             [
@@ -174,7 +177,7 @@ async fn a_plugin_that_never_speaks_is_given_up() {
     let registry = registry(Default::default());
     let (ours, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
     let begun = Instant::now();
-    assert!(registry.clone().bring_in(ours, None).await.is_none());
+    assert!(registry.clone().connect(ours, None).await.is_none());
     assert!(begun.elapsed() >= LIMITS.registration);
 }
 
@@ -183,7 +186,7 @@ async fn what_is_there_and_what_comes_meanwhile_reaches_a_new_plugin() {
     let host = Arc::new(FakeHost::default());
     let (registry, log) = (registry(host.clone()), Log::default());
     // A verb is between its event and its change: the plugin waits, and then finds the container.
-    let session = nri(&registry).enter().await;
+    let session = nri(&registry).begin_session().await;
     let seen = Log::default();
     let found = seen.clone();
     let script = move |method: &str, payload: &[u8]| {
@@ -206,7 +209,7 @@ async fn what_is_there_and_what_comes_meanwhile_reaches_a_new_plugin() {
     let next = {
         let nri = nri(&registry);
         tokio::spawn(async move {
-            let session = nri.enter().await;
+            let session = nri.begin_session().await;
             session
                 .create(&pod(), container("next"), 1, &|_| Ok(()))
                 .await
@@ -263,9 +266,9 @@ async fn an_old_plugin_gets_state_changes() {
         _ => Reply::Unimplemented,
     };
     assert!(join(&registry, "00", "old", ALL, &log, old).await);
-    let session = nri(&registry).enter().await;
+    let session = nri(&registry).begin_session().await;
     session
-        .ask(Event::RunPodSandbox, &pod(), None)
+        .request(Event::RunPodSandbox, &pod(), None)
         .await
         .unwrap();
     session.stop_pod(&pod()).await;
@@ -288,9 +291,9 @@ async fn a_plugin_may_update_containers_in_the_middle_of_an_event() {
         _ => Reply::Ok(Vec::new()),
     };
     assert!(join(&registry, "00", "busy", ALL, &log, script).await);
-    let session = nri(&registry).enter().await;
+    let session = nri(&registry).begin_session().await;
     session
-        .ask(Event::StartContainer, &pod(), Some(&container("c")))
+        .request(Event::StartContainer, &pod(), Some(&container("c")))
         .await
         .unwrap();
     assert_eq!(host.updates.lock().unwrap()[0].container_id, "other");
@@ -328,7 +331,7 @@ async fn a_validator_sees_the_adjustment_with_its_owner_and_may_reject_it() {
     assert!(join(&registry, "00", "adjuster", create, &log, adjuster).await);
     let validate = bit(Event::ValidateContainerAdjustment);
     assert!(join(&registry, "10", "validator", validate, &log, validator).await);
-    let session = nri(&registry).enter().await;
+    let session = nri(&registry).begin_session().await;
     let error = session
         .create(&pod(), container("c"), 1, &|_| Ok(()))
         .await
@@ -360,7 +363,7 @@ async fn limits_beyond_the_vm_are_refused_with_the_plugins_name() {
         _ => Reply::Ok(Vec::new()),
     };
     assert!(join(&registry, "10", "greedy", ALL, &log, greedy).await);
-    let session = nri(&registry).enter().await;
+    let session = nri(&registry).begin_session().await;
     let admit = |wanted: &LinuxResources| {
         let limit = wanted.memory.and_then(|memory| memory.limit);
         assert_eq!(limit.map(|limit| limit.value), Some(1 << 40));
@@ -384,7 +387,7 @@ async fn a_pods_new_limits_may_be_refused_and_old_plugins_have_nothing_against_t
         }
     };
     assert!(join(&registry, "00", "old", ALL, &log, reply("old")).await);
-    let session = nri(&registry).enter().await;
+    let session = nri(&registry).begin_session().await;
     let request = UpdatePodSandboxRequest {
         pod: Some(pod()),
         ..Default::default()
@@ -392,7 +395,7 @@ async fn a_pods_new_limits_may_be_refused_and_old_plugins_have_nothing_against_t
     session.update_pod(&request).await.unwrap();
     drop(session);
     assert!(join(&registry, "10", "no", ALL, &log, reply("no")).await);
-    let session = nri(&registry).enter().await;
+    let session = nri(&registry).begin_session().await;
     let error = session.update_pod(&request).await.unwrap_err();
     assert_eq!(
         error.to_string(),
@@ -402,10 +405,10 @@ async fn a_pods_new_limits_may_be_refused_and_old_plugins_have_nothing_against_t
 
 #[tokio::test]
 async fn without_nri_nothing_is_asked() {
-    let session = Nri::default().enter().await;
-    assert!(!session.heard().await);
+    let session = Nri::default().begin_session().await;
+    assert!(!session.has_plugins().await);
     session
-        .ask(Event::RunPodSandbox, &pod(), None)
+        .request(Event::RunPodSandbox, &pod(), None)
         .await
         .unwrap();
     let (adjust, updates) = session

@@ -83,11 +83,19 @@ fn updates_are_bounded_by_the_vm_reported_and_kept() {
             ),
             (resources(0, 150_000), "1.500 CPUs, and the pod's VM has 1"),
         ] {
-            let refused = update(server, &container, linux.clone()).await.unwrap_err();
-            assert_eq!(refused.code(), Code::ResourceExhausted);
-            assert!(refused.message().contains(words), "{}", refused.message());
-            let refused = update_pod(server, &pod, linux).await.unwrap_err();
-            assert!(refused.message().contains(words), "{}", refused.message());
+            let status_of = update(server, &container, linux.clone()).await.unwrap_err();
+            assert_eq!(status_of.code(), Code::ResourceExhausted);
+            assert!(
+                status_of.message().contains(words),
+                "{}",
+                status_of.message()
+            );
+            let status_of = update_pod(server, &pod, linux).await.unwrap_err();
+            assert!(
+                status_of.message().contains(words),
+                "{}",
+                status_of.message()
+            );
         }
         update_pod(server, &pod, resources(200, 0)).await.unwrap();
         assert_eq!(limits(server, &container).await, resources(120, 50_000));
@@ -97,7 +105,7 @@ fn updates_are_bounded_by_the_vm_reported_and_kept() {
         let server = fleet::server(&node).await;
         assert_eq!(limits(&server, &container).await, resources(120, 50_000));
         let kept = server
-            .pod_record(&server.pod(&pod).unwrap())
+            .pod_metadata(&server.pod(&pod).unwrap())
             .config
             .unwrap();
         assert_eq!(kept.linux.unwrap().resources, Some(resources(200, 0)));
@@ -155,7 +163,7 @@ fn every_follower_gets_every_event_with_its_statuses() {
         }
         // A daemon that goes down ends its streams.
         let mut last = follow().await;
-        server.leave();
+        server.close_streams();
         assert!(
             tokio::time::timeout(PATIENCE, last.next())
                 .await

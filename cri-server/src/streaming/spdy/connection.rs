@@ -1,7 +1,7 @@
 //! One SPDY/3.1 connection on the server's side: streams that the peer opens, many at a time.
 //!
 //! [`serve`] drives it in the caller's task: a reader, a writer and the caller's handler side by side. It holds
-//! [`QUEUE_PIECES`] pieces for each stream and [`OUT_FRAMES`] frames for the peer and then waits: a stream whose
+//! [`INPUT_QUEUE_CHUNKS`] chunks for each stream and [`OUTPUT_QUEUE_FRAMES`] frames for the peer and then waits: a stream whose
 //! taker stalls stalls the connection (SPDY's Kubernetes peers have no flow control but TCP's), and no other one. What
 //! streams mean is the handler's affair.
 //!
@@ -25,25 +25,25 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// Pieces of at most 16 KiB that wait for the taker of one stream.
-const QUEUE_PIECES: usize = 4;
+/// Chunks of at most 16 KiB that wait for the taker of one stream.
+const INPUT_QUEUE_CHUNKS: usize = 4;
 /// Frames that wait for the peer.
-const OUT_FRAMES: usize = 8;
+const OUTPUT_QUEUE_FRAMES: usize = 8;
 /// Streams of one connection at a time: a forwarded TCP connection takes two.
-pub const STREAM_LIMIT: usize = 512;
+pub const MAX_STREAMS: usize = 512;
 /// Id of this side's pings, an even number; nobody waits for the answer.
-const OWN_PING: u32 = 2;
+const SERVER_PING_ID: u32 = 2;
 /// Opened streams that the handler has not looked at yet.
-const ACCEPT_LIMIT: usize = 16;
+const ACCEPT_QUEUE_STREAMS: usize = 16;
 /// What the peer may take to read the last frames.
-const FLUSH_LIMIT: Duration = Duration::from_secs(10);
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(10);
 /// What the peer may take to close after them: a socket closed with something unread in it is reset, and the peer could
 /// lose what it has not read yet.
-const LINGER_LIMIT: Duration = Duration::from_secs(3);
+const LINGER_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// How long a stream's taker may stall before the peer is pinged, and again. A peer that closed cannot say so while what it
 /// sent before is not read; to a frame it answers with a reset.
-const STALL_LIMIT: Duration = Duration::from_secs(5);
+const STALL_PING_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Head and payload of a frame.
 type Packet = (Bytes, Bytes);
@@ -164,7 +164,7 @@ fn touch(activity: &Activity) {
 }
 
 /// Reads frames and hands them on.
-struct Receiving<R> {
+struct Receiver<R> {
     reader: Reader<R>,
     shared: Arc<Shared>,
     accept: mpsc::Sender<Stream>,
@@ -174,7 +174,7 @@ struct Receiving<R> {
     activity: Activity,
 }
 
-impl<R: AsyncRead + Unpin> Receiving<R> {
+impl<R: AsyncRead + Unpin> Receiver<R> {
     /// Until the peer closes, or breaks the protocol.
     async fn run(&mut self) -> Result<(), SpdyError> {
         while let Some(frame) = self.reader.next().await? {
@@ -202,11 +202,11 @@ impl<R: AsyncRead + Unpin> Receiving<R> {
             return Ok(());
         }
         self.last = id;
-        if self.shared.streams().len() >= STREAM_LIMIT {
+        if self.shared.streams().len() >= MAX_STREAMS {
             self.answer(frame::reset(id, Reset::RefusedStream)).await;
             return Ok(());
         }
-        let (sender, receiver) = mpsc::channel(QUEUE_PIECES);
+        let (sender, receiver) = mpsc::channel(INPUT_QUEUE_CHUNKS);
         let gone = self.gone.child_token();
         let entry = Entry {
             input: (!fin).then_some(sender),
@@ -252,9 +252,9 @@ impl<R: AsyncRead + Unpin> Receiving<R> {
                     () = gone.cancelled() => break,
                     // An error: the taker wants no more, and the bytes go nowhere.
                     _ = &mut taking => break,
-                    () = tokio::time::sleep(STALL_LIMIT) => {
+                    () = tokio::time::sleep(STALL_PING_INTERVAL) => {
                         // Where the queue is full the peer is written to anyway.
-                        let _ = self.shared.out.try_send((frame::ping(OWN_PING), Bytes::new()));
+                        let _ = self.shared.out.try_send((frame::ping(SERVER_PING_ID), Bytes::new()));
                     }
                 }
             }
@@ -313,10 +313,10 @@ where
     F: Future<Output = ()>,
 {
     let (source, sink) = tokio::io::split(io);
-    let (out, packets) = mpsc::channel(OUT_FRAMES);
-    let (accept, accepted) = mpsc::channel(ACCEPT_LIMIT);
+    let (out, packets) = mpsc::channel(OUTPUT_QUEUE_FRAMES);
+    let (accept, accepted) = mpsc::channel(ACCEPT_QUEUE_STREAMS);
     let activity = Arc::new(Mutex::new(Instant::now()));
-    let mut receiving = Receiving {
+    let mut receiver = Receiver {
         reader: Reader::new(source),
         shared: Arc::new(Shared {
             streams: Mutex::default(),
@@ -331,7 +331,7 @@ where
     let mut writing = std::pin::pin!(write_all(sink, packets, &activity));
     let (mut reads, mut writes) = (true, true);
     {
-        let mut reading = std::pin::pin!(receiving.run());
+        let mut reading = std::pin::pin!(receiver.run());
         let mut handling = std::pin::pin!(handler(accepted));
         let mut idling = std::pin::pin!(idle_for(idle, &activity));
         loop {
@@ -358,20 +358,20 @@ where
             }
         }
     }
-    let Receiving {
+    let Receiver {
         mut reader,
         shared,
         accept,
         ..
-    } = receiving;
+    } = receiver;
     // Its senders, or the writer would not end.
     drop((shared, accept));
     if gone.is_cancelled() || !writes {
         return;
     }
     // All senders are gone now, so the writer ends with its queue.
-    if let Ok(Ok(())) = tokio::time::timeout(FLUSH_LIMIT, writing).await {
-        let _ = tokio::time::timeout(LINGER_LIMIT, discard(reader.source())).await;
+    if let Ok(Ok(())) = tokio::time::timeout(FLUSH_TIMEOUT, writing).await {
+        let _ = tokio::time::timeout(LINGER_TIMEOUT, discard(reader.source())).await;
     }
 }
 

@@ -1,7 +1,7 @@
-//! Frames of SPDY/3.1: what arrives, read in bounded pieces, and what is sent, as bytes.
+//! Frames of SPDY/3.1: what arrives, read in bounded chunks, and what is sent, as bytes.
 //!
 //! It keeps no stream and decides nothing: `connection` does. A data frame may be 16 MiB long by the protocol; it is
-//! never held as a whole, but handed on in pieces as they come.
+//! never held as a whole, but handed on in chunks as they come.
 
 use super::SpdyError;
 use super::headers::{Headers, Inflater};
@@ -9,10 +9,10 @@ use bytes::{BufMut, Bytes, BytesMut};
 use std::io;
 use tokio::io::{AsyncRead, AsyncReadExt};
 
-/// Largest piece of a data frame that is handed on at once, in bytes.
-pub const PIECE_LIMIT: usize = 16 << 10;
+/// Largest chunk of a data frame that is handed on at once, in bytes.
+pub const MAX_CHUNK_BYTES: usize = 16 << 10;
 /// Largest control frame that is read, in bytes: header blocks of kubectl have less than 200.
-const CONTROL_LIMIT: usize = 16 << 10;
+const MAX_CONTROL_BYTES: usize = 16 << 10;
 /// Top bit of a frame, and the version.
 const CONTROL: u16 = 0x8003;
 const FIN: u8 = 1;
@@ -41,7 +41,7 @@ pub enum Frame {
         fin: bool,
         headers: Headers,
     },
-    /// A piece of data; `fin`: the peer's last on this stream.
+    /// A chunk of data; `fin`: the peer's last on this stream.
     Data { id: u32, fin: bool, data: Bytes },
     /// The peer gives a stream up.
     Reset { id: u32 },
@@ -74,14 +74,14 @@ impl<R: AsyncRead + Unpin> Reader<R> {
         }
     }
 
-    /// The next frame, or piece of one; `None` where the peer closed between two frames. Dropped midway it must not be
+    /// The next frame, or chunk of one; `None` where the peer closed between two frames. Dropped midway it must not be
     /// called again.
     ///
     /// # Errors
     /// A broken connection, or what is not SPDY/3.1 within the limits.
     pub async fn next(&mut self) -> Result<Option<Frame>, SpdyError> {
         if let Some((id, last, left)) = self.data.take() {
-            return self.piece(id, last, left).await.map(Some);
+            return self.chunk(id, last, left).await.map(Some);
         }
         let mut head = [0; 8];
         if self
@@ -101,12 +101,12 @@ impl<R: AsyncRead + Unpin> Reader<R> {
         let length = u32::from_be_bytes([0, x, y, z]) as usize;
         if a & 0x80 == 0 {
             let id = u32::from_be_bytes([a, b, c, d]);
-            return self.piece(id, flags & FIN != 0, length).await.map(Some);
+            return self.chunk(id, flags & FIN != 0, length).await.map(Some);
         }
         if u16::from_be_bytes([a, b]) != CONTROL {
             return Err(SpdyError::Frame("a control frame of another version"));
         }
-        if length > CONTROL_LIMIT {
+        if length > MAX_CONTROL_BYTES {
             return Err(SpdyError::Frame("a control frame is too large"));
         }
         self.fill(length).await?;
@@ -116,8 +116,8 @@ impl<R: AsyncRead + Unpin> Reader<R> {
     }
 
     /// Some of the `left` bytes of a data frame; what is not read stays for the next call.
-    async fn piece(&mut self, id: u32, last: bool, left: usize) -> Result<Frame, SpdyError> {
-        let length = left.min(PIECE_LIMIT);
+    async fn chunk(&mut self, id: u32, last: bool, left: usize) -> Result<Frame, SpdyError> {
+        let length = left.min(MAX_CHUNK_BYTES);
         self.fill(length).await?;
         let left = left - length;
         if left > 0 {

@@ -9,9 +9,9 @@ use super::dictionary;
 use flate2::{Decompress, FlushDecompress, Status};
 
 /// Largest header block once inflated, in bytes. kubectl's have less than 200.
-const BLOCK_LIMIT: usize = 16 << 10;
+const MAX_BLOCK_BYTES: usize = 16 << 10;
 /// Most headers of one block. kubectl's have up to three.
-const COUNT_LIMIT: u32 = 64;
+const MAX_HEADERS: u32 = 64;
 /// Second byte of zlib's head: a dictionary is named.
 const FDICT: u8 = 0x20;
 
@@ -91,7 +91,7 @@ impl Inflater {
                 .raw
                 .decompress_vec(input, &mut output, FlushDecompress::Sync)
                 .map_err(|_| SpdyError::Headers("a block is not valid deflate"))?;
-            if output.len() > BLOCK_LIMIT {
+            if output.len() > MAX_BLOCK_BYTES {
                 return Err(SpdyError::Headers("a block is too large"));
             }
             let taken = usize::try_from(self.raw.total_in() - before.0).unwrap_or(input.len());
@@ -123,7 +123,7 @@ fn stored(bytes: &[u8]) -> Vec<u8> {
 fn parse(block: &[u8]) -> Result<Headers, SpdyError> {
     let mut rest = block;
     let count = number(&mut rest)?;
-    if count > COUNT_LIMIT {
+    if count > MAX_HEADERS {
         return Err(SpdyError::Headers("a block has too many headers"));
     }
     let mut headers = Vec::new();

@@ -1,6 +1,6 @@
 //! Tests of framing and connections: bytes that Kubernetes' own library made, hostile bytes, and back-pressure.
 
-use super::frame::{Frame, PIECE_LIMIT, Reader};
+use super::frame::{Frame, MAX_CHUNK_BYTES, Reader};
 use super::headers::{Deflater, Headers, Inflater};
 use super::*;
 use crate::streaming::pipe::Output;
@@ -103,7 +103,7 @@ fn a_block_that_inflates_without_end_is_refused() {
 
 #[tokio::test]
 async fn a_large_data_frame_comes_in_pieces_and_ends_once() {
-    let bytes = vec![7; 3 * PIECE_LIMIT + 5];
+    let bytes = vec![7; 3 * MAX_CHUNK_BYTES + 5];
     let (frames, error) = frames(&data(9, true, &bytes)).await;
     assert!(error.is_none());
     let mut length = 0;
@@ -112,7 +112,7 @@ async fn a_large_data_frame_comes_in_pieces_and_ends_once() {
             panic!("{frame:?}");
         };
         assert_eq!((*id, *fin), (9, index == frames.len() - 1));
-        assert!(data.len() <= PIECE_LIMIT);
+        assert!(data.len() <= MAX_CHUNK_BYTES);
         length += data.len();
     }
     assert_eq!((frames.len(), length), (4, bytes.len()));
@@ -163,8 +163,8 @@ fn echo() -> (DuplexStream, tokio::task::JoinHandle<()>, CancellationToken) {
                 () = token.cancelled() => return,
                 Some(mut stream) = accept.recv() => {
                     streams.spawn(async move {
-                        while let Ok(Some(piece)) = stream.input.next().await {
-                            if stream.output.write(piece).await.is_err() {
+                        while let Ok(Some(chunk)) = stream.input.next().await {
+                            if stream.output.write(chunk).await.is_err() {
                                 return;
                             }
                         }
@@ -219,16 +219,16 @@ async fn a_stream_without_a_taker_stalls_its_peer_instead_of_filling_memory() {
     }));
     let block = Deflater::default().empty_block();
     client.write_all(&syn_stream(1, &block)).await.unwrap();
-    let piece = data(1, false, &[1; PIECE_LIMIT]);
+    let chunk = data(1, false, &[1; MAX_CHUNK_BYTES]);
     let mut sent = 0;
-    while tokio::time::timeout(Duration::from_millis(200), client.write_all(&piece))
+    while tokio::time::timeout(Duration::from_millis(200), client.write_all(&chunk))
         .await
         .is_ok()
     {
         sent += 1;
         assert!(
             sent < 20,
-            "{sent} pieces were taken with nobody to read them"
+            "{sent} chunks were taken with nobody to read them"
         );
     }
     task.abort();
@@ -315,8 +315,8 @@ async fn a_peer_is_pinged_while_what_it_sent_is_not_taken() {
     let block = Deflater::default().empty_block();
     client.write_all(&syn_stream(1, &block)).await.unwrap();
     for _ in 0..20 {
-        let piece = data(1, false, &[1; PIECE_LIMIT]);
-        client.write_all(&piece).await.unwrap();
+        let chunk = data(1, false, &[1; MAX_CHUNK_BYTES]);
+        client.write_all(&chunk).await.unwrap();
     }
     let mut head = [0; 8];
     loop {

@@ -3,9 +3,9 @@
 //! [`serve`] drives one connection in the caller's task, as `spdy::serve` does: reader, writer and the caller's handler
 //! side by side, with the same bounds. A channel whose taker stalls stalls the connection and no other.
 
-use super::CLOSE_LIMIT;
+use super::CLOSE_TIMEOUT;
 use crate::streaming::pipe::{Gone, Input, Output};
-use crate::streaming::remote::{Remote, Version, Wanted};
+use crate::streaming::remote::{Remote, RequestedStreams, Version};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use boxlite_sys::sync::Mutex;
@@ -25,14 +25,14 @@ use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_tungstenite::tungstenite::{Error, Message};
 use tokio_util::sync::CancellationToken;
 
-/// Pieces that wait for the taker of one channel, of at most [`PIECE_LIMIT`] bytes.
-const QUEUE_PIECES: usize = 4;
-/// Largest piece that is handed on, in bytes; a message may be larger.
-const PIECE_LIMIT: usize = 16 << 10;
+/// Chunks that wait for the taker of one channel, of at most [`MAX_CHUNK_BYTES`] bytes.
+const INPUT_QUEUE_CHUNKS: usize = 4;
+/// Largest chunk that is handed on, in bytes; a message may be larger.
+const MAX_CHUNK_BYTES: usize = 16 << 10;
 /// Messages that wait for the peer.
-const OUT_MESSAGES: usize = 8;
+const OUTPUT_QUEUE_MESSAGES: usize = 8;
 /// What the peer may take to read the last messages.
-const FLUSH_LIMIT: Duration = Duration::from_secs(10);
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often the peer is told that this side lives. kubectl gives up after 61 s without, and a reader that waits for a
 /// process to take its input sees no ping. The other way round, a peer that closed cannot say so while what it sent before
 /// is not read; to a pong it answers with a reset.
@@ -82,7 +82,7 @@ pub struct Channels {
 impl Channels {
     /// What the client sends on `channel`.
     pub fn input(&mut self, channel: u8) -> Input {
-        let (sender, receiver) = mpsc::channel(QUEUE_PIECES);
+        let (sender, receiver) = mpsc::channel(INPUT_QUEUE_CHUNKS);
         self.inputs.insert(channel, sender);
         Input::new(receiver, self.gone.clone())
     }
@@ -98,10 +98,10 @@ impl Channels {
 
     /// The channels of a remote command. The client is told that it is connected by an empty message on its lowest
     /// channel.
-    pub fn remote(&mut self, wanted: Wanted, version: Version) -> Remote {
+    pub fn remote(&mut self, wanted: RequestedStreams, version: Version) -> Remote {
         let lowest = match wanted {
-            Wanted { stdout: true, .. } => STDOUT,
-            Wanted { stderr: true, .. } => STDERR,
+            RequestedStreams { stdout: true, .. } => STDOUT,
+            RequestedStreams { stderr: true, .. } => STDERR,
             _ => ERROR,
         };
         // The queue is empty yet.
@@ -148,20 +148,20 @@ pub(super) fn encode((channel, data): Packet, base64: bool) -> Message {
 }
 
 /// Hands messages to their channels.
-struct Receiving<IO> {
+struct Receiver<IO> {
     source: SplitStream<WebSocketStream<IO>>,
     inputs: HashMap<u8, mpsc::Sender<Bytes>>,
     version: Version,
     base64: bool,
     gone: CancellationToken,
-    heard: Arc<Mutex<Instant>>,
+    activity: Arc<Mutex<Instant>>,
 }
 
-impl<IO: AsyncRead + AsyncWrite + Unpin> Receiving<IO> {
+impl<IO: AsyncRead + AsyncWrite + Unpin> Receiver<IO> {
     /// Until the peer closes or breaks the protocol.
     async fn run(&mut self) {
         while let Some(message) = self.source.next().await {
-            *self.heard.lock() = Instant::now();
+            *self.activity.lock() = Instant::now();
             match message {
                 Ok(Message::Close(_)) | Err(Error::ConnectionClosed) => return,
                 Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_)) => {}
@@ -189,11 +189,11 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Receiving<IO> {
             let Some(sender) = self.inputs.get(&channel) else {
                 return;
             };
-            let piece = data.split_to(data.len().min(PIECE_LIMIT));
+            let chunk = data.split_to(data.len().min(MAX_CHUNK_BYTES));
             let sent = tokio::select! {
                 biased;
                 () = self.gone.cancelled() => return,
-                sent = sender.send(piece) => sent,
+                sent = sender.send(chunk) => sent,
             };
             if sent.is_err() {
                 // The taker wants no more; the rest goes nowhere.
@@ -208,7 +208,7 @@ async fn write_all<IO: AsyncRead + AsyncWrite + Unpin>(
     mut sink: SplitSink<WebSocketStream<IO>, Message>,
     mut packets: mpsc::Receiver<Packet>,
     base64: bool,
-    heard: &Mutex<Instant>,
+    activity: &Mutex<Instant>,
 ) -> Result<(), Error> {
     let mut alive = tokio::time::interval(PONG_INTERVAL);
     alive.reset();
@@ -226,7 +226,7 @@ async fn write_all<IO: AsyncRead + AsyncWrite + Unpin>(
             sink.feed(encode(packet, base64)).await?;
         }
         sink.flush().await?;
-        *heard.lock() = Instant::now();
+        *activity.lock() = Instant::now();
     }
     let close = CloseFrame {
         code: CloseCode::Normal,
@@ -235,9 +235,9 @@ async fn write_all<IO: AsyncRead + AsyncWrite + Unpin>(
     sink.send(Message::Close(Some(close))).await
 }
 
-async fn idle_for(limit: Duration, heard: &Mutex<Instant>) {
+async fn idle_for(limit: Duration, activity: &Mutex<Instant>) {
     loop {
-        let until = *heard.lock() + limit;
+        let until = *activity.lock() + limit;
         if Instant::now() >= until {
             return;
         }
@@ -262,30 +262,30 @@ pub async fn serve<IO, H, F>(
     F: Future<Output = ()>,
 {
     let (sink, source) = socket.split();
-    let (out, packets) = mpsc::channel(OUT_MESSAGES);
+    let (out, packets) = mpsc::channel(OUTPUT_QUEUE_MESSAGES);
     let mut channels = Channels {
         inputs: HashMap::new(),
         out,
         gone: gone.clone(),
     };
     let mut handling = Box::pin(open(&mut channels));
-    let heard = Arc::new(Mutex::new(Instant::now()));
+    let activity = Arc::new(Mutex::new(Instant::now()));
     let Channels { inputs, out, .. } = channels;
     // The handler has its own.
     drop(out);
-    let mut receiving = Receiving {
+    let mut receiver = Receiver {
         source,
         inputs,
         version,
         base64,
         gone: gone.clone(),
-        heard: heard.clone(),
+        activity: activity.clone(),
     };
-    let mut writing = std::pin::pin!(write_all(sink, packets, base64, &heard));
+    let mut writing = std::pin::pin!(write_all(sink, packets, base64, &activity));
     let (mut reads, mut writes) = (true, true);
     {
-        let mut reading = std::pin::pin!(receiving.run());
-        let mut idling = std::pin::pin!(idle_for(idle, &heard));
+        let mut reading = std::pin::pin!(receiver.run());
+        let mut idling = std::pin::pin!(idle_for(idle, &activity));
         loop {
             tokio::select! {
                 () = &mut handling => break,
@@ -311,8 +311,8 @@ pub async fn serve<IO, H, F>(
     if gone.is_cancelled() || !writes {
         return;
     }
-    if let Ok(Ok(())) = tokio::time::timeout(FLUSH_LIMIT, writing).await {
-        let rest = async { while let Some(Ok(_)) = receiving.source.next().await {} };
-        let _ = tokio::time::timeout(CLOSE_LIMIT, rest).await;
+    if let Ok(Ok(())) = tokio::time::timeout(FLUSH_TIMEOUT, writing).await {
+        let rest = async { while let Some(Ok(_)) = receiver.source.next().await {} };
+        let _ = tokio::time::timeout(CLOSE_TIMEOUT, rest).await;
     }
 }

@@ -3,7 +3,7 @@
 use super::channels::{decode, encode};
 use super::*;
 use crate::streaming::outcome::Outcome;
-use crate::streaming::remote::Wanted;
+use crate::streaming::remote::RequestedStreams;
 use bytes::Bytes;
 use futures::{SinkExt, StreamExt};
 use proptest::prelude::*;
@@ -57,7 +57,7 @@ proptest! {
 #[tokio::test]
 async fn stdin_ends_by_the_close_message_and_the_status_comes_last() {
     let (mut client, server) = pair().await;
-    let wanted = Wanted {
+    let wanted = RequestedStreams {
         stdin: true,
         stdout: true,
         stderr: false,
@@ -72,8 +72,8 @@ async fn stdin_ends_by_the_close_message_and_the_status_comes_last() {
             let mut remote = channels.remote(wanted, Version::V5);
             async move {
                 let mut input = remote.stdin.take().unwrap();
-                while let Ok(Some(piece)) = input.next().await {
-                    remote.stdout.as_mut().unwrap().write(piece).await.unwrap();
+                while let Ok(Some(chunk)) = input.next().await {
+                    remote.stdout.as_mut().unwrap().write(chunk).await.unwrap();
                 }
                 remote.finish(&Outcome::Exit(3)).await;
             }

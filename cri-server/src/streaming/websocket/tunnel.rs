@@ -14,7 +14,7 @@ use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_tungstenite::tungstenite::{Error, Message};
 
 /// Largest message written, in bytes.
-const WRITE_LIMIT: usize = 32 << 10;
+const MAX_WRITE_BYTES: usize = 32 << 10;
 
 /// See the head of this file.
 #[derive(Debug)]
@@ -37,7 +37,7 @@ impl<IO> Tunnel<IO> {
     }
 }
 
-fn broken(error: Error) -> io::Error {
+fn io_error(error: Error) -> io::Error {
     match error {
         Error::Io(error) => error,
         error => io::Error::other(error),
@@ -63,7 +63,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncRead for Tunnel<IO> {
                 // Pings are answered by the library.
                 Some(Ok(_)) => {}
                 Some(Err(Error::ConnectionClosed)) => return Poll::Ready(Ok(())),
-                Some(Err(error)) => return Poll::Ready(Err(broken(error))),
+                Some(Err(error)) => return Poll::Ready(Err(io_error(error))),
             }
         }
         let length = self.message.len().min(buffer.remaining());
@@ -79,25 +79,25 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Tunnel<IO> {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        ready!(Pin::new(&mut self.socket).poll_ready(context)).map_err(broken)?;
-        let length = bytes.len().min(WRITE_LIMIT);
+        ready!(Pin::new(&mut self.socket).poll_ready(context)).map_err(io_error)?;
+        let length = bytes.len().min(MAX_WRITE_BYTES);
         let message = Message::Binary(Bytes::copy_from_slice(&bytes[..length]));
         Pin::new(&mut self.socket)
             .start_send(message)
-            .map_err(broken)?;
+            .map_err(io_error)?;
         Poll::Ready(Ok(length))
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.socket)
             .poll_flush(context)
-            .map_err(broken)
+            .map_err(io_error)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let closed = |error| match error {
             Error::ConnectionClosed | Error::AlreadyClosed => Ok(()),
-            error => Err(broken(error)),
+            error => Err(io_error(error)),
         };
         if !self.closing {
             if let Err(error) = ready!(Pin::new(&mut self.socket).poll_ready(context)) {

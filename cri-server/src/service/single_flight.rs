@@ -1,4 +1,4 @@
-//! `Flights`: one task per key, joined by every caller that asks for the same, and by one that comes back.
+//! `SingleFlight`: one task per key, joined by every caller that asks for the same, and by one that comes back.
 //!
 //! ```text
 //!  (none) ── join ──▶ under way ── ok ──▶ landed ── told to a caller, or forget ──▶ (none)
@@ -30,28 +30,28 @@ struct Flight<R> {
 
 #[derive(Debug)]
 struct Board<R> {
-    flights: HashMap<String, Flight<R>>,
+    single_flight: HashMap<String, Flight<R>>,
     next: u64,
 }
 
-/// Flights by key; `R` is what makes two requests the same.
+/// SingleFlight by key; `R` is what makes two requests the same.
 #[derive(Debug)]
-pub struct Flights<R> {
+pub struct SingleFlight<R> {
     board: Arc<Mutex<Board<R>>>,
 }
 
-impl<R> Default for Flights<R> {
+impl<R> Default for SingleFlight<R> {
     fn default() -> Self {
         Self {
             board: Arc::new(Mutex::new(Board {
-                flights: HashMap::new(),
+                single_flight: HashMap::new(),
                 next: 0,
             })),
         }
     }
 }
 
-impl<R: PartialEq + Send + 'static> Flights<R> {
+impl<R: PartialEq + Send + 'static> SingleFlight<R> {
     /// Joins the flight of `key`, or starts `work` as a task of `tasks`. The answer is an id. Dropping the future drops nothing else.
     pub async fn join<F>(
         &self,
@@ -64,8 +64,8 @@ impl<R: PartialEq + Send + 'static> Flights<R> {
         F: Future<Output = Result<String, Status>> + Send + 'static,
     {
         let (answer, number) = {
-            let mut board = lock(&self.board);
-            match board.flights.get(&key) {
+            let mut board = self.board.lock();
+            match board.single_flight.get(&key) {
                 Some(flight) if flight.request == request => (flight.answer.clone(), flight.number),
                 Some(_) => {
                     return Err(Status::already_exists(format!(
@@ -76,7 +76,7 @@ impl<R: PartialEq + Send + 'static> Flights<R> {
                     let number = board.next;
                     board.next += 1;
                     let answer = self.launch(tasks, key.clone(), number, work());
-                    board.flights.insert(
+                    board.single_flight.insert(
                         key.clone(),
                         Flight {
                             request,
@@ -125,8 +125,9 @@ impl<R: PartialEq + Send + 'static> Flights<R> {
 
     /// Drops an answer that nobody came for: what it names is stopped or removed.
     pub fn forget(&self, id: &str) {
-        lock(&self.board)
-            .flights
+        self.board
+            .lock()
+            .single_flight
             .retain(|_, flight| match flight.answer.peek() {
                 Some(Ok(answer)) => answer != id,
                 _ => true,
@@ -137,11 +138,11 @@ impl<R: PartialEq + Send + 'static> Flights<R> {
 fn clear<R>(board: &Mutex<Board<R>>, key: &str, number: u64) {
     let mut board = lock(board);
     if board
-        .flights
+        .single_flight
         .get(key)
         .is_some_and(|flight| flight.number == number)
     {
-        board.flights.remove(key);
+        board.single_flight.remove(key);
     }
 }
 
@@ -153,7 +154,7 @@ mod tests {
 
     #[tokio::test]
     async fn callers_share_one_task_and_a_dropped_one_may_come_back() {
-        let flights = Flights::default();
+        let single_flight = SingleFlight::default();
         let tasks = TaskTracker::new();
         let (gate, runs) = (Arc::new(Notify::new()), Arc::new(AtomicU32::new(0)));
         let work = || {
@@ -165,11 +166,11 @@ mod tests {
             }
         };
         {
-            let first = flights.join(&tasks, "k".into(), 1, work());
+            let first = single_flight.join(&tasks, "k".into(), 1, work());
             tokio::pin!(first);
             assert!(futures::poll!(&mut first).is_pending());
         }
-        let other = flights
+        let other = single_flight
             .join(&tasks, "k".into(), 2, work())
             .await
             .unwrap_err();
@@ -177,32 +178,32 @@ mod tests {
         tokio::task::yield_now().await;
         gate.notify_one();
         let (second, third) = tokio::join!(
-            flights.join(&tasks, "k".into(), 1, work()),
-            flights.join(&tasks, "k".into(), 1, work())
+            single_flight.join(&tasks, "k".into(), 1, work()),
+            single_flight.join(&tasks, "k".into(), 1, work())
         );
         assert_eq!(
             (second.unwrap().as_str(), third.unwrap().as_str()),
             ("id", "id")
         );
         assert_eq!(runs.load(Ordering::SeqCst), 1);
-        assert!(lock(&flights.board).flights.is_empty());
+        assert!(single_flight.board.lock().single_flight.is_empty());
     }
 
     #[tokio::test]
     async fn errors_and_panics_are_told_and_not_kept() {
-        let flights = Flights::default();
+        let single_flight = SingleFlight::default();
         let tasks = TaskTracker::new();
-        let failed = flights
+        let failed = single_flight
             .join(&tasks, "k".into(), 1, || async {
                 Err(Status::not_found("no"))
             })
             .await;
         assert_eq!(failed.unwrap_err().code(), tonic::Code::NotFound);
-        let panicked = flights
+        let panicked = single_flight
             .join(&tasks, "k".into(), 1, || async { panic!("on purpose") })
             .await;
         assert_eq!(panicked.unwrap_err().code(), tonic::Code::Internal);
-        let fine = flights
+        let fine = single_flight
             .join(&tasks, "k".into(), 1, || async { Ok("x".into()) })
             .await;
         assert_eq!(fine.unwrap(), "x");
@@ -210,33 +211,34 @@ mod tests {
 
     #[tokio::test]
     async fn an_unheard_answer_is_kept_until_forgotten() {
-        let flights = Flights::default();
+        let single_flight = SingleFlight::default();
         let tasks = TaskTracker::new();
-        let leave = async |flights: &Flights<i32>, id: &'static str| {
-            let call = flights.join(
-                &tasks,
-                "k".into(),
-                1,
-                move || async move { Ok(id.to_owned()) },
-            );
+        let leave = async |single_flight: &SingleFlight<i32>, id: &'static str| {
+            let call =
+                single_flight.join(
+                    &tasks,
+                    "k".into(),
+                    1,
+                    move || async move { Ok(id.to_owned()) },
+                );
             tokio::pin!(call);
             assert!(futures::poll!(&mut call).is_pending());
         };
-        leave(&flights, "a").await;
+        leave(&single_flight, "a").await;
         tasks.close();
         tasks.wait().await;
         tasks.reopen();
-        let again = flights
+        let again = single_flight
             .join(&tasks, "k".into(), 1, || async { Ok("b".into()) })
             .await;
         assert_eq!(again.unwrap(), "a");
-        leave(&flights, "c").await;
+        leave(&single_flight, "c").await;
         tasks.close();
         tasks.wait().await;
         tasks.reopen();
         // Nobody polled the answer since, so it is not seen as landed before this.
-        flights.forget("c");
-        let fresh = flights
+        single_flight.forget("c");
+        let fresh = single_flight
             .join(&tasks, "k".into(), 1, || async { Ok("d".into()) })
             .await;
         assert!(matches!(fresh.unwrap().as_str(), "c" | "d"));

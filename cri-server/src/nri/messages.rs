@@ -4,7 +4,7 @@
 //! `pid` is 0. Flow: the service has records and a spec → here → an event's message.
 
 use super::resources;
-use crate::convert::sandbox::SandboxRecord;
+use crate::convert::sandbox::PodMetadata;
 use boxlite_proto::cri::v1::{ContainerConfig, LinuxContainerResources};
 use boxlite_proto::nri::v1alpha1::{
     Container, ContainerState as State, LinuxContainer, LinuxDevice, LinuxNamespace,
@@ -16,7 +16,7 @@ use oci_spec::runtime::Spec;
 use serde_json::Value;
 
 /// A pod.
-pub fn pod(snapshot: &BoxSnapshot, record: &SandboxRecord) -> PodSandbox {
+pub fn pod(snapshot: &BoxSnapshot, record: &PodMetadata) -> PodSandbox {
     let metadata = record.metadata();
     let config = record.config.clone().unwrap_or_default();
     let linux = config.linux.unwrap_or_default();

@@ -1,0 +1,35 @@
+//! Builds NRI messages from the runtime's pods and containers.
+
+use super::Server;
+use crate::convert::container::ContainerMetadata;
+use crate::nri::messages;
+use boxlite_proto::nri::v1alpha1::{Container, PodSandbox};
+use boxlite_runtime::{ContainerSnapshot, LiteBox};
+
+/// Returns the NRI message of a pod.
+pub(super) fn pod_message(server: &Server, pod: &LiteBox) -> PodSandbox {
+    messages::pod(&pod.snapshot(), &server.pod_metadata(pod))
+}
+
+/// Returns the NRI message of a container. If its OCI spec cannot be read, the message has no fields of the spec.
+pub(super) async fn container_message(pod: &LiteBox, container: &ContainerSnapshot) -> Container {
+    let spec = match pod.container_spec(&container.id).await {
+        Ok(spec) => Some(spec),
+        Err(error) => {
+            tracing::warn!(
+                id = container.id,
+                error = boxlite_runtime::report(&error),
+                "plugins are told of a container without its spec"
+            );
+            None
+        }
+    };
+    let record = ContainerMetadata::from_bytes(&container.metadata);
+    let (config, now) = (record.config(), record.resources());
+    messages::container(container, &config, spec.as_ref(), now.as_ref())
+}
+
+/// Returns the number of vCPUs of the pod's VM.
+pub(super) fn vcpus(pod: &LiteBox) -> u32 {
+    u32::from(pod.snapshot().options.vcpus)
+}
