@@ -1,7 +1,8 @@
-//! What plugins want of a container that is being created: refused by name where a VM cannot give it, and laid into its OCI spec.
+//! Container adjustments of NRI plugins: validation against the limits of a VM, and application to the OCI spec.
 //!
-//! Works on one merged adjustment; whether plugins contradict each other was settled by [`super::collect`]. A name with `-` before it is a
-//! removal. The spec is edited as JSON, which is what the specification defines, and read back typed.
+//! Operates on one merged adjustment; conflicts between plugins are resolved in [`super::collect`]. A name prefixed
+//! with `-` is a removal. The spec is edited as JSON, the form that the specification defines, and parsed back into
+//! its type.
 
 use super::resources;
 use boxlite_proto::nri::v1alpha1::{
@@ -11,14 +12,14 @@ use oci_spec::runtime::Spec;
 use serde_json::{Map, Value, json};
 use std::path::{Component, Path};
 
-/// Annotations by which the runtime, the shim and the guest speak to each other.
+/// Prefixes of annotations that the runtime, the shim and the guest exchange.
 const RESERVED: [&str; 2] = ["boxlite.", "io.boxlite."];
-/// Character devices that the guest's kernel has: null, zero, full, random, urandom, tun, fuse.
+/// Character devices of the guest's kernel: null, zero, full, random, urandom, tun, fuse.
 const DEVICES: [(i64, i64); 7] = [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (10, 200), (10, 229)];
 /// Range of /proc/<pid>/oom_score_adj.
 const OOM_RANGE: std::ops::RangeInclusive<i64> = -1000..=1000;
 
-/// A wish that is not granted.
+/// An adjustment that the runtime cannot apply.
 #[derive(Debug, Clone, thiserror::Error, PartialEq, Eq)]
 #[error("{field}: {reason}")]
 pub struct Unsupported {
@@ -33,7 +34,7 @@ fn unsupported(field: impl Into<String>, reason: impl Into<String>) -> Unsupport
     }
 }
 
-/// A key without the mark of removal, and whether it has one.
+/// Returns a key without its removal mark, and whether it had one.
 pub fn unmarked(key: &str) -> (&str, bool) {
     match key.strip_prefix('-') {
         Some(key) => (key, true),
@@ -41,27 +42,27 @@ pub fn unmarked(key: &str) -> (&str, bool) {
     }
 }
 
-/// What one plugin's adjustment has that no VM can give. `vcpus` is what the pod's VM has.
+/// Rejects an adjustment that no VM can provide. `vcpus` is the number of vCPUs of the pod's VM.
 pub fn check(adjust: &ContainerAdjustment, vcpus: u32) -> Result<(), Unsupported> {
     for key in adjust.annotations.keys() {
         let (name, _) = unmarked(key);
         if RESERVED.iter().any(|prefix| name.starts_with(prefix)) {
             return Err(unsupported(
                 format!("annotations {name:?}"),
-                "is the runtime's own",
+                "reserved for the runtime",
             ));
         }
     }
     if let Some(hook) = adjust.hooks.as_ref().and_then(first_hook) {
         return Err(unsupported(
             format!("hooks {hook:?}"),
-            "a hook is a program of the host that enters the container's namespaces, and those are in a VM",
+            "hooks are host programs and cannot enter a container in a VM",
         ));
     }
     if let Some(device) = adjust.cdi_devices.first() {
         return Err(unsupported(
             format!("CDI_devices {:?}", device.name),
-            "a VM has no device of the host",
+            "host devices are not available in a VM",
         ));
     }
     for mount in &adjust.mounts {
@@ -69,19 +70,22 @@ pub fn check(adjust: &ContainerAdjustment, vcpus: u32) -> Result<(), Unsupported
         if !clean(target) {
             return Err(unsupported(
                 format!("mounts {target:?}"),
-                "a destination must be an absolute path below / without ..",
+                "destination must be an absolute path below / without ..",
             ));
         }
     }
     for entry in &adjust.env {
         let (name, _) = unmarked(&entry.key);
-        // Never the value: it may be secret.
+        // Without the value, which may be secret.
         if name.is_empty() || name.contains(['=', '\0']) || entry.value.contains('\0') {
-            return Err(unsupported(format!("env {name:?}"), "is no variable"));
+            return Err(unsupported(
+                format!("env {name:?}"),
+                "invalid variable name or value",
+            ));
         }
     }
     if adjust.args.iter().any(|arg| arg.contains('\0')) {
-        return Err(unsupported("args", "an argument has a NUL"));
+        return Err(unsupported("args", "argument contains a NUL"));
     }
     match &adjust.linux {
         Some(linux) => check_linux(linux, vcpus),
@@ -97,39 +101,39 @@ fn check_linux(linux: &LinuxContainerAdjustment, vcpus: u32) -> Result<(), Unsup
     named(
         !linux.namespaces.is_empty(),
         "namespaces",
-        "namespaces of the host do not exist in a VM",
+        "host namespaces do not exist in a VM",
     )?;
     named(
         !linux.net_devices.is_empty(),
         "net_devices",
-        "a VM's interfaces are those of its pod's network",
+        "a VM has the interfaces of its pod's network only",
     )?;
     named(
         linux.rdt.as_ref().is_some_and(|rdt| {
             rdt.clos_id.is_some() || rdt.schemata.is_some() || rdt.enable_monitoring.is_some()
         }),
         "rdt",
-        "resource groups of the host's CPUs do not reach into a VM",
+        "resource groups of the host CPU do not apply in a VM",
     )?;
     named(
         linux.memory_policy.is_some(),
         "memory_policy",
-        "a VM has one memory node",
+        "a VM has a single memory node",
     )?;
     named(
         linux.seccomp_policy.is_some(),
         "seccomp_policy",
-        "a filter of a plugin is not taken into the guest; the pod's own seccomp profile counts",
+        "not supported; the seccomp profile of the pod applies",
     )?;
     named(
         linux.io_priority.is_some(),
         "io_priority",
-        "is not taken into the guest",
+        "not supported in the guest",
     )?;
     named(
         linux.scheduler.is_some(),
         "scheduler",
-        "is not taken into the guest",
+        "not supported in the guest",
     )?;
     for device in &linux.devices {
         check_device(device)?;
@@ -163,7 +167,7 @@ fn check_device(device: &LinuxDevice) -> Result<(), Unsupported> {
             "{field} ({} {}:{})",
             device.r#type, device.major, device.minor
         ),
-        "a VM has no device of the host; of its own it gives null, zero, full, random, urandom, tun and fuse",
+        "host devices are not available in a VM; it provides null, zero, full, random, urandom, tun and fuse",
     ))
 }
 
@@ -192,10 +196,14 @@ fn clean(path: &str) -> bool {
         && !path.as_os_str().as_encoded_bytes().contains(&0)
 }
 
-/// The spec with the adjustment in it.
+/// Returns the spec with the adjustment applied.
 pub fn apply(adjust: &ContainerAdjustment, spec: Spec) -> Result<Spec, Unsupported> {
-    let unreadable =
-        |error: serde_json::Error| unsupported("adjustment", format!("makes no OCI spec: {error}"));
+    let unreadable = |error: serde_json::Error| {
+        unsupported(
+            "adjustment",
+            format!("results in an invalid OCI spec: {error}"),
+        )
+    };
     let mut document = serde_json::to_value(spec).map_err(unreadable)?;
     let annotations = adjust.annotations.iter();
     edit_map(
@@ -258,7 +266,7 @@ fn apply_linux(linux: &LinuxContainerAdjustment, document: &mut Value) {
     if !linux.cgroups_path.is_empty() {
         tracing::info!(
             path = linux.cgroups_path,
-            "a plugin's cgroup path is ignored: the container's cgroup is in its VM"
+            "ignoring cgroup path of NRI plugin: the container's cgroup is in its VM"
         );
     }
 }
@@ -277,7 +285,7 @@ fn mounts(adjust: &ContainerAdjustment, document: &mut Value) {
         (mount.destination.as_str(), entry)
     });
     edit_list(document, &["mounts"], "destination", wanted);
-    // A mount below another comes after it; the sort is stable.
+    // A nested mount comes after its parent; the sort is stable.
     if let Some(list) = document["mounts"].as_array_mut() {
         list.sort_by_key(|mount| {
             let target = mount["destination"].as_str().unwrap_or_default();
@@ -307,12 +315,12 @@ fn environment(adjust: &ContainerAdjustment, document: &mut Value) {
     document["process"]["env"] = json!(list);
 }
 
-/// The name in `NAME=value`.
+/// Returns the name in `NAME=value`.
 pub fn name_of(entry: &str) -> &str {
     entry.split_once('=').map_or(entry, |(name, _)| name)
 }
 
-/// The place `path` of the document, made where it is not there.
+/// Returns the value at `path` of the document, and creates it if missing.
 fn place<'a>(document: &'a mut Value, path: &[&str]) -> &'a mut Value {
     path.iter().fold(document, |value, key| &mut value[*key])
 }
@@ -327,7 +335,7 @@ fn edit_map<'a>(
     if wanted.is_empty() {
         return;
     }
-    // Removals first: what is removed and set anew is there afterwards.
+    // Removals first: an entry that is both removed and set remains.
     wanted.sort_by_key(|(key, _)| !unmarked(key).1);
     let target = place(document, path);
     if !target.is_object() {
@@ -345,7 +353,7 @@ fn edit_map<'a>(
     }
 }
 
-/// Removes entries of a list by their `key`, and appends those that are no removals.
+/// Removes entries of a list by their `key`, and appends those that are not removals.
 fn edit_list<'a>(
     document: &mut Value,
     path: &[&str],

@@ -1,7 +1,7 @@
-//! What several plugins answer to one event, made one answer: in order, and an error where two contradict each other.
+//! Merges the answers of several plugins to one event, in order; a contradiction is an error.
 //!
-//! A later plugin sees the container as the earlier ones made it. Pure: who is asked is [`super`]'s, what is refused is
-//! [`super::adjust`]'s.
+//! A later plugin sees the container with the earlier adjustments. The functions are pure: the calls are in
+//! [`super`], the validation in [`super::adjust`].
 
 use super::adjust::{self, Unsupported, name_of, unmarked};
 use super::owners::{Conflict, Owners};
@@ -13,25 +13,25 @@ use boxlite_proto::nri::v1alpha1::{
 };
 use std::collections::{HashMap, HashSet};
 
-/// Why plugins' answers come to nothing.
+/// Reason why the plugins' answers cannot be merged.
 #[derive(Debug, thiserror::Error)]
 pub enum CollectError {
-    /// Two plugins, one field.
+    /// Two plugins set the same field.
     #[error(transparent)]
     Conflict(#[from] Conflict),
-    /// Something that a VM has not.
-    #[error("NRI plugin {plugin} wants {refused}")]
+    /// An adjustment that a VM cannot provide.
+    #[error("invalid adjustment of NRI plugin {plugin}: {refused}")]
     Unsupported {
         plugin: String,
         refused: Unsupported,
     },
-    /// The container that is being created is adjusted, not updated.
+    /// A plugin updates the container that is being created, instead of adjusting it.
     #[error("NRI plugin {plugin} updates container {container} while it is being created")]
     Early { plugin: String, container: String },
 }
 
 impl CollectError {
-    /// More than the VM has; `reason` has the arithmetic.
+    /// Creates the error for limits beyond the VM's capacity; `reason` has the figures.
     pub fn beyond(plugin: &str, reason: String) -> Self {
         let field = "linux.resources".to_owned();
         Self::Unsupported {
@@ -41,27 +41,27 @@ impl CollectError {
     }
 }
 
-/// Answers to a CreateContainer.
+/// Merged answers to CreateContainer.
 #[derive(Debug)]
 pub struct Creation {
-    /// As the plugins so far made it.
+    /// The container with the adjustments so far.
     pub container: Container,
-    /// All adjustments so far.
+    /// The adjustments so far.
     pub adjust: ContainerAdjustment,
     updates: Updates,
 }
 
-/// Updates of containers, one for each, by the plugins that want them.
+/// Container updates, at most one per container, merged from all plugins.
 #[derive(Debug, Default)]
 pub struct Updates {
     owners: Owners,
     list: Vec<ContainerUpdate>,
-    /// Virtual CPUs of each pod's VM, by container; none: not known here, and checked when it is applied.
+    /// Number of vCPUs of each pod's VM, by container. A missing entry is checked when the update is applied.
     vcpus: HashMap<String, u32>,
 }
 
 impl Updates {
-    /// One plugin's updates. One that may fail and conflicts is left out.
+    /// Merges the updates of one plugin. A conflicting update with `ignore_failure` is skipped.
     pub fn take(
         &mut self,
         updates: Vec<ContainerUpdate>,
@@ -74,7 +74,7 @@ impl Updates {
                     tracing::warn!(
                         plugin,
                         error = boxlite_runtime::report(&error),
-                        "an update is left out, as the plugin allows"
+                        "skipping conflicting update that may fail"
                     );
                 }
                 result => result?,
@@ -113,33 +113,33 @@ impl Updates {
         Ok(())
     }
 
-    /// What was asked for one container so far.
+    /// Returns the resources requested for a container so far.
     pub fn of(&self, container: &str) -> Option<&LinuxResources> {
         let update = self.list.iter().find(|u| u.container_id == container)?;
         update.linux.as_ref()?.resources.as_ref()
     }
 
-    /// Tells how many virtual CPUs a container's VM has.
+    /// Sets the number of vCPUs of a container's VM.
     pub fn with_vcpus(mut self, container: &str, vcpus: u32) -> Self {
         self.vcpus.insert(container.to_owned(), vcpus);
         self
     }
 
-    /// All of them but those of `except`.
+    /// Returns all updates but those of `except`.
     pub fn others(self, except: &str) -> Vec<ContainerUpdate> {
         let mut list = self.list;
         list.retain(|update| update.container_id != except);
         list
     }
 
-    /// As validating plugins get them.
+    /// Returns the updates for validating plugins.
     pub fn list(&self) -> &[ContainerUpdate] {
         &self.list
     }
 }
 
 impl Creation {
-    /// Before the first plugin. `vcpus` is what the pod's VM has.
+    /// Starts with no adjustment. `vcpus` is the number of vCPUs of the pod's VM.
     pub fn new(container: Container, vcpus: u32) -> Self {
         let updates = Updates::default().with_vcpus(&container.id, vcpus);
         Self {
@@ -149,7 +149,7 @@ impl Creation {
         }
     }
 
-    /// One plugin's answer.
+    /// Merges the answer of one plugin.
     pub fn take(
         &mut self,
         answer: CreateContainerResponse,
@@ -173,22 +173,22 @@ impl Creation {
             });
         }
         if !answer.evict.is_empty() {
-            tracing::warn!(plugin, "evictions are ignored");
+            tracing::warn!(plugin, "ignoring evictions requested by NRI plugin");
         }
         self.updates.take(answer.update, plugin)
     }
 
-    /// Who set what.
+    /// Returns the owner of each field.
     pub fn owners(&self) -> OwningPlugins {
         self.updates.owners.message()
     }
 
-    /// Updates of other containers so far.
+    /// Returns the updates of other containers so far.
     pub fn updates(&self) -> &[ContainerUpdate] {
         self.updates.list()
     }
 
-    /// The adjustment and the updates of other containers.
+    /// Returns the adjustment and the updates of other containers.
     pub fn into_parts(self) -> (ContainerAdjustment, Vec<ContainerUpdate>) {
         (self.adjust, self.updates.list)
     }
@@ -244,10 +244,10 @@ impl Creation {
     }
 }
 
-/// Something in a list that has a name.
+/// A list entry with a name.
 trait Named: Clone {
     fn name(&self) -> &str;
-    /// Only its mark of removal.
+    /// Returns an entry that only removes `name`.
     fn removal(name: &str) -> Self;
 }
 
@@ -298,7 +298,7 @@ fn pair(entry: &str) -> KeyValue {
     }
 }
 
-/// One plugin's claims on one container.
+/// Claims of one plugin on one container.
 struct Claims<'a> {
     owners: &'a mut Owners,
     container: &'a str,
@@ -340,7 +340,7 @@ impl Claims<'_> {
         Ok(())
     }
 
-    /// Removes and sets entries of a map, likewise.
+    /// Removes and sets entries of a map, in the container and in the adjustment.
     fn map(
         &mut self,
         field: Field,

@@ -1,4 +1,4 @@
-//! One plugin's connection: calls to the plugin, and the plugin's calls to the runtime, over one socket.
+//! Connection of one plugin: calls in both directions over one socket.
 //!
 //! ```text
 //!  call() ── writer ──▶ trunk ◀──▶ plugin
@@ -6,8 +6,8 @@
 //!    └── pending ◀── reader task ──▶ server task ──▶ Service
 //! ```
 //!
-//! Every call has a limit; one that passes it closes the connection, since its answer may still come. What the messages mean is
-//! [`super::plugin`]'s.
+//! Every call has a deadline; a call that misses it closes the connection, because its answer may still arrive. The
+//! meaning of the messages is defined in [`super::plugin`].
 
 use super::wire::{
     self, Assembler, MAX_MESSAGE_BYTES, Message, PLUGIN_SERVICE, REQUEST, RESPONSE,
@@ -26,39 +26,39 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-/// The plugin's ttrpc service.
+/// Name of the plugin's ttrpc service.
 const PLUGIN: &str = "nri.pkg.api.v1alpha1.Plugin";
-/// google.rpc's codes, as far as they mean something here.
+/// Codes of google.rpc that NRI uses.
 pub const INVALID_ARGUMENT: i32 = 3;
 pub const UNIMPLEMENTED: i32 = 12;
-/// Calls of a plugin that wait their turn. A plugin sends one and waits; more than this is a broken one.
+/// Maximum number of queued calls of a plugin. A plugin sends one and waits; more is a protocol violation.
 const MAX_QUEUED_REQUESTS: usize = 16;
-/// How long an answer to a plugin's call may take to be written: a plugin that does not read is dead.
+/// Timeout of writing an answer: a plugin that does not read is dead.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What became of a call to a plugin.
+/// Failure of a call to a plugin.
 #[derive(Debug, thiserror::Error)]
 pub enum CallError {
-    /// The plugin answered with an error: its word counts.
+    /// The plugin returned an error.
     #[error("{message}")]
     Rejected { code: i32, message: String },
-    /// No answer in time.
-    #[error("{method} was not answered within {limit:?}")]
+    /// The plugin did not answer in time.
+    #[error("{method} not answered within {limit:?}")]
     Timeout {
         method: &'static str,
         limit: Duration,
     },
-    /// The connection is gone.
-    #[error("the plugin's connection is closed")]
+    /// The connection is closed.
+    #[error("connection of the plugin is closed")]
     Closed,
     /// The connection broke.
-    #[error("the plugin's connection broke")]
+    #[error("connection of the plugin failed")]
     Wire(#[from] WireError),
-    /// What we would have to send is larger than a plugin takes.
-    #[error("{method} has {bytes} bytes; a plugin takes {MAX_MESSAGE_BYTES}")]
+    /// The request exceeds the message size that a plugin accepts.
+    #[error("{method} request too large: {bytes} bytes (maximum {MAX_MESSAGE_BYTES})")]
     TooLarge { method: &'static str, bytes: usize },
-    /// The answer is no message.
-    #[error("the answer to {method} cannot be read")]
+    /// The answer cannot be decoded.
+    #[error("failed to decode the answer to {method}")]
     Garbled {
         method: &'static str,
         #[source]
@@ -66,10 +66,10 @@ pub enum CallError {
     },
 }
 
-/// What the runtime serves to a plugin.
+/// Service of the runtime for a plugin.
 #[tonic::async_trait]
 pub trait Service: Send + Sync + 'static {
-    /// One call, answered or refused.
+    /// Handles one call.
     async fn call(&self, service: &str, method: &str, payload: &[u8])
     -> Result<Vec<u8>, RpcStatus>;
 }
@@ -82,13 +82,13 @@ struct Inner {
     writer: tokio::sync::Mutex<Writer>,
     pending: Mutex<HashMap<u32, oneshot::Sender<Response>>>,
     closed: CancellationToken,
-    /// To close the socket under whoever reads or writes.
+    /// Used to shut the socket down while other tasks read or write.
     socket: StdUnixStream,
 }
 
 struct Writer {
     half: OwnedWriteHalf,
-    /// ttrpc: odd, rising.
+    /// ttrpc stream ids of a client are odd and increase.
     next_stream: u32,
 }
 
@@ -100,7 +100,7 @@ impl std::fmt::Debug for Connection {
     }
 }
 
-/// Closes a connection unless told that all is well: behind a dropped future the stream may end in half a message.
+/// Closes a connection on drop unless disarmed: after a dropped future the stream may end within a message.
 struct CloseOnDrop<'a>(Option<&'a Connection>);
 
 impl Drop for CloseOnDrop<'_> {
@@ -112,7 +112,7 @@ impl Drop for CloseOnDrop<'_> {
 }
 
 impl Connection {
-    /// Takes a socket over. Two tasks of `tasks` read it and serve what the plugin asks, until it is closed.
+    /// Takes over a socket. Two tasks of `tasks` read it and serve the plugin's calls until it is closed.
     pub fn open(
         socket: StdUnixStream,
         service: Arc<dyn Service>,
@@ -136,9 +136,9 @@ impl Connection {
         Ok(this)
     }
 
-    /// Calls the plugin and waits for its answer, `limit` at most; a connection that let the time pass is closed.
+    /// Calls the plugin and waits for its answer for at most `limit`; a timeout closes the connection.
     ///
-    /// Dropping the future gives the answer up; while the request is being written it closes the connection.
+    /// Dropping the future abandons the answer; during the write of the request it closes the connection.
     pub async fn call<A: prost::Message + Default>(
         &self,
         method: &'static str,
@@ -182,7 +182,8 @@ impl Connection {
             let stream = writer.next_stream;
             writer.next_stream = stream.wrapping_add(2);
             self.pending().insert(stream, told);
-            // After the insertion: whoever closes empties the map, and who finds it closed here does not wait.
+            // After the insertion: `close` clears the map, and a caller that finds the connection closed here does
+            // not wait.
             if self.is_closed() {
                 self.pending().remove(&stream);
                 return Err(CallError::Closed);
@@ -204,20 +205,20 @@ impl Connection {
         answer.await.map_err(|_| CallError::Closed)
     }
 
-    /// Closes the socket and gives up every call that waits. Harmless the second time.
+    /// Shuts the socket down and fails every pending call. Idempotent.
     pub fn close(&self) {
         self.0.closed.cancel();
-        // Not connected any more is the only failure, and what is wanted.
+        // The only failure is that the socket is not connected, which is the goal.
         let _ = self.0.socket.shutdown(Shutdown::Both);
         self.pending().clear();
     }
 
-    /// Whether it is closed, by either side.
+    /// Returns whether either side closed the connection.
     pub fn is_closed(&self) -> bool {
         self.0.closed.is_cancelled()
     }
 
-    /// Returns once it is closed.
+    /// Waits until it is closed.
     pub async fn closed(&self) {
         self.0.closed.cancelled().await;
     }
@@ -241,7 +242,7 @@ impl Connection {
                 Some(Err(error)) => {
                     tracing::debug!(
                         error = boxlite_runtime::report(&error),
-                        "a plugin's connection ends"
+                        "connection of NRI plugin ended"
                     );
                     return;
                 }
@@ -250,19 +251,19 @@ impl Connection {
             let done = match connection {
                 PLUGIN_SERVICE => self.take_answers(&mut answers, &bytes),
                 RUNTIME_SERVICE => take_calls(&mut calls, &bytes, &requests),
-                // A connection that nobody opened: the published multiplexer drops its frames too.
+                // Like the published multiplexer, drop frames of a connection that was not opened.
                 _ => Ok(true),
             };
             match done {
                 Ok(true) => {}
                 Ok(false) => {
-                    tracing::warn!("a plugin does not wait for answers; its connection is closed");
+                    tracing::warn!("closing connection of NRI plugin: too many concurrent calls");
                     return;
                 }
                 Err(error) => {
                     tracing::warn!(
                         error = boxlite_runtime::report(&error),
-                        "a plugin's connection is closed"
+                        "closing connection of NRI plugin"
                     );
                     return;
                 }
@@ -274,13 +275,13 @@ impl Connection {
         answers.push(bytes);
         while let Some(message) = answers.next()? {
             let pending = self.pending().remove(&message.stream);
-            // An answer that nobody waits for came too late.
+            // An answer without a pending call is late.
             if let (Some(pending), RESPONSE) = (pending, message.kind) {
                 let response =
                     Response::decode(&message.payload[..]).unwrap_or_else(|error| Response {
                         status: Some(RpcStatus {
                             code: INVALID_ARGUMENT,
-                            message: format!("its answer cannot be read: {error}"),
+                            message: format!("failed to decode answer: {error}"),
                         }),
                         payload: Vec::new(),
                     });
@@ -333,7 +334,7 @@ impl Connection {
     }
 }
 
-/// Queues a plugin's calls; false where it has sent more than it may leave unanswered.
+/// Queues the calls of a plugin; returns false if it exceeds the number of unanswered calls.
 fn take_calls(
     calls: &mut Assembler,
     bytes: &[u8],
@@ -348,7 +349,7 @@ fn take_calls(
     Ok(true)
 }
 
-/// Takes a call out of the pending ones when its caller leaves.
+/// Removes a pending call when its caller drops it.
 struct RemovePending<'a> {
     connection: &'a Connection,
     stream: u32,

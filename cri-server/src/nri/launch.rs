@@ -1,8 +1,8 @@
 //! Pre-installed plugins: programs named `NN-name` in a directory, started with a connected socket as descriptor 3.
 //!
-//! Their configuration is `NN-name.conf` or `name.conf` of another directory. They get no environment but NRI's own three variables, as
-//! published. One that ends is not started again: what it had adjusted stays, and nobody knows why it ended. What they say is
-//! [`super::plugin`]'s.
+//! Their configuration is `NN-name.conf` or `name.conf` of another directory. As published, their environment has
+//! only NRI's three variables. A plugin that exits is not restarted: its adjustments remain. The protocol is in
+//! [`super::plugin`].
 
 use super::plugin::{check_index, check_name};
 use command_fds::{CommandFdExt, FdMapping, FdMappingCollision};
@@ -16,34 +16,34 @@ use std::process::Stdio;
 use std::time::Duration;
 use tokio::process::{Child, Command};
 
-/// The plugin's end of the connection.
+/// Descriptor of the plugin's end of the connection.
 const SOCKET_FD: i32 = 3;
-/// Largest configuration of a plugin, in bytes: it must fit into one message with room to spare.
+/// Maximum size of a plugin's configuration: it must fit into one message with space to spare.
 const MAX_CONFIG_BYTES: u64 = 1 << 20;
-/// How long a plugin may take to end once its connection is closed.
+/// Time that a plugin has to exit after its connection is closed.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Why a plugin is not launched.
+/// Reason why a plugin is not launched.
 #[derive(Debug, thiserror::Error)]
 pub enum LaunchError {
-    /// A directory or file.
-    #[error("cannot read {}", path.display())]
+    /// A directory or file cannot be read.
+    #[error("failed to read {}", path.display())]
     Read {
         path: PathBuf,
         #[source]
         source: io::Error,
     },
-    /// A program whose name is none of a plugin.
+    /// An executable with an invalid name.
     #[error("{}: {reason}", path.display())]
     Name { path: PathBuf, reason: String },
-    /// The socket pair.
-    #[error("cannot make a connection")]
+    /// The socket pair cannot be created.
+    #[error("failed to create socket pair")]
     Socket(#[source] io::Error),
-    /// Its descriptor.
-    #[error("cannot hand over the connection")]
+    /// The descriptor cannot be passed.
+    #[error("failed to pass the socket")]
     Descriptor(#[source] FdMappingCollision),
-    /// The program.
-    #[error("cannot start {}", path.display())]
+    /// The program cannot be started.
+    #[error("failed to start {}", path.display())]
     Start {
         path: PathBuf,
         #[source]
@@ -51,7 +51,7 @@ pub enum LaunchError {
     },
 }
 
-/// A program that is there.
+/// An installed plugin.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Installed {
     pub path: PathBuf,
@@ -61,13 +61,13 @@ pub struct Installed {
 }
 
 impl Installed {
-    /// `00-name`.
+    /// Returns the name with its index, `00-name`.
     pub fn full_name(&self) -> String {
         format!("{}-{}", self.index, self.name)
     }
 }
 
-/// The executable files of `plugins`, by name, each with its configuration. Nothing where there is no such directory.
+/// Returns the executable files of `plugins`, sorted by name, with their configuration. A missing directory has none.
 pub fn discover(plugins: &Path, configs: &Path) -> Result<Vec<Installed>, LaunchError> {
     let read = |source| LaunchError::Read {
         path: plugins.to_owned(),
@@ -105,7 +105,7 @@ fn installed(path: PathBuf, configs: &Path) -> Result<Installed, LaunchError> {
     };
     let (index, name) = file
         .split_once('-')
-        .ok_or_else(|| wrong("is not named NN-name".into()))?;
+        .ok_or_else(|| wrong("invalid name: must be NN-name".into()))?;
     check_index(index)
         .and_then(|()| check_name(name))
         .map_err(&wrong)?;
@@ -137,7 +137,7 @@ fn installed(path: PathBuf, configs: &Path) -> Result<Installed, LaunchError> {
     })
 }
 
-/// A plugin's process. Killed when it is dropped.
+/// Process of a plugin. Killed on drop.
 #[derive(Debug)]
 pub struct Launched {
     child: Child,
@@ -145,7 +145,7 @@ pub struct Launched {
 }
 
 impl Launched {
-    /// Starts it; its connection comes back.
+    /// Starts the plugin and returns its connection.
     pub fn start(installed: &Installed) -> Result<(Self, UnixStream), LaunchError> {
         let (ours, theirs) = UnixStream::pair().map_err(LaunchError::Socket)?;
         let mut command = Command::new(&installed.path);
@@ -156,7 +156,7 @@ impl Launched {
             .env("NRI_PLUGIN_SOCKET", SOCKET_FD.to_string())
             .current_dir("/")
             .stdin(Stdio::null())
-            // What it prints goes where the daemon's own words go.
+            // Its output goes to the daemon's.
             .process_group(0)
             .kill_on_drop(true);
         command
@@ -177,19 +177,19 @@ impl Launched {
         Ok((launched, ours))
     }
 
-    /// `00-name`.
+    /// Returns the name with its index, `00-name`.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Waits a moment for its end, since its connection is closed, then kills it.
+    /// Waits a moment for the exit after the connection is closed, then kills it.
     pub async fn end(mut self) {
         if tokio::time::timeout(EXIT_TIMEOUT, self.child.wait())
             .await
             .is_err()
             && let Err(error) = self.child.kill().await
         {
-            tracing::warn!(plugin = self.name, %error, "a launched plugin is left");
+            tracing::warn!(plugin = self.name, %error, "failed to kill NRI plugin");
         }
     }
 }
@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn programs_are_found_with_their_configuration() {
+    fn discover_finds_programs_with_configuration() {
         let (plugins, configs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         put(plugins.path(), "20-b", "", 0o755);
         put(plugins.path(), "10-a", "", 0o700);

@@ -1,7 +1,7 @@
-//! Pods and containers as plugins see them.
+//! NRI messages of pods and containers.
 //!
-//! What belongs to this runtime's inside (its annotations, paths in the guest) is left out. A container's process has no id on the host:
-//! `pid` is 0. Flow: the service has records and a spec → here → an event's message.
+//! Internals of this runtime (its annotations, paths in the guest) are omitted. A container's process has no pid on
+//! the host, so `pid` is 0.
 
 use super::resources;
 use crate::convert::sandbox::PodMetadata;
@@ -15,7 +15,7 @@ use boxlite_runtime::{BoxSnapshot, ContainerSnapshot, ContainerState};
 use oci_spec::runtime::Spec;
 use serde_json::Value;
 
-/// A pod.
+/// Returns the message of a pod.
 pub fn pod(snapshot: &BoxSnapshot, record: &PodMetadata) -> PodSandbox {
     let metadata = record.metadata();
     let config = record.config.clone().unwrap_or_default();
@@ -43,7 +43,7 @@ pub fn pod(snapshot: &BoxSnapshot, record: &PodMetadata) -> PodSandbox {
     }
 }
 
-/// A container that is being created: nothing of it is there but its config and its spec.
+/// Returns the message of a container that is being created, from its config and spec.
 pub fn new_container(
     id: &str,
     pod: &str,
@@ -69,7 +69,7 @@ pub fn new_container(
     container
 }
 
-/// A container that is there. `now` are its resources where they were changed since it was created.
+/// Returns the message of a container. `now` has the resources if they changed since its creation.
 pub fn container(
     snapshot: &ContainerSnapshot,
     config: &ContainerConfig,

@@ -1,16 +1,18 @@
-//! NRI: plugins that are told of every pod and container, and may adjust containers before they exist.
+//! NRI: plugins that get an event for every pod and container, and may adjust containers before their creation.
 //!
 //! ```text
 //!  socket (listen) ─┐
 //!                   ├─▶ Plugin::register ─▶ synchronized under the gate ─▶ plugins, by index
 //!  launched ────────┘
-//!  a verb: Nri::begin_session ─▶ Session: events, one plugin after the other ─▶ collect ─▶ the verb applies what came of it
+//!  a verb: Nri::begin_session ─▶ Session: events, one plugin after the other ─▶ collect ─▶ the verb applies the result
 //! ```
 //!
-//! The gate is what keeps a new plugin from missing a container: a verb holds it from its event to the moment its change can be seen,
-//! a new plugin holds it alone from reading what there is to being among those who are told. Events go out one at a time.
+//! The gate keeps a new plugin from missing a container: a verb holds it (shared) from its event until its change is
+//! visible; a new plugin holds it (exclusively) from the snapshot until its registration. Events are sent one at a
+//! time.
 //!
-//! What a plugin may not have is [`adjust`]'s, the wire is [`connection`]'s and [`wire`]'s. Nothing here knows the service: it lends a [`Host`].
+//! The validation of adjustments is in [`adjust`], the wire protocol in [`connection`] and [`wire`]. This module does
+//! not depend on the service, which implements [`Host`].
 
 pub mod adjust;
 pub mod collect;
@@ -41,35 +43,35 @@ use tokio::sync::{OwnedSemaphorePermit, RwLock, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-/// How long a new plugin waits for creations under way. It is let in between two, and while it waits no other begins.
+/// Timeout of a new plugin that waits for creations in progress; no creation starts while it waits.
 const GATE_TIMEOUT: Duration = Duration::from_secs(30);
-/// Plugins and those who want to become one, at a time. A node has a handful.
+/// Maximum number of plugins, including those that register. A node has a handful.
 const MAX_PLUGINS: usize = 64;
-/// How long the end waits for launched plugins and tasks.
+/// Timeout of the shutdown of launched plugins and tasks.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
-/// Pause after a failed accept: out of descriptors, most likely.
+/// Delay after a failed accept, most likely for lack of descriptors.
 const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
-/// How long plugins may take.
+/// Timeouts of plugins.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// To register, and to take in what is there.
+    /// For the registration and the synchronization.
     pub registration: Duration,
-    /// For everything else.
+    /// For all other calls.
     pub request: Duration,
 }
 
-/// What the registry wants of the service.
+/// The service as the registry needs it.
 #[tonic::async_trait]
 pub trait Host: Send + Sync + std::fmt::Debug {
-    /// Every pod that is listed and not stopped, every container that has not ended.
+    /// Returns every listed pod that is not stopped, and every container that has not exited.
     async fn snapshot(&self) -> (Vec<PodSandbox>, Vec<Container>);
 
-    /// Updates containers; answers those that failed and were not allowed to.
+    /// Updates containers; returns the failed updates without `ignore_failure`.
     async fn update(&self, updates: Vec<ContainerUpdate>) -> Vec<ContainerUpdate>;
 }
 
-/// The plugins, or nothing where NRI is off. Cheap to clone.
+/// The plugin registry, or nothing if NRI is disabled. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub struct Nri(Option<Arc<Registry>>);
 
@@ -77,11 +79,11 @@ pub struct Nri(Option<Arc<Registry>>);
 struct Registry {
     limits: Limits,
     host: Arc<dyn Host>,
-    /// See the header.
+    /// See the module documentation.
     gate: Arc<RwLock<()>>,
-    /// By index. Held while an event goes round.
+    /// Sorted by index. Locked while an event is sent to all.
     plugins: tokio::sync::Mutex<Vec<Arc<Plugin>>>,
-    /// Pods and containers whose stop was told.
+    /// Pods and containers whose stop was reported.
     stopped: Mutex<HashSet<String>>,
     launched: Mutex<Vec<launch::Launched>>,
     slots: Arc<Semaphore>,
@@ -90,10 +92,11 @@ struct Registry {
 }
 
 impl Nri {
-    /// Launches the pre-installed plugins and listens for others; returns when the launched ones are in or have failed. Nothing where it is
-    /// not enabled. A plugin that fails is said in the log; a socket that cannot be had is an error.
+    /// Launches the pre-installed plugins and listens for others; returns after the launched plugins have registered
+    /// or failed. Does nothing if NRI is disabled. Failures of plugins are logged; a failure to bind the socket is an
+    /// error.
     ///
-    /// Dropping the future leaves tasks and launched plugins to the handle's drop.
+    /// Dropping the future leaves tasks and launched plugins to the drop of the handle.
     pub async fn start(config: &NriConfig, host: Arc<dyn Host>) -> Result<Self, SocketError> {
         if !config.enable {
             return Ok(Self(None));
@@ -109,15 +112,15 @@ impl Nri {
         };
         registry.launch(config).await;
         if let Some(listener) = listener {
-            tracing::info!(socket = %config.socket_path.display(), "NRI plugins may connect");
+            tracing::info!(socket = %config.socket_path.display(), "listening for NRI plugins");
             let accepting = registry.clone().accept(listener);
             registry.tasks.spawn(accepting);
         }
         Ok(Self(Some(registry)))
     }
 
-    /// Lets a verb in: events by the session, and no plugin becomes one while it is held. Waits for a plugin that is being let in, at most
-    /// the registration's limit.
+    /// Begins the session of a verb, during which no plugin is added. Waits for a plugin that is registering, at most
+    /// for the registration timeout.
     pub async fn begin_session(&self) -> Session {
         match &self.0 {
             None => Session::disabled(),
@@ -128,12 +131,12 @@ impl Nri {
         }
     }
 
-    /// Whether it is on.
+    /// Returns whether NRI is enabled.
     pub fn is_on(&self) -> bool {
         self.0.is_some()
     }
 
-    /// Owns `work` until the end of the daemon, which gives it up.
+    /// Spawns `work`, which is cancelled when the daemon stops.
     pub fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
         if let Some(registry) = &self.0 {
             let stop = registry.stop.clone();
@@ -143,21 +146,21 @@ impl Nri {
         }
     }
 
-    /// Notes pods and containers that were stopped before the first plugin came: nobody is told of them.
+    /// Marks pods and containers that were stopped before the first plugin registered: their stop is not reported.
     pub fn mark_stopped(&self, ids: impl IntoIterator<Item = String>) {
         if let Some(registry) = &self.0 {
             registry.stopped().extend(ids);
         }
     }
 
-    /// Whether a pod's or container's stop was told.
+    /// Returns whether the stop of a pod or container was reported.
     pub fn was_stopped(&self, id: &str) -> bool {
         self.0
             .as_ref()
             .is_some_and(|registry| registry.stopped().contains(id))
     }
 
-    /// Tells the plugins that the runtime goes down, ends launched ones, and waits for every task, bounded.
+    /// Notifies the plugins of the shutdown, stops launched plugins, and waits for every task with a timeout.
     pub async fn stop(&self) {
         let Some(registry) = &self.0 else { return };
         registry.stop.cancel();
@@ -172,7 +175,7 @@ impl Nri {
             registry.tasks.wait().await;
         };
         if tokio::time::timeout(STOP_TIMEOUT, ending).await.is_err() {
-            tracing::warn!("NRI plugins did not go in time");
+            tracing::warn!("NRI plugins did not stop in time");
         }
     }
 }
@@ -206,14 +209,14 @@ impl Registry {
         Some(launched.swap_remove(at))
     }
 
-    /// Launches what is installed, all at once, and waits until each is in or has failed.
+    /// Launches the installed plugins concurrently, and waits until each has registered or failed.
     async fn launch(self: &Arc<Self>, config: &NriConfig) {
         let found = match launch::discover(&config.plugin_path, &config.plugin_config_path) {
             Ok(found) => found,
             Err(error) => {
                 tracing::error!(
                     error = boxlite_runtime::report(&error),
-                    "no NRI plugin is launched"
+                    "failed to discover NRI plugins"
                 );
                 return;
             }
@@ -230,7 +233,7 @@ impl Registry {
                     match self.clone().connect(socket, Some(preassigned)).await {
                         Some(plugin) => {
                             self.launched().push(launched);
-                            // It may have ended before it was in the list.
+                            // It may have exited before it was added to the list.
                             if plugin.is_closed()
                                 && let Some(launched) = self.take_launched(&name)
                             {
@@ -243,7 +246,7 @@ impl Registry {
                 Err(error) => tracing::error!(
                     plugin = name,
                     error = boxlite_runtime::report(&error),
-                    "an NRI plugin could not be launched"
+                    "failed to launch NRI plugin"
                 ),
             }
         });
@@ -255,12 +258,12 @@ impl Registry {
             let accepted = self
                 .stop
                 .run_until_cancelled(async {
-                    // The slot first: who finds none waits in the socket's own queue.
+                    // The slot first: without one, clients wait in the backlog of the socket.
                     let slot = self.slots.clone().acquire_owned().await.ok()?;
                     match listener.accept().await {
                         Ok((socket, _)) => Some((socket.into_std().ok()?, slot)),
                         Err(error) => {
-                            tracing::warn!(%error, "accepting an NRI plugin failed");
+                            tracing::warn!(%error, "failed to accept NRI plugin");
                             tokio::time::sleep(ACCEPT_RETRY_INTERVAL).await;
                             None
                         }
@@ -286,7 +289,7 @@ impl Registry {
         }
     }
 
-    /// From a socket to one of the plugins; every failure is said in the log. A task takes it out again when its connection ends.
+    /// Registers the plugin behind a socket; failures are logged. A task removes it when its connection ends.
     async fn connect(
         self: Arc<Self>,
         socket: StdUnixStream,
@@ -311,7 +314,7 @@ impl Registry {
         };
         match admitted {
             Ok(plugin) => {
-                tracing::info!(plugin = plugin.full_name(), "NRI plugin is in");
+                tracing::info!(plugin = plugin.full_name(), "NRI plugin registered");
                 self.tasks
                     .spawn(self.clone().remove_when_closed(plugin.clone()));
                 Some(plugin)
@@ -320,14 +323,14 @@ impl Registry {
                 tracing::error!(
                     plugin = said,
                     error = boxlite_runtime::report(&error),
-                    "NRI plugin is not taken"
+                    "NRI plugin registration rejected"
                 );
                 None
             }
         }
     }
 
-    /// Synchronizes a plugin and makes it one of those who are told. Its wishes are carried out before anybody else's.
+    /// Synchronizes a plugin and adds it to the registry. Its updates are applied before those of any later event.
     async fn admit(&self, plugin: Arc<Plugin>) -> Result<Arc<Plugin>, PluginError> {
         let alone = tokio::time::timeout(GATE_TIMEOUT, self.gate.write()).await;
         let Ok(_alone) = alone else {
@@ -342,7 +345,7 @@ impl Registry {
                 tracing::warn!(
                     plugin = plugin.full_name(),
                     failed = failed.len(),
-                    "updates of a new plugin failed"
+                    "failed to apply updates of new NRI plugin"
                 );
             }
         }
@@ -352,7 +355,7 @@ impl Registry {
         Ok(plugin)
     }
 
-    /// Waits for a plugin's end and takes it out.
+    /// Waits until the connection of a plugin ends and removes it.
     async fn remove_when_closed(self: Arc<Self>, plugin: Arc<Plugin>) {
         if self
             .stop
@@ -360,11 +363,11 @@ impl Registry {
             .await
             .is_some()
         {
-            tracing::info!(plugin = plugin.full_name(), "NRI plugin is gone");
+            tracing::info!(plugin = plugin.full_name(), "NRI plugin disconnected");
             let mut plugins = self.plugins.lock().await;
             plugins.retain(|other| !Arc::ptr_eq(other, &plugin));
             drop(plugins);
-            // A launched one has ended, or hangs without its connection.
+            // A launched plugin has exited, or hangs without its connection.
             let gone = self.take_launched(&plugin.full_name());
             if let Some(launched) = gone {
                 launched.end().await;

@@ -1,12 +1,13 @@
-//! Which plugin set what: two that set the same field of the same container conflict, unless the later one removed it first.
+//! Ownership of fields: two plugins that set the same field of the same container conflict, unless the later one
+//! removed it first.
 //!
-//! Keys are NRI's own numbers of fields, so that a validating plugin can be told who did what. What a field is worth is
-//! [`super::collect`]'s.
+//! The keys are NRI's field numbers, so that validating plugins get the owners. The values are merged in
+//! [`super::collect`].
 
 use boxlite_proto::nri::v1alpha1::{CompoundFieldOwners, Field, FieldOwners, OwningPlugins};
 use std::collections::HashMap;
 
-/// Two plugins want the same field.
+/// Two plugins set the same field.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("NRI plugins {second} and {first} both set {field:?} {key} of container {container}")]
 pub struct Conflict {
@@ -20,16 +21,16 @@ pub struct Conflict {
 #[derive(Debug, Clone)]
 struct Owner {
     plugin: String,
-    /// It took the field away and may set it anew.
+    /// The plugin removed the field and may set it again.
     cleared: bool,
 }
 
-/// Owners by container, field and key within the field ("" where a field has one value).
+/// Owners by container, field and key within the field ("" for a field with a single value).
 #[derive(Debug, Default)]
 pub struct Owners(HashMap<(String, Field, String), Owner>);
 
 impl Owners {
-    /// `plugin` sets a field.
+    /// Claims a field for `plugin`.
     pub fn claim(
         &mut self,
         container: &str,
@@ -57,7 +58,7 @@ impl Owners {
         Ok(())
     }
 
-    /// `plugin` takes a field away from whoever set it.
+    /// Removes the owner of a field on behalf of `plugin`.
     pub fn clear(&mut self, container: &str, field: Field, key: &str, plugin: &str) {
         let owner = Owner {
             plugin: plugin.to_owned(),
@@ -67,11 +68,11 @@ impl Owners {
             .insert((container.to_owned(), field, key.to_owned()), owner);
     }
 
-    /// As validating plugins get it.
+    /// Returns the owners for validating plugins.
     pub fn message(&self) -> OwningPlugins {
         let mut message = OwningPlugins::default();
         for ((container, field, key), owner) in &self.0 {
-            // A removal is marked by a "-", as names are.
+            // A removal is marked by a "-", like names.
             let plugin = match owner.cleared {
                 true => format!("-{}", owner.plugin),
                 false => owner.plugin.clone(),
@@ -89,7 +90,7 @@ impl Owners {
     }
 }
 
-/// Fields that are set entry by entry.
+/// Returns whether a field is set entry by entry.
 fn compound(field: Field) -> bool {
     matches!(
         field,
@@ -112,7 +113,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_second_owner_conflicts_unless_it_cleared_first() {
+    fn second_owner_conflicts_unless_it_cleared_first() {
         let mut owners = Owners::default();
         owners.claim("c", Field::Env, "A", "00-a").unwrap();
         owners.claim("c", Field::Env, "B", "10-b").unwrap();
@@ -129,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn the_message_has_simple_and_compound_fields() {
+    fn message_has_simple_and_compound_fields() {
         let mut owners = Owners::default();
         owners.claim("c", Field::Args, "", "00-a").unwrap();
         owners.clear("c", Field::Mounts, "/x", "00-a");

@@ -1,11 +1,12 @@
-//! One plugin: how it registers, is configured and synchronized, and how an event reaches it.
+//! One plugin: registration, configuration, synchronization, and the delivery of events.
 //!
 //! ```text
 //!  connected ─ RegisterPlugin ─▶ Configure ─▶ Synchronize ─▶ (in the registry: events in order) ─▶ closed
 //! ```
 //!
-//! A plugin that refuses an event fails the call; one that hangs, breaks or went away is closed and the call goes on without it, as NRI
-//! has it. The order among plugins and what their answers come to are [`super`]'s and [`super::collect`]'s.
+//! If a plugin rejects an event, the call fails; a plugin that hangs, breaks the protocol or disconnects is closed,
+//! and the call continues without it, as NRI specifies. The order of plugins and the merging of their answers are in
+//! [`super`] and [`super::collect`].
 
 use super::connection::{CallError, Connection, INVALID_ARGUMENT, Service, UNIMPLEMENTED};
 use super::wire::RpcStatus;
@@ -24,61 +25,60 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio_util::task::TaskTracker;
 
-/// The NRI release whose interface this is.
+/// The NRI release of the implemented interface.
 const NRI_VERSION: &str = "v0.12.1";
-/// The name under which plugins know this runtime.
+/// Name of this runtime for plugins.
 const RUNTIME_NAME: &str = "boxlite";
-/// Every event there is, as a subscription.
+/// Subscription to all events.
 const ALL_EVENTS: i32 = (1 << (Event::Last as i32 - 1)) - 1;
-/// Bytes of pods and containers in one part of a synchronization: far enough below ttrpc's 4 MiB for the rest of the message.
+/// Maximum size of the pods and containers in one synchronization message: below ttrpc's 4 MiB with space for the
+/// rest of the message.
 const MAX_PART_BYTES: usize = 2 << 20;
-/// Longest name of a plugin, in bytes; it goes into messages and logs.
+/// Maximum length of a plugin's name; it appears in messages and logs.
 const MAX_NAME_BYTES: usize = 253;
-/// How long a plugin may take to hear that the runtime goes down.
+/// Timeout of the shutdown notification.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Why a plugin is not, or no longer, one of the plugins.
+/// Reason why a plugin is not registered or no longer is.
 #[derive(Debug, thiserror::Error)]
 pub enum PluginError {
-    /// It said nothing.
-    #[error("it did not register within {0:?}")]
+    /// It did not register in time.
+    #[error("not registered within {0:?}")]
     Silent(Duration),
-    /// It went away first.
-    #[error("its connection ended before it registered")]
+    /// It disconnected before its registration.
+    #[error("disconnected before its registration")]
     Gone,
-    /// The socket.
-    #[error("its socket cannot be used")]
+    /// The socket failed.
+    #[error("failed to set up its socket")]
     Socket(#[from] std::io::Error),
-    /// A call of the handshake.
+    /// A call of the handshake failed.
     #[error("{step} failed")]
     Call {
         step: &'static str,
         #[source]
         source: CallError,
     },
-    /// A subscription for events that do not exist.
-    #[error("it subscribes for unknown events: {0:#x}")]
+    /// It subscribed to unknown events.
+    #[error("invalid subscription: unknown events {0:#x}")]
     Events(i32),
-    /// It cannot take the state in parts.
-    #[error(
-        "it does not take the pods and containers in parts, and they are too many for one message"
-    )]
+    /// It does not support a synchronization in several messages.
+    #[error("it does not support a synchronization in several messages, and the state exceeds one")]
     Parts,
-    /// Calls under way kept it from being synchronized.
-    #[error("it waited {0:?} for calls under way and was not let in")]
+    /// Calls in progress delayed its synchronization for too long.
+    #[error("not synchronized within {0:?} because of calls in progress")]
     Busy(Duration),
 }
 
-/// A refusal of an event, by name of the plugin.
+/// A rejection of an event, with the name of the plugin.
 #[derive(Debug, thiserror::Error)]
-#[error("NRI plugin {plugin} refuses {event}: {message}")]
+#[error("NRI plugin {plugin} rejected {event}: {message}")]
 pub struct Refusal {
     pub plugin: String,
     pub event: &'static str,
     pub message: String,
 }
 
-/// A plugin that is registered and configured.
+/// A registered and configured plugin.
 #[derive(Debug)]
 pub struct Plugin {
     index: String,
@@ -86,14 +86,14 @@ pub struct Plugin {
     events: i32,
     connection: Connection,
     limits: Limits,
-    /// Knows only StateChange: older than the dedicated calls.
+    /// Supports only StateChange: older than the dedicated calls.
     legacy: AtomicBool,
 }
 
-/// What the runtime serves to one plugin.
+/// The runtime's service for one plugin.
 struct RuntimeService {
     registered: Mutex<Option<oneshot::Sender<(String, String)>>>,
-    /// Index and name of a plugin that this runtime launched.
+    /// Index and name of a launched plugin.
     preassigned: Option<(String, String)>,
     host: Arc<dyn Host>,
 }
@@ -122,15 +122,18 @@ impl Service for RuntimeService {
             ("nri.pkg.api.v1alpha1.Runtime", "UpdateContainers") => {
                 let request = UpdateContainersRequest::decode(payload).map_err(invalid)?;
                 if !request.evict.is_empty() {
-                    // Published plugins' stubs have no call for it, and the published runtime side ignores it.
-                    tracing::warn!(evictions = request.evict.len(), "evictions are ignored");
+                    // Plugin stubs have no call for it, and the published runtime ignores it, too.
+                    tracing::warn!(
+                        evictions = request.evict.len(),
+                        "ignoring evictions requested by NRI plugin"
+                    );
                 }
                 let failed = self.host.update(request.update).await;
                 Ok(UpdateContainersResponse { failed }.encode_to_vec())
             }
             _ => Err(rpc_error(
                 UNIMPLEMENTED,
-                format!("no {service}/{method} here"),
+                format!("{service}/{method} not found"),
             )),
         }
     }
@@ -150,39 +153,41 @@ impl RuntimeService {
         let told = self.registered.lock().take();
         match told {
             Some(told) => {
-                // Nobody waits any more: the connection is being closed.
+                // The receiver is gone if the connection is being closed.
                 let _ = told.send(identity);
                 Ok(())
             }
-            None => Err(rpc_error(INVALID_ARGUMENT, "it is registered already")),
+            None => Err(rpc_error(INVALID_ARGUMENT, "already registered")),
         }
     }
 }
 
-/// Two digits.
+/// Accepts two digits.
 pub fn check_index(index: &str) -> Result<(), String> {
     if index.len() == 2 && index.bytes().all(|byte| byte.is_ascii_digit()) {
         Ok(())
     } else {
-        Err(format!("{index:?} is no plugin index: two digits"))
+        Err(format!(
+            "invalid plugin index {index:?}: must be two digits"
+        ))
     }
 }
 
-/// Letters, digits and `-_.+`.
+/// Accepts letters, digits and `-_.+`.
 pub fn check_name(name: &str) -> Result<(), String> {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.+".contains(&byte);
     if !name.is_empty() && name.len() <= MAX_NAME_BYTES && name.bytes().all(allowed) {
         Ok(())
     } else {
         Err(format!(
-            "{name:?} is no plugin name: letters, digits, - _ . +"
+            "invalid plugin name {name:?}: must be letters, digits, - _ . +"
         ))
     }
 }
 
 impl Plugin {
-    /// Takes a plugin's socket through registration and configuration. `preassigned` are index, name and configuration of a plugin that was
-    /// launched here. An error, and a dropped future, close the socket.
+    /// Registers and configures the plugin behind a socket. `preassigned` has index, name and configuration of a
+    /// launched plugin. An error or a dropped future closes the socket.
     pub async fn register(
         socket: UnixStream,
         preassigned: Option<(String, String, String)>,
@@ -224,44 +229,45 @@ impl Plugin {
         })
     }
 
-    /// `00-name`.
+    /// Returns the name with its index, `00-name`.
     pub fn full_name(&self) -> String {
         format!("{}-{}", self.index, self.name)
     }
 
-    /// Index: what orders plugins.
+    /// Returns the index, which defines the order of plugins.
     pub fn index(&self) -> &str {
         &self.index
     }
 
-    /// Name without index.
+    /// Returns the name without the index.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Whether it wants an event.
+    /// Returns whether it subscribed to an event.
     pub fn wants(&self, event: Event) -> bool {
         self.events & (1 << (event as i32 - 1)) != 0
     }
 
-    /// Whether its connection is gone.
+    /// Returns whether its connection is closed.
     pub fn is_closed(&self) -> bool {
         self.connection.is_closed()
     }
 
-    /// Returns once its connection is gone.
+    /// Waits until its connection is closed.
     pub async fn closed(&self) {
         self.connection.closed().await;
     }
 
-    /// Ends the connection.
+    /// Closes the connection.
     pub fn close(&self) {
         self.connection.close();
     }
 
-    /// Tells it everything that is there, in parts where it is much; its wishes come back. An error closes it.
+    /// Sends all pods and containers, in several messages if necessary, and returns the requested updates. An error
+    /// closes the plugin.
     ///
-    /// It belongs to the registration and has its limit: the published 2 s of a request are too short for a large node.
+    /// Uses the timeout of the registration: the published 2 s of a request are too short for a large node.
     pub async fn synchronize(
         &self,
         pods: Vec<PodSandbox>,
@@ -300,7 +306,7 @@ impl Plugin {
         Ok(Vec::new())
     }
 
-    /// Tells it an event that it subscribed for. `None`: it did not, or it is gone now.
+    /// Sends an event that it subscribed to. Returns `None` if it did not subscribe or is closed.
     pub async fn call<A: Message + Default>(
         &self,
         event: Event,
@@ -316,7 +322,7 @@ impl Plugin {
         self.check_answer(event, answer)
     }
 
-    /// Asks it whether something is all right. One that subscribed for everything and does not know the call has nothing against it.
+    /// Sends a request for consent. A plugin that subscribed to all events and does not implement the call consents.
     pub async fn call_or_default<A: Message + Default>(
         &self,
         event: Event,
@@ -334,7 +340,7 @@ impl Plugin {
         }
     }
 
-    /// Tells it an event without an answer, by StateChange where it is too old for the event's own call.
+    /// Sends an event without an answer; by StateChange if the plugin does not implement the event's method.
     pub async fn notify(
         &self,
         event: Event,
@@ -353,7 +359,10 @@ impl Plugin {
             match answer {
                 Err(CallError::Rejected { code, .. }) if code == UNIMPLEMENTED => {
                     self.legacy.store(true, Ordering::Relaxed);
-                    tracing::warn!(plugin = self.full_name(), "has no calls but StateChange");
+                    tracing::warn!(
+                        plugin = self.full_name(),
+                        "NRI plugin supports only StateChange"
+                    );
                 }
                 answer => return self.check_answer(event, answer).map(|_| ()),
             }
@@ -370,7 +379,7 @@ impl Plugin {
         self.check_answer(event, answer).map(|_| ())
     }
 
-    /// A refusal counts; whatever else went wrong ends the plugin and not the call.
+    /// A rejection fails the call; any other error closes the plugin and the call continues.
     fn check_answer<A>(
         &self,
         event: Event,
@@ -387,7 +396,7 @@ impl Plugin {
                 tracing::error!(
                     plugin = self.full_name(),
                     error = boxlite_runtime::report(&error),
-                    "the plugin is closed; the call goes on without it"
+                    "closing NRI plugin after a failed call"
                 );
                 self.close();
                 Ok(None)
@@ -395,9 +404,9 @@ impl Plugin {
         }
     }
 
-    /// Lets it know that the runtime goes down, and closes it.
+    /// Notifies it of the shutdown and closes it.
     pub async fn shut_down(&self) {
-        // It goes either way.
+        // It is closed in any case.
         let _: Result<Empty, CallError> = self
             .connection
             .call("Shutdown", &Empty {}, SHUTDOWN_TIMEOUT)
@@ -406,7 +415,7 @@ impl Plugin {
     }
 }
 
-/// Closes a connection unless kept.
+/// Closes a connection on drop unless kept.
 struct CloseOnDrop(Option<Connection>);
 
 impl CloseOnDrop {
@@ -423,7 +432,7 @@ impl Drop for CloseOnDrop {
     }
 }
 
-/// Configures it; its subscription comes back.
+/// Configures it and returns its subscription.
 async fn configure(
     connection: &Connection,
     config: String,
@@ -452,7 +461,7 @@ async fn configure(
     }
 }
 
-/// Everything in messages of bounded size, pods first; the last one says that no more follows.
+/// Splits the state into messages of bounded size, pods first; all but the last are marked as continued.
 fn parts(pods: Vec<PodSandbox>, containers: Vec<Container>) -> Vec<SynchronizeRequest> {
     let mut parts = vec![SynchronizeRequest::default()];
     let mut bytes = 0;
@@ -482,7 +491,7 @@ fn parts(pods: Vec<PodSandbox>, containers: Vec<Container>) -> Vec<SynchronizeRe
     parts
 }
 
-/// The call of an event.
+/// Returns the method name of an event.
 pub fn method(event: Event) -> &'static str {
     match event {
         Event::RunPodSandbox => "RunPodSandbox",
@@ -508,7 +517,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_and_indices() {
+    fn plugin_names_and_indices_are_validated() {
         assert!(check_index("07").is_ok());
         for index in ["", "7", "007", "a1", "٠٧"] {
             assert!(check_index(index).is_err(), "{index}");
@@ -520,7 +529,7 @@ mod tests {
     }
 
     #[test]
-    fn a_large_state_goes_in_parts_and_nothing_is_lost() {
+    fn large_state_is_split_without_loss() {
         let container = |id: usize| Container {
             id: id.to_string(),
             args: vec!["x".repeat(200_000)],
@@ -541,13 +550,13 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_one_part() {
+    fn empty_state_is_one_part() {
         let parts = parts(Vec::new(), Vec::new());
         assert_eq!(parts, [SynchronizeRequest::default()]);
     }
 
     #[test]
-    fn the_mask_of_everything_has_fourteen_events() {
+    fn all_events_mask_has_fourteen_events() {
         assert_eq!(ALL_EVENTS, 0x3fff);
     }
 }

@@ -1,6 +1,6 @@
-//! NRI's LinuxResources: laid over one another, refused where they mean nothing in a VM, and as OCI and CRI have them.
+//! NRI's LinuxResources: merging, validation against a VM, and conversion from and to OCI and CRI.
 //!
-//! What is claimed by whom is [`super::owners`]'s; who gets them is the service's.
+//! Ownership of the fields is in [`super::owners`].
 
 use super::adjust::Unsupported;
 use boxlite_proto::cri::v1::LinuxContainerResources;
@@ -9,7 +9,7 @@ use boxlite_proto::nri::v1alpha1::{
 };
 use serde_json::{Map, Value, json};
 
-/// Everything that is set, as fields to claim with their keys.
+/// Returns all fields that are set, with their keys.
 pub fn fields(resources: &LinuxResources) -> Vec<(Field, String)> {
     let memory = resources.memory.unwrap_or_default();
     let cpu = resources.cpu.clone().unwrap_or_default();
@@ -34,7 +34,7 @@ pub fn fields(resources: &LinuxResources) -> Vec<(Field, String)> {
     fields
 }
 
-/// Lays what `from` sets over `into`.
+/// Sets the fields of `from` in `into`.
 pub fn overlay(into: &mut LinuxResources, from: &LinuxResources) {
     if let Some(from) = &from.memory {
         let into = into.memory.get_or_insert_default();
@@ -63,13 +63,13 @@ fn set<T>(into: &mut Option<T>, from: Option<T>) {
     }
 }
 
-/// What has no meaning in this VM, by name. `vcpus` is what the pod's VM has.
+/// Rejects resources that have no meaning in this VM. `vcpus` is the number of its vCPUs.
 pub fn check(resources: &LinuxResources, vcpus: u32) -> Result<(), Unsupported> {
     let memory = resources.memory.unwrap_or_default();
     let cpu = resources.cpu.clone().unwrap_or_default();
-    let old = "is of cgroup v1, and the guest has v2";
-    let real = "the guest has no groups of real-time scheduling";
-    let hardware = "is of the host's hardware, which a VM does not have";
+    let old = "belongs to cgroup v1 and the guest has v2";
+    let real = "the guest has no real-time group scheduling";
+    let hardware = "concerns host hardware that a VM does not have";
     let hugepages = !resources.hugepage_limits.is_empty();
     for (is_set, field, reason) in [
         (memory.kernel.is_some(), "memory.kernel", old),
@@ -93,7 +93,7 @@ pub fn check(resources: &LinuxResources, vcpus: u32) -> Result<(), Unsupported> 
         (
             !resources.devices.is_empty(),
             "devices",
-            "a VM has no device of the host to allow or deny",
+            "host devices are not available in a VM",
         ),
     ] {
         if is_set {
@@ -107,7 +107,7 @@ pub fn check(resources: &LinuxResources, vcpus: u32) -> Result<(), Unsupported> 
     numbers(&cpu.mems, "cpu.mems", 1, "memory nodes")
 }
 
-/// A list such as `0-3,7`, all below `count`: the guest's CPUs are numbered from 0 whatever the host's are.
+/// Validates a list such as `0-3,7`, all below `count`: the guest numbers its CPUs from 0.
 fn numbers(list: &str, field: &str, count: u32, what: &str) -> Result<(), Unsupported> {
     if list.is_empty() {
         return Ok(());
@@ -121,11 +121,11 @@ fn numbers(list: &str, field: &str, count: u32, what: &str) -> Result<(), Unsupp
         let number = |text: &str| {
             text.trim()
                 .parse::<u32>()
-                .map_err(|_| invalid("is no list of numbers".to_owned()))
+                .map_err(|_| invalid("not a list of numbers".to_owned()))
         };
         let (first, last) = (number(first)?, number(last)?);
         if first > last {
-            return Err(invalid("is no list of numbers".to_owned()));
+            return Err(invalid("not a list of numbers".to_owned()));
         }
         if last >= count {
             return Err(invalid(format!(
@@ -136,7 +136,7 @@ fn numbers(list: &str, field: &str, count: u32, what: &str) -> Result<(), Unsupp
     Ok(())
 }
 
-/// As OCI's LinuxResources; only what is set.
+/// Returns OCI's LinuxResources with the fields that are set.
 pub fn oci(resources: &LinuxResources) -> Value {
     let mut object = Map::new();
     let mut group = |name: &str, entries: Vec<(&str, Option<Value>)>| {
@@ -179,7 +179,7 @@ pub fn oci(resources: &LinuxResources) -> Value {
     Value::Object(object)
 }
 
-/// From OCI's LinuxResources as JSON; what NRI's plugins may see of them.
+/// Converts OCI's LinuxResources.
 pub fn from_oci(resources: &Value) -> LinuxResources {
     let signed = |value: &Value| value.as_i64().map(|value| OptionalInt64 { value });
     let unsigned = |value: &Value| value.as_u64().map(|value| OptionalUInt64 { value });
@@ -213,7 +213,7 @@ pub fn from_oci(resources: &Value) -> LinuxResources {
     }
 }
 
-/// From the CRI's: 0 and "" are what is not set.
+/// Converts CRI's resources, where 0 and "" are unset.
 pub fn from_cri(resources: &LinuxContainerResources) -> LinuxResources {
     let signed = |value: i64| (value != 0).then_some(OptionalInt64 { value });
     let unsigned = |value: i64| {
@@ -241,7 +241,8 @@ pub fn from_cri(resources: &LinuxContainerResources) -> LinuxResources {
     }
 }
 
-/// As the CRI's, for an update and for what a status reports. What the CRI has no field for is there as the cgroup's file.
+/// Returns CRI's resources, for updates and statuses. Fields that the CRI lacks are represented by their cgroup
+/// files.
 pub fn cri(resources: &LinuxResources) -> LinuxContainerResources {
     let signed = |value: &Option<OptionalInt64>| value.as_ref().map_or(0, |value| value.value);
     let unsigned = |value: &Option<OptionalUInt64>| {
@@ -291,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn oci_and_cri_and_back() {
+    fn resources_round_trip_oci_and_cri() {
         assert_eq!(from_oci(&oci(&some())), some());
         let as_cri = cri(&some());
         assert_eq!(
@@ -307,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn an_overlay_changes_what_it_names() {
+    fn overlay_changes_set_fields_only() {
         let mut into = some();
         let from = from_oci(&json!({"memory": {"limit": 200}, "unified": {"pids.max": "3"}}));
         overlay(&mut into, &from);
@@ -323,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_vm_has_not_is_named() {
+    fn unsupported_resources_are_rejected_by_name() {
         assert!(check(&some(), 2).is_ok());
         let text = check(&some(), 1).unwrap_err().to_string();
         assert!(

@@ -1,8 +1,8 @@
-//! What a verb of the service does with the plugins: one event after the other, while the gate is held.
+//! Events of one verb, sent while the gate is held.
 //!
-//! Two kinds of events: those a plugin may refuse (RunPodSandbox, CreateContainer, StartContainer, UpdateContainer, UpdatePodSandbox) end at
-//! the first refusal, which fails the call. Those that only tell (the Post ones, Stop, Remove) reach every plugin, and a refusal is said
-//! in the log: what is ended is ended. What the answers come to is [`super::collect`]'s.
+//! There are two kinds of events. Those that plugins may reject (RunPodSandbox, CreateContainer, StartContainer,
+//! UpdateContainer, UpdatePodSandbox) stop at the first rejection, which fails the call. Notifications (Post events,
+//! Stop, Remove) reach every plugin, and a rejection is logged. Answers are merged in [`super::collect`].
 
 use super::Registry;
 use super::collect::{CollectError, Creation, Updates};
@@ -17,28 +17,29 @@ use boxlite_proto::nri::v1alpha1::{
 use std::sync::Arc;
 use tokio::sync::OwnedRwLockReadGuard;
 
-/// Why plugins keep a call from happening.
+/// Reason why plugins prevent a call.
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
-    /// One of them says no.
+    /// A plugin rejected the event.
     #[error(transparent)]
     Refused(#[from] Refusal),
-    /// What they want cannot be done.
+    /// The requested adjustments cannot be applied.
     #[error(transparent)]
     Collect(#[from] CollectError),
-    /// One does not like what the others adjusted.
-    #[error("NRI plugin {plugin} rejects the adjustments: {reason}")]
+    /// A validating plugin rejected the adjustments.
+    #[error("NRI plugin {plugin} rejected the adjustments: {reason}")]
     Rejected { plugin: String, reason: String },
 }
 
-/// Says why a plugin's limits for a new container are more than its VM has.
+/// Returns an error if a plugin's limits for a new container exceed its VM.
 pub type Admit<'a> = dyn Fn(&LinuxResources) -> Result<(), String> + Send + Sync + 'a;
 
-/// A verb's time with the plugins. No plugin becomes one while it lives: hold it from the event until what it is about can be seen.
+/// Session of a verb. No plugin is added while it exists: hold it from the event until its change is visible.
 #[derive(Debug)]
 pub struct Session(Option<(Arc<Registry>, OwnedRwLockReadGuard<()>)>);
 
-/// A pod's or container's event. Every such request has its pod as field 1 and its container as field 2, so one type stands for all.
+/// Event of a pod or container. All these requests have the pod as field 1 and the container as field 2, so one type
+/// stands for all.
 fn subject(pod: &PodSandbox, container: Option<&Container>) -> StartContainerRequest {
     StartContainerRequest {
         pod: Some(pod.clone()),
@@ -47,7 +48,7 @@ fn subject(pod: &PodSandbox, container: Option<&Container>) -> StartContainerReq
 }
 
 impl Session {
-    /// Of a runtime without plugins.
+    /// Returns the session of a disabled NRI.
     pub(super) fn disabled() -> Self {
         Self(None)
     }
@@ -60,7 +61,7 @@ impl Session {
         self.0.as_ref().map(|(registry, _)| &**registry)
     }
 
-    /// Whether anybody listens: where nobody does, no message need be made.
+    /// Returns whether a plugin is registered; if not, no message needs to be built.
     pub async fn has_plugins(&self) -> bool {
         match self.registry() {
             None => false,
@@ -68,7 +69,7 @@ impl Session {
         }
     }
 
-    /// RunPodSandbox, StartContainer: the first refusal ends it.
+    /// Sends RunPodSandbox or StartContainer; stops at the first rejection.
     pub async fn request(
         &self,
         event: Event,
@@ -85,7 +86,7 @@ impl Session {
         Ok(())
     }
 
-    /// Post events and Remove: everybody is told.
+    /// Sends a Post event or a Remove to all plugins.
     pub async fn notify(&self, event: Event, pod: &PodSandbox, container: Option<&Container>) {
         let Some(registry) = self.registry() else {
             return;
@@ -97,12 +98,12 @@ impl Session {
         }
     }
 
-    /// StopPodSandbox, once for each pod.
+    /// Sends StopPodSandbox, once per pod.
     pub async fn stop_pod(&self, pod: &PodSandbox) {
         let Some(registry) = self.registry() else {
             return;
         };
-        // Under the plugins' lock, so that who finds it told does not go ahead of it.
+        // Under the lock of the plugins, so that a caller that finds it reported does not overtake it.
         let plugins = registry.plugins.lock().await;
         if !registry.stopped().insert(pod.id.clone()) {
             return;
@@ -116,7 +117,7 @@ impl Session {
         }
     }
 
-    /// StopContainer, once for each container; what the plugins want of others comes back.
+    /// Sends StopContainer, once per container; returns the updates of other containers.
     pub async fn stop(&self, pod: &PodSandbox, container: &Container) -> Vec<ContainerUpdate> {
         let Some(registry) = self.registry() else {
             return Vec::new();
@@ -136,7 +137,7 @@ impl Session {
                     if let Err(error) = updates.take(answer.update, &plugin.full_name()) {
                         tracing::warn!(
                             error = boxlite_runtime::report(&error),
-                            "updates are left out"
+                            "skipping updates of NRI plugin"
                         );
                     }
                 }
@@ -147,14 +148,14 @@ impl Session {
         updates.others(&container.id)
     }
 
-    /// A pod or container is gone: its stop need not be remembered.
+    /// Removes the stop mark of a deleted pod or container.
     pub fn forget(&self, id: &str) {
         if let Some(registry) = self.registry() {
             registry.stopped().remove(id);
         }
     }
 
-    /// CreateContainer: what all plugins together want of the container, and of others.
+    /// Sends CreateContainer; returns the merged adjustment and the updates of other containers.
     pub async fn create(
         &self,
         pod: &PodSandbox,
@@ -187,7 +188,7 @@ impl Session {
         Ok(creation.into_parts())
     }
 
-    /// UpdateContainer: the resources as the plugins want them, and what they want of others.
+    /// Sends UpdateContainer; returns the resources with the plugins' changes, and the updates of other containers.
     pub async fn update(
         &self,
         pod: &PodSandbox,
@@ -209,7 +210,10 @@ impl Session {
                 plugin.call(Event::UpdateContainer, &request).await?;
             let Some(answer) = answer else { continue };
             if !answer.evict.is_empty() {
-                tracing::warn!(plugin = plugin.full_name(), "evictions are ignored");
+                tracing::warn!(
+                    plugin = plugin.full_name(),
+                    "ignoring evictions requested by NRI plugin"
+                );
             }
             updates.take(answer.update, &plugin.full_name())?;
             if let Some(wanted) = updates.of(&container.id) {
@@ -219,7 +223,7 @@ impl Session {
         Ok((resources, updates.others(&container.id)))
     }
 
-    /// UpdatePodSandbox: the first refusal ends it. Plugins older than the call have nothing against it.
+    /// Sends UpdatePodSandbox; stops at the first rejection. Plugins that do not implement it consent.
     pub async fn update_pod(&self, request: &UpdatePodSandboxRequest) -> Result<(), SessionError> {
         let Some(registry) = self.registry() else {
             return Ok(());
@@ -235,12 +239,13 @@ impl Session {
     }
 }
 
-/// The limits that an answer sets.
+/// Returns the resources that an answer sets.
 fn resources_of(answer: &CreateContainerResponse) -> Option<LinuxResources> {
     answer.adjust.as_ref()?.linux.as_ref()?.resources.clone()
 }
 
-/// Asks those who validate adjustments; the first no counts. Without adjustment there is nothing to ask, but NRI asks all the same.
+/// Sends the adjustments to validating plugins; the first rejection fails the call. As NRI specifies, also without
+/// adjustments.
 async fn validate(
     plugins: &[Arc<Plugin>],
     pod: &PodSandbox,
@@ -276,11 +281,11 @@ async fn validate(
                 });
             }
             Some(_) => {}
-            // It was there to say no and did not get to it.
+            // A validator that could not answer counts as a rejection.
             None => {
                 return Err(SessionError::Rejected {
                     plugin: plugin.full_name(),
-                    reason: format!("it went away before it answered {}", method(event)),
+                    reason: format!("disconnected before it answered {}", method(event)),
                 });
             }
         }
@@ -292,7 +297,7 @@ fn log(told: Result<(), Refusal>) {
     if let Err(refusal) = told {
         tracing::warn!(
             error = boxlite_runtime::report(&refusal),
-            "a plugin's refusal changes nothing"
+            "ignoring rejection of a notification"
         );
     }
 }

@@ -1,43 +1,43 @@
-//! What is on an NRI socket: frames of a multiplexed trunk, and in them ttrpc's messages.
+//! Wire format of an NRI socket: frames of a multiplexed trunk that carry ttrpc messages.
 //!
 //! ```text
 //! frame    connection u32 BE, length u32 BE, bytes          connection 1: the plugin serves, 2: the runtime serves
 //! message  length u32 BE, stream u32 BE, kind u8, flags u8, payload        a byte stream within one connection
 //! ```
 //!
-//! The ttrpc crate takes a socket and not a stream of frames, and plugins depend on where frames are cut (see [`write`]), so both
-//! layers are here; they are small. Pure bytes: who calls whom is [`super::connection`]'s.
+//! The ttrpc crate needs a socket, not a stream of frames, and plugins depend on the frame boundaries (see
+//! [`write`]), so both layers are implemented here. The calls are in [`super::connection`].
 
 use bytes::{Buf, BytesMut};
 use std::io;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-/// The connection on which the plugin serves.
+/// Id of the connection on which the plugin serves.
 pub const PLUGIN_SERVICE: u32 = 1;
-/// The connection on which the runtime serves.
+/// Id of the connection on which the runtime serves.
 pub const RUNTIME_SERVICE: u32 = 2;
-/// Largest payload of a message, in bytes: ttrpc's own limit, which plugins enforce too.
+/// Maximum payload of a message: ttrpc's limit, which plugins enforce, too.
 pub const MAX_MESSAGE_BYTES: usize = 4 << 20;
-/// ttrpc's kind of a call.
+/// ttrpc's message type of a request.
 pub const REQUEST: u8 = 1;
-/// ttrpc's kind of an answer.
+/// ttrpc's message type of a response.
 pub const RESPONSE: u8 = 2;
 
 const FRAME_HEADER_BYTES: usize = 8;
 const MESSAGE_HEADER_BYTES: usize = 10;
-/// Largest frame: a whole message. The published multiplexer cuts there too.
+/// Maximum size of a frame: a whole message, as in the published multiplexer.
 const MAX_FRAME_BYTES: usize = MESSAGE_HEADER_BYTES + MAX_MESSAGE_BYTES;
-/// Buffer of a Go plugin's ttrpc reader (bufio's default), in bytes.
+/// Buffer size of a Go plugin's ttrpc reader (bufio's default).
 const READER_BUFFER_BYTES: usize = 4096;
 
-/// Why a trunk is of no more use.
+/// Failure of a trunk.
 #[derive(Debug, thiserror::Error)]
 pub enum WireError {
-    /// The socket.
-    #[error("the plugin's socket failed")]
+    /// The socket failed.
+    #[error("socket of the plugin failed")]
     Io(#[from] io::Error),
-    /// A length beyond what is allowed.
-    #[error("the plugin sent {what} of {bytes} bytes; the limit is {limit}")]
+    /// A length exceeds its limit.
+    #[error("{what} too large: {bytes} bytes (maximum {limit})")]
     TooLarge {
         what: &'static str,
         bytes: usize,
@@ -54,7 +54,7 @@ pub struct Request {
     pub method: String,
     #[prost(bytes = "vec", tag = "3")]
     pub payload: Vec<u8>,
-    /// How long the caller waits; a Go plugin makes its handler's context of it.
+    /// Timeout of the caller; a Go plugin derives the context of its handler from it.
     #[prost(int64, tag = "4")]
     pub timeout_nano: i64,
 }
@@ -68,7 +68,7 @@ pub struct Response {
     pub payload: Vec<u8>,
 }
 
-/// google.rpc.Status, without details.
+/// google.rpc.Status without details.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct RpcStatus {
     #[prost(int32, tag = "1")]
@@ -77,7 +77,7 @@ pub struct RpcStatus {
     pub message: String,
 }
 
-/// One ttrpc message.
+/// A ttrpc message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Message {
     pub stream: u32,
@@ -85,19 +85,20 @@ pub struct Message {
     pub payload: Vec<u8>,
 }
 
-/// Makes messages of one connection's bytes.
+/// Assembles the messages of one connection.
 #[derive(Debug, Default)]
 pub struct Assembler {
     bytes: BytesMut,
 }
 
 impl Assembler {
-    /// Takes a frame's bytes.
+    /// Adds the bytes of a frame.
     pub fn push(&mut self, bytes: &[u8]) {
         self.bytes.extend_from_slice(bytes);
     }
 
-    /// The next whole message. Never holds more than a message and a frame: call it until `None` after each push.
+    /// Returns the next complete message. Holds at most a message and a frame if it is called until `None` after each
+    /// push.
     pub fn next(&mut self) -> Result<Option<Message>, WireError> {
         let Some(mut header) = self.bytes.get(..MESSAGE_HEADER_BYTES) else {
             return Ok(None);
@@ -107,7 +108,7 @@ impl Assembler {
         let kind = header.get_u8();
         if length > MAX_MESSAGE_BYTES {
             return Err(WireError::TooLarge {
-                what: "a message",
+                what: "message",
                 bytes: length,
                 limit: MAX_MESSAGE_BYTES,
             });
@@ -125,7 +126,7 @@ impl Assembler {
     }
 }
 
-/// The next frame; `None` at the end of the stream. Dropping the future loses what was read of a frame.
+/// Reads the next frame; returns `None` at the end of the stream. Dropping the future loses a partially read frame.
 pub async fn read(
     reader: &mut (impl AsyncRead + Unpin),
 ) -> Result<Option<(u32, Vec<u8>)>, WireError> {
@@ -140,7 +141,7 @@ pub async fn read(
     let length = fields.get_u32() as usize;
     if length > MAX_FRAME_BYTES {
         return Err(WireError::TooLarge {
-            what: "a frame",
+            what: "frame",
             bytes: length,
             limit: MAX_FRAME_BYTES,
         });
@@ -150,11 +151,11 @@ pub async fn read(
     Ok(Some((connection, bytes)))
 }
 
-/// Writes one message, in at most two frames: as much as a Go plugin's reader buffers, then the rest.
+/// Writes a message in at most two frames: the size of a Go plugin's read buffer, then the rest.
 ///
-/// A Go plugin reads a frame by one `Read` and fails with ENOMEM where its buffer is smaller than the frame. Its buffer is empty at
-/// the start of a message and has [`READER_BUFFER_BYTES`] bytes; what is left of a payload after those is read straight into the
-/// payload's own place. Dropping the future leaves half a message: the trunk is of no more use.
+/// A Go plugin reads a frame by one `Read` and fails with ENOMEM if its buffer is smaller than the frame. The buffer
+/// is empty at the start of a message and has [`READER_BUFFER_BYTES`] bytes; the rest of a payload is read directly
+/// into its destination. Dropping the future leaves a partial message, which makes the trunk unusable.
 pub async fn write(
     writer: &mut (impl AsyncWrite + Unpin),
     connection: u32,
@@ -163,13 +164,13 @@ pub async fn write(
     let length = message.payload.len();
     if length > MAX_MESSAGE_BYTES {
         return Err(WireError::TooLarge {
-            what: "nothing: our message is one",
+            what: "message",
             bytes: length,
             limit: MAX_MESSAGE_BYTES,
         });
     }
     let mut bytes = Vec::with_capacity(MESSAGE_HEADER_BYTES + length);
-    // Below the limit, so it fits.
+    // Fits because it is below the limit.
     bytes.extend_from_slice(&(length as u32).to_be_bytes());
     bytes.extend_from_slice(&message.stream.to_be_bytes());
     bytes.extend_from_slice(&[message.kind, 0]);
@@ -213,7 +214,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_message_is_cut_where_a_go_reader_can_take_it() {
+    async fn write_splits_message_for_go_readers() {
         for (length, cuts) in [
             (0, vec![10]),
             (4086, vec![4096]),
@@ -234,7 +235,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_too_large_is_refused_before_it_is_held() {
+    async fn oversized_frames_and_messages_are_rejected() {
         assert!(
             write(&mut Vec::new(), 1, &message(MAX_MESSAGE_BYTES + 1))
                 .await
@@ -252,7 +253,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_cutting_gives_the_same_messages(lengths in proptest::collection::vec(0usize..300, 1..6), step in 1usize..64) {
+        fn assembler_is_independent_of_chunk_sizes(lengths in proptest::collection::vec(0usize..300, 1..6), step in 1usize..64) {
             let messages: Vec<Message> = lengths.into_iter().map(message).collect();
             let bytes = futures::executor::block_on(async {
                 let mut bytes = Vec::new();
@@ -274,7 +275,7 @@ mod tests {
         }
 
         #[test]
-        fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+        fn assembler_never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let mut assembler = Assembler::default();
             assembler.push(&bytes);
             while let Ok(Some(_)) = assembler.next() {}

@@ -1,4 +1,5 @@
-//! CreateContainer: image, spec, the plugins' wishes, then the runtime's create. A retry joins the one in flight.
+//! CreateContainer: resolves the image, builds the spec, applies plugin adjustments, and creates the container. A
+//! retry joins the call in progress.
 
 use super::{Server, new_id, nri_hooks, require, status_of};
 use crate::convert::container;
@@ -7,7 +8,7 @@ use boxlite_proto::nri::v1alpha1::Event;
 use boxlite_runtime::{BoxState, LiteBox};
 use tonic::Status;
 
-/// The call.
+/// Handles CreateContainer.
 pub async fn create(
     server: &Server,
     request: CreateContainerRequest,
@@ -39,7 +40,7 @@ async fn make(
     let state = pod.snapshot().state;
     if state != BoxState::Ready {
         return Err(Status::failed_precondition(format!(
-            "pod {} is {state:?}: nothing can be created in it",
+            "pod sandbox {} is not ready ({state:?})",
             pod.id()
         )));
     }
@@ -50,14 +51,13 @@ async fn make(
         .find(|container| container.name == key)
     {
         return Err(Status::already_exists(format!(
-            "container {key:?} exists already as {}",
+            "container {key:?} already exists with id {}",
             present.id
         )));
     }
     let reference = config.image.clone().unwrap_or_default().image;
-    let image = super::image_status::find(server, &reference).ok_or_else(|| {
-        Status::not_found(format!("image {reference:?} is not here; pull it first"))
-    })?;
+    let image = super::image_status::find(server, &reference)
+        .ok_or_else(|| Status::not_found(format!("image {reference:?} not found")))?;
     name_image_volumes(server, &mut config)?;
     let id = new_id();
     let files = server.layout.pod(pod.id());
@@ -73,7 +73,8 @@ async fn make(
     Ok(id)
 }
 
-/// Writes the ID of each mounted image into its mount: what is mounted is what was looked up, and the status reports it.
+/// Replaces the reference of each image mount with the image's ID, so that the mounted image is the one that was
+/// resolved, and the status reports it.
 fn name_image_volumes(server: &Server, config: &mut ContainerConfig) -> Result<(), Status> {
     for mount in &mut config.mounts {
         let Some(reference) = container::image_volume(mount) else {
@@ -81,7 +82,7 @@ fn name_image_volumes(server: &Server, config: &mut ContainerConfig) -> Result<(
         };
         let image = super::image_status::find(server, &reference).ok_or_else(|| {
             Status::not_found(format!(
-                "mount of {:?}: image {reference:?} is not here; pull it first",
+                "image {reference:?} of the mount at {:?} not found",
                 mount.container_path
             ))
         })?;

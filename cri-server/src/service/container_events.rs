@@ -1,8 +1,9 @@
-//! GetContainerEvents: what happens to pods and containers, with their statuses of that moment, until the client leaves.
+//! GetContainerEvents: events of pods and containers with their statuses at that time, until the client disconnects.
 //!
-//! Each client has its own place in the runtime's events: one that reads slowly is held back by its connection's window and slows
-//! nobody else; one that falls too far behind gets RESOURCE_EXHAUSTED, lists, and asks again. The first client of this daemon also gets
-//! what happened before it came, an event for everything that was found again at the start among it.
+//! Each client has a separate position in the runtime's events: a slow client is limited by the window of its
+//! connection and does not affect others; one that falls too far behind gets RESOURCE_EXHAUSTED, lists, and
+//! reconnects. The first client of this daemon also gets the events before its connection, including one for every
+//! object that was recovered at the start.
 
 use super::Server;
 use super::streams::Stream;
@@ -12,7 +13,7 @@ use boxlite_runtime::{Events, EventsEnd};
 use futures::stream::{self, StreamExt};
 use tonic::Status;
 
-/// The call.
+/// Handles GetContainerEvents.
 pub fn follow(server: &Server) -> Stream<ContainerEventResponse> {
     let end = server.stopping.clone().cancelled_owned();
     stream::unfold(Some(server.runtime.events()), next)
@@ -20,7 +21,7 @@ pub fn follow(server: &Server) -> Stream<ContainerEventResponse> {
         .boxed()
 }
 
-/// The next event, or once the error that ends the stream.
+/// Returns the next event, or once the error that ends the stream.
 async fn next(
     events: Option<Events>,
 ) -> Option<(Result<ContainerEventResponse, Status>, Option<Events>)> {

@@ -1,10 +1,10 @@
-//! ListContainers and StreamContainers: from memory, never from a VM.
+//! ListContainers and StreamContainers, served from memory without the VM.
 
 use super::Server;
 use crate::convert::{filter, status};
 use boxlite_proto::cri::v1::{Container, ContainerFilter};
 
-/// The containers that `wanted` selects, newest first.
+/// Returns the containers that `wanted` selects, newest first.
 pub fn list(server: &Server, wanted: Option<&ContainerFilter>) -> Vec<Container> {
     let mut containers: Vec<Container> = server
         .runtime

@@ -1,10 +1,10 @@
-//! ReopenContainerLog: after the kubelet renamed the file.
+//! ReopenContainerLog: reopens the log after the kubelet renamed it.
 
 use super::{Server, status_of};
 use boxlite_proto::cri::v1::{ReopenContainerLogRequest, ReopenContainerLogResponse};
 use tonic::Status;
 
-/// The call. Only a running container has an open log.
+/// Handles ReopenContainerLog. Only a running container has an open log.
 pub async fn reopen(
     server: &Server,
     request: ReopenContainerLogRequest,

@@ -1,4 +1,4 @@
-//! RemoveContainer: kills what still runs. Succeeds on what is gone.
+//! RemoveContainer: kills the container if it runs. Succeeds if it does not exist.
 
 use super::{Server, none_if_not_found, nri_hooks, require, status_of};
 use boxlite_proto::cri::v1::{RemoveContainerRequest, RemoveContainerResponse};
@@ -7,7 +7,7 @@ use tonic::Status;
 
 const SIGKILL: i32 = 9;
 
-/// The call.
+/// Handles RemoveContainer.
 pub async fn remove(
     server: &Server,
     request: RemoveContainerRequest,
@@ -20,7 +20,7 @@ pub async fn remove(
     };
     let task = server.clone();
     let work = async move {
-        // Ended first, so that plugins hear of its end and of its removal in this order.
+        // Stopped first, so that plugins get StopContainer before RemoveContainer.
         let ended = pod
             .stop_container(&container.id, Duration::ZERO, SIGKILL)
             .await;

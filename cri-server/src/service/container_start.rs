@@ -1,11 +1,11 @@
-//! StartContainer: unless a plugin refuses it.
+//! StartContainer: starts the container unless a plugin rejects it.
 
 use super::{Server, nri_hooks, require, status_of};
 use boxlite_proto::cri::v1::{StartContainerRequest, StartContainerResponse};
 use boxlite_proto::nri::v1alpha1::Event;
 use tonic::Status;
 
-/// The call.
+/// Handles StartContainer.
 pub async fn start(
     server: &Server,
     request: StartContainerRequest,
@@ -20,7 +20,7 @@ pub async fn start(
         let session = task.session().await;
         nri_hooks::start(&task, &session, &pod, &container).await?;
         let started = pod.start_container(&container.id).await;
-        // A failed start has ended the container too.
+        // A failed start ends the container, too.
         nri_hooks::watch(&task, &pod, &container.id);
         started.map_err(status_of)?;
         let id = &container.id;

@@ -1,5 +1,5 @@
-//! ContainerStats, ListContainerStats and StreamContainerStats. Each guest has a deadline; one that does not answer is left out of a
-//! list, and holds nobody else up.
+//! ContainerStats, ListContainerStats and StreamContainerStats. Each guest has a deadline; a list omits guests that
+//! miss it, so that they do not delay others.
 
 use super::{Server, container_list, require, status_of};
 use crate::convert::{filter, stats, time};
@@ -10,7 +10,7 @@ use boxlite_runtime::{ContainerSnapshot, ContainerState, LiteBox};
 use std::time::Duration;
 use tonic::Status;
 
-/// The call for one container: a guest that does not answer is an error, one that has ended has no numbers.
+/// Handles ContainerStats: a guest that does not answer is an error.
 pub async fn stats(
     server: &Server,
     request: ContainerStatsRequest,
@@ -40,7 +40,7 @@ pub async fn stats(
     Ok(ContainerStatsResponse { stats: Some(stats) })
 }
 
-/// All that `wanted` selects and that run.
+/// Returns the stats of all running containers that `wanted` selects.
 pub async fn list(server: &Server, wanted: Option<ContainerStatsFilter>) -> Vec<ContainerStats> {
     let wanted = filter::of_container_stats(wanted);
     let containers = container_list::list(server, wanted.as_ref());
@@ -55,7 +55,7 @@ pub async fn list(server: &Server, wanted: Option<ContainerStatsFilter>) -> Vec<
         .collect()
 }
 
-/// Those of one pod's running containers that answer.
+/// Returns the stats of the running containers of a pod whose guest answers.
 pub async fn of_pod(server: &Server, pod: &LiteBox) -> Vec<ContainerStats> {
     let asked = pod
         .containers()
@@ -68,7 +68,7 @@ pub async fn of_pod(server: &Server, pod: &LiteBox) -> Vec<ContainerStats> {
         .collect()
 }
 
-/// A guest's silence as a status.
+/// Returns the status of a guest timeout.
 pub fn guest_timeout(limit: Duration) -> Status {
     Status::deadline_exceeded(format!(
         "the guest did not answer within {} s",
@@ -98,7 +98,8 @@ async fn one(
     ))
 }
 
-/// The host's file system that holds the writable layers: the kubelet matches it with ImageFsInfo's container file systems.
+/// Returns the host file system of the writable layers: the kubelet matches it with the container file systems of
+/// ImageFsInfo.
 fn scratch(server: &Server) -> String {
     server.config.state.to_string_lossy().into_owned()
 }

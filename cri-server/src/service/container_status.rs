@@ -1,4 +1,5 @@
-//! ContainerStatus: from memory, never from a VM. With verbose, the spec is read and the guest asked for the pid, within its limit.
+//! ContainerStatus, served from memory. With `verbose`, the spec is read and the guest is queried for the pid within
+//! a deadline.
 
 use super::{Server, require, status_of};
 use crate::convert::{status, verbose};
@@ -7,7 +8,7 @@ use boxlite_runtime::{ContainerSnapshot, ContainerState, LiteBox};
 use std::collections::HashMap;
 use tonic::Status;
 
-/// The call.
+/// Handles ContainerStatus.
 pub async fn status(
     server: &Server,
     request: ContainerStatusRequest,
@@ -27,7 +28,7 @@ pub async fn status(
     })
 }
 
-/// What `crictl inspect` shows beside the status.
+/// Returns the details that `crictl inspect` shows besides the status.
 async fn info(
     server: &Server,
     pod: &LiteBox,
@@ -39,7 +40,7 @@ async fn info(
             tracing::debug!(
                 id = container.id,
                 error = boxlite_runtime::report(&error),
-                "no spec"
+                "failed to read container spec"
             );
             None
         }

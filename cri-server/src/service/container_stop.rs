@@ -1,4 +1,5 @@
-//! StopContainer: the container's stop signal, the grace, SIGKILL. Succeeds on what is stopped or gone.
+//! StopContainer: the container's stop signal, the grace period, then SIGKILL. Succeeds if the container is stopped
+//! or does not exist.
 
 use super::{Server, none_if_not_found, nri_hooks, require, status_of};
 use crate::convert::container::ContainerMetadata;
@@ -7,7 +8,7 @@ use boxlite_proto::cri::v1::{StopContainerRequest, StopContainerResponse};
 use std::time::Duration;
 use tonic::Status;
 
-/// The call.
+/// Handles StopContainer.
 pub async fn stop(
     server: &Server,
     request: StopContainerRequest,
@@ -24,9 +25,9 @@ pub async fn stop(
     } else {
         record.stop_signal
     };
-    let number = i32::try_from(number)
-        .map_err(|_| Status::internal("the stop signal's number is out of range"))?;
-    // A negative timeout has no meaning; the CRI's 0 is "at once".
+    let number =
+        i32::try_from(number).map_err(|_| Status::internal("stop signal number out of range"))?;
+    // A negative timeout has no meaning; 0 means "immediately" in the CRI.
     let grace = Duration::from_secs(u64::try_from(request.timeout).unwrap_or(0));
     let task = server.clone();
     let work = async move {

@@ -1,5 +1,5 @@
-//! UpdateContainerResources: new limits for the cgroup in the guest, as the plugins want them, within what the VM has, and
-//! kept with the container.
+//! UpdateContainerResources: applies new limits to the container's cgroup in the guest, with plugin changes and
+//! within the VM's capacity, and stores them with the container.
 
 use super::{Server, capacity, nri_hooks, require, status_of};
 use crate::convert::container::ContainerMetadata;
@@ -8,7 +8,7 @@ use boxlite_proto::cri::v1::{UpdateContainerResourcesRequest, UpdateContainerRes
 use boxlite_proto::nri::v1alpha1::Event;
 use tonic::Status;
 
-/// The call. A container that has ended has no limits to change: an error.
+/// Handles UpdateContainerResources. Fails for a container that has exited.
 pub async fn update(
     server: &Server,
     request: UpdateContainerResourcesRequest,

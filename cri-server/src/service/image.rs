@@ -1,4 +1,4 @@
-//! The trait of the ImageService: hands each call to its file.
+//! Implements the ImageService trait by delegating each call to its file.
 
 use super::streams::{Stream, batches};
 use super::{Server, image_fs, image_list, image_pull, image_remove, image_status};

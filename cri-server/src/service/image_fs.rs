@@ -1,4 +1,4 @@
-//! ImageFsInfo: what the images take, and where writable layers are (the scratch disks of the pods).
+//! ImageFsInfo: usage of the image store, and of the scratch disks that hold the writable layers.
 
 use super::Server;
 use crate::convert::{image, time};
@@ -8,10 +8,10 @@ use boxlite_proto::cri::v1::{
 use std::os::unix::fs::MetadataExt;
 use tonic::Status;
 
-/// Unit of `st_blocks`, in bytes (stat(2)).
+/// Unit of `st_blocks` (stat(2)).
 const BLOCK_BYTES: u64 = 512;
 
-/// The call.
+/// Handles ImageFsInfo.
 pub async fn info(server: &Server) -> Result<ImageFsInfoResponse, Status> {
     let info = server
         .runtime
@@ -25,7 +25,7 @@ pub async fn info(server: &Server) -> Result<ImageFsInfoResponse, Status> {
     })
 }
 
-/// Bytes that the pods' sparse disks really take on the host.
+/// Returns the allocated size of the pods' sparse disks on the host.
 fn scratch_disks(server: &Server) -> FilesystemUsage {
     let layout = &server.layout;
     let sizes: Vec<u64> = server

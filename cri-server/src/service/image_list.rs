@@ -4,7 +4,7 @@ use super::Server;
 use crate::convert::image;
 use boxlite_proto::cri::v1::{Image, ImageFilter};
 
-/// All images, or the one that the filter names.
+/// Returns all images, or the one that the filter names.
 pub fn list(server: &Server, filter: Option<ImageFilter>) -> Vec<Image> {
     let wanted = filter
         .and_then(|filter| filter.image)

@@ -1,5 +1,5 @@
-//! PullImage. A client that goes away cancels its own pull; what was downloaded is used by the next, and others who pull the same layers
-//! go on.
+//! PullImage. A disconnecting client cancels its pull; the next pull reuses the downloaded data, and other pulls of
+//! the same layers continue.
 
 use super::{Server, require};
 use crate::convert::image;
@@ -9,10 +9,10 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tonic::Status;
 
-/// How often a pull says in the log how far it is.
+/// Interval of the progress log.
 const REPORT_INTERVAL: Duration = Duration::from_secs(5);
 
-/// The call. Answers the image's id.
+/// Handles PullImage. Returns the image's id.
 pub async fn pull(server: &Server, request: PullImageRequest) -> Result<PullImageResponse, Status> {
     let reference = request.image.unwrap_or_default().image;
     require("image.image", &reference)?;

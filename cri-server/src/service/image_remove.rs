@@ -1,11 +1,11 @@
-//! RemoveImage. Succeeds on what is gone; an image in use is kept, and the error names who holds it.
+//! RemoveImage. Succeeds if the image does not exist; an image in use is kept, and the error names its users.
 
 use super::{Server, require};
 use crate::convert::image;
 use boxlite_proto::cri::v1::{RemoveImageRequest, RemoveImageResponse};
 use tonic::Status;
 
-/// The call.
+/// Handles RemoveImage.
 pub async fn remove(
     server: &Server,
     request: RemoveImageRequest,

@@ -1,4 +1,4 @@
-//! ImageStatus. An image that is not here is an answer without image, not an error.
+//! ImageStatus. For an image that is not found locally, the response has no image; it is not an error.
 
 use super::{Server, require};
 use crate::convert::image;
@@ -8,7 +8,7 @@ use serde_json::json;
 use std::collections::HashMap;
 use tonic::Status;
 
-/// The call.
+/// Handles ImageStatus.
 pub fn status(server: &Server, request: ImageStatusRequest) -> Result<ImageStatusResponse, Status> {
     let wanted = request.image.unwrap_or_default().image;
     require("image.image", &wanted)?;
@@ -26,7 +26,7 @@ pub fn status(server: &Server, request: ImageStatusRequest) -> Result<ImageStatu
     })
 }
 
-/// The image that a request names, by id, tag or digest.
+/// Returns the image of a request, by id, tag or digest.
 pub fn find(server: &Server, wanted: &str) -> Option<ImageRecord> {
     server.runtime.images().status(wanted)
 }

@@ -1,10 +1,11 @@
-//! The CRI: one file per verb. `Server` is what a verb works with; `runtime` and `image` are the traits of the two services and only
-//! hand on.
+//! Implementation of the CRI: one file per verb. `Server` holds the state that the verbs share; `runtime` and `image`
+//! implement the traits of the two services and delegate.
 //!
-//! A verb converts, makes one or two calls of the runtime, answers. It holds no state but what is in `Server`, reads no path, and
-//! waits for a VM only where the CRI's meaning is to wait. Logging, latency and panics are `server::layer`'s.
+//! A verb converts the request, calls the runtime, and converts the answer. Its state is in `Server`, and it waits
+//! for a VM only if the CRI requires it. Logging, latency metrics and panics are handled in `server::layer`.
 //!
-//! What changes something runs as a task of its own (`Server::run_detached`): a client that goes away tears nothing half-way.
+//! A verb that changes state runs as a separate task (`Server::run_detached`), so that a disconnecting client does
+//! not interrupt it.
 
 mod capacity;
 mod container_create;
@@ -70,16 +71,16 @@ use tokio_util::task::TaskTracker;
 use tonic::Status;
 use tracing::Instrument;
 
-/// What both services work with. Cheap to clone.
+/// State shared by both services. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Server(Arc<Inner>);
 
-/// Until a leaked network is tried again: first and, doubled each time, at most. Plugins fail for seconds (a lock, a
-/// machine under load) or until somebody mends them.
+/// Interval between attempts to release a leaked network: initial, and maximum after doubling. CNI plugins fail for
+/// seconds (a lock, a loaded machine) or until an administrator intervenes.
 const CNI_RETRY_INTERVAL: Duration = Duration::from_secs(2);
 const MAX_CNI_RETRY_INTERVAL: Duration = Duration::from_secs(120);
 
-/// See [`Server`].
+/// Contents of [`Server`].
 #[derive(Debug)]
 pub struct Inner {
     pub runtime: BoxliteRuntime,
@@ -87,18 +88,18 @@ pub struct Inner {
     pub cni: Cni,
     pub layout: Layout,
     pub metrics: Arc<Metrics>,
-    /// What runs pods and why, for Status.
+    /// Selected VMM and the reason, for Status.
     pub vmm: String,
     streaming: Streaming,
-    /// Pods whose RunPodSandbox is under way; no list shows them yet.
+    /// Pods whose RunPodSandbox is in progress; lists omit them.
     starting: Mutex<HashSet<String>>,
     runs: SingleFlight<RunPodSandboxRequest>,
     creates: SingleFlight<ContainerConfig>,
-    /// Set once at the start; without it nobody is told of anything.
+    /// Set once at the start; unset means that NRI is disabled.
     nri: OnceLock<Nri>,
     pod_cidrs: Mutex<Vec<String>>,
     tasks: TaskTracker,
-    /// Cancelled when no new call comes any more: streams without an end of their own end.
+    /// Cancelled when the daemon stops serving: ends the streams that have no end.
     stopping: CancellationToken,
 }
 
@@ -111,7 +112,7 @@ impl std::ops::Deref for Server {
 }
 
 impl Server {
-    /// `vmm` says in words what runs pods and why.
+    /// `vmm` describes the selected VMM and the reason.
     pub fn new(
         runtime: BoxliteRuntime,
         config: Config,
@@ -138,8 +139,8 @@ impl Server {
         }))
     }
 
-    /// Undoes networks and files of pods that are gone. For the start, before the first call.
-    /// Networks whose plugins fail now are tried again, until this server leaves.
+    /// Removes networks and files of pods that no longer exist. Called at the start, before the first request.
+    /// Networks whose plugins fail are retried until this server stops.
     pub async fn remove_orphans(&self) {
         let live: HashSet<String> = self.runtime.boxes().into_iter().map(|pod| pod.id).collect();
         let (networks, left) = self.cni.collect(&live).await;
@@ -148,7 +149,7 @@ impl Server {
             tracing::info!(
                 networks,
                 files,
-                "removed what pods of an earlier run left behind"
+                "removed leftovers of pods of an earlier run"
             );
         }
         if !left.is_empty() {
@@ -171,18 +172,18 @@ impl Server {
         }
     }
 
-    /// Ends the streams that would go on for ever: clients follow the next daemon.
+    /// Ends the endless streams; clients reconnect to the next daemon.
     pub fn close_streams(&self) {
         self.stopping.cancel();
     }
 
-    /// Waits for the tasks of calls whose clients have gone. No new call may come any more.
+    /// Waits for the tasks of requests whose clients disconnected. Must be called after the last request.
     pub async fn wait_for_tasks(&self) {
         self.tasks.close();
         self.tasks.wait().await;
     }
 
-    /// Runs `work` to its end even when the caller's future is dropped.
+    /// Runs `work` to completion even if the caller's future is dropped.
     async fn run_detached<T: Send + 'static>(
         &self,
         work: impl Future<Output = Result<T, Status>> + Send + 'static,
@@ -190,12 +191,13 @@ impl Server {
         match self.tasks.spawn(work.in_current_span()).await {
             Ok(done) => done,
             Err(_) => Err(Status::internal(
-                "the call's task panicked; the daemon's log has the place",
+                "internal error: handler panicked, see the daemon's log",
             )),
         }
     }
 
-    /// The pod of a request, by id or unique prefix. One whose RunPodSandbox is under way is not there yet: its plugins may still refuse it.
+    /// Returns the pod of a request, by id or unique prefix. A pod whose RunPodSandbox is in progress is not found,
+    /// because plugins may still reject it.
     fn pod(&self, id: &str) -> Result<LiteBox, Status> {
         require("pod_sandbox_id", id)?;
         let pod = self
@@ -204,27 +206,27 @@ impl Server {
             .map_err(|error| status::status(&error))?;
         if self.starting.lock().contains(pod.id()) {
             return Err(Status::not_found(format!(
-                "pod {} is still being started",
+                "pod sandbox {} not found: it is still starting",
                 pod.id()
             )));
         }
         Ok(pod)
     }
 
-    /// The pod of a request, or `None` where it is gone: for the verbs that succeed on what is gone.
+    /// Returns the pod of a request, or `None` if it does not exist: for the verbs that are idempotent.
     fn pod_if_any(&self, id: &str) -> Result<Option<LiteBox>, Status> {
         require("pod_sandbox_id", id)?;
         none_if_not_found(self.runtime.get_box(id))
     }
 
-    /// The URL at which a client may use `ticket` once.
+    /// Returns the one-time URL of `ticket`.
     fn stream_url(&self, ticket: Ticket) -> Result<String, Status> {
         self.streaming
             .url(ticket)
             .map_err(|full| Status::resource_exhausted(full.to_string()))
     }
 
-    /// A container that runs and its pod; FAILED_PRECONDITION for one that does not.
+    /// Returns a running container and its pod; fails with FAILED_PRECONDITION if it does not run.
     fn running_container(&self, id: &str) -> Result<(LiteBox, ContainerSnapshot), Status> {
         require("container_id", id)?;
         let (pod, container) = self.runtime.find_container(id).map_err(status_of)?;
@@ -237,13 +239,13 @@ impl Server {
         Ok((pod, container))
     }
 
-    /// The pod's own record.
+    /// Returns the metadata of a pod.
     fn pod_metadata(&self, pod: &LiteBox) -> PodMetadata {
         PodMetadata::from_bytes(&pod.snapshot().metadata)
     }
 }
 
-/// An error of a request's identifier that is not there.
+/// Returns an error if a required identifier of a request is empty.
 fn require(field: &'static str, value: &str) -> Result<(), Status> {
     if value.is_empty() {
         return Err(Status::invalid_argument(format!("{field} is missing")));
@@ -251,7 +253,7 @@ fn require(field: &'static str, value: &str) -> Result<(), Status> {
     Ok(())
 }
 
-/// NotFound as `None`, every other error as a status.
+/// Maps NotFound to `None`, and every other error to a status.
 fn none_if_not_found<T>(found: Result<T, RuntimeError>) -> Result<Option<T>, Status> {
     match found {
         Ok(found) => Ok(Some(found)),
@@ -260,12 +262,12 @@ fn none_if_not_found<T>(found: Result<T, RuntimeError>) -> Result<Option<T>, Sta
     }
 }
 
-/// For `map_err`.
+/// Converts an error of the runtime, for `map_err`.
 fn status_of(error: RuntimeError) -> Status {
     status::status(&error)
 }
 
-/// The status of a network's failure.
+/// Returns the status of a network failure.
 fn cni_status(error: &CniError) -> Status {
     let text = boxlite_runtime::report(error);
     match error {
@@ -278,14 +280,9 @@ fn cni_status(error: &CniError) -> Status {
     }
 }
 
-/// 64 hex digits of the system's random generator.
+/// Returns 64 hex digits from the system's random generator.
 fn new_id() -> String {
     let mut bytes = [0; 32];
     rand::rng().fill_bytes(&mut bytes);
     hex::encode(bytes)
-}
-
-/// A lock whose holder panicked still guards plain data.
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock()
 }

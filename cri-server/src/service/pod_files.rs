@@ -1,4 +1,4 @@
-//! The files that every container of a pod sees: resolv.conf, hostname, hosts.
+//! Files that are mounted into every container of a pod: resolv.conf, hostname, hosts.
 
 use crate::convert::sandbox::PodMetadata;
 use crate::layout::Layout;
@@ -8,14 +8,14 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 
-/// Where a pod without DNS config takes its resolv.conf from.
+/// Source of resolv.conf for a pod without DNS config.
 const NODE_RESOLV_CONF: &str = "/etc/resolv.conf";
-/// Where a pod in the host's network takes its hosts file from.
+/// Source of the hosts file for a pod with host networking.
 const NODE_HOSTS: &str = "/etc/hosts";
-/// Most bytes of such a file that are copied.
+/// Maximum size of a file copied from the node.
 const MAX_NODE_FILE_BYTES: u64 = 1 << 20;
 
-/// Writes the files. The directory is private; the files are readable to whatever user a container has.
+/// Writes the files. The directory is private; the files are readable by any user of a container.
 pub fn write(layout: &Layout, id: &str, record: &PodMetadata) -> io::Result<()> {
     let directory = layout.pod(id);
     DirBuilder::new()
@@ -38,7 +38,7 @@ pub fn write(layout: &Layout, id: &str, record: &PodMetadata) -> io::Result<()> 
     file(&directory.join("hosts"), &hosts)
 }
 
-/// Removes them; succeeds on what is gone.
+/// Removes the files; succeeds if they do not exist.
 pub fn remove(layout: &Layout, id: &str) -> io::Result<()> {
     match fs::remove_dir_all(layout.pod(id)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
@@ -46,7 +46,7 @@ pub fn remove(layout: &Layout, id: &str) -> io::Result<()> {
     }
 }
 
-/// Removes those of pods that are not in `live`. Returns how many went.
+/// Removes the files of pods that are not in `live`. Returns the number of pods.
 pub fn collect(layout: &Layout, live: &HashSet<String>) -> usize {
     let Ok(entries) = fs::read_dir(layout.pods()) else {
         return 0;
@@ -67,7 +67,7 @@ fn file(path: &Path, content: &[u8]) -> io::Result<()> {
         .write_all(content)
 }
 
-/// A file of the node; empty where it has none.
+/// Reads a file of the node; a missing file is empty.
 fn of_node(path: &str) -> io::Result<Vec<u8>> {
     let mut text = Vec::new();
     match fs::File::open(path) {

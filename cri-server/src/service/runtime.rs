@@ -1,4 +1,4 @@
-//! The trait of the RuntimeService: hands each call to its file, and the others to the table of what is not there yet.
+//! Implements the RuntimeService trait by delegating each call to its file, or to the table of unimplemented calls.
 
 use super::streams::{Stream, batches};
 use super::{

@@ -8,7 +8,7 @@ use boxlite_proto::cri::v1::{
 use std::net::IpAddr;
 use tonic::Status;
 
-/// The cgroup driver: paths, not systemd slices.
+/// Returns the cgroup driver: cgroupfs, that is paths instead of systemd slices.
 pub fn get() -> RuntimeConfigResponse {
     RuntimeConfigResponse {
         linux: Some(LinuxRuntimeConfiguration {
@@ -17,7 +17,7 @@ pub fn get() -> RuntimeConfigResponse {
     }
 }
 
-/// Takes the node's pod CIDRs, for plugins with the `ipRanges` capability. An empty one changes nothing.
+/// Stores the node's pod CIDRs, for plugins with the `ipRanges` capability. An empty value changes nothing.
 pub fn update(
     server: &Server,
     request: UpdateRuntimeConfigRequest,
@@ -40,7 +40,7 @@ pub fn update(
     for cidr in &cidrs {
         if !is_cidr(cidr) {
             return Err(Status::invalid_argument(format!(
-                "pod_cidr {cidr:?} is no CIDR"
+                "invalid pod_cidr {cidr:?}: not a CIDR"
             )));
         }
     }
@@ -66,7 +66,7 @@ mod tests {
     use super::is_cidr;
 
     #[test]
-    fn cidrs() {
+    fn is_cidr_checks_address_and_prefix() {
         assert!(is_cidr("10.1.0.0/16") && is_cidr("fd00::/64"));
         assert!(
             !is_cidr("10.1.0.0")

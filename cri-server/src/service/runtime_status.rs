@@ -1,4 +1,4 @@
-//! Status: whether this runtime and its network can take pods, what they can do, and with verbose how they are set.
+//! Status: readiness of the runtime and its network, supported features, and with `verbose` the configuration.
 
 use super::Server;
 use boxlite_proto::cri::v1::{
@@ -8,7 +8,7 @@ use boxlite_proto::cri::v1::{
 use serde_json::json;
 use std::collections::HashMap;
 
-/// The call.
+/// Handles Status.
 pub fn status(server: &Server, request: &StatusRequest) -> StatusResponse {
     let network = server.cni.ready();
     let conditions = vec![
@@ -52,7 +52,7 @@ pub fn status(server: &Server, request: &StatusRequest) -> StatusResponse {
             "vmm": server.vmm,
             "root": config.root,
             "state": config.state,
-            // By containerd's name: clients look where the runtime keeps root file systems.
+            // containerd's name: clients look there for the root file systems.
             "stateDir": config.state,
             "cniConfDir": config.cni.conf_dir,
             "cniBinDirs": config.cni.bin_dirs,

@@ -1,10 +1,10 @@
-//! ListPodSandbox and StreamPodSandboxes: from memory, never from a VM.
+//! ListPodSandbox and StreamPodSandboxes, served from memory without the VM.
 
 use super::Server;
 use crate::convert::{filter, status};
 use boxlite_proto::cri::v1::{PodSandbox, PodSandboxFilter};
 
-/// The pods that `wanted` selects, newest first.
+/// Returns the pods that `wanted` selects, newest first.
 pub fn list(server: &Server, wanted: Option<&PodSandboxFilter>) -> Vec<PodSandbox> {
     let starting = server.starting.lock().clone();
     let mut pods: Vec<PodSandbox> = server

@@ -1,5 +1,5 @@
-//! ListMetricDescriptors, ListPodSandboxMetrics and StreamPodSandboxMetrics. Each guest has a deadline; one that does not answer is
-//! left out, and holds nobody else up.
+//! ListMetricDescriptors, ListPodSandboxMetrics and StreamPodSandboxMetrics. Each guest has a deadline; a list omits
+//! guests that miss it, so that they do not delay others.
 
 use super::Server;
 use crate::convert::{metrics, time};
@@ -8,14 +8,14 @@ use boxlite_proto::cri::v1::{ListMetricDescriptorsResponse, PodSandboxMetrics};
 use boxlite_runtime::{BoxState, ContainerSnapshot, ContainerState, LiteBox};
 use std::time::Duration;
 
-/// What metrics there are.
+/// Returns the descriptors of all metrics.
 pub fn descriptors() -> ListMetricDescriptorsResponse {
     ListMetricDescriptorsResponse {
         descriptors: metrics::descriptors(),
     }
 }
 
-/// Those of all pods that are ready and answer, each within the limit of one guest.
+/// Returns the metrics of all ready pods whose guest answers within the deadline.
 pub async fn list(server: &Server) -> Vec<PodSandboxMetrics> {
     let limit = server.config.timeouts.stats;
     let asked = server
@@ -28,7 +28,7 @@ pub async fn list(server: &Server) -> Vec<PodSandboxMetrics> {
     answered.into_iter().flatten().collect()
 }
 
-/// The pod and its containers are asked side by side; a container that does not answer is left out.
+/// Queries the pod and its containers concurrently; omits containers without an answer.
 async fn one(pod: &LiteBox, limit: Duration) -> Option<PodSandboxMetrics> {
     let containers = pod
         .containers()

@@ -1,10 +1,10 @@
-//! RemovePodSandbox: stops what still runs, then nothing of the pod is left. Succeeds on what is gone.
+//! RemovePodSandbox: stops the pod if it runs and removes everything of it. Succeeds if it does not exist.
 
 use super::{Server, nri_hooks, pod_files, sandbox_stop, status_of};
 use boxlite_proto::cri::v1::{RemovePodSandboxRequest, RemovePodSandboxResponse};
 use tonic::Status;
 
-/// The call.
+/// Handles RemovePodSandbox.
 pub async fn remove(
     server: &Server,
     request: RemovePodSandboxRequest,
@@ -19,10 +19,10 @@ pub async fn remove(
         sandbox_stop::tear_down(&task, &pod).await?;
         let session = task.session().await;
         nri_hooks::remove_pod(&task, &session, &pod).await;
-        // The box goes last: as long as something is left, the pod is listed and Remove can be called again.
+        // The box is removed last: until everything else is removed, the pod is listed and Remove can be repeated.
         pod_files::remove(&task.layout, &id).map_err(|error| {
             Status::internal(format!(
-                "the pod's files in {}: {error}",
+                "failed to remove the files of the pod sandbox in {}: {error}",
                 task.layout.pod(&id).display()
             ))
         })?;

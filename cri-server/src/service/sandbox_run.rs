@@ -1,11 +1,11 @@
-//! RunPodSandbox: network, files, box, start; on failure all of it undone, in the opposite order.
+//! RunPodSandbox: network, files, box, start; a failure undoes all of it in reverse order.
 //!
 //! ```text
-//!  checked → network → files → registered → started → plugins told → answered
-//!     └────────┴─────────┴─────────┴───────────┴───────────┴──▶ undone
+//!  checked → network → files → registered → started → plugins notified → answered
+//!     └────────┴─────────┴─────────┴──────────────┴──────────────┴──▶ undone
 //! ```
 //!
-//! One task per pod does it; a retry joins that task (see `single_flight`).
+//! One task per pod; a retry joins it (see `single_flight`).
 
 use super::{Server, cni_status, new_id, nri_hooks, pod_files, status_of};
 use crate::cni::CniError;
@@ -20,7 +20,7 @@ use tonic::Status;
 /// Mount point of the cgroup file systems.
 const CGROUPS: &str = "/sys/fs/cgroup";
 
-/// The call.
+/// Handles RunPodSandbox.
 pub async fn run(
     server: &Server,
     request: RunPodSandboxRequest,
@@ -28,7 +28,7 @@ pub async fn run(
     let handler = &request.runtime_handler;
     if !server.config.runtime_handlers.contains(handler) {
         return Err(Status::invalid_argument(format!(
-            "runtime handler {handler:?} is not known; this runtime has {:?}",
+            "runtime handler {handler:?} not found; available: {:?}",
             server.config.runtime_handlers
         )));
     }
@@ -48,25 +48,26 @@ pub async fn run(
 async fn make(server: &Server, record: PodMetadata) -> Result<String, Status> {
     if let Some(present) = server.runtime.find_box_by_name(&record.key()) {
         return Err(Status::already_exists(format!(
-            "pod {:?} exists already as {}",
+            "pod sandbox {:?} already exists with id {}",
             record.key(),
             present.id()
         )));
     }
     let limit = size::cgroup_memory_limit(Path::new(CGROUPS), &record.cgroup_parent());
     let id = new_id();
-    // A pod that can't have a VM of its size must not cost an address first.
+    // Checked before an address is allocated: the pod's VM must fit.
     record.box_options(&id, None, &server.config.pod, limit)?;
     let hidden = StartingGuard::new(server, &id);
     let limit_of_time = server.config.timeouts.run_pod;
     let made = match tokio::time::timeout(limit_of_time, stages(server, &id, record, limit)).await {
         Ok(made) => made,
         Err(_) => Err(Status::deadline_exceeded(format!(
-            "the pod was not ready within {} s (timeouts.run_pod_seconds)",
+            "pod sandbox not ready within {} s (timeouts.run_pod_seconds)",
             limit_of_time.as_secs()
         ))),
     };
-    // From the plugins' word until the pod can be seen: a plugin that comes now finds it there, or is told of it.
+    // Held from the plugins' decision until the pod is listed: a plugin that registers meanwhile sees it in its
+    // snapshot or gets its event.
     let session = server.session().await;
     let made = match made {
         Ok(pod) => nri_hooks::run_pod(server, &session, &pod)
@@ -95,13 +96,13 @@ async fn stages(
     limit: Option<u64>,
 ) -> Result<LiteBox, Status> {
     let netns = match record.host_network() {
-        // No plugin has to do with it, and its addresses are the node's, which the kubelet knows better (containerd's way).
+        // As in containerd, no plugin is called, and the kubelet knows the node's addresses.
         true => None,
         false => Some(attach(server, id, &mut record).await?),
     };
     pod_files::write(&server.layout, id, &record).map_err(|error| {
         Status::internal(format!(
-            "the pod's files in {}: {error}",
+            "failed to write the files of the pod sandbox in {}: {error}",
             server.layout.pod(id).display()
         ))
     })?;
@@ -115,7 +116,7 @@ async fn stages(
     Ok(pod)
 }
 
-/// The pod's network by CNI: its namespace; the record gets the addresses.
+/// Attaches the pod's network by CNI, stores the addresses in the metadata, and returns the network namespace.
 async fn attach(server: &Server, id: &str, record: &mut PodMetadata) -> Result<PathBuf, Status> {
     let ranges = server.pod_cidrs.lock().clone();
     let begun = Instant::now();
@@ -129,7 +130,7 @@ async fn attach(server: &Server, id: &str, record: &mut PodMetadata) -> Result<P
     Ok(network.netns)
 }
 
-/// Takes apart whatever there is; what can't be is said in the log and found again at the next start.
+/// Removes everything that was created; a failure is logged, and the next start retries.
 async fn undo(server: &Server, id: &str) {
     if let Ok(pod) = server.runtime.get_box(id)
         && let Err(error) = pod.remove().await
@@ -137,18 +138,18 @@ async fn undo(server: &Server, id: &str) {
         tracing::warn!(
             id,
             error = boxlite_runtime::report(&error),
-            "a failed pod's box is left"
+            "failed to remove box of failed pod"
         );
     }
     if let Err(error) = server.cni.detach(id).await {
         tracing::warn!(
             id,
             error = boxlite_runtime::report(&error),
-            "a failed pod's network is left"
+            "failed to detach network of failed pod"
         );
     }
     if let Err(error) = pod_files::remove(&server.layout, id) {
-        tracing::warn!(id, %error, "a failed pod's files are left");
+        tracing::warn!(id, %error, "failed to remove files of failed pod");
     }
 }
 
@@ -156,7 +157,7 @@ fn milliseconds(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Keeps a pod out of lists until RunPodSandbox is done with it: a kubelet that saw it NOTREADY would replace it.
+/// Omits a pod from lists until RunPodSandbox is done: a kubelet that sees it NOTREADY would replace it.
 struct StartingGuard<'a> {
     server: &'a Server,
     id: String,

@@ -1,5 +1,5 @@
-//! PodSandboxStats, ListPodSandboxStats and StreamPodSandboxStats. Each guest has a deadline; one that does not answer has no numbers, and
-//! holds nobody else up.
+//! PodSandboxStats, ListPodSandboxStats and StreamPodSandboxStats. Each guest has a deadline; a pod whose guest
+//! misses it has no values and does not delay others.
 
 use super::{Server, container_stats, sandbox_list, status_of};
 use crate::convert::{filter, stats, time};
@@ -9,7 +9,7 @@ use boxlite_proto::cri::v1::{
 use boxlite_runtime::{BoxState, LiteBox};
 use tonic::Status;
 
-/// The call for one pod: a guest that does not answer is an error.
+/// Handles PodSandboxStats: a guest that does not answer is an error.
 pub async fn stats(
     server: &Server,
     request: PodSandboxStatsRequest,
@@ -17,7 +17,7 @@ pub async fn stats(
     let pod = server.pod(&request.pod_sandbox_id)?;
     let limit = server.config.timeouts.stats;
     let (answer, containers) = if pod.snapshot().state == BoxState::Ready {
-        // Side by side: a guest that hangs takes one limit, not two.
+        // Concurrently: a hanging guest takes one deadline, not two.
         let (asked, containers) = tokio::join!(
             tokio::time::timeout(limit, pod.stats()),
             container_stats::of_pod(server, &pod)
@@ -39,7 +39,7 @@ pub async fn stats(
     })
 }
 
-/// All that `wanted` selects and that are ready.
+/// Returns the stats of all ready pods that `wanted` selects.
 pub async fn list(server: &Server, wanted: Option<PodSandboxStatsFilter>) -> Vec<PodSandboxStats> {
     let wanted = filter::of_sandbox_stats(wanted);
     let pods = sandbox_list::list(server, wanted.as_ref());

@@ -1,4 +1,5 @@
-//! PodSandboxStatus: from memory, never from a VM. With verbose, a ready pod's network is checked by its plugins (CNI CHECK).
+//! PodSandboxStatus, served from memory. With `verbose`, the network of a ready pod is checked by its plugins (CNI
+//! CHECK).
 
 use super::Server;
 use crate::convert::sandbox::PodMetadata;
@@ -9,7 +10,7 @@ use serde_json::json;
 use std::collections::HashMap;
 use tonic::Status;
 
-/// The call.
+/// Handles PodSandboxStatus.
 pub async fn status(
     server: &Server,
     request: PodSandboxStatusRequest,
@@ -33,7 +34,7 @@ pub async fn status(
     })
 }
 
-/// What `crictl inspectp` shows beside the status.
+/// Returns the details that `crictl inspectp` shows besides the status.
 async fn info(server: &Server, snapshot: &BoxSnapshot) -> HashMap<String, String> {
     let record = PodMetadata::from_bytes(&snapshot.metadata);
     let mut stages = vec![("cni".to_owned(), record.network_ms)];
@@ -43,9 +44,9 @@ async fn info(server: &Server, snapshot: &BoxSnapshot) -> HashMap<String, String
         .map(|(stage, ms)| json!({"stage": stage, "ms": ms}))
         .collect();
     let network = match snapshot.state {
-        BoxState::Ready if record.host_network() => "the host's".to_owned(),
+        BoxState::Ready if record.host_network() => "host network".to_owned(),
         BoxState::Ready => match server.cni.check(&snapshot.id).await {
-            Ok(()) => "as the plugins made it".to_owned(),
+            Ok(()) => "passed CNI CHECK".to_owned(),
             Err(error) => boxlite_runtime::report(&error),
         },
         _ => "down".to_owned(),

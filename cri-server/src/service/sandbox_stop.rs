@@ -1,11 +1,12 @@
-//! StopPodSandbox: the plugins hear of it, the VM ends, then the network goes. Succeeds on what is stopped or gone.
+//! StopPodSandbox: notifies plugins, shuts down the VM, then detaches the network. Succeeds if the pod is stopped or
+//! does not exist.
 
 use super::{Server, cni_status, nri_hooks, status_of};
 use boxlite_proto::cri::v1::{StopPodSandboxRequest, StopPodSandboxResponse};
 use boxlite_runtime::LiteBox;
 use tonic::Status;
 
-/// The call.
+/// Handles StopPodSandbox.
 pub async fn stop(
     server: &Server,
     request: StopPodSandboxRequest,
@@ -20,7 +21,7 @@ pub async fn stop(
     Ok(StopPodSandboxResponse {})
 }
 
-/// Ends VM and network; repeatable.
+/// Stops the VM and detaches the network; idempotent.
 pub async fn tear_down(server: &Server, pod: &LiteBox) -> Result<(), Status> {
     server.runs.forget(pod.id());
     nri_hooks::stop_pod(server, pod).await;

@@ -1,5 +1,5 @@
-//! UpdatePodSandboxResources: new limits for all containers of a pod together, within what its VM has, unless a plugin refuses
-//! them, and kept with the pod.
+//! UpdatePodSandboxResources: applies new limits to all containers of a pod together, within the VM's capacity and
+//! unless a plugin rejects them, and stores them with the pod.
 
 use super::{Server, capacity, nri_hooks, status_of};
 use crate::convert::sandbox::PodMetadata;
@@ -11,7 +11,7 @@ use boxlite_proto::nri::v1alpha1::Event;
 use boxlite_runtime::BoxState;
 use tonic::Status;
 
-/// The call. A pod that is not ready has no limits to change: an error.
+/// Handles UpdatePodSandboxResources. Fails for a pod that is not ready.
 pub async fn update(
     server: &Server,
     request: UpdatePodSandboxResourcesRequest,
@@ -30,7 +30,7 @@ pub async fn update(
     let state = pod.snapshot().state;
     if state != BoxState::Ready {
         return Err(Status::failed_precondition(format!(
-            "pod {} is {state:?}: it has no limits to change",
+            "pod sandbox {} is not ready ({state:?})",
             pod.id()
         )));
     }
@@ -55,7 +55,8 @@ pub async fn update(
     server.run_detached(work).await
 }
 
-/// What makes sense for the pod as a whole. Shares weigh pods against each other, and in its VM it is alone.
+/// Returns the limits that apply to the pod as a whole. Shares weigh pods against each other, and a pod is alone in
+/// its VM.
 fn of_the_whole(wish: &LinuxContainerResources) -> LinuxContainerResources {
     LinuxContainerResources {
         cpu_quota: wish.cpu_quota,

@@ -1,14 +1,14 @@
-//! `SingleFlight`: one task per key, joined by every caller that asks for the same, and by one that comes back.
+//! `SingleFlight`: one task per key, shared by all concurrent callers with the same request, and by a caller that
+//! retries.
 //!
 //! ```text
-//!  (none) ── join ──▶ under way ── ok ──▶ landed ── told to a caller, or forget ──▶ (none)
+//!  (none) ── join ──▶ under way ── ok ──▶ done ── returned to a caller, or forget ──▶ (none)
 //!                        └── error ──▶ (none)
 //! ```
 //!
-//! A client whose deadline ran out has dropped its future; the task went on. When it asks again it joins the task, or gets
-//! the answer that nobody has heard yet. An error is never kept: who asks after it starts anew.
+//! A client whose deadline expired has dropped its future, but the task continues. A retry joins the task or gets the
+//! result that was not delivered yet. An error is never kept: the next caller starts a new task.
 
-use super::lock;
 use boxlite_sys::sync::Mutex;
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
@@ -22,29 +22,29 @@ use tracing::Instrument;
 type Answer = Shared<BoxFuture<'static, Result<String, Status>>>;
 
 #[derive(Debug)]
-struct Flight<R> {
+struct Call<R> {
     request: R,
     answer: Answer,
     number: u64,
 }
 
 #[derive(Debug)]
-struct Board<R> {
-    single_flight: HashMap<String, Flight<R>>,
+struct State<R> {
+    calls: HashMap<String, Call<R>>,
     next: u64,
 }
 
-/// SingleFlight by key; `R` is what makes two requests the same.
+/// Calls in progress by key; two requests are the same if their `R` is equal.
 #[derive(Debug)]
 pub struct SingleFlight<R> {
-    board: Arc<Mutex<Board<R>>>,
+    state: Arc<Mutex<State<R>>>,
 }
 
 impl<R> Default for SingleFlight<R> {
     fn default() -> Self {
         Self {
-            board: Arc::new(Mutex::new(Board {
-                single_flight: HashMap::new(),
+            state: Arc::new(Mutex::new(State {
+                calls: HashMap::new(),
                 next: 0,
             })),
         }
@@ -52,7 +52,8 @@ impl<R> Default for SingleFlight<R> {
 }
 
 impl<R: PartialEq + Send + 'static> SingleFlight<R> {
-    /// Joins the flight of `key`, or starts `work` as a task of `tasks`. The answer is an id. Dropping the future drops nothing else.
+    /// Joins the call of `key`, or starts `work` as a task of `tasks`. The result is an id. Dropping the future does
+    /// not stop the task.
     pub async fn join<F>(
         &self,
         tasks: &TaskTracker,
@@ -64,21 +65,21 @@ impl<R: PartialEq + Send + 'static> SingleFlight<R> {
         F: Future<Output = Result<String, Status>> + Send + 'static,
     {
         let (answer, number) = {
-            let mut board = self.board.lock();
-            match board.single_flight.get(&key) {
-                Some(flight) if flight.request == request => (flight.answer.clone(), flight.number),
+            let mut state = self.state.lock();
+            match state.calls.get(&key) {
+                Some(call) if call.request == request => (call.answer.clone(), call.number),
                 Some(_) => {
                     return Err(Status::already_exists(format!(
-                        "{key:?} is being made already, from another request"
+                        "{key:?} is already being created by a different request"
                     )));
                 }
                 None => {
-                    let number = board.next;
-                    board.next += 1;
+                    let number = state.next;
+                    state.next += 1;
                     let answer = self.launch(tasks, key.clone(), number, work());
-                    board.single_flight.insert(
+                    state.calls.insert(
                         key.clone(),
-                        Flight {
+                        Call {
                             request,
                             answer: answer.clone(),
                             number,
@@ -89,7 +90,7 @@ impl<R: PartialEq + Send + 'static> SingleFlight<R> {
             }
         };
         let done = answer.await;
-        clear(&self.board, &key, number);
+        clear(&self.state, &key, number);
         done
     }
 
@@ -100,49 +101,49 @@ impl<R: PartialEq + Send + 'static> SingleFlight<R> {
         number: u64,
         work: impl Future<Output = Result<String, Status>> + Send + 'static,
     ) -> Answer {
-        let board = self.board.clone();
+        let state = self.state.clone();
         let task = tasks.spawn(
             async move {
                 let done = std::panic::AssertUnwindSafe(work).catch_unwind().await;
                 let done = done.unwrap_or_else(|_| {
                     Err(Status::internal(
-                        "the call's task panicked; the daemon's log has the place",
+                        "internal error: handler panicked, see the daemon's log",
                     ))
                 });
                 if done.is_err() {
-                    clear(&board, &key, number);
+                    clear(&state, &key, number);
                 }
                 done
             }
             .in_current_span(),
         );
         task.map(|ended| {
-            ended.unwrap_or_else(|_| Err(Status::unavailable("the daemon is going down")))
+            ended.unwrap_or_else(|_| Err(Status::unavailable("the daemon is shutting down")))
         })
         .boxed()
         .shared()
     }
 
-    /// Drops an answer that nobody came for: what it names is stopped or removed.
+    /// Drops an undelivered result: the object it names was stopped or removed.
     pub fn forget(&self, id: &str) {
-        self.board
+        self.state
             .lock()
-            .single_flight
-            .retain(|_, flight| match flight.answer.peek() {
+            .calls
+            .retain(|_, call| match call.answer.peek() {
                 Some(Ok(answer)) => answer != id,
                 _ => true,
             });
     }
 }
 
-fn clear<R>(board: &Mutex<Board<R>>, key: &str, number: u64) {
-    let mut board = lock(board);
-    if board
-        .single_flight
+fn clear<R>(state: &Mutex<State<R>>, key: &str, number: u64) {
+    let mut state = state.lock();
+    if state
+        .calls
         .get(key)
-        .is_some_and(|flight| flight.number == number)
+        .is_some_and(|call| call.number == number)
     {
-        board.single_flight.remove(key);
+        state.calls.remove(key);
     }
 }
 
@@ -153,7 +154,7 @@ mod tests {
     use tokio::sync::Notify;
 
     #[tokio::test]
-    async fn callers_share_one_task_and_a_dropped_one_may_come_back() {
+    async fn join_same_request_shares_one_task() {
         let single_flight = SingleFlight::default();
         let tasks = TaskTracker::new();
         let (gate, runs) = (Arc::new(Notify::new()), Arc::new(AtomicU32::new(0)));
@@ -186,11 +187,11 @@ mod tests {
             ("id", "id")
         );
         assert_eq!(runs.load(Ordering::SeqCst), 1);
-        assert!(single_flight.board.lock().single_flight.is_empty());
+        assert!(single_flight.state.lock().calls.is_empty());
     }
 
     #[tokio::test]
-    async fn errors_and_panics_are_told_and_not_kept() {
+    async fn join_failed_call_returns_error_and_keeps_nothing() {
         let single_flight = SingleFlight::default();
         let tasks = TaskTracker::new();
         let failed = single_flight
@@ -210,7 +211,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_unheard_answer_is_kept_until_forgotten() {
+    async fn undelivered_result_is_kept_until_forgotten() {
         let single_flight = SingleFlight::default();
         let tasks = TaskTracker::new();
         let leave = async |single_flight: &SingleFlight<i32>, id: &'static str| {
@@ -236,7 +237,7 @@ mod tests {
         tasks.close();
         tasks.wait().await;
         tasks.reopen();
-        // Nobody polled the answer since, so it is not seen as landed before this.
+        // The result was not polled since, so it may not count as done yet.
         single_flight.forget("c");
         let fresh = single_flight
             .join(&tasks, "k".into(), 1, || async { Ok("d".into()) })

@@ -1,11 +1,11 @@
-//! Attach: checks the request and answers the URL of one session.
+//! Attach: validates the request and returns the URL of one session.
 
 use super::Server;
 use crate::streaming::{Attach, RequestedStreams, Ticket};
 use boxlite_proto::cri::v1::{AttachRequest, AttachResponse};
 use tonic::Status;
 
-/// The call.
+/// Handles Attach.
 pub fn attach(server: &Server, request: AttachRequest) -> Result<AttachResponse, Status> {
     let streams = requested_streams(request.stdin, request.stdout, request.stderr, request.tty)?;
     let (pod, container) = server.running_container(&request.container_id)?;
@@ -19,7 +19,7 @@ pub fn attach(server: &Server, request: AttachRequest) -> Result<AttachResponse,
     Ok(AttachResponse { url })
 }
 
-/// The streams of a request, if they make sense together.
+/// Returns the requested streams if the combination is valid.
 pub fn requested_streams(
     stdin: bool,
     stdout: bool,
@@ -27,7 +27,7 @@ pub fn requested_streams(
     tty: bool,
 ) -> Result<RequestedStreams, Status> {
     if tty && stderr {
-        // A terminal has one output.
+        // A terminal has a single output.
         return Err(Status::invalid_argument(
             "tty and stderr cannot both be true",
         ));

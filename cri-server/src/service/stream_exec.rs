@@ -1,11 +1,11 @@
-//! Exec: checks the request and answers the URL of one session.
+//! Exec: validates the request and returns the URL of one session.
 
 use super::{Server, stream_attach::requested_streams};
 use crate::streaming::{Exec, Ticket};
 use boxlite_proto::cri::v1::{ExecRequest, ExecResponse};
 use tonic::Status;
 
-/// The call. The command itself starts when the client has connected.
+/// Handles Exec. The command starts when the client connects.
 pub fn exec(server: &Server, request: ExecRequest) -> Result<ExecResponse, Status> {
     if request.cmd.first().is_none_or(String::is_empty) {
         return Err(Status::invalid_argument("cmd is missing"));

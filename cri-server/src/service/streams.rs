@@ -1,16 +1,16 @@
-//! The streaming forms of the lists: the same answer, in batches that stay below the message limit.
+//! Streaming variants of the list calls: the same items, in batches below the message size limit.
 
 use futures::stream::{self, BoxStream, StreamExt};
 use tonic::{Response, Status};
 
-/// Items of one batch. One item is a few KiB at most (labels and annotations), 256 KiB by the kubelet's limits; 16 MiB is the most a
-/// client reads.
+/// Items per batch. An item is a few KiB (labels and annotations), 256 KiB at most by the kubelet's limits; clients
+/// read up to 16 MiB.
 const BATCH_SIZE: usize = 50;
 
-/// Answer of a streaming call.
+/// Response of a streaming call.
 pub type Stream<T> = BoxStream<'static, Result<T, Status>>;
 
-/// `items` in batches, each made a message by `message`. No item, no message.
+/// Returns `items` in batches, each converted by `message`. Without items there is no message.
 pub fn batches<I, T>(
     items: Vec<I>,
     message: impl Fn(Vec<I>) -> T + Send + 'static,
@@ -32,7 +32,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn nothing_is_lost_or_doubled() {
+    async fn batches_keep_all_items_in_order() {
         for count in [0, 1, 49, 50, 51, 120] {
             let batches: Vec<Vec<usize>> = batches((0..count).collect(), |batch| batch)
                 .into_inner()

@@ -1,4 +1,4 @@
-//! The services over a real BoxliteRuntime with empty roots: no VM is needed for what is asked here.
+//! Tests of the services with a real BoxliteRuntime over empty directories; none of them needs a VM.
 
 mod fleet;
 mod pods;
@@ -14,14 +14,14 @@ use boxlite_runtime::images::RegistryOptions;
 use tempfile::TempDir;
 use tonic::{Code, Request, Response};
 
-/// A server over empty roots.
+/// A server over empty directories.
 pub struct Fixture {
     pub server: Server,
     pub dir: TempDir,
 }
 
 impl Fixture {
-    /// With no network configuration.
+    /// Creates a server without network configuration.
     pub async fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let mut config = Config {
@@ -57,7 +57,7 @@ fn code<T>(answer: Result<Response<T>, Status>) -> Code {
     answer.err().map_or(Code::Ok, |status| status.code())
 }
 
-/// Every call of both services with a request of defaults, by name.
+/// Calls every method of both services with a default request; returns names and codes.
 async fn defaults(server: &Server) -> Vec<(&'static str, Code)> {
     let s = server;
     let mut codes = Vec::new();
@@ -113,7 +113,7 @@ async fn defaults(server: &Server) -> Vec<(&'static str, Code)> {
 }
 
 #[tokio::test]
-async fn a_request_of_defaults_never_panics_and_is_refused_where_something_is_needed() {
+async fn default_requests_get_expected_codes() {
     let fixture = Fixture::new().await;
     let fine = [
         "Version",
@@ -149,7 +149,7 @@ async fn a_request_of_defaults_never_panics_and_is_refused_where_something_is_ne
 }
 
 #[tokio::test]
-async fn what_is_gone_is_stopped_and_removed_and_nothing_else() {
+async fn stop_and_remove_of_unknown_objects_succeed() {
     let server = Fixture::new().await.server;
     let id = "ab".repeat(32);
     assert!(
@@ -259,34 +259,34 @@ fn run_request(handler: &str) -> RunPodSandboxRequest {
 }
 
 #[tokio::test]
-async fn an_unknown_handler_is_refused_by_name() {
+async fn run_pod_with_unknown_handler_names_it() {
     let server = Fixture::new().await.server;
-    let status_of = server
+    let error = server
         .run_pod_sandbox(Request::new(run_request("gvisor")))
         .await
         .unwrap_err();
-    assert_eq!(status_of.code(), Code::InvalidArgument);
+    assert_eq!(error.code(), Code::InvalidArgument);
     assert!(
-        status_of.message().contains("\"gvisor\""),
+        error.message().contains("\"gvisor\""),
         "{}",
-        status_of.message()
+        error.message()
     );
 }
 
 #[tokio::test]
-async fn without_network_configuration_no_pod_starts_and_status_says_why() {
+async fn run_pod_without_network_config_fails_and_status_explains() {
     let fixture = Fixture::new().await;
     let server = &fixture.server;
     std::fs::create_dir(fixture.dir.path().join("net.d")).unwrap();
-    let status_of = server
+    let error = server
         .run_pod_sandbox(Request::new(run_request("boxlite")))
         .await
         .unwrap_err();
-    assert_eq!(status_of.code(), Code::FailedPrecondition);
+    assert_eq!(error.code(), Code::FailedPrecondition);
     assert!(
-        status_of.message().contains("no network configuration"),
+        error.message().contains("no network configuration"),
         "{}",
-        status_of.message()
+        error.message()
     );
     assert!(server.runtime.boxes().is_empty(), "the pod is left");
     let status = server
@@ -317,8 +317,8 @@ async fn without_network_configuration_no_pod_starts_and_status_says_why() {
 }
 
 #[tokio::test]
-async fn a_vm_too_big_for_its_cgroup_costs_no_address() {
-    // The cgroup's limit is not known here, so the size itself is impossible: beyond 32 bits of MiB.
+async fn run_pod_with_impossible_vm_size_allocates_no_address() {
+    // The cgroup's limit is unknown here, so the size itself is impossible: beyond 32 bits of MiB.
     let fixture = Fixture::new().await;
     let mut request = run_request("");
     request.config.as_mut().unwrap().linux = Some(LinuxPodSandboxConfig {
@@ -328,12 +328,12 @@ async fn a_vm_too_big_for_its_cgroup_costs_no_address() {
         }),
         ..Default::default()
     });
-    let status_of = fixture
+    let error = fixture
         .server
         .run_pod_sandbox(Request::new(request))
         .await
         .unwrap_err();
-    assert_eq!(status_of.code(), Code::InvalidArgument);
+    assert_eq!(error.code(), Code::InvalidArgument);
     assert!(
         !fixture.dir.path().join("root/cni").exists(),
         "CNI was asked"
@@ -341,7 +341,7 @@ async fn a_vm_too_big_for_its_cgroup_costs_no_address() {
 }
 
 #[tokio::test]
-async fn pod_cidrs_are_taken_and_checked() {
+async fn update_runtime_config_validates_and_stores_pod_cidrs() {
     let server = Fixture::new().await.server;
     let update = |cidr: &str| {
         Request::new(UpdateRuntimeConfigRequest {
@@ -368,7 +368,7 @@ async fn pod_cidrs_are_taken_and_checked() {
 }
 
 #[test]
-fn kinds_become_codes() {
+fn runtime_error_kinds_map_to_grpc_codes() {
     let error = RuntimeError::NotFound {
         what: "box",
         id: "x".into(),
@@ -385,7 +385,7 @@ fn kinds_become_codes() {
 }
 
 #[test]
-fn ids_are_64_hex_digits_and_differ() {
+fn new_id_returns_distinct_64_digit_hex() {
     let (a, b) = (new_id(), new_id());
     assert_eq!(a.len(), 64);
     assert!(a.chars().all(|c| c.is_ascii_hexdigit()));

@@ -1,15 +1,15 @@
-//! Version.
+//! Version of the runtime and of the CRI.
 
 use boxlite_proto::cri::v1::VersionResponse;
 
-/// What a kubelet calls this runtime.
+/// Name that the kubelet reports for this runtime.
 const NAME: &str = "boxlite-cri";
-/// The CRI's version.
+/// Version of the CRI.
 const API: &str = "v1";
-/// The kubelet's own API version, as every runtime answers it.
+/// Version of the kubelet's API, the same for every runtime.
 const KUBELET_API: &str = "0.1.0";
 
-/// The call.
+/// Handles Version.
 pub fn version() -> VersionResponse {
     VersionResponse {
         version: KUBELET_API.into(),

@@ -68,7 +68,7 @@ async fn plugins_receive_their_capabilities(ctx: Context) -> Result {
     // A verbose status runs CHECK with the cached result, which names the pod's address; DEL receives the same result.
     let info = pod.status_verbose(true).await?.info;
     let text = info.get("info").cloned().unwrap_or_default();
-    ensure!(text.contains("as the plugins made it"), "{text}");
+    ensure!(text.contains("passed CNI CHECK"), "{text}");
     let address = pod.ip().await?;
     let kept = recorded(&dir, "CHECK")?["prevResult"].clone();
     ensure!(

@@ -1,6 +1,6 @@
-//! A plugin that the tests play: the other end of a socket pair, scripted; and a host without pods.
+//! A scripted plugin at the other end of a socket pair, and a host without pods.
 //!
-//! It speaks the wire by the same `wire` module; that Go's plugins understand it is shown by critest and by hand.
+//! It uses the same `wire` module; compatibility with Go plugins is covered by critest.
 
 use super::super::connection::UNIMPLEMENTED;
 use super::super::wire::{
@@ -18,33 +18,33 @@ use tokio::net::UnixStream;
 use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::oneshot;
 
-/// Short enough to wait for, long enough for a loaded machine.
+/// Short enough for tests, long enough for a loaded machine.
 pub const LIMITS: Limits = Limits {
     registration: Duration::from_secs(5),
     request: Duration::from_secs(2),
 };
 
-/// What a plugin does with a call.
+/// Reaction of a plugin to a call.
 pub enum Reply {
     Ok(Vec<u8>),
     Refuse(&'static str),
     Unimplemented,
     Hang,
     Close,
-    /// Asks the runtime for an update first, and refuses when that fails.
+    /// Requests an update from the runtime first, and rejects the call if it fails.
     UpdateFirst(Vec<ContainerUpdate>),
 }
 
-/// An answer.
+/// Returns an empty success.
 pub fn ok(message: impl prost::Message) -> Reply {
     Reply::Ok(message.encode_to_vec())
 }
 
 pub type Script = Arc<dyn Fn(&str, &[u8]) -> Reply + Send + Sync>;
-/// What was called, as `name method`, in the order in which it came.
+/// Calls as `name method`, in the order of arrival.
 pub type Log = Arc<Mutex<Vec<String>>>;
 
-/// The calls so far, without the handshake.
+/// Returns the calls so far, without the handshake.
 pub fn events(log: &Log) -> Vec<String> {
     let log = log.lock().unwrap();
     let handshake =
@@ -52,7 +52,7 @@ pub fn events(log: &Log) -> Vec<String> {
     log.iter().filter(handshake).cloned().collect()
 }
 
-/// A host that says what the test wants and remembers what it was asked.
+/// A host with scripted answers that records its requests.
 #[derive(Debug, Default)]
 pub struct FakeHost {
     pub pods: Mutex<Vec<PodSandbox>>,
@@ -75,12 +75,12 @@ impl Host for FakeHost {
     }
 }
 
-/// A registry over a host.
+/// Creates a registry over a host.
 pub fn registry(host: Arc<FakeHost>) -> Arc<Registry> {
     Arc::new(Registry::new(LIMITS, host))
 }
 
-/// Connects a plugin; returns when it is in, or with false when it is not taken.
+/// Connects a plugin; returns whether it was registered.
 pub async fn join(
     registry: &Arc<Registry>,
     index: &'static str,
@@ -185,7 +185,7 @@ async fn ask(
         payload,
     };
     let mut writer = writer.lock().await;
-    // The runtime may have closed already: then the test sees it there.
+    // If the runtime has closed already, the test notices it there.
     let _ = wire::write(&mut *writer, RUNTIME_SERVICE, &message).await;
 }
 

@@ -1,4 +1,4 @@
-//! What several plugins want of one container, and what of it is in the spec.
+//! Merging of the adjustments of several plugins, and their application to the spec.
 
 use super::super::adjust::{self, apply};
 use super::super::collect::{Creation, Updates};
@@ -56,7 +56,7 @@ fn variables(list: &[(&str, &str)]) -> CreateContainerResponse {
     })
 }
 
-/// The spec after the plugins' wishes, in order.
+/// Returns the spec with the plugins' adjustments, in order.
 fn adjusted(answers: Vec<CreateContainerResponse>) -> Result<Value, String> {
     let described = messages::new_container("c", "pod", &ContainerConfig::default(), Some(&spec()));
     let mut creation = Creation::new(described, 2);
@@ -112,7 +112,7 @@ fn two_plugins_conflict_unless_the_second_removes_first() {
 }
 
 #[test]
-fn mounts_are_added_replaced_removed_and_nest() {
+fn mounts_are_added_replaced_removed_and_nested() {
     let wish = |mounts: Vec<Mount>| {
         wants(ContainerAdjustment {
             mounts,
@@ -150,7 +150,7 @@ fn mounts_are_added_replaced_removed_and_nest() {
 }
 
 #[test]
-fn the_rest_of_what_can_be_had_is_in_the_spec() {
+fn remaining_adjustments_are_applied_to_the_spec() {
     let adjust = ContainerAdjustment {
         annotations: [("-x".to_owned(), String::new()), ("y".into(), "2".into())].into(),
         rlimits: vec![PosixRlimit {
@@ -215,7 +215,7 @@ fn with_hook() -> ContainerAdjustment {
     }
 }
 
-/// What a refusal says, and an adjustment that is refused.
+/// Words of an error, and the adjustment that causes it.
 fn senseless() -> Vec<(&'static str, ContainerAdjustment)> {
     let device = |kind: &str, major| LinuxDevice {
         path: "/dev/x".into(),
@@ -307,15 +307,15 @@ fn senseless() -> Vec<(&'static str, ContainerAdjustment)> {
 }
 
 #[test]
-fn what_makes_no_sense_in_a_vm_is_refused_by_name() {
+fn unsupported_adjustments_are_rejected_by_name() {
     for (name, adjust) in senseless() {
         let text = refusal(adjust);
         assert!(
-            text.starts_with("NRI plugin 00-p wants ") && text.contains(name),
+            text.starts_with("invalid adjustment of NRI plugin 00-p: ") && text.contains(name),
             "{name}: {text}"
         );
     }
-    // Set, and nothing in it: some plugins send their empty messages.
+    // Some plugins send empty messages.
     let empty = ContainerAdjustment {
         hooks: Some(Hooks::default()),
         linux: Some(LinuxContainerAdjustment {
@@ -328,7 +328,7 @@ fn what_makes_no_sense_in_a_vm_is_refused_by_name() {
 }
 
 #[test]
-fn a_plugin_sees_the_container_without_the_runtimes_own() {
+fn container_message_omits_runtime_internals() {
     let seen = messages::new_container("c", "pod", &ContainerConfig::default(), Some(&spec()));
     assert_eq!(seen.annotations.len(), 1);
     assert_eq!((seen.args, seen.env.len()), (vec!["sh".to_owned()], 2));
@@ -356,7 +356,7 @@ fn update(id: &str, limit: i64, ignore_failure: bool) -> ContainerUpdate {
 }
 
 #[test]
-fn updates_of_others_are_one_for_each_and_conflict_too() {
+fn updates_of_others_are_merged_and_may_conflict() {
     let mut updates = Updates::default();
     updates.take(vec![update("a", 1, false)], "00-p").unwrap();
     updates.take(vec![update("b", 2, false)], "10-p").unwrap();

@@ -1,4 +1,5 @@
-//! The registry with plugins on socket pairs: order, refusals, the dead and the hung, and that no container is missed.
+//! The registry with plugins on socket pairs: order, rejections, dead and hung plugins, and that no container is
+//! missed.
 
 mod fake;
 mod merge;
@@ -11,7 +12,7 @@ use prost::Message as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Everything; as a plugin that names nothing.
+/// Subscription of a plugin that names no event, to all events.
 const ALL: i32 = 0;
 
 fn bit(event: Event) -> i32 {
@@ -50,7 +51,7 @@ async fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
 }
 
 #[tokio::test]
-async fn events_go_round_by_index_to_those_who_want_them() {
+async fn events_reach_subscribers_in_index_order() {
     let (registry, log) = (registry(Default::default()), Log::default());
     assert!(join(&registry, "20", "late", ALL, &log, fine).await);
     let only_start = bit(Event::StartContainer);
@@ -94,7 +95,7 @@ async fn events_go_round_by_index_to_those_who_want_them() {
 }
 
 #[tokio::test]
-async fn a_refusal_names_the_plugin_and_the_next_is_not_asked() {
+async fn rejection_names_plugin_and_stops_the_event() {
     let (registry, log) = (registry(Default::default()), Log::default());
     let no = |method: &str, _: &[u8]| match method {
         "RunPodSandbox" => Reply::Refuse("not today"),
@@ -109,16 +110,16 @@ async fn a_refusal_names_the_plugin_and_the_next_is_not_asked() {
         .unwrap_err();
     assert_eq!(
         error.to_string(),
-        "NRI plugin 00-no refuses RunPodSandbox: not today"
+        "NRI plugin 00-no rejected RunPodSandbox: not today"
     );
     assert_eq!(events(&log), ["no RunPodSandbox"]);
-    // What only tells goes on.
+    // Notifications reach all plugins.
     session.notify(Event::RemovePodSandbox, &pod(), None).await;
     assert_eq!(events(&log).len(), 3);
 }
 
 #[tokio::test]
-async fn the_hung_and_the_dead_are_left_out_and_the_call_goes_on() {
+async fn hung_and_dead_plugins_do_not_fail_the_call() {
     for reply in [|| Reply::Hang, || Reply::Close] {
         let (registry, log) = (registry(Default::default()), Log::default());
         let bad = move |method: &str, _: &[u8]| match method {
@@ -154,7 +155,7 @@ async fn the_hung_and_the_dead_are_left_out_and_the_call_goes_on() {
 }
 
 #[tokio::test]
-async fn who_does_not_register_properly_is_not_taken() {
+async fn invalid_registration_is_rejected() {
     let (registry, log) = (registry(Default::default()), Log::default());
     assert!(!join(&registry, "1", "short", ALL, &log, fine).await);
     assert!(!join(&registry, "00", "a b", ALL, &log, fine).await);
@@ -173,7 +174,7 @@ async fn who_does_not_register_properly_is_not_taken() {
 }
 
 #[tokio::test]
-async fn a_plugin_that_never_speaks_is_given_up() {
+async fn silent_plugin_times_out() {
     let registry = registry(Default::default());
     let (ours, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
     let begun = Instant::now();
@@ -182,10 +183,10 @@ async fn a_plugin_that_never_speaks_is_given_up() {
 }
 
 #[tokio::test]
-async fn what_is_there_and_what_comes_meanwhile_reaches_a_new_plugin() {
+async fn new_plugin_sees_existing_and_concurrent_containers() {
     let host = Arc::new(FakeHost::default());
     let (registry, log) = (registry(host.clone()), Log::default());
-    // A verb is between its event and its change: the plugin waits, and then finds the container.
+    // A verb is between its event and its change: the plugin waits, and then sees the container.
     let session = nri(&registry).begin_session().await;
     let seen = Log::default();
     let found = seen.clone();
@@ -205,7 +206,7 @@ async fn what_is_there_and_what_comes_meanwhile_reaches_a_new_plugin() {
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert_eq!(log.lock().unwrap().len(), 1, "Synchronize has to wait");
     host.containers.lock().unwrap().push(container("between"));
-    // Whoever comes now waits for the plugin, and tells it.
+    // A later verb waits for the plugin and notifies it.
     let next = {
         let nri = nri(&registry);
         tokio::spawn(async move {
@@ -226,7 +227,7 @@ async fn what_is_there_and_what_comes_meanwhile_reaches_a_new_plugin() {
 }
 
 #[tokio::test]
-async fn a_large_state_is_taken_in_parts_or_not_at_all() {
+async fn large_state_is_synchronized_in_parts_or_rejected() {
     let host = Arc::new(FakeHost::default());
     for id in 0..30 {
         let mut large = container(&id.to_string());
@@ -254,7 +255,7 @@ async fn a_large_state_is_taken_in_parts_or_not_at_all() {
 }
 
 #[tokio::test]
-async fn an_old_plugin_gets_state_changes() {
+async fn legacy_plugin_gets_state_changes() {
     let (registry, log) = (registry(Default::default()), Log::default());
     let old = |method: &str, payload: &[u8]| match method {
         "StateChange" => {
@@ -279,7 +280,7 @@ async fn an_old_plugin_gets_state_changes() {
 }
 
 #[tokio::test]
-async fn a_plugin_may_update_containers_in_the_middle_of_an_event() {
+async fn plugin_may_update_containers_during_an_event() {
     let host = Arc::new(FakeHost::default());
     let (registry, log) = (registry(host.clone()), Log::default());
     let update = ContainerUpdate {
@@ -300,7 +301,7 @@ async fn a_plugin_may_update_containers_in_the_middle_of_an_event() {
 }
 
 #[tokio::test]
-async fn a_validator_sees_the_adjustment_with_its_owner_and_may_reject_it() {
+async fn validator_sees_owners_and_may_reject() {
     let (registry, log) = (registry(Default::default()), Log::default());
     let adjuster = |method: &str, _: &[u8]| match method {
         "CreateContainer" => ok(CreateContainerResponse {
@@ -341,7 +342,7 @@ async fn a_validator_sees_the_adjustment_with_its_owner_and_may_reject_it() {
 }
 
 #[tokio::test]
-async fn limits_beyond_the_vm_are_refused_with_the_plugins_name() {
+async fn limits_beyond_vm_are_rejected_with_plugin_name() {
     let (registry, log) = (registry(Default::default()), Log::default());
     let greedy = |method: &str, _: &[u8]| match method {
         "CreateContainer" => ok(CreateContainerResponse {
@@ -377,7 +378,7 @@ async fn limits_beyond_the_vm_are_refused_with_the_plugins_name() {
 }
 
 #[tokio::test]
-async fn a_pods_new_limits_may_be_refused_and_old_plugins_have_nothing_against_them() {
+async fn pod_update_is_rejectable_and_legacy_plugins_consent() {
     let (registry, log) = (registry(Default::default()), Log::default());
     let reply = |word: &'static str| {
         move |method: &str, _: &[u8]| match (method, word) {
@@ -399,12 +400,12 @@ async fn a_pods_new_limits_may_be_refused_and_old_plugins_have_nothing_against_t
     let error = session.update_pod(&request).await.unwrap_err();
     assert_eq!(
         error.to_string(),
-        "NRI plugin 10-no refuses UpdatePodSandbox: too much"
+        "NRI plugin 10-no rejected UpdatePodSandbox: too much"
     );
 }
 
 #[tokio::test]
-async fn without_nri_nothing_is_asked() {
+async fn disabled_nri_sends_nothing() {
     let session = Nri::default().begin_session().await;
     assert!(!session.has_plugins().await);
     session
@@ -419,7 +420,7 @@ async fn without_nri_nothing_is_asked() {
 }
 
 #[tokio::test]
-async fn the_end_tells_plugins_and_leaves_no_task() {
+async fn stop_notifies_plugins_and_leaves_no_task() {
     let (registry, log) = (registry(Default::default()), Log::default());
     assert!(join(&registry, "00", "p", ALL, &log, fine).await);
     nri(&registry).stop().await;

@@ -24,7 +24,7 @@ pub(in crate::service) async fn create(
     }
     let pod_message = pod_message(server, pod);
     let container = messages::new_container(&options.id, pod.id(), config, Some(&options.spec));
-    // As UpdateContainerResources has it: what the kubelet itself has asked for is let through.
+    // As in UpdateContainerResources, limits that the kubelet set are accepted.
     let room = capacity::of_pod(server, pod);
     let had = config.linux.as_ref().and_then(|l| l.resources.as_ref());
     let admit = |wanted: &LinuxResources| {
@@ -67,7 +67,7 @@ pub(in crate::service) async fn undo_create(
 }
 
 async fn undo(server: &Server, session: &Session, pod: &PodSandbox, container: &Container) {
-    // What plugins want of others because this one ended, they want all the same.
+    // Updates of other containers that plugins request because this one ended apply in any case.
     let updates = session.stop(pod, container).await;
     apply_updates(server, updates).await;
     session
@@ -160,7 +160,7 @@ pub(in crate::service) async fn remove(
     if session.has_plugins().await {
         let pod_message = pod_message(server, pod);
         let message = container_message(pod, container).await;
-        // One that was created and never ran has not been told as stopped: NRI's order has it so.
+        // A container that was created and never ran has no StopContainer yet, and NRI's order requires one.
         let updates = session.stop(&pod_message, &message).await;
         apply_updates(server, updates).await;
         session
@@ -191,7 +191,7 @@ pub(in crate::service) async fn update(
         .await
         .map_err(rejected)?;
     apply_required(server, others).await?;
-    // What NRI has no field for stays as it was asked.
+    // Fields that NRI lacks keep their requested values.
     let kept = wish;
     Ok(LinuxContainerResources {
         oom_score_adj: kept.oom_score_adj,

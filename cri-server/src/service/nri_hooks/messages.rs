@@ -19,7 +19,7 @@ pub(super) async fn container_message(pod: &LiteBox, container: &ContainerSnapsh
             tracing::warn!(
                 id = container.id,
                 error = boxlite_runtime::report(&error),
-                "plugins are told of a container without its spec"
+                "failed to read container spec for NRI plugins"
             );
             None
         }

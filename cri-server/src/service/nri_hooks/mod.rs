@@ -24,7 +24,7 @@ use std::sync::Arc;
 use tonic::Status;
 
 impl Server {
-    /// Starts NRI by the configuration. Once, before the first call.
+    /// Starts NRI as configured. Must be called once, before the first request.
     pub async fn start_nri(&self) -> Result<(), SocketError> {
         let host = Arc::new(NriHost(Arc::downgrade(&self.0)));
         let nri = Nri::start(&self.config.nri, host).await?;
@@ -34,7 +34,7 @@ impl Server {
                 .filter(|container| container.state == ContainerState::Exited)
                 .map(|container| container.id),
         );
-        // A second start is a bug of the caller's and changes nothing.
+        // A second start is a bug of the caller and changes nothing.
         let _ = self.nri.set(nri);
         for pod in self.runtime.handles() {
             for container in pod.containers() {
@@ -46,7 +46,7 @@ impl Server {
         Ok(())
     }
 
-    /// Ends NRI. No call may come any more.
+    /// Stops NRI. Must be called after the last request.
     pub async fn stop_nri(&self) {
         self.nri_registry().stop().await;
     }
@@ -55,7 +55,7 @@ impl Server {
         self.nri.get().cloned().unwrap_or_default()
     }
 
-    /// Lets a verb in; see [`Nri::begin_session`].
+    /// Begins a session for a verb; see [`Nri::begin_session`].
     pub(super) async fn session(&self) -> Session {
         self.nri_registry().begin_session().await
     }

@@ -85,7 +85,7 @@ pub(in crate::service) async fn stop_pod(server: &Server, pod: &LiteBox) {
             tracing::warn!(
                 id = container.id,
                 error = boxlite_runtime::report(&error),
-                "a container does not end before its pod"
+                "failed to stop container before its pod"
             );
         }
     });

@@ -17,7 +17,7 @@ pub(super) async fn apply_required(
     match failed.first() {
         None => Ok(()),
         Some(update) => Err(Status::failed_precondition(format!(
-            "NRI plugins want container {} updated, and that failed; the daemon's log has why",
+            "failed to apply the update of container {} requested by NRI plugins, see the daemon's log",
             update.container_id
         ))),
     }
@@ -39,7 +39,7 @@ pub(super) async fn apply_updates(
             tracing::warn!(
                 id = update.container_id,
                 reason = status.message(),
-                "an update of a plugin failed"
+                "failed to apply container update of NRI plugin"
             );
             if !update.ignore_failure {
                 failed.push(update);

@@ -1,20 +1,20 @@
-//! A server whose pods are fake shims (`boxlite_runtime::fake_shim`) and whose network is a script: the whole way of a call but the
-//! VM. What has pods runs in a network and mount namespace of its own.
+//! A server whose pods are fake shims (`boxlite_runtime::fake_shim`) and whose CNI plugin is a script: everything but
+//! the VM. Tests with pods run in separate network and mount namespaces.
 
 use super::*;
 use boxlite_runtime::fake_shim::FakeNode;
 use std::os::unix::fs::PermissionsExt;
 use tokio_util::task::AbortOnDropHandle;
 
-/// The image that a fake node has.
+/// The image of a fake node.
 pub const IMAGE: &str = "docker.io/library/x:latest";
 
-/// As [`crate::inner_run::inside`], for tests of `service`.
+/// Runs a test of `service` in [`crate::inner_run::inside`].
 pub fn inside(test: &str) -> bool {
     crate::inner_run::inside(&format!("service::tests::{test}"))
 }
 
-/// Runs a test's work in a tokio runtime with threads, as the daemon's.
+/// Runs a test in a multi-threaded tokio runtime like the daemon's.
 pub fn run<T>(work: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -24,7 +24,7 @@ pub fn run<T>(work: impl Future<Output = T>) -> T {
         .block_on(work)
 }
 
-/// The server, and the node behind it.
+/// A server and its node.
 pub struct Fleet {
     pub server: Server,
     pub node: Arc<FakeNode>,
@@ -44,7 +44,7 @@ impl Fleet {
         }
     }
 
-    /// What a kubelet would want gone after it removed everything.
+    /// Asserts that nothing remains after everything was removed.
     pub fn assert_nothing_left(&self) {
         assert!(self.server.runtime.boxes().is_empty(), "a pod is left");
         assert_eq!(self.node.alive(), 0, "a shim is left");
@@ -57,7 +57,7 @@ impl Fleet {
     }
 }
 
-/// A daemon over the node's roots.
+/// Starts a daemon over the node's directories.
 pub async fn server(node: &FakeNode) -> Server {
     let options = node.options();
     let mut config = Config {
@@ -88,7 +88,7 @@ pub async fn server(node: &FakeNode) -> Server {
     )
 }
 
-/// RunPodSandbox for the pod of this name.
+/// Returns a RunPodSandbox request for a pod of this name.
 pub fn run_pod(name: &str) -> RunPodSandboxRequest {
     let mut request = run_request("");
     let config = request.config.as_mut().unwrap();
@@ -97,7 +97,7 @@ pub fn run_pod(name: &str) -> RunPodSandboxRequest {
     request
 }
 
-/// CreateContainer for the container of this name.
+/// Returns a CreateContainer request for a container of this name.
 pub fn create(pod: &str, name: &str) -> CreateContainerRequest {
     CreateContainerRequest {
         pod_sandbox_id: pod.into(),
@@ -121,7 +121,7 @@ pub fn create(pod: &str, name: &str) -> CreateContainerRequest {
     }
 }
 
-/// A pod with a running container: both ids.
+/// Starts a pod with a running container and returns both ids.
 pub async fn running(server: &Server, name: &str) -> (String, String) {
     let pod = server
         .run_pod_sandbox(Request::new(run_pod(name)))
@@ -142,7 +142,7 @@ pub async fn running(server: &Server, name: &str) -> (String, String) {
     (pod, container_id)
 }
 
-/// RemovePodSandbox.
+/// Removes a pod.
 pub async fn remove(server: &Server, pod: &str) {
     let request = RemovePodSandboxRequest {
         pod_sandbox_id: pod.into(),

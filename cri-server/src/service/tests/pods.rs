@@ -1,11 +1,11 @@
-//! Calls about pods that run, on fake shims: updates, events, metrics, ids, verbose information.
+//! Calls for running pods, on fake shims: updates, events, metrics, ids, verbose information.
 
 use super::fleet::{self, Fleet, inside, remove, run, run_pod, running};
 use super::*;
 use futures::StreamExt;
 use std::time::{Duration, Instant};
 
-/// Limit of each wait.
+/// Timeout of each wait.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 fn resources(memory_mib: i64, cpu_quota: i64) -> LinuxContainerResources {
@@ -60,8 +60,8 @@ async fn limits(server: &Server, id: &str) -> LinuxContainerResources {
 
 #[test]
 #[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
-fn updates_are_bounded_by_the_vm_reported_and_kept() {
-    if !inside("pods::updates_are_bounded_by_the_vm_reported_and_kept") {
+fn update_within_vm_is_reported_and_survives_restart() {
+    if !inside("pods::update_within_vm_is_reported_and_survives_restart") {
         return;
     }
     run(async {
@@ -71,7 +71,7 @@ fn updates_are_bounded_by_the_vm_reported_and_kept() {
         update(server, &container, resources(100, 50_000))
             .await
             .unwrap();
-        // A prefix of an id will do.
+        // A prefix of an id is sufficient.
         update(server, &container[..12], resources(120, 0))
             .await
             .unwrap();
@@ -83,19 +83,11 @@ fn updates_are_bounded_by_the_vm_reported_and_kept() {
             ),
             (resources(0, 150_000), "1.500 CPUs, and the pod's VM has 1"),
         ] {
-            let status_of = update(server, &container, linux.clone()).await.unwrap_err();
-            assert_eq!(status_of.code(), Code::ResourceExhausted);
-            assert!(
-                status_of.message().contains(words),
-                "{}",
-                status_of.message()
-            );
-            let status_of = update_pod(server, &pod, linux).await.unwrap_err();
-            assert!(
-                status_of.message().contains(words),
-                "{}",
-                status_of.message()
-            );
+            let error = update(server, &container, linux.clone()).await.unwrap_err();
+            assert_eq!(error.code(), Code::ResourceExhausted);
+            assert!(error.message().contains(words), "{}", error.message());
+            let error = update_pod(server, &pod, linux).await.unwrap_err();
+            assert!(error.message().contains(words), "{}", error.message());
         }
         update_pod(server, &pod, resources(200, 0)).await.unwrap();
         assert_eq!(limits(server, &container).await, resources(120, 50_000));
@@ -115,8 +107,8 @@ fn updates_are_bounded_by_the_vm_reported_and_kept() {
 
 #[test]
 #[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
-fn every_follower_gets_every_event_with_its_statuses() {
-    if !inside("pods::every_follower_gets_every_event_with_its_statuses") {
+fn each_event_stream_gets_all_events_with_statuses() {
+    if !inside("pods::each_event_stream_gets_all_events_with_statuses") {
         return;
     }
     run(async {
@@ -161,7 +153,7 @@ fn every_follower_gets_every_event_with_its_statuses() {
             assert_eq!(stopped.state(), exited);
             assert_eq!(stopped.metadata.as_ref().unwrap().name, "c");
         }
-        // A daemon that goes down ends its streams.
+        // A daemon that stops ends its streams.
         let mut last = follow().await;
         server.close_streams();
         assert!(
@@ -175,8 +167,8 @@ fn every_follower_gets_every_event_with_its_statuses() {
 
 #[test]
 #[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
-fn a_hung_vm_costs_a_scrape_its_own_limit_and_its_own_figures() {
-    if !inside("pods::a_hung_vm_costs_a_scrape_its_own_limit_and_its_own_figures") {
+fn hung_vm_delays_scrape_by_one_deadline_only() {
+    if !inside("pods::hung_vm_delays_scrape_by_one_deadline_only") {
         return;
     }
     run(async {
@@ -223,8 +215,8 @@ fn a_hung_vm_costs_a_scrape_its_own_limit_and_its_own_figures() {
 
 #[test]
 #[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
-fn verbose_information_has_the_spec_and_no_value_of_the_environment() {
-    if !inside("pods::verbose_information_has_the_spec_and_no_value_of_the_environment") {
+fn verbose_info_has_spec_without_environment_values() {
+    if !inside("pods::verbose_info_has_spec_without_environment_values") {
         return;
     }
     run(async {

@@ -1,4 +1,4 @@
-//! Clients as they really are: calls that come twice and at once, deadlines in the middle, many at a time.
+//! Realistic clients: duplicate and concurrent calls, deadlines during a call, many clients at a time.
 
 use super::fleet::{Fleet, create, inside, remove, run, run_pod, running};
 use super::*;
@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use std::collections::HashSet;
 use std::time::Duration;
 
-/// What a client may ask for, about two pods with two containers each.
+/// Requests of a client, for two pods with two containers each.
 #[derive(Debug, Clone, Copy)]
 enum Op {
     Run(usize),
@@ -21,15 +21,15 @@ enum Op {
     RemovePod(usize),
 }
 
-/// The ids that a client has heard of.
+/// Ids that a client knows.
 #[derive(Debug, Default, Clone)]
 struct Known {
     pods: [String; 2],
     containers: [[String; 2]; 2],
 }
 
-/// An id that nothing has.
-fn or_nobody(id: &str) -> String {
+/// An id of no object.
+fn or_unknown(id: &str) -> String {
     if id.is_empty() {
         "ab".repeat(32)
     } else {
@@ -37,10 +37,10 @@ fn or_nobody(id: &str) -> String {
     }
 }
 
-/// The call; an id where it makes something.
+/// Performs the call; returns the id of a created object.
 async fn call(server: &Server, known: &Known, op: Op) -> Result<String, Status> {
-    let pod = |pod: usize| or_nobody(&known.pods[pod]);
-    let container = |pod: usize, c: usize| or_nobody(&known.containers[pod][c]);
+    let pod = |pod: usize| or_unknown(&known.pods[pod]);
+    let container = |pod: usize, c: usize| or_unknown(&known.containers[pod][c]);
     let done = match op {
         Op::Run(p) => {
             let request = Request::new(run_pod(["one", "two"][p]));
@@ -139,7 +139,7 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
-/// What an operation that is not idempotent may answer the one that comes second, or too late.
+/// Codes that a non-idempotent operation may return to a second or late caller.
 fn acceptable(op: Op, status: &Status) -> bool {
     let expected = match op {
         Op::Stop(..) | Op::RemoveContainer(..) | Op::StopPod(_) | Op::RemovePod(_) => false,
@@ -201,8 +201,8 @@ async fn replay(ops: &[Op]) {
 
 #[test]
 #[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
-fn every_mutating_call_may_come_twice_at_once() {
-    if !inside("robust::every_mutating_call_may_come_twice_at_once") {
+fn concurrent_duplicate_calls_are_idempotent() {
+    if !inside("robust::concurrent_duplicate_calls_are_idempotent") {
         return;
     }
     let config = ProptestConfig {
@@ -218,11 +218,11 @@ fn every_mutating_call_may_come_twice_at_once() {
 
 #[test]
 #[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
-fn a_deadline_in_the_middle_leaks_nothing_and_the_retry_succeeds() {
-    if !inside("robust::a_deadline_in_the_middle_leaks_nothing_and_the_retry_succeeds") {
+fn interrupted_call_leaks_nothing_and_retry_succeeds() {
+    if !inside("robust::interrupted_call_leaks_nothing_and_retry_succeeds") {
         return;
     }
-    // A client that leaves drops its call's future, wherever that stands.
+    // A client that disconnects drops the future of its call at any point.
     let cut = async |server: &Server, known: &Known, op: Op| {
         for milliseconds in [0, 1, 3, 8, 20] {
             let limit = Duration::from_millis(milliseconds);
@@ -248,7 +248,8 @@ fn a_deadline_in_the_middle_leaks_nothing_and_the_retry_succeeds() {
             Op::RemovePod(0),
         ] {
             let id = cut(server, &known, op).await.unwrap_or_else(|status| {
-                // One of the calls that were cut went through, heard by nobody, and another after it was cut too.
+                // One of the interrupted calls succeeded without a recipient, and another one after it was
+                // interrupted, too.
                 assert_eq!(status.code(), Code::AlreadyExists, "{op:?}: {status:?}");
                 let pods = server.runtime.boxes();
                 match op {
@@ -269,8 +270,8 @@ fn a_deadline_in_the_middle_leaks_nothing_and_the_retry_succeeds() {
 
 #[test]
 #[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
-fn fifty_clients_at_once() {
-    if !inside("robust::fifty_clients_at_once") {
+fn fifty_concurrent_clients_succeed() {
+    if !inside("robust::fifty_concurrent_clients_succeed") {
         return;
     }
     run(async {
