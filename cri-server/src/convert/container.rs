@@ -1,4 +1,4 @@
-//! A container: from CreateContainer's config to what the runtime starts, and what this crate keeps of it.
+//! A container: conversion from CreateContainer's config to the runtime's options, and the stored metadata.
 
 use super::ConvertError;
 use super::sandbox::PodMetadata;
@@ -11,44 +11,45 @@ use boxlite_runtime::{ContainerOptions, PidMode};
 use prost::Message;
 use std::path::{Component, Path, PathBuf};
 
-/// What this crate keeps about a container. No environment: it may hold secrets, and no call gives it back.
+/// Metadata that this crate stores for a container. It excludes the environment, which may be secret and is never
+/// returned.
 #[derive(Clone, PartialEq, Message)]
 pub struct ContainerMetadata {
-    /// As CreateContainer had it, less `envs`.
+    /// Config of CreateContainer without `envs`.
     #[prost(message, optional, tag = "1")]
     pub config: Option<ContainerConfig>,
     /// Digest reference of the image, or its id.
     #[prost(string, tag = "2")]
     pub image_ref: String,
-    /// Linux number of the signal that StopContainer sends.
+    /// Linux number of the stop signal.
     #[prost(uint32, tag = "3")]
     pub stop_signal: u32,
-    /// Absolute path of the log; empty: none.
+    /// Absolute path of the log; empty without log.
     #[prost(string, tag = "4")]
     pub log_path: String,
 }
 
 impl ContainerMetadata {
-    /// Reads what was kept; what can't be read is an empty record, so that the container can still be removed.
+    /// Decodes stored metadata; unreadable metadata is empty, so that the container can still be removed.
     pub fn from_bytes(bytes: &[u8]) -> Self {
         Self::decode(bytes).unwrap_or_else(|error| {
-            tracing::warn!(%error, "a container's record cannot be read");
+            tracing::warn!(%error, "failed to decode container metadata");
             Self::default()
         })
     }
 
-    /// The config, empty where it is lost.
+    /// Returns the config, empty if it is lost.
     pub fn config(&self) -> ContainerConfig {
         self.config.clone().unwrap_or_default()
     }
 
-    /// Resources as last set.
+    /// Returns the current resources.
     pub fn resources(&self) -> Option<LinuxContainerResources> {
         self.config.as_ref()?.linux.as_ref()?.resources.clone()
     }
 
-    /// The record in `bytes` with an update's resources: a field that it leaves at zero keeps what was. A record that can't
-    /// be read stays as it is.
+    /// Returns the metadata in `bytes` with updated resources: zero fields keep the old values. Unreadable metadata
+    /// is not changed.
     pub fn updated(bytes: &[u8], update: &LinuxContainerResources) -> Vec<u8> {
         let Ok(mut record) = Self::decode(bytes) else {
             return bytes.to_vec();
@@ -64,7 +65,7 @@ impl ContainerMetadata {
     }
 }
 
-/// The checks that need neither pod nor image.
+/// Validates the fields that depend neither on the pod nor on the image.
 pub fn validate(config: &ContainerConfig) -> Result<(), ConvertError> {
     let metadata = config
         .metadata
@@ -79,7 +80,7 @@ pub fn validate(config: &ContainerConfig) -> Result<(), ConvertError> {
     }
 }
 
-/// Unique name among a pod's containers.
+/// Returns the unique name within the pod.
 pub fn key(config: &ContainerConfig) -> String {
     let metadata = config.metadata.clone().unwrap_or_default();
     format!(
@@ -89,12 +90,12 @@ pub fn key(config: &ContainerConfig) -> String {
     )
 }
 
-/// The reference of the image that a mount shows, if it shows one.
+/// Returns the image reference of an image mount.
 pub fn image_volume(mount: &Mount) -> Option<String> {
     spec::image_source(mount).map(|image| image.image.clone())
 }
 
-/// The container for the runtime. Mounts of images have the image's ID in `image_ref`.
+/// Converts a container to the runtime's options. Image mounts have the image's ID in `image_ref`.
 pub fn options(
     id: &str,
     sandbox_id: &str,
@@ -158,7 +159,7 @@ fn pid_mode(mode: i32) -> PidMode {
     }
 }
 
-/// `log_directory` + `log_path`, where the request has both; never outside the directory.
+/// Returns `log_directory` + `log_path` if the request has both; it never leaves the directory.
 fn log_path(
     sandbox: &PodMetadata,
     config: &ContainerConfig,
@@ -224,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn an_update_keeps_what_it_does_not_name() {
+    fn update_keeps_zero_fields() {
         let resources = |cpu_shares, memory_limit_in_bytes| LinuxContainerResources {
             cpu_shares,
             memory_limit_in_bytes,
@@ -250,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_cri_requires_is_named() {
+    fn missing_required_fields_are_named() {
         assert_eq!(
             validate(&ContainerConfig::default()),
             Err(ConvertError::Missing("config.metadata"))

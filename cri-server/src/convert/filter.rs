@@ -1,4 +1,4 @@
-//! The filters of the list calls: id prefix, state, pod, labels.
+//! Filters of the list calls: id prefix, state, pod, labels.
 
 use boxlite_proto::cri::v1::{
     Container, ContainerFilter, ContainerStatsFilter, PodSandbox, PodSandboxFilter,
@@ -6,19 +6,19 @@ use boxlite_proto::cri::v1::{
 };
 use std::collections::HashMap;
 
-/// Whether `id` is `wanted` or begins with it; no wish takes everything.
+/// Returns whether `id` starts with `wanted`; an empty prefix matches all.
 pub fn id(wanted: &str, id: &str) -> bool {
     id.starts_with(wanted)
 }
 
-/// Whether `labels` has every pair of `selector`.
+/// Returns whether `labels` has every pair of `selector`.
 pub fn labels(selector: &HashMap<String, String>, labels: &HashMap<String, String>) -> bool {
     selector
         .iter()
         .all(|(key, value)| labels.get(key) == Some(value))
 }
 
-/// Whether a sandbox is wanted.
+/// Returns whether a pod sandbox matches the filter.
 pub fn sandbox(filter: Option<&PodSandboxFilter>, sandbox: &PodSandbox) -> bool {
     filter.is_none_or(|filter| {
         id(&filter.id, &sandbox.id)
@@ -30,7 +30,7 @@ pub fn sandbox(filter: Option<&PodSandboxFilter>, sandbox: &PodSandbox) -> bool 
     })
 }
 
-/// Whether a container is wanted.
+/// Returns whether a container matches the filter.
 pub fn container(filter: Option<&ContainerFilter>, container: &Container) -> bool {
     filter.is_none_or(|filter| {
         id(&filter.id, &container.id)
@@ -43,7 +43,7 @@ pub fn container(filter: Option<&ContainerFilter>, container: &Container) -> boo
     })
 }
 
-/// A stats filter as a list filter.
+/// Converts a stats filter to a list filter.
 pub fn of_container_stats(filter: Option<ContainerStatsFilter>) -> Option<ContainerFilter> {
     filter.map(|filter| ContainerFilter {
         id: filter.id,
@@ -53,7 +53,7 @@ pub fn of_container_stats(filter: Option<ContainerStatsFilter>) -> Option<Contai
     })
 }
 
-/// A stats filter as a list filter.
+/// Converts a stats filter to a list filter.
 pub fn of_sandbox_stats(filter: Option<PodSandboxStatsFilter>) -> Option<PodSandboxFilter> {
     filter.map(|filter| PodSandboxFilter {
         id: filter.id,

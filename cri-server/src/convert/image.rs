@@ -1,4 +1,4 @@
-//! Images of the store to the CRI's, and the CRI's credentials to the registry's.
+//! Conversion of images to the CRI's, and of the CRI's credentials to the registry client's.
 
 use boxlite_proto::cri::v1::{
     AuthConfig, FilesystemIdentifier, FilesystemUsage, Image, ImageSpec, Int64Value, UInt64Value,
@@ -8,7 +8,7 @@ use boxlite_runtime::images::{
 };
 use tonic::{Code, Status};
 
-/// An image.
+/// Converts an image.
 pub fn image(record: &ImageRecord) -> Image {
     let (uid, username) = match record.user() {
         ImageUser::Unset => (Some(Int64Value { value: 0 }), String::new()),
@@ -30,7 +30,7 @@ pub fn image(record: &ImageRecord) -> Image {
     }
 }
 
-/// Credentials; `None` where the request has none, which an empty AuthConfig is too.
+/// Converts credentials; `None` for a missing or empty AuthConfig.
 pub fn auth(auth: Option<AuthConfig>) -> Option<RegistryAuth> {
     let auth = auth.filter(|auth| *auth != AuthConfig::default())?;
     Some(RegistryAuth {
@@ -43,7 +43,7 @@ pub fn auth(auth: Option<AuthConfig>) -> Option<RegistryAuth> {
     })
 }
 
-/// Usage of the image store.
+/// Converts the usage of the image store.
 pub fn usage(info: &ImageFsInfo) -> FilesystemUsage {
     FilesystemUsage {
         timestamp: info.timestamp_ns,
@@ -59,7 +59,7 @@ pub fn usage(info: &ImageFsInfo) -> FilesystemUsage {
     }
 }
 
-/// The gRPC status of an image error.
+/// Returns the gRPC status of an image error.
 pub fn status(error: &ImageError) -> Status {
     let code = match error.kind() {
         ImageErrorKind::InvalidReference => Code::InvalidArgument,

@@ -1,7 +1,7 @@
-//! CRI types to runtime types and back: the only place that knows both.
+//! Conversion between CRI types and runtime types.
 //!
-//! Pure functions but for what a spec must look at on the host (mount sources, a cgroup's limit, the log directory); nothing here calls
-//! the runtime. Flow: service → convert → one method of BoxliteRuntime or LiteBox → convert → answer.
+//! The functions are pure except for reads of the host that a spec requires (mount sources, the limit of a cgroup,
+//! devices); none calls the runtime. Flow: service → convert → BoxliteRuntime or LiteBox → convert → answer.
 
 pub mod container;
 pub mod filter;
@@ -16,34 +16,34 @@ pub mod status;
 pub mod time;
 pub mod verbose;
 
-/// A request that cannot become a pod or container.
+/// Reason why a request cannot be converted.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ConvertError {
-    /// A field the CRI requires is not there.
+    /// A required field is missing.
     #[error("{0} is missing")]
     Missing(&'static str),
-    /// A field has a value that nothing can be made of.
-    #[error("{field} = {value:?}: {reason}")]
+    /// A field has an invalid value.
+    #[error("invalid {field} {value:?}: {reason}")]
     Invalid {
         field: &'static str,
         value: String,
         reason: String,
     },
-    /// A valid wish that this runtime does not fulfil.
-    #[error("{field} = {value}: {reason}")]
+    /// A valid request that this runtime does not support.
+    #[error("unsupported {field} {value}: {reason}")]
     Unsupported {
         field: &'static str,
         value: String,
         reason: &'static str,
     },
-    /// A host path of a mount is not there.
-    #[error("mount of {container_path:?}: host path {host_path:?}: {reason}")]
+    /// The host path of a mount cannot be used.
+    #[error("failed to mount host path {host_path:?} at {container_path:?}: {reason}")]
     HostPath {
         host_path: String,
         container_path: String,
         reason: String,
     },
-    /// The VM would not fit into the pod's cgroup.
+    /// The VM does not fit into the pod's cgroup.
     #[error(
         "the pod's VM needs {vm_mib} MiB ({pod_mib} MiB for containers + {overhead_mib} MiB overhead) and the pod cgroup {cgroup} allows {limit_mib} MiB: give the RuntimeClass an overhead of at least {overhead_mib} MiB"
     )]
@@ -54,8 +54,8 @@ pub enum ConvertError {
         limit_mib: u64,
         cgroup: String,
     },
-    /// An update asks for more than a VM has.
-    #[error("{0}; a VM does not grow while it runs: the pod must be made anew")]
+    /// An update exceeds the VM's capacity.
+    #[error("{0}; a running VM cannot grow: recreate the pod")]
     Beyond(String),
 }
 

@@ -1,7 +1,7 @@
-//! A pod: from RunPodSandbox's config to what the runtime keeps and the network needs.
+//! A pod: conversion from RunPodSandbox's config to the runtime's options and the network, and the stored metadata.
 //!
-//! [`PodMetadata`] is the runtime's opaque metadata of a box: the CRI's own messages, encoded as the CRI encodes them, so a newer
-//! kubelet's fields survive a restart of this daemon.
+//! [`PodMetadata`] is the runtime's opaque metadata of a box: the CRI messages in their encoding, so that fields of a
+//! newer kubelet survive a restart of the daemon.
 
 use super::ConvertError;
 use super::size::{VmSize, merge, vm_size};
@@ -17,31 +17,31 @@ use prost::Message;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
-/// Longest hostname Linux takes, in bytes.
+/// Maximum length of a hostname in Linux, in bytes.
 const MAX_HOSTNAME_BYTES: usize = 64;
-/// Longest label of a name made from the pod's, in bytes (RFC 1123).
+/// Maximum length of a DNS label, in bytes (RFC 1123).
 const MAX_LABEL_BYTES: usize = 63;
 const MIB: u64 = 1 << 20;
 
-/// What this crate keeps about a pod.
+/// Metadata that this crate stores for a pod.
 #[derive(Clone, PartialEq, Message)]
 pub struct PodMetadata {
-    /// As RunPodSandbox had it.
+    /// Config of RunPodSandbox.
     #[prost(message, optional, tag = "1")]
     pub config: Option<PodSandboxConfig>,
-    /// Handler asked for.
+    /// Requested runtime handler.
     #[prost(string, tag = "2")]
     pub runtime_handler: String,
-    /// The pod's addresses, the primary one first.
+    /// Addresses of the pod, the primary one first.
     #[prost(string, repeated, tag = "3")]
     pub addresses: Vec<String>,
-    /// What CNI took, in ms.
+    /// Duration of the CNI calls, in ms.
     #[prost(uint64, tag = "4")]
     pub network_ms: u64,
 }
 
 impl PodMetadata {
-    /// A record of a pod without network yet. Checks what the CRI requires and what this runtime refuses.
+    /// Creates the metadata of a pod without network. Validates required and unsupported fields.
     pub fn new(config: PodSandboxConfig, runtime_handler: String) -> Result<Self, ConvertError> {
         let metadata = config
             .metadata
@@ -73,7 +73,7 @@ impl PodMetadata {
             return Err(ConvertError::invalid(
                 "config.hostname",
                 hostname,
-                "is no hostname",
+                "not a hostname",
             ));
         }
         if let Some(directory) = record.config.as_ref().map(|config| &config.log_directory)
@@ -89,16 +89,16 @@ impl PodMetadata {
         Ok(record)
     }
 
-    /// Reads what [`Self::encoded`] wrote; what can't be read is an empty record, so that the pod can still be removed.
+    /// Decodes the result of [`Self::encoded`]; unreadable metadata is empty, so that the pod can still be removed.
     pub fn from_bytes(bytes: &[u8]) -> Self {
         Self::decode(bytes).unwrap_or_else(|error| {
-            tracing::warn!(%error, "a pod's record cannot be read");
+            tracing::warn!(%error, "failed to decode pod metadata");
             Self::default()
         })
     }
 
-    /// The record in `bytes` with what UpdatePodSandboxResources says: a field left at zero keeps what was. A record that
-    /// can't be read stays as it is.
+    /// Returns the metadata in `bytes` with the values of UpdatePodSandboxResources: zero fields keep the old values.
+    /// Unreadable metadata is not changed.
     pub fn updated(
         bytes: &[u8],
         resources: Option<&LinuxContainerResources>,
@@ -121,12 +121,12 @@ impl PodMetadata {
         record.encoded()
     }
 
-    /// For the runtime to keep.
+    /// Encodes the metadata for storage in the runtime.
     pub fn encoded(&self) -> Vec<u8> {
         self.encode_to_vec()
     }
 
-    /// Name, namespace, uid, attempt.
+    /// Returns name, namespace, uid and attempt.
     pub fn metadata(&self) -> PodSandboxMetadata {
         self.config
             .as_ref()
@@ -134,12 +134,12 @@ impl PodMetadata {
             .unwrap_or_default()
     }
 
-    /// Unique key of a pod: no part of it can have a `/`, so no two pods share one.
+    /// Returns the unique key of a pod. Its parts are escaped, so that no two pods share one.
     pub fn key(&self) -> String {
         key(&self.metadata())
     }
 
-    /// The pod's hostname: what the config says, else the pod's name as far as a label goes.
+    /// Returns the hostname of the pod: from the config, or derived from the pod's name.
     pub fn hostname(&self) -> String {
         let wanted = self
             .config
@@ -164,7 +164,7 @@ impl PodMetadata {
         }
     }
 
-    /// Whether the pod is in the host's network.
+    /// Returns whether the pod uses the host network.
     pub fn host_network(&self) -> bool {
         self.config
             .as_ref()
@@ -174,7 +174,7 @@ impl PodMetadata {
             .is_some_and(|options| options.network == NamespaceMode::Node as i32)
     }
 
-    /// The user namespace asked for.
+    /// Returns the requested user namespace.
     pub fn userns(&self) -> Option<&UserNamespace> {
         let linux = self.config.as_ref()?.linux.as_ref()?;
         let options = linux
@@ -185,7 +185,7 @@ impl PodMetadata {
         options.userns_options.as_ref()
     }
 
-    /// Cgroup parent, empty where none was given.
+    /// Returns the cgroup parent, empty if unset.
     pub fn cgroup_parent(&self) -> String {
         self.config
             .as_ref()
@@ -199,7 +199,7 @@ impl PodMetadata {
         self.addresses = addresses.iter().map(IpAddr::to_string).collect();
     }
 
-    /// The box for this pod. `limit` is the pod cgroup's memory limit in bytes, where known.
+    /// Returns the options of the pod's box. `limit` is the memory limit of the pod's cgroup in bytes, if known.
     pub fn box_options(
         &self,
         id: &str,
@@ -231,7 +231,7 @@ impl PodMetadata {
         })
     }
 
-    /// The pod for CNI; `ranges` are the node's pod CIDRs, where the kubelet told them.
+    /// Returns the pod's network for CNI; `ranges` are the node's pod CIDRs, if the kubelet has sent them.
     pub fn network(&self, id: &str, ranges: &[String]) -> Result<PodNetwork, ConvertError> {
         let none = PodSandboxConfig::default();
         let config = self.config.as_ref().unwrap_or(&none);
@@ -239,7 +239,7 @@ impl PodMetadata {
         let mut port_mappings = Vec::new();
         for mapping in &config.port_mappings {
             let (host_port, container_port) = port(mapping.host_port, mapping.container_port)?;
-            // A port without host port is documentation.
+            // A port without host port is informational.
             if host_port > 0 {
                 port_mappings.push(PortMap {
                     host_port,
@@ -283,7 +283,7 @@ impl PodMetadata {
         })
     }
 
-    /// The pod's resolv.conf; `None` where it has no DNS config and takes the node's.
+    /// Returns the pod's resolv.conf; `None` without DNS config, which means the node's.
     pub fn resolv_conf(&self) -> Option<String> {
         let dns = self.config.as_ref()?.dns_config.as_ref()?;
         let mut text = String::new();
@@ -299,7 +299,7 @@ impl PodMetadata {
         (!text.is_empty()).then_some(text)
     }
 
-    /// The pod's hosts file, for containers whose kubelet mounts none.
+    /// Returns the pod's hosts file, for containers without a hosts mount of the kubelet.
     pub fn hosts(&self) -> String {
         let mut text = String::from(
             "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n",
@@ -327,7 +327,7 @@ pub fn key(metadata: &PodSandboxMetadata) -> String {
 fn port(host: i32, container: i32) -> Result<(u16, u16), ConvertError> {
     let number = |port: i32| {
         u16::try_from(port).map_err(|_| {
-            ConvertError::invalid("config.port_mappings", port.to_string(), "is no port")
+            ConvertError::invalid("config.port_mappings", port.to_string(), "not a port")
         })
     };
     let pair = (number(host)?, number(container)?);
@@ -335,14 +335,14 @@ fn port(host: i32, container: i32) -> Result<(u16, u16), ConvertError> {
         return Err(ConvertError::invalid(
             "config.port_mappings",
             "0",
-            "is no container port",
+            "not a container port",
         ));
     }
     Ok(pair)
 }
 
-/// A Kubernetes quantity in bits per second: a decimal number with an optional suffix (k M G T, Ki Mi Gi Ti), in the range
-/// the kubelet accepts, 1k to 1P.
+/// Parses a Kubernetes quantity in bits per second: a decimal number with an optional suffix (k M G T, Ki Mi Gi Ti),
+/// in the kubelet's range of 1k to 1P.
 fn quantity(field: &'static str, text: &str) -> Result<u64, ConvertError> {
     let fail = |reason: &str| ConvertError::invalid(field, text, reason);
     let digits = text
@@ -358,11 +358,11 @@ fn quantity(field: &'static str, text: &str) -> Result<u64, ConvertError> {
         "Mi" => 1 << 20,
         "Gi" => 1 << 30,
         "Ti" => 1 << 40,
-        _ => return Err(fail("is no quantity such as 10M")),
+        _ => return Err(fail("not a quantity such as 10M")),
     };
     let number: u64 = text[..digits]
         .parse()
-        .map_err(|_| fail("is no quantity such as 10M"))?;
+        .map_err(|_| fail("not a quantity such as 10M"))?;
     number
         .checked_mul(factor)
         .filter(|rate| (1_000..=1_000_000_000_000_000).contains(rate))

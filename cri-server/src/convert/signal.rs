@@ -1,16 +1,17 @@
-//! Stop signals: the CRI's enum is alphabetical, images carry text, the guest wants Linux numbers (x86-64 and arm64 agree).
+//! Stop signals: the CRI's enum is alphabetical, images have text, and the guest expects Linux numbers (equal on
+//! x86-64 and arm64).
 
 use boxlite_proto::cri::v1::Signal as CriSignal;
 
-/// SIGTERM, which ends a container whose image and request name no signal.
+/// SIGTERM, the default if image and request name no signal.
 pub const TERM: u32 = 15;
-/// First and last real-time signal as glibc counts them.
+/// First and last real-time signal in glibc's numbering.
 const RTMIN: u32 = 34;
 const RTMAX: u32 = 64;
-/// Most steps from RTMIN up that have a name of that form; from there on names count down from RTMAX.
+/// Number of signals named relative to RTMIN; the rest is named relative to RTMAX.
 const RTMIN_STEPS: u32 = 15;
 
-/// Names and numbers, real-time signals aside. The second of two names of one number is the alias.
+/// Names and numbers except real-time signals. The second name of a number is an alias.
 const NAMES: [(&str, u32); 34] = [
     ("SIGHUP", 1),
     ("SIGINT", 2),
@@ -48,7 +49,7 @@ const NAMES: [(&str, u32); 34] = [
     ("SIGSYS", 31),
 ];
 
-/// The Linux number of a CRI signal; `None` for RUNTIME_DEFAULT and for numbers the enum does not have.
+/// Returns the Linux number of a CRI signal; `None` for RUNTIME_DEFAULT and unknown values.
 pub fn from_cri(signal: i32) -> Option<u32> {
     let name = CriSignal::try_from(signal).ok()?.as_str_name();
     // The enum writes SIGRTMINPLUS3 and SIGRTMAXMINUS3.
@@ -56,7 +57,7 @@ pub fn from_cri(signal: i32) -> Option<u32> {
     from_text(&text)
 }
 
-/// The CRI signal of a Linux number, RUNTIME_DEFAULT where it has none.
+/// Returns the CRI signal of a Linux number, or RUNTIME_DEFAULT if there is none.
 pub fn to_cri(number: u32) -> CriSignal {
     let name = match number {
         RTMIN => "SIGRTMIN".to_owned(),
@@ -71,7 +72,8 @@ pub fn to_cri(number: u32) -> CriSignal {
     CriSignal::from_str_name(&name).unwrap_or(CriSignal::RuntimeDefault)
 }
 
-/// What an image's `StopSignal` says: a number, or a name with or without SIG, in any case; `RTMIN+3`, `RTMAX-2`.
+/// Parses an image's `StopSignal`: a number, or a name with or without SIG, in any case; also `RTMIN+3` and
+/// `RTMAX-2`.
 pub fn from_text(text: &str) -> Option<u32> {
     if let Ok(number) = text.parse::<u32>() {
         return (1..=RTMAX).contains(&number).then_some(number);
@@ -100,7 +102,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn alphabetical_enum_becomes_linux_numbers() {
+    fn cri_signals_map_to_linux_numbers() {
         for (cri, number) in [
             (CriSignal::Sigterm, 15),
             (CriSignal::Sigkill, 9),
@@ -121,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn every_number_comes_back() {
+    fn every_number_round_trips() {
         for number in (1..=31).chain(34..=64) {
             assert_eq!(from_cri(to_cri(number) as i32), Some(number), "{number}");
         }
@@ -138,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn text_of_images() {
+    fn image_stop_signal_text_is_parsed() {
         for (text, number) in [
             ("SIGQUIT", Some(3)),
             ("quit", Some(3)),

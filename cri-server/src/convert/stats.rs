@@ -1,4 +1,5 @@
-//! Counters of a guest's cgroups to the CRI's stats. The guest is hostile: numbers are passed on, sums and products saturate.
+//! Conversion of a guest's cgroup counters to the CRI's stats. The guest is untrusted: values are passed through, and
+//! sums and products saturate.
 
 use super::container::ContainerMetadata;
 use super::status;
@@ -12,7 +13,7 @@ use boxlite_proto::cri::v1::{
 };
 use boxlite_runtime::{BoxSnapshot, ContainerSnapshot};
 
-/// A limit from here on is none: cgroup v2's `max` and v1's largest multiple of a page.
+/// Limits from this value on mean unlimited: cgroup v2's `max` and v1's largest multiple of a page.
 pub const NO_LIMIT: u64 = 1 << 60;
 
 fn wrap(value: u64) -> Option<UInt64Value> {
@@ -23,25 +24,25 @@ fn cpu(stats: &CgroupStats, timestamp: i64) -> CpuUsage {
     CpuUsage {
         timestamp,
         usage_core_nano_seconds: wrap(stats.cpu_usage_usec.saturating_mul(1000)),
-        // The kubelet works the rate out from two samples.
+        // The kubelet computes the rate from two samples.
         usage_nano_cores: None,
         psi: psi(stats.cpu_pressure.as_ref()),
     }
 }
 
-/// A line of memory.stat.
+/// Returns a line of memory.stat.
 pub fn stat(stats: &CgroupStats, key: &str) -> u64 {
     stats.memory_stat.get(key).copied().unwrap_or(0)
 }
 
-/// Working set as the kubelet and cAdvisor define it: usage less what was not looked at lately of the page cache.
+/// Returns the working set as the kubelet and cAdvisor define it: usage without inactive page cache.
 pub fn working_set(stats: &CgroupStats) -> u64 {
     stats
         .memory_current
         .saturating_sub(stat(stats, "inactive_file"))
 }
 
-/// The CRI's form, with its totals in ns; nothing where the guest's kernel has no PSI.
+/// Converts pressure, with totals in ns; `None` if the guest's kernel has no PSI.
 fn psi(pressure: Option<&Pressure>) -> Option<PsiStats> {
     let data = |line: Option<PressureLine>| {
         line.map(|line| PsiData {
@@ -83,7 +84,7 @@ fn memory(stats: &CgroupStats, timestamp: i64) -> MemoryUsage {
     }
 }
 
-/// Which container it is.
+/// Returns the identity of a container.
 pub fn attributes(snapshot: &ContainerSnapshot) -> ContainerAttributes {
     let config = ContainerMetadata::from_bytes(&snapshot.metadata).config();
     ContainerAttributes {
@@ -94,8 +95,8 @@ pub fn attributes(snapshot: &ContainerSnapshot) -> ContainerAttributes {
     }
 }
 
-/// A container's stats; without `answer` (it does not run, or its guest did not answer) only its attributes and zeros.
-/// `scratch` is the host's file that the writable layer is in.
+/// Returns the stats of a container. Without `answer` (it does not run, or its guest did not answer) they have only
+/// its attributes. `scratch` is the host file system of the writable layer.
 pub fn container(
     snapshot: &ContainerSnapshot,
     answer: Option<&ContainerStatsResponse>,
@@ -108,7 +109,7 @@ pub fn container(
             ..Default::default()
         };
     };
-    // The guest's clock is the guest's: the host's time stands in every sample.
+    // Samples carry the host's time, because the guest's clock is untrusted.
     let cgroup = answer.cgroup.clone().unwrap_or_default();
     ContainerStats {
         attributes: Some(attributes(snapshot)),
@@ -131,7 +132,7 @@ pub fn container(
     }
 }
 
-/// A pod's stats; without `answer` only its attributes and its containers'.
+/// Returns the stats of a pod. Without `answer` they have only its attributes and its containers.
 pub fn sandbox(
     snapshot: &BoxSnapshot,
     answer: Option<&GuestStatsResponse>,
@@ -204,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lying_guest_breaks_nothing() {
+    fn extreme_guest_values_saturate() {
         let stats = CgroupStats {
             cpu_usage_usec: u64::MAX,
             memory_current: 1,

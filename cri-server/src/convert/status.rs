@@ -1,4 +1,4 @@
-//! Snapshots of the runtime to the CRI's states and statuses.
+//! Conversion of the runtime's snapshots to the CRI's states and statuses.
 
 use super::container::ContainerMetadata;
 use super::sandbox::PodMetadata;
@@ -14,7 +14,7 @@ use boxlite_runtime::{
 };
 use tonic::{Code, Status};
 
-/// The gRPC status of a runtime error: its kind, and its whole chain of causes as the message.
+/// Returns the gRPC status of a runtime error: its kind, with the chain of causes as the message.
 pub fn status(error: &RuntimeError) -> Status {
     let code = match error.kind() {
         ErrorKind::NotFound => Code::NotFound,
@@ -38,7 +38,7 @@ fn sandbox_state(state: BoxState) -> PodSandboxState {
     }
 }
 
-/// The list form of a pod.
+/// Returns the list entry of a pod.
 pub fn sandbox(snapshot: &BoxSnapshot) -> PodSandbox {
     let record = PodMetadata::from_bytes(&snapshot.metadata);
     let config = record.config.clone().unwrap_or_default();
@@ -53,7 +53,7 @@ pub fn sandbox(snapshot: &BoxSnapshot) -> PodSandbox {
     }
 }
 
-/// The status form of a pod. A pod that is not ready has no network any more.
+/// Returns the status of a pod. A pod that is not ready has no network.
 pub fn sandbox_status(snapshot: &BoxSnapshot) -> PodSandboxStatus {
     let record = PodMetadata::from_bytes(&snapshot.metadata);
     let config = record.config.clone().unwrap_or_default();
@@ -99,7 +99,7 @@ fn container_state(state: runtime::ContainerState) -> ContainerState {
     }
 }
 
-/// The list form of a container.
+/// Returns the list entry of a container.
 pub fn container(snapshot: &ContainerSnapshot) -> Container {
     let record = ContainerMetadata::from_bytes(&snapshot.metadata);
     let config = record.config();
@@ -131,7 +131,7 @@ fn user(user: &runtime::ContainerUser) -> ContainerUser {
     }
 }
 
-/// The status form of a container.
+/// Returns the status of a container.
 pub fn container_status(snapshot: &ContainerSnapshot) -> ContainerStatus {
     let record = ContainerMetadata::from_bytes(&snapshot.metadata);
     let config = record.config();
@@ -145,7 +145,7 @@ pub fn container_status(snapshot: &ContainerSnapshot) -> ContainerStatus {
         finished_at: snapshot.finished_at_ns,
         exit_code: snapshot.exit_code,
         image: Some(ImageSpec {
-            // The kubelet shows the name the pod asked for.
+            // The kubelet displays the name of the pod spec.
             image: config
                 .image
                 .map(|image| {
@@ -175,7 +175,7 @@ pub fn container_status(snapshot: &ContainerSnapshot) -> ContainerStatus {
     }
 }
 
-/// An event with the statuses of that moment.
+/// Returns an event with the statuses at its time.
 pub fn event(event: &BoxEvent) -> ContainerEventResponse {
     let kind = match event.kind {
         EventKind::Created => ContainerEventType::ContainerCreatedEvent,

@@ -1,8 +1,8 @@
-//! Times as the CRI has them: nanoseconds since the epoch in an i64, 0 for "never".
+//! Times of the CRI: nanoseconds since the epoch in an i64, 0 for "never".
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Now. Saturates in the year 2262; a clock before 1970 gives 0.
+/// Returns the current time. Saturates in the year 2262; a clock before 1970 gives 0.
 pub fn now_ns() -> i64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)

@@ -1,6 +1,7 @@
-//! The `info` of verbose statuses, in the words of containerd's, which crictl and people's scripts know.
+//! `info` of verbose statuses, with containerd's names, which crictl and scripts use.
 //!
-//! No value of an environment variable is in it: they hold secrets, and what crictl prints ends in tickets and archives. Names are.
+//! Values of environment variables are omitted: they may be secret, and crictl's output is often shared. Names are
+//! included.
 
 use super::container::ContainerMetadata;
 use boxlite_proto::cri::v1::{
@@ -10,10 +11,11 @@ use boxlite_proto::cri::v1::{
 use boxlite_runtime::ContainerSnapshot;
 use serde_json::{Value, json};
 
-/// Stands for the value of a variable.
+/// Placeholder for the value of a variable.
 const WITHHELD: &str = "(withheld)";
 
-/// `info` of a ContainerStatus. `spec` is the OCI spec that was handed on; `pid` the first process's number in the guest.
+/// Returns `info` of a ContainerStatus. `spec` is the OCI spec of the container; `pid` is the pid of its init process
+/// in the guest.
 pub fn container(snapshot: &ContainerSnapshot, spec: Option<Value>, pid: Option<u32>) -> Value {
     let record = ContainerMetadata::from_bytes(&snapshot.metadata);
     json!({
@@ -27,7 +29,7 @@ pub fn container(snapshot: &ContainerSnapshot, spec: Option<Value>, pid: Option<
     })
 }
 
-/// An OCI spec whose variables have no values.
+/// Returns an OCI spec without the values of variables.
 fn without_values(mut spec: Value) -> Value {
     let list = spec
         .pointer_mut("/process/env")
@@ -76,7 +78,7 @@ fn container_config(config: &ContainerConfig) -> Value {
     })
 }
 
-/// The `config` of a pod.
+/// Returns the `config` of a pod.
 pub fn sandbox_config(config: &PodSandboxConfig) -> Value {
     let metadata = config.metadata.clone().unwrap_or_default();
     let dns = config.dns_config.clone().unwrap_or_default();
@@ -159,7 +161,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn values_of_variables_are_withheld() {
+    fn environment_values_are_withheld() {
         let spec = json!({"process": {"env": ["A=secret", "B", "C=x=y"]}, "root": {}});
         let clean = without_values(spec);
         assert_eq!(

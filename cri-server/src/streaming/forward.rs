@@ -1,8 +1,8 @@
-//! Port-forward: streams of a client to ports inside the VM, many at a time.
+//! Port-forward: streams of a client to ports inside the VM.
 //!
-//! Over SPDY each forwarded connection is a pair of streams with one request id: data, and error for what went wrong
-//! ([`serve`]). One connection is [`forward`], whatever the transport. Half-close is kept both ways, and nothing is
-//! buffered here. Which port may be dialled is not restricted: the pod is the client's.
+//! Over SPDY each forwarded connection is a pair of streams with the same request id: data, and error ([`serve`]).
+//! [`forward`] handles one connection on any transport. Half-close is preserved in both directions, and nothing is
+//! buffered here. All ports may be dialed: the pod belongs to the client.
 
 use super::pipe::{Input, Output};
 use super::process::chunks;
@@ -17,18 +17,18 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// Half pairs that wait for their other half; a client opens one after the other.
+/// Maximum number of incomplete pairs; a client opens the streams one after the other.
 const MAX_HALF_OPEN_PAIRS: usize = 64;
 
-/// What a PortForward call asked for.
+/// Request of PortForward.
 #[derive(Debug, Clone)]
 pub struct Forward {
     pub pod: LiteBox,
-    /// For WebSocket's first protocol, whose clients name ports nowhere else.
+    /// Ports for WebSocket's first protocol, whose clients do not name ports.
     pub ports: Vec<u16>,
 }
 
-/// Serves pairs of streams until the client is gone. Its connections end with it; dropped, they end too.
+/// Serves pairs of streams until the client disconnects. Its connections end with it, and when the future is dropped.
 pub async fn serve(pod: LiteBox, mut accept: Accept, gone: CancellationToken, limit: Duration) {
     let mut halves = Halves::default();
     let mut running = JoinSet::new();
@@ -47,12 +47,12 @@ pub async fn serve(pod: LiteBox, mut accept: Accept, gone: CancellationToken, li
             () = halves.next_expiry(limit) => halves.expire(limit).await,
         }
     }
-    // Each sees by itself that its stream is gone; a dial under way need not be waited for.
+    // Connections detect the closed stream; a dial in progress is cancelled.
     running.shutdown().await;
 }
 
-/// Serves a fixed list of connections, one of each port, on pairs of channels: data, then error. Each begins with its
-/// port in two bytes, little-endian, as WebSocket's first protocol wants it.
+/// Serves a fixed list of connections on pairs of channels: data, then error. Each channel starts with its port in
+/// two bytes, little-endian, as WebSocket's first protocol requires.
 pub async fn serve_channels(pod: LiteBox, pairs: Vec<(u16, Input, Output, Output)>) {
     let mut running = JoinSet::new();
     for (port, input, mut data, mut error) in pairs {
@@ -67,7 +67,7 @@ pub async fn serve_channels(pod: LiteBox, pairs: Vec<(u16, Input, Output, Output
     while running.join_next().await.is_some() {}
 }
 
-/// A pair that is not whole yet.
+/// An incomplete pair.
 #[derive(Debug)]
 struct Half {
     port: u16,
@@ -82,7 +82,7 @@ struct Halves {
 }
 
 impl Halves {
-    /// The whole pair that `stream` completes: port, data, error. What cannot belong to one is reset.
+    /// Returns the pair that `stream` completes: port, data, error. Unexpected streams are reset.
     async fn add(&mut self, stream: Stream) -> Option<(u16, Stream, Stream)> {
         let Some((port, is_data)) = described(&stream) else {
             stream.output.reset().await;
@@ -117,7 +117,7 @@ impl Halves {
         }
     }
 
-    /// Returns when the oldest half has waited for `limit`; never without one.
+    /// Waits until the oldest half has waited for `limit`; forever without halves.
     async fn next_expiry(&self, limit: Duration) {
         match self.waiting.values().map(|half| half.since).min() {
             Some(since) => tokio::time::sleep_until(since + limit).await,
@@ -136,7 +136,7 @@ impl Halves {
             if let Some(half) = self.waiting.remove(&id) {
                 tracing::debug!(
                     port = half.port,
-                    "a forwarded connection's second stream did not come"
+                    "second stream of forwarded connection missing"
                 );
                 half.stream.output.reset().await;
             }
@@ -144,7 +144,7 @@ impl Halves {
     }
 }
 
-/// Port and use of a stream, by its headers.
+/// Returns port and purpose of a stream from its headers.
 fn described(stream: &Stream) -> Option<(u16, bool)> {
     let port = stream.headers.get("port").parse().ok()?;
     let is_data = match stream.headers.get(STREAM_TYPE) {
@@ -155,7 +155,7 @@ fn described(stream: &Stream) -> Option<(u16, bool)> {
     (port != 0).then_some((port, is_data))
 }
 
-/// The request id. Old clients send none; their pairs have neighbouring stream ids, error first.
+/// Returns the request id. Old clients send none; the ids of their pairs are adjacent, error first.
 fn request_id(stream: &Stream, is_data: bool) -> String {
     match stream.headers.get("requestid") {
         "" if is_data => format!("#{}", i64::from(stream.id) - 2),
@@ -164,7 +164,7 @@ fn request_id(stream: &Stream, is_data: bool) -> String {
     }
 }
 
-/// Carries one connection to its end. Dropped, it ends in the guest too.
+/// Carries one connection to its end. Dropping the future ends it in the guest, too.
 pub async fn forward(pod: LiteBox, port: u16, input: Input, data: Output, mut error: Output) {
     let gone = input.gone().clone();
     let carried = tokio::select! {
@@ -178,7 +178,7 @@ pub async fn forward(pod: LiteBox, port: u16, input: Input, data: Output, mut er
             pod.id(),
             guest_message(&reason)
         );
-        tracing::debug!(message, "port-forward");
+        tracing::debug!(message, "port-forward connection failed");
         let _ = error.write(message.into()).await;
     }
     error.finish().await;
@@ -211,7 +211,7 @@ async fn carry(pod: &LiteBox, port: u16, input: Input, data: Output) -> Result<(
         if answer.eof
             && let Some(data) = open.take()
         {
-            // The server's half-close; the client may still be sending.
+            // Half-close by the server; the client may continue to send.
             data.finish().await;
         }
     }
@@ -221,7 +221,7 @@ async fn carry(pod: &LiteBox, port: u16, input: Input, data: Output) -> Result<(
     Ok(())
 }
 
-/// The guest's own words where it refused, in the form that clients of other runtimes know: "connection refused".
+/// Returns the guest's message in the form of other runtimes: "connection refused".
 fn guest_message(error: &RuntimeError) -> String {
     match error {
         RuntimeError::Portal(PortalError::Guest { message, .. }) => message.to_lowercase(),

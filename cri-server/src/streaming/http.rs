@@ -1,7 +1,7 @@
-//! The HTTP side: accepts connections, takes tokens, upgrades, and runs one session per connection.
+//! The HTTP side: accepts connections, redeems tokens, upgrades, and runs one session per connection.
 //!
-//! It knows URLs, headers and protocol names; what a session does is in `process` and `forward`. A request that is not a
-//! valid upgrade with a valid token gets a short refusal; which of unknown, used or expired a token is, nobody learns.
+//! Sessions are in `process` and `forward`. A request that is not a valid upgrade with a valid token is rejected
+//! without revealing whether a token is unknown, used or expired.
 
 use super::forward::{self, Forward};
 use super::process;
@@ -31,29 +31,29 @@ use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-/// Connections at a time; more wait in the listener's queue.
+/// Maximum number of connections; others wait in the listener's backlog.
 const MAX_CONNECTIONS: usize = 512;
-/// What a client may take for its request's head.
+/// Timeout of the request header.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
-/// Largest head, in bytes.
+/// Maximum size of the request header.
 const MAX_HEADER_BYTES: usize = 16 << 10;
-/// Pause after a failed accept (no descriptor left), so that it is not a busy loop.
+/// Delay after a failed accept (no free descriptor), which avoids a busy loop.
 const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(100);
-/// How often a connection is asked whether its client has left. A reader that waits for a process to take its input would
-/// not see it.
+/// Interval of the check whether the client has disconnected. A reader blocked by a process that does not read its
+/// input would not notice.
 const DISCONNECT_POLL_INTERVAL: Duration = Duration::from_secs(1);
-/// What is still read of a client that has left; more is of no use to anybody.
+/// Time to read the remaining data of a disconnected client.
 const DISCONNECT_GRACE: Duration = Duration::from_secs(3);
-/// Silence after which the kernel asks whether a client is still there, in seconds.
+/// Idle time in seconds after which the kernel probes the client.
 const KEEPALIVE_IDLE_SECONDS: u32 = 60;
 
-/// The protocol that a client asks to upgrade to.
+/// Protocols of the Upgrade header.
 const SPDY: &str = "SPDY/3.1";
 const WEBSOCKET: &str = "websocket";
 const PROTOCOL_HEADER: &str = "x-stream-protocol-version";
 const ACCEPTED_HEADER: &str = "x-accepted-stream-protocol-versions";
 const PORT_FORWARD: &str = "portforward.k8s.io";
-/// Over SPDY; version 5 is WebSocket's.
+/// Subprotocols over SPDY; version 5 exists only for WebSocket.
 const REMOTE_PROTOCOLS: [&str; 4] = [
     "v4.channel.k8s.io",
     "v3.channel.k8s.io",
@@ -63,7 +63,7 @@ const REMOTE_PROTOCOLS: [&str; 4] = [
 
 type Answer = Response<Full<Bytes>>;
 
-/// Serves until `stop`, then ends all sessions and waits for them to clean up.
+/// Serves until `stop` is cancelled, then ends all sessions and waits for their cleanup.
 pub async fn serve(listener: TcpListener, streaming: Streaming, stop: CancellationToken) {
     let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let tasks = TaskTracker::new();
@@ -85,7 +85,7 @@ pub async fn serve(listener: TcpListener, streaming: Streaming, stop: Cancellati
                 tasks.spawn(connection(socket, context));
             }
             Err(error) => {
-                tracing::warn!(%error, "a streaming client was not accepted");
+                tracing::warn!(%error, "failed to accept streaming client");
                 tokio::time::sleep(ACCEPT_RETRY_INTERVAL).await;
             }
         }
@@ -111,19 +111,19 @@ async fn accept(
     Ok((socket, permit, descriptor))
 }
 
-/// What a request needs beside itself. Cheap to clone.
+/// Context of a request. Cheap to clone.
 #[derive(Clone)]
 struct Context {
     streaming: Streaming,
     stop: CancellationToken,
     tasks: TaskTracker,
-    /// The connection's socket, to ask whether the client has left.
+    /// Socket of the connection, used to detect a disconnect.
     descriptor: Arc<OwnedFd>,
-    /// Given back when connection and session have ended.
+    /// Released when connection and session have ended.
     permit: Arc<OwnedSemaphorePermit>,
 }
 
-/// One connection's requests, up to an upgrade.
+/// Handles the requests of one connection up to an upgrade.
 async fn connection(socket: TcpStream, context: Context) {
     let stop = context.stop.clone();
     let service = service_fn(move |request| {
@@ -138,17 +138,17 @@ async fn connection(socket: TcpStream, context: Context) {
         .with_upgrades();
     tokio::select! {
         done = serving => if let Err(error) = done {
-            tracing::debug!(%error, "streaming client's request");
+            tracing::debug!(%error, "streaming request failed");
         },
         () = stop.cancelled() => {}
     }
 }
 
-/// Cancels `gone` when the client has left and what it sent is not read within [`DISCONNECT_GRACE`]. Never returns; the
-/// session that it runs beside ends it.
+/// Cancels `gone` if the client has disconnected and its data is not read within [`DISCONNECT_GRACE`]. Never returns;
+/// it ends with its session.
 async fn watch_disconnect(descriptor: Arc<OwnedFd>, gone: CancellationToken) {
     let disconnected = || {
-        // The one flag that nix has no name for.
+        // nix has no name for this flag.
         let left = PollFlags::from_bits_retain(nix::libc::POLLRDHUP);
         let mut asked = [PollFd::new(descriptor.as_fd(), left)];
         poll(&mut asked, PollTimeout::ZERO).is_ok_and(|found| found > 0)
@@ -161,7 +161,7 @@ async fn watch_disconnect(descriptor: Arc<OwnedFd>, gone: CancellationToken) {
     std::future::pending().await
 }
 
-/// Runs `session` with a watch over its client.
+/// Runs `session` and watches for a disconnect.
 async fn run_until_disconnect(
     session: impl Future<Output = ()>,
     gone: &CancellationToken,
@@ -173,7 +173,7 @@ async fn run_until_disconnect(
     }
 }
 
-/// Refusal as plain text.
+/// Returns an error response in plain text.
 fn refuse(status: StatusCode, message: impl Into<String>) -> Answer {
     let mut message = message.into();
     message.push('\n');
@@ -182,7 +182,7 @@ fn refuse(status: StatusCode, message: impl Into<String>) -> Answer {
     answer
 }
 
-/// Answers a request; a valid one becomes a session of its own task.
+/// Answers a request; a valid one starts a session in a separate task.
 fn answer(request: Request<Incoming>, context: &Context) -> Answer {
     if request.method() != Method::GET && request.method() != Method::POST {
         return refuse(StatusCode::METHOD_NOT_ALLOWED, "GET or POST");
@@ -191,7 +191,7 @@ fn answer(request: Request<Incoming>, context: &Context) -> Answer {
     let (Some(verb), Some(token), None) = (parts.next(), parts.next(), parts.next()) else {
         return refuse(StatusCode::NOT_FOUND, "not found");
     };
-    // First, as every use of a token uses it up.
+    // First, because every use of a token invalidates it.
     let Some(ticket) = context.streaming.tokens().redeem(token) else {
         return refuse(StatusCode::NOT_FOUND, "not found");
     };
@@ -206,17 +206,17 @@ fn answer(request: Request<Incoming>, context: &Context) -> Answer {
     }
     refuse(
         StatusCode::BAD_REQUEST,
-        "unable to upgrade: the request asks for no upgrade to SPDY/3.1 or websocket",
+        "unable to upgrade: the request is not an upgrade to SPDY/3.1 or websocket",
     )
 }
 
-/// Whether `Connection` and `Upgrade` ask for `protocol`.
+/// Returns whether `Connection` and `Upgrade` request `protocol`.
 fn upgrades_to(headers: &HeaderMap, protocol: &str) -> bool {
     values(headers, CONNECTION.as_str()).any(|value| value.eq_ignore_ascii_case(UPGRADE.as_str()))
         && values(headers, UPGRADE.as_str()).any(|value| value.eq_ignore_ascii_case(protocol))
 }
 
-/// All values of a header of lists.
+/// Returns all values of a list header.
 fn values<'a>(headers: &'a HeaderMap, name: &str) -> impl Iterator<Item = &'a str> {
     headers
         .get_all(name)
@@ -227,7 +227,7 @@ fn values<'a>(headers: &'a HeaderMap, name: &str) -> impl Iterator<Item = &'a st
         .filter(|value| !value.is_empty())
 }
 
-/// The first protocol the client offers that `accepted` has.
+/// Returns the first offered protocol that is in `accepted`.
 fn negotiate<'a>(headers: &HeaderMap, accepted: &[&'a str]) -> Result<&'a str, Box<Answer>> {
     let mut offered = values(headers, PROTOCOL_HEADER).peekable();
     if offered.peek().is_none() {
@@ -274,10 +274,10 @@ fn spdy_session(request: Request<Incoming>, ticket: Ticket, context: &Context) -
     answer
 }
 
-/// A stream of bytes after an upgrade.
+/// Byte stream after an upgrade.
 type Upgraded = TokioIo<hyper::upgrade::Upgraded>;
 
-/// Runs `session` as a task of its own once the answer is sent.
+/// Runs `session` in a separate task after the response is sent.
 fn upgrade<F>(
     request: Request<Incoming>,
     context: &Context,
@@ -289,7 +289,7 @@ fn upgrade<F>(
     context.tasks.spawn(async move {
         match hyper::upgrade::on(request).await {
             Ok(upgraded) => session(TokioIo::new(upgraded)).await,
-            Err(error) => tracing::debug!(%error, "streaming client did not upgrade"),
+            Err(error) => tracing::debug!(%error, "failed to upgrade streaming client"),
         }
         drop(permit);
     });
@@ -320,7 +320,7 @@ fn websocket_session(request: Request<Incoming>, ticket: Ticket, context: &Conte
     let Some((name, subprotocol)) = found else {
         return refuse(
             StatusCode::FORBIDDEN,
-            "unable to upgrade: none of the offered subprotocols is known",
+            "unable to upgrade: no supported subprotocol offered",
         );
     };
     let key = match headers.get(SEC_WEBSOCKET_KEY) {
@@ -351,7 +351,7 @@ fn websocket_session(request: Request<Incoming>, ticket: Ticket, context: &Conte
     answer
 }
 
-/// A session over WebSocket.
+/// Runs a session over WebSocket.
 async fn run_websocket(io: Upgraded, ticket: Ticket, kind: Subprotocol, context: &Context) {
     let socket = websocket::accept(io).await;
     let Subprotocol::Channels { version, base64 } = kind else {
@@ -371,7 +371,7 @@ async fn run_websocket(io: Upgraded, ticket: Ticket, kind: Subprotocol, context:
                 Box::pin(process::attach(attach, remote))
             }
             Ticket::Forward(Forward { pod, ports }) => {
-                // Two channels a port, numbered in one byte; a call with more ports is refused.
+                // Two channels per port, numbered in one byte; PortForward rejects more ports.
                 let pairs = ports.into_iter().zip((0..=u8::MAX - 1).step_by(2));
                 let pairs = pairs.map(|(port, data)| {
                     let input = channels.input(data);
@@ -390,7 +390,7 @@ async fn run_websocket(io: Upgraded, ticket: Ticket, kind: Subprotocol, context:
     run_until_disconnect(serving, &gone, context).await;
 }
 
-/// A session over SPDY on any byte stream.
+/// Runs a session over SPDY on any byte stream.
 async fn run_spdy<IO>(io: IO, ticket: Ticket, version: Version, context: &Context)
 where
     IO: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
@@ -438,7 +438,7 @@ async fn collect(
     match remote::collect(&mut accept, wanted, version, gone, limit).await {
         Ok(remote) => Some(remote),
         Err(error) => {
-            tracing::info!(%error, "streaming session did not start");
+            tracing::info!(%error, "failed to start streaming session");
             None
         }
     }

@@ -1,8 +1,9 @@
-//! The streaming server: where the URLs of Exec, Attach and PortForward lead.
+//! The streaming server: serves the URLs of Exec, Attach and PortForward.
 //!
-//! A call of the CRI is checked in `service/` and becomes a [`Ticket`] here, good for one connection. The client (the
-//! kubelet, crictl) then connects to `http`, which upgrades to SPDY (`spdy`) or WebSocket (`websocket`); `remote` and
-//! `forward` make sessions of their streams, `process` joins them with the guest. CRI forwards_stdin stay out of this folder, and so do VMs: it calls `LiteBox`.
+//! A CRI call is validated in `service/` and becomes a [`Ticket`], valid for one connection. The client (the kubelet,
+//! crictl) connects to `http`, which upgrades to SPDY (`spdy`) or WebSocket (`websocket`); `remote` and `forward`
+//! create sessions from the streams, and `process` connects them with the guest. This module uses neither CRI types
+//! nor VMs, only `LiteBox`.
 //!
 //! ```text
 //!  Exec ─▶ tokens ─▶ URL ─▶ client ─▶ http ─┬▶ spdy ─────┬▶ remote ─▶ process ─▶ LiteBox::exec_session
@@ -30,7 +31,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use tokens::Tokens;
 
-/// What a call allowed its client.
+/// Request that a URL stands for.
 #[derive(Debug, Clone)]
 pub enum Ticket {
     Exec(Exec),
@@ -39,7 +40,7 @@ pub enum Ticket {
 }
 
 impl Ticket {
-    /// First part of its URL's path.
+    /// Returns the first segment of the URL's path.
     fn verb(&self) -> &'static str {
         match self {
             Self::Exec(_) => "exec",
@@ -61,7 +62,7 @@ struct Inner {
 }
 
 impl Streaming {
-    /// For a server that listens on `address`.
+    /// Creates the state of a server that listens on `address`.
     pub fn new(limits: StreamingConfig, address: SocketAddr) -> Self {
         Self(Arc::new(Inner {
             tokens: Tokens::default(),
@@ -70,10 +71,10 @@ impl Streaming {
         }))
     }
 
-    /// The URL under which a client may use `ticket` once.
+    /// Returns the one-time URL of `ticket`.
     ///
     /// # Errors
-    /// Too many wait for their clients.
+    /// Too many sessions are pending.
     pub fn url(&self, ticket: Ticket) -> Result<String, TooManyPending> {
         let verb = ticket.verb();
         let token = self.0.tokens.issue(ticket)?;

@@ -1,22 +1,22 @@
-//! How a remote command ended, in the words of its protocol version: metav1.Status as JSON from v4 on, plain text
+//! Outcome of a remote command in the encoding of its protocol version: metav1.Status as JSON since v4, plain text
 //! before.
 
 use bytes::Bytes;
 use serde_json::{Value, json};
 
-/// The end of an exec or attach.
+/// Outcome of an exec or attach.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
-    /// Ended with 0, or, for attach, at all.
+    /// Exit code 0, or the end of an attach.
     Success,
-    /// Ended with another code.
+    /// Another exit code.
     Exit(u32),
-    /// Was not carried out; why, in one line.
+    /// Not executed, with the reason.
     Failed(String),
 }
 
 impl Outcome {
-    /// What goes on the error stream; `None`: nothing.
+    /// Returns the message for the error stream, if there is one.
     pub fn message(&self, json: bool) -> Option<Bytes> {
         if json {
             return Some(self.status().to_string().into());
@@ -63,7 +63,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_status_says_the_code_where_the_protocol_can() {
+    fn outcome_is_encoded_by_protocol_version() {
         let status: Value =
             serde_json::from_slice(&Outcome::Exit(7).message(true).unwrap()).unwrap();
         assert_eq!(status["status"], "Failure");

@@ -1,7 +1,7 @@
-//! Streams of a session without their transport: [`Input`] from the client, [`Output`] to it.
+//! Streams of a session independent of the transport: [`Input`] from the client, [`Output`] to it.
 //!
-//! SPDY and WebSocket make them (`spdy::connection`, `websocket`); exec, attach and port-forward use them and know no
-//! transport. Both wait where the other side does not keep up; neither holds more than a few chunks.
+//! SPDY and WebSocket create them (`spdy::connection`, `websocket`); exec, attach and port-forward use them. Both
+//! apply back-pressure and hold only a few chunks.
 
 use super::spdy::StreamOutput;
 use super::websocket::channels::ChannelOutput;
@@ -9,12 +9,12 @@ use bytes::Bytes;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-/// The client, or its stream, is gone.
+/// The client or its stream is closed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the client is gone")]
+#[error("client disconnected")]
 pub struct Gone;
 
-/// What a client sends on one stream.
+/// Data from the client on one stream.
 #[derive(Debug)]
 pub struct Input {
     chunks: mpsc::Receiver<Bytes>,
@@ -22,15 +22,15 @@ pub struct Input {
 }
 
 impl Input {
-    /// The reading end of `chunks`; `gone` is cancelled when the stream ends without the client's saying so.
+    /// Creates the reading end of `chunks`; `gone` is cancelled if the stream ends without an end from the client.
     pub fn new(chunks: mpsc::Receiver<Bytes>, gone: CancellationToken) -> Self {
         Self { chunks, gone }
     }
 
-    /// The next chunk, `Ok(None)` after the client's last. May be dropped and called again.
+    /// Returns the next chunk, or `Ok(None)` at the end. Cancel-safe.
     ///
     /// # Errors
-    /// The stream was reset, or the client is gone.
+    /// The stream was reset, or the client disconnected.
     pub async fn next(&mut self) -> Result<Option<Bytes>, Gone> {
         tokio::select! {
             biased;
@@ -42,13 +42,13 @@ impl Input {
         }
     }
 
-    /// Cancelled when the stream is gone.
+    /// Cancelled when the stream is closed.
     pub fn gone(&self) -> &CancellationToken {
         &self.gone
     }
 }
 
-/// What a client is sent on one stream.
+/// Data to the client on one stream.
 #[derive(Debug)]
 pub enum Output {
     Spdy(StreamOutput),
@@ -56,10 +56,11 @@ pub enum Output {
 }
 
 impl Output {
-    /// Sends `data`, waiting while the client does not read. Dropped midway, the bytes were sent whole or not at all.
+    /// Sends `data`, waiting while the client does not read. On cancellation the bytes were sent completely or not at
+    /// all.
     ///
     /// # Errors
-    /// The client, or its stream, is gone.
+    /// The client or its stream is closed.
     pub async fn write(&mut self, data: Bytes) -> Result<(), Gone> {
         match self {
             Self::Spdy(output) => output.write(data).await,
@@ -67,16 +68,16 @@ impl Output {
         }
     }
 
-    /// Nothing more will come on this stream.
+    /// Ends this stream.
     pub async fn finish(self) {
         match self {
             Self::Spdy(output) => output.finish().await,
-            // Its end is the connection's.
+            // A channel ends with the connection.
             Self::Channel(_) => {}
         }
     }
 
-    /// Gives the stream up, in both directions where the transport can.
+    /// Resets the stream, in both directions if the transport supports it.
     pub async fn reset(self) {
         match self {
             Self::Spdy(output) => output.reset().await,

@@ -1,13 +1,14 @@
-//! Joins a client ([`Remote`]) with a process of a container: exec and attach.
+//! Connects a client ([`Remote`]) with a process of a container: exec and attach.
 //!
 //! ```text
 //!  stdin ─▶ Execution.SendInput        Execution.Attach ─▶ stdout, stderr
 //!  resize ─▶ Execution.ResizeTty       its end, then Execution.Wait ─▶ error stream: metav1.Status
 //! ```
 //!
-//! Nothing is buffered here: a client that does not read stops the reading of the guest's output, whose buffer then
-//! stops an exec'd process. A container's own process is never stopped by who attached: its log is what holds it, and an
-//! attached client that falls too far behind is told so and dropped. A client that goes away ends what it exec'd.
+//! Nothing is buffered here: a client that does not read stops the reads of the guest's output, whose full buffer
+//! then blocks an exec'd process. The init process of a container is not blocked by attached clients, because its
+//! output goes to the log; a client that falls too far behind gets an error and is disconnected. A disconnecting
+//! client ends the process that it started by exec.
 
 use super::outcome::Outcome;
 use super::pipe::Input;
@@ -19,10 +20,10 @@ use bytes::Bytes;
 use futures::Stream;
 use serde::Deserialize;
 
-/// Longest run of resize messages without a whole one in it, in bytes.
+/// Maximum number of bytes of an incomplete resize message.
 const MAX_RESIZE_BYTES: usize = 1 << 10;
 
-/// What an Exec call asked for.
+/// Request of Exec.
 #[derive(Debug, Clone)]
 pub struct Exec {
     pub pod: LiteBox,
@@ -31,28 +32,28 @@ pub struct Exec {
     pub streams: RequestedStreams,
 }
 
-/// What an Attach call asked for.
+/// Request of Attach.
 #[derive(Debug, Clone)]
 pub struct Attach {
     pub pod: LiteBox,
     pub container: String,
     pub streams: RequestedStreams,
-    /// Whether the container has an input at all.
+    /// Whether the container has an stdin.
     pub has_stdin: bool,
 }
 
-/// How the joining ended.
+/// Reason why a session ended.
 enum Ended {
-    /// The process's output is at its end.
+    /// The output of the process ended.
     Output,
-    /// The client is gone, or the daemon stops.
+    /// The client disconnected, or the daemon is stopping.
     Gone,
-    /// The guest.
+    /// The guest failed.
     Broken(PortalError),
 }
 
-/// Runs a command for `remote` to its end. Driven to its end it leaves no process behind but what the command itself
-/// left; dropped, it leaves the command running.
+/// Runs a command for `remote` to completion. After completion only processes remain that the command left behind;
+/// dropping the future leaves the command running.
 pub async fn exec(exec: Exec, mut remote: Remote) {
     let RequestedStreams { tty, stdin, .. } = exec.streams;
     let started = exec
@@ -79,7 +80,8 @@ pub async fn exec(exec: Exec, mut remote: Remote) {
     tokio::join!(remote.finish(&outcome), session.end(false));
 }
 
-/// Joins `remote` with a container's own process until either ends. Dropped, it leaves the process alone.
+/// Connects `remote` with the init process of a container until either ends. Dropping the future does not affect the
+/// process.
 pub async fn attach(attach: Attach, mut remote: Remote) {
     let mut session = match attach.pod.attach_session(&attach.container).await {
         Ok(session) => session,
@@ -90,7 +92,8 @@ pub async fn attach(attach: Attach, mut remote: Remote) {
         Ended::Output => Outcome::Success,
         Ended::Gone => {
             if forwards_stdin {
-                // The end of its input, too; the guest closes it where the container wants its input closed (stdin_once).
+                // Also ends the stdin of the process; the guest closes it if the container requests that
+                // (stdin_once).
                 let _ = session
                     .controls()
                     .send_input(futures::stream::empty())
@@ -99,7 +102,7 @@ pub async fn attach(attach: Attach, mut remote: Remote) {
             return;
         }
         Ended::Broken(error) if error.guest_kind() == Some(GuestErrorKind::OutputGone) => {
-            Outcome::Failed("the client was too slow: output was lost to it, not to the log".into())
+            Outcome::Failed("client too slow: it missed output, which is in the log".into())
         }
         Ended::Broken(error) => Outcome::Failed(report(&error)),
     };
@@ -112,12 +115,13 @@ async fn failed(remote: Remote, what: &str, error: &RuntimeError) {
     remote.finish(&Outcome::Failed(reason)).await;
 }
 
-/// Moves bytes until the output ends or somebody goes. Unless it `forwards_stdin`, the client's input goes nowhere.
+/// Copies data until the output ends or the client disconnects. Without `forwards_stdin` the client's input is
+/// discarded.
 async fn join(session: &mut ProcessSession, remote: &mut Remote, forwards_stdin: bool) -> Ended {
     let (controls, gone) = (session.controls(), remote.gone.clone());
     let input = copy_input(remote.stdin.take(), forwards_stdin, &controls);
     let resize = resize(remote.resize.take(), &controls);
-    // The end of the input is not the process's.
+    // The end of the input does not end the session.
     let side = async {
         tokio::join!(input, resize);
         std::future::pending::<Ended>().await
@@ -130,7 +134,8 @@ async fn join(session: &mut ProcessSession, remote: &mut Remote, forwards_stdin:
     }
 }
 
-/// The process's output to the client, until its end. What the client does not want is read all the same.
+/// Copies the output of the process to the client until it ends. Streams that the client did not request are read and
+/// discarded.
 async fn copy_output(session: &mut ProcessSession, remote: &mut Remote) -> Ended {
     let output = session.output();
     loop {
@@ -154,23 +159,23 @@ async fn copy_output(session: &mut ProcessSession, remote: &mut Remote) -> Ended
     }
 }
 
-/// The client's input to the process, until its end.
+/// Copies the client's input to the process until it ends.
 async fn copy_input(input: Option<Input>, forwards_stdin: bool, controls: &ProcessControls) {
     let Some(mut input) = input else { return };
     if !forwards_stdin {
-        // Taken and thrown away: the client must not stall.
+        // Read and discarded, so that the client does not block.
         while let Ok(Some(_)) = input.next().await {}
         return;
     }
     if let Err(error) = controls.send_input(chunks(input)).await {
         tracing::debug!(
             error = report(&error),
-            "input of a session could not be passed on"
+            "failed to forward input of streaming session"
         );
     }
 }
 
-/// What the client sends as a stream that ends with it.
+/// Converts the client's input to a stream.
 pub fn chunks(input: Input) -> impl Stream<Item = Bytes> + Send + 'static {
     futures::stream::unfold(input, |mut input| async move {
         let chunk = input.next().await.ok().flatten()?;
@@ -178,7 +183,7 @@ pub fn chunks(input: Input) -> impl Stream<Item = Bytes> + Send + 'static {
     })
 }
 
-/// A size in characters, as clients write it.
+/// A terminal size in characters, in the clients' encoding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 struct Size {
     #[serde(rename = "Width", alias = "width")]
@@ -187,28 +192,28 @@ struct Size {
     height: u16,
 }
 
-/// The client's resizes to the terminal, until their end or the first that is none.
+/// Applies the client's resize messages until they end or one is invalid.
 async fn resize(input: Option<Input>, controls: &ProcessControls) {
     let Some(mut input) = input else { return };
     let mut text = Vec::new();
     while let Ok(Some(chunk)) = input.next().await {
         text.extend_from_slice(&chunk);
         let Some((sizes, used)) = sizes(&text) else {
-            tracing::debug!("resize messages of a client cannot be read");
+            tracing::debug!("invalid resize message from client");
             break;
         };
         text.drain(..used);
-        // Only the last one lasts.
+        // Only the last size matters.
         if let Some(size) = sizes.last()
             && let Err(error) = controls.resize(size.height, size.width).await
         {
-            tracing::debug!(error = report(&error), "terminal was not resized");
+            tracing::debug!(error = report(&error), "failed to resize terminal");
         }
     }
     while let Ok(Some(_)) = input.next().await {}
 }
 
-/// Whole sizes at the start of `text`, and how many bytes they took; `None` for what can be no start of one.
+/// Parses the complete sizes at the start of `text` and returns them with their length; `None` if `text` is invalid.
 fn sizes(text: &[u8]) -> Option<(Vec<Size>, usize)> {
     let mut values = serde_json::Deserializer::from_slice(text).into_iter::<Size>();
     let (mut sizes, mut used) = (Vec::new(), 0);
@@ -233,7 +238,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn sizes_come_in_any_cut() {
+    fn sizes_parses_partial_messages() {
         let size = |width, height| Size { width, height };
         let text = br#"{"Width":80,"Height":24} {"Width":132,"Height":50}{"Wid"#;
         assert_eq!(sizes(text), Some((vec![size(80, 24), size(132, 50)], 50)));
@@ -246,7 +251,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn hostile_sizes_never_panic(text in proptest::collection::vec(any::<u8>(), 0..200)) {
+        fn sizes_never_panics(text in proptest::collection::vec(any::<u8>(), 0..200)) {
             if let Some((_, used)) = sizes(&text) {
                 prop_assert!(used <= text.len());
             }

@@ -1,7 +1,5 @@
-//! The client's side of an exec or attach, as a set of streams: [`Remote`]. Here it is made of SPDY streams; `websocket`
-//! makes it of channels.
-//!
-//! It starts nothing: `process` joins it with a process of a container.
+//! The client of an exec or attach as a set of streams: [`Remote`]. Created here from SPDY streams, and in
+//! `websocket` from channels.
 
 use super::outcome::Outcome;
 use super::pipe::{Input, Output};
@@ -9,7 +7,7 @@ use super::spdy;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
-/// Which streams a call asked for.
+/// Streams requested by a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RequestedStreams {
     pub stdin: bool,
@@ -21,20 +19,20 @@ pub struct RequestedStreams {
 /// Version of the remote command protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Version {
-    /// The first; its errors are text.
+    /// Errors are plain text.
     V1,
-    /// As the first, with its mistakes mended.
+    /// V1 with corrections.
     V2,
-    /// With resize.
+    /// Adds resize.
     V3,
-    /// With metav1.Status on the error stream.
+    /// Adds metav1.Status on the error stream.
     V4,
-    /// With half-close on WebSocket.
+    /// Adds half-close over WebSocket.
     V5,
 }
 
 impl Version {
-    /// By the name of a subprotocol without base64 in it.
+    /// Parses the name of a subprotocol without base64.
     pub fn named(name: &str) -> Option<Self> {
         match name {
             "channel.k8s.io" => Some(Self::V1),
@@ -46,7 +44,7 @@ impl Version {
         }
     }
 
-    /// Whether errors are JSON.
+    /// Returns whether errors are JSON.
     pub fn json(self) -> bool {
         self >= Self::V4
     }
@@ -65,15 +63,15 @@ pub struct Remote {
     pub error: Output,
     pub resize: Option<Input>,
     pub version: Version,
-    /// Cancelled when the client is gone.
+    /// Cancelled when the client disconnects.
     pub gone: CancellationToken,
-    /// Halves that carry nothing; they end with the session.
+    /// Unused halves of streams, which end with the session.
     pub unused: Vec<Output>,
 }
 
 impl Remote {
-    /// Tells the client how it ended and ends all its streams, output first: a client takes the end of the error stream
-    /// for the end of all.
+    /// Sends the outcome to the client and ends all its streams, output first: clients treat the end of the error
+    /// stream as the end of the session.
     pub async fn finish(self, outcome: &Outcome) {
         let Self {
             stdout,
@@ -96,14 +94,14 @@ impl Remote {
     }
 }
 
-/// Why a client did not become a [`Remote`].
+/// Reason why a client did not become a [`Remote`].
 #[derive(Debug, thiserror::Error)]
 pub enum RemoteError {
-    /// It went away.
-    #[error("the client left before all its streams were there")]
+    /// It disconnected.
+    #[error("client disconnected before it opened all streams")]
     Left,
-    /// It did not open what its call asked for.
-    #[error("the client opened {opened} of {expected} streams within {limit:?}")]
+    /// It did not open all requested streams.
+    #[error("client opened {opened} of {expected} streams within {limit:?}")]
     Late {
         opened: usize,
         expected: usize,
@@ -111,10 +109,10 @@ pub enum RemoteError {
     },
 }
 
-/// Waits until the client has opened all streams its call asked for, at most `limit`. Others are reset.
+/// Waits until the client has opened all requested streams, at most for `limit`. Other streams are reset.
 ///
 /// # Errors
-/// It did not.
+/// The client did not open them in time.
 pub async fn collect(
     accept: &mut spdy::Accept,
     wanted: RequestedStreams,
@@ -130,7 +128,7 @@ pub async fn collect(
             if let Some(stream) = streams.place(stream, wanted, version) {
                 tracing::debug!(
                     kind = stream.headers.get(STREAM_TYPE),
-                    "stream of a client that was not asked for"
+                    "resetting unexpected stream of client"
                 );
                 stream.output.reset().await;
             }
@@ -154,7 +152,7 @@ pub async fn collect(
     streams.into_remote(version, gone).ok_or(RemoteError::Left)
 }
 
-/// Header that names a stream's use.
+/// Header with the purpose of a stream.
 pub const STREAM_TYPE: &str = "streamtype";
 
 #[derive(Default)]
@@ -188,7 +186,7 @@ impl Streams {
         .count()
     }
 
-    /// Gives a stream back that has no place.
+    /// Assigns a stream; returns it if it is unexpected.
     fn place(
         &mut self,
         stream: spdy::Stream,

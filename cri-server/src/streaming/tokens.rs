@@ -1,7 +1,7 @@
-//! One-time tokens: what an Exec, Attach or PortForward call allowed, until its URL is used or expires.
+//! One-time tokens: the request of an Exec, Attach or PortForward call until its URL is used or expires.
 //!
-//! A token is 128 random bits, good once and for [`TOKEN_LIFETIME`]; at most [`MAX_TOKENS`] wait at a time. Whoever has one may do
-//! what its call asked for and nothing else, so tokens are in no log. Unknown, used and expired ones look the same.
+//! A token is 128 random bits, valid once and for [`TOKEN_LIFETIME`]; at most [`MAX_TOKENS`] are pending. A token
+//! grants its request and nothing else, and is never logged. Unknown, used and expired tokens are indistinguishable.
 
 use boxlite_sys::sync::Mutex;
 use rand::RngCore;
@@ -9,19 +9,17 @@ use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// What a client may take from the call's answer to the connection; the kubelet connects at once.
+/// Time between the call's response and the connection of the client; the kubelet connects immediately.
 pub const TOKEN_LIFETIME: Duration = Duration::from_secs(60);
-/// Tokens that wait for their use.
+/// Maximum number of pending tokens.
 pub const MAX_TOKENS: usize = 1000;
 
-/// More calls than tokens.
+/// Too many pending tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "{MAX_TOKENS} streaming requests wait for their clients already; one expires {TOKEN_LIFETIME:?} after its call"
-)]
+#[error("too many pending streaming sessions (maximum {MAX_TOKENS})")]
 pub struct TooManyPending;
 
-/// Tokens and what they stand for.
+/// Tokens with their requests.
 #[derive(Debug)]
 pub struct Tokens<T> {
     inner: Mutex<Inner<T>>,
@@ -30,7 +28,7 @@ pub struct Tokens<T> {
 #[derive(Debug)]
 struct Inner<T> {
     entries: HashMap<String, T>,
-    /// In the order of their expiry; a used one stays until then.
+    /// Sorted by expiry; a used token remains until then.
     expiry: VecDeque<(Instant, String)>,
 }
 
@@ -46,10 +44,10 @@ impl<T> Default for Tokens<T> {
 }
 
 impl<T> Tokens<T> {
-    /// A token for `what`.
+    /// Creates a token for `what`.
     ///
     /// # Errors
-    /// Too many wait.
+    /// Too many tokens are pending.
     pub fn issue(&self, what: T) -> Result<String, TooManyPending> {
         let now = Instant::now();
         let mut inner = self.inner.lock();
@@ -67,7 +65,7 @@ impl<T> Tokens<T> {
         Ok(token)
     }
 
-    /// What `token` stands for, once.
+    /// Returns the request of `token`, once.
     pub fn redeem(&self, token: &str) -> Option<T> {
         let mut inner = self.inner.lock();
         inner.expire(Instant::now());
@@ -90,7 +88,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn a_token_is_good_once_and_for_a_while() {
+    async fn token_is_valid_once_until_expiry() {
         let tokens = Tokens::default();
         let (a, b) = (tokens.issue(1).unwrap(), tokens.issue(2).unwrap());
         assert_ne!(a, b);
@@ -103,7 +101,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn their_number_is_bounded_and_expiry_makes_room() {
+    async fn tokens_are_bounded_and_expire() {
         let tokens = Tokens::default();
         for number in 0..MAX_TOKENS {
             tokens.issue(number).unwrap();

@@ -1,7 +1,7 @@
-//! Counters of a guest to the CRI's metrics, under cAdvisor's names ([`table`]).
+//! Conversion of a guest's counters to the CRI's metrics, under cAdvisor's names ([`table`]).
 //!
-//! The CRI's values are whole numbers, so times are in whole seconds, as other runtimes give them. The guest is hostile: numbers
-//! are passed on, lists are bounded. What a kernel does not offer has no value.
+//! The CRI's values are integers, so times are in whole seconds, as in other runtimes. The guest is untrusted: values
+//! are passed through, and lists are bounded. Features that a kernel lacks have no value.
 
 pub mod table;
 #[cfg(test)]
@@ -20,16 +20,16 @@ use boxlite_proto::cri::v1::{
 use boxlite_runtime::{BoxSnapshot, ContainerSnapshot};
 use table::{BASE, TABLE};
 
-/// Most devices and interfaces of one guest that are passed on: a VM of ours has fewer than 16 of either.
+/// Maximum number of devices and interfaces per guest; a VM has fewer than 16 of either.
 const MAX_ENTRIES: usize = 64;
-/// Period of the CPU limit where none was set, in µs: the kernel's.
+/// Default period of the CPU limit in the kernel, in µs.
 const PERIOD: i64 = 100_000;
-/// Shares where none were set: the kernel's.
+/// Default CPU shares of the kernel.
 const SHARES: i64 = 1024;
-/// The one ulimit that cAdvisor reports.
+/// The only ulimit that cAdvisor reports.
 const OPEN_FILES: &str = "max_open_files";
 
-/// What ListMetricDescriptors answers.
+/// Returns the response of ListMetricDescriptors.
 pub fn descriptors() -> Vec<MetricDescriptor> {
     let keys = |extra: &[&str]| {
         BASE.iter()
@@ -47,7 +47,8 @@ pub fn descriptors() -> Vec<MetricDescriptor> {
         .collect()
 }
 
-/// Metrics of one pod: those of the VM's pod as a whole (its label `container` is empty, as cAdvisor's), and its containers'.
+/// Returns the metrics of a pod: those of the whole pod (with an empty label `container`, as in cAdvisor), and those
+/// of its containers.
 pub fn pod(
     snapshot: &BoxSnapshot,
     answer: &GuestStatsResponse,
@@ -85,7 +86,7 @@ pub fn pod(
     }
 }
 
-/// Metrics of one container. `scratch` is the file system of the writable layers.
+/// Returns the metrics of a container. `scratch` is the file system of the writable layers.
 pub fn container(
     pod: &BoxSnapshot,
     snapshot: &ContainerSnapshot,
@@ -128,7 +129,8 @@ pub fn container(
     }
 }
 
-/// The label `id`: cAdvisor's is the cgroup on the host. A container's cgroup is in the VM, below the pod's.
+/// Returns the label `id`. In cAdvisor it is the cgroup on the host; a container's cgroup is in the VM, below the
+/// pod's.
 fn cgroup_path(sandbox: &PodMetadata, container: &str) -> String {
     let parent = sandbox.cgroup_parent();
     let parent = parent.trim_matches('/');
@@ -143,12 +145,12 @@ fn seconds_of_ns(ns: i64) -> u64 {
     u64::try_from(ns / 1_000_000_000).unwrap_or(0)
 }
 
-/// 0 where there is no limit, as cAdvisor has it.
+/// Returns the limit, or 0 for unlimited, as in cAdvisor.
 fn limit(value: u64) -> u64 {
     if value < NO_LIMIT { value } else { 0 }
 }
 
-/// The metrics of one subject as they are gathered.
+/// Metrics of one subject.
 struct Figures {
     labels: Vec<String>,
     now: i64,
@@ -156,7 +158,7 @@ struct Figures {
 }
 
 impl Figures {
-    /// A name that is not in the table would be a mistake in this file; a test has all names.
+    /// An unknown name is a bug in this file; a test covers all names.
     fn add(&mut self, name: &'static str, extra: &[&str], value: u64) {
         let Some(row) = TABLE.iter().find(|row| row.name == name) else {
             return;
@@ -178,7 +180,7 @@ impl Figures {
         }
     }
 
-    /// What every cgroup has: the pod's and a container's.
+    /// Adds the values that every cgroup has.
     fn cgroup(&mut self, stats: &CgroupStats) {
         let seconds = |usec: u64| usec / 1_000_000;
         self.plain(&[
@@ -216,7 +218,7 @@ impl Figures {
             ("container_threads", stats.pids_current),
             ("container_threads_max", limit(stats.pids_max)),
         ]);
-        // cgroup v2 counts a cgroup together with those below it: both scopes are one.
+        // cgroup v2 counts a cgroup including its descendants, so both scopes are equal.
         for scope in ["container", "hierarchy"] {
             for kind in ["pgfault", "pgmajfault"] {
                 let value = stat(stats, kind);

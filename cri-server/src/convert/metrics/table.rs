@@ -1,19 +1,19 @@
-//! The metrics' names, as cAdvisor has them and Kubernetes 1.36 asks for, with what stands behind each in a VM.
+//! Names of the metrics, as in cAdvisor and required by Kubernetes 1.36, with their source in a VM.
 //!
-//! The kubelet joins a metric's label values to these keys by position, so a descriptor and `super::Figures` must agree; a test
+//! The kubelet matches label values to these keys by position, so descriptors and `super::Figures` must agree; a test
 //! compares them.
 
 use boxlite_proto::cri::v1::MetricType;
 
-/// Labels of every metric, named as cAdvisor's.
+/// Labels of every metric, as in cAdvisor.
 pub const BASE: [&str; 6] = ["id", "name", "image", "container", "namespace", "pod"];
 
-/// One metric.
+/// A metric.
 #[derive(Debug)]
 pub struct Descriptor {
     pub name: &'static str,
     pub help: &'static str,
-    /// Labels beside [`BASE`].
+    /// Labels in addition to [`BASE`].
     pub extra: &'static [&'static str],
     pub kind: MetricType,
 }
@@ -48,13 +48,13 @@ const DEVICE: &[&str] = &["device"];
 const INTERFACE: &[&str] = &["interface"];
 const PAGE_SIZE: &[&str] = &["pagesize"];
 
-/// All of them.
+/// All metrics.
 #[rustfmt::skip]
 pub static TABLE: [Descriptor; 56] = [
     counter("container_blkio_device_usage_total", "Bytes read from and written to a block device of the VM", &["device", "major", "minor", "operation"]),
     counter("container_cpu_cfs_periods_total", "CPU enforcement periods that passed", &[]),
     counter("container_cpu_cfs_throttled_periods_total", "CPU enforcement periods in which the limit was hit", &[]),
-    counter("container_cpu_cfs_throttled_seconds_total", "Seconds spent held back by the CPU limit", &[]),
+    counter("container_cpu_cfs_throttled_seconds_total", "Seconds throttled by the CPU limit", &[]),
     counter("container_cpu_system_seconds_total", "CPU time in the guest's kernel, in seconds", &[]),
     counter("container_cpu_usage_seconds_total", "CPU time, in seconds", &[]),
     counter("container_cpu_user_seconds_total", "CPU time in user mode, in seconds", &[]),
@@ -78,8 +78,8 @@ pub static TABLE: [Descriptor; 56] = [
     gauge("container_memory_max_usage_bytes", "Most memory ever used", &[]),
     gauge("container_memory_rss", "Anonymous memory", &[]),
     gauge("container_memory_swap", "Swap in use", &[]),
-    gauge("container_memory_usage_bytes", "Memory in use, whenever it was last looked at", &[]),
-    gauge("container_memory_working_set_bytes", "Memory in use less what was not looked at lately of the page cache", &[]),
+    gauge("container_memory_usage_bytes", "Memory in use, including inactive page cache", &[]),
+    gauge("container_memory_working_set_bytes", "Memory in use without inactive page cache", &[]),
     counter("container_network_receive_bytes_total", "Bytes received", INTERFACE),
     counter("container_network_receive_errors_total", "Errors while receiving", INTERFACE),
     counter("container_network_receive_packets_dropped_total", "Packets dropped while receiving", INTERFACE),
@@ -88,7 +88,7 @@ pub static TABLE: [Descriptor; 56] = [
     counter("container_network_transmit_errors_total", "Errors while sending", INTERFACE),
     counter("container_network_transmit_packets_dropped_total", "Packets dropped while sending", INTERFACE),
     counter("container_network_transmit_packets_total", "Packets sent", INTERFACE),
-    counter("container_oom_events_total", "Processes that the guest's kernel killed for want of memory", &[]),
+    counter("container_oom_events_total", "Processes killed by the OOM killer of the guest's kernel", &[]),
     counter("container_pressure_cpu_stalled_seconds_total", "Seconds in which all tasks waited for CPU", &[]),
     counter("container_pressure_cpu_waiting_seconds_total", "Seconds in which some task waited for CPU", &[]),
     counter("container_pressure_io_stalled_seconds_total", "Seconds in which all tasks waited for IO", &[]),
@@ -100,11 +100,11 @@ pub static TABLE: [Descriptor; 56] = [
     gauge("container_spec_cpu_period", "Period of the CPU limit, in microseconds", &[]),
     gauge("container_spec_cpu_quota", "CPU time allowed in a period, in microseconds", &[]),
     gauge("container_spec_cpu_shares", "CPU shares", &[]),
-    gauge("container_spec_memory_limit_bytes", "Memory limit; 0 is none", &[]),
-    gauge("container_spec_memory_reservation_limit_bytes", "Memory that is not reclaimed; 0 is none", &[]),
-    gauge("container_spec_memory_swap_limit_bytes", "Swap limit; 0 is none", &[]),
+    gauge("container_spec_memory_limit_bytes", "Memory limit; 0 if unlimited", &[]),
+    gauge("container_spec_memory_reservation_limit_bytes", "Memory that is not reclaimed; 0 if unset", &[]),
+    gauge("container_spec_memory_swap_limit_bytes", "Swap limit; 0 if unlimited", &[]),
     gauge("container_start_time_seconds", "When it started, in seconds since the epoch", &[]),
     gauge("container_threads", "Threads", &[]),
-    gauge("container_threads_max", "Most threads allowed; 0 is no limit", &[]),
-    gauge("container_ulimits_soft", "Soft limits of the first process; a limit that is not there has no value", &["ulimit"]),
+    gauge("container_threads_max", "Most threads allowed; 0 if unlimited", &[]),
+    gauge("container_ulimits_soft", "Soft limits of the first process; an infinite limit has no value", &["ulimit"]),
 ];

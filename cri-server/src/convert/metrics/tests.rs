@@ -1,4 +1,4 @@
-//! Descriptors against figures, from an answer in which everything is there.
+//! Compares descriptors with metrics of an answer that has all values.
 
 use super::*;
 use boxlite_proto::boxlite::v1::{
@@ -155,7 +155,7 @@ fn all(pod: &PodSandboxMetrics) -> Vec<Metric> {
 }
 
 #[test]
-fn every_name_has_a_value_and_every_value_its_labels() {
+fn every_metric_has_values_with_matching_labels() {
     let descriptors = descriptors();
     let keys: BTreeMap<_, _> = descriptors
         .iter()
@@ -175,7 +175,7 @@ fn every_name_has_a_value_and_every_value_its_labels() {
     }
     let names: BTreeSet<_> = metrics.iter().map(|metric| metric.name.as_str()).collect();
     let missing: Vec<_> = keys.keys().filter(|name| !names.contains(**name)).collect();
-    // The one that cgroup v2 has no file for.
+    // The only metric without a file in cgroup v2.
     assert_eq!(missing, [&"container_hugetlb_max_usage_bytes"]);
 }
 
@@ -211,7 +211,7 @@ fn values_and_labels_of_a_container() {
 }
 
 #[test]
-fn a_kernel_without_a_feature_has_no_value_and_a_lying_guest_is_bounded() {
+fn missing_features_have_no_value_and_lists_are_bounded() {
     let mut stats = cgroup();
     stats.io_pressure = None;
     stats.io = vec![BlkioStats::default(); 5000];

@@ -26,7 +26,7 @@ fn record(config: PodSandboxConfig) -> PodMetadata {
 }
 
 #[test]
-fn what_the_cri_requires_is_named() {
+fn missing_required_fields_are_named() {
     let refused = |config| {
         PodMetadata::new(config, String::new())
             .unwrap_err()
@@ -41,7 +41,7 @@ fn what_the_cri_requires_is_named() {
     assert_eq!(refused(nameless), "config.metadata.name is missing");
     let mut wrong = config();
     wrong.hostname = "a/b".into();
-    assert!(refused(wrong).contains("is no hostname"));
+    assert!(refused(wrong).contains("not a hostname"));
     let mut relative = config();
     relative.log_directory = "logs".into();
     assert!(refused(relative).contains("log_directory"));
@@ -92,7 +92,7 @@ fn namespaces_of_the_node() {
 }
 
 #[test]
-fn the_network_of_the_node_makes_a_box_without_namespace() {
+fn host_network_pod_has_no_netns() {
     let made = |network| {
         let mut pod = config();
         pod.linux = Some(LinuxPodSandboxConfig {
@@ -116,7 +116,7 @@ fn the_network_of_the_node_makes_a_box_without_namespace() {
 }
 
 #[test]
-fn box_options_have_name_size_and_the_record() {
+fn box_options_have_name_size_and_metadata() {
     let mut pod = config();
     pod.linux = Some(LinuxPodSandboxConfig {
         cgroup_parent: "/kubepods/podu-1".into(),
@@ -139,7 +139,7 @@ fn box_options_have_name_size_and_the_record() {
 }
 
 #[test]
-fn hostname_comes_from_the_pod_name_where_none_is_given() {
+fn hostname_defaults_to_pod_name() {
     let mut pod = config();
     pod.hostname.clear();
     pod.metadata.as_mut().unwrap().name = format!("a.b{}", "c".repeat(80));
@@ -191,7 +191,7 @@ fn network_has_ports_bandwidth_and_dns() {
 }
 
 #[test]
-fn wrong_ports_and_rates_are_refused() {
+fn invalid_ports_and_rates_are_rejected() {
     let mut pod = config();
     pod.port_mappings = vec![PortMapping {
         container_port: 70_000,

@@ -1,11 +1,11 @@
-//! Capabilities of a container: containerd's default set, the request's additions and removals, `ALL`.
+//! Capabilities of a container: containerd's default set, additions and removals of the request, `ALL`.
 
 use super::ConvertError;
 use boxlite_proto::cri::v1::{Capability, LinuxContainerSecurityContext};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 
-/// What a container has unless it says otherwise: containerd's and Docker's list.
+/// Default capabilities, as in containerd and Docker.
 const DEFAULT: [&str; 14] = [
     "AUDIT_WRITE",
     "CHOWN",
@@ -22,7 +22,7 @@ const DEFAULT: [&str; 14] = [
     "SETUID",
     "SYS_CHROOT",
 ];
-/// All of Linux 5.9 and later (capability.h, CAP_LAST_CAP 40); the guest's kernel is 6.12.
+/// All capabilities since Linux 5.9 (capability.h, CAP_LAST_CAP 40); the guest's kernel is 6.12.
 const ALL: [&str; 41] = [
     "AUDIT_CONTROL",
     "AUDIT_READ",
@@ -67,7 +67,7 @@ const ALL: [&str; 41] = [
     "WAKE_ALARM",
 ];
 
-/// `process.capabilities`. Order as in containerd: add ALL, drop ALL, add each, drop each.
+/// Returns `process.capabilities`. As in containerd, in the order: add ALL, drop ALL, add each, drop each.
 pub fn capabilities(security: &LinuxContainerSecurityContext) -> Result<Value, ConvertError> {
     let none = Capability::default();
     let wish = security.capabilities.as_ref().unwrap_or(&none);
@@ -113,7 +113,7 @@ fn is_all(name: &str) -> bool {
     name.eq_ignore_ascii_case("ALL")
 }
 
-/// The capability without `CAP_`, which a request may have, in any case.
+/// Returns the capability without the optional prefix `CAP_`, in any case.
 fn known(name: &str) -> Result<&'static str, ConvertError> {
     let upper = name.to_ascii_uppercase();
     let bare = upper.strip_prefix("CAP_").unwrap_or(&upper);
@@ -121,7 +121,7 @@ fn known(name: &str) -> Result<&'static str, ConvertError> {
         ConvertError::invalid(
             "security_context.capabilities",
             name,
-            "is no Linux capability",
+            "not a Linux capability",
         )
     })
 }

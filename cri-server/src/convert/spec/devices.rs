@@ -1,9 +1,9 @@
-//! `devices` of the request: block devices of the host, and nodes of the guest's /dev under the names asked for.
+//! `devices` of the request: block devices of the host, and nodes of the guest's /dev.
 //!
-//! A block device is named by its numbers, as containerd would: an OCI device and the rule that allows it. The shim serves it to
-//! the VM. Of character devices a VM has none of the host's: what a pod asks for by a name that every Linux has (/dev/fuse,
-//! /dev/net/tun) exists in the guest as well, and that is what the container gets; what the guest has not is refused there, by
-//! name. That choice travels as an annotation, since an OCI device is numbers, and the numbers are the guest's.
+//! As in containerd, a block device is an OCI device with its numbers and a rule that allows it. The shim serves it
+//! to the VM. Character devices of the host are not available in a VM: a name that every Linux has (/dev/fuse,
+//! /dev/net/tun) resolves to the guest's device, and the guest rejects names that it does not have. These names are
+//! passed in an annotation, because an OCI device is identified by numbers, and the numbers are the guest's.
 
 use super::ConvertError;
 use boxlite_proto::cri::v1::Device;
@@ -17,18 +17,18 @@ use std::path::{Component, Path};
 const HOST_PATH: &str = "config.devices.host_path";
 const CONTAINER_PATH: &str = "config.devices.container_path";
 
-/// What the spec says of the devices.
+/// Devices in the form of the spec.
 #[derive(Debug, Default, PartialEq)]
 pub struct Devices {
-    /// The annotation's value; `None` where nothing of the guest's is asked for.
+    /// Value of the annotation; `None` without devices of the guest.
     pub of_guest: Option<String>,
-    /// `linux.devices`: the host's.
+    /// `linux.devices`: devices of the host.
     pub nodes: Vec<Value>,
-    /// What `linux.resources.devices` says about them.
+    /// Their rules in `linux.resources.devices`.
     pub rules: Vec<Value>,
 }
 
-/// Reads the request; looks at the host for what its paths are.
+/// Converts the request; reads the type of its paths on the host.
 pub fn devices(wanted: &[Device]) -> Result<Devices, ConvertError> {
     let mut devices = Devices::default();
     let mut of_guest = Vec::new();
@@ -74,12 +74,12 @@ fn permissions(device: &Device) -> Result<&str, ConvertError> {
         text => Err(ConvertError::invalid(
             "config.devices.permissions",
             text,
-            "must be made of r, w and m",
+            "must consist of r, w and m",
         )),
     }
 }
 
-/// What is at a path of the host, links followed, if it is a block device; `None`: the guest's /dev decides.
+/// Returns the metadata of a host path, links followed, if it is a block device; `None` if the guest's /dev decides.
 fn block_device(path: &str) -> Result<Option<Metadata>, ConvertError> {
     let refuse = |reason: String| Err(ConvertError::invalid(HOST_PATH, path, reason));
     if !Path::new(path).is_absolute() || path.contains('\0') {
@@ -89,14 +89,12 @@ fn block_device(path: &str) -> Result<Option<Metadata>, ConvertError> {
     match std::fs::metadata(path) {
         Ok(metadata) if metadata.file_type().is_block_device() => Ok(Some(metadata)),
         _ if of_guest => Ok(None),
-        Ok(_) => refuse(
-            "is no block device, and of others the VM has its own, by paths below /dev".to_owned(),
-        ),
+        Ok(_) => refuse("not a block device; other devices must be paths below /dev".to_owned()),
         Err(error) => refuse(error.to_string()),
     }
 }
 
-/// A place in the container that a device can have: absolute, of names only.
+/// Validates the path of a device in the container: absolute, without `..`.
 fn plain(path: &str) -> Result<(), ConvertError> {
     let mut parts = Path::new(path).components();
     let root = parts.next() == Some(Component::RootDir);
@@ -113,7 +111,7 @@ fn plain(path: &str) -> Result<(), ConvertError> {
     ))
 }
 
-/// A plain path below /dev.
+/// Validates a plain path below /dev.
 fn below_dev(field: &'static str, path: &str) -> Result<(), ConvertError> {
     if is_below_dev(path) {
         return Ok(());
@@ -148,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn paths_below_dev_with_permissions() {
+    fn guest_devices_are_passed_by_path() {
         assert_eq!(devices(&[]), Ok(Devices::default()));
         let found = devices(&[
             device("/dev/fuse", "", "rw"),
@@ -167,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn block_devices_are_the_hosts_through_links_and_anywhere() {
+    fn block_devices_are_resolved_through_links() {
         let disk = std::fs::read_dir("/dev").unwrap().flatten().find(|entry| {
             let kind = entry.file_type();
             kind.is_ok_and(|kind| kind.is_block_device())
@@ -194,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn anything_else_is_refused() {
+    fn other_devices_are_rejected() {
         for (bad, field) in [
             (device("/etc/passwd", "", ""), HOST_PATH),
             (device("/no/such/disk", "", ""), HOST_PATH),

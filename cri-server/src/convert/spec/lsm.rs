@@ -1,8 +1,8 @@
-//! AppArmor and SELinux fields: refused by name where they ask for something.
+//! AppArmor and SELinux fields.
 //!
-//! The pod's kernel is the guest's own, and it runs with neither: a profile or label of this host means nothing in it.
-//! What asks for no confinement, or for the runtime's default of it, is fulfilled by doing nothing, as containerd does on a
-//! host without AppArmor.
+//! A pod has a separate kernel that runs without either, so that a profile or label of the host has no effect in it.
+//! Requests for no confinement, or for the runtime's default, succeed without effect, as in containerd on a host
+//! without AppArmor.
 
 use super::ConvertError;
 use boxlite_proto::cri::v1::{
@@ -10,10 +10,10 @@ use boxlite_proto::cri::v1::{
     security_profile::ProfileType,
 };
 
-const NO_APPARMOR: &str = "the VM's kernel has no AppArmor";
-const NO_SELINUX: &str = "the VM's kernel runs without SELinux";
+const NO_APPARMOR: &str = "the kernel of the VM has no AppArmor";
+const NO_SELINUX: &str = "the kernel of the VM runs without SELinux";
 
-/// Of a container.
+/// Validates the fields of a container.
 pub fn container(security: &LinuxContainerSecurityContext) -> Result<(), ConvertError> {
     apparmor(security.apparmor.as_ref())?;
     #[expect(deprecated, reason = "older kubelets send it")]
@@ -28,7 +28,7 @@ pub fn container(security: &LinuxContainerSecurityContext) -> Result<(), Convert
     selinux(security.selinux_options.as_ref())
 }
 
-/// Of a pod.
+/// Validates the fields of a pod.
 pub fn sandbox(security: &LinuxSandboxSecurityContext) -> Result<(), ConvertError> {
     apparmor(security.apparmor.as_ref())?;
     selinux(security.selinux_options.as_ref())

@@ -1,10 +1,12 @@
-//! The OCI spec of a container, as containerd's CRI plugin would write it, but for what a VM makes different.
+//! OCI spec of a container, as containerd's CRI plugin writes it, except for the differences of a VM.
 //!
-//! Differences: network, IPC and UTS namespaces are the VM's own, so the spec asks for none; `process.user` may carry a name that only the
-//! guest can resolve (see `user`); `/dev/shm` is the guest's; devices but disks are the guest's (see `devices`); AppArmor and SELinux are not in the
-//! guest's kernel (see `lsm`). Mount sources are host paths; the runtime turns them into guest paths.
+//! Differences: the network, IPC and UTS namespaces are those of the VM, so the spec has none; `process.user` may
+//! have a name that only the guest can resolve (see `user`); `/dev/shm` and devices except disks are the guest's (see
+//! `devices`); the guest's kernel has no AppArmor and SELinux (see `lsm`). Mount sources are host paths, which the
+//! runtime converts to guest paths.
 //!
-//! Written as JSON, since that is what the specification defines, and read back typed: what oci-spec does not know fails here.
+//! The spec is written as JSON, the form that the specification defines, and parsed into its type, so that unknown
+//! fields fail here.
 
 mod capabilities;
 mod devices;
@@ -32,19 +34,19 @@ use oci_spec::runtime::Spec;
 use serde_json::{Value, json};
 use std::path::Path;
 
-/// The OCI version that is spoken; oci-spec 0.10 and libcontainer 0.7 know it.
+/// Version of the OCI runtime specification; oci-spec 0.10 and libcontainer 0.7 support it.
 const OCI_VERSION: &str = "1.0.2";
 
-/// Everything a spec is made from.
+/// Input of a spec.
 #[derive(Debug, Clone, Copy)]
 pub struct Source<'a> {
-    /// The container as the kubelet wants it.
+    /// Config of the request.
     pub config: &'a ContainerConfig,
-    /// Its pod.
+    /// Metadata of its pod.
     pub sandbox: &'a PodMetadata,
-    /// Its pod's id.
+    /// Id of its pod.
     pub sandbox_id: &'a str,
-    /// Its image's configuration.
+    /// Configuration of its image.
     pub image: &'a ImageConfiguration,
     /// Host directory with the pod's resolv.conf, hostname and hosts.
     pub files: &'a Path,
@@ -64,7 +66,7 @@ impl Source<'_> {
     }
 }
 
-/// The spec. Looks at the host only for what mount sources and devices are.
+/// Returns the spec. Reads only mount sources and devices on the host.
 pub fn spec(source: Source<'_>) -> Result<Spec, ConvertError> {
     let security = source.security();
     refuse(&source, &security)?;
@@ -78,7 +80,8 @@ pub fn spec(source: Source<'_>) -> Result<Spec, ConvertError> {
         namespaces.push(json!({"type": "pid"}));
     }
     let privileged = security.privileged;
-    // As in containerd the request's lists are the lists: a kubelet names its own defaults, and none for procMount: Unmasked.
+    // As in containerd, the lists of the request are used as they are: the kubelet sends its defaults, and empty
+    // lists for procMount: Unmasked.
     let (masked, readonly) = if privileged {
         (&[][..], &[][..])
     } else {
@@ -120,11 +123,15 @@ pub fn spec(source: Source<'_>) -> Result<Spec, ConvertError> {
         }
     }
     serde_json::from_value(document).map_err(|error| {
-        ConvertError::invalid("config", "", format!("no OCI spec can be made: {error}"))
+        ConvertError::invalid(
+            "config",
+            "",
+            format!("results in an invalid OCI spec: {error}"),
+        )
     })
 }
 
-/// What this runtime does not do, said by name.
+/// Rejects unsupported requests by name.
 fn refuse(
     source: &Source<'_>,
     security: &LinuxContainerSecurityContext,
@@ -138,20 +145,20 @@ fn refuse(
         return Err(ConvertError::invalid(
             "namespace_options.network",
             "NODE",
-            "the container's pod is not in the host's network",
+            "the pod sandbox does not use the host network",
         ));
     }
     if let Some(device) = source.config.cdi_devices.first() {
         return Err(ConvertError::unsupported(
             "config.CDI_devices",
             format!("{:?}", device.name),
-            "a VM has no device of the host",
+            "host devices are not available in a VM",
         ));
     }
     lsm::container(security)
 }
 
-/// The pod's user namespace, if it has one of its own. The pod decides; a container may only repeat it.
+/// Returns the ID mapping of the pod, if it has a user namespace. A container may only repeat it.
 fn user_namespace(
     source: &Source<'_>,
     security: &LinuxContainerSecurityContext,
@@ -164,14 +171,14 @@ fn user_namespace(
         return Err(ConvertError::invalid(
             "namespace_options.userns_options",
             "",
-            "differs from the pod's",
+            "differs from the pod sandbox",
         ));
     }
     Ok(pods)
 }
 
-/// Checks the namespaces asked for. The node's network is reached through the VMM (docs/networking.md); its PIDs and IPC are
-/// answered with what a VM has (docs/security.md).
+/// Validates namespace options. The node's network is reached through the VMM (docs/networking.md); the node's PIDs
+/// and IPC objects are represented by those of the VM (docs/security.md).
 pub fn namespaces(
     options: Option<&boxlite_proto::cri::v1::NamespaceOption>,
 ) -> Result<(), ConvertError> {
@@ -190,7 +197,7 @@ pub fn namespaces(
     Ok(())
 }
 
-/// containerd's annotations, by its names, and those that speak to the guest.
+/// Returns containerd's annotations and those for the guest.
 fn annotations(
     source: &Source<'_>,
     security: &LinuxContainerSecurityContext,

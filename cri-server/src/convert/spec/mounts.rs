@@ -1,4 +1,5 @@
-//! `mounts` of a container's spec: the standard ones, the pod's files, and the request's, in an order that nests.
+//! `mounts` of a container's spec: the standard mounts, the pod's files, and the mounts of the request, sorted by
+//! nesting.
 
 use super::{ConvertError, Source, propagation};
 use boxlite_proto::cri::v1::{
@@ -8,13 +9,14 @@ use boxlite_proto::names::{IMAGE_MOUNT, SUB_PATH_OPTION};
 use serde_json::{Value, json};
 use std::path::{Component, Path, PathBuf};
 
-/// The pod's /dev/shm, shared by its containers. A path of the guest: the shim binds nothing of the host for this destination.
+/// The pod's /dev/shm, shared by its containers. The path is in the guest: the shim binds nothing of the host for
+/// this destination.
 const SHM: &str = "/dev/shm";
 
 /// Lists of System V IPC objects.
 const SYSVIPC: &str = "/proc/sysvipc";
 
-/// The whole list. A request's mount at the same place takes the place of a standard one.
+/// Returns the list of mounts. A mount of the request replaces a standard mount with the same destination.
 pub fn mounts(
     source: &Source<'_>,
     security: &LinuxContainerSecurityContext,
@@ -64,7 +66,8 @@ pub fn mounts(
     ];
     let options = security.namespace_options.as_ref();
     if options.is_some_and(|options| options.ipc == NamespaceMode::Node as i32) {
-        // A VM's IPC is its own; of the node's a list is shown (docs/security.md). The shim knows this source.
+        // A VM has a separate IPC namespace; the container gets a list of the node's objects (docs/security.md). The
+        // shim knows this source.
         list.push(flat(SYSVIPC, "bind", SYSVIPC, &["rbind", "rprivate", "ro"]));
     }
     let file_access = if security.readonly_rootfs { "ro" } else { "rw" };
@@ -89,13 +92,13 @@ pub fn mounts(
         wanted.iter().any(|(target, _)| target == Path::new(at))
     };
     list.retain(|entry| !covered(entry));
-    // A mount below another must come after it; the sort is stable, so equals keep the request's order.
+    // A nested mount must come after its parent; the sort is stable, so equal depths keep the order of the request.
     wanted.sort_by_key(|(target, _)| target.components().count());
     list.extend(wanted.into_iter().map(|(_, mount)| mount));
     Ok(list)
 }
 
-/// Where in the container, cleaned: absolute, no `..`, not the root.
+/// Returns the normalized destination: absolute, without `..`, not the root.
 fn target(mount: &Mount) -> Result<PathBuf, ConvertError> {
     let path = &mount.container_path;
     let fail = |reason: &str| ConvertError::invalid("mount.container_path", path.clone(), reason);
@@ -103,7 +106,7 @@ fn target(mount: &Mount) -> Result<PathBuf, ConvertError> {
         return Err(ConvertError::Missing("mount.container_path"));
     }
     if path.contains('\0') {
-        return Err(fail("has a NUL"));
+        return Err(fail("contains a NUL"));
     }
     let mut clean = PathBuf::from("/");
     for part in Path::new(path).components() {
@@ -159,25 +162,25 @@ fn id_mapping(mapping: &IdMapping) -> Value {
     json!({"containerID": mapping.container_id, "hostID": mapping.host_id, "size": mapping.length})
 }
 
-/// The image that a mount shows; none: it shows a host path.
+/// Returns the image of an image mount; `None` for a host path.
 pub fn image_source(mount: &Mount) -> Option<&ImageSpec> {
     mount.image.as_ref().filter(|image| !image.image.is_empty())
 }
 
-/// An image as a volume. Its layers come into the options later: the runtime knows their files.
+/// Returns an image mount. The runtime adds its layers to the options.
 fn image_volume(mount: &Mount, image_id: &str) -> Result<Value, ConvertError> {
     if !mount.host_path.is_empty() {
         return Err(ConvertError::invalid(
             "mount.host_path",
             mount.host_path.clone(),
-            "must be empty where mount.image is set",
+            "must be empty if mount.image is set",
         ));
     }
     if !mount.readonly {
         return Err(ConvertError::invalid(
             "mount.readonly",
             "false",
-            "an image volume can only be read",
+            "image volumes are read-only",
         ));
     }
     let sub = &mount.image_sub_path;
@@ -203,7 +206,7 @@ fn image_volume(mount: &Mount, image_id: &str) -> Result<Value, ConvertError> {
     }))
 }
 
-/// The mount's source with its symbolic links resolved: what is mounted is what was looked at.
+/// Returns the mount source with its symbolic links resolved, so that the mounted path is the validated one.
 fn host_path(mount: &Mount) -> Result<PathBuf, ConvertError> {
     let fail = |reason: String| ConvertError::HostPath {
         host_path: mount.host_path.clone(),

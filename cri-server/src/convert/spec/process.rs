@@ -1,4 +1,4 @@
-//! `process` of a container's spec: arguments, environment, directory, user, rights.
+//! `process` of a container's spec: arguments, environment, working directory, user, privileges.
 
 use super::capabilities::capabilities;
 use super::user::user;
@@ -8,12 +8,12 @@ use boxlite_proto::cri::v1::LinuxContainerSecurityContext;
 use oci_spec::image::ImageConfiguration;
 use serde_json::{Value, json};
 
-/// PATH of a container whose image and request set none: containerd's.
+/// PATH of a container whose image and request set none, as in containerd.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Range of /proc/<pid>/oom_score_adj.
 const OOM_RANGE: std::ops::RangeInclusive<i64> = -1000..=1000;
 
-/// The whole object.
+/// Returns the `process` object.
 pub fn process(
     source: &Source<'_>,
     security: &LinuxContainerSecurityContext,
@@ -49,7 +49,7 @@ pub fn process(
     Ok(process)
 }
 
-/// Kubernetes: `command` replaces entrypoint and cmd, `args` alone replaces cmd.
+/// Returns the command line. As in Kubernetes, `command` replaces entrypoint and cmd, and `args` alone replaces cmd.
 fn arguments(source: &Source<'_>) -> Result<Vec<String>, ConvertError> {
     let image = source.image_config();
     let (command, args) = (&source.config.command, &source.config.args);
@@ -64,15 +64,18 @@ fn arguments(source: &Source<'_>) -> Result<Vec<String>, ConvertError> {
         words.extend(image.cmd().clone().unwrap_or_default());
     }
     if words.first().is_none_or(String::is_empty) {
-        return Err(ConvertError::Missing(
-            "config.command: neither the request nor the image says what to run; it",
+        return Err(ConvertError::invalid(
+            "config.command",
+            "",
+            "no command specified by the request or the image",
         ));
     }
     no_nul("config.command", &words)?;
     Ok(words)
 }
 
-/// Defaults, then the image's, then the request's: a later one takes the place of an earlier one of its name.
+/// Returns the environment: defaults, the image's, then the request's; a later variable replaces an earlier one in
+/// place.
 fn environment(source: &Source<'_>) -> Result<Vec<String>, ConvertError> {
     let mut list = vec![format!("PATH={DEFAULT_PATH}")];
     let hostname = source.sandbox.hostname();
@@ -90,21 +93,22 @@ fn environment(source: &Source<'_>) -> Result<Vec<String>, ConvertError> {
             return Err(ConvertError::invalid(
                 "config.envs",
                 entry.key.clone(),
-                "is no variable's name",
+                "not a valid variable name",
             ));
         }
         let value = String::from_utf8_lossy(&entry.value);
         if matches!(value, std::borrow::Cow::Owned(_)) {
-            // JSON, and so the OCI spec, has no other bytes; containerd does the same. Never the value: it may be secret.
+            // JSON, and thus the OCI spec, cannot represent other bytes; containerd replaces them, too. The value may
+            // be secret and is not logged.
             tracing::warn!(
                 key = entry.key,
-                "value is not UTF-8; its other bytes become U+FFFD"
+                "replacing invalid UTF-8 in environment variable"
             );
         }
         set(&mut list, format!("{}={value}", entry.key));
     }
     no_nul("config.envs", &list)
-        .map_err(|_| ConvertError::invalid("config.envs", "", "a variable has a NUL"))?;
+        .map_err(|_| ConvertError::invalid("config.envs", "", "variable contains a NUL"))?;
     Ok(list)
 }
 
@@ -144,20 +148,17 @@ fn directory(source: &Source<'_>) -> Result<String, ConvertError> {
 
 fn no_nul(field: &'static str, words: &[String]) -> Result<(), ConvertError> {
     match words.iter().find(|word| word.contains('\0')) {
-        Some(word) => Err(ConvertError::invalid(field, word.clone(), "has a NUL")),
+        Some(word) => Err(ConvertError::invalid(field, word.clone(), "contains a NUL")),
         None => Ok(()),
     }
 }
 
-/// The image's StopSignal as a number.
+/// Returns the signal number of the image's StopSignal.
 pub fn image_stop_signal(image: &ImageConfiguration) -> Option<u32> {
     let text = image.config().as_ref()?.stop_signal().clone()?;
     let number = signal::from_text(&text);
     if number.is_none() {
-        tracing::warn!(
-            signal = text,
-            "the image's StopSignal is not known; SIGTERM stands in"
-        );
+        tracing::warn!(signal = text, "unknown StopSignal in image, using SIGTERM");
     }
     number
 }

@@ -1,6 +1,7 @@
-//! How later mounts travel between a volume and the container: a mount's propagation as an option of the spec.
+//! Mount propagation of a volume, as an option of the spec.
 //!
-//! Looks at this process's mount table, which is the host's, for Bidirectional alone. What travels then, the shim does.
+//! Reads the mount table of this process, which is the host's, for Bidirectional only. The propagation itself is
+//! implemented in the shim.
 
 use super::ConvertError;
 use boxlite_proto::cri::v1::{Mount, MountPropagation};
@@ -9,15 +10,15 @@ use std::path::{Path, PathBuf};
 
 const TABLE: &str = "/proc/self/mountinfo";
 
-/// The option. The CRI forbids all but private with recursive read-only: what comes later could be written. `source` is the
-/// host's path with its links resolved.
+/// Returns the propagation option. With recursive read-only the CRI permits only private propagation, because later
+/// mounts could be writable. `source` is the host path with its links resolved.
 pub(super) fn option(mount: &Mount, source: &Path) -> Result<&'static str, ConvertError> {
     let private = mount.propagation == MountPropagation::PropagationPrivate as i32;
     if mount.recursive_read_only && !(private && mount.readonly) {
         return Err(ConvertError::invalid(
             "mount.recursive_read_only",
             mount.container_path.clone(),
-            "needs readonly, and propagation PRIVATE",
+            "requires readonly and propagation PRIVATE",
         ));
     }
     if private {
@@ -30,14 +31,14 @@ pub(super) fn option(mount: &Mount, source: &Path) -> Result<&'static str, Conve
         return Err(ConvertError::invalid(
             "mount.propagation",
             mount.propagation.to_string(),
-            "is none of the CRI's",
+            "unknown propagation",
         ));
     }
     if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
         return Err(ConvertError::unsupported(
             "mount.propagation",
             format!("Bidirectional ({:?})", mount.container_path),
-            "a pod with a user namespace cannot show its mounts on the host",
+            "a pod with a user namespace cannot propagate mounts to the host",
         ));
     }
     let fail = |reason: String| ConvertError::HostPath {
@@ -56,12 +57,12 @@ pub(super) fn option(mount: &Mount, source: &Path) -> Result<&'static str, Conve
     }
 }
 
-/// The mount point of the mount that `path` is on, if that mount is not shared.
+/// Returns the mount point of the mount that contains `path`, if that mount is not shared.
 fn unshared(table: &str, path: &Path) -> Option<PathBuf> {
     let mut best: Option<(PathBuf, bool)> = None;
     for mount in mountinfo::mounts(table) {
         let depth = |path: &Path| path.components().count();
-        // A later mount at the same place covers the one before.
+        // A later mount at the same point covers an earlier one.
         let deeper = best
             .as_ref()
             .is_none_or(|(known, _)| depth(&mount.point) >= depth(known));
@@ -78,7 +79,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_mount_that_a_path_is_on_decides() {
+    fn unshared_returns_the_containing_mount() {
         let table = r"
 1 0 0:1 / / rw shared:1 - ext4 /dev/vda rw
 2 1 0:2 / /private rw - tmpfs tmpfs rw
@@ -101,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn refusals_name_what_is_wrong() {
+    fn errors_name_the_field() {
         let both = Mount {
             container_path: "/data".into(),
             host_path: "/tmp".into(),

@@ -1,10 +1,10 @@
-//! `linux.resources` of a container: what the CRI says of CPU and memory, as OCI has it.
+//! `linux.resources` of a container, converted from the CRI's.
 
 use super::ConvertError;
 use boxlite_proto::cri::v1::LinuxContainerResources;
 use serde_json::{Map, Value, json};
 
-/// The object, empty where nothing is limited. Hugepage limits are left out: the guest has no reserved hugepages.
+/// Returns the object, empty without limits. Hugepage limits are ignored: the guest has no reserved hugepages.
 pub fn resources(wish: Option<&LinuxContainerResources>) -> Result<Value, ConvertError> {
     let Some(wish) = wish else {
         return Ok(json!({}));
@@ -16,7 +16,7 @@ pub fn resources(wish: Option<&LinuxContainerResources>) -> Result<Value, Conver
         ("period", wish.cpu_period),
     ] {
         if value != 0 {
-            // A quota of -1 is "no limit"; the others have no negative meaning.
+            // A quota of -1 means unlimited; other negative values are invalid.
             if value < 0 && key != "quota" {
                 return Err(ConvertError::invalid(
                     "linux.resources.cpu",
@@ -42,7 +42,7 @@ pub fn resources(wish: Option<&LinuxContainerResources>) -> Result<Value, Conver
         }
     }
     if !wish.hugepage_limits.is_empty() {
-        tracing::debug!("hugepage limits are left out: the guest has no reserved hugepages");
+        tracing::debug!("ignoring hugepage limits: the guest has no reserved hugepages");
     }
     let mut resources = json!({});
     if !cpu.is_empty() {
@@ -58,7 +58,7 @@ pub fn resources(wish: Option<&LinuxContainerResources>) -> Result<Value, Conver
                 return Err(ConvertError::invalid(
                     "linux.resources.unified",
                     key.clone(),
-                    "is no cgroup v2 file",
+                    "not a cgroup v2 file",
                 ));
             }
         }

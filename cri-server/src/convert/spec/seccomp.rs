@@ -1,8 +1,8 @@
-//! `linux.seccomp` of a container's spec: what RuntimeDefault means, and a profile read from this host.
+//! `linux.seccomp` of a container's spec: the RuntimeDefault profile, and profiles read from the host.
 //!
-//! RuntimeDefault is an allow list with containerd's content: what programs need, without what reaches past a container
-//! (mounts, modules, keys, clocks, namespaces, io_uring), unless a capability says otherwise. Names that another
-//! architecture has are left out: guests are x86-64. Compiling profiles and putting them in force is the guest's.
+//! RuntimeDefault is an allow list with containerd's content: system calls that programs need, without those that
+//! affect more than a container (mounts, modules, keys, clocks, namespaces, io_uring) unless a capability allows
+//! them. Names of other architectures are omitted: guests are x86-64. The guest compiles and installs profiles.
 
 use super::ConvertError;
 use boxlite_proto::cri::v1::{
@@ -15,16 +15,17 @@ use std::io::Read;
 
 /// Field of the request.
 const FIELD: &str = "security_context.seccomp";
-/// Largest profile read, in bytes; it travels in the spec.
+/// Maximum size of a profile; it is sent in the spec.
 const MAX_PROFILE_BYTES: u64 = 1 << 20;
-/// EPERM is the default error; clone3 answers ENOSYS, upon which C libraries take clone, whose flags can be looked at.
+/// The default error is EPERM; clone3 returns ENOSYS, so that C libraries fall back to clone, whose flags can be
+/// filtered.
 const ENOSYS: u32 = 38;
 /// CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET.
 const NEW_NAMESPACES: u64 = 0x7e02_0000;
-/// Address family of vsock: the way to the host, which containers have no business on.
+/// Address family of vsock, the channel to the host, which containers must not use.
 const AF_VSOCK: u64 = 40;
 
-/// The profile; `None` runs without. `bounding` has the container's capabilities with `CAP_`.
+/// Returns the profile; `None` runs unconfined. `bounding` has the container's capabilities with `CAP_`.
 pub fn seccomp(
     security: &LinuxContainerSecurityContext,
     bounding: &Value,
@@ -50,12 +51,12 @@ pub fn seccomp(
         Err(_) => Err(ConvertError::invalid(
             FIELD,
             profile.profile_type.to_string(),
-            "is no profile type",
+            "not a profile type",
         )),
     }
 }
 
-/// The field, or what the older field of strings says.
+/// Returns the requested profile, from the field or its deprecated predecessor.
 fn wanted(
     security: &LinuxContainerSecurityContext,
 ) -> Result<Option<SecurityProfile>, ConvertError> {
@@ -78,12 +79,12 @@ fn wanted(
         path => Err(ConvertError::invalid(
             "security_context.seccomp_profile_path",
             path,
-            "is none of unconfined, runtime/default, localhost/<path>",
+            "must be one of unconfined, runtime/default, localhost/<path>",
         )),
     }
 }
 
-/// A profile file of this host.
+/// Reads a profile from the host.
 fn read(reference: &str) -> Result<Value, ConvertError> {
     let path = reference.strip_prefix("localhost/").unwrap_or(reference);
     let fail = |reason: String| ConvertError::invalid("seccomp.localhost_ref", path, reason);
@@ -93,7 +94,7 @@ fn read(reference: &str) -> Result<Value, ConvertError> {
     let open = || -> std::io::Result<Vec<u8>> {
         let metadata = std::fs::metadata(path)?;
         if !metadata.is_file() {
-            return Err(std::io::Error::other("is not a file"));
+            return Err(std::io::Error::other("not a file"));
         }
         let mut bytes = Vec::new();
         File::open(path)?
@@ -101,23 +102,25 @@ fn read(reference: &str) -> Result<Value, ConvertError> {
             .read_to_end(&mut bytes)?;
         Ok(bytes)
     };
-    let bytes = open().map_err(|error| fail(format!("cannot be loaded: {error}")))?;
+    let bytes = open().map_err(|error| fail(format!("failed to read profile: {error}")))?;
     if bytes.len() as u64 > MAX_PROFILE_BYTES {
-        return Err(fail(format!("is longer than {MAX_PROFILE_BYTES} bytes")));
+        return Err(fail(format!(
+            "profile too large (maximum {MAX_PROFILE_BYTES} bytes)"
+        )));
     }
     let document: Value = serde_json::from_slice(&bytes)
-        .map_err(|error| fail(format!("is no seccomp profile: {error}")))?;
+        .map_err(|error| fail(format!("not a seccomp profile: {error}")))?;
     if let Some(field) = foreign_field(&document) {
         return Err(fail(format!(
             "has syscalls.{field}, which is Docker's own and not in the OCI specification: its rules would apply unconditionally"
         )));
     }
     let profile: LinuxSeccomp = serde_json::from_value(document)
-        .map_err(|error| fail(format!("is no seccomp profile: {error}")))?;
+        .map_err(|error| fail(format!("not a seccomp profile: {error}")))?;
     serde_json::to_value(profile).map_err(|error| fail(error.to_string()))
 }
 
-/// Conditions that Docker's format knows and OCI's doesn't, where one is set.
+/// Returns a condition that only Docker's format has, if one is set.
 fn foreign_field(document: &Value) -> Option<&'static str> {
     let rules = document["syscalls"].as_array()?;
     ["includes", "excludes"].into_iter().find(|field| {
@@ -145,7 +148,7 @@ fn runtime_default(has: impl Fn(&str) -> bool) -> Value {
         allow(COMMUNICATION),
         allow_if("socket", 0, "SCMP_CMP_NE", AF_VSOCK),
     ];
-    // PER_LINUX, PER_LINUX32, both with UNAME26, and the question.
+    // PER_LINUX and PER_LINUX32, both also with UNAME26, and the query.
     for persona in [0, 0x8, 0x2_0000, 0x2_0008, 0xffff_ffff] {
         rules.push(allow_if("personality", 0, "SCMP_CMP_EQ", persona));
     }
@@ -169,7 +172,7 @@ fn runtime_default(has: impl Fn(&str) -> bool) -> Value {
     })
 }
 
-/// What a capability allows, in containerd's default.
+/// System calls that capabilities allow in containerd's default profile.
 const BY_CAPABILITY: &[(&str, &[&str])] = &[
     ("DAC_READ_SEARCH", &["open_by_handle_at"]),
     (
@@ -230,7 +233,7 @@ const BY_CAPABILITY: &[(&str, &[&str])] = &[
     ("PERFMON", &["perf_event_open"]),
 ];
 
-/// Files, directories, descriptors, asynchronous I/O of the old kind.
+/// Files, directories, descriptors, legacy asynchronous I/O.
 const FILES: &[&str] = &[
     "access",
     "cachestat",
@@ -365,7 +368,7 @@ const FILES: &[&str] = &[
     "writev",
 ];
 
-/// Processes, users, signals, scheduling, confinement of oneself.
+/// Processes, users, signals, scheduling, self-confinement.
 const PROCESSES: &[&str] = &[
     "arch_prctl",
     "capget",
@@ -515,7 +518,7 @@ const MEMORY_AND_TIME: &[&str] = &[
     "times",
 ];
 
-/// Sockets, but for making one, and System V and POSIX IPC.
+/// Sockets except their creation, and System V and POSIX IPC.
 const COMMUNICATION: &[&str] = &[
     "accept",
     "accept4",
@@ -575,7 +578,7 @@ mod tests {
     }
 
     #[test]
-    fn the_default_depends_on_capabilities() {
+    fn runtime_default_depends_on_capabilities() {
         let plain = seccomp(
             &with(ProfileType::RuntimeDefault, ""),
             &json!(["CAP_CHOWN", "CAP_SYS_CHROOT"]),
@@ -613,7 +616,7 @@ mod tests {
     }
 
     #[test]
-    fn none_unconfined_and_privileged_run_without() {
+    fn unset_unconfined_and_privileged_have_no_profile() {
         let none = LinuxContainerSecurityContext::default();
         assert_eq!(seccomp(&none, &json!([])), Ok(None));
         assert_eq!(
@@ -626,7 +629,7 @@ mod tests {
     }
 
     #[test]
-    fn a_profile_of_the_host_is_read_and_checked() {
+    fn localhost_profile_is_read_and_validated() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("p.json");
         let path = file.to_str().unwrap();
@@ -639,7 +642,7 @@ mod tests {
             .unwrap();
         assert_eq!(rule(&good, "chmod")[0]["action"], "SCMP_ACT_ERRNO");
         for (text, word) in [
-            ("{", "is no seccomp profile"),
+            ("{", "not a seccomp profile"),
             (r#"{"defaultAction":"SCMP_ACT_MAYBE"}"#, "SCMP_ACT_MAYBE"),
             (
                 r#"{"defaultAction":"SCMP_ACT_ALLOW","syscalls":[{"names":["bpf"],"action":"SCMP_ACT_ALLOW","includes":{"caps":["CAP_BPF"]}}]}"#,
@@ -665,7 +668,7 @@ mod tests {
     }
 
     #[test]
-    fn the_older_field_of_strings() {
+    fn deprecated_field_is_accepted() {
         #[expect(deprecated, reason = "older kubelets send it")]
         let with = |path: &str| LinuxContainerSecurityContext {
             seccomp_profile_path: path.into(),

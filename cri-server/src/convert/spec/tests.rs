@@ -1,4 +1,4 @@
-//! Tests of the spec, field by field, against what containerd's CRI plugin writes.
+//! Tests of the spec, field by field, against the spec of containerd's CRI plugin.
 
 use super::*;
 use boxlite_proto::cri::v1::{
@@ -85,7 +85,7 @@ fn made_in(
 }
 
 #[test]
-fn the_default_container() {
+fn default_container_has_default_spec() {
     let spec = made(&container(), json!({})).unwrap();
     assert_eq!(spec["process"]["args"], json!(["/bin/true"]));
     assert_eq!(spec["process"]["cwd"], "/");
@@ -211,7 +211,7 @@ fn users() {
         made(&config, json!({"User": image})).map(|spec| spec["process"]["user"].clone())
     };
     let nothing = |_: &mut LinuxContainerSecurityContext| {};
-    // Final numbers carry no name; everything else is the guest's to look up.
+    // Numeric users have no name; the guest resolves everything else.
     assert_eq!(
         of(&nothing, "1003:1004").unwrap(),
         json!({"uid": 1003, "gid": 1004})
@@ -333,7 +333,7 @@ fn ambient_capabilities_are_in_every_set() {
 }
 
 #[test]
-fn privileged_has_everything_the_guest_has() {
+fn privileged_container_has_all_privileges() {
     let mut config = container();
     security(&mut config).privileged = true;
     let spec = made(&config, json!({})).unwrap();
@@ -407,7 +407,7 @@ fn mounts_nest_cover_and_are_checked() {
 }
 
 #[test]
-fn volumes_become_mounts() {
+fn volumes_are_converted_to_mounts() {
     let mut config = container();
     let path = |at: &str| Mount {
         container_path: at.into(),
@@ -460,7 +460,7 @@ fn refused(mount: Mount) -> String {
 }
 
 #[test]
-fn wrong_mounts_name_what_is_wrong() {
+fn invalid_mounts_are_rejected_by_name() {
     let base = Mount {
         container_path: "/data".into(),
         host_path: "/tmp".into(),
@@ -536,7 +536,7 @@ fn wrong_mounts_name_what_is_wrong() {
 }
 
 #[test]
-fn wrong_image_volumes_name_what_is_wrong() {
+fn invalid_image_volumes_are_rejected_by_name() {
     let image = Mount {
         container_path: "/data".into(),
         readonly: true,
@@ -573,7 +573,7 @@ fn wrong_image_volumes_name_what_is_wrong() {
 }
 
 #[test]
-fn resources_become_oci() {
+fn resources_are_converted_to_oci() {
     let mut config = container();
     config.linux.as_mut().unwrap().resources = Some(LinuxContainerResources {
         cpu_shares: 512,
@@ -613,7 +613,7 @@ fn resources_become_oci() {
 }
 
 #[test]
-fn what_a_vm_has_not_is_refused_by_name() {
+fn unsupported_fields_are_rejected_by_name() {
     let mut config = container();
     config.devices = vec![Device {
         host_path: "/srv/disk".into(),
@@ -665,12 +665,12 @@ fn what_a_vm_has_not_is_refused_by_name() {
         made(&config, json!({}))
             .unwrap_err()
             .to_string()
-            .contains("not in the host's network")
+            .contains("does not use the host network")
     );
 }
 
 #[test]
-fn the_security_context_in_the_spec() {
+fn security_context_is_converted() {
     let mut config = container();
     let wish = security(&mut config);
     wish.seccomp = Some(SecurityProfile::default());
@@ -710,7 +710,7 @@ fn the_security_context_in_the_spec() {
 }
 
 #[test]
-fn a_containers_user_namespace_is_the_pods() {
+fn container_user_namespace_must_match_the_pod() {
     let mapping = || IdMapping {
         host_id: 1000,
         container_id: 0,
@@ -745,7 +745,7 @@ fn a_containers_user_namespace_is_the_pods() {
     security(&mut config).namespace_options = Some(options);
     assert!(made_in(&mapped, &config, json!({})).is_ok());
     let error = made(&config, json!({})).unwrap_err().to_string();
-    assert!(error.contains("differs from the pod's"), "{error}");
+    assert!(error.contains("differs from the pod sandbox"), "{error}");
 }
 
 #[test]

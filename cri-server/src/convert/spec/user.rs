@@ -1,27 +1,27 @@
-//! Who a container runs as, as far as the host can tell.
+//! User of a container, as far as the host can determine it.
 //!
-//! The names are in the image's /etc/passwd and /etc/group, which only the guest sees. So `process.user.username` carries what is
-//! still to be looked up, in Docker's form `user[:group]`, each a name or a number; the guest resolves it like this: a named or
-//! numeric user gives its uid and, without `:group`, its primary gid (gid 0 for a number that is not in the file). Without
-//! `username` the numbers are final. `additionalGids` are added in either case, and with the annotation `boxlite.groups` = "merge"
-//! the groups that /etc/group lists the user in.
+//! Names are resolved in the image's /etc/passwd and /etc/group, which only the guest reads. `process.user.username`
+//! has the unresolved part in Docker's form `user[:group]`, each a name or a number. The guest resolves it as
+//! follows: a user gives its uid and, without `:group`, its primary gid (0 for a number that is not in the file).
+//! Without `username` the numbers are final. `additionalGids` are always added, and with the annotation
+//! `boxlite.groups` = "merge" also the groups that list the user in /etc/group.
 
 use super::ConvertError;
 use boxlite_proto::cri::v1::{LinuxContainerSecurityContext, SupplementalGroupsPolicy};
 use serde_json::{Value, json};
 
-/// Whether the image's groups count: the policy's default. Another policy than the two is refused by [`user`].
+/// Returns whether the groups of the image apply, the default policy. [`user`] rejects unknown policies.
 pub fn merges_groups(security: &LinuxContainerSecurityContext) -> bool {
     security.supplemental_groups_policy == SupplementalGroupsPolicy::Merge as i32
 }
 
-/// `process.user`; `image` is the image's USER.
+/// Returns `process.user`; `image` is the image's USER.
 pub fn user(security: &LinuxContainerSecurityContext, image: &str) -> Result<Value, ConvertError> {
     if SupplementalGroupsPolicy::try_from(security.supplemental_groups_policy).is_err() {
         return Err(ConvertError::invalid(
             "security_context.supplemental_groups_policy",
             security.supplemental_groups_policy.to_string(),
-            "is neither Merge nor Strict",
+            "must be Merge or Strict",
         ));
     }
     let group = security
@@ -38,10 +38,10 @@ pub fn user(security: &LinuxContainerSecurityContext, image: &str) -> Result<Val
         return Err(ConvertError::invalid(
             "security_context.run_as_group",
             group.unwrap_or_default().to_string(),
-            "needs run_as_user or run_as_username",
+            "requires run_as_user or run_as_username",
         ));
     }
-    // The image's group belongs to the image's user: another user takes its own.
+    // The group of the image applies to the user of the image only.
     let (name, image_group) = match &chosen {
         Some(name) => (name.as_str(), None),
         None => match image.split_once(':') {
@@ -80,24 +80,28 @@ pub fn user(security: &LinuxContainerSecurityContext, image: &str) -> Result<Val
 }
 
 fn id(field: &'static str, value: i64) -> Result<u32, ConvertError> {
-    // The kernel's highest id, (u32)-1, means "unchanged".
+    // The kernel's highest ID, (u32)-1, means "unchanged".
     u32::try_from(value)
         .ok()
         .filter(|id| *id != u32::MAX)
         .ok_or_else(|| ConvertError::invalid(field, value.to_string(), "must be 0 to 4294967294"))
 }
 
-/// A name goes into comparisons in the guest only, but a line break or colon in it is an attack or a mistake.
+/// Rejects line breaks and colons, although the guest only compares names.
 fn check(name: &str) -> Result<(), ConvertError> {
     if name.len() > 256 || name.chars().any(|c| c.is_control() || c == ':') {
         return Err(ConvertError::invalid(
             "user",
             name,
-            "is no user or group name",
+            "not a user or group name",
         ));
     }
     if name.parse::<u64>().is_ok() && name.parse::<u32>().is_err() {
-        return Err(ConvertError::invalid("user", name, "is too big for an id"));
+        return Err(ConvertError::invalid(
+            "user",
+            name,
+            "exceeds the range of IDs",
+        ));
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
-//! User namespaces: the pod's mapping of IDs, checked by containerd's rules, as the containers' specs have it.
+//! User namespaces: the ID mapping of a pod, validated by containerd's rules, for the containers' specs.
 //!
-//! The mapping is between a container and its VM: "host IDs" are users of the guest's kernel, which are nobody on this
-//! host. Volumes need more than that and are mapped by the host, mount by mount (see `mounts`).
+//! The mapping is between a container and its VM: "host IDs" are users of the guest's kernel and have no meaning on
+//! the host. Volumes are additionally mapped by the host, per mount (see `mounts`).
 
 use super::ConvertError;
 use boxlite_proto::cri::v1::{IdMapping, NamespaceMode, UserNamespace};
@@ -9,23 +9,23 @@ use serde_json::{Value, json};
 
 const FIELD: &str = "namespace_options.userns_options";
 
-/// The one range of IDs that users and groups of a pod are mapped by.
+/// The range of IDs that maps users and groups of a pod.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mapping {
-    /// First ID in the VM; 0 in the container.
+    /// First ID in the VM, which is 0 in the container.
     pub host_id: u32,
-    /// How many.
+    /// Number of IDs.
     pub length: u32,
 }
 
 impl Mapping {
-    /// As OCI has it.
+    /// Returns the OCI mapping.
     pub fn oci(self) -> Value {
         json!([{"containerID": 0, "hostID": self.host_id, "size": self.length}])
     }
 }
 
-/// The mapping of a pod; `None` where it shares the VM's user namespace.
+/// Returns the mapping of a pod; `None` if it shares the VM's user namespace.
 pub fn mapping(options: Option<&UserNamespace>) -> Result<Option<Mapping>, ConvertError> {
     let Some(options) = options else {
         return Ok(None);
@@ -54,7 +54,7 @@ pub fn mapping(options: Option<&UserNamespace>) -> Result<Option<Mapping>, Conve
             mode.as_str_name().to_owned(),
             "only POD and NODE are user namespace modes",
         ),
-        Err(_) => fail(options.mode.to_string(), "is no namespace mode"),
+        Err(_) => fail(options.mode.to_string(), "not a namespace mode"),
     }
 }
 
@@ -72,7 +72,7 @@ fn one(mapping: &IdMapping) -> Result<Mapping, ConvertError> {
             "must map the container's ID 0",
         ));
     }
-    // The kernel's highest ID, (u32)-1, means "none".
+    // The kernel reserves the highest ID, (u32)-1.
     if length == 0 || host_id.checked_add(length).is_none() {
         return Err(ConvertError::invalid(
             FIELD,
@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn one_equal_mapping_from_zero() {
+    fn equal_mapping_from_zero_is_accepted() {
         let good = vec![ids(0, 1000, 100_000)];
         assert_eq!(
             of(NamespaceMode::Pod, good.clone(), good.clone()),
@@ -122,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn anything_else_is_named() {
+    fn invalid_mappings_are_rejected_by_name() {
         let good = || vec![ids(0, 1000, 10)];
         for (mode, uids, gids, word) in [
             (NamespaceMode::Pod, vec![], vec![], "exactly one"),

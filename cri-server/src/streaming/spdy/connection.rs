@@ -1,9 +1,9 @@
-//! One SPDY/3.1 connection on the server's side: streams that the peer opens, many at a time.
+//! Server side of one SPDY/3.1 connection with multiple streams opened by the peer.
 //!
-//! [`serve`] drives it in the caller's task: a reader, a writer and the caller's handler side by side. It holds
-//! [`INPUT_QUEUE_CHUNKS`] chunks for each stream and [`OUTPUT_QUEUE_FRAMES`] frames for the peer and then waits: a stream whose
-//! taker stalls stalls the connection (SPDY's Kubernetes peers have no flow control but TCP's), and no other one. What
-//! streams mean is the handler's affair.
+//! [`serve`] drives it in the caller's task: reader, writer and the caller's handler run concurrently. It queues at
+//! most [`INPUT_QUEUE_CHUNKS`] chunks per stream and [`OUTPUT_QUEUE_FRAMES`] frames for the peer: a stream whose
+//! consumer stalls stalls its connection (Kubernetes peers of SPDY have TCP's flow control only), and no other. The
+//! handler defines the meaning of the streams.
 //!
 //! ```text
 //!  socket ─▶ frame::Reader ─▶ run ─▶ Input of a stream ─▶ handler ─▶ Output ─▶ queue ─▶ write_all ─▶ socket
@@ -25,44 +25,44 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// Chunks of at most 16 KiB that wait for the taker of one stream.
+/// Maximum number of queued chunks of at most 16 KiB per stream.
 const INPUT_QUEUE_CHUNKS: usize = 4;
-/// Frames that wait for the peer.
+/// Maximum number of queued frames to the peer.
 const OUTPUT_QUEUE_FRAMES: usize = 8;
-/// Streams of one connection at a time: a forwarded TCP connection takes two.
+/// Maximum number of concurrent streams; a forwarded TCP connection takes two.
 pub const MAX_STREAMS: usize = 512;
-/// Id of this side's pings, an even number; nobody waits for the answer.
+/// Id of the server's pings, an even number; the answer is ignored.
 const SERVER_PING_ID: u32 = 2;
-/// Opened streams that the handler has not looked at yet.
+/// Maximum number of opened streams that the handler has not accepted.
 const ACCEPT_QUEUE_STREAMS: usize = 16;
-/// What the peer may take to read the last frames.
+/// Timeout of the last frames to the peer.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(10);
-/// What the peer may take to close after them: a socket closed with something unread in it is reset, and the peer could
-/// lose what it has not read yet.
+/// Time that the peer has to close after them: closing a socket with unread data resets it, and the peer could lose
+/// data that it has not read.
 const LINGER_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// How long a stream's taker may stall before the peer is pinged, and again. A peer that closed cannot say so while what it
-/// sent before is not read; to a frame it answers with a reset.
+/// Interval of pings while a stream's consumer stalls. They detect a closed peer, whose unread data hides the close:
+/// it answers a frame with a reset.
 const STALL_PING_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Head and payload of a frame.
+/// Header and payload of a frame.
 type Packet = (Bytes, Bytes);
 
-/// A stream that the peer opened.
+/// A stream opened by the peer.
 #[derive(Debug)]
 pub struct Stream {
     pub id: u32,
     pub headers: Headers,
-    /// What the peer sends.
+    /// Data from the peer.
     pub input: Input,
-    /// What it is sent.
+    /// Data to the peer.
     pub output: StreamOutput,
 }
 
-/// Where opened streams come from; `None` when no more will come.
+/// Receives opened streams; `None` after the last one.
 pub type Accept = mpsc::Receiver<Stream>;
 
-/// The writing half of a stream. Dropped before [`StreamOutput::finish`] it resets the stream.
+/// Writing half of a stream. Dropping it before [`StreamOutput::finish`] resets the stream.
 #[derive(Debug)]
 pub struct StreamOutput {
     id: u32,
@@ -75,13 +75,13 @@ impl StreamOutput {
     /// Sends `data`, waiting while the peer does not read.
     ///
     /// # Errors
-    /// The stream was reset or its connection is gone.
+    /// The stream was reset or its connection is closed.
     pub async fn write(&mut self, data: Bytes) -> Result<(), Gone> {
         let head = frame::data_head(self.id, data.len(), false);
         self.shared.send((head, data), &self.gone).await
     }
 
-    /// Nothing more will be sent; the peer may go on.
+    /// Ends this direction; the peer may continue to send.
     pub async fn finish(mut self) {
         self.finished = true;
         let packet = (frame::data_head(self.id, 0, true), Bytes::new());
@@ -89,7 +89,7 @@ impl StreamOutput {
         self.shared.finished(self.id);
     }
 
-    /// Gives the stream up in both directions.
+    /// Resets the stream in both directions.
     pub async fn reset(mut self) {
         self.finished = true;
         let packet = (frame::reset(self.id, Reset::Cancel), Bytes::new());
@@ -101,7 +101,7 @@ impl StreamOutput {
 impl Drop for StreamOutput {
     fn drop(&mut self) {
         if !self.finished {
-            // Where the queue is full the peer learns it with the connection's end.
+            // If the queue is full, the peer notices at the end of the connection.
             let packet = (frame::reset(self.id, Reset::Cancel), Bytes::new());
             let _ = self.shared.out.try_send(packet);
             self.shared.forget(self.id);
@@ -112,9 +112,9 @@ impl Drop for StreamOutput {
 /// A stream in the table.
 #[derive(Debug)]
 struct Entry {
-    /// `None` once the peer has sent its last.
+    /// `None` after the end of the peer's data.
     input: Option<mpsc::Sender<Bytes>>,
-    /// Whether this side has more to send.
+    /// Whether this side may send more.
     open: bool,
     gone: CancellationToken,
 }
@@ -138,7 +138,7 @@ impl Shared {
         }
     }
 
-    /// This side has sent its last on a stream.
+    /// Marks the end of this side's data on a stream.
     fn finished(&self, id: u32) {
         let mut streams = self.streams();
         if let Some(entry) = streams.get_mut(&id) {
@@ -156,14 +156,14 @@ impl Shared {
     }
 }
 
-/// When the last frame came or went.
+/// Time of the last frame in either direction.
 type Activity = Arc<Mutex<Instant>>;
 
 fn touch(activity: &Activity) {
     *activity.lock() = Instant::now();
 }
 
-/// Reads frames and hands them on.
+/// Reads frames and delivers them.
 struct Receiver<R> {
     reader: Reader<R>,
     shared: Arc<Shared>,
@@ -175,7 +175,7 @@ struct Receiver<R> {
 }
 
 impl<R: AsyncRead + Unpin> Receiver<R> {
-    /// Until the peer closes, or breaks the protocol.
+    /// Runs until the peer closes or breaks the protocol.
     async fn run(&mut self) -> Result<(), SpdyError> {
         while let Some(frame) = self.reader.next().await? {
             touch(&self.activity);
@@ -183,9 +183,9 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
                 Frame::Open { id, fin, headers } => self.open(id, fin, headers).await?,
                 Frame::Data { id, fin, data } => self.deliver(id, fin, data).await,
                 Frame::Reset { id } => self.shared.forget(id),
-                // Even numbers are this side's own.
+                // Even ids are the server's.
                 Frame::Ping { id } if id % 2 == 1 => self.answer(frame::ping(id)).await,
-                // The peer opens no more streams; those there are go on until it closes.
+                // The peer opens no more streams; existing streams continue until it closes.
                 Frame::GoAway | Frame::Ping { .. } | Frame::Other => {}
             }
         }
@@ -214,7 +214,7 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
             gone: gone.clone(),
         };
         self.shared.streams().insert(id, entry);
-        // Before the stream is known to anybody: a peer drops data that comes before the reply.
+        // Sent before the stream is delivered: a peer drops data that arrives before the reply.
         let block = self.deflater.empty_block();
         self.answer(frame::reply(id, &block)).await;
         let stream = Stream {
@@ -228,7 +228,7 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
                 finished: false,
             },
         };
-        // A handler that takes no more streams drops the receiver; the dropped stream is then reset.
+        // A handler that accepts no more streams drops the receiver; the dropped stream is then reset.
         tokio::select! {
             biased;
             () = self.gone.cancelled() => {}
@@ -250,10 +250,10 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
                 tokio::select! {
                     biased;
                     () = gone.cancelled() => break,
-                    // An error: the taker wants no more, and the bytes go nowhere.
+                    // An error means that the consumer has stopped; the data is discarded.
                     _ = &mut taking => break,
                     () = tokio::time::sleep(STALL_PING_INTERVAL) => {
-                        // Where the queue is full the peer is written to anyway.
+                        // If the queue is full, the peer is being written to anyway.
                         let _ = self.shared.out.try_send((frame::ping(SERVER_PING_ID), Bytes::new()));
                     }
                 }
@@ -271,7 +271,7 @@ impl<R: AsyncRead + Unpin> Receiver<R> {
     }
 }
 
-/// Writes frames until all senders are gone.
+/// Writes frames until all senders are dropped.
 async fn write_all<W: AsyncWrite + Unpin>(
     sink: W,
     mut packets: mpsc::Receiver<Packet>,
@@ -302,9 +302,9 @@ async fn idle_for(limit: Duration, activity: &Activity) {
     }
 }
 
-/// Serves the connection until `handler` returns; then sends what is queued, says go-away and closes, within limits.
+/// Serves the connection until `handler` returns; then sends the queued frames and GOAWAY and closes, with timeouts.
 ///
-/// `gone` is cancelled when the peer is gone, has broken the protocol or was silent for `idle`; the handler must end
+/// `gone` is cancelled if the peer disconnects, breaks the protocol or is silent for `idle`; the handler must end
 /// soon after. Dropping the future drops the handler and closes the connection.
 pub async fn serve<IO, H, F>(io: IO, idle: Duration, gone: CancellationToken, handler: H)
 where
@@ -340,19 +340,19 @@ where
                 read = &mut reading, if reads => {
                     reads = false;
                     if let Err(error) = read {
-                        tracing::debug!(error = boxlite_runtime::report(&error), "SPDY connection broke");
+                        tracing::debug!(error = boxlite_runtime::report(&error), "SPDY connection failed");
                     }
                     gone.cancel();
                 }
                 written = &mut writing, if writes => {
                     writes = false;
                     if let Err(error) = written {
-                        tracing::debug!(%error, "SPDY peer takes no more");
+                        tracing::debug!(%error, "failed to write to SPDY client");
                     }
                     gone.cancel();
                 }
                 () = &mut idling, if !gone.is_cancelled() => {
-                    tracing::info!(seconds = idle.as_secs(), "streaming connection was idle for too long");
+                    tracing::info!(seconds = idle.as_secs(), "closing idle streaming connection");
                     gone.cancel();
                 }
             }
@@ -364,18 +364,18 @@ where
         accept,
         ..
     } = receiver;
-    // Its senders, or the writer would not end.
+    // The writer ends when all senders are dropped.
     drop((shared, accept));
     if gone.is_cancelled() || !writes {
         return;
     }
-    // All senders are gone now, so the writer ends with its queue.
+    // All senders are dropped now, so the writer ends with its queue.
     if let Ok(Ok(())) = tokio::time::timeout(FLUSH_TIMEOUT, writing).await {
         let _ = tokio::time::timeout(LINGER_TIMEOUT, discard(reader.source())).await;
     }
 }
 
-/// Reads to the end.
+/// Reads and discards until the end.
 async fn discard<R: AsyncRead + Unpin>(source: &mut R) {
     let mut buffer = [0; 4096];
     while source.read(&mut buffer).await.is_ok_and(|read| read > 0) {}

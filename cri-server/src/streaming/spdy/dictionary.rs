@@ -1,5 +1,5 @@
-//! The dictionary that SPDY/3 header blocks are compressed with: words of the specification (section 2.6.10.1), put
-//! together here. A test checks it by the Adler-32 sum that every peer sends.
+//! Preset dictionary of SPDY/3 header blocks, assembled from the words of the specification (section 2.6.10.1). A
+//! test compares its Adler-32 checksum with the one that every peer sends.
 
 /// Header names, methods and values, each preceded by its length in four bytes.
 const WORDS: [&str; 65] = [
@@ -70,7 +70,7 @@ const WORDS: [&str; 65] = [
     "origin",
 ];
 
-/// What follows the words, without lengths.
+/// Text after the words, without lengths.
 const TAIL: &str = concat!(
     "100101201202205206300302303304305306307402405406407408409410411412413414415416417502504505",
     "203 Non-Authoritative Information204 No Content301 Moved Permanently400 Bad Request",
@@ -81,10 +81,10 @@ const TAIL: &str = concat!(
     "privatemax-age=gzip,deflate,sdchcharset=utf-8charset=iso-8859-1,utf-,*,enq=0.",
 );
 
-/// Adler-32 of the dictionary, as the head of a compressed stream names it.
+/// Adler-32 checksum of the dictionary, as sent in the header of a compressed stream.
 pub const ID: u32 = 0xe3c6_a7c2;
 
-/// The dictionary's bytes.
+/// Returns the dictionary.
 pub fn bytes() -> Vec<u8> {
     let mut bytes = Vec::with_capacity(1423);
     for word in WORDS {

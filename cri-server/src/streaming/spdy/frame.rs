@@ -1,7 +1,7 @@
-//! Frames of SPDY/3.1: what arrives, read in bounded chunks, and what is sent, as bytes.
+//! Frames of SPDY/3.1: a reader with bounded chunks, and encoders.
 //!
-//! It keeps no stream and decides nothing: `connection` does. A data frame may be 16 MiB long by the protocol; it is
-//! never held as a whole, but handed on in chunks as they come.
+//! Streams are handled in `connection`. A data frame may have 16 MiB; it is never held completely, but delivered in
+//! chunks as they arrive.
 
 use super::SpdyError;
 use super::headers::{Headers, Inflater};
@@ -9,11 +9,11 @@ use bytes::{BufMut, Bytes, BytesMut};
 use std::io;
 use tokio::io::{AsyncRead, AsyncReadExt};
 
-/// Largest chunk of a data frame that is handed on at once, in bytes.
+/// Maximum size of a chunk of a data frame.
 pub const MAX_CHUNK_BYTES: usize = 16 << 10;
-/// Largest control frame that is read, in bytes: header blocks of kubectl have less than 200.
+/// Maximum size of a control frame; header blocks of kubectl are smaller than 200 bytes.
 const MAX_CONTROL_BYTES: usize = 16 << 10;
-/// Top bit of a frame, and the version.
+/// Control bit of a frame, with the version.
 const CONTROL: u16 = 0x8003;
 const FIN: u8 = 1;
 
@@ -24,7 +24,7 @@ const PING: u16 = 6;
 const GOAWAY: u16 = 7;
 const HEADERS: u16 = 8;
 
-/// Why a stream is reset, by the specification.
+/// Reason of a reset, as specified.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reset {
     ProtocolError = 1,
@@ -32,24 +32,24 @@ pub enum Reset {
     Cancel = 5,
 }
 
-/// What arrived.
+/// A received frame.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Frame {
-    /// The peer opens a stream; `fin`: and will send nothing on it.
+    /// The peer opens a stream; with `fin` it sends no data on it.
     Open {
         id: u32,
         fin: bool,
         headers: Headers,
     },
-    /// A chunk of data; `fin`: the peer's last on this stream.
+    /// A chunk of data; `fin` marks the peer's last on this stream.
     Data { id: u32, fin: bool, data: Bytes },
-    /// The peer gives a stream up.
+    /// The peer resets a stream.
     Reset { id: u32 },
-    /// To be sent back.
+    /// Must be echoed.
     Ping { id: u32 },
     /// The peer opens no more streams.
     GoAway,
-    /// Nothing that matters to a server of streams.
+    /// Irrelevant for a server.
     Other,
 }
 
@@ -59,12 +59,12 @@ pub struct Reader<R> {
     source: R,
     inflater: Inflater,
     buffer: BytesMut,
-    /// Of the data frame under way: stream, whether its end is the peer's last, bytes still to come.
+    /// Data frame in progress: stream, whether it ends the stream, remaining bytes.
     data: Option<(u32, bool, usize)>,
 }
 
 impl<R: AsyncRead + Unpin> Reader<R> {
-    /// At the start of a connection.
+    /// Creates a reader for the start of a connection.
     pub fn new(source: R) -> Self {
         Self {
             source,
@@ -74,11 +74,11 @@ impl<R: AsyncRead + Unpin> Reader<R> {
         }
     }
 
-    /// The next frame, or chunk of one; `None` where the peer closed between two frames. Dropped midway it must not be
-    /// called again.
+    /// Returns the next frame or chunk; `None` if the peer closed between frames. Must not be called again after a
+    /// dropped call.
     ///
     /// # Errors
-    /// A broken connection, or what is not SPDY/3.1 within the limits.
+    /// The connection failed, or the data is not SPDY/3.1 within the limits.
     pub async fn next(&mut self) -> Result<Option<Frame>, SpdyError> {
         if let Some((id, last, left)) = self.data.take() {
             return self.chunk(id, last, left).await.map(Some);
@@ -104,10 +104,10 @@ impl<R: AsyncRead + Unpin> Reader<R> {
             return self.chunk(id, flags & FIN != 0, length).await.map(Some);
         }
         if u16::from_be_bytes([a, b]) != CONTROL {
-            return Err(SpdyError::Frame("a control frame of another version"));
+            return Err(SpdyError::Frame("unsupported version"));
         }
         if length > MAX_CONTROL_BYTES {
-            return Err(SpdyError::Frame("a control frame is too large"));
+            return Err(SpdyError::Frame("control frame too large"));
         }
         self.fill(length).await?;
         let payload = self.buffer.split().freeze();
@@ -115,7 +115,7 @@ impl<R: AsyncRead + Unpin> Reader<R> {
             .map(Some)
     }
 
-    /// Some of the `left` bytes of a data frame; what is not read stays for the next call.
+    /// Returns a chunk of the `left` bytes of a data frame; the rest remains for the next call.
     async fn chunk(&mut self, id: u32, last: bool, left: usize) -> Result<Frame, SpdyError> {
         let length = left.min(MAX_CHUNK_BYTES);
         self.fill(length).await?;
@@ -155,7 +155,7 @@ impl<R: AsyncRead + Unpin> Reader<R> {
                 let id = word(payload)?;
                 let block = payload
                     .get(10..)
-                    .ok_or(SpdyError::Frame("SYN_STREAM is cut short"))?;
+                    .ok_or(SpdyError::Frame("truncated SYN_STREAM"))?;
                 Ok(Frame::Open {
                     id,
                     fin: flags & FIN != 0,
@@ -163,10 +163,10 @@ impl<R: AsyncRead + Unpin> Reader<R> {
                 })
             }
             HEADERS | SYN_REPLY => {
-                // Their content is of no interest, but the compression goes on through it.
+                // The headers are irrelevant, but the compression state must advance.
                 let block = payload
                     .get(4..)
-                    .ok_or(SpdyError::Frame("HEADERS is cut short"))?;
+                    .ok_or(SpdyError::Frame("truncated HEADERS"))?;
                 self.inflater.read(block)?;
                 match flags & FIN {
                     0 => Ok(Frame::Other),
@@ -182,12 +182,12 @@ impl<R: AsyncRead + Unpin> Reader<R> {
                 id: raw_word(payload)?,
             }),
             GOAWAY => Ok(Frame::GoAway),
-            // SETTINGS and WINDOW_UPDATE: no Kubernetes peer has flow control in SPDY; TCP's is what holds a sender.
+            // SETTINGS and WINDOW_UPDATE: Kubernetes peers have no flow control in SPDY; TCP's applies.
             _ => Ok(Frame::Other),
         }
     }
 
-    /// The source, for what is to be thrown away at the end.
+    /// Returns the source, to discard the remaining data at the end.
     pub fn source(&mut self) -> &mut R {
         &mut self.source
     }
@@ -197,10 +197,10 @@ fn raw_word(payload: &[u8]) -> Result<u32, SpdyError> {
     payload
         .first_chunk::<4>()
         .map(|bytes| u32::from_be_bytes(*bytes))
-        .ok_or(SpdyError::Frame("a control frame is cut short"))
+        .ok_or(SpdyError::Frame("truncated control frame"))
 }
 
-/// A stream id at the start of a payload.
+/// Parses a stream id at the start of a payload.
 fn word(payload: &[u8]) -> Result<u32, SpdyError> {
     Ok(raw_word(payload)? & 0x7fff_ffff)
 }
@@ -214,7 +214,7 @@ fn control_frame(kind: u16, flags: u8, payload: &[u8]) -> Bytes {
     frame.freeze()
 }
 
-/// The answer to an opened stream.
+/// Encodes the reply to an opened stream.
 pub fn reply(id: u32, block: &[u8]) -> Bytes {
     let mut payload = Vec::with_capacity(4 + block.len());
     payload.extend_from_slice(&id.to_be_bytes());
@@ -222,7 +222,7 @@ pub fn reply(id: u32, block: &[u8]) -> Bytes {
     control_frame(SYN_REPLY, 0, &payload)
 }
 
-/// Gives a stream up.
+/// Encodes a reset of a stream.
 pub fn reset(id: u32, why: Reset) -> Bytes {
     let mut payload = [0; 8];
     payload[..4].copy_from_slice(&id.to_be_bytes());
@@ -230,19 +230,19 @@ pub fn reset(id: u32, why: Reset) -> Bytes {
     control_frame(RST_STREAM, 0, &payload)
 }
 
-/// An answer to a ping.
+/// Encodes the answer to a ping.
 pub fn ping(id: u32) -> Bytes {
     control_frame(PING, 0, &id.to_be_bytes())
 }
 
-/// No stream after `last` was looked at, and the connection ends well.
+/// Encodes a normal end of the connection; no stream after `last` was processed.
 pub fn go_away(last: u32) -> Bytes {
     let mut payload = [0; 8];
     payload[..4].copy_from_slice(&last.to_be_bytes());
     control_frame(GOAWAY, 0, &payload)
 }
 
-/// Head of a data frame with `length` bytes, at most 2^24 - 1.
+/// Encodes the header of a data frame with `length` bytes, at most 2^24 - 1.
 pub fn data_head(id: u32, length: usize, fin: bool) -> Bytes {
     let mut head = BytesMut::with_capacity(8);
     head.put_u32(id & 0x7fff_ffff);

@@ -1,26 +1,26 @@
 //! Header blocks of SPDY/3: name-value lists, compressed as one zlib stream per direction with a preset dictionary.
 //!
-//! Reading: zlib's head is taken off here and the dictionary given to a raw inflater as a stored block, so that any
-//! deflate library will do. Writing: stored blocks, which are valid deflate; a server's header blocks are empty lists.
-//! Output of the inflater and number and size of headers are bounded: a peer is hostile.
+//! The reader strips zlib's header and feeds the dictionary to a raw inflater as a stored block, which works with any
+//! deflate library. The writer emits stored blocks, which are valid deflate; a server's header blocks are empty
+//! lists. The inflated size and the number and size of headers are bounded, because the peer is untrusted.
 
 use super::SpdyError;
 use super::dictionary;
 use flate2::{Decompress, FlushDecompress, Status};
 
-/// Largest header block once inflated, in bytes. kubectl's have less than 200.
+/// Maximum size of an inflated header block; kubectl's are smaller than 200 bytes.
 const MAX_BLOCK_BYTES: usize = 16 << 10;
-/// Most headers of one block. kubectl's have up to three.
+/// Maximum number of headers in a block; kubectl sends up to three.
 const MAX_HEADERS: u32 = 64;
-/// Second byte of zlib's head: a dictionary is named.
+/// Flag in the second byte of zlib's header: preset dictionary.
 const FDICT: u8 = 0x20;
 
-/// Names in lower case, and values, in the order of the block.
+/// Names in lower case with their values, in the order of the block.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Headers(pub Vec<(String, String)>);
 
 impl Headers {
-    /// The first value of `name`, which is given in lower case; empty where there is none.
+    /// Returns the first value of `name`, which must be in lower case, or "".
     pub fn get(&self, name: &str) -> &str {
         self.0
             .iter()
@@ -29,7 +29,7 @@ impl Headers {
     }
 }
 
-/// The reading half of one direction's compression state. After an error it is of no more use.
+/// Decompression state of one direction. Unusable after an error.
 #[derive(Debug)]
 pub struct Inflater {
     raw: Decompress,
@@ -37,7 +37,7 @@ pub struct Inflater {
 }
 
 impl Inflater {
-    /// At the start of a connection.
+    /// Creates the state for the start of a connection.
     pub fn new() -> Self {
         Self {
             raw: Decompress::new(false),
@@ -45,10 +45,10 @@ impl Inflater {
         }
     }
 
-    /// The headers of the connection's next block.
+    /// Returns the headers of the next block.
     ///
     /// # Errors
-    /// What is no zlib stream with SPDY's dictionary, too large, or no header list.
+    /// The block is not part of a zlib stream with SPDY's dictionary, too large, or not a header list.
     pub fn read(&mut self, mut block: &[u8]) -> Result<Headers, SpdyError> {
         if !self.started {
             block = self.start(block)?;
@@ -56,9 +56,9 @@ impl Inflater {
         parse(&self.inflate(block)?)
     }
 
-    /// Takes zlib's head off the first block.
+    /// Strips zlib's header from the first block.
     fn start<'a>(&mut self, block: &'a [u8]) -> Result<&'a [u8], SpdyError> {
-        let bad = SpdyError::Headers("the first block has no valid zlib head");
+        let bad = SpdyError::Headers("invalid zlib header");
         let [method, flags, rest @ ..] = block else {
             return Err(bad);
         };
@@ -74,7 +74,7 @@ impl Inflater {
             return Err(bad);
         };
         if u32::from_be_bytes(*id) != dictionary::ID {
-            return Err(SpdyError::Headers("another dictionary than SPDY/3's"));
+            return Err(SpdyError::Headers("unknown dictionary"));
         }
         self.inflate(&stored(&dictionary::bytes()))?;
         Ok(rest)
@@ -90,18 +90,20 @@ impl Inflater {
             let status = self
                 .raw
                 .decompress_vec(input, &mut output, FlushDecompress::Sync)
-                .map_err(|_| SpdyError::Headers("a block is not valid deflate"))?;
+                .map_err(|_| SpdyError::Headers("invalid deflate data"))?;
             if output.len() > MAX_BLOCK_BYTES {
-                return Err(SpdyError::Headers("a block is too large"));
+                return Err(SpdyError::Headers("block too large"));
             }
             let taken = usize::try_from(self.raw.total_in() - before.0).unwrap_or(input.len());
             input = &input[taken.min(input.len())..];
             match status {
-                Status::StreamEnd => return Err(SpdyError::Headers("the zlib stream ended")),
+                Status::StreamEnd => {
+                    return Err(SpdyError::Headers("unexpected end of the zlib stream"));
+                }
                 _ if output.len() == output.capacity() => {}
                 _ if input.is_empty() => return Ok(output),
                 _ if taken == 0 && output.len() == before.1 => {
-                    return Err(SpdyError::Headers("a block cannot be inflated"));
+                    return Err(SpdyError::Headers("invalid deflate data"));
                 }
                 _ => {}
             }
@@ -109,7 +111,7 @@ impl Inflater {
     }
 }
 
-/// A stored, non-final deflate block. `bytes` must be at most 65,535 long.
+/// Returns a stored, non-final deflate block. `bytes` must be at most 65,535 long.
 fn stored(bytes: &[u8]) -> Vec<u8> {
     let length = bytes.len() as u16;
     let mut block = Vec::with_capacity(bytes.len() + 5);
@@ -124,18 +126,18 @@ fn parse(block: &[u8]) -> Result<Headers, SpdyError> {
     let mut rest = block;
     let count = number(&mut rest)?;
     if count > MAX_HEADERS {
-        return Err(SpdyError::Headers("a block has too many headers"));
+        return Err(SpdyError::Headers("too many headers"));
     }
     let mut headers = Vec::new();
     for _ in 0..count {
         let name = text(&mut rest)?.to_ascii_lowercase();
-        // Several values of one name are separated by NUL; the first is what a lookup means.
+        // Multiple values of a name are separated by NUL; lookups use the first.
         let value = text(&mut rest)?;
         let value = value.split('\0').next().unwrap_or_default().to_owned();
         headers.push((name, value));
     }
     if !rest.is_empty() {
-        return Err(SpdyError::Headers("a block is longer than its headers"));
+        return Err(SpdyError::Headers("trailing data after the headers"));
     }
     Ok(Headers(headers))
 }
@@ -143,7 +145,7 @@ fn parse(block: &[u8]) -> Result<Headers, SpdyError> {
 fn number(rest: &mut &[u8]) -> Result<u32, SpdyError> {
     let (bytes, after) = rest
         .split_first_chunk::<4>()
-        .ok_or(SpdyError::Headers("a block is cut short"))?;
+        .ok_or(SpdyError::Headers("truncated block"))?;
     *rest = after;
     Ok(u32::from_be_bytes(*bytes))
 }
@@ -151,30 +153,30 @@ fn number(rest: &mut &[u8]) -> Result<u32, SpdyError> {
 fn text(rest: &mut &[u8]) -> Result<String, SpdyError> {
     let length = number(rest)? as usize;
     if length > rest.len() {
-        return Err(SpdyError::Headers("a block is cut short"));
+        return Err(SpdyError::Headers("truncated block"));
     }
     let (bytes, after) = rest.split_at(length);
     *rest = after;
-    String::from_utf8(bytes.to_vec()).map_err(|_| SpdyError::Headers("a header is not UTF-8"))
+    String::from_utf8(bytes.to_vec()).map_err(|_| SpdyError::Headers("header is not UTF-8"))
 }
 
-/// The writing half: empty header lists, which is all that a server has to say.
+/// Compression state of one direction: a server sends only empty header lists.
 #[derive(Debug, Default)]
 pub struct Deflater {
     started: bool,
 }
 
 impl Deflater {
-    /// The connection's next block, with no headers in it.
+    /// Returns the next block, an empty header list.
     pub fn empty_block(&mut self) -> Vec<u8> {
         let mut block = Vec::with_capacity(16);
         if !self.started {
             self.started = true;
-            // Deflate with a 32 KiB window, no dictionary.
+            // Deflate with a 32 KiB window, without dictionary.
             block.extend_from_slice(&[0x78, 0x01]);
         }
         block.extend(stored(&0u32.to_be_bytes()));
-        // An empty block makes a reader that works block by block give out what it has.
+        // An empty block flushes readers that work block by block.
         block.extend(stored(&[]));
         block
     }

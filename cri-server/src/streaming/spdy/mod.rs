@@ -1,7 +1,7 @@
-//! SPDY/3.1 as Kubernetes speaks it: framing (`frame`, `headers`, `dictionary`) and connections (`connection`).
+//! SPDY/3.1 as used by Kubernetes: framing (`frame`, `headers`, `dictionary`) and connections (`connection`).
 //!
-//! The server's half only, over any byte stream: TCP after an upgrade, or a WebSocket that tunnels it. What the streams
-//! carry is decided by `streaming::remote` (exec, attach) and `streaming::forward` (port-forward).
+//! Only the server side, over any byte stream: TCP after an upgrade, or a WebSocket tunnel. The streams are used by
+//! `streaming::remote` (exec, attach) and `streaming::forward` (port-forward).
 
 mod connection;
 mod dictionary;
@@ -12,16 +12,16 @@ mod tests;
 
 pub use connection::{Accept, Stream, StreamOutput, serve};
 
-/// Why a connection ended badly.
+/// Failure of a connection.
 #[derive(Debug, thiserror::Error)]
 pub enum SpdyError {
-    /// The byte stream.
-    #[error("the connection broke")]
+    /// The byte stream failed.
+    #[error("connection failed")]
     Io(#[source] std::io::Error),
-    /// What is no frame within the limits.
-    #[error("bad SPDY frame: {0}")]
+    /// Invalid frame, or one that exceeds the limits.
+    #[error("invalid SPDY frame: {0}")]
     Frame(&'static str),
-    /// What is no header block within the limits.
-    #[error("bad SPDY header block: {0}")]
+    /// Invalid header block, or one that exceeds the limits.
+    #[error("invalid SPDY header block: {0}")]
     Headers(&'static str),
 }

@@ -1,4 +1,4 @@
-//! Tests of framing and connections: bytes that Kubernetes' own library made, hostile bytes, and back-pressure.
+//! Tests of framing and connections: bytes written by Kubernetes' library, hostile bytes, and back-pressure.
 
 use super::frame::{Frame, MAX_CHUNK_BYTES, Reader};
 use super::headers::{Deflater, Headers, Inflater};
@@ -10,8 +10,8 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio_util::sync::CancellationToken;
 
-/// Three SYN_STREAM frames of one connection as spdystream 0.5.1 (Go) writes them, with streamType error, stdin, stdout
-/// beside port 8080 and requestID 7.
+/// Three SYN_STREAM frames of one connection as written by spdystream 0.5.1 (Go), with streamType error, stdin,
+/// stdout besides port 8080 and requestID 7.
 const GO_FRAMES: [&str; 3] = [
     "800300010000003e0000000100000000000078f9e3c6a7c202253a703a2b294a4dcc851625aca9a0808614cb45e01c60616061c0c0c0c0590489c64c50f2663407000000ffff",
     "800300010000001a00000003000000000000c2aeb9b82425338fb06600000000ffff",
@@ -47,7 +47,7 @@ async fn frames(bytes: &[u8]) -> (Vec<Frame>, Option<SpdyError>) {
 }
 
 #[test]
-fn the_dictionary_has_the_sum_that_peers_name() {
+fn dictionary_has_the_specified_checksum() {
     let (mut a, mut b) = (1u32, 0u32);
     for byte in dictionary::bytes() {
         a = (a + u32::from(byte)) % 65_521;
@@ -57,7 +57,7 @@ fn the_dictionary_has_the_sum_that_peers_name() {
 }
 
 #[tokio::test]
-async fn what_go_writes_is_read() {
+async fn frames_of_go_are_read() {
     let bytes: Vec<u8> = GO_FRAMES
         .iter()
         .flat_map(|frame| hex::decode(frame).unwrap())
@@ -78,7 +78,7 @@ async fn what_go_writes_is_read() {
 }
 
 #[test]
-fn an_empty_block_is_read_back_any_number_of_times() {
+fn empty_blocks_round_trip() {
     let (mut deflater, mut inflater) = (Deflater::default(), Inflater::new());
     for _ in 0..5 {
         assert_eq!(
@@ -89,7 +89,7 @@ fn an_empty_block_is_read_back_any_number_of_times() {
 }
 
 #[test]
-fn a_block_that_inflates_without_end_is_refused() {
+fn oversized_header_block_is_rejected() {
     let mut bomb = Vec::new();
     let mut raw = flate2::write::ZlibEncoder::new(&mut bomb, flate2::Compression::best());
     std::io::Write::write_all(&mut raw, &vec![0; 64 << 20]).unwrap();
@@ -97,12 +97,12 @@ fn a_block_that_inflates_without_end_is_refused() {
     let error = Inflater::new().read(&bomb).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "bad SPDY header block: a block is too large"
+        "invalid SPDY header block: block too large"
     );
 }
 
 #[tokio::test]
-async fn a_large_data_frame_comes_in_pieces_and_ends_once() {
+async fn large_data_frame_is_delivered_in_chunks() {
     let bytes = vec![7; 3 * MAX_CHUNK_BYTES + 5];
     let (frames, error) = frames(&data(9, true, &bytes)).await;
     assert!(error.is_none());
@@ -151,7 +151,7 @@ proptest! {
     }
 }
 
-/// A served connection that echoes every stream, and the client's end of it.
+/// Returns a served connection that echoes every stream, and its client end.
 fn echo() -> (DuplexStream, tokio::task::JoinHandle<()>, CancellationToken) {
     let (client, server) = tokio::io::duplex(4 << 10);
     let gone = CancellationToken::new();
@@ -177,7 +177,7 @@ fn echo() -> (DuplexStream, tokio::task::JoinHandle<()>, CancellationToken) {
     (client, task, gone)
 }
 
-/// Payload of all data frames of `id` up to the one that ends it.
+/// Returns the payload of all data frames of `id` up to the last.
 async fn read_stream(client: &mut DuplexStream, id: u32) -> Vec<u8> {
     let mut bytes = Vec::new();
     let mut head = [0; 8];
@@ -197,7 +197,7 @@ async fn read_stream(client: &mut DuplexStream, id: u32) -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn a_stream_is_echoed_with_its_half_close() {
+async fn stream_is_echoed_with_half_close() {
     let (mut client, task, gone) = echo();
     let block = Deflater::default().empty_block();
     client.write_all(&syn_stream(1, &block)).await.unwrap();
@@ -210,7 +210,7 @@ async fn a_stream_is_echoed_with_its_half_close() {
 }
 
 #[tokio::test]
-async fn a_stream_without_a_taker_stalls_its_peer_instead_of_filling_memory() {
+async fn stream_without_consumer_stalls_its_peer() {
     let (mut client, server) = tokio::io::duplex(4 << 10);
     let gone = CancellationToken::new();
     let task = tokio::spawn(serve(server, LONG, gone.clone(), |mut accept| async move {
@@ -235,7 +235,7 @@ async fn a_stream_without_a_taker_stalls_its_peer_instead_of_filling_memory() {
 }
 
 #[tokio::test]
-async fn bad_streams_are_reset_and_the_others_go_on() {
+async fn invalid_streams_are_reset_without_affecting_others() {
     let (mut client, task, _gone) = echo();
     let mut deflater = Deflater::default();
     for id in [4, 5, 3, 7] {
@@ -264,7 +264,7 @@ async fn bad_streams_are_reset_and_the_others_go_on() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_silent_connection_ends() {
+async fn idle_connection_is_closed() {
     let (_client, server) = tokio::io::duplex(4 << 10);
     let gone = CancellationToken::new();
     let token = gone.clone();
@@ -276,7 +276,7 @@ async fn a_silent_connection_ends() {
 }
 
 #[tokio::test]
-async fn output_after_a_reset_is_an_error() {
+async fn output_after_reset_fails() {
     let (mut client, server) = tokio::io::duplex(64 << 10);
     let (told, telling) = tokio::sync::oneshot::channel();
     let task = tokio::spawn(serve(
@@ -301,7 +301,7 @@ async fn output_after_a_reset_is_an_error() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_peer_is_pinged_while_what_it_sent_is_not_taken() {
+async fn stalled_consumer_causes_pings() {
     let (mut client, server) = tokio::io::duplex(1 << 20);
     let task = tokio::spawn(serve(
         server,

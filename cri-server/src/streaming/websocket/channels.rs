@@ -1,7 +1,7 @@
-//! Numbered channels on a WebSocket: each message is the channel's number and its bytes, as binary or as text in base64.
+//! Numbered channels on a WebSocket: each message is a channel number and data, as binary or base64 text.
 //!
-//! [`serve`] drives one connection in the caller's task, as `spdy::serve` does: reader, writer and the caller's handler
-//! side by side, with the same bounds. A channel whose taker stalls stalls the connection and no other.
+//! [`serve`] drives one connection in the caller's task, like `spdy::serve`: reader, writer and the caller's handler
+//! run concurrently, with the same bounds. A channel whose consumer stalls stalls the connection only.
 
 use super::CLOSE_TIMEOUT;
 use crate::streaming::pipe::{Gone, Input, Output};
@@ -25,17 +25,17 @@ use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_tungstenite::tungstenite::{Error, Message};
 use tokio_util::sync::CancellationToken;
 
-/// Chunks that wait for the taker of one channel, of at most [`MAX_CHUNK_BYTES`] bytes.
+/// Maximum number of queued chunks per channel, of at most [`MAX_CHUNK_BYTES`] bytes.
 const INPUT_QUEUE_CHUNKS: usize = 4;
-/// Largest chunk that is handed on, in bytes; a message may be larger.
+/// Maximum size of a chunk; a message may be larger.
 const MAX_CHUNK_BYTES: usize = 16 << 10;
-/// Messages that wait for the peer.
+/// Maximum number of queued messages to the peer.
 const OUTPUT_QUEUE_MESSAGES: usize = 8;
-/// What the peer may take to read the last messages.
+/// Timeout of the last messages to the peer.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(10);
-/// How often the peer is told that this side lives. kubectl gives up after 61 s without, and a reader that waits for a
-/// process to take its input sees no ping. The other way round, a peer that closed cannot say so while what it sent before
-/// is not read; to a pong it answers with a reset.
+/// Interval of keep-alive pongs. kubectl gives up after 61 s without one, and a reader blocked by a process that does
+/// not read its input does not see pings. It also detects a closed peer, whose unread data hides the close: it
+/// answers a pong with a reset.
 const PONG_INTERVAL: Duration = Duration::from_secs(5);
 
 const STDIN: u8 = 0;
@@ -43,13 +43,13 @@ const STDOUT: u8 = 1;
 const STDERR: u8 = 2;
 const ERROR: u8 = 3;
 const RESIZE: u8 = 4;
-/// From version 5 on: the next byte is a channel that ends.
+/// Since version 5: the next byte is the channel to close.
 const CLOSE: u8 = 255;
 
-/// Channel and bytes.
+/// Channel and data.
 type Packet = (u8, Bytes);
 
-/// The writing half of a channel. Its end is the connection's: there is no message for it.
+/// Writing half of a channel. It ends with the connection: there is no message for it.
 #[derive(Debug)]
 pub struct ChannelOutput {
     channel: u8,
@@ -61,7 +61,7 @@ impl ChannelOutput {
     /// Sends `data`, waiting while the peer does not read.
     ///
     /// # Errors
-    /// The connection is gone.
+    /// The connection is closed.
     pub async fn write(&mut self, data: Bytes) -> Result<(), Gone> {
         tokio::select! {
             biased;
@@ -71,7 +71,7 @@ impl ChannelOutput {
     }
 }
 
-/// The channels that a handler may open, before the connection is served.
+/// Channels that a handler opens before the connection is served.
 #[derive(Debug)]
 pub struct Channels {
     inputs: HashMap<u8, mpsc::Sender<Bytes>>,
@@ -80,14 +80,14 @@ pub struct Channels {
 }
 
 impl Channels {
-    /// What the client sends on `channel`.
+    /// Returns the client's data on `channel`.
     pub fn input(&mut self, channel: u8) -> Input {
         let (sender, receiver) = mpsc::channel(INPUT_QUEUE_CHUNKS);
         self.inputs.insert(channel, sender);
         Input::new(receiver, self.gone.clone())
     }
 
-    /// What it is sent on `channel`.
+    /// Returns the writing half of `channel`.
     pub fn output(&self, channel: u8) -> Output {
         Output::Channel(ChannelOutput {
             channel,
@@ -96,15 +96,15 @@ impl Channels {
         })
     }
 
-    /// The channels of a remote command. The client is told that it is connected by an empty message on its lowest
-    /// channel.
+    /// Returns the channels of a remote command. An empty message on its lowest channel signals the connection to the
+    /// client.
     pub fn remote(&mut self, wanted: RequestedStreams, version: Version) -> Remote {
         let lowest = match wanted {
             RequestedStreams { stdout: true, .. } => STDOUT,
             RequestedStreams { stderr: true, .. } => STDERR,
             _ => ERROR,
         };
-        // The queue is empty yet.
+        // The queue is still empty.
         let _ = self.out.try_send((lowest, Bytes::new()));
         Remote {
             stdin: wanted.stdin.then(|| self.input(STDIN)),
@@ -119,13 +119,13 @@ impl Channels {
     }
 }
 
-/// The bytes of a message, by the subprotocol; `None` for what is none of it.
+/// Decodes a message; `None` if it is invalid in the subprotocol.
 pub(super) fn decode(message: Message, base64: bool) -> Option<(u8, Bytes)> {
     match message {
         Message::Binary(bytes) if !base64 => Some((*bytes.first()?, bytes.slice(1..))),
         Message::Text(text) if base64 => {
             let (channel, rest) = text.as_bytes().split_first()?;
-            // One digit: channel 255 is of a version that has no base64.
+            // A single digit: channel 255 belongs to a version without base64.
             let channel = channel.checked_sub(b'0').filter(|digit| *digit < 10)?;
             Some((channel, BASE64_STANDARD.decode(rest).ok()?.into()))
         }
@@ -133,7 +133,7 @@ pub(super) fn decode(message: Message, base64: bool) -> Option<(u8, Bytes)> {
     }
 }
 
-/// A message of the subprotocol.
+/// Encodes a message.
 pub(super) fn encode((channel, data): Packet, base64: bool) -> Message {
     if base64 {
         let mut text = String::with_capacity(1 + data.len().div_ceil(3) * 4);
@@ -147,7 +147,7 @@ pub(super) fn encode((channel, data): Packet, base64: bool) -> Message {
     Message::Binary(bytes.freeze())
 }
 
-/// Hands messages to their channels.
+/// Delivers messages to their channels.
 struct Receiver<IO> {
     source: SplitStream<WebSocketStream<IO>>,
     inputs: HashMap<u8, mpsc::Sender<Bytes>>,
@@ -158,7 +158,7 @@ struct Receiver<IO> {
 }
 
 impl<IO: AsyncRead + AsyncWrite + Unpin> Receiver<IO> {
-    /// Until the peer closes or breaks the protocol.
+    /// Runs until the peer closes or breaks the protocol.
     async fn run(&mut self) {
         while let Some(message) = self.source.next().await {
             *self.activity.lock() = Instant::now();
@@ -167,17 +167,17 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Receiver<IO> {
                 Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_)) => {}
                 Ok(message) => match decode(message, self.base64) {
                     Some((CLOSE, which)) if self.version >= Version::V5 => {
-                        // Dropped, the sender ends the channel.
+                        // Dropping the sender ends the channel.
                         which.first().map(|channel| self.inputs.remove(channel));
                     }
                     Some((channel, data)) => self.deliver(channel, data).await,
                     None => {
-                        tracing::debug!("WebSocket client sent what its subprotocol does not have");
+                        tracing::debug!("invalid message from WebSocket client");
                         return;
                     }
                 },
                 Err(error) => {
-                    tracing::debug!(%error, "WebSocket connection broke");
+                    tracing::debug!(%error, "WebSocket connection failed");
                     return;
                 }
             }
@@ -196,14 +196,14 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Receiver<IO> {
                 sent = sender.send(chunk) => sent,
             };
             if sent.is_err() {
-                // The taker wants no more; the rest goes nowhere.
+                // The consumer has stopped; the rest is discarded.
                 self.inputs.remove(&channel);
             }
         }
     }
 }
 
-/// Writes messages until all senders are gone, then the close.
+/// Writes messages until all senders are dropped, then closes.
 async fn write_all<IO: AsyncRead + AsyncWrite + Unpin>(
     mut sink: SplitSink<WebSocketStream<IO>, Message>,
     mut packets: mpsc::Receiver<Packet>,
@@ -245,10 +245,10 @@ async fn idle_for(limit: Duration, activity: &Mutex<Instant>) {
     }
 }
 
-/// Serves the connection until `handler` returns; then sends what is queued and closes, within limits. `open` makes the
-/// handler of the channels, which must be known before the first message.
+/// Serves the connection until `handler` returns; then sends the queued messages and closes, with timeouts. `open`
+/// creates the handler of the channels, which must exist before the first message.
 ///
-/// `gone` is cancelled when the peer is gone, has broken the protocol or was silent for `idle`; the handler must end
+/// `gone` is cancelled if the peer disconnects, breaks the protocol or is silent for `idle`; the handler must end
 /// soon after. Dropping the future drops the handler and closes the connection.
 pub async fn serve<IO, H, F>(
     socket: WebSocketStream<IO>,
@@ -271,7 +271,7 @@ pub async fn serve<IO, H, F>(
     let mut handling = Box::pin(open(&mut channels));
     let activity = Arc::new(Mutex::new(Instant::now()));
     let Channels { inputs, out, .. } = channels;
-    // The handler has its own.
+    // The handler has clones.
     drop(out);
     let mut receiver = Receiver {
         source,
@@ -296,12 +296,12 @@ pub async fn serve<IO, H, F>(
                 written = &mut writing, if writes => {
                     writes = false;
                     if let Err(error) = written {
-                        tracing::debug!(%error, "WebSocket peer takes no more");
+                        tracing::debug!(%error, "failed to write to WebSocket client");
                     }
                     gone.cancel();
                 }
                 () = &mut idling, if !gone.is_cancelled() => {
-                    tracing::info!(seconds = idle.as_secs(), "streaming connection was idle for too long");
+                    tracing::info!(seconds = idle.as_secs(), "closing idle streaming connection");
                     gone.cancel();
                 }
             }

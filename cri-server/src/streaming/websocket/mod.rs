@@ -1,7 +1,7 @@
-//! WebSocket as Kubernetes speaks it: channels with a number in front of each message (`channels`: exec, attach, and
-//! port-forward's first protocol), and SPDY tunnelled in binary messages (`tunnel`: port-forward's second).
+//! WebSocket subprotocols of Kubernetes: numbered channels (`channels`: exec, attach, and port-forward's first
+//! protocol), and SPDY tunneled in binary messages (`tunnel`: port-forward's second).
 //!
-//! RFC 6455 itself is tokio-tungstenite's; here are the subprotocols, and the bounds.
+//! RFC 6455 is implemented by tokio-tungstenite.
 
 pub mod channels;
 #[cfg(test)]
@@ -16,12 +16,12 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 
-/// Largest message that is taken, in bytes: kubectl's have 32 KiB.
+/// Maximum size of a received message; kubectl's are 32 KiB.
 const MAX_MESSAGE_BYTES: usize = 1 << 20;
-/// What the peer may take to close after the last message.
+/// Time that the peer has to close after the last message.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// What a connection's messages mean.
+/// Subprotocol of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Subprotocol {
     /// Numbered channels.
@@ -31,20 +31,20 @@ pub enum Subprotocol {
 }
 
 impl Subprotocol {
-    /// By the name that a client offers, for exec and attach. Without a name it is the first version.
+    /// Parses the name of a subprotocol for exec and attach. The empty name is the first version.
     pub fn of_command(name: &str) -> Option<Self> {
         let (version, base64) = match name {
             "" => (Version::V1, false),
             "base64.channel.k8s.io" => (Version::V1, true),
             "v4.base64.channel.k8s.io" => (Version::V4, true),
-            // Versions 2 and 3 are SPDY's alone.
+            // Versions 2 and 3 exist only for SPDY.
             "v2.channel.k8s.io" | "v3.channel.k8s.io" => return None,
             name => (Version::named(name)?, false),
         };
         Some(Self::Channels { version, base64 })
     }
 
-    /// The same for port-forward.
+    /// Parses the name of a subprotocol for port-forward.
     pub fn of_forward(name: &str) -> Option<Self> {
         let (version, base64) = match name {
             "SPDY/3.1+portforward.k8s.io" => return Some(Self::Tunnel),
@@ -56,7 +56,7 @@ impl Subprotocol {
     }
 }
 
-/// A server's WebSocket over a connection that was upgraded already.
+/// Wraps an upgraded connection as the server side of a WebSocket.
 pub async fn accept<IO: AsyncRead + AsyncWrite + Unpin>(io: IO) -> WebSocketStream<IO> {
     let config = WebSocketConfig::default()
         .max_message_size(Some(MAX_MESSAGE_BYTES))

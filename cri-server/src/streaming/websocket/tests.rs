@@ -1,4 +1,4 @@
-//! Tests of the channel codec, of channels and of the tunnel, against tungstenite's own client side.
+//! Tests of the channel codec, of channels and of the tunnel, against tungstenite's client side.
 
 use super::channels::{decode, encode};
 use super::*;
@@ -20,7 +20,7 @@ async fn pair() -> (WebSocketStream<DuplexStream>, WebSocketStream<DuplexStream>
 }
 
 #[test]
-fn subprotocols_are_those_of_kubernetes() {
+fn subprotocols_match_kubernetes() {
     let version = |name| match Subprotocol::of_command(name) {
         Some(Subprotocol::Channels { version, base64 }) => Some((version, base64)),
         _ => None,
@@ -55,7 +55,7 @@ proptest! {
 }
 
 #[tokio::test]
-async fn stdin_ends_by_the_close_message_and_the_status_comes_last() {
+async fn close_message_ends_stdin_and_status_is_last() {
     let (mut client, server) = pair().await;
     let wanted = RequestedStreams {
         stdin: true,
@@ -105,7 +105,7 @@ async fn stdin_ends_by_the_close_message_and_the_status_comes_last() {
 }
 
 #[tokio::test]
-async fn what_the_subprotocol_does_not_have_ends_the_session() {
+async fn invalid_message_ends_the_session() {
     let (mut client, server) = pair().await;
     let gone = CancellationToken::new();
     let token = gone.clone();
@@ -124,7 +124,7 @@ async fn what_the_subprotocol_does_not_have_ends_the_session() {
 }
 
 #[tokio::test]
-async fn a_tunnel_carries_bytes_however_they_are_cut() {
+async fn tunnel_carries_bytes_across_messages() {
     let (client, server) = pair().await;
     let bytes: Vec<u8> = (0..200_000u32).map(|n| n as u8).collect();
     let sent = bytes.clone();

@@ -1,6 +1,6 @@
-//! A WebSocket as a byte stream: what goes in comes out in order, however it is cut into binary messages.
+//! A WebSocket as a byte stream, independent of the boundaries of its binary messages.
 //!
-//! It knows nothing of what it carries (SPDY, driven by `spdy::serve`). The end of the stream is the close message.
+//! It carries SPDY (`spdy::serve`). The end of the stream is the close message.
 
 use bytes::{Buf, Bytes};
 use futures::{Sink, Stream};
@@ -13,21 +13,21 @@ use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_tungstenite::tungstenite::{Error, Message};
 
-/// Largest message written, in bytes.
+/// Maximum size of a written message.
 const MAX_WRITE_BYTES: usize = 32 << 10;
 
-/// See the head of this file.
+/// A byte stream over a WebSocket.
 #[derive(Debug)]
 pub struct Tunnel<IO> {
     socket: WebSocketStream<IO>,
-    /// What is left of the message being read.
+    /// Rest of the message being read.
     message: Bytes,
-    /// The close message is on its way.
+    /// Whether the close message was sent.
     closing: bool,
 }
 
 impl<IO> Tunnel<IO> {
-    /// Over `socket`, whose peer speaks first.
+    /// Wraps `socket`, whose peer sends first.
     pub fn new(socket: WebSocketStream<IO>) -> Self {
         Self {
             socket,
@@ -56,11 +56,11 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncRead for Tunnel<IO> {
                 Some(Ok(Message::Text(_))) => {
                     return Poll::Ready(Err(io::Error::new(
                         io::ErrorKind::InvalidData,
-                        "a text message in a tunnel of bytes",
+                        "unexpected text message in byte tunnel",
                     )));
                 }
                 Some(Ok(Message::Close(_))) | None => return Poll::Ready(Ok(())),
-                // Pings are answered by the library.
+                // The library answers pings.
                 Some(Ok(_)) => {}
                 Some(Err(Error::ConnectionClosed)) => return Poll::Ready(Ok(())),
                 Some(Err(error)) => return Poll::Ready(Err(io_error(error))),
@@ -104,7 +104,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Tunnel<IO> {
                 return Poll::Ready(closed(error));
             }
             self.closing = true;
-            // Without a code the peer takes it for an accident.
+            // Without a code the peer reports an abnormal closure.
             let frame = CloseFrame {
                 code: CloseCode::Normal,
                 reason: "".into(),
