@@ -1,106 +1,122 @@
-//! [`DataWriter`]: file contents, written into the image as they come, with long runs of zeros left out.
+//! [`DataWriter`]: writes file contents into the image as they arrive, without long runs of zeros.
 //!
-//! Knows no names. Called by `erofs` for each file; `image` then goes on writing behind the last block and fetches the
-//! tails. A tail (what a file has behind its last whole block) of up to [`MAX_TAIL`] bytes goes beside its inode, which
-//! is not placed before the end: until then tails wait in memory, or in an unnamed file once they are many.
+//! Knows no names. The tail of a file (the bytes after its last whole block), if it has at most [`MAX_TAIL`] bytes, belongs
+//! next to the inode, whose position is known only at the end. Until then tails are in a [`Store`], as are the maps of sparse
+//! files.
 
 use std::fs::File;
-use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
+use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use super::format::BLOCK;
+use super::format::{BLOCK, HOLE};
+use super::store::Store;
 use super::{ErofsError, ErofsResult};
 
-/// Longest tail kept beside its inode, in bytes. More would often leave the rest of the inode's block empty.
-pub(super) const MAX_TAIL: usize = 2048;
-/// Tails kept in memory, in bytes.
-const TAILS_IN_MEMORY: usize = 8 << 20;
-/// Buffer between contents and file, in bytes.
-const WRITE_BUFFER: usize = 1 << 20;
-/// Smallest run of zeros that becomes a hole, as a power of two; also the unit of a sparse file's map. 64 KiB: large
-/// enough that programs full of small zero runs stay in one piece.
+/// Longest tail next to its inode, in bytes. A longer one would often leave the rest of the inode's block empty.
+pub(crate) const MAX_TAIL: usize = 2048;
+/// Capacity of the buffer of the image file, in bytes.
+const WRITE_BUFFER_BYTES: usize = 1 << 20;
+/// Smallest run of zeros that becomes a hole, as a power of two; also the unit of a sparse file's map. With 64 KiB, programs
+/// with many small runs of zeros are not split.
 const MIN_CHUNK_BITS: u32 = 16;
-/// Entries of one file's map, so that it can't be much larger than what described it.
+/// Maximum number of entries in the map of one file.
 const MAX_CHUNKS: u64 = 1 << 16;
-/// Entries of all maps of a layer.
+/// Maximum number of entries in all maps of a layer.
 const MAX_ALL_CHUNKS: u64 = 1 << 24;
 
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
-/// Where a file's content lies.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Data {
-    /// In one piece: whole blocks from `block` on, and a tail.
-    Flat {
-        size: u64,
-        block: u32,
-        tail: Option<Tail>,
-    },
-    /// In chunks of `1 << bits` bytes, some of which are holes.
-    Chunked {
-        size: u64,
-        bits: u32,
-        runs: Vec<Run>,
-    },
+/// A byte range of a [`Store`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Blob {
+    pub offset: u64,
+    pub length: u32,
+}
+
+/// Position of a file's content.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Data {
+    /// Contiguous: whole blocks from `block` on, then a tail, which may be empty.
+    Flat { size: u64, block: u32, tail: Blob },
+    /// In chunks of `1 << bits` bytes, some of which are holes. The map has the block of each chunk.
+    Chunked { size: u64, bits: u32, map: Blob },
 }
 
 impl Data {
-    pub(super) fn size(&self) -> u64 {
+    /// No content.
+    pub(crate) const EMPTY: Self = Self::Flat {
+        size: 0,
+        block: 0,
+        tail: Blob {
+            offset: 0,
+            length: 0,
+        },
+    };
+
+    pub(crate) fn size(&self) -> u64 {
         match self {
             Self::Flat { size, .. } | Self::Chunked { size, .. } => *size,
         }
     }
 }
 
-/// A piece of the tails' store.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Tail {
-    offset: u64,
-    pub length: u16,
+/// Consecutive chunks with content.
+#[derive(Debug, Clone, Copy)]
+struct Run {
+    chunk: u64,
+    chunks: u64,
+    block: u32,
 }
 
-/// Chunks that have content and follow each other.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Run {
-    pub chunk: u64,
-    pub chunks: u64,
-    pub block: u32,
+/// Appends the block of each chunk of a file.
+fn encode_map(runs: &[Run], chunks: u64, bits: u32) -> Vec<u8> {
+    let blocks_per_chunk = (1u64 << bits) / BLOCK as u64;
+    let mut out = Vec::with_capacity(4 * chunks as usize);
+    let mut at = 0;
+    for run in runs {
+        (at..run.chunk).for_each(|_| out.extend(HOLE.to_le_bytes()));
+        for chunk in 0..run.chunks {
+            out.extend((run.block + (chunk * blocks_per_chunk) as u32).to_le_bytes());
+        }
+        at = run.chunk + run.chunks;
+    }
+    (at..chunks).for_each(|_| out.extend(HOLE.to_le_bytes()));
+    out
 }
 
-/// See the module's header.
-pub(super) struct DataWriter<'a> {
+/// Writer of an image's blocks.
+pub(crate) struct DataWriter<'a> {
     out: BufWriter<&'a File>,
     file: &'a File,
     path: PathBuf,
-    /// The block at which the file ends.
+    /// Length of the file in blocks.
     next: u32,
-    tails: tempfile::SpooledTempFile,
-    tails_length: u64,
+    /// Tails and maps.
+    blobs: Store,
     /// Entries of all maps so far.
     chunks: u64,
-    /// The current file's bytes that make no whole chunk yet.
+    /// The incomplete chunk of the current file.
     buffer: Vec<u8>,
 }
 
 impl<'a> DataWriter<'a> {
-    /// Starts behind the superblock's block.
-    pub(super) fn new(mut file: &'a File, path: &Path, scratch: &Path) -> ErofsResult<Self> {
+    /// Starts after the block of the superblock.
+    pub(crate) fn new(mut file: &'a File, path: &Path, scratch: &Path) -> ErofsResult<Self> {
         file.seek(SeekFrom::Start(BLOCK as u64))
             .map_err(|e| ErofsError::io("writing", path, e))?;
         Ok(Self {
-            out: BufWriter::with_capacity(WRITE_BUFFER, file),
+            out: BufWriter::with_capacity(WRITE_BUFFER_BYTES, file),
             file,
             path: path.to_path_buf(),
             next: 1,
-            tails: tempfile::spooled_tempfile_in(TAILS_IN_MEMORY, scratch),
-            tails_length: 0,
+            blobs: Store::new(scratch),
             chunks: 0,
             buffer: Vec::new(),
         })
     }
 
     /// Starts a file of exactly `size` bytes.
-    pub(super) fn file(&mut self, size: u64) -> ErofsResult<FileWriter<'_, 'a>> {
+    pub(crate) fn file(&mut self, size: u64) -> ErofsResult<FileWriter<'_, 'a>> {
         let mut bits = MIN_CHUNK_BITS;
         while size >> bits >= MAX_CHUNKS {
             bits += 1;
@@ -118,13 +134,13 @@ impl<'a> DataWriter<'a> {
         })
     }
 
-    /// The block at which the file ends now.
-    pub(super) fn next_block(&self) -> u32 {
+    /// Length of the file in blocks.
+    pub(crate) fn next_block(&self) -> u32 {
         self.next
     }
 
-    /// Appends `bytes` and fills their last block with zeros. Gives the first block.
-    pub(super) fn append(&mut self, bytes: &[u8]) -> ErofsResult<u32> {
+    /// Appends `bytes`, pads them to a whole block and returns the first block.
+    pub(crate) fn append(&mut self, bytes: &[u8]) -> ErofsResult<u32> {
         let start = self.next;
         let blocks = u32::try_from(bytes.len().div_ceil(BLOCK)).ok();
         // 0xffffffff marks a hole.
@@ -132,7 +148,7 @@ impl<'a> DataWriter<'a> {
             .and_then(|b| start.checked_add(b))
             .filter(|&next| next < u32::MAX);
         self.next = next.ok_or_else(|| ErofsError::TooLarge {
-            what: "an EROFS image".into(),
+            subject: "an EROFS image".into(),
             limit: u64::from(u32::MAX),
             unit: "blocks",
         })?;
@@ -144,18 +160,17 @@ impl<'a> DataWriter<'a> {
         Ok(start)
     }
 
-    /// Reads a tail back.
-    pub(super) fn tail(&mut self, tail: Tail, into: &mut Vec<u8>) -> ErofsResult<()> {
-        let start = into.len();
-        into.resize(start + usize::from(tail.length), 0);
-        self.tails
-            .seek(SeekFrom::Start(tail.offset))
-            .and_then(|_| self.tails.read_exact(&mut into[start..]))
-            .map_err(|e| ErofsError::io("reading the tails of", &self.path, e))
+    /// Appends a tail or map to `out`.
+    pub(crate) fn read(&self, blob: Blob, out: &mut Vec<u8>) -> ErofsResult<()> {
+        let start = out.len();
+        out.resize(start + blob.length as usize, 0);
+        self.blobs
+            .read_at(blob.offset, &mut out[start..])
+            .map_err(|e| ErofsError::io("reading the temporary file of", &self.path, e))
     }
 
-    /// Writes what is buffered and then `first` as the first block.
-    pub(super) fn finish(mut self, first: &[u8; BLOCK]) -> ErofsResult<()> {
+    /// Writes the buffered blocks and then `first` as the first block.
+    pub(crate) fn finish(mut self, first: &[u8; BLOCK]) -> ErofsResult<()> {
         use std::os::unix::fs::FileExt;
         self.out
             .flush()
@@ -163,27 +178,24 @@ impl<'a> DataWriter<'a> {
             .map_err(|e| ErofsError::io("writing", &self.path, e))
     }
 
-    fn keep_tail(&mut self, bytes: &[u8]) -> ErofsResult<Tail> {
-        let tail = Tail {
-            offset: self.tails_length,
-            length: bytes.len() as u16,
-        };
-        self.tails
-            .write_all(bytes)
-            .map_err(|e| ErofsError::io("writing the tails of", &self.path, e))?;
-        self.tails_length += bytes.len() as u64;
-        Ok(tail)
+    fn keep(&mut self, bytes: &[u8]) -> ErofsResult<Blob> {
+        let offset = self.blobs.append(bytes);
+        Ok(Blob {
+            offset: offset
+                .map_err(|e| ErofsError::io("writing the temporary file of", &self.path, e))?,
+            length: bytes.len() as u32,
+        })
     }
 }
 
-/// One file being written. The caller gives exactly the announced size.
-pub(super) struct FileWriter<'w, 'a> {
+/// A file being written. The caller writes exactly the announced size.
+pub(crate) struct FileWriter<'w, 'a> {
     writer: &'w mut DataWriter<'a>,
     size: u64,
     bits: u32,
-    /// Where its first block goes, if it has one.
+    /// Its first block, if it has one.
     start: u32,
-    /// Whole chunks so far, holes among them.
+    /// Whole chunks so far, including holes.
     chunk: u64,
     runs: Vec<Run>,
     holes: bool,
@@ -194,7 +206,7 @@ impl FileWriter<'_, '_> {
         1 << self.bits
     }
 
-    pub(super) fn write(&mut self, mut bytes: &[u8]) -> ErofsResult<()> {
+    pub(crate) fn write(&mut self, mut bytes: &[u8]) -> ErofsResult<()> {
         while !bytes.is_empty() {
             let most = bytes
                 .len()
@@ -208,8 +220,8 @@ impl FileWriter<'_, '_> {
         Ok(())
     }
 
-    /// Writes `count` zeros without looking at each.
-    pub(super) fn zeros(&mut self, mut count: u64) -> ErofsResult<()> {
+    /// Writes `count` zeros; whole chunks of them become holes without being copied.
+    pub(crate) fn zeros(&mut self, mut count: u64) -> ErofsResult<()> {
         while count > 0 {
             if self.writer.buffer.is_empty() && count >> self.bits > 0 {
                 let chunks = count >> self.bits;
@@ -227,7 +239,7 @@ impl FileWriter<'_, '_> {
     }
 
     /// Ends the file.
-    pub(super) fn finish(mut self) -> ErofsResult<Data> {
+    pub(crate) fn finish(mut self) -> ErofsResult<Data> {
         let rest = std::mem::take(&mut self.writer.buffer);
         let data = self.end(&rest);
         self.writer.buffer = rest;
@@ -244,11 +256,7 @@ impl FileWriter<'_, '_> {
                 rest.split_at(whole)
             };
             self.writer.append(whole)?;
-            let tail = if tail.is_empty() {
-                None
-            } else {
-                Some(self.writer.keep_tail(tail)?)
-            };
+            let tail = self.writer.keep(tail)?;
             return Ok(Data::Flat {
                 size: self.size,
                 block: self.start,
@@ -262,17 +270,17 @@ impl FileWriter<'_, '_> {
         }
         self.writer.chunks += chunks;
         if self.writer.chunks > MAX_ALL_CHUNKS {
-            let what = "the maps of all sparse files of a layer".into();
             return Err(ErofsError::TooLarge {
-                what,
+                subject: "the maps of all sparse files of a layer".into(),
                 limit: MAX_ALL_CHUNKS,
                 unit: "entries",
             });
         }
+        let map = encode_map(&self.runs, chunks, self.bits);
         Ok(Data::Chunked {
             size: self.size,
             bits: self.bits,
-            runs: std::mem::take(&mut self.runs),
+            map: self.writer.keep(&map)?,
         })
     }
 
@@ -290,9 +298,9 @@ impl FileWriter<'_, '_> {
         Ok(())
     }
 
-    /// Notes that the current chunk lies at `block`.
+    /// Records the block of the current chunk.
     fn add(&mut self, block: u32) {
-        // The file's chunks are written one after the other, so a run goes on as long as no hole comes between.
+        // Chunks of a file are written in order, so a run continues until there is a hole.
         match self.runs.last_mut() {
             Some(run) if run.chunk + run.chunks == self.chunk => run.chunks += 1,
             _ => self.runs.push(Run {
@@ -305,7 +313,7 @@ impl FileWriter<'_, '_> {
 }
 
 fn is_zero(bytes: &[u8]) -> bool {
-    // A comparison of slices is memcmp, also in a build that doesn't optimise.
+    // Comparing slices is a memcmp, even in a build without optimization.
     bytes
         .chunks(ZEROS.len())
         .all(|piece| *piece == ZEROS[..piece.len()])

@@ -1,4 +1,4 @@
-//! [`ErofsError`]: why a tar stream could not be converted.
+//! [`ErofsError`]: errors of a conversion.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -12,44 +12,47 @@ pub enum ErofsError {
     /// An entry of the archive is not acceptable.
     #[error("layer entry {entry:?}: {reason}")]
     Entry {
-        /// Path of the entry, as far as it is printable.
+        /// Printable path of the entry.
         entry: String,
-        /// Why it was rejected.
+        /// Reason of the rejection.
         reason: String,
     },
     /// The stream is damaged or ends early.
-    #[error("{what} is corrupt: expected {expected}, got {got}")]
+    #[error("{subject} is corrupt: expected {expected}, got {got}")]
     Corrupt {
         /// Name of the stream.
-        what: String,
+        subject: String,
         /// Expected content.
         expected: String,
         /// Content found.
         got: String,
     },
     /// The archive as a whole cannot be represented.
-    #[error("{what}: {reason}")]
+    #[error("{subject}: {reason}")]
     Invalid {
         /// Name of the archive.
-        what: String,
-        /// Why it was rejected.
+        subject: String,
+        /// Reason of the rejection.
         reason: String,
     },
     /// A limit is exceeded.
-    #[error("{what} exceeds the limit of {limit} {unit}")]
+    #[error("{subject} exceeds the limit of {limit} {unit}")]
     TooLarge {
-        /// What is too large.
-        what: String,
+        /// The excessive thing.
+        subject: String,
         /// The limit, in `unit`.
         limit: u64,
         /// Unit of `limit`.
         unit: &'static str,
     },
-    /// The image or the scratch file could not be read or written.
-    #[error("{what} {}", .path.display())]
+    /// The result is no longer needed.
+    #[error("conversion cancelled")]
+    Cancelled,
+    /// The image or a temporary file could not be read or written.
+    #[error("{operation} {}", .path.display())]
     Io {
         /// The operation.
-        what: &'static str,
+        operation: &'static str,
         /// Path of the image.
         path: PathBuf,
         /// Cause.
@@ -59,9 +62,9 @@ pub enum ErofsError {
 }
 
 impl ErofsError {
-    pub(crate) fn io(what: &'static str, path: &Path, source: io::Error) -> Self {
+    pub(crate) fn io(operation: &'static str, path: &Path, source: io::Error) -> Self {
         Self::Io {
-            what,
+            operation,
             path: path.to_owned(),
             source,
         }

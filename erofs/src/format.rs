@@ -1,29 +1,31 @@
-//! EROFS on disk: the constants and records this writer uses.
+//! On-disk format of EROFS: constants and records used by this writer.
 //!
-//! Only bytes; what goes where is decided in `image`. From the kernel's fs/erofs/erofs_fs.h and
+//! Only bytes; `image` decides their position. From the kernel's fs/erofs/erofs_fs.h and
 //! Documentation/filesystems/erofs.rst: 4 KiB blocks, extended inodes, uncompressed, layouts flat, inline and
 //! chunk-based, so that Linux 5.15 and later mount it.
 
-/// Bytes of a block.
+/// Size of a block in bytes.
 pub(super) const BLOCK: usize = 4096;
 const BLOCK_BITS: u8 = 12;
-/// Where the superblock starts in block 0.
+/// Offset of the superblock in block 0.
 const SUPERBLOCK: usize = 1024;
-/// Unit of an inode's number, in bytes.
+/// Unit of inode numbers in bytes.
 pub(super) const SLOT: u64 = 32;
-/// Bytes of an extended inode.
+/// Size of an extended inode in bytes.
 pub(super) const INODE: usize = 64;
-/// Bytes of a directory entry without its name.
+/// Size of a directory entry in bytes, without its name.
 pub(super) const DIRENT: usize = 12;
-/// A chunk without content.
+/// Block number of a chunk without content.
 pub(super) const HOLE: u32 = u32::MAX;
 
 const MAGIC: u32 = 0xE0F5_E1E2;
 const COMPAT_CHECKSUM: u32 = 0x1;
 const COMPAT_MTIME: u32 = 0x2;
 const INCOMPAT_CHUNKED: u32 = 0x4;
+/// Size of the header of an attribute area in bytes.
+pub(super) const XATTR_HEADER: usize = 12;
 
-/// How an inode's content is found.
+/// Data layout of an inode.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Layout {
     Plain = 0,
@@ -43,7 +45,20 @@ pub(super) enum FileType {
 }
 
 impl FileType {
-    /// The type bits of `st_mode`.
+    /// Returns the type with this number.
+    pub(super) fn from_number(number: u8) -> Option<Self> {
+        let all = [
+            Self::Regular,
+            Self::Dir,
+            Self::Char,
+            Self::Block,
+            Self::Fifo,
+            Self::Symlink,
+        ];
+        all.into_iter().find(|kind| *kind as u8 == number)
+    }
+
+    /// Type bits of `st_mode`.
     pub(super) fn mode(self) -> u16 {
         match self {
             Self::Regular => 0o100_000,
@@ -56,11 +71,11 @@ impl FileType {
     }
 }
 
-/// What an inode record says.
+/// Content of an inode record.
 pub(super) struct InodeRecord {
     pub layout: Layout,
-    /// Bytes of the attributes behind the inode, as [`xattr_area`] made them.
-    pub xattr_bytes: usize,
+    /// Length of the attribute area behind the inode, see [`xattr_area`].
+    pub xattr_area: usize,
     pub mode: u16,
     pub size: u64,
     /// First block, device number, or chunk format.
@@ -73,16 +88,16 @@ pub(super) struct InodeRecord {
 }
 
 impl InodeRecord {
-    /// The extended form.
+    /// Encodes an extended inode.
     pub(super) fn encode(&self) -> [u8; INODE] {
         let mut out = [0; INODE];
         let mut put = |at: usize, bytes: &[u8]| out[at..at + bytes.len()].copy_from_slice(bytes);
         put(0, &(1 | (self.layout as u16) << 1).to_le_bytes());
-        // The area has a header of 12 bytes, which counts as one unit, as does each 4 bytes behind it.
-        let units = if self.xattr_bytes == 0 {
+        // The header of 12 bytes counts as one unit, and so does every 4 bytes after it.
+        let units = if self.xattr_area == 0 {
             0
         } else {
-            (self.xattr_bytes - 12) / 4 + 1
+            (self.xattr_area - XATTR_HEADER) / 4 + 1
         };
         put(2, &(units as u16).to_le_bytes());
         put(4, &self.mode.to_le_bytes());
@@ -98,42 +113,35 @@ impl InodeRecord {
     }
 }
 
-/// The chunk format of an inode whose chunks have `bits` and a map of 4-byte addresses.
+/// Chunk format of an inode with chunks of `1 << bits` bytes and a map of 4-byte addresses.
 pub(super) fn chunk_format(bits: u32) -> u32 {
     bits - u32::from(BLOCK_BITS)
 }
 
-/// Bytes that attributes take behind an inode.
-pub(super) fn xattr_bytes<'a>(xattrs: impl IntoIterator<Item = (&'a [u8], &'a [u8])>) -> usize {
-    let sum: usize = xattrs
-        .into_iter()
-        .map(|(name, value)| (4 + name.len() + value.len()).next_multiple_of(4))
-        .sum();
-    if sum == 0 { 0 } else { 12 + sum }
-}
-
-/// Appends the attributes (prefix number, name, value), none of them shared.
-pub(super) fn encode_xattrs<'a>(
-    out: &mut Vec<u8>,
-    xattrs: impl IntoIterator<Item = (u8, &'a [u8], &'a [u8])>,
-) {
-    let mut xattrs = xattrs.into_iter().peekable();
-    if xattrs.peek().is_none() {
-        return;
-    }
-    out.extend([0; 12]);
-    for (prefix, name, value) in xattrs {
-        let start = out.len();
-        out.extend([name.len() as u8, prefix]);
-        out.extend((value.len() as u16).to_le_bytes());
-        out.extend(name);
-        out.extend(value);
-        let padded = (out.len() - start).next_multiple_of(4);
-        out.resize(start + padded, 0);
+/// Length of the attribute area for attributes whose encodings have `encoded` bytes; 0 without attributes.
+pub(super) fn xattr_area(encoded: usize) -> usize {
+    match encoded {
+        0 => 0,
+        _ => XATTR_HEADER + encoded,
     }
 }
 
-/// One directory entry; its name stands at `name_offset` of the block.
+/// Length of an encoded attribute.
+pub(super) fn xattr_length(name: &[u8], value: &[u8]) -> usize {
+    (4 + name.len() + value.len()).next_multiple_of(4)
+}
+
+/// Appends an attribute that is not shared with other inodes. `prefix` is the number of its name's prefix.
+pub(super) fn encode_xattr(out: &mut Vec<u8>, prefix: u8, name: &[u8], value: &[u8]) {
+    let end = out.len() + xattr_length(name, value);
+    out.extend([name.len() as u8, prefix]);
+    out.extend((value.len() as u16).to_le_bytes());
+    out.extend(name);
+    out.extend(value);
+    out.resize(end, 0);
+}
+
+/// Encodes a directory entry whose name is at `name_offset` of the block.
 pub(super) fn encode_dirent(nid: u64, name_offset: usize, file_type: FileType) -> [u8; DIRENT] {
     let mut out = [0; DIRENT];
     out[..8].copy_from_slice(&nid.to_le_bytes());
@@ -142,7 +150,7 @@ pub(super) fn encode_dirent(nid: u64, name_offset: usize, file_type: FileType) -
     out
 }
 
-/// What the superblock says.
+/// Content of the superblock.
 pub(super) struct Superblock {
     pub root_nid: u16,
     pub inodes: u64,
@@ -152,7 +160,7 @@ pub(super) struct Superblock {
 }
 
 impl Superblock {
-    /// Block 0.
+    /// Encodes block 0.
     pub(super) fn encode(&self) -> [u8; BLOCK] {
         let mut out = [0; BLOCK];
         let mut put = |at: usize, bytes: &[u8]| {
@@ -175,7 +183,7 @@ impl Superblock {
     }
 }
 
-/// CRC-32C as the kernel's `crc32c(~0, …)`: not inverted at the end.
+/// Returns the CRC-32C as the kernel's `crc32c(~0, …)` does, without the final inversion.
 fn crc32c(bytes: &[u8]) -> u32 {
     bytes.iter().fold(u32::MAX, |crc, byte| {
         (0..8).fold(crc ^ u32::from(*byte), |crc, _| {
@@ -193,19 +201,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn crc_of_the_standard_check_string() {
+    fn crc32c_of_check_string_matches_rfc_3720() {
         // RFC 3720's check value of "123456789", before its final inversion.
         assert_eq!(!crc32c(b"123456789"), 0xE306_9283);
     }
 
     #[test]
-    fn xattr_area_and_its_size_agree() {
+    fn encode_xattr_appends_the_announced_length() {
         let one: (&[u8], &[u8]) = (b"overlay.opaque", b"y");
         let two: (&[u8], &[u8]) = (b"", b"");
         for set in [vec![], vec![one], vec![one, two], vec![two]] {
             let mut out = Vec::new();
-            encode_xattrs(&mut out, set.iter().map(|(n, v)| (4, *n, *v)));
-            assert_eq!(out.len(), xattr_bytes(set));
+            set.iter()
+                .for_each(|(n, v)| encode_xattr(&mut out, 4, n, v));
+            let announced: usize = set.iter().map(|(n, v)| xattr_length(n, v)).sum();
+            assert_eq!(out.len(), announced);
         }
     }
 }

@@ -1,165 +1,174 @@
-//! The end of an image: places the inodes, then writes them, the directories and the superblock.
+//! Finishes an image: positions the inodes, then writes them, the directories and the superblock.
 //!
-//! Contents are in their blocks already, see `data`. Two passes over the same list of inodes: the first decides where
-//! each lies, since directories name their entries by place; the second writes, in that order, with nothing kept.
+//! Contents are already in their blocks, see `data`. There are two passes over the nodes, in the order of their indexes. The
+//! first determines the position of each inode, because directories refer to them; the second writes.
 //!
-//! An inode lies on a slot of 32 bytes, never across a block's end; behind it its attributes, then either its map of
-//! chunks or its tail, which must not cross a block's end either.
+//! An inode begins at a slot of 32 bytes and never crosses the end of a block. Its attributes follow, then either its map
+//! of chunks or its tail, which must not cross the end of a block either.
 
-use super::data::{Data, DataWriter, MAX_TAIL, Run, Tail};
+use std::path::Path;
+
+use super::data::{Data, DataWriter, MAX_TAIL};
 use super::format::{
-    self, BLOCK, DIRENT, FileType, HOLE, INODE, InodeRecord, Layout, SLOT, Superblock,
+    self, BLOCK, DIRENT, FileType, HOLE, INODE, InodeRecord, Layout, SLOT, Superblock, XATTR_HEADER,
 };
-use super::tree::{Kind, Node, NodeId, ROOT, Tree};
-use super::{ErofsError, ErofsResult};
+use super::node::{Node, NodeId};
+use super::tree::{Edge, ROOT, Tree, TreeError};
+use super::{ErofsError, ErofsResult, check};
 
-/// Where the root's inode lies in the metadata. Not at 0, since some programs take inode number 0 for a deleted file.
+/// Position of the root's inode in the metadata. It is not 0: some programs treat inode number 0 as a deleted file.
 const ROOT_POSITION: u64 = 2 * SLOT;
-/// Metadata gathered before it is written, in bytes; a multiple of the block.
-const FLUSH: usize = 1 << 20;
+/// Bytes of metadata gathered before they are written; a multiple of the block size.
+const FLUSH_BYTES: usize = 1 << 20;
+/// Inodes between two checks for cancellation.
+const CHECK_INTERVAL: usize = 4096;
 
-/// An inode that made it into the image.
-struct Placed {
-    id: NodeId,
-    /// Byte in the metadata.
-    position: u64,
-    links: u32,
-    /// The parent, for a directory's `..`.
-    parent: NodeId,
-    /// First directory block, counted from the first of all, for a directory that has some.
-    dir_block: u32,
-}
-
-/// The first pass's result.
+/// Result of the first pass.
 struct Plan {
-    placed: Vec<Placed>,
-    /// Inode number by node; 0 for what is not in the image.
-    numbers: Vec<u64>,
-    /// Length of the metadata.
+    /// Number of links of each node; 0 for a node that is not in the image.
+    links: Vec<u32>,
+    /// Parent directory of each directory.
+    parents: Vec<NodeId>,
+    /// Inode number of each node.
+    numbers: Vec<u32>,
+    /// Number of inodes.
+    count: u64,
+    /// True if a file has chunks.
+    chunked: bool,
+    /// Length of the metadata in bytes.
     length: u64,
 }
 
-/// What stands behind an inode and its attributes.
-enum Behind<'a> {
-    Nothing,
-    Tail(Tail),
-    Chunks {
-        size: u64,
-        bits: u32,
-        runs: &'a [Run],
-    },
-    /// A directory's: its length, and whether the rest of it is put here.
-    Dir {
-        length: u64,
-        inline: usize,
-    },
+impl Plan {
+    /// Nodes in the image, in ascending order.
+    fn nodes(&self) -> impl Iterator<Item = NodeId> {
+        (0..self.links.len() as NodeId).filter(|&id| self.links[id as usize] > 0)
+    }
 }
 
-/// Writes everything that `tree` says behind what `data` has written. The file is complete then, but not synced.
-pub(super) fn write(mut tree: Tree, mut data: DataWriter<'_>) -> ErofsResult<()> {
-    tree.finish().map_err(|reason| ErofsError::Invalid {
-        what: "the layer".into(),
-        reason,
+/// Length of a directory, and of the part next to its inode.
+struct DirLength {
+    length: u64,
+    inline: usize,
+}
+
+impl DirLength {
+    fn blocks(&self) -> u32 {
+        (self.length - self.inline as u64).div_ceil(BLOCK as u64) as u32
+    }
+}
+
+/// Writes the nodes of `tree` after the contents in `data`. The file is complete then, but not synced.
+pub(crate) fn write(
+    mut tree: Tree,
+    mut data: DataWriter<'_>,
+    path: &Path,
+    cancelled: &dyn Fn() -> bool,
+) -> ErofsResult<()> {
+    tree.finish().map_err(|error| match error {
+        TreeError::Invalid(reason) => ErofsError::Invalid {
+            subject: "the layer".into(),
+            reason,
+        },
+        TreeError::Io(error) => scratch_error(path)(error),
     })?;
-    let plan = place(&tree);
+    let plan = place(&tree, path, cancelled)?;
     let meta_block = data.next_block();
-    let meta_blocks = plan.length.div_ceil(BLOCK as u64);
     let too_large = || ErofsError::TooLarge {
-        what: "a layer's metadata".into(),
+        subject: "the metadata of a layer".into(),
         limit: u64::from(HOLE),
         unit: "blocks",
     };
-    let dirs_block = u32::try_from(meta_blocks)
+    let dirs_block = u32::try_from(plan.length.div_ceil(BLOCK as u64))
         .ok()
-        .and_then(|m| meta_block.checked_add(m))
+        .and_then(|blocks| meta_block.checked_add(blocks))
         .ok_or_else(too_large)?;
-    write_inodes(&tree, &plan, &mut data, dirs_block)?;
-    let mut buffer = Vec::new();
-    for placed in &plan.placed {
-        if let Kind::Dir(_) = tree.node(placed.id).kind {
-            let (length, inline) = dir_length(&tree, placed);
-            if length as usize > inline {
-                encode_dir(&tree, placed, &plan.numbers, &mut buffer);
-                data.append(&buffer[..length as usize - inline])?;
-                buffer.clear();
+    write_inodes(&tree, &plan, &mut data, dirs_block, path, cancelled)?;
+    let mut cursor = 0;
+    for (index, id) in plan.nodes().enumerate() {
+        check(index % CHECK_INTERVAL == 0 && cancelled())?;
+        if tree.file_type(id) == FileType::Dir {
+            let edges = tree.edges_of(id, &mut cursor);
+            let length = dir_length(edges);
+            let names = dir_names(edges, id, plan.parents[id as usize]);
+            for block in dir_blocks(names).take(length.blocks() as usize) {
+                let block = encode_dir_block(&tree, &block, &plan.numbers);
+                data.append(&block.map_err(scratch_error(path))?)?;
             }
         }
     }
     let superblock = Superblock {
         root_nid: (ROOT_POSITION / SLOT) as u16,
-        inodes: plan.placed.len() as u64,
+        inodes: plan.count,
         blocks: data.next_block(),
         meta_block,
-        chunked: plan
-            .placed
-            .iter()
-            .any(|p| matches!(tree.node(p.id).kind, Kind::File(Data::Chunked { .. }))),
+        chunked: plan.chunked,
     };
     data.finish(&superblock.encode())
 }
 
-/// Finds what is still in the tree, in the order in which it came, and gives each its place.
-fn place(tree: &Tree) -> Plan {
-    let mut links = vec![0u32; tree.len()];
-    let mut parents = vec![ROOT; tree.len()];
-    let mut todo = vec![ROOT];
-    links[ROOT as usize] = 2;
-    while let Some(id) = todo.pop() {
-        let Kind::Dir(dir) = &tree.node(id).kind else {
+fn scratch_error(path: &Path) -> impl Fn(std::io::Error) -> ErofsError {
+    |error| ErofsError::io("accessing the temporary files of", path, error)
+}
+
+/// Counts links, and determines the position of every inode that is still in the tree.
+fn place(tree: &Tree, path: &Path, cancelled: &dyn Fn() -> bool) -> ErofsResult<Plan> {
+    let mut plan = Plan {
+        links: vec![0; tree.len()],
+        parents: vec![ROOT; tree.len()],
+        numbers: vec![0; tree.len()],
+        count: 0,
+        chunked: false,
+        length: ROOT_POSITION,
+    };
+    plan.links[ROOT as usize] = 2;
+    let mut cursor = 0;
+    // A directory is created after its parent and has one name, so its links are known when it is reached.
+    for id in 0..tree.len() as NodeId {
+        if tree.file_type(id) != FileType::Dir || plan.links[id as usize] == 0 {
             continue;
-        };
-        for &child in dir.entries.values() {
-            if let Kind::Dir(_) = tree.node(child).kind {
-                links[child as usize] = 2;
-                links[id as usize] += 1;
-                parents[child as usize] = id;
-                todo.push(child);
+        }
+        for edge in tree.edges_of(id, &mut cursor) {
+            let child = edge.child as usize;
+            if tree.file_type(edge.child) == FileType::Dir {
+                plan.links[child] = 2;
+                plan.links[id as usize] += 1;
+                plan.parents[child] = id;
             } else {
-                links[child as usize] += 1;
+                plan.links[child] += 1;
             }
         }
     }
-    let mut plan = Plan {
-        placed: Vec::new(),
-        numbers: vec![0; tree.len()],
-        length: ROOT_POSITION,
-    };
-    let mut dir_blocks = 0;
-    for id in (0..tree.len() as NodeId).filter(|&id| links[id as usize] > 0) {
-        let index = id as usize;
-        let mut placed = Placed {
-            id,
-            position: 0,
-            links: links[index],
-            parent: parents[index],
-            dir_block: dir_blocks,
+    let mut cursor = 0;
+    for id in 0..tree.len() as NodeId {
+        if plan.links[id as usize] == 0 {
+            continue;
+        }
+        check(plan.count.is_multiple_of(CHECK_INTERVAL as u64) && cancelled())?;
+        let node = tree.node(id).map_err(scratch_error(path))?;
+        let head = (INODE + format::xattr_area(tree.xattrs_length(id, &node))) as u64;
+        let (tail, map) = match (node.file_type, node.data) {
+            (FileType::Dir, _) => (dir_length(tree.edges_of(id, &mut cursor)).inline as u64, 0),
+            (_, Data::Flat { tail, .. }) => (tail.length.into(), 0),
+            (_, Data::Chunked { map, .. }) => (0, map.length.into()),
         };
-        let node = tree.node(id);
-        let head = (INODE + xattr_bytes(node)) as u64;
-        let (tail, more) = match behind(tree, &placed) {
-            Behind::Nothing => (0, 0),
-            Behind::Tail(tail) => (u64::from(tail.length), 0),
-            Behind::Chunks { size, bits, .. } => (0, 4 * chunk_count(size, bits)),
-            Behind::Dir { length, inline } => {
-                dir_blocks += (length - inline as u64).div_ceil(BLOCK as u64) as u32;
-                (inline as u64, 0)
-            }
-        };
-        placed.position = fit(plan.length, head, tail);
-        plan.length = placed.position + head + tail + more;
-        plan.numbers[index] = placed.position / SLOT;
-        plan.placed.push(placed);
+        plan.chunked |= matches!(node.data, Data::Chunked { .. });
+        let position = fit(plan.length, head, tail);
+        plan.length = position + head + tail + map;
+        // The limits of a layer keep its metadata below 2^32 slots.
+        plan.numbers[id as usize] = (position / SLOT) as u32;
+        plan.count += 1;
     }
-    // fsck.erofs 1.5 reads an attribute header behind every inode, also where none is: the file must go on there.
+    // fsck.erofs 1.5 reads an attribute header after every inode, even if there is none: the file must not end there.
     plan.length += SLOT;
-    plan
+    Ok(plan)
 }
 
-/// The first slot from `from` on where neither the inode nor its tail crosses a block's end.
+/// Returns the first slot from `from` on for which neither the inode nor its tail crosses the end of a block.
 fn fit(from: u64, head: u64, tail: u64) -> u64 {
     let block = BLOCK as u64;
     let mut position = from.next_multiple_of(SLOT);
-    // Ends: with tails of at most half a block, one of the 128 slots of a block always fits.
+    // Terminates: tails have at most half a block, so one of the 128 slots of a block always fits.
     while position % block + INODE as u64 > block
         || (tail > 0 && (position + head) % block + tail > block)
     {
@@ -173,35 +182,49 @@ fn write_inodes(
     plan: &Plan,
     data: &mut DataWriter<'_>,
     dirs_block: u32,
+    path: &Path,
+    cancelled: &dyn Fn() -> bool,
 ) -> ErofsResult<()> {
-    let mut out: Vec<u8> = Vec::with_capacity(FLUSH + BLOCK);
-    let mut dir = Vec::new();
-    // Bytes of the metadata that are written already.
+    let mut out: Vec<u8> = Vec::with_capacity(FLUSH_BYTES + BLOCK);
+    // Bytes of the metadata that are already written.
     let mut written = 0;
-    for (number, placed) in plan.placed.iter().enumerate() {
-        out.resize((placed.position - written) as usize, 0);
-        let node = tree.node(placed.id);
-        let behind = behind(tree, placed);
-        out.extend(record(node, placed, &behind, number as u32 + 1, dirs_block).encode());
-        let xattrs = node
-            .meta
-            .xattrs
-            .iter()
-            .map(|x| (x.prefix, x.name.as_slice(), x.value.as_slice()));
-        format::encode_xattrs(&mut out, xattrs);
-        match behind {
-            Behind::Nothing => {}
-            Behind::Tail(tail) => data.tail(tail, &mut out)?,
-            Behind::Chunks { size, bits, runs } => chunk_map(&mut out, size, bits, runs),
-            Behind::Dir { length, inline } => {
-                if inline > 0 {
-                    encode_dir(tree, placed, &plan.numbers, &mut dir);
-                    out.extend(&dir[length as usize - inline..]);
-                    dir.clear();
-                }
+    let (mut cursor, mut dir_block) = (0, dirs_block);
+    for (index, id) in plan.nodes().enumerate() {
+        check(index % CHECK_INTERVAL == 0 && cancelled())?;
+        let position = u64::from(plan.numbers[id as usize]) * SLOT;
+        out.resize((position - written) as usize, 0);
+        let node = tree.node(id).map_err(scratch_error(path))?;
+        let xattrs = tree.xattrs(id, &node).map_err(scratch_error(path))?;
+        let mut record = record(&node, index as u32 + 1, plan.links[id as usize]);
+        record.xattr_area = format::xattr_area(xattrs.len());
+        let edges = match node.file_type {
+            FileType::Dir => tree.edges_of(id, &mut cursor),
+            _ => &[],
+        };
+        let mut inline = Vec::new();
+        if node.file_type == FileType::Dir {
+            let length = dir_length(edges);
+            (record.size, record.union) = (length.length, dir_block);
+            dir_block += length.blocks();
+            if length.inline > 0 {
+                record.layout = Layout::Inline;
+                let names = dir_names(edges, id, plan.parents[id as usize]);
+                let last = dir_blocks(names).last().unwrap_or_default();
+                inline =
+                    encode_dir_block(tree, &last, &plan.numbers).map_err(scratch_error(path))?;
             }
         }
-        if out.len() >= FLUSH {
+        out.extend(record.encode());
+        if !xattrs.is_empty() {
+            out.extend([0; XATTR_HEADER]);
+            out.extend(xattrs);
+        }
+        out.extend(inline);
+        match node.data {
+            Data::Flat { tail, .. } => data.read(tail, &mut out)?,
+            Data::Chunked { map, .. } => data.read(map, &mut out)?,
+        }
+        if out.len() >= FLUSH_BYTES {
             let whole = out.len() - out.len() % BLOCK;
             data.append(&out[..whole])?;
             out.drain(..whole);
@@ -212,180 +235,113 @@ fn write_inodes(
     data.append(&out).map(drop)
 }
 
-fn record(
-    node: &Node,
-    placed: &Placed,
-    behind: &Behind<'_>,
-    number: u32,
-    dirs_block: u32,
-) -> InodeRecord {
-    let (layout, size, union) = match (behind, &node.kind) {
-        (Behind::Dir { length, inline }, _) => {
-            let layout = if *inline > 0 {
-                Layout::Inline
-            } else {
-                Layout::Plain
+/// The record of a node; attributes and a directory's content are the caller's.
+fn record(node: &Node, number: u32, links: u32) -> InodeRecord {
+    let (layout, union) = match node.data {
+        Data::Chunked { bits, .. } => (Layout::Chunked, format::chunk_format(bits)),
+        Data::Flat { block, tail, .. } => {
+            let layout = match tail.length {
+                0 => Layout::Plain,
+                _ => Layout::Inline,
             };
-            (layout, *length, dirs_block + placed.dir_block)
+            (layout, block | node.device)
         }
-        (Behind::Chunks { size, bits, .. }, _) => {
-            (Layout::Chunked, *size, format::chunk_format(*bits))
-        }
-        (_, Kind::Char(device) | Kind::Block(device)) => (Layout::Plain, 0, *device),
-        (behind, Kind::File(content) | Kind::Symlink(_, content)) => {
-            let layout = if matches!(behind, Behind::Tail(_)) {
-                Layout::Inline
-            } else {
-                Layout::Plain
-            };
-            let block = if let Data::Flat { block, .. } = content {
-                *block
-            } else {
-                0
-            };
-            (layout, content.size(), block)
-        }
-        (_, Kind::Dir(_) | Kind::Fifo) => (Layout::Plain, 0, 0),
     };
     InodeRecord {
         layout,
-        xattr_bytes: xattr_bytes(node),
-        mode: file_type(node).mode() | node.meta.mode,
-        size,
+        xattr_area: 0,
+        mode: node.file_type.mode() | node.mode,
+        size: node.data.size(),
         union,
         number,
-        uid: node.meta.uid,
-        gid: node.meta.gid,
-        mtime: node.meta.mtime,
-        links: placed.links,
+        uid: node.uid,
+        gid: node.gid,
+        mtime: node.mtime,
+        links,
     }
 }
 
-fn behind<'a>(tree: &'a Tree, placed: &Placed) -> Behind<'a> {
-    match &tree.node(placed.id).kind {
-        Kind::Dir(_) => {
-            let (length, inline) = dir_length(tree, placed);
-            Behind::Dir { length, inline }
+/// A name of a directory: that of an edge, or one or two dots.
+#[derive(Clone, Copy)]
+enum DirName<'a> {
+    Edge(&'a Edge),
+    Dots(usize, NodeId),
+}
+
+impl DirName<'_> {
+    fn length(&self) -> usize {
+        match self {
+            Self::Edge(edge) => edge.name_length(),
+            Self::Dots(count, _) => *count,
         }
-        Kind::File(Data::Chunked { size, bits, runs }) => Behind::Chunks {
-            size: *size,
-            bits: *bits,
-            runs,
-        },
-        Kind::File(Data::Flat {
-            tail: Some(tail), ..
-        })
-        | Kind::Symlink(
-            _,
-            Data::Flat {
-                tail: Some(tail), ..
-            },
-        ) => Behind::Tail(*tail),
-        _ => Behind::Nothing,
     }
 }
 
-fn file_type(node: &Node) -> FileType {
-    match node.kind {
-        Kind::Dir(_) => FileType::Dir,
-        Kind::File(_) => FileType::Regular,
-        Kind::Symlink(..) => FileType::Symlink,
-        Kind::Char(_) => FileType::Char,
-        Kind::Block(_) => FileType::Block,
-        Kind::Fifo => FileType::Fifo,
-    }
-}
-
-fn xattr_bytes(node: &Node) -> usize {
-    format::xattr_bytes(
-        node.meta
-            .xattrs
-            .iter()
-            .map(|x| (x.name.as_slice(), x.value.as_slice())),
-    )
-}
-
-fn chunk_count(size: u64, bits: u32) -> u64 {
-    size.div_ceil(1 << bits)
-}
-
-/// Appends the address of each chunk.
-fn chunk_map(out: &mut Vec<u8>, size: u64, bits: u32, runs: &[Run]) {
-    let blocks_per_chunk = (1u64 << bits) / BLOCK as u64;
-    let mut at = 0;
-    for run in runs {
-        (at..run.chunk).for_each(|_| out.extend(HOLE.to_le_bytes()));
-        for chunk in 0..run.chunks {
-            out.extend((run.block + (chunk * blocks_per_chunk) as u32).to_le_bytes());
-        }
-        at = run.chunk + run.chunks;
-    }
-    (at..chunk_count(size, bits)).for_each(|_| out.extend(HOLE.to_le_bytes()));
-}
-
-/// A directory's names in their order on disk, `.` and `..` among them.
-fn names<'a>(tree: &'a Tree, placed: &Placed) -> Vec<(&'a [u8], NodeId)> {
-    let Kind::Dir(dir) = &tree.node(placed.id).kind else {
-        return Vec::new();
-    };
-    let mut names: Vec<(&[u8], NodeId)> = dir
-        .entries
-        .iter()
-        .map(|(name, id)| (name.as_ref(), *id))
-        .collect();
-    for (name, id) in [(&b"."[..], placed.id), (&b".."[..], placed.parent)] {
-        names.insert(
-            names.partition_point(|(other, _)| *other < name),
-            (name, id),
-        );
-    }
-    names
+/// Names of a directory in their order on disk, including `.` and `..`.
+fn dir_names(edges: &[Edge], id: NodeId, parent: NodeId) -> impl Iterator<Item = DirName<'_>> {
+    let dot = edges.partition_point(|edge| edge.is_before_dots(1));
+    let dots = edges.partition_point(|edge| edge.is_before_dots(2));
+    let before = edges[..dot].iter().map(DirName::Edge);
+    let between = edges[dot..dots].iter().map(DirName::Edge);
+    let after = edges[dots..].iter().map(DirName::Edge);
+    before
+        .chain([DirName::Dots(1, id)])
+        .chain(between)
+        .chain([DirName::Dots(2, parent)])
+        .chain(after)
 }
 
 /// Splits names into blocks: as many as fit with their entries.
-fn blocks<'n, 'a>(
-    names: &'n [(&'a [u8], NodeId)],
-) -> impl Iterator<Item = &'n [(&'a [u8], NodeId)]> {
-    let mut rest = names;
+fn dir_blocks<'a>(
+    names: impl Iterator<Item = DirName<'a>>,
+) -> impl Iterator<Item = Vec<DirName<'a>>> {
+    let mut names = names.peekable();
     std::iter::from_fn(move || {
-        let mut used = 0;
-        let fits = rest.iter().take_while(|(name, _)| {
-            used += DIRENT + name.len();
-            used <= BLOCK
-        });
-        let (block, after) = rest.split_at(fits.count());
-        rest = after;
-        if block.is_empty() { None } else { Some(block) }
+        let (mut block, mut used) = (Vec::new(), 0);
+        while let Some(name) = names.next_if(|name| used + DIRENT + name.length() <= BLOCK) {
+            used += DIRENT + name.length();
+            block.push(name);
+        }
+        (!block.is_empty()).then_some(block)
     })
 }
 
-/// A directory's length, and how much of it stands beside its inode.
-fn dir_length(tree: &Tree, placed: &Placed) -> (u64, usize) {
-    let names = names(tree, placed);
-    let (mut count, mut last) = (0, 0);
-    for block in blocks(&names) {
-        count += 1;
-        last = block.iter().map(|(name, _)| DIRENT + name.len()).sum();
+fn dir_length(edges: &[Edge]) -> DirLength {
+    let (mut blocks, mut last) = (0, 0);
+    for block in dir_blocks(dir_names(edges, ROOT, ROOT)) {
+        blocks += 1;
+        last = block.iter().map(|name| DIRENT + name.length()).sum();
     }
-    let length = ((count - 1) * BLOCK + last) as u64;
-    (length, if last <= MAX_TAIL { last } else { 0 })
+    DirLength {
+        length: ((blocks - 1) * BLOCK + last) as u64,
+        inline: if last <= MAX_TAIL { last } else { 0 },
+    }
 }
 
-/// Appends a directory's content.
-fn encode_dir(tree: &Tree, placed: &Placed, numbers: &[u64], out: &mut Vec<u8>) {
-    let names = names(tree, placed);
-    for block in blocks(&names) {
-        out.resize(out.len().next_multiple_of(BLOCK), 0);
-        let mut name_offset = block.len() * DIRENT;
-        for (name, id) in block {
-            let node = tree.node(*id);
-            out.extend(format::encode_dirent(
-                numbers[*id as usize],
-                name_offset,
-                file_type(node),
-            ));
-            name_offset += name.len();
-        }
-        block.iter().for_each(|(name, _)| out.extend(*name));
+fn encode_dir_block(
+    tree: &Tree,
+    names: &[DirName<'_>],
+    numbers: &[u32],
+) -> std::io::Result<Vec<u8>> {
+    let (mut entries, mut text) = (Vec::with_capacity(BLOCK), Vec::new());
+    for name in names {
+        let name_offset = names.len() * DIRENT + text.len();
+        let child = match name {
+            DirName::Edge(edge) => {
+                text.extend(tree.name(edge)?);
+                edge.child
+            }
+            DirName::Dots(count, id) => {
+                text.extend(&b".."[..*count]);
+                *id
+            }
+        };
+        entries.extend(format::encode_dirent(
+            numbers[child as usize].into(),
+            name_offset,
+            tree.file_type(child),
+        ));
     }
+    entries.extend(text);
+    Ok(entries)
 }

@@ -1,30 +1,30 @@
-//! [`TarReader`]: the headers of a tar stream, one entry at a time.
+//! [`TarReader`]: reads a tar stream entry by entry.
 //!
-//! Decides nothing about names and links, see `tree`. Reads ustar, old V7, GNU (long names, base-256 numbers, sparse
-//! files) and PAX (paths, sizes, times, owners, xattrs, GNU's three sparse formats). Own code and not the crate tar,
-//! which reads a GNU long name or PAX header of any length into memory and knows no PAX sparse files.
+//! Does not check names and links, see `tree`. Supports ustar, old V7, GNU (long names, base-256 numbers, sparse files) and
+//! PAX (paths, sizes, times, owners, attributes, the three sparse formats of GNU). The crate tar is not used because it reads
+//! GNU long names and PAX headers of any length into memory and does not support PAX sparse files.
 //!
-//! Layout: POSIX.1-1988 ustar, POSIX.1-2001 pax, GNU tar manual "Sparse Formats". Where they leave room this follows Go's
-//! archive/tar, since that reads layers in containerd and Docker.
+//! Formats: POSIX.1-1988 ustar, POSIX.1-2001 pax, GNU tar manual "Sparse Formats". Unspecified details follow Go's
+//! archive/tar, which containerd and Docker use to read layers.
 
 mod pax;
 mod sparse;
 
 use std::io::{self, Read};
 
-use super::{ErofsError, ErofsResult, refuse, show};
-use pax::Pax;
+use super::{ErofsError, ErofsResult, reject, show};
+use pax::{Pax, Records};
 use sparse::check_segments;
 
 const BLOCK: usize = 512;
-/// Largest long name or PAX header in bytes, as in Go's archive/tar.
-const MAX_SPECIAL: u64 = 1 << 20;
-/// Pieces of one sparse file.
+/// Maximum size of a long name, a PAX header or all global PAX records in bytes; the first two as in Go's archive/tar.
+const MAX_SPECIAL_BYTES: u64 = 1 << 20;
+/// Maximum number of segments of a sparse file.
 const MAX_SEGMENTS: usize = 1 << 16;
 
-/// What an entry is.
+/// Type of an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum EntryKind {
+pub(crate) enum EntryKind {
     File,
     HardLink,
     Symlink,
@@ -34,47 +34,47 @@ pub(super) enum EntryKind {
     Fifo,
 }
 
-/// A piece of a file that has content.
+/// A range of a file that has content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Segment {
+pub(crate) struct Segment {
     pub offset: u64,
     pub length: u64,
 }
 
-/// One entry.
+/// Header of an entry.
 #[derive(Debug)]
-pub(super) struct Entry {
+pub(crate) struct Entry {
     pub name: Vec<u8>,
     pub kind: EntryKind,
     /// Permissions, setuid, setgid and sticky bits.
     pub mode: u16,
     pub uid: u32,
     pub gid: u32,
-    /// Seconds since 1970 and the nanoseconds on top.
+    /// Seconds since 1970 and additional nanoseconds.
     pub mtime: (i64, u32),
     /// Target of a link.
     pub link: Vec<u8>,
     /// Major and minor number of a device.
     pub device: (u32, u32),
     pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
-    /// Bytes of a file, holes included.
+    /// Size of a file in bytes, including holes.
     pub size: u64,
-    /// In order, within `size`, together exactly the entry's bytes in the stream.
+    /// In ascending order and within `size`; their sum is the length of the entry's content in the stream.
     pub segments: Vec<Segment>,
 }
 
-/// See the module's header.
-pub(super) struct TarReader<'a, R> {
+/// Reader of a tar stream.
+pub(crate) struct TarReader<'a, R> {
     input: R,
     what: &'a str,
-    /// Bytes of the current entry that haven't been read.
+    /// Bytes of the current entry that are not read yet.
     left: u64,
-    /// What fills its last block.
+    /// Padding of its last block in bytes.
     padding: u64,
     global: Pax,
 }
 
-/// One header block.
+/// A header block.
 struct Header([u8; BLOCK]);
 
 impl Header {
@@ -82,7 +82,7 @@ impl Header {
         &self.0[at..at + length]
     }
 
-    /// A field up to its NUL.
+    /// Returns a field up to its NUL.
     fn text(&self, at: usize, length: usize) -> &[u8] {
         let field = self.bytes(at, length);
         &field[..field.iter().position(|&b| b == 0).unwrap_or(length)]
@@ -110,7 +110,7 @@ impl Header {
         }
     }
 
-    /// The sum of all bytes with the sum's own field as spaces; some old programs summed signed bytes.
+    /// Checks the sum of all bytes, with the sum's own field as spaces. Some old programs summed signed bytes.
     fn sum_is_right(&self) -> bool {
         let Some(want) = number(self.bytes(148, 8)) else {
             return false;
@@ -131,8 +131,8 @@ impl Header {
 }
 
 impl<'a, R: Read> TarReader<'a, R> {
-    /// `what` names the stream in errors.
-    pub(super) fn new(input: R, what: &'a str) -> Self {
+    /// Creates a reader; `what` names the stream in errors.
+    pub(crate) fn new(input: R, what: &'a str) -> Self {
         Self {
             input,
             what,
@@ -142,8 +142,8 @@ impl<'a, R: Read> TarReader<'a, R> {
         }
     }
 
-    /// The next entry, None at the archive's end mark or at the stream's end between two entries.
-    pub(super) fn next(&mut self) -> ErofsResult<Option<Entry>> {
+    /// Returns the next entry, or `None` at the archive's end mark or at the end of the stream between two entries.
+    pub(crate) fn next(&mut self) -> ErofsResult<Option<Entry>> {
         self.skip()?;
         let (mut local, mut long_name, mut long_link) = (None, None, None);
         loop {
@@ -164,20 +164,31 @@ impl<'a, R: Read> TarReader<'a, R> {
                     let global = Pax::parse(&self.special(&header)?)
                         .map_err(|e| self.corrupt("a PAX header", &e))?;
                     self.global.merge(global);
+                    if self.global.bytes() > MAX_SPECIAL_BYTES {
+                        return Err(ErofsError::TooLarge {
+                            subject: format!("the global PAX headers of {}", self.what),
+                            limit: MAX_SPECIAL_BYTES,
+                            unit: "bytes",
+                        });
+                    }
                 }
                 b'L' => long_name = Some(until_nul(self.special(&header)?)),
                 b'K' => long_link = Some(until_nul(self.special(&header)?)),
                 _ => {
-                    let mut pax = self.global.clone();
-                    pax.merge(local.take().unwrap_or_default());
-                    return self.entry(&header, pax, long_name, long_link).map(Some);
+                    let local = local.unwrap_or_default();
+                    // Borrowed from `self` only for as long as the entry's header takes.
+                    let global = std::mem::take(&mut self.global);
+                    let pax = Records::new(&local, &global);
+                    let entry = self.entry(&header, pax, long_name, long_link);
+                    self.global = global;
+                    return entry.map(Some);
                 }
             }
         }
     }
 
-    /// Reads some of the current entry's bytes, at least one. `name` is for the error.
-    pub(super) fn read(&mut self, name: &[u8], buffer: &mut [u8]) -> ErofsResult<usize> {
+    /// Reads at least one byte of the current entry. `name` is for the error.
+    pub(crate) fn read(&mut self, name: &[u8], buffer: &mut [u8]) -> ErofsResult<usize> {
         let most = buffer
             .len()
             .min(usize::try_from(self.left).unwrap_or(usize::MAX));
@@ -195,7 +206,7 @@ impl<'a, R: Read> TarReader<'a, R> {
     fn entry(
         &mut self,
         header: &Header,
-        pax: Pax,
+        pax: Records<'_>,
         long_name: Option<Vec<u8>>,
         long_link: Option<Vec<u8>>,
     ) -> ErofsResult<Entry> {
@@ -206,11 +217,11 @@ impl<'a, R: Read> TarReader<'a, R> {
             .or(long_name)
             .unwrap_or_else(|| header.name());
         let link = pax.get("linkpath").map(<[u8]>::to_vec).or(long_link);
-        let bad = |what: &str| refuse(&name, format!("its header has a wrong {what}"));
+        let bad = |what: &str| reject(&name, format!("its header has a wrong {what}"));
         let field =
             |what: &str, at, length| number(header.bytes(at, length)).ok_or_else(|| bad(what));
         let kind = kind(header.kind(), &name).ok_or_else(|| {
-            refuse(
+            reject(
                 &name,
                 format!("has the unknown type {:?}", char::from(header.kind())),
             )
@@ -252,20 +263,20 @@ impl<'a, R: Read> TarReader<'a, R> {
             name,
         };
         if kind != EntryKind::File {
-            // As Go does: nothing follows such a header, whatever its size says.
+            // As in Go, no content follows such a header, regardless of its size.
             return Ok(entry);
         }
         self.left = stored;
         self.padding = (BLOCK as u64 - stored % BLOCK as u64) % BLOCK as u64;
-        self.with_content(entry, header, &pax, stored)
+        self.with_content(entry, header, pax, stored)
     }
 
-    /// Completes a regular file's entry by its size and segments.
+    /// Adds size and segments to the entry of a regular file.
     fn with_content(
         &mut self,
         mut entry: Entry,
         header: &Header,
-        pax: &Pax,
+        pax: Records<'_>,
         stored: u64,
     ) -> ErofsResult<Entry> {
         let (size, segments) = if header.kind() == b'S' {
@@ -273,13 +284,13 @@ impl<'a, R: Read> TarReader<'a, R> {
         } else if pax.get("GNU.sparse.major") == Some(b"1") {
             let size = pax
                 .sparse_size()
-                .ok_or_else(|| refuse(&entry.name, "its sparse map has no size".into()))?;
+                .ok_or_else(|| reject(&entry.name, "its sparse map has no size".into()))?;
             (size, self.inline_sparse_map(&entry.name)?)
         } else if let Some(map) = pax.sparse_map() {
-            let map = map.map_err(|reason| refuse(&entry.name, reason))?;
+            let map = map.map_err(|reason| reject(&entry.name, reason))?;
             let size = pax
                 .sparse_size()
-                .ok_or_else(|| refuse(&entry.name, "its sparse map has no size".into()))?;
+                .ok_or_else(|| reject(&entry.name, "its sparse map has no size".into()))?;
             (size, map)
         } else {
             (
@@ -290,12 +301,12 @@ impl<'a, R: Read> TarReader<'a, R> {
                 }],
             )
         };
-        check_segments(&segments, size, self.left).map_err(|reason| refuse(&entry.name, reason))?;
+        check_segments(&segments, size, self.left).map_err(|reason| reject(&entry.name, reason))?;
         (entry.size, entry.segments) = (size, segments);
         Ok(entry)
     }
 
-    /// The next header block, None at the end.
+    /// Returns the next header block, or `None` at the end.
     fn header(&mut self) -> ErofsResult<Option<Header>> {
         let mut block = [0; BLOCK];
         let mut have = 0;
@@ -317,15 +328,15 @@ impl<'a, R: Read> TarReader<'a, R> {
         }
     }
 
-    /// The content of a long name or PAX header.
+    /// Returns the content of a long name or PAX header.
     fn special(&mut self, header: &Header) -> ErofsResult<Vec<u8>> {
         let size = number(header.bytes(124, 12)).and_then(|v| u64::try_from(v).ok());
         let size = size.ok_or_else(|| self.corrupt("the size of an extended header", "none"))?;
-        if size > MAX_SPECIAL {
+        if size > MAX_SPECIAL_BYTES {
             let what = format!("an extended header of {}", self.what);
             return Err(ErofsError::TooLarge {
-                what,
-                limit: MAX_SPECIAL,
+                subject: what,
+                limit: MAX_SPECIAL_BYTES,
                 unit: "bytes",
             });
         }
@@ -336,7 +347,7 @@ impl<'a, R: Read> TarReader<'a, R> {
         Ok(content)
     }
 
-    /// Passes over what is left of the current entry.
+    /// Skips the rest of the current entry.
     fn skip(&mut self) -> ErofsResult<()> {
         let mut rest = std::mem::take(&mut self.left) + std::mem::take(&mut self.padding);
         let mut buffer = [0; 8 * BLOCK];
@@ -375,7 +386,7 @@ impl<'a, R: Read> TarReader<'a, R> {
 
     fn corrupt(&self, expected: &str, got: &str) -> ErofsError {
         ErofsError::Corrupt {
-            what: self.what.to_owned(),
+            subject: self.what.to_owned(),
             expected: expected.to_owned(),
             got: got.to_owned(),
         }
@@ -396,10 +407,10 @@ fn kind(flag: u8, name: &[u8]) -> Option<EntryKind> {
     })
 }
 
-/// A header's number: octal text, or base 256 when the first bit is set. Empty is zero.
+/// Parses a number of a header: octal text, or base 256 if the first bit is set. An empty field is zero.
 fn number(field: &[u8]) -> Option<i64> {
     if field[0] & 0x80 != 0 {
-        // Two's complement of the field without its first bit, sign from the second.
+        // Two's complement without the first bit; the second is the sign.
         let mut value: i128 = if field[0] & 0x40 != 0 { -1 } else { 0 };
         for (at, byte) in field.iter().enumerate() {
             let byte = if at == 0 {

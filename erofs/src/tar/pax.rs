@@ -1,6 +1,6 @@
-//! [`Pax`]: the records of a PAX extended header.
+//! [`Pax`]: the records of a PAX extended header; [`Records`]: those that apply to an entry.
 //!
-//! Parsing only; which record overrides what is in `tar`. The size of a header is bounded there.
+//! Unknown records are dropped. `tar` limits the size of a header and of all global records.
 
 use std::collections::BTreeMap;
 
@@ -9,17 +9,33 @@ use super::{MAX_SEGMENTS, Segment};
 /// Key prefix of extended attributes, as star, GNU tar and Docker write them.
 const XATTR: &[u8] = b"SCHILY.xattr.";
 
-/// Records by key; an empty value takes a global record back.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Pax {
+/// Records with other keys have no meaning for an image.
+const KEYS: [&[u8]; 12] = [
+    b"path",
+    b"linkpath",
+    b"size",
+    b"mtime",
+    b"uid",
+    b"gid",
+    b"GNU.sparse.name",
+    b"GNU.sparse.size",
+    b"GNU.sparse.realsize",
+    b"GNU.sparse.major",
+    b"GNU.sparse.map",
+    b"GNU.sparse.numblocks",
+];
+
+/// Records of one or several headers.
+#[derive(Debug, Default)]
+pub(crate) struct Pax {
     records: BTreeMap<Vec<u8>, Vec<u8>>,
-    /// Format 0.0 repeats its keys, so the pieces are gathered in order of appearance.
-    pieces: Vec<Segment>,
+    /// Format 0.0 repeats its keys, so the segments are gathered in order of appearance.
+    segments: Vec<Segment>,
 }
 
 impl Pax {
-    /// Reads `<length> <key>=<value>\n` records.
-    pub(super) fn parse(mut rest: &[u8]) -> Result<Self, String> {
+    /// Parses records `<length> <key>=<value>\n`.
+    pub(crate) fn parse(mut rest: &[u8]) -> Result<Self, String> {
         let bad = || "a damaged record".to_owned();
         let mut pax = Self::default();
         let mut offset = None;
@@ -43,42 +59,65 @@ impl Pax {
                 b"GNU.sparse.offset" => offset = Some(decimal(value).ok_or_else(bad)?),
                 b"GNU.sparse.numbytes" => {
                     let offset = offset.take().ok_or_else(bad)?;
-                    pax.pieces.push(Segment {
+                    pax.segments.push(Segment {
                         offset,
                         length: decimal(value).ok_or_else(bad)?,
                     });
-                    if pax.pieces.len() > MAX_SEGMENTS {
-                        return Err("too many pieces of a sparse file".into());
+                    if pax.segments.len() > MAX_SEGMENTS {
+                        return Err("too many segments of a sparse file".into());
                     }
                 }
-                _ => drop(pax.records.insert(key.to_vec(), value.to_vec())),
+                key if KEYS.contains(&key) || key.starts_with(XATTR) => {
+                    pax.records.insert(key.to_vec(), value.to_vec());
+                }
+                _ => {}
             }
         }
         Ok(pax)
     }
 
-    /// Lets `other`, which is more local, override.
-    pub(super) fn merge(&mut self, other: Self) {
-        self.records.extend(other.records);
-        self.pieces = other.pieces;
+    /// Adds the records of a later header, which override earlier ones.
+    pub(crate) fn merge(&mut self, later: Self) {
+        self.records.extend(later.records);
     }
 
-    /// A record's value, unless empty.
-    pub(super) fn get(&self, key: &str) -> Option<&[u8]> {
-        self.records
-            .get(key.as_bytes())
+    /// Length of all keys and values in bytes.
+    pub(crate) fn bytes(&self) -> u64 {
+        let lengths = self.records.iter().map(|(k, v)| k.len() + v.len());
+        lengths.sum::<usize>() as u64
+    }
+}
+
+/// Records that apply to an entry: those of its header override the global ones.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Records<'a> {
+    local: &'a Pax,
+    global: &'a Pax,
+}
+
+impl<'a> Records<'a> {
+    pub(crate) fn new(local: &'a Pax, global: &'a Pax) -> Self {
+        Self { local, global }
+    }
+
+    /// Value of a record. An empty one removes a global record.
+    pub(crate) fn get(&self, key: &str) -> Option<&'a [u8]> {
+        let key = key.as_bytes();
+        let value = self.local.records.get(key);
+        value
+            .or_else(|| self.global.records.get(key))
             .map(Vec::as_slice)
-            .filter(|v| !v.is_empty())
+            .filter(|value| !value.is_empty())
     }
 
-    /// A whole number; the inner None means that it is none.
-    pub(super) fn number(&self, key: &str) -> Option<Option<i64>> {
+    /// Value of a record as an integer; the inner `None` stands for any other text.
+    pub(crate) fn number(&self, key: &str) -> Option<Option<i64>> {
         self.get(key)
             .map(|v| decimal(v).and_then(|v| i64::try_from(v).ok()))
     }
 
-    /// Seconds with an optional fraction, maybe negative; cut to nanoseconds.
-    pub(super) fn time(&self, key: &str) -> Option<Option<(i64, u32)>> {
+    /// Value of a record as a time: seconds, possibly negative, with an optional fraction, truncated to nanoseconds.
+    pub(crate) fn time(&self, key: &str) -> Option<Option<(i64, u32)>> {
         self.get(key).map(|value| {
             let (negative, value) = match value.strip_prefix(b"-") {
                 Some(rest) => (true, rest),
@@ -104,27 +143,31 @@ impl Pax {
         })
     }
 
-    pub(super) fn xattrs(&self) -> Vec<(Vec<u8>, Vec<u8>)> {
+    /// Names and values of extended attributes.
+    pub(crate) fn xattrs(&self) -> Vec<(Vec<u8>, Vec<u8>)> {
+        let global = self.global.records.iter();
+        let global = global.filter(|(key, _)| !self.local.records.contains_key(*key));
+        let all = self.local.records.iter().chain(global);
         let named = |(key, value): (&Vec<u8>, &Vec<u8>)| {
             Some((key.strip_prefix(XATTR)?.to_vec(), value.clone()))
         };
-        self.records.iter().filter_map(named).collect()
+        all.filter_map(named).collect()
     }
 
-    /// The real name of a sparse file; `path` is made up then.
-    pub(super) fn sparse_name(&self) -> Option<&[u8]> {
+    /// Name of a sparse file, whose `path` is a substitute.
+    pub(crate) fn sparse_name(&self) -> Option<&[u8]> {
         self.get("GNU.sparse.name")
     }
 
-    /// The real size of a sparse file.
-    pub(super) fn sparse_size(&self) -> Option<u64> {
+    /// Size of a sparse file in bytes, including holes.
+    pub(crate) fn sparse_size(&self) -> Option<u64> {
         self.get("GNU.sparse.realsize")
             .or(self.get("GNU.sparse.size"))
             .and_then(decimal)
     }
 
-    /// The pieces of formats 0.0 and 0.1.
-    pub(super) fn sparse_map(&self) -> Option<Result<Vec<Segment>, String>> {
+    /// Segments of a sparse file in formats 0.0 and 0.1.
+    pub(crate) fn sparse_map(&self) -> Option<Result<Vec<Segment>, String>> {
         let bad = || "its sparse map is damaged".to_owned();
         if let Some(map) = self.get("GNU.sparse.map") {
             let numbers: Option<Vec<u64>> = map.split(|&b| b == b',').map(decimal).collect();
@@ -139,10 +182,10 @@ impl Pax {
                 _ => Err(bad()),
             });
         }
-        if self.pieces.is_empty() && self.get("GNU.sparse.numblocks").is_none() {
+        if self.local.segments.is_empty() && self.get("GNU.sparse.numblocks").is_none() {
             return None;
         }
-        Some(Ok(self.pieces.clone()))
+        Some(Ok(self.local.segments.clone()))
     }
 }
 
@@ -162,9 +205,10 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn records_and_times() {
+    fn parse_records_returns_values_and_times() {
         let records = b"12 path=a=b\n22 mtime=1.0000000019\n30 SCHILY.xattr.user.x=a\0b\nc=\n";
-        let pax = Pax::parse(records).unwrap();
+        let (pax, none) = (Pax::parse(records).unwrap(), Pax::default());
+        let pax = Records::new(&pax, &none);
         assert_eq!(pax.get("path"), Some(&b"a=b"[..]));
         assert_eq!(pax.time("mtime"), Some(Some((1, 1))));
         assert_eq!(pax.xattrs(), [(b"user.x".to_vec(), b"a\0b\nc=".to_vec())]);
@@ -173,10 +217,8 @@ mod tests {
             let length = (record.len()..record.len() + 3)
                 .find(|l| l.to_string().len() + record.len() == *l)
                 .unwrap();
-            Pax::parse(format!("{length}{record}").as_bytes())
-                .unwrap()
-                .time("mtime")
-                .unwrap()
+            let pax = Pax::parse(format!("{length}{record}").as_bytes()).unwrap();
+            Records::new(&pax, &Pax::default()).time("mtime").unwrap()
         };
         assert_eq!(time("-1.25"), Some((-2, 750_000_000)));
         assert_eq!(time("-3"), Some((-3, 0)));
@@ -193,9 +235,25 @@ mod tests {
         }
     }
 
+    #[test]
+    fn records_local_override_global() {
+        let mut global =
+            Pax::parse(b"9 path=a\n9 uid=12\n8 foo=x\n25 SCHILY.xattr.user.a=1\n").unwrap();
+        assert_eq!(global.bytes(), 4 + 1 + 3 + 2 + 19 + 1);
+        global.merge(Pax::parse(b"9 uid=13\n").unwrap());
+        let local = Pax::parse(b"8 path=\n25 SCHILY.xattr.user.b=2\n").unwrap();
+        let records = Records::new(&local, &global);
+        assert_eq!(
+            (records.get("path"), records.number("uid")),
+            (None, Some(Some(13)))
+        );
+        let names: Vec<_> = records.xattrs().into_iter().map(|(name, _)| name).collect();
+        assert_eq!(names, [b"user.b", b"user.a"]);
+    }
+
     proptest! {
         #[test]
-        fn any_bytes_end(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+        fn parse_any_bytes_returns(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let _ = Pax::parse(&bytes);
         }
     }

@@ -1,21 +1,21 @@
-//! The maps of sparse files that lie in the stream itself: GNU's old format and PAX 1.0.
+//! Maps of sparse files in the stream itself: GNU's old format and PAX 1.0.
 //!
-//! Formats 0.0 and 0.1 are records of a PAX header, see `pax`. Whatever a map says is checked by [`check_segments`].
+//! Formats 0.0 and 0.1 are records of a PAX header, see `pax`. [`check_segments`] validates all of them.
 
 use std::io::Read;
 
 use super::{BLOCK, Header, MAX_SEGMENTS, Segment, TarReader, number};
 use crate::ErofsResult;
-use crate::refuse;
+use crate::reject;
 
 impl<R: Read> TarReader<'_, R> {
-    /// GNU's old format: four pieces in the header, more in blocks behind it.
+    /// Reads the map of GNU's old format: four segments in the header, more in the blocks after it.
     pub(super) fn old_sparse(
         &mut self,
         name: &[u8],
         header: &Header,
     ) -> ErofsResult<(u64, Vec<Segment>)> {
-        let bad = || refuse(name, "its sparse map is damaged".into());
+        let bad = || reject(name, "its sparse map is damaged".into());
         if !header.is_gnu() {
             return Err(bad());
         }
@@ -52,9 +52,9 @@ impl<R: Read> TarReader<'_, R> {
         Ok((size, segments))
     }
 
-    /// PAX format 1.0: decimal lines at the front of the content, padded to a block.
-    pub(super) fn inline_sparse_map(&mut self, name: &[u8]) -> ErofsResult<Vec<Segment>> {
-        let bad = || refuse(name, "its sparse map is damaged".into());
+    /// Reads the map of PAX format 1.0: decimal lines at the beginning of the content, padded to a block.
+    pub(crate) fn inline_sparse_map(&mut self, name: &[u8]) -> ErofsResult<Vec<Segment>> {
+        let bad = || reject(name, "its sparse map is damaged".into());
         let mut block = [0; BLOCK];
         let mut at = BLOCK;
         let mut line = |reader: &mut Self| -> ErofsResult<u64> {
@@ -97,8 +97,8 @@ impl<R: Read> TarReader<'_, R> {
     }
 }
 
-/// Pieces must follow each other within the file and be as long as what the stream holds for them.
-pub(super) fn check_segments(segments: &[Segment], size: u64, stored: u64) -> Result<(), String> {
+/// Checks that segments are in order, within the file, and as long as the content in the stream.
+pub(crate) fn check_segments(segments: &[Segment], size: u64, stored: u64) -> Result<(), String> {
     let (mut at, mut sum) = (0, 0u64);
     for segment in segments {
         let end = segment
@@ -115,7 +115,7 @@ pub(super) fn check_segments(segments: &[Segment], size: u64, stored: u64) -> Re
         Ok(())
     } else {
         Err(format!(
-            "its sparse map is for {sum} bytes, and {stored} are there"
+            "its sparse map has {sum} bytes, its content {stored}"
         ))
     }
 }

@@ -1,10 +1,10 @@
-//! Tests of `tar`'s numbers and sparse maps; whole archives are in `erofs::tests`.
+//! Tests of numbers and sparse maps; whole archives are in the crate's `tests`.
 
 use super::sparse::check_segments;
 use super::*;
 
 #[test]
-fn numbers() {
+fn number_parses_octal_and_base_256() {
     assert_eq!(number(b"0000644\0"), Some(0o644));
     assert_eq!(number(b"  644 \0\0"), Some(0o644));
     assert_eq!(number(b"\0\0\0\0\0\0\0\0"), Some(0));
@@ -19,7 +19,7 @@ fn numbers() {
 }
 
 #[test]
-fn segments_must_fit() {
+fn check_segments_rejects_inconsistent_maps() {
     let s = |offset, length| Segment { offset, length };
     assert!(check_segments(&[s(0, 2), s(4, 2)], 10, 4).is_ok());
     assert!(check_segments(&[], 10, 0).is_ok());

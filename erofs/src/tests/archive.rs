@@ -1,6 +1,6 @@
-//! Archives byte by byte, well-formed or not, beyond what the crate tar would write.
+//! Builder of archives, well-formed or not, byte by byte: the crate tar writes only well-formed ones.
 
-/// A tar stream under construction. Headers are GNU ones of the crate tar; every other byte is made here.
+/// A tar stream under construction. Only the GNU headers are from the crate tar.
 pub struct Archive {
     bytes: Vec<u8>,
 }
@@ -10,13 +10,13 @@ impl Archive {
         Self { bytes: Vec::new() }
     }
 
-    /// The stream with its end mark.
+    /// Returns the stream with its end mark.
     pub fn finish(mut self) -> Vec<u8> {
         self.bytes.extend([0; 1024]);
         self.bytes
     }
 
-    /// The stream without one.
+    /// Returns the stream without end mark.
     pub fn cut(self) -> Vec<u8> {
         self.bytes
     }
@@ -31,7 +31,7 @@ impl Archive {
         self.raw(name.as_bytes(), kind as u8, set, body);
     }
 
-    /// An entry with any bytes as its name, up to 100 of them.
+    /// Adds an entry with any bytes as its name, up to 100 of them.
     pub fn raw(&mut self, name: &[u8], kind: u8, set: impl FnOnce(&mut tar::Header), body: &[u8]) {
         let mut header = tar::Header::new_gnu();
         header.set_mode(0o644);
@@ -68,26 +68,22 @@ impl Archive {
         self.entry(name, kind, set, b"");
     }
 
-    /// A PAX header for the next entry.
+    /// Adds a PAX header for the next entry.
     pub fn pax(&mut self, records: &[(&str, &[u8])]) {
-        let mut body = Vec::new();
-        for (key, value) in records {
-            // The length counts itself.
-            let bare = key.len() + value.len() + 3;
-            let length = (bare..).find(|l| l.to_string().len() + bare == *l).unwrap();
-            body.extend(format!("{length} {key}=").as_bytes());
-            body.extend(*value);
-            body.push(b'\n');
-        }
-        self.entry("PaxHeaders/x", 'x', |_| {}, &body);
+        self.entry("PaxHeaders/x", 'x', |_| {}, &pax_records(records));
     }
 
-    /// GNU's long name (`L`) or link target (`K`) of the next entry.
+    /// Adds a PAX header for all later entries.
+    pub fn global_pax(&mut self, records: &[(&str, &[u8])]) {
+        self.entry("pax_global_header", 'g', |_| {}, &pax_records(records));
+    }
+
+    /// Adds GNU's long name (`L`) or link target (`K`) of the next entry.
     pub fn gnu_long(&mut self, kind: u8, text: &[u8]) {
         self.raw(b"././@LongLink", kind, |_| {}, &[text, b"\0"].concat());
     }
 
-    /// A sparse file of GNU's old format, up to four pieces.
+    /// Adds a sparse file in GNU's old format, with up to four segments.
     pub fn old_sparse(&mut self, name: &str, size: u64, pieces: &[(u64, &[u8])]) {
         let body: Vec<u8> = pieces
             .iter()
@@ -108,4 +104,17 @@ impl Archive {
         self.bytes.extend(body);
         self.bytes.resize(self.bytes.len().next_multiple_of(512), 0);
     }
+}
+
+fn pax_records(records: &[(&str, &[u8])]) -> Vec<u8> {
+    let mut body = Vec::new();
+    for (key, value) in records {
+        // The length includes itself.
+        let bare = key.len() + value.len() + 3;
+        let length = (bare..).find(|l| l.to_string().len() + bare == *l).unwrap();
+        body.extend(format!("{length} {key}=").as_bytes());
+        body.extend(*value);
+        body.push(b'\n');
+    }
+    body
 }

@@ -1,18 +1,18 @@
-//! Archives that must be refused, each with an error that names the entry or says what is damaged.
+//! Archives that must be rejected, each with an error that names the entry or the damage.
 
 use super::*;
 
-/// Converts what `make` builds; it must be refused.
-fn refused(make: impl FnOnce(&mut Archive)) -> ErofsError {
+/// Converts the archive built by `make`, which must be rejected.
+fn rejected(make: impl FnOnce(&mut Archive)) -> ErofsError {
     let mut archive = Archive::new();
     make(&mut archive);
     match convert(&archive.finish()) {
         Err(error) => error,
-        Ok(_) => panic!("the archive was taken"),
+        Ok(_) => panic!("the archive was accepted"),
     }
 }
 
-/// The entry that is refused, a part of the reason, the archive.
+/// The rejected entry, a part of the reason, and the archive.
 type Case = (&'static str, &'static str, fn(&mut Archive));
 
 const OUT_OF_THE_TREE: &[Case] = &[
@@ -42,7 +42,7 @@ const NOT_IN_A_TREE: &[Case] = &[
         a.link("l", '2', "l");
         a.file("l/x", b"", |_| {});
     }),
-    ("f/x", "no directory", |a| {
+    ("f/x", "not a directory", |a| {
         a.file("f", b"", |_| {});
         a.file("f/x", b"", |_| {});
     }),
@@ -67,9 +67,9 @@ const NOT_IN_A_TREE: &[Case] = &[
 ];
 
 #[test]
-fn entries_out_of_the_tree_or_not_of_one() {
+fn entries_outside_of_the_tree_are_rejected() {
     for (name, reason, make) in OUT_OF_THE_TREE.iter().chain(NOT_IN_A_TREE) {
-        let error = refused(make);
+        let error = rejected(make);
         let ErofsError::Entry {
             entry,
             reason: said,
@@ -83,7 +83,7 @@ fn entries_out_of_the_tree_or_not_of_one() {
 }
 
 #[test]
-fn a_link_above_the_root_is_fine_while_nothing_goes_through_it() {
+fn unused_link_above_the_root_is_accepted() {
     let mut tar = Archive::new();
     tar.link("s", '2', "../../../etc/passwd");
     tar.entry("/", '5', |_| {}, b"");
@@ -94,7 +94,7 @@ fn a_link_above_the_root_is_fine_while_nothing_goes_through_it() {
 }
 
 #[test]
-fn cut_and_damaged_streams() {
+fn truncated_and_damaged_streams_are_corrupt() {
     let mut archive = Archive::new();
     archive.file("f", &[1; 3000], |_| {});
     let whole = archive.cut();
@@ -123,10 +123,10 @@ fn cut_and_damaged_streams() {
 }
 
 #[test]
-fn what_is_too_large() {
-    let long = refused(|a| a.gnu_long(b'L', &vec![b'x'; 2 << 20]));
+fn excessive_sizes_are_rejected() {
+    let long = rejected(|a| a.gnu_long(b'L', &vec![b'x'; 2 << 20]));
     assert!(matches!(long, ErofsError::TooLarge { .. }), "{long}");
-    let huge = refused(|a| {
+    let huge = rejected(|a| {
         let size = (2u64 << 40).to_string();
         a.pax(&[
             ("GNU.sparse.name", b"huge"),
@@ -144,13 +144,13 @@ fn what_is_too_large() {
         ("d/".repeat(1100), "deeper"),
         ("x".repeat(5000), "4096 bytes"),
     ] {
-        let error = refused(|a| {
+        let error = rejected(|a| {
             a.pax(&[("path", format!("{name}f").as_bytes())]);
             a.file("f", b"", |_| {});
         });
         assert!(error.to_string().contains(reason), "{error}");
     }
-    let xattr = refused(|a| {
+    let xattr = rejected(|a| {
         a.pax(&[
             ("SCHILY.xattr.user.a", &[0; 40_000]),
             ("SCHILY.xattr.user.b", &[0; 40_000]),
@@ -161,7 +161,7 @@ fn what_is_too_large() {
 }
 
 #[test]
-fn sparse_maps_that_lie() {
+fn inconsistent_sparse_maps_are_rejected() {
     for map in [
         "0,5,4,2",
         "9999999,1",
@@ -170,7 +170,7 @@ fn sparse_maps_that_lie() {
         "x,1",
         "18446744073709551615,6",
     ] {
-        let error = refused(|a| {
+        let error = rejected(|a| {
             a.pax(&[
                 ("GNU.sparse.size", b"100"),
                 ("GNU.sparse.map", map.as_bytes()),
@@ -178,5 +178,68 @@ fn sparse_maps_that_lie() {
             a.file("f", b"abcdef", |_| {});
         });
         assert!(matches!(error, ErofsError::Entry { .. }), "{map}: {error}");
+    }
+}
+
+#[test]
+fn global_pax_headers_beyond_the_limit_are_rejected() {
+    let error = rejected(|a| {
+        for index in 0..30 {
+            let key = format!("SCHILY.xattr.user.{index}");
+            a.global_pax(&[(&key, &[b'x'; 40_000])]);
+        }
+        a.file("f", b"", |_| {});
+    });
+    assert!(error.to_string().contains("global PAX"), "{error}");
+    // Unknown records are not kept, however many.
+    let mut archive = Archive::new();
+    for index in 0..30 {
+        archive.global_pax(&[(&format!("comment.{index}"), &[b'x'; 40_000])]);
+    }
+    archive.file("f", b"", |_| {});
+    convert(&archive.finish()).unwrap();
+}
+
+#[test]
+fn paths_with_too_many_components_are_rejected() {
+    let error = rejected(|a| {
+        let deep = "d/".repeat(1000);
+        a.pax(&[("path", deep.as_bytes())]);
+        a.entry("d", '5', |_| {}, b"");
+        for link in ["s", "t"] {
+            a.pax(&[("linkpath", deep.as_bytes())]);
+            a.link(link, '2', "d");
+        }
+        for index in 0..600 {
+            a.file(&format!("s/{index}"), b"", |_| {});
+            a.file(&format!("t/{index}"), b"", |_| {});
+        }
+    });
+    assert!(error.to_string().contains("components"), "{error}");
+}
+
+#[test]
+fn write_image_cancelled_returns_cancelled() {
+    let mut archive = Archive::new();
+    (0..100).for_each(|index| archive.file(&format!("f{index}"), b"content", |_| {}));
+    let archive = archive.finish();
+    let (file, scratch) = (
+        tempfile::NamedTempFile::new().unwrap(),
+        tempfile::tempdir().unwrap(),
+    );
+    for polls in [0, 1, 50, 200, 202] {
+        let left = std::cell::Cell::new(polls);
+        let cancelled = || left.replace(left.get() - 1) == 0;
+        let target = Target {
+            file: file.as_file(),
+            path: file.path(),
+            scratch: scratch.path(),
+            cancelled: &cancelled,
+        };
+        let result = write_image(&mut Cursor::new(&archive), "test.tar", target);
+        assert!(
+            matches!(result, Err(ErofsError::Cancelled)),
+            "{polls}: {result:?}"
+        );
     }
 }

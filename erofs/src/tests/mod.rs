@@ -1,5 +1,5 @@
-//! Tests of the EROFS writer: hand-made archives, hostile ones, random trees; against a reader of our own, `fsck.erofs`
-//! and the kernel.
+//! Tests of whole conversions: archives made by hand, hostile ones and random trees, checked with an independent reader, with
+//! `fsck.erofs` and with the kernel.
 
 mod archive;
 mod hostile;
@@ -18,29 +18,29 @@ use reader::{Found, Reader};
 fn convert(tar: &[u8]) -> ErofsResult<tempfile::NamedTempFile> {
     let file = tempfile::NamedTempFile::new().unwrap();
     let scratch = tempfile::tempdir().unwrap();
-    write_image(
-        &mut Cursor::new(tar),
-        file.as_file(),
-        file.path(),
-        scratch.path(),
-        "test.tar",
-    )?;
+    let target = Target {
+        file: file.as_file(),
+        path: file.path(),
+        scratch: scratch.path(),
+        cancelled: &|| false,
+    };
+    write_image(&mut Cursor::new(tar), "test.tar", target)?;
     assert_eq!(
         std::fs::read_dir(scratch.path()).unwrap().count(),
         0,
-        "nothing is left beside the image"
+        "temporary files remain"
     );
     Ok(file)
 }
 
-/// Converts, checks with fsck.erofs, reads back.
+/// Converts an archive, checks the image with fsck.erofs and reads it.
 fn tree(tar: &[u8]) -> BTreeMap<Vec<u8>, Found> {
     let file = convert(tar).unwrap();
     fsck(file.path());
     Reader::read_all(&std::fs::read(file.path()).unwrap())
 }
 
-/// fsck.erofs of erofs-utils (1.5 or later) reads all data and must find nothing.
+/// Checks that fsck.erofs of erofs-utils (1.5 or later) reads all data without an error.
 fn fsck(image: &Path) {
     let out = Command::new("fsck.erofs")
         .arg("--extract")
@@ -56,7 +56,7 @@ fn fsck(image: &Path) {
 }
 
 #[test]
-fn an_empty_archive_is_an_empty_root() {
+fn empty_archive_is_an_empty_root() {
     for tar in [Vec::new(), vec![0; 1024], vec![0; 512]] {
         let tree = tree(&tar);
         assert_eq!(tree.len(), 1);
@@ -65,7 +65,7 @@ fn an_empty_archive_is_an_empty_root() {
 }
 
 #[test]
-fn every_kind_of_entry_arrives() {
+fn every_entry_type_is_converted() {
     let mut tar = Archive::new();
     tar.entry("./", '5', |h| h.set_mode(0o1777), b"");
     tar.file("bin/su", b"#!", |h| {
@@ -122,7 +122,7 @@ fn every_kind_of_entry_arrives() {
     assert_eq!(
         (tree[&b"bin"[..]].mode, tree[&b"bin"[..]].links),
         (0o040_755, 2),
-        "a directory nobody described"
+        "a directory without an entry"
     );
     let caps = &tree[&b"caps"[..]];
     assert_eq!(caps.mtime, (-2, 500_000_000));
@@ -132,7 +132,7 @@ fn every_kind_of_entry_arrives() {
 }
 
 #[test]
-fn whiteouts_become_what_overlayfs_knows() {
+fn whiteouts_are_converted_for_overlayfs() {
     let mut tar = Archive::new();
     tar.file("etc/.wh.gone", b"", |_| {});
     tar.file(".wh.top", b"", |_| {});
@@ -169,7 +169,7 @@ fn whiteouts_become_what_overlayfs_knows() {
 }
 
 #[test]
-fn later_entries_win() {
+fn later_entries_replace_earlier_ones() {
     let mut tar = Archive::new();
     tar.file("f", b"old", |_| {});
     tar.link("other", '1', "f");
@@ -196,12 +196,12 @@ fn later_entries_win() {
     assert_eq!(
         content(b"gone2/through"),
         b"t",
-        "a link on the way is followed inside the layer"
+        "a link in the path is followed inside the layer"
     );
 }
 
 #[test]
-fn long_names_of_both_kinds_and_full_directories() {
+fn long_names_and_large_directories_are_converted() {
     let deep = format!("{}/{}", "d".repeat(200), "e".repeat(255));
     let mut tar = Archive::new();
     tar.gnu_long(b'L', deep.as_bytes());
@@ -228,7 +228,30 @@ fn long_names_of_both_kinds_and_full_directories() {
 }
 
 #[test]
-fn zeros_become_holes_and_content_stays() {
+fn names_of_a_huge_directory_are_sorted() {
+    let mut tar = Archive::new();
+    // More than fit into one pass of the sort, with common prefixes; names around "." and "..", too.
+    for n in (0..20_000).rev() {
+        tar.file(&format!("d/common-prefix-{:03}-{n:05}", n % 7), b"", |_| {});
+    }
+    for name in [
+        "!",
+        "-",
+        ".-",
+        ".a",
+        "..a",
+        "common-prefix",
+        "common-prefix-",
+        "z",
+    ] {
+        tar.file(&format!("d/{name}"), b"", |_| {});
+    }
+    // The reader checks the order.
+    assert_eq!(tree(&tar.finish()).len(), 2 + 20_000 + 8);
+}
+
+#[test]
+fn runs_of_zeros_become_holes() {
     let mut mixed = vec![7u8; 3 << 16];
     mixed[1 << 16..2 << 16].fill(0);
     mixed.extend([1, 2, 3]);
@@ -274,7 +297,7 @@ fn zeros_become_holes_and_content_stays() {
 }
 
 #[test]
-fn sparse_files_of_all_four_formats() {
+fn sparse_files_of_all_formats_are_converted() {
     let mut tar = Archive::new();
     tar.old_sparse("old", 10_000, &[(4096, b"abc"), (9000, b"end")]);
     tar.pax(&[
@@ -313,7 +336,7 @@ fn sparse_files_of_all_four_formats() {
 
 #[test]
 #[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
-fn a_file_of_more_than_4_gib_costs_nothing_when_it_is_a_hole() {
+fn sparse_file_of_5_gib_is_a_small_image() {
     let size: u64 = (5 << 30) + 3;
     let mut tar = Archive::new();
     tar.pax(&[
@@ -337,8 +360,8 @@ fn a_file_of_more_than_4_gib_costs_nothing_when_it_is_a_hole() {
     );
 }
 
-/// Mounts the images, stacked by overlayfs if there are several (lowest first), in a mount namespace of its own, and
-/// gives what `script` prints in there.
+/// Mounts the images, stacked with overlayfs if there are several (lowest first), in a private mount namespace, and returns
+/// the output of `script` there.
 fn in_kernel(layers: &[&Path], script: &str) -> String {
     let dir = tempfile::tempdir().unwrap();
     let mut mounts = String::new();
@@ -378,7 +401,7 @@ fn in_kernel(layers: &[&Path], script: &str) -> String {
 
 #[test]
 #[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
-fn the_kernel_stacks_layers() {
+fn kernel_stacks_layers_with_overlayfs() {
     let mut low = Archive::new();
     low.file("etc/keep", b"low", |h| h.set_uid(1000));
     low.file("etc/gone", b"low", |_| {});

@@ -1,4 +1,4 @@
-//! Random trees: model → tar → EROFS → model again, by the test's reader and fsck.erofs; and random damage.
+//! Random trees, converted and read back with the test's reader and fsck.erofs; and random damage.
 
 use std::collections::BTreeMap;
 
@@ -7,10 +7,10 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// What a random entry is.
+/// A random entry.
 #[derive(Debug, Clone)]
 enum Item {
-    /// Size, first byte, and where a run of zeros lies.
+    /// Size, first byte, and position and length of a run of zeros.
     File {
         size: usize,
         seed: u8,
@@ -20,7 +20,7 @@ enum Item {
     Dir,
     Fifo,
     Device(bool, u16, u32),
-    /// Of the file with this index among those before it.
+    /// Hard link to one of the files before it, by index.
     Hard(usize),
 }
 
@@ -35,7 +35,7 @@ struct Model {
 }
 
 fn item() -> impl Strategy<Value = Item> {
-    // Sizes near every border the layouts have.
+    // Sizes near the limits of each layout.
     let size = prop_oneof![
         0usize..20,
         2040usize..2060,
@@ -79,7 +79,7 @@ fn model() -> impl Strategy<Value = Model> {
         })
 }
 
-/// Paths whose parents are the `d…` names only, so that a file is never asked to be a directory.
+/// Paths whose parents are all `d…`, so that no file is used as a directory.
 fn trees() -> impl Strategy<Value = BTreeMap<String, Model>> {
     let path = "(d[ab]/){0,4}[f-hx-z]{1,3}[ !-.0-~\u{e4}\u{20ac}]{0,40}";
     btree_map(
@@ -107,7 +107,7 @@ fn number(pair: (i64, u32)) -> String {
     }
 }
 
-/// The archive, and what is to be found in the image: content, type bits with mode, device, target's path of a hard link.
+/// Returns the archive of a tree and the expected files of its image by path.
 fn archive(tree: &BTreeMap<String, Model>) -> (Vec<u8>, BTreeMap<String, Expected>) {
     let mut tar = Archive::new();
     let mut files: Vec<String> = Vec::new();
@@ -233,7 +233,7 @@ fn check(expected: &BTreeMap<String, Expected>, found: &BTreeMap<Vec<u8>, Found>
             .count();
         assert!(is_dir || got.links as usize == names, "links of {path}");
     }
-    // Everything else is a directory that the archive left out.
+    // Everything else is a directory without an entry.
     for (path, got) in found {
         let text = String::from_utf8(path.clone()).unwrap();
         let inner = expected.keys().any(|k| k.starts_with(&format!("{text}/"))) || path.is_empty();
@@ -248,21 +248,21 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 
     #[test]
-    fn what_goes_in_comes_out(tree in trees()) {
+    fn converted_tree_equals_its_model(tree in trees()) {
         let (tar, expected) = archive(&tree);
         let file = convert(&tar).unwrap();
         fsck(file.path());
         check(&expected, &Reader::read_all(&std::fs::read(file.path()).unwrap()));
     }
 
-    /// Damage anywhere gives an error or an image, never a panic; an image is one that fsck.erofs takes.
+    /// Damage leads to an error or to an image that fsck.erofs accepts.
     #[test]
-    fn damage_is_survived(tree in trees(), at in any::<prop::sample::Index>(), byte in any::<u8>(), fix in any::<bool>()) {
+    fn damaged_archive_never_panics(tree in trees(), at in any::<prop::sample::Index>(), byte in any::<u8>(), fix in any::<bool>()) {
         let (mut tar, _) = archive(&tree);
         let at = at.index(tar.len());
         tar[at] = byte;
         if fix {
-            // Makes the header that was hit valid again, so that the damage gets past its sum.
+            // Corrects the sum of the damaged header, so that the damage gets past it.
             let start = at / 512 * 512;
             let mut header = ::tar::Header::from_byte_slice(&tar[start..start + 512]).clone();
             header.set_cksum();

@@ -1,28 +1,28 @@
-//! A second opinion: reads an EROFS image back, by the kernel's description and not by the writer's code.
+//! An independent reader of EROFS images, written from the kernel's description without code of the writer.
 //!
-//! Only what the writer uses: extended inodes, flat, inline and chunk-based layouts. Panics on whatever is wrong.
+//! Supports extended inodes and the layouts flat, inline and chunk-based. Panics on invalid images.
 
 use std::collections::BTreeMap;
 
-/// What was found under one path.
+/// A file of the image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Found {
-    /// With the type bits.
+    /// Including the type bits.
     pub mode: u16,
     pub uid: u32,
     pub gid: u32,
     pub mtime: (i64, u32),
     pub links: u32,
     pub size: u64,
-    /// Number on a device node.
+    /// Number of a device.
     pub device: u32,
-    /// Content of files and targets of links.
+    /// Content of a file, or target of a link.
     pub content: Vec<u8>,
-    /// `(prefix number, name)` to value.
+    /// Values by prefix number and name.
     pub xattrs: BTreeMap<(u8, Vec<u8>), Vec<u8>>,
-    /// Inode number: the same for hard links.
+    /// Inode number, the same for hard links.
     pub nid: u64,
-    /// Bytes of holes.
+    /// Length of its holes in bytes.
     pub holes: u64,
 }
 
@@ -32,7 +32,7 @@ pub struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    /// Reads the whole tree; the root has the path `""`.
+    /// Reads the whole tree. The path of the root is empty.
     pub fn read_all(image: &'a [u8]) -> BTreeMap<Vec<u8>, Found> {
         assert_eq!(image.len() % 4096, 0, "whole blocks");
         let sb = &image[1024..1024 + 128];

@@ -269,7 +269,7 @@ impl From<ErofsError> for ImageError {
         match error {
             ErofsError::Entry { entry, reason } => Self::LayerEntry { entry, reason },
             ErofsError::Corrupt {
-                what,
+                subject: what,
                 expected,
                 got,
             } => Self::Corrupt {
@@ -277,9 +277,21 @@ impl From<ErofsError> for ImageError {
                 expected,
                 got,
             },
-            ErofsError::Invalid { what, reason } => Self::InvalidImage { what, reason },
-            ErofsError::TooLarge { what, limit, unit } => Self::TooLarge { what, limit, unit },
-            ErofsError::Io { what, path, source } => Self::io(what, &path, source),
+            ErofsError::Invalid {
+                subject: what,
+                reason,
+            } => Self::InvalidImage { what, reason },
+            ErofsError::TooLarge {
+                subject: what,
+                limit,
+                unit,
+            } => Self::TooLarge { what, limit, unit },
+            ErofsError::Cancelled => Self::Cancelled,
+            ErofsError::Io {
+                operation,
+                path,
+                source,
+            } => Self::io(operation, &path, source),
         }
     }
 }

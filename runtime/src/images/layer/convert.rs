@@ -65,7 +65,7 @@ fn convert(store: &Store, request: &LayerRequest, source: &mut Source) -> ImageR
     if let Err(error) = &written
         && matches!(
             error.kind(),
-            ImageErrorKind::NoSpace | ImageErrorKind::Internal
+            ImageErrorKind::NoSpace | ImageErrorKind::Internal | ImageErrorKind::Cancelled
         )
     {
         return written.map(drop);
@@ -131,7 +131,13 @@ fn unpack(
         left: request.max_bytes,
         exceeded: false,
     };
-    let tree = boxlite_erofs::write_image(&mut plain, file.as_file(), file.path(), scratch, &what)
+    let target = boxlite_erofs::Target {
+        file: file.as_file(),
+        path: file.path(),
+        scratch,
+        cancelled: &|| request.abandoned.load(Ordering::SeqCst),
+    };
+    let tree = boxlite_erofs::write_image(&mut plain, &what, target)
         .map_err(ImageError::from)
         .and_then(|()| drain(&mut plain, &what));
     if plain.exceeded {

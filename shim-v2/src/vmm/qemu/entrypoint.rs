@@ -58,8 +58,13 @@ fn agent_image(guest: &Path, cache: &Path) -> BoxliteResult<PathBuf> {
         let archive = pack(guest).step(step())?;
         let file = File::create_new(draft).step(step())?;
         let mut archive = archive.as_slice();
-        boxlite_erofs::write_image(&mut archive, &file, draft, cache, "the agent's image")
-            .step(step())
+        let target = boxlite_erofs::Target {
+            file: &file,
+            path: draft,
+            scratch: cache,
+            cancelled: &|| false,
+        };
+        boxlite_erofs::write_image(&mut archive, "the agent's image", target).step(step())
     })
 }
 
