@@ -34,11 +34,6 @@ impl Layout {
         self.state.join("netns")
     }
 
-    /// A pod's scratch disk: the shim makes it, at the place the bundle contract names.
-    pub fn scratch(&self, sandbox: &str) -> PathBuf {
-        self.state.join("s").join(sandbox).join("scratch.img")
-    }
-
     /// All pods' files.
     pub fn pods(&self) -> PathBuf {
         self.state.join("pods")

@@ -104,6 +104,7 @@ async fn run(config: Config) -> Result<(), ServeError> {
     let options = RuntimeOptions {
         root: config.root.clone(),
         state: config.state.clone(),
+        scratch_dir: None,
         shim: config.paths.shim.clone(),
         installation: installation(&config),
         vmm: choice.kind.clone(),

@@ -8,6 +8,13 @@ pub const GUEST_PORT: u32 = 2695;
 pub const READY_PORT: u32 = 2696;
 /// Tag of the one virtiofs share.
 pub const SHARE_TAG: &str = "share";
+/// Returns the file name of a sandbox's scratch disk in `scratch_dir`.
+pub fn scratch_file(sandbox: &str) -> String {
+    format!("{sandbox}{SCRATCH_SUFFIX}")
+}
+
+/// Suffix of the files in `scratch_dir`.
+pub const SCRATCH_SUFFIX: &str = ".img";
 /// Serial of the scratch disk's virtio-blk device (`/sys/block/*/serial`).
 pub const SCRATCH_SERIAL: &str = "scratch";
 

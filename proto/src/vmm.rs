@@ -150,6 +150,9 @@ pub struct SandboxOptions {
     pub memory_mib: u32,
     /// Size of the sparse scratch disk in bytes.
     pub scratch_bytes: u64,
+    /// Directory of the scratch disk, on a disk; None: in `work` of the bundle, where containerd links its own directory.
+    #[serde(default)]
+    pub scratch_dir: Option<PathBuf>,
     /// TCG or KVM (Qemu only).
     pub acceleration: Acceleration,
     /// Hostname inside the pod.

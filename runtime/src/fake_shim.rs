@@ -416,6 +416,7 @@ impl FakeNode {
         RuntimeOptions {
             root: self.at("r"),
             state: self.at("s"),
+            scratch_dir: None,
             shim: self.at("shim"),
             installation: Installation {
                 guest: self.at("guest"),

@@ -21,6 +21,7 @@ const ID_LIMIT: usize = 128;
 pub struct FilesystemLayout {
     root: PathBuf,
     state: PathBuf,
+    scratch: PathBuf,
 }
 
 impl FilesystemLayout {
@@ -49,7 +50,24 @@ impl FilesystemLayout {
         Ok(Self {
             root: root.to_owned(),
             state: state.to_owned(),
+            scratch: root.join("scratch"),
         })
+    }
+
+    /// Moves the scratch disks to another directory than `<root>/scratch`.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if it is relative.
+    pub fn with_scratch_dir(mut self, directory: &Path) -> Result<Self> {
+        if !directory.is_absolute() {
+            return Err(RuntimeError::InvalidArgument {
+                field: "scratch_dir",
+                value: directory.display().to_string(),
+                reason: "it must be an absolute path".into(),
+            });
+        }
+        directory.clone_into(&mut self.scratch);
+        Ok(self)
     }
 
     /// Makes the roots, 0700. Opening a runtime does it once; blocking, short.
@@ -57,7 +75,14 @@ impl FilesystemLayout {
     /// # Errors
     /// `Io`.
     pub fn prepare(&self) -> Result<()> {
-        for directory in [&self.root, &self.state, &self.boxes(), &self.images()] {
+        let directories = [
+            &self.root,
+            &self.state,
+            &self.boxes(),
+            &self.images(),
+            &self.scratch,
+        ];
+        for directory in directories {
             private_directory(directory)?;
         }
         Ok(())
@@ -101,6 +126,16 @@ impl FilesystemLayout {
     /// What a shim is given as containerd's address; nobody serves there, but sockets are placed beside it.
     pub fn containerd_address(&self) -> PathBuf {
         self.state.join("containerd.sock")
+    }
+
+    /// Directory of the scratch disks, which hold the writable layers. On disk, unlike `state`: they may grow to gigabytes.
+    pub fn scratch_dir(&self) -> &Path {
+        &self.scratch
+    }
+
+    /// Scratch disk of a box.
+    pub fn scratch(&self, box_id: &str) -> PathBuf {
+        self.scratch.join(names::scratch_file(box_id))
     }
 
     /// All bundles.
@@ -178,6 +213,21 @@ pub fn private_directory(directory: &Path) -> Result<()> {
     std::fs::set_permissions(directory, std::fs::Permissions::from_mode(0o700)).map_err(io)
 }
 
+/// Removes a file; succeeds if it does not exist. Blocking.
+///
+/// # Errors
+/// `Io`.
+pub fn remove_file(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(RuntimeError::Io {
+            what: "cannot remove",
+            path: path.to_owned(),
+            source,
+        }),
+        _ => Ok(()),
+    }
+}
+
 /// Removes a tree; succeeds where there is none. Blocking.
 ///
 /// # Errors
@@ -212,6 +262,11 @@ mod tests {
         assert!(FilesystemLayout::new(Path::new("r"), Path::new("/s")).is_err());
         let long = PathBuf::from(format!("/{}", "s".repeat(STATE_PATH_LIMIT)));
         assert!(FilesystemLayout::new(Path::new("/r"), &long).is_err());
+        let layout = FilesystemLayout::new(Path::new("/r"), Path::new("/s")).unwrap();
+        assert_eq!(layout.scratch("id"), Path::new("/r/scratch/id.img"));
+        assert!(layout.clone().with_scratch_dir(Path::new("d")).is_err());
+        let layout = layout.with_scratch_dir(Path::new("/d")).unwrap();
+        assert_eq!(layout.scratch("id"), Path::new("/d/id.img"));
     }
 
     #[test]

@@ -22,9 +22,11 @@ use crate::metrics::BoxMetrics;
 use crate::shim_controller::{ShimController, TaskState};
 use crate::types::ContainerState;
 use boxlite_portal::{Connection, GuestAddress, GuestSession};
+use boxlite_proto::names::SCRATCH_SUFFIX;
 use boxlite_sys::report::report;
 use futures::StreamExt;
 use std::collections::HashSet;
+use std::path::Path;
 use std::sync::Arc;
 
 /// Boxes looked at side by side.
@@ -250,21 +252,29 @@ async fn write_down(env: &BoxEnv, row: &BoxRow, containers: &[ContainerRow]) {
     }
 }
 
+fn names_in(directory: &Path) -> Result<Vec<String>> {
+    let entries = std::fs::read_dir(directory).map_err(|source| RuntimeError::Io {
+        what: "cannot list",
+        path: directory.to_owned(),
+        source,
+    })?;
+    let names = entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().into_string().ok());
+    Ok(names.collect())
+}
+
 /// Ends and removes bundles that belong to no row.
 async fn end_orphans(env: &BoxEnv, known: &HashSet<String>) {
-    let boxes = env.layout.boxes();
+    let (boxes, scratch) = (env.layout.boxes(), env.layout.scratch_dir().to_owned());
     let listed = teardown::blocking(move || {
-        let entries = std::fs::read_dir(&boxes).map_err(|source| RuntimeError::Io {
-            what: "cannot list",
-            path: boxes.clone(),
-            source,
-        })?;
-        let directories = entries
-            .flatten()
-            .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-        Ok(directories
-            .filter_map(|entry| entry.file_name().into_string().ok())
-            .collect::<Vec<_>>())
+        let disks = names_in(&scratch)?;
+        let disks = disks
+            .iter()
+            .filter_map(|name| name.strip_suffix(SCRATCH_SUFFIX).map(str::to_owned));
+        let mut ids: HashSet<String> = disks.collect();
+        ids.extend(names_in(&boxes)?);
+        Ok(ids)
     });
     let names = match listed.await {
         Ok(names) => names,
@@ -274,7 +284,7 @@ async fn end_orphans(env: &BoxEnv, known: &HashSet<String>) {
         if known.contains(&id) || check_id("bundle", &id).is_err() {
             continue;
         }
-        tracing::warn!(id, "bundle without a box: ended and removed");
+        tracing::warn!(id, "removing bundle or scratch disk without a box");
         teardown::clean_or_warn(env, &id).await;
         let bundle = env.layout.bundle(&id);
         if let Err(error) = teardown::blocking(move || remove_tree(&bundle)).await {

@@ -120,7 +120,10 @@ impl BoxliteRuntime {
     /// # Errors
     /// `InvalidArgument`, `Io`, `Database`, `Image`; `AlreadyExists` where another runtime has the roots open.
     pub async fn open(options: RuntimeOptions) -> Result<Self> {
-        let layout = FilesystemLayout::new(&options.root, &options.state)?;
+        let mut layout = FilesystemLayout::new(&options.root, &options.state)?;
+        if let Some(directory) = &options.scratch_dir {
+            layout = layout.with_scratch_dir(directory)?;
+        }
         layout.prepare()?;
         let lock = lock_roots(&layout.lock())?;
         let database = Database::open(&layout.database())?;

@@ -16,6 +16,8 @@ pub struct RuntimeOptions {
     pub root: PathBuf,
     /// Directory of the present boot (0700): bundles, sockets. Short: socket paths grow out of it.
     pub state: PathBuf,
+    /// Directory of the scratch disks, on a disk. None: `<root>/scratch`.
+    pub scratch_dir: Option<PathBuf>,
     /// `containerd-shim-boxlite-v2`.
     pub shim: PathBuf,
     /// Files and programs of a VM.

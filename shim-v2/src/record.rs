@@ -26,6 +26,9 @@ pub struct Record {
     pub cgroups: Vec<PathBuf>,
     /// The pod's network namespace, with taps of ours in it.
     pub netns: Option<PathBuf>,
+    /// Scratch disk.
+    #[serde(default)]
+    pub scratch: Option<PathBuf>,
     /// Source of the mounts on the host that show the guest's.
     #[serde(default)]
     pub shown: String,
@@ -89,6 +92,7 @@ mod tests {
             socket: "/run/x".into(),
             cgroups: vec!["/sys/fs/cgroup/x".into()],
             netns: Some("/run/netns/x".into()),
+            scratch: Some("/var/x.img".into()),
             shown: "boxlite:x".to_owned(),
         };
         record.store(dir.path()).expect("stored");

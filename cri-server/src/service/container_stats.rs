@@ -101,5 +101,6 @@ async fn one(
 /// Returns the host file system of the writable layers: the kubelet matches it with the container file systems of
 /// ImageFsInfo.
 fn scratch(server: &Server) -> String {
-    server.config.state.to_string_lossy().into_owned()
+    let directory = server.runtime.layout().scratch_dir();
+    directory.to_string_lossy().into_owned()
 }

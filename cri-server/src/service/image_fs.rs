@@ -27,7 +27,7 @@ pub async fn info(server: &Server) -> Result<ImageFsInfoResponse, Status> {
 
 /// Returns the allocated size of the pods' sparse disks on the host.
 fn scratch_disks(server: &Server) -> FilesystemUsage {
-    let layout = &server.layout;
+    let layout = server.runtime.layout();
     let sizes: Vec<u64> = server
         .runtime
         .boxes()
@@ -38,7 +38,7 @@ fn scratch_disks(server: &Server) -> FilesystemUsage {
     FilesystemUsage {
         timestamp: time::now_ns(),
         fs_id: Some(FilesystemIdentifier {
-            mountpoint: server.config.state.to_string_lossy().into_owned(),
+            mountpoint: layout.scratch_dir().to_string_lossy().into_owned(),
         }),
         used_bytes: Some(UInt64Value {
             value: sizes

@@ -33,6 +33,7 @@ impl Fixture {
         let options = RuntimeOptions {
             root: config.root.clone(),
             state: config.state.clone(),
+            scratch_dir: None,
             shim: "/nonexistent/shim".into(),
             installation: crate::serve::installation(&config),
             vmm: boxlite_proto::vmm::VmmKind::Qemu,

@@ -233,6 +233,7 @@ impl<N: ShimNote> Start<N> {
             vcpus: options.vcpus,
             memory_mib: options.memory_mib,
             scratch_bytes: options.scratch_bytes,
+            scratch_dir: Some(self.env.layout.scratch_dir().to_owned()),
             acceleration: self.env.acceleration,
             hostname: options.hostname.clone(),
             sysctls: options.sysctls.clone(),

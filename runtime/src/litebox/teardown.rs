@@ -6,7 +6,7 @@
 
 use super::BoxEnv;
 use crate::error::{Result, RuntimeError};
-use crate::filesystem_layout::remove_tree;
+use crate::filesystem_layout::{remove_file, remove_tree};
 use crate::shim_controller::{ShimController, TaskExit};
 use boxlite_sys::report::report;
 use futures::StreamExt;
@@ -85,17 +85,19 @@ pub(crate) async fn end_shim_or_warn(env: &BoxEnv, id: &str, shim: Option<&ShimC
     }
 }
 
-/// Runs the shim's `delete` in the bundle: kills what is left, by its own record. Without a bundle there is nothing:
-/// it is made before the shim and removed after it, and a reboot takes both.
+/// Runs the shim's `delete` in the bundle: kills what is left, by its own record. Without a bundle no process is left: the
+/// bundle is made before the shim and removed after it, and a reboot takes both. A reboot does not take the scratch disk,
+/// which is removed last.
 ///
 /// # Errors
-/// Those of the program.
+/// Those of the program; `Io` if the scratch disk cannot be removed.
 pub(crate) async fn clean(env: &BoxEnv, id: &str) -> Result<()> {
     let bundle = env.layout.bundle(id);
-    if !bundle.is_dir() {
-        return Ok(());
+    if bundle.is_dir() {
+        env.program.delete(id, &bundle).await?;
     }
-    env.program.delete(id, &bundle).await
+    let scratch = env.layout.scratch(id);
+    blocking(move || remove_file(&scratch)).await
 }
 
 /// As [`clean`], for where nothing better can be done about a failure than to say it.

@@ -72,9 +72,31 @@ pub fn clean(bundle: &Path) -> u32 {
         let _ = std::fs::remove_file(&record.socket);
     }
     let _ = std::fs::remove_dir_all(bundle.join("vm"));
-    let _ = std::fs::remove_file(crate::machine::scratch_path(bundle));
+    if let Some(scratch) = &record.scratch {
+        let _ = std::fs::remove_file(scratch);
+    }
     for name in ["network.json", ADDRESS_FILE, RECORD_FILE] {
         let _ = std::fs::remove_file(bundle.join(name));
     }
     record.vmm.map_or(0, |vmm| vmm.pid.unsigned_abs())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clean_removes_the_recorded_scratch_disk() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let disk = dir.path().join("scratch/x.img");
+        std::fs::create_dir(dir.path().join("scratch")).expect("directory");
+        std::fs::write(&disk, "x").expect("disk");
+        let record = Record {
+            scratch: Some(disk.clone()),
+            ..Record::default()
+        };
+        record.store(dir.path()).expect("stored");
+        clean(dir.path());
+        assert!(!disk.exists());
+    }
 }

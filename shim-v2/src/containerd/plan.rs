@@ -215,6 +215,7 @@ async fn plan(
         vcpus: wishes.vcpus.or(vcpus(&needs)).unwrap_or(config.pod.vcpus),
         memory_mib,
         scratch_bytes: u64::from(config.pod.scratch_mib) * MIB,
+        scratch_dir: None,
         acceleration: match vmm {
             VmmKind::Krun => boxlite_proto::vmm::Acceleration::Kvm,
             VmmKind::Qemu => acceleration,

@@ -16,7 +16,7 @@ use crate::mount_export::host_mounter::{HostMounter, HostMounts};
 use crate::net::host::{BindScope, HostPorts};
 use crate::net::{self, PodNetwork, slirp};
 use crate::pod::undo::Undo;
-use crate::record::{Record, write_whole};
+use crate::record::{RECORD_FILE, Record, write_whole};
 use crate::sandbox::machine::{Booted, Machine};
 use crate::sandbox::options::Plan;
 use crate::share::PodShare;
@@ -156,7 +156,10 @@ impl Machine for VmMachine {
     async fn boot(&self, id: &str, bundle: &Path, plan: &Plan, undo: &mut Undo) -> Result<Booted> {
         let mut timers = Timers::default();
         let work_dir = make_work_dir(bundle, undo)?;
-        let scratch = scratch_path(bundle);
+        let scratch = scratch_path(id, bundle, plan);
+        self.record().scratch = Some(scratch.clone());
+        self.store(bundle)
+            .map_err(ShimError::io("write", bundle.join(RECORD_FILE).display()))?;
         let taken = scratch.clone();
         undo.push_call("scratch disk", move || remove_file(&taken));
         scratch::create(&scratch, plan.options.scratch_bytes).await?;
@@ -364,9 +367,12 @@ fn last_words(child: &VmmChild) -> String {
     )
 }
 
-/// Returns the path of the scratch disk: below the bundle's `work`, which containerd keeps on disk while the bundle is in
-/// memory; in the bundle itself under boxlite-cri, which has no such directory.
-pub fn scratch_path(bundle: &Path) -> PathBuf {
+/// Returns the path of the scratch disk: in the configured directory, or below the bundle's `work`, which containerd keeps on
+/// disk while the bundle is in memory.
+fn scratch_path(id: &str, bundle: &Path, plan: &Plan) -> PathBuf {
+    if let Some(directory) = &plan.options.scratch_dir {
+        return directory.join(names::scratch_file(id));
+    }
     let work = std::fs::canonicalize(bundle.join("work"));
     work.unwrap_or_else(|_| bundle.to_owned())
         .join(SCRATCH_FILE)

@@ -65,6 +65,7 @@ pub fn options() -> SandboxOptions {
         vcpus: 1,
         memory_mib: 256,
         scratch_bytes: 1 << 30,
+        scratch_dir: None,
         acceleration: Acceleration::Tcg,
         hostname: "pod".to_owned(),
         sysctls: Default::default(),

@@ -124,6 +124,32 @@ fn an_interrupted_start_is_cleaned_and_may_be_tried_again() {
     });
 }
 
+/// As after a power cut: `state` is empty, and the scratch disks are still in `root`.
+#[test]
+fn recovery_removes_scratch_disks_without_a_box() {
+    let shims = tokio::runtime::Runtime::new().unwrap();
+    let node = std::sync::Arc::new(FakeNode::new());
+    shims.block_on(node.serve("b1"));
+    let first = node.clone();
+    live_and_die(async move {
+        drop(one_box(&first).await);
+    });
+    let disk = |name: &str| node.at("r/scratch").join(name);
+    for name in ["b1.img", "gone.img"] {
+        std::fs::write(disk(name), "x").unwrap();
+    }
+    std::fs::remove_dir_all(node.at("s")).unwrap();
+    let second = node.clone();
+    live_and_die(async move {
+        let runtime = BoxliteRuntime::open(second.options()).await.unwrap();
+        let left = |name: &str| second.at("r/scratch").join(name).exists();
+        assert!(!left("gone.img"));
+        assert!(left("b1.img"), "its box exists");
+        runtime.get_box("b1").unwrap().remove().await.unwrap();
+        assert!(!left("b1.img"), "removed with its box");
+    });
+}
+
 #[test]
 fn removal_goes_on_and_orphans_and_half_containers_go() {
     let shims = tokio::runtime::Runtime::new().unwrap();
