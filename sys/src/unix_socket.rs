@@ -6,7 +6,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use tokio::net::{UnixListener, UnixStream};
 
@@ -43,13 +43,25 @@ fn shorten(path: &Path) -> io::Result<ShortPath> {
     })
 }
 
-/// Connects to the unix socket at `path`. Dropping the future leaves nothing behind.
+/// Connects to the unix socket at `path`, which must not be a link. Some sockets are in directories that the VMM may write:
+/// a compromised VMM could put a link to another socket of the host there, and a root process would connect to it. So the
+/// file is opened without following links and checked, and the connection goes through its descriptor. Dropping the future
+/// leaves nothing behind.
 ///
 /// # Errors
-/// Those of open(2) on the directory and connect(2).
+/// Those of open(2) and connect(2); InvalidInput if the file is not a socket.
 pub async fn connect(path: &Path) -> io::Result<UnixStream> {
-    let short = shorten(path)?;
-    UnixStream::connect(&short.path).await
+    let file = std::fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC)
+        .open(path)?;
+    if !file.metadata()?.file_type().is_socket() {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("{} is not a socket", path.display()),
+        ));
+    }
+    UnixStream::connect(format!("/proc/self/fd/{}", file.as_raw_fd())).await
 }
 
 /// Listens on the unix socket at `path`, in the place of a dead one. The caller made sure that the directory is private
@@ -85,5 +97,23 @@ mod tests {
         // A dead socket file is replaced.
         drop(listener);
         bind(&path).unwrap();
+    }
+
+    /// A compromised VMM may put anything into its working directory, but the host connects to sockets of the VMM only.
+    #[tokio::test]
+    async fn connect_refuses_links_and_other_files() {
+        let root = tempfile::tempdir().unwrap();
+        let (other, link) = (root.path().join("other"), root.path().join("link"));
+        let _listener = bind(&other).unwrap();
+        std::os::unix::fs::symlink(&other, &link).unwrap();
+        let file = root.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        for path in [&link, &file, &root.path().to_owned()] {
+            let error = connect(path).await.unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{error}");
+        }
+        let missing = connect(&root.path().join("missing")).await.unwrap_err();
+        assert_eq!(missing.kind(), io::ErrorKind::NotFound);
+        connect(&other).await.unwrap();
     }
 }

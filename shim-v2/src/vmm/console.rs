@@ -7,7 +7,6 @@ use boxlite_sys::sync::{Condvar, Mutex};
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{Read, Write};
-use std::path::PathBuf;
 use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
@@ -72,7 +71,7 @@ pub struct BoundedLog(Arc<Shared>);
 impl BoundedLog {
     /// Reads `from` to its end, keeping the first MiB in `file` and the last lines in memory. Reading continues if the file
     /// cannot be written, because a full pipe would block the VM.
-    pub fn follow(&self, from: impl Read, file: Option<PathBuf>) {
+    pub fn follow(&self, from: impl Read, file: Option<File>) {
         self.read_all(from, file);
         self.lock().ended = true;
         self.0.ended.notify_all();
@@ -88,8 +87,7 @@ impl BoundedLog {
         self.0.tail.lock()
     }
 
-    fn read_all(&self, mut from: impl Read, file: Option<PathBuf>) {
-        let mut file = file.and_then(|path| File::create(path).ok());
+    fn read_all(&self, mut from: impl Read, mut file: Option<File>) {
         let mut room = MAX_DISK_BYTES;
         let mut buffer = [0u8; 4096];
         loop {

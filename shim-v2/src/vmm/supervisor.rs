@@ -16,9 +16,11 @@ use nix::sys::signal::Signal;
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::Pid;
 use std::fmt;
+use std::fs::File;
 use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
@@ -104,6 +106,9 @@ impl Supervisor {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
 
+        // Before the child starts: later it may put links under these names.
+        let console_file = log_file(&spec.work_dir.join(CONSOLE_LOG));
+        let stderr_file = log_file(&spec.work_dir.join(STDERR_LOG));
         let (exit_to, exit) = watch::channel(None);
         let (started_to, started) = mpsc::sync_channel(1);
         let shared = Arc::new(Shared::default());
@@ -121,17 +126,10 @@ impl Supervisor {
             .map_err(step("start"))?;
 
         if let Some(from) = child.stdout.take() {
-            follow(
-                "vmm-console",
-                &console,
-                from,
-                spec.work_dir.join(CONSOLE_LOG),
-            )
-            .map_err(step("read output of"))?;
+            follow("vmm-console", &console, from, console_file).map_err(step("read output of"))?;
         }
         if let Some(from) = child.stderr.take() {
-            follow("vmm-stderr", &stderr, from, spec.work_dir.join(STDERR_LOG))
-                .map_err(step("read output of"))?;
+            follow("vmm-stderr", &stderr, from, stderr_file).map_err(step("read output of"))?;
         }
         let child = VmmChild {
             shared,
@@ -154,17 +152,31 @@ impl Supervisor {
     }
 }
 
+/// Creates a log in the VM's working directory; None if the disk refuses, since the VM runs without its log.
+fn log_file(path: &Path) -> Option<File> {
+    let created = std::fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .custom_flags(nix::libc::O_NOFOLLOW)
+        .open(path);
+    created
+        .inspect_err(|error| tracing::warn!(path = %path.display(), %error, "failed to create log"))
+        .ok()
+}
+
 fn follow(
     name: &str,
     log: &BoundedLog,
     from: impl std::io::Read + Send + 'static,
-    file: PathBuf,
+    file: Option<File>,
 ) -> std::io::Result<()> {
     let log = log.clone();
     // Ends when the child, the last writer, has exited.
     std::thread::Builder::new()
         .name(name.to_owned())
-        .spawn(move || log.follow(from, Some(file)))?;
+        .spawn(move || log.follow(from, file))?;
     Ok(())
 }
 
