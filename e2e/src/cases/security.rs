@@ -175,14 +175,6 @@ async fn unsupported_settings_are_refused_by_name(ctx: Context) -> Result {
         text.contains("apparmor") && text.contains("k8s-nginx"),
         "{text}"
     );
-    let text = refusal(&ctx, &pod, "selinux", |c| {
-        security(c).selinux_options = Some(SeLinuxOption {
-            level: "s0:c4,c5".into(),
-            ..Default::default()
-        });
-    })
-    .await?;
-    ensure!(text.contains("selinux_options"), "{text}");
     let device = |host: &str| Device {
         host_path: host.into(),
         container_path: "/dev/of-mine".into(),

@@ -9,7 +9,10 @@ use boxlite_proto::cri::v1::{
     LinuxContainerSecurityContext, LinuxSandboxSecurityContext, SeLinuxOption, SecurityProfile,
     security_profile::ProfileType,
 };
+use std::path::Path;
 
+/// Present if selinuxfs is mounted, as libselinux checks it.
+const SELINUX_STATUS: &str = "/sys/fs/selinux/enforce";
 const NO_APPARMOR: &str = "the kernel of the VM has no AppArmor";
 const NO_SELINUX: &str = "the kernel of the VM runs without SELinux";
 
@@ -25,13 +28,13 @@ pub fn container(security: &LinuxContainerSecurityContext) -> Result<(), Convert
             NO_APPARMOR,
         ));
     }
-    selinux(security.selinux_options.as_ref())
+    selinux(security.selinux_options.as_ref(), is_selinux_enabled())
 }
 
 /// Validates the fields of a pod.
 pub fn sandbox(security: &LinuxSandboxSecurityContext) -> Result<(), ConvertError> {
     apparmor(security.apparmor.as_ref())?;
-    selinux(security.selinux_options.as_ref())
+    selinux(security.selinux_options.as_ref(), is_selinux_enabled())
 }
 
 fn apparmor(profile: Option<&SecurityProfile>) -> Result<(), ConvertError> {
@@ -47,7 +50,7 @@ fn apparmor(profile: Option<&SecurityProfile>) -> Result<(), ConvertError> {
     }
 }
 
-fn selinux(options: Option<&SeLinuxOption>) -> Result<(), ConvertError> {
+fn selinux(options: Option<&SeLinuxOption>, is_enabled: bool) -> Result<(), ConvertError> {
     let Some(options) = options else {
         return Ok(());
     };
@@ -57,7 +60,7 @@ fn selinux(options: Option<&SeLinuxOption>) -> Result<(), ConvertError> {
         &options.r#type,
         &options.level,
     ];
-    if parts.iter().all(|part| part.is_empty()) {
+    if !is_enabled || parts.iter().all(|part| part.is_empty()) {
         return Ok(());
     }
     let label: Vec<&str> = parts.iter().map(|part| part.as_str()).collect();
@@ -66,4 +69,29 @@ fn selinux(options: Option<&SeLinuxOption>) -> Result<(), ConvertError> {
         format!("{:?}", label.join(":")),
         NO_SELINUX,
     ))
+}
+
+/// Returns whether SELinux is enabled on this node.
+fn is_selinux_enabled() -> bool {
+    Path::new(SELINUX_STATUS).exists()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn selinux_options_are_rejected_only_on_selinux_nodes() {
+        let options = SeLinuxOption {
+            level: "s0:c1".into(),
+            ..Default::default()
+        };
+        assert_eq!(selinux(Some(&options), false), Ok(()));
+        assert_eq!(selinux(Some(&SeLinuxOption::default()), true), Ok(()));
+        let error = selinux(Some(&options), true).unwrap_err().to_string();
+        assert!(
+            error.contains("selinux_options") && error.contains("s0:c1"),
+            "{error}"
+        );
+    }
 }

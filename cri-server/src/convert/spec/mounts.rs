@@ -126,13 +126,7 @@ fn volume(mount: &Mount) -> Result<Value, ConvertError> {
     if let Some(image) = image_source(mount) {
         return image_volume(mount, &image.image_ref);
     }
-    if !mount.image_sub_path.is_empty() {
-        return Err(ConvertError::invalid(
-            "mount.image_sub_path",
-            mount.image_sub_path.clone(),
-            "is for image volumes only, and mount.image is not set",
-        ));
-    }
+    // A kubelet sets image_sub_path on every mount of a pod that has an image volume; it applies to image volumes only.
     let source = host_path(mount)?;
     let propagation = propagation::option(mount, &source)?;
     let access = match (mount.readonly, mount.recursive_read_only) {

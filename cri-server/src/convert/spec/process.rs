@@ -64,10 +64,8 @@ fn arguments(source: &Source<'_>) -> Result<Vec<String>, ConvertError> {
         words.extend(image.cmd().clone().unwrap_or_default());
     }
     if words.first().is_none_or(String::is_empty) {
-        return Err(ConvertError::invalid(
-            "config.command",
-            "",
-            "no command specified by the request or the image",
+        return Err(ConvertError::Missing(
+            "config.command, which the image does not provide either,",
         ));
     }
     no_nul("config.command", &words)?;

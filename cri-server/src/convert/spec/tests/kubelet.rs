@@ -1,0 +1,39 @@
+//! Fields that a stock kubelet sends, each in the smallest container that failed because of it.
+
+use super::*;
+
+#[test]
+fn image_sub_path_of_an_ordinary_volume_is_ignored() {
+    let mut config = container();
+    config.mounts = vec![Mount {
+        container_path: "/data".into(),
+        host_path: "/tmp".into(),
+        image_sub_path: "dir/file".into(),
+        ..Default::default()
+    }];
+    let spec = made(&config, json!({})).unwrap();
+    let mounts = spec["mounts"].as_array().unwrap();
+    let volume = mounts.iter().find(|mount| mount["destination"] == "/data");
+    assert_eq!(volume.unwrap()["source"], "/tmp");
+}
+
+#[test]
+fn selinux_options_without_selinux_are_ignored() {
+    if std::path::Path::new("/sys/fs/selinux/enforce").exists() {
+        return;
+    }
+    let options = boxlite_proto::cri::v1::SeLinuxOption {
+        level: "s0:c4,c5".into(),
+        ..Default::default()
+    };
+    let mut config = container();
+    security(&mut config).selinux_options = Some(options.clone());
+    made(&config, json!({})).unwrap();
+    let mut pod = pod().config.unwrap();
+    pod.linux
+        .get_or_insert_default()
+        .security_context
+        .get_or_insert_default()
+        .selinux_options = Some(options);
+    PodMetadata::new(pod, String::new()).unwrap();
+}
