@@ -14,7 +14,7 @@ pub async fn update(
     request: UpdateContainerResourcesRequest,
 ) -> Result<UpdateContainerResourcesResponse, Status> {
     require("container_id", &request.container_id)?;
-    let wish = request
+    let requested = request
         .linux
         .ok_or_else(|| Status::invalid_argument("linux is missing"))?;
     let (pod, container) = server
@@ -22,15 +22,26 @@ pub async fn update(
         .find_container(&request.container_id)
         .map_err(status_of)?;
     let now = ContainerMetadata::from_bytes(&container.metadata).resources();
-    capacity::of_pod(server, &pod).admit(&wish, now.as_ref())?;
-    spec::resources(Some(&wish))?;
+    capacity::of_pod(server, &pod).admit(&requested, now.as_ref())?;
+    spec::resources(Some(&requested))?;
     let task = server.clone();
     let work = async move {
         let session = task.session().await;
-        let wish = nri_hooks::update(&task, &session, &pod, &container, wish).await?;
-        capacity::of_pod(&task, &pod).admit(&wish, now.as_ref())?;
-        let resources = spec::resources(Some(&wish))?.to_string().into_bytes();
-        let describe = Box::new(move |bytes: &[u8]| ContainerMetadata::updated(bytes, &wish));
+        let in_guest = spec::without_host_cpusets(&requested);
+        let in_guest = nri_hooks::update(&task, &session, &pod, &container, in_guest).await?;
+        capacity::of_pod(&task, &pod).admit(&in_guest, now.as_ref())?;
+        let resources = spec::resources(Some(&in_guest))?.to_string().into_bytes();
+        // The status reports the host's cpusets, as the kubelet sent them.
+        let mut stored = in_guest;
+        for (stored, host) in [
+            (&mut stored.cpuset_cpus, requested.cpuset_cpus),
+            (&mut stored.cpuset_mems, requested.cpuset_mems),
+        ] {
+            if !host.is_empty() {
+                *stored = host;
+            }
+        }
+        let describe = Box::new(move |bytes: &[u8]| ContainerMetadata::updated(bytes, &stored));
         pod.update_container(&container.id, resources, describe)
             .await
             .map_err(status_of)?;

@@ -1,6 +1,7 @@
 //! Tests of the services with a real BoxliteRuntime over empty directories; none of them needs a VM.
 
 mod fleet;
+mod kubelet;
 mod pods;
 mod robust;
 

@@ -23,7 +23,7 @@ pub mod userns;
 
 pub use mounts::image_source;
 pub use process::image_stop_signal;
-pub use resources::resources;
+pub use resources::{resources, without_host_cpusets};
 
 use super::ConvertError;
 use super::sandbox::PodMetadata;
@@ -92,7 +92,8 @@ pub fn spec(source: Source<'_>) -> Result<Spec, ConvertError> {
     };
     let process = process::process(&source, &security)?;
     let seccomp = seccomp::seccomp(&security, &process["capabilities"]["bounding"])?;
-    let mut resources = resources(linux.and_then(|linux| linux.resources.as_ref()))?;
+    let requested = linux.and_then(|linux| linux.resources.as_ref());
+    let mut resources = resources(requested.map(without_host_cpusets).as_ref())?;
     let devices = devices::devices(&source.config.devices)?;
     let mut rules = vec![json!({"allow": privileged, "access": "rwm"})];
     rules.extend(devices.rules);

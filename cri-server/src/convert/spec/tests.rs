@@ -584,7 +584,7 @@ fn resources_are_converted_to_oci() {
     let resources = &spec["linux"]["resources"];
     assert_eq!(
         resources["cpu"],
-        json!({"shares": 512, "quota": 50_000, "period": 100_000, "cpus": "0"})
+        json!({"shares": 512, "quota": 50_000, "period": 100_000})
     );
     assert_eq!(resources["memory"], json!({"limit": 64 << 20}));
     assert_eq!(resources["unified"], json!({"memory.high": "1000"}));

@@ -2,6 +2,7 @@
 
 use super::Server;
 use crate::convert::container::ContainerMetadata;
+use crate::convert::spec::without_host_cpusets;
 use crate::nri::messages;
 use boxlite_proto::nri::v1alpha1::{Container, PodSandbox};
 use boxlite_runtime::{ContainerSnapshot, LiteBox};
@@ -26,6 +27,8 @@ pub(super) async fn container_message(pod: &LiteBox, container: &ContainerSnapsh
     };
     let record = ContainerMetadata::from_bytes(&container.metadata);
     let (config, now) = (record.config(), record.resources());
+    // Plugins and the spec use the CPU numbers of the VM.
+    let now = now.as_ref().map(without_host_cpusets);
     messages::container(container, &config, spec.as_ref(), now.as_ref())
 }
 

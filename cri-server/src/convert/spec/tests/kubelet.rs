@@ -37,3 +37,16 @@ fn selinux_options_without_selinux_are_ignored() {
         .selinux_options = Some(options);
     PodMetadata::new(pod, String::new()).unwrap();
 }
+
+#[test]
+fn cpusets_of_the_cpu_manager_do_not_reach_the_guest() {
+    let mut config = container();
+    config.linux.as_mut().unwrap().resources = Some(LinuxContainerResources {
+        cpu_shares: 2,
+        cpuset_cpus: "4-17".into(),
+        cpuset_mems: "1".into(),
+        ..Default::default()
+    });
+    let spec = made(&config, json!({})).unwrap();
+    assert_eq!(spec["linux"]["resources"]["cpu"], json!({"shares": 2}));
+}
