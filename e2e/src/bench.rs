@@ -52,7 +52,7 @@ impl Series {
 }
 
 /// Measures and prints everything.
-pub async fn run() -> Result<bool> {
+pub(crate) async fn run() -> Result<bool> {
     let scratch = crate::namespaces::scratch();
     let install = Install::find()?;
     let registry = Registry::start(&install.registry, &scratch, 5000, false).await?;
@@ -249,7 +249,10 @@ fn memory(pod: &Pod) -> Result {
         let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
         *by_name.entry(name.trim().to_owned()).or_default() += pss(pid);
     }
-    ensure!(by_name.values().sum::<u64>() > 0, "no PSS to read in /proc");
+    ensure!(
+        by_name.values().sum::<u64>() > 0,
+        "failed to read PSS from /proc"
+    );
     println!("\nPSS of one idle pod (a guest of 320 MiB):");
     for (name, kib) in &by_name {
         println!("{name:<44} {:>9.1} MiB", *kib as f64 / 1024.0);

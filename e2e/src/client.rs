@@ -13,7 +13,7 @@ use tonic::transport::{Channel, Endpoint, Uri};
 
 /// Client of the runtime and image services.
 #[derive(Debug, Clone)]
-pub struct Cri {
+pub(crate) struct Cri {
     channel: Channel,
 }
 
@@ -22,7 +22,7 @@ const MAX_MESSAGE_BYTES: usize = 16 << 20;
 
 impl Cri {
     /// Creates a client that connects on first use and reconnects after a restart of the daemon.
-    pub fn lazy(socket: &Path) -> Result<Self> {
+    pub(crate) fn lazy(socket: &Path) -> Result<Self> {
         let socket = socket.to_owned();
         let connector = tower::service_fn(move |_: Uri| {
             let socket = socket.clone();
@@ -35,12 +35,16 @@ impl Cri {
     }
 
     /// Returns a client of the runtime service.
-    pub fn runtime(&self) -> RuntimeServiceClient<Channel> {
+    pub(crate) fn runtime(&self) -> RuntimeServiceClient<Channel> {
         RuntimeServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES)
     }
 
     /// Calls a method of the runtime service whose messages k8s-cri does not define, or not in this form.
-    pub async fn raw<Q, A>(&self, method: &str, message: Q) -> std::result::Result<A, tonic::Status>
+    pub(crate) async fn raw<Q, A>(
+        &self,
+        method: &str,
+        message: Q,
+    ) -> std::result::Result<A, tonic::Status>
     where
         Q: prost::Message + Send + Sync + 'static,
         A: prost::Message + Default + Send + Sync + 'static,
@@ -50,7 +54,7 @@ impl Cri {
     }
 
     /// Calls a method of the runtime service by name, with raw bytes in both directions.
-    pub async fn raw_bytes(&self, method: &str, message: Vec<u8>) -> Result<Vec<u8>> {
+    pub(crate) async fn raw_bytes(&self, method: &str, message: Vec<u8>) -> Result<Vec<u8>> {
         answer(method, self.unary(method, message, RawCodec).await)
     }
 
@@ -68,7 +72,7 @@ impl Cri {
         let path = format!("/runtime.v1.RuntimeService/{method}");
         let path = path
             .parse()
-            .map_err(|_| tonic::Status::internal(format!("{method} is no method")))?;
+            .map_err(|_| tonic::Status::internal(format!("invalid method: {method}")))?;
         let mut client = tonic::client::Grpc::new(self.channel.clone());
         client
             .ready()
@@ -80,7 +84,7 @@ impl Cri {
     }
 
     /// Returns a client of the image service.
-    pub fn image(&self) -> ImageServiceClient<Channel> {
+    pub(crate) fn image(&self) -> ImageServiceClient<Channel> {
         ImageServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES)
     }
 }
@@ -129,7 +133,7 @@ impl tonic::codec::Decoder for RawCodec {
 }
 
 /// Returns the response's message, or the status as a failure.
-pub fn answer<T>(
+pub(crate) fn answer<T>(
     what: &str,
     answer: std::result::Result<tonic::Response<T>, tonic::Status>,
 ) -> Result<T> {
@@ -140,12 +144,12 @@ pub fn answer<T>(
 }
 
 /// Converts a status into a failure.
-pub fn status_failure(status: &tonic::Status) -> Failure {
+pub(crate) fn status_failure(status: &tonic::Status) -> Failure {
     Failure(format!("{:?}: {}", status.code(), status.message()))
 }
 
 /// Wraps a message in a request with a deadline on both ends.
-pub fn within<T>(limit: Duration, message: T) -> tonic::Request<T> {
+pub(crate) fn within<T>(limit: Duration, message: T) -> tonic::Request<T> {
     let mut request = tonic::Request::new(message);
     request.set_timeout(limit);
     request

@@ -16,7 +16,7 @@ use tokio::sync::Mutex;
 
 /// Environment in which a suite runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Backend {
+pub(crate) enum Backend {
     /// QEMU on this machine.
     Qemu,
     /// libkrun on a machine with KVM: the emulated KVM host.
@@ -25,7 +25,7 @@ pub enum Backend {
 
 impl Backend {
     /// Returns the value of the daemon's `vmm` key.
-    pub fn vmm(self) -> &'static str {
+    pub(crate) fn vmm(self) -> &'static str {
         match self {
             Self::Qemu => "qemu",
             Self::Krun => "krun",
@@ -33,7 +33,7 @@ impl Backend {
     }
 
     /// Scales a time limit for the backend: nested emulation is several times slower.
-    pub fn patience(self, seconds: u64) -> Duration {
+    pub(crate) fn patience(self, seconds: u64) -> Duration {
         Duration::from_secs(match self {
             Self::Qemu => seconds,
             Self::Krun => seconds * 5,
@@ -42,7 +42,7 @@ impl Backend {
 }
 
 /// Shared state of the test cases.
-pub struct TestContext {
+pub(crate) struct TestContext {
     /// Backend of the run.
     pub backend: Backend,
     /// Scratch directory, a tmpfs.
@@ -60,7 +60,7 @@ pub struct TestContext {
 
 impl TestContext {
     /// Starts the registry and the shared node, pushes and pulls the images.
-    pub async fn build(backend: Backend) -> Result<Self> {
+    pub(crate) async fn build(backend: Backend) -> Result<Self> {
         let scratch = crate::namespaces::scratch();
         let install = Install::find()?;
         let registry = Registry::start(&install.registry, &scratch, 5000, false).await?;
@@ -84,12 +84,12 @@ impl TestContext {
 
     /// Returns the pod that is shared by the cases without requirements on the sandbox, since booting takes most of a short
     /// case's time. It has no containers; [`Pod::end`] removes those of the case.
-    pub async fn shared_pod(&self) -> Pod {
+    pub(crate) async fn shared_pod(&self) -> Pod {
         self.shared_pod.lock().await.clone()
     }
 
     /// Returns the ids of the shared node's pods that match the filter, except the shared pod's.
-    pub async fn pods(&self, filter: PodSandboxFilter) -> Result<Vec<String>> {
+    pub(crate) async fn pods(&self, filter: PodSandboxFilter) -> Result<Vec<String>> {
         let filter = Some(filter);
         let request = ListPodSandboxRequest { filter };
         let list = self.node.cri.runtime().list_pod_sandbox(request).await;
@@ -102,7 +102,7 @@ impl TestContext {
     }
 
     /// Replaces the shared pod after a failed case.
-    pub async fn replace_shared_pod(&self) -> Result {
+    pub(crate) async fn replace_shared_pod(&self) -> Result {
         let mut shared = self.shared_pod.lock().await;
         shared.stop().await?;
         shared.remove().await?;
@@ -111,7 +111,7 @@ impl TestContext {
     }
 
     /// Starts another node, for a case that kills, breaks or configures the daemon.
-    pub async fn dedicated_node(
+    pub(crate) async fn dedicated_node(
         &self,
         name: &str,
         change: impl FnOnce(&mut NodeOptions),
@@ -124,13 +124,13 @@ impl TestContext {
     }
 
     /// Scales a time limit; see [`Backend::patience`].
-    pub fn patience(&self, seconds: u64) -> Duration {
+    pub(crate) fn patience(&self, seconds: u64) -> Duration {
         self.backend.patience(seconds)
     }
 
     /// Returns the number of rounds of a long case: `all`, or `fewer` in the emulated KVM host unless `BOXLITE_E2E_WHOLE` is
     /// set.
-    pub fn rounds(&self, all: usize, fewer: usize) -> usize {
+    pub(crate) fn rounds(&self, all: usize, fewer: usize) -> usize {
         match self.backend {
             Backend::Krun if std::env::var_os("BOXLITE_E2E_WHOLE").is_none() => fewer,
             _ => all,
@@ -147,7 +147,7 @@ fn node_options(name: &str, backend: Backend, registry: &Registry) -> NodeOption
 }
 
 /// Returns the options of a node that accepts the plain-HTTP registry.
-pub fn options(name: &str, vmm: &str, registry: &Registry) -> NodeOptions {
+pub(crate) fn options(name: &str, vmm: &str, registry: &Registry) -> NodeOptions {
     let mut options = NodeOptions::new(name, vmm);
     options.registries.push((
         registry.host.clone(),

@@ -20,19 +20,19 @@ use std::time::{Duration, Instant};
 type Stage = (String, f64);
 
 /// Runs the demo. Returns true if every check passed.
-pub async fn run() -> Result<bool> {
+pub(crate) async fn run() -> Result<bool> {
     let scratch = crate::namespaces::scratch();
     let install = Install::find()?;
     title("A registry on loopback, with images made from Debian's busybox");
     let registry = Registry::start(&install.registry, &scratch, 5000, false).await?;
     let images = ImageSet::push(&registry, &install.busybox)
         .await
-        .during("pushing the images")?;
+        .during("failed to push the images")?;
     say(&format!(
         "{}   an OCI index, a foreign platform first",
         images.base
     ));
-    say(&format!("{}   its second layer is zstd", images.zstd));
+    say(&format!("{}   second layer is zstd", images.zstd));
 
     title("boxlite-cri serve, vmm = \"auto\"");
     let options = crate::context::options("demo", "auto", &registry);
@@ -82,9 +82,7 @@ pub async fn run() -> Result<bool> {
     say(&format!("before: {}", before.counts()));
     let after = before.restored(&node).await?;
     say(&format!("after:  {}", after.counts()));
-    say(
-        "nothing is left of the pod: no process, mount, namespace, cgroup, interface, lease or socket",
-    );
+    say("the pod left no process, mount, namespace, cgroup, interface, lease or socket");
     node.terminate().await?;
     println!("\nDemo passed.");
     Ok(true)
@@ -136,7 +134,7 @@ async fn pull_with_progress(node: &Arc<Node>, reference: &str) -> Result {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     let id = call.await??;
-    say(&format!("{reference} is here: {id}"));
+    say(&format!("{reference} is pulled: {id}"));
     Ok(())
 }
 
@@ -278,7 +276,7 @@ async fn measure(pod: &Pod, web: &Container) -> Result {
             .await,
     )?;
 
-    title("The Prometheus page, in part");
+    title("Part of the Prometheus page");
     let page = pod.node.metrics_page().await?;
     let lines: Vec<_> = page
         .lines()

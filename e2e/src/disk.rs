@@ -9,12 +9,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Size of the disk in bytes.
-pub const DISK_BYTES: u64 = 8 << 20;
+pub(crate) const DISK_BYTES: u64 = 8 << 20;
 /// Time for the last user to release the disk: descriptors close with threads and processes.
 const SETTLE_LIMIT: Duration = Duration::from_secs(10);
 
 /// A loop device, detached on drop.
-pub struct Disk {
+pub(crate) struct Disk {
     /// Device node.
     pub node: PathBuf,
     /// Whether the device is attached; afterwards another user may get its number.
@@ -23,7 +23,7 @@ pub struct Disk {
 
 impl Disk {
     /// Creates a disk of zeroes on a file in `dir`.
-    pub fn new(dir: &Path) -> Result<Self> {
+    pub(crate) fn new(dir: &Path) -> Result<Self> {
         let file = dir.join("disk");
         File::create(&file)?.set_len(DISK_BYTES)?;
         let node = run(
@@ -37,21 +37,21 @@ impl Disk {
     }
 
     /// Reads from the device, bypassing previously cached pages.
-    pub fn read(&self, offset: u64, length: usize) -> Result<Vec<u8>> {
+    pub(crate) fn read(&self, offset: u64, length: usize) -> Result<Vec<u8>> {
         let mut bytes = vec![0; length];
         File::open(&self.node)?.read_exact_at(&mut bytes, offset)?;
         Ok(bytes)
     }
 
     /// Writes and flushes, as other host processes do.
-    pub fn write(&self, offset: u64, bytes: &[u8]) -> Result {
+    pub(crate) fn write(&self, offset: u64, bytes: &[u8]) -> Result {
         let disk = File::options().write(true).open(&self.node)?;
         disk.write_all_at(bytes, offset)?;
         Ok(disk.sync_all()?)
     }
 
     /// Detaches the disk and fails if a process still uses it: a detached device disappears with its last user.
-    pub async fn detached(mut self) -> Result {
+    pub(crate) async fn detached(mut self) -> Result {
         let node = self.node.display().to_string();
         run("losetup", &["--detach", &node])?;
         self.attached = false;

@@ -6,11 +6,11 @@ use crate::namespaces::run;
 use std::path::{Path, PathBuf};
 
 /// An ext4 mounted at this path. Dropping it thaws and unmounts it.
-pub struct Ext4(PathBuf);
+pub(crate) struct Ext4(PathBuf);
 
 impl Ext4 {
     /// Creates a file system of `bytes` bytes in the sparse file `image` and mounts it at `at`, which is created.
-    pub fn mount(image: &Path, bytes: u64, at: &Path) -> Result<Self> {
+    pub(crate) fn mount(image: &Path, bytes: u64, at: &Path) -> Result<Self> {
         std::fs::File::create(image)?.set_len(bytes)?;
         std::fs::create_dir_all(at)?;
         let (image, target) = (image.display().to_string(), at.display().to_string());
@@ -20,12 +20,12 @@ impl Ext4 {
     }
 
     /// Freezes the file system: every write blocks.
-    pub fn freeze(&self) -> Result {
+    pub(crate) fn freeze(&self) -> Result {
         run("fsfreeze", &["--freeze", &self.0.display().to_string()]).map(drop)
     }
 
     /// Thaws the file system.
-    pub fn thaw(&self) -> Result {
+    pub(crate) fn thaw(&self) -> Result {
         run("fsfreeze", &["--unfreeze", &self.0.display().to_string()]).map(drop)
     }
 }

@@ -3,15 +3,15 @@
 //! A failure is a message for a reader. Callers never match on its type, so there is no enum.
 
 /// Result of a test, the demo or the bench.
-pub type Result<T = ()> = std::result::Result<T, Failure>;
+pub(crate) type Result<T = ()> = std::result::Result<T, Failure>;
 
 /// Message that includes the chain of causes.
 #[derive(Debug)]
-pub struct Failure(pub String);
+pub(crate) struct Failure(pub String);
 
 impl Failure {
     /// Prefixes the failure with a description of the operation.
-    pub fn during(self, what: impl std::fmt::Display) -> Self {
+    pub(crate) fn during(self, what: impl std::fmt::Display) -> Self {
         Self(format!("{what}: {}", self.0))
     }
 }
@@ -29,7 +29,7 @@ impl<E: std::error::Error + 'static> From<E> for Failure {
 }
 
 /// Adds a description of the operation to an error.
-pub trait During<T> {
+pub(crate) trait During<T> {
     /// Returns the error as `what: error`.
     fn during(self, what: impl std::fmt::Display) -> Result<T>;
 }

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 /// Absolute paths of files and programs.
 #[derive(Debug, Clone)]
-pub struct Install {
+pub(crate) struct Install {
     /// boxlite-cri.
     pub daemon: PathBuf,
     /// containerd-shim-boxlite-v2.
@@ -34,7 +34,7 @@ pub struct Install {
 
 impl Install {
     /// Finds all paths. The error lists the missing ones.
-    pub fn find() -> Result<Self> {
+    pub(crate) fn find() -> Result<Self> {
         let env = |name: &str| std::env::var_os(name).map(PathBuf::from);
         let exe = std::env::current_exe()?;
         let bin = env("BOXLITE_BIN").unwrap_or_else(|| exe.parent().unwrap_or(&exe).to_owned());
@@ -66,10 +66,7 @@ impl Install {
             &install.registry,
         ] {
             if !path.exists() {
-                bail!(
-                    "{} is missing: `make build` makes or installs it",
-                    path.display()
-                );
+                bail!("{} not found: run `make build`", path.display());
             }
         }
         Ok(Self {

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 /// Result of one case.
-pub enum Outcome {
+pub(crate) enum Outcome {
     /// The case passed.
     Passed,
     /// The case failed, with this text.
@@ -24,13 +24,13 @@ struct Entry {
 
 /// Results of one run, in order.
 #[derive(Default)]
-pub struct Report {
+pub(crate) struct Report {
     entries: Vec<Entry>,
 }
 
 impl Report {
     /// Adds the result of one case.
-    pub fn add(&mut self, name: &str, duration: Duration, outcome: Outcome) {
+    pub(crate) fn add(&mut self, name: &str, duration: Duration, outcome: Outcome) {
         self.entries.push(Entry {
             name: name.to_owned(),
             duration,
@@ -39,7 +39,7 @@ impl Report {
     }
 
     /// Writes the file and creates its directory.
-    pub fn write(&self, suite: &str, path: &Path) -> Result {
+    pub(crate) fn write(&self, suite: &str, path: &Path) -> Result {
         if let Some(parent) = path.parent() {
             std::fs::create_dir_all(parent).during(parent.display())?;
         }

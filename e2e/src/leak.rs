@@ -12,14 +12,14 @@ use std::time::Duration;
 
 /// Names of objects by kind.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct LeakSnapshot(BTreeMap<&'static str, Vec<String>>);
+pub(crate) struct LeakSnapshot(BTreeMap<&'static str, Vec<String>>);
 
 /// Time for removals that complete after the answer (an exiting process, a lazy unmount).
 const SETTLE_LIMIT: Duration = Duration::from_secs(10);
 
 impl LeakSnapshot {
     /// Takes a snapshot.
-    pub fn take(node: &Node) -> Result<Self> {
+    pub(crate) fn take(node: &Node) -> Result<Self> {
         let mut kinds = BTreeMap::new();
         kinds.insert("processes", processes()?);
         kinds.insert("mounts", mounts()?);
@@ -58,7 +58,7 @@ impl LeakSnapshot {
     }
 
     /// Returns the number of objects by kind.
-    pub fn counts(&self) -> String {
+    pub(crate) fn counts(&self) -> String {
         self.0
             .iter()
             .map(|(kind, list)| format!("{kind} {}", list.len()))
@@ -67,7 +67,7 @@ impl LeakSnapshot {
     }
 
     /// Returns the objects of `self` that `before` does not have.
-    pub fn beyond(&self, before: &Self) -> Vec<String> {
+    pub(crate) fn beyond(&self, before: &Self) -> Vec<String> {
         let mut more = Vec::new();
         for (kind, list) in &self.0 {
             let mut old = before.0.get(kind).cloned().unwrap_or_default();
@@ -82,13 +82,17 @@ impl LeakSnapshot {
     }
 
     /// Waits until no objects beyond `self` exist, and fails after a time limit.
-    pub async fn restored(&self, node: &Node) -> Result<Self> {
-        poll::until("everything a pod had is gone", SETTLE_LIMIT, || async {
-            let now = Self::take(node)?;
-            let more = now.beyond(self);
-            ensure!(more.is_empty(), "left behind:\n  {}", more.join("\n  "));
-            Ok(now)
-        })
+    pub(crate) async fn restored(&self, node: &Node) -> Result<Self> {
+        poll::until(
+            "all objects of the pod are removed",
+            SETTLE_LIMIT,
+            || async {
+                let now = Self::take(node)?;
+                let more = now.beyond(self);
+                ensure!(more.is_empty(), "leaked:\n  {}", more.join("\n  "));
+                Ok(now)
+            },
+        )
         .await
     }
 }

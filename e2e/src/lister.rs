@@ -14,7 +14,7 @@ use std::path::Path;
 
 /// An entry of a tree. Names, targets and values are in hex, since they may be any bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Entry {
+pub(crate) struct Entry {
     /// Path relative to the listed directory, which itself is "".
     pub path: String,
     /// Type and permission bits.
@@ -37,7 +37,7 @@ pub struct Entry {
 const MAX_XATTR_BYTES: usize = 64 << 10;
 
 /// Prints the tree at `root`.
-pub fn run(root: &Path) -> Result {
+pub(crate) fn run(root: &Path) -> Result {
     let mut paths = Vec::new();
     walk(root, Vec::new(), &mut paths)?;
     paths.sort();
@@ -124,7 +124,7 @@ fn xattrs(at: &Path) -> Result<BTreeMap<String, String>> {
     let mut found = BTreeMap::new();
     for name in names[..length].split(|byte| *byte == 0) {
         let Ok(name) = std::str::from_utf8(name) else {
-            crate::bail!("an attribute's name is no text: {name:?}")
+            crate::bail!("invalid attribute name: {name:?}")
         };
         if !name.is_empty() {
             let mut value = vec![0; MAX_XATTR_BYTES];

@@ -8,7 +8,7 @@ use std::path::Path;
 
 /// A line of the log file.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LogLine {
+pub(crate) struct LogLine {
     /// Timestamp as written.
     pub time: String,
     /// `stdout` or `stderr`.
@@ -20,7 +20,7 @@ pub struct LogLine {
 }
 
 /// Reads all lines.
-pub fn read(path: &Path) -> Result<Vec<LogLine>> {
+pub(crate) fn read(path: &Path) -> Result<Vec<LogLine>> {
     let bytes = std::fs::read(path).during(path.display())?;
     let mut lines = Vec::new();
     for raw in bytes.split_inclusive(|&b| b == b'\n') {
@@ -33,7 +33,7 @@ pub fn read(path: &Path) -> Result<Vec<LogLine>> {
 }
 
 /// Parses a line without its newline.
-pub fn parse(raw: &[u8]) -> Result<LogLine> {
+pub(crate) fn parse(raw: &[u8]) -> Result<LogLine> {
     let mut parts = raw.splitn(4, |&b| b == b' ');
     let mut next = || {
         parts
@@ -46,15 +46,19 @@ pub fn parse(raw: &[u8]) -> Result<LogLine> {
     let shown = || String::from_utf8_lossy(&raw[..raw.len().min(120)]).into_owned();
     ensure!(
         is_time(&time),
-        "no RFC 3339 time with nanoseconds in front: {:?}",
+        "invalid line, no RFC 3339 time with nanoseconds: {:?}",
         shown()
     );
     ensure!(
         stream == "stdout" || stream == "stderr",
-        "no stream name: {:?}",
+        "invalid line, no stream name: {:?}",
         shown()
     );
-    ensure!(tag == "F" || tag == "P", "no tag F or P: {:?}", shown());
+    ensure!(
+        tag == "F" || tag == "P",
+        "invalid line, no tag F or P: {:?}",
+        shown()
+    );
     let mut content = content.map(<[u8]>::to_vec).unwrap_or_default();
     if tag == "F" {
         content.push(b'\n');
@@ -87,7 +91,7 @@ fn is_time(text: &str) -> bool {
 }
 
 /// Returns the concatenated bytes of one stream.
-pub fn stream(lines: &[LogLine], name: &str) -> Vec<u8> {
+pub(crate) fn stream(lines: &[LogLine], name: &str) -> Vec<u8> {
     lines
         .iter()
         .filter(|l| l.stream == name)

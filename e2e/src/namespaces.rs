@@ -15,7 +15,7 @@ const SCRATCH: &str = "BOXLITE_E2E_SCRATCH";
 
 /// Role of the current process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Stage {
+pub(crate) enum Stage {
     /// The original process, outside the namespaces.
     Outside,
     /// PID 1 of the namespaces.
@@ -26,7 +26,7 @@ pub enum Stage {
 
 impl Stage {
     /// Reads the stage from the environment.
-    pub fn current() -> Self {
+    pub(crate) fn current() -> Self {
         match std::env::var(STAGE).as_deref() {
             Ok("init") => Self::Init,
             Ok("inside") => Self::Inside,
@@ -36,7 +36,7 @@ impl Stage {
 }
 
 /// Creates the namespaces, runs this command line in them and returns its exit code. Removes the scratch directory.
-pub fn enter() -> Result<ExitCode> {
+pub(crate) fn enter() -> Result<ExitCode> {
     // Short, because unix socket paths are limited to 107 bytes.
     let scratch = tempfile::Builder::new()
         .prefix("bx-")
@@ -64,7 +64,7 @@ pub fn enter() -> Result<ExitCode> {
 }
 
 /// Runs the worker and reaps orphans until the worker has ended.
-pub fn reap() -> Result<ExitCode> {
+pub(crate) fn reap() -> Result<ExitCode> {
     prepare().during("preparing the namespaces")?;
     let worker = Command::new(std::env::current_exe()?)
         .args(std::env::args_os().skip(1))
@@ -83,7 +83,7 @@ pub fn reap() -> Result<ExitCode> {
 
 /// Returns the scratch directory: a tmpfs in the mount namespace. Timings need all state in memory: on disk, the same
 /// runtime varies by more than a factor of two.
-pub fn scratch() -> PathBuf {
+pub(crate) fn scratch() -> PathBuf {
     std::env::var_os(SCRATCH).map_or_else(|| "/tmp".into(), PathBuf::from)
 }
 
@@ -138,7 +138,7 @@ fn mount(
 }
 
 /// Runs a program to completion. The failure includes its standard error.
-pub fn run(program: &str, args: &[&str]) -> Result<String> {
+pub(crate) fn run(program: &str, args: &[&str]) -> Result<String> {
     let output = Command::new(program).args(args).output().during(program)?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     crate::ensure!(

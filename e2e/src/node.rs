@@ -16,11 +16,11 @@ use std::time::Duration;
 use tokio::process::Command;
 
 /// Host, server URL and optional CA of a hosts.toml.
-pub type Mirror = (String, String, Option<PathBuf>);
+pub(crate) type Mirror = (String, String, Option<PathBuf>);
 
 /// Options of a node.
 #[derive(Debug, Clone)]
-pub struct NodeOptions {
+pub(crate) struct NodeOptions {
     /// Name of the directory below the scratch directory. Short, because socket paths are limited.
     pub name: String,
     /// `vmm` key: `auto`, `qemu` or `krun`.
@@ -45,7 +45,7 @@ pub struct NodeOptions {
 
 impl NodeOptions {
     /// Returns the default options.
-    pub fn new(name: &str, vmm: &str) -> Self {
+    pub(crate) fn new(name: &str, vmm: &str) -> Self {
         Self {
             name: name.into(),
             vmm: vmm.into(),
@@ -62,7 +62,7 @@ impl NodeOptions {
 }
 
 /// A node under test.
-pub struct Node {
+pub(crate) struct Node {
     /// Directory of all its files.
     pub dir: PathBuf,
     /// CRI client of the daemon.
@@ -77,14 +77,22 @@ static SUBNET: AtomicU16 = AtomicU16::new(1);
 
 impl Node {
     /// Writes the configuration and starts the daemon.
-    pub async fn start(scratch: &Path, install: &Install, options: &NodeOptions) -> Result<Self> {
+    pub(crate) async fn start(
+        scratch: &Path,
+        install: &Install,
+        options: &NodeOptions,
+    ) -> Result<Self> {
         let node = Self::prepare(scratch, install, options)?;
         node.serve().await?;
         Ok(node)
     }
 
     /// Writes the configuration without starting the daemon.
-    pub fn prepare(scratch: &Path, install: &Install, options: &NodeOptions) -> Result<Self> {
+    pub(crate) fn prepare(
+        scratch: &Path,
+        install: &Install,
+        options: &NodeOptions,
+    ) -> Result<Self> {
         let dir = scratch.join(&options.name);
         let subnet = SUBNET.fetch_add(1, Ordering::Relaxed);
         for sub in ["cni", "certs.d", "logs", "ipam"] {
@@ -113,7 +121,7 @@ impl Node {
 
     /// Returns a node for another daemon that serves CRI at `<dir>/c.sock`. Only its CRI client and directory are
     /// usable.
-    pub fn foreign(dir: &Path) -> Result<Self> {
+    pub(crate) fn foreign(dir: &Path) -> Result<Self> {
         Ok(Self {
             cri: Cri::lazy(&dir.join("c.sock"))?,
             metrics: String::new(),
@@ -124,7 +132,7 @@ impl Node {
     }
 
     /// Starts the daemon and waits until it answers.
-    pub async fn serve(&self) -> Result {
+    pub(crate) async fn serve(&self) -> Result {
         let mut command = Command::new(&self.program);
         command
             .args(["serve", "--config"])
@@ -139,47 +147,47 @@ impl Node {
     }
 
     /// Kills the daemon with SIGKILL, without its shims.
-    pub async fn kill(&self) -> Result {
+    pub(crate) async fn kill(&self) -> Result {
         self.service.kill().await
     }
 
     /// Terminates the daemon with SIGTERM and waits, as an upgrade does; pods keep running.
-    pub async fn terminate(&self) -> Result {
+    pub(crate) async fn terminate(&self) -> Result {
         self.service.terminate().await
     }
 
     /// Returns the path of the CRI socket.
-    pub fn socket(&self) -> PathBuf {
+    pub(crate) fn socket(&self) -> PathBuf {
         self.dir.join("cri.sock")
     }
 
     /// Returns the daemon's process.
-    pub fn service(&self) -> &Service {
+    pub(crate) fn service(&self) -> &Service {
         &self.service
     }
 
     /// Returns the path of the daemon's log.
-    pub fn log(&self) -> PathBuf {
+    pub(crate) fn log(&self) -> PathBuf {
         self.service.log().to_owned()
     }
 
     /// Returns the last lines of the log.
-    pub fn log_tail(&self, lines: usize) -> String {
+    pub(crate) fn log_tail(&self, lines: usize) -> String {
         self.log_since(0, lines)
     }
 
     /// Returns the last lines written after `mark` bytes.
-    pub fn log_since(&self, mark: usize, lines: usize) -> String {
+    pub(crate) fn log_since(&self, mark: usize, lines: usize) -> String {
         self.service.tail(mark, lines)
     }
 
     /// Returns the directory of the IPAM leases.
-    pub fn leases(&self) -> PathBuf {
+    pub(crate) fn leases(&self) -> PathBuf {
         self.dir.join("ipam/e2e")
     }
 
     /// Returns the Prometheus metrics page.
-    pub async fn metrics_page(&self) -> Result<String> {
+    pub(crate) async fn metrics_page(&self) -> Result<String> {
         let url = format!("http://{}/metrics", self.metrics);
         let client = reqwest::Client::builder()
             .no_proxy()
@@ -196,7 +204,7 @@ impl Node {
 }
 
 /// Writes one `hosts.toml` per mirror below `dir`, in containerd's layout.
-pub fn write_mirrors(dir: &Path, mirrors: &[Mirror]) -> Result {
+pub(crate) fn write_mirrors(dir: &Path, mirrors: &[Mirror]) -> Result {
     for (host, server, ca) in mirrors {
         let at = dir.join(host);
         std::fs::create_dir_all(&at)?;

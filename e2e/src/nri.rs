@@ -96,32 +96,32 @@ struct Created {
 
 /// Subset of LinuxContainerAdjustment, LinuxResources, LinuxMemory and OptionalInt64.
 #[derive(Clone, PartialEq, Message)]
-pub struct Linux {
+pub(crate) struct Linux {
     #[prost(message, optional, tag = "2")]
     pub resources: Option<Resources>,
 }
 
 #[derive(Clone, PartialEq, Message)]
-pub struct Resources {
+pub(crate) struct Resources {
     #[prost(message, optional, tag = "1")]
     pub memory: Option<Memory>,
 }
 
 #[derive(Clone, PartialEq, Message)]
-pub struct Memory {
+pub(crate) struct Memory {
     #[prost(message, optional, tag = "1")]
     pub limit: Option<Number>,
 }
 
 #[derive(Clone, PartialEq, Message)]
-pub struct Number {
+pub(crate) struct Number {
     #[prost(int64, tag = "1")]
     pub value: i64,
 }
 
 /// Subset of ContainerAdjustment.
 #[derive(Clone, PartialEq, Message)]
-pub struct Adjust {
+pub(crate) struct Adjust {
     #[prost(message, repeated, tag = "3")]
     pub mounts: Vec<Mount>,
     #[prost(message, repeated, tag = "4")]
@@ -135,7 +135,7 @@ pub struct Adjust {
 }
 
 #[derive(Clone, PartialEq, Message)]
-pub struct Mount {
+pub(crate) struct Mount {
     #[prost(string, tag = "1")]
     pub destination: String,
     #[prost(string, tag = "2")]
@@ -147,7 +147,7 @@ pub struct Mount {
 }
 
 #[derive(Clone, PartialEq, Message)]
-pub struct Pair {
+pub(crate) struct Pair {
     #[prost(string, tag = "1")]
     pub key: String,
     #[prost(string, tag = "2")]
@@ -155,19 +155,19 @@ pub struct Pair {
 }
 
 #[derive(Clone, PartialEq, Message)]
-pub struct Hooks {
+pub(crate) struct Hooks {
     #[prost(message, repeated, tag = "1")]
     pub prestart: Vec<Hook>,
 }
 
 #[derive(Clone, PartialEq, Message)]
-pub struct Hook {
+pub(crate) struct Hook {
     #[prost(string, tag = "1")]
     pub path: String,
 }
 
 #[derive(Clone, PartialEq, Message)]
-pub struct Rlimit {
+pub(crate) struct Rlimit {
     #[prost(string, tag = "1")]
     pub kind: String,
     #[prost(uint64, tag = "2")]
@@ -178,7 +178,7 @@ pub struct Rlimit {
 
 /// Reaction of a plugin to an event.
 #[derive(Clone)]
-pub enum Reply {
+pub(crate) enum Reply {
     /// Accept.
     Fine,
     /// Refuse with this error.
@@ -202,7 +202,7 @@ struct Recorded {
 }
 
 /// A registered plugin.
-pub struct Plugin {
+pub(crate) struct Plugin {
     seen: Arc<Mutex<Recorded>>,
     task: tokio::task::JoinHandle<()>,
 }
@@ -215,7 +215,7 @@ impl Drop for Plugin {
 
 impl Plugin {
     /// Connects and waits until the plugin is synchronized.
-    pub async fn join(
+    pub(crate) async fn join(
         socket: &Path,
         index: &str,
         name: &str,
@@ -243,7 +243,7 @@ impl Plugin {
     }
 
     /// Returns the methods of the events with these ids, in order.
-    pub fn events(&self, ids: &[&str]) -> Vec<String> {
+    pub(crate) fn events(&self, ids: &[&str]) -> Vec<String> {
         let about = |entry: &&String| ids.iter().any(|id| entry.ends_with(*id));
         let method = |entry: &String| entry.split(' ').next().unwrap_or_default().to_owned();
         self.lock()
@@ -255,7 +255,7 @@ impl Plugin {
     }
 
     /// Returns the ids received in the synchronization.
-    pub fn present(&self) -> Vec<String> {
+    pub(crate) fn present(&self) -> Vec<String> {
         self.lock().present.clone().unwrap_or_default()
     }
 }
@@ -274,7 +274,7 @@ async fn register(stream: &mut UnixStream, index: &str, name: &str) -> Result {
 }
 
 /// Installs a program in `plugins` that the daemon launches as the plugin `NN-name`. It writes its records to `notes`.
-pub fn install(plugins: &Path, full_name: &str, notes: &Path) -> Result {
+pub(crate) fn install(plugins: &Path, full_name: &str, notes: &Path) -> Result {
     std::fs::create_dir_all(plugins)?;
     std::fs::create_dir_all(notes)?;
     let program = std::env::current_exe()?;
@@ -290,7 +290,7 @@ pub fn install(plugins: &Path, full_name: &str, notes: &Path) -> Result {
 /// Runs the launched plugin: registers by its environment on its standard input, sets the variable `<NAME>` of each
 /// container to its configuration, and writes its pid, the synchronized ids and every event to files in `notes`. Ends
 /// with the connection.
-pub async fn launched(notes: &Path) -> Result {
+pub(crate) async fn launched(notes: &Path) -> Result {
     let (index, name) = (
         std::env::var("NRI_PLUGIN_IDX")?,
         std::env::var("NRI_PLUGIN_NAME")?,

@@ -17,13 +17,13 @@ use std::time::Duration;
 static SERIAL: AtomicU32 = AtomicU32::new(1);
 
 /// Deadline of calls that may boot a VM; a kubelet's is 4 minutes.
-pub const LONG_TIMEOUT: Duration = Duration::from_secs(120);
+pub(crate) const LONG_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Hostname of the shared pod (see [`crate::context::TestContext::shared_pod`]).
-pub const SHARED_POD: &str = "common";
+pub(crate) const SHARED_POD: &str = "common";
 
 /// Returns a sandbox configuration.
-pub fn pod_spec(node: &Node, name: &str) -> PodSandboxConfig {
+pub(crate) fn pod_spec(node: &Node, name: &str) -> PodSandboxConfig {
     let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
     PodSandboxConfig {
         metadata: Some(PodSandboxMetadata {
@@ -57,7 +57,7 @@ fn sysctls() -> HashMap<String, String> {
 }
 
 /// Returns a container configuration: `argv` in `image`, log file `<name>.log`.
-pub fn container_spec(name: &str, image: &str, argv: &[&str]) -> ContainerConfig {
+pub(crate) fn container_spec(name: &str, image: &str, argv: &[&str]) -> ContainerConfig {
     ContainerConfig {
         metadata: Some(ContainerMetadata {
             name: name.into(),
@@ -87,7 +87,7 @@ pub fn container_spec(name: &str, image: &str, argv: &[&str]) -> ContainerConfig
 
 /// A running sandbox.
 #[derive(Clone)]
-pub struct Pod {
+pub(crate) struct Pod {
     /// Node of the sandbox.
     pub node: Arc<Node>,
     /// Sandbox id.
@@ -98,12 +98,12 @@ pub struct Pod {
 
 impl Pod {
     /// Calls RunPodSandbox with the default configuration.
-    pub async fn run(node: &Arc<Node>, name: &str) -> Result<Self> {
+    pub(crate) async fn run(node: &Arc<Node>, name: &str) -> Result<Self> {
         Self::run_with(node, pod_spec(node, name)).await
     }
 
     /// Calls RunPodSandbox.
-    pub async fn run_with(node: &Arc<Node>, config: PodSandboxConfig) -> Result<Self> {
+    pub(crate) async fn run_with(node: &Arc<Node>, config: PodSandboxConfig) -> Result<Self> {
         // The kubelet creates log directories before each call.
         std::fs::create_dir_all(&config.log_directory)?;
         let request = RunPodSandboxRequest {
@@ -126,12 +126,12 @@ impl Pod {
     }
 
     /// Calls CreateContainer with the default configuration.
-    pub async fn create(&self, name: &str, image: &str, argv: &[&str]) -> Result<Container> {
+    pub(crate) async fn create(&self, name: &str, image: &str, argv: &[&str]) -> Result<Container> {
         self.create_with(container_spec(name, image, argv)).await
     }
 
     /// Calls CreateContainer.
-    pub async fn create_with(&self, config: ContainerConfig) -> Result<Container> {
+    pub(crate) async fn create_with(&self, config: ContainerConfig) -> Result<Container> {
         let log = PathBuf::from(&self.config.log_directory).join(&config.log_path);
         if let Some(dir) = log.parent() {
             std::fs::create_dir_all(dir)?;
@@ -158,19 +158,19 @@ impl Pod {
     }
 
     /// Calls CreateContainer and StartContainer with the default configuration.
-    pub async fn start(&self, name: &str, image: &str, argv: &[&str]) -> Result<Container> {
+    pub(crate) async fn start(&self, name: &str, image: &str, argv: &[&str]) -> Result<Container> {
         self.start_with(container_spec(name, image, argv)).await
     }
 
     /// Calls CreateContainer and StartContainer.
-    pub async fn start_with(&self, config: ContainerConfig) -> Result<Container> {
+    pub(crate) async fn start_with(&self, config: ContainerConfig) -> Result<Container> {
         let container = self.create_with(config).await?;
         container.start().await?;
         Ok(container)
     }
 
     /// Runs `sh -c script` to completion and returns its output. Fails unless it exits with 0.
-    pub async fn sh(&self, image: &str, script: &str) -> Result<String> {
+    pub(crate) async fn sh(&self, image: &str, script: &str) -> Result<String> {
         let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
         let container = self
             .start(&format!("sh{serial}"), image, &["sh", "-c", script])
@@ -187,12 +187,12 @@ impl Pod {
     }
 
     /// Calls PodSandboxStatus.
-    pub async fn status(&self) -> Result<PodSandboxStatus> {
+    pub(crate) async fn status(&self) -> Result<PodSandboxStatus> {
         Ok(self.status_verbose(false).await?.status.unwrap_or_default())
     }
 
     /// Calls PodSandboxStatus and returns the whole response.
-    pub async fn status_verbose(&self, verbose: bool) -> Result<PodSandboxStatusResponse> {
+    pub(crate) async fn status_verbose(&self, verbose: bool) -> Result<PodSandboxStatusResponse> {
         let request = PodSandboxStatusRequest {
             pod_sandbox_id: self.id.clone(),
             verbose,
@@ -208,12 +208,12 @@ impl Pod {
     }
 
     /// Returns the pod's first address.
-    pub async fn ip(&self) -> Result<String> {
+    pub(crate) async fn ip(&self) -> Result<String> {
         Ok(self.status().await?.network.unwrap_or_default().ip)
     }
 
     /// Calls StopPodSandbox.
-    pub async fn stop(&self) -> Result {
+    pub(crate) async fn stop(&self) -> Result {
         let request = StopPodSandboxRequest {
             pod_sandbox_id: self.id.clone(),
         };
@@ -229,7 +229,7 @@ impl Pod {
     }
 
     /// Calls RemovePodSandbox.
-    pub async fn remove(&self) -> Result {
+    pub(crate) async fn remove(&self) -> Result {
         let request = RemovePodSandboxRequest {
             pod_sandbox_id: self.id.clone(),
         };
@@ -245,7 +245,7 @@ impl Pod {
     }
 
     /// Calls StopPodSandbox and RemovePodSandbox. The shared pod is kept, without containers.
-    pub async fn end(&self) -> Result {
+    pub(crate) async fn end(&self) -> Result {
         if self.config.hostname == SHARED_POD {
             return self.empty().await;
         }
@@ -254,7 +254,7 @@ impl Pod {
     }
 
     /// Removes all containers and their logs.
-    pub async fn empty(&self) -> Result {
+    pub(crate) async fn empty(&self) -> Result {
         let mut client = self.node.cri.runtime();
         let request = ListContainersRequest {
             filter: Some(ContainerFilter {
@@ -279,7 +279,7 @@ impl Pod {
 
 /// A container of a pod.
 #[derive(Clone)]
-pub struct Container {
+pub(crate) struct Container {
     /// Pod of the container.
     pub pod: Pod,
     /// Container id.
@@ -290,7 +290,7 @@ pub struct Container {
 
 impl Container {
     /// Calls StartContainer.
-    pub async fn start(&self) -> Result {
+    pub(crate) async fn start(&self) -> Result {
         let request = StartContainerRequest {
             container_id: self.id.clone(),
         };
@@ -307,7 +307,7 @@ impl Container {
     }
 
     /// Calls StopContainer with a grace period in seconds.
-    pub async fn stop(&self, grace: i64) -> Result {
+    pub(crate) async fn stop(&self, grace: i64) -> Result {
         let request = StopContainerRequest {
             container_id: self.id.clone(),
             timeout: grace,
@@ -325,7 +325,7 @@ impl Container {
     }
 
     /// Calls RemoveContainer.
-    pub async fn remove(&self) -> Result {
+    pub(crate) async fn remove(&self) -> Result {
         let request = RemoveContainerRequest {
             container_id: self.id.clone(),
         };
@@ -342,7 +342,7 @@ impl Container {
     }
 
     /// Calls ContainerStatus.
-    pub async fn status(&self) -> Result<ContainerStatus> {
+    pub(crate) async fn status(&self) -> Result<ContainerStatus> {
         let request = ContainerStatusRequest {
             container_id: self.id.clone(),
             verbose: false,
@@ -360,7 +360,7 @@ impl Container {
     }
 
     /// Waits for EXITED.
-    pub async fn exited(&self, limit: Duration) -> Result<ContainerStatus> {
+    pub(crate) async fn exited(&self, limit: Duration) -> Result<ContainerStatus> {
         poll::until("the container is EXITED", limit, || async {
             let status = self.status().await?;
             crate::ensure!(
@@ -374,12 +374,12 @@ impl Container {
     }
 
     /// Calls ExecSync without a timeout.
-    pub async fn exec(&self, argv: &[&str]) -> Result<ExecSyncResponse> {
+    pub(crate) async fn exec(&self, argv: &[&str]) -> Result<ExecSyncResponse> {
         answer(&format!("ExecSync {argv:?}"), self.exec_raw(argv, 0).await)
     }
 
     /// Calls ExecSync and returns the standard output. Fails unless the command exits with 0.
-    pub async fn out(&self, argv: &[&str]) -> Result<String> {
+    pub(crate) async fn out(&self, argv: &[&str]) -> Result<String> {
         let response = self.exec(argv).await?;
         let text = String::from_utf8_lossy(&response.stdout).into_owned();
         crate::ensure!(
@@ -392,7 +392,7 @@ impl Container {
     }
 
     /// Calls ExecSync with a timeout in seconds and returns the gRPC result.
-    pub async fn exec_raw(
+    pub(crate) async fn exec_raw(
         &self,
         argv: &[&str],
         timeout: i64,
@@ -411,7 +411,7 @@ impl Container {
     }
 
     /// Calls ContainerStats.
-    pub async fn stats(&self) -> Result<ContainerStats> {
+    pub(crate) async fn stats(&self) -> Result<ContainerStats> {
         let request = ContainerStatsRequest {
             container_id: self.id.clone(),
         };
@@ -428,7 +428,7 @@ impl Container {
     }
 
     /// Calls Exec and returns the URL.
-    pub async fn exec_url(&self, argv: &[&str], streams: Streams) -> Result<String> {
+    pub(crate) async fn exec_url(&self, argv: &[&str], streams: Streams) -> Result<String> {
         let request = ExecRequest {
             container_id: self.id.clone(),
             cmd: argv.iter().map(|&a| a.to_owned()).collect(),
@@ -441,12 +441,12 @@ impl Container {
     }
 
     /// Returns the path of the log file.
-    pub fn log(&self) -> PathBuf {
+    pub(crate) fn log(&self) -> PathBuf {
         PathBuf::from(&self.pod.config.log_directory).join(&self.config.log_path)
     }
 
     /// Returns the output on both streams so far, from the log file.
-    pub fn output(&self) -> Result<String> {
+    pub(crate) fn output(&self) -> Result<String> {
         Ok(crate::logs::read(&self.log())?
             .iter()
             .map(|l| String::from_utf8_lossy(&l.content).into_owned())
@@ -454,7 +454,7 @@ impl Container {
     }
 
     /// Waits until the log contains this text.
-    pub async fn printed(&self, text: &str, limit: Duration) -> Result {
+    pub(crate) async fn printed(&self, text: &str, limit: Duration) -> Result {
         poll::until(&format!("the log has {text:?}"), limit, || async {
             let output = self.output()?;
             crate::ensure!(output.contains(text), "{output:?}");
@@ -465,12 +465,16 @@ impl Container {
 }
 
 /// Calls PullImage and returns the image reference.
-pub async fn pull(node: &Node, reference: &str) -> Result<String> {
+pub(crate) async fn pull(node: &Node, reference: &str) -> Result<String> {
     pull_with(node, reference, None).await
 }
 
 /// Calls PullImage with credentials.
-pub async fn pull_with(node: &Node, reference: &str, auth: Option<AuthConfig>) -> Result<String> {
+pub(crate) async fn pull_with(
+    node: &Node,
+    reference: &str,
+    auth: Option<AuthConfig>,
+) -> Result<String> {
     let request = PullImageRequest {
         image: Some(ImageSpec {
             image: reference.into(),

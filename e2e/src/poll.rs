@@ -9,7 +9,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(25);
 
 /// Repeats `look` until it returns a value. Its error text describes the current state and is part of the failure after
 /// the time limit.
-pub async fn until<T, F, Fut>(what: &str, limit: Duration, mut look: F) -> Result<T>
+pub(crate) async fn until<T, F, Fut>(what: &str, limit: Duration, mut look: F) -> Result<T>
 where
     F: FnMut() -> Fut,
     Fut: Future<Output = Result<T>>,

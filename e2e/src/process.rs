@@ -6,7 +6,7 @@ use crate::bail;
 use crate::failure::Result;
 
 /// Returns the pids in this PID namespace whose command line or name contains all of the words.
-pub fn pids(words: &[&str]) -> Result<Vec<i32>> {
+pub(crate) fn pids(words: &[&str]) -> Result<Vec<i32>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc")? {
         let entry = entry?;
@@ -29,7 +29,7 @@ pub fn pids(words: &[&str]) -> Result<Vec<i32>> {
 }
 
 /// Returns the pids of a pod's shim and its descendants.
-pub fn family(id: &str) -> Result<(i32, Vec<i32>)> {
+pub(crate) fn family(id: &str) -> Result<(i32, Vec<i32>)> {
     let shims = pids(&["containerd-shim", id])?;
     let parent = |pid: i32| -> Option<i32> {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
@@ -58,7 +58,7 @@ pub fn family(id: &str) -> Result<(i32, Vec<i32>)> {
 }
 
 /// Sends SIGKILL.
-pub fn kill(pid: i32) -> Result {
+pub(crate) fn kill(pid: i32) -> Result {
     Ok(nix::sys::signal::kill(
         nix::unistd::Pid::from_raw(pid),
         nix::sys::signal::Signal::SIGKILL,
@@ -66,7 +66,7 @@ pub fn kill(pid: i32) -> Result {
 }
 
 /// Returns the resident pages of a process. The VMM has the most.
-pub fn rss(pid: i32) -> u64 {
+pub(crate) fn rss(pid: i32) -> u64 {
     let text = std::fs::read_to_string(format!("/proc/{pid}/statm")).unwrap_or_default();
     text.split(' ')
         .nth(1)
@@ -75,7 +75,7 @@ pub fn rss(pid: i32) -> u64 {
 }
 
 /// Returns the proportional set size in KiB.
-pub fn pss(pid: i32) -> u64 {
+pub(crate) fn pss(pid: i32) -> u64 {
     let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
     let line = text.lines().find_map(|l| l.strip_prefix("Pss:"));
     line.and_then(|l| l.split_whitespace().next()?.parse().ok())

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 const LOG_LINES: usize = 12;
 
 /// Environment in which cases run.
-pub trait TestEnv: Send + Sync + 'static {
+pub(crate) trait TestEnv: Send + Sync + 'static {
     /// State recorded before a case, for the leak check.
     type Before;
 
@@ -39,13 +39,13 @@ pub trait TestEnv: Send + Sync + 'static {
 }
 
 /// Argument of every case of boxlite-cri's suite.
-pub type Context = Arc<TestContext>;
+pub(crate) type Context = Arc<TestContext>;
 
 type Run<W> = Box<dyn Fn(Arc<W>) -> BoxFuture<'static, Result> + Send + Sync>;
 type Condition<W> = Box<dyn Fn(&W) -> bool + Send + Sync>;
 
 /// A test case. Its name is that of its function, with the module in front.
-pub struct Case<W = TestContext> {
+pub(crate) struct Case<W = TestContext> {
     name: &'static str,
     seconds: u64,
     unless: Option<(Condition<W>, &'static str)>,
@@ -65,7 +65,7 @@ macro_rules! case {
 }
 
 /// Creates a case from the full path of its function; see [`case!`](crate::case).
-pub fn case_at<W, F, Fut>(path: &'static str, seconds: u64, run: F) -> Case<W>
+pub(crate) fn case_at<W, F, Fut>(path: &'static str, seconds: u64, run: F) -> Case<W>
 where
     F: Fn(Arc<W>) -> Fut + Send + Sync + 'static,
     Fut: Future<Output = Result> + Send + 'static,
@@ -85,12 +85,12 @@ where
 
 impl<W: TestEnv> Case<W> {
     /// Returns the name, `<module>::<function>`.
-    pub fn name(&self) -> &'static str {
+    pub(crate) fn name(&self) -> &'static str {
         self.name
     }
 
     /// Skips the case if `condition` holds.
-    pub fn unless(
+    pub(crate) fn unless(
         mut self,
         condition: impl Fn(&W) -> bool + Send + Sync + 'static,
         reason: &'static str,
@@ -100,13 +100,13 @@ impl<W: TestEnv> Case<W> {
     }
 
     /// Skips the case on one backend.
-    pub fn not_on(self, backend: Backend, reason: &'static str) -> Self {
+    pub(crate) fn not_on(self, backend: Backend, reason: &'static str) -> Self {
         self.unless(move |ctx| ctx.backend() == backend, reason)
     }
 }
 
 /// Selection and reporting of a run.
-pub struct Options<'a> {
+pub(crate) struct Options<'a> {
     /// Title of the summary line.
     pub title: &'a str,
     /// Only cases whose name contains this text run.
@@ -116,7 +116,7 @@ pub struct Options<'a> {
 }
 
 /// Runs the selected cases and prints a summary. Returns true if at least one ran and none failed.
-pub async fn run<W: TestEnv>(
+pub(crate) async fn run<W: TestEnv>(
     ctx: &Arc<W>,
     options: &Options<'_>,
     cases: Vec<Case<W>>,

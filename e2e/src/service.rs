@@ -19,7 +19,7 @@ const TERMINATION_TIMEOUT: Duration = Duration::from_secs(20);
 const TAIL_LINES: usize = 20;
 
 /// A daemon's process, killed on drop.
-pub struct Service {
+pub(crate) struct Service {
     name: &'static str,
     log: PathBuf,
     process: Mutex<Option<Child>>,
@@ -27,7 +27,7 @@ pub struct Service {
 
 impl Service {
     /// Creates a service without starting it.
-    pub fn new(name: &'static str, log: PathBuf) -> Self {
+    pub(crate) fn new(name: &'static str, log: PathBuf) -> Self {
         Self {
             name,
             log,
@@ -36,7 +36,7 @@ impl Service {
     }
 
     /// Starts the process and waits until `ask` succeeds.
-    pub async fn start<F, Fut>(&self, mut command: Command, ask: F) -> Result
+    pub(crate) async fn start<F, Fut>(&self, mut command: Command, ask: F) -> Result
     where
         F: Fn() -> Fut,
         Fut: Future<Output = Result>,
@@ -68,7 +68,7 @@ impl Service {
     }
 
     /// Kills the daemon with SIGKILL, as a crash would.
-    pub async fn kill(&self) -> Result {
+    pub(crate) async fn kill(&self) -> Result {
         if let Some(mut child) = self.process.lock().await.take() {
             child.start_kill()?;
             child.wait().await?;
@@ -77,7 +77,7 @@ impl Service {
     }
 
     /// Terminates the daemon with SIGTERM and waits, as an upgrade does; it must exit with 0.
-    pub async fn terminate(&self) -> Result {
+    pub(crate) async fn terminate(&self) -> Result {
         if let Some(mut child) = self.process.lock().await.take() {
             if let Some(pid) = child.id() {
                 let pid = nix::unistd::Pid::from_raw(i32::try_from(pid)?);
@@ -97,17 +97,17 @@ impl Service {
     }
 
     /// Returns the path of the log.
-    pub fn log(&self) -> &Path {
+    pub(crate) fn log(&self) -> &Path {
         &self.log
     }
 
     /// Returns the length of the log in bytes.
-    pub fn length(&self) -> usize {
+    pub(crate) fn length(&self) -> usize {
         std::fs::read(&self.log).map_or(0, |bytes| bytes.len())
     }
 
     /// Returns the last lines written after `mark` bytes.
-    pub fn tail(&self, mark: usize, lines: usize) -> String {
+    pub(crate) fn tail(&self, mark: usize, lines: usize) -> String {
         let bytes = std::fs::read(&self.log).unwrap_or_default();
         let text = String::from_utf8_lossy(&bytes[mark.min(bytes.len())..]);
         let all: Vec<_> = text.lines().collect();

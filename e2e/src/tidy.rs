@@ -260,6 +260,11 @@ fn every_source_has_a_header_and_no_blanket_permission() {
             if line.starts_with(ignored) {
                 mistakes.push(format!("{path}:{}: a test that is not run", at + 1));
             }
+            // `make test` enables the feature.
+            let conditional = line.starts_with("#[cfg_attr(") && line.contains("ignore");
+            if conditional && !line.contains(r#"not(feature = "root-tests")"#) {
+                mistakes.push(format!("{path}:{}: a test that is not run", at + 1));
+            }
             if line.starts_with(concat!("#![al", "low")) {
                 mistakes.push(format!(
                     "{path}:{}: a permission for a whole module",

@@ -45,7 +45,10 @@ async fn messages_of_16_mib_are_accepted(ctx: Context) -> Result {
             .is_err_and(|s| s.code() == tonic::Code::OutOfRange),
         "beyond: {refused:?}"
     );
-    ensure!(list_with(&ctx, 1).await.is_ok(), "the daemon is not well");
+    ensure!(
+        list_with(&ctx, 1).await.is_ok(),
+        "the daemon is not healthy"
+    );
     Ok(())
 }
 

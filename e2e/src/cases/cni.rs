@@ -62,7 +62,7 @@ async fn plugins_receive_their_capabilities(ctx: Context) -> Result {
     ] {
         ensure!(
             environment.contains(&wanted),
-            "no {wanted} in {environment}"
+            "{wanted} not found in {environment}"
         );
     }
     // A verbose status runs CHECK with the cached result, which names the pod's address; DEL receives the same result.

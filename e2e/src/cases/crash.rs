@@ -118,7 +118,7 @@ async fn exits_during_downtime_are_reported(ctx: Context) -> Result {
     same!(
         c.exited(ctx.patience(5)).await?.exit_code,
         23,
-        "exit code of what ended meanwhile"
+        "exit code of a container that ended during downtime"
     );
     let after = (pod.status().await?, stays.status().await?);
     same!(
@@ -135,7 +135,7 @@ async fn exits_during_downtime_are_reported(ctx: Context) -> Result {
     same!(
         created.exited(ctx.patience(20)).await?.exit_code,
         4,
-        "one that was created before and started after"
+        "a container created before and started after the crash"
     );
     pod.end().await
 }
@@ -187,7 +187,7 @@ async fn killed_daemon_at_random_moments_of_a_start(ctx: Context) -> Result {
         );
         pod.end().await?;
         let daemon = |name: &String| name.contains("boxlite-cri");
-        let left: Vec<_> = poll::until("nothing left", ctx.patience(10), || async {
+        let left: Vec<_> = poll::until("no remains", ctx.patience(10), || async {
             let left: Vec<_> = LeakSnapshot::take(&node)?
                 .beyond(&clean)
                 .into_iter()
@@ -378,7 +378,7 @@ async fn pods_removed_during_downtime_are_forgotten(ctx: Context) -> Result {
     same!(
         pod.status().await?.state(),
         PodSandboxState::SandboxNotready,
-        "a pod whose shim died behind the daemon's back"
+        "a pod whose shim died during downtime"
     );
     same!(
         c.status().await?.state(),
@@ -386,7 +386,7 @@ async fn pods_removed_during_downtime_are_forgotten(ctx: Context) -> Result {
         "its container"
     );
     pod.end().await?;
-    poll::until("nothing left", ctx.patience(10), || async {
+    poll::until("no remains", ctx.patience(10), || async {
         let left: Vec<_> = LeakSnapshot::take(&node)?
             .beyond(&clean)
             .into_iter()

@@ -115,7 +115,7 @@ async fn timeout_kills_the_process_tree(ctx: Context) -> Result {
         start.elapsed()
     );
     poll::until(
-        "no process of the tree is left",
+        "all processes of the tree have ended",
         ctx.patience(5),
         || async {
             let left = c
@@ -173,7 +173,7 @@ async fn is_refused_unless_the_container_runs(ctx: Context) -> Result {
         status
             .as_ref()
             .is_err_and(|s| s.code() == tonic::Code::NotFound),
-        "exec in no container: {status:?}"
+        "exec in an unknown container: {status:?}"
     );
     pod.end().await
 }

@@ -188,7 +188,7 @@ async fn list_status_and_filter_agree(ctx: Context) -> Result {
     same!(
         image_of(&ctx.node, "127.0.0.1:5000/none:1").await?,
         None,
-        "status of what is not there"
+        "status of an unknown image"
     );
     let filter = ListImagesRequest {
         filter: Some(ImageFilter {
@@ -213,7 +213,7 @@ async fn image_is_pulled_by_digest(ctx: Context) -> Result {
     let reference = format!("127.0.0.1:5000/base@{}", ctx.images.base_digest);
     pull(&node, &reference).await?;
     let Some(image) = image_of(&node, &reference).await? else {
-        crate::bail!("{reference} is not there after the pull")
+        crate::bail!("{reference} not found after the pull")
     };
     same!(
         (image.id, image.repo_tags.len()),
@@ -225,7 +225,7 @@ async fn image_is_pulled_by_digest(ctx: Context) -> Result {
     same!(
         image.repo_tags,
         std::slice::from_ref(&ctx.images.base),
-        "the tag that came later"
+        "the tag pulled later"
     );
     Ok(())
 }
@@ -375,7 +375,7 @@ async fn tls_with_a_private_ca_is_supported(ctx: Context) -> Result {
         refused
             .as_ref()
             .is_err_and(|e| e.0.to_lowercase().contains("certificate")),
-        "a CA nobody trusts: {refused:?}"
+        "an untrusted CA: {refused:?}"
     );
     Ok(())
 }
@@ -395,7 +395,7 @@ async fn mirror_serves_another_host(ctx: Context) -> Result {
     same!(
         image.repo_tags,
         ["registry.example.test/base:1"],
-        "the tag keeps the name that was asked for"
+        "the tag has the requested name"
     );
     Ok(())
 }

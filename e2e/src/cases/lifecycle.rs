@@ -181,7 +181,7 @@ async fn lists_honor_filters(ctx: Context) -> Result {
         id: "feedbeef".into(),
         ..Default::default()
     };
-    same!(containers(&ctx, filter).await?.len(), 0, "of no id");
+    same!(containers(&ctx, filter).await?.len(), 0, "unknown id");
     one.end().await?;
     two.end().await
 }

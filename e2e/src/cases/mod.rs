@@ -11,7 +11,7 @@ mod images;
 mod lifecycle;
 mod logs;
 mod mount_export;
-pub mod network;
+pub(crate) mod network;
 mod nri;
 mod observe;
 mod security;
@@ -23,7 +23,7 @@ mod volumes;
 use crate::runner::Case;
 
 /// Returns all cases in the order in which they run.
-pub fn all() -> Vec<Case> {
+pub(crate) fn all() -> Vec<Case> {
     [
         lifecycle::cases(),
         exec::cases(),

@@ -22,7 +22,7 @@ pub fn cases() -> Vec<Case> {
         case!(killed_shim_leaves_no_mount, 120),
         case!(unresponsive_guest_does_not_block_readers, 300).not_on(
             Backend::Krun,
-            "a minute by its limits, and nothing of the VMM's",
+            "its limits take a minute, and it does not depend on the VMM",
         ),
     ]
 }
@@ -100,7 +100,7 @@ async fn container_mounts_appear_on_the_host(ctx: Context) -> Result {
     same!(
         exported_mounts(&dir)?.len(),
         2,
-        "the host's own is none of the pod's"
+        "the host's own mount is not exported"
     );
 
     // A mount removed in the guest is removed on the host, and is not busy because the host read from it.
@@ -111,7 +111,7 @@ async fn container_mounts_appear_on_the_host(ctx: Context) -> Result {
         "after umount"
     );
     let left = std::fs::read_dir(&memory)?.count();
-    same!(left, 0, "what the host has there");
+    same!(left, 0, "files on the host");
     drop(of_host);
 
     // A container with mounts leaves none behind, nor does a pod, even while the host has a file open.
@@ -151,7 +151,10 @@ async fn files_are_shared_both_ways(ctx: Context) -> Result {
     let bytes: Vec<u8> = (0..3_000_000_u32).map(|n| (n / 7) as u8).collect();
     tokio::fs::write(&big, &bytes).await?;
     let back = tokio::fs::read(&big).await?;
-    ensure!(back == bytes, "3 MB written by the host are read by it");
+    ensure!(
+        back == bytes,
+        "3 MB written by the host are read back on the host"
+    );
     let sum = c.out(&["sha256sum", "/both/memory/big"]).await?;
     let path = big.display().to_string();
     let expected = run("sha256sum", &[&path])?;
@@ -263,7 +266,7 @@ async fn recovers_after_stop((pod, flag): (Pod, PathBuf)) -> Result {
     ensure!(refused, "{waited:?}: {words}");
     signal_vm(&pod, Signal::SIGCONT)?;
     let again = Duration::from_secs(30);
-    crate::poll::until("the mount is there again", again, || async {
+    crate::poll::until("the mount is available again", again, || async {
         same!(read(flag.clone()).await?, "here\n", "the file");
         Ok(())
     })

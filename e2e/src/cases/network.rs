@@ -14,7 +14,7 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     vec![
         case!(host_reaches_the_pod_over_http, 60),
         case!(host_port_reaches_the_pod, 60),
@@ -27,7 +27,7 @@ pub fn cases() -> Vec<Case> {
 }
 
 /// Sends a GET request over HTTP/1.0 and returns the whole response.
-pub async fn get(address: &str, path: &str) -> Result<String> {
+pub(crate) async fn get(address: &str, path: &str) -> Result<String> {
     let work = async {
         let mut stream = TcpStream::connect(address).await.during(address)?;
         stream
@@ -43,7 +43,7 @@ pub async fn get(address: &str, path: &str) -> Result<String> {
 }
 
 /// Repeats a GET request until the test page is returned.
-pub async fn served(address: &str, limit: Duration) -> Result {
+pub(crate) async fn served(address: &str, limit: Duration) -> Result {
     poll::until(&format!("HTTP from {address}"), limit, || async {
         let text = get(address, "/index.html").await?;
         ensure!(text.contains("hello from the pod"), "{text:?}");
@@ -223,18 +223,14 @@ async fn host_network_pod_shares_the_host_ports(ctx: Context) -> Result {
         ..Default::default()
     });
     let pod = Pod::run_with(&ctx.node, config).await?;
-    same!(
-        pod.ip().await?,
-        "",
-        "address of a pod that has none of its own"
-    );
+    same!(pod.ip().await?, "", "address of a host network pod");
     // The registry on the host's loopback, as the first action of the first container.
     let image = &ctx.images.base;
     let text = pod
         .sh(image, "netstat -ltn; wget -qO- http://127.0.0.1:5000/v2/")
         .await?;
     ensure!(text.ends_with("{}"), "the host's loopback: {text:?}");
-    ensure!(text.contains(":5000 "), "no port of the host's: {text}");
+    ensure!(text.contains(":5000 "), "no host port in {text}");
     run("ip", &["addr", "add", "192.0.2.7/32", "dev", "lo"])?;
     let listener = tokio::net::TcpListener::bind("192.0.2.7:8098").await?;
     let caller = tokio::spawn(async move {
@@ -264,7 +260,7 @@ async fn host_network_pod_shares_the_host_ports(ctx: Context) -> Result {
     served(&format!("127.0.0.1:{PORT}"), ctx.patience(10)).await?;
     again.stop(0).await?;
     let free = || {
-        poll::until("the port is the host's again", ctx.patience(10), || async {
+        poll::until("the port is free again", ctx.patience(10), || async {
             let socket = tokio::net::TcpSocket::new_v4()?;
             socket.set_reuseaddr(true)?;
             // libkrun's connections in TIME_WAIT allow only sockets with SO_REUSEPORT.

@@ -29,10 +29,12 @@ fn socket(ctx: &Context) -> PathBuf {
 /// Fails unless the call failed with an error that contains all of these words.
 fn refused<T>(outcome: Result<T>, words: &[&str]) -> Result {
     match outcome {
-        Ok(_) => Err(Failure(format!("it went well, without {words:?}"))),
+        Ok(_) => Err(Failure(format!(
+            "the call succeeded, expected an error with {words:?}"
+        ))),
         Err(Failure(text)) => {
             let missing: Vec<_> = words.iter().filter(|word| !text.contains(*word)).collect();
-            ensure!(missing.is_empty(), "{missing:?} not in: {text}");
+            ensure!(missing.is_empty(), "{missing:?} not found in: {text}");
             Ok(())
         }
     }
@@ -101,7 +103,7 @@ async fn events_arrive_in_order_and_adjustments_apply(ctx: Context) -> Result {
     same!(
         present.collect::<Vec<_>>(),
         [pod.id.clone(), long.id.clone()],
-        "what a late plugin is synchronized with"
+        "synchronization of a late plugin"
     );
     short.remove().await?;
     pod.stop().await?;
@@ -140,7 +142,7 @@ async fn refusals_leave_nothing_behind(ctx: Context) -> Result {
         let outcome = Pod::run(&ctx.node, "refused").await;
         refused(outcome, &["10-no", "RunPodSandbox", "not on this node"])?;
         let left = ctx.pods(PodSandboxFilter::default()).await?;
-        same!(left.len(), 0, "pods left");
+        same!(left.len(), 0, "remaining pods");
     }
     let pod = Pod::run(&ctx.node, "nri").await?;
     {

@@ -57,7 +57,7 @@ async fn wait_for_events(
     match tokio::time::timeout(limit, reading).await {
         Ok(done) => done?,
         Err(_) => crate::bail!(
-            "not told: {:?}; told: {:?}",
+            "missing events: {:?}; received: {:?}",
             rest.collect::<Vec<_>>(),
             seen.iter()
                 .map(|e| (&e.container_id, e.container_event_type()))
@@ -139,7 +139,11 @@ async fn events_continue_after_a_daemon_restart(ctx: Context) -> Result {
         .last()
         .and_then(|e| e.containers_statuses.first())
         .map(|s| s.exit_code);
-    same!(code, Some(9), "exit code of what ended meanwhile");
+    same!(
+        code,
+        Some(9),
+        "exit code of a container that ended during downtime"
+    );
     pod.end().await
 }
 

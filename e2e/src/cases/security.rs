@@ -59,7 +59,7 @@ async fn refusal(
     let mut config = container_spec(name, &ctx.images.base, &["sleep", "1000"]);
     change(&mut config);
     match pod.create_with(config).await {
-        Ok(_) => Err(Failure(format!("container {name} was made"))),
+        Ok(_) => Err(Failure(format!("container {name} was created"))),
         Err(error) => Ok(error.0),
     }
 }

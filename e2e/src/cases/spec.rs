@@ -164,7 +164,7 @@ async fn user_and_groups_apply(ctx: Context) -> Result {
             Ok::<_, crate::failure::Failure>(c.output()?.replace('\n', " "))
         }
     };
-    same!(run("root", |_| {}).await?, "0 0 0 ", "no user asked for");
+    same!(run("root", |_| {}).await?, "0 0 0 ", "no user requested");
     same!(
         run("uid", |s| s.run_as_user = Some(Int64Value { value: 1000 })).await?,
         "1000 1000 1000 50000 50001 ",
@@ -192,7 +192,7 @@ async fn user_and_groups_apply(ctx: Context) -> Result {
         outcome
             .as_ref()
             .is_err_and(|e| e.0.contains("no-such-user")),
-        "a user that is not there: {outcome:?}"
+        "an unknown user: {outcome:?}"
     );
     pod.end().await
 }

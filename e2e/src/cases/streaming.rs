@@ -472,7 +472,10 @@ async fn port_forward_connects_to_several_ports(ctx: Context) -> Result {
             said.contains("8099") && said.contains("connection refused"),
             "{over:?}: {said:?}"
         );
-        ensure!(rest(&mut refused).await?.is_empty(), "data from nobody");
+        ensure!(
+            rest(&mut refused).await?.is_empty(),
+            "data from a port without a listener"
+        );
         for (data, error, bytes) in &mut connections {
             // The half-close reaches the server, whose own half-close follows its last byte.
             client.send(data.id, b"", true).await?;

@@ -134,7 +134,7 @@ async fn later_host_mounts_propagate(ctx: Context) -> Result {
     .await?;
     drop(later);
     eventually("the host's unmount", || async {
-        same!(c.out(&["ls", "/slave/later"]).await?, "", "what is left");
+        same!(c.out(&["ls", "/slave/later"]).await?, "", "remaining files");
         Ok(())
     })
     .await?;
@@ -363,8 +363,8 @@ async fn config_map_update_is_seen_within_five_seconds(ctx: Context) -> Result {
     for number in 1..4 {
         update_config_map(&dir, number)?;
         eventually("the new content", || async {
-            let eventually = c.exec(&["cat", "/map/key"]).await?;
-            let text = String::from_utf8_lossy(&eventually.stdout).into_owned();
+            let output = c.exec(&["cat", "/map/key"]).await?;
+            let text = String::from_utf8_lossy(&output.stdout).into_owned();
             same!(text, format!("{number}\n"), "content");
             Ok(())
         })
@@ -408,11 +408,7 @@ async fn memory_volume_is_a_tmpfs(ctx: Context) -> Result {
         "the limit of an emptyDir in memory: {full:?}"
     );
     let plain = pod.sh(&ctx.images.base, "stat -f -c '%b*%S' /dev/shm; ls /dev/shm");
-    same!(
-        plain.await?,
-        "16384*4096\n",
-        "/dev/shm of who mounts nothing there"
-    );
+    same!(plain.await?, "16384*4096\n", "default /dev/shm");
     pod.end().await
 }
 

@@ -22,7 +22,7 @@ use tokio::process::Command;
 
 /// Transport of critest's streaming calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Transport {
+pub(crate) enum Transport {
     /// SPDY/3.1, as used by kubelets.
     Spdy,
     /// WebSocket.
@@ -43,7 +43,7 @@ impl Transport {
 
 /// Options of `boxlite-e2e conformance`.
 #[derive(Debug, Clone, clap::Args)]
-pub struct Options {
+pub(crate) struct Options {
     /// VMM, and the environment it needs.
     #[arg(long, value_enum, default_value = "qemu")]
     backend: Backend,
@@ -71,14 +71,14 @@ pub struct Options {
 }
 
 /// Programs built by e2e/scripts/critest.
-pub struct Programs {
+pub(crate) struct Programs {
     critest: PathBuf,
     nginx: PathBuf,
     nnp: PathBuf,
 }
 
 /// Performs the selected runs. Returns true if nothing failed except specs that cannot run here.
-pub async fn run(options: &Options) -> Result<bool> {
+pub(crate) async fn run(options: &Options) -> Result<bool> {
     let programs = Programs::find(options.critest.clone())?;
     let scratch = crate::namespaces::scratch();
     let install = Install::find()?;
@@ -90,7 +90,7 @@ pub async fn run(options: &Options) -> Result<bool> {
     let registry = Registry::start(&install.registry, &scratch, 5001, false).await?;
     images::push(&registry, &install.busybox, &programs)
         .await
-        .during("pushing critest's images")?;
+        .during("failed to push critest's images")?;
     let all = [Transport::Spdy, Transport::Websocket, Transport::Nri];
     let chosen = if options.transport.is_empty() {
         &all[..]
@@ -126,7 +126,7 @@ impl Programs {
         for path in [&programs.critest, &programs.nginx, &programs.nnp] {
             if !path.exists() {
                 bail!(
-                    "{} is missing: e2e/scripts/critest makes it (make conformance calls it)",
+                    "{} not found: run e2e/scripts/critest (make conformance does)",
                     path.display()
                 );
             }
@@ -221,7 +221,7 @@ impl Suite<'_> {
                 if self.supports_nri().await? {
                     command.arg(format!("-nri-socket={}", target.nri().display()));
                 } else {
-                    println!("this critest has no NRI specs: the run is without --nri-socket");
+                    println!("this critest has no NRI specs, running without --nri-socket");
                 }
             }
         }
@@ -237,7 +237,7 @@ impl Suite<'_> {
             .during("critest")?;
         if !json.exists() {
             bail!(
-                "critest ended with {status} and no report: see {}",
+                "critest ended with {status} and without a report, see {}",
                 output.display()
             );
         }

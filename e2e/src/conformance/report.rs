@@ -13,7 +13,7 @@ const EXCUSED: [(&str, &str); 2] = [
     ("AppArmor", "needs AppArmor in the host's kernel"),
     (
         "public image with digest should be pulled and removed",
-        "names the digest of an upstream image that nobody can rebuild",
+        "requires the digest of an upstream image that cannot be rebuilt",
     ),
 ];
 

@@ -24,7 +24,7 @@ const CTR_TIMEOUT: Duration = Duration::from_secs(240);
 
 /// containerd version, in order of release.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
-pub enum Version {
+pub(crate) enum Version {
     /// 1.6 of Debian 12.
     #[value(name = "1.6")]
     V1,
@@ -41,11 +41,11 @@ pub enum Version {
 
 impl Version {
     /// Versions from Debian, which run by default.
-    pub const DEFAULT: [Self; 2] = [Self::V1, Self::V2];
+    pub(crate) const DEFAULT: [Self; 2] = [Self::V1, Self::V2];
     const ALL: [Self; 4] = [Self::V1, Self::V17, Self::V2, Self::V23];
 
     /// Returns a short name for directories.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::V1 => "1.6",
             Self::V17 => "1.7",
@@ -55,7 +55,7 @@ impl Version {
     }
 
     /// Returns the flag of `ctr run` that sets an annotation: ctr 1.6 turns labels into annotations.
-    pub fn annotation_flag(self) -> &'static str {
+    pub(crate) fn annotation_flag(self) -> &'static str {
         match self {
             Self::V1 => "--label",
             Self::V17 | Self::V2 | Self::V23 => "--annotation",
@@ -65,7 +65,7 @@ impl Version {
 
 /// Options of a containerd.
 #[derive(Debug, Clone)]
-pub struct Options {
+pub(crate) struct Options {
     /// Name of the directory below the scratch directory. Short, because socket paths are limited.
     pub name: String,
     /// Version to run.
@@ -84,7 +84,7 @@ pub struct Options {
 
 impl Options {
     /// Returns the default options.
-    pub fn new(name: &str, version: Version, vmm: &str) -> Self {
+    pub(crate) fn new(name: &str, version: Version, vmm: &str) -> Self {
         Self {
             name: name.to_owned(),
             version,
@@ -98,7 +98,7 @@ impl Options {
 }
 
 /// A containerd under test.
-pub struct Containerd {
+pub(crate) struct Containerd {
     /// Directory of all its files.
     pub dir: PathBuf,
     bin: Mutex<PathBuf>,
@@ -115,7 +115,7 @@ fn programs(version: Version) -> PathBuf {
 
 impl Containerd {
     /// Writes the configuration and starts containerd.
-    pub async fn start(scratch: &Path, install: &Install, options: Options) -> Result<Self> {
+    pub(crate) async fn start(scratch: &Path, install: &Install, options: Options) -> Result<Self> {
         let dir = scratch.join(&options.name);
         std::fs::create_dir_all(dir.join("cni"))?;
         // containerd finds the shim by its name in PATH.
@@ -123,7 +123,7 @@ impl Containerd {
         let bin = programs(options.version);
         ensure!(
             bin.join("containerd").exists(),
-            "{} is missing: `make test-containerd VERSION={}` brings it",
+            "{} not found: run `make test-containerd VERSION={}`",
             bin.display(),
             options.version.name()
         );
@@ -150,7 +150,7 @@ impl Containerd {
     }
 
     /// Starts a version of containerd on these files and waits until it answers: a restart or an upgrade.
-    pub async fn serve(&self, version: Version) -> Result {
+    pub(crate) async fn serve(&self, version: Version) -> Result {
         let bin = programs(version);
         let mut command = Command::new(bin.join("containerd"));
         command
@@ -165,27 +165,27 @@ impl Containerd {
     }
 
     /// Kills containerd with SIGKILL, without its shims.
-    pub async fn kill(&self) -> Result {
+    pub(crate) async fn kill(&self) -> Result {
         self.service.kill().await
     }
 
     /// Returns the path of the socket of containerd's services and CRI.
-    pub fn socket(&self) -> PathBuf {
+    pub(crate) fn socket(&self) -> PathBuf {
         self.dir.join("c.sock")
     }
 
     /// Returns the process of containerd.
-    pub fn service(&self) -> &Service {
+    pub(crate) fn service(&self) -> &Service {
         &self.service
     }
 
     /// Returns the path of the log.
-    pub fn log(&self) -> PathBuf {
+    pub(crate) fn log(&self) -> PathBuf {
         self.service.log().to_owned()
     }
 
     /// Returns a `ctr` command that has not been started.
-    pub async fn ctr(&self, args: &[&str]) -> Command {
+    pub(crate) async fn ctr(&self, args: &[&str]) -> Command {
         let mut command = Command::new(self.bin.lock().await.join("ctr"));
         command
             .arg("--address")
@@ -197,7 +197,7 @@ impl Containerd {
     }
 
     /// Runs `ctr` to completion.
-    pub async fn output(&self, args: &[&str]) -> Result<Output> {
+    pub(crate) async fn output(&self, args: &[&str]) -> Result<Output> {
         let mut command = self.ctr(args).await;
         let done = tokio::time::timeout(CTR_TIMEOUT, command.output()).await;
         done.during(format!("ctr {}", args.join(" ")))?
@@ -205,7 +205,7 @@ impl Containerd {
     }
 
     /// Runs `ctr`, fails unless it succeeds, and returns its standard output.
-    pub async fn ok(&self, args: &[&str]) -> Result<String> {
+    pub(crate) async fn ok(&self, args: &[&str]) -> Result<String> {
         let output = self.output(args).await?;
         ensure!(
             output.status.success(),
@@ -218,19 +218,19 @@ impl Containerd {
     }
 
     /// Runs `ctr run` of the imported image with the shim.
-    pub async fn run(&self, flags: &[&str], id: &str, argv: &[&str]) -> Result<Output> {
+    pub(crate) async fn run(&self, flags: &[&str], id: &str, argv: &[&str]) -> Result<Output> {
         self.output(&run_args(flags, id, argv)).await
     }
 
     /// Starts a detached task that sleeps.
-    pub async fn sleeper(&self, id: &str) -> Result {
+    pub(crate) async fn sleeper(&self, id: &str) -> Result {
         self.ok(&run_args(&["-d"], id, &["sleep", "600"]))
             .await
             .map(drop)
     }
 
     /// Kills the task and deletes task and container.
-    pub async fn remove(&self, id: &str) -> Result {
+    pub(crate) async fn remove(&self, id: &str) -> Result {
         self.ok(&["task", "kill", "-s", "SIGKILL", id]).await?;
         self.stopped(id).await?;
         self.output(&["task", "delete", id]).await?;
@@ -238,12 +238,12 @@ impl Containerd {
     }
 
     /// Waits until the task is STOPPED.
-    pub async fn stopped(&self, id: &str) -> Result {
+    pub(crate) async fn stopped(&self, id: &str) -> Result {
         self.state(id, "STOPPED").await
     }
 
     /// Waits until `ctr task ls` reports a state of the task.
-    pub async fn state(&self, id: &str, wanted: &str) -> Result {
+    pub(crate) async fn state(&self, id: &str, wanted: &str) -> Result {
         poll::until(&format!("{id} is {wanted}"), STATE_TIMEOUT, || async {
             let list = self.ok(&["task", "ls"]).await?;
             let line = list
@@ -256,17 +256,17 @@ impl Containerd {
     }
 
     /// Returns the task's pid as reported by `ctr task ls`.
-    pub async fn pid(&self, id: &str) -> Result<String> {
+    pub(crate) async fn pid(&self, id: &str) -> Result<String> {
         let list = self.ok(&["task", "ls"]).await?;
         let mut lines = list.lines().map(|line| line.split_whitespace());
         let found = lines.find_map(|mut words| {
             (words.next() == Some(id)).then(|| words.next().unwrap_or_default().to_owned())
         });
-        found.ok_or_else(|| Failure(format!("no task {id} in {list}")))
+        found.ok_or_else(|| Failure(format!("task {id} not found in {list}")))
     }
 
     /// Imports an archive for ctr and CRI.
-    pub async fn import(&self, archive: &Path) -> Result {
+    pub(crate) async fn import(&self, archive: &Path) -> Result {
         let path = archive.display().to_string();
         for namespace in ["default", "k8s.io"] {
             self.ok(&["-n", namespace, "image", "import", &path])
@@ -276,7 +276,7 @@ impl Containerd {
     }
 
     /// Removes every task and container, ignoring errors.
-    pub async fn clear(&self) -> Result {
+    pub(crate) async fn clear(&self) -> Result {
         for namespace in ["default", "k8s.io"] {
             for id in self
                 .ok(&["-n", namespace, "container", "ls", "-q"])
@@ -293,7 +293,7 @@ impl Containerd {
     }
 
     /// Returns the version that containerd reports.
-    pub async fn version_text(&self) -> Result<String> {
+    pub(crate) async fn version_text(&self) -> Result<String> {
         let text = self.ok(&["version"]).await?;
         let line = text
             .lines()
@@ -305,7 +305,7 @@ impl Containerd {
     }
 
     /// Returns the bundle directory of a task.
-    pub fn bundle(&self, namespace: &str, id: &str) -> PathBuf {
+    pub(crate) fn bundle(&self, namespace: &str, id: &str) -> PathBuf {
         let kind = "state/io.containerd.runtime.v2.task";
         self.dir.join(kind).join(namespace).join(id)
     }

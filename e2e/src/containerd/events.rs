@@ -22,7 +22,7 @@ pub fn cases() -> Vec<Case> {
         case!(oom_kill_is_reported, 60),
         case!(events_are_published_by_program, 90).unless(
             |ctx| ctx.version >= Version::V23 || ctx.backend == Backend::Krun,
-            "2.3 names its socket otherwise; the emulated machine takes half a minute for the program's runs",
+            "2.3 passes its socket differently; on the emulated machine the program takes half a minute",
         ),
     ]
 }
@@ -68,7 +68,7 @@ impl Listener {
         let done = tokio::time::timeout(limit, read).await;
         self.child.start_kill()?;
         self.child.wait().await?;
-        done.during(format!("the events so far: {seen:?}"))??;
+        done.during(format!("events so far: {seen:?}"))??;
         Ok(seen)
     }
 }
@@ -98,7 +98,7 @@ fn in_order(seen: &[TaskEvent], topics: &[&str]) -> Result {
     for topic in topics {
         ensure!(
             rest.any(|event| event.topic == *topic),
-            "{topic} is not where it should be in {seen:?}"
+            "{topic} is not in order in {seen:?}"
         );
     }
     Ok(())

@@ -21,8 +21,10 @@ pub fn cases() -> Vec<Case> {
         case!(killed_containerd_finds_sandboxer_pods, 150)
             .unless(before(Version::V2), "the Sandbox API came with 2.0"),
         case!(exits_during_downtime_are_reported, 90),
-        case!(upgrade_keeps_tasks_and_pods, 200)
-            .unless(|ctx| ctx.version >= Version::V2, "it goes from 1.x to 2.x"),
+        case!(upgrade_keeps_tasks_and_pods, 200).unless(
+            |ctx| ctx.version >= Version::V2,
+            "the upgrade is from 1.x to 2.x",
+        ),
     ]
 }
 
@@ -32,14 +34,18 @@ fn shim_of(id: &str) -> Result<(i32, Vec<i32>)> {
 
 /// Waits until all of the processes have ended.
 async fn gone(pids: &[i32], ctx: &Context) -> Result {
-    poll::until("the VM's processes are gone", ctx.patience(10), || async {
-        let left: Vec<_> = process::pids(&[])?
-            .into_iter()
-            .filter(|pid| pids.contains(pid))
-            .collect();
-        ensure!(left.is_empty(), "{left:?}");
-        Ok(())
-    })
+    poll::until(
+        "the VM's processes have ended",
+        ctx.patience(10),
+        || async {
+            let left: Vec<_> = process::pids(&[])?
+                .into_iter()
+                .filter(|pid| pids.contains(pid))
+                .collect();
+            ensure!(left.is_empty(), "{left:?}");
+            Ok(())
+        },
+    )
     .await
 }
 
@@ -61,7 +67,7 @@ async fn killed_shim_is_cleaned_up(ctx: Context) -> Result {
         ensure!(!list.contains("victim"), "{list}");
         ensure!(
             !work.join("scratch.img").exists(),
-            "the scratch disk is still there"
+            "the scratch disk still exists"
         );
         Ok(())
     })

@@ -21,7 +21,7 @@ use crate::install::Install;
 use crate::runner::{self, TestEnv};
 use crate::service::Service;
 use crate::{ensure, poll};
-pub use daemon::{Containerd, Options, Version};
+pub(crate) use daemon::{Containerd, Options, Version};
 use serde_json::json;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -34,7 +34,7 @@ const IMAGE: &str = "e2e.local/base:1";
 const SETTLE_LIMIT: Duration = Duration::from_secs(10);
 
 /// Argument of every case.
-pub struct ContainerdContext {
+pub(crate) struct ContainerdContext {
     backend: Backend,
     scratch: PathBuf,
     install: Install,
@@ -73,7 +73,7 @@ fn before(version: Version) -> impl Fn(&ContainerdContext) -> bool + Send + Sync
 }
 
 /// Runs the selected cases with every version. Returns true if all passed.
-pub async fn run(suite: &crate::SuiteOptions, version: Option<Version>) -> Result<bool> {
+pub(crate) async fn run(suite: &crate::SuiteOptions, version: Option<Version>) -> Result<bool> {
     let versions = match version {
         Some(one) => vec![one],
         None => Version::DEFAULT.to_vec(),
@@ -135,11 +135,15 @@ impl TestEnv for ContainerdContext {
             // A failed case must not affect the next.
             self.shared.clear().await?;
         }
-        poll::until("everything a task had is gone", SETTLE_LIMIT, || async {
-            let more: Vec<_> = traces()?.difference(&before).cloned().collect();
-            ensure!(more.is_empty(), "left behind:\n  {}", more.join("\n  "));
-            Ok(())
-        })
+        poll::until(
+            "all objects of the task are removed",
+            SETTLE_LIMIT,
+            || async {
+                let more: Vec<_> = traces()?.difference(&before).cloned().collect();
+                ensure!(more.is_empty(), "leaked:\n  {}", more.join("\n  "));
+                Ok(())
+            },
+        )
         .await
     }
 }
@@ -190,7 +194,7 @@ fn below(dir: &Path, depth: usize, found: &mut Vec<PathBuf>) {
 }
 
 /// Writes the image for [`Containerd::import`], which is also the pause image of its pods.
-pub fn archive(install: &Install, scratch: &Path) -> Result<PathBuf> {
+pub(crate) fn archive(install: &Install, scratch: &Path) -> Result<PathBuf> {
     let archive = scratch.join("base.tar");
     archive::write(&image(install)?, IMAGE, &archive)?;
     Ok(archive)

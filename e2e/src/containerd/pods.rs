@@ -79,7 +79,7 @@ async fn run_lifecycle(ctx: &Context, pod: Pod) -> Result {
     let boot = ["cat", "/proc/sys/kernel/random/boot_id"];
     same!(web.out(&boot).await?, peer.out(&boot).await?, "boot id");
     let hostname = peer.out(&["hostname"]).await?;
-    same!(hostname.trim(), pod.config.hostname, "host name");
+    same!(hostname.trim(), pod.config.hostname, "hostname");
     peer.out(&[
         "sh",
         "-c",
@@ -201,7 +201,7 @@ async fn limits_and_annotations_apply(ctx: Context) -> Result {
         let mut config = pod_spec(&node, "refused");
         config.annotations.insert(name.into(), "512".into());
         let Err(failure) = Pod::run_with(&node, config).await else {
-            crate::bail!("{name} was followed, or ignored")
+            crate::bail!("{name} was applied or ignored")
         };
         ensure!(
             failure.0.contains(name) && failure.0.contains(word),
@@ -286,7 +286,7 @@ async fn input_ends_with_the_client(ctx: Context) -> Result {
     same!(
         session.rest("stdout").await?,
         format!("{sum}  -\n").into_bytes(),
-        "what the command made of its input when that ended"
+        "output of the command at the end of its input"
     );
     same!(session.exit_code().await?, 0, "exit code");
     pod.end().await

@@ -28,7 +28,7 @@ pub fn cases() -> Vec<Case> {
 }
 
 fn some<T>(end: Option<T>) -> Result<T> {
-    end.ok_or_else(|| Failure("ctr has no such end".to_owned()))
+    end.ok_or_else(|| Failure("ctr has no such stream".to_owned()))
 }
 
 /// Converts output to a string without surrounding line ends.
@@ -168,7 +168,10 @@ async fn detached_task_is_paused_measured_and_deleted(ctx: Context) -> Result {
         "exec"
     );
     let missing = exec("e2", &["/no/such"]).await?;
-    ensure!(!missing.status.success(), "an exec of nothing succeeded");
+    ensure!(
+        !missing.status.success(),
+        "an exec of an unknown program succeeded"
+    );
     pids_and_counters(ctr).await?;
     ctr.ok(&["task", "pause", "life"]).await?;
     ctr.state("life", "PAUSED").await?;
@@ -356,7 +359,7 @@ async fn many_waiters_receive_one_exit(ctx: Context) -> Result {
         same!(
             output.status.code(),
             Some(137),
-            "exit code a client heard; it said {:?}",
+            "exit code seen by a client that printed {:?}",
             text(&output.stderr)
         );
     }

@@ -66,7 +66,7 @@ async fn annotations_are_refused_unless_allowed(ctx: Context) -> Result {
 async fn annotations_configure_the_vm(ctx: Context) -> Result {
     const ALL: [&str; 5] = ["vmm", "vcpus", "memory-mib", "kernel", "debug-console"];
     let kernel = ctx.scratch.join("other-libkrunfw.so");
-    std::fs::copy(&ctx.install.libkrunfw, &kernel).during("copying the guest kernel")?;
+    std::fs::copy(&ctx.install.libkrunfw, &kernel).during("failed to copy the guest kernel")?;
     let daemon = ctx
         .dedicated_daemon("cho", |options| {
             options.vmm = match ctx.backend {
@@ -107,7 +107,7 @@ async fn annotations_configure_the_vm(ctx: Context) -> Result {
     same!(
         below.iter().any(|pid| qemu.contains(pid)),
         ctx.backend == Backend::Qemu,
-        "whether QEMU runs"
+        "QEMU is running"
     );
     let console = daemon.bundle("default", "chosen").join("vm/console.log");
     let console = std::fs::read_to_string(&console).during(console.display())?;

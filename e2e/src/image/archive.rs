@@ -7,7 +7,7 @@ use serde_json::json;
 use std::path::Path;
 
 /// Writes `image` under the full name `reference` to `path`.
-pub fn write(image: &Image, reference: &str, path: &Path) -> Result {
+pub(crate) fn write(image: &Image, reference: &str, path: &Path) -> Result {
     let mut tar = tar::Builder::new(std::fs::File::create(path)?);
     let mut add = |name: &str, bytes: &[u8]| -> Result {
         let mut header = tar::Header::new_gnu();

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 /// Media types of manifest and configuration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Format {
+pub(crate) enum Format {
     /// application/vnd.oci.image.*
     Oci,
     /// Docker image manifest version 2, schema 2.
@@ -16,7 +16,7 @@ pub enum Format {
 
 /// A blob with its media type, as a manifest's descriptor names it.
 #[derive(Debug, Clone)]
-pub struct Blob {
+pub(crate) struct Blob {
     /// Media type.
     pub kind: String,
     /// Content.
@@ -31,7 +31,7 @@ impl Blob {
 
 /// An image of one platform.
 #[derive(Debug, Clone)]
-pub struct Image {
+pub(crate) struct Image {
     /// Layers, lowest first.
     pub layers: Vec<Layer>,
     /// The `config` object of the image configuration (Env, Cmd, User …).
@@ -42,7 +42,7 @@ pub struct Image {
 
 impl Image {
     /// Creates an OCI image from layers and the `config` object of its configuration.
-    pub fn new(layers: Vec<Layer>, config: Value) -> Self {
+    pub(crate) fn new(layers: Vec<Layer>, config: Value) -> Self {
         Self {
             layers,
             config,
@@ -51,7 +51,7 @@ impl Image {
     }
 
     /// Returns the image configuration.
-    pub fn config_blob(&self) -> Result<Blob> {
+    pub(crate) fn config_blob(&self) -> Result<Blob> {
         let diff_ids: Vec<_> = self.layers.iter().map(|l| l.diff_id.as_str()).collect();
         let bytes = serde_json::to_vec(&json!({
             "architecture": "amd64", "os": "linux", "created": "2023-11-14T22:13:20Z", "config": self.config,
@@ -69,12 +69,12 @@ impl Image {
     }
 
     /// Returns the image ID, the digest of the configuration.
-    pub fn id(&self) -> Result<String> {
+    pub(crate) fn id(&self) -> Result<String> {
         Ok(digest(&self.config_blob()?.bytes))
     }
 
     /// Returns the manifest.
-    pub fn manifest(&self) -> Result<Blob> {
+    pub(crate) fn manifest(&self) -> Result<Blob> {
         let layers: Vec<_> = self
             .layers
             .iter()
@@ -106,7 +106,7 @@ impl Image {
 
     /// Returns an index with a foreign platform's manifest before this one, so that a client that uses the first entry
     /// fails.
-    pub fn index(&self, foreign: &Blob) -> Result<Blob> {
+    pub(crate) fn index(&self, foreign: &Blob) -> Result<Blob> {
         let mut first = foreign.descriptor();
         first["platform"] = json!({"architecture": "s390x", "os": "linux"});
         let mut own = self.manifest()?.descriptor();

@@ -14,7 +14,7 @@ const GROUP: &str = "root:x:0:\nwww-data:x:33:\napp:x:1000:\nextra:x:50000:app\n
     nobody:x:65534:\n";
 
 /// Returns the layer with the given compression.
-pub fn layer(busybox: &Path, compression: Compression) -> Result<Layer> {
+pub(crate) fn layer(busybox: &Path, compression: Compression) -> Result<Layer> {
     let mut tar = LayerTar::default();
     for dir in [
         "bin",
@@ -50,7 +50,7 @@ pub fn layer(busybox: &Path, compression: Compression) -> Result<Layer> {
 }
 
 /// Adds a program of this machine as `target`, together with the libraries that it loads.
-pub fn with_libraries(tar: &mut LayerTar, program: &Path, target: &str) -> Result {
+pub(crate) fn with_libraries(tar: &mut LayerTar, program: &Path, target: &str) -> Result {
     let bytes = std::fs::read(program).during(program.display())?;
     tar.file(target, 0o755, &bytes)?;
     add_libraries(tar, &program.to_string_lossy())
@@ -65,7 +65,7 @@ fn add_libraries(tar: &mut LayerTar, program: &str) -> Result {
 }
 
 /// Returns the paths that the dynamic linker loads, its own included.
-pub fn libraries(program: &str) -> Result<Vec<String>> {
+pub(crate) fn libraries(program: &str) -> Result<Vec<String>> {
     let listing = run("ldd", &[program])?;
     Ok(listing
         .lines()

@@ -14,7 +14,7 @@ use tokio::task::JoinHandle;
 
 /// Fault for requests whose path contains a given text.
 #[derive(Debug, Clone)]
-pub enum Fault {
+pub(crate) enum Fault {
     /// The body ends after `after` bytes and the connection closes, for the first `times` requests.
     Cut { after: usize, times: usize },
     /// The last byte of the body is changed.
@@ -27,7 +27,7 @@ pub enum Fault {
 
 /// Required authentication.
 #[derive(Debug, Clone)]
-pub enum Auth {
+pub(crate) enum Auth {
     /// None.
     Open,
     /// HTTP Basic with this Base64 of `user:password`.
@@ -51,7 +51,7 @@ struct Rules {
 }
 
 /// A listening proxy; stops when dropped.
-pub struct FaultProxy {
+pub(crate) struct FaultProxy {
     /// `127.0.0.1:<port>`.
     pub host: String,
     rules: Arc<Mutex<Rules>>,
@@ -66,7 +66,11 @@ impl Drop for FaultProxy {
 
 impl FaultProxy {
     /// Listens on a free port in front of `upstream` (`host:port`, plain HTTP).
-    pub async fn start(upstream: &str, guard: Auth, faults: Vec<(&str, Fault)>) -> Result<Self> {
+    pub(crate) async fn start(
+        upstream: &str,
+        guard: Auth,
+        faults: Vec<(&str, Fault)>,
+    ) -> Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let host = listener.local_addr()?.to_string();
         let rules = Arc::new(Mutex::new(Rules {
@@ -92,7 +96,7 @@ impl FaultProxy {
     }
 
     /// Returns the number of GET requests that reached the registry and whose path contains `part`.
-    pub fn count(&self, part: &str) -> usize {
+    pub(crate) fn count(&self, part: &str) -> usize {
         let rules = self.rules.lock();
         rules
             .seen
@@ -103,7 +107,7 @@ impl FaultProxy {
     }
 
     /// Replaces the faults.
-    pub fn set_faults(&self, faults: Vec<(&str, Fault)>) {
+    pub(crate) fn set_faults(&self, faults: Vec<(&str, Fault)>) {
         let mut rules = self.rules.lock();
         rules.faults = faults
             .into_iter()
@@ -185,7 +189,7 @@ fn unauthorized(challenge: &str) -> String {
 
 fn answer(code: u16, headers: &str, body: &str) -> String {
     format!(
-        "HTTP/1.1 {code} Told\r\n{headers}content-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
+        "HTTP/1.1 {code} Fault\r\n{headers}content-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
         body.len()
     )
 }
@@ -199,7 +203,7 @@ async fn head(stream: &mut TcpStream) -> Result<(String, Vec<u8>)> {
             return Ok((String::from_utf8_lossy(&bytes).into_owned(), rest));
         }
         if bytes.len() > MAX_HEAD_BYTES || stream.read_buf(&mut bytes).await? == 0 {
-            bail!("no whole head");
+            bail!("incomplete request head");
         }
     }
 }

@@ -11,7 +11,7 @@ use tar::{EntryType, Header};
 
 /// Compression of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Compression {
+pub(crate) enum Compression {
     /// Uncompressed.
     Plain,
     /// gzip, the usual form.
@@ -22,7 +22,7 @@ pub enum Compression {
 
 /// A layer as stored in a registry.
 #[derive(Debug, Clone)]
-pub struct Layer {
+pub(crate) struct Layer {
     /// Compressed bytes.
     pub blob: Vec<u8>,
     /// Digest of [`Self::blob`].
@@ -34,7 +34,7 @@ pub struct Layer {
 }
 
 /// A tar stream under construction.
-pub struct LayerTar {
+pub(crate) struct LayerTar {
     tar: tar::Builder<Vec<u8>>,
 }
 
@@ -66,12 +66,12 @@ impl LayerTar {
     }
 
     /// Adds a regular file.
-    pub fn file(&mut self, path: &str, mode: u32, content: &[u8]) -> Result<&mut Self> {
+    pub(crate) fn file(&mut self, path: &str, mode: u32, content: &[u8]) -> Result<&mut Self> {
         self.owned_file(path, mode, (0, 0), content)
     }
 
     /// Adds a regular file with an owner.
-    pub fn owned_file(
+    pub(crate) fn owned_file(
         &mut self,
         path: &str,
         mode: u32,
@@ -86,12 +86,17 @@ impl LayerTar {
     }
 
     /// Adds a directory.
-    pub fn dir(&mut self, path: &str, mode: u32) -> Result<&mut Self> {
+    pub(crate) fn dir(&mut self, path: &str, mode: u32) -> Result<&mut Self> {
         self.owned_dir(path, mode, (0, 0))
     }
 
     /// Adds a directory with an owner.
-    pub fn owned_dir(&mut self, path: &str, mode: u32, owner: (u64, u64)) -> Result<&mut Self> {
+    pub(crate) fn owned_dir(
+        &mut self,
+        path: &str,
+        mode: u32,
+        owner: (u64, u64),
+    ) -> Result<&mut Self> {
         let mut header = Self::header(EntryType::Directory, mode, 0);
         header.set_uid(owner.0);
         header.set_gid(owner.1);
@@ -100,27 +105,32 @@ impl LayerTar {
     }
 
     /// Adds a symbolic link with any target.
-    pub fn symlink(&mut self, path: &str, target: &str) -> Result<&mut Self> {
+    pub(crate) fn symlink(&mut self, path: &str, target: &str) -> Result<&mut Self> {
         let mut header = Self::header(EntryType::Symlink, 0o777, 0);
         self.tar.append_link(&mut header, path, target)?;
         Ok(self)
     }
 
     /// Adds a hard link to a path of this layer.
-    pub fn hard_link(&mut self, path: &str, target: &str) -> Result<&mut Self> {
+    pub(crate) fn hard_link(&mut self, path: &str, target: &str) -> Result<&mut Self> {
         self.hard_link_of_mode(path, target, 0o644)
     }
 
     /// Adds a hard link with this mode in its header. Tools normally write the file's mode; containerd applies it to the
     /// file.
-    pub fn hard_link_of_mode(&mut self, path: &str, target: &str, mode: u32) -> Result<&mut Self> {
+    pub(crate) fn hard_link_of_mode(
+        &mut self,
+        path: &str,
+        target: &str,
+        mode: u32,
+    ) -> Result<&mut Self> {
         let mut header = Self::header(EntryType::Link, mode, 0);
         self.tar.append_link(&mut header, path, target)?;
         Ok(self)
     }
 
     /// Adds a character device.
-    pub fn char_device(&mut self, path: &str, major: u32, minor: u32) -> Result<&mut Self> {
+    pub(crate) fn char_device(&mut self, path: &str, major: u32, minor: u32) -> Result<&mut Self> {
         let mut header = Self::header(EntryType::Char, 0o666, 0);
         header.set_device_major(major)?;
         header.set_device_minor(minor)?;
@@ -129,24 +139,24 @@ impl LayerTar {
     }
 
     /// Sets an extended attribute of the next entry.
-    pub fn xattr(&mut self, name: &str, value: &[u8]) -> Result<&mut Self> {
+    pub(crate) fn xattr(&mut self, name: &str, value: &[u8]) -> Result<&mut Self> {
         let key = format!("SCHILY.xattr.{name}");
         self.tar.append_pax_extensions([(key.as_str(), value)])?;
         Ok(self)
     }
 
     /// Adds a whiteout, which removes a path of the layers below.
-    pub fn whiteout(&mut self, dir: &str, name: &str) -> Result<&mut Self> {
+    pub(crate) fn whiteout(&mut self, dir: &str, name: &str) -> Result<&mut Self> {
         self.file(&format!("{dir}/.wh.{name}"), 0o644, b"")
     }
 
     /// Adds an opaque marker, which removes the content of this directory in the layers below.
-    pub fn opaque(&mut self, dir: &str) -> Result<&mut Self> {
+    pub(crate) fn opaque(&mut self, dir: &str) -> Result<&mut Self> {
         self.file(&format!("{dir}/.wh..wh..opq"), 0o644, b"")
     }
 
     /// Adds an entry whose name and link target are written verbatim. At most 100 bytes each.
-    pub fn raw(
+    pub(crate) fn raw(
         &mut self,
         kind: EntryType,
         name: &str,
@@ -163,13 +173,13 @@ impl LayerTar {
     }
 
     /// Sets PAX records of the next entry.
-    pub fn pax(&mut self, records: &[(String, Vec<u8>)]) -> Result {
+    pub(crate) fn pax(&mut self, records: &[(String, Vec<u8>)]) -> Result {
         let records = records.iter().map(|(k, v)| (k.as_str(), v.as_slice()));
         Ok(self.tar.append_pax_extensions(records)?)
     }
 
     /// Adds an entry with a name of any bytes and length.
-    pub fn bytes_file(
+    pub(crate) fn bytes_file(
         &mut self,
         kind: EntryType,
         path: &[u8],
@@ -181,7 +191,7 @@ impl LayerTar {
     }
 
     /// Adds a hard or symbolic link with names of any bytes and length.
-    pub fn bytes_link(&mut self, kind: EntryType, path: &[u8], target: &[u8]) -> Result {
+    pub(crate) fn bytes_link(&mut self, kind: EntryType, path: &[u8], target: &[u8]) -> Result {
         let mut header = Self::header(kind, 0o644, 0);
         Ok(self
             .tar
@@ -189,7 +199,7 @@ impl LayerTar {
     }
 
     /// Adds a device or FIFO with a name of any bytes and length.
-    pub fn bytes_device(
+    pub(crate) fn bytes_device(
         &mut self,
         kind: EntryType,
         path: &[u8],
@@ -205,7 +215,7 @@ impl LayerTar {
     }
 
     /// Ends the tar stream and compresses it.
-    pub fn finish(self, compression: Compression) -> Result<Layer> {
+    pub(crate) fn finish(self, compression: Compression) -> Result<Layer> {
         let tar = self.tar.into_inner()?;
         let diff_id = digest(&tar);
         let blob = match compression {

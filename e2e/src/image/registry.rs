@@ -13,7 +13,7 @@ use std::time::Duration;
 use tokio::process::{Child, Command};
 
 /// A listening registry; killed when dropped.
-pub struct Registry {
+pub(crate) struct Registry {
     /// `127.0.0.1:<port>`.
     pub host: String,
     /// CA of the TLS certificate.
@@ -27,7 +27,7 @@ const START_TIMEOUT: Duration = Duration::from_secs(20);
 
 impl Registry {
     /// Starts a registry on `port` with its storage below `dir`.
-    pub async fn start(program: &Path, dir: &Path, port: u16, tls: bool) -> Result<Self> {
+    pub(crate) async fn start(program: &Path, dir: &Path, port: u16, tls: bool) -> Result<Self> {
         let dir = dir.join(format!("registry-{port}"));
         std::fs::create_dir_all(&dir)?;
         let host = format!("127.0.0.1:{port}");
@@ -81,13 +81,13 @@ impl Registry {
     }
 
     /// Pushes an image as `name:tag`. Returns the manifest's digest.
-    pub async fn push(&self, name: &str, tag: &str, image: &Image) -> Result<String> {
+    pub(crate) async fn push(&self, name: &str, tag: &str, image: &Image) -> Result<String> {
         self.push_blobs(name, image).await?;
         self.put_manifest(name, tag, &image.manifest()?).await
     }
 
     /// Pushes an index whose first entry is an empty image of another architecture. Returns the index's digest.
-    pub async fn push_index(&self, name: &str, tag: &str, image: &Image) -> Result<String> {
+    pub(crate) async fn push_index(&self, name: &str, tag: &str, image: &Image) -> Result<String> {
         let foreign = Image {
             layers: Vec::new(),
             config: serde_json::json!({"Cmd": ["/not/for/this/machine"]}),
@@ -113,7 +113,7 @@ impl Registry {
     }
 
     /// Uploads a blob under its digest.
-    pub async fn put_blob(&self, name: &str, bytes: &[u8]) -> Result {
+    pub(crate) async fn put_blob(&self, name: &str, bytes: &[u8]) -> Result {
         let digest = digest(bytes);
         let there = self
             .client
@@ -138,14 +138,14 @@ impl Registry {
         let answer = self.client.put(url).body(bytes.to_vec()).send().await?;
         ensure!(
             answer.status().is_success(),
-            "pushing a blob of {name}: {}",
+            "failed to push a blob of {name}: {}",
             answer.status()
         );
         Ok(())
     }
 
     /// Uploads a manifest or index under a tag or digest. Returns its digest.
-    pub async fn put_manifest(
+    pub(crate) async fn put_manifest(
         &self,
         name: &str,
         reference: &str,
@@ -162,7 +162,7 @@ impl Registry {
         let text = answer.text().await.unwrap_or_default();
         ensure!(
             status.is_success(),
-            "pushing {name}:{reference}: {status} {text}"
+            "failed to push {name}:{reference}: {status} {text}"
         );
         Ok(digest(&manifest.bytes))
     }

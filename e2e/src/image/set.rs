@@ -10,7 +10,7 @@ use std::path::Path;
 
 /// References and digests of the pushed images.
 #[derive(Debug, Clone)]
-pub struct ImageSet {
+pub(crate) struct ImageSet {
     /// The busybox layer, for further images.
     pub busybox: Layer,
     /// `registry/base:1`; digest of its index in [`Self::base_digest`].
@@ -31,7 +31,7 @@ pub struct ImageSet {
 
 impl ImageSet {
     /// Builds and pushes the images.
-    pub async fn push(registry: &Registry, busybox_path: &Path) -> Result<Self> {
+    pub(crate) async fn push(registry: &Registry, busybox_path: &Path) -> Result<Self> {
         let busybox = busybox::layer(busybox_path, Compression::Gzip)?;
         let at = |name: &str| format!("{}/{name}:1", registry.host);
         let base = Image::new(

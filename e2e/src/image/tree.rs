@@ -14,17 +14,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use tar::EntryType;
 
 /// Directory of the image with the random tree.
-pub const TOP: &str = "tree";
+pub(crate) const TOP: &str = "tree";
 /// Number of entries that a layer adds or replaces.
 const ENTRIES: std::ops::Range<usize> = 10..40;
 /// Maximum length of a name on Linux file systems.
 const NAME_MAX: usize = 255;
 
 /// Entries by path relative to [`TOP`]; the top itself is "".
-pub type Model = BTreeMap<Vec<u8>, Entry>;
+pub(crate) type Model = BTreeMap<Vec<u8>, Entry>;
 
 /// Generates layers, lowest first, and the merged tree.
-pub fn random(seed: u64) -> Result<(Vec<Layer>, Model)> {
+pub(crate) fn random(seed: u64) -> Result<(Vec<Layer>, Model)> {
     let mut rng = StdRng::seed_from_u64(seed);
     let mut model = Model::new();
     let mut layers = Vec::new();
@@ -67,7 +67,7 @@ fn linked(mut model: Model) -> Model {
 }
 
 /// Compares the trees. The error lists the first few differences.
-pub fn compare(model: &Model, seen: &[Entry]) -> std::result::Result<(), String> {
+pub(crate) fn compare(model: &Model, seen: &[Entry]) -> std::result::Result<(), String> {
     let seen: BTreeMap<&str, &Entry> = seen.iter().map(|e| (e.path.as_str(), e)).collect();
     let wanted: BTreeMap<&str, &Entry> = model.values().map(|e| (e.path.as_str(), e)).collect();
     let all: BTreeSet<&str> = seen.keys().chain(wanted.keys()).copied().collect();
@@ -77,7 +77,7 @@ pub fn compare(model: &Model, seen: &[Entry]) -> std::result::Result<(), String>
         .map(|path| {
             let name = hex::decode(path).unwrap_or_default();
             format!(
-                "{:?}: the guest sees {:?}, and the model has {:?}",
+                "{:?}: the guest has {:?}, the model has {:?}",
                 String::from_utf8_lossy(&name),
                 seen.get(path),
                 wanted.get(path)

@@ -4,8 +4,8 @@
 //! Implements SPDY itself (`spdy`) and WebSocket with tungstenite (`websocket`), and shares no code with the product.
 //! `cases/streaming.rs` makes the assertions.
 
-pub mod spdy;
-pub mod websocket;
+pub(crate) mod spdy;
+pub(crate) mod websocket;
 
 use crate::failure::Result;
 use crate::{bail, ensure};
@@ -17,11 +17,11 @@ use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 
 /// Time limit for one message of the server, generous for a busy machine.
-pub const MESSAGE_TIMEOUT: Duration = Duration::from_secs(60);
+pub(crate) const MESSAGE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Transport of a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Transport {
+pub(crate) enum Transport {
     Spdy,
     /// WebSocket with version 5 of the channel protocol.
     WebSocket,
@@ -29,14 +29,14 @@ pub enum Transport {
 
 /// Streams of a session by their Kubernetes names.
 #[derive(Debug, Clone, Copy)]
-pub struct Streams {
+pub(crate) struct Streams {
     pub stdin: bool,
     pub stderr: bool,
     pub tty: bool,
 }
 
 /// An exec or attach session.
-pub struct Session {
+pub(crate) struct Session {
     incoming: HashMap<&'static str, mpsc::UnboundedReceiver<Bytes>>,
     wire: Wire,
 }
@@ -51,7 +51,7 @@ enum Wire {
 
 impl Session {
     /// Connects to the URL of an Exec or Attach response. Stdout is always requested.
-    pub async fn open(url: &str, transport: Transport, streams: Streams) -> Result<Self> {
+    pub(crate) async fn open(url: &str, transport: Transport, streams: Streams) -> Result<Self> {
         let mut names = vec!["error"];
         for (name, wanted) in [
             ("stdin", streams.stdin),
@@ -86,7 +86,7 @@ impl Session {
     }
 
     /// Sends bytes on a stream.
-    pub async fn send(&mut self, name: &str, data: &[u8]) -> Result {
+    pub(crate) async fn send(&mut self, name: &str, data: &[u8]) -> Result {
         match &mut self.wire {
             Wire::Spdy { client, ids } => client.send(ids[name], data, false).await,
             Wire::WebSocket(channels) => channels.send(name, data).await,
@@ -94,7 +94,7 @@ impl Session {
     }
 
     /// Half-closes a stream.
-    pub async fn close(&mut self, name: &str) -> Result {
+    pub(crate) async fn close(&mut self, name: &str) -> Result {
         match &mut self.wire {
             Wire::Spdy { client, ids } => client.send(ids[name], b"", true).await,
             Wire::WebSocket(channels) => channels.close(name).await,
@@ -102,13 +102,13 @@ impl Session {
     }
 
     /// Sends the terminal size.
-    pub async fn resize(&mut self, width: u16, height: u16) -> Result {
+    pub(crate) async fn resize(&mut self, width: u16, height: u16) -> Result {
         let size = serde_json::json!({ "Width": width, "Height": height }).to_string();
         self.send("resize", size.as_bytes()).await
     }
 
     /// Sends the terminal size and waits until a command that answers each line with `stty size` reports it.
-    pub async fn resize_and_see(&mut self, width: u16, height: u16) -> Result {
+    pub(crate) async fn resize_and_see(&mut self, width: u16, height: u16) -> Result {
         self.resize(width, height).await?;
         let size = format!("{height} {width}");
         let mut seen = String::new();
@@ -125,7 +125,7 @@ impl Session {
     }
 
     /// Returns the next bytes of a stream, or `None` at its end.
-    pub async fn next(&mut self, name: &str) -> Result<Option<Bytes>> {
+    pub(crate) async fn next(&mut self, name: &str) -> Result<Option<Bytes>> {
         let Some(incoming) = self.incoming.get_mut(name) else {
             bail!("the session has no {name}");
         };
@@ -136,7 +136,7 @@ impl Session {
     }
 
     /// Reads a stream until it contains `text` and returns everything read.
-    pub async fn until(&mut self, name: &str, text: &str) -> Result<String> {
+    pub(crate) async fn until(&mut self, name: &str, text: &str) -> Result<String> {
         let mut read = Vec::new();
         let mut looked = 0;
         loop {
@@ -159,7 +159,7 @@ impl Session {
     }
 
     /// Returns the remaining bytes of a stream.
-    pub async fn rest(&mut self, name: &str) -> Result<Vec<u8>> {
+    pub(crate) async fn rest(&mut self, name: &str) -> Result<Vec<u8>> {
         let mut read = Vec::new();
         while let Some(bytes) = self.next(name).await? {
             read.extend_from_slice(&bytes);
@@ -168,7 +168,7 @@ impl Session {
     }
 
     /// Returns the exit code from the error stream.
-    pub async fn exit_code(&mut self) -> Result<i32> {
+    pub(crate) async fn exit_code(&mut self) -> Result<i32> {
         let status = self.status().await?;
         if status["status"] == "Success" {
             return Ok(0);
@@ -180,7 +180,7 @@ impl Session {
     }
 
     /// Returns the metav1.Status from the error stream.
-    pub async fn status(&mut self) -> Result<serde_json::Value> {
+    pub(crate) async fn status(&mut self) -> Result<serde_json::Value> {
         let bytes = self.rest("error").await?;
         ensure!(!bytes.is_empty(), "the error stream ended without a status");
         Ok(serde_json::from_slice(&bytes)?)
@@ -188,7 +188,7 @@ impl Session {
 }
 
 /// Upgrades a connection to SPDY. Returns it with the protocol that the server selected.
-pub async fn upgrade_spdy(url: &str, protocol: &str) -> Result<(TcpStream, String)> {
+pub(crate) async fn upgrade_spdy(url: &str, protocol: &str) -> Result<(TcpStream, String)> {
     let head = format!(
         "Connection: Upgrade\r\nUpgrade: SPDY/3.1\r\nX-Stream-Protocol-Version: {protocol}\r\n"
     );
@@ -206,7 +206,11 @@ pub async fn upgrade_spdy(url: &str, protocol: &str) -> Result<(TcpStream, Strin
 }
 
 /// Sends a request head to `url` and reads the response head. Returns the socket, positioned after both.
-pub async fn request(url: &str, method: &str, headers: &str) -> Result<(TcpStream, u16, String)> {
+pub(crate) async fn request(
+    url: &str,
+    method: &str,
+    headers: &str,
+) -> Result<(TcpStream, u16, String)> {
     let Some((host, path)) = url
         .strip_prefix("http://")
         .and_then(|rest| rest.split_once('/'))

@@ -13,13 +13,13 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 /// Transport of a connection.
-pub trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
+pub(crate) trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
 
 type Table = Arc<Mutex<HashMap<u32, mpsc::UnboundedSender<Bytes>>>>;
 
 /// A SPDY connection.
-pub struct Client {
+pub(crate) struct Client {
     sink: WriteHalf<Box<dyn Io>>,
     /// Read half until the reader starts.
     source: Option<ReadHalf<Box<dyn Io>>>,
@@ -30,7 +30,7 @@ pub struct Client {
 }
 
 /// An open stream.
-pub struct Stream {
+pub(crate) struct Stream {
     pub id: u32,
     /// Incoming bytes; ends with the server's half-close, its reset, or the connection.
     pub incoming: mpsc::UnboundedReceiver<Bytes>,
@@ -38,7 +38,7 @@ pub struct Stream {
 
 impl Client {
     /// Creates a client on an upgraded connection. A task reads from it.
-    pub fn new(socket: impl Io + 'static) -> Self {
+    pub(crate) fn new(socket: impl Io + 'static) -> Self {
         let mut client = Self::never_reading(socket);
         if let Some(source) = client.source.take() {
             client.reading = Some(tokio::spawn(read(source, client.streams.clone())));
@@ -47,7 +47,7 @@ impl Client {
     }
 
     /// Creates a client that never reads: the slowest possible client.
-    pub fn never_reading(socket: impl Io + 'static) -> Self {
+    pub(crate) fn never_reading(socket: impl Io + 'static) -> Self {
         let (source, sink) = tokio::io::split(Box::new(socket) as Box<dyn Io>);
         Self {
             sink,
@@ -60,7 +60,7 @@ impl Client {
     }
 
     /// Opens a stream with these headers; names are in lower case.
-    pub async fn open(&mut self, headers: &[(&str, &str)]) -> Result<Stream> {
+    pub(crate) async fn open(&mut self, headers: &[(&str, &str)]) -> Result<Stream> {
         let id = self.next;
         self.next += 2;
         let (sender, incoming) = mpsc::unbounded_channel();
@@ -73,7 +73,7 @@ impl Client {
     }
 
     /// Sends bytes on a stream; `fin` half-closes it.
-    pub async fn send(&mut self, id: u32, data: &[u8], fin: bool) -> Result {
+    pub(crate) async fn send(&mut self, id: u32, data: &[u8], fin: bool) -> Result {
         let mut pieces = data.chunks(32 << 10).peekable();
         while let Some(piece) = pieces.next() {
             let last = fin && pieces.peek().is_none();

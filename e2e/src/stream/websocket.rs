@@ -21,7 +21,7 @@ const NAMES: [&str; 5] = ["stdin", "stdout", "stderr", "error", "resize"];
 type Socket = WebSocketStream<TcpStream>;
 
 /// Connects with one subprotocol, which the server must select.
-pub async fn connect(url: &str, subprotocol: &str) -> Result<Socket> {
+pub(crate) async fn connect(url: &str, subprotocol: &str) -> Result<Socket> {
     let mut request = url.replacen("http://", "ws://", 1).into_client_request()?;
     request.headers_mut().insert(
         "Sec-WebSocket-Protocol",
@@ -40,14 +40,14 @@ pub async fn connect(url: &str, subprotocol: &str) -> Result<Socket> {
 }
 
 /// Sending half of a session.
-pub struct Channels {
+pub(crate) struct Channels {
     sink: SplitSink<Socket, Message>,
     reading: JoinHandle<()>,
 }
 
 impl Channels {
     /// Sends bytes on a channel.
-    pub async fn send(&mut self, name: &str, data: &[u8]) -> Result {
+    pub(crate) async fn send(&mut self, name: &str, data: &[u8]) -> Result {
         for piece in data.chunks(32 << 10) {
             let message = [&[number(name)?], piece].concat();
             self.sink.send(Message::Binary(message.into())).await?;
@@ -56,7 +56,7 @@ impl Channels {
     }
 
     /// Half-closes a channel.
-    pub async fn close(&mut self, name: &str) -> Result {
+    pub(crate) async fn close(&mut self, name: &str) -> Result {
         let message = vec![255, number(name)?];
         Ok(self.sink.send(Message::Binary(message.into())).await?)
     }
@@ -78,7 +78,7 @@ fn number(name: &str) -> Result<u8> {
 type Incoming = HashMap<&'static str, mpsc::UnboundedReceiver<Bytes>>;
 
 /// Opens a session with these channels.
-pub async fn open(url: &str, names: &[&'static str]) -> Result<(Channels, Incoming)> {
+pub(crate) async fn open(url: &str, names: &[&'static str]) -> Result<(Channels, Incoming)> {
     let (sink, mut source) = connect(url, "v5.channel.k8s.io").await?.split();
     let (mut senders, mut incoming) = (HashMap::new(), HashMap::new());
     for &name in names {
@@ -100,7 +100,7 @@ pub async fn open(url: &str, names: &[&'static str]) -> Result<(Channels, Incomi
 }
 
 /// Opens a byte stream through a WebSocket, for SPDY in binary messages.
-pub async fn tunnel(url: &str, subprotocol: &str) -> Result<DuplexStream> {
+pub(crate) async fn tunnel(url: &str, subprotocol: &str) -> Result<DuplexStream> {
     let (mut sink, mut source) = connect(url, subprotocol).await?.split();
     let (near, far) = tokio::io::duplex(64 << 10);
     let (mut from, mut to) = tokio::io::split(far);

@@ -7,7 +7,7 @@ mod property;
 mod reader;
 
 use std::collections::BTreeMap;
-use std::io::Cursor;
+use std::io::{Cursor, ErrorKind, Write};
 use std::process::Command;
 
 use super::*;
@@ -42,11 +42,18 @@ fn tree(tar: &[u8]) -> BTreeMap<Vec<u8>, Found> {
 
 /// Checks that fsck.erofs of erofs-utils (1.5 or later) reads all data without an error.
 fn fsck(image: &Path) {
-    let out = Command::new("fsck.erofs")
+    let result = Command::new("fsck.erofs")
         .arg("--extract")
         .arg(image)
-        .output()
-        .expect("erofs-utils is installed");
+        .output();
+    let out = match result {
+        // `make unit` requires erofs-utils, plain `cargo test` does not. Written directly, since libtest captures macros.
+        Err(error) if !cfg!(feature = "root-tests") && error.kind() == ErrorKind::NotFound => {
+            let _ = std::io::stderr().write_all(b"skipped: fsck.erofs not found\n");
+            return;
+        }
+        result => result.expect("failed to run fsck.erofs"),
+    };
     let said =
         String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
     assert!(

@@ -176,6 +176,7 @@ impl Drop for TlsRegistry {
 }
 
 #[tokio::test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs docker-registry")]
 async fn tls_by_the_hosts_own_root_or_without_any_check() {
     use crate::images::ImageErrorKind;
     use crate::images::reference::Reference;
