@@ -20,6 +20,9 @@ pub enum SystemError {
         #[source]
         source: nix::Error,
     },
+    /// The kernel's caches could not be dropped.
+    #[error("failed to drop caches")]
+    DropCaches(#[source] io::Error),
     /// The entropy could not be added.
     #[error("failed to add entropy")]
     Entropy(#[source] io::Error),
@@ -64,6 +67,17 @@ pub fn set_time(unix_ns: i64) -> Result<(), SystemError> {
     );
     clock_settime(ClockId::CLOCK_REALTIME, time)
         .map_err(|source| SystemError::Clock { unix_ns, source })
+}
+
+/// Drops unused inodes and directory entries, with `pages` also cached pages. Takes up to seconds with large caches.
+pub async fn drop_caches(pages: bool) -> Result<(), SystemError> {
+    let kinds = if pages { "3" } else { "2" };
+    let write = move || std::fs::write("/proc/sys/vm/drop_caches", kinds);
+    let written = tokio::task::spawn_blocking(write).await;
+    written
+        .map_err(io::Error::other)
+        .and_then(|written| written)
+        .map_err(SystemError::DropCaches)
 }
 
 /// Maximum number of bytes of entropy taken from one request.

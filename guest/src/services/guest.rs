@@ -8,10 +8,10 @@ use crate::storage::pod;
 use crate::{network, system};
 use boxlite_proto::boxlite::v1::guest_server::Guest;
 use boxlite_proto::boxlite::v1::{
-    ErrorKind, GuestInitRequest, GuestInitResponse, GuestStatsRequest, GuestStatsResponse,
-    HostPortsRequest, HostPortsResponse, PingRequest, PingResponse, PortForwardRequest,
-    PortForwardResponse, SetTimeRequest, SetTimeResponse, ShutdownRequest, ShutdownResponse,
-    UpdatePodRequest, UpdatePodResponse,
+    DropCachesRequest, DropCachesResponse, ErrorKind, GuestInitRequest, GuestInitResponse,
+    GuestStatsRequest, GuestStatsResponse, HostPortsRequest, HostPortsResponse, PingRequest,
+    PingResponse, PortForwardRequest, PortForwardResponse, SetTimeRequest, SetTimeResponse,
+    ShutdownRequest, ShutdownResponse, UpdatePodRequest, UpdatePodResponse,
 };
 use std::pin::Pin;
 use std::sync::Arc;
@@ -181,6 +181,14 @@ impl Guest for GuestService {
     ) -> Result<Response<SetTimeResponse>, Status> {
         system::set_time(request.into_inner().time_unix_ns)?;
         Ok(Response::new(SetTimeResponse {}))
+    }
+
+    async fn drop_caches(
+        &self,
+        request: Request<DropCachesRequest>,
+    ) -> Result<Response<DropCachesResponse>, Status> {
+        system::drop_caches(request.into_inner().pages).await?;
+        Ok(Response::new(DropCachesResponse {}))
     }
 
     type PortForwardStream =

@@ -96,6 +96,7 @@ impl From<SystemError> for Status {
             SystemError::Sysctl { name, .. } => (ErrorKind::InvalidArgument, name.clone()),
             SystemError::Hostname { name, .. } => (ErrorKind::InvalidArgument, name.clone()),
             SystemError::Clock { .. } => (ErrorKind::Internal, "clock".to_owned()),
+            SystemError::DropCaches(_) => (ErrorKind::Internal, "caches".to_owned()),
             SystemError::Entropy(_) => (ErrorKind::Internal, "entropy".to_owned()),
         };
         from_error(kind, &subject, &error)

@@ -4,9 +4,9 @@ use super::{QUICK_LIMIT, WORK_LIMIT, unary};
 use crate::error::PortalError;
 use boxlite_proto::boxlite::v1::guest_client::GuestClient;
 use boxlite_proto::boxlite::v1::{
-    GuestInitRequest, GuestInitResponse, GuestStatsRequest, GuestStatsResponse, HostPortsRequest,
-    HostPortsResponse, PingRequest, PingResponse, PortForwardRequest, PortForwardResponse,
-    SetTimeRequest, ShutdownRequest, UpdatePodRequest,
+    DropCachesRequest, GuestInitRequest, GuestInitResponse, GuestStatsRequest, GuestStatsResponse,
+    HostPortsRequest, HostPortsResponse, PingRequest, PingResponse, PortForwardRequest,
+    PortForwardResponse, SetTimeRequest, ShutdownRequest, UpdatePodRequest,
 };
 use boxlite_proto::names;
 use bytes::Bytes;
@@ -113,6 +113,22 @@ impl GuestInterface {
             "Guest.SetTime",
             QUICK_LIMIT,
             self.client.clone().set_time(request),
+        )
+        .await?;
+        Ok(())
+    }
+
+    /// Makes the guest's kernel drop unused inodes, with `pages` also cached pages, so that the file server of the share closes
+    /// their descriptors.
+    ///
+    /// # Errors
+    /// Every kind of [`PortalError`].
+    pub async fn drop_caches(&self, pages: bool) -> Result<(), PortalError> {
+        let request = DropCachesRequest { pages };
+        unary(
+            "Guest.DropCaches",
+            WORK_LIMIT,
+            self.client.clone().drop_caches(request),
         )
         .await?;
         Ok(())

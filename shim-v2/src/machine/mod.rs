@@ -20,6 +20,7 @@ use crate::record::{RECORD_FILE, Record, write_whole};
 use crate::sandbox::machine::{Booted, Machine};
 use crate::sandbox::options::Plan;
 use crate::share::PodShare;
+use crate::share::file_server::FileServerWatch;
 use crate::share::host_namespace::HostNamespace;
 use crate::time;
 use crate::vmm::{ReadySocket, Supervisor, VmmChild};
@@ -217,6 +218,7 @@ impl Machine for VmMachine {
         let mounter = HostMounter::new(self.mounts.clone(), share.directory(), id);
         Ok(Booted {
             mounter: Some(mounter),
+            file_server: Some(FileServerWatch::new(child.pid(), &session)),
             pid: child.pid().unsigned_abs(),
             session,
             share: Arc::new(VmShare(share)),

@@ -269,6 +269,9 @@ impl Driver {
         if let Some(ports) = booted.host_ports {
             self.context.tasks.spawn(ports.run(guest.ended.clone()));
         }
+        if let Some(watch) = booted.file_server {
+            self.context.tasks.spawn(watch.run(guest.ended.clone()));
+        }
         if let Some(mounter) = booted.mounter {
             let volumes = self.containers.export_volumes().clone();
             let exporter = MountExporter::new(&guest.session, mounter, volumes);

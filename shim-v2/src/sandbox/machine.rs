@@ -8,6 +8,7 @@ use crate::mount_export::host_mounter::HostMounter;
 use crate::net::host::HostPorts;
 use crate::pod::Share;
 use crate::pod::undo::Undo;
+use crate::share::file_server::FileServerWatch;
 use async_trait::async_trait;
 use boxlite_portal::GuestSession;
 use std::path::Path;
@@ -29,6 +30,8 @@ pub struct Booted {
     pub host_ports: Option<HostPorts>,
     /// Mounts the guest's exported mounts on the host.
     pub mounter: Option<HostMounter>,
+    /// Keeps the file server below its limit of open files; run by the driver.
+    pub file_server: Option<FileServerWatch>,
     /// Facts for SandboxStatus(verbose).
     pub info: Vec<(String, String)>,
 }

@@ -8,6 +8,7 @@
 //! resolved below the share without following links. All calls block; keep them off the async runtime.
 
 mod beneath;
+pub mod file_server;
 pub mod host_namespace;
 pub mod idmap;
 mod long_overlay;
