@@ -31,6 +31,7 @@ const UNSAFE: &[&str] = &[
     "shim-v2/src/vmm/krun/ffi.rs",
     "shim-v2/src/vmm/krunfw.rs",
     "shim-v2/src/vmm/qemu/resources.rs",
+    "sys/src/descriptors.rs",
     "sys/src/mount_attributes.rs",
 ];
 

@@ -2,6 +2,7 @@
 //!
 //! Contains no wire types (those are in `boxlite-proto`), no policy and no knowledge of a VMM.
 
+pub mod descriptors;
 pub mod fuse;
 pub mod idmap;
 pub mod mount_attributes;

@@ -4,15 +4,16 @@
 //! the VMM opens its tap. Called once, in a single-threaded process.
 //!
 //! ```text
-//! enter_netns → Vmm::create (sees the host) → close: namespaces → root → pivot_root → capabilities, no_new_privs
+//! enter_netns → Vmm::create (sees the host) → close: namespaces → root → pivot_root → capabilities, no_new_privs, seccomp
 //! ```
 
 mod host_files;
 mod privileges;
 mod root;
+mod seccomp;
 
 pub use host_files::HostFiles;
-pub use privileges::{drop_all_capabilities, raise_file_limit};
+pub use privileges::{drop_all_capabilities, forbid_core_dumps, raise_file_limit};
 
 use nix::sched::{CloneFlags, setns, unshare};
 use std::path::{Path, PathBuf};
@@ -38,6 +39,9 @@ pub enum JailError {
     /// Capabilities could not be changed.
     #[error("failed to reduce capabilities")]
     Capabilities(#[source] caps::errors::CapsError),
+    /// The system call filter could not be installed.
+    #[error("failed to install the system call filter")]
+    Seccomp(#[source] seccompiler::Error),
 }
 
 fn at_path<E: Into<std::io::Error>>(
@@ -65,7 +69,8 @@ pub fn enter_netns(path: &Path) -> Result<(), JailError> {
 }
 
 /// Enters the jail: afterwards this process sees `files` under their own names and nothing else of the host, its working
-/// directory is `files.work_dir`, and it holds only the capabilities of a file server.
+/// directory is `files.work_dir`, it holds only the capabilities of a file
+/// server, and a system call filter is in force.
 ///
 /// # Errors
 /// The failed step. The process is in an undefined state then and must exit.
@@ -73,5 +78,6 @@ pub fn close(files: &HostFiles) -> Result<(), JailError> {
     let namespaces = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS;
     unshare(namespaces).map_err(system("unshare namespaces"))?;
     root::enter(files)?;
-    privileges::reduce()
+    privileges::reduce()?;
+    seccomp::install()
 }

@@ -56,10 +56,12 @@ fn report(error: &(dyn std::error::Error + 'static)) {
 }
 
 fn start(factory: &VmmFactory) -> Result<Infallible, Failure> {
+    boxlite_sys::descriptors::close_inherited().step("close inherited descriptors")?;
     // Set before the spec is read: if the shim died earlier, the pipe is closed; if it dies later, the signal arrives.
     set_pdeathsig(Signal::SIGKILL).step("set the parent-death signal")?;
     let spec = read_spec()?;
     jail::raise_file_limit();
+    jail::forbid_core_dumps().map_err(Failure::Jail)?;
     if let Some(netns) = &spec.netns {
         jail::enter_netns(netns).map_err(Failure::Jail)?;
     }

@@ -5,6 +5,7 @@ use boxlite_proto::boxlite::v1::{AttachRequest, ContainerInitRequest, Rootfs};
 use boxlite_proto::vmm::{Disk, VmmKind};
 use boxlite_shim_v2::vmm::BootError;
 use futures::StreamExt;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use std::fs;
 use std::future::Future;
@@ -214,7 +215,12 @@ async fn run_container(running: &Running, directory: &str, args: &[&str]) -> Res
 
 /// View and privileges of the processes of a VM.
 async fn jail(kind: VmmKind) -> Result<String> {
-    let running = Bench::new(&kind)?.boot().await?;
+    let bench = Bench::new(&kind)?;
+    let leak = bench.file("leak", b"")?;
+    let inherited = fs::File::open(&leak)?;
+    fcntl(&inherited, FcntlArg::F_SETFD(FdFlag::empty()))?;
+    let running = bench.boot().await?;
+    drop(inherited);
     let pid = running.child.pid();
     let root = format!("/proc/{pid}/root");
     for hidden in [
@@ -237,12 +243,13 @@ async fn jail(kind: VmmKind) -> Result<String> {
     check(written.is_err(), || {
         "the jail's root is writable".to_owned()
     })?;
-    let mut children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
-    children.push_str(&format!(" {pid}"));
-    let mut processes = 0;
-    for process in children.split_ascii_whitespace() {
-        check_privileges(process)?;
-        processes += 1;
+    let mut processes = vec![pid.to_string()];
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+    processes.extend(children.split_ascii_whitespace().map(str::to_owned));
+    let mut notes = Vec::new();
+    for process in &processes {
+        notes.push(check_privileges(process, &kind)?);
+        check_descriptors(process, &leak)?;
     }
     for namespace in ["mnt", "pid", "ipc", "uts"] {
         let of = |process: &str| fs::read_link(format!("/proc/{process}/ns/{namespace}"));
@@ -250,10 +257,11 @@ async fn jail(kind: VmmKind) -> Result<String> {
             format!("it shares our {namespace} namespace")
         })?;
     }
-    Ok(format!("{processes} processes"))
+    Ok(notes.join("; "))
 }
 
-fn check_privileges(process: &str) -> Result<()> {
+/// Checks one process and returns its line of the table in docs/security.md.
+fn check_privileges(process: &str, kind: &VmmKind) -> Result<String> {
     /// CAP_SYS_ADMIN, SYS_PTRACE, SYS_MODULE, SYS_RAWIO, NET_ADMIN, MKNOD, DAC_READ_SEARCH.
     const FORBIDDEN: u64 = 1 << 21 | 1 << 19 | 1 << 16 | 1 << 17 | 1 << 12 | 1 << 27 | 1 << 2;
     let status = fs::read_to_string(format!("/proc/{process}/status"))?;
@@ -273,9 +281,46 @@ fn check_privileges(process: &str) -> Result<()> {
             format!("{} has {set} {held:x}", field("Name:"))
         })?;
     }
+    let name = field("Name:");
     check(field("NoNewPrivs:") == "1", || {
-        format!("{} may gain privileges", field("Name:"))
-    })
+        format!("{name} may gain privileges")
+    })?;
+    // libkrun serves files itself.
+    let serves_files = name == "virtiofsd" || *kind == VmmKind::Krun;
+    let held = field("CapEff:");
+    check(serves_files || u64::from_str_radix(&held, 16)? == 0, || {
+        format!("{name} has capabilities {held}")
+    })?;
+    for thread in fs::read_dir(format!("/proc/{process}/task"))? {
+        let status = fs::read_to_string(thread?.path().join("status"))?;
+        check(status.contains("Seccomp:\t2"), || {
+            format!("a thread of {name} has no system call filter")
+        })?;
+    }
+    let limits = fs::read_to_string(format!("/proc/{process}/limits"))?;
+    let core = limits
+        .lines()
+        .find_map(|l| l.strip_prefix("Max core file size"));
+    let core = core.unwrap_or_default().split_ascii_whitespace();
+    check(core.take(2).eq(["0", "0"]), || {
+        format!("{name} may dump core")
+    })?;
+    let (uid, filters) = (field("Uid:"), field("Seccomp_filters:"));
+    Ok(format!(
+        "{name} uid {uid} caps {held} seccomp 2 ({filters} filters) no_new_privs 1"
+    ))
+}
+
+/// Checks that a process did not inherit a file of ours.
+fn check_descriptors(process: &str, leak: &Path) -> Result<()> {
+    for entry in fs::read_dir(format!("/proc/{process}/fd"))? {
+        let entry = entry?;
+        let target = fs::read_link(entry.path()).unwrap_or_default();
+        check(target != leak, || {
+            format!("{process} has our descriptor {:?}", entry.file_name())
+        })?;
+    }
+    Ok(())
 }
 
 async fn shutdown(kind: VmmKind) -> Result<String> {

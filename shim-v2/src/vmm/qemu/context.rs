@@ -61,7 +61,8 @@ pub(super) fn create(spec: &InstanceSpec) -> BoxliteResult<Context> {
     // acpi=off with rtc, pit and pic is the only set of timers that neither hangs nor waits two seconds (measured).
     context.option(
         "-M",
-        "microvm,acpi=off,rtc=on,pit=on,pic=on,isa-serial=off,memory-backend=mem",
+        "microvm,acpi=off,rtc=on,pit=on,pic=on,isa-serial=off,memory-backend=mem,\
+         dump-guest-core=off",
     );
     match spec.acceleration {
         // With a thread per CPU, guests with two CPUs occasionally panic at boot when the kernel patches its own text.

@@ -69,14 +69,14 @@ impl VmmInstanceImpl for QemuInstance {
         let files = &self.spec.installation;
         let socket = self.context.vsock_socket.as_str();
         let _virtiofsd = self.start_virtiofsd()?;
+        // Only the file server needs any.
+        jail::drop_all_capabilities().step("drop capabilities")?;
         let mut vsock = start(
             "vhost-device-vsock",
             &files.vhost_device_vsock,
             &vsock::device_args(socket),
         )?;
         wait_listening(&mut vsock, socket)?;
-        // QEMU and this process need none from here on.
-        jail::drop_all_capabilities().step("drop capabilities")?;
         let mut args = self.context.args.clone();
         args.extend(["-append".to_owned(), self.context.kernel_words.join(" ")]);
         for tap in &self.context.taps {

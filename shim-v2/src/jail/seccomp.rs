@@ -1,0 +1,172 @@
+//! The jail's system call filter: refuses calls by which a compromised VMM could leave the jail or attack the host's kernel.
+//!
+//! It applies to the vmm child and, by inheritance, to every thread and helper: libkrun, QEMU, virtiofsd and
+//! vhost-device-vsock. QEMU and virtiofsd add their own filters to it. A refused call fails with EPERM instead of ending the
+//! process, because programs and libraries probe for some of them.
+
+use super::JailError;
+use nix::libc;
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule,
+};
+use std::collections::BTreeMap;
+
+/// Calls that no VMM or helper needs once it is configured.
+const REFUSED: &[libc::c_long] = &[
+    // Mounts and roots. The jail is complete.
+    libc::SYS_mount,
+    libc::SYS_umount2,
+    libc::SYS_pivot_root,
+    libc::SYS_chroot,
+    libc::SYS_open_tree,
+    libc::SYS_move_mount,
+    libc::SYS_fsopen,
+    libc::SYS_fsconfig,
+    libc::SYS_fsmount,
+    libc::SYS_fspick,
+    libc::SYS_mount_setattr,
+    libc::SYS_swapon,
+    libc::SYS_swapoff,
+    libc::SYS_quotactl,
+    // Files outside of the mount namespace.
+    libc::SYS_open_by_handle_at,
+    libc::SYS_setns,
+    // Other processes.
+    libc::SYS_ptrace,
+    libc::SYS_process_vm_readv,
+    libc::SYS_process_vm_writev,
+    libc::SYS_pidfd_getfd,
+    libc::SYS_kcmp,
+    // The kernel itself.
+    libc::SYS_bpf,
+    libc::SYS_perf_event_open,
+    libc::SYS_userfaultfd,
+    libc::SYS_io_uring_setup,
+    libc::SYS_io_uring_enter,
+    libc::SYS_io_uring_register,
+    libc::SYS_init_module,
+    libc::SYS_finit_module,
+    libc::SYS_delete_module,
+    libc::SYS_kexec_load,
+    libc::SYS_kexec_file_load,
+    libc::SYS_reboot,
+    libc::SYS_syslog,
+    libc::SYS_acct,
+    libc::SYS_iopl,
+    libc::SYS_ioperm,
+    libc::SYS_modify_ldt,
+    libc::SYS_fanotify_init,
+    libc::SYS_add_key,
+    libc::SYS_request_key,
+    libc::SYS_keyctl,
+    libc::SYS_uselib,
+    libc::SYS_vhangup,
+    libc::SYS_sethostname,
+    libc::SYS_setdomainname,
+    libc::SYS_settimeofday,
+    libc::SYS_clock_settime,
+    libc::SYS_adjtimex,
+    libc::SYS_clock_adjtime,
+];
+
+/// Flags of clone(2) and unshare(2) that create namespaces. Threads and CLONE_FS remain allowed: virtiofsd's threads have
+/// their own umask.
+const NAMESPACES: [libc::c_int; 7] = [
+    libc::CLONE_NEWNS,
+    libc::CLONE_NEWUTS,
+    libc::CLONE_NEWIPC,
+    libc::CLONE_NEWUSER,
+    libc::CLONE_NEWPID,
+    libc::CLONE_NEWNET,
+    libc::CLONE_NEWCGROUP,
+];
+
+/// Installs the filter for the calling thread and its future children. no_new_privs must be set.
+///
+/// # Errors
+/// The kernel refused the filter.
+pub(super) fn install() -> Result<(), JailError> {
+    let filters = [refused(), without_clone3()];
+    for filter in filters {
+        let program = filter
+            .and_then(BpfProgram::try_from)
+            .map_err(seccompiler::Error::Backend)
+            .map_err(JailError::Seccomp)?;
+        seccompiler::apply_filter(&program).map_err(JailError::Seccomp)?;
+    }
+    Ok(())
+}
+
+fn refused() -> Result<SeccompFilter, seccompiler::BackendError> {
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
+        REFUSED.iter().map(|call| (*call, Vec::new())).collect();
+    for call in [libc::SYS_clone, libc::SYS_unshare] {
+        let flags = NAMESPACES.iter().map(|flag| {
+            let flag = u64::from(flag.cast_unsigned());
+            let set = SeccompCmpOp::MaskedEq(flag);
+            let condition = SeccompCondition::new(0, SeccompCmpArgLen::Qword, set, flag)?;
+            SeccompRule::new(vec![condition])
+        });
+        rules.insert(call, flags.collect::<Result<_, _>>()?);
+    }
+    filter(rules, libc::EPERM)
+}
+
+/// The flags of clone3 are in memory, out of a filter's sight. Without it the C library uses clone.
+fn without_clone3() -> Result<SeccompFilter, seccompiler::BackendError> {
+    filter(
+        BTreeMap::from([(libc::SYS_clone3, Vec::new())]),
+        libc::ENOSYS,
+    )
+}
+
+fn filter(
+    rules: BTreeMap<i64, Vec<SeccompRule>>,
+    errno: libc::c_int,
+) -> Result<SeccompFilter, seccompiler::BackendError> {
+    let refuse = SeccompAction::Errno(errno.cast_unsigned());
+    SeccompFilter::new(
+        rules,
+        SeccompAction::Allow,
+        refuse,
+        std::env::consts::ARCH.try_into()?,
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::errno::Errno;
+    use nix::mount::{MsFlags, mount};
+    use nix::sched::{CloneFlags, setns, unshare};
+    use nix::sys::prctl::set_no_new_privs;
+
+    /// On a thread of its own, which takes the filter along when it ends.
+    #[test]
+    fn install_refuses_canary_calls_and_allows_ordinary_ones() {
+        let thread = std::thread::spawn(|| {
+            set_no_new_privs().expect("no_new_privs");
+            install().expect("installed");
+            let none = None::<&str>;
+            let mounted = mount(none, "/", none, MsFlags::MS_PRIVATE, none);
+            assert_eq!(mounted, Err(Errno::EPERM));
+            for namespace in [CloneFlags::CLONE_NEWUSER, CloneFlags::CLONE_NEWNS] {
+                assert_eq!(unshare(namespace), Err(Errno::EPERM));
+            }
+            assert_eq!(nix::unistd::chroot("/"), Err(Errno::EPERM));
+            let namespace = std::fs::File::open("/proc/self/ns/uts").expect("a namespace");
+            let entered = setns(namespace, CloneFlags::CLONE_NEWUTS);
+            assert_eq!(entered, Err(Errno::EPERM));
+            // What VMMs and helpers do.
+            unshare(CloneFlags::CLONE_FS).expect("own umask");
+            let child = std::thread::spawn(|| std::fs::read("/proc/self/status"));
+            child.join().expect("a thread").expect("a file");
+            let status = std::fs::read_to_string("/proc/thread-self/status").expect("status");
+            assert!(status.contains("Seccomp:\t2"), "{status}");
+            let ran = std::process::Command::new("true").status();
+            assert!(ran.expect("a process").success());
+        });
+        thread.join().expect("the filtered thread");
+    }
+}
