@@ -70,6 +70,12 @@ impl wire::guest_server::Guest for FakeGuest {
     ) -> Result<Response<wire::SetTimeResponse>, Status> {
         not_here()
     }
+    async fn drop_caches(
+        &self,
+        _: Request<wire::DropCachesRequest>,
+    ) -> Result<Response<wire::DropCachesResponse>, Status> {
+        not_here()
+    }
     type HostPortsStream = Unused<wire::HostPortsResponse>;
     async fn host_ports(
         &self,
