@@ -1,8 +1,8 @@
-//! [`Connections`]: who is connected to the shim's socket, counted, so that its end can wait until the clients have gone.
+//! [`Connections`]: counts the connections to the shim's socket, so that the shim exits after its clients have disconnected.
 //!
-//! A Go client of ttrpc that reads an answer and the end of the connection at once takes either: containerd's
-//! RemovePodSandbox then fails with "ttrpc: closed" though ShutdownSandbox was answered. Who asked closes its end when it has
-//! read the answer; the daemon ends after that. Reads and writes nothing itself.
+//! A Go ttrpc client that receives a response and the end of the connection together may report either: containerd's
+//! RemovePodSandbox then fails with "ttrpc: closed" although ShutdownSandbox succeeded. A client closes its end after it has
+//! read the response, and the daemon exits after that.
 
 use containerd_shim_protos::ttrpc::asynchronous::transport::Listener;
 use std::io;
@@ -17,17 +17,17 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
-/// See the module.
+/// The open connections.
 #[derive(Default)]
 pub struct Connections {
     open: TaskTracker,
 }
 
 impl Connections {
-    /// The server's side of `listener`, every connection of which is counted.
+    /// Wraps `listener` so that its connections are counted.
     ///
     /// # Errors
-    /// A descriptor that cannot be polled.
+    /// The descriptor cannot be polled.
     pub fn listener(&self, listener: UnixListener) -> io::Result<Listener> {
         listener.set_nonblocking(true)?;
         let accepted = UnixListenerStream::new(tokio::net::UnixListener::from_std(listener)?);
@@ -40,14 +40,16 @@ impl Connections {
         })))
     }
 
-    /// Waits until every client has closed, at most `limit`; whether all have.
-    pub async fn left_by_clients(&self, limit: Duration) -> bool {
+    /// Waits until every client has disconnected. Returns false if that takes longer than `timeout`.
+    pub async fn wait_closed(&self, timeout: Duration) -> bool {
         self.open.close();
-        tokio::time::timeout(limit, self.open.wait()).await.is_ok()
+        tokio::time::timeout(timeout, self.open.wait())
+            .await
+            .is_ok()
     }
 }
 
-/// One connection.
+/// A counted connection.
 struct Counted {
     stream: UnixStream,
     _open: TaskTrackerToken,
@@ -99,7 +101,7 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     #[tokio::test]
-    async fn the_end_waits_for_clients_and_not_for_ever() {
+    async fn wait_closed_waits_for_clients_up_to_timeout() {
         const SHORT: Duration = Duration::from_millis(50);
         const LONG: Duration = Duration::from_secs(10);
         let dir = tempfile::tempdir().expect("tempdir");
@@ -108,7 +110,7 @@ mod tests {
         let mut listener = connections
             .listener(UnixListener::bind(&path).expect("binds"))
             .expect("listens");
-        assert!(connections.left_by_clients(SHORT).await, "nobody came");
+        assert!(connections.wait_closed(SHORT).await, "no client connected");
 
         let mut client = UnixStream::connect(&path).await.expect("connects");
         let mut served = listener.next().await.expect("one").expect("accepted");
@@ -121,10 +123,13 @@ mod tests {
         let mut answer = [0; 6];
         client.read_exact(&mut answer).await.expect("reads");
         assert_eq!(&answer, b"answer");
-        assert!(!connections.left_by_clients(SHORT).await, "it is there");
+        assert!(!connections.wait_closed(SHORT).await, "client is connected");
         client.write_all(b"bye").await.expect("writes");
         drop(client);
-        assert!(connections.left_by_clients(LONG).await, "it has gone");
+        assert!(
+            connections.wait_closed(LONG).await,
+            "client has disconnected"
+        );
         assert_eq!(server.await.expect("served"), b"bye");
     }
 }

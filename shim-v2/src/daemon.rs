@@ -1,19 +1,18 @@
-//! The daemon: one per pod, from the word `ok` to the end of its VM. Owns the runtime, the sockets and every task.
+//! The shim daemon: one process per pod, which owns the async runtime, the sockets and all tasks.
 //!
-//! Prepares the process while it is still single-threaded (session, mount namespace, limits), then serves. It outlives
-//! boxlite-cri and containerd; it ends when it is told to. SIGTERM is ignored, as other shims do: a node that shuts its
-//! services down must not kill its pods on the way. SIGINT and SIGPIPE are ignored too; a panic ends the process, and the
-//! kernel then ends the VM.
+//! Prepares the process while it is single-threaded (session, mount namespace, limits), then serves until Shutdown. It
+//! outlives boxlite-cri and containerd. Like other shims it ignores SIGTERM, so that stopping a node's services does not
+//! kill its pods; it ignores SIGINT and SIGHUP too. A panic aborts the process, and the kernel then kills the VM.
 
 use crate::connections::Connections;
-use crate::events::{Publisher, Way};
+use crate::events::{EventTransport, Publisher};
 use crate::machine::VmMachine;
 use crate::mount_export::host_mounter::{self, HostMounts};
 use crate::pod::Context;
-use crate::record::Record;
 use crate::sandbox::Sandbox;
-use crate::sandbox::options::Origin;
+use crate::sandbox::options::SandboxOwner;
 use crate::service::Service;
+use crate::shim_state::ShimState;
 use boxlite_sys::process::ProcessId;
 use boxlite_sys::report::Report;
 use containerd_shim::Flags;
@@ -29,32 +28,32 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-/// Threads of the runtime. The shim moves little besides logs; the VM has threads of its own.
-const WORKERS: usize = 2;
-/// After the answer to Shutdown: how long a containerd may take to close its connections. It does so when it has read the
-/// answer; a loaded node is slow.
-const CLIENTS_LIMIT: Duration = Duration::from_secs(3);
-/// After that: how long the server may take to send what is left and end its connections.
-const SERVER_LIMIT: Duration = Duration::from_secs(2);
-/// How long tasks may take to end after everything was told to.
-const TASKS_LIMIT: Duration = Duration::from_secs(5);
-/// How long the pod's cgroup may hold dying processes.
-const CGROUP_LIMIT: Duration = Duration::from_secs(5);
-/// Kept from the OOM killer as containerd keeps its shims.
-const OOM_SCORE: &str = "-998";
+/// Worker threads of the async runtime. The shim mostly copies logs; the VM runs in another process.
+const WORKER_THREADS: usize = 2;
+/// Timeout for containerd to close its connections after the response to Shutdown. It does so once it has read the
+/// response; a loaded node is slow.
+const CLIENT_CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
+/// Timeout for the server to send pending responses and close its connections.
+const SERVER_SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
+/// Timeout for all tasks to end.
+const TASK_SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
+/// Timeout for the pod's cgroup to become empty.
+const CGROUP_EMPTY_TIMEOUT: Duration = Duration::from_secs(5);
+/// OOM score adjustment, as containerd sets it for its shims.
+const OOM_SCORE_ADJ: &str = "-998";
 
-/// Why the daemon could not serve.
+/// Errors of the daemon before it serves.
 #[derive(Debug, thiserror::Error)]
 pub enum DaemonError {
-    /// A step of its preparation.
-    #[error("{step}")]
+    /// A failed step; `step` begins with a verb.
+    #[error("failed to {step}")]
     Step {
         step: &'static str,
         #[source]
         source: std::io::Error,
     },
-    /// The ttrpc server.
-    #[error("ttrpc server")]
+    /// The ttrpc server did not start.
+    #[error("failed to start the ttrpc server")]
     Server(#[source] ttrpc::Error),
 }
 
@@ -67,14 +66,14 @@ impl DaemonError {
     }
 }
 
-/// Serves until told to end. Says `ok` or what is wrong on standard output, once.
+/// Serves until Shutdown. Reports `ok` or an error on standard output, once.
 ///
 /// # Errors
-/// Any step before `ok`.
+/// A step before `ok` failed.
 pub fn serve(flags: &Flags) -> Result<(), DaemonError> {
     let result = prepare(flags).and_then(|prepared| {
         tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(WORKERS)
+            .worker_threads(WORKER_THREADS)
             .enable_all()
             .thread_name("shim")
             .build()
@@ -82,7 +81,7 @@ pub fn serve(flags: &Flags) -> Result<(), DaemonError> {
             .block_on(run(prepared))
     });
     if let Err(error) = &result {
-        // Whoever reads is `start`; without one the words are in the log by the caller.
+        // Read by `start`. If it is gone, the caller logs the error.
         drop(writeln!(std::io::stdout(), "{}", Report(error)));
     }
     result
@@ -94,11 +93,11 @@ struct Prepared {
     id: String,
     namespace: String,
     socket: PathBuf,
-    events: Way,
+    events: EventTransport,
     mounts: HostMounts,
 }
 
-/// What must be done before there are threads.
+/// Prepares the process while it is single-threaded.
 fn prepare(flags: &Flags) -> Result<Prepared, DaemonError> {
     let level = if flags.debug { "debug" } else { "info" };
     tracing_subscriber::fmt()
@@ -114,7 +113,7 @@ fn prepare(flags: &Flags) -> Result<Prepared, DaemonError> {
         .as_fd()
         .try_clone_to_owned()
         .map_err(DaemonError::step(
-            "take the listening socket from standard input",
+            "duplicate the listening socket from standard input",
         ))?;
     let listener = UnixListener::from(listener);
     listener
@@ -123,14 +122,14 @@ fn prepare(flags: &Flags) -> Result<Prepared, DaemonError> {
     let null = std::fs::File::open("/dev/null").map_err(DaemonError::step("open /dev/null"))?;
     nix::unistd::dup2_stdin(&null).map_err(DaemonError::step("close standard input"))?;
 
-    // A session of its own: no terminal's signals. Fails only where it leads a process group already.
+    // A new session receives no signals from a terminal. Fails only if this process leads a process group already.
     if let Err(error) = nix::unistd::setsid() {
-        tracing::debug!(%error, "no session of its own");
+        tracing::debug!(%error, "failed to create a session");
     }
     let mounts = crate::machine::enter_mount_namespace()
-        .map_err(DaemonError::step("make a mount namespace"))?;
-    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE) {
-        tracing::debug!(%error, "oom_score_adj stays");
+        .map_err(DaemonError::step("create a mount namespace"))?;
+    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ) {
+        tracing::debug!(%error, "failed to set oom_score_adj");
     }
     let bundle = std::env::current_dir().map_err(DaemonError::step("find the bundle"))?;
     Ok(Prepared {
@@ -139,7 +138,7 @@ fn prepare(flags: &Flags) -> Result<Prepared, DaemonError> {
         id: flags.id.clone(),
         namespace: flags.namespace.clone(),
         socket: PathBuf::from(&flags.socket),
-        events: Way::new(
+        events: EventTransport::new(
             &std::env::var("TTRPC_ADDRESS").unwrap_or_default(),
             &flags.publish_binary,
             &flags.address,
@@ -148,7 +147,7 @@ fn prepare(flags: &Flags) -> Result<Prepared, DaemonError> {
     })
 }
 
-/// A panic anywhere leaves a state nobody knows: the process ends, and with it the VM.
+/// Makes a panic in any thread abort the process, and with it the VM, since it leaves an unknown state.
 fn abort_on_panic() {
     let print = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
@@ -172,16 +171,16 @@ async fn run(prepared: Prepared) -> Result<(), DaemonError> {
         host_pid: Arc::default(),
         host_ipc: Arc::default(),
     };
-    let record = Record {
+    let state = ShimState {
         shim: ProcessId::of(std::process::id().cast_signed()),
         socket: prepared.socket.clone(),
         shown: host_mounter::name(&prepared.id),
-        ..Record::default()
+        ..ShimState::default()
     };
-    let machine = Arc::new(VmMachine::new(record, prepared.mounts));
+    let machine = Arc::new(VmMachine::new(state, prepared.mounts));
     machine
         .store(&prepared.bundle)
-        .map_err(DaemonError::step("write the shim's record"))?;
+        .map_err(DaemonError::step("write the shim's state file"))?;
     ignore_signals(&tasks, &exit)?;
 
     let sandbox = Sandbox::spawn(context, machine.clone());
@@ -194,40 +193,43 @@ async fn run(prepared: Prepared) -> Result<(), DaemonError> {
         .add_listener(listener)
         .register_service(service.tables());
     server.start().await.map_err(DaemonError::Server)?;
-    say_ok().map_err(DaemonError::step("say ok"))?;
-    tracing::info!(id = prepared.id, socket = %prepared.socket.display(), "serving");
+    report_ready().map_err(DaemonError::step("report readiness"))?;
+    tracing::info!(id = prepared.id, socket = %prepared.socket.display(), "shim serving");
 
     exit.cancelled().await;
-    // From here on a connect must fail, or a client would wait for a shim that is going.
+    // New connections must fail from now on, or a client would wait for a shim that is about to exit.
     drop(std::fs::remove_file(&prepared.socket));
-    // boxlite-cri keeps its connection until this process is gone, and takes its end for the answer.
-    let origin = sandbox.snapshot().plan.map(|plan| plan.origin);
-    if matches!(origin, Some(Origin::Task | Origin::Sandboxer))
-        && !connections.left_by_clients(CLIENTS_LIMIT).await
+    // boxlite-cri keeps its connection open until this process exits, and treats the disconnect as the response.
+    let owner = sandbox.snapshot().plan.map(|plan| plan.owner);
+    if matches!(owner, Some(SandboxOwner::Task | SandboxOwner::Sandboxer))
+        && !connections.wait_closed(CLIENT_CLOSE_TIMEOUT).await
     {
-        tracing::debug!("a client keeps its connection");
+        tracing::debug!("a client did not close its connection in time");
     }
-    if tokio::time::timeout(SERVER_LIMIT, server.shutdown())
+    if tokio::time::timeout(SERVER_SHUTDOWN_TIMEOUT, server.shutdown())
         .await
         .is_err()
     {
-        tracing::debug!("connections cut");
+        tracing::debug!("timed out shutting down the ttrpc server");
     }
     published.cancel();
     tasks.close();
-    if tokio::time::timeout(TASKS_LIMIT, tasks.wait())
+    if tokio::time::timeout(TASK_SHUTDOWN_TIMEOUT, tasks.wait())
         .await
         .is_err()
     {
-        tracing::warn!(left = tasks.len(), "tasks did not end in time");
+        tracing::warn!(
+            remaining = tasks.len(),
+            "timed out waiting for tasks to end"
+        );
     }
-    machine.leave_cgroup(CGROUP_LIMIT);
-    Record::remove(&prepared.bundle);
-    tracing::info!(id = prepared.id, "ended");
+    machine.leave_cgroup(CGROUP_EMPTY_TIMEOUT);
+    ShimState::remove(&prepared.bundle);
+    tracing::info!(id = prepared.id, "shim exiting");
     Ok(())
 }
 
-/// Swallows what would end a process by default. The task ends with the daemon.
+/// Ignores signals that would end the process. The tasks end with the daemon.
 fn ignore_signals(tasks: &TaskTracker, exit: &CancellationToken) -> Result<(), DaemonError> {
     for kind in [
         SignalKind::terminate(),
@@ -240,7 +242,7 @@ fn ignore_signals(tasks: &TaskTracker, exit: &CancellationToken) -> Result<(), D
             loop {
                 tokio::select! {
                     received = stream.recv() => match received {
-                        Some(()) => tracing::info!(signal = kind.as_raw_value(), "ignored: Shutdown ends a shim"),
+                        Some(()) => tracing::info!(signal = kind.as_raw_value(), "ignoring signal; use Shutdown to end the shim"),
                         None => return,
                     },
                     () = exit.cancelled() => return,
@@ -251,8 +253,8 @@ fn ignore_signals(tasks: &TaskTracker, exit: &CancellationToken) -> Result<(), D
     Ok(())
 }
 
-/// Tells `start` that calls are taken, and lets its pipe go: standard output is the log from now on.
-fn say_ok() -> std::io::Result<()> {
+/// Reports readiness to `start` and closes the pipe: standard output becomes the log.
+fn report_ready() -> std::io::Result<()> {
     let mut stdout = std::io::stdout();
     stdout.write_all(b"ok\n")?;
     stdout.flush()?;

@@ -1,6 +1,6 @@
-//! [`ShimError`]: why a request to the shim failed, and the one conversion of it into a ttrpc status.
+//! [`ShimError`]: errors of requests to the shim, and their conversion into a ttrpc status.
 //!
-//! containerd decides by the code (NotFound is fine for a Delete, FailedPrecondition for a Kill), people read the text.
+//! containerd acts on the code: it accepts NotFound for a Delete and FailedPrecondition for a Kill.
 
 use boxlite_portal::{GuestErrorKind, PortalError};
 use boxlite_sys::report::Report;
@@ -11,58 +11,58 @@ use std::sync::Arc;
 /// Result of the shim's services.
 pub type Result<T> = std::result::Result<T, ShimError>;
 
-/// Why a request failed. Clonable, since several callers may have waited for the same attempt.
+/// Error of a request. Clonable, since several callers may wait for the same attempt.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum ShimError {
     /// No such sandbox, container or process.
-    #[error("{what} {id:?} not found")]
-    NotFound { what: &'static str, id: String },
-    /// The id is taken.
-    #[error("{what} {id:?} already exists")]
-    AlreadyExists { what: &'static str, id: String },
-    /// Not in this state.
-    #[error("{what} {id:?} is {state}: cannot {action}")]
+    #[error("{kind} {id:?} not found")]
+    NotFound { kind: &'static str, id: String },
+    /// The id is in use.
+    #[error("{kind} {id:?} already exists")]
+    AlreadyExists { kind: &'static str, id: String },
+    /// The object's state does not allow the action.
+    #[error("{kind} {id:?} is {state}: cannot {action}")]
     WrongState {
-        what: &'static str,
+        kind: &'static str,
         id: String,
         state: String,
         action: &'static str,
     },
-    /// A value of the request that nothing can be done with.
-    #[error("{field}: {reason}")]
+    /// An invalid value in the request.
+    #[error("invalid {field}: {reason}")]
     Invalid { field: &'static str, reason: String },
-    /// A path of the host that a mount needs is not there, or is of a kind that cannot go into a VM.
-    #[error("host path {path} for {wanted_for}: {reason}")]
+    /// A host path of a mount is missing or of a kind that cannot be mounted into a VM.
+    #[error("invalid host path {path} for {required_by}: {reason}")]
     HostPath {
         path: PathBuf,
-        wanted_for: String,
+        required_by: String,
         reason: String,
     },
-    /// A system call or file operation.
-    #[error("{action} {path}")]
+    /// A failed system call or file operation; `action` is a verb.
+    #[error("failed to {action} {path}")]
     Io {
         action: &'static str,
         path: String,
         #[source]
         source: Arc<std::io::Error>,
     },
-    /// A step with the VM or its parts.
-    #[error("{step}")]
+    /// A failed step of the VM's start; `step` begins with a verb.
+    #[error("failed to {step}")]
     Boot {
         step: &'static str,
         #[source]
         source: Arc<dyn std::error::Error + Send + Sync>,
     },
-    /// The VM is not (or no longer) there.
-    #[error("the VM of sandbox {id} has ended ({how})")]
-    VmGone { id: String, how: String },
-    /// The guest refused or did not answer.
+    /// The VM has ended.
+    #[error("the VM has ended: {reason}")]
+    VmGone { reason: String },
+    /// The guest returned an error or did not answer.
     #[error(transparent)]
     Guest(Arc<PortalError>),
-    /// Not built.
-    #[error("{what} is not supported")]
-    Unsupported { what: &'static str },
-    /// The shim is ending.
+    /// Not supported.
+    #[error("{feature} is not supported")]
+    Unsupported { feature: &'static str },
+    /// The shim is shutting down.
     #[error("the shim is shutting down")]
     Ending,
 }
@@ -74,7 +74,7 @@ impl From<PortalError> for ShimError {
 }
 
 impl ShimError {
-    /// Wraps an I/O error with what was done to which path.
+    /// Wraps an I/O error with the action, a verb, and the path.
     pub fn io(
         action: &'static str,
         path: impl std::fmt::Display,
@@ -87,7 +87,7 @@ impl ShimError {
         }
     }
 
-    /// Wraps the failure of a step of the VM's start.
+    /// Wraps the error of a step of the VM's start. `step` begins with a verb.
     pub fn boot<E>(step: &'static str) -> impl FnOnce(E) -> Self
     where
         E: std::error::Error + Send + Sync + 'static,
@@ -98,7 +98,7 @@ impl ShimError {
         }
     }
 
-    /// The ttrpc code containerd expects for this.
+    /// Returns the ttrpc code that containerd expects.
     pub fn code(&self) -> ttrpc::Code {
         match self {
             Self::NotFound { .. } => ttrpc::Code::NOT_FOUND,

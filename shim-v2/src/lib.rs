@@ -1,7 +1,8 @@
-//! The parts of `containerd-shim-boxlite-v2` that hold a VM, as a library, so that tests can call them.
+//! Library of `containerd-shim-boxlite-v2`, separate from the binary so that tests can call it.
 //!
-//! The ttrpc services, the command line and the log writers are in here too, but know no VMM; only the module `vmm`
-//! does, and `machine`, which puts a VM together. No image, no database: a shim is told every path.
+//! [`vmm`] implements the VMMs, [`jail`] confines them, [`probe`] tests for KVM, and [`machine`] assembles and boots a VM. The
+//! services, the command line and the log writers do not depend on a particular VMM, except that [`sandbox::options`] and
+//! [`containerd`] validate the requested kind. The shim has no image store and no database: callers pass all paths.
 
 pub mod blocks;
 pub mod cgroup;
@@ -20,10 +21,10 @@ pub mod mount_export;
 pub mod net;
 pub mod pod;
 pub mod probe;
-pub mod record;
 pub mod roles;
 pub mod sandbox;
 pub mod service;
 pub mod share;
+pub mod shim_state;
 pub mod time;
 pub mod vmm;

@@ -1,6 +1,4 @@
-//! The binary: a role of its own (`vmm`, `probe`) or the shim protocol's command line.
-//!
-//! Nothing but the choice is made here.
+//! Entry point: runs an internal role (`vmm`, `probe`, …) or the command line of the shim protocol.
 
 use std::process::ExitCode;
 

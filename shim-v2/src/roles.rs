@@ -1,12 +1,12 @@
-//! The roles in which this binary is started by itself or by boxlite-cri: `vmm`, `probe`, `probe-guest`, `log-program` and
+//! Internal roles of this binary, selected by the first argument: `vmm`, `probe`, `probe-guest`, `log-program` and
 //! `user-namespace`.
 //!
-//! The shim protocol's own command line (`start`, `delete`, …) belongs to the cli module; main asks here first.
+//! The shim itself or boxlite-cri starts the binary in these roles. The command line of the shim protocol is in [`crate::cli`].
 
 use std::ffi::OsString;
 use std::process::ExitCode;
 
-/// Runs the role named by the first argument. None: the arguments are not a role's.
+/// Runs the role named by the first argument; None if it does not name one.
 pub fn run(args: &[OsString]) -> Option<ExitCode> {
     match args.first()?.to_str()? {
         "vmm" => Some(crate::vmm::child::run()),

@@ -1,4 +1,4 @@
-//! Times as the wire types want them. The one place where a clock is turned into a message.
+//! Conversions of times to wire types.
 
 use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -6,7 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 /// Nanoseconds in a second.
 const NANOS: i64 = 1_000_000_000;
 
-/// Wall clock, nanoseconds since the epoch.
+/// Returns the wall clock in nanoseconds since the epoch.
 pub fn unix_ns() -> i64 {
     let since = SystemTime::now()
         .duration_since(UNIX_EPOCH)
@@ -14,12 +14,12 @@ pub fn unix_ns() -> i64 {
     i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
 }
 
-/// Wall clock as a protobuf Timestamp.
+/// Returns the wall clock as a protobuf Timestamp.
 pub fn now() -> Timestamp {
     timestamp(unix_ns())
 }
 
-/// Nanoseconds since the epoch as a protobuf Timestamp.
+/// Converts nanoseconds since the epoch to a protobuf Timestamp.
 pub fn timestamp(unix_ns: i64) -> Timestamp {
     Timestamp {
         seconds: unix_ns.div_euclid(NANOS),

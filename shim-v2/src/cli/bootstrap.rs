@@ -1,15 +1,15 @@
-//! The two ends of `start`: what containerd says (flags, environment, standard input) and what it wants to hear.
+//! Input and output of `start`: flags, environment and standard input, and the response to containerd.
 //!
-//! Four dialects, told apart by what comes in; nothing is started here.
+//! There are four dialects, distinguished by the input:
 //!
-//! | containerd | in | out |
+//! | containerd | input | output |
 //! |---|---|---|
 //! | 1.6 | flags, environment | the plain address |
 //! | 1.7–2.2 | the same and MAX_SHIM_VERSION=2 | JSON, version 2 |
 //! | boxlite-cri | the same and MAX_SHIM_VERSION=3 | JSON, version 3 |
 //! | 2.3 | BootstrapParams (protobuf) on standard input | BootstrapResult (protobuf) |
 //!
-//! The crate containerd-shim reads these too, but keeps its reader private and never answers 1.6.
+//! The crate containerd-shim parses these too, but its parser is private and does not support 1.6.
 
 use super::CliError;
 use boxlite_proto::shim::shim::RuntimeOptions;
@@ -20,57 +20,57 @@ use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use std::io::{IsTerminal, Read};
 
-/// End of the type URL of a runtime handler's options.
+/// Suffix of the type URL of a runtime handler's options.
 const RUNTIME_OPTIONS_TYPE: &str = "runtimeoptions.v1.Options";
-/// Largest bootstrap message, in bytes; containerd's own limit.
-const INPUT_LIMIT: u64 = 10 << 20;
+/// Maximum size of a bootstrap message, the same as containerd's.
+const MAX_INPUT_BYTES: u64 = 10 << 20;
 
-/// How `start` must answer.
+/// Response format of `start`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Dialect {
-    /// The address and nothing else.
+    /// The plain address.
     Plain,
-    /// JSON with the highest task API version both sides speak.
+    /// JSON with the highest task API version that both sides support.
     Json { version: i32 },
     /// A BootstrapResult message.
     Protobuf,
 }
 
-/// What `start` was asked for, whatever the dialect.
+/// A request to `start`, independent of the dialect.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StartRequest {
-    /// Where events go; empty: nowhere.
+    /// Address of the event service; empty if there is none.
     pub events_address: String,
-    /// containerd's own socket: its directory holds the shim's.
+    /// containerd's socket, whose directory contains the shim sockets.
     pub address: String,
-    /// Directory for the shim's socket, where containerd names one.
+    /// Directory for the shim's socket, if containerd names one.
     pub socket_dir: Option<String>,
-    /// Whether debug messages are wanted.
+    /// Whether to log debug messages.
     pub debug: bool,
-    /// How to answer.
+    /// Response format.
     pub dialect: Dialect,
-    /// The runtime handler's options, where containerd sends some.
+    /// Options of the runtime handler, if containerd sends any.
     pub options: Option<RuntimeOptions>,
 }
 
-/// Reads standard input and the environment.
+/// Reads the request from standard input and the environment.
 ///
 /// # Errors
-/// When standard input cannot be read, or carries a message meant for another shim.
+/// Standard input cannot be read, or contains a message for another shim.
 pub fn read(flags: &Flags) -> Result<StartRequest, CliError> {
     let mut input = Vec::new();
     let stdin = std::io::stdin();
     if !stdin.is_terminal() {
         stdin
             .lock()
-            .take(INPUT_LIMIT)
+            .take(MAX_INPUT_BYTES)
             .read_to_end(&mut input)
             .map_err(CliError::io("read", "standard input"))?;
     }
     parse(flags, &input, |name| std::env::var(name).ok())
 }
 
-/// As [`read`], on given input and environment.
+/// Parses a request from the given input and environment; see [`read`].
 ///
 /// # Errors
 /// See [`read`].
@@ -116,7 +116,7 @@ pub fn parse(
     })
 }
 
-/// The options of a runtime handler; None for those of another runtime (ctr sends runc's whatever the runtime).
+/// Decodes the options of the runtime handler; None for options of another runtime (ctr always sends runc's).
 fn runtime_options(any: &Any) -> Option<RuntimeOptions> {
     if !any.type_url.ends_with(RUNTIME_OPTIONS_TYPE) {
         return None;
@@ -124,8 +124,8 @@ fn runtime_options(any: &Any) -> Option<RuntimeOptions> {
     RuntimeOptions::parse_from_bytes(&any.value).ok()
 }
 
-/// BootstrapParams, or None where the input is empty or older: runtime options (an `Any`) decode as BootstrapParams
-/// with the type URL as id and the value as namespace, and nothing else.
+/// Decodes BootstrapParams; None for empty input or the older runtime options. Those are an `Any`, which decodes as
+/// BootstrapParams with the type URL as id, the value as namespace, and no other field.
 fn parse_params(flags: &Flags, input: &[u8]) -> Result<Option<BootstrapParams>, CliError> {
     if input.is_empty() {
         return Ok(None);
@@ -146,17 +146,17 @@ fn parse_params(flags: &Flags, input: &[u8]) -> Result<Option<BootstrapParams>, 
     }
     Err(CliError::Bootstrap {
         reason: format!(
-            "it is for {}/{}, the flags say {}/{}",
+            "it is for {}/{}, but the flags specify {}/{}",
             params.namespace, params.instance_id, flags.namespace, flags.id
         ),
     })
 }
 
-/// The answer of `start` for a shim that serves at `address` (with `unix://`).
+/// Encodes the response of `start` for a shim that serves at `address` (with `unix://`).
 ///
 /// # Errors
-/// When the message cannot be encoded.
-pub fn answer(dialect: Dialect, address: &str) -> Result<Vec<u8>, CliError> {
+/// The message cannot be encoded.
+pub fn response(dialect: Dialect, address: &str) -> Result<Vec<u8>, CliError> {
     match dialect {
         Dialect::Plain => Ok(address.as_bytes().to_vec()),
         Dialect::Json { version } => Ok(serde_json::json!({
@@ -195,18 +195,18 @@ mod tests {
     }
 
     #[test]
-    fn containerd_1_6_hears_the_plain_address() {
+    fn response_for_containerd_1_6_is_the_plain_address() {
         let request = parse(&flags(), &[], |_| None).expect("valid");
         assert_eq!(request.dialect, Dialect::Plain);
         assert_eq!(request.address, "/run/c/c.sock");
         assert_eq!(
-            answer(request.dialect, "unix:///x").expect("encodes"),
+            response(request.dialect, "unix:///x").expect("encodes"),
             b"unix:///x"
         );
     }
 
     #[test]
-    fn the_version_is_the_highest_both_speak() {
+    fn parse_selects_highest_common_version() {
         for (most, version) in [("2", 2), ("3", 3), ("7", 3), ("1", 2)] {
             let env = |name: &str| (name == "MAX_SHIM_VERSION").then(|| most.to_owned());
             let request = parse(&flags(), &[], env).expect("valid");
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn containerd_2_3_sends_and_hears_protobuf() {
+    fn parse_and_respond_containerd_2_3_use_protobuf() {
         let params = BootstrapParams {
             instance_id: "abc".to_owned(),
             namespace: "k8s.io".to_owned(),
@@ -228,13 +228,13 @@ mod tests {
         let request = parse(&flags(), &input, |_| None).expect("valid");
         assert_eq!(request.dialect, Dialect::Protobuf);
         assert_eq!(request.socket_dir.as_deref(), Some("/run/d/s"));
-        let answer = answer(request.dialect, "unix:///x").expect("encodes");
-        let result = BootstrapResult::parse_from_bytes(&answer).expect("decodes");
+        let response = response(request.dialect, "unix:///x").expect("encodes");
+        let result = BootstrapResult::parse_from_bytes(&response).expect("decodes");
         assert_eq!((result.version, result.protocol.as_str()), (3, "ttrpc"));
     }
 
     #[test]
-    fn a_message_for_another_shim_is_refused_and_runtime_options_are_not() {
+    fn parse_message_for_another_shim_is_an_error() {
         let other = BootstrapParams {
             instance_id: "xyz".to_owned(),
             namespace: "k8s.io".to_owned(),
@@ -258,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn a_runtime_handlers_options_are_found() {
+    fn parse_finds_runtime_handler_options() {
         let value = RuntimeOptions {
             config_path: "/etc/x.toml".to_owned(),
             ..Default::default()

@@ -1,29 +1,28 @@
-//! The action `delete`: cleans up what a shim left that crashed or was killed.
+//! The action `delete`: cleans up after a shim that crashed or was killed.
 //!
-//! Runs in the bundle. The kernel has already ended the VM with its shim (PDEATHSIG) and taken the mounts with its mount
-//! namespace. This kills what may be left by recorded pid and start time, takes taps, cgroups, sockets and the host's mounts
-//! of the guest's mounts away, and prints the DeleteResponse that containerd reads.
+//! Runs in the bundle. The kernel has already killed the VM with its shim (PDEATHSIG) and removed the mounts of its mount
+//! namespace. This action kills remaining processes by recorded pid and start time, removes taps, cgroups, sockets and mount
+//! exports, and prints the DeleteResponse for containerd.
 
 use super::{CliError, write_stdout};
-use crate::record::{ADDRESS_FILE, RECORD_FILE, Record};
-use crate::{cgroup, net};
+use crate::shim_state::{ADDRESS_FILE, STATE_FILE, ShimState};
+use crate::{cgroup, net, time};
 use boxlite_sys::report::Report;
 use containerd_shim::Flags;
 use containerd_shim_protos::api::DeleteResponse;
-use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
 use containerd_shim_protos::protobuf::{Message, MessageField};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
-/// How long a killed process may take to go. A QEMU with much memory needs a while to give it back.
-const KILL_LIMIT: Duration = Duration::from_secs(10);
-/// Exit status of what was killed: 128 + SIGKILL.
-const KILLED: u32 = 137;
+/// Timeout for a killed process to exit. A QEMU with much memory needs a while to release it.
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+/// Exit status of a killed shim: 128 + SIGKILL.
+const KILLED_EXIT_STATUS: u32 = 137;
 
 /// Runs the action.
 ///
 /// # Errors
-/// When the answer cannot be written. Failures of single steps are reported on standard error and do not stop the others.
+/// The response cannot be written. Failures of single steps are reported on standard error and do not stop the others.
 pub fn delete(flags: &Flags) -> Result<(), CliError> {
     let bundle = if flags.bundle.is_empty() {
         std::env::current_dir().map_err(CliError::io("find", "the bundle"))?
@@ -31,54 +30,50 @@ pub fn delete(flags: &Flags) -> Result<(), CliError> {
         PathBuf::from(&flags.bundle)
     };
     let pid = clean(&bundle);
-    let now = SystemTime::now()
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .unwrap_or_default();
     let response = DeleteResponse {
         pid,
-        exit_status: KILLED,
-        exited_at: MessageField::some(Timestamp {
-            seconds: i64::try_from(now.as_secs()).unwrap_or(i64::MAX),
-            nanos: i32::try_from(now.subsec_nanos()).unwrap_or(0),
-            ..Default::default()
-        }),
+        exit_status: KILLED_EXIT_STATUS,
+        exited_at: MessageField::some(time::now()),
         ..Default::default()
     };
     write_stdout(&response.write_to_bytes().map_err(CliError::Encode)?)
 }
 
-/// Cleans a bundle, as far as it goes, and gives the pid its VM had (0: none known).
+/// Cleans up a bundle on a best-effort basis and returns the pid of its VM, 0 if unknown.
 pub fn clean(bundle: &Path) -> u32 {
-    let Some(record) = Record::load(bundle) else {
-        // No record: never started, or the container of a grouped shim, which belongs to that shim.
+    let Some(state) = ShimState::load(bundle) else {
+        // Without a state file the shim never started, or the container belongs to another sandbox's shim.
         let _ = std::fs::remove_file(bundle.join(ADDRESS_FILE));
         return 0;
     };
-    for process in [&record.shim, &record.vmm].into_iter().flatten() {
-        if let Err(error) = process.kill(KILL_LIMIT) {
-            eprintln!("containerd-shim-boxlite-v2: kill {}: {error}", process.pid);
+    for process in [&state.shim, &state.vmm].into_iter().flatten() {
+        if let Err(error) = process.kill(KILL_TIMEOUT) {
+            eprintln!(
+                "containerd-shim-boxlite-v2: failed to kill process {}: {error}",
+                process.pid
+            );
         }
     }
-    if !record.shown.is_empty() {
-        crate::mount_export::host_mounter::sweep(&record.shown);
+    if !state.shown.is_empty() {
+        crate::mount_export::host_mounter::sweep(&state.shown);
     }
-    if let Some(netns) = &record.netns
+    if let Some(netns) = &state.netns
         && let Err(error) = net::detach(netns)
     {
         eprintln!("containerd-shim-boxlite-v2: {}", Report(&error));
     }
-    cgroup::remove(&record.cgroups, KILL_LIMIT);
-    if !record.socket.as_os_str().is_empty() {
-        let _ = std::fs::remove_file(&record.socket);
+    cgroup::remove(&state.cgroups, KILL_TIMEOUT);
+    if !state.socket.as_os_str().is_empty() {
+        let _ = std::fs::remove_file(&state.socket);
     }
     let _ = std::fs::remove_dir_all(bundle.join("vm"));
-    if let Some(scratch) = &record.scratch {
+    if let Some(scratch) = &state.scratch {
         let _ = std::fs::remove_file(scratch);
     }
-    for name in ["network.json", ADDRESS_FILE, RECORD_FILE] {
+    for name in ["network.json", ADDRESS_FILE, STATE_FILE] {
         let _ = std::fs::remove_file(bundle.join(name));
     }
-    record.vmm.map_or(0, |vmm| vmm.pid.unsigned_abs())
+    state.vmm.map_or(0, |vmm| vmm.pid.unsigned_abs())
 }
 
 #[cfg(test)]
@@ -91,11 +86,11 @@ mod tests {
         let disk = dir.path().join("scratch/x.img");
         std::fs::create_dir(dir.path().join("scratch")).expect("directory");
         std::fs::write(&disk, "x").expect("disk");
-        let record = Record {
+        let state = ShimState {
             scratch: Some(disk.clone()),
-            ..Record::default()
+            ..ShimState::default()
         };
-        record.store(dir.path()).expect("stored");
+        state.store(dir.path()).expect("stored");
         clean(dir.path());
         assert!(!disk.exists());
     }

@@ -1,12 +1,12 @@
-//! The command line as containerd calls a shim: Go-style flags, then `start`, `delete`, or nothing (the daemon itself).
-//!
-//! Chooses and reports; the actions are in the sibling modules. The roles `vmm` and `probe` never get here.
+//! The command line of the shim protocol: Go-style flags, then `start`, `delete`, or no action (the daemon itself).
 //!
 //! ```text
-//! start   → bind socket, spawn the daemon, wait for its word, print the answer
-//! delete  → after a crash: kill what is left, clean up, print a DeleteResponse
-//! (none)  → the daemon, until ShutdownSandbox or Shutdown
+//! start   → bind the socket, spawn the daemon, wait until it is ready, print its address
+//! delete  → after a crash: kill remaining processes, clean up, print a DeleteResponse
+//! (none)  → run the daemon until ShutdownSandbox or Shutdown
 //! ```
+//!
+//! Internal roles such as `vmm` are handled earlier, in [`crate::roles`].
 
 pub mod bootstrap;
 pub mod delete;
@@ -19,42 +19,39 @@ use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
 use std::ffi::OsString;
 use std::io::Write;
 
-/// The runtime's name as containerd knows it.
+/// Name of the runtime in containerd's configuration.
 pub const RUNTIME_NAME: &str = "io.containerd.boxlite.v2";
 
-/// Why an action of the command line failed.
+/// Errors of the command line.
 #[derive(Debug, thiserror::Error)]
 pub enum CliError {
-    /// Flags that cannot be understood, or that an action needs and did not get.
-    #[error("command line: {reason}")]
+    /// Invalid or missing flags.
+    #[error("invalid command line: {reason}")]
     Arguments { reason: String },
-    /// A file or socket operation.
-    #[error("{action} {path}")]
+    /// A failed file or socket operation; `action` is a verb.
+    #[error("failed to {action} {path}")]
     Io {
         action: &'static str,
         path: String,
         #[source]
         source: std::io::Error,
     },
-    /// containerd's message on standard input.
-    #[error("bootstrap input: {reason}")]
+    /// Invalid bootstrap message on standard input.
+    #[error("invalid bootstrap input: {reason}")]
     Bootstrap { reason: String },
-    /// The daemon ended, or stayed silent, before it served.
-    #[error("the shim daemon did not come up: {reason}")]
+    /// The daemon exited or timed out before it was ready.
+    #[error("failed to start the shim daemon: {reason}")]
     Daemon { reason: String },
-    /// A daemon serves this id already, but its bundle is another.
-    #[error("a shim already serves {address}")]
-    Busy { address: String },
-    /// An answer could not be encoded.
-    #[error("cannot encode the answer")]
+    /// The response could not be encoded.
+    #[error("failed to encode the response")]
     Encode(#[source] containerd_shim_protos::protobuf::Error),
-    /// The daemon failed.
+    /// Failure of the daemon.
     #[error(transparent)]
     Serve(#[from] crate::daemon::DaemonError),
 }
 
 impl CliError {
-    /// Wraps an I/O error with what was done to which path.
+    /// Wraps an I/O error with the action, a verb, and the path.
     pub fn io(
         action: &'static str,
         path: impl std::fmt::Display,
@@ -70,17 +67,15 @@ impl CliError {
     fn exit_code(&self) -> ExitCode {
         match self {
             Self::Arguments { .. } | Self::Bootstrap { .. } => ExitCode::BadArguments,
-            Self::Io { .. }
-            | Self::Daemon { .. }
-            | Self::Busy { .. }
-            | Self::Encode(_)
-            | Self::Serve(_) => ExitCode::Failure,
+            Self::Io { .. } | Self::Daemon { .. } | Self::Encode(_) | Self::Serve(_) => {
+                ExitCode::Failure
+            }
         }
     }
 }
 
-/// Runs the shim protocol's command line and gives the process's exit code. Errors go to standard error, which
-/// containerd and boxlite-cri put into theirs.
+/// Runs the command line of the shim protocol and returns the exit code. Errors are printed to standard error, which
+/// containerd and boxlite-cri include in theirs.
 pub fn main(args: &[OsString]) -> std::process::ExitCode {
     match run(args) {
         Ok(()) => ExitCode::Ok.into(),
@@ -104,7 +99,7 @@ fn run(args: &[OsString]) -> Result<(), CliError> {
     }
     if flags.id.is_empty() || flags.namespace.is_empty() {
         return Err(CliError::Arguments {
-            reason: "-id and -namespace are needed".to_owned(),
+            reason: "-id and -namespace are required".to_owned(),
         });
     }
     match flags.action.as_str() {
@@ -117,7 +112,7 @@ fn run(args: &[OsString]) -> Result<(), CliError> {
     }
 }
 
-/// `-info`: what containerd asks before any shim exists.
+/// Prints the RuntimeInfo that containerd requests with `-info`.
 fn print_info() -> Result<(), CliError> {
     let info = RuntimeInfo {
         name: RUNTIME_NAME.to_owned(),
@@ -131,7 +126,7 @@ fn print_info() -> Result<(), CliError> {
     write_stdout(&info.write_to_bytes().map_err(CliError::Encode)?)
 }
 
-/// Writes an answer and flushes it: containerd reads until end of file.
+/// Writes a response to standard output and flushes it; containerd reads until EOF.
 pub(crate) fn write_stdout(bytes: &[u8]) -> Result<(), CliError> {
     let mut stdout = std::io::stdout();
     stdout

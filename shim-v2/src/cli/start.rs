@@ -1,13 +1,13 @@
-//! The action `start`: finds or makes the shim of a pod and prints its address.
+//! The action `start`: finds or starts the shim of a pod and prints its address.
 //!
-//! The socket is bound here and handed to the daemon as its standard input, so that it accepts calls from the moment the
-//! answer is printed; the daemon says `ok`, or what is wrong, on its standard output before `start` answers. A second
-//! `start` of the same id answers with the daemon that lives. Containers whose spec names another sandbox join that one's shim.
+//! The socket is bound here and passed to the daemon as its standard input, so that it accepts connections as soon as the
+//! address is printed. The daemon reports `ok` or an error on its standard output before `start` responds. A second
+//! `start` of the same id returns the running daemon. A container whose spec names another sandbox joins that one's shim.
 
 use super::bootstrap::{self, StartRequest};
 use super::{CliError, write_stdout};
 use crate::containerd::config::PATH_VARIABLE;
-use crate::record::{ADDRESS_FILE, write_whole};
+use crate::shim_state::{ADDRESS_FILE, write_atomically};
 use containerd_shim::Flags;
 use sha2::{Digest, Sha256};
 use std::io::Read;
@@ -19,23 +19,23 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::time::Duration;
 
-/// Name of the daemon's log in the bundle: its standard error.
+/// Name of the daemon's log in the bundle.
 pub const SHIM_LOG: &str = "shim.log";
-/// Name of the configuration in the bundle, where containerd sends one instead of a path.
+/// Name of the configuration in the bundle if containerd sends its content instead of a path.
 const CONFIG_FILE: &str = "shim.toml";
-/// Annotation by which containerd's CRI plugin and boxlite-cri say to which sandbox a container belongs.
+/// Annotation with a container's sandbox id, set by containerd's CRI plugin and boxlite-cri.
 pub const SANDBOX_ID_ANNOTATION: &str = "io.kubernetes.cri.sandbox-id";
-/// How long the daemon may take to say that it serves. It only sets up namespaces and a runtime; a loaded node is slow.
-const DAEMON_LIMIT: Duration = Duration::from_secs(20);
-/// Largest word of the daemon, in bytes.
-const WORD_LIMIT: u64 = 16 << 10;
-/// Largest path of a unix socket, in bytes (`sun_path` without its NUL).
-const SOCKET_PATH_LIMIT: usize = 107;
+/// Timeout for the daemon's readiness line. It only sets up namespaces and a runtime, but a loaded node is slow.
+const DAEMON_READY_TIMEOUT: Duration = Duration::from_secs(20);
+/// Maximum size of the daemon's readiness line.
+const MAX_READY_LINE_BYTES: u64 = 16 << 10;
+/// Maximum length of a unix socket path (`sun_path` without its NUL).
+const MAX_SOCKET_PATH_BYTES: usize = 107;
 
 /// Runs the action.
 ///
 /// # Errors
-/// When the input is not containerd's, the socket cannot be bound or the daemon does not come up. Nothing is left then.
+/// The input is invalid, the socket cannot be bound or the daemon does not become ready. Everything is removed then.
 pub fn start(flags: &Flags) -> Result<(), CliError> {
     let request = bootstrap::read(flags)?;
     let bundle = std::env::current_dir().map_err(CliError::io("find", "the bundle"))?;
@@ -43,12 +43,12 @@ pub fn start(flags: &Flags) -> Result<(), CliError> {
         Some(address) => address,
         None => launch(flags, &request, &bundle)?,
     };
-    write_whole(&bundle.join(ADDRESS_FILE), address.as_bytes())
+    write_atomically(&bundle.join(ADDRESS_FILE), address.as_bytes())
         .map_err(CliError::io("write", bundle.join(ADDRESS_FILE).display()))?;
-    write_stdout(&bootstrap::answer(request.dialect, &address)?)
+    write_stdout(&bootstrap::response(request.dialect, &address)?)
 }
 
-/// Path of the shim's socket: `<dir of containerd's socket>/s/<sha256 of address/namespace/id>`, containerd's formula.
+/// Returns the path of the shim's socket, `<dir of containerd's socket>/s/<sha256 of address/namespace/id>` as in containerd.
 pub fn socket_path(request: &StartRequest, namespace: &str, id: &str) -> PathBuf {
     let dir = match &request.socket_dir {
         Some(dir) => PathBuf::from(dir),
@@ -63,8 +63,8 @@ pub fn socket_path(request: &StartRequest, namespace: &str, id: &str) -> PathBuf
     )))
 }
 
-/// Address of the live shim of the sandbox that this bundle's container belongs to, if it is another's.
-/// A sandboxer's bundle is elsewhere: its shim is found by the name of its socket.
+/// Returns the address of the running shim of another sandbox, if this bundle's container belongs to one.
+/// If the sandbox's bundle is not beside this one (sandboxer), its shim is found by its socket name.
 fn group_address(flags: &Flags, request: &StartRequest, bundle: &Path) -> Option<String> {
     let spec = std::fs::read(bundle.join("config.json")).ok()?;
     let spec: serde_json::Value = serde_json::from_slice(&spec).ok()?;
@@ -88,10 +88,10 @@ fn group_address(flags: &Flags, request: &StartRequest, bundle: &Path) -> Option
 fn launch(flags: &Flags, request: &StartRequest, bundle: &Path) -> Result<String, CliError> {
     let path = socket_path(request, &flags.namespace, &flags.id);
     let address = format!("unix://{}", path.display());
-    if path.as_os_str().len() > SOCKET_PATH_LIMIT {
+    if path.as_os_str().len() > MAX_SOCKET_PATH_BYTES {
         return Err(CliError::Arguments {
             reason: format!(
-                "the shim's socket would be {} ({} bytes, the limit is {SOCKET_PATH_LIMIT})",
+                "socket path {} has {} bytes, which exceeds the maximum of {MAX_SOCKET_PATH_BYTES}",
                 path.display(),
                 path.as_os_str().len()
             ),
@@ -107,7 +107,7 @@ fn launch(flags: &Flags, request: &StartRequest, bundle: &Path) -> Result<String
     outcome.map(|()| address)
 }
 
-/// Binds the socket in its 0700 directory. None: a live shim serves there already.
+/// Binds the socket in its 0700 directory; None if a running shim serves there already.
 fn bind(path: &Path) -> Result<Option<UnixListener>, CliError> {
     if let Some(dir) = path.parent() {
         std::fs::DirBuilder::new()
@@ -170,39 +170,40 @@ fn spawn_daemon(
     let child = command
         .spawn()
         .map_err(CliError::io("run", program.display()))?;
-    await_word(child)
+    await_ready(child)
 }
 
-/// The configuration file that the runtime handler's options name, or hold.
+/// Returns the configuration file named by the runtime handler's options, or written from their content.
 fn config_path(request: &StartRequest, bundle: &Path) -> Result<Option<PathBuf>, CliError> {
     let Some(options) = &request.options else {
         return Ok(None);
     };
     if !options.config_body.is_empty() {
         let path = bundle.join(CONFIG_FILE);
-        write_whole(&path, &options.config_body).map_err(CliError::io("write", path.display()))?;
+        write_atomically(&path, &options.config_body)
+            .map_err(CliError::io("write", path.display()))?;
         return Ok(Some(path));
     }
     Ok((!options.config_path.is_empty()).then(|| PathBuf::from(&options.config_path)))
 }
 
-/// Waits for the daemon's `ok`. Anything else, silence included, is a failure and ends the daemon.
-fn await_word(mut child: Child) -> Result<(), CliError> {
+/// Waits for the daemon's `ok`. Any other line, or a timeout, is an error, and the daemon is killed.
+fn await_ready(mut child: Child) -> Result<(), CliError> {
     let (sender, receiver) = mpsc::channel();
     if let Some(stdout) = child.stdout.take() {
         std::thread::spawn(move || {
-            let mut word = String::new();
-            let _ = stdout.take(WORD_LIMIT).read_to_string(&mut word);
-            let _ = sender.send(word);
+            let mut line = String::new();
+            let _ = stdout.take(MAX_READY_LINE_BYTES).read_to_string(&mut line);
+            let _ = sender.send(line);
         });
     }
-    let reason = match receiver.recv_timeout(DAEMON_LIMIT) {
-        Ok(word) if word == "ok\n" => return Ok(()),
-        Ok(word) if word.is_empty() => {
-            "it ended without a word; see shim.log in its bundle".to_owned()
+    let reason = match receiver.recv_timeout(DAEMON_READY_TIMEOUT) {
+        Ok(line) if line == "ok\n" => return Ok(()),
+        Ok(line) if line.is_empty() => {
+            "exited before reporting readiness; see shim.log in its bundle".to_owned()
         }
-        Ok(word) => word.trim_end().to_owned(),
-        Err(_) => format!("no word within {} s", DAEMON_LIMIT.as_secs()),
+        Ok(line) => line.trim_end().to_owned(),
+        Err(_) => format!("not ready within {} s", DAEMON_READY_TIMEOUT.as_secs()),
     };
     let _ = child.kill();
     let _ = child.wait();
@@ -215,7 +216,7 @@ mod tests {
     use crate::cli::bootstrap::Dialect;
 
     #[test]
-    fn the_socket_is_where_containerd_looks() {
+    fn socket_path_matches_containerd() {
         let request = StartRequest {
             events_address: String::new(),
             address: "/run/containerd/containerd.sock".to_owned(),
@@ -224,7 +225,7 @@ mod tests {
             dialect: Dialect::Plain,
             options: None,
         };
-        // The value that the crate containerd-shim pins for the same input.
+        // The value pinned by the crate containerd-shim for the same input.
         assert_eq!(
             socket_path(&request, "default", "123"),
             Path::new(
@@ -234,10 +235,10 @@ mod tests {
     }
 
     #[test]
-    fn a_stale_socket_is_bound_again_and_a_live_one_is_not() {
+    fn bind_replaces_stale_socket_only() {
         let dir = tempfile::tempdir().expect("tempdir");
         let path = dir.path().join("s").join("x");
-        let first = bind(&path).expect("binds").expect("nobody there");
+        let first = bind(&path).expect("binds").expect("no live shim");
         assert!(bind(&path).expect("connects").is_none());
         drop(first);
         assert!(bind(&path).expect("binds").is_some());

@@ -1,10 +1,10 @@
-//! Task.Create: from a bundle to a container that waits for its start, each step undone if a later one fails.
+//! Task.Create: turns a bundle into a created container. Each step is undone if a later one fails.
 //!
 //! ```text
 //! id reserved → spec rewritten → output opened → rootfs, mounts, block devices in the share → Container.Init → task spawned
 //! ```
 
-use super::process::{About, Process};
+use super::process::{Process, ProcessConfig};
 use super::spec::{self, GuestSpec};
 use super::{Container, Containers, Slot, host_ipc, rootfs};
 use crate::error::{Result, ShimError};
@@ -22,34 +22,34 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// Longest container id, in bytes; they become names of files.
-const ID_LIMIT: usize = 128;
+/// Maximum length of a container id, which becomes a file name.
+const MAX_ID_BYTES: usize = 128;
 
-/// Whether an id may become the name of a file.
+/// Checks that an id can be used as a file name.
 fn check_id(id: &str) -> Result<()> {
-    let fit = !id.is_empty()
-        && id.len() <= ID_LIMIT
+    let valid = !id.is_empty()
+        && id.len() <= MAX_ID_BYTES
         && !id.starts_with('.')
         && id
             .bytes()
             .all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte));
-    match fit {
+    match valid {
         true => Ok(()),
         false => Err(ShimError::Invalid {
             field: "id",
             reason: format!(
-                "{id:?} is not an id: letters, digits, '-', '_', '.', at most {ID_LIMIT}"
+                "{id:?} must be at most {MAX_ID_BYTES} letters, digits, '-', '_' and '.', and must not start with '.'"
             ),
         }),
     }
 }
 
 impl Containers {
-    /// Creates a container; answers its pid in the guest. Should be driven to its end by a task of its own: dropped
-    /// midway, it leaves the id reserved and its mounts in the share until the VM ends.
+    /// Creates a container from `spec` and returns its pid. The caller must spawn the future: if it is dropped midway, the
+    /// id stays reserved and the mounts stay in the share until the VM ends.
     ///
     /// # Errors
-    /// AlreadyExists, HostPath, Invalid, Io, the guest's refusal. Everything is undone by then.
+    /// AlreadyExists, HostPath, Invalid, Io, or the guest's error. All steps have been undone when it returns.
     pub async fn create(
         &self,
         guest: &Guest,
@@ -59,20 +59,20 @@ impl Containers {
         check_id(&request.id)?;
         if !request.checkpoint.is_empty() {
             return Err(ShimError::Unsupported {
-                what: "a checkpoint",
+                feature: "a checkpoint",
             });
         }
         match self.slots().entry(request.id.clone()) {
             std::collections::hash_map::Entry::Occupied(_) => {
                 return Err(ShimError::AlreadyExists {
-                    what: "container",
+                    kind: "container",
                     id: request.id.clone(),
                 });
             }
-            std::collections::hash_map::Entry::Vacant(slot) => slot.insert(Slot::Making),
+            std::collections::hash_map::Entry::Vacant(slot) => slot.insert(Slot::Creating),
         };
         let mut undo = Undo::default();
-        match self.make(guest, request, spec, &mut undo).await {
+        match self.create_in_guest(guest, request, spec, &mut undo).await {
             Ok((init, pid)) => {
                 let pid = self.context.reported_pid(pid);
                 let container = Container {
@@ -84,7 +84,7 @@ impl Containers {
                     undo: Mutex::new(Some(undo)),
                 };
                 self.slots()
-                    .insert(request.id.clone(), Slot::Made(Arc::new(container)));
+                    .insert(request.id.clone(), Slot::Created(Arc::new(container)));
                 self.publish_create(request, pid);
                 Ok(pid)
             }
@@ -96,7 +96,7 @@ impl Containers {
         }
     }
 
-    async fn make(
+    async fn create_in_guest(
         &self,
         guest: &Guest,
         request: &CreateTaskRequest,
@@ -135,10 +135,10 @@ impl Containers {
                 .await?;
         }
         let mut blocks = Vec::with_capacity(spec.blocks.len());
-        for wish in &spec.blocks {
-            blocks.push(self.blocks.serve(&guest.share, wish, undo).await?);
+        for device in &spec.blocks {
+            blocks.push(self.blocks.serve(&guest.share, device, undo).await?);
         }
-        self.show(&host, &spec, undo).await?;
+        self.export_mounts(&host, &spec, undo).await?;
         let mut init = init_request(request, &spec, rootfs, &stdio)?;
         init.block_devices = blocks;
         let (containers, id, ended) = (
@@ -146,7 +146,7 @@ impl Containers {
             request.id.clone(),
             guest.ended.clone(),
         );
-        // Before the call: one that fails, or breaks off, may have left half a container.
+        // Pushed before the call: a call that fails or breaks off may leave a partially created container.
         undo.push("container in the guest", move || async move {
             if ended.is_cancelled() {
                 return Ok(());
@@ -154,38 +154,43 @@ impl Containers {
             containers.delete(&id, true).await
         });
         let pid = guest.call(guest.session.container().init(init)).await?;
-        let about = About {
+        let config = ProcessConfig {
             container: request.id.clone(),
             exec: String::new(),
             bundle,
             stdio,
         };
         Ok((
-            Process::spawn(&self.context, guest, about, sink, pid, None),
+            Process::spawn(&self.context, guest, config, sink, pid, None),
             pid,
         ))
     }
 
-    /// Lets the container show its mounts below Bidirectional volumes on the host.
-    async fn show(&self, host: &HostNamespace, spec: &GuestSpec, undo: &mut Undo) -> Result<()> {
+    /// Exports the container's mounts below its Bidirectional volumes to the host.
+    async fn export_mounts(
+        &self,
+        host: &HostNamespace,
+        spec: &GuestSpec,
+        undo: &mut Undo,
+    ) -> Result<()> {
         let mut any = false;
-        for bind in spec.binds.iter().filter(|bind| bind.shown) {
+        for bind in spec.binds.iter().filter(|bind| bind.exported) {
             any = true;
             let (volumes, added) = (Arc::clone(&self.export_volumes), bind.clone());
             let add = move || {
-                let failed = ShimError::io("look at", added.source.display());
+                let failed = ShimError::io("inspect", added.source.display());
                 volumes.add(&added.path, &added.source).map_err(failed)
             };
             host.run_blocking(add).await?;
             let (volumes, path) = (Arc::clone(&self.export_volumes), bind.path.clone());
-            undo.push_call("volume that shows mounts", move || {
+            undo.push_call("mount export of a volume", move || {
                 volumes.remove(&path);
                 Ok::<(), std::io::Error>(())
             });
         }
         if any && !self.export_volumes.watched().await {
             return Err(ShimError::Unsupported {
-                what: "propagation Bidirectional: the guest does not tell its mounts",
+                feature: "mount propagation Bidirectional (the guest does not report its mounts)",
             });
         }
         Ok(())
@@ -227,7 +232,7 @@ fn init_request(
         stdin: stdio.has_input(),
         pid_mode: spec.pid_mode.into(),
         pid_target: spec.pid_target.clone(),
-        // A FIFO's end is CloseIO, said once for all clients that may come.
+        // The end of a FIFO is CloseIO, which is final for every client that may attach.
         stdin_once: spec.stdin_once || !stdio.stdin.is_empty(),
         block_devices: Vec::new(),
     })

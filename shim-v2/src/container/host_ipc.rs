@@ -1,8 +1,8 @@
-//! The node's System V IPC objects, shown to a container that asked for the node's IPC namespace.
+//! The list of the node's System V IPC objects, for containers in the node's IPC namespace.
 //!
-//! A VM has a kernel of its own, so objects of this host can't be attached from within it. What can be had is the list of
-//! them: a mount whose source is [`HOST`] gets a directory with copies of its files, kept up to date while the VM lives.
-//! Copies, because a file of /proc has no size, and virtiofs reads no further than a file's size.
+//! The guest runs another kernel, so a container cannot attach the host's objects, but it can list them: a mount whose
+//! source is [`HOST`] is redirected to a directory with copies of the files, refreshed while the VM runs. Copies are needed
+//! because files in /proc have size 0 and virtiofs reads no further than a file's size.
 
 use super::spec::bind_source;
 use crate::error::{Result, ShimError};
@@ -13,14 +13,14 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-/// What a spec names as the source.
+/// Mount source that selects the list.
 pub const HOST: &str = "/proc/sysvipc";
-/// Its files.
+/// Names of the files in [`HOST`].
 const FILES: [&str; 3] = ["msg", "sem", "shm"];
-/// Name of the directory of copies, in the container's bundle.
+/// Directory of the copies in the container's bundle.
 const DIRECTORY: &str = "sysvipc";
-/// Pause between two looks: as late as virtiofs shows a change anyway.
-const PAUSE: Duration = Duration::from_secs(1);
+/// Interval between refreshes. The guest's cache shows changes no sooner.
+const REFRESH_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Adds a mount of [`HOST`] unless the spec already mounts something there. A containerd expresses the node's IPC
 /// namespace by the VM's pid, which means nothing to the guest; boxlite-cri adds this mount itself.
@@ -43,11 +43,12 @@ pub fn add_mount(spec: &mut Spec) {
     spec.set_mounts(Some(mounts));
 }
 
-/// Redirects the spec's mounts of [`HOST`] to copies in `bundle`, and keeps those up to date by a task that ends with the
-/// VM (`ended`) or with the bundle. Nothing where the spec has none. Dropped midway, it leaves a directory in the bundle.
+/// Redirects the spec's mounts of [`HOST`] to copies in `bundle` and spawns a task that refreshes them until the VM ends
+/// (`ended`) or the bundle is removed. Does nothing if the spec has no such mount. If dropped midway, a directory may
+/// remain in the bundle.
 ///
 /// # Errors
-/// Io, naming the directory.
+/// Io with the directory's path.
 pub async fn mirror(
     spec: &mut Spec,
     bundle: &Path,
@@ -83,25 +84,25 @@ async fn refresh(directory: PathBuf, ended: CancellationToken) {
     loop {
         tokio::select! {
             () = ended.cancelled() => return,
-            () = tokio::time::sleep(PAUSE) => {}
+            () = tokio::time::sleep(REFRESH_INTERVAL) => {}
         }
         let next = directory.clone();
         match blocking(move || copy(&next)).await {
             Ok(()) => {}
             // The container was removed.
             Err(error) if error.kind() == io::ErrorKind::NotFound => return,
-            Err(error) => tracing::warn!(%error, "the node's IPC list is not up to date"),
+            Err(error) => tracing::warn!(%error, "failed to refresh the node's IPC list"),
         }
     }
 }
 
-async fn blocking(work: impl FnOnce() -> io::Result<()> + Send + 'static) -> io::Result<()> {
-    tokio::task::spawn_blocking(work)
+async fn blocking(job: impl FnOnce() -> io::Result<()> + Send + 'static) -> io::Result<()> {
+    tokio::task::spawn_blocking(job)
         .await
         .map_err(io::Error::other)?
 }
 
-/// Brings the copies up to date. A reader sees a file whole, the old one or the new one.
+/// Refreshes the copies. Each file is replaced atomically.
 fn copy(directory: &Path) -> io::Result<()> {
     for name in FILES {
         let text = match std::fs::read(Path::new(HOST).join(name)) {
@@ -125,7 +126,7 @@ mod tests {
     use serde_json::json;
 
     #[tokio::test]
-    async fn only_the_nodes_list_is_redirected() {
+    async fn mirror_redirects_only_mounts_of_sysvipc() {
         let bundle = tempfile::tempdir().expect("tempdir");
         let mut spec: Spec = serde_json::from_value(json!({"ociVersion": "1.1.0", "mounts": [
             {"destination": "/proc", "type": "proc", "source": "proc"},
@@ -141,9 +142,9 @@ mod tests {
         assert_eq!(mounts[0].source().as_deref(), Some(Path::new("proc")));
         assert_eq!(mounts[1].source().as_deref(), Some(directory.as_path()));
         let copied = std::fs::read_to_string(directory.join("shm")).expect("copied");
-        let host = std::fs::read_to_string("/proc/sysvipc/shm").expect("this host has it");
+        let host = std::fs::read_to_string("/proc/sysvipc/shm").expect("this host has SysV IPC");
         assert_eq!(copied.lines().next(), host.lines().next());
-        // Without its bundle the task has nothing to do any more.
+        // The task ends once the bundle is gone.
         std::fs::remove_dir_all(&directory).expect("removed");
         tasks.close();
         tokio::time::timeout(Duration::from_secs(20), tasks.wait())

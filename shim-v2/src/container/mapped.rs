@@ -22,7 +22,7 @@ pub fn mapping(mount: &Mount) -> Result<Option<IdMap>> {
         _ => Err(ShimError::Invalid {
             field: "mounts.uidMappings",
             reason: format!(
-                "{}: must be one range from 0, and so gidMappings",
+                "{}: must be a single range from 0, equal to gidMappings",
                 mount.destination().display()
             ),
         }),

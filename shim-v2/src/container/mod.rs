@@ -1,7 +1,7 @@
-//! [`Containers`]: the table of this pod's containers, and [`Container`]: one of them with its exec'd processes.
+//! [`Containers`]: the table of this pod's containers, and [`Container`]: one container with its exec'd processes.
 //!
-//! Only looks up and hands over: the life of a process is written by its own task ([`process`]), how a container comes
-//! to be is in [`create`]. The locks guard maps and are never held across an await.
+//! The state of each process belongs to its task ([`process`]); [`create`] builds containers. The locks here guard maps
+//! and are not held across an await.
 
 pub mod create;
 pub mod host_ipc;
@@ -25,21 +25,21 @@ use std::path::PathBuf;
 use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
-/// SIGKILL, by number, as the guest takes signals.
+/// SIGKILL as a signal number of the guest protocol.
 const SIGKILL: u32 = 9;
 
 /// A container that exists in the guest.
 pub struct Container {
-    /// Its id.
+    /// Container id.
     pub id: String,
-    /// Its bundle on the host.
+    /// Bundle directory on the host.
     pub bundle: PathBuf,
-    /// The guest it lives in.
+    /// Guest that runs the container.
     pub guest: Guest,
-    /// Its first process.
+    /// Init process.
     pub init: Process,
     execs: Mutex<HashMap<String, Process>>,
-    /// Mounts into the share; taken by the one Delete that wins.
+    /// Undo steps of the creation; the first Delete takes them.
     undo: Mutex<Option<Undo>>,
 }
 
@@ -48,7 +48,7 @@ impl Container {
         self.execs.lock()
     }
 
-    /// The process of an exec id; the init process for an empty one.
+    /// Returns the process of an exec id, or the init process for an empty id.
     ///
     /// # Errors
     /// NotFound.
@@ -60,7 +60,7 @@ impl Container {
             .get(exec_id)
             .cloned()
             .ok_or_else(|| ShimError::NotFound {
-                what: "process",
+                kind: "process",
                 id: exec_id.to_owned(),
             })
     }
@@ -72,19 +72,19 @@ impl Container {
     pub fn add_exec(&self, exec_id: &str, make: impl FnOnce() -> Process) -> Result<Process> {
         match self.execs().entry(exec_id.to_owned()) {
             std::collections::hash_map::Entry::Occupied(_) => Err(ShimError::AlreadyExists {
-                what: "process",
+                kind: "process",
                 id: exec_id.to_owned(),
             }),
             std::collections::hash_map::Entry::Vacant(slot) => Ok(slot.insert(make()).clone()),
         }
     }
 
-    /// Forgets an exec'd process.
+    /// Removes an exec'd process from the table.
     pub fn remove_exec(&self, exec_id: &str) {
         self.execs().remove(exec_id);
     }
 
-    /// All processes, init last: what it started ends before it.
+    /// Returns all processes with init last, so that its children are handled before it.
     fn processes(&self) -> Vec<Process> {
         let mut all: Vec<Process> = self.execs().values().cloned().collect();
         all.push(self.init.clone());
@@ -97,12 +97,12 @@ impl Container {
 }
 
 enum Slot {
-    /// Create is under way.
-    Making,
-    Made(Arc<Container>),
+    /// Create is in progress.
+    Creating,
+    Created(Arc<Container>),
 }
 
-/// The table.
+/// The pod's containers by id.
 pub struct Containers {
     context: Context,
     slots: Mutex<HashMap<String, Slot>>,
@@ -112,7 +112,7 @@ pub struct Containers {
 }
 
 impl Containers {
-    /// An empty table.
+    /// Creates an empty table.
     pub fn new(context: Context) -> Self {
         Self {
             context,
@@ -132,15 +132,15 @@ impl Containers {
         self.slots.lock()
     }
 
-    /// The container of an id.
+    /// Returns the container of an id.
     ///
     /// # Errors
-    /// NotFound, also while it is being made.
+    /// NotFound, also while the container is being created.
     pub fn get(&self, id: &str) -> Result<Arc<Container>> {
         match self.slots().get(id) {
-            Some(Slot::Made(container)) => Ok(container.clone()),
-            Some(Slot::Making) | None => Err(ShimError::NotFound {
-                what: "container",
+            Some(Slot::Created(container)) => Ok(container.clone()),
+            Some(Slot::Creating) | None => Err(ShimError::NotFound {
+                kind: "container",
                 id: id.to_owned(),
             }),
         }
@@ -150,34 +150,34 @@ impl Containers {
         self.slots()
             .values()
             .filter_map(|slot| match slot {
-                Slot::Made(container) => Some(container.clone()),
-                Slot::Making => None,
+                Slot::Created(container) => Some(container.clone()),
+                Slot::Creating => None,
             })
             .collect()
     }
 
-    /// How many there are, made or being made.
+    /// Returns the number of containers, including those being created.
     pub fn len(&self) -> usize {
         self.slots().len()
     }
 
-    /// Whether there is none.
+    /// Returns whether the table is empty.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// SIGKILL to everything. Failures are logged: what has ended has ended.
+    /// Sends SIGKILL to all containers. Failures are only logged, since a container may have ended already.
     pub async fn kill_all(&self) {
         let kills = self.all().into_iter().map(|container| async move {
             if let Err(error) = container.init.kill(SIGKILL, true).await {
-                tracing::debug!(container = container.id, %error, "not killed");
+                tracing::debug!(container = container.id, %error, "failed to kill container");
             }
         });
         futures::future::join_all(kills).await;
     }
 
-    /// Waits until no process runs any more, output drained. False: some outlived `limit`.
-    pub async fn settled(&self, limit: Duration) -> bool {
+    /// Waits until no process runs and all output is drained. Returns false if that takes longer than `timeout`.
+    pub async fn wait_stopped(&self, timeout: Duration) -> bool {
         let processes: Vec<Process> = self
             .all()
             .iter()
@@ -185,13 +185,13 @@ impl Containers {
             .collect();
         let all = async {
             for process in processes {
-                process.settled().await;
+                process.wait_stopped().await;
             }
         };
-        tokio::time::timeout(limit, all).await.is_ok()
+        tokio::time::timeout(timeout, all).await.is_ok()
     }
 
-    /// Ends the tasks of all processes, whose VM is gone: containers that nobody deleted would hold the shim back.
+    /// Ends the tasks of all processes after the VM has ended. Containers that were not deleted would delay the shim's exit.
     pub async fn close_all(&self) {
         for container in self.all() {
             for process in container.processes() {
@@ -200,11 +200,11 @@ impl Containers {
         }
     }
 
-    /// Removes a container whose init has ended, or never started, with its execs and mounts. Answers its end.
-    /// Runs to its end even when the caller goes away only if the caller spawned it; see the service.
+    /// Removes a container that is not running, with its execs and mounts, and returns its final state. The caller spawns
+    /// the future so that it completes even if the client disconnects.
     ///
     /// # Errors
-    /// NotFound, WrongState while it runs, the guest's refusal.
+    /// NotFound, WrongState while it runs, or the guest's error.
     pub async fn delete(&self, id: &str) -> Result<process::State> {
         let container = self.get(id)?;
         let state = container.init.delete().await?;

@@ -1,8 +1,7 @@
-//! [`Process`]: a handle to one process in the guest, the init of a container or an exec'd one, and the task that writes
-//! its state.
+//! [`Process`]: a handle to one process in the guest (a container's init or an exec), and the task that owns its state.
 //!
-//! The task alone starts, signals and forgets the process and publishes its events, so their order is that of its
-//! decisions. Output is [`crate::logs`]'; an end is told only after the output was drained to where it belongs.
+//! The task starts, signals and deletes the process and publishes its events, so events appear in the order of state
+//! changes. [`crate::logs`] handles output; an exit is published only after the output was drained.
 //!
 //! ```text
 //! Created ──start──► Running ⇄ Paused ──exit + output drained, VM died──► Stopped ──delete──► gone
@@ -27,65 +26,65 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 
-/// Requests that wait for the task.
-const REQUEST_QUEUE: usize = 32;
-/// Pause before the guest is asked again for an exit after its connection broke.
-const WAIT_PAUSE: Duration = Duration::from_millis(200);
-/// Output still awaited after the end of a process while nothing moves: a child may hold its pipe for ever.
-pub const DRAIN_LIMIT: Duration = Duration::from_secs(10);
-/// Exit status of what died with its VM.
-const KILLED: u32 = 137;
-/// Exit status where nobody knows it; containerd's UnknownExitStatus.
-const UNKNOWN: u32 = 255;
+/// Capacity of the task's request channel.
+const REQUEST_CHANNEL_CAPACITY: usize = 32;
+/// Delay before Execution.Wait is retried after a broken connection.
+const WAIT_RETRY_DELAY: Duration = Duration::from_millis(200);
+/// Time without progress after which draining a process's output stops; a child may hold the pipe open forever.
+pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+/// Exit status of a process that died with its VM: 128 + SIGKILL.
+const KILLED_EXIT_STATUS: u32 = 137;
+/// Exit status if the real one is unknown; containerd's UnknownExitStatus.
+const UNKNOWN_EXIT_STATUS: u32 = 255;
 
-/// Where a process is in its life.
+/// Lifecycle phase of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
-    /// Registered; nothing of it has run.
+    /// Registered, not started.
     Created,
-    /// Runs.
+    /// Running.
     Running,
     /// Frozen with its container.
     Paused,
-    /// Ended, its output where it belongs.
+    /// Exited, output drained.
     Stopped,
 }
 
-/// How it ended.
+/// Exit of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ended {
-    /// 0–255; 128 + signal for a death by signal.
+    /// Exit status, 0–255; 128 + signal number if a signal killed the process.
     pub status: u32,
-    /// Nanoseconds since the epoch; the guest's clock where it told the end.
+    /// Nanoseconds since the epoch, by the guest's clock if the guest reported the exit.
     pub at_unix_ns: i64,
 }
 
-/// What the task publishes.
+/// State that the task publishes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct State {
-    /// Where it is.
+    /// Lifecycle phase.
     pub phase: Phase,
-    /// Pid as it is shown: see [`Context::reported_pid`]; 0 before an exec started.
+    /// Reported pid (see [`Context::reported_pid`]); 0 before an exec has started.
     pub pid: u32,
-    /// Set in Stopped.
+    /// Set in phase Stopped.
     pub ended: Option<Ended>,
 }
 
-/// What does not change.
+/// Immutable properties of a process.
 #[derive(Debug, Clone)]
-pub struct About {
-    /// The container's id.
+pub struct ProcessConfig {
+    /// Container id.
     pub container: String,
-    /// Empty for the init process.
+    /// Exec id; empty for the init process.
     pub exec: String,
-    /// The container's bundle.
+    /// Bundle of the container.
     pub bundle: PathBuf,
-    /// Where input and output are, as asked.
+    /// Requested input and output.
     pub stdio: Stdio,
 }
 
-impl About {
-    /// The id events and states carry: the exec's, or the container's for the init.
+impl ProcessConfig {
+    /// Returns the id used in events and states: the exec id, or the container id for init.
     pub fn id(&self) -> &str {
         if self.exec.is_empty() {
             &self.container
@@ -112,33 +111,33 @@ enum Request {
     },
     CloseInput(Reply<()>),
     ReopenLog(Reply<()>),
-    /// The kernel killed a process of the container for memory.
+    /// The guest's OOM killer killed a process of the container.
     Oom,
     Delete(Reply<State>),
     Close(oneshot::Sender<()>),
 }
 
-/// The handle. Cheap to clone.
+/// Handle to a process; clones share the task.
 #[derive(Clone)]
 pub struct Process {
-    about: Arc<About>,
+    config: Arc<ProcessConfig>,
     requests: mpsc::Sender<Request>,
     state: watch::Receiver<State>,
 }
 
 impl Process {
-    /// Starts the task of a process that is registered: a container made by Container.Init with `pid`, or an exec with
-    /// its OCI process as JSON.
+    /// Spawns the task of a process: the init of a container that Container.Init created with `pid`, or an exec whose OCI
+    /// process is `exec_json`.
     pub fn spawn(
         context: &Context,
         guest: &Guest,
-        about: About,
+        config: ProcessConfig,
         sink: Sink,
         pid: u32,
         exec_json: Option<Vec<u8>>,
     ) -> Self {
-        let about = Arc::new(about);
-        let (requests, receiver) = mpsc::channel(REQUEST_QUEUE);
+        let config = Arc::new(config);
+        let (requests, receiver) = mpsc::channel(REQUEST_CHANNEL_CAPACITY);
         let initial = State {
             phase: Phase::Created,
             pid: if exec_json.is_none() {
@@ -152,100 +151,99 @@ impl Process {
         let task = Task {
             context: context.clone(),
             guest: guest.clone(),
-            about: about.clone(),
+            config: config.clone(),
             requests: receiver,
             state: sender,
             sink: Some(sink),
             pump: None,
             input: None,
             exec_json,
-            oom_told: false,
+            oom_published: false,
             close_input: false,
             end: None,
         };
         context.tasks.spawn(task.run());
         Self {
-            about,
+            config,
             requests,
             state,
         }
     }
 
-    /// What does not change.
-    pub fn about(&self) -> &About {
-        &self.about
+    /// Returns the immutable properties.
+    pub fn config(&self) -> &ProcessConfig {
+        &self.config
     }
 
-    /// The state as last published.
+    /// Returns the last published state.
     pub fn state(&self) -> State {
         self.state.borrow().clone()
     }
 
-    /// Lets it run; answers its pid in the guest. Running already: WrongState.
+    /// Starts the process and returns its pid.
     ///
     /// # Errors
-    /// WrongState, the guest's refusal.
+    /// WrongState unless the phase is Created, or the guest's error.
     pub async fn start(&self) -> Result<u32> {
         self.ask(Request::Start).await
     }
 
-    /// Sends a Linux signal, to the whole tree with `all`.
+    /// Sends a Linux signal, to the whole process tree with `all`.
     ///
     /// # Errors
-    /// NotFound once it has ended (what containerd expects), the guest's refusal.
+    /// NotFound after the exit, as containerd expects, or the guest's error.
     pub async fn kill(&self, signal: u32, all: bool) -> Result<()> {
         self.ask(|reply| Request::Kill { signal, all, reply }).await
     }
 
-    /// Freezes (true) or thaws the container.
+    /// Freezes (true) or thaws (false) the container.
     ///
     /// # Errors
-    /// WrongState, the guest's refusal.
+    /// WrongState, or the guest's error.
     pub async fn pause(&self, pause: bool) -> Result<()> {
         self.ask(|reply| Request::Pause(pause, reply)).await
     }
 
-    /// New terminal size.
+    /// Sets the terminal size.
     ///
     /// # Errors
-    /// The guest's refusal.
+    /// The guest's error.
     pub async fn resize(&self, rows: u32, cols: u32) -> Result<()> {
         self.ask(|reply| Request::Resize { rows, cols, reply })
             .await
     }
 
-    /// End of input.
+    /// Closes the process's input.
     ///
     /// # Errors
-    /// When the process is gone.
+    /// NotFound after the task has ended.
     pub async fn close_input(&self) -> Result<()> {
         self.ask(Request::CloseInput).await
     }
 
-    /// See [`LogPump::reopen`].
+    /// Reopens the log file by its path; see [`LogPump::reopen`].
     ///
     /// # Errors
-    /// Invalid where it has no log file; Io where the new file cannot be opened (the old one is kept).
+    /// Invalid without a log file; Io if the new file cannot be opened (the old one stays open).
     pub async fn reopen_log(&self) -> Result<()> {
         self.ask(Request::ReopenLog).await
     }
 
-    /// The guest says that the kernel killed a process of the container for want of memory; after its end it says so no
-    /// more. Nobody waits for what comes of it.
+    /// Reports an OOM kill in the container. Ignored after the exit.
     pub async fn oom(&self) {
-        // An error means that the task has ended: nothing to tell any more.
+        // An error means that the task has ended and no event is due.
         drop(self.requests.send(Request::Oom).await);
     }
 
-    /// Forgets it in the guest. It must not run.
+    /// Deletes the process in the guest and returns its final state.
     ///
     /// # Errors
-    /// WrongState while it runs, the guest's refusal.
+    /// WrongState while it runs, or the guest's error.
     pub async fn delete(&self) -> Result<State> {
         self.ask(Request::Delete).await
     }
 
-    /// Ends the task and its log writer. Ended already: nothing happens.
+    /// Ends the task and its log writer. Does nothing after the task has ended.
     pub async fn close(&self) {
         let (reply, answer) = oneshot::channel();
         if self.requests.send(Request::Close(reply)).await.is_ok() {
@@ -253,15 +251,15 @@ impl Process {
         }
     }
 
-    /// Waits for its end. Many may wait; dropping the future changes nothing.
+    /// Waits for the exit. Cancel safe.
     ///
     /// # Errors
-    /// NotFound when it was deleted before it ran.
+    /// NotFound if the process was deleted without an exit.
     pub async fn wait(&self) -> Result<Ended> {
         let mut state = self.state.clone();
         let gone = || ShimError::NotFound {
-            what: "process",
-            id: self.about.id().to_owned(),
+            kind: "process",
+            id: self.config.id().to_owned(),
         };
         let state = state
             .wait_for(|state| state.ended.is_some())
@@ -270,8 +268,8 @@ impl Process {
         state.ended.ok_or_else(gone)
     }
 
-    /// Completes when it doesn't run: ended, or never started.
-    pub async fn settled(&self) {
+    /// Waits until the process is not running: exited, or not started.
+    pub async fn wait_stopped(&self) {
         let mut state = self.state.clone();
         // An error means that the task has ended: settled too.
         drop(
@@ -284,8 +282,8 @@ impl Process {
     async fn ask<T>(&self, request: impl FnOnce(Reply<T>) -> Request) -> Result<T> {
         let (reply, answer) = oneshot::channel();
         let gone = || ShimError::NotFound {
-            what: "process",
-            id: self.about.id().to_owned(),
+            kind: "process",
+            id: self.config.id().to_owned(),
         };
         self.requests
             .send(request(reply))
@@ -298,19 +296,19 @@ impl Process {
 struct Task {
     context: Context,
     guest: Guest,
-    about: Arc<About>,
+    config: Arc<ProcessConfig>,
     requests: mpsc::Receiver<Request>,
     state: watch::Sender<State>,
-    /// Opened at Create, taken by Start.
+    /// Opened by Create, taken by Start.
     sink: Option<Sink>,
     pump: Option<LogPump>,
     input: Option<Input>,
     exec_json: Option<Vec<u8>>,
-    /// An OOM kill was published.
-    oom_told: bool,
-    /// CloseIO came before Start.
+    /// TaskOOM was published.
+    oom_published: bool,
+    /// CloseIO arrived before Start.
     close_input: bool,
-    /// Exit, then drained output.
+    /// Completes after the exit and the end of output.
     end: Option<BoxFuture<'static, (Ended, bool)>>,
 }
 
@@ -328,9 +326,9 @@ impl Task {
                 },
                 None => tokio::select! {
                     request = self.requests.recv() => request,
-                    // The VM is gone before this ever ran.
+                    // The VM ended before the process was started.
                     () = self.guest.ended.cancelled(), if self.state.borrow().ended.is_none() => {
-                        self.ended(died(), false);
+                        self.ended(killed(), false);
                         continue;
                     }
                 },
@@ -348,12 +346,12 @@ impl Task {
     }
 
     async fn serve(&mut self, request: Request) {
-        // A caller that went away changes nothing: what was asked is done all the same.
+        // A request is carried out even if its caller no longer waits for the reply.
         match request {
             Request::Start(reply) => {
                 let started = self.start().await;
                 if started.is_err() && matches!(self.sink, Some(Sink::Fifos { .. })) {
-                    // Who failed to start it reads the FIFOs to their end before it goes on.
+                    // The client reads the FIFOs to EOF before it handles the failure.
                     self.sink = None;
                 }
                 drop(reply.send(started));
@@ -366,7 +364,7 @@ impl Task {
             Request::CloseInput(reply) => {
                 match &self.input {
                     Some(input) => input.close(),
-                    // Before the start: a client's input may have ended already.
+                    // Not started yet: the client's input may have ended already.
                     None => self.close_input = true,
                 }
                 drop(reply.send(Ok(())));
@@ -383,19 +381,19 @@ impl Task {
             return Err(self.wrong_state("start it"));
         }
         let session = self.guest.session.clone();
-        let about = self.about.clone();
+        let config = self.config.clone();
         let pid = match &self.exec_json {
             None => {
-                self.call(session.container().start(&about.container))
+                self.call(session.container().start(&config.container))
                     .await?
             }
             Some(json) => {
                 let request = ExecRequest {
-                    container_id: about.container.clone(),
-                    exec_id: about.exec.clone(),
+                    container_id: config.container.clone(),
+                    exec_id: config.exec.clone(),
                     process_json: json.clone().into(),
-                    terminal: about.stdio.terminal,
-                    stdin: about.stdio.has_input(),
+                    terminal: config.stdio.terminal,
+                    stdin: config.stdio.has_input(),
                 };
                 self.call(session.execution().exec(request)).await?
             }
@@ -410,16 +408,16 @@ impl Task {
             state.phase = Phase::Running;
             state.pid = pid;
         });
-        if about.exec.is_empty() {
+        if config.exec.is_empty() {
             self.context.publisher.publish(&TaskStart {
-                container_id: about.container.clone(),
+                container_id: config.container.clone(),
                 pid,
                 ..Default::default()
             });
         } else {
             self.context.publisher.publish(&TaskExecStarted {
-                container_id: about.container.clone(),
-                exec_id: about.exec.clone(),
+                container_id: config.container.clone(),
+                exec_id: config.exec.clone(),
                 pid,
                 ..Default::default()
             });
@@ -428,41 +426,41 @@ impl Task {
         Ok(pid)
     }
 
-    /// From here on output, input and the exit are followed.
+    /// Starts copying output and input and waiting for the exit.
     fn follow(&mut self) {
-        let about = &self.about;
+        let config = &self.config;
         if let Some(sink) = self.sink.take() {
             self.pump = Some(LogPump::spawn(
                 &self.context,
                 &self.guest,
-                &about.container,
-                &about.exec,
+                &config.container,
+                &config.exec,
                 sink,
             ));
         }
         self.input = Input::spawn(
             &self.context,
             &self.guest,
-            &about.container,
-            &about.exec,
-            &about.stdio.stdin,
+            &config.container,
+            &config.exec,
+            &config.stdio.stdin,
         );
         if let Some(input) = self.input.as_ref().filter(|_| self.close_input) {
             input.close();
         }
         let drained = self.pump.as_ref().map(LogPump::watch_drained);
         let guest = self.guest.clone();
-        let about = self.about.clone();
+        let config = self.config.clone();
         self.end = Some(Box::pin(async move {
-            let (ended, oom) = wait_for_exit(&guest, &about).await;
+            let (ended, oom) = wait_for_exit(&guest, &config).await;
             if let Some(drained) = drained
-                && !drained.within(DRAIN_LIMIT).await
+                && !drained.within(DRAIN_TIMEOUT).await
             {
                 tracing::warn!(
-                    container = about.container,
-                    exec = about.exec,
-                    "output still open {} s after the exit",
-                    DRAIN_LIMIT.as_secs()
+                    container = config.container,
+                    exec = config.exec,
+                    "output still open {} s after the exit; giving up",
+                    DRAIN_TIMEOUT.as_secs()
                 );
             }
             (ended, oom)
@@ -471,24 +469,26 @@ impl Task {
 
     async fn kill(&mut self, signal: u32, all: bool) -> Result<()> {
         let phase = self.state.borrow().phase;
-        let about = self.about.clone();
+        let config = self.config.clone();
         let session = self.guest.session.clone();
         match phase {
             Phase::Stopped => Err(ShimError::NotFound {
-                what: "running process",
-                id: about.id().to_owned(),
+                kind: "running process",
+                id: config.id().to_owned(),
             }),
-            Phase::Created if !about.exec.is_empty() => {
-                self.ended(died(), false);
+            Phase::Created if !config.exec.is_empty() => {
+                self.ended(killed(), false);
                 Ok(())
             }
-            Phase::Created | Phase::Running | Phase::Paused if about.exec.is_empty() => {
-                self.call(session.container().kill(&about.container, signal, all))
+            Phase::Created | Phase::Running | Phase::Paused if config.exec.is_empty() => {
+                self.call(session.container().kill(&config.container, signal, all))
                     .await?;
                 if self.end.is_none() {
-                    // Created and killed before its start: somebody has to notice.
+                    // Killed before its start, which would have begun the wait.
                     let guest = self.guest.clone();
-                    self.end = Some(Box::pin(async move { wait_for_exit(&guest, &about).await }));
+                    self.end = Some(Box::pin(
+                        async move { wait_for_exit(&guest, &config).await },
+                    ));
                 }
                 Ok(())
             }
@@ -496,7 +496,7 @@ impl Task {
                 self.call(
                     session
                         .execution()
-                        .kill(&about.container, &about.exec, signal, all),
+                        .kill(&config.container, &config.exec, signal, all),
                 )
                 .await
             }
@@ -511,7 +511,7 @@ impl Task {
         if self.state.borrow().phase != from {
             return Err(self.wrong_state(action));
         }
-        let id = self.about.container.clone();
+        let id = self.config.container.clone();
         let containers = self.guest.session.container();
         if pause {
             self.call(containers.pause(&id)).await?;
@@ -531,9 +531,9 @@ impl Task {
     }
 
     async fn resize(&mut self, rows: u32, cols: u32) -> Result<()> {
-        let about = self.about.clone();
+        let config = self.config.clone();
         let execution = self.guest.session.execution();
-        self.call(execution.resize_tty(&about.container, &about.exec, rows, cols))
+        self.call(execution.resize_tty(&config.container, &config.exec, rows, cols))
             .await
     }
 
@@ -541,11 +541,11 @@ impl Task {
         match &self.pump {
             Some(pump) => pump.reopen(reply),
             None => drop(reply.send(match &mut self.sink {
-                // Not started yet: the file is there and empty; a rotated one is made anew by opening it at Start.
+                // Not started yet: the file is empty and can be opened again.
                 Some(sink) => sink.reopen_unused(),
                 None => Err(ShimError::Invalid {
                     field: "container_id",
-                    reason: format!("{} has no log file", self.about.container),
+                    reason: format!("container {} has no log file", self.config.container),
                 }),
             })),
         }
@@ -556,17 +556,17 @@ impl Task {
         if matches!(state.phase, Phase::Running | Phase::Paused) {
             return Err(self.wrong_state("delete it"));
         }
-        let about = self.about.clone();
+        let config = self.config.clone();
         let session = self.guest.session.clone();
-        let forgotten = match (about.exec.is_empty(), state.phase) {
+        let forgotten = match (config.exec.is_empty(), state.phase) {
             (true, _) => {
-                self.call(session.container().delete(&about.container, true))
+                self.call(session.container().delete(&config.container, true))
                     .await
             }
-            // The guest never heard of it.
+            // An exec that was not started does not exist in the guest.
             (false, Phase::Created) => Ok(()),
             (false, _) => {
-                self.call(session.execution().delete(&about.container, &about.exec))
+                self.call(session.execution().delete(&config.container, &config.exec))
                     .await
             }
         };
@@ -579,20 +579,20 @@ impl Task {
             self.state.send_modify(|state| {
                 state.phase = Phase::Stopped;
                 state.ended = Some(Ended {
-                    status: UNKNOWN,
+                    status: UNKNOWN_EXIT_STATUS,
                     at_unix_ns: time::unix_ns(),
                 });
             });
         }
         let state = self.state.borrow().clone();
-        if about.exec.is_empty() {
-            let ended = state.ended.unwrap_or(died());
+        if config.exec.is_empty() {
+            let ended = state.ended.unwrap_or(killed());
             self.context.publisher.publish(&TaskDelete {
-                container_id: about.container.clone(),
+                container_id: config.container.clone(),
                 pid: state.pid,
                 exit_status: ended.status,
                 exited_at: MessageField::some(time::timestamp(ended.at_unix_ns)),
-                id: about.container.clone(),
+                id: config.container.clone(),
                 ..Default::default()
             });
         }
@@ -601,14 +601,14 @@ impl Task {
 
     fn ended(&mut self, ended: Ended, oom: bool) {
         let pid = self.state.borrow().pid;
-        // The event stream and the exit are two ways: whichever came first told it, and always before the exit.
-        if oom && !self.oom_told {
+        // An OOM kill is reported by the event stream and by the exit. TaskOOM precedes TaskExit in both cases.
+        if oom && !self.oom_published {
             self.oom();
         }
-        // Published before the state: who was woken by the state finds the event under way.
+        // Published before the state changes, so that a waiter on the state finds the event queued.
         self.context.publisher.publish(&TaskExit {
-            container_id: self.about.container.clone(),
-            id: self.about.id().to_owned(),
+            container_id: self.config.container.clone(),
+            id: self.config.id().to_owned(),
             pid,
             exit_status: ended.status,
             exited_at: MessageField::some(time::timestamp(ended.at_unix_ns)),
@@ -622,12 +622,12 @@ impl Task {
     }
 
     fn oom(&mut self) {
-        if !self.about.exec.is_empty() || self.state.borrow().phase == Phase::Stopped {
+        if !self.config.exec.is_empty() || self.state.borrow().phase == Phase::Stopped {
             return;
         }
-        self.oom_told = true;
+        self.oom_published = true;
         self.context.publisher.publish(&TaskOOM {
-            container_id: self.about.container.clone(),
+            container_id: self.config.container.clone(),
             ..Default::default()
         });
     }
@@ -641,14 +641,14 @@ impl Task {
 
     fn wrong_state(&self, action: &'static str) -> ShimError {
         ShimError::WrongState {
-            what: "process",
-            id: self.about.id().to_owned(),
+            kind: "process",
+            id: self.config.id().to_owned(),
             state: format!("{:?}", self.state.borrow().phase).to_lowercase(),
             action,
         }
     }
 
-    /// Borrows nothing of the task: the future is sent between threads, and the task's parts cannot be shared.
+    /// Calls the guest without borrowing the task, whose fields are not Sync.
     fn call<T, F>(&self, call: F) -> impl Future<Output = Result<T>> + use<T, F>
     where
         F: Future<Output = std::result::Result<T, PortalError>>,
@@ -658,29 +658,29 @@ impl Task {
     }
 }
 
-fn died() -> Ended {
+fn killed() -> Ended {
     Ended {
-        status: KILLED,
+        status: KILLED_EXIT_STATUS,
         at_unix_ns: time::unix_ns(),
     }
 }
 
-/// Waits for the guest to tell the exit, over broken connections, or for the VM to end.
-async fn wait_for_exit(guest: &Guest, about: &About) -> (Ended, bool) {
-    let asked = async {
+/// Waits for the guest's exit report, across reconnects, or for the end of the VM.
+async fn wait_for_exit(guest: &Guest, config: &ProcessConfig) -> (Ended, bool) {
+    let reported = async {
         loop {
             match guest
                 .session
                 .execution()
-                .wait(&about.container, &about.exec)
+                .wait(&config.container, &config.exec)
                 .await
             {
-                Ok(exit) => return told(&exit),
-                Err(error) if error.is_transport() => tokio::time::sleep(WAIT_PAUSE).await,
+                Ok(exit) => return exit_info(&exit),
+                Err(error) if error.is_transport() => tokio::time::sleep(WAIT_RETRY_DELAY).await,
                 Err(error) => {
-                    tracing::error!(container = about.container, exec = about.exec, error = %Report(&error), "exit unknown");
+                    tracing::error!(container = config.container, exec = config.exec, error = %Report(&error), "failed to wait for the exit; exit status unknown");
                     let unknown = Ended {
-                        status: UNKNOWN,
+                        status: UNKNOWN_EXIT_STATUS,
                         at_unix_ns: time::unix_ns(),
                     };
                     return (unknown, false);
@@ -689,12 +689,12 @@ async fn wait_for_exit(guest: &Guest, about: &About) -> (Ended, bool) {
         }
     };
     tokio::select! {
-        exit = asked => exit,
-        () = guest.ended.cancelled() => (died(), false),
+        exit = reported => exit,
+        () = guest.ended.cancelled() => (killed(), false),
     }
 }
 
-fn told(exit: &Exit) -> (Ended, bool) {
+fn exit_info(exit: &Exit) -> (Ended, bool) {
     let ended = Ended {
         status: exit.code.min(255),
         at_unix_ns: exit.finished_at_unix_ns,

@@ -1,7 +1,7 @@
-//! A container's root file system: EROFS layers into `l/`, anything else mounted at `r/<container id>` of the share. What a
-//! containerd's snapshotter means by its mounts is [`super::snapshot`]'s.
+//! A container's root file system in the share: EROFS layers in `l/`, any other mount at `r/<container id>`.
+//! [`super::snapshot`] interprets the mounts of containerd's snapshotters.
 //!
-//! SharedBinds are shared by the containers of the pod: [`SharedBinds`] counts who uses them. How the guest stacks them is its own.
+//! Containers of a pod share layers, which [`SharedBinds`] reference-counts. The guest stacks the layers.
 
 use super::snapshot;
 use crate::error::{Result, ShimError};
@@ -16,11 +16,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokio::sync::Mutex;
 
-/// SharedBinds of one image: overlayfs takes 500 lower directories at most.
-const LAYER_LIMIT: usize = 500;
+/// Maximum layers of an image: overlayfs accepts 500 lower directories.
+const MAX_LAYERS: usize = 500;
 
-/// What is bound into the share for several containers (layer files, volumes), with the number of users. An async lock: it
-/// is held while something is being bound, so that a second user waits for it.
+/// Reference counts of share paths that several containers use (layer files, volumes). The async lock is held during a
+/// bind, so that a second user waits for it.
 #[derive(Clone, Default)]
 pub struct SharedBinds(Arc<Mutex<HashMap<String, usize>>>);
 
@@ -32,10 +32,10 @@ impl SharedBinds {
         Ok(path)
     }
 
-    /// Makes `source` appear at `path` of the share, for one more user; `undo` gives it back.
+    /// Binds `source` at `path` of the share for one more user. `undo` releases it.
     ///
     /// # Errors
-    /// The share's; nothing is left behind then.
+    /// The share's error; nothing remains bound then.
     pub async fn bind(
         &self,
         share: &Arc<dyn Share>,
@@ -54,12 +54,12 @@ impl SharedBinds {
         drop(users);
         let (layers, share, key) = (self.clone(), share.clone(), path.to_owned());
         undo.push("bind mount", move || async move {
-            layers.give_back(&share, &key).await
+            layers.release(&share, &key).await
         });
         Ok(())
     }
 
-    async fn give_back(&self, share: &Arc<dyn Share>, path: &str) -> Result<()> {
+    async fn release(&self, share: &Arc<dyn Share>, path: &str) -> Result<()> {
         let mut users = self.0.lock().await;
         match users.get_mut(path) {
             Some(count) if *count > 1 => {
@@ -75,7 +75,7 @@ impl SharedBinds {
     }
 }
 
-/// Where a layer file appears in the share: by its path's digest, so that one file has one place.
+/// Returns the share path of a layer file, derived from a digest of its host path, so that each file appears once.
 pub(super) fn layer_path(source: &Path) -> String {
     format!(
         "l/{}.erofs",
@@ -83,10 +83,10 @@ pub(super) fn layer_path(source: &Path) -> String {
     )
 }
 
-/// Puts the root file system of a container into the share. What it did is in `undo`.
+/// Puts the root file system of a container into the share and records the undo steps.
 ///
 /// # Errors
-/// HostPath for a layer that is not there, Invalid for mounts that make no root, Io for a mount that fails.
+/// HostPath for a missing layer, Invalid for unsupported mounts, Io for a failed mount.
 pub async fn prepare(
     layers: &SharedBinds,
     share: &Arc<dyn Share>,
@@ -104,9 +104,9 @@ pub async fn prepare(
         return stack_files(layers, share, &files, undo).await;
     }
     let path = format!("r/{container}");
-    let taken = (share.clone(), path.clone());
+    let mounted = (share.clone(), path.clone());
     undo.push("root file system", move || async move {
-        taken.0.unbind(&taken.1).await
+        mounted.0.unbind(&mounted.1).await
     });
     match mounts {
         [] => {
@@ -137,13 +137,13 @@ pub async fn prepare(
                 .mount(&only.type_, &only.source, &only.options, &path)
                 .await?
         }
-        more => {
+        many => {
             return Err(ShimError::Invalid {
                 field: "rootfs",
                 reason: format!(
-                    "{} mounts of types {:?}; one mount, or EROFS layers only, make a root",
-                    more.len(),
-                    more.iter()
+                    "unsupported combination of {} mounts of types {:?}: must be one mount or EROFS layers only",
+                    many.len(),
+                    many.iter()
                         .map(|mount| mount.type_.as_str())
                         .collect::<Vec<_>>()
                 ),
@@ -169,17 +169,17 @@ async fn stack(
     stack_files(layers, share, &files, undo).await
 }
 
-/// Lowest first.
+/// Binds layer files, lowest first.
 async fn stack_files(
     layers: &SharedBinds,
     share: &Arc<dyn Share>,
     files: &[PathBuf],
     undo: &mut Undo,
 ) -> Result<Rootfs> {
-    if files.len() > LAYER_LIMIT {
+    if files.len() > MAX_LAYERS {
         return Err(ShimError::Invalid {
             field: "rootfs",
-            reason: format!("{} layers, at most {LAYER_LIMIT}", files.len()),
+            reason: format!("{} layers exceed the maximum of {MAX_LAYERS}", files.len()),
         });
     }
     let mut stacked = Vec::with_capacity(files.len());
@@ -214,7 +214,7 @@ async fn host_path(share: &Arc<dyn Share>, path: &Path) -> Result<PathBuf> {
     let resolve = move || {
         std::fs::canonicalize(&path).map_err(|error| ShimError::HostPath {
             path,
-            wanted_for: "the root file system".to_owned(),
+            required_by: "the root file system".to_owned(),
             reason: error.to_string(),
         })
     };

@@ -1,20 +1,20 @@
-//! What the mounts of containerd's snapshotters are made of: its EROFS snapshotter, from 2.2 on containerd's mount manager,
-//! mounts each layer on the host and gives an overlay of them, and the guest is better served with the layer files themselves.
+//! Finds the layer files behind the mounts of containerd's snapshotters. The EROFS snapshotter (from 2.2 on with the mount
+//! manager) mounts each layer on the host and returns an overlay of them; the guest mounts the layer files itself instead.
 //!
-//! Looks only. Putting layers into the share is [`super::rootfs`]'s.
+//! Only inspects mounts; [`super::rootfs`] binds the files into the share.
 
 use crate::share::mountinfo;
 use containerd_shim_protos::api::Mount;
 use nix::sys::statfs::{FsType, statfs};
 use std::path::{Path, PathBuf};
 
-/// Name of a layer's file, which the EROFS snapshotter of 2.1 mounts beside it; its documented layout.
+/// Name of a layer file, which the EROFS snapshotter of 2.1 mounts beside it (documented layout).
 const LAYER_FILE: &str = "layer.erofs";
 /// EROFS_SUPER_MAGIC_V1.
 const EROFS_MAGIC: u32 = 0xE0F5_E1E2;
 
-/// The layer files of an overlay whose every lower directory is a mounted EROFS layer, lowest first. None: anything else.
-/// The writable layer is the guest's own then, on the pod's scratch disk; the snapshot's upper directory stays empty.
+/// Returns the layer files, lowest first, of an overlay all of whose lower directories are mounted EROFS layers; None for
+/// any other mount. The guest's writable layer is on the pod's scratch disk; the snapshot's upper directory stays empty.
 pub fn erofs_layers(mount: &Mount) -> Option<Vec<PathBuf>> {
     layers_of(mount, |dir| {
         let mounted = statfs(dir).is_ok_and(|about| is_erofs(about.filesystem_type()));
@@ -32,8 +32,8 @@ pub fn erofs_layers(mount: &Mount) -> Option<Vec<PathBuf>> {
     })
 }
 
-/// The layer file behind a mount's source, the file itself or a loop device whose file `backing` knows. Nothing else is a layer
-/// on its own: neither a merged index of several files nor a dm-verity device.
+/// Returns the layer file behind a mount source: the file itself, or the `backing` file of a loop device. A merged index of
+/// several files or a dm-verity device is not a layer.
 fn plain_layer(source: &Path, backing: impl Fn(&str) -> Option<String>) -> Option<PathBuf> {
     let file = match source.parent() {
         Some(dir) if dir == Path::new("/dev") => {
@@ -47,7 +47,7 @@ fn plain_layer(source: &Path, backing: impl Fn(&str) -> Option<String>) -> Optio
 }
 
 fn is_erofs(kind: FsType) -> bool {
-    // The kernel's number is 32 bits wide, the type that holds it signed on some systems.
+    // The magic number has 32 bits; the type that holds it is signed on some systems.
     kind.0 as u32 == EROFS_MAGIC
 }
 
@@ -63,7 +63,7 @@ fn layers_of(mount: &Mount, file_of: impl Fn(&Path) -> Option<PathBuf>) -> Optio
         .split(':')
         .map(|dir| file_of(Path::new(dir)))
         .collect::<Option<Vec<_>>>()?;
-    // overlayfs names the uppermost first.
+    // overlayfs lists the uppermost directory first.
     files.reverse();
     Some(files)
 }
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn an_overlay_of_layers_alone_is_handed_over_lowest_first() {
+    fn layers_of_overlay_returns_files_lowest_first() {
         let dirs = ["/2/fs", "/1/fs"].map(PathBuf::from);
         let file = |dir: &Path| Some(dir.parent()?.join(LAYER_FILE));
         let files = layers_of(&overlay(&dirs), file).expect("layers");
@@ -94,11 +94,15 @@ mod tests {
             ["/1/layer.erofs", "/2/layer.erofs"].map(PathBuf::from)
         );
         let one = |dir: &Path| (dir == dirs[0]).then(|| dir.to_owned());
-        assert_eq!(layers_of(&overlay(&dirs), one), None, "one is no layer");
+        assert_eq!(
+            layers_of(&overlay(&dirs), one),
+            None,
+            "one directory is not a layer"
+        );
     }
 
     #[test]
-    fn a_mounts_source_is_a_layers_file_or_a_loop_device_of_one() {
+    fn plain_layer_accepts_layer_file_or_its_loop_device() {
         let dir = tempfile::tempdir().expect("tempdir");
         let (layer, index) = (dir.path().join(LAYER_FILE), dir.path().join("fsmeta.erofs"));
         for file in [&layer, &index] {
@@ -114,6 +118,6 @@ mod tests {
         assert_eq!(plain_layer(Path::new("/dev/dm-1"), backing), None);
         assert_eq!(plain_layer(&index, backing), None);
         std::fs::remove_file(&layer).expect("removed");
-        assert_eq!(plain_layer(&layer, backing), None, "deleted since");
+        assert_eq!(plain_layer(&layer, backing), None, "deleted file");
     }
 }

@@ -1,7 +1,7 @@
-//! The OCI spec of a container as the guest gets it: host paths become guest paths, what belongs to the host goes.
+//! Rewrites a container's OCI spec for the guest: host paths become guest paths, host-only settings are removed.
 //!
-//! Pure, apart from looking at mount sources, which [`super::volume`] does. Binding them into the share is
-//! [`super::create`]'s; building namespaces, cgroups and devices out of the spec is the guest's.
+//! Pure except for inspecting mount sources, in [`super::volume`]. [`super::create`] binds the sources into the share; the
+//! guest creates namespaces, cgroups and devices from the spec.
 
 use super::volume::{self, Bind};
 use crate::blocks::request::{self, DeviceRequest};
@@ -11,41 +11,41 @@ use boxlite_proto::names::{PID_MODE_ANNOTATION, STDIN_ANNOTATION};
 use oci_spec::runtime::{LinuxNamespaceType, Mount, Spec};
 use std::path::Path;
 
-/// Largest config.json accepted, in bytes.
-const SPEC_LIMIT: u64 = 4 << 20;
+/// Maximum size of config.json.
+const MAX_SPEC_BYTES: u64 = 4 << 20;
 
-/// A spec for the guest with what it needs.
+/// A spec for the guest with the host resources that it needs.
 #[derive(Debug, Clone)]
 pub struct GuestSpec {
-    /// As the guest gets it.
+    /// Spec to send to the guest.
     pub spec: Spec,
-    /// What to bind, in order of the mounts.
+    /// Host paths to bind into the share, in the order of the mounts.
     pub binds: Vec<Bind>,
     /// Block devices of the host.
     pub blocks: Vec<DeviceRequest>,
-    /// Whose PID namespace.
+    /// PID namespace of the container.
     pub pid_mode: PidMode,
-    /// Container id, with [`PidMode::Target`].
+    /// Target container id for [`PidMode::Target`].
     pub pid_target: String,
-    /// Keep an input open.
+    /// Keep stdin open.
     pub stdin: bool,
-    /// Close it after its first writer.
+    /// Close stdin after the first writer.
     pub stdin_once: bool,
-    /// Root file system not writable.
+    /// Read-only root file system.
     pub read_only: bool,
 }
 
 /// Reads `config.json` of a bundle.
 ///
 /// # Errors
-/// Io or Invalid, naming the file.
+/// Io or Invalid with the file's path.
 pub fn load(bundle: &Path) -> Result<Spec> {
     let path = bundle.join("config.json");
     let read = |path: &Path| -> std::io::Result<Vec<u8>> {
-        if std::fs::metadata(path)?.len() > SPEC_LIMIT {
+        if std::fs::metadata(path)?.len() > MAX_SPEC_BYTES {
             return Err(std::io::Error::new(
                 std::io::ErrorKind::FileTooLarge,
-                format!("more than {SPEC_LIMIT} bytes"),
+                format!("larger than {MAX_SPEC_BYTES} bytes"),
             ));
         }
         std::fs::read(path)
@@ -60,7 +60,7 @@ pub fn load(bundle: &Path) -> Result<Spec> {
 /// Rewrites `spec` for the guest.
 ///
 /// # Errors
-/// HostPath, naming the path and the mount that wants it; Invalid for devices.
+/// HostPath with the source and destination of a mount; Invalid for devices.
 pub fn rewrite(mut spec: Spec) -> Result<GuestSpec> {
     let annotation = |name: &str| {
         let all = spec.annotations().as_ref()?;
@@ -81,7 +81,7 @@ pub fn rewrite(mut spec: Spec) -> Result<GuestSpec> {
     }
     spec.set_mounts(Some(mounts));
     let blocks = request::take(&mut spec)?;
-    drop_host(&mut spec);
+    drop_host_settings(&mut spec);
     Ok(GuestSpec {
         spec,
         binds,
@@ -94,8 +94,8 @@ pub fn rewrite(mut spec: Spec) -> Result<GuestSpec> {
     })
 }
 
-fn pid_mode(spec: &Spec, wanted: Option<&str>) -> Result<(PidMode, String)> {
-    match wanted {
+fn pid_mode(spec: &Spec, requested: Option<&str>) -> Result<(PidMode, String)> {
+    match requested {
         Some("container") => return Ok((PidMode::Container, String::new())),
         Some("pod") => return Ok((PidMode::Pod, String::new())),
         Some("node") => return Ok((PidMode::Node, String::new())),
@@ -105,7 +105,7 @@ fn pid_mode(spec: &Spec, wanted: Option<&str>) -> Result<(PidMode, String)> {
                 Some(id) => Ok((PidMode::Target, id.to_owned())),
                 None => Err(ShimError::Invalid {
                     field: PID_MODE_ANNOTATION,
-                    reason: format!("{other:?} is none of container, pod, node, target:<id>"),
+                    reason: format!("{other:?} must be container, pod, node or target:<id>"),
                 }),
             };
         }
@@ -130,7 +130,7 @@ fn pid_mode(spec: &Spec, wanted: Option<&str>) -> Result<(PidMode, String)> {
     ))
 }
 
-/// The source of a bind mount, as the spec has it.
+/// Returns the source of a bind mount; None for other mounts.
 pub fn bind_source(mount: &Mount) -> Option<&Path> {
     let options = mount.options().as_deref().unwrap_or_default();
     let is = |name: &str| options.iter().any(|option| option == name);
@@ -138,9 +138,9 @@ pub fn bind_source(mount: &Mount) -> Option<&Path> {
     mount.source().as_deref().filter(|_| bind)
 }
 
-/// Takes out what names things of the host: hooks, namespace paths, the network namespace, cgroup paths, labels; and the
-/// propagation of the root, which a containerd names in words that libcontainer does not know. Each volume has its own.
-fn drop_host(spec: &mut Spec) {
+/// Removes settings that refer to the host: hooks, namespace paths, the network namespace, cgroup paths, labels. Removes the
+/// root's propagation too, since containerd uses values that libcontainer rejects; volumes have their own propagation.
+fn drop_host_settings(spec: &mut Spec) {
     spec.set_hooks(None);
     if let Some(mut process) = spec.process().clone() {
         process.set_apparmor_profile(None).set_selinux_label(None);
@@ -153,7 +153,7 @@ fn drop_host(spec: &mut Spec) {
     let kept = namespaces
         .into_iter()
         .filter(|namespace| {
-            // The pod's network, IPC and UTS are the VM's own. A user namespace is made anew in it, by the spec's mappings.
+            // Network, IPC and UTS namespaces are those of the VM. The guest creates a user namespace from the mappings.
             matches!(
                 namespace.typ(),
                 LinuxNamespaceType::Mount
@@ -193,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bind_mount_goes_through_the_share() {
+    fn rewrite_bind_mount_points_into_the_share() {
         let dir = tempfile::tempdir().expect("tempdir");
         let real = std::fs::canonicalize(dir.path()).expect("exists");
         let out = rewrite(spec(bind(dir.path(), "/data"))).expect("rewritten");
@@ -212,12 +212,12 @@ mod tests {
         let again = rewrite(spec(bind(dir.path(), "/other"))).expect("rewritten");
         assert_eq!(
             again.binds, out.binds,
-            "two containers, one place of the volume"
+            "two containers share one path for the volume"
         );
     }
 
     #[test]
-    fn a_missing_path_is_named_with_its_mount() {
+    fn rewrite_missing_source_names_path_and_mount() {
         let error = rewrite(spec(bind(Path::new("/no/such/path"), "/data"))).expect_err("refused");
         let text = error.to_string();
         assert!(
@@ -227,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn sockets_and_devices_are_refused_and_shared_memory_is_the_guests() {
+    fn rewrite_refuses_sockets_and_devices_keeps_guest_shm() {
         let dir = tempfile::tempdir().expect("tempdir");
         let socket = dir.path().join("s");
         let _listener = std::os::unix::net::UnixListener::bind(&socket).expect("binds");
@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_the_hosts_goes() {
+    fn rewrite_removes_host_settings() {
         let out = rewrite(
             spec(json!({
                 "ociVersion": "1.1.0",

@@ -1,6 +1,6 @@
-//! The guest's cgroup counters as containerd's message `io.containerd.cgroups.v2.Metrics`.
+//! Converts the guest's cgroup counters to containerd's message `io.containerd.cgroups.v2.Metrics`.
 //!
-//! A field-by-field copy; names on both sides are the kernel's.
+//! A field-by-field copy; both sides use the kernel's names.
 
 use boxlite_proto::boxlite::v1::{CgroupStats, NetworkStats};
 use containerd_shim_protos::cgroups_v2::metrics::{
@@ -9,13 +9,13 @@ use containerd_shim_protos::cgroups_v2::metrics::{
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::{Message, MessageField};
 
-/// Type URL of the message, as containerd's typeurl writes it: without host.
+/// Type URL of the message, without a host as in containerd's typeurl.
 pub const METRICS_TYPE: &str = "io.containerd.cgroups.v2.Metrics";
 
-/// The counters as an Any.
+/// Encodes the counters as an Any.
 ///
 /// # Errors
-/// When the message cannot be encoded.
+/// The message cannot be encoded.
 pub fn any(
     stats: &CgroupStats,
     networks: &[NetworkStats],
@@ -56,27 +56,27 @@ fn metrics(stats: &CgroupStats, networks: &[NetworkStats]) -> Metrics {
 }
 
 fn memory(stats: &CgroupStats) -> MemoryStat {
-    let of = |name: &str| stats.memory_stat.get(name).copied().unwrap_or(0);
+    let value = |name: &str| stats.memory_stat.get(name).copied().unwrap_or(0);
     MemoryStat {
-        anon: of("anon"),
-        file: of("file"),
-        kernel_stack: of("kernel_stack"),
-        slab: of("slab"),
-        sock: of("sock"),
-        shmem: of("shmem"),
-        file_mapped: of("file_mapped"),
-        file_dirty: of("file_dirty"),
-        file_writeback: of("file_writeback"),
-        anon_thp: of("anon_thp"),
-        inactive_anon: of("inactive_anon"),
-        active_anon: of("active_anon"),
-        inactive_file: of("inactive_file"),
-        active_file: of("active_file"),
-        unevictable: of("unevictable"),
-        slab_reclaimable: of("slab_reclaimable"),
-        slab_unreclaimable: of("slab_unreclaimable"),
-        pgfault: of("pgfault"),
-        pgmajfault: of("pgmajfault"),
+        anon: value("anon"),
+        file: value("file"),
+        kernel_stack: value("kernel_stack"),
+        slab: value("slab"),
+        sock: value("sock"),
+        shmem: value("shmem"),
+        file_mapped: value("file_mapped"),
+        file_dirty: value("file_dirty"),
+        file_writeback: value("file_writeback"),
+        anon_thp: value("anon_thp"),
+        inactive_anon: value("inactive_anon"),
+        active_anon: value("active_anon"),
+        inactive_file: value("inactive_file"),
+        active_file: value("active_file"),
+        unevictable: value("unevictable"),
+        slab_reclaimable: value("slab_reclaimable"),
+        slab_unreclaimable: value("slab_unreclaimable"),
+        pgfault: value("pgfault"),
+        pgmajfault: value("pgmajfault"),
         usage: stats.memory_current,
         usage_limit: stats.memory_max,
         swap_usage: stats.memory_swap_current,

@@ -1,13 +1,13 @@
-//! One mount of a container's spec, on its way from the host's words to the guest's: [`rewrite`].
+//! Rewrites one mount of a container's spec for the guest: [`rewrite`].
 //!
 //! ```text
-//! bind of a file or directory   bound at m/<inode> of the share, the guest binds it from there
-//! image                         its layers bound at l/, as those of a root; the guest stacks them
-//! tmpfs of the host at /dev/shm a tmpfs of the guest with the same size: shared memory cannot be shared through a VM's wall
-//! everything else               the guest's own affair
+//! bind of a file or directory   bound at m/<digest> of the share; the guest binds it from there
+//! image                         layers bound at l/, like those of a root; the guest stacks them
+//! host tmpfs at /dev/shm        a guest tmpfs of the same size: host and guest cannot share memory
+//! everything else               left to the guest
 //! ```
 //!
-//! It looks at sources and mounts nothing: [`super::create`] does, with what this returns.
+//! Inspects sources but mounts nothing; [`super::create`] performs the returned binds.
 
 use super::mapped;
 use super::rootfs::layer_path;
@@ -21,51 +21,51 @@ use std::fs::Metadata;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-/// Where containers find shared memory: the pod's own, unless a volume is mounted there.
+/// Shared memory of containers: the pod's, unless a volume is mounted there.
 const SHM: &str = "/dev/shm";
 
-/// A host path that must appear in the share.
+/// A host path to bind into the share.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Bind {
-    /// On the host, symbolic links resolved.
+    /// Host path with symbolic links resolved.
     pub source: PathBuf,
-    /// Below the share.
+    /// Path below the share.
     pub path: String,
-    /// Who may write, and whether later mounts follow; the host's side of what the spec's mount says.
+    /// Access and propagation of the host's bind mount.
     pub mode: BindMode,
-    /// Mounts that the container makes below it are shown on the host.
-    pub shown: bool,
+    /// Mounts that the container makes below it are exported to the host.
+    pub exported: bool,
 }
 
-/// Makes the mount the guest's; answers what it needs of the host.
+/// Rewrites `mount` for the guest and returns the binds that it needs.
 ///
 /// # Errors
-/// HostPath, naming the path and the mount that wants it.
+/// HostPath with the source and the destination.
 pub fn rewrite(mount: &mut Mount) -> Result<Vec<Bind>> {
     if mount.typ().as_deref() == Some(IMAGE_MOUNT) {
-        return layers(mount);
+        return rewrite_image(mount);
     }
-    let Some(wish) = Wish::of(mount) else {
+    let Some(request) = BindRequest::of(mount) else {
         return Ok(Vec::new());
     };
     if mount.destination() == Path::new(SHM) {
-        return shared_memory(mount, &wish);
+        return rewrite_shm(mount, &request);
     }
-    let (source, metadata) = wish.look()?;
-    Ok(vec![bind(mount, &wish, source, &metadata)?])
+    let (source, metadata) = request.resolve()?;
+    Ok(vec![bind(mount, &request, source, &metadata)?])
 }
 
-/// What the options of a bind mount ask for.
-struct Wish {
+/// A bind mount as its options describe it.
+struct BindRequest {
     source: PathBuf,
     destination: PathBuf,
     access: Access,
     follow_host: bool,
-    shown: bool,
+    exported: bool,
 }
 
-impl Wish {
-    /// None for what is no bind mount.
+impl BindRequest {
+    /// Parses the mount's options; None if it is not a bind mount.
     fn of(mount: &Mount) -> Option<Self> {
         let options = mount.options().as_deref().unwrap_or_default();
         let is = |name: &str| options.iter().any(|option| option == name);
@@ -77,30 +77,30 @@ impl Wish {
             () if is("ro") => Access::ReadOnly,
             () => Access::Full,
         };
-        let shown = is("rshared") || is("shared");
+        let exported = is("rshared") || is("shared");
         Some(Self {
             source: mount.source().clone().unwrap_or_default(),
             destination: mount.destination().clone(),
             access,
-            follow_host: is("rslave") || is("slave") || shown,
-            shown,
+            follow_host: is("rslave") || is("slave") || exported,
+            exported,
         })
     }
 
-    fn refuse(&self, reason: impl Into<String>) -> ShimError {
+    fn invalid(&self, reason: impl Into<String>) -> ShimError {
         ShimError::HostPath {
             path: self.source.clone(),
-            wanted_for: format!("mount {}", self.destination.display()),
+            required_by: format!("mount {}", self.destination.display()),
             reason: reason.into(),
         }
     }
 
-    /// The source with its links resolved, and what it is: a file or a directory.
-    fn look(&self) -> Result<(PathBuf, Metadata)> {
+    /// Returns the source with symbolic links resolved, and its metadata. It must be a file or a directory.
+    fn resolve(&self) -> Result<(PathBuf, Metadata)> {
         if !self.source.is_absolute() {
-            return Err(self.refuse("not absolute"));
+            return Err(self.invalid("not an absolute path"));
         }
-        let failed = |error: std::io::Error| self.refuse(error.to_string());
+        let failed = |error: std::io::Error| self.invalid(error.to_string());
         let source = std::fs::canonicalize(&self.source).map_err(failed)?;
         let metadata = std::fs::metadata(&source).map_err(failed)?;
         let kind = metadata.file_type();
@@ -113,17 +113,22 @@ impl Wish {
             () if kind.is_char_device() || kind.is_block_device() => "a device",
             () => "neither a file nor a directory",
         };
-        Err(self.refuse(format!(
-            "it is {what}, and only files and directories reach into a VM"
+        Err(self.invalid(format!(
+            "{what} cannot be mounted into a VM, only files and directories can"
         )))
     }
 }
 
-fn bind(mount: &mut Mount, wish: &Wish, source: PathBuf, metadata: &Metadata) -> Result<Bind> {
-    let below = mountinfo::has_mounts_below(&source).map_err(|e| wish.refuse(e.to_string()))?;
-    // To the guest the volume is one file system: read-only there, the mounts below would be so too. Then the host alone
-    // keeps the guest from writing, which is the wall that counts anyway.
-    let host_only = wish.access == Access::ReadOnly && (below || wish.follow_host);
+fn bind(
+    mount: &mut Mount,
+    request: &BindRequest,
+    source: PathBuf,
+    metadata: &Metadata,
+) -> Result<Bind> {
+    let below = mountinfo::has_mounts_below(&source).map_err(|e| request.invalid(e.to_string()))?;
+    // To the guest the volume is one file system: if it were read-only there, mounts below would be read-only too. In that
+    // case only the host's mount enforces read-only, which is the boundary that counts.
+    let host_only = request.access == Access::ReadOnly && (below || request.follow_host);
     let options = mount.options().clone().unwrap_or_default();
     let options = options.into_iter().map(|option| match option.as_str() {
         "rro" => "ro".to_owned(),
@@ -132,8 +137,8 @@ fn bind(mount: &mut Mount, wish: &Wish, source: PathBuf, metadata: &Metadata) ->
     });
     let options = options.collect();
     let mode = BindMode {
-        access: wish.access,
-        follow_host: wish.follow_host,
+        access: request.access,
+        follow_host: request.follow_host,
         map: mapped::mapping(mount)?,
     };
     let path = format!("m/{}", key(&source, metadata, mode));
@@ -146,15 +151,15 @@ fn bind(mount: &mut Mount, wish: &Wish, source: PathBuf, metadata: &Metadata) ->
         source,
         path,
         mode,
-        shown: wish.shown,
+        exported: request.exported,
     })
 }
 
-/// One place for one inode and mode, however many containers mount it. Two places would be two inodes to the guest, and its
-/// caches would show one container's changes to the other a second late.
+/// Returns the share name of an inode and mode, the same for all containers that mount it. Two names would be two inodes to
+/// the guest, and its caches would delay changes between containers by a second.
 fn key(source: &Path, metadata: &Metadata, mode: BindMode) -> String {
     let mut hash = Sha256::new();
-    // The inode too: a volume that was made anew under its old path is another one.
+    // Includes the inode: a volume that was recreated at the same path is another volume.
     let access = match mode.access {
         Access::Full => 0,
         Access::ReadOnly => 1,
@@ -175,16 +180,16 @@ fn key(source: &Path, metadata: &Metadata, mode: BindMode) -> String {
     hex::encode(hash.finalize())
 }
 
-/// /dev/shm: the pod's own, unless it is a volume. One in memory (an emptyDir with medium Memory) becomes memory of the VM,
-/// since that is where it is shared; any other is as it would be elsewhere.
-fn shared_memory(mount: &mut Mount, wish: &Wish) -> Result<Vec<Bind>> {
-    if wish.source == Path::new(SHM) || !wish.source.exists() {
+/// Rewrites a mount at /dev/shm: the pod's shared memory unless it is a volume. A volume in memory (an emptyDir with medium
+/// Memory) becomes a tmpfs in the VM; any other volume is an ordinary bind mount.
+fn rewrite_shm(mount: &mut Mount, request: &BindRequest) -> Result<Vec<Bind>> {
+    if request.source == Path::new(SHM) || !request.source.exists() {
         return Ok(Vec::new());
     }
-    let (source, metadata) = wish.look()?;
-    let facts = statfs(&source).map_err(|errno| wish.refuse(errno.to_string()))?;
+    let (source, metadata) = request.resolve()?;
+    let facts = statfs(&source).map_err(|errno| request.invalid(errno.to_string()))?;
     if facts.filesystem_type() != TMPFS_MAGIC {
-        return Ok(vec![bind(mount, wish, source, &metadata)?]);
+        return Ok(vec![bind(mount, request, source, &metadata)?]);
     }
     let size = facts.blocks() * facts.block_size().cast_unsigned();
     let name = key(&source, &metadata, BindMode::fixed(Access::Full));
@@ -195,8 +200,8 @@ fn shared_memory(mount: &mut Mount, wish: &Wish) -> Result<Vec<Bind>> {
     Ok(Vec::new())
 }
 
-/// The layers of an image volume: each has its place in the share, and the option names that.
-fn layers(mount: &mut Mount) -> Result<Vec<Bind>> {
+/// Replaces the layer files in the options of an image volume with their share paths.
+fn rewrite_image(mount: &mut Mount) -> Result<Vec<Bind>> {
     let mut binds = Vec::new();
     let mut options = mount.options().clone().unwrap_or_default();
     for option in &mut options {
@@ -205,7 +210,7 @@ fn layers(mount: &mut Mount) -> Result<Vec<Bind>> {
         };
         let source = std::fs::canonicalize(file).map_err(|error| ShimError::HostPath {
             path: file.into(),
-            wanted_for: format!("image volume {}", mount.destination().display()),
+            required_by: format!("image volume {}", mount.destination().display()),
             reason: error.to_string(),
         })?;
         let path = layer_path(&source);
@@ -214,7 +219,7 @@ fn layers(mount: &mut Mount) -> Result<Vec<Bind>> {
             source,
             path,
             mode: BindMode::fixed(Access::ReadOnly),
-            shown: false,
+            exported: false,
         });
     }
     mount.set_options(Some(options));
@@ -236,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn each_access_and_propagation_has_a_place_of_its_own() {
+    fn rewrite_gives_each_access_and_propagation_its_path() {
         let dir = tempfile::tempdir().expect("tempdir");
         let one = |words: &[&str]| {
             let mut mount = mount(json!({"destination": "/v", "type": "bind",
@@ -252,24 +257,24 @@ mod tests {
         assert_eq!(plain.mode, BindMode::fixed(Access::ReadOnly));
         assert_eq!(tree.mode, BindMode::fixed(Access::ReadOnlyTree));
         assert!(slave.mode.follow_host && slave.mode.access == Access::ReadOnly);
-        let mut places = [&full.path, &plain.path, &tree.path, &slave.path];
-        places.sort();
-        assert!(places.windows(2).all(|two| two[0] != two[1]), "{places:?}");
+        let mut paths = [&full.path, &plain.path, &tree.path, &slave.path];
+        paths.sort();
+        assert!(paths.windows(2).all(|two| two[0] != two[1]), "{paths:?}");
         assert_eq!(options(&plain_mount), ["rbind", "ro"]);
         assert_eq!(options(&tree_mount), ["rbind", "rprivate", "ro"]);
         let (both_mount, both) = one(&["rbind", "rshared", "ro"]);
         assert_eq!(
-            (both.mode, both.shown, slave.shown),
+            (both.mode, both.exported, slave.exported),
             (slave.mode, true, false)
         );
-        // The agent takes it from there.
+        // The agent reads the propagation from these options.
         assert_eq!(options(&both_mount), ["rbind", "rshared", "rw"]);
-        // Later mounts below it may be written, so the guest's own mount must be writable.
+        // Later mounts below it may be writable, so the guest's mount must be writable.
         assert_eq!(options(&slave_mount), ["rbind", "rslave", "rw"]);
     }
 
     #[test]
-    fn image_layers_get_their_places() {
+    fn rewrite_image_replaces_layers_with_share_paths() {
         let dir = tempfile::tempdir().expect("tempdir");
         let file = dir.path().join("a.erofs");
         std::fs::write(&file, "x").expect("layer");
@@ -279,8 +284,8 @@ mod tests {
         let binds = rewrite(&mut image).expect("rewritten");
         assert_eq!(binds.len(), 1);
         assert!(binds[0].path.starts_with("l/"), "{binds:?}");
-        let place = format!("layer={}", binds[0].path);
-        assert_eq!(options(&image), ["ro", "subpath=etc", place.as_str()]);
+        let option = format!("layer={}", binds[0].path);
+        assert_eq!(options(&image), ["ro", "subpath=etc", option.as_str()]);
         let mut gone = mount(json!({"destination": "/v", "type": "boxlite.image",
             "source": "sha256:1", "options": ["layer=/no/such/file"]}));
         let error = rewrite(&mut gone).expect_err("refused").to_string();
@@ -288,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_at_dev_shm_is_the_guests_with_the_hosts_size() {
+    fn rewrite_shm_uses_guest_tmpfs_of_host_size() {
         let size = |path: &str| {
             let facts = statfs(path).expect("statfs");
             facts.blocks() * facts.block_size().cast_unsigned()

@@ -2,7 +2,7 @@
 //! and mounts none into its containers. With a pause container, and with boxlite-cri, they come in the spec.
 
 use crate::error::{Result, ShimError};
-use crate::record::write_whole;
+use crate::shim_state::write_atomically;
 use boxlite_proto::shim::shim::PodConfig;
 use oci_spec::runtime::{Mount, Spec};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
@@ -32,7 +32,7 @@ pub fn write(bundle: &Path, pod: &PodConfig, hostname: &str) -> Result<()> {
     ];
     for (name, content) in NAMES.iter().zip(contents) {
         let path = dir.join(name);
-        write_whole(&path, content.as_bytes())
+        write_atomically(&path, content.as_bytes())
             .and_then(|()| std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)))
             .map_err(ShimError::io("write", path.display()))?;
     }

@@ -1,8 +1,9 @@
-//! What a containerd leaves unsaid: it starts this shim like any other and knows nothing of VMs.
+//! Support for containerd, which starts this shim like any other and does not know about VMs.
 //!
-//! [`config`] is the TOML file that stands in for boxlite-cri's options, [`annotations`] what a pod may change of it,
-//! [`plan`] makes a pod's [`Plan`](crate::sandbox::options::Plan) out of an OCI spec or of CRI's pod configuration,
-//! [`etc`] the files that a sandboxer owes its containers, [`pause`] is the task that containerd's CRI plugin takes for the pod. With boxlite-cri none of this runs.
+//! [`config`] reads the TOML file that replaces boxlite-cri's options, [`annotations`] the overrides of a pod; [`plan`] builds
+//! the pod's [`Plan`](crate::sandbox::options::Plan) from an OCI spec or CRI's pod configuration; [`etc`] writes the files in
+//! /etc that a sandboxer provides; [`pause`] is the task that represents the pod's pause container. None of this runs under
+//! boxlite-cri.
 
 pub mod annotations;
 pub mod config;

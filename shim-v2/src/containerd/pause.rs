@@ -1,14 +1,14 @@
-//! [`PauseTask`]: the task that containerd's CRI plugin takes for the pod: its pause container. The VM itself is it.
+//! [`PauseTask`]: the pause container that stands for the pod in containerd's CRI plugin, backed by the VM.
 //!
-//! No process runs for it in the guest: a pause holds namespaces open, and a VM holds its own. It runs while the VM
-//! does, a signal to it ends the VM, and the VM's end is its exit. Containers are [`crate::container`]'s.
+//! It has no process in the guest, since the VM itself holds the pod's namespaces open. The task runs while the VM runs, a
+//! signal to it stops the VM, and the end of the VM is its exit.
 //!
 //! ```text
 //! Created ──start──► Running ──signal, VM died──► Stopped ──delete──► gone
 //!    └──────────────────signal, VM died─────────────┘
 //! ```
 
-use crate::container::process::{About, Ended, Phase, State};
+use crate::container::process::{Ended, Phase, ProcessConfig, State};
 use crate::error::{Result, ShimError};
 use crate::logs::Stdio;
 use crate::sandbox::Sandbox;
@@ -23,27 +23,27 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 use tokio::sync::watch;
 
-/// Status after the signals that a pause process handles.
-const ORDERLY: u32 = 0;
-/// SIGINT and SIGTERM: a pause process ends with 0.
-const HANDLED: [u32; 2] = [2, 15];
-/// What a death by signal adds to its number.
-const SIGNALLED: u32 = 128;
+/// Exit status after a signal that a pause process handles.
+const HANDLED_EXIT_STATUS: u32 = 0;
+/// SIGINT and SIGTERM, on which a pause process exits with 0.
+const HANDLED_SIGNALS: [u32; 2] = [2, 15];
+/// Base of the exit status of a process that a signal killed.
+const SIGNAL_EXIT_BASE: u32 = 128;
 
-/// The handle. Cheap to clone.
+/// Handle to the pause container; clones share its state.
 #[derive(Clone)]
 pub struct PauseTask {
     sandbox: Sandbox,
-    about: Arc<About>,
+    config: Arc<ProcessConfig>,
     state: watch::Sender<State>,
-    /// 128 + the signal that ended the VM; 0: none, or one that a pause process handles.
+    /// 128 + the signal that stopped the VM; 0 without a signal or after one that a pause process handles.
     status: Arc<AtomicU32>,
 }
 
 impl PauseTask {
-    /// The task over a VM that runs; announces its creation. A task of the sandbox's tracker follows the VM's end.
+    /// Creates the task for a running VM and publishes TaskCreate. Spawns a task that waits for the end of the VM.
     pub fn create(sandbox: &Sandbox, request: &CreateTaskRequest) -> Self {
-        let about = About {
+        let config = ProcessConfig {
             container: request.id.clone(),
             exec: String::new(),
             bundle: PathBuf::from(&request.bundle),
@@ -58,7 +58,7 @@ impl PauseTask {
         let pid = sandbox.snapshot().pid;
         let task = Self {
             sandbox: sandbox.clone(),
-            about: Arc::new(about),
+            config: Arc::new(config),
             state: watch::Sender::new(State {
                 phase: Phase::Created,
                 pid,
@@ -77,73 +77,73 @@ impl PauseTask {
         task
     }
 
-    /// What does not change.
-    pub fn about(&self) -> &About {
-        &self.about
+    /// Returns the immutable properties.
+    pub fn config(&self) -> &ProcessConfig {
+        &self.config
     }
 
-    /// The state as last published.
+    /// Returns the last published state.
     pub fn state(&self) -> State {
         self.state.borrow().clone()
     }
 
-    /// Says that it runs; answers the VM's pid.
+    /// Marks the task running and returns the VM's pid.
     ///
     /// # Errors
-    /// WrongState unless it is Created.
+    /// WrongState unless the phase is Created.
     pub fn start(&self) -> Result<u32> {
         let mut pid = 0;
         let started = self.state.send_if_modified(|state| {
             pid = state.pid;
-            let fits = state.phase == Phase::Created;
-            if fits {
+            let created = state.phase == Phase::Created;
+            if created {
                 state.phase = Phase::Running;
             }
-            fits
+            created
         });
         if !started {
             return Err(self.wrong_state("start it"));
         }
         self.sandbox.context().publisher.publish(&TaskStart {
-            container_id: self.about.container.clone(),
+            container_id: self.config.container.clone(),
             pid,
             ..Default::default()
         });
         Ok(pid)
     }
 
-    /// Ends the VM, whatever the signal but 0. Returns at once; [`PauseTask::wait`] tells the end.
+    /// Stops the VM on any signal except 0, without waiting for it; see [`PauseTask::wait`].
     ///
     /// # Errors
-    /// NotFound once it has ended.
+    /// NotFound after the exit.
     pub fn kill(&self, signal: u32) -> Result<()> {
         if self.state.borrow().phase == Phase::Stopped {
             return Err(ShimError::NotFound {
-                what: "running process",
-                id: self.about.container.clone(),
+                kind: "running process",
+                id: self.config.container.clone(),
             });
         }
         if signal == 0 {
             return Ok(());
         }
-        let status = match HANDLED.contains(&signal) {
-            true => ORDERLY,
-            false => SIGNALLED + signal.min(SIGNALLED - 1),
+        let status = match HANDLED_SIGNALS.contains(&signal) {
+            true => HANDLED_EXIT_STATUS,
+            false => SIGNAL_EXIT_BASE + signal.min(SIGNAL_EXIT_BASE - 1),
         };
         self.status.store(status, Ordering::Relaxed);
         let sandbox = self.sandbox.clone();
         self.sandbox.context().tasks.spawn(async move {
             if let Err(error) = sandbox.stop(Duration::ZERO).await {
-                tracing::debug!(error = %Report(&error), "the VM is not stopped");
+                tracing::debug!(error = %Report(&error), "failed to stop the VM");
             }
         });
         Ok(())
     }
 
-    /// Waits for its end. Many may wait; dropping the future changes nothing.
+    /// Waits for the exit. Cancel safe.
     ///
     /// # Errors
-    /// Only when the shim is ending.
+    /// Ending while the shim is shutting down.
     pub async fn wait(&self) -> Result<Ended> {
         let mut state = self.state.subscribe();
         let state = state
@@ -153,27 +153,27 @@ impl PauseTask {
         state.ended.ok_or(ShimError::Ending)
     }
 
-    /// Announces that it is gone; the caller forgets it.
+    /// Publishes TaskDelete and returns the final state. The caller removes the task.
     ///
     /// # Errors
-    /// WrongState while it is not Stopped.
+    /// WrongState unless the phase is Stopped.
     pub fn delete(&self) -> Result<State> {
         let state = self.state();
         let Some(ended) = state.ended else {
             return Err(self.wrong_state("delete it"));
         };
         self.sandbox.context().publisher.publish(&TaskDelete {
-            container_id: self.about.container.clone(),
+            container_id: self.config.container.clone(),
             pid: state.pid,
             exit_status: ended.status,
             exited_at: MessageField::some(time::timestamp(ended.at_unix_ns)),
-            id: self.about.container.clone(),
+            id: self.config.container.clone(),
             ..Default::default()
         });
         Ok(state)
     }
 
-    /// What a pause container cannot do.
+    /// Returns the error of an action that a pause container does not support.
     pub fn refuse(&self, action: &'static str) -> ShimError {
         self.wrong_state(action)
     }
@@ -182,7 +182,7 @@ impl PauseTask {
         let Ok(end) = self.sandbox.wait().await else {
             return;
         };
-        // A VM that was stopped tells 0; who asked by a signal hears of the signal.
+        // A stopped VM has status 0; after a signal the status is that of the signal.
         let status = match self.status.load(Ordering::Relaxed) {
             0 => end.status,
             status => status,
@@ -192,8 +192,8 @@ impl PauseTask {
             at_unix_ns: end.at_unix_ns,
         };
         self.sandbox.context().publisher.publish(&TaskExit {
-            container_id: self.about.container.clone(),
-            id: self.about.container.clone(),
+            container_id: self.config.container.clone(),
+            id: self.config.container.clone(),
             pid: self.state.borrow().pid,
             exit_status: status,
             exited_at: MessageField::some(time::timestamp(ended.at_unix_ns)),
@@ -207,8 +207,8 @@ impl PauseTask {
 
     fn wrong_state(&self, action: &'static str) -> ShimError {
         ShimError::WrongState {
-            what: "pause container",
-            id: self.about.container.clone(),
+            kind: "pause container",
+            id: self.config.container.clone(),
             state: format!("{:?}", self.state.borrow().phase).to_lowercase(),
             action,
         }

@@ -11,7 +11,7 @@
 use super::annotations::Wishes;
 use super::config::ShimConfig;
 use crate::error::{Result, ShimError};
-use crate::sandbox::options::{Origin, Plan};
+use crate::sandbox::options::{Plan, SandboxOwner};
 use boxlite_proto::shim::shim::PodConfig;
 use boxlite_proto::vmm::{SandboxOptions, VmmKind};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
@@ -107,7 +107,7 @@ pub async fn of_task(
     netns: Option<PathBuf>,
     config: &ShimConfig,
 ) -> Result<Plan> {
-    let mut plan = plan(id, needs_of_spec(spec), netns, Origin::Task, config).await?;
+    let mut plan = plan(id, needs_of_spec(spec), netns, SandboxOwner::Task, config).await?;
     plan.options.host_network = plan.netns.is_none();
     // `ctr run` has no port-forward; containerd's CRI plugin has.
     plan.local_ports = is_pause(spec) && plan.netns.is_some();
@@ -144,7 +144,7 @@ pub async fn of_pod(
         period: resources.cpu_period,
         cgroup_parent: expand_slice(&pod.linux.cgroup_parent),
     };
-    let mut plan = plan(id, needs, netns, Origin::Sandboxer, config).await?;
+    let mut plan = plan(id, needs, netns, SandboxOwner::Sandboxer, config).await?;
     plan.options.host_network = host_network;
     plan.local_ports = plan.netns.is_some();
     plan.host_ipc = namespaces.ipc == NODE;
@@ -191,7 +191,7 @@ async fn plan(
     id: &str,
     needs: Needs,
     netns: Option<PathBuf>,
-    origin: Origin,
+    owner: SandboxOwner,
     config: &ShimConfig,
 ) -> Result<Plan> {
     let wishes = Wishes::read(&needs.annotations, &config.allowed_annotations)?;
@@ -231,7 +231,7 @@ async fn plan(
     Ok(Plan {
         options,
         netns,
-        origin,
+        owner,
         local_ports: false,
         host_ipc: false,
     })

@@ -1,6 +1,6 @@
-//! [`PrivateNet`]: a network namespace with nothing in it, for a VM whose spec asks for one of its own and names none.
+//! [`PrivateNet`]: an empty network namespace, for a spec that requests a private network without naming a namespace.
 //!
-//! The shim must not lend its own: that is the host's. Held by a descriptor, so it ends with the shim and leaves nothing.
+//! The shim itself runs in the host's network namespace. The new one is held by a descriptor and ends with the shim.
 
 use crate::error::{Result, ShimError};
 use nix::sched::{CloneFlags, unshare};
@@ -8,15 +8,15 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 
-/// See the module.
+/// An empty network namespace.
 #[derive(Debug)]
 pub struct PrivateNet(File);
 
 impl PrivateNet {
-    /// Makes one, on a thread that then ends. Blocks for a moment.
+    /// Creates a namespace on a short-lived thread. Blocks until it is done.
     ///
     /// # Errors
-    /// Io where the kernel refuses.
+    /// Io with the kernel's error.
     pub fn create() -> Result<Self> {
         let thread = std::thread::spawn(|| {
             unshare(CloneFlags::CLONE_NEWNET)?;
@@ -24,12 +24,12 @@ impl PrivateNet {
         });
         let made = thread
             .join()
-            .unwrap_or_else(|_| Err(std::io::Error::other("the thread died")));
+            .unwrap_or_else(|_| Err(std::io::Error::other("thread panicked")));
         made.map(Self)
-            .map_err(ShimError::io("make", "a network namespace"))
+            .map_err(ShimError::io("create", "a network namespace"))
     }
 
-    /// Its path, as long as this lives.
+    /// Returns the path of the namespace, valid while this value exists.
     pub fn path(&self) -> PathBuf {
         PathBuf::from(format!(
             "/proc/{}/fd/{}",

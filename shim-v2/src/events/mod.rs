@@ -1,11 +1,11 @@
-//! [`Publisher`]: task events to containerd (or boxlite-cri), in order; how they get there is [`way`]'s.
+//! [`Publisher`]: publishes task events to containerd or boxlite-cri, in order, over an [`EventTransport`].
 //!
-//! Never blocks who publishes: events wait in a bounded queue while the daemon is away (it may be restarted) and the
-//! oldest go first when the queue is full. Delivery is at least once. One task sends; the daemon owns and ends it.
+//! Publishing never blocks: events wait in a bounded queue while the receiver is unreachable (it may be restarting), and
+//! the oldest are dropped when the queue is full. Delivery is at least once. One task sends; the daemon owns and ends it.
 
-mod way;
+mod transport;
 
-pub use way::Way;
+pub use transport::EventTransport;
 
 use boxlite_sys::report::Report;
 use boxlite_sys::sync::Mutex;
@@ -22,24 +22,24 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
-use way::{Failure, Sender};
+use transport::{Failure, Sender};
 
-/// Events kept while nobody takes them. A pod makes a handful per container: this is hours of absence.
-const QUEUE_LIMIT: usize = 4096;
-/// How long one delivery may take before the connection counts as dead.
-const FORWARD_LIMIT: Duration = Duration::from_secs(5);
-/// First pause after a failed delivery; doubled up to [`PAUSE_MAX`].
-const PAUSE_MIN: Duration = Duration::from_millis(50);
-/// Longest pause between two attempts: a daemon that is back hears of an exit this much later.
-const PAUSE_MAX: Duration = Duration::from_secs(2);
-/// How often an event that the daemon itself refuses is offered.
-const REFUSED_LIMIT: u32 = 5;
-/// How long the last events may take when the shim ends.
-const FLUSH_LIMIT: Duration = Duration::from_secs(2);
+/// Maximum number of queued events. A pod publishes a handful per container, so this covers hours of absence.
+const QUEUE_CAPACITY: usize = 4096;
+/// Timeout of one delivery, after which the connection is considered dead.
+const FORWARD_TIMEOUT: Duration = Duration::from_secs(5);
+/// Initial delay after a failed delivery; doubled up to [`MAX_RETRY_DELAY`].
+const MIN_RETRY_DELAY: Duration = Duration::from_millis(50);
+/// Maximum delay between attempts, and so the latency of events after the receiver's return.
+const MAX_RETRY_DELAY: Duration = Duration::from_secs(2);
+/// Attempts for an event that the receiver rejects.
+const MAX_REJECTED_ATTEMPTS: u32 = 5;
+/// Timeout for delivering the last events when the shim ends.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// An event that a shim publishes: message and topic.
+/// An event message with its topic.
 pub trait Event: MessageFull {
-    /// containerd's topic.
+    /// Topic in containerd.
     const TOPIC: &'static str;
 }
 
@@ -61,7 +61,7 @@ events! {
     TaskResumed => TASK_RESUMED_EVENT_TOPIC,
 }
 
-/// The handle. Cheap to clone; all clones share one queue.
+/// Handle to the event queue; clones share it.
 #[derive(Clone)]
 pub struct Publisher {
     shared: Arc<Shared>,
@@ -77,7 +77,7 @@ struct Shared {
 struct Queue {
     events: VecDeque<Envelope>,
     dropped: u64,
-    /// Nobody listens at all: publishing is a no-op.
+    /// There is no receiver: publishing is a no-op.
     closed: bool,
 }
 
@@ -88,15 +88,16 @@ impl Shared {
 }
 
 impl Publisher {
-    /// A publisher into `namespace`, and the future that delivers by `way` until `ended`. Who spawns the future owns it.
+    /// Creates a publisher for `namespace`, and the future that delivers its events by `transport` until `ended`. The caller
+    /// spawns the future.
     pub fn new(
-        way: Way,
+        transport: EventTransport,
         namespace: &str,
         ended: CancellationToken,
     ) -> (Self, impl Future<Output = ()> + Send + 'static) {
         let shared = Arc::new(Shared {
             queue: Mutex::new(Queue {
-                closed: way == Way::Nowhere,
+                closed: transport == EventTransport::Disabled,
                 ..Queue::default()
             }),
             changed: Notify::new(),
@@ -105,20 +106,20 @@ impl Publisher {
             shared: shared.clone(),
             namespace: namespace.into(),
         };
-        (publisher, deliver(shared, way, ended))
+        (publisher, deliver(shared, transport, ended))
     }
 
-    /// containerd's namespace.
+    /// Returns containerd's namespace.
     pub fn namespace(&self) -> &str {
         &self.namespace
     }
 
-    /// Queues an event. Never waits.
+    /// Queues an event without blocking.
     pub fn publish<E: Event>(&self, event: &E) {
         let value = match event.write_to_bytes() {
             Ok(value) => value,
             Err(error) => {
-                tracing::error!(topic = E::TOPIC, error = %Report(&error), "event cannot be encoded");
+                tracing::error!(topic = E::TOPIC, error = %Report(&error), "failed to encode event");
                 return;
             }
         };
@@ -138,13 +139,13 @@ impl Publisher {
         if queue.closed {
             return;
         }
-        if queue.events.len() == QUEUE_LIMIT {
+        if queue.events.len() == QUEUE_CAPACITY {
             queue.events.pop_front();
             queue.dropped += 1;
             if queue.dropped.is_power_of_two() {
                 tracing::warn!(
                     dropped = queue.dropped,
-                    "nobody takes events; the oldest are dropped"
+                    "event publisher unreachable, dropping oldest events"
                 );
             }
         }
@@ -154,8 +155,8 @@ impl Publisher {
     }
 }
 
-async fn deliver(shared: Arc<Shared>, way: Way, ended: CancellationToken) {
-    let send = send_all(&shared, way);
+async fn deliver(shared: Arc<Shared>, transport: EventTransport, ended: CancellationToken) {
+    let send = send_all(&shared, transport);
     tokio::pin!(send);
     tokio::select! {
         () = &mut send => {}
@@ -166,9 +167,9 @@ async fn deliver(shared: Arc<Shared>, way: Way, ended: CancellationToken) {
                     () = drained(&shared) => {}
                 }
             };
-            if tokio::time::timeout(FLUSH_LIMIT, flushed).await.is_err() {
-                let left = shared.queue().events.len();
-                tracing::warn!(left, "the shim ends with events that nobody took");
+            if tokio::time::timeout(FLUSH_TIMEOUT, flushed).await.is_err() {
+                let undelivered = shared.queue().events.len();
+                tracing::warn!(undelivered, "shim exiting with undelivered events");
             }
         }
     }
@@ -176,36 +177,37 @@ async fn deliver(shared: Arc<Shared>, way: Way, ended: CancellationToken) {
 
 async fn drained(shared: &Shared) {
     while !shared.queue().events.is_empty() {
-        tokio::time::sleep(PAUSE_MIN / 5).await;
+        tokio::time::sleep(MIN_RETRY_DELAY / 5).await;
     }
 }
 
-/// Sends front to back, forever. An event leaves the queue when it was taken, so a reader of the queue's length knows.
-async fn send_all(shared: &Shared, way: Way) {
-    let mut sender = Sender::new(way);
-    let mut pause = PAUSE_MIN;
-    let mut refused = 0;
+/// Sends queued events in order, forever. An event leaves the queue once it is delivered, so an empty queue means that all
+/// were delivered.
+async fn send_all(shared: &Shared, transport: EventTransport) {
+    let mut sender = Sender::new(transport);
+    let mut pause = MIN_RETRY_DELAY;
+    let mut rejections = 0;
     loop {
         let Some(envelope) = shared.queue().events.front().cloned() else {
             shared.changed.notified().await;
             continue;
         };
         match sender.send(envelope).await {
-            Ok(()) => refused = 0,
-            Err(Failure::Refused(error)) if refused + 1 >= REFUSED_LIMIT => {
-                tracing::warn!(error = %Report(&error), "an event was refused and is dropped");
-                refused = 0;
+            Ok(()) => rejections = 0,
+            Err(Failure::Rejected(error)) if rejections + 1 >= MAX_REJECTED_ATTEMPTS => {
+                tracing::warn!(error = %Report(&error), "event rejected, dropping it");
+                rejections = 0;
             }
             Err(failure) => {
-                if matches!(failure, Failure::Refused(_)) {
-                    refused += 1;
+                if matches!(failure, Failure::Rejected(_)) {
+                    rejections += 1;
                 }
                 tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(PAUSE_MAX);
+                pause = (pause * 2).min(MAX_RETRY_DELAY);
                 continue;
             }
         }
-        pause = PAUSE_MIN;
+        pause = MIN_RETRY_DELAY;
         shared.queue().events.pop_front();
     }
 }

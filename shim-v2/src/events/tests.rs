@@ -1,4 +1,4 @@
-//! A daemon that is away, comes, goes and comes back: every event arrives, in order.
+//! Delivery of events to a receiver that starts late, stops and restarts.
 
 use super::*;
 use async_trait::async_trait;
@@ -42,13 +42,13 @@ fn oom(n: u32) -> TaskOOM {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn events_survive_a_daemon_that_is_away_and_comes_back() {
+async fn publish_while_receiver_restarts_delivers_in_order() {
     let dir = tempfile::tempdir().expect("tempdir");
     let path = dir.path().join("events");
     let (to, mut from) = mpsc::unbounded_channel();
     let ended = CancellationToken::new();
     let (publisher, deliver) = Publisher::new(
-        Way::new(&path.display().to_string(), "", ""),
+        EventTransport::new(&path.display().to_string(), "", ""),
         "ns",
         ended.clone(),
     );
@@ -77,7 +77,7 @@ async fn events_survive_a_daemon_that_is_away_and_comes_back() {
     while seen.last() != Some(&oom(5).write_to_bytes().expect("encodes")) {
         seen.push(from.recv().await.expect("delivered").event.value.clone());
     }
-    // At least once: an event under way when the daemon went may come twice, never out of order.
+    // At least once: an event in flight when the receiver stopped may arrive twice, but not out of order.
     seen.dedup();
     let wanted: Vec<_> = (3..6)
         .map(|n| oom(n).write_to_bytes().expect("encodes"))
@@ -88,21 +88,21 @@ async fn events_survive_a_daemon_that_is_away_and_comes_back() {
 }
 
 #[tokio::test]
-async fn a_full_queue_keeps_the_newest_and_nobody_waits() {
+async fn publish_to_full_queue_drops_the_oldest() {
     let (publisher, deliver) = Publisher::new(
-        Way::new("/nowhere/at/all", "", ""),
+        EventTransport::new("/nowhere/at/all", "", ""),
         "ns",
         CancellationToken::new(),
     );
     drop(deliver);
-    for n in 0..(QUEUE_LIMIT as u32 + 10) {
+    for n in 0..(QUEUE_CAPACITY as u32 + 10) {
         publisher.publish(&oom(n));
     }
     let queue = publisher.shared.queue();
-    assert_eq!((queue.events.len(), queue.dropped), (QUEUE_LIMIT, 10));
+    assert_eq!((queue.events.len(), queue.dropped), (QUEUE_CAPACITY, 10));
 }
 
-/// A program at `path` that does what `script` says.
+/// Creates an executable shell script at `path`.
 fn program(path: &Path, script: &str) -> String {
     use std::os::unix::fs::PermissionsExt;
     std::fs::write(path, format!("#!/bin/sh\n{script}")).expect("written");
@@ -111,46 +111,49 @@ fn program(path: &Path, script: &str) -> String {
 }
 
 #[tokio::test]
-async fn a_program_that_fails_for_want_of_its_daemon_is_run_until_that_is_back() {
-    // Longer than an event that the daemon itself refuses is kept.
-    const AWAY: Duration = Duration::from_secs(2);
+async fn publish_program_is_retried_until_containerd_is_back() {
+    // Longer than a rejected event is kept.
+    const DOWNTIME: Duration = Duration::from_secs(2);
     let dir = tempfile::tempdir().expect("tempdir");
     let socket = dir.path().join("c.sock");
     let log = dir.path().join("log");
     let script = format!(
-        "[ -S {} ] || exit 1\necho told >> {}\n",
+        "[ -S {} ] || exit 1\necho delivered >> {}\n",
         socket.display(),
         log.display()
     );
     let path = program(&dir.path().join("publish"), &script);
     let ended = CancellationToken::new();
     let (publisher, deliver) = Publisher::new(
-        Way::new("", &path, &socket.display().to_string()),
+        EventTransport::new("", &path, &socket.display().to_string()),
         "ns",
         ended.clone(),
     );
     let task = tokio::spawn(deliver);
     publisher.publish(&oom(1));
-    tokio::time::sleep(AWAY).await;
+    tokio::time::sleep(DOWNTIME).await;
     let _daemon = std::os::unix::net::UnixListener::bind(&socket).expect("binds");
-    let limit = tokio::time::Instant::now() + PAUSE_MAX * 5;
+    let limit = tokio::time::Instant::now() + MAX_RETRY_DELAY * 5;
     while !log.exists() && tokio::time::Instant::now() < limit {
-        tokio::time::sleep(PAUSE_MIN).await;
+        tokio::time::sleep(MIN_RETRY_DELAY).await;
     }
     ended.cancel();
     task.await.expect("ends");
-    assert_eq!(std::fs::read_to_string(&log).expect("told"), "told\n");
+    assert_eq!(
+        std::fs::read_to_string(&log).expect("log exists"),
+        "delivered\n"
+    );
 }
 
 #[tokio::test]
-async fn without_a_ttrpc_address_containerds_program_is_run() {
+async fn publish_without_ttrpc_address_runs_containerd() {
     let dir = tempfile::tempdir().expect("tempdir");
     let log = dir.path().join("log");
     let script = format!("echo \"$@\" >> {0}\nwc -c >> {0}\n", log.display());
     let path = program(&dir.path().join("publish"), &script);
-    let way = Way::new("", &path, "/run/c.sock");
+    let transport = EventTransport::new("", &path, "/run/c.sock");
     let ended = CancellationToken::new();
-    let (publisher, deliver) = Publisher::new(way, "ns", ended.clone());
+    let (publisher, deliver) = Publisher::new(transport, "ns", ended.clone());
     publisher.publish(&oom(1));
     ended.cancel();
     deliver.await;

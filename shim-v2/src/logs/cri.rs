@@ -1,40 +1,40 @@
-//! [`Formatter`]: two byte streams into CRI log records: `<stamp> <stream> <F|P> <bytes>\n`.
+//! [`Formatter`]: formats two byte streams as CRI log records: `<stamp> <stream> <F|P> <bytes>\n`.
 //!
-//! As containerd writes them: a record per line, a line longer than [`LINE_LIMIT`] in records of exactly that many
-//! bytes tagged P before its last one, tagged F; what a stream leaves without a newline at its end is tagged P. Bytes are
-//! not touched. Pure: knows no file and no guest.
+//! The format is containerd's: one record per line. A line longer than [`MAX_LINE_BYTES`] is split into records of that
+//! size tagged P and a last one tagged F. Bytes without a newline at the end of a stream are tagged P. Bytes are not
+//! changed.
 //!
-//! A beginning of a line is held until its end comes, and its bytes are not [`Formatter::settled`] so long; a held
-//! beginning that keeps more than [`HOLD_LIMIT`] of later output from being settled is written out, tagged P.
+//! An incomplete line is held until its end arrives, and its bytes do not count as [`Formatter::written_offset`] until then.
+//! If it delays the acknowledgement of more than [`MAX_HELD_BYTES`] of later output, it is written out, tagged P.
 
 use super::stamp::WIDTH;
 use boxlite_proto::boxlite::v1::OutputStream;
 
-/// Bytes of a line in one record; containerd's default (max_container_log_line_size).
-pub const LINE_LIMIT: usize = 16 << 10;
-/// Output that one held beginning of a line may keep from being acknowledged, in bytes. Must stay below the guest's
-/// buffer, or a prompt on one stream would block the other for ever.
-pub const HOLD_LIMIT: u64 = 128 << 10;
+/// Maximum bytes of a line in one record; containerd's default (max_container_log_line_size).
+pub const MAX_LINE_BYTES: usize = 16 << 10;
+/// Maximum output whose acknowledgement a held line may delay. Must be smaller than the guest's buffer, or a prompt on one
+/// stream would block the other forever.
+pub const MAX_HELD_BYTES: u64 = 128 << 10;
 
 #[derive(Debug, Default)]
 struct Held {
     bytes: Vec<u8>,
-    /// Offset in the output of the first held byte.
-    from: u64,
+    /// Output offset of the first held byte.
+    offset: u64,
 }
 
-/// See the module.
+/// State of the two streams.
 #[derive(Debug, Default)]
 pub struct Formatter {
     stdout: Held,
     stderr: Held,
-    /// Offset behind the last byte taken.
-    taken: u64,
+    /// Offset after the last byte received.
+    received: u64,
 }
 
 impl Formatter {
-    /// Takes `data`, which begins at `offset` of the output, and appends the records it completes to `out`. Chunks come
-    /// in order of their offsets.
+    /// Appends to `out` the records completed by `data`, which begins at `offset` of the output. Chunks must arrive in the
+    /// order of their offsets.
     pub fn push(
         &mut self,
         stream: OutputStream,
@@ -59,30 +59,30 @@ impl Formatter {
             let before = held.bytes.len();
             let tail = split(stream, held, rest, stamp, out);
             if held.bytes.is_empty() || before > held.bytes.len() {
-                held.from = offset + (data.len() - tail.len()) as u64;
+                held.offset = offset + (data.len() - tail.len()) as u64;
             }
             held.bytes.extend_from_slice(tail);
         }
-        self.taken = offset + data.len() as u64;
-        self.let_go(stamp, out);
+        self.received = offset + data.len() as u64;
+        self.release_held(stamp, out);
     }
 
-    /// Offset up to which every byte is in records handed out.
-    pub fn settled(&self) -> u64 {
+    /// Returns the offset below which every byte is in a returned record.
+    pub fn written_offset(&self) -> u64 {
         [&self.stdout, &self.stderr]
             .into_iter()
             .filter(|held| !held.bytes.is_empty())
-            .map(|held| held.from)
-            .fold(self.taken, u64::min)
+            .map(|held| held.offset)
+            .fold(self.received, u64::min)
     }
 
-    /// Both streams have ended: what is held goes out, tagged P.
+    /// Appends the held bytes, tagged P, after the end of both streams.
     pub fn finish(&mut self, stamp: &[u8; WIDTH], out: &mut Vec<u8>) {
         let mut held = [
             (OutputStream::Stdout, std::mem::take(&mut self.stdout)),
             (OutputStream::Stderr, std::mem::take(&mut self.stderr)),
         ];
-        held.sort_by_key(|(_, held)| held.from);
+        held.sort_by_key(|(_, held)| held.offset);
         for (stream, held) in held {
             if !held.bytes.is_empty() {
                 record(stream, b'P', &held.bytes, &[], stamp, out);
@@ -90,13 +90,13 @@ impl Formatter {
         }
     }
 
-    fn let_go(&mut self, stamp: &[u8; WIDTH], out: &mut Vec<u8>) {
-        let taken = self.taken;
+    fn release_held(&mut self, stamp: &[u8; WIDTH], out: &mut Vec<u8>) {
+        let received = self.received;
         for (stream, held) in [
             (OutputStream::Stdout, &mut self.stdout),
             (OutputStream::Stderr, &mut self.stderr),
         ] {
-            if !held.bytes.is_empty() && taken - held.from > HOLD_LIMIT {
+            if !held.bytes.is_empty() && received - held.offset > MAX_HELD_BYTES {
                 record(stream, b'P', &held.bytes, &[], stamp, out);
                 held.bytes.clear();
             }
@@ -104,8 +104,8 @@ impl Formatter {
     }
 }
 
-/// Writes full P records of `held` + `line` while they are longer than one record may be; gives what is left of `line`.
-/// If it wrote one, `held` is empty after.
+/// Writes P records of `held` + `line` while they exceed the size of one record, and returns the rest of `line`. If it
+/// wrote one, `held` is empty afterwards.
 fn split<'a>(
     stream: OutputStream,
     held: &mut Held,
@@ -114,8 +114,8 @@ fn split<'a>(
     out: &mut Vec<u8>,
 ) -> &'a [u8] {
     let mut rest = line;
-    while held.bytes.len() + rest.len() > LINE_LIMIT {
-        let (part, after) = rest.split_at(LINE_LIMIT - held.bytes.len());
+    while held.bytes.len() + rest.len() > MAX_LINE_BYTES {
+        let (part, after) = rest.split_at(MAX_LINE_BYTES - held.bytes.len());
         record(stream, b'P', &held.bytes, part, stamp, out);
         held.bytes.clear();
         rest = after;

@@ -1,6 +1,6 @@
-//! [`LogFile`]: a file that log records are appended to, and how it is opened.
+//! [`LogFile`]: the trait of a log file, and the opener of real files.
 //!
-//! A trait, so that tests can have disks that are full, short and slow. Nothing is retried here.
+//! A trait so that tests can simulate full disks and short writes. The caller retries.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -8,21 +8,21 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
-/// Mode of a new log file: the kubelet's group may read it.
+/// Mode of a new log file, readable by the kubelet's group.
 const MODE: u32 = 0o640;
 
-/// An open log.
+/// An open log file.
 pub trait LogFile: Send {
-    /// Appends a beginning of `bytes`, at least one byte.
+    /// Appends at least one byte of `bytes` and returns the number of bytes written.
     ///
     /// # Errors
-    /// As write(2).
+    /// The errors of write(2).
     fn append(&mut self, bytes: &[u8]) -> io::Result<usize>;
-    /// Takes the last `count` bytes back that were appended, so that the file ends with a whole record.
+    /// Removes the last `count` bytes, so that the file ends with a complete record.
     ///
     /// # Errors
-    /// As ftruncate(2).
-    fn cut(&mut self, count: u64) -> io::Result<()>;
+    /// The errors of ftruncate(2).
+    fn truncate_tail(&mut self, count: u64) -> io::Result<()>;
 }
 
 impl LogFile for File {
@@ -33,17 +33,17 @@ impl LogFile for File {
         }
     }
 
-    fn cut(&mut self, count: u64) -> io::Result<()> {
+    fn truncate_tail(&mut self, count: u64) -> io::Result<()> {
         let length = self.metadata()?.size();
         self.set_len(length.saturating_sub(count))
     }
 }
 
-/// Opens a log: what the sink calls at Create and at every reopen.
+/// Function that opens a log, called at Create and at every reopen.
 pub type Opener = Arc<dyn Fn(&Path) -> io::Result<Box<dyn LogFile>> + Send + Sync>;
 
-/// Opens real files: appended to, made with mode 0640 where missing. With `records`, a file that ends in the middle of a
-/// record (a shim or a host that died while it wrote) gets a newline first, so that the next one is a line of its own.
+/// Returns an opener of real files in append mode, created with mode 0640. With `records`, a newline is appended to a file
+/// that ends in the middle of a record (after a crash of the shim or the host), so that the next record begins a line.
 pub fn opener(records: bool) -> Opener {
     Arc::new(move |path| {
         let mut file = OpenOptions::new()
@@ -53,10 +53,10 @@ pub fn opener(records: bool) -> Opener {
             .mode(MODE)
             .custom_flags(nix::libc::O_NOCTTY | nix::libc::O_NONBLOCK)
             .open(path)?;
-        let about = file.metadata()?;
-        if records && about.is_file() && about.size() > 0 {
+        let metadata = file.metadata()?;
+        if records && metadata.is_file() && metadata.size() > 0 {
             let mut last = [0];
-            file.read_exact_at(&mut last, about.size() - 1)?;
+            file.read_exact_at(&mut last, metadata.size() - 1)?;
             if last[0] != b'\n' {
                 file.write_all(b"\n")?;
             }

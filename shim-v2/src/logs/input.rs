@@ -1,7 +1,7 @@
-//! [`Input`]: carries a FIFO's bytes into a process (containerd's stdin). boxlite-cri's attach goes to the guest itself.
+//! [`Input`]: copies a FIFO (containerd's stdin) to a process in the guest. boxlite-cri attaches to the guest directly.
 //!
-//! Ends with CloseIO; the guest then sees the end of input. A writer that goes (a client that detaches) ends nothing: the
-//! next one may attach, as under runc's shim.
+//! CloseIO ends the input. A writer that disconnects (a client that detaches) does not: another one may attach, as under
+//! runc's shim.
 
 use crate::pod::{Context, Guest};
 use boxlite_proto::boxlite::v1::SendInputRequest;
@@ -13,14 +13,14 @@ use tokio::net::unix::pipe;
 use tokio::sync::mpsc;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-/// Chunks under way to the guest.
-const QUEUE: usize = 4;
-/// Name under which this writer's offsets are counted in the guest.
+/// Capacity of the channel of chunks to the guest.
+const CHUNK_CHANNEL_CAPACITY: usize = 4;
+/// Name of this writer in the guest, which tracks offsets per writer.
 const WRITER: &str = "shim";
-/// After CloseIO: how long the FIFO must stay empty before its end is taken for real.
+/// Time for which the FIFO must stay empty after CloseIO before the input is closed.
 const CLOSE_LINGER: Duration = Duration::from_millis(50);
 
-/// The handle; dropping it ends the carrying.
+/// Handle to the copying task; dropping it stops the task.
 pub struct Input {
     close: CancellationToken,
     _end: DropGuard,
@@ -40,20 +40,20 @@ impl Input {
             return None;
         }
         let path = fifo.trim_start_matches("fifo://").to_owned();
-        // For writing too: so the FIFO has no end when its last writer goes.
+        // Opened for writing too, so that the FIFO has no EOF when its last writer disconnects.
         let fifo = match pipe::OpenOptions::new()
             .read_write(true)
             .open_receiver(&path)
         {
             Ok(fifo) => fifo,
             Err(error) => {
-                tracing::warn!(path, %error, "input FIFO cannot be opened");
+                tracing::warn!(path, %error, "failed to open input FIFO");
                 return None;
             }
         };
         let close = CancellationToken::new();
         let end = CancellationToken::new();
-        let (sender, receiver) = mpsc::channel(QUEUE);
+        let (sender, receiver) = mpsc::channel(CHUNK_CHANNEL_CAPACITY);
         let first = SendInputRequest {
             container_id: container.to_owned(),
             exec_id: exec.to_owned(),
@@ -72,7 +72,7 @@ impl Input {
                 () = over.cancelled() => return,
             };
             if let Err(error) = result {
-                tracing::debug!(error = %Report(&error), "input ends");
+                tracing::debug!(error = %Report(&error), "input stream ended with an error");
             }
         });
         Some(Self {
@@ -81,7 +81,7 @@ impl Input {
         })
     }
 
-    /// CloseIO: what is in the FIFO still goes, then the end.
+    /// Handles CloseIO: sends the bytes in the FIFO, then closes the input.
     pub fn close(&self) {
         self.close.cancel();
     }

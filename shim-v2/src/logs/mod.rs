@@ -1,13 +1,13 @@
-//! Output of containers: from the guest's Execution.Attach to where the caller wants it, each byte once, in order.
+//! Container output: copied from the guest's Execution.Attach to the requested sink, each byte once and in order.
 //!
 //! ```text
 //! guest buffer ──Attach──► [pump]: reader ──bounded queue──► writer ──► [sink]: CRI file | raw file | FIFOs | program | nothing
 //!      ▲                                                        │
-//!      └──────────────── Ack of what reached the sink ──────────┘
+//!      └────────────────    Ack of written output    ──────────┘
 //! ```
 //!
-//! The guest keeps output until it is acknowledged, and blocks the process when its buffer is full: so a stalled or full
-//! disk loses nothing and holds nobody else up. [`cri`] knows the CRI format; nothing here knows what a container is.
+//! The guest buffers output until it is acknowledged, and blocks the process when the buffer is full: a stalled or full disk
+//! loses no output and does not delay other containers. [`cri`] implements the CRI format.
 
 pub mod cri;
 pub mod file;

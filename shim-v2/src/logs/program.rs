@@ -1,12 +1,12 @@
-//! [`Program`]: a logging program of containerd's `binary://` URIs, which reads a container's output and puts it where it likes.
+//! [`Program`]: a logging program of containerd's `binary://` URIs, which receives a container's output.
 //!
 //! ```text
 //! binary:///path/to/program?key=value   →   program key value
-//! descriptors 3 and 4: stdout and stderr · 5: to be closed when it is ready · CONTAINER_ID, CONTAINER_NAMESPACE
+//! descriptors 3 and 4: stdout and stderr · 5: closed by the program when it is ready · CONTAINER_ID, CONTAINER_NAMESPACE
 //! ```
 //!
-//! Standard library and tokio give a child its descriptors 0 to 2 and no others, so the program is started by this binary in the
-//! role `log-program`, which has the three as its own 0 to 2, moves them and executes it. Lines and formats are the program's.
+//! The standard library and tokio only set descriptors 0 to 2 of a child. So this binary is started in the role `log-program`
+//! with the three pipes as its descriptors 0 to 2; it moves them and executes the program.
 
 use crate::error::{Result, ShimError};
 use nix::fcntl::{FcntlArg, fcntl};
@@ -20,97 +20,100 @@ use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
 use tokio::process::{Child, Command};
 
-/// How long a program may take to be ready. Until then the container is not created.
-const READY_LIMIT: Duration = Duration::from_secs(10);
-/// How long it may take to end after its input did; containerd's own shim waits as long.
-const END_LIMIT: Duration = Duration::from_secs(12);
-/// Most words a URI may carry.
-const WORD_LIMIT: usize = 128;
+/// Timeout for a program to become ready, during which Create waits.
+const READY_TIMEOUT: Duration = Duration::from_secs(10);
+/// Timeout for a program to exit after the end of its input, as in containerd's shim.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(12);
+/// Maximum number of arguments in a URI.
+const MAX_ARGUMENTS: usize = 128;
 
-/// A program that runs. Dropping it leaves it running: its input has ended then, and tokio reaps it.
+/// A running program. Dropping it does not stop it: its input ends, and tokio reaps it.
 #[derive(Debug)]
 pub struct Program {
     child: Box<Child>,
     name: String,
 }
 
-/// A program with the ends of its pipes.
+/// A started program with its pipes.
 pub struct Started {
-    /// See [`Program`].
+    /// The running program.
     pub program: Program,
-    /// It reads this as descriptor 3.
+    /// Read by the program as descriptor 3.
     pub stdout: pipe::Sender,
-    /// It reads this as descriptor 4.
+    /// Read by the program as descriptor 4.
     pub stderr: pipe::Sender,
 }
 
 impl Program {
-    /// Starts the program of `uri` and waits until it is ready. Dropping the future leaves a program whose input ends.
+    /// Starts the program of `uri` and waits until it is ready. If the future is dropped, the program's input ends.
     ///
     /// # Errors
-    /// Invalid for a URI without absolute path, or a program that ends or stays silent; Io where it cannot be run.
+    /// Invalid for a URI without an absolute path, or a program that exits or times out; Io if it cannot be run.
     pub async fn start(uri: &str, namespace: &str, container: &str) -> Result<Started> {
-        let words = words(uri)?;
-        let failed = |action| ShimError::io(action, &words[0]);
-        let pipe = || pipe::pipe().map_err(failed("make a pipe for"));
+        let command = command_line(uri)?;
+        let failed = |action| ShimError::io(action, &command[0]);
+        let pipe = || pipe::pipe().map_err(failed("create a pipe for"));
         let ((stdout, out), (stderr, err)) = (pipe()?, pipe()?);
-        let (ready_in, mut ready) = pipe()?;
-        let own =
-            |end: io::Result<OwnedFd>| end.map(Stdio::from).map_err(failed("make a pipe for"));
-        let this = std::env::current_exe().map_err(failed("find the shim's program to run"))?;
+        let (ready_in, mut ready_out) = pipe()?;
+        let stdio =
+            |end: io::Result<OwnedFd>| end.map(Stdio::from).map_err(failed("create a pipe for"));
+        let this = std::env::current_exe().map_err(failed("locate the shim binary to run"))?;
         let mut child = Command::new(this)
             .arg("log-program")
-            .args(&words)
+            .args(&command)
             .env("CONTAINER_ID", container)
             .env("CONTAINER_NAMESPACE", namespace)
-            .stdin(own(out.into_blocking_fd())?)
-            .stdout(own(ready_in.into_blocking_fd())?)
-            .stderr(own(err.into_blocking_fd())?)
+            .stdin(stdio(out.into_blocking_fd())?)
+            .stdout(stdio(ready_in.into_blocking_fd())?)
+            .stderr(stdio(err.into_blocking_fd())?)
             .spawn()
             .map_err(failed("run"))?;
-        let told = tokio::time::timeout(READY_LIMIT, ready.read_u8()).await;
-        let refuse = |reason: String| ShimError::Invalid {
+        let ready = tokio::time::timeout(READY_TIMEOUT, ready_out.read_u8()).await;
+        let invalid = |reason: String| ShimError::Invalid {
             field: "stdout",
-            reason: format!("logging program {}: {reason}", words[0]),
+            reason: format!("logging program {}: {reason}", command[0]),
         };
-        if told.is_err() {
+        if ready.is_err() {
             drop(child.start_kill());
-            return Err(refuse(format!(
+            return Err(invalid(format!(
                 "not ready within {} s (it must close descriptor 5)",
-                READY_LIMIT.as_secs()
+                READY_TIMEOUT.as_secs()
             )));
         }
-        // It closed the descriptor, or ended: a status is there at once then, or a moment later.
+        // It closed the descriptor or exited; in that case its status is available within moments.
         if let Ok(Ok(status)) = tokio::time::timeout(Duration::from_millis(20), child.wait()).await
             && !status.success()
         {
-            return Err(refuse(format!("ended with {status}")));
+            return Err(invalid(format!("exited with {status}")));
         }
         Ok(Started {
             program: Self {
                 child: Box::new(child),
-                name: words[0].clone(),
+                name: command[0].clone(),
             },
             stdout,
             stderr,
         })
     }
 
-    /// Waits for its end after its input ended, and ends it when that takes too long.
+    /// Waits for the exit after the end of the input, and kills the program on a timeout.
     pub async fn finish(mut self) {
-        match tokio::time::timeout(END_LIMIT, self.child.wait()).await {
+        match tokio::time::timeout(EXIT_TIMEOUT, self.child.wait()).await {
             Ok(Ok(status)) if status.success() => {}
-            Ok(status) => tracing::warn!(program = self.name, ?status, "logging program"),
+            Ok(status) => tracing::warn!(program = self.name, ?status, "logging program failed"),
             Err(_) => {
-                tracing::warn!(program = self.name, "logging program does not end; killed");
+                tracing::warn!(
+                    program = self.name,
+                    "timed out waiting for logging program to exit, killing it"
+                );
                 drop(self.child.kill().await);
             }
         }
     }
 }
 
-/// Program and arguments: containerd makes a word of each key and of each value.
-fn words(uri: &str) -> Result<Vec<String>> {
+/// Parses a URI into program and arguments; as in containerd, each key and each value is an argument.
+fn command_line(uri: &str) -> Result<Vec<String>> {
     let invalid = |reason: &str| ShimError::Invalid {
         field: "stdout",
         reason: format!("{uri:?}: {reason}"),
@@ -118,17 +121,17 @@ fn words(uri: &str) -> Result<Vec<String>> {
     let parsed = url::Url::parse(uri).map_err(|error| invalid(&error.to_string()))?;
     let path = parsed
         .to_file_path_of_binary()
-        .ok_or_else(|| invalid("no absolute path of a program"))?;
-    let mut words = vec![path];
+        .ok_or_else(|| invalid("must contain an absolute path of a program"))?;
+    let mut command = vec![path];
     for (key, value) in parsed.query_pairs() {
-        words.push(key.into_owned());
+        command.push(key.into_owned());
         if !value.is_empty() {
-            words.push(value.into_owned());
+            command.push(value.into_owned());
         }
     }
-    match words.len() > WORD_LIMIT || words.iter().any(|word| word.contains('\0')) {
-        true => Err(invalid("too many words, or a NUL in one")),
-        false => Ok(words),
+    match command.len() > MAX_ARGUMENTS || command.iter().any(|argument| argument.contains('\0')) {
+        true => Err(invalid("too many arguments, or a NUL in one")),
+        false => Ok(command),
     }
 }
 
@@ -137,7 +140,7 @@ trait BinaryPath {
 }
 
 impl BinaryPath for url::Url {
-    /// Like `to_file_path`, which only takes `file:`.
+    /// Like `to_file_path`, which only accepts `file:`.
     fn to_file_path_of_binary(&self) -> Option<String> {
         let mut file = url::Url::parse("file:///").ok()?;
         file.set_path(self.path());
@@ -148,10 +151,10 @@ impl BinaryPath for url::Url {
     }
 }
 
-/// The role `log-program`: descriptors 0 (stdout's pipe), 2 (stderr's) and 1 (ready) become 3, 4 and 5 of the program.
-/// Returns only on failure.
+/// Runs the role `log-program`: moves descriptors 0 (stdout pipe), 2 (stderr pipe) and 1 (readiness) to 3, 4 and 5, and
+/// executes the program. Returns only on failure.
 pub fn run(args: &[OsString]) -> ExitCode {
-    // No message: descriptor 2 is not one to write to. The exit code is the message.
+    // Errors are reported by the exit code only, since descriptor 2 is the program's input.
     let Some((program, args)) = args.split_first() else {
         return boxlite_proto::exit::ExitCode::BadArguments.into();
     };
@@ -170,22 +173,22 @@ pub fn run(args: &[OsString]) -> ExitCode {
     boxlite_proto::exit::ExitCode::Failure.into()
 }
 
-/// Makes the free descriptor `wanted` a copy of `fd` that an executed program keeps.
-fn move_to(fd: impl AsFd, wanted: i32) -> io::Result<()> {
-    let got = fcntl(fd, FcntlArg::F_DUPFD(wanted))?;
-    match got == wanted {
+/// Duplicates `fd` to the unused descriptor `target`, which stays open across exec.
+fn move_to(fd: impl AsFd, target: i32) -> io::Result<()> {
+    let got = fcntl(fd, FcntlArg::F_DUPFD(target))?;
+    match got == target {
         true => Ok(()),
-        false => Err(io::Error::other(format!("descriptor {wanted} is taken"))),
+        false => Err(io::Error::other(format!("descriptor {target} is in use"))),
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::words;
+    use super::command_line;
 
     #[test]
-    fn a_uri_becomes_a_command_line() {
-        let of = |uri: &str| words(uri).expect("valid");
+    fn command_line_splits_uri_into_arguments() {
+        let of = |uri: &str| command_line(uri).expect("valid");
         assert_eq!(of("binary:///usr/bin/log%20it"), ["/usr/bin/log it"]);
         assert_eq!(
             of("binary:///bin/log?id=x%2Fy&verbose&dir=/var/log"),
@@ -197,7 +200,7 @@ mod tests {
             "binary:relative",
             "binary:///",
         ] {
-            assert!(words(bad).is_err(), "{bad}");
+            assert!(command_line(bad).is_err(), "{bad}");
         }
     }
 }

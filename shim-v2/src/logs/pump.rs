@@ -1,10 +1,10 @@
-//! [`LogPump`]: carries one process's output from the guest to its [`Sink`], with two tasks and a bounded queue.
+//! [`LogPump`]: copies a process's output from the guest to its [`Sink`], with two tasks and a bounded queue.
 //!
-//! The reader takes chunks as they come and never waits for a disk unless [`QUEUE_LIMIT`] bytes wait already; it comes
-//! back at the same offset after a broken connection. The writer ([`super::pump::write`]) formats, writes whole batches,
-//! and only then lets the acknowledger tell the guest. A disk that is full is tried again for as long as the pump lives.
+//! The reader waits for the disk only if [`MAX_QUEUED_BYTES`] are queued, and resumes at the same offset after a broken
+//! connection. The writer ([`super::pump::write`]) formats and writes whole batches, and the acknowledger then reports them
+//! to the guest. Writes to a full disk are retried as long as the pump exists.
 //!
-//! [`Drained`] tells when everything is where it belongs; [`LogPump::close`] gives up what is not.
+//! [`Drained`] completes when all output is written; [`LogPump::close`] discards the rest.
 
 mod source;
 mod write;
@@ -24,34 +24,34 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use write::Writer;
 
-/// Output read from the guest that waits for the disk, in bytes per process. More than a guest's own buffer holds
-/// unacknowledged, so an honest guest's stream is never left unread.
-const QUEUE_LIMIT: usize = 4 << 20;
-/// Pause before a guest whose stream broke for good is asked again.
-const READ_PAUSE: Duration = Duration::from_millis(100);
-/// An acknowledgement is a call of its own: it waits until it frees this much, in bytes, a quarter of the guest's buffer…
-const ACK_EVERY: u64 = 256 << 10;
-/// … or for this long. A buffer full of tiny pieces holds less than [`ACK_EVERY`], and the process must not wait for more.
+/// Maximum queued output per process. More than a guest buffers unacknowledged, so the stream of an honest guest is always
+/// read.
+const MAX_QUEUED_BYTES: usize = 4 << 20;
+/// Delay before a broken output stream is reopened.
+const READ_RETRY_DELAY: Duration = Duration::from_millis(100);
+/// Output per acknowledgement, which is a separate call: a quarter of the guest's buffer.
+const ACK_BYTES: u64 = 256 << 10;
+/// Maximum delay of an acknowledgement. A guest buffer full of tiny chunks holds less than [`ACK_BYTES`].
 const ACK_DELAY: Duration = Duration::from_millis(20);
-/// Pause before an acknowledgement that failed is sent again.
-const ACK_PAUSE: Duration = Duration::from_millis(200);
-/// After the end of the VM: how long its last bytes may take out of the socket they are in.
-const AFTERMATH_LIMIT: Duration = Duration::from_millis(300);
-/// How often [`Drained::within`] looks whether anything moved.
-const PROGRESS_POLL: Duration = Duration::from_millis(250);
+/// Delay before a failed acknowledgement is retried.
+const ACK_RETRY_DELAY: Duration = Duration::from_millis(200);
+/// Timeout for reading the last bytes from the socket after the end of the VM.
+const LAST_READ_TIMEOUT: Duration = Duration::from_millis(300);
+/// Interval at which [`Drained::within`] checks for progress.
+const PROGRESS_POLL_INTERVAL: Duration = Duration::from_millis(250);
 
-/// A chunk with its share of the queue.
-struct Piece {
+/// A chunk with its permit of the queue.
+struct QueuedChunk {
     chunk: OutputChunk,
-    _room: OwnedSemaphorePermit,
+    _permit: OwnedSemaphorePermit,
 }
 
-/// What the writer can be asked.
+/// Commands to the writer.
 pub(super) enum Command {
     Reopen(oneshot::Sender<Result<()>>),
 }
 
-/// Counts what moved.
+/// Counter of copied bytes.
 #[derive(Debug, Default)]
 pub(super) struct Progress(AtomicU64);
 
@@ -60,12 +60,12 @@ impl Progress {
         self.0.fetch_add(bytes as u64 + 1, Ordering::Relaxed);
     }
 
-    fn seen(&self) -> u64 {
+    fn count(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
 }
 
-/// The handle. Dropping it does not stop the pump; [`LogPump::close`] does.
+/// Handle to a pump. [`LogPump::close`] stops the pump; dropping the handle does not.
 pub struct LogPump {
     commands: mpsc::UnboundedSender<Command>,
     done: watch::Receiver<bool>,
@@ -74,7 +74,7 @@ pub struct LogPump {
 }
 
 impl LogPump {
-    /// Follows the output of a process from its first byte.
+    /// Spawns a pump for the output of a process from its first byte.
     pub fn spawn(
         context: &Context,
         guest: &Guest,
@@ -86,7 +86,7 @@ impl LogPump {
         Self::run(&context.tasks, source, sink, guest.ended.clone())
     }
 
-    /// As [`LogPump::spawn`] over any source; `ended` says that the VM is gone.
+    /// Spawns a pump for any source; `ended` is cancelled at the end of the VM.
     pub fn run(
         tasks: &TaskTracker,
         source: impl Source,
@@ -94,7 +94,7 @@ impl LogPump {
         ended: CancellationToken,
     ) -> Self {
         let (queue_in, queue) = mpsc::unbounded_channel();
-        let (commands, orders) = mpsc::unbounded_channel();
+        let (commands, command_receiver) = mpsc::unbounded_channel();
         let (ack_in, acks) = watch::channel(0);
         let (done_in, done) = watch::channel(false);
         let progress = Arc::new(Progress::default());
@@ -103,12 +103,18 @@ impl LogPump {
         let reader = Reader {
             source,
             queue: queue_in,
-            room: Arc::new(Semaphore::new(QUEUE_LIMIT)),
+            permits: Arc::new(Semaphore::new(MAX_QUEUED_BYTES)),
             progress: progress.clone(),
             ended: ended.clone(),
             give_up: give_up.clone(),
         };
-        let writer = Writer::new(sink, orders, ack_in, progress.clone(), give_up.clone());
+        let writer = Writer::new(
+            sink,
+            command_receiver,
+            ack_in,
+            progress.clone(),
+            give_up.clone(),
+        );
         tasks.spawn(reader.run());
         tasks.spawn(acknowledge(acker, acks, ended));
         tasks.spawn(async move {
@@ -126,18 +132,18 @@ impl LogPump {
         }
     }
 
-    /// Closes the log file after what is queued was written and opens its path anew; answers on `reply`. Where the disk
-    /// takes nothing, the record under way is taken back from the old file and goes to the new one, whole.
+    /// Writes the queued output, closes the log file and opens its path again; then replies on `reply`. If the disk is full,
+    /// a partially written record is removed from the old file and written to the new one.
     pub fn reopen(&self, reply: oneshot::Sender<Result<()>>) {
         if let Err(mpsc::error::SendError(Command::Reopen(reply))) =
             self.commands.send(Command::Reopen(reply))
         {
-            // All output was written and the file is closed: there is nothing to reopen, and nothing is lost by it.
+            // All output was written and the file is closed.
             drop(reply.send(Ok(())));
         }
     }
 
-    /// A watch on the end of the output.
+    /// Returns a watch on the end of the output.
     pub fn watch_drained(&self) -> Drained {
         Drained {
             done: self.done.clone(),
@@ -145,38 +151,38 @@ impl LogPump {
         }
     }
 
-    /// Ends the pump: stops reading, gives up writing where that does not succeed at once, closes the sink.
+    /// Stops the pump: stops reading, abandons writes that do not succeed at once, closes the sink.
     pub async fn close(mut self) {
         self.give_up.cancel();
-        // An error means that the writer is gone: closed too.
+        // An error means that the writer has ended already.
         drop(self.done.wait_for(|done| *done).await);
     }
 }
 
-/// See [`LogPump::watch_drained`].
+/// Watch on the end of a pump's output.
 pub struct Drained {
     done: watch::Receiver<bool>,
     progress: Arc<Progress>,
 }
 
 impl Drained {
-    /// Waits until everything was written. False: nothing moved for `limit`. Dropping the future changes nothing.
-    pub async fn within(mut self, limit: Duration) -> bool {
-        let mut seen = self.progress.seen();
-        let mut still = Duration::ZERO;
+    /// Waits until all output is written. Returns false after `timeout` without progress. Cancel safe.
+    pub async fn within(mut self, timeout: Duration) -> bool {
+        let mut last = self.progress.count();
+        let mut idle = Duration::ZERO;
         loop {
             tokio::select! {
                 _ = self.done.wait_for(|done| *done) => return true,
-                () = tokio::time::sleep(PROGRESS_POLL) => {}
+                () = tokio::time::sleep(PROGRESS_POLL_INTERVAL) => {}
             }
-            let now = self.progress.seen();
-            still = if now == seen {
-                still + PROGRESS_POLL
+            let now = self.progress.count();
+            idle = if now == last {
+                idle + PROGRESS_POLL_INTERVAL
             } else {
                 Duration::ZERO
             };
-            seen = now;
-            if still >= limit {
+            last = now;
+            if idle >= timeout {
                 return false;
             }
         }
@@ -185,8 +191,8 @@ impl Drained {
 
 struct Reader<S> {
     source: S,
-    queue: mpsc::UnboundedSender<Piece>,
-    room: Arc<Semaphore>,
+    queue: mpsc::UnboundedSender<QueuedChunk>,
+    permits: Arc<Semaphore>,
     progress: Arc<Progress>,
     ended: CancellationToken,
     give_up: CancellationToken,
@@ -206,7 +212,7 @@ impl<S: Source> Reader<S> {
             let next = tokio::select! {
                 biased;
                 next = self.source.next() => next,
-                () = self.ended.cancelled() => return self.aftermath().await,
+                () = self.ended.cancelled() => return self.read_rest().await,
             };
             match next {
                 Ok(Some(chunk)) => {
@@ -216,14 +222,14 @@ impl<S: Source> Reader<S> {
                 }
                 Ok(None) => return,
                 Err(error) if error.is_transport() => {
-                    tracing::debug!(error = %Report(&error), "output stream broke; asking again");
+                    tracing::debug!(error = %Report(&error), "output stream broke; reconnecting");
                     tokio::select! {
-                        () = tokio::time::sleep(READ_PAUSE) => {}
+                        () = tokio::time::sleep(READ_RETRY_DELAY) => {}
                         () = self.ended.cancelled() => return,
                     }
                 }
                 Err(error) => {
-                    tracing::error!(error = %Report(&error), "output stream ends here");
+                    tracing::error!(error = %Report(&error), "failed to read output; output is incomplete");
                     return;
                 }
             }
@@ -232,17 +238,22 @@ impl<S: Source> Reader<S> {
 
     async fn enqueue(&mut self, chunk: OutputChunk) -> bool {
         self.progress.add(chunk.data.len());
-        let wanted = u32::try_from(chunk.data.len().clamp(1, QUEUE_LIMIT)).unwrap_or(1);
-        let Ok(room) = self.room.clone().acquire_many_owned(wanted).await else {
+        let size = u32::try_from(chunk.data.len().clamp(1, MAX_QUEUED_BYTES)).unwrap_or(1);
+        let Ok(permit) = self.permits.clone().acquire_many_owned(size).await else {
             return false;
         };
-        self.queue.send(Piece { chunk, _room: room }).is_ok()
+        self.queue
+            .send(QueuedChunk {
+                chunk,
+                _permit: permit,
+            })
+            .is_ok()
     }
 
-    /// The VM is gone: takes what its sockets still hold.
-    async fn aftermath(&mut self) {
+    /// Reads the remaining bytes from the socket after the end of the VM.
+    async fn read_rest(&mut self) {
         while let Ok(Ok(Some(chunk))) =
-            tokio::time::timeout(AFTERMATH_LIMIT, self.source.next()).await
+            tokio::time::timeout(LAST_READ_TIMEOUT, self.source.next()).await
         {
             if !self.enqueue(chunk).await {
                 return;
@@ -251,7 +262,7 @@ impl<S: Source> Reader<S> {
     }
 }
 
-/// Tells the guest what reached the sink: always the newest offset, never two calls at once. Ends with the writer.
+/// Acknowledges written output to the guest, always the newest offset and one call at a time. Ends with the writer.
 async fn acknowledge(
     acker: impl source::Acker,
     mut acks: watch::Receiver<u64>,
@@ -259,24 +270,24 @@ async fn acknowledge(
 ) {
     let mut acked = 0;
     while acks.changed().await.is_ok() {
-        // Both ends are fine: enough came, or the delay is over. The writer's end is noticed by `changed`.
-        let enough = acks.wait_for(|offset| offset.saturating_sub(acked) >= ACK_EVERY);
-        drop(tokio::time::timeout(ACK_DELAY, enough).await);
+        // Completes when enough output is written or after the delay. `changed` reports the writer's end.
+        let threshold = acks.wait_for(|offset| offset.saturating_sub(acked) >= ACK_BYTES);
+        drop(tokio::time::timeout(ACK_DELAY, threshold).await);
         loop {
             let offset = *acks.borrow_and_update();
-            let told = tokio::select! {
-                told = acker.ack(offset) => told,
+            let result = tokio::select! {
+                result = acker.ack(offset) => result,
                 () = ended.cancelled() => return,
             };
-            match told {
+            match result {
                 Ok(()) => {
                     acked = offset;
                     break;
                 }
-                Err(error) if error.is_transport() => tokio::time::sleep(ACK_PAUSE).await,
-                // Gone already, which frees the output too.
+                Err(error) if error.is_transport() => tokio::time::sleep(ACK_RETRY_DELAY).await,
+                // The process does not exist any more, so its output is freed.
                 Err(error) => {
-                    tracing::debug!(offset, error = %Report(&error), "not acknowledged");
+                    tracing::debug!(offset, error = %Report(&error), "failed to acknowledge output");
                     break;
                 }
             }
@@ -284,7 +295,7 @@ async fn acknowledge(
     }
 }
 
-/// What a reopen is answered with where the output goes to no file.
+/// Rejects a reopen of output that is not written to a file.
 fn refuse_reopen(command: Command) {
     let Command::Reopen(reply) = command;
     drop(reply.send(Err::<(), ShimError>(no_file())));

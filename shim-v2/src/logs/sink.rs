@@ -1,4 +1,4 @@
-//! [`Stdio`]: where the caller wants a process's input and output; [`Sink`]: the output's end of it, opened.
+//! [`Stdio`]: the requested input and output of a process; [`Sink`]: the opened destination of its output.
 //!
 //! | stdout | meaning |
 //! |---|---|
@@ -6,7 +6,7 @@
 //! | `file:///path` | both streams, raw, appended to one file |
 //! | `/path`, `fifo:///path` | FIFOs, one per stream (containerd) |
 //! | `binary:///program?key=value` | both streams into a logging program (containerd) |
-//! | empty | nothing: read and thrown away |
+//! | empty | none: read and discarded |
 
 use super::file::{Opener, opener};
 use super::program::Program;
@@ -15,29 +15,29 @@ use boxlite_proto::names::CRI_LOG_SCHEME;
 use std::path::{Path, PathBuf};
 use tokio::net::unix::pipe;
 
-/// What Create and Exec say about input and output.
+/// Input and output requested by Create or Exec.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Stdio {
-    /// FIFO that input is read from; empty: none of the shim's.
+    /// FIFO for input; empty if the shim feeds none.
     pub stdin: String,
-    /// See the module.
+    /// Destination of stdout; see the table above.
     pub stdout: String,
-    /// FIFO for stderr; ignored by the schemes that take both streams.
+    /// FIFO for stderr; ignored by schemes that cover both streams.
     pub stderr: String,
     /// One terminal instead of three streams.
     pub terminal: bool,
-    /// Keep an input open in the guest though the shim feeds none: boxlite-cri's attach does.
+    /// Keep stdin open in the guest although the shim feeds none, for boxlite-cri's attach.
     pub guest_input: bool,
 }
 
 impl Stdio {
-    /// Whether the process gets an input at all.
+    /// Returns whether the process has a stdin.
     pub fn has_input(&self) -> bool {
         self.guest_input || !self.stdin.is_empty()
     }
 }
 
-/// An opened end for output.
+/// An opened destination of output.
 pub enum Sink {
     /// CRI format.
     Cri(FileTarget),
@@ -45,22 +45,22 @@ pub enum Sink {
     Raw(FileTarget),
     /// One FIFO per stream.
     Fifos {
-        /// Where stdout goes.
+        /// Receives stdout.
         stdout: Option<pipe::Sender>,
-        /// Where stderr goes.
+        /// Receives stderr.
         stderr: Option<pipe::Sender>,
-        /// Who reads the other ends, where the shim started it.
+        /// Logging program that reads the other ends, if the shim started one.
         program: Option<Program>,
     },
-    /// Nowhere.
+    /// Output is discarded.
     Discard,
 }
 
-/// A log file by path.
+/// A log file that can be reopened by its path.
 pub struct FileTarget {
-    /// Absolute.
+    /// Absolute path.
     pub path: PathBuf,
-    /// How it is opened, now and again.
+    /// Opens the path, at Create and at every reopen.
     pub opener: Opener,
     /// The open file.
     pub file: Box<dyn super::file::LogFile>,
@@ -70,7 +70,7 @@ impl FileTarget {
     /// Opens a file.
     ///
     /// # Errors
-    /// Io, naming the path.
+    /// Io with the path.
     pub fn open(path: &Path, opener: Opener) -> Result<Self> {
         let file = opener(path).map_err(ShimError::io("open the log file", path.display()))?;
         Ok(Self {
@@ -82,10 +82,10 @@ impl FileTarget {
 }
 
 impl Sink {
-    /// Opens what `stdio` names, for a container of `namespace`.
+    /// Opens the destination named by `stdio`, for a container of `namespace`.
     ///
     /// # Errors
-    /// Invalid for a scheme that is not known or a path that is not absolute, Io where it cannot be opened.
+    /// Invalid for an unknown scheme or a relative path, Io if it cannot be opened.
     pub async fn open(stdio: &Stdio, namespace: &str, container: &str) -> Result<Self> {
         if stdio.stdout.is_empty() && stdio.stderr.is_empty() {
             return Ok(Self::Discard);
@@ -117,10 +117,10 @@ impl Sink {
         }
     }
 
-    /// Opens the path of a file that nothing was written to yet anew (rotation before the first start).
+    /// Opens the path of an unused log file again (rotation before the start).
     ///
     /// # Errors
-    /// Io where it cannot be opened; Invalid where it is no file.
+    /// Io if it cannot be opened; Invalid if output is not written to a file.
     pub fn reopen_unused(&mut self) -> Result<()> {
         match self {
             Self::Cri(target) | Self::Raw(target) => {
@@ -132,11 +132,11 @@ impl Sink {
     }
 }
 
-/// What reopening something that is no file is answered with.
+/// Returns the error of a reopen of output that is not written to a file.
 pub(super) fn no_file() -> ShimError {
     ShimError::Invalid {
         field: "container_id",
-        reason: "its output does not go to a file".to_owned(),
+        reason: "its output is not written to a file".to_owned(),
     }
 }
 
@@ -151,7 +151,7 @@ fn absolute(path: &str) -> Result<&Path> {
     })
 }
 
-/// Opens a FIFO for reading and writing: it never waits for a reader, and a reader that goes breaks nothing.
+/// Opens a FIFO for reading and writing, so that the open does not block and a disconnecting reader causes no EPIPE.
 fn fifo(uri: &str) -> Result<Option<pipe::Sender>> {
     if uri.is_empty() {
         return Ok(None);

@@ -1,22 +1,22 @@
-//! Time stamps of CRI log lines: RFC 3339 in UTC with nine digits, always [`WIDTH`] bytes wide, never going back.
+//! Timestamps of CRI log lines: RFC 3339 in UTC with nine fractional digits, [`WIDTH`] bytes wide, monotonic.
 //!
-//! Own code, since it runs once per chunk of output and a fixed width makes lines sortable as text.
+//! Implemented here because it runs once per batch of output; the fixed width makes lines sortable as text.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Bytes of a stamp: `2026-01-02T15:04:05.123456789Z`.
+/// Length of a timestamp: `2026-01-02T15:04:05.123456789Z`.
 pub const WIDTH: usize = 30;
-/// Seconds of a day.
-const DAY: u64 = 86_400;
+/// Seconds in a day.
+const SECONDS_PER_DAY: u64 = 86_400;
 
-/// A clock whose stamps never go back, whatever the wall clock does.
+/// A clock whose timestamps never decrease, even if the wall clock does.
 #[derive(Debug, Default)]
 pub struct Clock {
     last: u128,
 }
 
 impl Clock {
-    /// The present moment.
+    /// Returns the current timestamp.
     pub fn stamp(&mut self) -> [u8; WIDTH] {
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)
@@ -27,12 +27,12 @@ impl Clock {
     }
 }
 
-/// Nanoseconds since the epoch as text. Years beyond 9999 are cut to their last four digits.
+/// Formats nanoseconds since the epoch. Years beyond 9999 are truncated to their last four digits.
 pub fn format(unix_ns: u128) -> [u8; WIDTH] {
     let nanos = unix_ns % 1_000_000_000;
     let seconds = u64::try_from(unix_ns / 1_000_000_000).unwrap_or(u64::MAX);
-    let (year, month, day) = date(seconds / DAY);
-    let time = seconds % DAY;
+    let (year, month, day) = date(seconds / SECONDS_PER_DAY);
+    let time = seconds % SECONDS_PER_DAY;
     let mut text = *b"0000-00-00T00:00:00.000000000Z";
     digits(&mut text[0..4], year);
     digits(&mut text[5..7], month);
@@ -44,14 +44,14 @@ pub fn format(unix_ns: u128) -> [u8; WIDTH] {
     text
 }
 
-fn digits(place: &mut [u8], mut number: u64) {
-    for digit in place.iter_mut().rev() {
+fn digits(field: &mut [u8], mut number: u64) {
+    for digit in field.iter_mut().rev() {
         *digit = b'0' + u8::try_from(number % 10).unwrap_or(0);
         number /= 10;
     }
 }
 
-/// Year, month and day of a day since the epoch, in the Gregorian calendar: years counted from March, in eras of 400.
+/// Converts days since the epoch to year, month and day of the Gregorian calendar, counting years from March in eras of 400.
 fn date(days: u64) -> (u64, u64, u64) {
     let shifted = days + 719_468;
     let era = shifted / 146_097;
@@ -79,7 +79,7 @@ mod tests {
     }
 
     #[test]
-    fn known_moments() {
+    fn format_known_times() {
         assert_eq!(text(0, 0), "1970-01-01T00:00:00.000000000Z");
         assert_eq!(text(951_782_400, 5), "2000-02-29T00:00:00.000000005Z");
         assert_eq!(
@@ -94,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn it_never_goes_back() {
+    fn stamp_never_decreases() {
         let mut clock = Clock {
             last: u128::from(u64::MAX),
         };

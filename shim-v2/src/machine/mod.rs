@@ -16,12 +16,12 @@ use crate::mount_export::host_mounter::{HostMounter, HostMounts};
 use crate::net::host::{BindScope, HostPorts};
 use crate::net::{self, PodNetwork, slirp};
 use crate::pod::undo::Undo;
-use crate::record::{RECORD_FILE, Record, write_whole};
 use crate::sandbox::machine::{Booted, Machine};
 use crate::sandbox::options::Plan;
 use crate::share::PodShare;
 use crate::share::file_server::FileServerWatch;
 use crate::share::host_namespace::HostNamespace;
+use crate::shim_state::{STATE_FILE, ShimState, write_atomically};
 use crate::time;
 use crate::vmm::{ReadySocket, Supervisor, VmmChild};
 use async_trait::async_trait;
@@ -76,7 +76,7 @@ pub fn enter_mount_namespace() -> std::io::Result<HostMounts> {
 
 /// The machine of one pod.
 pub struct VmMachine {
-    record: Mutex<Record>,
+    record: Mutex<ShimState>,
     cgroup: Mutex<cgroup::Joined>,
     supervisor: Supervisor,
     mounts: Arc<HostMounts>,
@@ -84,7 +84,7 @@ pub struct VmMachine {
 
 impl VmMachine {
     /// Creates a machine that keeps `record` up to date.
-    pub fn new(record: Record, mounts: HostMounts) -> Self {
+    pub fn new(record: ShimState, mounts: HostMounts) -> Self {
         Self {
             mounts: Arc::new(mounts),
             record: Mutex::new(record),
@@ -93,7 +93,7 @@ impl VmMachine {
         }
     }
 
-    fn record(&self) -> MutexGuard<'_, Record> {
+    fn record(&self) -> MutexGuard<'_, ShimState> {
         self.record.lock()
     }
 
@@ -133,7 +133,7 @@ impl VmMachine {
         let network = blocking("join the pod's network", move || net::attach(&netns)).await?;
         let path = bundle.join(NETWORK_FILE);
         let text = serde_json::to_vec_pretty(&network).unwrap_or_default();
-        write_whole(&path, &text).map_err(ShimError::io("write", path.display()))?;
+        write_atomically(&path, &text).map_err(ShimError::io("write", path.display()))?;
         Ok(network)
     }
 
@@ -160,7 +160,7 @@ impl Machine for VmMachine {
         let scratch = scratch_path(id, bundle, plan);
         self.record().scratch = Some(scratch.clone());
         self.store(bundle)
-            .map_err(ShimError::io("write", bundle.join(RECORD_FILE).display()))?;
+            .map_err(ShimError::io("write", bundle.join(STATE_FILE).display()))?;
         let taken = scratch.clone();
         undo.push_call("scratch disk", move || remove_file(&taken));
         scratch::create(&scratch, plan.options.scratch_bytes).await?;
@@ -325,8 +325,7 @@ async fn init(
     let response = tokio::select! {
         response = guest.init(request) => response,
         exit = child.wait() => return Err(ShimError::VmGone {
-            id: id.to_owned(),
-            how: format!("{exit} during Guest.Init; {}", last_words(child)),
+            reason: format!("{exit} during Guest.Init; {}", last_words(child)),
         }),
     };
     match response {

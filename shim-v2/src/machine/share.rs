@@ -72,22 +72,22 @@ impl MachineError {
         match self {
             Self::Share(ShareError::Source { path, source }) => ShimError::HostPath {
                 path,
-                wanted_for: "the share".to_owned(),
+                required_by: "the share".to_owned(),
                 reason: source.to_string(),
             },
             Self::Share(ShareError::Private { path }) => ShimError::HostPath {
                 path,
-                wanted_for: "a mount with propagation HostToContainer".to_owned(),
+                required_by: "a mount with propagation HostToContainer".to_owned(),
                 reason: "it is on a private mount, so later mounts of the host cannot propagate"
                     .to_owned(),
             },
             Self::Share(ShareError::Map { path, source }) => ShimError::HostPath {
                 path,
-                wanted_for: "a pod with a user namespace".to_owned(),
+                required_by: "a pod with a user namespace".to_owned(),
                 reason: format!("its owners cannot be mapped for the user namespace: {source}"),
             },
             Self::Share(ShareError::Occupied { path }) => ShimError::AlreadyExists {
-                what: "path in the share",
+                kind: "path in the share",
                 id: path,
             },
             Self::Share(error) => ShimError::Boot {

@@ -38,8 +38,7 @@ impl Guest {
 
     fn gone(&self) -> ShimError {
         ShimError::VmGone {
-            id: "of this shim".to_owned(),
-            how: "during the call".to_owned(),
+            reason: "during the call".to_owned(),
         }
     }
 }

@@ -7,18 +7,18 @@ use async_trait::async_trait;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-/// The directory that the guest sees as its share.
+/// The host directory that the guest mounts as its share.
 #[async_trait]
 pub trait Share: Send + Sync {
-    /// Makes `source` of the host (file or directory) appear at `path` below the share. Both kinds of the same path twice:
-    /// AlreadyExists. A dropped future may leave the mount; [`Share::unbind`] takes it away.
+    /// Binds `source` (a file or directory of the host) at `path` below the share. Fails with AlreadyExists if the path is in
+    /// use. A dropped future may leave the mount in place; [`Share::unbind`] removes it.
     async fn bind(&self, source: &Path, path: &str, mode: BindMode) -> Result<()>;
     /// Returns the namespace in which paths of the host are resolved.
     fn host(&self) -> HostNamespace;
-    /// Mounts a file system of the host (`kind`, fstab-style options) at the directory `path` below the share.
+    /// Mounts a file system of type `kind` with fstab-style options at the directory `path` below the share.
     async fn mount(&self, kind: &str, source: &str, options: &[String], path: &str) -> Result<()>;
-    /// Puts a file system that is one file and mounted nowhere at `path` below the share.
+    /// Attaches a detached mount, whose root is a file, at `path` below the share.
     async fn attach(&self, mount: OwnedFd, path: &str) -> Result<()>;
-    /// Takes away what bind, mount or attach made; succeeds on what is gone.
+    /// Removes a mount made by bind, mount or attach. Succeeds if it does not exist.
     async fn unbind(&self, path: &str) -> Result<()>;
 }

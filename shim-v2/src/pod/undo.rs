@@ -1,6 +1,6 @@
-//! [`Undo`]: what has been done so far and how to take it back, in reverse order.
+//! [`Undo`]: a list of completed steps and how to undo them, in reverse order.
 //!
-//! Knows nothing of what the steps are. A start that fails, a stop, and a VM that died all run the same list.
+//! A failed start, a stop and the death of the VM run the same list.
 
 use futures::future::BoxFuture;
 
@@ -9,12 +9,12 @@ type Step = (
     Box<dyn FnOnce() -> BoxFuture<'static, Result<(), String>> + Send>,
 );
 
-/// Steps to be taken back, newest last. Dropping it takes nothing back.
+/// Undo steps, newest last. Dropping the list undoes nothing.
 #[derive(Default)]
 pub struct Undo(Vec<Step>);
 
 impl Undo {
-    /// Remembers how to take a step back that has just been done.
+    /// Adds the undo step of a completed step.
     pub fn push<F, E>(&mut self, name: &'static str, step: impl FnOnce() -> F + Send + 'static)
     where
         F: Future<Output = Result<(), E>> + Send + 'static,
@@ -29,7 +29,7 @@ impl Undo {
         ));
     }
 
-    /// As [`Undo::push`] for a step that is one quick call.
+    /// Adds an undo step that is one short synchronous call.
     pub fn push_call<E: std::fmt::Display + 'static>(
         &mut self,
         name: &'static str,
@@ -38,17 +38,17 @@ impl Undo {
         self.push(name, move || async move { call() });
     }
 
-    /// Adds the steps of `later`, which were done after these.
+    /// Appends the steps of `later`, which were completed after these.
     pub fn append(&mut self, later: Self) {
         self.0.extend(later.0);
     }
 
-    /// Takes everything back, newest first. A step that fails is logged and does not stop the others. Once begun this
-    /// should be driven to its end: dropped, it leaves the older steps as they are.
+    /// Undoes all steps, newest first. A failed step is logged and does not stop the others. If the future is dropped, the
+    /// older steps are not undone.
     pub async fn run(mut self) {
         while let Some((name, step)) = self.0.pop() {
             if let Err(error) = step().await {
-                tracing::warn!(step = name, error, "cannot take back");
+                tracing::warn!(step = name, error, "failed to undo step");
             }
         }
     }
@@ -60,7 +60,7 @@ mod tests {
     use std::sync::{Arc, Mutex};
 
     #[tokio::test]
-    async fn newest_first_and_a_failure_stops_nothing() {
+    async fn run_undoes_newest_first_and_continues_after_failure() {
         let seen = Arc::new(Mutex::new(Vec::new()));
         let mut undo = Undo::default();
         for n in 0..3 {

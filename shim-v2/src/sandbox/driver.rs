@@ -1,7 +1,7 @@
-//! [`Driver`]: the one task that writes the sandbox's state (see the diagram in [`super`]).
+//! [`Driver`]: the task that owns the sandbox's state (see the diagram in [`super`]).
 //!
-//! It selects between requests and the end of the VM, and acts on one at a time; during a start it still hears further
-//! starts (they join) and stops (they end it). Containers have tasks of their own; this only tells them when the VM is gone.
+//! It handles requests and the end of the VM one at a time. During a start it accepts further starts, which join, and
+//! stops, which cancel the start. Containers have their own tasks; the driver only signals them when the VM has ended.
 
 use super::machine::{Booted, Machine};
 use super::options::Plan;
@@ -20,31 +20,31 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
-/// How long killed containers may take to end before the VM is ended over their heads: their last output is drained.
-const CONTAINERS_LIMIT: Duration = Duration::from_secs(12);
-/// How long the guest may take to sync and power off after its grace.
-const POWEROFF_LIMIT: Duration = Duration::from_secs(5);
-/// How long a killed VMM may take to be reaped; with much memory the kernel needs a while.
-const KILL_LIMIT: Duration = Duration::from_secs(30);
-/// Exit status of a VM that ended by itself: as if killed.
-const DIED: u32 = 137;
+/// Timeout for killed containers to exit and drain their output before the VM is shut down.
+const CONTAINER_STOP_TIMEOUT: Duration = Duration::from_secs(12);
+/// Timeout for the guest to sync and power off after its grace period.
+const POWEROFF_TIMEOUT: Duration = Duration::from_secs(5);
+/// Timeout for reaping a killed VMM, which takes the kernel a while for a VM with much memory.
+const KILL_TIMEOUT: Duration = Duration::from_secs(30);
+/// Exit status of a VM that ended without a request: 128 + SIGKILL.
+const DIED_EXIT_STATUS: u32 = 137;
 
-/// Answer to a request.
+/// Reply channel of a request.
 pub type Reply<T> = oneshot::Sender<Result<T>>;
 
-/// What the driver can be asked.
+/// Requests to the driver.
 pub enum Request {
-    /// Describe the pod.
+    /// Sets the plan of the pod.
     Create(Box<Plan>, Reply<()>),
-    /// Boot, or join a boot.
+    /// Boots the VM, or joins a boot in progress.
     Start(Reply<Snapshot>),
-    /// End the VM; the duration is the guest's grace.
+    /// Stops the VM; the duration is the guest's grace period.
     Stop(Duration, Reply<()>),
-    /// End the VM and the driver.
+    /// Stops the VM and ends the driver.
     Shutdown(Reply<()>),
 }
 
-/// A VM that runs.
+/// A running VM.
 struct Vm {
     exit: BoxFuture<'static, String>,
     kill: Arc<dyn Fn() + Send + Sync>,
@@ -52,14 +52,14 @@ struct Vm {
     undo: Undo,
 }
 
-/// What ended a boot.
+/// Outcome of a boot.
 enum Outcome {
     Finished(Box<Result<Booted>>),
     Stopped,
     ShutDown(Reply<()>),
 }
 
-/// See the module.
+/// Owner of the sandbox's state and VM.
 pub struct Driver {
     context: Context,
     machine: Arc<dyn Machine>,
@@ -90,15 +90,15 @@ impl Driver {
         }
     }
 
-    /// Drives until Shutdown, or until every handle is gone.
+    /// Handles requests until Shutdown, or until every handle is dropped.
     pub async fn run(mut self) {
         loop {
             let request = match &mut self.vm {
                 Some(vm) => tokio::select! {
                     request = self.requests.recv() => request,
-                    how = &mut vm.exit => {
-                        tracing::warn!(sandbox = %self.context.id, how, "the VM died");
-                        self.ended(DIED, how).await;
+                    reason = &mut vm.exit => {
+                        tracing::warn!(sandbox = %self.context.id, reason, "VM ended unexpectedly");
+                        self.vm_ended(DIED_EXIT_STATUS, reason).await;
                         continue;
                     }
                 },
@@ -122,7 +122,7 @@ impl Driver {
         }
     }
 
-    /// The one place where state is published.
+    /// Applies a state change, publishes and logs it.
     fn publish(&self, change: impl FnOnce(&mut Snapshot)) {
         self.state.send_modify(|snapshot| {
             change(snapshot);
@@ -132,14 +132,14 @@ impl Driver {
                 generation = snapshot.generation,
                 phase = ?snapshot.phase,
                 pid = snapshot.pid,
-                "sandbox state"
+                "sandbox state changed"
             );
         });
     }
 
     fn wrong_state(&self, action: &'static str) -> ShimError {
         ShimError::WrongState {
-            what: "sandbox",
+            kind: "sandbox",
             id: self.context.id.to_string(),
             state: format!("{:?}", self.state.borrow().phase).to_lowercase(),
             action,
@@ -157,7 +157,7 @@ impl Driver {
         match known {
             Some(known) if *known == plan => Ok(()),
             Some(_) => Err(ShimError::AlreadyExists {
-                what: "sandbox",
+                kind: "sandbox",
                 id: self.context.id.to_string(),
             }),
             None => {
@@ -173,7 +173,7 @@ impl Driver {
         }
     }
 
-    /// Boots. Some: a shutdown came meanwhile and wants its answer.
+    /// Boots the VM. Returns the reply channel of a Shutdown that arrived during the boot.
     async fn start(&mut self, reply: Reply<Snapshot>) -> Option<Reply<()>> {
         let (phase, plan) = {
             let snapshot = self.state.borrow();
@@ -191,7 +191,7 @@ impl Driver {
             }
         };
         self.publish(|snapshot| snapshot.phase = Phase::Starting);
-        let began = Instant::now();
+        let started = Instant::now();
         let mut waiting = vec![reply];
         let mut stops = Vec::new();
         let mut undo = Undo::default();
@@ -199,15 +199,15 @@ impl Driver {
         let (result, shutdown) = match outcome {
             Outcome::Finished(result) => (*result, None),
             Outcome::Stopped => (
-                Err(self.wrong_state("go on with its start: it was stopped")),
+                Err(self.wrong_state("complete the start, which a stop cancelled")),
                 None,
             ),
             Outcome::ShutDown(reply) => (Err(ShimError::Ending), Some(reply)),
         };
         match result {
-            Ok(booted) => self.ready(booted, undo, began),
+            Ok(booted) => self.ready(booted, undo, started),
             Err(error) => {
-                tracing::warn!(sandbox = %self.context.id, error = %Report(&error), "start failed");
+                tracing::warn!(sandbox = %self.context.id, error = %Report(&error), "failed to start sandbox");
                 undo.run().await;
                 self.publish(|snapshot| snapshot.phase = Phase::Created);
                 for reply in waiting.drain(..) {
@@ -256,7 +256,7 @@ impl Driver {
         }
     }
 
-    fn ready(&mut self, booted: Booted, mut undo: Undo, began: Instant) {
+    fn ready(&mut self, booted: Booted, mut undo: Undo, started: Instant) {
         let guest = Guest {
             session: booted.session,
             share: booted.share,
@@ -289,14 +289,14 @@ impl Driver {
             self.context
                 .host_ipc
                 .store(plan.host_ipc, Ordering::Relaxed);
-            if plan.origin.shows_host_pid() {
+            if plan.owner.reports_host_pid() {
                 self.context.host_pid.store(booted.pid, Ordering::Relaxed);
             }
         }
         let mut info = booted.info;
         info.push((
             "start_ms".to_owned(),
-            began.elapsed().as_millis().to_string(),
+            started.elapsed().as_millis().to_string(),
         ));
         self.publish(|snapshot| {
             snapshot.phase = Phase::Ready;
@@ -305,11 +305,12 @@ impl Driver {
         });
     }
 
-    /// Ends the VM in order: containers with their output, the guest with its disks, the VMM.
+    /// Stops the VM in order: containers with their output, the guest with its disks, the VMM.
     async fn stop(&mut self, grace: Duration) {
         let Some(vm) = &mut self.vm else {
             if !matches!(self.state.borrow().phase, Phase::Stopped | Phase::None) {
-                self.ended(0, "stopped before it ran".to_owned()).await;
+                self.vm_ended(0, "stopped before it was started".to_owned())
+                    .await;
             }
             return;
         };
@@ -321,32 +322,32 @@ impl Driver {
         let session = vm.guest.session.clone();
         let orderly = async {
             containers.kill_all().await;
-            if !containers.settled(CONTAINERS_LIMIT).await {
-                tracing::warn!("containers outlived SIGKILL; the VM ends over their heads");
+            if !containers.wait_stopped(CONTAINER_STOP_TIMEOUT).await {
+                tracing::warn!("containers survived SIGKILL; shutting down the VM");
             }
             if let Err(error) = session.guest().shutdown(grace).await {
-                tracing::warn!(error = %Report(&error), "the guest does not shut down");
+                tracing::warn!(error = %Report(&error), "failed to shut down the guest");
             }
-            tokio::time::sleep(POWEROFF_LIMIT).await;
+            tokio::time::sleep(POWEROFF_TIMEOUT).await;
         };
-        let over = tokio::select! {
+        let exited = tokio::select! {
             _ = &mut vm.exit => true,
             () = orderly => false,
         };
-        if !over {
+        if !exited {
             (vm.kill)();
-            if tokio::time::timeout(KILL_LIMIT, &mut vm.exit)
+            if tokio::time::timeout(KILL_TIMEOUT, &mut vm.exit)
                 .await
                 .is_err()
             {
-                tracing::error!("the VMM outlived SIGKILL");
+                tracing::error!("VMM survived SIGKILL");
             }
         }
-        self.ended(0, "stopped".to_owned()).await;
+        self.vm_ended(0, "stopped".to_owned()).await;
     }
 
-    /// The VM is gone: says so, lets the containers end, takes everything back.
-    async fn ended(&mut self, status: u32, how: String) {
+    /// Handles the end of the VM: publishes it, waits for the containers, runs the undo steps.
+    async fn vm_ended(&mut self, status: u32, reason: String) {
         let vm = self.vm.take();
         self.guest.send_replace(None);
         let at_unix_ns = time::unix_ns();
@@ -356,13 +357,13 @@ impl Driver {
             snapshot.ended = Some(Ended {
                 status,
                 at_unix_ns,
-                how,
+                reason,
             });
         });
         if let Some(vm) = vm {
             vm.guest.ended.cancel();
-            if !self.containers.settled(CONTAINERS_LIMIT).await {
-                tracing::error!("a container's end is not recorded in time");
+            if !self.containers.wait_stopped(CONTAINER_STOP_TIMEOUT).await {
+                tracing::error!("timed out waiting for container exits");
             }
             vm.undo.run().await;
         }

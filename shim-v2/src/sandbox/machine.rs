@@ -1,6 +1,6 @@
-//! [`Machine`]: how a VM comes to be, behind a trait so that the driver can be tested without one.
+//! [`Machine`]: the trait that boots a VM, so that the driver can be tested without one.
 //!
-//! The real one is [`crate::machine`]; nothing else in sandbox/, container/ or logs/ knows a VMM, a tap or a mount.
+//! [`crate::machine`] implements it.
 
 use super::options::Plan;
 use crate::error::Result;
@@ -14,19 +14,19 @@ use boxlite_portal::GuestSession;
 use std::path::Path;
 use std::sync::Arc;
 
-/// A VM whose guest is ready.
+/// A booted VM whose guest is ready.
 pub struct Booted {
-    /// Pid of the vmm child on the host.
+    /// Pid of the VMM child on the host.
     pub pid: u32,
     /// Calls into the guest.
     pub session: GuestSession,
-    /// Its share.
+    /// Share of the guest.
     pub share: Arc<dyn Share>,
-    /// Completes with words when the VM ends.
+    /// Completes with the reason when the VM ends.
     pub exit: futures::future::BoxFuture<'static, String>,
-    /// Ends the VM by force; returns at once.
+    /// Kills the VMM without waiting for it.
     pub kill: Arc<dyn Fn() + Send + Sync>,
-    /// For a pod in the host's network, or under containerd: the exchange of ports, which the driver runs.
+    /// Port exchange with the host, for pods in the host's network or under containerd. The driver runs it.
     pub host_ports: Option<HostPorts>,
     /// Mounts the guest's exported mounts on the host.
     pub mounter: Option<HostMounter>,
@@ -36,12 +36,12 @@ pub struct Booted {
     pub info: Vec<(String, String)>,
 }
 
-/// Makes VMs out of plans.
+/// Boots VMs from plans.
 #[async_trait]
 pub trait Machine: Send + Sync {
-    /// Builds and boots. Everything done is in `undo` as soon as it is done, so that the caller can drop the future at
-    /// any time and take it back.
+    /// Builds and boots the VM. Each completed step is in `undo` at once, so that the caller can drop the future at any time
+    /// and undo the steps.
     async fn boot(&self, id: &str, bundle: &Path, plan: &Plan, undo: &mut Undo) -> Result<Booted>;
-    /// What happens at CreateSandbox already: joining the pod's cgroup.
+    /// Joins the pod's cgroup; called at CreateSandbox.
     fn prepare(&self, id: &str, bundle: &Path, plan: &Plan);
 }

@@ -1,13 +1,12 @@
-//! [`Sandbox`]: the one pod VM of this shim, as the services see it: a handle to its driver and to its containers.
+//! [`Sandbox`]: the handle to this shim's pod VM and its containers that the services use.
 //!
-//! One task, the [`driver`], writes the state; all others send it requests and watch. The handle holds no lock across an
-//! await. The VM's parts are [`machine`]'s.
+//! The [`driver`] task owns the state; others send requests and watch the published state. [`machine`] boots the VM.
 //!
 //! ```text
 //!  (none) ──create──► Created ──start──► Starting ──guest ready──► Ready
 //!                        ▲                  │  failed or stopped     │ stop, VM died
 //!                        └──────────────────┘                        ▼
-//!                                               Stopping ──────► Stopped (for good)
+//!                                               Stopping ──────► Stopped (final)
 //! ```
 
 pub mod driver;
@@ -25,28 +24,28 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 
-/// Requests that wait for the driver. Callers beyond it wait at the door.
-const REQUEST_QUEUE: usize = 64;
+/// Capacity of the driver's request channel.
+const REQUEST_CHANNEL_CAPACITY: usize = 64;
 
-/// Where the sandbox is in its life.
+/// Lifecycle phase of the sandbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
     /// CreateSandbox has not been called.
     None,
-    /// Described, nothing runs.
+    /// Planned, not started.
     Created,
-    /// The VM is being built or boots.
+    /// The VM is being built or is booting.
     Starting,
-    /// The guest takes containers.
+    /// The guest accepts containers.
     Ready,
-    /// The VM is being ended.
+    /// The VM is being stopped.
     Stopping,
-    /// The VM has ended, by request or not. Nothing comes after.
+    /// The VM has ended, by request or not. Final.
     Stopped,
 }
 
 impl Phase {
-    /// As SandboxStatus says it: containerd knows SANDBOX_READY and SANDBOX_NOTREADY.
+    /// Returns the state name for SandboxStatus; containerd knows SANDBOX_READY and SANDBOX_NOTREADY.
     pub fn name(self) -> &'static str {
         match self {
             Self::Ready => "SANDBOX_READY",
@@ -57,33 +56,33 @@ impl Phase {
     }
 }
 
-/// How the VM ended.
+/// End of the VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ended {
-    /// Exit status for WaitSandbox: 0 after a stop, 137 for a VM that died.
+    /// Exit status for WaitSandbox: 0 after a stop, 137 if the VM died.
     pub status: u32,
     /// Nanoseconds since the epoch.
     pub at_unix_ns: i64,
-    /// In words.
-    pub how: String,
+    /// Human-readable reason.
+    pub reason: String,
 }
 
-/// What the driver publishes. Every publication has a higher generation.
+/// State published by the driver. Each publication has a higher generation.
 #[derive(Debug, Clone)]
 pub struct Snapshot {
-    /// Counts publications.
+    /// Number of publications.
     pub generation: u64,
-    /// Where it is.
+    /// Lifecycle phase.
     pub phase: Phase,
-    /// Pid of the vmm child on the host; 0 where none runs.
+    /// Pid of the VMM child on the host; 0 if the VM does not run.
     pub pid: u32,
-    /// When CreateSandbox came, nanoseconds since the epoch.
+    /// Time of CreateSandbox, nanoseconds since the epoch.
     pub created_at_unix_ns: i64,
-    /// Set in Stopped.
+    /// Set in phase Stopped.
     pub ended: Option<Ended>,
-    /// What was asked for; from Created on.
+    /// Plan of the pod; set from phase Created on.
     pub plan: Option<Arc<Plan>>,
-    /// Facts of the boot for SandboxStatus(verbose): kernel, agent, stage times.
+    /// Key-value pairs for SandboxStatus(verbose): kernel, agent, boot stage times.
     pub info: Arc<Vec<(String, String)>>,
 }
 
@@ -101,7 +100,7 @@ impl Snapshot {
     }
 }
 
-/// The handle. Cheap to clone.
+/// Handle to the sandbox; clones share the driver.
 #[derive(Clone)]
 pub struct Sandbox {
     context: Context,
@@ -112,9 +111,9 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// Starts the driver over `machine`. It ends after [`Sandbox::shutdown`].
+    /// Spawns the driver, which boots VMs with `machine` and ends after [`Sandbox::shutdown`].
     pub fn spawn(context: Context, machine: Arc<dyn Machine>) -> Self {
-        let (requests, receiver) = mpsc::channel(REQUEST_QUEUE);
+        let (requests, receiver) = mpsc::channel(REQUEST_CHANNEL_CAPACITY);
         let (state_sender, state) = watch::channel(Snapshot::new());
         let (guest_sender, guest) = watch::channel(None);
         let containers = Arc::new(Containers::new(context.clone()));
@@ -136,25 +135,25 @@ impl Sandbox {
         }
     }
 
-    /// Id, bundle, publisher, tasks.
+    /// Returns the shared context.
     pub fn context(&self) -> &Context {
         &self.context
     }
 
-    /// The containers of the pod.
+    /// Returns the containers of the pod.
     pub fn containers(&self) -> &Arc<Containers> {
         &self.containers
     }
 
-    /// The state as last published.
+    /// Returns the last published state.
     pub fn snapshot(&self) -> Snapshot {
         self.state.borrow().clone()
     }
 
-    /// The guest, where it takes containers.
+    /// Returns the guest if it accepts containers. `action` is named in the error.
     ///
     /// # Errors
-    /// WrongState before it is ready, VmGone after its end.
+    /// WrongState before the guest is ready, VmGone after the VM has ended.
     pub fn guest(&self, action: &'static str) -> Result<Guest> {
         if let Some(guest) = self.guest.borrow().clone() {
             return Ok(guest);
@@ -162,11 +161,10 @@ impl Sandbox {
         let snapshot = self.snapshot();
         match snapshot.ended {
             Some(ended) => Err(ShimError::VmGone {
-                id: self.context.id.to_string(),
-                how: ended.how,
+                reason: ended.reason,
             }),
             None => Err(ShimError::WrongState {
-                what: "sandbox",
+                kind: "sandbox",
                 id: self.context.id.to_string(),
                 state: format!("{:?}", snapshot.phase).to_lowercase(),
                 action,
@@ -174,43 +172,44 @@ impl Sandbox {
         }
     }
 
-    /// Describes the pod. The same plan again is fine.
+    /// Sets the plan of the pod. Succeeds if the same plan is set already.
     ///
     /// # Errors
-    /// AlreadyExists for another plan; WrongState after the end.
+    /// AlreadyExists for a different plan; WrongState after the end.
     pub async fn create(&self, plan: Plan) -> Result<()> {
-        self.ask(|reply| Request::Create(Box::new(plan), reply))
+        self.request(|reply| Request::Create(Box::new(plan), reply))
             .await
     }
 
-    /// Boots the VM; joins a start under way and answers at once when it is ready. Dropping the future does not stop it.
+    /// Boots the VM, or joins a boot in progress; returns at once if it is ready. Dropping the future does not cancel the
+    /// boot.
     ///
     /// # Errors
-    /// The failed step; everything it did is undone by then and another start may follow.
+    /// The failed step. The completed steps have been undone and another start may follow.
     pub async fn start(&self) -> Result<Snapshot> {
-        self.ask(Request::Start).await
+        self.request(Request::Start).await
     }
 
-    /// Ends the VM: containers first, `grace` for the guest to shut down, then by force. Succeeds on what has ended.
+    /// Stops the VM: containers first, then the guest with `grace` to shut down, then by force. Succeeds if the VM has ended.
     ///
     /// # Errors
-    /// Only when the shim itself is ending.
+    /// Ending while the shim is shutting down.
     pub async fn stop(&self, grace: Duration) -> Result<()> {
-        self.ask(|reply| Request::Stop(grace, reply)).await
+        self.request(|reply| Request::Stop(grace, reply)).await
     }
 
-    /// Ends the VM and the driver.
+    /// Stops the VM and ends the driver.
     ///
     /// # Errors
-    /// Only when the shim is ending already.
+    /// Ending if the shim is shutting down already.
     pub async fn shutdown(&self) -> Result<()> {
-        self.ask(Request::Shutdown).await
+        self.request(Request::Shutdown).await
     }
 
-    /// Waits for the end of the VM. Dropping the future changes nothing.
+    /// Waits for the end of the VM. Cancel safe.
     ///
     /// # Errors
-    /// When the driver ended without one.
+    /// Ending if the driver ended first.
     pub async fn wait(&self) -> Result<Ended> {
         let mut state = self.state.clone();
         let snapshot = state
@@ -220,7 +219,7 @@ impl Sandbox {
         snapshot.ended.clone().ok_or(ShimError::Ending)
     }
 
-    async fn ask<T>(
+    async fn request<T>(
         &self,
         request: impl FnOnce(oneshot::Sender<Result<T>>) -> Request,
     ) -> Result<T> {

@@ -1,6 +1,6 @@
-//! Follows the guest's events for OOM kills and hands them to the container's task, which publishes them.
+//! Follows the guest's event stream for OOM kills and forwards them to the container's task, which publishes TaskOOM.
 //!
-//! Exits are not its business: each process waits for its own ([`crate::container::process`]).
+//! Exits are awaited per process in [`crate::container::process`].
 
 use crate::container::Containers;
 use crate::pod::Guest;
@@ -10,10 +10,10 @@ use boxlite_sys::report::Report;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Pause before a stream that broke is asked for again.
-const PAUSE: Duration = Duration::from_secs(1);
+/// Delay before a broken event stream is reopened.
+const RECONNECT_DELAY: Duration = Duration::from_secs(1);
 
-/// Follows until the VM ends; its owner is the shim's task tracker.
+/// Follows the events until the VM ends. Runs in the shim's task tracker.
 pub async fn follow(guest: Guest, containers: Arc<Containers>) {
     let mut from = 0;
     loop {
@@ -22,10 +22,10 @@ pub async fn follow(guest: Guest, containers: Arc<Containers>) {
             () = guest.ended.cancelled() => return,
         };
         if let Err(error) = result {
-            tracing::debug!(error = %Report(&error), "the guest's events broke; asking again");
+            tracing::debug!(error = %Report(&error), "guest event stream broke; reconnecting");
         }
         tokio::select! {
-            () = tokio::time::sleep(PAUSE) => {}
+            () = tokio::time::sleep(RECONNECT_DELAY) => {}
             () = guest.ended.cancelled() => return,
         }
     }

@@ -1,7 +1,7 @@
-//! [`Plan`]: what CreateSandbox asked for, checked.
+//! [`Plan`]: the validated request of a CreateSandbox.
 //!
-//! boxlite-cri sends [`SandboxOptions`] as JSON. A containerd sends CRI's pod configuration, or calls no CreateSandbox at
-//! all; [`crate::containerd`] makes plans out of that.
+//! boxlite-cri sends [`SandboxOptions`] as JSON. containerd sends CRI's pod configuration or does not call CreateSandbox;
+//! [`crate::containerd`] builds plans for those cases.
 
 use crate::error::{Result, ShimError};
 use boxlite_proto::names::SANDBOX_OPTIONS_TYPE;
@@ -9,48 +9,48 @@ use boxlite_proto::vmm::{SandboxOptions, VmmKind};
 use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
 use std::path::PathBuf;
 
-/// Largest options accepted, in bytes.
-const OPTIONS_LIMIT: usize = 1 << 20;
+/// Maximum size of the options.
+const MAX_OPTIONS_BYTES: usize = 1 << 20;
 
-/// Who described the pod.
+/// Client that owns the sandbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Origin {
+pub enum SandboxOwner {
     /// boxlite-cri, by CreateSandbox.
     Boxlite,
     /// containerd's `sandboxer = "shim"`, by CreateSandbox.
     Sandboxer,
-    /// Nobody: a containerd's first Task.Create stands for it, and the last task's end ends the VM.
+    /// containerd without CreateSandbox: the first Task.Create creates the sandbox, the end of the last task stops the VM.
     Task,
 }
 
-impl Origin {
-    /// Whether tasks show the VM's pid on the host instead of theirs in the guest. A containerd's clients take a task's pid
-    /// for one of this machine and would look up, or configure, a stranger's namespaces.
-    pub fn shows_host_pid(self) -> bool {
+impl SandboxOwner {
+    /// Returns whether tasks report the VM's pid on the host instead of their pid in the guest. Clients of containerd treat
+    /// a task's pid as one of this host and would inspect, or configure, the namespaces of an unrelated process.
+    pub fn reports_host_pid(self) -> bool {
         self != Self::Boxlite
     }
 }
 
-/// The pod to be.
+/// Plan of a pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
-    /// The VM's options.
+    /// Options of the VM.
     pub options: SandboxOptions,
-    /// The pod's network namespace; None: no network.
+    /// Network namespace of the pod; None without a network.
     pub netns: Option<PathBuf>,
-    /// Who asked.
-    pub origin: Origin,
-    /// Whether the pod's TCP ports are to be reached on the loopback of `netns`, where containerd's CRI plugin dials.
+    /// Client that owns the sandbox.
+    pub owner: SandboxOwner,
+    /// Whether the pod's TCP ports are reachable on the loopback of `netns`, which containerd's CRI plugin dials.
     pub local_ports: bool,
-    /// Whether every container is shown the node's IPC objects. boxlite-cri asks for that in a container's own spec.
+    /// Whether every container sees the node's IPC objects. boxlite-cri requests that in each container's spec.
     pub host_ipc: bool,
 }
 
 impl Plan {
-    /// Reads a request.
+    /// Parses and validates a request of boxlite-cri.
     ///
     /// # Errors
-    /// Invalid, naming the field.
+    /// Invalid with the field's name.
     pub fn from_request(request: &CreateSandboxRequest) -> Result<Self> {
         let invalid = |reason: String| ShimError::Invalid {
             field: "options",
@@ -63,12 +63,12 @@ impl Plan {
         let kind = any.type_url.rsplit('/').next().unwrap_or_default();
         if kind != SANDBOX_OPTIONS_TYPE {
             return Err(invalid(format!(
-                "type {kind:?}, {SANDBOX_OPTIONS_TYPE:?} is wanted"
+                "unexpected type {kind:?}, expected {SANDBOX_OPTIONS_TYPE:?}"
             )));
         }
-        if any.value.len() > OPTIONS_LIMIT {
+        if any.value.len() > MAX_OPTIONS_BYTES {
             return Err(invalid(format!(
-                "{} bytes, at most {OPTIONS_LIMIT}",
+                "{} bytes exceed the maximum of {MAX_OPTIONS_BYTES}",
                 any.value.len()
             )));
         }
@@ -81,28 +81,28 @@ impl Plan {
         if options.host_network && netns.is_some() {
             return Err(ShimError::Invalid {
                 field: "netns_path",
-                reason: "a pod in the host's network has no namespace of its own".to_owned(),
+                reason: "must be empty for a pod in the host's network".to_owned(),
             });
         }
         if options.host_network && !matches!(options.vmm, VmmKind::Krun | VmmKind::Qemu) {
             return Err(ShimError::Unsupported {
-                what: "the host's network on this VMM",
+                feature: "the host's network on this VMM",
             });
         }
         Ok(Self {
             options,
             netns,
-            origin: Origin::Boxlite,
+            owner: SandboxOwner::Boxlite,
             local_ports: false,
             host_ipc: false,
         })
     }
 }
 
-/// The network namespace of a request.
+/// Returns the network namespace of a request.
 ///
 /// # Errors
-/// Invalid for a path that is not absolute.
+/// Invalid for a relative path.
 pub fn netns(request: &CreateSandboxRequest) -> Result<Option<PathBuf>> {
     let netns = (!request.netns_path.is_empty()).then(|| PathBuf::from(&request.netns_path));
     if netns.as_ref().is_some_and(|path| !path.is_absolute()) {

@@ -1,7 +1,7 @@
-//! The first task of a containerd: without a CreateSandbox before it, it stands for one. Boots the VM, and answers for
-//! the pod's pause container.
+//! The first Task.Create of a containerd that does not call CreateSandbox: creates and boots the sandbox, and represents the
+//! pod's pause container.
 //!
-//! What the VM is to be comes from [`crate::containerd`]; a sandbox that somebody created is left alone.
+//! [`crate::containerd`] builds the plan. A sandbox made by CreateSandbox is not touched.
 
 use super::Service;
 use crate::container::spec;
@@ -10,39 +10,39 @@ use crate::containerd::pause::PauseTask;
 use crate::containerd::plan::{self, Network};
 use crate::containerd::private_net::PrivateNet;
 use crate::error::{Result, ShimError};
-use crate::sandbox::options::Origin;
+use crate::sandbox::options::SandboxOwner;
 use boxlite_sys::sync::Mutex;
 use containerd_shim_protos::api::CreateTaskRequest;
 use oci_spec::runtime::Spec;
 use std::path::{Path, PathBuf};
 
-/// What such a pod has beside its VM. The locks are never held across an await.
+/// State of a pod without CreateSandbox, besides its VM. The locks are not held across an await.
 #[derive(Default)]
 pub(super) struct FirstTask {
     pause: Mutex<Option<PauseTask>>,
-    /// Held as long as the shim lives.
+    /// Kept until the shim ends.
     net: Mutex<Option<PrivateNet>>,
 }
 
 impl FirstTask {
-    /// The pause container, if there is one of this id.
+    /// Returns the pause container if it has this id.
     pub(super) fn pause(&self, id: &str) -> Option<PauseTask> {
         let pause = self.pause.lock();
-        pause.clone().filter(|task| task.about().container == id)
+        pause.clone().filter(|task| task.config().container == id)
     }
 
-    /// Whether there is a pause container.
+    /// Returns whether the pod has a pause container.
     pub(super) fn has_pause(&self) -> bool {
         let pause = self.pause.lock();
         pause.is_some()
     }
 
-    /// Forgets the pause container.
+    /// Removes the pause container.
     pub(super) fn remove_pause(&self) {
         *self.pause.lock() = None;
     }
 
-    /// The network namespace of a spec: the one it names, an empty one made for it, none for the host's.
+    /// Returns the network namespace of a spec: the one that it names, or a new empty one; None for the host's network.
     fn network(&self, spec: &Spec) -> Result<Option<PathBuf>> {
         match plan::network(spec) {
             Network::Host => Ok(None),
@@ -58,19 +58,19 @@ impl FirstTask {
 }
 
 impl Service {
-    /// Boots where `request` is the shim's own first task and nobody described the sandbox; answers the VM's pid if the task
-    /// is a pause container, None if it is a container to be created. Should be driven to its end by a task of its own.
+    /// Boots the VM if `request` is this shim's first task and no sandbox was created. Returns the VM's pid if the task is a
+    /// pause container, None if the container is still to be created. The caller must spawn the future.
     ///
     /// # Errors
-    /// A spec nothing can be done with, a VM that does not come up; AlreadyExists for a second pause container.
+    /// An invalid spec or a failed boot; AlreadyExists for a second pause container.
     pub(super) async fn first_task(&self, request: &CreateTaskRequest) -> Result<Option<u32>> {
         let context = self.sandbox.context();
-        let origin = self.sandbox.snapshot().plan.map(|plan| plan.origin);
-        if request.id != *context.id || !matches!(origin, None | Some(Origin::Task)) {
+        let owner = self.sandbox.snapshot().plan.map(|plan| plan.owner);
+        if request.id != *context.id || !matches!(owner, None | Some(SandboxOwner::Task)) {
             return Ok(None);
         }
         let spec = spec::load(Path::new(&request.bundle))?;
-        if origin.is_none() {
+        if owner.is_none() {
             let config = ShimConfig::find()?;
             let netns = self.first.network(&spec)?;
             let plan = plan::of_task(&context.id, &spec, netns, &config).await?;
@@ -78,7 +78,7 @@ impl Service {
         }
         if self.first.has_pause() {
             return Err(ShimError::AlreadyExists {
-                what: "container",
+                kind: "container",
                 id: request.id.clone(),
             });
         }

@@ -1,4 +1,4 @@
-//! boxlite.v1.ShimLog: the one extension beside containerd's services.
+//! The service boxlite.v1.ShimLog: reopens container logs after rotation.
 
 use super::Service;
 use async_trait::async_trait;

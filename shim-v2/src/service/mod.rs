@@ -1,11 +1,10 @@
 //! The ttrpc services of the shim's socket: containerd's Task (v2 and v3, one table) and Sandbox, and boxlite's ShimLog.
 //!
-//! Wire types stop here: a method reads its request, calls one method of [`Sandbox`] or its containers, and writes the
-//! answer. ttrpc drops a handler when its client goes away, so everything that changes something runs as a task of its
-//! own ([`Service::detached`]) and is finished whoever listens.
+//! A method decodes its request, calls [`Sandbox`] or its containers, and encodes the response. ttrpc drops a handler when
+//! its client disconnects, so every operation with effects runs as a separate task ([`Service::detached`]) to completion.
 //!
-//! Process ids that boxlite-cri sees: of containers and execs, the pid in the guest; of the sandbox, the vmm child's. A
-//! containerd sees the vmm child's everywhere but in Pids.
+//! boxlite-cri sees the guest's pids for containers and execs, and the VMM child's pid for the sandbox. containerd sees the
+//! VMM child's pid everywhere except in Pids.
 
 mod first_task;
 mod log;
@@ -23,23 +22,23 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 
-/// The task service's name from containerd 2.0 on; the generated code knows it.
+/// Name of the task service from containerd 2.0 on, as in the generated code.
 const TASK_V3: &str = "containerd.task.v3.Task";
-/// Its name before: the same methods and messages.
+/// Earlier name of the task service, with the same methods and messages.
 const TASK_V2: &str = "containerd.task.v2.Task";
 
-/// What all services share.
+/// Implementation of all services; clones share the sandbox.
 #[derive(Clone)]
 pub struct Service {
     sandbox: Sandbox,
-    /// Cancelled when the shim is to end.
+    /// Cancelled to end the shim.
     exit: CancellationToken,
-    /// With a containerd that calls no CreateSandbox.
+    /// State for a containerd that does not call CreateSandbox.
     first: Arc<FirstTask>,
 }
 
 impl Service {
-    /// Services over `sandbox`; `exit` is cancelled when a client asks the shim to end.
+    /// Creates the services of `sandbox`; `exit` is cancelled when a client shuts the shim down.
     pub fn new(sandbox: Sandbox, exit: CancellationToken) -> Self {
         Self {
             sandbox,
@@ -48,11 +47,11 @@ impl Service {
         }
     }
 
-    /// The method tables to register.
+    /// Returns the method tables to register.
     pub fn tables(&self) -> HashMap<String, Methods> {
         let shared = Arc::new(self.clone());
         let mut tables = create_task(shared.clone());
-        // A table cannot be cloned, but made twice.
+        // Tables are not Clone, so it is created twice.
         if let Some(methods) = create_task(shared.clone()).remove(TASK_V3) {
             tables.insert(TASK_V2.to_owned(), methods);
         }
@@ -61,19 +60,19 @@ impl Service {
         tables
     }
 
-    /// Runs `work` to its end even when the client goes away meanwhile.
+    /// Runs `job` to completion even if the client disconnects.
     async fn detached<T: Send + 'static>(
         &self,
-        work: impl Future<Output = Result<T>> + Send + 'static,
+        job: impl Future<Output = Result<T>> + Send + 'static,
     ) -> ttrpc::Result<T> {
-        match self.sandbox.context().tasks.spawn(work).await {
+        match self.sandbox.context().tasks.spawn(job).await {
             Ok(result) => result.map_err(ttrpc::Error::from),
-            // It can only have panicked, and a panic ends the shim.
+            // A join error means a panic, which aborts the shim.
             Err(_) => Err(ShimError::Ending.into()),
         }
     }
 
-    /// Ends the VM, then the shim. Succeeds where it is ending already.
+    /// Stops the VM, then ends the shim. Succeeds if the shim is shutting down already.
     async fn shut_down(&self) -> ttrpc::Result<()> {
         let (sandbox, exit) = (self.sandbox.clone(), self.exit.clone());
         self.detached(async move {
@@ -87,14 +86,14 @@ impl Service {
         .await
     }
 
-    /// Whether an id is the sandbox's; an empty one means it.
+    /// Checks that an id is empty or the sandbox's.
     fn check_sandbox(&self, id: &str) -> Result<()> {
         let own = &*self.sandbox.context().id;
         if id.is_empty() || id == own {
             return Ok(());
         }
         Err(ShimError::NotFound {
-            what: "sandbox",
+            kind: "sandbox",
             id: id.to_owned(),
         })
     }

@@ -1,4 +1,4 @@
-//! containerd.runtime.sandbox.v1.Sandbox.
+//! The service containerd.runtime.sandbox.v1.Sandbox.
 
 use super::Service;
 use crate::container::stats;
@@ -25,10 +25,10 @@ use containerd_shim_protos::ttrpc;
 use containerd_shim_protos::ttrpc::asynchronous::TtrpcContext;
 use std::time::Duration;
 
-/// End of the type URL of CRI's pod configuration.
+/// Suffix of the type URL of CRI's pod configuration.
 const POD_CONFIG_TYPE: &str = "runtime.v1.PodSandboxConfig";
-/// How long a guest may take to answer a ping or counters.
-const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+/// Timeout of a ping or a read of counters in the guest.
+const GUEST_CALL_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[async_trait]
 impl SandboxService for Service {
@@ -118,7 +118,9 @@ impl SandboxService for Service {
         };
         if let Some(ended) = &snapshot.ended {
             response.exited_at = MessageField::some(time::timestamp(ended.at_unix_ns));
-            response.info.insert("ended".to_owned(), ended.how.clone());
+            response
+                .info
+                .insert("ended".to_owned(), ended.reason.clone());
         }
         response.info.insert(
             "phase".to_owned(),
@@ -137,7 +139,9 @@ impl SandboxService for Service {
     ) -> ttrpc::Result<PingResponse> {
         self.check_sandbox(&request.sandbox_id)?;
         let guest = self.sandbox.guest("ping it")?;
-        guest.call(guest.session.guest().ping(ANSWER_LIMIT)).await?;
+        guest
+            .call(guest.session.guest().ping(GUEST_CALL_TIMEOUT))
+            .await?;
         Ok(PingResponse::default())
     }
 
@@ -172,21 +176,21 @@ impl Service {
     pub(super) async fn pod_stats(&self) -> ttrpc::Result<(Any, i64)> {
         let guest = self.sandbox.guest("measure it")?;
         let stats = guest
-            .call(guest.session.guest().stats(ANSWER_LIMIT))
+            .call(guest.session.guest().stats(GUEST_CALL_TIMEOUT))
             .await?;
         let data = stats::any(&stats.pod.unwrap_or_default(), &stats.networks)
             .map_err(|error| ttrpc::Error::Others(error.to_string()))?;
         Ok((data, stats.time_unix_ns))
     }
 
-    /// The plan of a CreateSandbox, whoever sent it.
+    /// Builds the plan of a CreateSandbox from boxlite-cri or containerd.
     async fn plan(&self, request: &CreateSandboxRequest) -> Result<Plan, ShimError> {
         match request.options.as_ref() {
             Some(any) if any.type_url.ends_with(POD_CONFIG_TYPE) => {
                 let pod = PodConfig::parse_from_bytes(&any.value).map_err(|error| {
                     ShimError::Invalid {
                         field: "options",
-                        reason: format!("no {POD_CONFIG_TYPE}: {error}"),
+                        reason: format!("not a {POD_CONFIG_TYPE}: {error}"),
                     }
                 })?;
                 let config = ShimConfig::find()?;

@@ -1,13 +1,13 @@
-//! containerd.task.v2.Task and v3.
+//! The services containerd.task.v2.Task and v3.Task.
 
 use super::Service;
-use crate::container::process::{About, Phase, Process, State};
+use crate::container::process::{Phase, Process, ProcessConfig, State};
 use crate::container::{spec, stats};
 use crate::containerd::etc;
 use crate::containerd::pause::PauseTask;
 use crate::error::ShimError;
 use crate::logs::{Sink, Stdio};
-use crate::sandbox::options::Origin;
+use crate::sandbox::options::SandboxOwner;
 use crate::time;
 use async_trait::async_trait;
 use containerd_shim_protos::api::{
@@ -26,15 +26,15 @@ use containerd_shim_protos::ttrpc::asynchronous::TtrpcContext;
 use std::path::Path;
 use std::time::Duration;
 
-/// How long a guest may take to answer counters.
-const STATS_LIMIT: Duration = Duration::from_secs(10);
+/// Timeout of a read of counters in the guest.
+const STATS_TIMEOUT: Duration = Duration::from_secs(10);
 
 impl Service {
     fn process(&self, id: &str, exec_id: &str) -> ttrpc::Result<Process> {
         Ok(self.sandbox.containers().get(id)?.process(exec_id)?)
     }
 
-    /// The pod's pause container, where the ids mean it.
+    /// Returns the pod's pause container if the ids refer to it.
     fn pause_task(&self, id: &str, exec_id: &str) -> Option<PauseTask> {
         self.first.pause(id).filter(|_| exec_id.is_empty())
     }
@@ -82,10 +82,10 @@ impl Task for Service {
 
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
         if let Some(pause) = self.pause_task(&request.id, &request.exec_id) {
-            return Ok(state_response(pause.about(), &pause.state()));
+            return Ok(state_response(pause.config(), &pause.state()));
         }
         let process = self.process(&request.id, &request.exec_id)?;
-        Ok(state_response(process.about(), &process.state()))
+        Ok(state_response(process.config(), &process.state()))
     }
 
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
@@ -120,7 +120,7 @@ impl Task for Service {
         }
         if container.init.state().phase != Phase::Running {
             return Err(ShimError::WrongState {
-                what: "container",
+                kind: "container",
                 id: request.id,
                 state: format!("{:?}", container.init.state().phase).to_lowercase(),
                 action: "exec in it",
@@ -136,7 +136,7 @@ impl Task for Service {
             guest_input: false,
         };
         let sink = Sink::open(&stdio, context.publisher.namespace(), &request.id).await?;
-        let about = About {
+        let config = ProcessConfig {
             container: request.id.clone(),
             exec: request.exec_id.clone(),
             bundle: container.bundle.clone(),
@@ -145,7 +145,7 @@ impl Task for Service {
         let process = request.spec.into_option().unwrap_or_default().value;
         let guest = container.guest.clone();
         container.add_exec(&request.exec_id, || {
-            Process::spawn(&context, &guest, about, sink, 0, Some(process))
+            Process::spawn(&context, &guest, config, sink, 0, Some(process))
         })?;
         context.publisher.publish(&TaskExecAdded {
             container_id: request.id,
@@ -190,14 +190,14 @@ impl Task for Service {
             return Ok(pids_response([pause.state().pid]));
         }
         let container = self.sandbox.containers().get(&request.id)?;
-        let told = container
+        let reported = container
             .guest
             .call(container.guest.session.container().pids(&request.id))
             .await;
-        // A containerd that starts and is told of no pid takes the task for one that was never made: it deletes it, and nobody
-        // learns how the task ended. The guest has none of a task that has ended, be that known here yet or not.
+        // A containerd that restarts and receives no pid assumes that the task was never created: it deletes the task, and
+        // its exit status is lost. The guest reports no pid for an exited task, even before the exit is known here.
         let init = container.init.state();
-        let pids = match told {
+        let pids = match reported {
             Ok(pids) if !pids.is_empty() => pids,
             Err(error) if init.phase != Phase::Stopped => return Err(error.into()),
             Ok(_) | Err(_) => vec![init.pid],
@@ -227,7 +227,7 @@ impl Task for Service {
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
         if self.pause_task(&request.id, "").is_some() {
-            // The pod's own limits are on its cgroup on the host, and containerd sets them there.
+            // containerd sets the pod's limits on its cgroup on the host.
             return Ok(Empty::default());
         }
         let container = self.sandbox.containers().get(&request.id)?;
@@ -251,11 +251,11 @@ impl Task for Service {
         }
         let container = self.sandbox.containers().get(&request.id)?;
         let session = &container.guest.session;
-        let told = container
+        let reply = container
             .guest
-            .call(session.container().stats(&request.id, false, STATS_LIMIT))
+            .call(session.container().stats(&request.id, false, STATS_TIMEOUT))
             .await?;
-        let stats = stats::any(&told.cgroup.unwrap_or_default(), &[])
+        let stats = stats::any(&reply.cgroup.unwrap_or_default(), &[])
             .map_err(|error| ttrpc::Error::Others(error.to_string()))?;
         Ok(StatsResponse {
             stats: MessageField::some(stats),
@@ -294,14 +294,14 @@ impl Task for Service {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
-        // containerd asks after every container that it deletes; the shim ends with the last of a pod that no sandbox
-        // call holds, or when told to at once.
+        // containerd calls Shutdown after every delete. The shim ends with the last container of a pod without a sandbox
+        // owner, or at once if `now` is set.
         if !self.sandbox.containers().is_empty() && !request.now {
             return Ok(Empty::default());
         }
-        let origin = self.sandbox.snapshot().plan.map(|plan| plan.origin);
-        let held = matches!(origin, Some(Origin::Boxlite | Origin::Sandboxer));
-        if !request.now && (held || self.first.has_pause()) {
+        let owner = self.sandbox.snapshot().plan.map(|plan| plan.owner);
+        let owned = matches!(owner, Some(SandboxOwner::Boxlite | SandboxOwner::Sandboxer));
+        if !request.now && (owned || self.first.has_pause()) {
             return Ok(Empty::default());
         }
         self.shut_down().await?;
@@ -327,7 +327,7 @@ fn ended(state: &State) -> (u32, MessageField<Timestamp>) {
     }
 }
 
-fn state_response(about: &About, state: &State) -> StateResponse {
+fn state_response(config: &ProcessConfig, state: &State) -> StateResponse {
     let status = match state.phase {
         Phase::Created => Status::CREATED,
         Phase::Running => Status::RUNNING,
@@ -336,17 +336,17 @@ fn state_response(about: &About, state: &State) -> StateResponse {
     };
     let (exit_status, exited_at) = ended(state);
     StateResponse {
-        id: about.id().to_owned(),
-        bundle: about.bundle.display().to_string(),
+        id: config.id().to_owned(),
+        bundle: config.bundle.display().to_string(),
         pid: state.pid,
         status: status.into(),
-        stdin: about.stdio.stdin.clone(),
-        stdout: about.stdio.stdout.clone(),
-        stderr: about.stdio.stderr.clone(),
-        terminal: about.stdio.terminal,
+        stdin: config.stdio.stdin.clone(),
+        stdout: config.stdio.stdout.clone(),
+        stderr: config.stdio.stderr.clone(),
+        terminal: config.stdio.terminal,
         exit_status,
         exited_at,
-        exec_id: about.exec.clone(),
+        exec_id: config.exec.clone(),
         ..Default::default()
     }
 }

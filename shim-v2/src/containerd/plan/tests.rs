@@ -37,7 +37,7 @@ async fn a_pause_container_carries_the_pods_limits_in_annotations() {
     assert_eq!(options.cgroup_parent, "/no-such-kubepods/pod1");
     assert_eq!(options.sysctls.len(), 1);
     assert!(plan.local_ports && !plan.host_ipc && !options.host_network);
-    assert_eq!(plan.origin, Origin::Task);
+    assert_eq!(plan.owner, SandboxOwner::Task);
 }
 
 #[tokio::test]
@@ -108,7 +108,7 @@ async fn a_pod_configuration_is_read_with_its_network() {
         plan.options.cgroup_parent,
         "/kubepods.slice/kubepods-podX.slice"
     );
-    assert_eq!(plan.origin, Origin::Sandboxer);
+    assert_eq!(plan.owner, SandboxOwner::Sandboxer);
 
     let linux = pod.linux.mut_or_insert_default();
     let security = linux.security_context.mut_or_insert_default();

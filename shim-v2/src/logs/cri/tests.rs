@@ -1,17 +1,17 @@
-//! Whatever the chunks are, the records give back the bytes of each stream, and the tags are containerd's.
+//! Tests that the records contain the bytes of each stream for any chunks, with containerd's tags.
 
 use super::*;
 use crate::logs::stamp;
 use proptest::prelude::*;
 
-/// A record taken apart.
+/// A parsed record.
 pub(in crate::logs) struct Record {
     pub stderr: bool,
     pub full: bool,
     pub bytes: Vec<u8>,
 }
 
-/// Reads a log as a kubelet does. Panics where it is not one.
+/// Parses a log as a kubelet does. Panics on an invalid log.
 pub(in crate::logs) fn parse(log: &[u8]) -> Vec<Record> {
     let mut records = Vec::new();
     let mut rest = log;
@@ -42,7 +42,7 @@ pub(in crate::logs) fn parse(log: &[u8]) -> Vec<Record> {
     records
 }
 
-/// The bytes of one stream: a newline behind every full record.
+/// Returns the bytes of one stream, with a newline after every full record.
 pub(in crate::logs) fn bytes_of(records: &[Record], stderr: bool) -> Vec<u8> {
     let mut bytes = Vec::new();
     for record in records.iter().filter(|record| record.stderr == stderr) {
@@ -67,8 +67,8 @@ fn format_all(chunks: &[(bool, Vec<u8>)]) -> (Vec<u8>, Formatter) {
         };
         formatter.push(stream, offset, data, &stamp, &mut out);
         offset += data.len() as u64;
-        assert!(formatter.settled() <= offset);
-        assert!(offset - formatter.settled() <= HOLD_LIMIT);
+        assert!(formatter.written_offset() <= offset);
+        assert!(offset - formatter.written_offset() <= MAX_HELD_BYTES);
     }
     (out, formatter)
 }
@@ -87,12 +87,15 @@ fn lines(of: &[(bool, &[u8])]) -> Vec<(bool, Vec<u8>)> {
 }
 
 #[test]
-fn the_longest_line_that_fits_is_one_record() {
-    let mut line = vec![b'x'; LINE_LIMIT];
+fn push_longest_line_makes_one_record() {
+    let mut line = vec![b'x'; MAX_LINE_BYTES];
     line.push(b'\n');
-    assert_eq!(lines(&[(false, &line)]), [(true, vec![b'x'; LINE_LIMIT])]);
+    assert_eq!(
+        lines(&[(false, &line)]),
+        [(true, vec![b'x'; MAX_LINE_BYTES])]
+    );
     line.insert(0, b'y');
-    let mut first = vec![b'x'; LINE_LIMIT];
+    let mut first = vec![b'x'; MAX_LINE_BYTES];
     first[0] = b'y';
     assert_eq!(
         lines(&[(false, &line)]),
@@ -101,7 +104,7 @@ fn the_longest_line_that_fits_is_one_record() {
 }
 
 #[test]
-fn a_newline_of_its_own_ends_the_line_before_it() {
+fn push_separate_newline_ends_held_line() {
     assert_eq!(
         lines(&[(false, b"a"), (true, b"e\n"), (false, b"\n")]),
         [(true, b"e".to_vec()), (true, b"a".to_vec())]
@@ -109,7 +112,7 @@ fn a_newline_of_its_own_ends_the_line_before_it() {
 }
 
 #[test]
-fn the_end_without_newline_is_partial() {
+fn finish_without_newline_makes_partial_record() {
     assert_eq!(
         lines(&[(true, b"e"), (false, b"o")]),
         [(false, b"e".to_vec()), (false, b"o".to_vec())]
@@ -118,18 +121,18 @@ fn the_end_without_newline_is_partial() {
 }
 
 #[test]
-fn a_prompt_on_one_stream_does_not_hold_the_other() {
+fn held_prompt_does_not_block_other_stream() {
     let mut chunks = vec![(true, b"$ ".to_vec())];
     chunks.extend((0..100).map(|_| (false, vec![b'\n'; 4096])));
     let (_, formatter) = format_all(&chunks);
-    assert_eq!(formatter.settled(), 2 + 100 * 4096);
+    assert_eq!(formatter.written_offset(), 2 + 100 * 4096);
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(96))]
 
     #[test]
-    fn records_give_the_bytes_back(
+    fn records_contain_all_bytes_of_each_stream(
         chunks in prop::collection::vec(
             (any::<bool>(), prop_oneof![
                 prop::collection::vec(prop_oneof![Just(b'\n'), any::<u8>()], 0..64),
@@ -145,8 +148,7 @@ proptest! {
             let wanted: Vec<u8> = chunks.iter().filter(|(s, _)| *s == stderr).flat_map(|(_, d)| d.clone()).collect();
             prop_assert_eq!(bytes_of(&records, stderr), wanted);
         }
-        prop_assert!(records.iter().all(|record| record.bytes.len() <= LINE_LIMIT));
-        // A partial record is full, or the last of its stream, or let go because of the hold limit.
+        prop_assert!(records.iter().all(|record| record.bytes.len() <= MAX_LINE_BYTES));
         prop_assert!(records.iter().all(|record| !record.bytes.contains(&b'\n')));
     }
 }

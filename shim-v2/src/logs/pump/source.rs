@@ -1,31 +1,30 @@
-//! [`Source`]: where output comes from and where acknowledgements go: the guest, or a test.
+//! [`Source`]: the trait for output and its acknowledgement, implemented by the guest and by tests.
 //!
-//! Offsets, reconnects and doubled chunks are the Portal's OutputFollower's.
+//! The Portal's OutputFollower handles offsets, reconnects and duplicate chunks.
 
 use crate::pod::Guest;
 use async_trait::async_trait;
 use boxlite_portal::{ExecutionInterface, OutputChunk, OutputFollower, PortalError};
 
-/// A process's output, each byte once and in order.
+/// Output of a process, each byte once and in order.
 #[async_trait]
 pub trait Source: Send + 'static {
-    /// How its output is acknowledged.
+    /// Type that acknowledges the output.
     type Acker: Acker;
-    /// The next chunk, None after the last. May be dropped between polls: nothing is lost. After an error that
-    /// `is_transport` it may be called again.
+    /// Returns the next chunk, or None after the last. Cancel safe. May be called again after a transport error.
     async fn next(&mut self) -> Result<Option<OutputChunk>, PortalError>;
-    /// How its output is acknowledged.
+    /// Returns the acknowledger of this output.
     fn acker(&self) -> Self::Acker;
 }
 
 /// Frees output in the guest.
 #[async_trait]
 pub trait Acker: Send + Sync + 'static {
-    /// Everything below `offset` is where it belongs.
+    /// Acknowledges the output below `offset`.
     async fn ack(&self, offset: u64) -> Result<(), PortalError>;
 }
 
-/// The real source.
+/// Output of a process in the guest.
 pub struct GuestSource {
     execution: ExecutionInterface,
     follower: OutputFollower,
@@ -34,7 +33,7 @@ pub struct GuestSource {
 }
 
 impl GuestSource {
-    /// The output of a process of `guest` from its first byte.
+    /// Creates the source for a process of `guest`, from its first byte.
     pub fn new(guest: &Guest, container: &str, exec: &str) -> Self {
         let execution = guest.session.execution();
         Self {
@@ -46,7 +45,7 @@ impl GuestSource {
     }
 }
 
-/// The real acknowledger.
+/// Acknowledger of a process in the guest.
 pub struct GuestAcker {
     execution: ExecutionInterface,
     container: String,
@@ -60,7 +59,7 @@ impl Source for GuestSource {
     async fn next(&mut self) -> Result<Option<OutputChunk>, PortalError> {
         let result = self.follower.next().await;
         if result.as_ref().is_err_and(PortalError::is_transport) {
-            // The follower has given up; a fresh one goes on where it stood.
+            // The follower has given up; a new one resumes at its position.
             let position = self.follower.position();
             self.follower = self.execution.follow(&self.container, &self.exec, position);
         }

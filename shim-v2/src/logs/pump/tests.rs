@@ -1,4 +1,4 @@
-//! A guest that buffers, blocks, breaks off and repeats; a disk that is full, short and slow: nothing lost, nothing doubled.
+//! Pumps over a guest that buffers, blocks and disconnects, and a disk that is full, slow or writes short.
 
 use super::source::Acker;
 use super::*;
@@ -86,11 +86,11 @@ impl Acker for FakeAcker {
     }
 }
 
-/// A disk with all files ever opened, that takes so many bytes per write and is full from time to time.
+/// A disk with every file opened so far, with scripted short writes and ENOSPC.
 #[derive(Default)]
 struct Disk {
     files: Mutex<Vec<Vec<u8>>>,
-    /// One entry per write: bytes taken, 0 for "no space".
+    /// One entry per write: number of bytes written, 0 for ENOSPC.
     script: Mutex<VecDeque<usize>>,
     full: std::sync::atomic::AtomicBool,
 }
@@ -115,7 +115,7 @@ impl LogFile for DiskFile {
         Ok(count)
     }
 
-    fn cut(&mut self, count: u64) -> io::Result<()> {
+    fn truncate_tail(&mut self, count: u64) -> io::Result<()> {
         let file = &mut self.disk.files.lock().expect("unpoisoned")[self.index];
         file.truncate(file.len() - count as usize);
         Ok(())
@@ -219,7 +219,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
     #[test]
-    fn nothing_is_lost_or_doubled(
+    fn pump_writes_each_byte_once(
         chunks in prop::collection::vec(chunk(), 0..60),
         breaks in prop::collection::vec(0usize..30, 0..3),
         script in prop::collection::vec(prop_oneof![3 => 1usize..5_000, 1 => Just(0usize)], 0..6),
@@ -240,7 +240,7 @@ proptest! {
 }
 
 #[tokio::test]
-async fn a_full_disk_blocks_the_guest_and_a_rotation_frees_it() {
+async fn full_disk_blocks_guest_until_rotation() {
     let line = [b"0123456789".repeat(100), b"\n".to_vec()].concat();
     let chunks: Vec<_> = (0..2_000)
         .map(|_| (OutputStream::Stdout, line.clone()))
@@ -253,7 +253,7 @@ async fn a_full_disk_blocks_the_guest_and_a_rotation_frees_it() {
             .watch_drained()
             .within(Duration::from_secs(1))
             .await,
-        "it is stuck"
+        "the pump is blocked"
     );
     assert_eq!(
         *setup.guest.acked.lock().expect("unpoisoned"),
@@ -272,14 +272,14 @@ async fn a_full_disk_blocks_the_guest_and_a_rotation_frees_it() {
     setup.tasks.close();
     setup.tasks.wait().await;
     check(&setup);
-    // Each file by itself is made of whole records.
+    // Each file consists of complete records.
     for file in setup.disk.files.lock().expect("unpoisoned").iter() {
         parse(file);
     }
 }
 
 #[tokio::test]
-async fn a_dead_vm_ends_the_log_with_what_it_said() {
+async fn end_of_vm_flushes_partial_line() {
     let setup = setup(
         vec![(OutputStream::Stdout, b"last words".to_vec())],
         vec![],
@@ -301,7 +301,7 @@ async fn a_dead_vm_ends_the_log_with_what_it_said() {
 }
 
 #[tokio::test]
-async fn closing_gives_up_on_a_full_disk() {
+async fn close_with_full_disk_returns() {
     let setup = setup(
         vec![(OutputStream::Stdout, b"x\n".to_vec())],
         vec![],
@@ -314,9 +314,9 @@ async fn closing_gives_up_on_a_full_disk() {
         .expect("closes");
 }
 
-/// Not a limit of anything, but the figure the report gives: formatting and writing alone.
+/// Prints the throughput of formatting and writing; asserts no limit.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn real_files_take_many_lines_quickly_and_whole() {
+async fn pump_to_real_file_keeps_all_lines() {
     let dir = tempfile::tempdir().expect("tempdir");
     let path = dir.path().join("0.log");
     let mut number = 0u64;

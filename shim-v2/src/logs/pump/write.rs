@@ -1,13 +1,13 @@
-//! [`Writer`]: the end of a pump that formats and writes.
+//! [`Writer`]: the task of a pump that formats and writes output.
 //!
-//! One batch at a time: takes what is queued, formats it into one buffer, has a blocking thread write the buffer, then
-//! lets the offset be acknowledged. So a stalled disk holds up this task and nothing else.
+//! It handles one batch at a time: it formats the queued chunks into one buffer, writes the buffer on a blocking thread, and
+//! then releases the offset for acknowledgement. A stalled disk blocks only this task.
 
 use super::super::cri::Formatter;
 use super::super::program::Program;
 use super::super::sink::{FileTarget, Sink};
 use super::super::stamp::Clock;
-use super::{Command, Piece, Progress, refuse_reopen};
+use super::{Command, Progress, QueuedChunk, refuse_reopen};
 use crate::error::Result;
 use boxlite_proto::boxlite::v1::OutputStream;
 use std::io;
@@ -17,17 +17,17 @@ use tokio::net::unix::pipe;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
-/// Output formatted into one batch, in bytes: large enough that a write costs nothing beside its copy.
-const BATCH: usize = 1 << 20;
-/// First pause after a failed write; doubled up to [`PAUSE_MAX`].
-const PAUSE_MIN: Duration = Duration::from_millis(50);
-/// Longest pause between two tries of a write: a disk that has room again is noticed this much later.
-const PAUSE_MAX: Duration = Duration::from_secs(2);
+/// Size of a batch, large enough that the cost of a write is dominated by the copy.
+const BATCH_BYTES: usize = 1 << 20;
+/// Initial delay after a failed write; doubled up to [`MAX_RETRY_DELAY`].
+const MIN_RETRY_DELAY: Duration = Duration::from_millis(50);
+/// Maximum delay between write attempts, and so the delay until a disk with free space again is used.
+const MAX_RETRY_DELAY: Duration = Duration::from_secs(2);
 
-/// See the module.
+/// State of the writing task.
 pub(super) struct Writer {
     output: Output,
-    orders: mpsc::UnboundedReceiver<Command>,
+    commands: mpsc::UnboundedReceiver<Command>,
     acks: watch::Sender<u64>,
     progress: Arc<Progress>,
     give_up: CancellationToken,
@@ -51,7 +51,7 @@ enum Output {
 impl Writer {
     pub(super) fn new(
         sink: Sink,
-        orders: mpsc::UnboundedReceiver<Command>,
+        commands: mpsc::UnboundedReceiver<Command>,
         acks: watch::Sender<u64>,
         progress: Arc<Progress>,
         give_up: CancellationToken,
@@ -76,24 +76,24 @@ impl Writer {
         };
         Self {
             output,
-            orders,
+            commands,
             acks,
             progress,
             give_up,
         }
     }
 
-    /// Writes until the queue ends, then what is held back, then closes the sink. Gives the logging program, if one read
-    /// it: its input has ended, it may still run.
+    /// Writes until the queue ends, then writes held bytes and closes the sink. Returns the logging program, if any, which may
+    /// still run after the end of its input.
     pub(super) async fn run(
         mut self,
-        mut queue: mpsc::UnboundedReceiver<Piece>,
+        mut queue: mpsc::UnboundedReceiver<QueuedChunk>,
     ) -> Option<Program> {
         let mut batch = Vec::new();
         loop {
-            let order = tokio::select! {
+            let command = tokio::select! {
                 biased;
-                Some(order) = self.orders.recv() => Some(order),
+                Some(command) = self.commands.recv() => Some(command),
                 piece = queue.recv() => match piece {
                     Some(piece) => {
                         batch.push(piece);
@@ -103,21 +103,21 @@ impl Writer {
                 },
             };
             let mut size: usize = batch.iter().map(|piece| piece.chunk.data.len()).sum();
-            // Before a reopen everything queued so far goes to the old file; it is bounded by the queue.
-            while order.is_some() || size < BATCH {
+            // Before a reopen, all queued output goes to the old file; the queue bounds its size.
+            while command.is_some() || size < BATCH_BYTES {
                 let Ok(piece) = queue.try_recv() else { break };
                 size += piece.chunk.data.len();
                 batch.push(piece);
             }
             self.write(&mut batch, false).await;
-            if let Some(Command::Reopen(reply)) = order {
+            if let Some(Command::Reopen(reply)) = command {
                 self.reopen(reply).await;
             }
         }
         self.write(&mut batch, true).await;
-        // Everything is in the file: who asked meanwhile has nothing to fear.
-        self.orders.close();
-        while let Ok(Command::Reopen(reply)) = self.orders.try_recv() {
+        // All output is written, so pending reopens succeed without effect.
+        self.commands.close();
+        while let Ok(Command::Reopen(reply)) = self.commands.try_recv() {
             drop(reply.send(Ok(())));
         }
         match self.output {
@@ -126,11 +126,11 @@ impl Writer {
         }
     }
 
-    async fn write(&mut self, batch: &mut Vec<Piece>, last: bool) {
+    async fn write(&mut self, batch: &mut Vec<QueuedChunk>, last: bool) {
         let end = batch
             .last()
             .map(|piece| piece.chunk.offset + piece.chunk.data.len() as u64);
-        let mut settled = end;
+        let mut written_offset = end;
         let written = match &mut self.output {
             Output::Cri {
                 file,
@@ -138,7 +138,7 @@ impl Writer {
                 clock,
             } => {
                 let stamp = clock.stamp();
-                for Piece { chunk, .. } in batch.iter() {
+                for QueuedChunk { chunk, .. } in batch.iter() {
                     formatter.push(
                         chunk.stream,
                         chunk.offset,
@@ -150,20 +150,20 @@ impl Writer {
                 if last {
                     formatter.finish(&stamp, &mut file.buffer);
                 }
-                settled = Some(formatter.settled());
-                file.flush(&mut self.orders, &self.progress, &self.give_up)
+                written_offset = Some(formatter.written_offset());
+                file.flush(&mut self.commands, &self.progress, &self.give_up)
                     .await
             }
             Output::Raw(file) => {
-                for Piece { chunk, .. } in batch.iter() {
+                for QueuedChunk { chunk, .. } in batch.iter() {
                     file.buffer.extend_from_slice(&chunk.data);
                 }
-                file.flush(&mut self.orders, &self.progress, &self.give_up)
+                file.flush(&mut self.commands, &self.progress, &self.give_up)
                     .await
             }
             Output::Fifos { stdout, stderr, .. } => {
                 let all = async {
-                    for Piece { chunk, .. } in batch.iter() {
+                    for QueuedChunk { chunk, .. } in batch.iter() {
                         let to = match chunk.stream {
                             OutputStream::Stderr => &stderr,
                             OutputStream::Stdout | OutputStream::Unspecified => &stdout,
@@ -181,9 +181,9 @@ impl Writer {
             Output::Discard => true,
         };
         batch.clear();
-        if let Some(settled) = settled.filter(|_| written) {
+        if let Some(offset) = written_offset.filter(|_| written) {
             self.acks
-                .send_if_modified(|acked| std::mem::replace(acked, settled) != settled);
+                .send_if_modified(|acked| std::mem::replace(acked, offset) != offset);
         }
     }
 
@@ -195,8 +195,7 @@ impl Writer {
     }
 }
 
-/// Writes all of `data`; waits while nobody reads. A broken FIFO takes nothing any more, and that is not the process's
-/// fault: the rest is dropped.
+/// Writes all of `data` and waits while there is no reader. If the FIFO is broken, the rest is dropped.
 async fn write_fifo(to: &pipe::Sender, mut data: &[u8], progress: &Progress) {
     while !data.is_empty() {
         if to.writable().await.is_err() {
@@ -213,21 +212,21 @@ async fn write_fifo(to: &pipe::Sender, mut data: &[u8], progress: &Progress) {
                     io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
                 ) => {}
             Err(error) => {
-                tracing::warn!(%error, "output FIFO is broken");
+                tracing::warn!(%error, "failed to write to output FIFO, dropping output");
                 return;
             }
         }
     }
 }
 
-/// A log file with the bytes that are on their way to it.
+/// A log file with its write buffer.
 struct FileWriter {
-    /// None only while a blocking thread has it.
+    /// None only while a blocking thread uses it.
     target: Option<FileTarget>,
     buffer: Vec<u8>,
     /// Bytes of `buffer` that are in the file.
-    done: usize,
-    complained: bool,
+    written: usize,
+    error_logged: bool,
 }
 
 impl FileWriter {
@@ -235,66 +234,68 @@ impl FileWriter {
         Self {
             target: Some(target),
             buffer: Vec::new(),
-            done: 0,
-            complained: false,
+            written: 0,
+            error_logged: false,
         }
     }
 
-    /// Writes the whole buffer, however long it takes. False: given up.
+    /// Writes the whole buffer, retrying as long as needed. Returns false if the pump is closed meanwhile.
     async fn flush(
         &mut self,
-        orders: &mut mpsc::UnboundedReceiver<Command>,
+        commands: &mut mpsc::UnboundedReceiver<Command>,
         progress: &Arc<Progress>,
         give_up: &CancellationToken,
     ) -> bool {
-        let mut pause = PAUSE_MIN;
-        while self.done < self.buffer.len() {
-            let before = self.done;
+        let mut delay = MIN_RETRY_DELAY;
+        while self.written < self.buffer.len() {
+            let before = self.written;
             let Err(error) = self.write_once(progress).await else {
                 break;
             };
-            if self.done > before {
-                pause = PAUSE_MIN;
+            if self.written > before {
+                delay = MIN_RETRY_DELAY;
             }
-            if !std::mem::replace(&mut self.complained, true) {
+            if !std::mem::replace(&mut self.error_logged, true) {
                 let path = self
                     .target
                     .as_ref()
                     .map(|target| target.path.display().to_string());
-                tracing::error!(path, %error, "log cannot be written; trying until it can");
+                tracing::error!(path, %error, "failed to write container log; retrying");
             }
             tokio::select! {
-                () = tokio::time::sleep(pause) => pause = (pause * 2).min(PAUSE_MAX),
-                Some(Command::Reopen(reply)) = orders.recv() => {
-                    self.take_back_record();
+                () = tokio::time::sleep(delay) => delay = (delay * 2).min(MAX_RETRY_DELAY),
+                Some(Command::Reopen(reply)) = commands.recv() => {
+                    self.remove_partial_record();
                     drop(reply.send(self.reopen().await));
                 }
                 () = give_up.cancelled() => return false,
             }
         }
-        if std::mem::take(&mut self.complained) {
-            tracing::info!("log is written again");
+        if std::mem::take(&mut self.error_logged) {
+            tracing::info!("container log is writable again");
         }
         self.buffer.clear();
-        self.done = 0;
+        self.written = 0;
         true
     }
 
-    /// Writes as much as goes, on a blocking thread.
+    /// Writes as much of the buffer as possible, on a blocking thread.
     async fn write_once(&mut self, progress: &Arc<Progress>) -> io::Result<()> {
         let Some(mut target) = self.target.take() else {
-            return Err(io::Error::other("the log file is lost"));
+            return Err(io::Error::other(
+                "the thread that wrote the log file panicked",
+            ));
         };
         let buffer = std::mem::take(&mut self.buffer);
-        let mut done = self.done;
+        let mut written = self.written;
         let progress = progress.clone();
         let write = move || {
             let mut result = Ok(());
-            while done < buffer.len() {
-                match target.file.append(&buffer[done..]) {
+            while written < buffer.len() {
+                match target.file.append(&buffer[written..]) {
                     Ok(count) => {
                         progress.add(count);
-                        done += count;
+                        written += count;
                     }
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                     Err(error) => {
@@ -303,33 +304,32 @@ impl FileWriter {
                     }
                 }
             }
-            (target, buffer, done, result)
+            (target, buffer, written, result)
         };
         match tokio::task::spawn_blocking(write).await {
-            Ok((target, buffer, done, result)) => {
+            Ok((target, buffer, written, result)) => {
                 self.target = Some(target);
                 self.buffer = buffer;
-                self.done = done;
+                self.written = written;
                 result
             }
             Err(error) => Err(io::Error::other(error)),
         }
     }
 
-    /// Before the rest of the buffer goes to another file: cuts the record off that is there in part, so that it is
-    /// whole in the next.
-    fn take_back_record(&mut self) {
-        let start = memchr::memrchr(b'\n', &self.buffer[..self.done]).map_or(0, |end| end + 1);
-        let part = self.done - start;
+    /// Removes a partially written record from the file, so that the next file contains it completely.
+    fn remove_partial_record(&mut self) {
+        let start = memchr::memrchr(b'\n', &self.buffer[..self.written]).map_or(0, |end| end + 1);
+        let part = self.written - start;
         let Some(target) = &mut self.target else {
             return;
         };
-        if part > 0 && target.file.cut(part as u64).is_ok() {
-            self.done = start;
+        if part > 0 && target.file.truncate_tail(part as u64).is_ok() {
+            self.written = start;
         }
     }
 
-    /// The old file stays where the new one cannot be opened.
+    /// Opens the path again. The old file stays open if that fails.
     async fn reopen(&mut self) -> Result<()> {
         let Some(target) = &mut self.target else {
             return Ok(());

@@ -105,7 +105,7 @@ pub(super) fn write_new(path: &Path, content: &[u8]) -> BoxliteResult<()> {
 }
 
 /// Replaces a file atomically; concurrent writers are harmless.
-pub(super) fn write_whole(path: &Path, content: &[u8]) -> BoxliteResult<()> {
+pub(super) fn write_atomically(path: &Path, content: &[u8]) -> BoxliteResult<()> {
     let draft = draft_name(path);
     let written = write_new(&draft, content)
         .and_then(|()| fs::rename(&draft, path).step(format!("rename to {}", path.display())));

@@ -58,7 +58,7 @@ fn tsc_khz(cache: &Path) -> BoxliteResult<u64> {
         return Ok(khz);
     }
     let khz = measure_tsc();
-    super::derived::write_whole(&file, format!("{} {khz}\n", boot.trim()).as_bytes())?;
+    super::derived::write_atomically(&file, format!("{} {khz}\n", boot.trim()).as_bytes())?;
     Ok(khz)
 }
 

@@ -1,0 +1,101 @@
+//! [`ShimState`]: the file in the bundle from which `delete` cleans up after a crash.
+//!
+//! Processes are identified by pid and start time, since the kernel reuses pids. The daemon writes the file, `delete`
+//! reads it.
+
+use boxlite_sys::process::ProcessId;
+use serde::{Deserialize, Serialize};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+/// Name of the state file in the bundle.
+pub const STATE_FILE: &str = "shim.json";
+/// Name of the file with the shim's address in the bundle, a convention of containerd.
+pub const ADDRESS_FILE: &str = "address";
+
+/// Resources of a shim that outlive its process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+pub struct ShimState {
+    /// The shim daemon.
+    pub shim: Option<ProcessId>,
+    /// The VMM child.
+    pub vmm: Option<ProcessId>,
+    /// Path of the shim's socket.
+    pub socket: PathBuf,
+    /// Cgroup directories that the shim created, parents first.
+    pub cgroups: Vec<PathBuf>,
+    /// Network namespace of the pod, which contains the shim's taps.
+    pub netns: Option<PathBuf>,
+    /// Scratch disk.
+    #[serde(default)]
+    pub scratch: Option<PathBuf>,
+    /// Source name of the mount exports on the host.
+    #[serde(default)]
+    pub shown: String,
+}
+
+impl ShimState {
+    /// Loads the state of a bundle; None if there is no readable state (for example after a crash before the first write).
+    pub fn load(bundle: &Path) -> Option<Self> {
+        let bytes = std::fs::read(bundle.join(STATE_FILE)).ok()?;
+        serde_json::from_slice(&bytes).ok()
+    }
+
+    /// Stores the state atomically, readable by root only.
+    ///
+    /// # Errors
+    /// The bundle cannot be written.
+    pub fn store(&self, bundle: &Path) -> io::Result<()> {
+        write_atomically(&bundle.join(STATE_FILE), &serde_json::to_vec_pretty(self)?)
+    }
+
+    /// Removes the state and address files after an orderly end.
+    pub fn remove(bundle: &Path) {
+        for name in [STATE_FILE, ADDRESS_FILE] {
+            // A failure is left to the next `delete`.
+            drop(std::fs::remove_file(bundle.join(name)));
+        }
+    }
+}
+
+/// Writes a file with mode 0600 atomically, by a temporary file and a rename.
+///
+/// # Errors
+/// The directory cannot be written.
+pub fn write_atomically(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let mut name = path.as_os_str().to_owned();
+    name.push(".new");
+    let temporary = PathBuf::from(name);
+    let mut file = std::fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&temporary)?;
+    file.write_all(bytes)?;
+    drop(file);
+    std::fs::rename(&temporary, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stored_state_loads_unchanged() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        assert!(ShimState::load(dir.path()).is_none());
+        let state = ShimState {
+            shim: ProcessId::of(std::process::id() as i32),
+            vmm: None,
+            socket: "/run/x".into(),
+            cgroups: vec!["/sys/fs/cgroup/x".into()],
+            netns: Some("/run/netns/x".into()),
+            scratch: Some("/var/x.img".into()),
+            shown: "boxlite:x".to_owned(),
+        };
+        state.store(dir.path()).expect("stored");
+        assert_eq!(ShimState::load(dir.path()), Some(state));
+    }
+}
