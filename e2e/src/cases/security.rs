@@ -387,6 +387,27 @@ async fn user_namespace_maps_ids(ctx: Context) -> Result {
         "1000\n0\nsleep\n5\n",
         "an exec'd process in it"
     );
+    // So are the owners in an image volume.
+    let mut image = container_spec(
+        "image",
+        &ctx.images.base,
+        &["stat", "-c", "%u:%g", "/image/etc/passwd"],
+    );
+    security(&mut image).namespace_options = Some(mapped(ids(0, 100_000)));
+    image.mounts = vec![Mount {
+        container_path: "/image".into(),
+        readonly: true,
+        image: Some(ImageSpec {
+            image: ctx.images.base.clone(),
+            ..Default::default()
+        }),
+        uid_mappings: vec![ids(0, 100_000)],
+        gid_mappings: vec![ids(0, 100_000)],
+        ..Default::default()
+    }];
+    let image = pod.start_with(image).await?;
+    image.exited(ctx.patience(20)).await?;
+    same!(image.output()?, "0:0\n", "owners in an image volume");
     // The pod's PID namespace is owned by its user namespace.
     let mut shares = container_spec("p", &ctx.images.base, &["cat", "/proc/1/comm"]);
     security(&mut shares).namespace_options = Some(NamespaceOption {

@@ -115,7 +115,7 @@ impl Rootfs {
         }
         // Dropped once the overlay holds its own references.
         let mapped = match owners {
-            Some(owners) => self.map_layers(&lower, owners)?,
+            Some(owners) => Mapped::mount_layers(&lower, &self.bundle, owners.namespace)?,
             None => Vec::new(),
         };
         if !mapped.is_empty() {
@@ -129,8 +129,15 @@ impl Rootfs {
     ///
     /// # Errors
     /// As [`Volumes::mount`].
-    pub fn mount_volumes(&mut self, spec: &mut Spec, layers: &Layers) -> Result<(), StorageError> {
-        self.volumes.mount(spec, &self.bundle, layers)
+    pub fn mount_volumes(
+        &mut self,
+        spec: &mut Spec,
+        layers: &Layers,
+        owners: Option<&Owners<'_>>,
+    ) -> Result<(), StorageError> {
+        let user_namespace = owners.map(|owners| owners.namespace);
+        self.volumes
+            .mount(spec, &self.bundle, layers, user_namespace)
     }
 
     /// Creates the host's block devices for the container `id`, and adds them to `spec`. They are removed with the
@@ -146,29 +153,6 @@ impl Rootfs {
         spec: &mut Spec,
     ) -> Result<(), StorageError> {
         self.blocks.make(id, requests, outside, spec)
-    }
-
-    /// Mounts views of the layers mapped by the owners' namespace.
-    fn map_layers(
-        &self,
-        lower: &[PathBuf],
-        owners: &Owners<'_>,
-    ) -> Result<Vec<Mapped>, StorageError> {
-        let mut mapped = Vec::new();
-        for (index, layer) in lower.iter().enumerate() {
-            let target = self.bundle.join(format!("l{index}"));
-            fs::create_dir_all(&target).map_err(StorageError::path("create directory", &target))?;
-            let view = Mapped::mount(layer, &target, owners.namespace).map_err(|source| {
-                StorageError::Mount {
-                    fstype: "mapped layer".to_owned(),
-                    origin: layer.display().to_string(),
-                    target: target.display().to_string(),
-                    source,
-                }
-            })?;
-            mapped.push(view);
-        }
-        Ok(mapped)
     }
 
     /// Returns the mount point of the tree.

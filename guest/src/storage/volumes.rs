@@ -3,15 +3,18 @@
 //!
 //! Paths inside an image are untrusted; the kernel resolves them within the image's root.
 
+use super::idmap::Mapped;
 use super::layers::Layers;
 use super::overlay::stack;
 use super::{StorageError, mount_error};
-use boxlite_proto::names::{IMAGE_MOUNT, LAYER_OPTION, MEMORY_MOUNT, SUB_PATH_OPTION};
+use boxlite_proto::names::{
+    IMAGE_MOUNT, IMAGE_SUB_PATH_STEP, LAYER_OPTION, MEMORY_MOUNT, SUB_PATH_OPTION,
+};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use oci_spec::runtime::{Mount, Spec};
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use std::fs::{self, File};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 /// Directory of a container's image volumes below its bundle.
@@ -30,7 +33,8 @@ pub struct Volumes {
 }
 
 impl Volumes {
-    /// Mounts the volumes of these types in `spec` below `bundle`. After an error, `self` holds what was mounted, for
+    /// Mounts the volumes of these types in `spec` below `bundle`, image volumes with the owners of the container's user
+    /// namespace. After an error, `self` holds what was mounted, for
     /// [`Self::take_down`].
     ///
     /// # Errors
@@ -40,13 +44,14 @@ impl Volumes {
         spec: &mut Spec,
         bundle: &Path,
         layers: &Layers,
+        user_namespace: Option<BorrowedFd<'_>>,
     ) -> Result<(), StorageError> {
         let mut mounts = spec.mounts().clone().unwrap_or_default();
         for (number, mount) in mounts.iter_mut().enumerate() {
             let (source, access) = match mount.typ().as_deref() {
                 Some(IMAGE_MOUNT) => {
                     let target = bundle.join(IMAGES).join(number.to_string());
-                    (self.image(mount, target, layers)?, "ro")
+                    (self.image(mount, target, layers, user_namespace)?, "ro")
                 }
                 Some(MEMORY_MOUNT) => (memory(mount)?, "rw"),
                 _ => continue,
@@ -66,8 +71,9 @@ impl Volumes {
         request: &Mount,
         target: PathBuf,
         layers: &Layers,
+        user_namespace: Option<BorrowedFd<'_>>,
     ) -> Result<PathBuf, StorageError> {
-        let mut lower = vec![PathBuf::from(EMPTY)];
+        let mut lower = Vec::new();
         fs::create_dir_all(EMPTY).map_err(StorageError::path("create directory", EMPTY))?;
         let mut sub_path = "";
         for option in request.options().iter().flatten() {
@@ -79,6 +85,16 @@ impl Volumes {
             }
         }
         fs::create_dir_all(&target).map_err(StorageError::path("create directory", &target))?;
+        let views = target.with_extension("mapped");
+        // Dropped once the overlay holds its own references.
+        let mapped = match user_namespace {
+            Some(namespace) => Mapped::mount_layers(&lower, &views, namespace)?,
+            None => Vec::new(),
+        };
+        if !mapped.is_empty() {
+            lower = mapped.iter().map(|layer| layer.path().to_owned()).collect();
+        }
+        lower.insert(0, PathBuf::from(EMPTY));
         stack(&lower, None, &target)?;
         self.mounts.push(target.clone());
         if sub_path.is_empty() {
@@ -131,7 +147,7 @@ impl Volumes {
 /// Opens a path of the image mounted at `root`; symlinks are resolved within it.
 fn find(root: &Path, path: &str) -> Result<OwnedFd, StorageError> {
     let failed =
-        |errno: rustix::io::Errno| StorageError::path("find image subpath", path)(errno.into());
+        |errno: rustix::io::Errno| StorageError::path(IMAGE_SUB_PATH_STEP, path)(errno.into());
     let root = File::open(root).map_err(StorageError::path("open", root))?;
     let flags = OFlags::PATH | OFlags::CLOEXEC;
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
