@@ -41,6 +41,11 @@ pub(crate) fn pod_spec(node: &Node, name: &str) -> PodSandboxConfig {
         labels: [("e2e".to_owned(), name.to_owned())].into(),
         linux: Some(LinuxPodSandboxConfig {
             sysctls: sysctls(),
+            // As a kubelet sets it if a container of the pod is privileged.
+            security_context: Some(LinuxSandboxSecurityContext {
+                privileged: true,
+                ..Default::default()
+            }),
             ..Default::default()
         }),
         ..Default::default()

@@ -55,6 +55,8 @@ pub const IMAGE_MOUNT: &str = "boxlite.image";
 pub const LAYER_OPTION: &str = "layer=";
 /// See [`IMAGE_MOUNT`].
 pub const SUB_PATH_OPTION: &str = "subpath=";
+/// Step that fails in the guest if a path of an image volume does not exist; the host recognizes it in the error.
+pub const IMAGE_SUB_PATH_STEP: &str = "find image subpath";
 /// Type of a mount in the spec that the guest gets: a tmpfs of the pod, with the option `size=<bytes>`, shared by all mounts
 /// with the same source.
 pub const MEMORY_MOUNT: &str = "boxlite.memory";

@@ -139,7 +139,7 @@ impl PodMetadata {
         key(&self.metadata())
     }
 
-    /// Returns the hostname of the pod: from the config, or derived from the pod's name.
+    /// Returns the hostname of the pod: from the config, the node's with host networking, or derived from the pod's name.
     pub fn hostname(&self) -> String {
         let wanted = self
             .config
@@ -148,6 +148,12 @@ impl PodMetadata {
             .unwrap_or_default();
         if !wanted.is_empty() {
             return wanted;
+        }
+        // A kubelet sends no hostname for a pod in the node's network: agents identify the node by it.
+        if self.host_network()
+            && let Some(node) = node_hostname()
+        {
+            return node;
         }
         let mut label: String = self
             .metadata()
@@ -172,6 +178,15 @@ impl PodMetadata {
             .and_then(|linux| linux.security_context.as_ref())
             .and_then(|security| security.namespace_options.as_ref())
             .is_some_and(|options| options.network == NamespaceMode::Node as i32)
+    }
+
+    /// Returns whether privileged containers are allowed in the pod.
+    pub fn is_privileged(&self) -> bool {
+        self.config
+            .as_ref()
+            .and_then(|config| config.linux.as_ref())
+            .and_then(|linux| linux.security_context.as_ref())
+            .is_some_and(|security| security.privileged)
     }
 
     /// Returns the requested user namespace.
@@ -310,6 +325,12 @@ impl PodMetadata {
         }
         text
     }
+}
+
+/// Returns the hostname of the node.
+fn node_hostname() -> Option<String> {
+    let name = nix::unistd::gethostname().ok()?.into_string().ok()?;
+    (!name.is_empty()).then_some(name)
 }
 
 /// `namespace/name/uid/attempt`.

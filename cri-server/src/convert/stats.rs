@@ -42,6 +42,11 @@ pub fn working_set(stats: &CgroupStats) -> u64 {
         .saturating_sub(stat(stats, "inactive_file"))
 }
 
+/// Returns the memory that the kernel cannot reclaim: usage without page cache.
+pub fn unreclaimable(stats: &CgroupStats) -> u64 {
+    working_set(stats).saturating_sub(stat(stats, "active_file"))
+}
+
 /// Converts pressure, with totals in ns; `None` if the guest's kernel has no PSI.
 fn psi(pressure: Option<&Pressure>) -> Option<PsiStats> {
     let data = |line: Option<PressureLine>| {

@@ -33,6 +33,7 @@ pub fn pod(snapshot: &BoxSnapshot, record: &PodMetadata) -> PodSandbox {
             pod_overhead: all(&linux.overhead),
             pod_resources: all(&linux.resources),
             cgroup_parent: linux.cgroup_parent,
+            namespaces: network_namespace(snapshot).into_iter().collect(),
             ..Default::default()
         }),
         pid: snapshot
@@ -41,6 +42,15 @@ pub fn pod(snapshot: &BoxSnapshot, record: &PodMetadata) -> PodSandbox {
             .unwrap_or(0),
         ips: record.addresses.clone(),
     }
+}
+
+/// Returns the pod's network namespace on the host, by which network plugins add interfaces. Its other namespaces are in the VM.
+fn network_namespace(snapshot: &BoxSnapshot) -> Option<LinuxNamespace> {
+    let path = snapshot.options.netns.as_ref()?;
+    Some(LinuxNamespace {
+        r#type: "network".into(),
+        path: path.to_string_lossy().into_owned(),
+    })
 }
 
 /// Returns the message of a container that is being created, from its config and spec.

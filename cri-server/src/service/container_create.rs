@@ -4,9 +4,14 @@
 use super::{Server, new_id, nri_hooks, require, status_of};
 use crate::convert::container;
 use boxlite_proto::cri::v1::{ContainerConfig, CreateContainerRequest, CreateContainerResponse};
+use boxlite_proto::names;
 use boxlite_proto::nri::v1alpha1::Event;
-use boxlite_runtime::{BoxState, LiteBox};
+use boxlite_runtime::{BoxState, LiteBox, RuntimeError};
+use std::path::Path;
 use tonic::Status;
+
+/// Prefix of errors of image volumes, by which the kubelet counts them (`ErrImageVolumeMountFailed` of the CRI).
+const IMAGE_VOLUME_FAILED: &str = "ImageVolumeMountFailed";
 
 /// Handles CreateContainer.
 pub async fn create(
@@ -63,11 +68,20 @@ async fn make(
     let files = server.layout.pod(pod.id());
     let record = server.pod_metadata(pod);
     let options = container::options(&id, pod.id(), &record, config.clone(), &image, &files)?;
+    if let Some(directory) = options.log_path.as_deref().and_then(Path::parent) {
+        // As containerd does; the log path may have directories that do not exist yet.
+        std::fs::create_dir_all(directory).map_err(|error| {
+            Status::internal(format!(
+                "failed to create log directory {}: {error}",
+                directory.display()
+            ))
+        })?;
+    }
     let session = server.session().await;
     let options = nri_hooks::create(server, &session, pod, &config, options).await?;
     if let Err(error) = pod.create_container(options).await {
         nri_hooks::undo_create(server, &session, pod, &id, &config).await;
-        return Err(status_of(error));
+        return Err(create_status(error));
     }
     nri_hooks::notify_container(server, &session, Event::PostCreateContainer, pod, &id).await;
     Ok(id)
@@ -82,7 +96,7 @@ fn name_image_volumes(server: &Server, config: &mut ContainerConfig) -> Result<(
         };
         let image = super::image_status::find(server, &reference).ok_or_else(|| {
             Status::not_found(format!(
-                "image {reference:?} of the mount at {:?} not found",
+                "{IMAGE_VOLUME_FAILED}: image {reference:?} of the mount at {:?} not found",
                 mount.container_path
             ))
         })?;
@@ -91,4 +105,39 @@ fn name_image_volumes(server: &Server, config: &mut ContainerConfig) -> Result<(
         }
     }
     Ok(())
+}
+
+/// Returns the status of a failed creation, with the CRI's prefix if an image volume could not be mounted.
+fn create_status(error: RuntimeError) -> Status {
+    let status = status_of(error);
+    if status.message().contains(names::IMAGE_SUB_PATH_STEP) {
+        let message = format!("{IMAGE_VOLUME_FAILED}: {}", status.message());
+        return Status::new(status.code(), message);
+    }
+    status
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn missing_image_sub_path_gets_the_prefix_of_the_cri() {
+        let error = |reason: &str| RuntimeError::BoxGone {
+            id: "p".into(),
+            reason: reason.into(),
+        };
+        let missing = format!(
+            "{} x/y: No such file or directory",
+            names::IMAGE_SUB_PATH_STEP
+        );
+        let status = create_status(error(&missing));
+        assert!(status.message().starts_with("ImageVolumeMountFailed: "));
+        assert!(status.message().contains("x/y"));
+        assert!(
+            !create_status(error("other"))
+                .message()
+                .contains("ImageVolume")
+        );
+    }
 }

@@ -35,6 +35,7 @@ pub async fn remove(
             .map_err(status_of)?;
         session.forget(&container.id);
         task.creates.forget(&container.id);
+        task.starts.forget(&container.id);
         Ok(RemoveContainerResponse {})
     };
     server.run_detached(work).await

@@ -3,9 +3,11 @@
 use super::{Server, nri_hooks, require, status_of};
 use boxlite_proto::cri::v1::{StartContainerRequest, StartContainerResponse};
 use boxlite_proto::nri::v1alpha1::Event;
+use boxlite_runtime::{ContainerState, LiteBox};
 use tonic::Status;
 
-/// Handles StartContainer.
+/// Handles StartContainer. Fails for a container that is already running or has exited; the retry of a call whose client gave up
+/// joins it or gets its result.
 pub async fn start(
     server: &Server,
     request: StartContainerRequest,
@@ -15,18 +17,37 @@ pub async fn start(
         .runtime
         .find_container(&request.container_id)
         .map_err(status_of)?;
-    let task = server.clone();
-    let work = async move {
-        let session = task.session().await;
-        nri_hooks::start(&task, &session, &pod, &container).await?;
-        let started = pod.start_container(&container.id).await;
-        // A failed start ends the container, too.
-        nri_hooks::watch(&task, &pod, &container.id);
-        started.map_err(status_of)?;
-        let id = &container.id;
-        nri_hooks::notify_container(&task, &session, Event::PostStartContainer, &pod, id).await;
-        Ok(())
+    let id = container.id;
+    let work = || {
+        let (server, id) = (server.clone(), id.clone());
+        async move { start_created(&server, &pod, &id).await.map(|()| id) }
     };
-    server.run_detached(work).await?;
+    server
+        .starts
+        .join(&server.tasks, id.clone(), id.clone(), work)
+        .await?;
     Ok(StartContainerResponse {})
+}
+
+async fn start_created(server: &Server, pod: &LiteBox, id: &str) -> Result<(), Status> {
+    let container = pod.container(id).map_err(status_of)?;
+    if container.state == ContainerState::Running {
+        return Err(Status::already_exists(format!(
+            "container {id} is already running"
+        )));
+    }
+    if container.state != ContainerState::Created {
+        return Err(Status::failed_precondition(format!(
+            "container {id} is {}, not created",
+            container.state
+        )));
+    }
+    let session = server.session().await;
+    nri_hooks::start(server, &session, pod, &container).await?;
+    let started = pod.start_container(id).await;
+    // A failed start ends the container, too.
+    nri_hooks::watch(server, pod, id);
+    started.map_err(status_of)?;
+    nri_hooks::notify_container(server, &session, Event::PostStartContainer, pod, id).await;
+    Ok(())
 }

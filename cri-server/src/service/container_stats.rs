@@ -1,7 +1,7 @@
 //! ContainerStats, ListContainerStats and StreamContainerStats. Each guest has a deadline; a list omits guests that
 //! miss it, so that they do not delay others.
 
-use super::{Server, container_list, require, status_of};
+use super::{Server, container_list, status_of};
 use crate::convert::{filter, stats, time};
 use boxlite_proto::cri::v1::{
     ContainerStats, ContainerStatsFilter, ContainerStatsRequest, ContainerStatsResponse,
@@ -10,33 +10,18 @@ use boxlite_runtime::{ContainerSnapshot, ContainerState, LiteBox};
 use std::time::Duration;
 use tonic::Status;
 
-/// Handles ContainerStats: a guest that does not answer is an error.
+/// Handles ContainerStats. As in containerd, a container that does not run is an error, and so is a guest that does not answer.
 pub async fn stats(
     server: &Server,
     request: ContainerStatsRequest,
 ) -> Result<ContainerStatsResponse, Status> {
-    require("container_id", &request.container_id)?;
-    let (pod, container) = server
-        .runtime
-        .find_container(&request.container_id)
-        .map_err(status_of)?;
+    let (pod, container) = server.running_container(&request.container_id)?;
     let limit = server.config.timeouts.stats;
-    let answer = if container.state == ContainerState::Running {
-        let asked = tokio::time::timeout(limit, pod.container_stats(&container.id, false)).await;
-        Some(
-            asked
-                .map_err(|_| guest_timeout(limit))?
-                .map_err(status_of)?,
-        )
-    } else {
-        None
-    };
-    let stats = stats::container(
-        &container,
-        answer.as_ref(),
-        &scratch(server),
-        time::now_ns(),
-    );
+    let answer = tokio::time::timeout(limit, pod.container_stats(&container.id, false))
+        .await
+        .map_err(|_| guest_timeout(limit))?
+        .map_err(status_of)?;
+    let stats = stats::container(&container, Some(&answer), &scratch(server), time::now_ns());
     Ok(ContainerStatsResponse { stats: Some(stats) })
 }
 

@@ -3,9 +3,12 @@
 
 use super::{Server, capacity, nri_hooks, require, status_of};
 use crate::convert::container::ContainerMetadata;
-use crate::convert::spec;
-use boxlite_proto::cri::v1::{UpdateContainerResourcesRequest, UpdateContainerResourcesResponse};
+use crate::convert::{spec, stats};
+use boxlite_proto::cri::v1::{
+    LinuxContainerResources, UpdateContainerResourcesRequest, UpdateContainerResourcesResponse,
+};
 use boxlite_proto::nri::v1alpha1::Event;
+use boxlite_runtime::{ContainerSnapshot, ContainerState, LiteBox};
 use tonic::Status;
 
 /// Handles UpdateContainerResources. Fails for a container that has exited.
@@ -24,6 +27,7 @@ pub async fn update(
     let now = ContainerMetadata::from_bytes(&container.metadata).resources();
     capacity::of_pod(server, &pod).admit(&requested, now.as_ref())?;
     spec::resources(Some(&requested))?;
+    reject_limit_below_usage(server, &pod, &container, &requested).await?;
     let task = server.clone();
     let work = async move {
         let session = task.session().await;
@@ -50,4 +54,36 @@ pub async fn update(
         Ok(UpdateContainerResourcesResponse {})
     };
     server.run_detached(work).await
+}
+
+/// Rejects a memory limit below the memory that the container uses and the kernel cannot reclaim: it would be OOM-killed. If the
+/// guest does not answer, the update proceeds.
+async fn reject_limit_below_usage(
+    server: &Server,
+    pod: &LiteBox,
+    container: &ContainerSnapshot,
+    requested: &LinuxContainerResources,
+) -> Result<(), Status> {
+    let Some(limit) = u64::try_from(requested.memory_limit_in_bytes)
+        .ok()
+        .filter(|limit| *limit > 0 && container.state == ContainerState::Running)
+    else {
+        return Ok(());
+    };
+    let answer = tokio::time::timeout(
+        server.config.timeouts.stats,
+        pod.container_stats(&container.id, false),
+    );
+    let Ok(Ok(answer)) = answer.await else {
+        return Ok(());
+    };
+    let cgroup = answer.cgroup.unwrap_or_default();
+    let usage = stats::unreclaimable(&cgroup);
+    if limit >= usage {
+        return Ok(());
+    }
+    Err(Status::failed_precondition(format!(
+        "invalid memory_limit_in_bytes {limit}: container {} uses {usage} bytes",
+        container.id
+    )))
 }

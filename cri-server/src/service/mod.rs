@@ -95,6 +95,8 @@ pub struct Inner {
     starting: Mutex<HashSet<String>>,
     runs: SingleFlight<RunPodSandboxRequest>,
     creates: SingleFlight<ContainerConfig>,
+    /// By container id.
+    starts: SingleFlight<String>,
     /// Set once at the start; unset means that NRI is disabled.
     nri: OnceLock<Nri>,
     pod_cidrs: Mutex<Vec<String>>,
@@ -132,6 +134,7 @@ impl Server {
             starting: Mutex::default(),
             runs: SingleFlight::default(),
             creates: SingleFlight::default(),
+            starts: SingleFlight::default(),
             nri: OnceLock::new(),
             pod_cidrs: Mutex::default(),
             tasks: TaskTracker::new(),

@@ -29,6 +29,7 @@ pub async fn remove(
         pod.remove().await.map_err(status_of)?;
         for container in containers {
             task.creates.forget(&container.id);
+            task.starts.forget(&container.id);
             session.forget(&container.id);
         }
         session.forget(&id);

@@ -47,7 +47,14 @@ async fn info(server: &Server, snapshot: &BoxSnapshot) -> HashMap<String, String
         BoxState::Ready if record.host_network() => "host network".to_owned(),
         BoxState::Ready => match server.cni.check(&snapshot.id).await {
             Ok(()) => "passed CNI CHECK".to_owned(),
-            Err(error) => boxlite_runtime::report(&error),
+            Err(error) => {
+                let text = boxlite_runtime::report(&error);
+                if is_portmap_ipv6_bug(&text, &record.addresses) {
+                    "passed CNI CHECK".to_owned()
+                } else {
+                    text
+                }
+            }
         },
         _ => "down".to_owned(),
     };
@@ -66,4 +73,31 @@ async fn info(server: &Server, snapshot: &BoxSnapshot) -> HashMap<String, String
         "startStages": stages,
     });
     HashMap::from([("info".to_owned(), info.to_string())])
+}
+
+/// Returns whether CHECK failed because of a bug of portmap before 1.2 (containernetworking/plugins): it looks for IPv6 rules of a pod
+/// that has only IPv4 addresses.
+fn is_portmap_ipv6_bug(error: &str, addresses: &[String]) -> bool {
+    let has_ipv6 = addresses.iter().any(|address| address.contains(':'));
+    !has_ipv6 && error.contains("portmap") && error.contains("could not check ipv6 dnat")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn portmap_check_of_ipv6_rules_is_ignored_for_ipv4_pods() {
+        let error = "CHECK by plugin portmap failed: could not check ipv6 dnat";
+        let pod = |addresses: &[&str]| -> Vec<String> {
+            addresses
+                .iter()
+                .map(|address| (*address).to_owned())
+                .collect()
+        };
+        assert!(is_portmap_ipv6_bug(error, &pod(&["10.1.2.3"])));
+        assert!(!is_portmap_ipv6_bug(error, &pod(&["10.1.2.3", "fd00::3"])));
+        let other = "CHECK by plugin bridge failed: no interface";
+        assert!(!is_portmap_ipv6_bug(other, &pod(&["10.1.2.3"])));
+    }
 }

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 pub fn cases() -> Vec<Case> {
     vec![
-        case!(missing_host_path_is_refused, 60),
+        case!(impossible_host_path_is_refused, 60),
         case!(unknown_runtime_handler_is_refused, 30),
         case!(incomplete_requests_are_refused, 60),
         case!(missing_cni_configuration_is_reported, 60),
@@ -39,16 +39,16 @@ pub fn expect_error<T: std::fmt::Debug>(outcome: &Result<T>, words: &[&str]) -> 
     Ok(())
 }
 
-async fn missing_host_path_is_refused(ctx: Context) -> Result {
+async fn impossible_host_path_is_refused(ctx: Context) -> Result {
     let pod = Pod::run(&ctx.node, "nopath").await?;
     let mut config = container_spec("c", &ctx.images.base, &["true"]);
     config.mounts = vec![Mount {
-        host_path: "/no/such/path/on/the/host".into(),
+        host_path: "/proc/no/such/path/on/the/host".into(),
         container_path: "/x".into(),
         ..Default::default()
     }];
     let outcome = async { pod.start_with(config.clone()).await.map(drop) }.await;
-    expect_error(&outcome, &["/no/such/path/on/the/host"])?;
+    expect_error(&outcome, &["/proc/no/such/path/on/the/host"])?;
     let list = ListContainersRequest::default();
     let left = ctx
         .node

@@ -225,3 +225,20 @@ proptest! {
         let _ = PodMetadata::from_bytes(&bytes).hostname();
     }
 }
+
+#[test]
+fn host_network_pod_without_hostname_has_the_nodes() {
+    let mut record = record(config());
+    let config = record.config.as_mut().unwrap();
+    config.hostname.clear();
+    let node = nix::unistd::gethostname().unwrap().into_string().unwrap();
+    let security = config
+        .linux
+        .get_or_insert_default()
+        .security_context
+        .get_or_insert_default();
+    security.namespace_options.get_or_insert_default().network = NamespaceMode::Node as i32;
+    assert_eq!(record.hostname(), node);
+    record.config.as_mut().unwrap().hostname = "given".into();
+    assert_eq!(record.hostname(), "given");
+}

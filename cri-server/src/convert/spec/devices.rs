@@ -17,6 +17,12 @@ use std::path::{Component, Path};
 const HOST_PATH: &str = "config.devices.host_path";
 const CONTAINER_PATH: &str = "config.devices.container_path";
 
+/// Directories below a requested one that have no devices of their parent's kind, as in containerd.
+const SKIPPED_DIRECTORIES: [&str; 7] =
+    ["pts", "shm", "fd", "mqueue", ".lxc", ".lxd-mounts", ".udev"];
+/// Maximum number of devices of a container.
+const MAX_DEVICES: usize = 1024;
+
 /// Devices in the form of the spec.
 #[derive(Debug, Default, PartialEq)]
 pub struct Devices {
@@ -32,7 +38,11 @@ pub struct Devices {
 pub fn devices(wanted: &[Device]) -> Result<Devices, ConvertError> {
     let mut devices = Devices::default();
     let mut of_guest = Vec::new();
+    let mut expanded = Vec::new();
     for device in wanted {
+        expand(device, &mut expanded)?;
+    }
+    for device in &expanded {
         let container_path = match device.container_path.as_str() {
             "" => &device.host_path,
             path => path,
@@ -65,6 +75,53 @@ pub fn devices(wanted: &[Device]) -> Result<Devices, ConvertError> {
         devices.of_guest = Some(json!(of_guest).to_string());
     }
     Ok(devices)
+}
+
+/// Appends the device, or the devices of a directory and its subdirectories, as containerd does.
+fn expand(device: &Device, devices: &mut Vec<Device>) -> Result<(), ConvertError> {
+    let host_path = Path::new(&device.host_path);
+    let is_directory = is_below_dev(&device.host_path)
+        && std::fs::symlink_metadata(host_path).is_ok_and(|metadata| metadata.is_dir());
+    if !is_directory {
+        devices.push(device.clone());
+        return Ok(());
+    }
+    let fail = |reason: String| ConvertError::invalid(HOST_PATH, &device.host_path, reason);
+    let mut pending = vec![host_path.to_owned()];
+    while let Some(directory) = pending.pop() {
+        let entries = std::fs::read_dir(&directory).map_err(|error| fail(error.to_string()))?;
+        for entry in entries {
+            let entry = entry.map_err(|error| fail(error.to_string()))?;
+            let path = entry.path();
+            let kind = entry.file_type().map_err(|error| fail(error.to_string()))?;
+            if kind.is_dir() {
+                let name = entry.file_name();
+                if !SKIPPED_DIRECTORIES.iter().any(|skipped| name == *skipped) {
+                    pending.push(path);
+                }
+            } else if kind.is_char_device() || kind.is_block_device() {
+                if devices.len() >= MAX_DEVICES {
+                    return Err(fail(format!("too many devices (maximum {MAX_DEVICES})")));
+                }
+                devices.push(inside(device, host_path, &path));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Returns the device at `path` below the directory of a request.
+fn inside(device: &Device, directory: &Path, path: &Path) -> Device {
+    let target = match device.container_path.as_str() {
+        "" => directory,
+        target => Path::new(target),
+    };
+    let relative = path.strip_prefix(directory).unwrap_or(path);
+    Device {
+        host_path: path.to_string_lossy().into_owned(),
+        container_path: target.join(relative).to_string_lossy().into_owned(),
+        permissions: device.permissions.clone(),
+    }
 }
 
 fn permissions(device: &Device) -> Result<&str, ConvertError> {
@@ -189,6 +246,25 @@ mod tests {
             let error = devices(&[device(disk, bad, "")]).unwrap_err().to_string();
             assert!(error.contains(CONTAINER_PATH), "{error}");
         }
+    }
+
+    #[test]
+    fn directory_is_expanded_to_its_devices() {
+        if !Path::new("/dev/net/tun").exists() {
+            return;
+        }
+        let found = devices(&[device("/dev/net", "", "rw")]).unwrap();
+        let list: Value = serde_json::from_str(&found.of_guest.unwrap()).unwrap();
+        assert_eq!(
+            list,
+            json!([{"source": "/dev/net/tun", "path": "/dev/net/tun", "permissions": "rw"}])
+        );
+        let moved = inside(
+            &device("/dev/a", "/dev/b", "r"),
+            Path::new("/dev/a"),
+            Path::new("/dev/a/c/d"),
+        );
+        assert_eq!(moved, device("/dev/a/c/d", "/dev/b/c/d", "r"));
     }
 
     #[test]

@@ -138,6 +138,13 @@ fn refuse(
     security: &LinuxContainerSecurityContext,
 ) -> Result<(), ConvertError> {
     namespaces(security.namespace_options.as_ref())?;
+    if security.privileged && !source.sandbox.is_privileged() {
+        return Err(ConvertError::invalid(
+            "security_context.privileged",
+            "true",
+            "if a privileged container is to be executed within a pod sandbox, the sandbox's security_context.privileged must be true",
+        ));
+    }
     let network = security
         .namespace_options
         .as_ref()

@@ -210,5 +210,13 @@ fn host_path(mount: &Mount) -> Result<PathBuf, ConvertError> {
     if !mount.host_path.starts_with('/') {
         return Err(fail("must be an absolute path".into()));
     }
+    // As containerd and CRI-O do: a hostPath volume without a type may name a path that does not exist yet.
+    match std::fs::metadata(&mount.host_path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            std::fs::create_dir_all(&mount.host_path)
+                .map_err(|error| fail(format!("failed to create directory: {error}")))?;
+        }
+        _ => {}
+    }
     std::fs::canonicalize(&mount.host_path).map_err(|error| fail(error.to_string()))
 }

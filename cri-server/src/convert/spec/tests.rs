@@ -5,8 +5,9 @@ mod kubelet;
 use super::*;
 use boxlite_proto::cri::v1::{
     Capability, ContainerMetadata, Device, IdMapping, ImageSpec, Int64Value, KeyValue,
-    LinuxContainerConfig, LinuxContainerResources, Mount, NamespaceOption, PodSandboxConfig,
-    PodSandboxMetadata, SecurityProfile, UserNamespace,
+    LinuxContainerConfig, LinuxContainerResources, LinuxPodSandboxConfig,
+    LinuxSandboxSecurityContext, Mount, NamespaceOption, PodSandboxConfig, PodSandboxMetadata,
+    SecurityProfile, UserNamespace,
 };
 use proptest::prelude::*;
 
@@ -25,6 +26,13 @@ fn pod() -> PodMetadata {
             uid: "u".into(),
             namespace: "ns".into(),
             attempt: 0,
+        }),
+        linux: Some(LinuxPodSandboxConfig {
+            security_context: Some(LinuxSandboxSecurityContext {
+                privileged: true,
+                ..Default::default()
+            }),
+            ..Default::default()
         }),
         ..Default::default()
     };
@@ -469,7 +477,7 @@ fn invalid_mounts_are_rejected_by_name() {
         ..Default::default()
     };
     let missing = refused(Mount {
-        host_path: "/nonexistent/xyz".into(),
+        host_path: "/proc/nonexistent/xyz".into(),
         ..base.clone()
     });
     assert!(

@@ -103,6 +103,13 @@ pub(in crate::service) async fn remove_pod(server: &Server, session: &Session, p
         for container in pod.containers() {
             remove(server, session, pod, &container).await;
         }
-        notify_pod(server, session, Event::RemovePodSandbox, pod).await;
+        let mut message = pod_message(server, pod);
+        if let Some(linux) = &mut message.linux {
+            // The network namespace was removed when the pod was stopped.
+            linux.namespaces.clear();
+        }
+        session
+            .notify(Event::RemovePodSandbox, &message, None)
+            .await;
     }
 }
