@@ -19,7 +19,7 @@ pub type GuestErrorKind = ErrorKind;
 #[derive(Debug, thiserror::Error)]
 pub enum PortalError {
     /// The agent answered with an error.
-    #[error("guest refused {call} of {subject:?}: {message}")]
+    #[error("{}", refusal(.subject, .message))]
     Guest {
         /// Name of the rpc, "Container.Init".
         call: &'static str,
@@ -132,6 +132,14 @@ impl PortalError {
     /// Whether what was asked for is not there.
     pub fn is_not_found(&self) -> bool {
         self.guest_kind() == Some(ErrorKind::NotFound)
+    }
+}
+
+/// Returns the guest's message, prefixed by the subject unless the message names it or the subject is only a field's name.
+fn refusal(subject: &str, message: &str) -> String {
+    match subject.is_empty() || subject == "process" || message.contains(subject) {
+        true => message.to_owned(),
+        false => format!("{subject:?}: {message}"),
     }
 }
 

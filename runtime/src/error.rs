@@ -1,7 +1,7 @@
-//! [`RuntimeError`]: what a call of this crate can end with, and its [`ErrorKind`], from which cri-server makes a
-//! gRPC status.
+//! [`RuntimeError`]: the errors of this crate, and their [`ErrorKind`], which cri-server maps to a gRPC status.
 //!
-//! Causes stay in `#[source]`; [`report`] prints the whole chain once, for a log line or a status message.
+//! CRI clients see these texts, so they name the object in CRI's terms (pod sandbox, container, image). Causes are kept
+//! in `#[source]`; [`crate::report()`] prints the whole chain once, for a log line or a status message.
 
 use boxlite_portal::{GuestErrorKind, PortalError};
 use std::path::PathBuf;
@@ -11,215 +11,229 @@ use std::time::Duration;
 /// Result of this crate's calls.
 pub type Result<T> = std::result::Result<T, RuntimeError>;
 
-/// The classes a caller may act on; the names are gRPC's.
+/// Error classes that callers can act on; the names are gRPC's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ErrorKind {
-    /// No such box, container or image.
+    /// The box, container or image does not exist.
     NotFound,
-    /// Its id or name is taken by something else.
+    /// The id or name is in use.
     AlreadyExists,
-    /// The caller's value is wrong.
+    /// A value is invalid.
     InvalidArgument,
-    /// Right call, wrong state.
+    /// The object is in the wrong state.
     FailedPrecondition,
-    /// A limit of time ran out.
+    /// A timeout expired.
     DeadlineExceeded,
-    /// Memory, disk, devices.
+    /// Memory, disk space or devices are exhausted.
     ResourceExhausted,
-    /// May work later: a VM or shim that is gone.
+    /// The VM or shim is gone; a retry may succeed.
     Unavailable,
-    /// Anything else.
+    /// Any other error.
     Internal,
 }
 
-/// Why a call did not succeed.
+/// An error of this crate.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RuntimeError {
-    /// Nothing has this id or name.
-    #[error("{what} {id:?} not found")]
+    /// No object has this id or name.
+    #[error("{subject} {id:?} not found")]
     NotFound {
-        /// "box", "container".
-        what: &'static str,
-        /// What was asked for.
+        /// "pod sandbox", "container".
+        subject: &'static str,
+        /// Requested id or name.
         id: String,
     },
-    /// An id prefix that fits more than one.
-    #[error("{what} id prefix {prefix:?} is ambiguous: {count} match")]
+    /// More than one id has this prefix.
+    #[error("invalid {subject} id prefix {prefix:?}: {count} ids match")]
     AmbiguousId {
-        /// "box", "container".
-        what: &'static str,
-        /// What was asked for.
+        /// "pod sandbox", "container".
+        subject: &'static str,
+        /// Requested prefix.
         prefix: String,
-        /// How many have it.
+        /// Number of matching ids.
         count: usize,
     },
-    /// The id or name is in use by something different.
-    #[error("{what} {id:?} exists already: {reason}")]
+    /// The id or name is used by another object.
+    #[error("{subject} {id:?} already exists: {reason}")]
     AlreadyExists {
-        /// "box", "container".
-        what: &'static str,
+        /// "pod sandbox", "container".
+        subject: &'static str,
         /// Id or name.
         id: String,
-        /// How the two differ.
+        /// Difference between the two.
         reason: String,
     },
-    /// A value that cannot be.
-    #[error("{field} = {value:?}: {reason}")]
+    /// A value is invalid.
+    #[error("invalid {field} {value:?}: {reason}")]
     InvalidArgument {
-        /// Name of the option.
+        /// Name of the field.
         field: &'static str,
-        /// What it was.
+        /// Its value.
         value: String,
-        /// What is wrong with it.
+        /// Reason.
         reason: String,
     },
     /// The state machine denied the request.
-    #[error("box {id}: {denied}")]
+    #[error("pod sandbox {id:?} is not available: {denied}")]
     Denied {
         /// Box id.
         id: String,
-        /// The policy's reason.
+        /// Reason.
         denied: crate::management::box_state::Denied,
     },
     /// A container is in the wrong state for the request.
-    #[error("container {id} is {state}: {reason}")]
+    #[error("container {id:?} is {state}: {reason}")]
     ContainerState {
         /// Container id.
         id: String,
-        /// Its state.
+        /// Present state.
         state: crate::types::ContainerState,
-        /// What that forbids.
+        /// Required state.
         reason: &'static str,
     },
-    /// A stage of the start pipeline failed; what it had made is undone.
-    #[error("box {id}: {stage} failed")]
+    /// A stage of the start pipeline failed and was undone.
+    #[error("failed to start pod sandbox {id:?} in {stage}")]
     Start {
         /// Box id.
         id: String,
         /// Stage of the pipeline.
         stage: crate::metrics::Stage,
-        /// Why; shared by all who waited for it.
+        /// Cause, shared by all callers that joined the start.
         #[source]
         source: Arc<RuntimeError>,
     },
-    /// The VM or its shim is gone.
-    #[error("box {id} has no running VM: {reason}")]
+    /// The VM or its shim has ended.
+    #[error("pod sandbox {id:?} is not running: {reason}")]
     BoxGone {
         /// Box id.
         id: String,
-        /// What happened to it.
+        /// Reason.
         reason: String,
     },
-    /// A program or file of the installation is missing.
-    #[error("{what} is missing at {path}")]
+    /// A program or file of the installation is missing or unusable.
+    #[error("failed to use {subject} at {path}")]
     Missing {
         /// "guest agent", "guest kernel", "shim".
-        what: &'static str,
-        /// Where it was looked for.
+        subject: &'static str,
+        /// Expected path.
         path: PathBuf,
-        /// The file system's answer.
+        /// Cause.
         #[source]
         source: std::io::Error,
     },
     /// A file operation failed.
-    #[error("{what} {path}")]
+    #[error("failed to {operation} {path}")]
     Io {
-        /// What was being done: "cannot create".
-        what: &'static str,
-        /// To what.
+        /// Operation as a verb: "create".
+        operation: &'static str,
+        /// File or directory.
         path: PathBuf,
-        /// Why.
+        /// Cause.
         #[source]
         source: std::io::Error,
     },
-    /// The database failed.
-    #[error("database {path}: {what}")]
+    /// A database operation failed.
+    #[error("failed to {operation} in database {path}")]
     Database {
-        /// The file.
+        /// Database file.
         path: PathBuf,
-        /// What was being done.
-        what: &'static str,
-        /// Why.
+        /// Operation, as verb and object.
+        operation: &'static str,
+        /// Cause.
         #[source]
         source: rusqlite::Error,
     },
-    /// The database was written by a version this one cannot read.
-    #[error("database {path} has schema {found}, this version reads {known}")]
+    /// The database was written by a newer version.
+    #[error("database {path} has schema version {found}, this daemon supports {known}")]
     DatabaseSchema {
-        /// The file.
+        /// Database file.
         path: PathBuf,
-        /// Its version.
+        /// Version of the file.
         found: i64,
-        /// Ours.
+        /// Supported version.
         known: i64,
     },
-    /// The shim program did not do its `start` or `delete`.
-    #[error("shim {action}: {reason}")]
+    /// An action of the shim binary failed.
+    #[error("failed to run the shim's action {action:?}: {reason}")]
     ShimProgram {
         /// "start", "delete", "probe".
         action: &'static str,
-        /// Exit code and the end of its standard error.
+        /// Exit status and stderr.
         reason: String,
     },
-    /// The shim answered a call with an error.
-    #[error("shim refused {call}: {message}")]
+    /// The shim returned an error.
+    #[error("failed to {action}: {message}")]
     Shim {
-        /// ttrpc method.
-        call: &'static str,
+        /// Operation, as verb and object: `start container "c1"`.
+        action: String,
         /// Class, from the ttrpc status code.
         kind: ErrorKind,
-        /// The shim's words.
+        /// Message of the shim.
         message: String,
     },
-    /// The connection to the shim failed in a call.
-    #[error("shim connection failed in {call}: {reason}")]
+    /// The connection to the shim failed.
+    #[error("failed to {action}: lost the connection to the shim: {reason}")]
     ShimConnection {
-        /// ttrpc method.
-        call: &'static str,
-        /// ttrpc's words.
+        /// Operation, as verb and object.
+        action: String,
+        /// ttrpc's error.
         reason: String,
     },
-    /// A wait ran out.
-    #[error("{what} did not happen within {limit:?}")]
+    /// A timeout expired.
+    #[error("{detail} within {limit:?}")]
     Deadline {
-        /// What was awaited.
-        what: String,
-        /// For how long.
+        /// Sentence that "within 5s" completes: "the shim did not exit".
+        detail: String,
+        /// Timeout.
         limit: Duration,
     },
     /// A call into the guest failed.
-    #[error("guest call failed")]
+    #[error(transparent)]
     Portal(#[from] PortalError),
+    /// A call into the guest failed, with the operation's object.
+    #[error("failed to {action}")]
+    Guest {
+        /// Operation, as verb and object: `run a command in container "c1"`.
+        action: String,
+        /// Cause.
+        #[source]
+        source: PortalError,
+    },
     /// An image operation failed.
-    #[error("image {image}: {what}")]
+    #[error("failed to {operation} image {image:?}")]
     Image {
         /// Reference or id.
         image: String,
-        /// What was being done.
-        what: &'static str,
+        /// Operation as a verb.
+        operation: &'static str,
         /// Class.
         kind: ErrorKind,
-        /// Why.
+        /// Cause.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// Something shared with other callers failed; they all see this.
+    /// The error of an operation that several callers share.
     #[error(transparent)]
     Shared(Arc<RuntimeError>),
-    /// The daemon is going down.
+    /// The daemon is shutting down.
     #[error("the runtime is shutting down")]
     ShuttingDown,
-    /// A part of the program ended that must not; a bug.
-    #[error("internal: {what}")]
+    /// A bug or an unexpected condition.
+    #[error("internal error: {detail}")]
     Internal {
-        /// What was found.
-        what: String,
+        /// Description.
+        detail: String,
     },
 }
 
 impl RuntimeError {
-    /// The class of the error.
+    /// Adds the operation and its object to an error of the guest.
+    pub(crate) fn guest(action: String) -> impl FnOnce(PortalError) -> Self {
+        move |source| Self::Guest { action, source }
+    }
+
+    /// Returns the class of the error.
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::NotFound { .. } => ErrorKind::NotFound,
@@ -236,7 +250,7 @@ impl RuntimeError {
             }
             Self::Shim { kind, .. } | Self::Image { kind, .. } => *kind,
             Self::Deadline { .. } => ErrorKind::DeadlineExceeded,
-            Self::Portal(error) => portal_kind(error),
+            Self::Portal(error) | Self::Guest { source: error, .. } => portal_kind(error),
             Self::Io { .. }
             | Self::Database { .. }
             | Self::DatabaseSchema { .. }
@@ -245,7 +259,7 @@ impl RuntimeError {
         }
     }
 
-    /// The stage of the start pipeline in which this happened.
+    /// Returns the failed stage of the start pipeline.
     pub fn stage(&self) -> Option<crate::metrics::Stage> {
         match self {
             Self::Start { stage, .. } => Some(*stage),

@@ -1,13 +1,12 @@
-//! What happens to boxes and containers, for everybody who wants to follow it: [`EventHub`] takes it from the drivers,
-//! [`Events`] is one follower's end.
+//! Events of boxes and containers: drivers emit into the [`EventHub`], and each subscriber has an [`Events`].
 //!
-//! Each event carries the box and its containers as they were right after it, so a follower need not ask. Nothing here
-//! waits for a follower: one that falls more than [`KEPT`] events behind is told so, and has to look at the lists and
-//! follow anew. The hub knows no CRI; cri-server converts.
+//! Each event carries the state of the box and its containers right after it, so that subscribers need no further
+//! queries. Emitting does not wait: a subscriber that falls more than [`MAX_BACKLOG_EVENTS`] events behind gets an error,
+//! and must list and subscribe again. The hub is independent of CRI; cri-server converts.
 //!
-//! Before the first follower of this daemon comes, events are kept for it: among them those of [`crate::recovery`], one
-//! for every box and container found again. So what ended while no daemon lived is told, and what was told to a
-//! connection that the death cut is told again: at least once, never not at all.
+//! Events are buffered until the first subscriber of this daemon arrives. They include one event for every box and
+//! container that [`crate::recovery`] found. Exits during the absence of a daemon are thus reported, and events may be
+//! repeated after a restart: delivery is at least once.
 
 use crate::types::{BoxSnapshot, ContainerSnapshot};
 use boxlite_sys::sync::Mutex;
@@ -16,36 +15,36 @@ use std::sync::Arc;
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 
-/// Events a follower may be behind, and most that wait for the first one: some ten for each container of a full node.
-pub const KEPT: usize = 4096;
+/// Maximum backlog of a subscriber and of the buffer for the first one: about ten events per container of a full node.
+pub const MAX_BACKLOG_EVENTS: usize = 4096;
 
-/// What happened; the names are CRI's.
+/// Kind of an event; the names are CRI's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum EventKind {
-    /// It is there.
+    /// It was created.
     Created,
-    /// It runs.
+    /// It was started.
     Started,
-    /// It ended.
+    /// It has ended.
     Stopped,
-    /// It is gone.
+    /// It was removed.
     Deleted,
 }
 
-/// One event.
+/// An event.
 #[derive(Debug, Clone)]
 pub struct BoxEvent {
-    /// What happened.
+    /// Kind.
     pub kind: EventKind,
-    /// To which container, or to the box itself.
+    /// Id of the container or of the box itself.
     pub id: String,
-    /// When, in ns since the epoch.
+    /// Time in ns since the epoch.
     pub at_ns: i64,
-    /// The box and its containers right after it.
+    /// State of the box and its containers right after the event.
     pub state: Arc<EventState>,
 }
 
-/// See [`BoxEvent::state`]. Events of one moment share it.
+/// State of a box and its containers; shared by simultaneous events.
 #[derive(Debug)]
 pub struct EventState {
     /// The box.
@@ -54,7 +53,7 @@ pub struct EventState {
     pub containers: Vec<ContainerSnapshot>,
 }
 
-/// Where drivers tell and followers subscribe.
+/// Distributes events from drivers to subscribers.
 #[derive(Debug)]
 pub(crate) struct EventHub {
     inner: Mutex<Inner>,
@@ -64,39 +63,39 @@ pub(crate) struct EventHub {
 #[derive(Debug)]
 struct Inner {
     sender: broadcast::Sender<BoxEvent>,
-    /// For the first follower; `None` once it came.
+    /// Buffer for the first subscriber; `None` once it has subscribed.
     waiting: Option<VecDeque<BoxEvent>>,
 }
 
 impl EventHub {
-    /// A hub whose followers end with `closing`.
+    /// Returns a hub whose subscriptions end with `closing`.
     pub fn new(closing: CancellationToken) -> Self {
         Self {
             inner: Mutex::new(Inner {
-                sender: broadcast::channel(KEPT).0,
+                sender: broadcast::channel(MAX_BACKLOG_EVENTS).0,
                 waiting: Some(VecDeque::new()),
             }),
             closing,
         }
     }
 
-    /// Tells everybody; never waits.
-    pub fn tell(&self, event: BoxEvent) {
+    /// Sends an event to all subscribers without waiting.
+    pub fn emit(&self, event: BoxEvent) {
         let mut inner = self.lock();
         match &mut inner.waiting {
             Some(waiting) => {
-                if waiting.len() == KEPT {
+                if waiting.len() == MAX_BACKLOG_EVENTS {
                     waiting.pop_front();
                 }
                 waiting.push_back(event);
             }
-            // No follower at this moment: nobody to tell.
+            // An error means that there is no subscriber at the moment.
             None => drop(inner.sender.send(event)),
         }
     }
 
-    /// A follower, of everything from now on; the first one gets what waited too.
-    pub fn follow(&self) -> Events {
+    /// Subscribes to all further events; the first subscriber also gets the buffered ones.
+    pub fn subscribe(&self) -> Events {
         let mut inner = self.lock();
         Events {
             waiting: inner.waiting.take().unwrap_or_default(),
@@ -106,12 +105,11 @@ impl EventHub {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
-        // Plain data: a panic elsewhere left it whole.
         self.inner.lock()
     }
 }
 
-/// One follower's end. Dropping it ends the following.
+/// A subscription. Dropping it unsubscribes.
 #[derive(Debug)]
 pub struct Events {
     waiting: VecDeque<BoxEvent>,
@@ -119,24 +117,24 @@ pub struct Events {
     closing: CancellationToken,
 }
 
-/// Why there is no next event.
+/// Reason for the end of a subscription.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum EventsEnd {
-    /// The follower was too slow.
+    /// The subscriber was too slow.
     #[error(
-        "{missed} events were missed: at most {KEPT} are kept for a follower; list, and follow anew"
+        "subscriber missed {missed} events (maximum backlog {MAX_BACKLOG_EVENTS}): list and subscribe again"
     )]
     Behind {
-        /// How many are lost to it.
+        /// Number of lost events.
         missed: u64,
     },
-    /// The runtime goes down.
+    /// The runtime shuts down.
     #[error("the runtime is shutting down")]
     Closing,
 }
 
 impl Events {
-    /// The next event; waits for it. Cancel-safe.
+    /// Waits for the next event. Cancel-safe.
     ///
     /// # Errors
     /// [`EventsEnd`].
@@ -212,23 +210,23 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_first_follower_gets_what_waited_and_the_second_does_not() {
+    async fn subscribe_gives_buffered_events_to_first_only() {
         let hub = EventHub::new(CancellationToken::new());
-        hub.tell(event(1));
-        hub.tell(event(2));
-        let (mut first, mut second) = (hub.follow(), hub.follow());
-        hub.tell(event(3));
+        hub.emit(event(1));
+        hub.emit(event(2));
+        let (mut first, mut second) = (hub.subscribe(), hub.subscribe());
+        hub.emit(event(3));
         assert_eq!(ids(&mut first, 3).await, ["1", "2", "3"]);
         assert_eq!(ids(&mut second, 1).await, ["3"]);
     }
 
     #[tokio::test]
-    async fn a_slow_follower_slows_nobody_and_is_told() {
+    async fn emit_does_not_wait_for_slow_subscriber() {
         let closing = CancellationToken::new();
         let hub = EventHub::new(closing.clone());
-        let (mut slow, mut fast) = (hub.follow(), hub.follow());
-        for number in 0..KEPT + 5 {
-            hub.tell(event(number));
+        let (mut slow, mut fast) = (hub.subscribe(), hub.subscribe());
+        for number in 0..MAX_BACKLOG_EVENTS + 5 {
+            hub.emit(event(number));
             assert_eq!(fast.next().await.unwrap().id, number.to_string());
         }
         assert!(matches!(
@@ -240,13 +238,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_waits_is_bounded() {
+    async fn emit_bounds_buffer_without_subscriber() {
         let hub = EventHub::new(CancellationToken::new());
-        for number in 0..KEPT + 1 {
-            hub.tell(event(number));
+        for number in 0..MAX_BACKLOG_EVENTS + 1 {
+            hub.emit(event(number));
         }
-        let mut events = hub.follow();
-        assert_eq!(events.waiting.len(), KEPT);
+        let mut events = hub.subscribe();
+        assert_eq!(events.waiting.len(), MAX_BACKLOG_EVENTS);
         assert_eq!(events.next().await.unwrap().id, "1");
     }
 }

@@ -1,9 +1,9 @@
-//! For tests: a shim of containerd's protocol that lives in this process, with a guest that answers Ping, Stats and
-//! List — no VM.
+//! For tests: an in-process shim that speaks containerd's protocol, with a guest that answers Ping, Stats and List, and
+//! without a VM.
 //!
 //! The "program" is a shell script that prints the address of a socket served here; the "process" is a `sleep` that a
-//! test can kill. It does what the protocol says and fails where a test told it to ([`Faults`]); it proves nothing
-//! about the real shim. cri-server's tests use it too, by the feature `fake-shim`.
+//! test can kill. The shim follows the protocol except for injected [`Faults`]. cri-server's tests use it through the
+//! feature `fake-shim`.
 
 mod guest;
 
@@ -29,20 +29,20 @@ use tokio::sync::watch;
 use ttrpc::asynchronous::TtrpcContext;
 use ttrpc::asynchronous::transport::Listener;
 
-/// What a test tells a fake shim to do wrong.
+/// Faults injected by a test.
 #[derive(Debug, Default)]
 pub struct Faults {
     pub fail_create_sandbox: AtomicBool,
     pub fail_start_sandbox: AtomicBool,
-    /// StartSandbox answers after so many ms.
+    /// Delay of StartSandbox in ms.
     pub slow_start_ms: AtomicU32,
     pub fail_task_create: AtomicBool,
     pub fail_task_start: AtomicBool,
-    /// Containers outlive SIGTERM.
+    /// Containers ignore SIGTERM.
     pub deaf: AtomicBool,
-    /// Guest says that exits were OOM kills.
+    /// The guest reports exits as OOM kills.
     pub oom: AtomicBool,
-    /// Guest of the box with this id answers no question for figures.
+    /// The guest of the box with this id does not answer Stats.
     pub hung: Mutex<String>,
 }
 
@@ -87,7 +87,7 @@ impl FakeShim {
         })
     }
 
-    /// Forever, in a guest that was told to hang.
+    /// Waits forever if the guest is set to hang.
     async fn hang(&self) {
         let hung = self.faults.hung.lock().unwrap().clone();
         if !hung.is_empty() && self.bundle.ends_with(hung) {
@@ -99,19 +99,19 @@ impl FakeShim {
         self.calls.lock().unwrap().push(call.to_owned());
     }
 
-    /// How often StartSandbox was called.
+    /// Returns the number of StartSandbox calls.
     pub fn starts(&self) -> u32 {
         self.starts.load(Ordering::SeqCst)
     }
 
-    /// A container ends by itself.
+    /// Lets a container exit.
     pub fn exit(&self, id: &str, code: u32) {
         self.tasks.send_modify(|tasks| {
             tasks.insert(id.to_owned(), Task::Stopped(code));
         });
     }
 
-    /// The VM dies by itself, with everything in it.
+    /// Lets the VM die with all containers.
     pub fn kill_vm(&self) {
         self.tasks.send_modify(|tasks| {
             for task in tasks.values_mut() {
@@ -123,7 +123,7 @@ impl FakeShim {
         self.vm.send_replace(false);
     }
 
-    /// The "process" ends.
+    /// Kills the "process".
     pub fn kill_process(&self) {
         let mut process = self.process.lock().unwrap();
         let _ = process.kill();
@@ -134,7 +134,7 @@ impl FakeShim {
         matches!(self.process.lock().unwrap().try_wait(), Ok(None))
     }
 
-    /// Ids of tasks the shim has.
+    /// Returns the ids of the shim's tasks.
     pub fn tasks(&self) -> Vec<String> {
         self.tasks.borrow().keys().cloned().collect()
     }
@@ -145,7 +145,7 @@ impl FakeShim {
     }
 }
 
-/// What ttrpc serves; a type of its own, since the traits are foreign and so is `Arc`.
+/// The ttrpc services; a wrapper, because both the traits and `Arc` are foreign.
 #[derive(Clone)]
 struct Served(Arc<FakeShim>);
 
@@ -367,10 +367,10 @@ impl shim_async::Task for Served {
     }
 }
 
-/// A fake shim and the tokio runtime it lives in.
+/// A fake shim and its tokio runtime.
 type Running = (Arc<FakeShim>, tokio::runtime::Runtime);
 
-/// A node of fake shims: roots, program, one image, and the shims that were served so far.
+/// A node with fake shims: roots, program, one image, and the shims served so far.
 pub struct FakeNode {
     directory: tempfile::TempDir,
     pub faults: Arc<Faults>,
@@ -385,7 +385,7 @@ impl FakeNode {
             std::fs::write(at(name), "x").unwrap();
             std::fs::set_permissions(at(name), std::fs::Permissions::from_mode(0o755)).unwrap();
         }
-        // `start` prints the address of the socket that `serve` made; both actions leave a line for the test.
+        // `start` prints the address of the socket that `serve` created; both actions append a line to the log.
         let script = "#!/bin/sh\nid=$4\ncase \"$*\" in\n*start) [ -e BASE/fail ] && { echo told to >&2; exit 1; }\n\
              echo start $id >> BASE/log; : > BASE/wanted/$id; until [ -S BASE/f/$id ]; do sleep 0.01; done\n\
              printf 'unix://BASE/f/%s' $id ;;\n*) echo delete $id >> BASE/log ;;\nesac\n";
@@ -407,7 +407,7 @@ impl FakeNode {
         self.directory.path().join(name)
     }
 
-    /// What the program was run for.
+    /// Returns the log of the program's actions.
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.at("log")).unwrap_or_default()
     }
@@ -433,7 +433,7 @@ impl FakeNode {
         }
     }
 
-    /// Serves a shim for a box, to be found by the script; in a tokio runtime of its own, so that it can die at once.
+    /// Serves a shim for a box, to be found by the script, in a separate tokio runtime so that it can be killed.
     pub async fn serve(&self, box_id: &str) -> Arc<FakeShim> {
         let bundle = self.at("s").join("s").join(box_id);
         let shim = FakeShim::new(bundle, self.faults.clone());
@@ -469,7 +469,7 @@ impl FakeNode {
         shim
     }
 
-    /// Serves a shim for every box whose id is not known before, until the future is dropped.
+    /// Serves a shim for every box that is started, until the future is dropped.
     pub async fn attend(&self) {
         loop {
             for entry in std::fs::read_dir(self.at("wanted")).unwrap() {
@@ -482,13 +482,13 @@ impl FakeNode {
         }
     }
 
-    /// How many shims' processes live.
+    /// Returns the number of live shim processes.
     pub fn alive(&self) -> usize {
         let shims = self.shims.lock().unwrap();
         shims.values().filter(|(shim, _)| shim.alive()).count()
     }
 
-    /// `kill -9` of a shim: its process, its VM and its connections end.
+    /// Kills a shim as by `kill -9`: its process, VM and connections end.
     pub fn kill_shim(&self, box_id: &str) {
         let (shim, own) = self.shims.lock().unwrap().remove(box_id).unwrap();
         shim.kill_process();
@@ -530,7 +530,7 @@ impl FakeNode {
         }
     }
 
-    /// Writes an image of one layer the way the store keeps it.
+    /// Writes an image of one layer into the store.
     fn put_image(&self) {
         let layer = format!("sha256:{}", "1".repeat(64));
         let store = self.at("r").join("images");
@@ -572,7 +572,7 @@ fn image_config() -> String {
     .to_string()
 }
 
-/// Id of the one image.
+/// Returns the id of the image.
 pub fn image_id() -> String {
     use sha2::Digest;
     format!(
@@ -581,7 +581,7 @@ pub fn image_id() -> String {
     )
 }
 
-/// Whether the fake's process is the one written down.
+/// Whether `pid` is the fake shim's process.
 pub fn is_process(shim: &FakeShim, pid: i32) -> bool {
     let own = i32::try_from(shim.process.lock().unwrap().id()).unwrap();
     own == pid && ProcessId::of(pid).is_some()

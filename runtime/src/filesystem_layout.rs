@@ -1,8 +1,8 @@
-//! [`FilesystemLayout`]: every path the runtime uses, built here and nowhere else.
+//! [`FilesystemLayout`]: the paths below the runtime's two roots.
 //!
-//! Ids become path components only after [`check_id`]. Directories are 0700: bundles hold environment variables,
-//! sockets hold the guest. What lies inside a bundle's `vm/` is named in `boxlite_proto::names` and written by the
-//! shim.
+//! Ids become path components only after [`check_id`]. Directories are 0700: bundles contain environment variables, and
+//! sockets give access to guests. Names inside a bundle's `vm/` are defined in `boxlite_proto::names`. Paths below
+//! [`FilesystemLayout::images`] are built by the image store.
 
 use crate::error::{Result, RuntimeError};
 use boxlite_proto::names;
@@ -10,11 +10,11 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-/// Longest `state` path in bytes: the shim's socket is `<state>/s/<64 hex digits>` and must fit the 107 bytes of a
-/// `sockaddr_un`.
-pub const STATE_PATH_LIMIT: usize = 40;
-/// Longest id of a box or container, in bytes.
-const ID_LIMIT: usize = 128;
+/// Maximum length of the `state` path: the shim's socket is `<state>/s/<64 hex digits>` and must fit into the 107 bytes
+/// of a `sockaddr_un`.
+pub const MAX_STATE_PATH_BYTES: usize = 40;
+/// Maximum length of a box or container id.
+const MAX_ID_BYTES: usize = 128;
 
 /// Paths below the two roots.
 #[derive(Debug, Clone)]
@@ -25,26 +25,28 @@ pub struct FilesystemLayout {
 }
 
 impl FilesystemLayout {
-    /// The layout of these two roots; touches nothing.
+    /// Returns the layout of these two roots, without creating anything.
     ///
     /// # Errors
-    /// `InvalidArgument` where a root is relative or `state` is longer than [`STATE_PATH_LIMIT`].
+    /// `InvalidArgument` if a root is relative or `state` is longer than [`MAX_STATE_PATH_BYTES`].
     pub fn new(root: &Path, state: &Path) -> Result<Self> {
         for (field, path) in [("root", root), ("state", state)] {
             if !path.is_absolute() {
                 return Err(RuntimeError::InvalidArgument {
                     field,
                     value: path.display().to_string(),
-                    reason: "it must be an absolute path".into(),
+                    reason: "not an absolute path".into(),
                 });
             }
         }
         let length = state.as_os_str().len();
-        if length > STATE_PATH_LIMIT {
+        if length > MAX_STATE_PATH_BYTES {
             return Err(RuntimeError::InvalidArgument {
                 field: "state",
                 value: state.display().to_string(),
-                reason: format!("{length} bytes; sockets below it allow {STATE_PATH_LIMIT}"),
+                reason: format!(
+                    "{length} bytes long, but sockets below it allow at most {MAX_STATE_PATH_BYTES}"
+                ),
             });
         }
         Ok(Self {
@@ -63,14 +65,14 @@ impl FilesystemLayout {
             return Err(RuntimeError::InvalidArgument {
                 field: "scratch_dir",
                 value: directory.display().to_string(),
-                reason: "it must be an absolute path".into(),
+                reason: "not an absolute path".into(),
             });
         }
         directory.clone_into(&mut self.scratch);
         Ok(self)
     }
 
-    /// Makes the roots, 0700. Opening a runtime does it once; blocking, short.
+    /// Creates the directories with mode 0700. Blocks briefly.
     ///
     /// # Errors
     /// `Io`.
@@ -88,100 +90,100 @@ impl FilesystemLayout {
         Ok(())
     }
 
-    /// Persistent root.
+    /// Returns the persistent root.
     pub fn root(&self) -> &Path {
         &self.root
     }
 
-    /// Root of the present boot.
+    /// Returns the root of the present boot.
     pub fn state(&self) -> &Path {
         &self.state
     }
 
-    /// The database.
+    /// Returns the database file.
     pub fn database(&self) -> PathBuf {
         self.root.join("runtime.db")
     }
 
-    /// Lock that keeps a second runtime off the same roots.
+    /// Returns the file that locks the roots against a second runtime.
     pub fn lock(&self) -> PathBuf {
         self.root.join("runtime.lock")
     }
 
-    /// The image store.
+    /// Returns the directory of the image store.
     pub fn images(&self) -> PathBuf {
         self.root.join("images")
     }
 
-    /// What the vmm probe found out, kept.
+    /// Returns the cache of the VMM probe.
     pub fn probe_cache(&self) -> PathBuf {
         self.root.join("vmm-probe.json")
     }
 
-    /// Where shims send events.
+    /// Returns the socket to which shims publish events.
     pub fn events_socket(&self) -> PathBuf {
         self.state.join("events.ttrpc")
     }
 
-    /// What a shim is given as containerd's address; nobody serves there, but sockets are placed beside it.
+    /// Returns the path passed to shims as containerd's address. No process serves it, but shims place sockets next to it.
     pub fn containerd_address(&self) -> PathBuf {
         self.state.join("containerd.sock")
     }
 
-    /// Directory of the scratch disks, which hold the writable layers. On disk, unlike `state`: they may grow to gigabytes.
+    /// Returns the directory of the scratch disks, which hold the writable layers. On disk, unlike `state`: they may grow to gigabytes.
     pub fn scratch_dir(&self) -> &Path {
         &self.scratch
     }
 
-    /// Scratch disk of a box.
+    /// Returns the scratch disk of a box.
     pub fn scratch(&self, box_id: &str) -> PathBuf {
         self.scratch.join(names::scratch_file(box_id))
     }
 
-    /// All bundles.
+    /// Returns the directory of all bundles.
     pub fn boxes(&self) -> PathBuf {
         self.state.join("s")
     }
 
-    /// The bundle of a box: its shim's working directory.
+    /// Returns the bundle of a box, which is its shim's working directory.
     pub fn bundle(&self, box_id: &str) -> PathBuf {
         self.boxes().join(box_id)
     }
 
-    /// The VM's private directory.
+    /// Returns the VM's private directory.
     pub fn vm(&self, box_id: &str) -> PathBuf {
         self.bundle(box_id).join("vm")
     }
 
-    /// The unix socket to the guest.
+    /// Returns the unix socket to the guest.
     pub fn vsock(&self, box_id: &str) -> PathBuf {
         self.vm(box_id).join(names::VSOCK_SOCKET)
     }
 
-    /// The guest's console.
+    /// Returns the log of the guest's console.
     pub fn console(&self, box_id: &str) -> PathBuf {
         self.vm(box_id).join(names::CONSOLE_LOG)
     }
 
-    /// The bundle of a container.
+    /// Returns the bundle of a container.
     pub fn container_bundle(&self, box_id: &str, container_id: &str) -> PathBuf {
         self.bundle(box_id).join("c").join(container_id)
     }
 
-    /// The OCI spec in it.
+    /// Returns the OCI spec of a container.
     pub fn container_config(&self, box_id: &str, container_id: &str) -> PathBuf {
         self.container_bundle(box_id, container_id)
             .join("config.json")
     }
 }
 
-/// Whether `id` may be a path component and a key: hex digits, letters, `-`, `_`, and no dot.
+/// Checks that `id` is safe as a path component: letters, digits, `-` and `_` only.
 ///
 /// # Errors
 /// `InvalidArgument`.
 pub fn check_id(field: &'static str, id: &str) -> Result<()> {
     let good = !id.is_empty()
-        && id.len() <= ID_LIMIT
+        && id.len() <= MAX_ID_BYTES
         && id
             .bytes()
             .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
@@ -190,18 +192,18 @@ pub fn check_id(field: &'static str, id: &str) -> Result<()> {
     }
     Err(RuntimeError::InvalidArgument {
         field,
-        value: id.chars().take(ID_LIMIT).collect(),
-        reason: format!("an id is 1 to {ID_LIMIT} letters, digits, '-' or '_'"),
+        value: id.chars().take(MAX_ID_BYTES).collect(),
+        reason: format!("must be 1 to {MAX_ID_BYTES} letters, digits, '-' or '_'"),
     })
 }
 
-/// Makes `directory` and what is above it, and takes everybody else's rights to it. Blocking, short.
+/// Creates `directory` and its parents, and sets its mode to 0700. Blocks briefly.
 ///
 /// # Errors
 /// `Io`.
 pub fn private_directory(directory: &Path) -> Result<()> {
     let io = |source| RuntimeError::Io {
-        what: "cannot create directory",
+        operation: "create directory",
         path: directory.to_owned(),
         source,
     };
@@ -213,14 +215,14 @@ pub fn private_directory(directory: &Path) -> Result<()> {
     std::fs::set_permissions(directory, std::fs::Permissions::from_mode(0o700)).map_err(io)
 }
 
-/// Removes a file; succeeds if it does not exist. Blocking.
+/// Removes a file; succeeds if it does not exist. Blocks.
 ///
 /// # Errors
 /// `Io`.
 pub fn remove_file(path: &Path) -> Result<()> {
     match std::fs::remove_file(path) {
         Err(source) if source.kind() != io::ErrorKind::NotFound => Err(RuntimeError::Io {
-            what: "cannot remove",
+            operation: "remove",
             path: path.to_owned(),
             source,
         }),
@@ -228,7 +230,7 @@ pub fn remove_file(path: &Path) -> Result<()> {
     }
 }
 
-/// Removes a tree; succeeds where there is none. Blocking.
+/// Removes a directory tree; succeeds if it does not exist. Blocks.
 ///
 /// # Errors
 /// `Io`.
@@ -237,7 +239,7 @@ pub fn remove_tree(path: &Path) -> Result<()> {
         Ok(()) => Ok(()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(source) => Err(RuntimeError::Io {
-            what: "cannot remove",
+            operation: "remove",
             path: path.to_owned(),
             source,
         }),
@@ -249,7 +251,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn roots_are_private_and_checked() {
+    fn prepare_creates_private_roots() {
         let directory = tempfile::tempdir_in("/tmp").unwrap();
         let layout =
             FilesystemLayout::new(&directory.path().join("r"), &directory.path().join("s"))
@@ -260,7 +262,7 @@ mod tests {
             assert_eq!(mode & 0o7777, 0o700);
         }
         assert!(FilesystemLayout::new(Path::new("r"), Path::new("/s")).is_err());
-        let long = PathBuf::from(format!("/{}", "s".repeat(STATE_PATH_LIMIT)));
+        let long = PathBuf::from(format!("/{}", "s".repeat(MAX_STATE_PATH_BYTES)));
         assert!(FilesystemLayout::new(Path::new("/r"), &long).is_err());
         let layout = FilesystemLayout::new(Path::new("/r"), Path::new("/s")).unwrap();
         assert_eq!(layout.scratch("id"), Path::new("/r/scratch/id.img"));
@@ -270,8 +272,16 @@ mod tests {
     }
 
     #[test]
-    fn ids_cannot_leave_their_directory() {
-        for bad in ["", ".", "..", "a/b", "a\0b", &"a".repeat(ID_LIMIT + 1), "é"] {
+    fn check_id_rejects_unsafe_components() {
+        for bad in [
+            "",
+            ".",
+            "..",
+            "a/b",
+            "a\0b",
+            &"a".repeat(MAX_ID_BYTES + 1),
+            "é",
+        ] {
             assert!(check_id("id", bad).is_err(), "{bad:?}");
         }
         check_id("id", &"0af3".repeat(16)).unwrap();

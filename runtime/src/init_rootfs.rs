@@ -1,7 +1,7 @@
-//! [`InitRootfs`]: what a VM boots from — the agent binary and the guest kernel — checked before a box is started.
+//! [`InitRootfs`]: the files that a VM boots from (agent and guest kernel), checked before a box is started.
 //!
-//! It makes nothing: the shim derives the root image, the kernel's wrapper and the ext4 template from these, in
-//! `Installation::cache`. A file that is missing is named here in words, instead of as a VM that never says "ready".
+//! Creates nothing: the shim derives the root image from these files in `Installation::cache`. The check turns a missing
+//! file into an error that names it, instead of a VM that does not become ready.
 
 use crate::error::{Result, RuntimeError};
 use boxlite_proto::vmm::{Installation, VmmKind};
@@ -15,25 +15,25 @@ pub struct InitRootfs {
 }
 
 impl InitRootfs {
-    /// Over this installation; looks at nothing yet.
+    /// Wraps an installation without checking it.
     pub fn new(installation: Installation) -> Self {
         Self { installation }
     }
 
-    /// The installation.
+    /// Returns the installation.
     pub fn installation(&self) -> &Installation {
         &self.installation
     }
 
-    /// Whether everything a VM of `kind` needs is there: a few stats, asked before each start, since packages are
-    /// replaced under a running daemon.
+    /// Checks all files that a VM of `kind` needs. Called before each start, because packages may be replaced while the
+    /// daemon is running.
     ///
     /// # Errors
-    /// `Missing` with the first file that is not there, is empty, or cannot be executed where it must be.
+    /// `Missing` with the first file that is missing, empty, or not executable although it must be.
     pub fn check(&self, kind: &VmmKind) -> Result<()> {
         let files = &self.installation;
-        check_file("the guest agent", &files.guest, true)?;
-        check_file("the guest kernel libkrunfw", &files.libkrunfw, false)?;
+        check_file("guest agent", &files.guest, true)?;
+        check_file("guest kernel libkrunfw", &files.libkrunfw, false)?;
         if *kind == VmmKind::Qemu {
             check_file("QEMU", &files.qemu, true)?;
             check_file("virtiofsd", &files.virtiofsd, true)?;
@@ -43,11 +43,11 @@ impl InitRootfs {
     }
 }
 
-/// Whether `path` is a file with content, and may be executed if `program`.
+/// Checks that `path` is a non-empty file, and executable if `program` is set.
 pub(crate) fn check_file(what: &'static str, path: &Path, program: bool) -> Result<()> {
     use std::os::unix::fs::PermissionsExt;
     let missing = |source| RuntimeError::Missing {
-        what,
+        subject: what,
         path: path.to_owned(),
         source,
     };
@@ -73,7 +73,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     #[test]
-    fn each_missing_file_is_named() {
+    fn check_names_missing_file() {
         let directory = tempfile::tempdir().unwrap();
         let file = |name: &str, mode| {
             let path = directory.path().join(name);

@@ -1,9 +1,8 @@
-//! Boxes (one VM per pod), their images, shims and the Portal into their guests: everything boxlite-cri does that is
-//! not CRI.
+//! The runtime behind boxlite-cri: boxes (one VM per pod), their images, and the clients of their shims and guests.
 //!
-//! Knows paths, images and the database; knows neither CRI types (cri-server converts) nor a VMM (shim-v2 does).
+//! Owns paths, images and the database. Depends neither on CRI types (cri-server converts) nor on a VMM (shim-v2 does).
 //!
-//! [`BoxliteRuntime`] holds all boxes; a [`LiteBox`] is one. Starting, stopping and exits go through the shim
+//! [`BoxliteRuntime`] holds all boxes, a [`LiteBox`] is a handle to one. Starting, stopping and exits go through the shim
 //! (`shim_controller`), exec and stats through `boxlite-portal`.
 
 mod database;

@@ -1,7 +1,7 @@
 //! Counters: [`RuntimeMetrics`] over all boxes, [`BoxMetrics`] of one, and the stage timers of a start.
 //!
-//! Plain atomics beside what they count; reading never waits for a VM. cri-server puts labels on them. What the guest
-//! must be asked for is brought here by the sampler of [`crate::litebox`], which also marks it stale.
+//! Counters are plain atomics; reading them does not wait for a VM. cri-server adds labels. Values from the guest are
+//! written by the sampler of [`crate::litebox`], which also marks them as stale.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -13,9 +13,9 @@ use std::time::Duration;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Stage {
-    /// Agent and kernel are there.
+    /// Agent and kernel are checked.
     Image,
-    /// Bundle and private directories are there.
+    /// Bundle and private directories are created.
     Rootfs,
     /// The shim answers.
     Spawn,
@@ -24,7 +24,7 @@ pub enum Stage {
 }
 
 impl Stage {
-    /// Label value.
+    /// Returns the label value.
     pub fn name(self) -> &'static str {
         match self {
             Self::Image => "image",
@@ -41,7 +41,7 @@ impl fmt::Display for Stage {
     }
 }
 
-/// How long the stages of one start took, in ms, in their order. The shim may add its own below `ready`.
+/// Durations of the stages of one start in ms, in order. The shim's stages follow `ready`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StageTimers {
     /// (name, ms).
@@ -49,13 +49,13 @@ pub struct StageTimers {
 }
 
 impl StageTimers {
-    /// Notes a stage.
+    /// Appends a stage.
     pub fn record(&mut self, stage: impl Into<String>, took: Duration) {
         let ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
         self.stages.push((stage.into(), ms));
     }
 
-    /// ms of one stage, if it was reached.
+    /// Returns the duration of a stage in ms, if it was reached.
     pub fn get(&self, stage: &str) -> Option<u64> {
         self.stages
             .iter()
@@ -73,19 +73,19 @@ pub struct BoxMetrics {
     pub memory_usage_bytes: AtomicU64,
     /// Processes started by exec.
     pub exec_count: AtomicU64,
-    /// Sent by the guest's network cards, as last sampled.
+    /// Bytes sent by the guest's NICs, as last sampled.
     pub network_bytes_sent: AtomicU64,
-    /// Received by them, as last sampled.
+    /// Bytes received by the guest's NICs, as last sampled.
     pub network_bytes_received: AtomicU64,
     /// Payload through the Portal, both ways, in bytes.
     pub bytes_transferred: Arc<AtomicU64>,
-    /// When the sampled values were taken, ns since the epoch; 0: never.
+    /// Time of the last sample in ns since the epoch; 0 if there is none.
     pub sampled_at_ns: AtomicI64,
-    /// Whether the last sampling did not succeed.
+    /// Whether the last sampling failed.
     pub stale: AtomicBool,
 }
 
-/// [`BoxMetrics`] at one moment.
+/// Snapshot of [`BoxMetrics`].
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct BoxMetricsSnapshot {
     /// See [`BoxMetrics::cpu_time_ms`].
@@ -107,7 +107,7 @@ pub struct BoxMetricsSnapshot {
 }
 
 impl BoxMetrics {
-    /// The present values.
+    /// Returns the present values.
     pub fn snapshot(&self) -> BoxMetricsSnapshot {
         BoxMetricsSnapshot {
             cpu_time_ms: self.cpu_time_ms.load(Ordering::Relaxed),
@@ -122,19 +122,19 @@ impl BoxMetrics {
     }
 }
 
-/// Counters of a runtime since it was opened. What belongs to boxes is kept by the boxes; here is only what boxes
-/// that left had.
+/// Counters of a runtime since it was opened. Boxes hold their own counters; the counters of removed boxes are added
+/// up here.
 #[derive(Debug, Default)]
 pub struct RuntimeMetrics {
     /// Boxes registered.
     pub boxes_created: AtomicU64,
     /// Boxes removed.
     pub boxes_destroyed: AtomicU64,
-    departed_exec_calls: AtomicU64,
-    departed_bytes: AtomicU64,
+    removed_exec_calls: AtomicU64,
+    removed_bytes: AtomicU64,
 }
 
-/// [`RuntimeMetrics`] with all boxes added up, at one moment.
+/// Snapshot of [`RuntimeMetrics`] including all boxes.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RuntimeMetricsSnapshot {
     /// Boxes registered since the runtime was opened.
@@ -148,16 +148,16 @@ pub struct RuntimeMetricsSnapshot {
 }
 
 impl RuntimeMetrics {
-    /// Takes over the counters of a box that leaves.
-    pub fn departed(&self, metrics: &BoxMetricsSnapshot) {
+    /// Adds the counters of a removed box.
+    pub fn box_removed(&self, metrics: &BoxMetricsSnapshot) {
         self.boxes_destroyed.fetch_add(1, Ordering::Relaxed);
-        self.departed_exec_calls
+        self.removed_exec_calls
             .fetch_add(metrics.exec_count, Ordering::Relaxed);
-        self.departed_bytes
+        self.removed_bytes
             .fetch_add(metrics.bytes_transferred, Ordering::Relaxed);
     }
 
-    /// The totals, with the boxes that are `present`.
+    /// Returns the totals including the `present` boxes.
     pub fn snapshot(
         &self,
         present: impl Iterator<Item = BoxMetricsSnapshot>,
@@ -165,8 +165,8 @@ impl RuntimeMetrics {
         let start = RuntimeMetricsSnapshot {
             boxes_created: self.boxes_created.load(Ordering::Relaxed),
             boxes_destroyed: self.boxes_destroyed.load(Ordering::Relaxed),
-            total_exec_calls: self.departed_exec_calls.load(Ordering::Relaxed),
-            total_bytes_transferred: self.departed_bytes.load(Ordering::Relaxed),
+            total_exec_calls: self.removed_exec_calls.load(Ordering::Relaxed),
+            total_bytes_transferred: self.removed_bytes.load(Ordering::Relaxed),
         };
         present.fold(start, |mut sum, metrics| {
             sum.total_exec_calls += metrics.exec_count;
@@ -181,7 +181,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn totals_are_present_plus_departed() {
+    fn snapshot_adds_present_and_removed_boxes() {
         let metrics = RuntimeMetrics::default();
         let of = |exec_count, bytes_transferred| BoxMetricsSnapshot {
             exec_count,
@@ -189,7 +189,7 @@ mod tests {
             ..Default::default()
         };
         metrics.boxes_created.fetch_add(3, Ordering::Relaxed);
-        metrics.departed(&of(5, 100));
+        metrics.box_removed(&of(5, 100));
         let total = metrics.snapshot([of(1, 10), of(2, 20)].into_iter());
         assert_eq!(total.boxes_created, 3);
         assert_eq!(total.boxes_destroyed, 1);

@@ -1,21 +1,22 @@
-//! Recovery: what [`crate::BoxliteRuntime::open`] does with the rows and bundles of the runtime before it, which may
-//! have died at any line.
+//! Recovery: reconciles the rows and bundles of the previous process, which may have died at any point, with the shims
+//! that are still running. Part of [`crate::BoxliteRuntime::open`].
 //!
 //! Assumptions:
-//! - One runtime at a time uses the roots (a lock file says so), so nothing found here is being worked on.
-//! - A box's row is on disk before its bundle, its bundle before its shim, and the shim's record before the VM boots.
-//!   A row in phase Starting may have a shim without a record: its own `delete` finds it by what the shim wrote into the bundle.
-//! - Shims go on without a runtime: they keep logs and exit codes. So a shim that answers is believed about its
-//!   containers, whatever the row says.
-//! - A shim that is dead took its VM along (PDEATHSIG), and a reboot takes everything but the rows.
-//! - `state` may be empty (tmpfs) while `root` is not; the other way round there are orphans, and they are ended.
+//! - One runtime at a time uses the roots (enforced by a lock file), so no other process changes them.
+//! - A box's row is persisted before its bundle is created, its bundle is created before its shim is started, and the
+//!   shim's state is persisted before the VM boots. A row in phase Starting may have a shim whose state is not persisted:
+//!   the shim's `delete` finds it from the bundle.
+//! - Shims keep running, with logs and exit codes, without a runtime. The state that a shim reports for its containers
+//!   therefore overrides the rows.
+//! - A dead shim has taken its VM with it (PDEATHSIG), and a reboot removes everything but the rows.
+//! - `state` may be empty (tmpfs) while `root` is not. Bundles without a row are orphans and are removed.
 //!
-//! Nothing here waits for a guest; boxes are looked at side by side, each within the limits of ShimController.
+//! Recovery does not wait for guests. Boxes are recovered concurrently, each within the timeouts of ShimController.
 
 use crate::database::{BoxRow, ContainerRow};
 use crate::error::{ErrorKind, Result, RuntimeError};
 use crate::filesystem_layout::{check_id, remove_tree};
-use crate::litebox::driver::{Initial, end};
+use crate::litebox::driver::{InitialState, exit};
 use crate::litebox::{BoxEnv, Running, now_ns, teardown};
 use crate::management::box_state::Phase;
 use crate::metrics::BoxMetrics;
@@ -29,30 +30,34 @@ use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 
-/// Boxes looked at side by side.
-const AT_ONCE: usize = 16;
-/// Tries at a shim whose process lives.
-const ADOPT_TRIES: usize = 3;
+/// Boxes recovered concurrently.
+const RECOVERY_CONCURRENCY: usize = 16;
+/// Attempts to connect to a shim whose process lives.
+const MAX_ADOPT_ATTEMPTS: usize = 3;
 
-/// Finds out what became of every box; drivers take over from there.
+/// Determines the state of every box, from which the drivers continue.
 ///
 /// # Errors
-/// `Database` only: a box that cannot be recovered is NotReady, with the reason.
-pub(crate) async fn recover(env: &Arc<BoxEnv>) -> Result<Vec<Initial>> {
+/// `Database` only: a box that cannot be recovered becomes NotReady with a reason.
+pub(crate) async fn recover(env: &Arc<BoxEnv>) -> Result<Vec<InitialState>> {
     let rows = env.database.load().await?;
     let known: HashSet<String> = rows.iter().map(|(row, _)| row.options.id.clone()).collect();
-    end_orphans(env, &known).await;
+    remove_orphans(env, &known).await;
     let recovering = rows
         .into_iter()
         .map(|(row, containers)| recover_box(env, row, containers));
-    let recovered: Vec<Initial> = futures::stream::iter(recovering)
-        .buffer_unordered(AT_ONCE)
+    let recovered: Vec<InitialState> = futures::stream::iter(recovering)
+        .buffer_unordered(RECOVERY_CONCURRENCY)
         .collect()
         .await;
     Ok(recovered)
 }
 
-async fn recover_box(env: &Arc<BoxEnv>, mut row: BoxRow, containers: Vec<ContainerRow>) -> Initial {
+async fn recover_box(
+    env: &Arc<BoxEnv>,
+    mut row: BoxRow,
+    containers: Vec<ContainerRow>,
+) -> InitialState {
     let id = row.options.id.clone();
     let metrics = Arc::new(BoxMetrics::default());
     let mut containers = hold_images(env, containers);
@@ -66,14 +71,14 @@ async fn recover_box(env: &Arc<BoxEnv>, mut row: BoxRow, containers: Vec<Contain
                 tracing::warn!(
                     id,
                     error = report(&error),
-                    "bundle of an interrupted start is left"
+                    "failed to remove the bundle of an interrupted start"
                 );
             }
             row.phase = Phase::Created;
             row.shim = None;
             row.reason = "its start was interrupted".to_owned();
         }
-        // The driver goes on with these; what it needs of the shim is looked up here.
+        // The driver resumes these jobs with the adopted shim.
         Phase::Stopping | Phase::Removing => running = adopt(env, &row, &metrics).await,
         Phase::Ready => match adopt(env, &row, &metrics).await {
             Some(found) => {
@@ -83,46 +88,46 @@ async fn recover_box(env: &Arc<BoxEnv>, mut row: BoxRow, containers: Vec<Contain
                     running = Some(found);
                 } else {
                     row.phase = Phase::NotReady;
-                    row.reason = "its VM ended while no runtime watched".to_owned();
+                    row.reason = "its VM ended while the daemon was not running".to_owned();
                     running = Some(found);
                 }
             }
             None => {
                 row.phase = Phase::NotReady;
-                row.reason = "its shim ended while no runtime watched".to_owned();
+                row.reason = "its shim ended while the daemon was not running".to_owned();
             }
         },
         Phase::NotReady => {}
     }
     let vm_lives =
         running.is_some() && matches!(row.phase, Phase::Ready | Phase::Stopping | Phase::Removing);
-    let containers = settle(env, containers, vm_lives, &row.reason, running.as_ref()).await;
-    write_down(env, &row, &containers).await;
-    tracing::info!(id, phase = ?row.phase, containers = containers.len(), reason = row.reason, "box found again");
-    Initial {
+    let containers = reconcile(env, containers, vm_lives, &row.reason, running.as_ref()).await;
+    persist(env, &row, &containers).await;
+    tracing::info!(id, phase = ?row.phase, containers = containers.len(), reason = row.reason, "sandbox recovered");
+    InitialState {
         row,
         containers,
         running,
         metrics,
-        found: true,
+        recovered: true,
     }
 }
 
-/// The shim of a row, if it lives and serves.
+/// Connects to the shim of a row, if it lives and serves.
 async fn adopt(env: &BoxEnv, row: &BoxRow, metrics: &BoxMetrics) -> Option<Running> {
     let id = &row.options.id;
-    let record = row.shim.clone()?;
-    for _ in 0..ADOPT_TRIES {
-        if record
+    let state = row.shim.clone()?;
+    for _ in 0..MAX_ADOPT_ATTEMPTS {
+        if state
             .process
             .as_ref()
             .is_some_and(|process| !process.alive())
         {
             return None;
         }
-        match ShimController::adopt(id, record.clone()).await {
+        match ShimController::adopt(id, state.clone()).await {
             Ok(shim) => {
-                let address = GuestAddress::of(&record.vmm, env.layout.vsock(id));
+                let address = GuestAddress::of(&state.vmm, env.layout.vsock(id));
                 let session = GuestSession::counted(
                     Connection::lazy(address),
                     metrics.bytes_transferred.clone(),
@@ -135,7 +140,7 @@ async fn adopt(env: &BoxEnv, row: &BoxRow, metrics: &BoxMetrics) -> Option<Runni
     None
 }
 
-/// Takes the holds of all containers again: they are in memory only.
+/// Restores the image holds of all containers, which are in memory only.
 fn hold_images(env: &BoxEnv, containers: Vec<ContainerRow>) -> Vec<ContainerRow> {
     for row in &containers {
         let snapshot = &row.snapshot;
@@ -145,7 +150,7 @@ fn hold_images(env: &BoxEnv, containers: Vec<ContainerRow>) -> Vec<ContainerRow>
                     id = snapshot.id,
                     image,
                     error = report(&error),
-                    "image of a container is not here any more"
+                    "image of a container not found"
                 );
             }
         }
@@ -153,7 +158,7 @@ fn hold_images(env: &BoxEnv, containers: Vec<ContainerRow>) -> Vec<ContainerRow>
     containers
 }
 
-/// Believes the shim about each container.
+/// Takes over the shim's state of each container.
 async fn recover_containers(
     shim: &ShimController,
     containers: &mut [ContainerRow],
@@ -175,23 +180,23 @@ async fn recover_containers(
                 if row.snapshot.started_at_ns == 0 {
                     row.snapshot.started_at_ns = row.snapshot.created_at_ns;
                 }
-                end::finish(row, exit, "");
+                exit::finish(row, exit, "");
             }
             Err(RuntimeError::Shim {
                 kind: ErrorKind::NotFound,
                 ..
-            }) => end::finish_unknown(row, "its shim does not know it"),
+            }) => exit::finish_unknown(row, "the shim does not know the container"),
             Err(error) => tracing::warn!(
                 id = row.snapshot.id,
                 error = report(&error),
-                "state of a container is not known"
+                "failed to get the state of a container"
             ),
         }
     }
 }
 
-/// Drops half containers, and ends those whose VM is gone.
-async fn settle(
+/// Removes partially created containers, and marks containers without a VM as exited.
+async fn reconcile(
     env: &BoxEnv,
     containers: Vec<ContainerRow>,
     vm_lives: bool,
@@ -201,18 +206,18 @@ async fn settle(
     let mut kept = Vec::with_capacity(containers.len());
     for mut row in containers {
         if !row.complete {
-            drop_half(env, &row, running).await;
+            remove_incomplete(env, &row, running).await;
             continue;
         }
         if !vm_lives && row.snapshot.state != ContainerState::Exited {
-            end::finish_unknown(&mut row, reason);
+            exit::finish_unknown(&mut row, reason);
         }
         kept.push(row);
     }
     kept
 }
 
-async fn drop_half(env: &BoxEnv, row: &ContainerRow, running: Option<&Running>) {
+async fn remove_incomplete(env: &BoxEnv, row: &ContainerRow, running: Option<&Running>) {
     let (id, box_id) = (&row.snapshot.id, &row.snapshot.box_id);
     if let Some(running) = running
         && let Err(error) = running.shim.delete_task(id).await
@@ -220,7 +225,7 @@ async fn drop_half(env: &BoxEnv, row: &ContainerRow, running: Option<&Running>) 
         tracing::warn!(
             id,
             error = report(&error),
-            "task of a half container is left in the guest"
+            "failed to delete the task of a partially created container"
         );
     }
     let bundle = env.layout.container_bundle(box_id, id);
@@ -230,12 +235,16 @@ async fn drop_half(env: &BoxEnv, row: &ContainerRow, running: Option<&Running>) 
         Err(error) => Err(error),
     };
     if let Err(error) = removed {
-        tracing::warn!(id, error = report(&error), "half a container is left");
+        tracing::warn!(
+            id,
+            error = report(&error),
+            "partially created container could not be removed"
+        );
     }
     env.release_images(&row.snapshot);
 }
 
-async fn write_down(env: &BoxEnv, row: &BoxRow, containers: &[ContainerRow]) {
+async fn persist(env: &BoxEnv, row: &BoxRow, containers: &[ContainerRow]) {
     let mut written = env.database.update_box(row.clone()).await;
     for container in containers {
         if written.is_err() {
@@ -247,14 +256,14 @@ async fn write_down(env: &BoxEnv, row: &BoxRow, containers: &[ContainerRow]) {
         tracing::error!(
             id = row.options.id,
             error = report(&error),
-            "state of a box found again is not on disk"
+            "failed to persist the state of a recovered sandbox"
         );
     }
 }
 
 fn names_in(directory: &Path) -> Result<Vec<String>> {
     let entries = std::fs::read_dir(directory).map_err(|source| RuntimeError::Io {
-        what: "cannot list",
+        operation: "list",
         path: directory.to_owned(),
         source,
     })?;
@@ -264,8 +273,8 @@ fn names_in(directory: &Path) -> Result<Vec<String>> {
     Ok(names.collect())
 }
 
-/// Ends and removes bundles that belong to no row.
-async fn end_orphans(env: &BoxEnv, known: &HashSet<String>) {
+/// Removes bundles and scratch disks without a row, with their shims.
+async fn remove_orphans(env: &BoxEnv, known: &HashSet<String>) {
     let (boxes, scratch) = (env.layout.boxes(), env.layout.scratch_dir().to_owned());
     let listed = teardown::blocking(move || {
         let disks = names_in(&scratch)?;
@@ -278,17 +287,17 @@ async fn end_orphans(env: &BoxEnv, known: &HashSet<String>) {
     });
     let names = match listed.await {
         Ok(names) => names,
-        Err(error) => return tracing::warn!(error = report(&error), "bundles cannot be listed"),
+        Err(error) => return tracing::warn!(error = report(&error), "failed to list bundles"),
     };
     for id in names {
         if known.contains(&id) || check_id("bundle", &id).is_err() {
             continue;
         }
-        tracing::warn!(id, "removing bundle or scratch disk without a box");
+        tracing::warn!(id, "removing bundle or scratch disk without a sandbox");
         teardown::clean_or_warn(env, &id).await;
         let bundle = env.layout.bundle(&id);
         if let Err(error) = teardown::blocking(move || remove_tree(&bundle)).await {
-            tracing::warn!(id, error = report(&error), "bundle is left");
+            tracing::warn!(id, error = report(&error), "failed to remove bundle");
         }
     }
 }

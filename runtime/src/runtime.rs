@@ -1,7 +1,7 @@
-//! [`BoxliteRuntime`]: all boxes of a node, and [`RuntimeInnerImpl`] behind it.
+//! [`BoxliteRuntime`]: all boxes of a node, implemented by [`RuntimeInnerImpl`].
 //!
-//! A handle looks a box up and lets go of the lock; all work is the box's own ([`LiteBox`]). Nothing here waits for a
-//! VM but [`BoxliteRuntime::open`], and that only for shims. Called by cri-server.
+//! The runtime looks boxes up and registers them; operations are those of [`LiteBox`]. Only [`BoxliteRuntime::open`]
+//! waits, for shims. Called by cri-server.
 
 use crate::database::{BoxRow, Database};
 use crate::error::{ErrorKind, Result, RuntimeError};
@@ -9,8 +9,8 @@ use crate::events::{EventHub, Events};
 use crate::filesystem_layout::{FilesystemLayout, check_id};
 use crate::images::ImageManager;
 use crate::init_rootfs::InitRootfs;
-use crate::litebox::driver::{self, Initial};
-use crate::litebox::{BoxEnv, LiteBox, RemovedBox, now_ns};
+use crate::litebox::driver::{self, InitialState};
+use crate::litebox::{BoxEnv, LiteBox, RemovalListener, now_ns};
 use crate::management::box_manager::{BoxManager, unique};
 use crate::management::box_state::Phase;
 use crate::metrics::{
@@ -32,12 +32,12 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-/// Between two samplings of all boxes' counters; Prometheus scrapes every 15 to 60 s.
+/// Interval between two samplings of all boxes' counters; Prometheus scrapes every 15 to 60 s.
 const SAMPLE_INTERVAL: Duration = Duration::from_secs(10);
-/// VMs asked at a time: the sampler shall not load a node.
-const SAMPLES_AT_ONCE: usize = 8;
-/// How long shutdown waits for what is under way.
-const SHUTDOWN_LIMIT: Duration = Duration::from_secs(10);
+/// VMs sampled concurrently; small, so that sampling does not load the node.
+const SAMPLE_CONCURRENCY: usize = 8;
+/// Timeout of pending tasks on shutdown.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A handle to the runtime. Cheap to clone.
 #[derive(Clone)]
@@ -51,12 +51,12 @@ impl std::fmt::Debug for BoxliteRuntime {
     }
 }
 
-/// What the handles share.
+/// State shared by all handles.
 struct RuntimeInnerImpl {
-    /// Guards maps only; never held across an await.
+    /// Guards maps only; not held across an await.
     sync_state: RwLock<SyncState>,
     non_sync_state: NonSyncState,
-    /// One creation at a time: name and id are looked up and taken in one step.
+    /// Serializes creations, so that looking up and taking a name and id is atomic.
     creating: tokio::sync::Mutex<()>,
     env: Arc<BoxEnv>,
     events: boxlite_sys::sync::Mutex<Option<EventServer>>,
@@ -64,43 +64,42 @@ struct RuntimeInnerImpl {
     _lock: File,
 }
 
-/// What changes.
+/// State behind the lock.
 struct SyncState {
     boxes: BoxManager,
     images: ImageManager,
 }
 
-/// What does not, or locks itself.
+/// Immutable state, and state with its own synchronization.
 struct NonSyncState {
     layout: FilesystemLayout,
     init_rootfs: InitRootfs,
     metrics: RuntimeMetrics,
 }
 
-/// The drivers' way back to the maps. Weak: a driver must not keep its runtime.
+/// Removes boxes from the maps on behalf of their drivers. Weak, so that a driver does not keep its runtime alive.
 #[derive(Default)]
-struct Departures {
+struct RemovalSink {
     runtime: std::sync::OnceLock<Weak<RuntimeInnerImpl>>,
 }
 
-impl std::fmt::Debug for Departures {
+impl std::fmt::Debug for RemovalSink {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Departures")
+        f.write_str("RemovalSink")
     }
 }
 
-impl RemovedBox for Departures {
+impl RemovalListener for RemovalSink {
     fn removed(&self, id: &str, metrics: &BoxMetricsSnapshot) {
         if let Some(runtime) = self.runtime.get().and_then(Weak::upgrade) {
             runtime.write().boxes.remove(id);
-            runtime.non_sync_state.metrics.departed(metrics);
+            runtime.non_sync_state.metrics.box_removed(metrics);
         }
     }
 }
 
 impl RuntimeInnerImpl {
     fn read(&self) -> RwLockReadGuard<'_, SyncState> {
-        // Maps are changed by single calls, so a panic elsewhere left them whole.
         self.sync_state.read()
     }
 
@@ -114,11 +113,10 @@ impl RuntimeInnerImpl {
 }
 
 impl BoxliteRuntime {
-    /// Opens directories, database and images, serves the shims' events, and re-adopts what lives; see `recovery`.
-    /// Dropping the future leaves what was recovered so far on disk.
+    /// Opens directories, database and images, serves the shims' events, and adopts running boxes; see `recovery`.
     ///
     /// # Errors
-    /// `InvalidArgument`, `Io`, `Database`, `Image`; `AlreadyExists` where another runtime has the roots open.
+    /// `InvalidArgument`, `Io`, `Database`, `Image`; `AlreadyExists` if another process uses the same roots.
     pub async fn open(options: RuntimeOptions) -> Result<Self> {
         let mut layout = FilesystemLayout::new(&options.root, &options.state)?;
         if let Some(directory) = &options.scratch_dir {
@@ -129,7 +127,7 @@ impl BoxliteRuntime {
         let database = Database::open(&layout.database())?;
         let images = open_images(&layout, options.registry).await?;
         let init_rootfs = InitRootfs::new(options.installation);
-        let departures = Arc::new(Departures::default());
+        let removals = Arc::new(RemovalSink::default());
         let closing = CancellationToken::new();
         let env = Arc::new(BoxEnv {
             program: ShimProgram::new(&options.shim, &layout),
@@ -143,7 +141,7 @@ impl BoxliteRuntime {
             tasks: TaskTracker::new(),
             closing: closing.clone(),
             events: EventHub::new(closing.clone()),
-            removed: departures.clone(),
+            removed: removals.clone(),
         });
         let (server, events) = EventServer::start(&layout.events_socket()).await?;
         let recovered = recovery::recover(&env).await?;
@@ -162,9 +160,9 @@ impl BoxliteRuntime {
             events: boxlite_sys::sync::Mutex::new(Some(server)),
             _lock: lock,
         });
-        let _ = departures.runtime.set(Arc::downgrade(&inner));
+        let _ = removals.runtime.set(Arc::downgrade(&inner));
         for initial in recovered {
-            // Under the lock, so that a driver that removes its box at once finds it in the maps.
+            // Under the lock, so that a driver that removes its box at once finds it in the map.
             let mut state = inner.write();
             state.boxes.insert(driver::launch(env.clone(), initial));
         }
@@ -178,26 +176,26 @@ impl BoxliteRuntime {
         Ok(Self { inner })
     }
 
-    /// Registers a box and writes it down; starts nothing. A name that a box has already: that box, whatever the
-    /// other options say. Dropping the future registers it or does not.
+    /// Registers and persists a box without starting it. If a box with this name exists, returns that box regardless of
+    /// the other options. Dropping the future either registers the box or does not.
     ///
     /// # Errors
-    /// `InvalidArgument`; `AlreadyExists` where the id belongs to a box of another name; `Database`.
+    /// `InvalidArgument`; `AlreadyExists` if a box of another name has the id; `Database`.
     pub async fn create_box(&self, options: BoxOptions) -> Result<LiteBox> {
         check_options(&options)?;
         let this = self.clone();
         let creating = async move {
-            let _alone = this.inner.creating.lock().await;
-            this.create_alone(options).await
+            let _guard = this.inner.creating.lock().await;
+            this.create_locked(options).await
         };
-        // In a task, so that a row is never written without its box.
+        // In a task, so that a dropped future cannot leave a row without its box.
         match self.inner.env.tasks.spawn(creating).await {
             Ok(result) => result,
             Err(_) => Err(RuntimeError::ShuttingDown),
         }
     }
 
-    async fn create_alone(&self, options: BoxOptions) -> Result<LiteBox> {
+    async fn create_locked(&self, options: BoxOptions) -> Result<LiteBox> {
         {
             let state = self.inner.read();
             if let Some(present) = state.boxes.by_name(&options.name) {
@@ -205,9 +203,9 @@ impl BoxliteRuntime {
             }
             if let Some(present) = state.boxes.by_id(&options.id) {
                 return Err(RuntimeError::AlreadyExists {
-                    what: "box",
+                    subject: "pod sandbox",
                     id: options.id,
-                    reason: format!("its name is {:?}", present.name()),
+                    reason: format!("it has the name {:?}", present.name()),
                 });
             }
         }
@@ -223,12 +221,12 @@ impl BoxliteRuntime {
             timers: StageTimers::default(),
         };
         self.inner.env.database.insert_box(row.clone()).await?;
-        let initial = Initial {
+        let initial = InitialState {
             row,
             containers: Vec::new(),
             running: None,
             metrics: Arc::new(BoxMetrics::default()),
-            found: false,
+            recovered: false,
         };
         let mut state = self.inner.write();
         let litebox = driver::launch(self.inner.env.clone(), initial);
@@ -241,7 +239,7 @@ impl BoxliteRuntime {
         Ok(litebox)
     }
 
-    /// A box by id or unique prefix; never waits.
+    /// Returns the box with this id or unique id prefix, without waiting.
     ///
     /// # Errors
     /// `NotFound`, `AmbiguousId`.
@@ -249,22 +247,22 @@ impl BoxliteRuntime {
         self.inner.read().boxes.find(id).cloned()
     }
 
-    /// A box by name; never waits.
+    /// Returns the box with this name, without waiting.
     pub fn find_box_by_name(&self, name: &str) -> Option<LiteBox> {
         self.inner.read().boxes.by_name(name).cloned()
     }
 
-    /// All boxes, by id; never waits for a VM.
+    /// Returns all boxes ordered by id, without waiting.
     pub fn boxes(&self) -> Vec<BoxSnapshot> {
         self.inner.all().iter().map(LiteBox::snapshot).collect()
     }
 
-    /// Handles to all boxes, by id.
+    /// Returns handles to all boxes ordered by id.
     pub fn handles(&self) -> Vec<LiteBox> {
         self.inner.all()
     }
 
-    /// A container by id or unique prefix, with its box; never waits for a VM.
+    /// Returns the container with this id or unique id prefix and its box, without waiting.
     ///
     /// # Errors
     /// `NotFound`, `AmbiguousId`.
@@ -278,7 +276,7 @@ impl BoxliteRuntime {
         unique("container", id, &containers).cloned()
     }
 
-    /// All containers; never waits for a VM.
+    /// Returns all containers, without waiting.
     pub fn containers(&self) -> Vec<ContainerSnapshot> {
         self.inner
             .all()
@@ -287,27 +285,27 @@ impl BoxliteRuntime {
             .collect()
     }
 
-    /// Follows what happens to all boxes and containers from now on; see [`crate::events`].
+    /// Subscribes to the events of all boxes and containers; see [`crate::events`].
     pub fn events(&self) -> Events {
-        self.inner.env.events.follow()
+        self.inner.env.events.subscribe()
     }
 
-    /// The image store.
+    /// Returns the image manager.
     pub fn images(&self) -> ImageManager {
         self.inner.read().images.clone()
     }
 
-    /// Paths.
+    /// Returns the paths.
     pub fn layout(&self) -> &FilesystemLayout {
         &self.inner.non_sync_state.layout
     }
 
-    /// What VMs boot from.
+    /// Returns the files that VMs boot from.
     pub fn init_rootfs(&self) -> &InitRootfs {
         &self.inner.non_sync_state.init_rootfs
     }
 
-    /// Totals over all boxes, present and gone; never waits.
+    /// Returns the totals over all present and removed boxes, without waiting.
     pub fn metrics(&self) -> RuntimeMetricsSnapshot {
         let present = self.inner.all();
         self.inner
@@ -316,19 +314,20 @@ impl BoxliteRuntime {
             .snapshot(present.iter().map(LiteBox::metrics))
     }
 
-    /// Ends the runtime's tasks, giving what is under way a bounded time, and leaves every box running. Handles
-    /// answer `ShuttingDown` from then on.
+    /// Stops the runtime's tasks, waiting for pending operations for a bounded time, and leaves every box running.
+    /// Handles return `ShuttingDown` afterwards.
     pub async fn shutdown(self) {
         let env = &self.inner.env;
         env.closing.cancel();
         env.tasks.close();
-        if tokio::time::timeout(SHUTDOWN_LIMIT, env.tasks.wait())
+        if tokio::time::timeout(SHUTDOWN_TIMEOUT, env.tasks.wait())
             .await
             .is_err()
         {
             tracing::warn!(
                 tasks = env.tasks.len(),
-                "tasks were still at work after {SHUTDOWN_LIMIT:?}"
+                timeout = ?SHUTDOWN_TIMEOUT,
+                "tasks did not finish before shutdown"
             );
         }
         let server = self.inner.events.lock().take();
@@ -339,7 +338,7 @@ impl BoxliteRuntime {
 }
 
 fn check_options(options: &BoxOptions) -> Result<()> {
-    check_id("box id", &options.id)?;
+    check_id("pod sandbox id", &options.id)?;
     let refuse = |field, value: String, reason: &str| {
         Err(RuntimeError::InvalidArgument {
             field,
@@ -348,21 +347,21 @@ fn check_options(options: &BoxOptions) -> Result<()> {
         })
     };
     if options.name.is_empty() {
-        return refuse("box name", String::new(), "a box needs a name");
+        return refuse("pod sandbox name", String::new(), "it is empty");
     }
     if options.vcpus == 0 {
-        return refuse("vcpus", "0".into(), "a VM needs at least one");
+        return refuse("vcpus", "0".into(), "at least 1 is required");
     }
     if options.memory_mib == 0 {
-        return refuse("memory_mib", "0".into(), "a VM needs memory");
+        return refuse("memory_mib", "0".into(), "at least 1 is required");
     }
     Ok(())
 }
 
-/// Keeps a second runtime off the roots; the kernel lets go of the lock with the process.
+/// Locks the roots against a second runtime; the kernel releases the lock with the process.
 fn lock_roots(path: &Path) -> Result<File> {
     let io = |source| RuntimeError::Io {
-        what: "cannot lock",
+        operation: "lock",
         path: path.to_owned(),
         source,
     };
@@ -374,9 +373,9 @@ fn lock_roots(path: &Path) -> Result<File> {
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(std::fs::TryLockError::WouldBlock) => Err(RuntimeError::AlreadyExists {
-            what: "runtime",
+            subject: "runtime",
             id: path.display().to_string(),
-            reason: "another process has it open".into(),
+            reason: "another process uses it".into(),
         }),
         Err(std::fs::TryLockError::Error(source)) => Err(io(source)),
     }
@@ -391,13 +390,13 @@ async fn open_images(
         .await
         .map_err(|source| RuntimeError::Image {
             image: directory.display().to_string(),
-            what: "store cannot be opened",
+            operation: "open the store of",
             kind: ErrorKind::Internal,
             source: Box::new(source),
         })
 }
 
-/// Hands shims' events to their boxes.
+/// Forwards events of shims to their boxes.
 async fn dispatch(
     runtime: Weak<RuntimeInnerImpl>,
     mut events: mpsc::Receiver<ShimEvent>,
@@ -409,7 +408,7 @@ async fn dispatch(
             event = events.recv() => event,
         };
         let Some(event) = event else { return };
-        // Exits are waited for by Task.Wait, which answers at the same moment; only the cause is news.
+        // Exits come from Task.Wait at the same moment; only OOM events carry additional information.
         let ShimEvent::Oom { container_id } = event else {
             continue;
         };
@@ -426,7 +425,7 @@ async fn dispatch(
     }
 }
 
-/// Brings the guests' counters to the boxes' metrics, each VM within its own deadline.
+/// Samples the guests' counters into the boxes' metrics, with a timeout for each VM.
 async fn sample(runtime: Weak<RuntimeInnerImpl>, closing: CancellationToken) {
     loop {
         tokio::select! {
@@ -441,13 +440,13 @@ async fn sample(runtime: Weak<RuntimeInnerImpl>, closing: CancellationToken) {
             .into_iter()
             .filter(|litebox| litebox.snapshot().state == BoxState::Ready);
         let sampling = futures::stream::iter(boxes).for_each_concurrent(
-            SAMPLES_AT_ONCE,
+            SAMPLE_CONCURRENCY,
             |litebox| async move {
                 if let Err(error) = litebox.stats().await {
                     tracing::debug!(
                         id = litebox.id(),
                         error = crate::report(&error),
-                        "counters are stale"
+                        "failed to sample counters"
                     );
                 }
             },

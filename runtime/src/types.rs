@@ -1,6 +1,6 @@
-//! What callers hand in and get back: options of boxes and containers, and snapshots of their state. Plain data.
+//! Options of boxes and containers, and snapshots of their state. Plain data.
 //!
-//! CRI types stop at cri-server's convert; OCI types (the container's spec) go through.
+//! CRI types end at cri-server's `convert`; OCI types (the container's spec) are passed through.
 
 use crate::metrics::StageTimers;
 use boxlite_proto::vmm::{Acceleration, Installation, VmmKind};
@@ -9,38 +9,38 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 
-/// How a runtime is opened.
+/// Options of a runtime.
 #[derive(Debug, Clone)]
 pub struct RuntimeOptions {
     /// Persistent directory (0700): database, images.
     pub root: PathBuf,
-    /// Directory of the present boot (0700): bundles, sockets. Short: socket paths grow out of it.
+    /// Directory of the present boot (0700): bundles, sockets. Must be short, because socket paths contain it.
     pub state: PathBuf,
-    /// Directory of the scratch disks, on a disk. None: `<root>/scratch`.
+    /// Directory of the scratch disks, on a disk; `None` for `<root>/scratch`.
     pub scratch_dir: Option<PathBuf>,
-    /// `containerd-shim-boxlite-v2`.
+    /// Path of `containerd-shim-boxlite-v2`.
     pub shim: PathBuf,
     /// Files and programs of a VM.
     pub installation: Installation,
-    /// VMM of boxes that don't ask for one. Resolved already: [`crate::vmm_probe`] turns "auto" into this.
+    /// VMM of boxes that do not select one. [`crate::vmm_probe`] resolves "auto" to this.
     pub vmm: VmmKind,
-    /// TCG or KVM (Qemu only).
+    /// TCG or KVM (QEMU only).
     pub acceleration: Acceleration,
-    /// Longest boot of a VM, from StartSandbox to its answer. VMM death ends the wait at once, so this is only for a
-    /// guest that hangs; the kubelet gives a RunPodSandbox 4 minutes.
+    /// Timeout of StartSandbox. The death of the VMM ends the wait at once, so this applies to hung guests only; the
+    /// kubelet's timeout of RunPodSandbox is 4 minutes.
     pub start_limit: std::time::Duration,
     /// Registries, mirrors and credentials of image pulls.
     pub registry: crate::images::RegistryOptions,
 }
 
-/// A box as its creator wants it. Persisted as it is.
+/// Options of a box. Persisted.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BoxOptions {
-    /// 64 hex digits, the caller's choice.
+    /// Id chosen by the caller, 64 hex digits.
     pub id: String,
-    /// Unique key among boxes; a second create with the same name and id joins the first.
+    /// Unique name; a second creation with the same name returns the existing box.
     pub name: String,
-    /// The caller's own data, kept and given back unread (0600 on disk).
+    /// The caller's opaque data (0600 on disk).
     pub metadata: Vec<u8>,
     /// Virtual CPUs, at least 1.
     pub vcpus: u8,
@@ -50,37 +50,37 @@ pub struct BoxOptions {
     pub scratch_bytes: u64,
     /// Hostname in the guest.
     pub hostname: String,
-    /// Network namespace that CNI filled; `None`: no network but loopback.
+    /// Network namespace set up by CNI; `None` gives loopback only.
     pub netns: Option<PathBuf>,
-    /// In the host's network instead.
+    /// Use the host's network instead.
     #[serde(default)]
     pub host_network: bool,
     /// Sysctls by dotted name.
     pub sysctls: BTreeMap<String, String>,
-    /// Cgroup for shim and VMM; empty: boxlite-cri's own.
+    /// Cgroup of shim and VMM; empty for boxlite-cri's cgroup.
     pub cgroup_parent: String,
-    /// Another VMM than the runtime's.
+    /// VMM; `None` for the runtime's default.
     pub vmm: Option<VmmKind>,
-    /// Kernel messages on the console log.
+    /// Write kernel messages to the console log.
     pub debug_console: bool,
 }
 
-/// Where a box is in its life; see the diagram in [`crate::management::box_state`].
+/// Public state of a box; see the diagram in [`crate::management::box_state`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum BoxState {
-    /// Registered, nothing runs.
+    /// Registered, not started.
     Created,
-    /// The start pipeline is at work.
+    /// The start pipeline is running.
     Starting,
     /// The guest answers.
     Ready,
-    /// The VM is gone or going.
+    /// The VM has ended or is being stopped.
     NotReady,
-    /// Being taken apart.
+    /// Being removed.
     Removing,
 }
 
-/// A box at one moment.
+/// Snapshot of a box.
 #[derive(Debug, Clone)]
 pub struct BoxSnapshot {
     /// See [`BoxOptions::id`].
@@ -89,77 +89,77 @@ pub struct BoxSnapshot {
     pub name: String,
     /// State.
     pub state: BoxState,
-    /// Why it is NotReady, or why the last start failed; empty otherwise.
+    /// Reason why it is NotReady or why the last start failed; otherwise empty.
     pub reason: String,
-    /// ns since the epoch.
+    /// Creation time in ns since the epoch.
     pub created_at_ns: i64,
-    /// The caller's own data.
+    /// The caller's opaque data.
     pub metadata: Vec<u8>,
-    /// Stages of the last start.
+    /// Stage timers of the last start.
     pub timers: StageTimers,
-    /// As created.
+    /// Options with the present metadata.
     pub options: BoxOptions,
     /// VMM in use.
     pub vmm: VmmKind,
-    /// Shim's process id, once there is one.
+    /// Process id of the shim, once started.
     pub shim_pid: Option<i32>,
-    /// What the box was doing when last measured.
+    /// Counters as last sampled.
     pub metrics: crate::metrics::BoxMetricsSnapshot,
 }
 
-/// A container as its creator wants it.
+/// Options of a container.
 #[derive(Debug, Clone)]
 pub struct ContainerOptions {
-    /// 64 hex digits, the caller's choice.
+    /// Id chosen by the caller, 64 hex digits.
     pub id: String,
     /// Unique among the box's containers.
     pub name: String,
     /// Config digest of a pulled image, "sha256:…".
     pub image_id: String,
-    /// OCI spec; mount sources are host paths, or image IDs where the type is [`boxlite_proto::names::IMAGE_MOUNT`].
+    /// OCI spec; mount sources are host paths, or image IDs for the mount type [`boxlite_proto::names::IMAGE_MOUNT`].
     pub spec: oci_spec::runtime::Spec,
-    /// The caller's own data, kept and given back unread.
+    /// The caller's opaque data.
     pub metadata: Vec<u8>,
-    /// CRI log file; `None`: output is read and thrown away.
+    /// CRI log file; `None` discards the output.
     pub log_path: Option<PathBuf>,
-    /// Whether it has a stdin to attach to.
+    /// Allow attaching stdin.
     pub stdin: bool,
-    /// Whether stdin ends with the first attached writer.
+    /// Close stdin after the first attached writer.
     pub stdin_once: bool,
-    /// Whether it has a terminal.
+    /// Allocate a terminal.
     pub tty: bool,
     /// PID namespace.
     pub pid_mode: PidMode,
     /// Container whose PID namespace is joined ([`PidMode::Target`]).
     pub pid_target: String,
-    /// No writable layer.
+    /// Make the root file system read-only.
     pub read_only_rootfs: bool,
 }
 
-/// Which PID namespace a container lives in.
+/// PID namespace of a container.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PidMode {
-    /// Its own.
+    /// A private one.
     #[default]
     Container,
     /// The pod's.
     Pod,
     /// That of another container.
     Target,
-    /// The VM's own, with the agent in it.
+    /// The VM's root namespace, which contains the agent.
     Node,
 }
 
 /// State of a container; the names are CRI's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum ContainerState {
-    /// Made, not started.
+    /// Created, not started.
     Created,
-    /// Its init process runs.
+    /// The init process is running.
     Running,
-    /// It ended.
+    /// The init process has exited.
     Exited,
-    /// Its creation was cut off.
+    /// The creation has not completed.
     Unknown,
 }
 
@@ -174,12 +174,12 @@ impl fmt::Display for ContainerState {
     }
 }
 
-/// A container at one moment. Times are ns since the epoch, 0 where it has not happened.
+/// Snapshot of a container. Times are in ns since the epoch, 0 if the event has not happened.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ContainerSnapshot {
     /// See [`ContainerOptions::id`].
     pub id: String,
-    /// Its box.
+    /// Id of its box.
     pub box_id: String,
     /// See [`ContainerOptions::name`].
     pub name: String,
@@ -190,46 +190,46 @@ pub struct ContainerSnapshot {
     pub image_volumes: Vec<String>,
     /// State.
     pub state: ContainerState,
-    /// When it was registered.
+    /// Registration time.
     pub created_at_ns: i64,
-    /// When its process was let go.
+    /// Start time.
     pub started_at_ns: i64,
-    /// When it ended.
+    /// Exit time.
     pub finished_at_ns: i64,
-    /// 0–255; a death by signal is 128 + signal.
+    /// Exit code, 0–255; 128 + signal after a fatal signal.
     pub exit_code: i32,
-    /// Completed, Error, OOMKilled, StartError, Unknown; empty while it lives.
+    /// Completed, Error, OOMKilled, StartError or Unknown; empty before the exit.
     pub reason: String,
     /// Detail of `reason`.
     pub message: String,
-    /// The caller's own data.
+    /// The caller's opaque data.
     pub metadata: Vec<u8>,
     /// CRI log file.
     pub log_path: Option<PathBuf>,
-    /// Whether it has a terminal.
+    /// See [`ContainerOptions::tty`].
     pub tty: bool,
-    /// Whether it has a stdin.
+    /// See [`ContainerOptions::stdin`].
     pub stdin: bool,
-    /// Whether stdin ends with the first attached writer.
+    /// See [`ContainerOptions::stdin_once`].
     pub stdin_once: bool,
-    /// Whom its first process runs as; `None` until it is made.
+    /// User of the init process; `None` before the creation.
     #[serde(default)]
     pub user: Option<ContainerUser>,
 }
 
-/// Whom a container's first process runs as, as the guest found it in the image.
+/// User of a container's init process, as resolved by the guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ContainerUser {
-    /// User.
+    /// User id.
     pub uid: u32,
-    /// Primary group.
+    /// Primary group id.
     pub gid: u32,
-    /// Sorted; the primary group is one of them.
+    /// Supplemental groups, sorted, including the primary group.
     pub supplemental_groups: Vec<u32>,
 }
 
 impl ContainerSnapshot {
-    /// All images it needs, by ID.
+    /// Returns the IDs of all images it uses.
     pub(crate) fn images(&self) -> impl Iterator<Item = &String> {
         std::iter::once(&self.image_id).chain(&self.image_volumes)
     }

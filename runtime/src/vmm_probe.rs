@@ -1,13 +1,13 @@
-//! Which VMM a node's pods get: [`probe`] asks the hardware through the shim, [`choose`] draws the conclusion, in
-//! words.
+//! Selects the VMM of a node's pods: [`probe`] tests the hardware by means of the shim, and [`choose`] selects a VMM and
+//! explains why.
 //!
-//! `/dev/kvm` may exist and still be unable to run a guest, so nothing is concluded from files. What the shim runs in
-//! its throw-away VM is the shim's affair; the answer is kept until the next boot or another shim.
+//! `/dev/kvm` may exist and still be unable to run a guest, so the shim boots a temporary VM. The result is cached until
+//! the next boot or until the shim changes.
 
 use crate::error::{Result, RuntimeError};
 use crate::filesystem_layout::FilesystemLayout;
 use crate::shim_controller::ShimProgram;
-use crate::shim_controller::program::PROBE_LIMIT;
+use crate::shim_controller::program::PROBE_TIMEOUT;
 use boxlite_proto::probe::ProbeReport;
 use boxlite_proto::vmm::{Acceleration, VmmKind};
 use boxlite_sys::report::report;
@@ -16,14 +16,14 @@ use std::io::Write;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
-/// What was chosen.
+/// A selected VMM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VmmChoice {
-    /// VMM of pods that don't ask for one.
+    /// VMM of pods that do not select one.
     pub kind: VmmKind,
-    /// How QEMU runs guest code.
+    /// QEMU's accelerator.
     pub acceleration: Acceleration,
-    /// Why, in one line.
+    /// Reason, in one line.
     pub reason: String,
 }
 
@@ -39,39 +39,39 @@ impl std::fmt::Display for VmmChoice {
     }
 }
 
-/// An answer that was kept, and what it is an answer to.
+/// A cached report and its key.
 #[derive(Serialize, Deserialize)]
-struct Kept {
+struct CachedProbe {
     key: String,
     report: ProbeReport,
 }
 
-/// Asks the shim whether KVM runs guest code here, at most once per boot and shim. A probe that itself fails counts
-/// as "no", with its failure as the reason: QEMU's emulation needs nothing of the hardware.
+/// Tests by means of the shim whether KVM can run guests, at most once per boot and shim. A failed probe counts as "no"
+/// with the failure as the reason, because QEMU's emulation needs no hardware support.
 ///
 /// # Errors
-/// `Missing` where there is no shim to ask.
+/// `Missing` if the shim does not exist.
 pub async fn probe(shim: &Path, layout: &FilesystemLayout) -> Result<ProbeReport> {
     let key = key(shim)?;
     let cache = layout.probe_cache();
-    if let Some(kept) = read_kept(&cache)
-        && kept.key == key
+    if let Some(cached) = read_cache(&cache)
+        && cached.key == key
     {
-        return Ok(kept.report);
+        return Ok(cached.report);
     }
     let program = ShimProgram::new(shim, layout);
-    let asked = program.role("probe", &[], PROBE_LIMIT).await;
-    let parsed = asked.and_then(|output| {
+    let output = program.role("probe", &[], PROBE_TIMEOUT).await;
+    let parsed = output.and_then(|output| {
         serde_json::from_slice::<ProbeReport>(&output).map_err(|error| RuntimeError::ShimProgram {
             action: "probe",
-            reason: format!("its answer cannot be read: {error}"),
+            reason: format!("invalid output: {error}"),
         })
     });
     match parsed {
         Ok(report) => {
-            keep(
+            write_cache(
                 &cache,
-                &Kept {
+                &CachedProbe {
                     key,
                     report: report.clone(),
                 },
@@ -81,30 +81,30 @@ pub async fn probe(shim: &Path, layout: &FilesystemLayout) -> Result<ProbeReport
         Err(error) => Ok(ProbeReport {
             kvm_present: Path::new("/dev/kvm").exists(),
             kvm_usable: false,
-            reason: format!("the probe failed: {}", report(&error)),
+            reason: format!("failed to probe KVM: {}", report(&error)),
         }),
     }
 }
 
-/// The VMM for a configuration's wish (`None`: auto) and a probe's answer.
-pub fn choose(wish: Option<&VmmKind>, report: &ProbeReport) -> VmmChoice {
+/// Selects the VMM from the configuration (`None` for auto) and a probe's report.
+pub fn choose(requested: Option<&VmmKind>, report: &ProbeReport) -> VmmChoice {
     let found = format!(
         "/dev/kvm: {}",
         match (report.kvm_present, report.kvm_usable) {
             (_, true) => format!("runs guests ({})", report.reason),
             (true, false) => format!("present, cannot run a guest ({})", report.reason),
-            (false, false) => "not there".to_owned(),
+            (false, false) => "not found".to_owned(),
         }
     );
     let acceleration = match report.kvm_usable {
         true => Acceleration::Kvm,
         false => Acceleration::Tcg,
     };
-    match wish {
+    match requested {
         Some(kind) => VmmChoice {
             kind: kind.clone(),
             acceleration,
-            reason: format!("{found}; the configuration says {kind}"),
+            reason: format!("{found}; configured: {kind}"),
         },
         None => VmmChoice {
             kind: if report.kvm_usable {
@@ -118,10 +118,10 @@ pub fn choose(wish: Option<&VmmKind>, report: &ProbeReport) -> VmmChoice {
     }
 }
 
-/// What an answer depends on: the boot (kernel, modules, machine) and the shim.
+/// Returns the key of a report: the boot (kernel, modules, machine) and the shim.
 fn key(shim: &Path) -> Result<String> {
     let missing = |source| RuntimeError::Missing {
-        what: "the shim",
+        subject: "shim",
         path: shim.to_owned(),
         source,
     };
@@ -138,12 +138,12 @@ fn key(shim: &Path) -> Result<String> {
     ))
 }
 
-fn read_kept(path: &Path) -> Option<Kept> {
+fn read_cache(path: &Path) -> Option<CachedProbe> {
     serde_json::from_slice(&std::fs::read(path).ok()?).ok()
 }
 
-/// Keeping is a convenience: without it the next start asks again.
-fn keep(path: &Path, kept: &Kept) {
+/// Writes the cache; a failure only makes the next start probe again.
+fn write_cache(path: &Path, cached: &CachedProbe) {
     let written = || -> std::io::Result<()> {
         let mut file = std::fs::OpenOptions::new()
             .write(true)
@@ -151,10 +151,10 @@ fn keep(path: &Path, kept: &Kept) {
             .truncate(true)
             .mode(0o600)
             .open(path)?;
-        file.write_all(&serde_json::to_vec(kept)?)
+        file.write_all(&serde_json::to_vec(cached)?)
     };
     if let Err(error) = written() {
-        tracing::debug!(path = %path.display(), %error, "probe's answer is not kept");
+        tracing::debug!(path = %path.display(), %error, "failed to cache the probe's report");
     }
 }
 
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn the_choice_follows_the_hardware_and_says_why() {
+    fn choose_follows_hardware_and_explains() {
         let choice = choose(None, &report(true, false));
         assert_eq!(
             choice.to_string(),
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_answer_is_kept_until_the_shim_changes() {
+    async fn probe_caches_report_until_shim_changes() {
         let directory = tempfile::tempdir_in("/tmp").unwrap();
         let layout =
             FilesystemLayout::new(&directory.path().join("r"), &directory.path().join("s"))
@@ -208,7 +208,7 @@ mod tests {
         write("no json at all, sorry");
         let failed = probe(&shim, &layout).await.unwrap();
         assert!(
-            !failed.kvm_usable && failed.reason.contains("cannot be read"),
+            !failed.kvm_usable && failed.reason.contains("invalid output"),
             "{failed:?}"
         );
         std::fs::remove_file(&shim).unwrap();

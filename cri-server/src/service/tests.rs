@@ -372,12 +372,12 @@ async fn update_runtime_config_validates_and_stores_pod_cidrs() {
 #[test]
 fn runtime_error_kinds_map_to_grpc_codes() {
     let error = RuntimeError::NotFound {
-        what: "box",
+        subject: "box",
         id: "x".into(),
     };
     assert_eq!(convert_status::status(&error).code(), Code::NotFound);
     let error = RuntimeError::Deadline {
-        what: "guest".into(),
+        detail: "guest".into(),
         limit: std::time::Duration::from_secs(1),
     };
     assert_eq!(

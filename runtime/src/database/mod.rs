@@ -1,15 +1,15 @@
-//! [`Database`]: what is needed to find boxes and containers again, in SQLite at `root/runtime.db`.
+//! [`Database`]: persistent state of boxes and containers, in SQLite at `root/runtime.db`.
 //!
-//! Rows are written before the shim they speak of is spawned, and by one task per box (its driver). No policy here,
-//! no cache: the drivers hold the live state. WAL with synchronous=NORMAL: survives `kill -9` at any line; a power
-//! cut may lose the last writes, and with them every VM.
+//! A box's row is written before its shim is spawned, and only by the box's driver. No policy and no cache: the drivers
+//! hold the live state. WAL with synchronous=NORMAL survives `kill -9` at any point; a power cut may lose the last
+//! writes, but it ends all VMs as well.
 //!
-//! Each call runs on a blocking thread; dropping its future does not take the write back.
+//! Each call runs on a blocking thread; dropping its future does not cancel the write.
 
 use crate::error::{Result, RuntimeError};
 use crate::management::box_state::Phase;
 use crate::metrics::StageTimers;
-use crate::shim_controller::ShimRecord;
+use crate::shim_controller::ShimState;
 use crate::types::{BoxOptions, ContainerSnapshot};
 use boxlite_sys::sync::Mutex;
 use rusqlite::{Connection, params};
@@ -19,10 +19,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Version of the tables, in `PRAGMA user_version`. Older ones are brought up, newer ones refused.
-const SCHEMA: i64 = 1;
-/// How long a statement waits for a lock. Only one process uses the file; this is for a sqlite3 shell beside it.
-const BUSY_LIMIT: Duration = Duration::from_secs(5);
+/// Version of the tables, stored in `PRAGMA user_version`. A newer version is refused.
+const SCHEMA_VERSION: i64 = 1;
+/// Timeout for the file lock. Only one process uses the file; this allows for a sqlite3 shell.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
 const TABLES: &str = "
 CREATE TABLE boxes (
@@ -40,35 +40,35 @@ CREATE TABLE containers (
 CREATE INDEX containers_of_box ON containers(box_id);
 ";
 
-/// A box's row.
+/// Row of a box.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BoxRow {
-    /// As created; its metadata is a column of its own.
+    /// Options; the metadata is stored in a separate column.
     pub options: BoxOptions,
-    /// Where the state machine stood.
+    /// Phase of the state machine.
     pub phase: Phase,
-    /// Why it stood there.
+    /// Reason of the phase.
     pub reason: String,
-    /// ns since the epoch.
+    /// Creation time in ns since the epoch.
     pub created_at_ns: i64,
     /// The shim, once spawned.
-    pub shim: Option<ShimRecord>,
-    /// Of the last start.
+    pub shim: Option<ShimState>,
+    /// Stage timers of the last start.
     pub timers: StageTimers,
 }
 
-/// A container's row.
+/// Row of a container.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ContainerRow {
-    /// State as last known; its metadata is a column of its own.
+    /// Last known state; the metadata is stored in a separate column.
     pub snapshot: ContainerSnapshot,
-    /// Whether Create was carried out. A row without it is half a container.
+    /// Whether the creation has completed.
     pub complete: bool,
-    /// Whether the kernel killed a process of it for want of memory.
+    /// Whether the OOM killer killed a process of the container.
     pub oom: bool,
 }
 
-/// The database. Cheap to clone.
+/// Handle to the database. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Database {
     connection: Arc<Mutex<Connection>>,
@@ -76,12 +76,12 @@ pub struct Database {
 }
 
 impl Database {
-    /// Opens or makes the file (0600). Blocking.
+    /// Opens or creates the file (0600). Blocks.
     ///
     /// # Errors
-    /// `Io`, `Database`, `DatabaseSchema` where a newer version wrote it.
+    /// `Io`, `Database`, `DatabaseSchema` if a newer version wrote it.
     pub fn open(path: &Path) -> Result<Self> {
-        // Made by hand first: SQLite gives its WAL the mode of the database.
+        // Created here because SQLite gives its WAL the mode of the database file.
         let file = std::fs::OpenOptions::new()
             .append(true)
             .create(true)
@@ -89,46 +89,46 @@ impl Database {
             .open(path)
             .and_then(|file| file.set_permissions(std::fs::Permissions::from_mode(0o600)));
         file.map_err(|source| RuntimeError::Io {
-            what: "cannot open",
+            operation: "open",
             path: path.to_owned(),
             source,
         })?;
         let wrap = |what| {
             move |source| RuntimeError::Database {
                 path: path.to_owned(),
-                what,
+                operation: what,
                 source,
             }
         };
-        let mut connection = Connection::open(path).map_err(wrap("open"))?;
+        let mut connection = Connection::open(path).map_err(wrap("open a connection"))?;
         connection
-            .busy_timeout(BUSY_LIMIT)
-            .map_err(wrap("set up"))?;
+            .busy_timeout(BUSY_TIMEOUT)
+            .map_err(wrap("set pragmas"))?;
         connection
             .execute_batch(
                 "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA foreign_keys=ON;",
             )
-            .map_err(wrap("set up"))?;
+            .map_err(wrap("set pragmas"))?;
         let found: i64 = connection
             .query_row("PRAGMA user_version", [], |row| row.get(0))
-            .map_err(wrap("read the schema of"))?;
+            .map_err(wrap("read the schema version"))?;
         match found {
-            SCHEMA => {}
+            SCHEMA_VERSION => {}
             0 => {
-                let transaction = connection.transaction().map_err(wrap("make tables in"))?;
+                let transaction = connection.transaction().map_err(wrap("create tables"))?;
                 transaction
                     .execute_batch(TABLES)
-                    .map_err(wrap("make tables in"))?;
+                    .map_err(wrap("create tables"))?;
                 transaction
-                    .pragma_update(None, "user_version", SCHEMA)
-                    .map_err(wrap("make tables in"))?;
-                transaction.commit().map_err(wrap("make tables in"))?;
+                    .pragma_update(None, "user_version", SCHEMA_VERSION)
+                    .map_err(wrap("create tables"))?;
+                transaction.commit().map_err(wrap("create tables"))?;
             }
             _ => {
                 return Err(RuntimeError::DatabaseSchema {
                     path: path.to_owned(),
                     found,
-                    known: SCHEMA,
+                    known: SCHEMA_VERSION,
                 });
             }
         }
@@ -141,28 +141,32 @@ impl Database {
     async fn run<T: Send + 'static>(
         &self,
         what: &'static str,
-        work: impl FnOnce(&mut Connection) -> rusqlite::Result<T> + Send + 'static,
+        query: impl FnOnce(&mut Connection) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T> {
         let connection = self.connection.clone();
         let path = self.path.clone();
         let joined = tokio::task::spawn_blocking(move || {
-            // A panic under the lock left at most an open transaction, and that was rolled back by its drop.
+            // After a panic under the lock, a transaction was rolled back by its drop.
             let mut connection = connection.lock();
-            work(&mut connection)
+            query(&mut connection)
         })
         .await;
         match joined {
-            Ok(result) => result.map_err(|source| RuntimeError::Database { path, what, source }),
+            Ok(result) => result.map_err(|source| RuntimeError::Database {
+                path,
+                operation: what,
+                source,
+            }),
             Err(error) => Err(RuntimeError::Internal {
-                what: format!("database thread: {error}"),
+                detail: format!("database task failed: {error}"),
             }),
         }
     }
 
-    /// Adds a box.
+    /// Inserts a box.
     ///
     /// # Errors
-    /// `Database`; a second row of an id or name is one.
+    /// `Database`, also if the id or name exists.
     pub async fn insert_box(&self, row: BoxRow) -> Result<()> {
         let (id, name, record, metadata) = split_box(row)?;
         self.run("insert a box", move |connection| {
@@ -175,7 +179,7 @@ impl Database {
         .map(drop)
     }
 
-    /// Writes a box anew; its id and name never change.
+    /// Updates a box; its id and name are immutable.
     ///
     /// # Errors
     /// `Database`.
@@ -191,7 +195,7 @@ impl Database {
         .map(drop)
     }
 
-    /// Removes a box with its containers; succeeds where there is none.
+    /// Deletes a box with its containers; idempotent.
     ///
     /// # Errors
     /// `Database`.
@@ -204,10 +208,10 @@ impl Database {
         .map(drop)
     }
 
-    /// Adds or rewrites a container.
+    /// Inserts or updates a container.
     ///
     /// # Errors
-    /// `Database`; a container without its box is one.
+    /// `Database`, also if its box does not exist.
     pub async fn put_container(&self, mut row: ContainerRow) -> Result<()> {
         let metadata = std::mem::take(&mut row.snapshot.metadata);
         let record = to_json(&row)?;
@@ -222,7 +226,7 @@ impl Database {
         .map(drop)
     }
 
-    /// Removes a container; succeeds where there is none.
+    /// Deletes a container; idempotent.
     ///
     /// # Errors
     /// `Database`.
@@ -235,10 +239,10 @@ impl Database {
         .map(drop)
     }
 
-    /// Everything, each box with its containers.
+    /// Loads all boxes with their containers.
     ///
     /// # Errors
-    /// `Database`; `Internal` on a record that is not JSON of ours.
+    /// `Database`; `Internal` if a record is not valid.
     pub async fn load(&self) -> Result<Vec<(BoxRow, Vec<ContainerRow>)>> {
         let (boxes, containers) = self
             .run("read all boxes", |connection| {
@@ -287,13 +291,13 @@ fn split_box(mut row: BoxRow) -> Result<(String, String, String, Vec<u8>)> {
 
 fn to_json(row: &impl Serialize) -> Result<String> {
     serde_json::to_string(row).map_err(|error| RuntimeError::Internal {
-        what: format!("a row that cannot be written: {error}"),
+        detail: format!("failed to encode a database record: {error}"),
     })
 }
 
 fn from_json<'a, T: Deserialize<'a>>(text: &'a str) -> Result<T> {
     serde_json::from_str(text).map_err(|error| RuntimeError::Internal {
-        what: format!("a database record that cannot be read: {error}"),
+        detail: format!("invalid database record: {error}"),
     })
 }
 

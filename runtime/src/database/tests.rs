@@ -1,4 +1,4 @@
-//! Rows survive a reload, with mode, schema and cascades as promised.
+//! Tests of the database: reload, file modes, schema version and cascades.
 
 use super::*;
 use crate::types::ContainerState;
@@ -56,7 +56,7 @@ fn container_row(id: &str, box_id: &str) -> ContainerRow {
 }
 
 #[tokio::test]
-async fn rows_come_back_after_a_reload() {
+async fn load_returns_rows_after_reopen() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("runtime.db");
     let first = box_row("a", "pod-a");
@@ -84,14 +84,14 @@ async fn rows_come_back_after_a_reload() {
     let rows = database.load().await.unwrap();
     assert_eq!(rows.len(), 1);
     assert_eq!(rows[0].0, changed);
-    // The container of the deleted box went with it.
+    // The container of the deleted box was deleted too.
     database.insert_box(box_row("b", "pod-b")).await.unwrap();
     let rows = database.load().await.unwrap();
     assert!(rows[1].1.is_empty());
 }
 
 #[tokio::test]
-async fn names_are_unique_and_containers_need_their_box() {
+async fn insert_rejects_duplicate_name_and_missing_box() {
     let directory = tempfile::tempdir().unwrap();
     let database = Database::open(&directory.path().join("runtime.db")).unwrap();
     database.insert_box(box_row("a", "pod")).await.unwrap();
@@ -106,7 +106,7 @@ async fn names_are_unique_and_containers_need_their_box() {
 }
 
 #[tokio::test]
-async fn every_file_is_private_and_a_newer_schema_is_refused() {
+async fn open_makes_files_private_and_refuses_newer_schema() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("runtime.db");
     let database = Database::open(&path).unwrap();

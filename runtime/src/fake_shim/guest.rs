@@ -11,8 +11,8 @@ pub(super) struct FakeGuest(pub Arc<FakeShim>);
 
 type Unused<T> = std::pin::Pin<Box<dyn futures::Stream<Item = Result<T, Status>> + Send>>;
 
-fn not_here<T>() -> Result<T, Status> {
-    Err(Status::unimplemented("not in this guest"))
+fn unimplemented<T>() -> Result<T, Status> {
+    Err(Status::unimplemented("not implemented by the fake guest"))
 }
 
 #[tonic::async_trait]
@@ -22,7 +22,7 @@ impl wire::guest_server::Guest for FakeGuest {
         &self,
         _: Request<wire::GuestInitRequest>,
     ) -> Result<Response<wire::GuestInitResponse>, Status> {
-        not_here()
+        unimplemented()
     }
     async fn ping(
         &self,
@@ -34,7 +34,7 @@ impl wire::guest_server::Guest for FakeGuest {
         &self,
         _: Request<wire::ShutdownRequest>,
     ) -> Result<Response<wire::ShutdownResponse>, Status> {
-        not_here()
+        unimplemented()
     }
     async fn stats(
         &self,
@@ -68,26 +68,26 @@ impl wire::guest_server::Guest for FakeGuest {
         &self,
         _: Request<wire::SetTimeRequest>,
     ) -> Result<Response<wire::SetTimeResponse>, Status> {
-        not_here()
+        unimplemented()
     }
     async fn drop_caches(
         &self,
         _: Request<wire::DropCachesRequest>,
     ) -> Result<Response<wire::DropCachesResponse>, Status> {
-        not_here()
+        unimplemented()
     }
     type HostPortsStream = Unused<wire::HostPortsResponse>;
     async fn host_ports(
         &self,
         _: Request<tonic::Streaming<wire::HostPortsRequest>>,
     ) -> Result<Response<Self::HostPortsStream>, Status> {
-        not_here()
+        unimplemented()
     }
     async fn port_forward(
         &self,
         _: Request<tonic::Streaming<wire::PortForwardRequest>>,
     ) -> Result<Response<Self::PortForwardStream>, Status> {
-        not_here()
+        unimplemented()
     }
 }
 
@@ -98,43 +98,43 @@ impl wire::container_server::Container for FakeGuest {
         &self,
         _: Request<wire::ContainerInitRequest>,
     ) -> Result<Response<wire::ContainerInitResponse>, Status> {
-        not_here()
+        unimplemented()
     }
     async fn start(
         &self,
         _: Request<wire::ContainerStartRequest>,
     ) -> Result<Response<wire::ContainerStartResponse>, Status> {
-        not_here()
+        unimplemented()
     }
     async fn kill(
         &self,
         _: Request<wire::ContainerKillRequest>,
     ) -> Result<Response<wire::ContainerKillResponse>, Status> {
-        not_here()
+        unimplemented()
     }
     async fn delete(
         &self,
         _: Request<wire::ContainerDeleteRequest>,
     ) -> Result<Response<wire::ContainerDeleteResponse>, Status> {
-        not_here()
+        unimplemented()
     }
     async fn update(
         &self,
         _: Request<wire::ContainerUpdateRequest>,
     ) -> Result<Response<wire::ContainerUpdateResponse>, Status> {
-        not_here()
+        unimplemented()
     }
     async fn pause(
         &self,
         _: Request<wire::ContainerPauseRequest>,
     ) -> Result<Response<wire::ContainerPauseResponse>, Status> {
-        not_here()
+        unimplemented()
     }
     async fn resume(
         &self,
         _: Request<wire::ContainerResumeRequest>,
     ) -> Result<Response<wire::ContainerResumeResponse>, Status> {
-        not_here()
+        unimplemented()
     }
     async fn stats(
         &self,
@@ -153,7 +153,7 @@ impl wire::container_server::Container for FakeGuest {
         &self,
         _: Request<wire::ContainerPidsRequest>,
     ) -> Result<Response<wire::ContainerPidsResponse>, Status> {
-        not_here()
+        unimplemented()
     }
     async fn list(
         &self,
@@ -175,6 +175,6 @@ impl wire::container_server::Container for FakeGuest {
         &self,
         _: Request<wire::ContainerEventsRequest>,
     ) -> Result<Response<Self::EventsStream>, Status> {
-        not_here()
+        unimplemented()
     }
 }

@@ -1,8 +1,8 @@
-//! [`Configs`]: gets an image's config, once, however many pulls want it at the same time.
+//! [`ConfigCache`]: gets an image's config once, however many pulls need it at the same time.
 //!
-//! What is in the store already is read there; the rest is downloaded by one of the callers while the others wait for it.
-//! A config is named by its digest, so whose download it was makes no difference; a failure is the downloader's alone, and
-//! the next one in the queue tries with its own credentials. It parses nothing. Called by `pull`; layers are `layer`'s.
+//! A config in the store is read from there; otherwise one caller downloads it while the others wait. Configs are named by
+//! their digest, so the result can be shared. A failure is returned to the downloading caller only, and the next waiter
+//! tries with its own credentials. Called by `pull`; layers are in `layer`.
 
 use boxlite_sys::sync::Mutex;
 use std::collections::HashMap;
@@ -17,7 +17,7 @@ use super::error::ImageResult;
 use super::reference::Digest;
 use super::store::Store;
 
-/// A config. While it lives, who wants the same one gets it from here: the store has it only when a pull is through.
+/// A config. While it lives, other pulls share it: the store has it only after a pull has completed.
 pub(super) struct Config {
     bytes: Bytes,
     _cell: Arc<OnceCell<Bytes>>,
@@ -31,23 +31,23 @@ impl Deref for Config {
     }
 }
 
-/// See the module's header.
-pub(super) struct Configs {
+/// Configs in use, by digest.
+pub(super) struct ConfigCache {
     store: Arc<Store>,
-    /// Empty once the last of the callers that wait for it or have it is gone.
-    under_way: Mutex<HashMap<String, Weak<OnceCell<Bytes>>>>,
+    /// Cells that callers hold or wait for.
+    cells: Mutex<HashMap<String, Weak<OnceCell<Bytes>>>>,
 }
 
-impl Configs {
+impl ConfigCache {
     pub(super) fn new(store: Arc<Store>) -> Self {
         Self {
             store,
-            under_way: Mutex::default(),
+            cells: Mutex::default(),
         }
     }
 
-    /// The config `id`, by `download` when nobody has it or is getting it. Dropping the future hands the download over to
-    /// the next caller.
+    /// Returns the config `id`, which `download` fetches unless it is in the store or another caller has it. Dropping the
+    /// future passes the download on to the next waiter.
     pub(super) async fn obtain<F>(
         &self,
         id: &Digest,
@@ -58,9 +58,9 @@ impl Configs {
     {
         let cell = self.cell(id);
         let get = || async {
-            let (store, wanted) = (self.store.clone(), id.clone());
-            match blocking(move || store.config(&wanted)).await? {
-                Some(here) => Ok(Bytes::from(here)),
+            let (store, id) = (self.store.clone(), id.clone());
+            match blocking(move || store.config(&id)).await? {
+                Some(bytes) => Ok(Bytes::from(bytes)),
                 None => download().await.map(Bytes::from),
             }
         };
@@ -69,7 +69,7 @@ impl Configs {
     }
 
     fn cell(&self, id: &Digest) -> Arc<OnceCell<Bytes>> {
-        let mut all = self.under_way.lock();
+        let mut all = self.cells.lock();
         all.retain(|_, cell| cell.strong_count() > 0);
         if let Some(cell) = all.get(id.as_str()).and_then(Weak::upgrade) {
             return cell;
@@ -86,18 +86,21 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_config_that_a_pull_still_has_is_not_downloaded_again() {
+    async fn obtain_shares_config_in_use() {
         let dir = tempfile::tempdir().unwrap();
-        let configs = Configs::new(Store::open(dir.path()).unwrap());
+        let configs = ConfigCache::new(Store::open(dir.path()).unwrap());
         let id = Digest::of(b"{}");
         let first = configs.obtain(&id, async || Ok(b"{}".to_vec())).await;
         let none = async || {
             let what = "the config".into();
-            Err(ImageError::NotFound { what, host: None })
+            Err(ImageError::NotFound {
+                subject: what,
+                host: None,
+            })
         };
         let second = configs.obtain(&id, none).await.unwrap();
         assert_eq!(&*second, b"{}");
         drop((first, second));
-        assert!(configs.obtain(&id, none).await.is_err(), "nobody has it");
+        assert!(configs.obtain(&id, none).await.is_err(), "no caller has it");
     }
 }

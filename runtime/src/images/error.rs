@@ -1,112 +1,115 @@
-//! [`ImageError`]: everything that can go wrong between an image reference and its layer files.
+//! [`ImageError`]: errors of pulls and of the image store.
 //!
-//! Holds no policy: what a kind means to a CRI client is decided in cri-server, from [`ImageErrorKind`]. No secret and
-//! no URL with a query (they carry signatures and tokens) ever becomes part of a message.
+//! cri-server maps [`ImageErrorKind`] to a gRPC status. Messages contain no secrets and no URLs with a query, which may
+//! carry signatures and tokens.
 //!
-//! Errors are `Clone`, since one layer download may fail for several callers at once.
+//! Errors are `Clone`, because one failed layer download may affect several callers.
 
 use boxlite_erofs::ErofsError;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Result of everything in this module.
+/// Result of this module's functions.
 pub type ImageResult<T> = Result<T, ImageError>;
 
-/// The class of an [`ImageError`], for callers that map it to a status.
+/// Class of an [`ImageError`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ImageErrorKind {
     /// The reference, digest or credentials are malformed.
     InvalidReference,
-    /// Neither the store nor any registry host knows it.
+    /// Neither the store nor any registry host has it.
     NotFound,
-    /// The registry refused the credentials, or wants some.
+    /// The registry rejected the credentials or requires some.
     Unauthorized,
     /// Content differs from its digest, size or format.
     Corrupt,
-    /// The image is well formed and not acceptable: unsafe names in a layer, no container image, unknown media type.
+    /// The image is well formed but not acceptable: unsafe names in a layer, not a container image, unknown media type.
     InvalidImage,
-    /// The image has nothing for this machine's operating system and architecture.
+    /// The image has no manifest for this machine's operating system and architecture.
     NoPlatform,
     /// A box still uses the image.
     InUse,
     /// The disk is full.
     NoSpace,
-    /// Something is larger than this node accepts.
+    /// Content is larger than this node accepts.
     TooLarge,
-    /// The registry can't be reached or answers an error; trying again may help.
+    /// The registry cannot be reached or returns an error; a retry may succeed.
     Unavailable,
-    /// The node's registry configuration (`hosts.toml`, certificates) is wrong.
+    /// The node's registry configuration (`hosts.toml`, certificates) is invalid.
     Config,
-    /// The caller went away while the work was under way.
+    /// The pull was canceled.
     Cancelled,
     /// A system call on the node failed.
     Internal,
 }
 
-/// What went wrong with an image. [`ImageError::report`] gives the message with its causes in one line.
+/// An image error. [`ImageError::report`] returns the message with its causes in one line.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum ImageError {
-    /// `reference` is no image reference.
-    #[error("image reference {reference:?}: {reason}")]
+    /// `reference` is not an image reference.
+    #[error("invalid image reference {reference:?}: {reason}")]
     InvalidReference { reference: String, reason: String },
     /// The store has no such image, or the registries have no such manifest or blob.
-    #[error("{what} not found{}", at(.host))]
-    NotFound { what: String, host: Option<String> },
-    /// `host` refused to give `what`.
-    #[error("{host} refuses {what}: {reason}")]
+    #[error("{subject} not found{}", at(.host))]
+    NotFound {
+        subject: String,
+        host: Option<String>,
+    },
+    /// `host` denied access to `subject`.
+    #[error("{host} denied access to {subject}: {reason}")]
     Unauthorized {
         host: String,
-        what: String,
+        subject: String,
         reason: String,
     },
-    /// `host` answered with an unexpected status.
-    #[error("{host} answered {status} for {what}{}", detail(.message))]
+    /// `host` returned an unexpected status.
+    #[error("{host} returned status {status} for {subject}{}", detail(.message))]
     Status {
         host: String,
-        what: String,
+        subject: String,
         status: u16,
         message: String,
     },
-    /// `host` could not be reached, stalled, or cut the connection.
-    #[error("{what} from {host}")]
+    /// `host` could not be reached, stalled, or closed the connection.
+    #[error("failed to get {subject} from {host}")]
     Transport {
         host: String,
-        what: String,
+        subject: String,
         #[source]
         source: Arc<dyn std::error::Error + Send + Sync>,
     },
-    /// `host` broke the protocol.
-    #[error("{host}: {what}: {reason}")]
+    /// `host` violated the protocol.
+    #[error("invalid response of {host} for {subject}: {reason}")]
     Protocol {
         host: String,
-        what: String,
+        subject: String,
         reason: String,
     },
-    /// Every configured host failed; `attempts` says how, in their order.
-    #[error("{what}: {attempts}")]
+    /// Every configured host failed; `attempts` lists the errors in order.
+    #[error("failed to get {subject} from any host: {attempts}")]
     AllHosts {
-        what: String,
+        subject: String,
         attempts: String,
         kind: ImageErrorKind,
     },
-    /// Content is not what its descriptor promises.
-    #[error("{what} is corrupt: expected {expected}, got {got}")]
+    /// Content does not match its descriptor.
+    #[error("{subject} is corrupt: expected {expected}, got {got}")]
     Corrupt {
-        what: String,
+        subject: String,
         expected: String,
         got: String,
     },
-    /// The manifest, index or config can't be used.
-    #[error("{what}: {reason}")]
-    InvalidImage { what: String, reason: String },
-    /// An entry of a layer's tar stream can't be accepted.
-    #[error("layer entry {entry:?}: {reason}")]
+    /// The manifest, index or config is not acceptable.
+    #[error("invalid {subject}: {reason}")]
+    InvalidImage { subject: String, reason: String },
+    /// An entry of a layer's tar stream is not acceptable.
+    #[error("invalid layer entry {entry:?}: {reason}")]
     LayerEntry { entry: String, reason: String },
     /// The index has no entry for this machine.
-    #[error("{what} has nothing for {wanted}; it offers {offered}")]
+    #[error("{subject} has no manifest for platform {wanted}; available: {offered}")]
     NoPlatform {
-        what: String,
+        subject: String,
         wanted: String,
         offered: String,
     },
@@ -114,51 +117,51 @@ pub enum ImageError {
     #[error("image {image} is in use by {}", .holders.join(", "))]
     InUse { image: String, holders: Vec<String> },
     /// The file system of the image store is full.
-    #[error("no space left for {what} on the file system of {}", .path.display())]
+    #[error("failed to {operation}: no space left on the file system of {}", .path.display())]
     NoSpace {
-        what: String,
+        operation: String,
         path: PathBuf,
         #[source]
         source: Arc<io::Error>,
     },
-    /// `what` is larger than `limit` (in `unit`).
-    #[error("{what} exceeds the limit of {limit} {unit}")]
+    /// `subject` is larger than `limit` (in `unit`).
+    #[error("{subject} exceeds the limit of {limit} {unit}")]
     TooLarge {
-        what: String,
+        subject: String,
         limit: u64,
         unit: &'static str,
     },
-    /// A registry configuration file is wrong.
-    #[error("registry configuration {}: {reason}", .path.display())]
+    /// A configuration file or the store is invalid.
+    #[error("invalid {}: {reason}", .path.display())]
     Config { path: PathBuf, reason: String },
     /// The caller dropped the pull.
-    #[error("the pull was cancelled")]
+    #[error("the pull was canceled")]
     Cancelled,
-    /// `what` failed on `path`.
-    #[error("{what} {}", .path.display())]
+    /// A file operation failed.
+    #[error("failed to {operation} {}", .path.display())]
     Io {
-        what: String,
+        operation: String,
         path: PathBuf,
         #[source]
         source: Arc<io::Error>,
     },
-    /// A layer failed; the cause says how.
-    #[error("layer {digest}")]
+    /// A layer failed.
+    #[error("failed to get layer {digest}")]
     Layer {
         digest: String,
         #[source]
         source: Box<ImageError>,
     },
-    /// A pull failed; the cause says how.
-    #[error("pulling {reference}")]
+    /// A pull failed.
+    #[error("failed to pull image {reference:?}")]
     Pull {
         reference: String,
         #[source]
         source: Box<ImageError>,
     },
-    /// A task of the store ended without an answer (a panic).
-    #[error("{what} ended without an answer")]
-    Lost { what: &'static str },
+    /// A task of the store panicked.
+    #[error("internal error: {subject} panicked")]
+    Lost { subject: &'static str },
 }
 
 fn at(host: &Option<String>) -> String {
@@ -176,7 +179,7 @@ fn detail(message: &str) -> String {
 }
 
 impl ImageError {
-    /// The class of the error.
+    /// Returns the class of the error.
     pub fn kind(&self) -> ImageErrorKind {
         use ImageErrorKind as K;
         match self {
@@ -198,10 +201,10 @@ impl ImageError {
         }
     }
 
-    /// Whether the same pull may well succeed later, so that what has been downloaded is worth keeping.
+    /// Whether a retry of the pull may succeed, so that partial downloads are worth keeping.
     pub fn is_transient(&self) -> bool {
         match self {
-            // 408 and 429 ask for patience; any other 4xx will be the same next time.
+            // 408 and 429 are temporary; other 4xx are permanent.
             Self::Status { status, .. } => *status >= 500 || matches!(status, 408 | 429),
             Self::Layer { source, .. } | Self::Pull { source, .. } => source.is_transient(),
             other => matches!(
@@ -216,49 +219,49 @@ impl ImageError {
         boxlite_sys::report::report(self)
     }
 
-    /// An I/O error while `what` was done to `path`; a full disk becomes [`ImageError::NoSpace`].
+    /// Wraps an I/O error of the operation `what` (a verb) on `path`; a full disk becomes [`ImageError::NoSpace`].
     pub(super) fn io(what: impl Into<String>, path: &Path, source: io::Error) -> Self {
         let (what, path) = (what.into(), path.to_path_buf());
         match source.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::NoSpace {
-                what,
+                operation: what,
                 path,
                 source: Arc::new(source),
             },
             _ => Self::Io {
-                what,
+                operation: what,
                 path,
                 source: Arc::new(source),
             },
         }
     }
 
-    /// `host` could not be reached or cut the connection. The URL is taken out of the cause: it may carry a token.
+    /// Wraps a connection error. The URL is removed from the cause because it may carry a token.
     pub(super) fn transport(host: &str, what: impl Into<String>, source: reqwest::Error) -> Self {
         Self::Transport {
             host: host.into(),
-            what: what.into(),
+            subject: what.into(),
             source: Arc::new(source.without_url()),
         }
     }
 
-    /// Content that isn't what its descriptor says.
+    /// Returns an error for content that does not match its descriptor.
     pub(super) fn corrupt(
         what: impl Into<String>,
         expected: impl Into<String>,
         got: impl Into<String>,
     ) -> Self {
         Self::Corrupt {
-            what: what.into(),
+            subject: what.into(),
             expected: expected.into(),
             got: got.into(),
         }
     }
 
-    /// A manifest or config that can't be used.
+    /// Returns an error for an unacceptable manifest or config.
     pub(super) fn invalid(what: impl Into<String>, reason: impl Into<String>) -> Self {
         Self::InvalidImage {
-            what: what.into(),
+            subject: what.into(),
             reason: reason.into(),
         }
     }
@@ -273,19 +276,20 @@ impl From<ErofsError> for ImageError {
                 expected,
                 got,
             } => Self::Corrupt {
-                what,
+                subject: what,
                 expected,
                 got,
             },
-            ErofsError::Invalid {
-                subject: what,
-                reason,
-            } => Self::InvalidImage { what, reason },
+            ErofsError::Invalid { subject, reason } => Self::InvalidImage { subject, reason },
             ErofsError::TooLarge {
-                subject: what,
+                subject,
                 limit,
                 unit,
-            } => Self::TooLarge { what, limit, unit },
+            } => Self::TooLarge {
+                subject,
+                limit,
+                unit,
+            },
             ErofsError::Cancelled => Self::Cancelled,
             ErofsError::Io {
                 operation,

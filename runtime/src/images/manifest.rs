@@ -1,9 +1,9 @@
-//! Indexes, manifests and configs: parsing, the choice of the platform, and what this node accepts of them.
+//! Parses and checks indexes, manifests and configs, and selects the platform.
 //!
-//! Works on bytes whose digest has been checked already; fetches nothing. Called by `pull`.
+//! Works on bytes whose digest has been verified. Called by `pull`.
 //!
-//! Accepted: OCI image index, OCI manifest, Docker manifest list, Docker schema 2. A document that could be read both
-//! as an index and as a manifest is refused, since two readers might disagree about it (CVE-2021-41190).
+//! Supports OCI image indexes, OCI manifests, Docker manifest lists and Docker schema 2. A document that could be read
+//! both as an index and as a manifest is rejected (CVE-2021-41190).
 
 use oci_spec::image::ImageConfiguration;
 use serde::Deserialize;
@@ -16,18 +16,18 @@ pub(super) const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+jso
 pub(super) const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
 pub(super) const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 
-/// Layers of one image. Linux's overlayfs stacks at most 500; real images stay below 128.
+/// Maximum number of layers of an image. overlayfs supports 500; real images have fewer than 128.
 pub(super) const MAX_LAYERS: usize = 256;
-/// Entries of one index.
+/// Maximum number of entries of an index.
 const MAX_INDEX_ENTRIES: usize = 4096;
-/// Indexes in indexes.
+/// Maximum nesting of indexes.
 pub(super) const MAX_INDEX_DEPTH: usize = 3;
-/// Largest manifest or index in bytes: what the OCI distribution specification asks registries to take.
+/// Maximum size of a manifest or index: the size that registries must accept by the OCI distribution specification.
 pub(super) const MAX_MANIFEST_BYTES: u64 = 4 << 20;
-/// Largest config in bytes; real ones have a few KiB, histories of generated images some hundred.
+/// Maximum size of a config; real ones have a few KiB, or some hundred KiB with the history of generated images.
 pub(super) const MAX_CONFIG_BYTES: u64 = 8 << 20;
 
-/// A pointer to content.
+/// Descriptor of content.
 #[derive(Debug, Clone)]
 pub(super) struct Descriptor {
     pub media_type: String,
@@ -36,15 +36,15 @@ pub(super) struct Descriptor {
     pub size: u64,
 }
 
-/// What a manifest URL gave.
+/// A parsed manifest document.
 #[derive(Debug)]
 pub(super) enum Document {
-    /// The entry for this machine.
+    /// An index, with its entry for this machine.
     Index(Descriptor),
     Manifest(Manifest),
 }
 
-/// One image of one platform.
+/// Manifest of an image.
 #[derive(Debug)]
 pub(super) struct Manifest {
     pub config: Descriptor,
@@ -52,7 +52,7 @@ pub(super) struct Manifest {
     pub layers: Vec<Descriptor>,
 }
 
-/// How a layer's blob is packed.
+/// Compression of a layer's blob.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Compression {
     Plain,
@@ -60,7 +60,7 @@ pub(super) enum Compression {
     Zstd,
 }
 
-/// The platform of this machine's guests, in Go's words.
+/// Platform of this machine's guests, with Go's names.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Platform {
     pub os: &'static str,
@@ -68,7 +68,7 @@ pub(super) struct Platform {
 }
 
 impl Platform {
-    /// Guests have the host's architecture and run Linux.
+    /// Returns Linux on the host's architecture.
     pub(super) fn host() -> Self {
         let architecture = match std::env::consts::ARCH {
             "x86_64" => "amd64",
@@ -85,7 +85,7 @@ impl Platform {
         format!("{}/{}", self.os, self.architecture)
     }
 
-    /// Without a variant or with the base one: a guest's CPU need not have what amd64/v3 asks for.
+    /// Accepts no variant or the base variant, because a guest's CPU need not support amd64/v3.
     fn takes(&self, platform: &RawPlatform) -> bool {
         let base = match self.architecture {
             "arm64" => "v8",
@@ -142,7 +142,7 @@ impl RawDescriptor {
     }
 }
 
-/// Reads a manifest or index. `what` names it in errors; `media_type` is the response's Content-Type, if it had a useful one.
+/// Parses a manifest or index. `what` names it in errors; `media_type` is the response's Content-Type.
 pub(super) fn parse(
     what: &str,
     media_type: Option<&str>,
@@ -150,11 +150,11 @@ pub(super) fn parse(
     platform: Platform,
 ) -> ImageResult<Document> {
     let raw: RawDocument = serde_json::from_slice(bytes)
-        .map_err(|e| ImageError::invalid(what, format!("is no image manifest: {e}")))?;
+        .map_err(|e| ImageError::invalid(what, format!("not an image manifest: {e}")))?;
     if raw.fs_layers.is_some() || raw.schema_version != 2 {
         return Err(ImageError::invalid(
             what,
-            "has schema version 1, which is no longer supported",
+            "schema version 1 is not supported",
         ));
     }
     let named = raw.media_type.as_deref().or(media_type).unwrap_or("");
@@ -166,7 +166,7 @@ pub(super) fn parse(
             if layers.len() > MAX_LAYERS {
                 let what = format!("the number of layers of {what}");
                 return Err(ImageError::TooLarge {
-                    what,
+                    subject: what,
                     limit: MAX_LAYERS as u64,
                     unit: "layers",
                 });
@@ -180,7 +180,7 @@ pub(super) fn parse(
         }
         _ => Err(ImageError::invalid(
             what,
-            format!("is neither an index nor a manifest (media type {named:?})"),
+            format!("neither an index nor a manifest (media type {named:?})"),
         )),
     }
 }
@@ -189,7 +189,7 @@ fn choose(what: &str, entries: Vec<RawDescriptor>, platform: Platform) -> ImageR
     if entries.len() > MAX_INDEX_ENTRIES {
         let what = format!("the number of entries of {what}");
         return Err(ImageError::TooLarge {
-            what,
+            subject: what,
             limit: MAX_INDEX_ENTRIES as u64,
             unit: "entries",
         });
@@ -210,19 +210,19 @@ fn choose(what: &str, entries: Vec<RawDescriptor>, platform: Platform) -> ImageR
                     Some(v) if !v.is_empty() => format!("{}/{}/{v}", p.os, p.architecture),
                     _ => format!("{}/{}", p.os, p.architecture),
                 };
-                // Enough to see what went wrong; an index may list thousands.
+                // A bounded number, since an index may list thousands.
                 if offered.len() < 16 && name != "unknown/unknown" {
                     offered.push(name);
                 }
             }
-            // The specification leaves the platform out where there is one image only; its config is checked later.
+            // The platform is optional if there is only one image; its config is checked later.
             None => without_platform = without_platform.or(Some(entry)),
         }
     }
     match without_platform {
         Some(entry) => entry.check(what),
         None => Err(ImageError::NoPlatform {
-            what: what.to_owned(),
+            subject: what.to_owned(),
             wanted: platform.name(),
             offered: if offered.is_empty() {
                 "nothing".into()
@@ -233,7 +233,7 @@ fn choose(what: &str, entries: Vec<RawDescriptor>, platform: Platform) -> ImageR
     }
 }
 
-/// Reads an image's config and checks that it is for `platform` and describes `layers` layers. Gives the diff IDs too.
+/// Parses an image's config, checks that it is for `platform` and describes `layers` layers, and returns the diff IDs.
 pub(super) fn parse_config(
     what: &str,
     bytes: &[u8],
@@ -241,22 +241,22 @@ pub(super) fn parse_config(
     platform: Platform,
 ) -> ImageResult<(ImageConfiguration, Vec<Digest>)> {
     let no_config =
-        |e: serde_json::Error| ImageError::invalid(what, format!("is no image config: {e}"));
+        |e: serde_json::Error| ImageError::invalid(what, format!("not an image config: {e}"));
     let mut value: serde_json::Value = serde_json::from_slice(bytes).map_err(no_config)?;
-    // Docker writes `"Volumes": null` and the like where OCI leaves the field out.
+    // Docker writes null, such as `"Volumes": null`, for fields that OCI omits.
     drop_nulls(&mut value);
     let config: ImageConfiguration = serde_json::from_value(value).map_err(no_config)?;
     let (os, architecture) = (config.os().to_string(), config.architecture().to_string());
     if os != platform.os || architecture != platform.architecture {
         return Err(ImageError::NoPlatform {
-            what: what.to_owned(),
+            subject: what.to_owned(),
             wanted: platform.name(),
             offered: format!("{os}/{architecture}"),
         });
     }
     let diff_ids = config.rootfs().diff_ids();
     if diff_ids.len() != layers {
-        let reason = format!("names {} diff IDs for {layers} layers", diff_ids.len());
+        let reason = format!("it has {} diff IDs for {layers} layers", diff_ids.len());
         return Err(ImageError::invalid(what, reason));
     }
     let diff_ids = diff_ids
@@ -269,7 +269,7 @@ pub(super) fn parse_config(
     Ok((config, diff_ids))
 }
 
-/// serde_json bounds the nesting at 128, so the recursion is bounded too.
+/// Removes null members. The recursion is bounded because serde_json limits the nesting to 128.
 fn drop_nulls(value: &mut serde_json::Value) {
     match value {
         serde_json::Value::Object(map) => {
@@ -282,19 +282,19 @@ fn drop_nulls(value: &mut serde_json::Value) {
 }
 
 impl Compression {
-    /// What the first bytes of a blob say; media types lie too often (`+gzip` on plain tars and the reverse).
+    /// Detects the compression from the first bytes of a blob. Media types are unreliable (`+gzip` on plain tars).
     pub(super) fn sniff(start: &[u8]) -> Self {
         match start {
             [0x1f, 0x8b, ..] => Self::Gzip,
             [0x28, 0xb5, 0x2f, 0xfd, ..] => Self::Zstd,
-            // A skippable frame, as seekable zstd has in front.
+            // A skippable frame, with which seekable zstd starts.
             [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Self::Zstd,
             _ => Self::Plain,
         }
     }
 }
 
-/// Refuses what is no layer of a file system (in-toto attestations, Helm charts, encrypted layers).
+/// Rejects media types other than file system layers (in-toto attestations, Helm charts, encrypted layers).
 pub(super) fn check_layer_type(what: &str, media_type: &str) -> ImageResult<()> {
     let known = [
         "application/vnd.oci.image.layer.v1.tar",
@@ -312,7 +312,7 @@ pub(super) fn check_layer_type(what: &str, media_type: &str) -> ImageResult<()> 
     } else {
         Err(ImageError::invalid(
             what,
-            format!("has media type {media_type:?}, which is no layer"),
+            format!("media type {media_type:?} is not a layer type"),
         ))
     }
 }

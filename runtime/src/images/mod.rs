@@ -1,14 +1,13 @@
-//! [`ImageManager`]: images, from a reference to the EROFS layer files a guest mounts.
+//! [`ImageManager`]: pulls images and stores their layers as the EROFS files that guests mount.
 //!
-//! Starts no VM and knows no pod; paths below the store's directory are built in `store`. Used by the start pipeline
-//! (`layers`, `hold`) and by cri-server's image service (everything else).
+//! Independent of VMs and pods; paths below the store's directory are built in `store`. The start of containers uses
+//! `layers` and `hold`, cri-server's image service uses the rest.
 //!
 //! ```text
 //! pull: reference ─► registry (hosts, auth) ─► manifest (platform) ─► layer jobs ─► erofs ─► store (index, layers)
 //! ```
 //!
-//! A pull resolves the reference anew each time, downloads what the store lacks, and adds the image in one step at its
-//! end: before that nothing of it is visible, after that everything.
+//! A pull always resolves the reference, downloads missing content, and adds the image atomically at its end.
 
 mod configs;
 mod error;
@@ -32,12 +31,12 @@ pub use types::{
     PullProgress, RegistryAuth, RegistryOptions,
 };
 
-use configs::Configs;
+use configs::ConfigCache;
 use layer::LayerJobs;
 use registry::HostDirectory;
 use store::Store;
 
-/// The image store and the ways into it. Clones share it.
+/// Handle to the image store. Clones share it.
 #[derive(Clone)]
 pub struct ImageManager {
     inner: Arc<Inner>,
@@ -54,22 +53,22 @@ impl std::fmt::Debug for ImageManager {
 struct Inner {
     store: Arc<Store>,
     jobs: LayerJobs,
-    configs: Configs,
+    configs: ConfigCache,
     hosts: HostDirectory,
     options: RegistryOptions,
 }
 
 impl ImageManager {
-    /// Opens the store in `dir`, creating it (0700) if need be. One process at a time may have it open.
+    /// Opens the store in `dir`, or creates it (0700). One process at a time may open it.
     ///
-    /// Cleans up after a crash: incomplete files are deleted, recent partial downloads kept for the next pull, images
-    /// with damaged or missing files dropped. Dropping the future lets the opening finish and close again.
+    /// Cleans up after a crash: deletes incomplete files, keeps recent partial downloads for the next pull, and drops
+    /// images with damaged or missing files.
     pub async fn open(dir: &Path, options: RegistryOptions) -> ImageResult<Self> {
         let path = dir.to_path_buf();
         let store = blocking(move || Store::open(&path)).await?;
         let inner = Inner {
             jobs: LayerJobs::new(store.clone()),
-            configs: Configs::new(store.clone()),
+            configs: ConfigCache::new(store.clone()),
             hosts: HostDirectory::new(options.clone()),
             store,
             options,
@@ -79,11 +78,11 @@ impl ImageManager {
         })
     }
 
-    /// Pulls `reference` and gives the image it names now. `progress` sees every step; nobody has to read it.
+    /// Pulls `reference` and returns the image. `progress` receives every step.
     ///
-    /// Errors are [`ImageError::Pull`] around the cause. A pull that fails for good leaves nothing; one that was cut off,
-    /// or whose future was dropped, leaves partial downloads and complete layers that the next pull of them uses, and
-    /// that any `remove` and the next `open` clean up.
+    /// Errors are [`ImageError::Pull`] with the cause. A pull that fails permanently removes its data. One that fails
+    /// temporarily or is dropped leaves partial downloads and complete layers for the next pull; `remove` and `open` clean
+    /// them up.
     pub async fn pull(
         &self,
         reference: &str,
@@ -93,33 +92,35 @@ impl ImageManager {
         pull::pull(&self.inner, reference, auth, progress).await
     }
 
-    /// All images, ordered by ID. Never waits.
+    /// Returns all images ordered by ID, without waiting.
     pub fn list(&self) -> Vec<ImageRecord> {
         self.inner.store.list()
     }
 
-    /// The image `what` names: an ID, a unique beginning of one, a tag or a digest reference. Never waits.
+    /// Returns the image with this ID, unique ID prefix, tag or digest reference, without waiting.
     pub fn status(&self, what: &str) -> Option<ImageRecord> {
         self.inner.store.find(what)
     }
 
-    /// Removes the image `what` names with all its references, and every file no other image needs. False if there is
-    /// none (which is no error to CRI). [`ImageError::InUse`] names the holders. Dropping the future doesn't stop it.
+    /// Removes the image `what` with all its references, and the files that no other image needs. Returns false if it does
+    /// not exist (not an error in CRI). [`ImageError::InUse`] names the holders. Dropping the future does not cancel it.
     pub async fn remove(&self, what: &str) -> ImageResult<bool> {
         let (store, what) = (self.inner.store.clone(), what.to_owned());
         blocking(move || store.remove(&what)).await
     }
 
-    /// What the store takes on its disk.
+    /// Returns the disk usage of the store.
     pub async fn fs_info(&self) -> ImageResult<ImageFsInfo> {
         let store = self.inner.store.clone();
         blocking(move || store.fs_info()).await
     }
 
-    /// The layer files of the image with this ID (or another name of it), lowest first. Take a hold first: without one
-    /// they may be deleted at any time.
+    /// Returns the layer files of an image, lowest first. Hold the image first; otherwise they may be deleted.
     pub fn layers(&self, image: &str) -> ImageResult<Vec<LayerFile>> {
-        let not_found = |what: String| ImageError::NotFound { what, host: None };
+        let not_found = |what: String| ImageError::NotFound {
+            subject: what,
+            host: None,
+        };
         let record = self
             .status(image)
             .ok_or_else(|| not_found(format!("image {image}")))?;
@@ -134,30 +135,30 @@ impl ImageManager {
             .collect()
     }
 
-    /// Keeps the image `what` names until `holder` releases it by the ID in the record this gives. Holding twice is
-    /// holding once. Holds are in memory: after a restart, take them again before serving removals.
+    /// Keeps the image `what` until `holder` releases it by the ID in the returned record. Idempotent per holder. Holds are
+    /// in memory: after a restart they must be taken again before removals are served.
     pub fn hold(&self, what: &str, holder: &str) -> ImageResult<ImageRecord> {
         self.inner.store.hold(what, holder)
     }
 
-    /// Ends the hold of `holder` on the image with this ID, if there is one.
+    /// Releases the hold of `holder` on the image with this ID, if there is one.
     pub fn release(&self, image_id: &str, holder: &str) {
         self.inner.store.release(image_id, holder);
     }
 
-    /// Waits until no thread of a dropped pull touches the store any more; each ends within one chunk or block write.
+    /// Waits until the threads of dropped pulls have stopped using the store; each ends within one chunk or block write.
     pub async fn settle(&self) {
         self.inner.jobs.settle().await;
     }
 }
 
-/// Runs file work off the async threads. It runs to its end even if the future is dropped.
+/// Runs blocking file operations on a blocking thread. They run to completion even if the future is dropped.
 async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> ImageResult<T> + Send + 'static,
+    operation: impl FnOnce() -> ImageResult<T> + Send + 'static,
 ) -> ImageResult<T> {
-    tokio::task::spawn_blocking(work)
+    tokio::task::spawn_blocking(operation)
         .await
         .unwrap_or(Err(ImageError::Lost {
-            what: "work on the image store",
+            subject: "a task of the image store",
         }))
 }

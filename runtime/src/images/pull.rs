@@ -1,10 +1,9 @@
-//! One pull, from a reference to an image in the store.
+//! A pull, from a reference to an image in the store. Called by `ImageManager::pull`.
 //!
-//! Only the order of things: the conversation is in `registry`, the documents in `manifest`, the layers in `layer`.
-//! Called by `ImageManager::pull`.
+//! Only the sequence is here: requests are in `registry`, documents in `manifest`, layers in `layer`.
 //!
-//! resolve (indexes down to this platform) → config (once for all callers) → lease → layers, a few at a time → commit. A failure gives the
-//! lease up and, unless trying again may help, deletes the layers that came.
+//! resolve (indexes down to this platform) → config (shared by all callers) → lease → layers, a few at a time → commit. A
+//! failure gives up the lease and, if it is permanent, deletes the downloaded layers.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,9 +20,9 @@ use super::store::NewImage;
 use super::types::{ImageRecord, LayerProgress, LayerState, ProgressSender, RegistryAuth};
 use super::{Inner, blocking};
 
-/// What resolving a reference gave.
+/// A resolved reference.
 struct Resolved {
-    /// Digest of what the reference names itself.
+    /// Digest of the document that the reference names.
     target: Digest,
     documents: Vec<(Digest, Vec<u8>)>,
     manifest: Manifest,
@@ -99,7 +98,7 @@ async fn run(
         Ok(_) => progress.done(),
         Err(e) if !e.is_transient() => {
             abandoned.store(true, Ordering::SeqCst);
-            // Before the answer: whoever makes room for a pull that found none may count on this.
+            // Before returning, so that the space is free when the client learns of the failure.
             inner.jobs.ended(&requests).await;
             discard(inner, diff_ids, requests).await;
         }
@@ -145,13 +144,13 @@ async fn resolve(
     }
     let what = format!("the nesting of indexes of {}", reference.name());
     Err(ImageError::TooLarge {
-        what,
+        subject: what,
         limit: MAX_INDEX_DEPTH as u64,
         unit: "levels",
     })
 }
 
-/// Brings all layers into the store; the first failure drops the others.
+/// Downloads all layers into the store; the first failure cancels the others.
 async fn fetch_layers(
     inner: &Arc<Inner>,
     session: &Arc<Session>,
@@ -170,19 +169,19 @@ async fn fetch_layers(
         .await
 }
 
-/// Deletes what came of a pull that failed for good.
+/// Deletes the data of a pull that failed permanently.
 async fn discard(inner: &Arc<Inner>, layers: Vec<Digest>, requests: Vec<LayerRequest>) {
     let inner = inner.clone();
-    let work = move || {
+    let delete = move || {
         inner.jobs.discard(&requests)?;
         inner.store.discard(&layers)
     };
-    if let Err(e) = blocking(work).await {
-        tracing::warn!(error = %e.report(), "what a failed pull left could not be deleted");
+    if let Err(e) = blocking(delete).await {
+        tracing::warn!(error = %e.report(), "failed to delete the data of a failed pull");
     }
 }
 
-/// The progress channel, if anybody asked for one.
+/// Optional progress channel.
 struct Progress(Option<ProgressSender>);
 
 impl Progress {

@@ -1,8 +1,7 @@
-//! [`Reference`]: an image reference, parsed and normalised as containerd and CRI do.
+//! [`Reference`]: an image reference, parsed and normalized as containerd's CRI plugin does.
 //!
-//! `busybox` is `docker.io/library/busybox:latest`; a reference with a tag and a digest is the digest's (the tag is
-//! dropped, as containerd's CRI plugin does). The grammar is that of the distribution project. Knows nothing of hosts
-//! behind a name, see `hosts`.
+//! `busybox` becomes `docker.io/library/busybox:latest`; the tag is dropped if there is a digest. The grammar is that of
+//! the distribution project. The hosts of a registry are in `registry::hosts`.
 
 use std::fmt;
 
@@ -12,20 +11,20 @@ const DEFAULT_DOMAIN: &str = "docker.io";
 const LEGACY_DEFAULT_DOMAIN: &str = "index.docker.io";
 const OFFICIAL_PREFIX: &str = "library/";
 const DEFAULT_TAG: &str = "latest";
-/// Longest repository name, domain included, in bytes: the distribution grammar's own limit.
-const MAX_NAME: usize = 255;
-/// Longest tag in bytes, from the same grammar.
-const MAX_TAG: usize = 128;
+/// Maximum length of a repository name including the domain, from the distribution grammar.
+const MAX_NAME_BYTES: usize = 255;
+/// Maximum length of a tag, from the distribution grammar.
+const MAX_TAG_BYTES: usize = 128;
 
 /// A sha256 digest, `sha256:` and 64 lower-case hex digits.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Digest(String);
 
 impl Digest {
-    /// Parses `sha256:<64 hex>`. Other algorithms are refused: nothing in the store could be named by them.
+    /// Parses `sha256:<64 hex>`. Other algorithms are rejected: the store is keyed by sha256.
     pub fn parse(text: &str) -> Result<Self, String> {
         let Some((algorithm, hex)) = text.split_once(':') else {
-            return Err(format!("{text:?} is no digest (algorithm:hex)"));
+            return Err(format!("{text:?} is not a digest (algorithm:hex)"));
         };
         if algorithm != "sha256" {
             return Err(format!(
@@ -33,28 +32,30 @@ impl Digest {
             ));
         }
         if hex.len() != 64 || !hex.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
-            return Err(format!("digest {text:?} has not 64 lower-case hex digits"));
+            return Err(format!(
+                "digest {text:?} does not have 64 lower-case hex digits"
+            ));
         }
         Ok(Self(text.to_owned()))
     }
 
-    /// The digest of a finished hash.
+    /// Returns the digest of a finished hash.
     pub(super) fn from_hash(hash: impl AsRef<[u8]>) -> Self {
         Self(format!("sha256:{}", hex::encode(hash)))
     }
 
-    /// The digest of `bytes`.
+    /// Returns the digest of `bytes`.
     pub(super) fn of(bytes: &[u8]) -> Self {
         use sha2::Digest as _;
         Self::from_hash(sha2::Sha256::digest(bytes))
     }
 
-    /// With the algorithm: `sha256:…`.
+    /// Returns the digest with its algorithm: `sha256:…`.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// The 64 hex digits.
+    /// Returns the 64 hex digits.
     pub fn hex(&self) -> &str {
         &self.0["sha256:".len()..]
     }
@@ -66,7 +67,7 @@ impl fmt::Display for Digest {
     }
 }
 
-/// A normalised image reference: it always has a domain, a path and either a tag or a digest.
+/// A normalized image reference with a domain, a path and either a tag or a digest.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Reference {
     domain: String,
@@ -81,7 +82,7 @@ enum Target {
 }
 
 impl Reference {
-    /// Parses and normalises `text`. The error names `text` and says which part is wrong.
+    /// Parses and normalizes `text`. The error names `text` and the invalid part.
     pub fn parse(text: &str) -> ImageResult<Self> {
         Self::parse_inner(text).map_err(|reason| ImageError::InvalidReference {
             reference: shorten(text),
@@ -91,10 +92,13 @@ impl Reference {
 
     fn parse_inner(text: &str) -> Result<Self, String> {
         if text.is_empty() {
-            return Err("is empty".into());
+            return Err("it is empty".into());
         }
-        if text.len() > MAX_NAME + MAX_TAG + 80 {
-            return Err(format!("is longer than {} bytes", MAX_NAME + MAX_TAG + 80));
+        if text.len() > MAX_NAME_BYTES + MAX_TAG_BYTES + 80 {
+            return Err(format!(
+                "it is longer than {} bytes",
+                MAX_NAME_BYTES + MAX_TAG_BYTES + 80
+            ));
         }
         let (rest, digest) = match text.split_once('@') {
             Some((rest, digest)) => (rest, Some(Digest::parse(digest)?)),
@@ -113,8 +117,8 @@ impl Reference {
         let (domain, path) = split_domain(name);
         check_domain(&domain)?;
         check_path(&path)?;
-        if domain.len() + 1 + path.len() > MAX_NAME {
-            return Err(format!("the name is longer than {MAX_NAME} bytes"));
+        if domain.len() + 1 + path.len() > MAX_NAME_BYTES {
+            return Err(format!("the name is longer than {MAX_NAME_BYTES} bytes"));
         }
         let target = match (digest, tag) {
             (Some(digest), _) => Target::Digest(digest),
@@ -127,22 +131,22 @@ impl Reference {
         })
     }
 
-    /// The registry's name: host and, where given, port.
+    /// Returns the registry's host and optional port.
     pub fn domain(&self) -> &str {
         &self.domain
     }
 
-    /// The repository's name without the domain.
+    /// Returns the repository's name without the domain.
     pub fn path(&self) -> &str {
         &self.path
     }
 
-    /// Domain and path.
+    /// Returns domain and path.
     pub fn name(&self) -> String {
         format!("{}/{}", self.domain, self.path)
     }
 
-    /// The tag, unless the reference is by digest.
+    /// Returns the tag, unless the reference is by digest.
     pub fn tag(&self) -> Option<&str> {
         match &self.target {
             Target::Tag(tag) => Some(tag),
@@ -150,7 +154,7 @@ impl Reference {
         }
     }
 
-    /// The digest, if the reference is by digest.
+    /// Returns the digest, if the reference is by digest.
     pub fn digest(&self) -> Option<&Digest> {
         match &self.target {
             Target::Tag(_) => None,
@@ -158,7 +162,7 @@ impl Reference {
         }
     }
 
-    /// What stands after `/manifests/` in a request.
+    /// Returns the path component after `/manifests/` of a request.
     pub(super) fn target(&self) -> &str {
         match &self.target {
             Target::Tag(tag) => tag,
@@ -166,7 +170,7 @@ impl Reference {
         }
     }
 
-    /// The same repository by `digest`.
+    /// Returns the reference of `digest` in the same repository.
     pub(super) fn with_digest(&self, digest: &Digest) -> String {
         format!("{}@{digest}", self.name())
     }
@@ -182,7 +186,7 @@ impl fmt::Display for Reference {
 }
 
 fn shorten(text: &str) -> String {
-    text.chars().take(MAX_NAME).collect()
+    text.chars().take(MAX_NAME_BYTES).collect()
 }
 
 fn split_domain(name: &str) -> (String, String) {
@@ -208,7 +212,7 @@ fn is_domain(first: &str) -> bool {
 }
 
 fn check_domain(domain: &str) -> Result<(), String> {
-    let bad = || format!("{domain:?} is no registry host");
+    let bad = || format!("{domain:?} is not a registry host");
     let (host, port) = match domain.strip_prefix('[') {
         Some(rest) => {
             let (address, after) = rest.split_once(']').ok_or_else(bad)?;
@@ -250,14 +254,14 @@ fn check_path(path: &str) -> Result<(), String> {
             return Err(if component.bytes().any(|b| b.is_ascii_uppercase()) {
                 "the repository name must be lower case".into()
             } else {
-                format!("{component:?} is no part of a repository name")
+                format!("{component:?} is not a valid repository name component")
             });
         }
     }
     Ok(())
 }
 
-/// `[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*`
+/// Matches `[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*`.
 fn is_path_component(component: &[u8]) -> bool {
     let alnum = |b: &u8| matches!(b, b'a'..=b'z' | b'0'..=b'9');
     let (Some(first), Some(last)) = (component.first(), component.last()) else {
@@ -276,13 +280,13 @@ fn is_path_component(component: &[u8]) -> bool {
 
 fn check_tag(tag: &str) -> Result<(), String> {
     let word = |b: u8| b.is_ascii_alphanumeric() || b == b'_';
-    let ok = tag.len() <= MAX_TAG
+    let ok = tag.len() <= MAX_TAG_BYTES
         && tag.bytes().next().is_some_and(word)
         && tag.bytes().all(|b| word(b) || matches!(b, b'.' | b'-'));
     if ok {
         Ok(())
     } else {
-        Err(format!("{:?} is no tag", shorten(tag)))
+        Err(format!("{:?} is not a tag", shorten(tag)))
     }
 }
 
@@ -293,7 +297,7 @@ mod tests {
     const HEX: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 
     #[test]
-    fn normalises_as_containerd_does() {
+    fn parse_normalizes_as_containerd() {
         let d = format!("sha256:{HEX}");
         for (text, want) in [
             ("busybox", "docker.io/library/busybox:latest".to_owned()),
@@ -326,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_what_is_no_reference() {
+    fn parse_rejects_invalid_references() {
         let long = "a/".repeat(200);
         for text in [
             "",

@@ -1,7 +1,5 @@
-//! The data other parts of the runtime hold about images: [`ImageRecord`], [`LayerFile`], [`RegistryOptions`],
-//! [`RegistryAuth`], [`PullProgress`] and [`ImageFsInfo`].
-//!
-//! No behaviour beyond reading fields; how they come about is in `pull`, `store` and `registry`.
+//! Public data types of images: [`ImageRecord`], [`LayerFile`], [`RegistryOptions`], [`RegistryAuth`], [`PullProgress`]
+//! and [`ImageFsInfo`].
 
 use std::fmt;
 use std::path::PathBuf;
@@ -11,38 +9,38 @@ use std::time::Duration;
 use oci_spec::image::ImageConfiguration;
 use tokio::sync::watch;
 
-/// An image of the store. Cheap to clone.
+/// An image in the store. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct ImageRecord {
     /// `sha256:` and the digest of the image's config: CRI's image ID.
     pub id: String,
-    /// References with a tag, normalised (`docker.io/library/busybox:latest`), sorted. Empty once the tags have moved.
+    /// References with a tag, normalized (`docker.io/library/busybox:latest`), sorted. Empty after its tags have moved.
     pub repo_tags: Vec<String>,
     /// References with a digest (`docker.io/library/busybox@sha256:…`), sorted.
     pub repo_digests: Vec<String>,
-    /// Bytes the image takes on this node's disk: layer files, manifest and config. Layers shared with other images count in full.
+    /// Disk usage in bytes: layer files, manifest and config. Layers shared with other images count in full.
     pub size_bytes: u64,
     /// Diff IDs (`sha256:…`) of the layers, lowest first.
     pub layers: Vec<String>,
-    /// The image's config (entrypoint, environment, user …).
+    /// Config of the image (entrypoint, environment, user …).
     pub config: Arc<ImageConfiguration>,
-    /// Never set today: images are kept by holding them, see `ImageManager::hold`.
+    /// Always false at present: images are kept by `ImageManager::hold`.
     pub pinned: bool,
 }
 
-/// The user a container of the image runs as, the way CRI splits it.
+/// Default user of an image, as CRI represents it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ImageUser {
-    /// The config names nobody: root.
+    /// The config has no user: root.
     Unset,
-    /// A number.
+    /// A user id.
     Uid(i64),
-    /// A name, to be looked up in the image's `/etc/passwd`.
+    /// A user name, to be looked up in the image's `/etc/passwd`.
     Name(String),
 }
 
 impl ImageRecord {
-    /// The user of the image's config without its group, as CRI's `Image.uid` and `Image.username` want it.
+    /// Returns the user of the image's config without its group, for CRI's `Image.uid` and `Image.username`.
     pub fn user(&self) -> ImageUser {
         let user = self
             .config
@@ -59,42 +57,42 @@ impl ImageRecord {
     }
 }
 
-/// One layer as the guest mounts it.
+/// Layer file that a guest mounts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LayerFile {
     /// Digest of the layer's uncompressed tar stream, `sha256:…`.
     pub diff_id: String,
-    /// The EROFS file, read-only, mode 0444 below a directory of mode 0700.
+    /// EROFS file, mode 0444 below a directory of mode 0700.
     pub path: PathBuf,
-    /// Its size in bytes, a multiple of 4096.
+    /// Size in bytes, a multiple of 4096.
     pub bytes: u64,
 }
 
-/// What CRI's ImageFsInfo wants to know.
+/// Disk usage of the image store, for CRI's ImageFsInfo.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ImageFsInfo {
-    /// The directory that holds everything about images.
+    /// Directory of the store.
     pub path: PathBuf,
     /// Bytes allocated below it.
     pub used_bytes: u64,
-    /// Files and directories below it.
+    /// Number of files and directories below it.
     pub inodes_used: u64,
-    /// When that was counted, in nanoseconds since 1970.
+    /// Time of the count in ns since the epoch.
     pub timestamp_ns: i64,
 }
 
-/// How this node reaches registries.
+/// Options for access to registries.
 #[derive(Debug, Clone)]
 pub struct RegistryOptions {
     /// Directory in containerd's `certs.d` layout: `<host>/hosts.toml`, `_default/hosts.toml`. Need not exist.
     pub certs_dir: PathBuf,
-    /// Limit of one connection attempt, TLS included.
+    /// Timeout of a connection attempt, including TLS.
     pub connect_timeout: Duration,
-    /// A response that gives no byte for so long counts as cut.
+    /// A response without a new byte for this time counts as broken.
     pub stall_timeout: Duration,
-    /// Layers of one pull that are downloaded and converted at the same time.
+    /// Number of layers of a pull that are downloaded and converted concurrently.
     pub parallel_layers: usize,
-    /// Largest uncompressed layer, in bytes of its tar stream.
+    /// Maximum size of an uncompressed layer, in bytes of its tar stream.
     pub max_layer_bytes: u64,
 }
 
@@ -102,30 +100,30 @@ impl Default for RegistryOptions {
     fn default() -> Self {
         Self {
             certs_dir: PathBuf::from("/etc/boxlite/certs.d"),
-            // What containerd's transport allows a dial.
+            // containerd's dial timeout.
             connect_timeout: Duration::from_secs(30),
-            // Registries that fetch from behind may need a while for the first byte; a minute is past any of them.
+            // Pull-through caches may be slow to send the first byte.
             stall_timeout: Duration::from_secs(60),
             // containerd's max_concurrent_downloads.
             parallel_layers: 3,
-            // Past the largest published machine-learning images, and less than fills a node in one go.
+            // Larger than any published machine-learning image.
             max_layer_bytes: 64 << 30,
         }
     }
 }
 
-/// Credentials of one pull, as CRI's AuthConfig has them. Its `Debug` shows no secret.
+/// Credentials of a pull, as in CRI's AuthConfig. `Debug` shows no secrets.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct RegistryAuth {
-    /// User name for Basic, and for the token endpoint.
+    /// User name for Basic authentication and for the token endpoint.
     pub username: String,
-    /// Its password.
+    /// Password.
     pub password: String,
-    /// base64 of `username:password`; used when `username` is empty.
+    /// base64 of `username:password`; used if `username` is empty.
     pub auth: String,
     /// OAuth2 refresh token, exchanged at the token endpoint.
     pub identity_token: String,
-    /// Bearer token, sent as it is.
+    /// Bearer token, sent unchanged.
     pub registry_token: String,
     /// If set, the credentials are for this host (or URL) only.
     pub server_address: String,
@@ -139,45 +137,45 @@ impl fmt::Debug for RegistryAuth {
     }
 }
 
-/// Where a pull publishes how far it is. A watch never blocks the pull; a slow reader sees the newest state.
+/// Channel for the progress of a pull. It does not block the pull; a slow reader sees the newest state.
 pub type ProgressSender = watch::Sender<PullProgress>;
 
-/// How far a pull is.
+/// Progress of a pull.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PullProgress {
-    /// The normalised reference.
+    /// Normalized reference.
     pub reference: String,
-    /// The layers, lowest first; empty until the manifest is there.
+    /// Layers, lowest first; empty before the manifest is known.
     pub layers: Vec<LayerProgress>,
-    /// Set with the last publication of a pull that succeeded.
+    /// Set by the last publication of a successful pull.
     pub done: bool,
 }
 
-/// How far one layer is.
+/// Progress of a layer.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LayerProgress {
-    /// Digest of the blob as the registry has it.
+    /// Digest of the blob in the registry.
     pub digest: String,
-    /// Its size in bytes.
+    /// Size of the blob in bytes.
     pub total_bytes: u64,
-    /// Bytes read of it so far, those of an earlier attempt included.
+    /// Bytes received, including those of an earlier attempt.
     pub received_bytes: u64,
-    /// What is being done.
+    /// State.
     pub state: LayerState,
 }
 
-/// What is being done to a layer.
+/// State of a layer's download.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum LayerState {
-    /// Waiting for its turn.
+    /// Waiting.
     #[default]
     Waiting,
-    /// Downloaded, and converted to EROFS as it arrives.
+    /// Being downloaded and converted to EROFS.
     Pulling,
-    /// Everything is here; the last blocks are being written.
+    /// Downloaded; the last blocks are being written.
     Finishing,
-    /// Was in the store before, by diff ID.
+    /// Was already in the store.
     Present,
-    /// In the store now.
+    /// Added to the store.
     Done,
 }

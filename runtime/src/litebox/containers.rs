@@ -1,7 +1,7 @@
-//! What a [`LiteBox`] does with its containers: create, start, stop, remove, update, reopen the log.
+//! Container operations of a [`LiteBox`]: create, start, stop, remove, update, reopen the log.
 //!
-//! Each operation runs to its end even if its caller leaves, and changes rows only through the driver. The shim does
-//! the work (Task API); exits come back through the driver's watchers.
+//! Each operation runs to completion even if its caller goes away, and changes rows only through the driver. The shim
+//! carries them out (Task API); exits are reported by the driver's watchers.
 //!
 //! ```text
 //!  (Unknown: being created) ─▶ Created ─start─▶ Running ─exit─▶ Exited ─remove─▶ gone
@@ -9,7 +9,7 @@
 //! ```
 
 use super::driver::{Change, Message};
-use super::{Describe, LiteBox, now_ns, teardown};
+use super::{LiteBox, UpdateMetadata, now_ns, teardown};
 use crate::database::ContainerRow;
 use crate::error::{ErrorKind, Result, RuntimeError};
 use crate::filesystem_layout::{check_id, private_directory, remove_tree};
@@ -24,41 +24,40 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// Exit code of a container whose start failed; containerd's.
-const START_ERROR: i32 = 128;
-/// How long a container may take to go after SIGKILL: its cgroup empties, its exit travels here. A guest under
-/// emulation and load is slow.
-const KILL_LIMIT: Duration = Duration::from_secs(30);
+/// Exit code of a container whose start failed, as in containerd.
+const START_ERROR_EXIT_CODE: i32 = 128;
+/// Timeout for a container's exit after SIGKILL. Generous, since a guest under emulation and load is slow.
+const KILL_TIMEOUT: Duration = Duration::from_secs(30);
 const SIGKILL: i32 = 9;
-/// Supplemental groups kept of what a guest answers; its agent gives a process no more.
-const GROUP_LIMIT: usize = 1024;
+/// Maximum number of supplemental groups taken from a guest's answer; the agent sets no more either.
+const MAX_SUPPLEMENTAL_GROUPS: usize = 1024;
 
 impl LiteBox {
-    /// Creates a container, starting the box first if it has not started. The same id again answers what is there.
+    /// Creates a container, after starting the box if necessary. For an existing id returns the existing container.
     ///
-    /// Dropping the future does not stop the creation; a later call with the same id waits for it. A failed creation
-    /// leaves nothing.
+    /// Dropping the future does not cancel the creation; a later call with the same id waits for it. A failed creation
+    /// is undone.
     ///
     /// # Errors
-    /// `Image` where the image is not here, `AlreadyExists` where the name is taken, `Denied` on a stopped box, those
-    /// of [`Self::start`], `Shim`, `Portal`.
+    /// `Image` if the image is not found locally, `AlreadyExists` if the name is taken, `Denied` for a stopped box,
+    /// those of [`Self::start`], `Shim`, `Portal`.
     pub async fn create_container(&self, options: ContainerOptions) -> Result<ContainerSnapshot> {
         check_id("container id", &options.id)?;
         let this = self.clone();
-        self.to_the_end(async move {
+        self.run_to_completion(async move {
             let operation = this.operation(&options.id);
-            let _alone = operation.lock().await;
+            let _guard = operation.lock().await;
             this.create_locked(options).await
         })
         .await
     }
 
     async fn create_locked(&self, options: ContainerOptions) -> Result<ContainerSnapshot> {
-        // First: from here on the image cannot go. Forgetting the row lets go of it.
+        // Hold the images first, so that they cannot be removed meanwhile. `forget` releases them.
         let env = &self.inner.env;
-        let mut wanted = vec![options.image_id.clone()];
-        wanted.extend(super::images::volumes(&options.spec));
-        let held = env.hold_images(&wanted, &options.id)?;
+        let mut images = vec![options.image_id.clone()];
+        images.extend(super::images::volumes(&options.spec));
+        let held = env.hold_images(&images, &options.id)?;
         let row = new_row(self.id(), &options, &held);
         let admitted = match self
             .send(|reply| Message::Admit {
@@ -69,7 +68,7 @@ impl LiteBox {
         {
             Ok(Ok(admitted)) => admitted,
             Ok(Err(error)) | Err(error) => {
-                // Unless it is the hold of a container that was there before.
+                // The hold may belong to a container that existed before.
                 if self.container(&options.id).is_err() {
                     env.release(&held, &options.id);
                 }
@@ -104,7 +103,7 @@ impl LiteBox {
             .env
             .images
             .layers(image_id)
-            .map_err(|source| image_error(image_id, "has no layers", source))?;
+            .map_err(|source| image_error(image_id, "find the layers of", source))?;
         let bundle = self
             .inner
             .env
@@ -118,7 +117,7 @@ impl LiteBox {
         let mut spec = spec_of(options);
         self.inner.env.name_layers(&mut spec)?;
         let spec = serde_json::to_vec(&spec).map_err(|error| RuntimeError::Internal {
-            what: format!("OCI spec cannot be written: {error}"),
+            detail: format!("failed to encode the OCI spec: {error}"),
         })?;
         let made = bundle.clone();
         teardown::blocking(move || write_bundle(&made, &config, &spec)).await?;
@@ -132,9 +131,9 @@ impl LiteBox {
         running.shim.create_task(&create).await.map(drop)
     }
 
-    /// Whom a new container runs as. Only for show: it is no failure of the create where the guest does not say.
+    /// Returns the user that a new container runs as. Informational: a failure does not fail the creation.
     async fn user_of(&self, id: &str) -> Option<ContainerUser> {
-        let asked = match self.portal() {
+        let listed = match self.portal() {
             Ok(session) => session
                 .container()
                 .list(Some(id))
@@ -142,15 +141,21 @@ impl LiteBox {
                 .map_err(RuntimeError::from),
             Err(error) => Err(error),
         };
-        let list = asked
-            .inspect_err(|error| tracing::warn!(id, error = report(error), "user is not known"))
+        let list = listed
+            .inspect_err(|error| {
+                tracing::warn!(
+                    id,
+                    error = report(error),
+                    "failed to get the user of a container"
+                );
+            })
             .ok()?;
         let user = list
             .into_iter()
             .find(|info| info.container_id == id)?
             .user?;
         let mut supplemental_groups = user.supplemental_groups;
-        supplemental_groups.truncate(GROUP_LIMIT);
+        supplemental_groups.truncate(MAX_SUPPLEMENTAL_GROUPS);
         Some(ContainerUser {
             uid: user.uid,
             gid: user.gid,
@@ -158,7 +163,7 @@ impl LiteBox {
         })
     }
 
-    /// Takes back whatever a failed create made, in the reverse order.
+    /// Undoes a failed creation in reverse order.
     async fn undo_create(&self, id: &str) {
         if let Ok(running) = self.running()
             && let Err(error) = running.shim.delete_task(id).await
@@ -166,24 +171,28 @@ impl LiteBox {
             tracing::warn!(
                 id,
                 error = report(&error),
-                "task of a failed create is left in the guest"
+                "failed to delete the task of a failed creation"
             );
         }
         if let Err(error) = self.forget(id).await {
-            tracing::warn!(id, error = report(&error), "row of a failed create is left");
+            tracing::warn!(
+                id,
+                error = report(&error),
+                "partially created container could not be removed"
+            );
         }
     }
 
-    /// Lets a created container run; ok where it runs.
+    /// Starts a created container; idempotent.
     ///
     /// # Errors
-    /// `ContainerState` where it has ended; `Shim` where the guest cannot start it, after which it is Exited with
-    /// StartError and 128.
+    /// `ContainerState` if it has exited; `Shim` if the guest cannot start it, after which it is Exited with the reason
+    /// StartError and exit code 128.
     pub async fn start_container(&self, id: &str) -> Result<()> {
         let (this, id) = (self.clone(), id.to_owned());
-        self.to_the_end(async move {
+        self.run_to_completion(async move {
             let operation = this.operation(&id);
-            let _alone = operation.lock().await;
+            let _guard = operation.lock().await;
             this.start_locked(&id).await
         })
         .await
@@ -200,11 +209,15 @@ impl LiteBox {
         match self.exact(id)?.state {
             ContainerState::Created => {}
             ContainerState::Running => return Ok(()),
-            state @ ContainerState::Exited => return Err(wrong("a container runs once")(state)),
-            state @ ContainerState::Unknown => return Err(wrong("it is not created yet")(state)),
+            state @ ContainerState::Exited => {
+                return Err(wrong("an exited container cannot be started again")(state));
+            }
+            state @ ContainerState::Unknown => {
+                return Err(wrong("its creation has not completed")(state));
+            }
         }
         let shim = self.running()?.shim;
-        let asked = now_ns();
+        let requested_at = now_ns();
         let result = shim.start_task(id).await;
         if let Err(error) = result
             && !runs_after_all(&shim, id, &error).await
@@ -212,10 +225,10 @@ impl LiteBox {
             let message = report(&error);
             let exited = self.change(id, move |row| {
                 let snapshot = &mut row.snapshot;
-                // Its VM may have died meanwhile; then its end is written already.
+                // The VM may have died meanwhile; then the exit is recorded already.
                 if snapshot.state == ContainerState::Created {
                     snapshot.state = ContainerState::Exited;
-                    snapshot.exit_code = START_ERROR;
+                    snapshot.exit_code = START_ERROR_EXIT_CODE;
                     snapshot.reason = "StartError".to_owned();
                     snapshot.message = message;
                     snapshot.finished_at_ns = now_ns();
@@ -225,7 +238,7 @@ impl LiteBox {
                 tracing::warn!(
                     id,
                     error = report(&error),
-                    "failed start is not written down"
+                    "failed to record a failed start"
                 );
             }
             return Err(error);
@@ -235,24 +248,24 @@ impl LiteBox {
             if snapshot.state == ContainerState::Created {
                 snapshot.state = ContainerState::Running;
             }
-            // When it was asked for, not when the answer came: a short container has ended by then, perhaps even on record.
-            snapshot.started_at_ns = asked;
+            // The time of the request, not of the response: a short container may have exited by then.
+            snapshot.started_at_ns = requested_at;
             if snapshot.finished_at_ns > 0 {
-                snapshot.finished_at_ns = snapshot.finished_at_ns.max(asked);
+                snapshot.finished_at_ns = snapshot.finished_at_ns.max(requested_at);
             }
         })
         .await
         .map(drop)
     }
 
-    /// Sends `signal` (Linux number), gives `grace`, then SIGKILLs everything in the container; returns when it has
-    /// ended. Ok where it does not run.
+    /// Sends `signal` (a Linux signal number), waits up to `grace`, then kills all processes of the container; returns
+    /// once it has exited. Does nothing if it does not run.
     ///
-    /// A second call beside the first is independent: with less grace it kills sooner. Dropping the future leaves
-    /// what was sent.
+    /// Concurrent calls are independent: the one with the shorter grace period kills first. Dropping the future does
+    /// not take back signals.
     ///
     /// # Errors
-    /// `NotFound`, `Deadline` where it outlives SIGKILL.
+    /// `NotFound`, `Deadline` if it survives SIGKILL.
     pub async fn stop_container(&self, id: &str, grace: Duration, signal: i32) -> Result<()> {
         if self.exact(id)?.state != ContainerState::Running {
             return Ok(());
@@ -268,16 +281,15 @@ impl LiteBox {
 
     async fn kill_and_wait(&self, id: &str) -> Result<()> {
         self.signal(id, SIGKILL, true).await;
-        tokio::time::timeout(KILL_LIMIT, self.ended(id))
+        tokio::time::timeout(KILL_TIMEOUT, self.ended(id))
             .await
             .map_err(|_| RuntimeError::Deadline {
-                what: format!("the end of container {id} after SIGKILL"),
-                limit: KILL_LIMIT,
+                detail: format!("container {id:?} did not exit after SIGKILL"),
+                limit: KILL_TIMEOUT,
             })
     }
 
-    /// A signal that cannot be delivered is no failure by itself: the wait that follows tells whether the container
-    /// ended.
+    /// Sends a signal. A failure is only logged, because the wait that follows detects a container that keeps running.
     async fn signal(&self, id: &str, signal: i32, all: bool) {
         let result = match self.running() {
             Ok(running) => running.shim.kill_task(id, signal, all).await,
@@ -288,30 +300,30 @@ impl LiteBox {
                 id,
                 signal,
                 error = report(&error),
-                "signal was not delivered"
+                "failed to deliver signal"
             );
         }
     }
 
-    /// Returns once the container does not run, or is gone.
+    /// Waits until the container is not running or is removed.
     async fn ended(&self, id: &str) {
         let mut view = self.inner.view.clone();
         let running = |c: &ContainerSnapshot| c.state == ContainerState::Running;
-        // An error means that the driver ended: the box is removed, or the runtime closes.
+        // An error means that the driver returned: the box was removed, or the runtime shuts down.
         let _ = view
             .wait_for(|view| !view.containers.get(id).is_some_and(running))
             .await;
     }
 
-    /// Kills a container if it runs, and removes all of it but its log file; ok where it is gone.
+    /// Kills a container if it runs, and removes everything but its log file; idempotent.
     ///
     /// # Errors
-    /// Whatever is left; it may be asked again.
+    /// The reason why something could not be removed; the call may be retried.
     pub async fn remove_container(&self, id: &str) -> Result<()> {
         let (this, id) = (self.clone(), id.to_owned());
-        self.to_the_end(async move {
+        self.run_to_completion(async move {
             let operation = this.operation(&id);
-            let _alone = operation.lock().await;
+            let _guard = operation.lock().await;
             this.remove_locked(&id).await
         })
         .await
@@ -326,9 +338,13 @@ impl LiteBox {
         }
         if let Ok(running) = self.running() {
             match running.shim.delete_task(id).await {
-                // Its VM went with all its containers.
+                // The VM died, and the task with it.
                 Err(error) if self.running().is_err() => {
-                    tracing::debug!(id, error = report(&error), "VM went first")
+                    tracing::debug!(
+                        id,
+                        error = report(&error),
+                        "VM died before the task was deleted"
+                    )
                 }
                 result => result?,
             }
@@ -336,7 +352,7 @@ impl LiteBox {
         self.forget(id).await
     }
 
-    /// Removes the bundle, then the row; the driver lets go of the image.
+    /// Removes the bundle, then the row; the driver releases the images.
     async fn forget(&self, id: &str) -> Result<()> {
         let bundle = self.inner.env.layout.container_bundle(self.id(), id);
         teardown::blocking(move || remove_tree(&bundle)).await?;
@@ -347,30 +363,31 @@ impl LiteBox {
             })
             .await
         {
-            // The box went meanwhile, with all its rows.
+            // The box was removed meanwhile, with all its rows.
             Err(RuntimeError::NotFound { .. }) => Ok(()),
             answer => answer?,
         }
     }
 
-    /// New limits: OCI LinuxResources as JSON. `describe` then makes the caller's data anew, which is on disk before the
-    /// answer. Updates of one container follow one another; dropping the future does not stop one.
+    /// Updates the limits of a container, given as OCI LinuxResources in JSON. `update_metadata` then computes the
+    /// caller's new data, which is persisted before this returns. Updates of one container are serialized; dropping the
+    /// future does not cancel one.
     ///
     /// # Errors
-    /// `NotFound`, `ContainerState` where it has ended, `Shim`.
+    /// `NotFound`, `ContainerState` if it has exited, `Shim`.
     pub async fn update_container(
         &self,
         id: &str,
         resources_json: Vec<u8>,
-        describe: Describe,
+        update_metadata: UpdateMetadata,
     ) -> Result<()> {
         let (this, id) = (self.clone(), id.to_owned());
-        self.to_the_end(async move {
+        self.run_to_completion(async move {
             let operation = this.operation(&id);
-            let _alone = operation.lock().await;
+            let _guard = operation.lock().await;
             this.update_locked(&id, resources_json).await?;
             let described = this.change(&id, move |row| {
-                row.snapshot.metadata = describe(&row.snapshot.metadata);
+                row.snapshot.metadata = update_metadata(&row.snapshot.metadata);
             });
             described.await.map(drop)
         })
@@ -384,37 +401,37 @@ impl LiteBox {
                 return Err(RuntimeError::ContainerState {
                     id: id.to_owned(),
                     state,
-                    reason: "limits of what does not live cannot be changed",
+                    reason: "resources can only be updated while it is created or running",
                 });
             }
         }
         self.running()?.shim.update_task(id, resources_json).await
     }
 
-    /// Has the shim close and reopen a container's log, after the kubelet moved it away.
+    /// Makes the shim reopen a container's log after the kubelet has rotated it.
     ///
     /// # Errors
-    /// `NotFound`, `ContainerState` unless it runs, `Shim`.
+    /// `NotFound`, `ContainerState` unless it is running, `Shim`.
     pub async fn reopen_log(&self, id: &str) -> Result<()> {
         let state = self.exact(id)?.state;
         if state != ContainerState::Running {
             return Err(RuntimeError::ContainerState {
                 id: id.to_owned(),
                 state,
-                reason: "only a running container's log can be reopened",
+                reason: "reopening the log needs a running container",
             });
         }
         self.running()?.shim.reopen_log(id).await
     }
 
-    /// A container by full id.
+    /// Returns the container with exactly this id.
     pub(super) fn exact(&self, id: &str) -> Result<ContainerSnapshot> {
         self.view()
             .containers
             .get(id)
             .cloned()
             .ok_or_else(|| RuntimeError::NotFound {
-                what: "container",
+                subject: "container",
                 id: id.to_owned(),
             })
     }
@@ -430,9 +447,9 @@ impl LiteBox {
             .await?
     }
 
-    /// A shim's event said that this container was killed for want of memory.
+    /// Records an OOM event of a shim.
     pub(crate) async fn note_oom(&self, id: &str) {
-        // A driver that has ended needs no note.
+        // A driver that has returned needs no event.
         let _ = self
             .inner
             .messages
@@ -441,7 +458,7 @@ impl LiteBox {
     }
 }
 
-/// Whether a start whose answer was lost happened nevertheless.
+/// Whether the container was started although the response got lost.
 async fn runs_after_all(shim: &ShimController, id: &str, error: &RuntimeError) -> bool {
     let refused = matches!(error, RuntimeError::Shim { .. });
     !refused
@@ -451,7 +468,7 @@ async fn runs_after_all(shim: &ShimController, id: &str, error: &RuntimeError) -
         )
 }
 
-/// A row for a container that needs `images`, its root's first.
+/// Returns the row of a new container that uses `images`, the root image first.
 fn new_row(box_id: &str, options: &ContainerOptions, images: &[String]) -> ContainerRow {
     ContainerRow {
         snapshot: ContainerSnapshot {
@@ -479,7 +496,7 @@ fn new_row(box_id: &str, options: &ContainerOptions, images: &[String]) -> Conta
     }
 }
 
-/// The caller's spec with what has no field in it as annotations, which the shim reads.
+/// Returns the caller's spec with annotations for the shim in place of missing OCI fields.
 fn spec_of(options: &ContainerOptions) -> Spec {
     let mut spec = options.spec.clone();
     if options.read_only_rootfs {
@@ -503,7 +520,7 @@ fn spec_of(options: &ContainerOptions) -> Spec {
     spec
 }
 
-/// Makes the container's bundle; the spec holds environment variables, hence 0600.
+/// Creates the container's bundle. The mode is 0600 because the spec contains environment variables.
 fn write_bundle(bundle: &Path, config: &PathBuf, spec: &[u8]) -> Result<()> {
     private_directory(bundle)?;
     let write = || -> std::io::Result<()> {
@@ -516,7 +533,7 @@ fn write_bundle(bundle: &Path, config: &PathBuf, spec: &[u8]) -> Result<()> {
         file.write_all(spec)
     };
     write().map_err(|source| RuntimeError::Io {
-        what: "cannot write",
+        operation: "write",
         path: config.clone(),
         source,
     })
@@ -532,7 +549,7 @@ pub(super) fn image_error(image: &str, what: &'static str, source: ImageError) -
     };
     RuntimeError::Image {
         image: image.to_owned(),
-        what,
+        operation: what,
         kind,
         source: Box::new(source),
     }

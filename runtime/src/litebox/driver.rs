@@ -1,118 +1,118 @@
-//! The driver: the one task that writes a box's state, on disk first, then on the `watch` that everybody reads.
+//! The driver: the task that owns a box's state. It persists each change first and then publishes it on a `watch`.
 //!
-//! It selects into the closed enum [`Event`], handles it, and then [`Driver::advance`] starts whatever work the phase
-//! calls for; one work at a time, each a task that reports its end here. Policy is `management::box_state`'s, the
-//! works are `pipeline` and `teardown`; what happens *inside* the box is learnt by [`super::driver::watchers`].
+//! The driver waits for the next [`Event`], handles it, and then [`Driver::advance`] starts the job that the phase
+//! requires. At most one job runs at a time, as a task that reports its result here. The policy is in
+//! `management::box_state`, the jobs are `pipeline` and `teardown`, and [`super::driver::watchers`] observe the shim.
 //!
-//! Invariants: a phase is on disk before work for it begins; a message is answered after what it changed is on disk;
-//! a container's row goes when its box's row goes. The task ends when its box is removed or the runtime closes (and
-//! then leaves the box running).
+//! Invariants: a phase is persisted before its job starts; a message is answered
+//! after its change was persisted; a container's row is deleted with its box's row. The task returns when its box is
+//! removed, or when the runtime closes, which leaves the box running.
 
 mod containers;
-mod tell;
+mod emit;
 mod watchers;
 
-/// How a container's row tells its end; recovery tells it the same way.
-pub(crate) mod end {
+/// Records the end of a container; used by recovery too.
+pub(crate) mod exit {
     pub(crate) use super::containers::{finish, finish_unknown};
 }
 
-use super::pipeline::{self, GuestReady, ShimNote, Start};
+use super::pipeline::{self, GuestReady, ShimRecorder, Start};
 use super::teardown::{self, Exits};
 use super::{BoxEnv, BoxView, Inner, LiteBox, Running};
 use crate::database::{BoxRow, ContainerRow};
 use crate::error::{Result, RuntimeError};
 use crate::management::box_state::{self, BoxPolicy, Denied, Phase, Request, Verdict};
 use crate::metrics::BoxMetrics;
-use crate::shim_controller::ShimRecord;
+use crate::shim_controller::ShimState;
 use crate::types::ContainerSnapshot;
 use boxlite_sys::report::report;
+use emit::Emitted;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use tell::Told;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
-use watchers::Watched;
+use watchers::WatchEvent;
 
-/// Messages waiting for a driver; a caller beyond that waits for room.
-const QUEUE: usize = 64;
+/// Capacity of a driver's message channel; further senders wait.
+const CHANNEL_CAPACITY: usize = 64;
 
-/// Answer to a request; failures are shared by all who joined it.
+/// Reply to a request. All callers that joined one operation share its error.
 pub(crate) type Reply = oneshot::Sender<std::result::Result<(), Arc<RuntimeError>>>;
 /// A change to a container's row.
 pub(crate) type Change = Box<dyn FnOnce(&mut ContainerRow) + Send>;
-/// The caller's own data of a box or container, made anew from what it was.
-pub type Describe = Box<dyn FnOnce(&[u8]) -> Vec<u8> + Send>;
+/// Computes the caller's new data of a box or container from the old data.
+pub type UpdateMetadata = Box<dyn FnOnce(&[u8]) -> Vec<u8> + Send>;
 
-/// What handles (and the works' notes) send.
+/// Messages from handles and from the start pipeline.
 pub(crate) enum Message {
-    /// A request about the whole box.
-    Ask { request: Request, reply: Reply },
-    /// Registers a container, if policy admits it; answers with what is registered under that id.
+    /// Starts, stops or removes the box.
+    Request { request: Request, reply: Reply },
+    /// Registers a container if the policy admits it; replies with the row registered under that id.
     Admit {
         row: Box<ContainerRow>,
         reply: oneshot::Sender<Result<ContainerRow>>,
     },
-    /// Changes a container; answers what it is now.
+    /// Changes a container; replies with its new state.
     Change {
         id: String,
         change: Change,
         reply: oneshot::Sender<Result<ContainerSnapshot>>,
     },
-    /// Changes the caller's own data of the box.
-    Describe {
-        describe: Describe,
+    /// Changes the caller's data of the box.
+    UpdateMetadata {
+        update_metadata: UpdateMetadata,
         reply: oneshot::Sender<Result<()>>,
     },
-    /// Forgets a container.
+    /// Removes a container's row.
     Forget {
         id: String,
         reply: oneshot::Sender<Result<()>>,
     },
-    /// The pipeline has a shim.
+    /// The pipeline has spawned a shim.
     Spawned {
-        record: ShimRecord,
+        state: ShimState,
         reply: oneshot::Sender<Result<()>>,
     },
-    /// A shim's event: the kernel killed a process of this container for want of memory.
+    /// The shim reported that the OOM killer killed a process of this container.
     Oom { id: String },
 }
 
-/// How the work in hand ended.
-enum WorkEnd {
+/// Result of the current job.
+enum JobResult {
     Start(Result<GuestReady>),
     Stop(Result<Exits>),
     Remove(Result<()>),
-    /// Clearing up after a VM that died by itself.
-    Aftermath(Result<()>),
+    /// Cleanup after a VM that died.
+    Cleanup(Result<()>),
 }
 
-/// Everything that can happen to a driver.
+/// Input of a driver.
 enum Event {
     Message(Message),
-    Work(WorkEnd),
-    Watched(Watched),
-    /// The runtime closes.
+    JobDone(JobResult),
+    WatchEvent(WatchEvent),
+    /// The runtime shuts down.
     Close,
 }
 
-/// What to do after an event.
+/// Whether the driver continues after an event.
 #[derive(PartialEq, Eq)]
 enum Outcome {
     Continue,
     End,
 }
 
-/// A box as it is registered or found again.
-pub(crate) struct Initial {
+/// State of a box that is registered or recovered.
+pub(crate) struct InitialState {
     pub row: BoxRow,
     pub containers: Vec<ContainerRow>,
-    /// The shim and guest that live, of a box found again.
+    /// Connections to the shim and guest of a recovered box that still runs.
     pub running: Option<Running>,
     pub metrics: Arc<BoxMetrics>,
-    /// Whether it is of an earlier runtime.
-    pub found: bool,
+    /// Whether the box was created by an earlier process.
+    pub recovered: bool,
 }
 
 struct Driver {
@@ -124,23 +124,23 @@ struct Driver {
     metrics: Arc<BoxMetrics>,
     view: watch::Sender<Arc<BoxView>>,
     messages: mpsc::Receiver<Message>,
-    /// For the works' notes; weak, so that a box without handles could end.
-    own: mpsc::WeakSender<Message>,
-    /// At most one task.
-    work: JoinSet<WorkEnd>,
-    /// Cancels the pipeline in hand.
+    /// Sender for the pipeline's messages; weak, so that the driver does not keep its own channel open.
+    self_sender: mpsc::WeakSender<Message>,
+    /// Holds at most one task.
+    job: JoinSet<JobResult>,
+    /// Cancels the current pipeline.
     cancel: CancellationToken,
     starters: Vec<Reply>,
     stoppers: Vec<Reply>,
     removers: Vec<Reply>,
-    watchers: JoinSet<Watched>,
+    watchers: JoinSet<WatchEvent>,
     watched: HashMap<String, AbortHandle>,
-    told: Told,
+    emitted: Emitted,
 }
 
-/// Makes the handle and starts the driver. The row is on disk already.
-pub(crate) fn launch(env: Arc<BoxEnv>, initial: Initial) -> LiteBox {
-    let (messages, receiver) = mpsc::channel(QUEUE);
+/// Starts the driver and returns the handle. The row has been persisted already.
+pub(crate) fn launch(env: Arc<BoxEnv>, initial: InitialState) -> LiteBox {
+    let (messages, receiver) = mpsc::channel(CHANNEL_CAPACITY);
     let vmm = vmm_of(&env, &initial.row);
     let containers: BTreeMap<String, ContainerRow> = initial
         .containers
@@ -175,20 +175,20 @@ pub(crate) fn launch(env: Arc<BoxEnv>, initial: Initial) -> LiteBox {
         metrics: initial.metrics,
         view,
         messages: receiver,
-        own: messages.downgrade(),
-        work: JoinSet::new(),
+        self_sender: messages.downgrade(),
+        job: JoinSet::new(),
         cancel: CancellationToken::new(),
         starters: Vec::new(),
         stoppers: Vec::new(),
         removers: Vec::new(),
         watchers: JoinSet::new(),
         watched: HashMap::new(),
-        told: Told::Nothing,
+        emitted: Emitted::Nothing,
         env: env.clone(),
     };
-    if initial.found {
+    if initial.recovered {
         let view = driver.view.borrow().clone();
-        driver.tell_found(&view);
+        driver.emit_recovered(&view);
     }
     env.tasks.spawn(driver.run());
     LiteBox {
@@ -196,7 +196,7 @@ pub(crate) fn launch(env: Arc<BoxEnv>, initial: Initial) -> LiteBox {
     }
 }
 
-/// The VMM of a box: that of its shim, once it has one, whatever the runtime's default has become since.
+/// Returns the VMM of a box: its shim's if it has one, even if the runtime's default has changed since.
 fn vmm_of(env: &BoxEnv, row: &BoxRow) -> boxlite_proto::vmm::VmmKind {
     let recorded = row.shim.as_ref().map(|shim| shim.vmm.clone());
     recorded
@@ -213,14 +213,14 @@ fn snapshots(containers: &BTreeMap<String, ContainerRow>) -> BTreeMap<String, Co
 
 impl Driver {
     async fn run(mut self) {
-        self.watch_what_runs();
+        self.watch_running();
         self.advance();
         loop {
             let event = self.next().await;
             let outcome = match event {
                 Event::Message(message) => self.on_message(message).await,
-                Event::Work(end) => self.on_work(end).await,
-                Event::Watched(watched) => self.on_watched(watched).await,
+                Event::JobDone(end) => self.on_job_done(end).await,
+                Event::WatchEvent(watched) => self.on_watched(watched).await,
                 Event::Close => Outcome::End,
             };
             if outcome == Outcome::End {
@@ -230,19 +230,20 @@ impl Driver {
         }
     }
 
-    /// The next event. Cancel-safe: nothing is taken that is not returned.
+    /// Waits for the next event. Cancel-safe.
     async fn next(&mut self) -> Event {
         loop {
             tokio::select! {
                 biased;
                 () = self.env.closing.cancelled() => return Event::Close,
-                Some(end) = self.work.join_next() => return Event::Work(match end {
+                Some(end) = self.job.join_next() => return Event::JobDone(match end {
                     Ok(end) => end,
-                    Err(error) => self.lost_work(&error),
+                    Err(error) => self.job_panicked(&error),
                 }),
                 Some(watched) = self.watchers.join_next() => match watched {
-                    Ok(watched) => return Event::Watched(watched),
-                    // Aborted with its container, or panicked: the log has it, the next look at the shim makes it good.
+                    Ok(watched) => return Event::WatchEvent(watched),
+                    // Aborted with its container, or panicked: the panic is logged, and the watcher is restarted by the
+                    // next `watch_running`.
                     Err(_) => continue,
                 },
                 Some(message) = self.messages.recv() => return Event::Message(message),
@@ -250,54 +251,54 @@ impl Driver {
         }
     }
 
-    /// A work that panicked counts as failed.
-    fn lost_work(&self, error: &tokio::task::JoinError) -> WorkEnd {
+    /// Treats a job that panicked as failed.
+    fn job_panicked(&self, error: &tokio::task::JoinError) -> JobResult {
         let lost = RuntimeError::Internal {
-            what: format!("a task of box {}: {error}", self.row.options.id),
+            detail: format!("job of pod sandbox {} failed: {error}", self.row.options.id),
         };
         match self.policy.phase() {
-            Phase::Starting => WorkEnd::Start(Err(lost)),
-            Phase::Stopping => WorkEnd::Stop(Err(lost)),
-            Phase::Removing => WorkEnd::Remove(Err(lost)),
+            Phase::Starting => JobResult::Start(Err(lost)),
+            Phase::Stopping => JobResult::Stop(Err(lost)),
+            Phase::Removing => JobResult::Remove(Err(lost)),
             Phase::Created | Phase::Ready | Phase::NotReady | Phase::Removed => {
-                WorkEnd::Aftermath(Err(lost))
+                JobResult::Cleanup(Err(lost))
             }
         }
     }
 
-    /// Starts the work that the phase calls for, unless one is in hand: then its end comes back here.
+    /// Starts the job that the phase requires, unless a job is running; its result leads back here.
     fn advance(&mut self) {
-        if !self.work.is_empty() {
+        if !self.job.is_empty() {
             return;
         }
         match self.policy.phase() {
             Phase::Starting => self.begin_start(),
             Phase::Stopping => {
-                let (env, id, shim) = self.for_work();
+                let (env, id, shim) = self.job_context();
                 let containers = self.live_containers();
-                self.work.spawn(async move {
-                    WorkEnd::Stop(teardown::stop(&env, &id, shim.as_ref(), containers).await)
+                self.job.spawn(async move {
+                    JobResult::Stop(teardown::stop(&env, &id, shim.as_ref(), containers).await)
                 });
             }
             Phase::Removing => {
-                let (env, id, shim) = self.for_work();
-                self.work.spawn(async move {
-                    WorkEnd::Remove(teardown::remove(&env, &id, shim.as_ref()).await)
+                let (env, id, shim) = self.job_context();
+                self.job.spawn(async move {
+                    JobResult::Remove(teardown::remove(&env, &id, shim.as_ref()).await)
                 });
             }
             Phase::NotReady if self.running.is_some() || self.row.shim.is_some() => {
-                let (env, id, shim) = self.for_work();
+                let (env, id, shim) = self.job_context();
                 self.row.shim = None;
                 self.running = None;
-                self.work.spawn(async move {
-                    WorkEnd::Aftermath(teardown::end_shim(&env, &id, shim.as_ref()).await)
+                self.job.spawn(async move {
+                    JobResult::Cleanup(teardown::end_shim(&env, &id, shim.as_ref()).await)
                 });
             }
             Phase::Created | Phase::Ready | Phase::NotReady | Phase::Removed => {}
         }
     }
 
-    fn for_work(
+    fn job_context(
         &self,
     ) -> (
         Arc<BoxEnv>,
@@ -316,17 +317,17 @@ impl Driver {
             vmm: vmm_of(&self.env, &self.row),
             bytes: self.metrics.bytes_transferred.clone(),
             cancel: self.cancel.clone(),
-            note: Note {
-                driver: self.own.clone(),
+            recorder: DriverRecorder {
+                driver: self.self_sender.clone(),
             },
         };
-        self.work
-            .spawn(async move { WorkEnd::Start(pipeline::run(start).await) });
+        self.job
+            .spawn(async move { JobResult::Start(pipeline::run(start).await) });
     }
 
     async fn on_message(&mut self, message: Message) -> Outcome {
         match message {
-            Message::Ask { request, reply } => self.on_request(request, reply).await,
+            Message::Request { request, reply } => self.on_request(request, reply).await,
             Message::Admit { row, reply } => {
                 let answer = self.admit(*row).await;
                 let _ = reply.send(answer);
@@ -335,16 +336,19 @@ impl Driver {
                 let answer = self.change(&id, change).await;
                 let _ = reply.send(answer);
             }
-            Message::Describe { describe, reply } => {
-                let answer = self.describe(describe).await;
+            Message::UpdateMetadata {
+                update_metadata,
+                reply,
+            } => {
+                let answer = self.update_metadata(update_metadata).await;
                 let _ = reply.send(answer);
             }
             Message::Forget { id, reply } => {
                 let answer = self.forget(&id).await;
                 let _ = reply.send(answer);
             }
-            Message::Spawned { record, reply } => {
-                self.row.shim = Some(record);
+            Message::Spawned { state, reply } => {
+                self.row.shim = Some(state);
                 let answer = self.env.database.update_box(self.row.clone()).await;
                 let _ = reply.send(answer);
             }
@@ -396,17 +400,17 @@ impl Driver {
         }
     }
 
-    async fn on_work(&mut self, end: WorkEnd) -> Outcome {
-        match end {
-            WorkEnd::Start(result) => self.on_started(result).await,
-            WorkEnd::Stop(result) => self.on_stopped(result).await,
-            WorkEnd::Remove(result) => return self.on_removed(result).await,
-            WorkEnd::Aftermath(result) => {
+    async fn on_job_done(&mut self, result: JobResult) -> Outcome {
+        match result {
+            JobResult::Start(result) => self.on_started(result).await,
+            JobResult::Stop(result) => self.on_stopped(result).await,
+            JobResult::Remove(result) => return self.on_removed(result).await,
+            JobResult::Cleanup(result) => {
                 if let Err(error) = result {
                     tracing::warn!(
                         id = self.row.options.id,
                         error = report(&error),
-                        "a dead box left something behind"
+                        "failed to clean up after a dead VM"
                     );
                 }
                 self.enter_or_warn(self.row.reason.clone()).await;
@@ -419,22 +423,22 @@ impl Driver {
         match result {
             Ok(ready) => {
                 self.row.timers = ready.timers;
-                self.row.shim = Some(ready.running.shim.record().clone());
+                self.row.shim = Some(ready.running.shim.state().clone());
                 self.running = Some(ready.running);
                 if !self.policy.event(box_state::Event::Started) {
-                    // Stop or Remove came meanwhile; its work ends what was started.
+                    // Stop or Remove was requested meanwhile; its job stops what was started.
                     let late = Err(Arc::new(self.denied(Denied::Stopped)));
                     return answer(&mut self.starters, &late);
                 }
-                self.watch_what_runs();
+                self.watch_running();
                 self.enter_or_warn(String::new()).await;
                 answer(&mut self.starters, &Ok(()));
             }
             Err(error) => {
                 self.row.shim = None;
                 let text = report(&error);
-                let wanted = self.policy.event(box_state::Event::StartFailed);
-                let error = if wanted {
+                let still_starting = self.policy.event(box_state::Event::StartFailed);
+                let error = if still_starting {
                     error
                 } else {
                     self.denied(Denied::Stopped)
@@ -458,7 +462,7 @@ impl Driver {
             Err(error) => {
                 self.policy.event(box_state::Event::StopFailed);
                 self.enter_or_warn(report(&error)).await;
-                self.watch_what_runs();
+                self.watch_running();
                 answer(&mut self.stoppers, &Err(Arc::new(error)));
             }
         }
@@ -498,26 +502,26 @@ impl Driver {
         Outcome::End
     }
 
-    async fn on_watched(&mut self, watched: Watched) -> Outcome {
+    async fn on_watched(&mut self, watched: WatchEvent) -> Outcome {
         match watched {
-            Watched::Exited { id, exit, oom } => {
+            WatchEvent::Exited { id, exit, oom } => {
                 self.watched.remove(&id);
                 self.on_exit(&id, exit, oom).await;
             }
-            Watched::Nothing { id } => {
+            WatchEvent::Unknown { id } => {
                 self.watched.remove(&id);
             }
-            Watched::Reconnected { running } => {
+            WatchEvent::Reconnected { running } => {
                 self.running = Some(*running);
                 self.publish();
                 self.stop_watching();
-                self.watch_what_runs();
+                self.watch_running();
             }
-            Watched::VmGone { reason, exits } => {
+            WatchEvent::VmGone { reason, exits } => {
                 if self.policy.event(box_state::Event::VmGone) {
                     self.stop_watching();
                     self.end_containers(&exits, &reason).await;
-                    // Out of the view at once; `advance` takes the shim along for its clean-up.
+                    // The view drops the VM at once; `advance` hands the shim to the cleanup job.
                     self.enter_or_warn(reason).await;
                 }
             }
@@ -525,17 +529,17 @@ impl Driver {
         Outcome::Continue
     }
 
-    /// Changes the caller's own data, on disk first.
-    async fn describe(&mut self, describe: Describe) -> Result<()> {
+    /// Changes the caller's data; persists before it publishes.
+    async fn update_metadata(&mut self, update_metadata: UpdateMetadata) -> Result<()> {
         let mut row = self.row.clone();
-        row.options.metadata = describe(&row.options.metadata);
+        row.options.metadata = update_metadata(&row.options.metadata);
         self.env.database.update_box(row.clone()).await?;
         self.row = row;
         self.publish();
         Ok(())
     }
 
-    /// Writes the policy's phase down and publishes it.
+    /// Persists the policy's phase and publishes it.
     async fn enter(&mut self, reason: String) -> Result<()> {
         let mut row = self.row.clone();
         row.phase = self.policy.phase();
@@ -546,7 +550,7 @@ impl Driver {
         Ok(())
     }
 
-    /// As [`Self::enter`], for what has happened already and is true whether it can be written down or not.
+    /// As [`Self::enter`], for facts that hold even if they cannot be persisted; then only logs the failure.
     async fn enter_or_warn(&mut self, reason: String) {
         self.row.phase = self.policy.phase();
         self.row.reason = reason;
@@ -554,7 +558,7 @@ impl Driver {
             tracing::error!(
                 id = self.row.options.id,
                 error = report(&error),
-                "state of a box is not on disk"
+                "failed to persist sandbox state"
             );
         }
         self.publish();
@@ -583,24 +587,24 @@ impl Driver {
                 from = ?before.phase,
                 to = ?next.phase,
                 reason = next.reason,
-                "box"
+                "sandbox state changed"
             );
         }
         let next = Arc::new(next);
         self.view.send_replace(next.clone());
-        self.tell_changes(&before, &next);
+        self.emit_changes(&before, &next);
     }
 }
 
-/// The pipeline's way to have the shim's record written down.
-struct Note {
+/// Persists the shim's state on behalf of the pipeline.
+struct DriverRecorder {
     driver: mpsc::WeakSender<Message>,
 }
 
-impl ShimNote for Note {
-    async fn note(&self, record: ShimRecord) -> Result<()> {
+impl ShimRecorder for DriverRecorder {
+    async fn record(&self, state: ShimState) -> Result<()> {
         let (reply, answer) = oneshot::channel();
-        let message = Message::Spawned { record, reply };
+        let message = Message::Spawned { state, reply };
         let sent = match self.driver.upgrade() {
             Some(driver) => driver.send(message).await.is_ok(),
             None => false,

@@ -1,8 +1,7 @@
-//! The images of a container: its root's and those it mounts as volumes. Held while it exists, and put into its spec as
-//! layer files.
+//! Images of a container: its root image and its image volumes. They are held while the container exists, and their layer
+//! files are put into its spec.
 //!
-//! Nothing is mounted here: the shim puts the files into the share, the guest stacks them. Called by `containers` and, for
-//! the release, by whoever forgets a container.
+//! Mounts nothing: the shim puts the files into the share, and the guest stacks them.
 
 use super::BoxEnv;
 use super::containers::image_error;
@@ -12,10 +11,10 @@ use boxlite_proto::names::{IMAGE_MOUNT, LAYER_OPTION};
 use oci_spec::runtime::Spec;
 
 impl BoxEnv {
-    /// Takes a hold on each of `images` for `holder`; on an error none is left that was not there before.
+    /// Holds each of `images` for `holder`; on an error the new holds are released.
     ///
     /// # Errors
-    /// `Image` with the first that is not here.
+    /// `Image` for the first image that is not found locally.
     pub(super) fn hold_images(&self, images: &[String], holder: &str) -> Result<Vec<String>> {
         let mut held = Vec::with_capacity(images.len());
         for image in images {
@@ -23,31 +22,31 @@ impl BoxEnv {
                 Ok(record) => held.push(record.id),
                 Err(source) => {
                     self.release(&held, holder);
-                    return Err(image_error(image, "cannot be used", source));
+                    return Err(image_error(image, "use", source));
                 }
             }
         }
         Ok(held)
     }
 
-    /// Lets go of `images`.
+    /// Releases `images`.
     pub(super) fn release(&self, images: &[String], holder: &str) {
         for image in images {
             self.images.release(image, holder);
         }
     }
 
-    /// Lets go of everything the container needed.
+    /// Releases all images of a container.
     pub(crate) fn release_images(&self, container: &ContainerSnapshot) {
         for image in container.images() {
             self.images.release(image, &container.id);
         }
     }
 
-    /// Puts the layer files of image volumes into the options of their mounts.
+    /// Adds the layer files of image volumes to the options of their mounts.
     ///
     /// # Errors
-    /// `Image` where one is not here; cannot happen to who holds it.
+    /// `Image` if a layer is missing, which cannot happen while the image is held.
     pub(super) fn name_layers(&self, spec: &mut Spec) -> Result<()> {
         let mut mounts = spec.mounts().clone().unwrap_or_default();
         for mount in &mut mounts {
@@ -57,7 +56,7 @@ impl BoxEnv {
             let layers = self
                 .images
                 .layers(&image)
-                .map_err(|source| image_error(&image, "has no layers", source))?;
+                .map_err(|source| image_error(&image, "find the layers of", source))?;
             let mut options = mount.options().clone().unwrap_or_default();
             let layer = |path: std::path::PathBuf| format!("{LAYER_OPTION}{}", path.display());
             options.extend(layers.into_iter().map(|file| layer(file.path)));
@@ -68,13 +67,13 @@ impl BoxEnv {
     }
 }
 
-/// The image that a mount shows, if it shows one.
+/// Returns the image id of an image volume.
 fn image_of(mount: &oci_spec::runtime::Mount) -> Option<String> {
     let source = mount.source().as_ref()?;
     (mount.typ().as_deref() == Some(IMAGE_MOUNT)).then(|| source.display().to_string())
 }
 
-/// IDs of the images that a spec mounts as volumes.
+/// Returns the ids of the image volumes of a spec.
 pub(super) fn volumes(spec: &Spec) -> Vec<String> {
     let mut images: Vec<String> = spec
         .mounts()

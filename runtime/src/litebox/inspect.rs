@@ -1,7 +1,6 @@
-//! What a [`LiteBox`] asks its guest directly, through the Portal: exec_sync, stats, and the sampling behind its
-//! metrics.
+//! Direct calls of a [`LiteBox`] to its guest through the Portal: exec_sync, stats, and the sampling of its metrics.
 //!
-//! Changes no state of the box. Every question has a deadline of its own, so one stuck VM delays nobody else.
+//! Changes no state of the box. Every call has a timeout, so a stuck VM does not delay other boxes.
 
 use super::{LiteBox, now_ns, teardown};
 use crate::error::{Result, RuntimeError};
@@ -14,17 +13,17 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::sync::oneshot;
 
-/// For one VM's stats: within the kubelet's and Prometheus' patience for all of them.
-pub const STATS_LIMIT: Duration = Duration::from_secs(2);
+/// Timeout of one VM's stats; the kubelet and Prometheus wait longer than that for all VMs together.
+pub const STATS_TIMEOUT: Duration = Duration::from_secs(2);
 
 impl LiteBox {
-    /// Runs a command in a running container and collects its output, at most `output_limit` bytes (and never more
-    /// than 16 MiB) of each stream.
+    /// Runs a command in a running container and collects up to `output_limit` bytes (at most 16 MiB) of each output
+    /// stream.
     ///
-    /// With `timeout` over, or the future dropped, the process and everything it started are killed.
+    /// If `timeout` expires or the future is dropped, the process and its descendants are killed.
     ///
     /// # Errors
-    /// `NotFound`, `ContainerState` unless it runs, `Portal`: kind DeadlineExceeded when `timeout` is over.
+    /// `NotFound`, `ContainerState` unless it is running, `Portal` with kind DeadlineExceeded if `timeout` expires.
     pub async fn exec_sync(
         &self,
         id: &str,
@@ -36,7 +35,7 @@ impl LiteBox {
             return Err(RuntimeError::InvalidArgument {
                 field: "cmd",
                 value: String::new(),
-                reason: "a command needs at least its program".into(),
+                reason: "the command is empty".into(),
             });
         }
         let what = argv.join(" ");
@@ -46,15 +45,15 @@ impl LiteBox {
         let limit = output_limit.min(EXEC_OUTPUT_LIMIT);
         let (mut done, answer) = oneshot::channel();
         self.inner.env.tasks.spawn(async move {
-            let (caller_left, left) = oneshot::channel();
+            let (cancel, cancelled) = oneshot::channel();
             let running = execution.exec_sync(request, timeout, limit, async {
-                let _ = left.await;
+                let _ = cancelled.await;
             });
             tokio::pin!(running);
             let result = tokio::select! {
                 result = &mut running => result,
                 () = done.closed() => {
-                    let _ = caller_left.send(());
+                    let _ = cancel.send(());
                     running.await
                 }
             };
@@ -63,17 +62,19 @@ impl LiteBox {
         match answer.await {
             Ok(Ok(output)) => Ok(output),
             Ok(Err(PortalError::ExecDeadline { limit, .. })) => Err(PortalError::ExecDeadline {
-                what: format!("command {what:?}"),
+                what: format!("command {what:?} in container {id:?}"),
                 limit,
             }
             .into()),
-            Ok(Err(error)) => Err(error.into()),
+            Ok(Err(error)) => Err(RuntimeError::guest(format!(
+                "run a command in container {id:?}"
+            ))(error)),
             Err(_) => Err(RuntimeError::ShuttingDown),
         }
     }
 
-    /// The request for a new process in a running container, with an id nobody has; counts it. `process` is an OCI
-    /// Process, of which the container's own gives what is left out.
+    /// Builds the request for a new process in a running container, with a random exec id, and counts it. `process` is an
+    /// OCI Process; missing fields are taken from the container's process.
     ///
     /// # Errors
     /// `NotFound`, `ContainerState`, `Internal`.
@@ -89,7 +90,7 @@ impl LiteBox {
             return Err(RuntimeError::ContainerState {
                 id: id.to_owned(),
                 state,
-                reason: "commands run in running containers only",
+                reason: "exec needs a running container",
             });
         }
         self.inner
@@ -105,27 +106,27 @@ impl LiteBox {
         })
     }
 
-    /// The OCI spec that a container was made with; mount sources are host paths.
+    /// Returns the OCI spec that a container was created with; mount sources are host paths.
     ///
     /// # Errors
-    /// `NotFound`, `Io`, `Internal` where it cannot be read back.
+    /// `NotFound`, `Io`, `Internal` if it cannot be parsed.
     pub async fn container_spec(&self, id: &str) -> Result<Spec> {
         self.exact(id)?;
         let path = self.inner.env.layout.container_config(self.id(), id);
         teardown::blocking(move || {
             let text = std::fs::read(&path).map_err(|source| RuntimeError::Io {
-                what: "cannot read",
+                operation: "read",
                 path: path.clone(),
                 source,
             })?;
             serde_json::from_slice(&text).map_err(|error| RuntimeError::Internal {
-                what: format!("spec {}: {error}", path.display()),
+                detail: format!("failed to parse {}: {error}", path.display()),
             })
         })
         .await
     }
 
-    /// A running container's first process, by its number in the guest.
+    /// Returns the pid of a running container's init process in the guest.
     ///
     /// # Errors
     /// `NotFound`, `BoxGone`, `Portal`.
@@ -136,12 +137,12 @@ impl LiteBox {
         found
             .map(|info| info.pid)
             .ok_or_else(|| RuntimeError::NotFound {
-                what: "container",
+                subject: "container",
                 id: id.to_owned(),
             })
     }
 
-    /// Counters of one container, from the guest, within [`STATS_LIMIT`]; with `processes` those of what runs in it too.
+    /// Returns the counters of one container from the guest, with those of its processes if `processes` is set.
     ///
     /// # Errors
     /// `NotFound`, `BoxGone`, `Portal`.
@@ -152,25 +153,28 @@ impl LiteBox {
     ) -> Result<ContainerStatsResponse> {
         self.exact(id)?;
         let container = self.portal()?.container();
-        Ok(container.stats(id, processes, STATS_LIMIT).await?)
+        let stats = container.stats(id, processes, STATS_TIMEOUT).await;
+        stats.map_err(RuntimeError::guest(format!(
+            "get the statistics of container {id:?}"
+        )))
     }
 
-    /// Counters of the VM, from the guest, within [`STATS_LIMIT`]; the box's metrics get them too.
+    /// Returns the counters of the VM from the guest, and copies them into the box's metrics.
     ///
     /// # Errors
     /// `BoxGone`, `Portal`.
     pub async fn stats(&self) -> Result<GuestStatsResponse> {
         let metrics = &self.inner.metrics;
-        let asked = match self.portal() {
+        let sampled = match self.portal() {
             Ok(session) => session
                 .guest()
-                .stats(STATS_LIMIT)
+                .stats(STATS_TIMEOUT)
                 .await
                 .map_err(RuntimeError::from),
             Err(error) => Err(error),
         };
-        metrics.stale.store(asked.is_err(), Ordering::Relaxed);
-        let stats = asked?;
+        metrics.stale.store(sampled.is_err(), Ordering::Relaxed);
+        let stats = sampled?;
         let used = stats
             .memory_total_bytes
             .saturating_sub(stats.memory_available_bytes);

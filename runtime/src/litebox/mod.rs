@@ -1,14 +1,13 @@
-//! [`LiteBox`]: a handle to one box — one VM per pod, and the containers in it.
+//! [`LiteBox`]: a handle to one box, that is one VM per pod and the containers in it.
 //!
-//! A handle decides nothing: requests go to the box's [`driver`], the one task that writes its state (machine drawn in
-//! `management::box_state`); answers and reads come from the [`BoxView`] it publishes. `create` (by
-//! `BoxliteRuntime::create_box`) returns at once and starts nothing; the first use runs the start [`pipeline`],
-//! shared by all who come meanwhile.
+//! A handle holds no state. It sends requests to the box's [`driver`], the task that owns the state (see the diagram in
+//! `management::box_state`), and reads the [`BoxView`] that the driver publishes. `BoxliteRuntime::create_box` registers
+//! a box without starting it; the first use runs the start [`pipeline`], and concurrent callers share that run.
 //!
 //! ```text
 //!  callers ── Message ──▶ driver ── spawns ──▶ pipeline | teardown   (one at a time)
 //!     ▲                     │  ▲                      │
-//!     └── watch BoxView ◀───┘  └──── ends, exits ─────┘
+//!     └── watch BoxView ◀───┘  └── results, exits ────┘
 //! ```
 
 mod containers;
@@ -35,8 +34,8 @@ use crate::types::{BoxOptions, BoxSnapshot, ContainerSnapshot};
 use boxlite_portal::GuestSession;
 use boxlite_proto::vmm::{Acceleration, VmmKind};
 use boxlite_sys::sync::Mutex;
-pub use driver::Describe;
 use driver::Message;
+pub use driver::UpdateMetadata;
 pub use sessions::{ProcessControls, ProcessSession};
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
@@ -46,7 +45,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-/// What all boxes of a runtime share.
+/// State shared by all boxes of a runtime.
 #[derive(Debug)]
 pub(crate) struct BoxEnv {
     pub layout: FilesystemLayout,
@@ -56,48 +55,48 @@ pub(crate) struct BoxEnv {
     pub images: ImageManager,
     pub vmm: VmmKind,
     pub acceleration: Acceleration,
-    /// Longest StartSandbox.
+    /// Timeout of StartSandbox.
     pub start_limit: Duration,
-    /// Owns every task of every box; awaited by the runtime's shutdown.
+    /// Tracks every task of every box; awaited on shutdown.
     pub tasks: TaskTracker,
-    /// Cancelled when the runtime goes down: drivers end and leave their boxes running.
+    /// Cancelled on shutdown: drivers return and leave their boxes running.
     pub closing: CancellationToken,
-    /// Where drivers tell what happens.
+    /// Receives the events of all drivers.
     pub events: EventHub,
-    /// Told the id of a box that is removed, before its removers are answered.
-    pub removed: Arc<dyn RemovedBox>,
+    /// Notified of each removed box before Remove returns.
+    pub removed: Arc<dyn RemovalListener>,
 }
 
-/// Who wants to know that a box is gone: the runtime, which takes it out of its maps and sums up its metrics.
-pub(crate) trait RemovedBox: Send + Sync + std::fmt::Debug {
-    /// Called once per box, by its driver.
+/// Observer of box removals. The runtime implements it to drop the box from its maps and to add up its metrics.
+pub(crate) trait RemovalListener: Send + Sync + std::fmt::Debug {
+    /// Called once per box by its driver.
     fn removed(&self, id: &str, metrics: &BoxMetricsSnapshot);
 }
 
-/// What a driver publishes.
+/// The state that a driver publishes.
 #[derive(Debug, Clone)]
 pub(crate) struct BoxView {
-    /// Counts publications.
+    /// Incremented by each publication.
     pub generation: u64,
     pub phase: Phase,
     pub reason: String,
     pub timers: StageTimers,
-    /// The shim and the guest, while the VM is believed to run.
+    /// Connections to the shim and the guest while the VM is believed to run.
     pub running: Option<Running>,
     pub vmm: VmmKind,
-    /// The caller's own data, as last changed.
+    /// The caller's opaque data.
     pub metadata: Arc<Vec<u8>>,
     pub containers: BTreeMap<String, ContainerSnapshot>,
 }
 
-/// The ways into a VM that runs.
+/// Connections to a running VM.
 #[derive(Debug, Clone)]
 pub(crate) struct Running {
     pub shim: ShimController,
     pub session: GuestSession,
 }
 
-/// A handle to one box. Cheap to clone; clones are the same box.
+/// A handle to one box. Cheap to clone; all clones refer to the same box.
 #[derive(Clone)]
 pub struct LiteBox {
     inner: Arc<Inner>,
@@ -110,7 +109,7 @@ struct Inner {
     messages: mpsc::Sender<Message>,
     view: watch::Receiver<Arc<BoxView>>,
     metrics: Arc<BoxMetrics>,
-    /// One per container that is being created, started or removed: these exclude each other.
+    /// One lock per container that is being created, started or removed; these operations exclude each other.
     operations: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
 }
 
@@ -123,70 +122,78 @@ impl std::fmt::Debug for LiteBox {
 }
 
 impl LiteBox {
-    /// Id.
+    /// Returns the id.
     pub fn id(&self) -> &str {
         &self.inner.options.id
     }
 
-    /// Name.
+    /// Returns the name.
     pub fn name(&self) -> &str {
         &self.inner.options.name
     }
 
-    /// Runs the start pipeline, or joins the one that runs; ok at once where the box is ready. Dropping the future
-    /// leaves the pipeline running for the others; a later call joins it.
+    /// Starts the box, or joins a start in progress; returns at once if the box is ready. Dropping the future does not
+    /// cancel the start; a later call joins it.
     ///
     /// # Errors
-    /// `Start` with the stage and its cause, after which it may be tried again; `Denied` on a stopped box.
+    /// `Start` with the failed stage and its cause, after which the call may be retried; `Denied` for a stopped box.
     pub async fn start(&self) -> Result<()> {
         if self.view().phase == Phase::Ready {
             return Ok(());
         }
-        self.ask(Request::Start).await
+        self.request(Request::Start).await
     }
 
-    /// Ends the VM and its shim; ok where they have ended. Containers are Exited afterwards. Dropping the future does
-    /// not stop the stopping.
+    /// Stops the VM and its shim; idempotent. Afterwards all containers are Exited. Dropping the future does not cancel
+    /// the stop.
     ///
     /// # Errors
-    /// Whatever kept the shim from ending; it may be asked again.
+    /// The reason why the shim could not be stopped; the call may be retried.
     pub async fn stop(&self) -> Result<()> {
-        match self.ask(Request::Stop).await {
+        match self.request(Request::Stop).await {
             Err(RuntimeError::NotFound { .. }) => Ok(()),
             result => result,
         }
     }
 
-    /// Stops it, removes its containers, bundle and record, and forgets it; ok where that was done. Log files stay.
+    /// Stops the box and removes its containers, bundle and database row; idempotent. Log files are kept.
     ///
     /// # Errors
-    /// Whatever is left; it may be asked again.
+    /// The reason why something could not be removed; the call may be retried.
     pub async fn remove(&self) -> Result<()> {
-        match self.ask(Request::Remove).await {
+        match self.request(Request::Remove).await {
             Err(RuntimeError::NotFound { .. }) => Ok(()),
             result => result,
         }
     }
 
-    /// New limits for all containers together, within the VM: OCI LinuxResources as JSON. `describe` then makes the
-    /// caller's data anew, which is on disk before the answer. Dropping the future does not stop it.
+    /// Updates the limits that apply to all containers together, given as OCI LinuxResources in JSON. `update_metadata`
+    /// then computes the caller's new data, which is persisted before this returns. Dropping the future does not cancel
+    /// the update.
     ///
     /// # Errors
     /// `BoxGone` without a running VM, `Portal`, `Database`.
-    pub async fn update_limits(&self, resources_json: Vec<u8>, describe: Describe) -> Result<()> {
+    pub async fn update_limits(
+        &self,
+        resources_json: Vec<u8>,
+        update_metadata: UpdateMetadata,
+    ) -> Result<()> {
         let this = self.clone();
-        self.to_the_end(async move {
-            // No container has the box's id.
+        self.run_to_completion(async move {
+            // Cannot collide with a container's lock: no container has the box's id.
             let operation = this.operation(this.id());
-            let _alone = operation.lock().await;
+            let _guard = operation.lock().await;
             this.portal()?.guest().update_pod(resources_json).await?;
-            this.send(|reply| Message::Describe { describe, reply })
-                .await?
+            this.send(|reply| Message::UpdateMetadata {
+                update_metadata,
+                reply,
+            })
+            .await?
         })
         .await
     }
 
-    /// The box at this moment; never waits.
+    /// Returns the present state without waiting.
     pub fn snapshot(&self) -> BoxSnapshot {
         snapshot_of(
             &self.inner.options,
@@ -196,12 +203,12 @@ impl LiteBox {
         )
     }
 
-    /// All containers, by id; never waits.
+    /// Returns all containers ordered by id, without waiting.
     pub fn containers(&self) -> Vec<ContainerSnapshot> {
         self.view().containers.values().cloned().collect()
     }
 
-    /// One container by id or unique prefix; never waits.
+    /// Returns the container with this id or unique id prefix, without waiting.
     ///
     /// # Errors
     /// `NotFound`, `AmbiguousId`.
@@ -209,8 +216,7 @@ impl LiteBox {
         unique("container", id, &self.view().containers).cloned()
     }
 
-    /// Returns once `ready` holds of the published state, or the box is gone. No limit of its own: bound it by the
-    /// caller's. May be dropped.
+    /// Waits until `ready` accepts the published state or the box is removed. Has no timeout; cancel-safe.
     pub async fn changed_until(&self, mut ready: impl FnMut(&BoxSnapshot) -> bool) {
         let mut view = self.inner.view.clone();
         loop {
@@ -221,12 +227,12 @@ impl LiteBox {
         }
     }
 
-    /// Counters as last sampled; never waits.
+    /// Returns the counters as last sampled, without waiting.
     pub fn metrics(&self) -> BoxMetricsSnapshot {
         self.inner.metrics.snapshot()
     }
 
-    /// The way into the guest.
+    /// Returns the session with the guest.
     ///
     /// # Errors
     /// `BoxGone` without a running VM.
@@ -243,24 +249,26 @@ impl LiteBox {
         view.running.clone().ok_or_else(|| RuntimeError::BoxGone {
             id: self.id().to_owned(),
             reason: match view.phase {
-                Phase::Created | Phase::Starting => "it has not started".into(),
-                _ if view.reason.is_empty() => "it is stopped".into(),
+                Phase::Created | Phase::Starting => "it has not been started".into(),
+                _ if view.reason.is_empty() => "it was stopped".into(),
                 _ => view.reason.clone(),
             },
         })
     }
 
-    async fn ask(&self, request: Request) -> Result<()> {
-        let answer = self.send(|reply| Message::Ask { request, reply }).await?;
+    async fn request(&self, request: Request) -> Result<()> {
+        let answer = self
+            .send(|reply| Message::Request { request, reply })
+            .await?;
         answer.map_err(RuntimeError::Shared)
     }
 
-    /// Sends a message and waits for its answer. The driver answers every message unless it ends.
-    async fn send<T>(&self, make: impl FnOnce(oneshot::Sender<T>) -> Message) -> Result<T> {
+    /// Sends a message and waits for its reply. The driver replies to every message unless it returns first.
+    async fn send<T>(&self, message: impl FnOnce(oneshot::Sender<T>) -> Message) -> Result<T> {
         let (reply, answer) = oneshot::channel();
         self.inner
             .messages
-            .send(make(reply))
+            .send(message(reply))
             .await
             .map_err(|_| self.driver_gone())?;
         answer.await.map_err(|_| self.driver_gone())
@@ -272,7 +280,7 @@ impl LiteBox {
         }
         match self.view().phase {
             Phase::Removed => RuntimeError::NotFound {
-                what: "box",
+                subject: "pod sandbox",
                 id: self.id().to_owned(),
             },
             _ => RuntimeError::Denied {
@@ -282,22 +290,22 @@ impl LiteBox {
         }
     }
 
-    /// Runs `work` to its end even if the caller leaves: half a container is worse than one nobody waited for.
-    async fn to_the_end<T: Send + 'static>(
+    /// Runs `operation` to completion even if the caller goes away, so that no container is left half created.
+    async fn run_to_completion<T: Send + 'static>(
         &self,
-        work: impl Future<Output = Result<T>> + Send + 'static,
+        operation: impl Future<Output = Result<T>> + Send + 'static,
     ) -> Result<T> {
         let (done, answer) = oneshot::channel();
         self.inner.env.tasks.spawn(async move {
-            let _ = done.send(work.await);
+            let _ = done.send(operation.await);
         });
         answer.await.unwrap_or(Err(RuntimeError::ShuttingDown))
     }
 
-    /// The lock that create, start and remove of one container share.
+    /// Returns the lock that create, start and remove of one container share.
     fn operation(&self, container_id: &str) -> Arc<tokio::sync::Mutex<()>> {
         let mut operations = self.inner.operations.lock();
-        // Locks that nobody holds or waits for are forgotten here.
+        // Drops unused locks.
         operations.retain(|_, lock| Arc::strong_count(lock) > 1);
         operations
             .entry(container_id.to_owned())
@@ -306,7 +314,7 @@ impl LiteBox {
     }
 }
 
-/// A box as its driver published it.
+/// Builds the public snapshot from the view that the driver published.
 fn snapshot_of(
     options: &BoxOptions,
     created_at_ns: i64,
@@ -316,7 +324,7 @@ fn snapshot_of(
     let process = view
         .running
         .as_ref()
-        .and_then(|running| running.shim.record().process.as_ref());
+        .and_then(|running| running.shim.state().process.as_ref());
     let options = BoxOptions {
         metadata: view.metadata.to_vec(),
         ..options.clone()
@@ -336,7 +344,7 @@ fn snapshot_of(
     }
 }
 
-/// ns since the epoch.
+/// Returns the wall-clock time in nanoseconds since the epoch.
 pub(crate) fn now_ns() -> i64 {
     let since = SystemTime::now()
         .duration_since(SystemTime::UNIX_EPOCH)

@@ -1,4 +1,4 @@
-//! The start pipeline: a chain of structs consumed by value, each with a `fail` that undoes exactly what exists.
+//! The start pipeline: a chain of structs consumed by value. The `fail` of each stage undoes what exists at that stage.
 //!
 //! ```text
 //!  NotStarted ─image─▶ ImageReady ─rootfs─▶ RootfsReady ─spawn─▶ Spawned ─ready─▶ GuestReady
@@ -6,16 +6,15 @@
 //!                        fail: nothing      fail: bundle        fail: shim, bundle
 //! ```
 //!
-//! Run by the box's driver as one task, once at a time; it never looks at the state machine. The row with phase
-//! Starting is on disk before it begins, and the shim's record as soon as it is known ([`ShimNote`]), so a crash at
-//! any line is cleaned up by recovery. Cancelled through `cancel`, checked at every wait; the task itself must be
-//! driven to its end.
+//! The box's driver runs it as one task, at most one at a time; it does not use the state machine. The row with phase
+//! Starting is persisted before it begins, and the shim's state as soon as it is known ([`ShimRecorder`]), so recovery
+//! can clean up after a crash at any point. It is canceled through the token `cancel`; the task must not be aborted.
 
 use super::{BoxEnv, Running, teardown};
 use crate::error::{Result, RuntimeError};
 use crate::filesystem_layout::{private_directory, remove_tree};
 use crate::metrics::{Stage, StageTimers};
-use crate::shim_controller::{ShimController, ShimRecord};
+use crate::shim_controller::{ShimController, ShimState};
 use crate::types::BoxOptions;
 use boxlite_portal::{Connection, GuestAddress, GuestSession};
 use boxlite_proto::vmm::{SandboxOptions, VmmKind};
@@ -25,46 +24,46 @@ use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 
-/// For the first Ping over the Portal. The shim has had an answer from the guest by then.
-const PING_LIMIT: Duration = Duration::from_secs(20);
+/// Timeout of the first Ping over the Portal. The guest has answered the shim before.
+const PING_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Where the pipeline writes down that a shim exists. The driver's side persists before it answers.
-pub(crate) trait ShimNote: Send + Sync {
-    /// Persists the record.
-    fn note(&self, record: ShimRecord) -> impl Future<Output = Result<()>> + Send;
+/// Persists the state of a new shim for the pipeline.
+pub(crate) trait ShimRecorder: Send + Sync {
+    /// Returns once the state is persisted.
+    fn record(&self, state: ShimState) -> impl Future<Output = Result<()>> + Send;
 }
 
-/// What one run needs.
-pub(crate) struct Start<N> {
+/// Input of one run.
+pub(crate) struct Start<R> {
     pub env: Arc<BoxEnv>,
     pub options: BoxOptions,
     pub vmm: VmmKind,
     pub bytes: Arc<AtomicU64>,
     pub cancel: CancellationToken,
-    pub note: N,
+    pub recorder: R,
 }
 
-/// Nothing exists.
-pub(crate) struct NotStarted<N> {
-    start: Start<N>,
+/// Nothing exists yet.
+pub(crate) struct NotStarted<R> {
+    start: Start<R>,
     timers: StageTimers,
 }
 
-/// Agent and kernel are there; nothing was made.
-pub(crate) struct ImageReady<N> {
-    start: Start<N>,
+/// Agent and kernel were found; nothing was created.
+pub(crate) struct ImageReady<R> {
+    start: Start<R>,
     timers: StageTimers,
 }
 
 /// The bundle exists.
-pub(crate) struct RootfsReady<N> {
-    start: Start<N>,
+pub(crate) struct RootfsReady<R> {
+    start: Start<R>,
     timers: StageTimers,
 }
 
-/// Bundle and shim exist, the sandbox is created and not booted.
-pub(crate) struct Spawned<N> {
-    start: Start<N>,
+/// Bundle and shim exist; the sandbox is created but not booted.
+pub(crate) struct Spawned<R> {
+    start: Start<R>,
     timers: StageTimers,
     shim: ShimController,
 }
@@ -76,11 +75,11 @@ pub(crate) struct GuestReady {
     pub timers: StageTimers,
 }
 
-/// Runs the whole chain.
+/// Runs all stages.
 ///
 /// # Errors
-/// `Start` with the stage that failed; nothing is left then, but for what teardown warned about.
-pub(crate) async fn run<N: ShimNote>(start: Start<N>) -> Result<GuestReady> {
+/// `Start` with the failed stage. All stages are undone then; failures to undo are logged.
+pub(crate) async fn run<R: ShimRecorder>(start: Start<R>) -> Result<GuestReady> {
     let not_started = NotStarted {
         start,
         timers: StageTimers::default(),
@@ -91,8 +90,8 @@ pub(crate) async fn run<N: ShimNote>(start: Start<N>) -> Result<GuestReady> {
     spawned.ready().await
 }
 
-impl<N: ShimNote> NotStarted<N> {
-    async fn image(mut self) -> Result<ImageReady<N>> {
+impl<R: ShimRecorder> NotStarted<R> {
+    async fn image(mut self) -> Result<ImageReady<R>> {
         let began = Instant::now();
         let checked = self
             .start
@@ -100,7 +99,7 @@ impl<N: ShimNote> NotStarted<N> {
             .init_rootfs
             .check(&self.vmm())
             .and_then(|()| {
-                crate::init_rootfs::check_file("the shim", self.start.env.program.path(), true)
+                crate::init_rootfs::check_file("shim", self.start.env.program.path(), true)
             });
         match checked {
             Ok(()) => {
@@ -119,12 +118,12 @@ impl<N: ShimNote> NotStarted<N> {
     }
 }
 
-impl<N: ShimNote> ImageReady<N> {
-    async fn rootfs(mut self) -> Result<RootfsReady<N>> {
+impl<R: ShimRecorder> ImageReady<R> {
+    async fn rootfs(mut self) -> Result<RootfsReady<R>> {
         let began = Instant::now();
         let bundle = self.start.env.layout.bundle(&self.start.options.id);
         let made = self.start.blocking(move || {
-            // What an earlier, crashed start left would otherwise be taken for this one's.
+            // Remove the leftovers of a crashed start.
             remove_tree(&bundle)?;
             private_directory(&bundle)?;
             private_directory(&bundle.join("c"))
@@ -141,15 +140,15 @@ impl<N: ShimNote> ImageReady<N> {
         }
     }
 
-    /// A bundle made halfway is all there can be.
+    /// Removes the bundle, which may be incomplete.
     async fn fail(self, reason: RuntimeError) -> RuntimeError {
         remove_bundle(&self.start).await;
         failed(&self.start, Stage::Rootfs, reason)
     }
 }
 
-impl<N: ShimNote> RootfsReady<N> {
-    async fn spawn(mut self) -> Result<Spawned<N>> {
+impl<R: ShimRecorder> RootfsReady<R> {
+    async fn spawn(mut self) -> Result<Spawned<R>> {
         let began = Instant::now();
         let id = self.start.options.id.clone();
         let bundle = self.start.env.layout.bundle(&id);
@@ -159,12 +158,12 @@ impl<N: ShimNote> RootfsReady<N> {
             &bundle,
             self.start.vmm.clone(),
         );
-        // Not cancelled while the program runs: it is bounded, and a daemon that was just being born would be missed.
+        // Not canceled while the program runs: it has a timeout, and canceling could miss a shim that is just starting.
         let shim = match spawning.await {
             Ok(shim) => shim,
             Err(reason) => return Err(self.fail(reason).await),
         };
-        if let Err(reason) = self.start.note.note(shim.record().clone()).await {
+        if let Err(reason) = self.start.recorder.record(shim.state().clone()).await {
             return Err(self.fail(reason).await);
         }
         let options = self.start.sandbox_options();
@@ -180,7 +179,7 @@ impl<N: ShimNote> RootfsReady<N> {
         })
     }
 
-    /// The shim may or may not have come up: its own `delete` finds out from the bundle.
+    /// Cleans up by the shim's `delete`, which finds out from the bundle whether a shim is running.
     async fn fail(self, reason: RuntimeError) -> RuntimeError {
         teardown::clean_or_warn(&self.start.env, &self.start.options.id).await;
         remove_bundle(&self.start).await;
@@ -188,7 +187,7 @@ impl<N: ShimNote> RootfsReady<N> {
     }
 }
 
-impl<N: ShimNote> Spawned<N> {
+impl<R: ShimRecorder> Spawned<R> {
     async fn ready(mut self) -> Result<GuestReady> {
         let began = Instant::now();
         let address = GuestAddress::of(
@@ -198,14 +197,14 @@ impl<N: ShimNote> Spawned<N> {
         let session = GuestSession::counted(Connection::lazy(address), self.start.bytes.clone());
         let booting = async {
             self.shim.start_sandbox(self.start.env.start_limit).await?;
-            session.guest().ping(PING_LIMIT).await?;
+            session.guest().ping(PING_TIMEOUT).await?;
             Ok(())
         };
         if let Err(reason) = self.start.unless_cancelled(booting).await {
             return Err(self.fail(reason).await);
         }
         self.timers.record(Stage::Ready.name(), began.elapsed());
-        // The shim's own stages are for people; a shim that does not tell them is fine.
+        // The shim's stage timers are informational.
         if let Ok((_, stages)) = self.shim.sandbox_status().await {
             self.timers.stages.extend(stages);
         }
@@ -225,7 +224,7 @@ impl<N: ShimNote> Spawned<N> {
     }
 }
 
-impl<N: ShimNote> Start<N> {
+impl<R: ShimRecorder> Start<R> {
     fn sandbox_options(&self) -> SandboxOptions {
         let options = &self.options;
         SandboxOptions {
@@ -244,33 +243,36 @@ impl<N: ShimNote> Start<N> {
         }
     }
 
-    async fn unless_cancelled(&self, work: impl Future<Output = Result<()>>) -> Result<()> {
+    async fn unless_cancelled(&self, operation: impl Future<Output = Result<()>>) -> Result<()> {
         tokio::select! {
-            result = work => result,
+            result = operation => result,
             () = self.cancel.cancelled() => Err(RuntimeError::BoxGone {
                 id: self.options.id.clone(),
-                reason: "it was stopped while it started".into(),
+                reason: "it was stopped while it was starting".into(),
             }),
         }
     }
 
-    async fn blocking(&self, work: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
-        teardown::blocking(work).await
+    async fn blocking(
+        &self,
+        operation: impl FnOnce() -> Result<()> + Send + 'static,
+    ) -> Result<()> {
+        teardown::blocking(operation).await
     }
 }
 
-async fn remove_bundle<N>(start: &Start<N>) {
+async fn remove_bundle<R>(start: &Start<R>) {
     let bundle = start.env.layout.bundle(&start.options.id);
     if let Err(error) = teardown::blocking(move || remove_tree(&bundle)).await {
         tracing::warn!(
             id = start.options.id,
             error = crate::report(&error),
-            "bundle of a failed start is left"
+            "failed to remove the bundle of a failed start"
         );
     }
 }
 
-fn failed<N>(start: &Start<N>, stage: Stage, reason: RuntimeError) -> RuntimeError {
+fn failed<R>(start: &Start<R>, stage: Stage, reason: RuntimeError) -> RuntimeError {
     RuntimeError::Start {
         id: start.options.id.clone(),
         stage,

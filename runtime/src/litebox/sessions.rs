@@ -1,12 +1,12 @@
-//! What a [`LiteBox`] offers to interactive clients: a process with its streams ([`ProcessSession`], for exec and
-//! attach) and byte streams to ports inside the VM ([`LiteBox::port_forward`]).
+//! Interactive sessions of a [`LiteBox`]: processes with their streams ([`ProcessSession`], for exec and attach) and byte
+//! streams to ports inside the VM ([`LiteBox::port_forward`]).
 //!
-//! Changes no state of the box. Each session's streams have a connection of their own, so that one that stalls holds
-//! back nobody else; calls that must get through (kill, delete, acknowledgements) go over the box's common one. Who the
-//! client is, and what it is told, is cri-server's `streaming`.
+//! Changes no state of the box. Each session has a dedicated connection for its streams, so a stalled session does not
+//! block others; control calls (kill, delete, acknowledgments) use the box's shared connection. The client side is in
+//! cri-server's `streaming`.
 
 use super::LiteBox;
-use crate::error::Result;
+use crate::error::{Result, RuntimeError};
 use crate::types::ContainerState;
 use boxlite_portal::{ExecutionInterface, OutputFollower, PortalError};
 use boxlite_proto::boxlite::v1::{Exit, PortForwardRequest, PortForwardResponse, SendInputRequest};
@@ -15,20 +15,19 @@ use futures::{Stream, StreamExt};
 use std::time::Duration;
 use tonic::Streaming;
 
-/// Wait for the end of a process tree that got SIGKILL; the agent reaps it whenever it ends.
-const KILLED_LIMIT: Duration = Duration::from_secs(10);
-/// What a hung-up terminal's processes have to end by themselves.
-const HANGUP_LIMIT: Duration = Duration::from_secs(2);
+/// Timeout for the exit of a process tree after SIGKILL; the agent reaps it whenever it exits.
+const KILL_WAIT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time that processes have to exit after SIGHUP when their terminal is closed.
+const HANGUP_TIMEOUT: Duration = Duration::from_secs(2);
 const SIGHUP: u32 = 1;
 const SIGKILL: u32 = 9;
 
-/// A process of a container and its streams. Dropped, it leaves an exec'd process as it is: call
-/// [`ProcessSession::end`].
+/// A process of a container and its streams. Dropping it does not end an exec'd process: call [`ProcessSession::end`].
 #[derive(Debug)]
 pub struct ProcessSession {
-    /// The common connection.
+    /// Shared connection.
     calls: ExecutionInterface,
-    /// This session's own.
+    /// Dedicated connection.
     streams: ExecutionInterface,
     container: String,
     /// Empty for the container's init process.
@@ -38,10 +37,10 @@ pub struct ProcessSession {
 }
 
 impl LiteBox {
-    /// Starts a process in a running container. Dropping the future may leave it running: drive it to its end.
+    /// Starts a process in a running container. Not cancel-safe: dropping the future may leave the process running.
     ///
     /// # Errors
-    /// `NotFound`, `ContainerState`, `BoxGone`, `Portal`: the guest cannot start it.
+    /// `NotFound`, `ContainerState`, `BoxGone`, `Portal` if the guest cannot start it.
     pub async fn exec_session(
         &self,
         id: &str,
@@ -54,7 +53,12 @@ impl LiteBox {
         let session = self.portal()?;
         let (calls, streams) = (session.execution(), session.dedicated().execution());
         let exec = request.exec_id.clone();
-        calls.exec(request).await?;
+        calls
+            .exec(request)
+            .await
+            .map_err(RuntimeError::guest(format!(
+                "run a command in container {id:?}"
+            )))?;
         Ok(ProcessSession {
             output: calls.follow(id, &exec, 0).over(&streams),
             calls,
@@ -65,23 +69,26 @@ impl LiteBox {
         })
     }
 
-    /// Joins a running container's own process as one more reader of its output from now on, and writer of its input.
+    /// Attaches to a running container's init process: reads its output from now on and writes its input.
     ///
     /// # Errors
     /// `NotFound`, `ContainerState`, `BoxGone`, `Portal`.
     pub async fn attach_session(&self, id: &str) -> Result<ProcessSession> {
         let container = self.exact(id)?;
         if container.state != ContainerState::Running {
-            return Err(crate::error::RuntimeError::ContainerState {
+            return Err(RuntimeError::ContainerState {
                 id: id.to_owned(),
                 state: container.state,
-                reason: "only a running container can be attached to",
+                reason: "attach needs a running container",
             });
         }
         let session = self.portal()?;
         let (calls, streams) = (session.execution(), session.dedicated().execution());
         let mut output = calls.follow(id, "", 0).over(&streams).observing(true);
-        output.open().await?;
+        output
+            .open()
+            .await
+            .map_err(RuntimeError::guest(format!("attach to container {id:?}")))?;
         Ok(ProcessSession {
             output,
             calls,
@@ -92,11 +99,11 @@ impl LiteBox {
         })
     }
 
-    /// Opens a byte stream to a port inside the VM, over a connection of its own. `outgoing` is what the client sends,
-    /// its end the client's half-close; the answer's `eof` is the server's. Ends when either side drops.
+    /// Opens a byte stream to a port inside the VM over a dedicated connection. `outgoing` carries the client's bytes,
+    /// and its end is the client's half-close; `eof` in the response is the server's. Ends when either side drops.
     ///
     /// # Errors
-    /// `BoxGone`, `Portal`: nothing listens there.
+    /// `BoxGone`, `Portal` if the port refuses the connection.
     pub async fn port_forward(
         &self,
         port: u16,
@@ -123,12 +130,12 @@ impl LiteBox {
 }
 
 impl ProcessSession {
-    /// Its output: all of an exec'd process's, a container's from the moment of attaching.
+    /// Returns the output: the whole output of an exec'd process, or a container's output since the attach.
     pub fn output(&mut self) -> &mut OutputFollower {
         &mut self.output
     }
 
-    /// The ways to its input and terminal; usable while its output is read.
+    /// Returns a handle for input and terminal size that can be used while the output is read.
     pub fn controls(&self) -> ProcessControls {
         ProcessControls {
             calls: self.calls.clone(),
@@ -138,7 +145,7 @@ impl ProcessSession {
         }
     }
 
-    /// Waits for its end; no limit but the caller's.
+    /// Waits for the process to exit, without a timeout.
     ///
     /// # Errors
     /// Every kind of [`PortalError`].
@@ -146,8 +153,8 @@ impl ProcessSession {
         self.streams.wait(&self.container, &self.exec).await
     }
 
-    /// Ends an exec'd process: kills it with all it started where `kill` says so (a terminal's is hung up first), and has
-    /// the guest forget it. Nothing of a container's own process.
+    /// Ends an exec'd process: if `kill` is set, kills it and its descendants (after SIGHUP if it has a terminal); then
+    /// deletes it in the guest. Does nothing for a container's init process.
     pub async fn end(self, kill: bool) {
         if self.exec.is_empty() {
             return;
@@ -156,7 +163,7 @@ impl ProcessSession {
             self.kill().await;
         }
         if let Err(error) = self.calls.delete(&self.container, &self.exec).await {
-            tracing::debug!(container = self.container, exec = self.exec, %error, "exec'd process could not be forgotten");
+            tracing::debug!(container = self.container, exec = self.exec, %error, "failed to delete exec'd process");
         }
     }
 
@@ -170,7 +177,7 @@ impl ProcessSession {
                 .calls
                 .kill(&self.container, &self.exec, SIGHUP, false)
                 .await;
-            if ended(HANGUP_LIMIT).await {
+            if ended(HANGUP_TIMEOUT).await {
                 return;
             }
         }
@@ -180,13 +187,14 @@ impl ProcessSession {
             .await
             && !error.is_not_found()
         {
-            tracing::warn!(container = self.container, exec = self.exec, %error, "process of a client that is gone could not be killed");
+            tracing::warn!(container = self.container, exec = self.exec, %error, "failed to kill the process of a disconnected client");
         }
-        if !ended(KILLED_LIMIT).await {
+        if !ended(KILL_WAIT_TIMEOUT).await {
             tracing::warn!(
                 container = self.container,
                 exec = self.exec,
-                "killed process did not end within {KILLED_LIMIT:?}"
+                timeout = ?KILL_WAIT_TIMEOUT,
+                "killed process did not exit in time"
             );
         }
     }
@@ -202,9 +210,9 @@ pub struct ProcessControls {
 }
 
 impl ProcessControls {
-    /// Writes `incoming` to the input; its end closes the input of an exec'd process, and of a container's own where it
-    /// was made so (stdin_once). Returns when the guest has taken everything: a process that does not read holds it for
-    /// ever, so drop it then.
+    /// Writes `incoming` to the input. Its end closes the input of an exec'd process, and that of a container's init
+    /// process with stdin_once. Returns once the guest has accepted everything; blocks while the process does not read,
+    /// so callers must be ready to drop the future.
     ///
     /// # Errors
     /// Every kind of [`PortalError`].
@@ -234,7 +242,7 @@ impl ProcessControls {
         self.streams.send_input(messages).await
     }
 
-    /// New size of the terminal, in characters.
+    /// Resizes the terminal, in characters.
     ///
     /// # Errors
     /// Every kind of [`PortalError`].

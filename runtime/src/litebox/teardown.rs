@@ -1,8 +1,7 @@
-//! Ending a VM and its shim, and clearing away what they leave: the works of Stop and Remove, and of a VM that died
-//! by itself.
+//! Stops a VM and its shim and cleans up after them: the jobs of Stop and Remove, and the cleanup after a VM that died.
 //!
-//! Everything here is idempotent and takes a shim that is alive, dead or unknown. It writes no state; the driver
-//! does, from what is returned.
+//! All functions are idempotent and accept a shim that is alive, dead or unknown. They write no state; the driver
+//! records their results.
 
 use super::BoxEnv;
 use crate::error::{Result, RuntimeError};
@@ -13,19 +12,19 @@ use futures::StreamExt;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-/// For asking a shim about all containers of a VM that just ended; beyond that their ends are unknown. Part of the 2
-/// s in which a death must show.
-const EXITS_LIMIT: Duration = Duration::from_secs(1);
-/// Containers asked about at a time.
-const EXITS_AT_ONCE: usize = 8;
+/// Timeout for collecting the exits of all containers of a VM that just ended; the remaining exits count as unknown.
+/// Part of the 2 s in which the end of a VM is published.
+const EXIT_QUERY_TIMEOUT: Duration = Duration::from_secs(1);
+/// Concurrent Task.Wait calls while exits are collected.
+const EXIT_QUERY_CONCURRENCY: usize = 8;
 
-/// Ends of containers by id, as far as a shim could tell.
+/// Known exits, by container id.
 pub(crate) type Exits = BTreeMap<String, TaskExit>;
 
-/// Ends the VM; answers how its `containers` ended. Then ends the shim and cleans up after it.
+/// Stops the VM, collects the exits of `containers`, then stops the shim and cleans up after it.
 ///
 /// # Errors
-/// Whatever kept the shim alive.
+/// The reason why the shim could not be stopped.
 pub(crate) async fn stop(
     env: &BoxEnv,
     id: &str,
@@ -35,8 +34,12 @@ pub(crate) async fn stop(
     let mut exits = Exits::new();
     if let Some(shim) = shim.filter(|shim| shim.alive()) {
         if let Err(error) = shim.stop_sandbox().await {
-            // `delete` below ends it the hard way.
-            tracing::warn!(id, error = report(&error), "VM did not stop as asked");
+            // The shim's `delete` kills the VM below.
+            tracing::warn!(
+                id,
+                error = report(&error),
+                "failed to stop the VM, killing it"
+            );
         }
         exits = exits_of(shim, containers).await;
     }
@@ -44,53 +47,57 @@ pub(crate) async fn stop(
     Ok(exits)
 }
 
-/// How these containers ended, as far as the shim tells within [`EXITS_LIMIT`]: their VM is gone, so they end as soon
-/// as it has drained them.
+/// Collects the exits that the shim reports within [`EXIT_QUERY_TIMEOUT`]. The VM has ended, so the containers exit as
+/// soon as the shim has drained their output.
 pub(crate) async fn exits_of(shim: &ShimController, containers: Vec<String>) -> Exits {
     let mut exits = Exits::new();
-    let mut asking = futures::stream::iter(containers.into_iter().map(|container| async move {
+    let mut waits = futures::stream::iter(containers.into_iter().map(|container| async move {
         let exit = shim.wait_task(&container).await;
         (container, exit)
     }))
-    .buffer_unordered(EXITS_AT_ONCE);
+    .buffer_unordered(EXIT_QUERY_CONCURRENCY);
     let collecting = async {
-        while let Some((container, exit)) = asking.next().await {
+        while let Some((container, exit)) = waits.next().await {
             if let Ok(exit) = exit {
                 exits.insert(container, exit);
             }
         }
     };
-    let _ = tokio::time::timeout(EXITS_LIMIT, collecting).await;
-    drop(asking);
+    let _ = tokio::time::timeout(EXIT_QUERY_TIMEOUT, collecting).await;
+    drop(waits);
     exits
 }
 
-/// Ends a shim, by its own means first, and cleans up after it; ok where it is gone.
+/// Shuts a shim down and cleans up after it; idempotent.
 ///
 /// # Errors
-/// Whatever kept it alive.
+/// The reason why the shim could not be stopped.
 pub(crate) async fn end_shim(env: &BoxEnv, id: &str, shim: Option<&ShimController>) -> Result<()> {
     if let Some(shim) = shim.filter(|shim| shim.alive())
         && let Err(error) = shim.shutdown().await
     {
-        tracing::warn!(id, error = report(&error), "shim did not end as asked");
+        tracing::warn!(
+            id,
+            error = report(&error),
+            "failed to shut the shim down, killing it"
+        );
     }
     clean(env, id).await
 }
 
-/// As [`end_shim`], for where nothing better can be done about a failure than to say it.
+/// As [`end_shim`], but only logs a failure.
 pub(crate) async fn end_shim_or_warn(env: &BoxEnv, id: &str, shim: Option<&ShimController>) {
     if let Err(error) = end_shim(env, id, shim).await {
-        tracing::warn!(id, error = report(&error), "shim is left");
+        tracing::warn!(id, error = report(&error), "failed to stop the shim");
     }
 }
 
-/// Runs the shim's `delete` in the bundle: kills what is left, by its own record. Without a bundle no process is left: the
-/// bundle is made before the shim and removed after it, and a reboot takes both. A reboot does not take the scratch disk,
-/// which is removed last.
+/// Runs the shim's `delete` in the bundle, which kills all remaining processes, then removes the scratch disk. Without a
+/// bundle there are no processes: it is created before the shim and removed after it, and both are gone after a reboot,
+/// unlike the scratch disk.
 ///
 /// # Errors
-/// Those of the program; `Io` if the scratch disk cannot be removed.
+/// Those of [`crate::shim_controller::ShimProgram::delete`]; `Io` if the scratch disk cannot be removed.
 pub(crate) async fn clean(env: &BoxEnv, id: &str) -> Result<()> {
     let bundle = env.layout.bundle(id);
     if bundle.is_dir() {
@@ -100,35 +107,35 @@ pub(crate) async fn clean(env: &BoxEnv, id: &str) -> Result<()> {
     blocking(move || remove_file(&scratch)).await
 }
 
-/// As [`clean`], for where nothing better can be done about a failure than to say it.
+/// As [`clean`], but only logs a failure.
 pub(crate) async fn clean_or_warn(env: &BoxEnv, id: &str) {
     if let Err(error) = clean(env, id).await {
         tracing::warn!(
             id,
             error = report(&error),
-            "what a shim left could not be cleaned"
+            "failed to clean up after a shim"
         );
     }
 }
 
-/// Everything of a box but its row: VM, shim, bundle. The images its containers hold are the driver's.
+/// Removes the VM, the shim and the bundle of a box. The driver deletes the row and releases the images.
 ///
 /// # Errors
-/// Whatever is left.
+/// The reason why something could not be removed.
 pub(crate) async fn remove(env: &BoxEnv, id: &str, shim: Option<&ShimController>) -> Result<()> {
     stop(env, id, shim, Vec::new()).await?;
     let bundle = env.layout.bundle(id);
     blocking(move || remove_tree(&bundle)).await
 }
 
-/// Runs file work off the async threads; it runs to its end even if the future is dropped.
+/// Runs blocking file operations on a blocking thread. They run to completion even if the future is dropped.
 pub(crate) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
+    operation: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
-    match tokio::task::spawn_blocking(work).await {
+    match tokio::task::spawn_blocking(operation).await {
         Ok(result) => result,
         Err(error) => Err(RuntimeError::Internal {
-            what: format!("a blocking thread: {error}"),
+            detail: format!("blocking task failed: {error}"),
         }),
     }
 }

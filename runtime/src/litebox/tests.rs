@@ -1,14 +1,15 @@
-//! Boxes against a fake shim: pipeline and its unwinding, joining, containers, death. Recovery is in [`recovery`].
+//! Tests of boxes with a fake shim: pipeline and its undoing, joined starts, containers, deaths. Recovery is tested in
+//! [`recovery`].
 
+mod events;
 mod recovery;
-mod told;
 
 use crate::fake_shim::{FakeNode, image_id, is_process};
 use crate::{BoxState, BoxliteRuntime, ContainerState, ErrorKind, LiteBox, RuntimeError, Stage};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// No test may wait longer for anything.
+/// Timeout of every wait.
 const LIMIT: Duration = Duration::from_secs(10);
 const TERM: i32 = 15;
 
@@ -40,7 +41,7 @@ async fn run_container(node: &FakeNode, litebox: &LiteBox, id: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn create_starts_nothing_and_the_first_use_is_shared() {
+async fn create_starts_nothing_and_first_start_is_shared() {
     let node = FakeNode::new();
     let shim = node.serve("b1").await;
     node.faults.slow_start_ms.store(100, Ordering::SeqCst);
@@ -61,7 +62,7 @@ async fn create_starts_nothing_and_the_first_use_is_shared() {
     assert!(is_process(&shim, snapshot.shim_pid.unwrap()));
     assert!(snapshot.timers.get("ready").unwrap() >= 100);
     assert_eq!(snapshot.timers.get("boot"), Some(7));
-    // The same name joins the box that is there; the id under another name does not.
+    // The same name returns the existing box; the same id with another name is refused.
     let mut again = node.box_options("b2");
     again.name = "name-b1".into();
     assert_eq!(runtime.create_box(again).await.unwrap().id(), "b1");
@@ -84,7 +85,7 @@ async fn create_starts_nothing_and_the_first_use_is_shared() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn each_stage_names_itself_undoes_itself_and_may_be_tried_again() {
+async fn failed_stage_is_named_undone_and_retryable() {
     let node = FakeNode::new();
     let shim = node.serve("b1").await;
     let (_runtime, litebox) = one_box(&node).await;
@@ -127,7 +128,7 @@ async fn each_stage_names_itself_undoes_itself_and_may_be_tried_again() {
     faults.fail_start_sandbox.store(true, Ordering::SeqCst);
     let text = failing(Stage::Ready).await;
     assert!(text.contains("Kernel panic"), "{text}");
-    assert!(!shim.alive(), "the shim of a failed start is left");
+    assert!(!shim.alive(), "the shim of a failed start is alive");
     faults.fail_start_sandbox.store(false, Ordering::SeqCst);
 
     drop(shim);
@@ -136,7 +137,7 @@ async fn each_stage_names_itself_undoes_itself_and_may_be_tried_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_caller_that_leaves_does_not_stop_the_start() {
+async fn dropped_start_continues() {
     let node = FakeNode::new();
     let shim = node.serve("b1").await;
     node.faults.slow_start_ms.store(200, Ordering::SeqCst);
@@ -148,7 +149,7 @@ async fn a_caller_that_leaves_does_not_stop_the_start() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn stop_ends_a_start_and_a_stopped_box_takes_no_container() {
+async fn stop_cancels_start_and_denies_containers() {
     let node = FakeNode::new();
     let shim = node.serve("b1").await;
     node.faults.slow_start_ms.store(60_000, Ordering::SeqCst);
@@ -171,16 +172,16 @@ async fn stop_ends_a_start_and_a_stopped_box_takes_no_container() {
         .await
         .unwrap_err();
     assert!(error.to_string().contains("stopped"), "{error}");
-    // Nothing holds the image after the refusal.
+    // The refused container does not hold the image.
     assert!(_runtime.images().remove(&image_id()).await.unwrap());
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_container_lives_and_ends() {
+async fn container_lifecycle_from_create_to_remove() {
     let node = FakeNode::new();
     let shim = node.serve("b1").await;
     let (runtime, litebox) = one_box(&node).await;
-    // First use of the box: no start was asked for.
+    // The first use starts the box.
     run_container(&node, &litebox, "c1").await;
     assert_eq!(state_of(&litebox, "c1"), ContainerState::Running);
     let again = litebox
@@ -195,7 +196,7 @@ async fn a_container_lives_and_ends() {
     assert_eq!(error.kind(), ErrorKind::AlreadyExists);
     assert!(
         runtime.images().remove(&image_id()).await.is_err(),
-        "an image in use is kept"
+        "an image in use cannot be removed"
     );
 
     shim.exit("c1", 3);
@@ -219,7 +220,7 @@ async fn a_container_lives_and_ends() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn stop_escalates_and_oom_is_told() {
+async fn stop_escalates_and_oom_is_reported() {
     let node = FakeNode::new();
     let shim = node.serve("b1").await;
     let (_runtime, litebox) = one_box(&node).await;
@@ -251,7 +252,7 @@ async fn stop_escalates_and_oom_is_told() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn failed_creates_leave_nothing_and_failed_starts_are_told() {
+async fn failed_create_is_undone_and_failed_start_reported() {
     let node = FakeNode::new();
     let shim = node.serve("b1").await;
     let (runtime, litebox) = one_box(&node).await;
@@ -294,7 +295,7 @@ async fn failed_creates_leave_nothing_and_failed_starts_are_told() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_death_of_vm_or_shim_shows_within_two_seconds() {
+async fn death_of_vm_or_shim_is_published_within_2_s() {
     let node = FakeNode::new();
     let runtime = BoxliteRuntime::open(node.options()).await.unwrap();
     for (id, shim_dies) in [("b1", false), ("b2", true)] {
@@ -339,7 +340,7 @@ async fn the_death_of_vm_or_shim_shows_within_two_seconds() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn remove_from_any_state_leaves_nothing_and_is_idempotent() {
+async fn remove_is_complete_and_idempotent_in_any_state() {
     let node = FakeNode::new();
     let runtime = BoxliteRuntime::open(node.options()).await.unwrap();
     for (id, start) in [("b1", false), ("b2", true)] {

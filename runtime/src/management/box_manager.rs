@@ -1,7 +1,6 @@
-//! [`BoxManager`]: the maps of boxes, by id and by name.
+//! [`BoxManager`]: maps of boxes by id and by name.
 //!
-//! Only maps: it stands under the one RwLock of `RuntimeInnerImpl::sync_state`, is looked into and let go of, never
-//! held across an await. What a box does, its driver knows.
+//! Guarded by the RwLock `RuntimeInnerImpl::sync_state`, which is not held across an await.
 
 use crate::error::{Result, RuntimeError};
 use crate::litebox::LiteBox;
@@ -15,48 +14,48 @@ pub struct BoxManager {
 }
 
 impl BoxManager {
-    /// Adds a box; its id and name are free (the caller looked under the same creation lock).
+    /// Adds a box. The caller has checked under the creation lock that its id and name are free.
     pub fn insert(&mut self, litebox: LiteBox) {
         self.by_name
             .insert(litebox.name().to_owned(), litebox.id().to_owned());
         self.by_id.insert(litebox.id().to_owned(), litebox);
     }
 
-    /// Takes a box out.
+    /// Removes a box.
     pub fn remove(&mut self, id: &str) -> Option<LiteBox> {
         let litebox = self.by_id.remove(id)?;
         self.by_name.remove(litebox.name());
         Some(litebox)
     }
 
-    /// By name.
+    /// Returns the box with this name.
     pub fn by_name(&self, name: &str) -> Option<&LiteBox> {
         self.by_id.get(self.by_name.get(name)?)
     }
 
-    /// By full id.
+    /// Returns the box with exactly this id.
     pub fn by_id(&self, id: &str) -> Option<&LiteBox> {
         self.by_id.get(id)
     }
 
-    /// By full id or a prefix that only one id has.
+    /// Returns the box with this id or unique id prefix.
     ///
     /// # Errors
     /// `NotFound`, `AmbiguousId`.
     pub fn find(&self, prefix: &str) -> Result<&LiteBox> {
-        unique("box", prefix, &self.by_id)
+        unique("pod sandbox", prefix, &self.by_id)
     }
 
-    /// All, by id.
+    /// Iterates over all boxes ordered by id.
     pub fn all(&self) -> impl Iterator<Item = &LiteBox> {
         self.by_id.values()
     }
 }
 
-/// The entry whose key is `prefix`, or the only one whose key begins with it.
+/// Returns the entry with key `prefix`, or the only entry whose key starts with it.
 ///
 /// # Errors
-/// `NotFound` (an empty prefix finds nothing), `AmbiguousId`.
+/// `NotFound` (also for an empty prefix), `AmbiguousId`.
 pub(crate) fn unique<'a, T>(
     what: &'static str,
     prefix: &str,
@@ -66,7 +65,7 @@ pub(crate) fn unique<'a, T>(
         return Ok(found);
     }
     let not_found = || RuntimeError::NotFound {
-        what,
+        subject: what,
         id: prefix.to_owned(),
     };
     if prefix.is_empty() {
@@ -79,7 +78,7 @@ pub(crate) fn unique<'a, T>(
     match matching.count() {
         0 => Ok(first),
         more => Err(RuntimeError::AmbiguousId {
-            what,
+            subject: what,
             prefix: prefix.to_owned(),
             count: more + 1,
         }),
@@ -91,7 +90,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn prefixes_are_unique_or_refused() {
+    fn unique_accepts_only_unambiguous_prefixes() {
         let map: BTreeMap<String, u8> = [
             ("abc".to_owned(), 1),
             ("abd".to_owned(), 2),

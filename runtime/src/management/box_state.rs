@@ -1,7 +1,7 @@
-//! [`BoxPolicy`]: the state machine of a box, as a plain value without locks and without I/O.
+//! [`BoxPolicy`]: the state machine of a box, a plain value without locks and I/O.
 //!
-//! It says whether a request is work, a join, done already, or denied and why; the box's driver (`litebox::driver`)
-//! does the work and reports back. Only the driver holds one.
+//! It decides whether a request starts a job, joins one, is already satisfied, or is denied. The box's driver
+//! (`litebox::driver`) owns it, runs the jobs and reports their results.
 //!
 //! ```text
 //!            Start                Started
@@ -13,37 +13,37 @@
 //!   │                       │ Stopped        │
 //!   └───────────────────▶ NotReady ◀─────────┘
 //!
-//!  any of them ── Remove ──▶ Removing ── RemoveDone ──▶ Removed       (RemoveFailed: NotReady, to be asked again)
+//!  any of them ── Remove ──▶ Removing ── RemoveDone ──▶ Removed       (RemoveFailed: NotReady, may be retried)
 //! ```
 //!
-//! Happy path: Created → Starting → Ready → Stopping → NotReady → Removing → Removed. A box that was stopped never
-//! starts again: a container created after Stop is denied, however the two race.
+//! Happy path: Created → Starting → Ready → Stopping → NotReady → Removing → Removed. A stopped box cannot be started
+//! again: a container created after Stop is denied, however the two race.
 
 use crate::types::BoxState;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
-/// Where the box is. [`BoxState`] is what outsiders see of it.
+/// Internal state of a box. [`BoxState`] is its public form.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Phase {
-    /// Registered; nothing runs.
+    /// Registered, not started.
     Created,
-    /// The pipeline is at work.
+    /// The start pipeline is running.
     Starting,
     /// The guest answers.
     Ready,
-    /// On the way to NotReady.
+    /// Being stopped.
     Stopping,
-    /// The VM is gone.
+    /// The VM has ended.
     NotReady,
-    /// On the way out.
+    /// Being removed.
     Removing,
-    /// Gone; the driver ends.
+    /// Removed; the driver returns.
     Removed,
 }
 
 impl Phase {
-    /// What CRI-side callers see.
+    /// Returns the public state.
     pub fn public(self) -> BoxState {
         match self {
             Self::Created => BoxState::Created,
@@ -55,64 +55,64 @@ impl Phase {
     }
 }
 
-/// What callers ask of a box.
+/// Request of a caller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Request {
-    /// Run the pipeline.
+    /// Run the start pipeline.
     Start,
-    /// End the VM.
+    /// Stop the VM.
     Stop,
-    /// End and forget it.
+    /// Stop and remove the box.
     Remove,
 }
 
-/// What happened to a box.
+/// Event reported by the driver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Event {
     /// The pipeline succeeded.
     Started,
-    /// It failed and undid itself.
+    /// The pipeline failed and undid itself.
     StartFailed,
-    /// The VM was ended as asked.
+    /// The VM was stopped on request.
     Stopped,
-    /// It could not be ended.
+    /// The VM could not be stopped.
     StopFailed,
-    /// Everything is removed.
+    /// Everything was removed.
     RemoveDone,
-    /// Something is left.
+    /// Something could not be removed.
     RemoveFailed,
-    /// Shim or VMM died by themselves.
+    /// The shim or the VMM died.
     VmGone,
 }
 
-/// The policy's answer to a request.
+/// Decision on a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
-    /// New work: the phase has changed.
+    /// A new job starts; the phase has changed.
     Begin,
-    /// It is being done; wait for its end.
+    /// The job is already running; wait for its result.
     Join,
-    /// It is so already.
+    /// The request is already satisfied.
     Done,
 }
 
 /// Why a request was denied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Denied {
-    /// It was stopped, or its VM died: a box starts once.
+    /// It was stopped, or its VM died; a box can be started only once.
     Stopped,
     /// It is being removed.
     Removing,
-    /// It is gone.
+    /// It has been removed.
     Removed,
 }
 
 impl fmt::Display for Denied {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Stopped => "it is stopped, and a stopped box does not start again",
+            Self::Stopped => "it was stopped and cannot be started again",
             Self::Removing => "it is being removed",
-            Self::Removed => "it is removed",
+            Self::Removed => "it has been removed",
         })
     }
 }
@@ -124,17 +124,17 @@ pub struct BoxPolicy {
 }
 
 impl BoxPolicy {
-    /// A machine that stands at `phase`.
+    /// Returns a state machine in `phase`.
     pub fn at(phase: Phase) -> Self {
         Self { phase }
     }
 
-    /// Where it stands.
+    /// Returns the present phase.
     pub fn phase(&self) -> Phase {
         self.phase
     }
 
-    /// Judges a request and, when it begins work, moves on.
+    /// Decides on a request, and changes the phase if a job starts.
     ///
     /// # Errors
     /// [`Denied`], with the phase unchanged.
@@ -162,7 +162,7 @@ impl BoxPolicy {
         Ok(verdict)
     }
 
-    /// Whether a container may be created: now, after a start, or never.
+    /// Whether a container may be created now or after the start.
     ///
     /// # Errors
     /// [`Denied`].
@@ -175,9 +175,8 @@ impl BoxPolicy {
         }
     }
 
-    /// Takes note of what happened; answers whether the phase changed. What comes too late for the phase is ignored:
-    /// a start that succeeds after Stop was asked for leaves Stopping as it is, and the driver then stops what was
-    /// started.
+    /// Applies an event; returns whether the phase changed. Events that do not fit the phase are ignored: if a start
+    /// succeeds after Stop was requested, the phase remains Stopping and the driver stops what was started.
     pub fn event(&mut self, event: Event) -> bool {
         use Phase as P;
         let next = match (event, self.phase) {

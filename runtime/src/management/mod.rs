@@ -1,4 +1,4 @@
-//! Which boxes there are ([`box_manager`]) and what may happen to one ([`box_state`]). No I/O here.
+//! The index of boxes ([`box_manager`]) and the state machine of one box ([`box_state`]), without I/O.
 
 pub mod box_manager;
 pub mod box_state;

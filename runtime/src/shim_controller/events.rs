@@ -1,8 +1,7 @@
-//! [`EventServer`]: receives what shims publish, on `state/events.ttrpc`, as containerd would.
+//! [`EventServer`]: receives the events of shims on `state/events.ttrpc`, as containerd does.
 //!
-//! Events only hurry things: the truth about an exit is Task.Wait, and what happened while nobody listened is asked
-//! for at recovery. So an event that is not understood, or comes from a box that is not known, is dropped here
-//! without harm.
+//! Events are hints: Task.Wait is authoritative for exits, and recovery queries the state after a restart. Unknown events
+//! and events of unknown boxes are therefore dropped.
 
 use crate::error::{Result, RuntimeError};
 use async_trait::async_trait;
@@ -19,20 +18,20 @@ use tokio::sync::mpsc;
 use ttrpc::asynchronous::TtrpcContext;
 use ttrpc::asynchronous::transport::Listener;
 
-/// Events waiting for the runtime; a shim that publishes into a full queue waits.
-const QUEUE: usize = 1024;
-/// Longest wait for open calls when the server ends; they are short.
-const SHUTDOWN_LIMIT: Duration = Duration::from_secs(2);
+/// Capacity of the channel to the runtime; a shim that publishes into a full channel waits.
+const CHANNEL_CAPACITY: usize = 1024;
+/// Timeout for open calls on shutdown; they are short.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What a shim tells about a container.
+/// An event of a container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ShimEvent {
-    /// Its init process ended.
+    /// The init process exited.
     Exit {
         /// Container id.
         container_id: String,
     },
-    /// The kernel killed a process of it for want of memory.
+    /// The OOM killer killed a process of the container.
     Oom {
         /// Container id.
         container_id: String,
@@ -51,7 +50,7 @@ impl Events for Receiver {
         request: api::ForwardRequest,
     ) -> ttrpc::Result<Empty> {
         if let Some(event) = decode(&request) {
-            // The runtime is going down when nobody receives; the shim need not know.
+            // Without a receiver the runtime is shutting down, which the shim need not know.
             let _ = self.events.send(event).await;
         }
         Ok(Empty::new())
@@ -60,11 +59,11 @@ impl Events for Receiver {
 
 fn decode(request: &api::ForwardRequest) -> Option<ShimEvent> {
     let any = request.envelope.as_ref()?.event.as_ref()?;
-    // containerd writes bare names; others put a host before them.
+    // containerd writes bare names; others prefix a host.
     match any.type_url.rsplit('/').next()? {
         "containerd.events.TaskExit" => {
             let exit = task_events::TaskExit::parse_from_bytes(&any.value).ok()?;
-            // Exec'd processes have an id of their own; nobody here waits for those.
+            // Exits of exec'd processes have another id and are not needed here.
             (exit.id.is_empty() || exit.id == exit.container_id).then_some(ShimEvent::Exit {
                 container_id: exit.container_id,
             })
@@ -79,7 +78,7 @@ fn decode(request: &api::ForwardRequest) -> Option<ShimEvent> {
     }
 }
 
-/// The running server.
+/// A running event server.
 pub struct EventServer {
     server: ttrpc::asynchronous::Server,
     path: PathBuf,
@@ -94,17 +93,17 @@ impl std::fmt::Debug for EventServer {
 }
 
 impl EventServer {
-    /// Serves at `path`; the caller holds the runtime's lock, so a socket that lies there is a dead runtime's.
+    /// Serves at `path`. The caller holds the runtime's lock, so an existing socket belongs to a dead process.
     ///
     /// # Errors
     /// `Io`, `Internal`.
     pub async fn start(path: &Path) -> Result<(Self, mpsc::Receiver<ShimEvent>)> {
         let listener = unix_socket::bind(path).map_err(|source| RuntimeError::Io {
-            what: "cannot listen on",
+            operation: "listen on",
             path: path.to_owned(),
             source,
         })?;
-        let (events, receiver) = mpsc::channel(QUEUE);
+        let (events, receiver) = mpsc::channel(CHANNEL_CAPACITY);
         let mut server = ttrpc::asynchronous::Server::new()
             .add_listener(Listener::new(
                 tokio_stream::wrappers::UnixListenerStream::new(listener),
@@ -114,7 +113,7 @@ impl EventServer {
             .start()
             .await
             .map_err(|error| RuntimeError::Internal {
-                what: format!("event server: {error}"),
+                detail: format!("failed to start the event server: {error}"),
             })?;
         let path = path.to_owned();
         Ok((Self { server, path }, receiver))
@@ -122,11 +121,11 @@ impl EventServer {
 
     /// Stops serving and removes the socket.
     pub async fn stop(mut self) {
-        if tokio::time::timeout(SHUTDOWN_LIMIT, self.server.shutdown())
+        if tokio::time::timeout(SHUTDOWN_TIMEOUT, self.server.shutdown())
             .await
             .is_err()
         {
-            tracing::debug!("event server still had calls open after {SHUTDOWN_LIMIT:?}");
+            tracing::debug!(timeout = ?SHUTDOWN_TIMEOUT, "event server stopped with open calls");
         }
         let _ = std::fs::remove_file(&self.path);
     }

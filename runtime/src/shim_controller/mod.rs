@@ -1,11 +1,11 @@
-//! [`ShimController`]: one box's shim — containerd's Sandbox and Task services over ttrpc, and the ShimLog extension
-//! — with a limit on every call.
+//! [`ShimController`]: client of one box's shim. It calls containerd's Sandbox and Task services and the ShimLog extension
+//! over ttrpc, with a timeout on every call.
 //!
-//! It keeps no state beside the connection: what a box or container is, its driver (`litebox::driver`) knows. Running
-//! the shim's program is [`program`]'s, receiving its events [`events`]'s.
+//! It holds the connection only; the state of boxes and containers is in their driver (`litebox::driver`). [`program`]
+//! runs the shim binary, [`events`] receives its events.
 //!
-//! A dropped call is cancelled on this side only; the shim carries it out. All of them are idempotent by id there, so
-//! the caller asks again.
+//! Dropping a call cancels it on this side only; the shim completes it. All calls are idempotent by id, so callers may
+//! retry.
 
 pub mod events;
 pub mod program;
@@ -32,74 +32,74 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use ttrpc::context::{Context, with_duration};
 
-/// For connecting and for calls that only look: the shim is a process of this host.
-pub const QUICK_LIMIT: Duration = Duration::from_secs(10);
-/// For calls that make the shim call its guest once: signals, limits.
-pub const GUEST_LIMIT: Duration = Duration::from_secs(30);
-/// For calls that mount, fork and clean up in the guest.
-pub const WORK_LIMIT: Duration = Duration::from_secs(180);
-/// What a stopping guest gets for its disks, told to the shim.
+/// Timeout for connecting and for calls that only read the shim's state.
+pub const QUICK_CALL_TIMEOUT: Duration = Duration::from_secs(10);
+/// Timeout for calls that make one call to the guest: signals, limits.
+pub const GUEST_CALL_TIMEOUT: Duration = Duration::from_secs(30);
+/// Timeout for calls that mount, fork and clean up in the guest.
+pub const TASK_CALL_TIMEOUT: Duration = Duration::from_secs(180);
+/// Time a stopping guest has to sync its disks; passed to the shim.
 pub const STOP_GRACE: Duration = Duration::from_secs(5);
-/// For StopSandbox over all: the grace, then the VMM's kill.
-const STOP_LIMIT: Duration = Duration::from_secs(60);
-/// For ShutdownSandbox, and then for the shim's process to be gone.
-const SHUTDOWN_LIMIT: Duration = Duration::from_secs(15);
-/// Between two looks at a process that is going.
-const GONE_POLL: Duration = Duration::from_millis(20);
+/// Timeout of StopSandbox: the grace period, then killing the VMM.
+const STOP_TIMEOUT: Duration = Duration::from_secs(60);
+/// Timeout of ShutdownSandbox, and of the shim's exit after it.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(15);
+/// Interval for polling an exiting process.
+const EXIT_POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// What is written down about a shim, to find it again.
+/// Persistent state of a shim, needed to reconnect to it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ShimRecord {
-    /// `unix://…`.
+pub struct ShimState {
+    /// Address as `unix://…`.
     pub address: String,
-    /// Its process; `None` where it did not tell.
+    /// Process of the shim; `None` if it did not report one.
     pub process: Option<ProcessId>,
-    /// VMM it runs.
+    /// VMM that the shim runs.
     pub vmm: VmmKind,
 }
 
-/// How a container ended, as the shim tells it.
+/// Exit of a container as reported by the shim.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TaskExit {
-    /// 0–255.
+    /// Exit code, 0–255.
     pub code: i32,
-    /// ns since the epoch; 0 where the shim did not say.
+    /// Time in ns since the epoch; 0 if the shim did not report it.
     pub at_ns: i64,
 }
 
-/// What a task is doing.
+/// State of a task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TaskState {
-    /// Created, not started.
+    /// Created but not started.
     Created,
     /// Running or paused.
     Running,
-    /// Ended.
+    /// Exited.
     Stopped(TaskExit),
-    /// The shim cannot tell.
+    /// Not known to the shim.
     Unknown,
 }
 
-/// What Task.Create needs.
+/// Arguments of Task.Create.
 #[derive(Debug, Clone)]
 pub struct TaskCreate {
     /// Container id.
     pub id: String,
-    /// Its bundle, with config.json.
+    /// Bundle with config.json.
     pub bundle: PathBuf,
     /// EROFS files on the host, lowest first.
     pub layers: Vec<PathBuf>,
-    /// CRI log; `None`: none.
+    /// CRI log file; `None` discards the output.
     pub log_path: Option<PathBuf>,
-    /// Whether it has a terminal.
+    /// Whether to allocate a terminal.
     pub terminal: bool,
 }
 
-/// The connection to one shim. Clones share it.
+/// Connection to one shim. Clones share it.
 #[derive(Clone)]
 pub struct ShimController {
     box_id: String,
-    record: ShimRecord,
+    state: ShimState,
     sandbox: SandboxClient,
     task: TaskClient,
     log: ShimLogClient,
@@ -108,13 +108,13 @@ pub struct ShimController {
 impl std::fmt::Debug for ShimController {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("ShimController")
-            .field("record", &self.record)
+            .field("state", &self.state)
             .finish_non_exhaustive()
     }
 }
 
 impl ShimController {
-    /// Runs `start` and connects. On an error a daemon may be left: follow it with [`ShimProgram::delete`].
+    /// Runs `start` and connects. After an error a shim may be running: call [`ShimProgram::delete`].
     ///
     /// # Errors
     /// Those of [`ShimProgram::start`], `ShimConnection`, `Shim`.
@@ -127,69 +127,72 @@ impl ShimController {
         let address = program.start(box_id, bundle).await?;
         let mut controller = Self::connect(
             box_id,
-            ShimRecord {
+            ShimState {
                 address,
                 process: None,
                 vmm,
             },
         )
         .await?;
-        controller.record.process = controller.identify().await?;
+        controller.state.process = controller.identify().await?;
         Ok(controller)
     }
 
-    /// Connects to the shim of `record` and makes sure that it serves.
+    /// Connects to the shim of `state` and checks that it serves.
     ///
     /// # Errors
-    /// `ShimConnection` where nobody serves there, `Shim`.
-    pub async fn adopt(box_id: &str, record: ShimRecord) -> Result<Self> {
-        let controller = Self::connect(box_id, record).await?;
+    /// `ShimConnection` if no shim serves there, `Shim`.
+    pub async fn adopt(box_id: &str, state: ShimState) -> Result<Self> {
+        let controller = Self::connect(box_id, state).await?;
         let process = controller.identify().await?;
-        if process != controller.record.process {
+        if process != controller.state.process {
             return Err(RuntimeError::ShimConnection {
-                call: "Task.Connect",
+                action: format!("connect to the shim of pod sandbox {box_id:?}"),
                 reason: format!(
-                    "another process ({process:?}) serves at the address of {:?}",
-                    controller.record.process
+                    "process {process:?} serves at the address of process {:?}",
+                    controller.state.process
                 ),
             });
         }
         Ok(controller)
     }
 
-    async fn connect(box_id: &str, record: ShimRecord) -> Result<Self> {
+    async fn connect(box_id: &str, state: ShimState) -> Result<Self> {
         let fail = |reason: String| RuntimeError::ShimConnection {
-            call: "connect",
+            action: format!("connect to the shim of pod sandbox {box_id:?}"),
             reason,
         };
-        let path = record
+        let path = state
             .address
             .strip_prefix("unix://")
-            .ok_or_else(|| fail(format!("{} is no unix socket", record.address)))?;
-        let stream = tokio::time::timeout(QUICK_LIMIT, unix_socket::connect(Path::new(path)))
-            .await
-            .map_err(|_| fail(format!("no connection within {QUICK_LIMIT:?}")))?
-            .map_err(|error| fail(format!("{path}: {error}")))?;
+            .ok_or_else(|| fail(format!("{} is not a unix socket", state.address)))?;
+        let stream =
+            tokio::time::timeout(QUICK_CALL_TIMEOUT, unix_socket::connect(Path::new(path)))
+                .await
+                .map_err(|_| fail(format!("no connection within {QUICK_CALL_TIMEOUT:?}")))?
+                .map_err(|error| fail(format!("{path}: {error}")))?;
         let client =
             ttrpc::asynchronous::Client::new(ttrpc::asynchronous::transport::Socket::new(stream));
         Ok(Self {
             box_id: box_id.to_owned(),
-            record,
+            state,
             sandbox: SandboxClient::new(client.clone()),
             task: TaskClient::new(client.clone()),
             log: ShimLogClient::new(client),
         })
     }
 
-    /// The shim's process, as it tells itself.
+    /// Asks the shim for its process.
     async fn identify(&self) -> Result<Option<ProcessId>> {
         let request = api::ConnectRequest {
             id: self.box_id.clone(),
             ..Default::default()
         };
-        let answer = call("Task.Connect", QUICK_LIMIT, |context| {
-            self.task.connect(context, &request)
-        })
+        let answer = call(
+            format!("query the shim of pod sandbox {:?}", self.box_id),
+            QUICK_CALL_TIMEOUT,
+            |context| self.task.connect(context, &request),
+        )
         .await?;
         Ok(i32::try_from(answer.shim_pid)
             .ok()
@@ -197,17 +200,17 @@ impl ShimController {
             .and_then(ProcessId::of))
     }
 
-    /// What to write down about it.
-    pub fn record(&self) -> &ShimRecord {
-        &self.record
+    /// Returns the state to persist.
+    pub fn state(&self) -> &ShimState {
+        &self.state
     }
 
-    /// Whether its process runs. One that never told its pid counts as running.
+    /// Whether the shim's process is alive. One that did not report its pid counts as alive.
     pub fn alive(&self) -> bool {
-        self.record.process.as_ref().is_none_or(ProcessId::alive)
+        self.state.process.as_ref().is_none_or(ProcessId::alive)
     }
 
-    /// Sandbox.CreateSandbox.
+    /// Calls Sandbox.CreateSandbox.
     ///
     /// # Errors
     /// `Shim`, `ShimConnection`, `Deadline`.
@@ -226,14 +229,17 @@ impl ShimController {
             options: Some(json_any(names::SANDBOX_OPTIONS_TYPE, options)?).into(),
             ..Default::default()
         };
-        call("Sandbox.CreateSandbox", GUEST_LIMIT, |context| {
-            self.sandbox.create_sandbox(context, &request)
-        })
+        call(
+            format!("create the VM of pod sandbox {:?}", self.box_id),
+            GUEST_CALL_TIMEOUT,
+            |context| self.sandbox.create_sandbox(context, &request),
+        )
         .await
         .map(drop)
     }
 
-    /// Sandbox.StartSandbox: boots the VM and initialises the guest, within `limit`. VMM death ends it at once.
+    /// Calls Sandbox.StartSandbox, which boots the VM and initializes the guest within `limit`. Returns at once if the VMM
+    /// dies.
     ///
     /// # Errors
     /// `Shim` with the guest's last console lines, `ShimConnection`, `Deadline`.
@@ -242,15 +248,17 @@ impl ShimController {
             sandbox_id: self.box_id.clone(),
             ..Default::default()
         };
-        call("Sandbox.StartSandbox", limit, |context| {
-            self.sandbox.start_sandbox(context, &request)
-        })
+        call(
+            format!("boot the VM of pod sandbox {:?}", self.box_id),
+            limit,
+            |context| self.sandbox.start_sandbox(context, &request),
+        )
         .await
         .map(drop)
     }
 
-    /// Sandbox.SandboxStatus: whether the VM runs, and the shim's own stage timers in ms (keys `<stage>_ms` of its
-    /// info).
+    /// Calls Sandbox.SandboxStatus. Returns whether the VM is running, and the shim's stage timers in ms (keys
+    /// `<stage>_ms` of the info map).
     ///
     /// # Errors
     /// `Shim`, `ShimConnection`, `Deadline`.
@@ -260,9 +268,11 @@ impl ShimController {
             verbose: true,
             ..Default::default()
         };
-        let status = call("Sandbox.SandboxStatus", QUICK_LIMIT, |context| {
-            self.sandbox.sandbox_status(context, &request)
-        })
+        let status = call(
+            format!("get the status of pod sandbox {:?}", self.box_id),
+            QUICK_CALL_TIMEOUT,
+            |context| self.sandbox.sandbox_status(context, &request),
+        )
         .await?;
         let mut timers: Vec<(String, u64)> = status
             .info
@@ -275,10 +285,10 @@ impl ShimController {
         Ok((status.state == "SANDBOX_READY", timers))
     }
 
-    /// Sandbox.WaitSandbox: returns when the VM ended. No limit; ends with the VM, the shim or the caller.
+    /// Calls Sandbox.WaitSandbox, which returns when the VM has ended. Has no timeout.
     ///
     /// # Errors
-    /// `ShimConnection` when the shim is gone, `Shim`.
+    /// `ShimConnection` if the shim dies, `Shim`.
     pub async fn wait_sandbox(&self) -> Result<TaskExit> {
         let request = sandbox_api::WaitSandboxRequest {
             sandbox_id: self.box_id.clone(),
@@ -288,11 +298,17 @@ impl ShimController {
             .sandbox
             .wait_sandbox(Context::default(), &request)
             .await;
-        let answer = answer.map_err(|error| wrap("Sandbox.WaitSandbox", None, error))?;
+        let answer = answer.map_err(|error| {
+            wrap(
+                format!("wait for pod sandbox {:?}", self.box_id),
+                None,
+                error,
+            )
+        })?;
         Ok(task_exit(answer.exit_status, answer.exited_at.as_ref()))
     }
 
-    /// Sandbox.StopSandbox: ends the VM; ok where it has ended.
+    /// Calls Sandbox.StopSandbox, which ends the VM; idempotent.
     ///
     /// # Errors
     /// `Shim`, `ShimConnection`, `Deadline`.
@@ -302,56 +318,60 @@ impl ShimController {
             timeout_secs: u32::try_from(STOP_GRACE.as_secs()).unwrap_or(u32::MAX),
             ..Default::default()
         };
-        let answer = call("Sandbox.StopSandbox", STOP_LIMIT, |context| {
-            self.sandbox.stop_sandbox(context, &request)
-        })
+        let answer = call(
+            format!("stop the VM of pod sandbox {:?}", self.box_id),
+            STOP_TIMEOUT,
+            |context| self.sandbox.stop_sandbox(context, &request),
+        )
         .await;
         ignore_not_found(answer.map(drop))
     }
 
-    /// Sandbox.ShutdownSandbox: ends the shim itself, and waits until its process is gone.
+    /// Calls Sandbox.ShutdownSandbox, which ends the shim, and waits until its process has exited.
     ///
     /// # Errors
-    /// `Deadline` where it does not go.
+    /// `Deadline` if it does not exit.
     pub async fn shutdown(&self) -> Result<()> {
         let request = sandbox_api::ShutdownSandboxRequest {
             sandbox_id: self.box_id.clone(),
             ..Default::default()
         };
-        let answer = call("Sandbox.ShutdownSandbox", SHUTDOWN_LIMIT, |context| {
-            self.sandbox.shutdown_sandbox(context, &request)
-        })
+        let answer = call(
+            format!("shut down the shim of pod sandbox {:?}", self.box_id),
+            SHUTDOWN_TIMEOUT,
+            |context| self.sandbox.shutdown_sandbox(context, &request),
+        )
         .await;
         match answer {
-            // A shim may be gone before its answer is.
+            // A shim may exit before its response arrives.
             Ok(_) | Err(RuntimeError::ShimConnection { .. }) => {}
             Err(error) => return Err(error),
         }
-        self.gone(SHUTDOWN_LIMIT).await
+        self.wait_exit(SHUTDOWN_TIMEOUT).await
     }
 
-    /// Waits until the shim's process is gone.
+    /// Waits until the shim's process has exited.
     ///
     /// # Errors
     /// `Deadline`.
-    pub async fn gone(&self, limit: Duration) -> Result<()> {
-        let Some(process) = &self.record.process else {
+    pub async fn wait_exit(&self, limit: Duration) -> Result<()> {
+        let Some(process) = &self.state.process else {
             return Ok(());
         };
         let poll = async {
             while process.alive() {
-                tokio::time::sleep(GONE_POLL).await;
+                tokio::time::sleep(EXIT_POLL_INTERVAL).await;
             }
         };
         tokio::time::timeout(limit, poll)
             .await
             .map_err(|_| RuntimeError::Deadline {
-                what: format!("the end of shim process {}", process.pid),
+                detail: format!("shim process {} did not exit", process.pid),
                 limit,
             })
     }
 
-    /// Task.Create; answers the guest's pid.
+    /// Calls Task.Create; returns the pid in the guest.
     ///
     /// # Errors
     /// `Shim`, `ShimConnection`, `Deadline`.
@@ -374,14 +394,16 @@ impl ShimController {
             stdout: stdout.unwrap_or_default(),
             ..Default::default()
         };
-        let answer = call("Task.Create", WORK_LIMIT, |context| {
-            self.task.create(context, &request)
-        })
+        let answer = call(
+            format!("create container {:?}", create.id),
+            TASK_CALL_TIMEOUT,
+            |context| self.task.create(context, &request),
+        )
         .await?;
         Ok(answer.pid)
     }
 
-    /// Task.Start; answers the guest's pid.
+    /// Calls Task.Start; returns the pid in the guest.
     ///
     /// # Errors
     /// `Shim`, `ShimConnection`, `Deadline`.
@@ -390,14 +412,16 @@ impl ShimController {
             id: id.to_owned(),
             ..Default::default()
         };
-        let answer = call("Task.Start", WORK_LIMIT, |context| {
-            self.task.start(context, &request)
-        })
+        let answer = call(
+            format!("start container {id:?}"),
+            TASK_CALL_TIMEOUT,
+            |context| self.task.start(context, &request),
+        )
         .await?;
         Ok(answer.pid)
     }
 
-    /// Task.Kill with a Linux signal number; ok where the task has ended or is not there.
+    /// Calls Task.Kill with a Linux signal number; succeeds if the task has exited or does not exist.
     ///
     /// # Errors
     /// `Shim`, `ShimConnection`, `Deadline`.
@@ -408,14 +432,16 @@ impl ShimController {
             all,
             ..Default::default()
         };
-        let answer = call("Task.Kill", GUEST_LIMIT, |context| {
-            self.task.kill(context, &request)
-        })
+        let answer = call(
+            format!("signal container {id:?}"),
+            GUEST_CALL_TIMEOUT,
+            |context| self.task.kill(context, &request),
+        )
         .await;
         ignore_not_found(answer.map(drop))
     }
 
-    /// Task.Delete; ok where it is gone.
+    /// Calls Task.Delete; idempotent.
     ///
     /// # Errors
     /// `Shim`, `ShimConnection`, `Deadline`.
@@ -424,25 +450,29 @@ impl ShimController {
             id: id.to_owned(),
             ..Default::default()
         };
-        let answer = call("Task.Delete", WORK_LIMIT, |context| {
-            self.task.delete(context, &request)
-        })
+        let answer = call(
+            format!("delete container {id:?}"),
+            TASK_CALL_TIMEOUT,
+            |context| self.task.delete(context, &request),
+        )
         .await;
         ignore_not_found(answer.map(drop))
     }
 
-    /// Task.State.
+    /// Calls Task.State.
     ///
     /// # Errors
-    /// `Shim` (kind NotFound where there is no such task), `ShimConnection`, `Deadline`.
+    /// `Shim` (kind NotFound if the task does not exist), `ShimConnection`, `Deadline`.
     pub async fn task_state(&self, id: &str) -> Result<TaskState> {
         let request = api::StateRequest {
             id: id.to_owned(),
             ..Default::default()
         };
-        let answer = call("Task.State", QUICK_LIMIT, |context| {
-            self.task.state(context, &request)
-        })
+        let answer = call(
+            format!("get the state of container {id:?}"),
+            QUICK_CALL_TIMEOUT,
+            |context| self.task.state(context, &request),
+        )
         .await?;
         let exit = task_exit(answer.exit_status, answer.exited_at.as_ref());
         Ok(match answer.status.enum_value_or_default() {
@@ -453,21 +483,22 @@ impl ShimController {
         })
     }
 
-    /// Task.Wait: returns when the container ended. No limit; ends with the container, the shim or the caller.
+    /// Calls Task.Wait, which returns when the container has exited. Has no timeout.
     ///
     /// # Errors
-    /// `ShimConnection` when the shim is gone, `Shim`.
+    /// `ShimConnection` if the shim dies, `Shim`.
     pub async fn wait_task(&self, id: &str) -> Result<TaskExit> {
         let request = api::WaitRequest {
             id: id.to_owned(),
             ..Default::default()
         };
         let answer = self.task.wait(Context::default(), &request).await;
-        let answer = answer.map_err(|error| wrap("Task.Wait", None, error))?;
+        let answer =
+            answer.map_err(|error| wrap(format!("wait for container {id:?}"), None, error))?;
         Ok(task_exit(answer.exit_status, answer.exited_at.as_ref()))
     }
 
-    /// Task.Update with OCI LinuxResources as JSON.
+    /// Calls Task.Update with OCI LinuxResources in JSON.
     ///
     /// # Errors
     /// `Shim`, `ShimConnection`, `Deadline`.
@@ -475,7 +506,7 @@ impl ShimController {
         let request = api::UpdateTaskRequest {
             id: id.to_owned(),
             resources: Some(Any {
-                // containerd's name of the type (typeurl, the package path of runtime-spec).
+                // containerd's type URL: the package path of runtime-spec.
                 type_url: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".into(),
                 value: resources_json,
                 ..Default::default()
@@ -483,14 +514,16 @@ impl ShimController {
             .into(),
             ..Default::default()
         };
-        call("Task.Update", GUEST_LIMIT, |context| {
-            self.task.update(context, &request)
-        })
+        call(
+            format!("update the resources of container {id:?}"),
+            GUEST_CALL_TIMEOUT,
+            |context| self.task.update(context, &request),
+        )
         .await
         .map(drop)
     }
 
-    /// ShimLog.ReopenLog.
+    /// Calls ShimLog.ReopenLog.
     ///
     /// # Errors
     /// `Shim`, `ShimConnection`, `Deadline`.
@@ -499,51 +532,49 @@ impl ShimController {
             container_id: id.to_owned(),
             ..Default::default()
         };
-        call("ShimLog.ReopenLog", QUICK_LIMIT, |context| {
-            self.log.reopen_log(context, &request)
-        })
+        call(
+            format!("reopen the log of container {id:?}"),
+            QUICK_CALL_TIMEOUT,
+            |context| self.log.reopen_log(context, &request),
+        )
         .await
         .map(drop)
     }
 }
 
-/// One ttrpc call with a limit on both sides.
-async fn call<T, F>(
-    name: &'static str,
-    limit: Duration,
-    make: impl FnOnce(Context) -> F,
-) -> Result<T>
+/// Runs one ttrpc call with a timeout on both sides.
+async fn call<T, F>(action: String, limit: Duration, invoke: impl FnOnce(Context) -> F) -> Result<T>
 where
     F: Future<Output = ttrpc::Result<T>>,
 {
-    let future = make(with_duration(limit));
+    let future = invoke(with_duration(limit));
     match tokio::time::timeout(limit, future).await {
         Ok(Ok(answer)) => Ok(answer),
-        Ok(Err(error)) => Err(wrap(name, Some(limit), error)),
-        Err(_) => Err(deadline(name, limit)),
+        Ok(Err(error)) => Err(wrap(action, Some(limit), error)),
+        Err(_) => Err(deadline(&action, limit)),
     }
 }
 
-fn deadline(call: &'static str, limit: Duration) -> RuntimeError {
+fn deadline(action: &str, limit: Duration) -> RuntimeError {
     RuntimeError::Deadline {
-        what: format!("the shim's answer to {call}"),
+        detail: format!("failed to {action}: the shim did not answer"),
         limit,
     }
 }
 
-fn wrap(call: &'static str, limit: Option<Duration>, error: ttrpc::Error) -> RuntimeError {
+fn wrap(action: String, limit: Option<Duration>, error: ttrpc::Error) -> RuntimeError {
     use ttrpc::Code;
     let status = match error {
         ttrpc::Error::RpcStatus(status) => status,
         other => {
             let reason = other.to_string();
-            return RuntimeError::ShimConnection { call, reason };
+            return RuntimeError::ShimConnection { action, reason };
         }
     };
     let kind = match status.code() {
-        // ttrpc's client makes this one itself when its context's time is over.
+        // ttrpc's client returns this without a message when the context's deadline passes.
         Code::DEADLINE_EXCEEDED => match limit {
-            Some(limit) if status.message().is_empty() => return deadline(call, limit),
+            Some(limit) if status.message().is_empty() => return deadline(&action, limit),
             _ => ErrorKind::DeadlineExceeded,
         },
         Code::NOT_FOUND => ErrorKind::NotFound,
@@ -555,13 +586,13 @@ fn wrap(call: &'static str, limit: Option<Duration>, error: ttrpc::Error) -> Run
         _ => ErrorKind::Internal,
     };
     RuntimeError::Shim {
-        call,
+        action,
         kind,
         message: clean(status.message()),
     }
 }
 
-/// Success where what was to be ended or removed is not there.
+/// Turns NotFound into success, for calls that end or remove something.
 fn ignore_not_found(result: Result<()>) -> Result<()> {
     match result {
         Err(RuntimeError::Shim {
@@ -574,7 +605,7 @@ fn ignore_not_found(result: Result<()>) -> Result<()> {
 
 fn json_any(type_url: &str, value: &impl Serialize) -> Result<Any> {
     let value = serde_json::to_vec(value).map_err(|error| RuntimeError::Internal {
-        what: format!("{type_url} cannot be written: {error}"),
+        detail: format!("failed to encode {type_url}: {error}"),
     })?;
     Ok(Any {
         type_url: type_url.to_owned(),

@@ -1,8 +1,8 @@
-//! [`ShimProgram`]: runs the shim binary's actions — `start`, `delete`, `probe` — as containerd would, and reads
-//! their answers.
+//! [`ShimProgram`]: runs the shim binary's actions (`start`, `delete`, `probe`) as containerd does and parses their
+//! output.
 //!
-//! The daemon that `start` leaves behind is not a child of this process in any sense that matters: it goes on when
-//! boxlite-cri dies. Talking to it is [`super::ShimController`]'s.
+//! The process that `start` leaves running survives the death of boxlite-cri. Calls to it are in
+//! [`super::ShimController`].
 
 use crate::error::{Result, RuntimeError};
 use crate::filesystem_layout::FilesystemLayout;
@@ -14,20 +14,20 @@ use tokio::process::Command;
 
 /// containerd namespace under which boxlite-cri runs its shims.
 pub const NAMESPACE: &str = "boxlite";
-/// Newest version of the bootstrap answer that is understood.
+/// Newest supported version of the bootstrap protocol.
 const MAX_SHIM_VERSION: &str = "3";
-/// `start` answers once its daemon serves, which the shim itself bounds by 20 s.
-pub const START_LIMIT: Duration = Duration::from_secs(40);
-/// `delete` kills what is left and waits for it, which the shim bounds by 10 s each for shim, VMM and cgroup.
-pub const DELETE_LIMIT: Duration = Duration::from_secs(60);
-/// `probe` runs a throw-away VM, under emulation too.
-pub const PROBE_LIMIT: Duration = Duration::from_secs(60);
-/// Most that is read of an action's standard output, in bytes.
-const STDOUT_LIMIT: u64 = 1 << 20;
-/// Most that is read of its standard error, in bytes; it ends in an error message.
-const STDERR_LIMIT: u64 = 16 << 10;
+/// Timeout of `start`, which returns once the shim serves; the shim bounds that by 20 s.
+pub const START_TIMEOUT: Duration = Duration::from_secs(40);
+/// Timeout of `delete`, which kills remaining processes; the shim bounds that by 10 s each for shim, VMM and cgroup.
+pub const DELETE_TIMEOUT: Duration = Duration::from_secs(60);
+/// Timeout of `probe`, which boots a temporary VM, possibly under emulation.
+pub const PROBE_TIMEOUT: Duration = Duration::from_secs(60);
+/// Maximum number of bytes read from an action's stdout.
+const MAX_STDOUT_BYTES: u64 = 1 << 20;
+/// Maximum number of bytes read from an action's stderr, which becomes part of an error message.
+const MAX_STDERR_BYTES: u64 = 16 << 10;
 
-/// Where the shim is and under which addresses it is started.
+/// Path of the shim and the addresses it is started with.
 #[derive(Debug, Clone)]
 pub struct ShimProgram {
     program: PathBuf,
@@ -36,7 +36,7 @@ pub struct ShimProgram {
 }
 
 impl ShimProgram {
-    /// The shim at `program`, with the sockets of `layout`.
+    /// Returns the shim at `program` with the sockets of `layout`.
     pub fn new(program: &Path, layout: &FilesystemLayout) -> Self {
         Self {
             program: program.to_owned(),
@@ -45,34 +45,34 @@ impl ShimProgram {
         }
     }
 
-    /// The binary.
+    /// Returns the path of the binary.
     pub fn path(&self) -> &Path {
         &self.program
     }
 
-    /// Starts the shim of a box, or finds the one that runs; answers its address. Dropping the future kills the
-    /// action, which may leave a daemon behind: follow it with [`Self::delete`].
+    /// Starts the shim of a box, or finds the running one, and returns its address. Dropping the future kills the action
+    /// but may leave a shim running: call [`Self::delete`] afterwards.
     ///
     /// # Errors
     /// `Missing`, `ShimProgram`, `Deadline`.
     pub async fn start(&self, box_id: &str, bundle: &Path) -> Result<String> {
         let mut command = self.command(box_id, bundle);
         command.arg("start");
-        let output = run("start", command, START_LIMIT).await?;
+        let output = run("start", command, START_TIMEOUT).await?;
         parse_bootstrap(&output)
     }
 
-    /// Cleans up after a shim that is gone, killing what is left of it; succeeds where nothing is.
+    /// Kills the remaining processes of a shim and cleans up after it; idempotent.
     ///
     /// # Errors
     /// `Missing`, `ShimProgram`, `Deadline`.
     pub async fn delete(&self, box_id: &str, bundle: &Path) -> Result<()> {
         let mut command = self.command(box_id, bundle);
         command.arg("-bundle").arg(bundle).arg("delete");
-        run("delete", command, DELETE_LIMIT).await.map(drop)
+        run("delete", command, DELETE_TIMEOUT).await.map(drop)
     }
 
-    /// Runs a role of the binary that is not containerd's, with these arguments; answers its standard output.
+    /// Runs an action that containerd does not define and returns its stdout.
     ///
     /// # Errors
     /// `Missing`, `ShimProgram`, `Deadline`.
@@ -93,7 +93,7 @@ impl ShimProgram {
             .args(["-namespace", NAMESPACE, "-id", box_id])
             .arg("-address")
             .arg(&self.containerd)
-            // containerd passes its own binary here; events go over TTRPC_ADDRESS and nothing is ever executed.
+            // containerd passes its own binary here; our shims publish over TTRPC_ADDRESS and do not execute it.
             .args(["-publish-binary", "/bin/false"])
             .current_dir(bundle)
             .env("TTRPC_ADDRESS", &self.events)
@@ -102,7 +102,7 @@ impl ShimProgram {
     }
 }
 
-/// Runs an action to its end, with everything bounded.
+/// Runs an action to completion with bounded time and output.
 async fn run(action: &'static str, mut command: Command, limit: Duration) -> Result<Vec<u8>> {
     let program = PathBuf::from(command.as_std().get_program());
     command
@@ -111,7 +111,7 @@ async fn run(action: &'static str, mut command: Command, limit: Duration) -> Res
         .stderr(Stdio::piped())
         .kill_on_drop(true);
     let mut child = command.spawn().map_err(|source| RuntimeError::Missing {
-        what: "a runnable shim",
+        subject: "shim",
         path: program,
         source,
     })?;
@@ -119,8 +119,8 @@ async fn run(action: &'static str, mut command: Command, limit: Duration) -> Res
     let stderr = child.stderr.take();
     let all = async {
         let (stdout, stderr) = tokio::join!(
-            read_bounded(stdout, STDOUT_LIMIT),
-            read_bounded(stderr, STDERR_LIMIT)
+            read_bounded(stdout, MAX_STDOUT_BYTES),
+            read_bounded(stderr, MAX_STDERR_BYTES)
         );
         (stdout, stderr, child.wait().await)
     };
@@ -128,7 +128,7 @@ async fn run(action: &'static str, mut command: Command, limit: Duration) -> Res
         tokio::time::timeout(limit, all)
             .await
             .map_err(|_| RuntimeError::Deadline {
-                what: format!("the end of the shim's {action}"),
+                detail: format!("the shim's action {action:?} did not finish"),
                 limit,
             })?;
     let status = status.map_err(|error| RuntimeError::ShimProgram {
@@ -138,23 +138,23 @@ async fn run(action: &'static str, mut command: Command, limit: Duration) -> Res
     if status.success() {
         return Ok(stdout);
     }
-    let words = String::from_utf8_lossy(&stderr);
+    let stderr = String::from_utf8_lossy(&stderr);
     Err(RuntimeError::ShimProgram {
         action,
-        reason: format!("{status}: {}", words.trim()),
+        reason: format!("{status}: {}", stderr.trim()),
     })
 }
 
 async fn read_bounded(pipe: Option<impl AsyncRead + Unpin>, limit: u64) -> Vec<u8> {
     let mut bytes = Vec::new();
     if let Some(pipe) = pipe {
-        // What a broken pipe swallowed shows as an answer that cannot be parsed.
+        // A read error shows up as output that cannot be parsed.
         let _ = pipe.take(limit).read_to_end(&mut bytes).await;
     }
     bytes
 }
 
-/// The address in a bootstrap answer: JSON of version 2 or 3, or the plain address of containerd 1.6.
+/// Extracts the address from the output of `start`: JSON of version 2 or 3, or the plain address of containerd 1.6.
 fn parse_bootstrap(output: &[u8]) -> Result<String> {
     #[derive(serde::Deserialize)]
     struct Answer {
@@ -167,14 +167,14 @@ fn parse_bootstrap(output: &[u8]) -> Result<String> {
         reason,
     };
     let text = std::str::from_utf8(output)
-        .map_err(|_| refuse("its answer is not text".into()))?
+        .map_err(|_| refuse("output is not UTF-8".into()))?
         .trim();
     let address = if text.starts_with('{') {
         let answer: Answer = serde_json::from_str(text)
-            .map_err(|error| refuse(format!("its answer cannot be read: {error}")))?;
+            .map_err(|error| refuse(format!("invalid output: {error}")))?;
         if !(2..=3).contains(&answer.version) || answer.protocol != "ttrpc" {
             return Err(refuse(format!(
-                "it answers version {} over {}, wanted 2 or 3 over ttrpc",
+                "unsupported version {} over {}, need 2 or 3 over ttrpc",
                 answer.version, answer.protocol
             )));
         }
@@ -183,7 +183,9 @@ fn parse_bootstrap(output: &[u8]) -> Result<String> {
         text.to_owned()
     };
     if !address.starts_with("unix:///") {
-        return Err(refuse(format!("its address {address:?} is no unix socket")));
+        return Err(refuse(format!(
+            "invalid address {address:?}: not a unix socket"
+        )));
     }
     Ok(address)
 }
@@ -193,7 +195,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn both_bootstrap_answers_are_read() {
+    fn parse_bootstrap_accepts_json_and_plain_address() {
         let json = br#"{"version":3,"address":"unix:///run/x","protocol":"ttrpc"}"#;
         assert_eq!(parse_bootstrap(json).unwrap(), "unix:///run/x");
         assert_eq!(
@@ -213,10 +215,10 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_failing_action_says_why_and_a_hanging_one_is_ended() {
+    async fn run_reports_stderr_and_enforces_timeout() {
         let mut command = Command::new("/bin/sh");
         command.args(["-c", "echo no kvm here >&2; exit 3"]);
-        let error = run("probe", command, START_LIMIT)
+        let error = run("probe", command, START_TIMEOUT)
             .await
             .unwrap_err()
             .to_string();

@@ -1,7 +1,7 @@
-//! The blocking side of a layer: compressed bytes in, an EROFS file in the store out.
+//! The blocking half of a layer job: converts the compressed bytes to an EROFS file in the store, on one thread per layer.
 //!
-//! Downloads nothing. One thread per layer. What is wrong is reported in the order of trust: the download's own failure,
-//! then the blob's digest, then its content, then the diff ID, so that a damaged transfer never looks like a bad image.
+//! Errors are reported in the order download, digest of the blob, content, diff ID, so that a damaged transfer is not
+//! reported as a bad image.
 
 use std::io::{self, BufRead, BufReader, Read};
 use std::os::unix::fs::PermissionsExt;
@@ -20,12 +20,12 @@ use crate::images::manifest::Compression;
 use crate::images::reference::Digest;
 use crate::images::store::{self, Store};
 
-/// Bytes read from the source at a time.
-const BUFFER: usize = 256 << 10;
-/// Largest zstd window as a power of two: 128 MiB, what the zstd tool itself accepts without asking.
+/// Size of the read buffer.
+const READ_BUFFER_BYTES: usize = 256 << 10;
+/// Maximum zstd window as a power of two: 128 MiB, the default limit of the zstd tool.
 const ZSTD_WINDOW_LOG: u32 = 27;
 
-/// One conversion.
+/// A conversion.
 pub(super) struct Task {
     pub store: Arc<Store>,
     pub request: LayerRequest,
@@ -34,16 +34,16 @@ pub(super) struct Task {
 }
 
 impl Task {
-    /// Tells `started` how many bytes of the blob are on disk already, then runs to the end of the input.
+    /// Sends the number of bytes already on disk to `started`, then runs to the end of the input.
     ///
-    /// Afterwards the partial file is gone, unless the input was cut: then it holds what came.
+    /// Deletes the partial file, unless the download was interrupted: then it keeps the received bytes.
     pub(super) fn run(self, started: oneshot::Sender<u64>) -> ImageResult<()> {
         let (mut source, replay) = Source::open(&self.partial, self.request.blob.size, self.input)?;
-        // The job may be gone; then the channel is closed and reading says so.
+        // The job may be gone; then reading from its channel fails.
         let _ = started.send(replay);
         let outcome = convert(&self.store, &self.request, &mut source);
         let cut = outcome.as_ref().err().is_some_and(ImageError::is_transient);
-        // Looked at last: the pull sets it before it deletes the partial file itself.
+        // Checked last: the pull sets `abandoned` before it deletes the partial file itself.
         let keep = cut && !self.request.abandoned.load(Ordering::SeqCst);
         if !keep {
             store::delete(&self.partial)?;
@@ -57,7 +57,7 @@ fn convert(store: &Store, request: &LayerRequest, source: &mut Source) -> ImageR
     let file = tempfile::Builder::new()
         .prefix("layer-")
         .tempfile_in(&ingest)
-        .map_err(|e| ImageError::io("creating a layer in", &ingest, e))?;
+        .map_err(|e| ImageError::io("create a layer in", &ingest, e))?;
     let written = unpack(request, source, &file, &ingest);
     if let Some(error) = source.failure() {
         return Err(error);
@@ -88,23 +88,23 @@ fn convert(store: &Store, request: &LayerRequest, source: &mut Source) -> ImageR
             diff_id.as_str(),
         ));
     }
-    let failed = |e| ImageError::io("finishing the layer", file.path(), e);
+    let failed = |e| ImageError::io("finish layer", file.path(), e);
     file.as_file()
         .set_permissions(std::fs::Permissions::from_mode(0o444))
         .map_err(failed)?;
     file.as_file().sync_all().map_err(failed)?;
-    // Renamed away, the temporary file's own deletion finds nothing.
+    // The temporary file's deletion on drop finds nothing after the rename.
     store.adopt_layer(file.path(), &request.diff_id)
 }
 
-/// Writes the layer's tree into `file`; gives the digest of the tar stream.
+/// Writes the layer's tree into `file` and returns the digest of the tar stream.
 fn unpack(
     request: &LayerRequest,
     source: &mut Source,
     file: &tempfile::NamedTempFile,
     scratch: &std::path::Path,
 ) -> ImageResult<Digest> {
-    let mut input = BufReader::with_capacity(BUFFER, source);
+    let mut input = BufReader::with_capacity(READ_BUFFER_BYTES, source);
     let start = input
         .fill_buf()
         .map_err(|e| stream_error("the layer's blob", &e))?;
@@ -143,7 +143,7 @@ fn unpack(
     if plain.exceeded {
         let what = format!("the unpacked layer {}", request.diff_id);
         return Err(ImageError::TooLarge {
-            what,
+            subject: what,
             limit: request.max_bytes,
             unit: "bytes",
         });
@@ -152,19 +152,19 @@ fn unpack(
     Ok(Digest::from_hash(plain.hash.finalize()))
 }
 
-/// Reads what follows the end of the archive: it belongs to the diff ID.
+/// Reads the bytes after the end of the archive, which are part of the diff ID.
 fn drain(plain: &mut impl Read, what: &str) -> ImageResult<()> {
-    let mut rest = vec![0; BUFFER];
+    let mut rest = vec![0; READ_BUFFER_BYTES];
     while plain.read(&mut rest).map_err(|e| stream_error(what, &e))? > 0 {}
     Ok(())
 }
 
-/// An error of the decompressor. The source's own ones are recognised before this text is ever shown.
+/// Wraps an error of the decompressor. Errors of the source take precedence over it.
 fn stream_error(what: &str, error: &io::Error) -> ImageError {
     ImageError::corrupt(what, "valid data to its end", error.to_string())
 }
 
-/// Hashes and bounds what is read through it.
+/// Reader that hashes and limits the bytes read through it.
 struct Hashing<R> {
     inner: R,
     hash: Sha256,

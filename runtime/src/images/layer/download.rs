@@ -1,7 +1,6 @@
-//! The async side of a layer: reads the blob from the registry into the conversion's channel.
+//! The async half of a layer job: reads the blob from the registry into the channel of the conversion.
 //!
-//! Writes and hashes nothing. A cut connection is opened again at the byte where it ended, on the same host or the next
-//! one, a bounded number of times. Called by `layer`, calls `registry`.
+//! A broken connection is resumed at the byte where it ended, on the same host or the next one, a bounded number of times.
 
 use std::time::Duration;
 
@@ -12,17 +11,18 @@ use crate::images::error::{ImageError, ImageResult};
 use crate::images::manifest::Descriptor;
 use crate::images::registry::{BlobStream, Session};
 
-/// Chunks between download and conversion. hyper's are at most some hundred KiB, so a few MiB wait at most.
+/// Capacity of the channel between download and conversion. hyper's chunks have at most some hundred KiB, so the channel
+/// holds a few MiB.
 const CHANNEL_CHUNKS: usize = 16;
-/// Connections in a row that may fail without a single new byte.
-const MAX_FAILURES: u32 = 5;
-/// Connections of one blob at all: a server that gives a byte at a time must not keep a pull alive for ever.
+/// Maximum number of consecutive connections without a new byte.
+const MAX_CONSECUTIVE_FAILURES: u32 = 5;
+/// Maximum number of connections per blob, so that a server that sends one byte each time cannot keep a pull alive.
 const MAX_CONNECTIONS: usize = 64;
-/// Pause after the first failure; doubles, up to `MAX_PAUSE`.
-const FIRST_PAUSE: Duration = Duration::from_millis(200);
-const MAX_PAUSE: Duration = Duration::from_secs(5);
+/// Delay after the first failure; doubles up to `MAX_RETRY_DELAY`.
+const MIN_RETRY_DELAY: Duration = Duration::from_millis(200);
+const MAX_RETRY_DELAY: Duration = Duration::from_secs(5);
 
-/// What the conversion receives. A channel that closes without `End` means: give up.
+/// Input of the conversion. A channel that closes without `End` cancels it.
 #[derive(Debug)]
 pub(super) enum Piece {
     Data(Bytes),
@@ -33,10 +33,11 @@ pub(super) fn channel() -> (mpsc::Sender<Piece>, mpsc::Receiver<Piece>) {
     mpsc::channel(CHANNEL_CHUNKS)
 }
 
-/// Sends the blob from byte `have` to its end, then `End`. `received` is told the bytes that are through, `have` included.
+/// Sends the blob from byte `have` to its end, then `End`. `received` is called with the number of bytes sent so far,
+/// including `have`.
 ///
-/// Ends without an error when the receiver is gone: the conversion then has the reason. Dropping the future closes the
-/// channel and the connection.
+/// Returns Ok if the receiver is gone: the conversion then has the error. Dropping the future closes the channel and the
+/// connection.
 pub(super) async fn feed(
     session: &Session,
     blob: &Descriptor,
@@ -56,21 +57,24 @@ pub(super) async fn feed(
         let Err(error) = outcome else { continue };
         connections += 1;
         failures = if done > before { 1 } else { failures + 1 };
-        if !error.is_transient() || failures > MAX_FAILURES || connections > MAX_CONNECTIONS {
+        if !error.is_transient()
+            || failures > MAX_CONSECUTIVE_FAILURES
+            || connections > MAX_CONNECTIONS
+        {
             return Err(error);
         }
         if sender.is_closed() {
             return Ok(());
         }
-        tracing::debug!(blob = %blob.digest, at = done, error = %error.report(), "blob download continues");
-        tokio::time::sleep((FIRST_PAUSE * 2u32.pow(failures - 1)).min(MAX_PAUSE)).await;
+        tracing::debug!(blob = %blob.digest, at = done, error = %error.report(), "resuming blob download");
+        tokio::time::sleep((MIN_RETRY_DELAY * 2u32.pow(failures - 1)).min(MAX_RETRY_DELAY)).await;
     }
-    // The receiver may be gone with an error of its own.
+    // The receiver may be gone after an error of the conversion.
     let _ = sender.send(Piece::End).await;
     Ok(())
 }
 
-/// Reads one connection to its end. More bytes than the descriptor has are an error at once.
+/// Reads one connection to its end. Fails as soon as there are more bytes than in the descriptor.
 async fn read(
     mut stream: BlobStream,
     blob: &Descriptor,
@@ -95,7 +99,7 @@ async fn read(
         }
         let length = chunk.len() as u64;
         if sender.send(Piece::Data(chunk)).await.is_err() {
-            // Counts as complete: the conversion has failed and says why.
+            // Counts as complete: the conversion has failed and reports the error.
             *done = blob.size;
             return Ok(());
         }

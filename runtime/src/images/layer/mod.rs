@@ -1,16 +1,16 @@
-//! [`LayerJobs`]: gets a layer into the store, once, however many pulls want it at the same time.
+//! [`LayerJobs`]: adds a layer to the store once, however many pulls need it at the same time.
 //!
-//! A job has two sides. `download` (async) reads the blob from the registry, again from where it was after a cut, and
-//! sends the bytes through a bounded channel. `convert` (one blocking thread) appends them to the partial file, hashes
-//! them, unpacks the compression and writes the EROFS file, so that layers are ready when their last byte is.
+//! A job has two halves. `download` (async) reads the blob from the registry, resuming broken connections, and sends the
+//! bytes through a bounded channel. `convert` (one blocking thread) appends them to the partial file, hashes and
+//! decompresses them and writes the EROFS file, so that a layer is ready soon after its last byte.
 //!
 //! ```text
 //! registry ──chunks──► channel ──► partial file, sha256 ──► gunzip ──► sha256 ──► tar ──► EROFS ──fsync, rename──► store
 //! ```
 //!
 //! A job is a shared future: it runs while any of its callers polls it, and is dropped with the last of them. Then the
-//! channel closes, the thread deletes its EROFS file and ends, and the partial file stays; the next job for the blob
-//! replays it into a new conversion and asks the registry for the rest.
+//! channel closes, the thread deletes its EROFS file and ends, and the partial file is kept; the next job for the blob
+//! replays it into a new conversion and requests the rest from the registry.
 
 mod convert;
 mod download;
@@ -33,40 +33,40 @@ use super::registry::Session;
 use super::store::Store;
 use super::types::{LayerProgress, LayerState};
 
-/// Layers under way in the whole store: each has a thread, a connection and some MiB of buffers.
+/// Maximum number of concurrent layer jobs: each has a thread, a connection and some MiB of buffers.
 const MAX_JOBS: usize = 8;
 
-/// One layer to get.
+/// Request for a layer.
 #[derive(Debug, Clone)]
 pub(super) struct LayerRequest {
     pub blob: Descriptor,
     pub diff_id: Digest,
-    /// Largest tar stream in bytes.
+    /// Maximum size of the tar stream.
     pub max_bytes: u64,
-    /// Set once the pull has failed for good: what has come is then not worth keeping.
+    /// Set once the pull has failed permanently: its partial downloads are deleted.
     pub abandoned: Arc<AtomicBool>,
 }
 
 type Job = Shared<BoxFuture<'static, ImageResult<()>>>;
 
-/// See the module's header.
+/// The layer jobs of a store.
 pub(super) struct LayerJobs {
     store: Arc<Store>,
     jobs: Mutex<HashMap<String, Running>>,
     permits: Arc<Semaphore>,
-    /// Owns the conversion threads, which may outlive their job by one chunk.
+    /// Tracks the conversion threads, which may outlive their job by one chunk.
     threads: TaskTracker,
 }
 
 struct Running {
     job: WeakShared<BoxFuture<'static, ImageResult<()>>>,
     progress: watch::Receiver<LayerProgress>,
-    /// The job's own conversion threads: they hold its files open, and so the disk space of deleted ones.
+    /// Conversion threads of this job: they hold its files open, and with them the disk space of deleted files.
     threads: TaskTracker,
 }
 
 impl Running {
-    /// The job, unless it has ended or its last caller has gone.
+    /// Returns the job, unless it has ended or has no callers.
     fn job(&self) -> Option<Job> {
         self.job.upgrade().filter(|job| job.peek().is_none())
     }
@@ -82,9 +82,9 @@ impl LayerJobs {
         }
     }
 
-    /// Brings the layer into the store. `report` is called with its progress.
+    /// Adds the layer to the store. `report` is called with its progress.
     ///
-    /// Dropping the future gives up this caller's interest only; see the module's header for the last one's.
+    /// Dropping the future of the last caller cancels the job; see the module's documentation.
     pub(super) async fn obtain(
         &self,
         session: &Arc<Session>,
@@ -103,15 +103,15 @@ impl LayerJobs {
             let (job, mut watch, joined) = self.job(session, request);
             let outcome = follow(job, &mut watch, &report).await;
             match outcome {
-                // Somebody else's job may have failed for its own reasons, such as its credentials.
+                // A job of another pull may have failed because of that pull's credentials.
                 Err(_) if joined => continue,
                 outcome => return outcome.map_err(layer),
             }
         }
     }
 
-    /// Deletes the partial downloads of layers whose pull has failed for good. A conversion thread that hasn't noticed
-    /// yet deletes its own, since the pull has set `abandoned`. Blocks.
+    /// Deletes the partial downloads of layers whose pull has failed permanently. A conversion thread that is still
+    /// running deletes its own, because the pull has set `abandoned`. Blocks.
     pub(super) fn discard(&self, requests: &[LayerRequest]) -> ImageResult<()> {
         let ingest = self.store.ingest_dir();
         requests
@@ -119,10 +119,10 @@ impl LayerJobs {
             .try_for_each(|r| super::store::delete(&ingest.join(partial_name(r))))
     }
 
-    /// Waits until the threads of those of `requests` that nobody wants any more have ended, each within one chunk or
-    /// block write: then what they had open is freed.
+    /// Waits until the threads of those of `requests` without callers have ended, which frees the space of their open
+    /// files. Each thread ends within one chunk or block write.
     pub(super) async fn ended(&self, requests: &[LayerRequest]) {
-        let left: Vec<TaskTracker> = {
+        let ending: Vec<TaskTracker> = {
             let jobs = self.jobs.lock();
             requests
                 .iter()
@@ -131,20 +131,20 @@ impl LayerJobs {
                 .map(|running| running.threads.clone())
                 .collect()
         };
-        for threads in left {
+        for threads in ending {
             threads.close();
             threads.wait().await;
         }
     }
 
-    /// Waits until no conversion thread is left.
+    /// Waits until all conversion threads have ended.
     pub(super) async fn settle(&self) {
         self.threads.close();
         self.threads.wait().await;
         self.threads.reopen();
     }
 
-    /// The job for the layer that runs already (then true), or a new one.
+    /// Returns the running job for the layer (and true), or a new one (and false).
     fn job(
         &self,
         session: &Arc<Session>,
@@ -160,7 +160,7 @@ impl LayerJobs {
         }
         let threads = TaskTracker::new();
         let (sender, receiver) = watch::channel(progress(request, LayerState::Waiting, 0));
-        let work = Work {
+        let layer_job = LayerJob {
             store: self.store.clone(),
             session: session.clone(),
             request: request.clone(),
@@ -176,7 +176,7 @@ impl LayerJobs {
                 .acquire_owned()
                 .await
                 .map_err(|_| ImageError::Cancelled)?;
-            work.run().await
+            layer_job.run().await
         }
         .boxed()
         .shared();
@@ -194,7 +194,7 @@ impl LayerJobs {
     }
 }
 
-/// Polls the job and passes its progress on.
+/// Polls the job and forwards its progress.
 async fn follow(
     job: Job,
     watch: &mut watch::Receiver<LayerProgress>,
@@ -217,8 +217,8 @@ async fn follow(
     }
 }
 
-/// Everything one job needs.
-struct Work {
+/// A layer job.
+struct LayerJob {
     store: Arc<Store>,
     session: Arc<Session>,
     request: LayerRequest,
@@ -228,7 +228,7 @@ struct Work {
     progress: watch::Sender<LayerProgress>,
 }
 
-impl Work {
+impl LayerJob {
     async fn run(self) -> ImageResult<()> {
         if self.store.layer(&self.request.diff_id)?.is_some() {
             self.report(LayerState::Present, self.request.blob.size);
@@ -240,18 +240,18 @@ impl Work {
             let (outcome, resumed) = self.attempt().await;
             match outcome {
                 Ok(()) => {
-                    // One figure: the conversion runs while the bytes come.
+                    // One duration for both halves, because they run concurrently.
                     tracing::info!(
                         layer = %self.request.blob.digest,
                         milliseconds = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
-                        "layer fetched and made an EROFS file"
+                        "layer downloaded and converted"
                     );
                     self.report(LayerState::Done, self.request.blob.size);
                     return Ok(());
                 }
-                // What lay on disk may be at fault: a power cut can leave zeros in it. Once more, from the start.
+                // The partial file may be damaged: a power cut can leave zeros in it. Retry once from the start.
                 Err(e) if first && resumed > 0 && is_content(&e) => {
-                    tracing::info!(layer = %self.request.blob.digest, "partial download is damaged, starting over");
+                    tracing::info!(layer = %self.request.blob.digest, "partial download is damaged, restarting");
                     first = false;
                 }
                 Err(e) => return Err(e),
@@ -259,7 +259,7 @@ impl Work {
         }
     }
 
-    /// One conversion fed by as many connections as it takes. Also gives the bytes that were there before.
+    /// Runs one conversion with as many connections as necessary. Also returns the number of resumed bytes.
     async fn attempt(&self) -> (ImageResult<()>, u64) {
         let (sender, receiver) = download::channel();
         let task = convert::Task {
@@ -275,7 +275,7 @@ impl Work {
             drop(running);
             outcome
         });
-        // An error before the start answers nothing here and everything below.
+        // After an error before the start, the thread's result below has the error.
         let resumed = resumed.await.unwrap_or(0);
         self.report(LayerState::Pulling, resumed);
         let fed = download::feed(
@@ -292,17 +292,17 @@ impl Work {
             self.report(LayerState::Finishing, self.request.blob.size);
         }
         let converted = thread.await.unwrap_or(Err(ImageError::Lost {
-            what: "the conversion of a layer",
+            subject: "the conversion of a layer",
         }));
         let outcome = match (fed, converted) {
-            // The thread's own failure closed the channel, or the download's did: the one that isn't the echo counts.
+            // Each half's failure cancels the other: report the original error.
             (Err(fed), Err(ImageError::Cancelled)) => Err(fed),
             (_, converted) => converted,
         };
         if outcome.as_ref().err().is_some_and(|e| !e.is_transient())
             && let Err(e) = super::store::delete(&self.partial)
         {
-            tracing::warn!(error = %e.report(), "a partial download could not be deleted");
+            tracing::warn!(error = %e.report(), "failed to delete a partial download");
         }
         (outcome, resumed)
     }
@@ -329,13 +329,13 @@ fn progress(request: &LayerRequest, state: LayerState, received_bytes: u64) -> L
     }
 }
 
-/// The partial file's name, also the job's key. Both digests: two images may disagree about what is in a blob, and the
-/// wrong one must not disturb the other.
+/// Returns the partial file's name, which is the job's key. It has both digests: two images may claim different diff IDs
+/// for a blob, and the wrong one must not affect the other.
 fn partial_name(request: &LayerRequest) -> String {
     format!(
         "{}-{}{}",
         request.blob.digest.hex(),
         request.diff_id.hex(),
-        super::store::PARTIAL
+        super::store::PARTIAL_SUFFIX
     )
 }

@@ -1,7 +1,7 @@
-//! [`Source`]: the compressed bytes of a layer, first those of an earlier attempt, then those that arrive.
+//! [`Source`]: reads the compressed bytes of a layer, first those of an earlier attempt, then those from the download.
 //!
-//! Appends what arrives to the partial file and hashes everything, so that whoever reads it to its end knows the blob's
-//! digest. Blocks; lives on the conversion's thread.
+//! Appends downloaded bytes to the partial file and hashes all bytes, which gives the blob's digest at the end. Blocks;
+//! used on the conversion's thread.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -16,14 +16,14 @@ use super::download::Piece;
 use crate::images::error::{ImageError, ImageResult};
 use crate::images::reference::Digest;
 
-/// Step in which an earlier attempt's bytes and the rest of a blob are read, in bytes.
-const STEP: usize = 256 << 10;
+/// Buffer size for reading the rest of a blob.
+const READ_CHUNK_BYTES: usize = 256 << 10;
 
-/// See the module's header.
+/// Reader of a layer's compressed bytes.
 pub(super) struct Source {
     path: PathBuf,
     partial: File,
-    /// Bytes of the partial file that are still to be replayed.
+    /// Remaining bytes of the partial file to replay.
     replay: u64,
     input: mpsc::Receiver<Piece>,
     chunk: Bytes,
@@ -34,20 +34,20 @@ pub(super) struct Source {
 
 enum State {
     Reading,
-    /// The download said that everything has come.
+    /// The download is complete.
     Ended,
-    /// What reading ended with; io::Error can't carry it.
+    /// Error of the source, which io::Error cannot carry.
     Failed(ImageError),
 }
 
 impl Source {
-    /// Opens the partial file, and says how many bytes of it will be replayed. One that is too long is emptied.
+    /// Opens the partial file and returns the number of bytes that will be replayed. Truncates a file that is too long.
     pub(super) fn open(
         path: &Path,
         size: u64,
         input: mpsc::Receiver<Piece>,
     ) -> ImageResult<(Self, u64)> {
-        let failed = |e| ImageError::io("opening", path, e);
+        let failed = |e| ImageError::io("open", path, e);
         let mut partial = OpenOptions::new()
             .create(true)
             .read(true)
@@ -75,9 +75,9 @@ impl Source {
         Ok((source, replay))
     }
 
-    /// Reads what is left, and gives the digest and size of the whole blob, or why it isn't all here.
+    /// Reads the rest of the blob and returns its digest and size.
     pub(super) fn finish(&mut self) -> ImageResult<(Digest, u64)> {
-        let mut rest = vec![0; STEP];
+        let mut rest = vec![0; READ_CHUNK_BYTES];
         loop {
             match self.read(&mut rest) {
                 Ok(0) => return Ok((Digest::from_hash(self.hash.clone().finalize()), self.bytes)),
@@ -85,13 +85,13 @@ impl Source {
                 Err(e) => {
                     return Err(self
                         .failure()
-                        .unwrap_or_else(|| ImageError::io("reading", &self.path, e)));
+                        .unwrap_or_else(|| ImageError::io("read", &self.path, e)));
                 }
             }
         }
     }
 
-    /// Why the last read failed, if it was the source's own fault and not the content's.
+    /// Returns the error of the source, as opposed to an error of the content.
     pub(super) fn failure(&self) -> Option<ImageError> {
         match &self.state {
             State::Failed(error) => Some(error.clone()),
@@ -112,24 +112,24 @@ impl Source {
             Ok(0) => {
                 let error = io::Error::new(
                     io::ErrorKind::UnexpectedEof,
-                    "the file was cut while it was read",
+                    "the file was truncated while it was read",
                 );
-                Err(self.fail(ImageError::io("reading", &self.path.clone(), error)))
+                Err(self.fail(ImageError::io("read", &self.path.clone(), error)))
             }
             Ok(read) => {
                 self.replay -= read as u64;
                 Ok(read)
             }
-            Err(e) => Err(self.fail(ImageError::io("reading", &self.path.clone(), e))),
+            Err(e) => Err(self.fail(ImageError::io("read", &self.path.clone(), e))),
         }
     }
 
-    /// Waits for the next chunk and keeps it in the partial file. False at the end.
+    /// Waits for the next chunk and appends it to the partial file. Returns false at the end.
     fn next_chunk(&mut self) -> io::Result<bool> {
         match self.input.blocking_recv() {
             Some(Piece::Data(chunk)) => {
                 if let Err(e) = self.partial.write_all(&chunk) {
-                    return Err(self.fail(ImageError::io("writing", &self.path.clone(), e)));
+                    return Err(self.fail(ImageError::io("write", &self.path.clone(), e)));
                 }
                 self.chunk = chunk;
                 Ok(true)

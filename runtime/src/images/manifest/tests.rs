@@ -1,4 +1,4 @@
-//! Tests of `manifest`: which documents are taken, and which entry of an index.
+//! Tests of `manifest`: accepted documents and selected index entries.
 
 use super::*;
 use serde_json::json;
@@ -34,7 +34,7 @@ fn chosen(entries: serde_json::Value) -> ImageResult<String> {
 }
 
 #[test]
-fn the_index_entry_is_this_machines() {
+fn choose_selects_entry_of_this_machine() {
     let entries = json!([
         entry(1, "linux", "arm64", Some("v8")),
         entry(2, "unknown", "unknown", None),
@@ -47,7 +47,7 @@ fn the_index_entry_is_this_machines() {
 }
 
 #[test]
-fn an_index_without_this_platform_says_what_it_has() {
+fn choose_without_match_lists_available_platforms() {
     let error = chosen(json!([
         entry(1, "linux", "arm64", Some("v8")),
         entry(2, "unknown", "unknown", None)
@@ -64,7 +64,7 @@ fn an_index_without_this_platform_says_what_it_has() {
 }
 
 #[test]
-fn ambiguous_and_old_documents_are_refused() {
+fn parse_rejects_ambiguous_and_old_documents() {
     let d = json!({"mediaType": OCI_MANIFEST, "digest": digest(1), "size": 1});
     for document in [
         json!({"schemaVersion": 2, "manifests": [d], "layers": [d], "config": d}),
@@ -85,7 +85,7 @@ fn ambiguous_and_old_documents_are_refused() {
 }
 
 #[test]
-fn a_docker_config_with_nulls_is_read() {
+fn parse_config_accepts_docker_nulls() {
     let config = json!({
         "architecture": "amd64", "os": "linux", "created": "2024-01-01T00:00:00Z", "docker_version": "27",
         "config": {
@@ -116,7 +116,7 @@ fn a_docker_config_with_nulls_is_read() {
 }
 
 #[test]
-fn layer_types_and_magic() {
+fn layer_type_and_compression_are_detected() {
     for good in [
         "application/vnd.oci.image.layer.v1.tar",
         "application/vnd.oci.image.layer.v1.tar+zstd",

@@ -1,6 +1,6 @@
-//! How a 401 is answered: Basic, or a Bearer token from the registry's token endpoint.
+//! Authentication after a 401: Basic, or a Bearer token from the registry's token endpoint.
 //!
-//! Keeps nothing; the session keeps the header that came out. Secrets never appear in errors.
+//! Stateless; the session stores the resulting header. Errors contain no secrets.
 //!
 //! Protocol: RFC 7235 challenges and the distribution project's token specification (docs/spec/auth/token.md, oauth2.md).
 
@@ -14,12 +14,12 @@ use super::http;
 use crate::images::error::{ImageError, ImageResult};
 use crate::images::types::RegistryAuth;
 
-/// Largest answer of a token endpoint in bytes: tokens of real ones have some KiB.
+/// Maximum size of a token endpoint's response; real tokens have some KiB.
 const MAX_TOKEN_BYTES: u64 = 256 << 10;
-/// Name by which this client presents itself to OAuth2 token endpoints.
+/// Client id for OAuth2 token endpoints.
 const CLIENT_ID: &str = "boxlite-cri";
 
-/// One challenge of a `WWW-Authenticate` header.
+/// A challenge of a `WWW-Authenticate` header.
 #[derive(Debug, PartialEq, Eq)]
 struct Challenge {
     /// Lower case.
@@ -37,28 +37,28 @@ impl Challenge {
     }
 }
 
-/// Who asks whom for what, for errors and for the token's scope.
-pub(super) struct Asked<'a> {
+/// Request that was challenged.
+pub(super) struct AuthRequest<'a> {
     pub client: &'a Client,
-    /// The URL that answered 401.
+    /// URL that returned 401.
     pub url: &'a Url,
     pub host: &'a str,
     pub what: &'a str,
-    /// `repository:<path>:pull`, used when the challenge names none.
+    /// `repository:<path>:pull`, used if the challenge has no scope.
     pub scope: &'a str,
 }
 
-impl Asked<'_> {
+impl AuthRequest<'_> {
     fn unauthorized(&self, reason: impl Into<String>) -> ImageError {
         ImageError::Unauthorized {
             host: self.host.into(),
-            what: self.what.into(),
+            subject: self.what.into(),
             reason: reason.into(),
         }
     }
 }
 
-/// The Authorization header that needs no challenge: a registry token.
+/// Returns the Authorization header of a registry token, which needs no challenge.
 pub(super) fn preset(auth: Option<&RegistryAuth>) -> Option<HeaderValue> {
     let token = &auth?.registry_token;
     if token.is_empty() {
@@ -68,9 +68,9 @@ pub(super) fn preset(auth: Option<&RegistryAuth>) -> Option<HeaderValue> {
     }
 }
 
-/// The Authorization header that answers a 401 with `headers`.
+/// Returns the Authorization header that answers a 401 with `headers`.
 pub(super) async fn answer(
-    asked: &Asked<'_>,
+    request: &AuthRequest<'_>,
     headers: &HeaderMap,
     auth: Option<&RegistryAuth>,
 ) -> ImageResult<HeaderValue> {
@@ -82,51 +82,50 @@ pub(super) async fn answer(
         .collect();
     let basic = auth.and_then(basic_credentials);
     if let Some(bearer) = challenges.iter().find(|c| c.scheme == "bearer") {
-        let token = fetch_token(asked, bearer, auth, basic).await?;
+        let token = fetch_token(request, bearer, auth, basic).await?;
         return secret(format!("Bearer {token}"))
-            .ok_or_else(|| asked.unauthorized("the token has forbidden characters"));
+            .ok_or_else(|| request.unauthorized("the token has invalid characters"));
     }
     if challenges.iter().any(|c| c.scheme == "basic") {
-        let basic = basic.ok_or_else(|| {
-            asked.unauthorized("it wants a user name and password, and none were given")
-        })?;
+        let basic =
+            basic.ok_or_else(|| request.unauthorized("it requires a user name and password"))?;
         return secret(format!("Basic {basic}"))
-            .ok_or_else(|| asked.unauthorized("the credentials are unusable"));
+            .ok_or_else(|| request.unauthorized("the credentials have invalid characters"));
     }
-    Err(asked.unauthorized("it offers neither Basic nor Bearer authentication"))
+    Err(request.unauthorized("it supports neither Basic nor Bearer authentication"))
 }
 
 async fn fetch_token(
-    asked: &Asked<'_>,
+    request: &AuthRequest<'_>,
     challenge: &Challenge,
     auth: Option<&RegistryAuth>,
     basic: Option<String>,
 ) -> ImageResult<String> {
     let protocol = |reason: String| ImageError::Protocol {
-        host: asked.host.into(),
-        what: "token endpoint".into(),
+        host: request.host.into(),
+        subject: "token endpoint".into(),
         reason,
     };
     let realm = challenge
         .param("realm")
-        .ok_or_else(|| protocol("the challenge names no realm".into()))?;
+        .ok_or_else(|| protocol("the challenge has no realm".into()))?;
     let mut realm = Url::parse(realm).map_err(|e| protocol(format!("realm: {e}")))?;
     if !matches!(realm.scheme(), "http" | "https") {
-        return Err(protocol("the realm is no http URL".into()));
+        return Err(protocol("the realm is not an http URL".into()));
     }
     let identity = auth
         .map(|a| a.identity_token.as_str())
         .filter(|t| !t.is_empty());
     let has_secret = identity.is_some() || basic.is_some();
-    if has_secret && realm.scheme() == "http" && asked.url.scheme() == "https" {
+    if has_secret && realm.scheme() == "http" && request.url.scheme() == "https" {
         return Err(
-            asked.unauthorized("its token endpoint is plain http; credentials are not sent there")
+            request.unauthorized("its token endpoint uses plain http, so credentials are not sent")
         );
     }
     let service = challenge.param("service").unwrap_or("");
-    let scope = challenge.param("scope").unwrap_or(asked.scope);
-    let request = if let Some(identity) = identity {
-        asked
+    let scope = challenge.param("scope").unwrap_or(request.scope);
+    let builder = if let Some(identity) = identity {
+        request
             .client
             .post(realm)
             .header(CONTENT_TYPE, "application/x-www-form-urlencoded")
@@ -143,33 +142,33 @@ async fn fetch_token(
                 .iter()
                 .filter(|(_, v)| !v.is_empty()),
         );
-        let request = asked.client.get(realm);
+        let builder = request.client.get(realm);
         match basic.and_then(|b| secret(format!("Basic {b}"))) {
-            Some(value) => request.header(AUTHORIZATION, value),
-            None => request,
+            Some(value) => builder.header(AUTHORIZATION, value),
+            None => builder,
         }
     };
-    // A redirect of the token endpoint is not followed: the credentials would go along.
-    let response = request
+    // Redirects are not followed because they would forward the credentials.
+    let response = builder
         .send()
         .await
-        .map_err(|e| ImageError::transport(asked.host, "token", e))?;
+        .map_err(|e| ImageError::transport(request.host, "token", e))?;
     match response.status().as_u16() {
         200..=299 => {}
         400 | 401 | 403 if has_secret => {
-            return Err(asked.unauthorized("its token endpoint rejects the credentials"));
+            return Err(request.unauthorized("its token endpoint rejected the credentials"));
         }
-        400 | 401 | 403 => return Err(asked.unauthorized("it gives no anonymous access")),
-        other => return Err(protocol(format!("answered {other}"))),
+        400 | 401 | 403 => return Err(request.unauthorized("it denied anonymous access")),
+        other => return Err(protocol(format!("status {other}"))),
     }
-    let bytes = http::body(response, MAX_TOKEN_BYTES, asked.host, "token").await?;
+    let bytes = http::body(response, MAX_TOKEN_BYTES, request.host, "token").await?;
     let token: Token =
-        serde_json::from_slice(&bytes).map_err(|_| protocol("gave no JSON with a token".into()))?;
+        serde_json::from_slice(&bytes).map_err(|_| protocol("not a JSON token".into()))?;
     [token.token, token.access_token]
         .into_iter()
         .flatten()
         .find(|t| !t.is_empty())
-        .ok_or_else(|| protocol("gave an empty token".into()))
+        .ok_or_else(|| protocol("the token is empty".into()))
 }
 
 #[derive(Deserialize)]
@@ -178,12 +177,12 @@ struct Token {
     access_token: Option<String>,
 }
 
-/// base64 of `user:password`.
+/// Returns base64 of `user:password`.
 fn basic_credentials(auth: &RegistryAuth) -> Option<String> {
     if !auth.username.is_empty() {
         return Some(BASE64.encode(format!("{}:{}", auth.username, auth.password)));
     }
-    // Some clients pad with NULs, as old Docker did.
+    // Some clients pad with NULs, as old versions of Docker did.
     let decoded = BASE64
         .decode(auth.auth.trim())
         .ok()
@@ -199,7 +198,7 @@ fn secret(value: String) -> Option<HeaderValue> {
 }
 
 fn form(pairs: &[(&str, &str)]) -> String {
-    // The url crate's form encoder, by way of a query: reqwest's own `form` would be one feature more.
+    // Uses the url crate's form encoder, because reqwest's `form` needs another feature.
     let mut url = match Url::parse("http://form/") {
         Ok(url) => url,
         Err(_) => return String::new(),
@@ -208,7 +207,7 @@ fn form(pairs: &[(&str, &str)]) -> String {
     url.query().unwrap_or_default().to_owned()
 }
 
-/// Parses a header value such as `Bearer realm="https://x/t",service="y", Basic realm=z`. What makes no sense is skipped.
+/// Parses a header value such as `Bearer realm="https://x/t",service="y", Basic realm=z`, skipping malformed parts.
 fn parse(value: &str) -> Vec<Challenge> {
     let mut challenges: Vec<Challenge> = Vec::new();
     let mut rest = value.trim_start_matches([' ', ',', '\t']);
@@ -238,7 +237,7 @@ fn parse(value: &str) -> Vec<Challenge> {
     challenges
 }
 
-/// A token or quoted string, and what follows it.
+/// Parses a token or quoted string; returns the rest of the text too.
 fn parse_value(text: &str) -> (String, &str) {
     let Some(quoted) = text.strip_prefix('"') else {
         let end = text.find([',', ' ', '\t']).unwrap_or(text.len());
@@ -262,7 +261,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn challenges_are_read() {
+    fn parse_reads_several_challenges() {
         let got = parse(
             r#"Bearer realm="https://a/t,x",service="s \"q\"" , scope=repository:a:pull, Basic realm=r"#,
         );
@@ -277,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn credentials_in_both_forms() {
+    fn basic_credentials_accepts_both_forms() {
         let pair = RegistryAuth {
             username: "u".into(),
             password: "p:q".into(),
@@ -295,7 +294,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_header_ends(text in ".{0,200}") {
+        fn parse_terminates_for_any_header(text in ".{0,200}") {
             parse(&text);
         }
     }

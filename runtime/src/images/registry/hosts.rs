@@ -1,13 +1,14 @@
-//! Which hosts serve a registry's name: containerd's `certs.d/<host>/hosts.toml`, and the defaults without one.
+//! Hosts of a registry: containerd's `certs.d/<host>/hosts.toml`, and the defaults without that file.
 //!
-//! Reads configuration, builds one HTTP client per host; sends nothing. Called once per pull, so that an edited file
-//! counts from the next pull on, as with containerd.
+//! Reads the configuration and builds one HTTP client per host. Called once per pull, so that an edited file takes effect
+//! with the next pull, as with containerd.
 //!
 //! The layout is containerd's (docs/hosts.md): the directory is `host_port_`, `host:port` or `host`, else `_default`;
-//! mirrors are tried in the file's order, the `server` last. A directory without `hosts.toml` may hold Docker's
-//! `*.crt`, `*.cert` + `*.key`. Unknown keys are ignored, since newer containerd versions add some.
+//! mirrors are tried in the file's order, the `server` last. A directory without `hosts.toml` may contain Docker's
+//! `*.crt`, `*.cert` and `*.key`. Unknown keys are ignored, because newer containerd versions add some.
 //!
-//! One difference to containerd: rustls takes no CA certificate as a server's own. A self-signed one must say CA:FALSE.
+//! One difference from containerd: rustls does not accept a CA certificate as a server certificate. A self-signed
+//! certificate must have CA:FALSE.
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -19,28 +20,28 @@ use serde::Deserialize;
 use crate::images::error::{ImageError, ImageResult};
 use crate::images::types::RegistryOptions;
 
-/// Largest `hosts.toml` and certificate file in bytes: far past any real one.
-const MAX_CONFIG_FILE: u64 = 1 << 20;
+/// Maximum size of `hosts.toml` and of a certificate file.
+const MAX_CONFIG_FILE_BYTES: u64 = 1 << 20;
 
-/// One host that may serve a repository.
+/// A host that may serve a repository.
 #[derive(Clone)]
 pub(super) struct RegistryHost {
     /// Scheme, authority and the path up to and including `/v2`; no trailing slash.
     pub base: Url,
-    /// Host and port, for messages and as key of its token.
+    /// Host and port, for messages and as the key of its token.
     pub name: String,
     /// May turn a tag into a digest.
     pub resolve: bool,
     /// May serve content by digest.
     pub pull: bool,
-    /// Sent with every request to this host, to no other.
+    /// Headers for requests to this host only.
     pub headers: HeaderMap,
-    /// The host isn't the one the reference names, so it is told by `?ns=`.
+    /// Whether the host is a mirror and not the registry itself; mirrors get `?ns=`.
     pub mirror: bool,
     pub client: Client,
 }
 
-/// Builds hosts; keeps the client that has no settings of its own, since loading the system's roots takes a while.
+/// Builds hosts. Caches the client without special settings, because loading the system's root certificates is slow.
 pub(in crate::images) struct HostDirectory {
     options: RegistryOptions,
     default_client: OnceLock<Client>,
@@ -109,7 +110,7 @@ impl HostDirectory {
         }
     }
 
-    /// The hosts for `domain`, in the order in which they are to be tried; never empty.
+    /// Returns the hosts for `domain` in the order of use; at least one.
     pub(super) fn hosts(&self, domain: &str) -> ImageResult<Vec<RegistryHost>> {
         let Some(dir) = self.directory(domain) else {
             return Ok(vec![self.host(
@@ -139,7 +140,7 @@ impl HostDirectory {
                 tls,
             )?]);
         };
-        let text = String::from_utf8(text).map_err(|_| config(&path, "is not UTF-8"))?;
+        let text = String::from_utf8(text).map_err(|_| config(&path, "not UTF-8"))?;
         let file: HostsFile = toml::from_str(&text).map_err(|e| config(&path, e.message()))?;
         let mut hosts = Vec::new();
         for (url, settings) in file.host {
@@ -153,7 +154,7 @@ impl HostDirectory {
         Ok(hosts)
     }
 
-    /// The first directory that exists for `domain`.
+    /// Returns the first existing directory for `domain`.
     fn directory(&self, domain: &str) -> Option<PathBuf> {
         let mut names = Vec::new();
         if let Some((host, port)) = domain.rsplit_once(':') {
@@ -208,7 +209,7 @@ impl HostDirectory {
         if !matches!(base.scheme(), "http" | "https") || base.host_str().is_none() {
             return Err(config(
                 path,
-                &format!("host {url:?} is no http or https URL"),
+                &format!("host {url:?} is not an http or https URL"),
             ));
         }
         let has_v2 = base.path().trim_end_matches('/').ends_with("/v2");
@@ -245,9 +246,9 @@ impl HostDirectory {
     fn client(&self, base: &Url, tls: &Tls) -> Result<Client, String> {
         let plain = base.scheme() == "http";
         let loopback = is_loopback(base.host_str().unwrap_or(""));
-        let own =
+        let special =
             plain || loopback || tls.skip_verify || !tls.ca.is_empty() || !tls.client.is_empty();
-        if !own && let Some(client) = self.default_client.get() {
+        if !special && let Some(client) = self.default_client.get() {
             return Ok(client.clone());
         }
         super::http::install_crypto_provider();
@@ -260,13 +261,13 @@ impl HostDirectory {
             builder = builder.no_proxy();
         }
         if plain {
-            // No TLS will be spoken: don't load the system's roots, which a node may not even have.
+            // Without TLS the system's root certificates are not needed, and the node may have none.
             builder = builder.tls_certs_only([]);
         }
         for ca in &tls.ca {
             let pem = read_limited(ca)
                 .map_err(|e| e.report())?
-                .ok_or(format!("{} is missing", ca.display()))?;
+                .ok_or(format!("{} not found", ca.display()))?;
             let certs =
                 Certificate::from_pem_bundle(&pem).map_err(|e| format!("{}: {e}", ca.display()))?;
             builder = builder.tls_certs_merge(certs);
@@ -274,18 +275,18 @@ impl HostDirectory {
         for (cert, key) in &tls.client {
             let mut pem = read_limited(cert)
                 .map_err(|e| e.report())?
-                .ok_or(format!("{} is missing", cert.display()))?;
+                .ok_or(format!("{} not found", cert.display()))?;
             if key != cert {
                 pem.push(b'\n');
                 pem.extend(
                     read_limited(key)
                         .map_err(|e| e.report())?
-                        .ok_or(format!("{} is missing", key.display()))?,
+                        .ok_or(format!("{} not found", key.display()))?,
                 );
             }
-            // The cause is left out: it might quote the key.
+            // The cause is omitted because it might quote the key.
             let identity = Identity::from_pem(&pem)
-                .map_err(|_| format!("{} holds no usable key pair", cert.display()))?;
+                .map_err(|_| format!("{} does not contain a usable key pair", cert.display()))?;
             builder = builder.identity(identity);
         }
         if tls.skip_verify {
@@ -293,15 +294,15 @@ impl HostDirectory {
         }
         let client = builder
             .build()
-            .map_err(|e| ImageError::transport("TLS", "setting up", e).report())?;
-        if !own {
+            .map_err(|e| format!("failed to set up TLS: {}", e.without_url()))?;
+        if !special {
             return Ok(self.default_client.get_or_init(|| client).clone());
         }
         Ok(client)
     }
 }
 
-/// Where a domain's registry is: the same host, but for Docker Hub.
+/// Returns the host of a domain's registry: the domain itself, except for Docker Hub.
 fn upstream(domain: &str) -> &str {
     if domain == "docker.io" {
         "registry-1.docker.io"
@@ -315,7 +316,7 @@ fn default_server(domain: &str) -> String {
     format!("{}://{host}", scheme_for(host))
 }
 
-/// Plain HTTP for registries on this machine, as containerd and Docker do, unless the port says TLS.
+/// Returns http for registries on this machine, as containerd and Docker do, unless the port is 443.
 fn scheme_for(host: &str) -> &'static str {
     if is_loopback(host.split('/').next().unwrap_or(host)) && !host.ends_with(":443") {
         "http"
@@ -324,7 +325,7 @@ fn scheme_for(host: &str) -> &'static str {
     }
 }
 
-/// Whether `host`, with or without port, is this machine.
+/// Whether `host`, with or without a port, is this machine.
 pub(super) fn is_loopback(host: &str) -> bool {
     let name = match host.strip_prefix('[') {
         Some(rest) => rest.split(']').next().unwrap_or(rest),
@@ -340,7 +341,7 @@ pub(super) fn is_loopback(host: &str) -> bool {
             .is_ok_and(|ip| ip.is_loopback())
 }
 
-/// Host and port of a URL as a reference would write them.
+/// Returns host and port of a URL in the form used by references.
 pub(super) fn authority(url: &Url) -> String {
     let host = url.host_str().unwrap_or_default();
     match url.port() {
@@ -367,7 +368,7 @@ fn client_pairs(
                 dir.join(if key.is_empty() { cert } else { key }),
             )),
             other => Err(format!(
-                "client: {} files where a certificate and a key belong",
+                "client: expected a certificate and a key, got {} files",
                 other.len()
             )),
         })
@@ -382,13 +383,13 @@ fn headers(
     for (name, values) in table {
         let key: HeaderName = name
             .parse()
-            .map_err(|_| config(path, &format!("header {name:?} is no header name")))?;
+            .map_err(|_| config(path, &format!("{name:?} is not a header name")))?;
         for value in values.into_vec() {
-            // The value may be a secret: not in the message.
+            // The value may be a secret and is not part of the message.
             let mut value = HeaderValue::from_str(&value).map_err(|_| {
                 config(
                     path,
-                    &format!("the value of header {name:?} has forbidden characters"),
+                    &format!("the value of header {name:?} has invalid characters"),
                 )
             })?;
             value.set_sensitive(true);
@@ -398,12 +399,12 @@ fn headers(
     Ok(headers)
 }
 
-/// Docker's layout: every `*.crt` is a root, every `*.cert` has its `*.key`.
+/// Reads Docker's layout: every `*.crt` is a root certificate, every `*.cert` has a `*.key`.
 fn docker_style(dir: &Path) -> ImageResult<Tls> {
     let mut tls = Tls::default();
-    let entries = std::fs::read_dir(dir).map_err(|e| ImageError::io("reading", dir, e))?;
+    let entries = std::fs::read_dir(dir).map_err(|e| ImageError::io("read", dir, e))?;
     for entry in entries {
-        let path = entry.map_err(|e| ImageError::io("reading", dir, e))?.path();
+        let path = entry.map_err(|e| ImageError::io("read", dir, e))?.path();
         match path.extension().and_then(|e| e.to_str()) {
             Some("crt") => tls.ca.push(path),
             Some("cert") => tls.client.push((path.clone(), path.with_extension("key"))),
@@ -415,22 +416,22 @@ fn docker_style(dir: &Path) -> ImageResult<Tls> {
     Ok(tls)
 }
 
-/// The file's content, None if it isn't there.
+/// Returns the file's content, `None` if it does not exist.
 fn read_limited(path: &Path) -> ImageResult<Option<Vec<u8>>> {
     use std::io::Read;
     let file = match std::fs::File::open(path) {
         Ok(file) => file,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(ImageError::io("reading", path, e)),
+        Err(e) => return Err(ImageError::io("read", path, e)),
     };
     let mut bytes = Vec::new();
-    file.take(MAX_CONFIG_FILE + 1)
+    file.take(MAX_CONFIG_FILE_BYTES + 1)
         .read_to_end(&mut bytes)
-        .map_err(|e| ImageError::io("reading", path, e))?;
-    if bytes.len() as u64 > MAX_CONFIG_FILE {
+        .map_err(|e| ImageError::io("read", path, e))?;
+    if bytes.len() as u64 > MAX_CONFIG_FILE_BYTES {
         return Err(ImageError::TooLarge {
-            what: path.display().to_string(),
-            limit: MAX_CONFIG_FILE,
+            subject: path.display().to_string(),
+            limit: MAX_CONFIG_FILE_BYTES,
             unit: "bytes",
         });
     }

@@ -1,7 +1,7 @@
-//! One GET with its redirects, and reading bounded bodies.
+//! GET requests with redirects, and bounded response bodies.
 //!
-//! Knows nothing of registries. Redirects are followed here and not by reqwest, because headers from `hosts.toml` and
-//! the Authorization must not reach another origin, and TLS must not turn into plain HTTP on the way.
+//! Redirects are followed here instead of by reqwest, because headers from `hosts.toml` and the Authorization must not
+//! reach another origin, and a redirect must not downgrade from https to http.
 
 use std::sync::Once;
 
@@ -10,14 +10,14 @@ use reqwest::{Client, Response, StatusCode, Url};
 
 use crate::images::error::{ImageError, ImageResult};
 
-/// Redirects of one request. Registries need one or two (to their blob store's CDN).
+/// Maximum number of redirects of a request. Registries need one or two, to the CDN of their blob store.
 const MAX_REDIRECTS: usize = 5;
-/// Bytes of an error body that are looked at.
-const MAX_ERROR_BODY: u64 = 8 << 10;
-/// Characters of a registry's own words in a message.
-const MAX_ERROR_TEXT: usize = 200;
+/// Maximum size of an error body.
+const MAX_ERROR_BODY_BYTES: u64 = 8 << 10;
+/// Maximum length of a registry's message in an error.
+const MAX_ERROR_TEXT_CHARS: usize = 200;
 
-/// Makes ring rustls' provider for this process; whoever was first wins, which is as good.
+/// Installs ring as rustls' provider of this process, unless one is installed.
 pub(super) fn install_crypto_provider() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
@@ -25,15 +25,15 @@ pub(super) fn install_crypto_provider() {
     });
 }
 
-/// A response and whether it came from the origin that was asked.
+/// A response and whether it came from the original origin.
 pub(super) struct Answer {
     pub response: Response,
-    /// False after a redirect to another origin: its words then stay out of messages, since a registry could make this
-    /// node read an address that only the node reaches.
+    /// False after a redirect to another origin: its body then does not become part of messages, because a registry could
+    /// make this node read an address that only the node can reach.
     pub same_origin: bool,
 }
 
-/// GETs `url`. `private` headers go to its origin only, `public` ones along every redirect.
+/// Sends a GET request. `private` headers are sent to the origin of `url` only, `public` headers to every redirect.
 pub(super) async fn get(
     client: &Client,
     url: &Url,
@@ -62,7 +62,7 @@ pub(super) async fn get(
         }
         let protocol = |reason: &str| ImageError::Protocol {
             host: host.into(),
-            what: what.into(),
+            subject: what.into(),
             reason: reason.into(),
         };
         let next = response
@@ -74,12 +74,12 @@ pub(super) async fn get(
         match (url.scheme(), next.scheme()) {
             ("https", "http") => return Err(protocol("redirect from https to plain http refused")),
             (_, "http" | "https") => url = next,
-            _ => return Err(protocol("redirect to something that is no http URL")),
+            _ => return Err(protocol("redirect to a URL that is not http")),
         }
     }
     Err(ImageError::Protocol {
         host: host.into(),
-        what: what.into(),
+        subject: what.into(),
         reason: "too many redirects".into(),
     })
 }
@@ -88,7 +88,7 @@ fn is_redirect(status: StatusCode) -> bool {
     matches!(status.as_u16(), 301 | 302 | 303 | 307 | 308)
 }
 
-/// The body, if it has no more than `limit` bytes.
+/// Reads a body of at most `limit` bytes.
 pub(super) async fn body(
     mut response: Response,
     limit: u64,
@@ -96,7 +96,7 @@ pub(super) async fn body(
     what: &str,
 ) -> ImageResult<Vec<u8>> {
     let too_large = || ImageError::TooLarge {
-        what: what.into(),
+        subject: what.into(),
         limit,
         unit: "bytes",
     };
@@ -117,12 +117,12 @@ pub(super) async fn body(
     Ok(bytes)
 }
 
-/// What a registry says about its refusal, from the distribution specification's error document; printable and short.
+/// Returns the printable, bounded message of the distribution specification's error document.
 pub(super) async fn error_text(answer: Answer, host: &str) -> String {
     if !answer.same_origin {
         return String::new();
     }
-    let Ok(bytes) = body(answer.response, MAX_ERROR_BODY, host, "error").await else {
+    let Ok(bytes) = body(answer.response, MAX_ERROR_BODY_BYTES, host, "error").await else {
         return String::new();
     };
     let Ok(value) = serde_json::from_slice::<serde_json::Value>(&bytes) else {
@@ -137,6 +137,6 @@ pub(super) async fn error_text(answer: Answer, host: &str) -> String {
         .join(", ");
     text.chars()
         .filter(|c| !c.is_control())
-        .take(MAX_ERROR_TEXT)
+        .take(MAX_ERROR_TEXT_CHARS)
         .collect()
 }

@@ -1,12 +1,12 @@
-//! [`Session`]: one pull's conversation with the hosts of a registry.
+//! [`Session`]: the requests of one pull to the hosts of a registry.
 //!
-//! Own HTTP on reqwest and not the crate oci-client: that has neither containerd's `hosts.toml` (mirrors with their own
-//! paths, certificates and headers) nor continuing a blob at an offset on another host, and both reach into its middle.
+//! Built on reqwest instead of the crate oci-client, which supports neither containerd's `hosts.toml` (mirrors with paths,
+//! certificates and headers) nor resuming a blob at an offset on another host.
 //!
-//! Gives bytes: manifests and configs with their digest checked, blobs as a stream whose digest the caller checks while
-//! it writes. Decides nothing about images. Called by `pull` and `download`; calls `hosts`, `auth` and `http`.
+//! Returns manifests and configs with verified digests, and blobs as a stream whose digest the caller verifies. Called by
+//! `pull` and `download`.
 //!
-//! Hosts are tried in order, the registry itself last; what the last one says decides the kind of the error.
+//! Hosts are tried in order, the registry itself last; the last host's error determines the kind of the error.
 
 mod auth;
 mod hosts;
@@ -32,38 +32,38 @@ use hosts::RegistryHost;
 
 pub(super) use hosts::HostDirectory;
 
-/// Rounds over all hosts for a manifest or config while the failures look temporary.
-const ROUNDS: u32 = 3;
-/// Pause before the second round; doubles.
-const ROUND_PAUSE: Duration = Duration::from_millis(300);
+/// Maximum number of rounds over all hosts for a manifest or config while the errors are temporary.
+const MAX_ROUNDS: u32 = 3;
+/// Delay before the second round; doubles.
+const ROUND_DELAY: Duration = Duration::from_millis(300);
 
-/// See the module's header. Dropping it, or any future of its methods, ends the connections and leaves nothing.
+/// Session of one pull. Dropping it, or a future of its methods, closes the connections.
 pub(super) struct Session {
     reference: Reference,
     hosts: Vec<RegistryHost>,
     auth: Option<RegistryAuth>,
-    /// Authorization header per host name, once a challenge was answered.
+    /// Authorization header by host name, after a challenge.
     tokens: Mutex<HashMap<String, HeaderValue>>,
 }
 
-/// A manifest or index with its checked digest.
+/// A manifest or index with its verified digest.
 pub(super) struct FetchedManifest {
     pub digest: Digest,
     pub media_type: Option<String>,
     pub bytes: Vec<u8>,
 }
 
-/// An open blob.
+/// An open blob download.
 pub(super) struct BlobStream {
-    /// Where it comes from, for messages.
+    /// Host, for messages.
     pub host: String,
     pub response: Response,
-    /// Bytes at the front that the caller has already: the host ignored the Range.
+    /// Leading bytes to skip, because the host ignored the Range.
     pub skip: u64,
 }
 
 impl Session {
-    /// Reads the host configuration for `reference`. Sends nothing yet.
+    /// Reads the host configuration for `reference`, without sending requests.
     pub(super) fn new(
         directory: &HostDirectory,
         reference: &Reference,
@@ -79,7 +79,7 @@ impl Session {
         })
     }
 
-    /// The manifest or index that `target` (a tag or digest) names.
+    /// Fetches the manifest or index `target` (a tag or digest).
     pub(super) async fn manifest(
         &self,
         target: &str,
@@ -129,7 +129,7 @@ impl Session {
         })
     }
 
-    /// The small blob `descriptor` names, with size and digest checked.
+    /// Fetches a small blob and verifies its size and digest.
     pub(super) async fn small_blob(
         &self,
         what: &str,
@@ -138,7 +138,7 @@ impl Session {
     ) -> ImageResult<Vec<u8>> {
         if descriptor.size > limit {
             return Err(ImageError::TooLarge {
-                what: what.into(),
+                subject: what.into(),
                 limit,
                 unit: "bytes",
             });
@@ -169,7 +169,7 @@ impl Session {
         Ok(bytes)
     }
 
-    /// Opens the blob at `offset`. `turn` rotates the hosts, so that one that keeps failing isn't asked first for ever.
+    /// Opens the blob at `offset`. `turn` rotates the hosts, so that a failing host is not always tried first.
     pub(super) async fn blob(
         &self,
         digest: &Digest,
@@ -194,7 +194,7 @@ impl Session {
         Err(combine(&what, failures))
     }
 
-    /// Runs `ask` on every host that `can`, until one answers; again while all failures look temporary.
+    /// Runs `ask` on every host that `can` serve it until one succeeds; repeats while errors are temporary.
     async fn on_hosts<'a, T>(
         &'a self,
         what: &str,
@@ -211,14 +211,14 @@ impl Session {
                 }
             }
             round += 1;
-            if round == ROUNDS || !failures.iter().any(|e| e.is_transient() && !refused(e)) {
+            if round == MAX_ROUNDS || !failures.iter().any(|e| e.is_transient() && !refused(e)) {
                 return Err(combine(what, failures));
             }
-            tokio::time::sleep(ROUND_PAUSE * 2u32.pow(round - 1)).await;
+            tokio::time::sleep(ROUND_DELAY * 2u32.pow(round - 1)).await;
         }
     }
 
-    /// One GET below the repository, with the answer to a challenge.
+    /// Sends a GET request below the repository and answers an authentication challenge.
     async fn get(
         &self,
         host: &RegistryHost,
@@ -250,7 +250,7 @@ impl Session {
                 401 if !challenged && answer.same_origin => {
                     challenged = true;
                     let scope = format!("repository:{}:pull", self.reference.path());
-                    let asked = auth::Asked {
+                    let request = auth::AuthRequest {
                         client: &host.client,
                         url: &url,
                         host: &host.name,
@@ -258,7 +258,8 @@ impl Session {
                         scope: &scope,
                     };
                     let token =
-                        auth::answer(&asked, answer.response.headers(), self.auth.as_ref()).await?;
+                        auth::answer(&request, answer.response.headers(), self.auth.as_ref())
+                            .await?;
                     self.tokens_lock().insert(host.name.clone(), token);
                 }
                 401 | 403 => {
@@ -270,13 +271,13 @@ impl Session {
                     };
                     return Err(ImageError::Unauthorized {
                         host: host.name.clone(),
-                        what: what.into(),
+                        subject: what.into(),
                         reason,
                     });
                 }
                 404 => {
                     return Err(ImageError::NotFound {
-                        what: what.into(),
+                        subject: what.into(),
                         host: Some(host.name.clone()),
                     });
                 }
@@ -284,7 +285,7 @@ impl Session {
                     let message = http::error_text(answer, &host.name).await;
                     return Err(ImageError::Status {
                         host: host.name.clone(),
-                        what: what.into(),
+                        subject: what.into(),
                         status,
                         message,
                     });
@@ -301,7 +302,7 @@ impl Session {
             self.reference.path()
         ));
         if host.mirror {
-            // containerd's way to tell a mirror of many registries which one is meant.
+            // As containerd does, for mirrors of several registries.
             url.query_pairs_mut()
                 .append_pair("ns", self.reference.domain());
         }
@@ -337,8 +338,8 @@ fn blob_stream(
         if start != Some(offset) {
             return Err(ImageError::Protocol {
                 host: host.name.clone(),
-                what: what.to_owned(),
-                reason: format!("asked from byte {offset}, got Content-Range {range:?}"),
+                subject: what.to_owned(),
+                reason: format!("requested byte {offset}, got Content-Range {range:?}"),
             });
         }
         0
@@ -352,7 +353,7 @@ fn blob_stream(
     })
 }
 
-/// Whether the credentials are meant for `domain`.
+/// Whether the credentials are for `domain`.
 fn applies(auth: &RegistryAuth, domain: &str) -> bool {
     let address = auth.server_address.trim();
     let address = address
@@ -367,7 +368,7 @@ fn applies(auth: &RegistryAuth, domain: &str) -> bool {
     }
 }
 
-/// A refused connection or an unknown name won't get better within a second.
+/// Whether the connection was refused or the name is unknown, which a retry within a second does not change.
 fn refused(error: &ImageError) -> bool {
     match error {
         ImageError::Transport { source, .. } => source
@@ -381,7 +382,7 @@ fn combine(what: &str, mut failures: Vec<ImageError>) -> ImageError {
     match failures.len() {
         0 => ImageError::invalid(
             what,
-            "no host of its registry configuration has the capability for it",
+            "no host of the registry configuration has the required capability",
         ),
         1 => failures.remove(0),
         _ => {
@@ -394,7 +395,7 @@ fn combine(what: &str, mut failures: Vec<ImageError>) -> ImageError {
                 .collect::<Vec<_>>()
                 .join("; ");
             ImageError::AllHosts {
-                what: what.to_owned(),
+                subject: what.to_owned(),
                 attempts,
                 kind,
             }

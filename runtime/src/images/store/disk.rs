@@ -1,6 +1,6 @@
-//! The file operations of the store: atomic writes, durable renames, cleaning up, counting.
+//! File operations of the store: atomic writes, durable renames, cleanup, disk usage.
 //!
-//! Knows no images. Everything blocks, so callers are on blocking threads.
+//! All functions block.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -11,12 +11,12 @@ use std::time::{Duration, SystemTime};
 use crate::images::error::{ImageError, ImageResult};
 use crate::images::types::ImageFsInfo;
 
-/// Ending of a partial download in `ingest`.
-pub(in crate::images) const PARTIAL: &str = ".partial";
-/// Partial downloads older than that are deleted at start: whoever wanted them has given up or moved on.
-const PARTIAL_AGE: Duration = Duration::from_secs(24 * 3600);
-/// Largest file `read` takes, in bytes: manifests, configs and the index stay far below.
-const MAX_READ: u64 = 256 << 20;
+/// Suffix of a partial download in `ingest`.
+pub(in crate::images) const PARTIAL_SUFFIX: &str = ".partial";
+/// Maximum age of partial downloads; older ones are deleted at start.
+const MAX_PARTIAL_AGE: Duration = Duration::from_secs(24 * 3600);
+/// Maximum file size for `read`, far above the size of manifests, configs and the index.
+const MAX_FILE_BYTES: u64 = 256 << 20;
 
 /// Creates `dir` and its parents with mode 0700.
 pub(super) fn private_dir(dir: &Path) -> ImageResult<()> {
@@ -24,13 +24,13 @@ pub(super) fn private_dir(dir: &Path) -> ImageResult<()> {
         .recursive(true)
         .mode(0o700)
         .create(dir)
-        .map_err(|e| ImageError::io("creating", dir, e))
+        .map_err(|e| ImageError::io("create", dir, e))
 }
 
-/// Takes the store's lock without waiting.
+/// Acquires the store's lock without waiting.
 pub(super) fn lock(dir: &Path) -> ImageResult<File> {
     let path = dir.join("lock");
-    let failed = |e| ImageError::io("locking", &path, e);
+    let failed = |e| ImageError::io("lock", &path, e);
     let file = OpenOptions::new()
         .create(true)
         .write(true)
@@ -42,32 +42,32 @@ pub(super) fn lock(dir: &Path) -> ImageResult<File> {
         Ok(()) => Ok(file),
         Err(fs::TryLockError::WouldBlock) => Err(ImageError::Config {
             path,
-            reason: "another process has this image store open".into(),
+            reason: "another process uses this image store".into(),
         }),
         Err(fs::TryLockError::Error(e)) => Err(failed(e)),
     }
 }
 
-/// The file's content, None if it isn't there.
+/// Returns the file's content, `None` if it does not exist.
 pub(super) fn read(path: &Path) -> ImageResult<Option<Vec<u8>>> {
-    let failed = |e| ImageError::io("reading", path, e);
+    let failed = |e| ImageError::io("read", path, e);
     let file = match File::open(path) {
         Ok(file) => file,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(failed(e)),
     };
     let mut bytes = Vec::new();
-    file.take(MAX_READ)
+    file.take(MAX_FILE_BYTES)
         .read_to_end(&mut bytes)
         .map_err(failed)?;
     Ok(Some(bytes))
 }
 
-/// Replaces `path` by `bytes`, mode 0600, in one step that survives a power cut.
+/// Atomically and durably replaces `path` by `bytes`, with mode 0600.
 pub(super) fn write_atomic(path: &Path, bytes: &[u8]) -> ImageResult<()> {
-    let failed = |e| ImageError::io("writing", path, e);
+    let failed = |e| ImageError::io("write", path, e);
     let dir = path.parent().unwrap_or(Path::new("/"));
-    // tempfile creates with 0600, and deletes on every way out but persist.
+    // tempfile creates the file with 0600 and deletes it unless it is persisted.
     let mut file = tempfile::Builder::new()
         .prefix(".tmp-")
         .tempfile_in(dir)
@@ -78,25 +78,25 @@ pub(super) fn write_atomic(path: &Path, bytes: &[u8]) -> ImageResult<()> {
     sync_dir(dir)
 }
 
-/// Makes renames in `dir` last.
+/// Makes renames in `dir` durable.
 pub(super) fn sync_dir(dir: &Path) -> ImageResult<()> {
     File::open(dir)
         .and_then(|d| d.sync_all())
-        .map_err(|e| ImageError::io("syncing", dir, e))
+        .map_err(|e| ImageError::io("sync", dir, e))
 }
 
-/// Deletes the file, which may be gone.
+/// Deletes the file if it exists.
 pub(in crate::images) fn delete(path: &Path) -> ImageResult<()> {
     match fs::remove_file(path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(ImageError::io("deleting", path, e)),
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(ImageError::io("delete", path, e)),
         _ => Ok(()),
     }
 }
 
-/// Deletes the files of `dir` whose names `keep` doesn't want.
+/// Deletes the files of `dir` whose names `keep` rejects.
 pub(super) fn retain(dir: &Path, keep: impl Fn(&str) -> bool) -> ImageResult<()> {
-    for entry in fs::read_dir(dir).map_err(|e| ImageError::io("reading", dir, e))? {
-        let entry = entry.map_err(|e| ImageError::io("reading", dir, e))?;
+    for entry in fs::read_dir(dir).map_err(|e| ImageError::io("read", dir, e))? {
+        let entry = entry.map_err(|e| ImageError::io("read", dir, e))?;
         if !entry.file_name().to_str().is_some_and(&keep) {
             delete(&entry.path())?;
         }
@@ -104,7 +104,7 @@ pub(super) fn retain(dir: &Path, keep: impl Fn(&str) -> bool) -> ImageResult<()>
     Ok(())
 }
 
-/// Deletes what a crash left in `ingest`: everything but recent partial downloads, which the next pull continues.
+/// Deletes everything in `ingest` except recent partial downloads, which the next pull resumes.
 pub(super) fn clean_ingest(dir: &Path) -> ImageResult<()> {
     let now = SystemTime::now();
     retain(dir, |name| {
@@ -112,11 +112,11 @@ pub(super) fn clean_ingest(dir: &Path) -> ImageResult<()> {
             .and_then(|m| m.modified())
             .ok()
             .and_then(|t| now.duration_since(t).ok());
-        name.ends_with(PARTIAL) && age.is_none_or(|age| age < PARTIAL_AGE)
+        name.ends_with(PARTIAL_SUFFIX) && age.is_none_or(|age| age < MAX_PARTIAL_AGE)
     })
 }
 
-/// Counts bytes and inodes below `dir`. What vanishes meanwhile isn't counted.
+/// Counts bytes and inodes below `dir`, ignoring files that vanish meanwhile.
 pub(super) fn usage(dir: &Path) -> ImageResult<ImageFsInfo> {
     let mut info = ImageFsInfo {
         path: dir.to_path_buf(),
@@ -124,21 +124,21 @@ pub(super) fn usage(dir: &Path) -> ImageResult<ImageFsInfo> {
         inodes_used: 0,
         timestamp_ns: 0,
     };
-    let mut todo = vec![dir.to_path_buf()];
-    while let Some(path) = todo.pop() {
+    let mut pending = vec![dir.to_path_buf()];
+    while let Some(path) = pending.pop() {
         let entries = match fs::read_dir(&path) {
             Ok(entries) => entries,
             Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
-            Err(e) => return Err(ImageError::io("reading", &path, e)),
+            Err(e) => return Err(ImageError::io("read", &path, e)),
         };
         info.inodes_used += 1;
         for entry in entries.flatten() {
             let Ok(meta) = entry.metadata() else { continue };
             if meta.is_dir() {
-                todo.push(entry.path());
+                pending.push(entry.path());
             } else {
                 info.inodes_used += 1;
-                // 512: the unit of st_blocks, whatever the file system's block size.
+                // st_blocks counts units of 512 bytes on every file system.
                 info.used_bytes += meta.blocks() * 512;
             }
         }

@@ -1,27 +1,27 @@
-//! [`Store`]: the images, their manifests and configs, and the layer files, on disk and in memory.
+//! [`Store`]: images with their manifests, configs and layer files, on disk and in memory.
 //!
-//! Downloads nothing and converts nothing; it is told what is complete. Called by `ImageManager` and `pull`.
+//! Downloads and conversions are in `layer`; only complete content is added here. Called by `ImageManager` and `pull`.
 //!
 //! On disk, below the store's directory (0700):
 //!
 //! ```text
-//! index.json                   the images with tags, digests and layers; replaced atomically, 0600
-//! blobs/sha256/<hex>           manifests, indexes and configs as they came
+//! index.json                   images with tags, digests and layers; replaced atomically, 0600
+//! blobs/sha256/<hex>           manifests, indexes and configs, unchanged
 //! layers/sha256/<hex>.erofs    one file per layer, by diff ID, 0444
-//! ingest/                      what is not complete; see `layer`
+//! ingest/                      incomplete files; see `layer`
 //! lock                         held while a process has the store open
 //! ```
 //!
-//! One JSON file and not a database: it has a few hundred entries at most, is rewritten only by pulls and removals, and
-//! a rename moves a tag from one image to another in one step. A crash leaves either the old index or the new one, and
-//! at most files nobody refers to, which `open` and every removal delete.
+//! The index is a JSON file instead of a database: it has a few hundred entries at most, is rewritten only by pulls and
+//! removals, and a rename moves a tag from one image to another atomically. A crash leaves either the old or the new
+//! index, and possibly unreferenced files, which `open` and every removal delete.
 //!
-//! Readers look at an immutable snapshot; writers take turns on `writer`. Holds and leases live in memory only: whoever
-//! holds an image says so again after a restart, before the first removal can be asked for.
+//! Readers use an immutable snapshot; writers are serialized by `writer`. Holds and leases are in memory only: holders
+//! take their holds again after a restart, before the first removal is served.
 
 mod disk;
 
-pub(super) use disk::{PARTIAL, delete};
+pub(super) use disk::{PARTIAL_SUFFIX, delete};
 
 use boxlite_sys::sync::{Mutex, RwLock};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -36,23 +36,23 @@ use super::manifest::{self, Platform};
 use super::reference::{Digest, Reference};
 use super::types::{ImageFsInfo, ImageRecord, LayerFile};
 
-/// Version of `index.json`; another one is refused, so that an older daemon doesn't destroy a newer one's store.
+/// Version of `index.json`; other versions are refused, so that an older daemon does not destroy a newer store.
 const INDEX_VERSION: u32 = 1;
 
-/// See the module's header.
+/// An open image store.
 pub(super) struct Store {
     dir: PathBuf,
     images: RwLock<Arc<Images>>,
     uses: Mutex<Uses>,
-    /// Taken by whoever changes files or the index. Never taken on an async thread.
+    /// Held while files or the index change; only on blocking threads.
     writer: Mutex<()>,
-    /// Keeps other processes out; released with the process.
+    /// Locks the store against other processes.
     _lock: File,
 }
 
 type Images = BTreeMap<String, Arc<Stored>>;
 
-/// One image: what the index says, and the record made of it.
+/// An image: its index entry and its public record.
 struct Stored {
     entry: IndexEntry,
     record: ImageRecord,
@@ -79,18 +79,18 @@ struct IndexEntry {
 
 #[derive(Default)]
 struct Uses {
-    /// Image ID to holders.
+    /// Holders by image ID.
     holds: HashMap<String, BTreeSet<String>>,
-    /// Layer digests that pulls under way rely on, counted.
+    /// Number of running pulls by layer digest.
     leases: HashMap<String, usize>,
-    /// Images whose removal is under way: nobody may take a hold any more.
+    /// Images that are being removed and cannot be held.
     removing: HashSet<String>,
 }
 
-/// What a pull brings.
+/// Content of a new image.
 pub(super) struct NewImage {
     pub reference: Reference,
-    /// What the reference resolved to: an index's or a manifest's digest.
+    /// Digest of the index or manifest that the reference names.
     pub target: Digest,
     /// Manifest and indexes with their digests.
     pub documents: Vec<(Digest, Vec<u8>)>,
@@ -99,7 +99,7 @@ pub(super) struct NewImage {
     pub layers: Vec<Digest>,
 }
 
-/// Keeps layers from being collected while a pull relies on them. Dropping it gives them up.
+/// Protects layers from deletion while a pull needs them, until it is dropped.
 pub(super) struct Lease {
     store: Arc<Store>,
     layers: Vec<String>,
@@ -120,8 +120,8 @@ impl Drop for Lease {
 }
 
 impl Store {
-    /// Opens or creates the store. Images whose files are gone or damaged are dropped with a warning; leftovers of a
-    /// crash are deleted, partial downloads kept for a while (see `disk::clean_ingest`). Blocks.
+    /// Opens or creates the store. Drops images with missing or damaged files, with a warning, and deletes the leftovers of
+    /// a crash; recent partial downloads are kept (see `disk::clean_ingest`). Blocks.
     pub(super) fn open(dir: &Path) -> ImageResult<Arc<Self>> {
         for sub in ["", "blobs/sha256", "layers/sha256", "ingest"] {
             disk::private_dir(&dir.join(sub))?;
@@ -144,7 +144,7 @@ impl Store {
             match store.load(entry) {
                 Ok(stored) => drop(images.insert(id, Arc::new(stored))),
                 Err(e) => {
-                    tracing::warn!(image = %id, error = %e.report(), "image dropped from the store")
+                    tracing::warn!(image = %id, error = %e.report(), "dropping damaged image")
                 }
             }
         }
@@ -158,11 +158,11 @@ impl Store {
         let path = self.index_path();
         let file: IndexFile = serde_json::from_slice(bytes).map_err(|e| ImageError::Config {
             path: path.clone(),
-            reason: format!("is no image index: {e}"),
+            reason: format!("not an image index: {e}"),
         })?;
         if file.version != INDEX_VERSION {
             let reason = format!(
-                "has version {}, this program writes {INDEX_VERSION}",
+                "version {} is not supported, expected {INDEX_VERSION}",
                 file.version
             );
             return Err(ImageError::Config { path, reason });
@@ -170,12 +170,12 @@ impl Store {
         Ok(file.images)
     }
 
-    /// Makes the record of an index entry, checking what is on disk.
+    /// Builds the record of an index entry and checks its files.
     fn load(&self, entry: IndexEntry) -> ImageResult<Stored> {
         let bad = |reason: String| ImageError::invalid(format!("image {}", entry.id), reason);
         let id = Digest::parse(&entry.id).map_err(bad)?;
         let path = self.blob_path(&id);
-        let bytes = disk::read(&path)?.ok_or_else(|| bad("its config is gone".into()))?;
+        let bytes = disk::read(&path)?.ok_or_else(|| bad("its config is missing".into()))?;
         if Digest::of(&bytes) != id {
             return Err(ImageError::corrupt(
                 format!("config {id}"),
@@ -190,7 +190,7 @@ impl Store {
         for digest in &diff_ids {
             size_bytes += self
                 .layer(digest)?
-                .ok_or_else(|| bad(format!("its layer {digest} is gone")))?
+                .ok_or_else(|| bad(format!("its layer {digest} is missing")))?
                 .bytes;
         }
         for blob in &entry.blobs {
@@ -211,8 +211,8 @@ impl Store {
         Ok(Stored { entry, record })
     }
 
-    /// Adds what a pull brought, or adds its reference to the image that is there; a tag that another image had moves.
-    /// On an error the index is as before. Blocks.
+    /// Adds an image, or adds the reference to an existing image; a tag of another image moves. On an error the index is
+    /// unchanged. Blocks.
     pub(super) fn commit(&self, new: NewImage) -> ImageResult<ImageRecord> {
         let _writer = self.writer();
         let mut images = Images::clone(&self.snapshot());
@@ -243,9 +243,9 @@ impl Store {
                 .iter()
                 .find(|(i, s)| **i != id && s.entry.tags.contains(&tag));
             if let Some((owner, stored)) = owner.map(|(i, s)| (i.clone(), s.clone())) {
-                let mut left = stored.entry.clone();
-                left.tags.remove(&tag);
-                images.insert(owner, Arc::new(self.load(left)?));
+                let mut untagged = stored.entry.clone();
+                untagged.tags.remove(&tag);
+                images.insert(owner, Arc::new(self.load(untagged)?));
             }
             entry.tags.insert(tag);
         }
@@ -256,7 +256,8 @@ impl Store {
         Ok(stored.record.clone())
     }
 
-    /// Removes the image with every reference to it, and the files no other image needs. False if it isn't there. Blocks.
+    /// Removes the image with all its references, and the files that no other image needs. Returns false if it does not
+    /// exist. Blocks.
     pub(super) fn remove(&self, what: &str) -> ImageResult<bool> {
         let _writer = self.writer();
         let Some(record) = self.find(what) else {
@@ -284,7 +285,7 @@ impl Store {
         Ok(true)
     }
 
-    /// Deletes layers and blobs that no image and no pull under way needs. Blocks; the caller has `writer` or is `open`.
+    /// Deletes layers and blobs that no image and no running pull needs. Blocks; the caller holds `writer` or is `open`.
     fn collect(&self) -> ImageResult<()> {
         let images = self.snapshot();
         let layers: HashSet<&str> = images
@@ -296,7 +297,7 @@ impl Store {
             .flat_map(|s| s.entry.blobs.iter().map(|b| hex_of(b)))
             .collect();
         disk::retain(&self.dir.join("blobs/sha256"), |name| blobs.contains(name))?;
-        // The lock stays while files go: a pull that takes a lease looks for its layers after it has it.
+        // The lock is held while files are deleted: a pull looks for its layers after it has taken the lease.
         let uses = self.uses();
         disk::retain(&self.dir.join("layers/sha256"), |name| {
             name.strip_suffix(".erofs").is_some_and(|hex| {
@@ -305,7 +306,7 @@ impl Store {
         })
     }
 
-    /// Deletes those of `layers` nobody needs, after a pull that failed for good. Blocks.
+    /// Deletes those of `layers` that are not needed, after a pull that failed permanently. Blocks.
     pub(super) fn discard(&self, layers: &[Digest]) -> ImageResult<()> {
         let _writer = self.writer();
         let images = self.snapshot();
@@ -322,7 +323,7 @@ impl Store {
         Ok(())
     }
 
-    /// Keeps `layers` from being deleted until the lease is dropped.
+    /// Protects `layers` from deletion until the lease is dropped.
     pub(super) fn lease(self: &Arc<Self>, layers: &[Digest]) -> Lease {
         let layers: Vec<String> = layers.iter().map(Digest::to_string).collect();
         let mut uses = self.uses();
@@ -336,7 +337,7 @@ impl Store {
         }
     }
 
-    /// The layer's file, if it is there.
+    /// Returns the layer's file, if it exists.
     pub(super) fn layer(&self, diff_id: &Digest) -> ImageResult<Option<LayerFile>> {
         let path = self.layer_path(diff_id);
         match std::fs::metadata(&path) {
@@ -346,11 +347,11 @@ impl Store {
                 bytes: meta.len(),
             })),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(e) => Err(ImageError::io("looking at", &path, e)),
+            Err(e) => Err(ImageError::io("stat", &path, e)),
         }
     }
 
-    /// The config with this digest of an image that is here; None too when its file is damaged. Blocks.
+    /// Returns the config of a stored image; `None` if it does not exist or is damaged. Blocks.
     pub(super) fn config(&self, id: &Digest) -> ImageResult<Option<Vec<u8>>> {
         if !self.snapshot().contains_key(id.as_str()) {
             return Ok(None);
@@ -358,10 +359,10 @@ impl Store {
         Ok(disk::read(&self.blob_path(id))?.filter(|bytes| Digest::of(bytes) == *id))
     }
 
-    /// Moves a finished, synced file to its place and makes that durable. Blocks.
+    /// Moves a finished, synced layer file into the store and makes that durable. Blocks.
     ///
-    /// [`ImageError::Cancelled`] if nobody has a lease on the layer any more: a conversion may outlive its pull by a
-    /// moment, and must not bring back what the pull's end has cleaned up.
+    /// Fails with [`ImageError::Cancelled`] if no pull has a lease on the layer: a conversion may outlive its pull, and must
+    /// not restore a file that the pull has cleaned up.
     pub(super) fn adopt_layer(&self, finished: &Path, diff_id: &Digest) -> ImageResult<()> {
         let path = self.layer_path(diff_id);
         {
@@ -370,17 +371,17 @@ impl Store {
                 return Err(ImageError::Cancelled);
             }
             std::fs::rename(finished, &path)
-                .map_err(|e| ImageError::io("moving into place", &path, e))?;
+                .map_err(|e| ImageError::io("rename a layer to", &path, e))?;
         }
         disk::sync_dir(&self.dir.join("layers/sha256"))
     }
 
-    /// All images, by ID.
+    /// Returns all images ordered by ID.
     pub(super) fn list(&self) -> Vec<ImageRecord> {
         self.snapshot().values().map(|s| s.record.clone()).collect()
     }
 
-    /// By ID (whole, or a unique beginning of its hex digits), tag or digest reference.
+    /// Returns the image with this ID, unique ID prefix, tag or digest reference.
     pub(super) fn find(&self, what: &str) -> Option<ImageRecord> {
         let images = self.snapshot();
         let id = if what.starts_with("sha256:") {
@@ -411,10 +412,10 @@ impl Store {
         }
     }
 
-    /// Keeps the image `what` until `holder` releases it; holding twice is holding once.
+    /// Keeps the image `what` until `holder` releases it. Idempotent per holder.
     pub(super) fn hold(&self, what: &str, holder: &str) -> ImageResult<ImageRecord> {
         let not_found = || ImageError::NotFound {
-            what: format!("image {what}"),
+            subject: format!("image {what}"),
             host: None,
         };
         let mut uses = self.uses();
@@ -429,7 +430,7 @@ impl Store {
         Ok(record)
     }
 
-    /// Ends a hold; nothing happens if there is none.
+    /// Releases a hold, if there is one.
     pub(super) fn release(&self, id: &str, holder: &str) {
         let mut uses = self.uses();
         if let Some(holders) = uses.holds.get_mut(id) {
@@ -440,12 +441,12 @@ impl Store {
         }
     }
 
-    /// Counts what is below the store's directory. Blocks.
+    /// Returns the disk usage of the store. Blocks.
     pub(super) fn fs_info(&self) -> ImageResult<ImageFsInfo> {
         disk::usage(&self.dir)
     }
 
-    /// Where incomplete files lie.
+    /// Returns the directory of incomplete files.
     pub(super) fn ingest_dir(&self) -> PathBuf {
         self.dir.join("ingest")
     }
@@ -457,7 +458,7 @@ impl Store {
         };
         let path = self.index_path();
         let json = serde_json::to_vec_pretty(&file)
-            .map_err(|e| ImageError::io("encoding", &path, e.into()))?;
+            .map_err(|e| ImageError::io("encode", &path, e.into()))?;
         disk::write_atomic(&path, &json)
     }
 

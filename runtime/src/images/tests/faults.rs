@@ -1,10 +1,10 @@
-//! What registries, networks and disks do wrong, and what is left of a pull then.
+//! Faults of registries, networks and disks during a pull, and the cleanup afterwards.
 
 use super::registry::packed;
 use super::*;
 
 #[tokio::test]
-async fn a_cut_download_goes_on_where_it_was() {
+async fn pull_resumes_broken_download() {
     let (registry, home) = setup().await;
     let tar = layer("a", 1, 300_000);
     let pushed = registry.push("r", "v", &[(&tar, Pack::Gzip)]);
@@ -18,14 +18,14 @@ async fn a_cut_download_goes_on_where_it_was() {
     assert_eq!(ranges, [None, Some(90_000), Some(180_000), Some(270_000)]);
     assert!(
         registry.sent() < size + 1000,
-        "nothing twice: {} of {size}",
+        "nothing is downloaded twice: {} of {size}",
         registry.sent()
     );
     assert_eq!(home.files("ingest"), Vec::<String>::new());
 }
 
 #[tokio::test]
-async fn a_server_without_ranges_is_read_from_the_start_again() {
+async fn pull_restarts_if_server_ignores_ranges() {
     let (registry, home) = setup().await;
     registry.push("r", "v", &[(&layer("a", 1, 300_000), Pack::Gzip)]);
     registry.faults(Faults {
@@ -38,10 +38,10 @@ async fn a_server_without_ranges_is_read_from_the_start_again() {
 }
 
 #[tokio::test]
-async fn a_download_that_never_gets_on_ends() {
+async fn pull_ends_without_progress() {
     let (registry, home) = setup().await;
     registry.push("r", "v", &[(&layer("a", 1, 50_000), Pack::Gzip)]);
-    // The manifest and the config arrive; the layer breaks off without a byte, over and over.
+    // The manifest and the config arrive; the layer's connections break.
     home.pull(&registry.name("r:v")).await.unwrap();
     registry.push("r", "w", &[(&layer("b", 2, 50_000), Pack::Gzip)]);
     registry.faults(Faults {
@@ -49,7 +49,7 @@ async fn a_download_that_never_gets_on_ends() {
         ..Faults::default()
     });
     let error = home.pull(&registry.name("r:w")).await;
-    // 2,000 bytes a time is progress: it gets there.
+    // 2,000 bytes per connection count as progress.
     error.unwrap();
     registry.push("r", "x", &[(&layer("c", 3, 50_000), Pack::Gzip)]);
     registry.faults(Faults {
@@ -67,7 +67,7 @@ async fn a_download_that_never_gets_on_ends() {
 }
 
 #[tokio::test]
-async fn damaged_content_is_named_and_leaves_nothing() {
+async fn pull_of_damaged_blob_names_it_and_cleans_up() {
     type Spoil = fn(&mut Vec<u8>);
     let cases: [(&str, Spoil); 4] = [
         ("a flipped bit", |b| b[25_000] ^= 1),
@@ -92,14 +92,14 @@ async fn damaged_content_is_named_and_leaves_nothing() {
             "{name}: {text}"
         );
         home.assert_empty().await;
-        // The daemon is well: the next image comes.
+        // The next pull succeeds.
         registry.push("r", "w", &[(&good, Pack::Gzip)]);
         home.pull(&registry.name("r:w")).await.unwrap();
     }
 }
 
 #[tokio::test]
-async fn right_digests_of_wrong_content() {
+async fn pull_of_invalid_content_is_rejected() {
     let (registry, home) = setup().await;
     let tar = layer("a", 1, 50_000);
     let mut gzip = packed(&tar, Pack::Gzip);
@@ -111,7 +111,7 @@ async fn right_digests_of_wrong_content() {
     header.set_cksum();
     evil.append(&header, &b""[..]).unwrap();
     let evil = evil.into_inner().unwrap();
-    // Plain bytes under any media type are read for what they are, so a damaged gzip can be pushed as "plain".
+    // The compression is detected from the content, so a damaged gzip can be pushed as "plain".
     for (name, blob, kind, says) in [
         (
             "damaged gzip",
@@ -155,7 +155,7 @@ async fn right_digests_of_wrong_content() {
 }
 
 #[tokio::test]
-async fn a_layer_that_unpacks_too_far_is_refused() {
+async fn pull_rejects_layer_above_size_limit() {
     let (registry, home) = setup().await;
     drop(home.images);
     let options = RegistryOptions {
@@ -183,7 +183,7 @@ async fn a_layer_that_unpacks_too_far_is_refused() {
 }
 
 #[tokio::test]
-async fn manifests_and_configs_are_checked_too() {
+async fn pull_checks_manifests_and_configs() {
     let (registry, home) = setup().await;
     let tar = layer("a", 1, 50);
     let pushed = registry.push("r", "v", &[(&tar, Pack::Gzip)]);
@@ -246,7 +246,7 @@ async fn manifests_and_configs_are_checked_too() {
 }
 
 #[tokio::test]
-async fn credentials_by_basic_and_by_token() {
+async fn pull_authenticates_by_basic_and_token() {
     for bearer in [false, true] {
         let (registry, home) = setup().await;
         registry.push("r", "v", &[(&layer("a", 1, 5000), Pack::Gzip)]);
@@ -305,7 +305,7 @@ async fn credentials_by_basic_and_by_token() {
 }
 
 #[tokio::test]
-async fn a_redirect_takes_no_credentials_along() {
+async fn redirect_does_not_forward_credentials() {
     let (registry, store, home) = (
         Registry::start().await,
         Registry::start().await,
@@ -330,7 +330,7 @@ async fn a_redirect_takes_no_credentials_along() {
     );
 }
 
-/// A small tmpfs, gone with the value.
+/// A small tmpfs, unmounted on drop.
 struct SmallDisk(tempfile::TempDir);
 
 impl SmallDisk {
@@ -357,7 +357,7 @@ impl Drop for SmallDisk {
 
 #[tokio::test]
 #[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
-async fn a_full_disk_is_named_and_everything_undone() {
+async fn pull_on_full_disk_names_it_and_cleans_up() {
     let registry = Registry::start().await;
     let disk = SmallDisk::new(1 << 20);
     let images = ImageManager::open(&disk.0.path().join("images"), options(disk.0.path()))
@@ -381,7 +381,7 @@ async fn a_full_disk_is_named_and_everything_undone() {
         "{}",
         error.report()
     );
-    // At once, not after a while: the threads of its other layers have ended too.
+    // Immediately, because the threads of the other layers have ended too.
     let free = nix::sys::statvfs::statvfs(disk.0.path()).unwrap();
     assert!(
         free.blocks_available() * 100 > free.blocks() * 97,

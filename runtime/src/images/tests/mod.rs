@@ -1,4 +1,4 @@
-//! Tests of whole pulls against a registry in this process: the good case, then every fault.
+//! Tests of pulls from an in-process registry: success, sharing, and faults.
 
 mod faults;
 mod registry;
@@ -10,7 +10,7 @@ use std::sync::Arc;
 use super::*;
 use registry::{Faults, Pack, Registry};
 
-/// A layer of one file; the same seed and size give the same layer. Hard to compress, so that sizes are predictable.
+/// Returns a layer of one file, determined by seed and size. Incompressible, so that sizes are predictable.
 fn layer(name: &str, seed: u64, size: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     let body: Vec<u8> = std::iter::repeat_with(|| {
@@ -31,7 +31,7 @@ fn layer(name: &str, seed: u64, size: usize) -> Vec<u8> {
     builder.into_inner().unwrap()
 }
 
-/// A store in a directory of its own.
+/// A store in a temporary directory.
 struct Home {
     dir: tempfile::TempDir,
     images: ImageManager,
@@ -64,7 +64,7 @@ impl Home {
         Self { dir, images }
     }
 
-    /// Names of the files in a directory of the store.
+    /// Returns the names of the files in a directory of the store.
     fn files(&self, sub: &str) -> Vec<String> {
         let entries = std::fs::read_dir(self.dir.path().join("images").join(sub)).unwrap();
         let mut names: Vec<String> = entries
@@ -74,7 +74,7 @@ impl Home {
         names
     }
 
-    /// No image, no layer, no blob, nothing half-done.
+    /// Asserts that there are no images, layers, blobs and partial files.
     async fn assert_empty(&self) {
         self.images.settle().await;
         assert!(self.images.list().is_empty());
@@ -94,7 +94,7 @@ impl Home {
     }
 }
 
-/// What nearly every test starts from: a registry and an empty store.
+/// Starts a registry and opens an empty store.
 async fn setup() -> (Registry, Home) {
     (Registry::start().await, Home::new().await)
 }
@@ -108,7 +108,7 @@ fn auth(username: &str, password: &str) -> Option<RegistryAuth> {
 }
 
 #[tokio::test]
-async fn a_pulled_image_is_there_with_everything_and_gone_after_remove() {
+async fn pull_stores_image_and_remove_deletes_it() {
     let (registry, home) = setup().await;
     let layers = [
         layer("a", 1, 100_000),
@@ -187,14 +187,14 @@ async fn a_pulled_image_is_there_with_everything_and_gone_after_remove() {
         assert!(home.images.remove(&record.id).await.unwrap());
         assert!(
             !home.images.remove(&record.id).await.unwrap(),
-            "a second time there is nothing to do"
+            "removing twice succeeds"
         );
     }
     home.assert_empty().await;
 }
 
 #[tokio::test]
-async fn what_is_here_is_not_downloaded_again_and_survives_a_restart() {
+async fn pulled_image_survives_restart_and_is_not_downloaded_again() {
     let (registry, home) = setup().await;
     let tar = layer("a", 1, 50_000);
     let pushed = registry.push("r", "v1", &[(&tar, Pack::Gzip), (&tar, Pack::Gzip)]);
@@ -225,7 +225,7 @@ async fn what_is_here_is_not_downloaded_again_and_survives_a_restart() {
 }
 
 #[tokio::test]
-async fn a_damaged_store_gives_up_what_is_damaged() {
+async fn open_drops_damaged_images_only() {
     let (registry, home) = setup().await;
     let kept = layer("kept", 1, 5000);
     registry.push("kept", "v", &[(&kept, Pack::Gzip)]);
@@ -269,7 +269,7 @@ async fn a_damaged_store_gives_up_what_is_damaged() {
 }
 
 #[tokio::test]
-async fn tags_move_and_images_in_use_stay() {
+async fn tags_move_and_held_images_are_kept() {
     let (registry, home) = setup().await;
     let shared = layer("shared", 1, 5000);
     registry.push(
@@ -307,7 +307,7 @@ async fn tags_move_and_images_in_use_stay() {
     assert_eq!(
         home.files("layers/sha256").len(),
         2,
-        "the shared layer stays"
+        "the shared layer is kept"
     );
     assert_eq!(
         home.images.hold(&old.id, "box-3").unwrap_err().kind(),
@@ -323,7 +323,7 @@ async fn tags_move_and_images_in_use_stay() {
 }
 
 #[tokio::test]
-async fn mirrors_are_asked_first_and_the_registry_when_they_fail() {
+async fn pull_tries_mirrors_before_registry() {
     let (mirror, upstream, home) = (
         Registry::start().await,
         Registry::start().await,
@@ -352,7 +352,7 @@ async fn mirrors_are_asked_first_and_the_registry_when_they_fail() {
     home.pull("reg.example/x/up:1").await.unwrap();
     assert!(
         upstream.take_requests().iter().all(|r| r.key.is_none()),
-        "a mirror's header is the mirror's"
+        "headers of a mirror are sent to that mirror only"
     );
     let error = home.pull("reg.example/x/none:1").await.unwrap_err();
     assert_eq!(error.kind(), ImageErrorKind::NotFound);
@@ -368,9 +368,9 @@ async fn mirrors_are_asked_first_and_the_registry_when_they_fail() {
     assert_eq!(gone.kind(), ImageErrorKind::InvalidReference);
 }
 
-/// The futures of the manager can be spawned.
+/// Checks that the futures are `Send`.
 #[tokio::test]
-async fn pulls_can_be_spawned() {
+async fn pull_future_is_send() {
     fn sendable<T: Send>(value: T) -> T {
         value
     }

@@ -1,6 +1,6 @@
-//! A registry in this process, with faults on request: cut connections, wrong bytes, challenges, redirects.
+//! An in-process registry with injected faults: broken connections, wrong bytes, challenges, redirects.
 //!
-//! Speaks just enough HTTP/1.1 for the client under test, one request per connection, so that every byte is under control.
+//! Supports the HTTP/1.1 subset that the client needs, with one request per connection to control every byte.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -14,7 +14,7 @@ use tokio::net::{TcpListener, TcpStream};
 use crate::images::manifest::{DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST};
 use crate::images::reference::Digest;
 
-/// How a layer is packed in the registry.
+/// Compression of a layer in the registry.
 #[derive(Debug, Clone, Copy)]
 pub enum Pack {
     Plain,
@@ -22,32 +22,32 @@ pub enum Pack {
     Zstd,
 }
 
-/// What the server does wrong, or insists on.
+/// Faults and requirements of the server.
 #[derive(Debug, Clone, Default)]
 pub struct Faults {
-    /// Cuts the connection after so many bytes of a blob's body, for the next so many blob requests.
+    /// Closes the connection after (bytes of a blob's body, for the next number of blob requests).
     pub cut: Option<(usize, usize)>,
-    /// Answers a Range with the whole blob.
+    /// Sends the whole blob in spite of a Range.
     pub ignore_range: bool,
-    /// Waits that long before each blob's body, in milliseconds.
+    /// Delay before each blob's body in milliseconds.
     pub delay_ms: u64,
-    /// `user:password` that must come by Basic.
+    /// `user:password` required by Basic authentication.
     pub basic: Option<String>,
-    /// `user:password` that the token endpoint wants; requests need its token then.
+    /// `user:password` required by the token endpoint; requests need its token.
     pub bearer: Option<String>,
-    /// Blobs are redirected to this origin.
+    /// Origin to which blobs are redirected.
     pub redirect: Option<String>,
-    /// Status of everything.
+    /// Status of every response.
     pub status: Option<u16>,
 }
 
-/// One request as it came.
+/// A received request.
 #[derive(Debug, Clone)]
 pub struct Request {
     pub path: String,
     pub range: Option<u64>,
     pub authorization: Option<String>,
-    /// Any `x-key` header.
+    /// `x-key` header.
     pub key: Option<String>,
 }
 
@@ -74,7 +74,7 @@ impl Drop for Registry {
     }
 }
 
-/// What `push` made.
+/// Digests of a pushed image.
 #[derive(Debug, Clone)]
 pub struct Pushed {
     pub config: String,
@@ -91,7 +91,7 @@ impl Registry {
         let shared = state.clone();
         let task = tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
-                // Ends with its connection.
+                // The task ends with its connection.
                 tokio::spawn(serve(stream, shared.clone(), address));
             }
         });
@@ -110,12 +110,12 @@ impl Registry {
         self.state.lock().unwrap().faults = faults;
     }
 
-    /// Blob requests so far, and forgets all requests.
+    /// Returns and clears the recorded requests.
     pub fn take_requests(&self) -> Vec<Request> {
         std::mem::take(&mut self.state.lock().unwrap().requests)
     }
 
-    /// The offsets at which the blob was asked for since the requests were last taken.
+    /// Returns the offsets of the requests for a blob, and clears the recorded requests.
     pub fn take_ranges(&self, blob: &str) -> Vec<Option<u64>> {
         let requests = self.take_requests().into_iter();
         requests
@@ -138,7 +138,7 @@ impl Registry {
         digest
     }
 
-    /// Serves other bytes under a digest than the right ones.
+    /// Modifies the bytes served under a digest.
     pub fn spoil_blob(&self, digest: &str, spoil: impl FnOnce(&mut Vec<u8>)) {
         spoil(self.state.lock().unwrap().blobs.get_mut(digest).unwrap());
     }
@@ -162,12 +162,12 @@ impl Registry {
         digest
     }
 
-    /// Pushes an image of these layers behind an index whose first entry is another machine's.
+    /// Pushes an image of these layers with an index whose first entry is for another platform.
     pub fn push(&self, repository: &str, tag: &str, layers: &[(&[u8], Pack)]) -> Pushed {
         self.push_with(repository, tag, layers, false, |_| {})
     }
 
-    /// The same, in Docker's media types if asked for, its config changed by `edit`.
+    /// As `push`, optionally with Docker's media types, and with a config modified by `edit`.
     pub fn push_with(
         &self,
         repository: &str,
@@ -280,7 +280,7 @@ async fn serve(mut stream: TcpStream, state: Arc<Mutex<State>>, address: SocketA
     let _ = stream.shutdown().await;
 }
 
-/// Head, body and the pause between them. The head's length may promise more than the body has.
+/// Returns head, body and the delay between them. The Content-Length may exceed the body.
 fn respond(state: &mut State, request: &Request, address: SocketAddr) -> (String, Vec<u8>, u64) {
     state.requests.push(request.clone());
     let answer = |status: &str, extra: &str, length: usize, body: &[u8]| {

@@ -1,4 +1,4 @@
-//! Many callers of one layer, callers that go away, and what the next one finds.
+//! Concurrent pulls of one layer, canceled pulls, and resumed downloads.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use super::registry::packed;
 use super::*;
 
 #[tokio::test]
-async fn many_callers_make_one_download() {
+async fn concurrent_pulls_download_once() {
     let (registry, home) = setup().await;
     let shared = layer("shared", 1, 100_000);
     let pushed: Vec<_> = (0..6)
@@ -49,12 +49,12 @@ async fn many_callers_make_one_download() {
 }
 
 #[tokio::test]
-async fn a_dropped_pull_leaves_a_download_that_goes_on() {
+async fn dropped_pull_is_resumed_after_restart() {
     let (registry, home) = setup().await;
     let tar = layer("a", 1, 3 << 20);
     let pushed = registry.push("r", "v", &[(&tar, Pack::Gzip)]);
     let size = packed(&tar, Pack::Gzip).len() as u64;
-    // One connection that gives a third, then silence: the caller gives up.
+    // The first connection gives a third of the blob; then the caller gives up.
     registry.faults(Faults {
         cut: Some((1 << 20, 1)),
         ..Faults::default()
@@ -80,7 +80,7 @@ async fn a_dropped_pull_leaves_a_download_that_goes_on() {
     home.images.settle().await;
     let left = home.files("ingest");
     assert!(left.len() == 1 && left[0].ends_with(".partial"), "{left:?}");
-    // Also a daemon that was killed meanwhile goes on from there.
+    // A restarted daemon resumes the download.
     let home = home.reopened().await;
     registry.take_requests();
     home.pull(&registry.name("r:v")).await.unwrap();
@@ -89,14 +89,14 @@ async fn a_dropped_pull_leaves_a_download_that_goes_on() {
     // Both pulls fetched the config too.
     assert!(
         registry.sent() < size + 10_000,
-        "nothing twice: {} of {size}",
+        "nothing is downloaded twice: {} of {size}",
         registry.sent()
     );
     assert!(home.files("ingest").is_empty());
 }
 
 #[tokio::test]
-async fn a_damaged_partial_download_starts_over() {
+async fn damaged_partial_download_is_restarted() {
     let (registry, home) = setup().await;
     let tar = layer("a", 1, 300_000);
     let pushed = registry.push("r", "v", &[(&tar, Pack::Gzip)]);
@@ -116,7 +116,7 @@ async fn a_damaged_partial_download_starts_over() {
 }
 
 #[tokio::test]
-async fn one_callers_bad_credentials_are_not_anothers() {
+async fn failed_credentials_do_not_affect_other_pull() {
     let (registry, home) = setup().await;
     registry.push("r", "v", &[(&layer("a", 1, 50_000), Pack::Gzip)]);
     registry.faults(Faults {
@@ -134,7 +134,7 @@ async fn one_callers_bad_credentials_are_not_anothers() {
 }
 
 #[tokio::test]
-async fn removing_while_pulling_never_breaks_an_image() {
+async fn remove_during_pull_keeps_shared_layers() {
     let (registry, home) = setup().await;
     let shared = layer("shared", 1, 50_000);
     registry.push("a", "v", &[(&shared, Pack::Gzip)]);

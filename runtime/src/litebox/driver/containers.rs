@@ -1,6 +1,6 @@
-//! The driver's half of containers: their rows, their ends, and why they ended.
+//! Container rows of a driver: registration, changes, and exits with their reasons.
 //!
-//! What is done to a container (Task calls, bundles) is `litebox::containers`'; only rows change here.
+//! Only rows change here; Task calls and bundles are in `litebox::containers`.
 
 use super::{Change, Driver};
 use crate::database::ContainerRow;
@@ -11,24 +11,24 @@ use crate::shim_controller::TaskExit;
 use crate::types::{ContainerSnapshot, ContainerState};
 use boxlite_sys::report::report;
 
-/// Exit code of what was killed with its VM: 128 + SIGKILL.
-pub(crate) const KILLED: i32 = 137;
+/// Exit code of a container that was killed with its VM: 128 + SIGKILL.
+pub(crate) const KILLED_EXIT_CODE: i32 = 137;
 
 impl Driver {
-    /// Registers a container. One that is there with the same id and name is answered as it is.
+    /// Registers a container. If one with the same id and name exists, returns its row.
     pub(super) async fn admit(&mut self, row: ContainerRow) -> Result<ContainerRow> {
         self.policy
             .admit_container()
             .map_err(|denied| self.denied(denied))?;
         let exists = |row: &ContainerRow, reason: &str| RuntimeError::AlreadyExists {
-            what: "container",
+            subject: "container",
             id: row.snapshot.id.clone(),
             reason: reason.to_owned(),
         };
         if let Some(present) = self.containers.get(&row.snapshot.id) {
             return match present.snapshot.name == row.snapshot.name {
                 true => Ok(present.clone()),
-                false => Err(exists(&row, "under another name")),
+                false => Err(exists(&row, "it has another name")),
             };
         }
         if let Some(present) = self
@@ -38,7 +38,7 @@ impl Driver {
         {
             return Err(exists(
                 &row,
-                &format!("its name is that of {}", present.snapshot.id),
+                &format!("its name is used by container {}", present.snapshot.id),
             ));
         }
         self.env.database.put_container(row.clone()).await?;
@@ -47,7 +47,7 @@ impl Driver {
         Ok(row)
     }
 
-    /// Changes a container's row, on disk first.
+    /// Changes a container's row; persists before it publishes.
     pub(super) async fn change(&mut self, id: &str, change: Change) -> Result<ContainerSnapshot> {
         let mut row = self.row_of(id)?;
         change(&mut row);
@@ -55,7 +55,7 @@ impl Driver {
         let snapshot = row.snapshot.clone();
         self.containers.insert(id.to_owned(), row);
         self.publish();
-        self.watch_what_runs();
+        self.watch_running();
         Ok(snapshot)
     }
 
@@ -64,12 +64,12 @@ impl Driver {
             .get(id)
             .cloned()
             .ok_or_else(|| RuntimeError::NotFound {
-                what: "container",
+                subject: "container",
                 id: id.to_owned(),
             })
     }
 
-    /// Forgets a container and lets go of its image; ok where there is none.
+    /// Deletes a container's row and releases its images; idempotent.
     pub(super) async fn forget(&mut self, id: &str) -> Result<()> {
         self.env.database.delete_container(id).await?;
         if let Some(watcher) = self.watched.remove(id) {
@@ -82,8 +82,8 @@ impl Driver {
         Ok(())
     }
 
-    /// An OOM kill, of whatever process of the container, is remembered until the container ends, also by the next daemon:
-    /// it is the reason of the end then, whatever the exit code (containerd's way).
+    /// Records an OOM kill of any process of the container. It becomes the reason of the container's exit whatever the
+    /// exit code, as with containerd, also across a restart of the daemon.
     pub(super) async fn note_oom(&mut self, id: &str) {
         if let Some(row) = self.containers.get(id)
             && row.snapshot.state == ContainerState::Running
@@ -91,11 +91,11 @@ impl Driver {
         {
             let mut row = row.clone();
             row.oom = true;
-            self.keep(row).await;
+            self.store(row).await;
         }
     }
 
-    /// A container ended by itself or by a signal.
+    /// Records that a container exited.
     pub(super) async fn on_exit(&mut self, id: &str, exit: TaskExit, oom: bool) {
         let Ok(mut row) = self.row_of(id) else { return };
         if row.snapshot.state == ContainerState::Exited {
@@ -103,11 +103,11 @@ impl Driver {
         }
         row.oom |= oom;
         finish(&mut row, exit, "");
-        self.keep(row).await;
+        self.store(row).await;
         self.publish();
     }
 
-    /// Every container that has not ended ends now: as the shim told, or killed.
+    /// Marks every live container as exited: with the exit that the shim reported, otherwise as killed.
     pub(super) async fn end_containers(&mut self, exits: &Exits, reason: &str) {
         for id in self.live_containers() {
             let Ok(mut row) = self.row_of(&id) else {
@@ -117,23 +117,23 @@ impl Driver {
                 Some(exit) => finish(&mut row, *exit, ""),
                 None => finish_unknown(&mut row, reason),
             }
-            self.keep(row).await;
+            self.store(row).await;
         }
     }
 
-    /// What is true whether it can be written down or not.
-    async fn keep(&mut self, row: ContainerRow) {
+    /// Stores a row that holds even if it cannot be persisted; then only logs the failure.
+    async fn store(&mut self, row: ContainerRow) {
         if let Err(error) = self.env.database.put_container(row.clone()).await {
             tracing::error!(
                 id = row.snapshot.id,
                 error = report(&error),
-                "news of a container are not on disk"
+                "failed to persist container state"
             );
         }
         self.containers.insert(row.snapshot.id.clone(), row);
     }
 
-    /// Ids of those that have not ended.
+    /// Returns the ids of the containers that have not exited.
     pub(super) fn live_containers(&self) -> Vec<String> {
         self.containers
             .values()
@@ -143,12 +143,12 @@ impl Driver {
     }
 }
 
-/// Exited, with the reason that the kubelet knows from containerd.
+/// Marks a row as exited, with containerd's reasons.
 pub(crate) fn finish(row: &mut ContainerRow, exit: TaskExit, message: &str) {
     let snapshot = &mut row.snapshot;
     snapshot.state = ContainerState::Exited;
     snapshot.exit_code = exit.code;
-    // The guest's clock, within what the host knows: not before its start, not in the future.
+    // The guest's clock, clamped by the host's: not before the start, not in the future.
     let now = now_ns();
     snapshot.finished_at_ns = match exit.at_ns {
         at if at > 0 => at.max(snapshot.started_at_ns).min(now),
@@ -163,10 +163,10 @@ pub(crate) fn finish(row: &mut ContainerRow, exit: TaskExit, message: &str) {
     .to_owned();
 }
 
-/// Exited with its VM; nobody saw how.
+/// Marks a row as exited with its VM, with an unknown exit code.
 pub(crate) fn finish_unknown(row: &mut ContainerRow, message: &str) {
     let exit = TaskExit {
-        code: KILLED,
+        code: KILLED_EXIT_CODE,
         at_ns: 0,
     };
     finish(row, exit, message);

@@ -1,24 +1,25 @@
-//! A runtime that dies and the one after it. "Dies" is the drop of its whole tokio runtime: no task of it gets to
-//! clean up.
+//! Tests of recovery after the death of a runtime, which is simulated by dropping its tokio runtime without cleanup.
 
 use super::*;
 use crate::database::Database;
 use crate::management::box_state::Phase;
 
-/// Runs `work` in a tokio runtime of its own and drops that, with everything still in it.
-pub(super) fn live_and_die<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> T {
+/// Runs `future` in a separate tokio runtime and drops that with all its tasks.
+pub(super) fn live_and_die<T: Send + 'static>(
+    future: impl Future<Output = T> + Send + 'static,
+) -> T {
     let tokio = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .unwrap();
-    let result = tokio.block_on(async { tokio::spawn(work).await.unwrap() });
+    let result = tokio.block_on(async { tokio::spawn(future).await.unwrap() });
     tokio.shutdown_timeout(Duration::from_secs(5));
     result
 }
 
 #[test]
-fn a_live_box_is_adopted_with_what_happened_meanwhile() {
+fn live_box_is_adopted_with_missed_exits() {
     let shims = tokio::runtime::Runtime::new().unwrap();
     let node = std::sync::Arc::new(FakeNode::new());
     let shim = shims.block_on(node.serve("b1"));
@@ -50,9 +51,9 @@ fn a_live_box_is_adopted_with_what_happened_meanwhile() {
         assert_eq!(state_of(&litebox, "c4"), ContainerState::Created);
         assert!(
             runtime.images().remove(&image_id()).await.is_err(),
-            "holds are taken again"
+            "the image is held again"
         );
-        // It is watched again, and usable.
+        // The box is watched and usable.
         shim.exit("c3", 7);
         until("exit shows", || {
             state_of(&litebox, "c3") == ContainerState::Exited
@@ -67,7 +68,7 @@ fn a_live_box_is_adopted_with_what_happened_meanwhile() {
 }
 
 #[test]
-fn a_box_whose_shim_died_meanwhile_is_not_ready_and_removable() {
+fn box_with_dead_shim_becomes_not_ready() {
     let shims = tokio::runtime::Runtime::new().unwrap();
     let node = std::sync::Arc::new(FakeNode::new());
     shims.block_on(node.serve("b1"));
@@ -92,7 +93,7 @@ fn a_box_whose_shim_died_meanwhile_is_not_ready_and_removable() {
         litebox.remove().await.unwrap();
         assert!(runtime.images().remove(&image_id()).await.unwrap());
     });
-    // And the rows are gone for good.
+    // The rows have been deleted.
     live_and_die(async move {
         let runtime = BoxliteRuntime::open(node.options()).await.unwrap();
         assert!(runtime.boxes().is_empty() && runtime.containers().is_empty());
@@ -100,7 +101,7 @@ fn a_box_whose_shim_died_meanwhile_is_not_ready_and_removable() {
 }
 
 #[test]
-fn an_interrupted_start_is_cleaned_and_may_be_tried_again() {
+fn interrupted_start_is_undone_and_retryable() {
     let shims = tokio::runtime::Runtime::new().unwrap();
     let node = std::sync::Arc::new(FakeNode::new());
     let shim = shims.block_on(node.serve("b1"));
@@ -151,7 +152,7 @@ fn recovery_removes_scratch_disks_without_a_box() {
 }
 
 #[test]
-fn removal_goes_on_and_orphans_and_half_containers_go() {
+fn recovery_resumes_removal_and_removes_orphans() {
     let shims = tokio::runtime::Runtime::new().unwrap();
     let node = std::sync::Arc::new(FakeNode::new());
     let shim = shims.block_on(node.serve("b1"));
@@ -166,7 +167,7 @@ fn removal_goes_on_and_orphans_and_half_containers_go() {
     std::fs::create_dir(node.at("s/s/orphan")).unwrap();
     let database = Database::open(&node.at("r/runtime.db")).unwrap();
     live_and_die(async move {
-        // As if the runtime had died right after it wrote these.
+        // As if the runtime had died right after writing these rows.
         for (mut row, containers) in database.load().await.unwrap() {
             for mut container in containers {
                 container.complete = false;
@@ -187,7 +188,7 @@ fn removal_goes_on_and_orphans_and_half_containers_go() {
         assert!(runtime.containers().is_empty());
         assert!(
             shim.tasks().is_empty(),
-            "the task of the half container is gone from the shim too"
+            "the task of the partially created container is deleted"
         );
         until("b2 is removed", || runtime.get_box("b2").is_err()).await;
         assert!(!second.at("s/s/b2").exists());
@@ -200,7 +201,7 @@ fn removal_goes_on_and_orphans_and_half_containers_go() {
 }
 
 #[test]
-fn two_runtimes_never_share_their_roots() {
+fn open_refuses_roots_in_use() {
     let node = std::sync::Arc::new(FakeNode::new());
     live_and_die(async move {
         let first = BoxliteRuntime::open(node.options()).await.unwrap();

@@ -1,19 +1,19 @@
-//! Random histories of requests and events against a shadow model that knows only what callers were promised.
+//! Random histories of requests and events, checked against a model of the guarantees given to callers.
 
 use super::*;
 use proptest::prelude::*;
 
 #[derive(Debug, Clone, Copy)]
 enum Step {
-    Ask(Request),
-    Happens(Event),
+    Request(Request),
+    Event(Event),
 }
 
 fn step() -> impl Strategy<Value = Step> {
     use Event as E;
     prop_oneof![
         prop::sample::select(vec![Request::Start, Request::Stop, Request::Remove])
-            .prop_map(Step::Ask),
+            .prop_map(Step::Request),
         prop::sample::select(vec![
             E::Started,
             E::StartFailed,
@@ -23,18 +23,18 @@ fn step() -> impl Strategy<Value = Step> {
             E::RemoveFailed,
             E::VmGone
         ])
-        .prop_map(Step::Happens),
+        .prop_map(Step::Event),
     ]
 }
 
-/// What outsiders rely on, kept without looking at the phase.
+/// Guarantees to callers, tracked without looking at the phase.
 #[derive(Default)]
-struct Shadow {
-    /// A Stop or Remove was accepted, or the VM died: never again a start.
+struct Model {
+    /// A Stop or Remove was accepted, or the VM died: the box must not start again.
     ended: bool,
     /// A Remove was accepted.
     removal: bool,
-    /// And carried out.
+    /// The removal has completed.
     gone: bool,
 }
 
@@ -42,55 +42,55 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
     #[test]
-    fn promises_hold(steps in prop::collection::vec(step(), 0..60)) {
+    fn policy_keeps_guarantees_for_any_history(steps in prop::collection::vec(step(), 0..60)) {
         let mut policy = BoxPolicy::at(Phase::Created);
-        let mut shadow = Shadow::default();
+        let mut model = Model::default();
         for step in steps {
             let before = policy.clone();
             match step {
-                Step::Ask(Request::Start) => {
+                Step::Request(Request::Start) => {
                     let answer = policy.request(Request::Start);
-                    if shadow.gone {
+                    if model.gone {
                         prop_assert_eq!(answer, Err(Denied::Removed));
-                    } else if shadow.ended && policy.phase() != Phase::Ready {
+                    } else if model.ended && policy.phase() != Phase::Ready {
                         prop_assert!(answer.is_err(), "started after the end: {:?}", before);
                     }
                     if answer.is_err() {
                         prop_assert_eq!(&policy, &before);
                     }
                 }
-                Step::Ask(Request::Stop) => {
-                    // Idempotent: never an error, and asking again is never new work.
+                Step::Request(Request::Stop) => {
+                    // Idempotent: a repeated Stop succeeds and starts no job.
                     prop_assert!(policy.request(Request::Stop).is_ok());
                     prop_assert_ne!(policy.clone().request(Request::Stop), Ok(Verdict::Begin));
                     prop_assert!(policy.admit_container().is_err(), "container admitted after stop");
-                    shadow.ended = true;
+                    model.ended = true;
                 }
-                Step::Ask(Request::Remove) => {
+                Step::Request(Request::Remove) => {
                     prop_assert!(policy.request(Request::Remove).is_ok());
                     prop_assert_ne!(policy.clone().request(Request::Remove), Ok(Verdict::Begin));
                     prop_assert!(policy.admit_container().is_err());
-                    shadow.ended = true;
-                    shadow.removal = true;
+                    model.ended = true;
+                    model.removal = true;
                 }
-                Step::Happens(event) => {
+                Step::Event(event) => {
                     let changed = policy.event(event);
                     prop_assert_eq!(changed, policy != before);
                     if event == Event::VmGone && before.phase() == Phase::Ready {
-                        shadow.ended = true;
+                        model.ended = true;
                         prop_assert_eq!(policy.phase(), Phase::NotReady);
                     }
-                    if event == Event::RemoveDone && shadow.removal && before.phase() == Phase::Removing {
-                        shadow.gone = true;
+                    if event == Event::RemoveDone && model.removal && before.phase() == Phase::Removing {
+                        model.gone = true;
                     }
-                    // A stop that did not work leaves a VM that still runs.
+                    // After a failed stop the VM is still running.
                     if event == Event::StopFailed && changed {
-                        shadow.ended = false;
+                        model.ended = false;
                     }
                 }
             }
-            prop_assert_eq!(policy.phase() == Phase::Removed, shadow.gone);
-            if shadow.ended {
+            prop_assert_eq!(policy.phase() == Phase::Removed, model.gone);
+            if model.ended {
                 prop_assert!(!matches!(policy.phase(), Phase::Created | Phase::Starting), "{:?}", policy);
             }
         }
@@ -98,7 +98,7 @@ proptest! {
 }
 
 #[test]
-fn concurrent_first_users_join_and_a_failed_start_may_be_tried_again() {
+fn start_joins_concurrent_callers_and_allows_retry() {
     let mut policy = BoxPolicy::at(Phase::Created);
     assert_eq!(policy.request(Request::Start), Ok(Verdict::Begin));
     assert_eq!(policy.request(Request::Start), Ok(Verdict::Join));
@@ -109,7 +109,7 @@ fn concurrent_first_users_join_and_a_failed_start_may_be_tried_again() {
 }
 
 #[test]
-fn a_start_that_succeeds_after_stop_does_not_revive_the_box() {
+fn started_event_after_stop_keeps_stopping() {
     let mut policy = BoxPolicy::at(Phase::Starting);
     assert_eq!(policy.request(Request::Stop), Ok(Verdict::Begin));
     assert!(!policy.event(Event::Started));

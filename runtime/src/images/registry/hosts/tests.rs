@@ -1,4 +1,4 @@
-//! Tests of `hosts`: order, directory names, defaults, mistakes, and TLS against a real registry.
+//! Tests of `hosts`: order, directory names, defaults, invalid files, and TLS with a real registry.
 
 use super::*;
 
@@ -22,7 +22,7 @@ fn urls(hosts: &[RegistryHost]) -> Vec<&str> {
 }
 
 #[test]
-fn mirrors_come_in_the_files_order_and_the_server_last() {
+fn hosts_lists_mirrors_in_order_and_server_last() {
     let (_dir, hosts) = directory(&[(
         "registry.k8s.io/hosts.toml",
         r#"
@@ -50,7 +50,7 @@ fn mirrors_come_in_the_files_order_and_the_server_last() {
 }
 
 #[test]
-fn directory_names_and_defaults() {
+fn hosts_finds_directory_or_default() {
     let (_dir, hosts) = directory(&[
         (
             "localhost_5000_/hosts.toml",
@@ -77,7 +77,7 @@ fn directory_names_and_defaults() {
 }
 
 #[test]
-fn mistakes_name_the_file() {
+fn hosts_error_names_the_file() {
     for text in [
         "server = 1",
         "[host.'ftp://x']",
@@ -96,7 +96,7 @@ fn mistakes_name_the_file() {
     }
 }
 
-/// Debian's docker-registry with a certificate of its own, killed with the value.
+/// Debian's docker-registry with a test certificate, killed on drop.
 struct TlsRegistry {
     child: std::process::Child,
     dir: tempfile::TempDir,
@@ -126,7 +126,7 @@ impl TlsRegistry {
         };
         let (ca, ca_key) = (at("ca.pem"), at("ca.key"));
         openssl(&["-subj", "/CN=test root", "-keyout", &ca_key, "-out", &ca]);
-        // A leaf of its own: webpki takes no root as a server's certificate.
+        // A separate leaf certificate: webpki does not accept a root as a server certificate.
         let leaf = [
             "-subj",
             "/CN=localhost",
@@ -157,7 +157,7 @@ impl TlsRegistry {
             .stderr(std::process::Stdio::null())
             .spawn()
             .expect("docker-registry is installed");
-        // Ten seconds: a loaded machine needs some for the start of a Go program.
+        // Wait up to 10 s for the start of the Go program on a loaded machine.
         for _ in 0..100 {
             if std::net::TcpStream::connect(("127.0.0.1", port)).is_ok() {
                 break;
@@ -177,7 +177,7 @@ impl Drop for TlsRegistry {
 
 #[tokio::test]
 #[cfg_attr(not(feature = "root-tests"), ignore = "needs docker-registry")]
-async fn tls_by_the_hosts_own_root_or_without_any_check() {
+async fn tls_uses_configured_root_or_skips_verification() {
     use crate::images::ImageErrorKind;
     use crate::images::reference::Reference;
     use crate::images::registry::Session;
@@ -185,7 +185,7 @@ async fn tls_by_the_hosts_own_root_or_without_any_check() {
     let registry = TlsRegistry::start();
     let ca = registry.dir.path().join("ca.pem").display().to_string();
     let server = format!("server = 'https://localhost:{}'\n", registry.port);
-    // What a real registry says to an unknown image is only heard where the TLS handshake worked.
+    // NotFound proves that the TLS handshake succeeded.
     for (settings, want) in [
         (format!("{server}ca = '{ca}'\n"), ImageErrorKind::NotFound),
         (

@@ -1,7 +1,7 @@
-//! The driver's half of events: what changed between two publications, told in the order in which it happened.
+//! Emits the events that follow from the difference between two publications of a driver, in the order of the changes.
 //!
-//! Every change is published at once by the one task that makes it, so two publications never hide a step in between.
-//! What an event carries and who follows is [`crate::events`]'.
+//! A driver publishes after every change, so no state is skipped between two publications. Contents and subscribers of
+//! events are in [`crate::events`].
 
 use super::Driver;
 use crate::events::{BoxEvent, EventKind, EventState};
@@ -10,16 +10,16 @@ use crate::management::box_state::Phase;
 use crate::types::ContainerState;
 use std::sync::Arc;
 
-/// What was told about the box itself.
+/// Last event emitted for the box itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Told {
+pub(super) enum Emitted {
     Nothing,
     Started,
     Stopped,
 }
 
-impl Told {
-    /// What the daemon before this one had told.
+impl Emitted {
+    /// Returns the last event that the previous daemon emitted.
     fn of(phase: Phase) -> Self {
         match phase {
             Phase::Created | Phase::Starting => Self::Nothing,
@@ -30,48 +30,48 @@ impl Told {
 }
 
 impl Driver {
-    /// Tells what differs between two publications.
-    pub(super) fn tell_changes(&mut self, before: &BoxView, now: &BoxView) {
+    /// Emits the difference between two publications.
+    pub(super) fn emit_changes(&mut self, before: &BoxView, now: &BoxView) {
         let mut changes = containers(before, now);
-        changes.extend(self.told_of_box(now.phase));
-        self.tell(now, changes);
+        changes.extend(self.sandbox_changes(now.phase));
+        self.emit(now, changes);
     }
 
-    /// Tells how a box that was found again stands: its followers may have missed how it came to that.
-    pub(super) fn tell_found(&mut self, now: &BoxView) {
-        self.told = Told::of(now.phase);
+    /// Emits the state of a recovered box, because subscribers may have missed its latest changes.
+    pub(super) fn emit_recovered(&mut self, now: &BoxView) {
+        self.emitted = Emitted::of(now.phase);
         let own = self.row.options.id.clone();
         let mut changes: Vec<_> = now
             .containers
             .values()
             .filter_map(|container| Some((kind_of(container.state)?, container.id.clone())))
             .collect();
-        match self.told {
-            Told::Nothing => {}
-            Told::Started => changes.insert(0, (EventKind::Started, own)),
-            Told::Stopped => changes.push((EventKind::Stopped, own)),
+        match self.emitted {
+            Emitted::Nothing => {}
+            Emitted::Started => changes.insert(0, (EventKind::Started, own)),
+            Emitted::Stopped => changes.push((EventKind::Stopped, own)),
         }
-        self.tell(now, changes);
+        self.emit(now, changes);
     }
 
-    fn told_of_box(&mut self, phase: Phase) -> Vec<(EventKind, String)> {
+    fn sandbox_changes(&mut self, phase: Phase) -> Vec<(EventKind, String)> {
         let mut kinds = Vec::new();
-        if phase == Phase::Ready && self.told == Told::Nothing {
+        if phase == Phase::Ready && self.emitted == Emitted::Nothing {
             kinds.extend([EventKind::Created, EventKind::Started]);
-            self.told = Told::Started;
+            self.emitted = Emitted::Started;
         }
-        if matches!(phase, Phase::NotReady | Phase::Removed) && self.told == Told::Started {
+        if matches!(phase, Phase::NotReady | Phase::Removed) && self.emitted == Emitted::Started {
             kinds.push(EventKind::Stopped);
-            self.told = Told::Stopped;
+            self.emitted = Emitted::Stopped;
         }
-        if phase == Phase::Removed && self.told == Told::Stopped {
+        if phase == Phase::Removed && self.emitted == Emitted::Stopped {
             kinds.push(EventKind::Deleted);
         }
         let own = &self.row.options.id;
         kinds.into_iter().map(|kind| (kind, own.clone())).collect()
     }
 
-    fn tell(&self, now: &BoxView, changes: Vec<(EventKind, String)>) {
+    fn emit(&self, now: &BoxView, changes: Vec<(EventKind, String)>) {
         if changes.is_empty() {
             return;
         }
@@ -85,7 +85,7 @@ impl Driver {
             containers: now.containers.values().cloned().collect(),
         });
         for (kind, id) in changes {
-            self.env.events.tell(BoxEvent {
+            self.env.events.emit(BoxEvent {
                 kind,
                 id,
                 at_ns: now_ns(),
@@ -95,7 +95,7 @@ impl Driver {
     }
 }
 
-/// What a container's state says has happened to it last. One that is half created was not told of.
+/// Returns the event that led to a container's state; none for a container that is still being created.
 fn kind_of(state: ContainerState) -> Option<EventKind> {
     match state {
         ContainerState::Created => Some(EventKind::Created),
@@ -109,9 +109,10 @@ fn containers(before: &BoxView, now: &BoxView) -> Vec<(EventKind, String)> {
     let mut changes = Vec::new();
     for (id, container) in &now.containers {
         let was = before.containers.get(id).map(|container| container.state);
-        // A creation that failed is never told, nor its end.
-        let half = was.is_none_or(|was| was == ContainerState::Unknown);
-        if was != Some(container.state) && !(half && container.state == ContainerState::Exited) {
+        // A failed creation emits nothing.
+        let creating = was.is_none_or(|was| was == ContainerState::Unknown);
+        if was != Some(container.state) && !(creating && container.state == ContainerState::Exited)
+        {
             changes.extend(kind_of(container.state).map(|kind| (kind, id.clone())));
         }
     }

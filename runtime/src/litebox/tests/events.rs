@@ -1,21 +1,21 @@
-//! Events and updates: what a life tells, and what is told and kept across the death of a runtime.
+//! Tests of events and metadata updates, during a box's life and across the death of a runtime.
 
 use super::recovery::live_and_die;
 use super::*;
 use crate::{EventKind, Events};
 use std::collections::BTreeSet;
 
-async fn told(events: &mut Events, count: usize) -> Vec<(EventKind, String)> {
-    let mut told = Vec::new();
+async fn receive(events: &mut Events, count: usize) -> Vec<(EventKind, String)> {
+    let mut received = Vec::new();
     for _ in 0..count {
         let event = tokio::time::timeout(LIMIT, events.next())
             .await
             .expect("an event")
             .unwrap();
         assert!(event.at_ns > 0);
-        told.push((event.kind, event.id));
+        received.push((event.kind, event.id));
     }
-    told
+    received
 }
 
 fn pairs(expected: &[(EventKind, &str)]) -> Vec<(EventKind, String)> {
@@ -26,7 +26,7 @@ fn pairs(expected: &[(EventKind, &str)]) -> Vec<(EventKind, String)> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_life_is_told_in_order_with_the_state_of_each_moment() {
+async fn events_are_ordered_and_carry_state() {
     use EventKind::{Created, Deleted, Started, Stopped};
     let node = FakeNode::new();
     let shim = node.serve("b1").await;
@@ -42,7 +42,7 @@ async fn a_life_is_told_in_order_with_the_state_of_each_moment() {
         (Created, "c2"),
         (Started, "c2"),
     ];
-    assert_eq!(told(&mut events, 6).await, pairs(&start));
+    assert_eq!(receive(&mut events, 6).await, pairs(&start));
     shim.exit("c1", 3);
     let exit = events.next().await.unwrap();
     assert_eq!((exit.kind, exit.id.as_str()), (Stopped, "c1"));
@@ -60,13 +60,13 @@ async fn a_life_is_told_in_order_with_the_state_of_each_moment() {
         (Deleted, "c2"),
         (Deleted, "b1"),
     ];
-    assert_eq!(told(&mut events, 5).await, pairs(&end));
+    assert_eq!(receive(&mut events, 5).await, pairs(&end));
     runtime.shutdown().await;
     assert!(events.next().await.is_err());
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_never_came_to_be_is_not_told() {
+async fn failed_create_emits_no_events() {
     let node = FakeNode::new();
     node.serve("b1").await;
     let (runtime, litebox) = one_box(&node).await;
@@ -90,11 +90,11 @@ async fn what_never_came_to_be_is_not_told() {
         (Stopped, "b1"),
         (Deleted, "b1"),
     ];
-    assert_eq!(told(&mut events, 4).await, pairs(&only));
+    assert_eq!(receive(&mut events, 4).await, pairs(&only));
 }
 
 #[test]
-fn the_first_follower_after_a_death_learns_what_ended_and_updates_are_kept() {
+fn restart_emits_missed_exits_and_keeps_metadata() {
     let shims = tokio::runtime::Runtime::new().unwrap();
     let node = std::sync::Arc::new(FakeNode::new());
     let shim = shims.block_on(node.serve("b1"));
@@ -105,7 +105,7 @@ fn the_first_follower_after_a_death_learns_what_ended_and_updates_are_kept() {
             run_container(&first, &litebox, id).await;
         }
         let add = |what: &'static [u8]| {
-            Box::new(move |have: &[u8]| [have, what].concat()) as crate::litebox::Describe
+            Box::new(move |have: &[u8]| [have, what].concat()) as crate::litebox::UpdateMetadata
         };
         litebox
             .update_container("c1", b"{}".to_vec(), add(b"+1"))
@@ -130,7 +130,7 @@ fn the_first_follower_after_a_death_learns_what_ended_and_updates_are_kept() {
         assert_eq!(litebox.snapshot().metadata, b"m+box");
         assert_eq!(litebox.container("c1").unwrap().metadata, b"cm+1+2");
         let mut events = runtime.events();
-        let found: BTreeSet<_> = told(&mut events, 3)
+        let found: BTreeSet<_> = receive(&mut events, 3)
             .await
             .into_iter()
             .map(|(kind, id)| (id, format!("{kind:?}")))
@@ -138,16 +138,16 @@ fn the_first_follower_after_a_death_learns_what_ended_and_updates_are_kept() {
         let expected = [("b1", "Started"), ("c1", "Started"), ("c2", "Stopped")];
         let expected = expected.map(|(id, kind)| (id.to_owned(), kind.to_owned()));
         assert_eq!(found, expected.into());
-        // Told once; from here on only news.
+        // Emitted once; further events follow.
         shim.exit("c1", 0);
-        let next = told(&mut events, 1).await;
+        let next = receive(&mut events, 1).await;
         assert_eq!(next, pairs(&[(EventKind::Stopped, "c1")]));
         litebox.remove().await.unwrap();
     });
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_update_of_what_has_ended_changes_nothing() {
+async fn update_of_exited_container_is_refused() {
     let node = FakeNode::new();
     let shim = node.serve("b1").await;
     let (_runtime, litebox) = one_box(&node).await;
@@ -157,9 +157,9 @@ async fn an_update_of_what_has_ended_changes_nothing() {
         state_of(&litebox, "c1") == ContainerState::Exited
     })
     .await;
-    let describe = Box::new(|_: &[u8]| b"x".to_vec());
+    let update_metadata = Box::new(|_: &[u8]| b"x".to_vec());
     let refused = litebox
-        .update_container("c1", b"{}".to_vec(), describe)
+        .update_container("c1", b"{}".to_vec(), update_metadata)
         .await
         .unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::FailedPrecondition);
