@@ -15,7 +15,6 @@ fn main() -> Result<(), Box<dyn Error>> {
     if std::env::var_os("CARGO_FEATURE_CRI").is_some() {
         tonic_prost_build::configure()
             .bytes(".")
-            .build_client(false)
             .compile_protos(&["cri/v1/api.proto"], &["."])?;
     }
     if std::env::var_os("CARGO_FEATURE_NRI").is_some() {

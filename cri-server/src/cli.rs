@@ -1,76 +1,139 @@
-//! The command line: `serve`, `check`, `config`, `version`.
+//! The command line. Options beat the configuration file.
 //!
-//! Options given here beat the file. Exit codes: 0 fine, 1 failed, 2 (clap's) wrong usage, 78 (EX_CONFIG of sysexits.h) wrong configuration.
+//! Exit codes: 0 success, 1 failure, 2 (clap's) invalid usage, 78 (EX_CONFIG of sysexits.h) invalid configuration.
 
-use crate::config::{Config, ConfigError, DEFAULT_TOML, socket_path};
-use crate::{check, serve};
-use clap::{Args, Parser, Subcommand};
-use std::path::PathBuf;
+#[cfg(test)]
+mod tests;
+
+use crate::config::{Config, ConfigError, Paths, check_log_filter, default_toml, socket_path};
+use crate::{check, serve, status};
+use boxlite_config::paths::{installed_kernel, prefix};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-/// Where the configuration is looked for when none is named; it may be missing there.
+/// Configuration file if none is named; it may be missing.
 const DEFAULT_FILE: &str = "/etc/boxlite/config.toml";
 /// EX_CONFIG.
 const EXIT_CONFIG: u8 = 78;
+/// Version of this program and the commit it was built from.
+pub const VERSION: &str = concat!(
+    env!("CARGO_PKG_VERSION"),
+    " (commit ",
+    env!("BOXLITE_COMMIT"),
+    ")"
+);
 
-/// Runs Kubernetes pods in VMs: a CRI v1 runtime.
+/// Kubernetes container runtime (CRI v1) that runs every pod in a virtual machine.
+///
+/// The kubelet connects to it with --container-runtime-endpoint=unix:///run/boxlite/cri.sock. Pods keep running while
+/// boxlite-cri is stopped or upgraded; the next start adopts them again.
 #[derive(Debug, Parser)]
-#[command(name = "boxlite-cri", version, about)]
+#[command(name = "boxlite-cri", version = VERSION, after_help = "\
+Examples:
+  boxlite-cri check                          test whether this machine can run pods
+  boxlite-cri config default > config.toml   start a configuration file
+  boxlite-cri serve --config config.toml     run in the foreground
+  boxlite-cri status                         ask the running daemon
+
+Exit codes: 0 success, 1 failure, 2 invalid usage, 78 invalid configuration.")]
 pub struct Cli {
     #[command(subcommand)]
-    verb: Verb,
+    command: Command,
 }
 
 #[derive(Debug, Subcommand)]
-enum Verb {
-    /// Serves the CRI until SIGTERM; pods outlive it.
-    Serve(Common),
-    /// Says which VMM this machine can use and why, and what is missing.
-    Check(Common),
-    /// Prints or checks the configuration.
+enum Command {
+    /// Serve the CRI until SIGTERM.
+    ///
+    /// Logs to standard error and reports readiness to systemd if NOTIFY_SOCKET is set. Pods outlive the daemon.
+    Serve(ConfigOptions),
+    /// Test whether this machine can run pods, and report what is missing.
+    ///
+    /// Runs a few instructions in a VM to find out whether KVM works, then looks for the programs and the network
+    /// configuration. Exits with 1 if pods cannot run.
+    Check {
+        #[command(flatten)]
+        config: ConfigOptions,
+        /// Format of the report.
+        #[arg(long, value_enum, default_value_t)]
+        output: Output,
+    },
+    /// Report the state of the running daemon: VMM, pods, versions.
+    ///
+    /// Asks over the CRI socket. Exits with 1 if the daemon does not answer.
+    Status {
+        #[command(flatten)]
+        config: ConfigOptions,
+        /// Format of the report.
+        #[arg(long, value_enum, default_value_t)]
+        output: Output,
+    },
+    /// Print or validate the configuration.
     Config {
         #[command(subcommand)]
-        verb: ConfigVerb,
+        command: ConfigCommand,
     },
-    /// Prints the version.
+    /// Print the version and the commit it was built from.
     Version,
+    /// Print a completion script for a shell.
+    ///
+    /// For bash: boxlite-cri completions bash > /usr/share/bash-completion/completions/boxlite-cri
+    Completions {
+        /// Shell to complete in.
+        shell: clap_complete::Shell,
+    },
 }
 
 #[derive(Debug, Subcommand)]
-enum ConfigVerb {
-    /// Prints every key with its default and what it is for.
-    Default,
-    /// Reports every mistake of the file.
-    Check(Common),
+enum ConfigCommand {
+    /// Print every key with its default value and an explanation.
+    Default {
+        /// Installation prefix that the paths are below [default: the prefix of this program].
+        #[arg(long, value_name = "DIR")]
+        prefix: Option<PathBuf>,
+    },
+    /// Print the effective configuration: defaults, file and options together.
+    Dump(ConfigOptions),
+    /// Validate the configuration and report every mistake.
+    Check(ConfigOptions),
 }
 
-/// Options of every verb that needs the configuration.
+/// Format of a report.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// Aligned text.
+    #[default]
+    Text,
+    /// One JSON object.
+    Json,
+}
+
+/// Options of every command that reads the configuration.
 #[derive(Debug, Args)]
-struct Common {
-    /// TOML file [default: /etc/boxlite/config.toml, if it is there].
+struct ConfigOptions {
+    /// Configuration file, in TOML [default: /etc/boxlite/config.toml, if it exists].
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Persistent directory, instead of the file's `root`.
+    /// Directory of persistent data; overrides `root`.
     #[arg(long, value_name = "DIR")]
     root: Option<PathBuf>,
-    /// Directory of the present boot, instead of the file's `state`.
+    /// Directory of data of the current boot; overrides `state`.
     #[arg(long, value_name = "DIR")]
     state: Option<PathBuf>,
-    /// Socket, instead of the file's `listen`.
+    /// CRI socket; overrides `listen`.
     #[arg(long, value_name = "unix:///PATH", value_parser = socket_path)]
     listen: Option<PathBuf>,
-    /// Log filter, instead of the file's `log_level`.
-    #[arg(long, value_name = "FILTER")]
+    /// Log filter, such as info or boxlite_cri=debug,info; overrides `log_level`.
+    #[arg(long, value_name = "FILTER", value_parser = check_log_filter)]
     log_level: Option<String>,
 }
 
-impl Common {
+impl ConfigOptions {
     fn load(self) -> Result<Config, ConfigError> {
         let mut config = match self.config {
             Some(path) => Config::load(&path)?,
-            None if std::path::Path::new(DEFAULT_FILE).exists() => {
-                Config::load(DEFAULT_FILE.as_ref())?
-            }
+            None if Path::new(DEFAULT_FILE).exists() => Config::load(DEFAULT_FILE.as_ref())?,
             None => Config::default(),
         };
         let absolute = |path: PathBuf| std::path::absolute(&path).unwrap_or(path);
@@ -86,36 +149,63 @@ impl Common {
     }
 }
 
-/// Does what the command line says.
+/// Runs the command.
 pub fn run(cli: Cli) -> ExitCode {
-    match cli.verb {
-        Verb::Serve(common) => with(common, |config| {
-            logging(&config.log_level);
-            on_runtime(serve::serve(config))
+    match cli.command {
+        Command::Serve(options) => with_config(options, |config| {
+            if let Err(error) = init_logging(&config.log_level) {
+                eprintln!("boxlite-cri: {error}");
+                return ExitCode::from(EXIT_CONFIG);
+            }
+            block_on(serve::serve(config))
         }),
-        Verb::Check(common) => with(common, |config| on_runtime(check::check(config))),
-        Verb::Config {
-            verb: ConfigVerb::Default,
-        } => {
-            print!("{DEFAULT_TOML}");
+        Command::Check { config, output } => {
+            with_config(config, |config| block_on(check::check(config, output)))
+        }
+        Command::Status { config, output } => {
+            with_config(config, |config| block_on(status::status(config, output)))
+        }
+        Command::Config { command } => run_config(command),
+        Command::Version => {
+            println!("boxlite-cri {VERSION}");
             ExitCode::SUCCESS
         }
-        Verb::Config {
-            verb: ConfigVerb::Check(common),
-        } => with(common, |_| {
-            println!("the configuration is fine");
-            ExitCode::SUCCESS
-        }),
-        Verb::Version => {
-            println!("boxlite-cri {}", env!("CARGO_PKG_VERSION"));
+        Command::Completions { shell } => {
+            let mut command = Cli::command();
+            clap_complete::generate(shell, &mut command, "boxlite-cri", &mut std::io::stdout());
             ExitCode::SUCCESS
         }
     }
 }
 
-fn with(common: Common, work: impl FnOnce(Config) -> ExitCode) -> ExitCode {
-    match common.load() {
-        Ok(config) => work(config),
+fn run_config(command: ConfigCommand) -> ExitCode {
+    match command {
+        ConfigCommand::Default { prefix: chosen } => {
+            print!("{}", default_file(chosen.as_deref()));
+            ExitCode::SUCCESS
+        }
+        ConfigCommand::Dump(options) => with_config(options, |config| {
+            print!("{}", config.to_toml());
+            ExitCode::SUCCESS
+        }),
+        ConfigCommand::Check(options) => with_config(options, |_| {
+            println!("the configuration is valid");
+            ExitCode::SUCCESS
+        }),
+    }
+}
+
+/// Returns the default file. An explicit prefix is an installation to be made: its kernel need not exist yet.
+fn default_file(chosen: Option<&Path>) -> String {
+    match chosen {
+        Some(prefix) => default_toml(prefix, &installed_kernel(prefix)),
+        None => default_toml(&prefix(), &Paths::default().libkrunfw),
+    }
+}
+
+fn with_config(options: ConfigOptions, run: impl FnOnce(Config) -> ExitCode) -> ExitCode {
+    match options.load() {
+        Ok(config) => run(config),
         Err(error) => {
             eprintln!("boxlite-cri: {}", boxlite_runtime::report(&error));
             ExitCode::from(EXIT_CONFIG)
@@ -123,26 +213,27 @@ fn with(common: Common, work: impl FnOnce(Config) -> ExitCode) -> ExitCode {
     }
 }
 
-fn on_runtime(work: impl Future<Output = ExitCode>) -> ExitCode {
+fn block_on(work: impl Future<Output = ExitCode>) -> ExitCode {
     match tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
     {
         Ok(runtime) => runtime.block_on(work),
         Err(error) => {
-            eprintln!("boxlite-cri: cannot start the async runtime: {error}");
+            eprintln!("boxlite-cri: failed to start the async runtime: {error}");
             ExitCode::FAILURE
         }
     }
 }
 
-/// Log lines go to standard error: the journal adds time and unit.
-fn logging(filter: &str) {
-    let filter = tracing_subscriber::EnvFilter::try_new(filter).unwrap_or_else(|_| "info".into());
+/// Logs to standard error, which systemd forwards to the journal.
+fn init_logging(filter: &str) -> Result<(), tracing_subscriber::filter::ParseError> {
+    let filter = tracing_subscriber::EnvFilter::try_new(filter)?;
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(false)
         .with_target(false)
         .init();
+    Ok(())
 }

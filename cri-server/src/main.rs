@@ -1,6 +1,6 @@
-//! `boxlite-cri`: the node's CRI runtime. This file reads the command line and sets up logging; `cli` has the verbs.
+//! `boxlite-cri`: the node's CRI runtime.
 //!
-//! Flow: cli → serve (the daemon), check (probes), config (prints and checks).
+//! Flow: cli → serve (the daemon), check (this machine), status (the running daemon), config (prints and validates).
 
 #![forbid(unsafe_code)]
 
@@ -13,10 +13,12 @@ mod convert;
 mod inner_run;
 mod layout;
 mod metrics;
+mod notify;
 mod nri;
 mod serve;
 mod server;
 mod service;
+mod status;
 mod streaming;
 mod vmm;
 

@@ -1,13 +1,14 @@
-//! `boxlite-cri serve`: from the configuration to a serving daemon, and its end.
+//! `boxlite-cri serve`: starts the daemon from its configuration, serves, and shuts down.
 //!
 //! ```text
-//!  choose VMM → open runtime (re-adopts live pods) → bind socket → remove leaks → NRI's plugins → serve
-//!  SIGTERM/SIGINT → stop accepting → drain calls, bounded → plugins → runtime's tasks → exit; pods go on
+//!  choose VMM → open runtime (re-adopts live pods) → bind socket → remove leaks → NRI plugins → notify systemd → serve
+//!  SIGTERM/SIGINT → stop accepting → drain calls, bounded → plugins → runtime's tasks → exit; pods keep running
 //! ```
 
 #[cfg(test)]
-mod tests;
+pub mod tests;
 
+use crate::cli::VERSION;
 use crate::config::Config;
 use crate::metrics::{self, Metrics};
 use crate::server::connection::Connection;
@@ -15,7 +16,7 @@ use crate::server::layer::CallLayer;
 use crate::server::socket;
 use crate::service::Server;
 use crate::streaming::{self, Streaming};
-use crate::vmm;
+use crate::{notify, vmm};
 use boxlite_proto::cri::v1::image_service_server::ImageServiceServer;
 use boxlite_proto::cri::v1::runtime_service_server::RuntimeServiceServer;
 use boxlite_proto::vmm::Installation;
@@ -30,50 +31,50 @@ use tokio_stream::StreamExt;
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
 
-/// Largest gRPC message taken or sent, in bytes: what kubelet and crictl set on their side.
-const MESSAGE_LIMIT: usize = 16 << 20;
+/// Largest gRPC message received or sent, in bytes; kubelet and crictl set the same.
+const MAX_MESSAGE_BYTES: usize = 16 << 20;
 
-/// Why the daemon could not start or go on.
+/// Failure to start or to keep serving.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
     /// No VMM.
     #[error("no VMM can be chosen")]
     Vmm(#[source] boxlite_runtime::RuntimeError),
     /// The runtime could not be opened.
-    #[error("cannot open the runtime")]
+    #[error("failed to open the runtime")]
     Runtime(#[source] boxlite_runtime::RuntimeError),
     /// The CRI socket.
-    #[error("cannot serve the CRI")]
+    #[error("failed to serve the CRI")]
     Socket(#[from] socket::SocketError),
     /// NRI's socket.
-    #[error("cannot serve NRI's plugins (nri.socket_path)")]
+    #[error("failed to serve NRI plugins (nri.socket_path)")]
     Nri(#[source] socket::SocketError),
     /// The metrics page's address.
-    #[error("cannot serve metrics on {address}")]
+    #[error("failed to serve metrics on {address}")]
     Metrics {
         address: std::net::SocketAddr,
         #[source]
         source: std::io::Error,
     },
     /// The streaming server's address.
-    #[error("cannot serve streams on {address}")]
+    #[error("failed to serve streams on {address}")]
     Streaming {
         address: std::net::SocketAddr,
         #[source]
         source: std::io::Error,
     },
-    /// Metrics of one name: a bug.
-    #[error("cannot set metrics up")]
+    /// Two metrics of the same name: a bug.
+    #[error("failed to register metrics")]
     Counters(#[from] prometheus::Error),
     /// Signal handlers.
-    #[error("cannot wait for signals")]
+    #[error("failed to install signal handlers")]
     Signals(#[source] std::io::Error),
-    /// The gRPC server broke.
-    #[error("the gRPC server failed")]
+    /// The gRPC server ended with an error.
+    #[error("gRPC server failed")]
     Grpc(#[from] tonic::transport::Error),
 }
 
-/// The verb.
+/// Serves until SIGTERM.
 pub async fn serve(config: Config) -> ExitCode {
     match run(config).await {
         Ok(()) => ExitCode::SUCCESS,
@@ -84,28 +85,20 @@ pub async fn serve(config: Config) -> ExitCode {
     }
 }
 
-/// Files and programs of a VM by the configuration.
+/// Returns the configured files and programs of a VM.
 pub fn installation(config: &Config) -> Installation {
-    let paths = config.paths.clone();
-    Installation {
-        guest: paths.guest,
-        libkrunfw: paths.libkrunfw,
-        qemu: paths.qemu,
-        virtiofsd: paths.virtiofsd,
-        vhost_device_vsock: paths.vhost_device_vsock,
-        cache: config.root.join("cache"),
-    }
+    config.paths.installation(config.root.join("cache"))
 }
 
 async fn run(config: Config) -> Result<(), ServeError> {
     let stop = stop_on_signal()?;
     let choice = vmm::choose(&config).await.map_err(ServeError::Vmm)?;
-    eprintln!("boxlite-cri {}: {choice}", env!("CARGO_PKG_VERSION"));
+    eprintln!("boxlite-cri {VERSION}: {choice}");
     let options = RuntimeOptions {
         root: config.root.clone(),
         state: config.state.clone(),
-        scratch_dir: None,
-        shim: config.paths.shim.clone(),
+        scratch_dir: Some(config.scratch_dir()),
+        shim: config.shim.clone(),
         installation: installation(&config),
         vmm: choice.kind.clone(),
         acceleration: choice.acceleration,
@@ -131,7 +124,8 @@ async fn run(config: Config) -> Result<(), ServeError> {
     );
     server.remove_orphans().await;
     server.start_nri().await.map_err(ServeError::Nri)?;
-    tracing::info!(socket = %config.listen.display(), pods = runtime.boxes().len(), "serving");
+    tracing::info!(socket = %config.listen.display(), pods = runtime.boxes().len(), "serving the CRI");
+    notify::ready(&format!("serving, {choice}"));
     let served = grpc(&server, listener, stop.clone()).await;
     stop.cancel();
     if let Some(page) = page {
@@ -147,29 +141,27 @@ async fn run(config: Config) -> Result<(), ServeError> {
         .await
         .is_err()
     {
-        tracing::warn!(
-            "calls are still under way; their pods are taken up again at the next start"
-        );
+        tracing::warn!("calls still in progress; their pods will be re-adopted at the next start");
     }
     server.stop_nri().await;
     runtime.shutdown().await;
     let _ = std::fs::remove_file(&config.listen);
-    tracing::info!("stopped; pods go on");
+    tracing::info!("daemon stopped; pods keep running");
     served
 }
 
-/// Serves until `stop`, then waits for calls under way, at most the configured time.
+/// Serves until `stop`, then waits for calls in progress, at most the configured time.
 async fn grpc(
     server: &Server,
     listener: UnixListener,
     stop: CancellationToken,
 ) -> Result<(), ServeError> {
     let runtime_service = RuntimeServiceServer::new(server.clone())
-        .max_decoding_message_size(MESSAGE_LIMIT)
-        .max_encoding_message_size(MESSAGE_LIMIT);
+        .max_decoding_message_size(MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_MESSAGE_BYTES);
     let image_service = ImageServiceServer::new(server.clone())
-        .max_decoding_message_size(MESSAGE_LIMIT)
-        .max_encoding_message_size(MESSAGE_LIMIT);
+        .max_decoding_message_size(MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_MESSAGE_BYTES);
     let connections =
         UnixListenerStream::new(listener).map(|accepted| accepted.map(Connection::new));
     let serving = tonic::transport::Server::builder()
@@ -210,12 +202,12 @@ async fn metrics_page(
     let page = metrics::http::serve(listener, counters.clone(), runtime.clone(), stop.clone());
     Ok(Some(tokio::spawn(async move {
         if let Err(error) = page.await {
-            tracing::error!(%error, "the metrics page ended");
+            tracing::error!(%error, "metrics server failed");
         }
     })))
 }
 
-/// Starts the streaming server; its task ends after `stop`, when its sessions have.
+/// Starts the streaming server. Its task ends after `stop`, once its sessions have ended.
 async fn stream_server(
     config: &Config,
     stop: &CancellationToken,
@@ -229,7 +221,7 @@ async fn stream_server(
     Ok((tokio::spawn(serving), streaming))
 }
 
-/// A token that SIGTERM and SIGINT cancel. A second signal ends the process at once: who asks twice does not want to wait.
+/// Returns a token that SIGTERM and SIGINT cancel. A second signal ends the process at once.
 fn stop_on_signal() -> Result<CancellationToken, ServeError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(ServeError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(ServeError::Signals)?;
@@ -242,7 +234,8 @@ fn stop_on_signal() -> Result<CancellationToken, ServeError> {
                 _ = interrupt.recv() => {}
             }
             if round == 0 {
-                tracing::info!("stopping: no new calls");
+                tracing::info!("received signal, draining calls");
+                notify::stopping();
                 token.cancel();
             }
         }

@@ -16,6 +16,8 @@ pub mod status;
 pub mod time;
 pub mod verbose;
 
+use boxlite_config::size::SizeError;
+
 /// Reason why a request cannot be converted.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ConvertError {
@@ -43,20 +45,9 @@ pub enum ConvertError {
         container_path: String,
         reason: String,
     },
-    /// The VM does not fit into the pod's cgroup.
-    #[error(
-        "the pod's VM needs {vm_mib} MiB ({pod_mib} MiB for containers + {overhead_mib} MiB overhead) and the pod cgroup {cgroup} allows {limit_mib} MiB: give the RuntimeClass an overhead of at least {overhead_mib} MiB"
-    )]
-    TooSmall {
-        vm_mib: u64,
-        pod_mib: u64,
-        overhead_mib: u64,
-        limit_mib: u64,
-        cgroup: String,
-    },
-    /// An update exceeds the VM's capacity.
-    #[error("{0}; a running VM cannot grow: recreate the pod")]
-    Beyond(String),
+    /// The pod's VM cannot have this size.
+    #[error(transparent)]
+    Size(#[from] SizeError),
 }
 
 impl ConvertError {
@@ -94,9 +85,8 @@ impl From<ConvertError> for tonic::Status {
             }
             ConvertError::Unsupported { .. } => Self::unimplemented(message),
             ConvertError::HostPath { .. } => Self::failed_precondition(message),
-            ConvertError::TooSmall { .. } | ConvertError::Beyond(_) => {
-                Self::resource_exhausted(message)
-            }
+            ConvertError::Size(SizeError::TooLarge(_)) => Self::invalid_argument(message),
+            ConvertError::Size(_) => Self::resource_exhausted(message),
         }
     }
 }

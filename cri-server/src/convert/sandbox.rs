@@ -4,10 +4,13 @@
 //! newer kubelet survive a restart of the daemon.
 
 use super::ConvertError;
-use super::size::{VmSize, merge, vm_size};
+use super::size::{limits, merge};
 use super::spec;
 use crate::cni::{Bandwidth, DnsSettings, PodNetwork, PortMap};
-use crate::config::PodDefaults;
+use boxlite_config::cgroup::expand_slice;
+use boxlite_config::dns;
+use boxlite_config::pod::PodDefaults;
+use boxlite_config::size::{SizeRequest, VmSize, vm_size};
 use boxlite_proto::cri::v1::{
     LinuxContainerResources, NamespaceMode, PodSandboxConfig, PodSandboxMetadata, Protocol,
     UserNamespace,
@@ -200,12 +203,12 @@ impl PodMetadata {
         options.userns_options.as_ref()
     }
 
-    /// Returns the cgroup parent, empty if unset.
+    /// Returns the pod's cgroup as a path, systemd's slices expanded; empty if the request has none.
     pub fn cgroup_parent(&self) -> String {
         self.config
             .as_ref()
             .and_then(|config| config.linux.as_ref())
-            .map(|linux| linux.cgroup_parent.clone())
+            .map(|linux| expand_slice(&linux.cgroup_parent))
             .unwrap_or_default()
     }
 
@@ -226,7 +229,15 @@ impl PodMetadata {
             .config
             .as_ref()
             .and_then(|config| config.linux.as_ref());
-        let VmSize { vcpus, memory_mib } = vm_size(linux, defaults, limit)?;
+        let cgroup_parent = self.cgroup_parent();
+        let request = SizeRequest {
+            limits: limits(linux.and_then(|linux| linux.resources.as_ref())),
+            overhead: limits(linux.and_then(|linux| linux.overhead.as_ref())),
+            cgroup: &cgroup_parent,
+            cgroup_limit: limit,
+            ..SizeRequest::default()
+        };
+        let VmSize { vcpus, memory_mib } = vm_size(&request, defaults)?;
         Ok(BoxOptions {
             id: id.to_owned(),
             name: self.key(),
@@ -240,7 +251,7 @@ impl PodMetadata {
             sysctls: linux
                 .map(|linux| linux.sysctls.clone().into_iter().collect())
                 .unwrap_or_default(),
-            cgroup_parent: self.cgroup_parent(),
+            cgroup_parent,
             vmm: None,
             debug_console: defaults.debug_console,
         })
@@ -301,17 +312,7 @@ impl PodMetadata {
     /// Returns the pod's resolv.conf; `None` without DNS config, which means the node's.
     pub fn resolv_conf(&self) -> Option<String> {
         let dns = self.config.as_ref()?.dns_config.as_ref()?;
-        let mut text = String::new();
-        if !dns.searches.is_empty() {
-            text.push_str(&format!("search {}\n", dns.searches.join(" ")));
-        }
-        for server in &dns.servers {
-            text.push_str(&format!("nameserver {server}\n"));
-        }
-        if !dns.options.is_empty() {
-            text.push_str(&format!("options {}\n", dns.options.join(" ")));
-        }
-        (!text.is_empty()).then_some(text)
+        dns::resolv_conf(&dns.servers, &dns.searches, &dns.options)
     }
 
     /// Returns the pod's hosts file, for containers without a hosts mount of the kubelet.

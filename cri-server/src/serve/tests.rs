@@ -1,13 +1,14 @@
-//! The gRPC server over a real socket, spoken to in bytes as grpc-go would.
+//! Tests of the gRPC server over a real socket, with requests in bytes as grpc-go writes them.
 
 use super::*;
 use crate::service::tests::Fixture;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
-/// Limit of each test's waits.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// Longest wait of a test.
+const TEST_TIMEOUT: Duration = Duration::from_secs(20);
 
 fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     let mut bytes = u32::try_from(payload.len()).unwrap().to_be_bytes()[1..].to_vec();
@@ -21,7 +22,7 @@ fn text(bytes: &[u8]) -> Vec<u8> {
     [&[u8::try_from(bytes.len()).unwrap()], bytes].concat()
 }
 
-/// A Version call whose `:authority` is what grpc-go makes of a socket's path.
+/// Encodes a Version call with this `:authority`; grpc-go derives one from a socket's path.
 fn version_call(authority: &str) -> Vec<u8> {
     let mut block = vec![0x83, 0x86, 0x04];
     block.extend(text(b"/runtime.v1.RuntimeService/Version"));
@@ -46,7 +47,7 @@ async fn answer(path: &std::path::Path, call: Vec<u8>) -> Vec<u8> {
     stream.write_all(&call).await.unwrap();
     let mut got = Vec::new();
     let read = async {
-        // Until the runtime's name, or a reset of the stream (type 3), or the end.
+        // Read until the runtime's name, a reset of the stream (type 3), or the end.
         loop {
             let reset = got.windows(9).any(|w: &[u8]| w[..4] == [0, 0, 4, 3]);
             if reset || got.windows(11).any(|w| w == b"boxlite-cri") {
@@ -57,39 +58,64 @@ async fn answer(path: &std::path::Path, call: Vec<u8>) -> Vec<u8> {
             }
         }
     };
-    tokio::time::timeout(PATIENCE, read).await.unwrap();
+    tokio::time::timeout(TEST_TIMEOUT, read).await.unwrap();
     got
 }
 
-#[tokio::test]
-async fn authorities_of_grpc_go_are_answered_and_the_end_is_bounded() {
+/// The gRPC server of a fixture on a socket in the fixture's directory.
+pub struct Serving {
+    pub socket: PathBuf,
+    stop: CancellationToken,
+    task: JoinHandle<Result<(), ServeError>>,
+    fixture: Fixture,
+}
+
+impl Serving {
+    /// Stops the server and waits for its end.
+    pub async fn stop(self) {
+        self.stop.cancel();
+        tokio::time::timeout(TEST_TIMEOUT, self.task)
+            .await
+            .unwrap()
+            .unwrap()
+            .unwrap();
+    }
+}
+
+/// Serves a runtime without pods.
+pub async fn serve_fixture() -> Serving {
     let fixture = Fixture::new().await;
-    let path = fixture.dir.path().join("run/cri.sock");
-    let listener = socket::bind(&path).unwrap();
+    let socket = fixture.dir.path().join("run/cri.sock");
+    let listener = socket::bind(&socket).unwrap();
     let stop = CancellationToken::new();
-    let token = stop.clone();
-    let server = fixture.server.clone();
-    let serving = tokio::spawn(async move { grpc(&server, listener, token).await });
+    let (server, token) = (fixture.server.clone(), stop.clone());
+    Serving {
+        socket,
+        stop,
+        task: tokio::spawn(async move { grpc(&server, listener, token).await }),
+        fixture,
+    }
+}
+
+#[tokio::test]
+async fn grpc_answers_grpc_go_authorities_and_ends_in_time() {
+    let serving = serve_fixture().await;
     for authority in [
         "localhost",
         "%2Frun%2Fboxlite%2Fcri.sock",
         "/run/boxlite/cri.sock",
     ] {
-        let got = answer(&path, version_call(authority)).await;
+        let got = answer(&serving.socket, version_call(authority)).await;
         assert!(
             got.windows(11).any(|w| w == b"boxlite-cri"),
             "{authority}: {got:?}"
         );
     }
-    // A client that stays connected and asks nothing holds nobody up.
-    let idle = UnixStream::connect(&path).await.unwrap();
+    // An idle client does not delay the end.
+    let idle = UnixStream::connect(&serving.socket).await.unwrap();
     let begun = Instant::now();
-    stop.cancel();
-    tokio::time::timeout(PATIENCE, serving)
-        .await
-        .unwrap()
-        .unwrap()
-        .unwrap();
-    assert!(begun.elapsed() < fixture.server.config.timeouts.drain + Duration::from_secs(2));
+    let drain = serving.fixture.server.config.timeouts.drain;
+    serving.stop().await;
+    assert!(begun.elapsed() < drain + Duration::from_secs(2));
     drop(idle);
 }

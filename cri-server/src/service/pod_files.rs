@@ -2,18 +2,15 @@
 
 use crate::convert::sandbox::PodMetadata;
 use crate::layout::Layout;
+use boxlite_config::dns;
 use std::collections::HashSet;
 use std::fs::{self, DirBuilder, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 
-/// Source of resolv.conf for a pod without DNS config.
-const NODE_RESOLV_CONF: &str = "/etc/resolv.conf";
 /// Source of the hosts file for a pod with host networking.
 const NODE_HOSTS: &str = "/etc/hosts";
-/// Maximum size of a file copied from the node.
-const MAX_NODE_FILE_BYTES: u64 = 1 << 20;
 
 /// Writes the files. The directory is private; the files are readable by any user of a container.
 pub fn write(layout: &Layout, id: &str, record: &PodMetadata) -> io::Result<()> {
@@ -24,7 +21,7 @@ pub fn write(layout: &Layout, id: &str, record: &PodMetadata) -> io::Result<()> 
         .create(&directory)?;
     let resolv = match record.resolv_conf() {
         Some(text) => text.into_bytes(),
-        None => of_node(NODE_RESOLV_CONF)?,
+        None => dns::node_resolv_conf()?,
     };
     file(&directory.join("resolv.conf"), &resolv)?;
     file(
@@ -32,7 +29,7 @@ pub fn write(layout: &Layout, id: &str, record: &PodMetadata) -> io::Result<()> 
         format!("{}\n", record.hostname()).as_bytes(),
     )?;
     let hosts = match record.host_network() {
-        true => of_node(NODE_HOSTS)?,
+        true => dns::node_file(Path::new(NODE_HOSTS))?,
         false => record.hosts().into_bytes(),
     };
     file(&directory.join("hosts"), &hosts)
@@ -65,17 +62,4 @@ fn file(path: &Path, content: &[u8]) -> io::Result<()> {
         .mode(0o644)
         .open(path)?
         .write_all(content)
-}
-
-/// Reads a file of the node; a missing file is empty.
-fn of_node(path: &str) -> io::Result<Vec<u8>> {
-    let mut text = Vec::new();
-    match fs::File::open(path) {
-        Ok(file) => {
-            file.take(MAX_NODE_FILE_BYTES).read_to_end(&mut text)?;
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(error),
-    }
-    Ok(text)
 }

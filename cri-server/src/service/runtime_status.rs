@@ -50,6 +50,7 @@ pub fn status(server: &Server, request: &StatusRequest) -> StatusResponse {
         let config = &server.config;
         let details = json!({
             "vmm": server.vmm,
+            "commit": env!("BOXLITE_COMMIT"),
             "root": config.root,
             "state": config.state,
             // containerd's name: clients look there for the root file systems.

@@ -10,15 +10,12 @@
 use super::{Server, cni_status, new_id, nri_hooks, pod_files, status_of};
 use crate::cni::CniError;
 use crate::convert::sandbox::PodMetadata;
-use crate::convert::size;
+use boxlite_config::cgroup::{self, CGROUP_MOUNT};
 use boxlite_proto::cri::v1::{RunPodSandboxRequest, RunPodSandboxResponse};
 use boxlite_runtime::LiteBox;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use tonic::Status;
-
-/// Mount point of the cgroup file systems.
-const CGROUPS: &str = "/sys/fs/cgroup";
 
 /// Handles RunPodSandbox.
 pub async fn run(
@@ -53,7 +50,7 @@ async fn make(server: &Server, record: PodMetadata) -> Result<String, Status> {
             present.id()
         )));
     }
-    let limit = size::cgroup_memory_limit(Path::new(CGROUPS), &record.cgroup_parent());
+    let limit = cgroup::memory_limit(Path::new(CGROUP_MOUNT), &record.cgroup_parent());
     let id = new_id();
     // Checked before an address is allocated: the pod's VM must fit.
     record.box_options(&id, None, &server.config.pod, limit)?;

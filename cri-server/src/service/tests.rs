@@ -320,12 +320,12 @@ async fn run_pod_without_network_config_fails_and_status_explains() {
 
 #[tokio::test]
 async fn run_pod_with_impossible_vm_size_allocates_no_address() {
-    // The cgroup's limit is unknown here, so the size itself is impossible: beyond 32 bits of MiB.
+    // The largest limit that is a limit: an exbibyte and more is none.
     let fixture = Fixture::new().await;
     let mut request = run_request("");
     request.config.as_mut().unwrap().linux = Some(LinuxPodSandboxConfig {
         resources: Some(LinuxContainerResources {
-            memory_limit_in_bytes: i64::MAX,
+            memory_limit_in_bytes: (1 << 60) - 1,
             ..Default::default()
         }),
         ..Default::default()

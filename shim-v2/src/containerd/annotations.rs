@@ -1,14 +1,15 @@
-//! Pod annotations that change the VM, where the configuration allows them. [`Wishes::read`] checks all of them.
+//! Pod annotations that change the VM, if the configuration allows them. [`PodOverrides::read`] checks all of them.
 //!
-//! Every annotation that begins with `io.boxlite.` is meant for this shim: one it does not know, or may not follow, is
-//! refused by name rather than ignored. They count for the pod as a whole and are read when its VM is made.
+//! Annotations that begin with `io.boxlite.` are addressed to this shim: unknown and disallowed ones are refused by name rather
+//! than ignored. They apply to the pod as a whole and are read when its VM is created.
 
 use crate::error::{Result, ShimError};
+use boxlite_config::pod::{MEMORY_MIB, VCPUS as VCPU_RANGE};
 use boxlite_proto::vmm::VmmKind;
 use std::collections::HashMap;
 use std::path::PathBuf;
 
-/// What makes an annotation ours.
+/// Prefix of this shim's annotations.
 const PREFIX: &str = "io.boxlite.";
 /// `krun` or `qemu`.
 const VMM: &str = "io.boxlite.vmm";
@@ -16,46 +17,46 @@ const VMM: &str = "io.boxlite.vmm";
 const VCPUS: &str = "io.boxlite.vcpus";
 /// Memory for the containers in MiB; the overhead is added.
 const MEMORY: &str = "io.boxlite.memory-mib";
-/// Path of a libkrunfw on the node: another guest kernel. Its code runs on the host too, in the jail.
+/// Path of a libkrunfw on the node: another guest kernel. Its code runs on the host, too, inside the jail.
 const KERNEL: &str = "io.boxlite.kernel";
-/// `true` or `false`: the kernel's messages in console.log.
+/// `true` or `false`: kernel messages in console.log.
 const CONSOLE: &str = "io.boxlite.debug-console";
 
-/// All that are known.
+/// All known annotations.
 pub const NAMES: [&str; 5] = [VMM, VCPUS, MEMORY, KERNEL, CONSOLE];
 
-/// What a pod asked for.
+/// Settings of a pod that override the configuration.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Wishes {
-    /// Which VMM.
+pub struct PodOverrides {
+    /// The VMM.
     pub vmm: Option<VmmKind>,
-    /// How many CPUs.
+    /// Virtual CPUs.
     pub vcpus: Option<u8>,
-    /// MiB without overhead.
+    /// Memory for the containers in MiB.
     pub memory_mib: Option<u32>,
-    /// Another libkrunfw.
+    /// Guest kernel.
     pub kernel: Option<PathBuf>,
     /// Kernel messages.
     pub debug_console: Option<bool>,
 }
 
-impl Wishes {
-    /// Reads them out of a pod's annotations.
+impl PodOverrides {
+    /// Reads a pod's annotations.
     ///
     /// # Errors
-    /// Invalid, naming the annotation: unknown, not allowed, or a value nothing can be done with.
+    /// Invalid, naming the annotation: unknown, not allowed, or an invalid value.
     pub fn read(annotations: &HashMap<String, String>, allowed: &[String]) -> Result<Self> {
-        let mut wishes = Self::default();
+        let mut overrides = Self::default();
         let mut ours: Vec<_> = annotations
             .iter()
             .filter(|(name, _)| name.starts_with(PREFIX))
             .collect();
-        // One and the same message, however the map is ordered.
+        // Sorted, so that the message does not depend on the order of the map.
         ours.sort();
         for (name, value) in ours {
             if !NAMES.contains(&name.as_str()) {
                 return Err(refuse(format!(
-                    "{name} is not known; known are {}",
+                    "unknown annotation {name}; known are {}",
                     NAMES.join(", ")
                 )));
             }
@@ -64,34 +65,38 @@ impl Wishes {
                     "{name} is not among the allowed_annotations of the node's shim configuration"
                 )));
             }
-            wishes.take(name, value)?;
+            overrides.take(name, value)?;
         }
-        Ok(wishes)
+        Ok(overrides)
     }
 
     fn take(&mut self, name: &str, value: &str) -> Result<()> {
-        let bad = |wanted: &str| refuse(format!("{name} = {value:?}: {wanted}"));
+        let bad = |expected: &str| refuse(format!("{name} = {value:?}: {expected}"));
+        let number = |range: &std::ops::RangeInclusive<i64>| {
+            value.parse().ok().filter(|number| range.contains(number))
+        };
         match name {
             VMM => {
-                self.vmm = Some(value.parse().map_err(|_| bad("krun or qemu"))?);
+                self.vmm = Some(value.parse().map_err(|_| bad("must be krun or qemu"))?);
             }
             VCPUS => {
-                let count = value.parse().ok().filter(|count| (1..=64).contains(count));
-                self.vcpus = Some(count.ok_or_else(|| bad("1 to 64"))?);
+                let count = number(&VCPU_RANGE).and_then(|count| u8::try_from(count).ok());
+                self.vcpus = Some(count.ok_or_else(|| bad("must be 1 to 64"))?);
             }
             MEMORY => {
-                let mib = value.parse().ok();
-                let mib = mib.filter(|mib| (64..=1 << 20).contains(mib));
-                self.memory_mib = Some(mib.ok_or_else(|| bad("64 to 1048576 MiB"))?);
+                let mib = number(&MEMORY_MIB).and_then(|mib| u32::try_from(mib).ok());
+                self.memory_mib = Some(mib.ok_or_else(|| bad("must be 64 to 1048576 MiB"))?);
             }
             KERNEL => {
                 let path = PathBuf::from(value);
                 if !path.is_absolute() || !path.is_file() {
-                    return Err(bad("no absolute path of a file on this node"));
+                    return Err(bad("not an absolute path of a file on this node"));
                 }
                 self.kernel = Some(path);
             }
-            _ => self.debug_console = Some(value.parse().map_err(|_| bad("true or false"))?),
+            _ => {
+                self.debug_console = Some(value.parse().map_err(|_| bad("must be true or false"))?)
+            }
         }
         Ok(())
     }
@@ -108,14 +113,14 @@ fn refuse(reason: String) -> ShimError {
 mod tests {
     use super::*;
 
-    fn read(pairs: &[(&str, &str)], allowed: &[&str]) -> Result<Wishes> {
+    fn read(pairs: &[(&str, &str)], allowed: &[&str]) -> Result<PodOverrides> {
         let own = |text: &&str| (*text).to_owned();
         let annotations = pairs.iter().map(|(k, v)| (own(k), own(v))).collect();
-        Wishes::read(&annotations, &allowed.iter().map(own).collect::<Vec<_>>())
+        PodOverrides::read(&annotations, &allowed.iter().map(own).collect::<Vec<_>>())
     }
 
     #[test]
-    fn what_is_not_allowed_or_not_known_is_refused_by_name() {
+    fn unknown_or_disallowed_annotation_is_refused_by_name() {
         let error = read(&[(VCPUS, "2")], &[])
             .expect_err("not allowed")
             .to_string();
@@ -127,17 +132,17 @@ mod tests {
             .expect_err("unknown")
             .to_string();
         assert!(
-            error.contains("io.boxlite.speed") && error.contains("not known"),
+            error.contains("io.boxlite.speed") && error.contains("unknown"),
             "{error}"
         );
         assert_eq!(
-            read(&[("other.io/x", "9")], &[]).expect("not ours"),
-            Wishes::default()
+            read(&[("other.io/x", "9")], &[]).expect("another program's"),
+            PodOverrides::default()
         );
     }
 
     #[test]
-    fn values_are_checked() {
+    fn invalid_value_is_refused_by_name() {
         let all: Vec<&str> = NAMES.to_vec();
         for (name, value) in [
             (VMM, "xen"),
@@ -152,7 +157,7 @@ mod tests {
             let error = read(&[(name, value)], &all).expect_err(value).to_string();
             assert!(error.contains(name) && error.contains(value), "{error}");
         }
-        let wishes = read(
+        let overrides = read(
             &[
                 (VMM, "qemu"),
                 (VCPUS, "2"),
@@ -161,13 +166,13 @@ mod tests {
             ],
             &all,
         );
-        let wishes = wishes.expect("valid");
+        let overrides = overrides.expect("valid");
         assert_eq!(
             (
-                wishes.vmm,
-                wishes.vcpus,
-                wishes.memory_mib,
-                wishes.debug_console
+                overrides.vmm,
+                overrides.vcpus,
+                overrides.memory_mib,
+                overrides.debug_console
             ),
             (Some(VmmKind::Qemu), Some(2), Some(512), Some(true))
         );

@@ -1,8 +1,9 @@
-//! `/etc/hostname`, `/etc/hosts` and `/etc/resolv.conf` of a pod whose `sandboxer` is this shim: containerd makes none then,
-//! and mounts none into its containers. With a pause container, and with boxlite-cri, they come in the spec.
+//! `/etc/hostname`, `/etc/hosts` and `/etc/resolv.conf` of a pod whose `sandboxer` is this shim: containerd then neither
+//! creates them nor mounts them into containers. With a pause container, and with boxlite-cri, they come in the spec.
 
 use crate::error::{Result, ShimError};
 use crate::shim_state::write_atomically;
+use boxlite_config::dns;
 use boxlite_proto::shim::shim::PodConfig;
 use oci_spec::runtime::{Mount, Spec};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
@@ -10,13 +11,15 @@ use std::path::Path;
 
 /// Directory of the files in the sandbox's bundle.
 const DIR: &str = "etc";
-/// Their names there and below `/etc` of a container.
+/// Hosts file of the node.
+const NODE_HOSTS: &str = "/etc/hosts";
+/// Names of the files in the bundle and below `/etc` of a container.
 const NAMES: [&str; 3] = ["hostname", "hosts", "resolv.conf"];
 
 /// Writes the files of a pod into its sandbox's bundle.
 ///
 /// # Errors
-/// Io where the bundle cannot be written.
+/// Io if the bundle cannot be written.
 pub fn write(bundle: &Path, pod: &PodConfig, hostname: &str) -> Result<()> {
     let dir = bundle.join(DIR);
     std::fs::DirBuilder::new()
@@ -24,41 +27,23 @@ pub fn write(bundle: &Path, pod: &PodConfig, hostname: &str) -> Result<()> {
         .mode(0o700)
         .create(&dir)
         .map_err(ShimError::io("create", dir.display()))?;
-    let host = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-    let contents = [
-        format!("{hostname}\n"),
-        host("/etc/hosts"),
-        resolv(pod).unwrap_or_else(|| host("/etc/resolv.conf")),
-    ];
+    let config = &pod.dns_config;
+    let resolv = match dns::resolv_conf(&config.servers, &config.searches, &config.options) {
+        Some(text) => text.into_bytes(),
+        None => dns::node_resolv_conf().map_err(ShimError::io("read", "/etc/resolv.conf"))?,
+    };
+    let hosts = dns::node_file(Path::new(NODE_HOSTS)).map_err(ShimError::io("read", NODE_HOSTS))?;
+    let contents = [format!("{hostname}\n").into_bytes(), hosts, resolv];
     for (name, content) in NAMES.iter().zip(contents) {
         let path = dir.join(name);
-        write_atomically(&path, content.as_bytes())
+        write_atomically(&path, &content)
             .and_then(|()| std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)))
             .map_err(ShimError::io("write", path.display()))?;
     }
     Ok(())
 }
 
-/// None: the pod says nothing, and gets the node's.
-fn resolv(pod: &PodConfig) -> Option<String> {
-    let dns = &pod.dns_config;
-    if dns.servers.is_empty() && dns.searches.is_empty() && dns.options.is_empty() {
-        return None;
-    }
-    let mut text = String::new();
-    if !dns.searches.is_empty() {
-        text.push_str(&format!("search {}\n", dns.searches.join(" ")));
-    }
-    for server in &dns.servers {
-        text.push_str(&format!("nameserver {server}\n"));
-    }
-    if !dns.options.is_empty() {
-        text.push_str(&format!("options {}\n", dns.options.join(" ")));
-    }
-    Some(text)
-}
-
-/// Adds mounts of the files in the sandbox's bundle, where there are some and the spec has none of its own.
+/// Mounts the files of the sandbox's bundle into a container, except those that its spec mounts itself.
 pub fn mount(bundle: &Path, spec: &mut Spec) {
     let dir = bundle.join(DIR);
     if !dir.is_dir() {
@@ -89,7 +74,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_container_gets_what_its_spec_lacks() {
+    fn mount_adds_the_files_that_the_spec_lacks() {
         let dir = tempfile::tempdir().expect("tempdir");
         let mut spec: Spec = serde_json::from_value(serde_json::json!({
             "ociVersion": "1.0.2", "mounts": [{"destination": "/etc/hosts", "type": "bind", "source": "/kubelet/hosts"}],

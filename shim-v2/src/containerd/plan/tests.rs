@@ -1,4 +1,4 @@
-//! Plans out of specs as containerd 1.6 and 2.x write them.
+//! Tests of plans for specs in the form of containerd 1.6 and 2.x.
 
 use super::*;
 use serde_json::json;
@@ -13,7 +13,7 @@ fn config() -> ShimConfig {
 }
 
 #[tokio::test]
-async fn a_pause_container_carries_the_pods_limits_in_annotations() {
+async fn pause_container_has_the_pods_limits_in_annotations() {
     let spec = spec(json!({
         "ociVersion": "1.0.2", "hostname": "web",
         "annotations": {
@@ -41,7 +41,7 @@ async fn a_pause_container_carries_the_pods_limits_in_annotations() {
 }
 
 #[tokio::test]
-async fn a_task_of_ctr_has_its_own_limits_and_a_private_network() {
+async fn task_of_ctr_has_its_own_limits_and_a_private_network() {
     let spec = spec(json!({
         "ociVersion": "1.0.2", "annotations": {"io.boxlite.vcpus": "3"},
         "linux": {
@@ -57,38 +57,22 @@ async fn a_task_of_ctr_has_its_own_limits_and_a_private_network() {
     let options = plan.options;
     assert_eq!((options.vcpus, options.memory_mib), (3, 65 + 64));
     assert_eq!(options.hostname, "0123456789ab");
-    assert_eq!(options.cgroup_parent, "", "the root is no pod's");
+    assert_eq!(options.cgroup_parent, "", "the root cgroup is not a pod's");
 }
 
 #[tokio::test]
-async fn a_spec_without_a_network_namespace_is_in_the_hosts() {
+async fn spec_without_network_namespace_uses_the_hosts() {
     let spec = spec(json!({"ociVersion": "1.0.2", "linux": {"namespaces": [{"type": "mount"}]}}));
     assert_eq!(network(&spec), Network::Host);
     let plan = of_task("abc", &spec, None, &config())
         .await
         .expect("a plan");
     assert!(plan.options.host_network && !plan.local_ports);
-    assert!(plan.host_ipc, "nor has it an IPC namespace");
-}
-
-#[test]
-fn slices_become_paths() {
-    let parent = |text: &str| parent_of(Path::new(text));
-    assert_eq!(
-        parent("kubepods-besteffort-podX.slice:cri-containerd:abc"),
-        "/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-podX.slice"
-    );
-    assert_eq!(
-        parent("/kubepods/besteffort/podX/abc"),
-        "/kubepods/besteffort/podX"
-    );
-    assert_eq!(parent("/default/../x"), "");
-    assert_eq!(parent("abc"), "");
-    assert_eq!(expand_slice("/kubepods/podX"), "/kubepods/podX");
+    assert!(plan.host_ipc, "the spec has no IPC namespace either");
 }
 
 #[tokio::test]
-async fn a_pod_configuration_is_read_with_its_network() {
+async fn pod_config_sets_size_cgroup_and_network() {
     let mut pod = PodConfig::new();
     pod.hostname = "web".to_owned();
     let linux = pod.linux.mut_or_insert_default();
@@ -119,4 +103,18 @@ async fn a_pod_configuration_is_read_with_its_network() {
     assert!(error.to_string().contains("netns_path"), "{error}");
     let plan = of_pod("abc", &pod, None, &config()).await.expect("a plan");
     assert!(plan.options.host_network && !plan.local_ports);
+}
+
+#[tokio::test]
+async fn limit_of_an_exbibyte_is_no_limit() {
+    let mut pod = PodConfig::new();
+    let resources = pod.linux.mut_or_insert_default();
+    let resources = resources.resources.mut_or_insert_default();
+    resources.memory_limit_in_bytes = 1 << 60;
+    let plan = of_pod("abc", &pod, None, &config()).await.expect("a plan");
+    let defaults = config().pod;
+    assert_eq!(
+        plan.options.memory_mib,
+        defaults.memory_mib + defaults.overhead_mib
+    );
 }

@@ -1,0 +1,188 @@
+//! VM size of a pod: vCPUs and memory from the pod's limits, its overhead and the configured defaults.
+//!
+//! [`VmCapacity`] checks later updates against the VM, which does not grow while it runs.
+
+use crate::cgroup::UNLIMITED_BYTES;
+use crate::pod::{PodDefaults, VCPUS};
+
+const MIB: u64 = 1 << 20;
+/// Default period of the CPU quota in µs, as in the kernel and the kubelet.
+const DEFAULT_PERIOD_US: i64 = 100_000;
+
+/// Limits of a pod or container as the kubelet or containerd states them. Zero and negative values mean no limit.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// Memory limit.
+    pub memory_bytes: i64,
+    /// CPU time per period in µs.
+    pub cpu_quota_us: i64,
+    /// Period in µs; 100 ms if unset.
+    pub cpu_period_us: i64,
+}
+
+impl Limits {
+    /// Returns the memory limit rounded up to MiB; `None` without one. An exbibyte and more is no limit, as in cgroup v1.
+    pub fn memory_mib(&self) -> Option<u64> {
+        let bytes = u64::try_from(self.memory_bytes).ok()?;
+        (bytes > 0 && bytes < UNLIMITED_BYTES).then(|| bytes.div_ceil(MIB))
+    }
+
+    /// Returns the CPU limit rounded up to whole CPUs that a VM can have; `None` without one.
+    pub fn vcpus(&self) -> Option<u8> {
+        if self.cpu_quota_us <= 0 {
+            return None;
+        }
+        let period = self.period_us();
+        let count = self.cpu_quota_us / period + i64::from(self.cpu_quota_us % period > 0);
+        u8::try_from(count.clamp(*VCPUS.start(), *VCPUS.end())).ok()
+    }
+
+    fn millicpus(&self) -> Option<i64> {
+        (self.cpu_quota_us > 0).then(|| self.cpu_quota_us.saturating_mul(1000) / self.period_us())
+    }
+
+    fn period_us(&self) -> i64 {
+        if self.cpu_period_us > 0 {
+            self.cpu_period_us
+        } else {
+            DEFAULT_PERIOD_US
+        }
+    }
+}
+
+/// Size of a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VmSize {
+    /// Virtual CPUs.
+    pub vcpus: u8,
+    /// Memory in MiB, overhead included.
+    pub memory_mib: u32,
+}
+
+/// Everything that decides on a VM's size.
+#[derive(Debug, Clone, Default)]
+pub struct SizeRequest<'a> {
+    /// Limits of the pod.
+    pub limits: Limits,
+    /// Overhead of the pod's RuntimeClass.
+    pub overhead: Limits,
+    /// vCPUs set by an annotation; takes precedence over the limit.
+    pub vcpus: Option<u8>,
+    /// Memory for the containers set by an annotation; takes precedence over the limit.
+    pub memory_mib: Option<u32>,
+    /// Name of the pod's cgroup, for messages.
+    pub cgroup: &'a str,
+    /// Memory limit of that cgroup in bytes.
+    pub cgroup_limit: Option<u64>,
+}
+
+/// A size that cannot be had.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum SizeError {
+    /// The VM would not fit into the pod's cgroup, and the kernel would kill it.
+    #[error(
+        "the pod's VM needs {vm_mib} MiB ({pod_mib} MiB for containers + {overhead_mib} MiB overhead) and the pod cgroup {cgroup} allows {limit_mib} MiB: give the RuntimeClass an overhead of at least {overhead_mib} MiB"
+    )]
+    CgroupTooSmall {
+        vm_mib: u64,
+        pod_mib: u64,
+        overhead_mib: u64,
+        limit_mib: u64,
+        cgroup: String,
+    },
+    /// The memory limit exceeds any VM's.
+    #[error("invalid memory limit: {0} MiB are more than a VM can have")]
+    TooLarge(u64),
+    /// An update asks for more than the VM has.
+    #[error("{0}; a VM does not grow while it runs: the pod must be created again")]
+    Beyond(String),
+}
+
+/// Returns the VM size for a pod.
+pub fn vm_size(request: &SizeRequest<'_>, defaults: &PodDefaults) -> Result<VmSize, SizeError> {
+    let pod_mib = request
+        .memory_mib
+        .map(u64::from)
+        .or(request.limits.memory_mib())
+        .unwrap_or(u64::from(defaults.memory_mib));
+    let overhead_mib = overhead_mib(&request.overhead, defaults);
+    let vm_mib = pod_mib.saturating_add(overhead_mib);
+    if let Some(limit) = request
+        .cgroup_limit
+        .filter(|limit| *limit < vm_mib.saturating_mul(MIB))
+    {
+        return Err(SizeError::CgroupTooSmall {
+            vm_mib,
+            pod_mib,
+            overhead_mib,
+            limit_mib: limit / MIB,
+            cgroup: request.cgroup.to_owned(),
+        });
+    }
+    let vcpus = request.vcpus.or(request.limits.vcpus());
+    Ok(VmSize {
+        vcpus: vcpus.unwrap_or(defaults.vcpus),
+        memory_mib: u32::try_from(vm_mib).map_err(|_| SizeError::TooLarge(vm_mib))?,
+    })
+}
+
+fn overhead_mib(overhead: &Limits, defaults: &PodDefaults) -> u64 {
+    let declared = overhead.memory_mib().unwrap_or(0);
+    declared.max(u64::from(defaults.overhead_mib))
+}
+
+/// Capacity of a running VM, against which updates are checked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VmCapacity {
+    vm_mib: u64,
+    overhead_mib: u64,
+    vcpus: u8,
+}
+
+impl VmCapacity {
+    /// Returns the capacity of a VM of `size` for a pod with this overhead.
+    pub fn new(size: VmSize, overhead: &Limits, defaults: &PodDefaults) -> Self {
+        Self {
+            vm_mib: u64::from(size.memory_mib),
+            overhead_mib: overhead_mib(overhead, defaults),
+            vcpus: size.vcpus,
+        }
+    }
+
+    /// Rejects limits that do not fit, with the arithmetic. A limit that is no higher than the current one passes: a pod
+    /// without limits may have a container whose limit is above its VM's size.
+    pub fn admit(&self, update: &Limits, current: Option<&Limits>) -> Result<(), SizeError> {
+        let current = current.copied().unwrap_or_default();
+        let Self {
+            vm_mib,
+            overhead_mib,
+            vcpus,
+        } = *self;
+        let available_mib = vm_mib.saturating_sub(overhead_mib);
+        if let Some(wanted_mib) = update.memory_mib()
+            && wanted_mib > available_mib
+            && wanted_mib > current.memory_mib().unwrap_or(0)
+        {
+            return Err(SizeError::Beyond(format!(
+                "memory_limit_in_bytes = {} is {wanted_mib} MiB, and the pod's VM has {available_mib} MiB for containers ({vm_mib} MiB - {overhead_mib} MiB overhead)",
+                update.memory_bytes
+            )));
+        }
+        if let Some(wanted) = update.millicpus()
+            && wanted > i64::from(vcpus) * 1000
+            && wanted > current.millicpus().unwrap_or(0)
+        {
+            return Err(SizeError::Beyond(format!(
+                "cpu_quota = {} in a period of {} is {}.{:03} CPUs, and the pod's VM has {vcpus}",
+                update.cpu_quota_us,
+                update.period_us(),
+                wanted / 1000,
+                wanted % 1000
+            )));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,129 @@
+//! The effective configuration as TOML, for `boxlite-cri config dump`. Loading the dump gives the same configuration.
+
+use super::Config;
+use std::path::Path;
+use std::time::Duration;
+use toml::{Table, Value};
+
+impl Config {
+    /// Returns every key with its effective value.
+    pub fn to_toml(&self) -> String {
+        let acceleration = self
+            .vmm
+            .acceleration
+            .map(|how| format!("{how:?}").to_lowercase());
+        let listen = self.metrics.listen.map(|address| address.to_string());
+        let top = table([
+            ("root", path(&self.root)),
+            ("state", path(&self.state)),
+            ("scratch_dir", path(&self.scratch_dir())),
+            ("listen", format!("unix://{}", self.listen.display()).into()),
+            ("log_level", self.log_level.clone().into()),
+            (
+                "vmm",
+                or(self.vmm.kind.as_ref().map(ToString::to_string), "auto"),
+            ),
+            ("acceleration", or(acceleration, "auto")),
+            ("runtime_handlers", self.runtime_handlers.clone().into()),
+            ("paths", self.paths_table()),
+            ("pod", self.pod_table()),
+            (
+                "cni",
+                table([
+                    ("conf_dir", path(&self.cni.conf_dir)),
+                    (
+                        "bin_dirs",
+                        Value::Array(self.cni.bin_dirs.iter().map(|dir| path(dir)).collect()),
+                    ),
+                    ("timeout_seconds", seconds(self.cni.timeout)),
+                ]),
+            ),
+            (
+                "registry",
+                table([("config_path", path(&self.registry.config_path))]),
+            ),
+            ("nri", self.nri_table()),
+            ("metrics", table([("listen", or(listen, "off"))])),
+            (
+                "streaming",
+                table([
+                    ("address", self.streaming.address.to_string().into()),
+                    ("port", i64::from(self.streaming.port).into()),
+                    ("idle_timeout_seconds", seconds(self.streaming.idle_timeout)),
+                    (
+                        "creation_timeout_seconds",
+                        seconds(self.streaming.creation_timeout),
+                    ),
+                ]),
+            ),
+            (
+                "timeouts",
+                table([
+                    ("run_pod_seconds", seconds(self.timeouts.run_pod)),
+                    ("drain_seconds", seconds(self.timeouts.drain)),
+                    ("stats_seconds", seconds(self.timeouts.stats)),
+                ]),
+            ),
+        ]);
+        top.as_table().map(Table::to_string).unwrap_or_default()
+    }
+
+    fn paths_table(&self) -> Value {
+        let paths = &self.paths;
+        table([
+            ("guest", path(&paths.guest)),
+            ("shim", path(&self.shim)),
+            ("libkrunfw", path(&paths.libkrunfw)),
+            ("qemu", path(&paths.qemu)),
+            ("virtiofsd", path(&paths.virtiofsd)),
+            ("vhost_device_vsock", path(&paths.vhost_device_vsock)),
+        ])
+    }
+
+    fn pod_table(&self) -> Value {
+        let pod = &self.pod;
+        table([
+            ("vcpus", i64::from(pod.vcpus).into()),
+            ("memory_mib", i64::from(pod.memory_mib).into()),
+            ("overhead_mib", i64::from(pod.overhead_mib).into()),
+            ("scratch_mib", i64::from(pod.scratch_mib).into()),
+            ("debug_console", pod.debug_console.into()),
+        ])
+    }
+
+    fn nri_table(&self) -> Value {
+        let nri = &self.nri;
+        table([
+            ("enable", nri.enable.into()),
+            ("socket_path", path(&nri.socket_path)),
+            ("plugin_path", path(&nri.plugin_path)),
+            ("plugin_config_path", path(&nri.plugin_config_path)),
+            (
+                "plugin_registration_timeout_seconds",
+                seconds(nri.registration_timeout),
+            ),
+            (
+                "plugin_request_timeout_seconds",
+                seconds(nri.request_timeout),
+            ),
+            ("disable_connections", nri.disable_connections.into()),
+        ])
+    }
+}
+
+fn table<const N: usize>(entries: [(&str, Value); N]) -> Value {
+    let entries = entries.map(|(key, value)| (key.to_owned(), value));
+    Value::Table(entries.into_iter().collect())
+}
+
+fn path(path: &Path) -> Value {
+    path.display().to_string().into()
+}
+
+fn or(value: Option<String>, default: &str) -> Value {
+    value.unwrap_or_else(|| default.to_owned()).into()
+}
+
+fn seconds(duration: Duration) -> Value {
+    i64::try_from(duration.as_secs()).unwrap_or(i64::MAX).into()
+}

@@ -1,0 +1,208 @@
+//! `boxlite-cri status`: state of the running daemon, asked over its CRI socket like any client would.
+//!
+//! Exit code: 0 if the daemon answers, 1 otherwise.
+
+#[cfg(test)]
+mod tests;
+
+use crate::cli::{Output, VERSION};
+use crate::config::Config;
+use boxlite_proto::cri::v1::runtime_service_client::RuntimeServiceClient;
+use boxlite_proto::cri::v1::{
+    ContainerState, ListContainersRequest, ListPodSandboxRequest, PodSandboxState, StatusRequest,
+    VersionRequest,
+};
+use hyper_util::rt::TokioIo;
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint, Uri};
+
+/// Longest wait for all answers of the daemon. None of the calls waits for a VM.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Failure to ask the daemon.
+#[derive(Debug, thiserror::Error)]
+enum StatusError {
+    /// Nothing listens.
+    #[error("failed to connect to {}: is the daemon running?", socket.display())]
+    Connect {
+        socket: PathBuf,
+        #[source]
+        source: tonic::transport::Error,
+    },
+    /// A call failed.
+    #[error("the daemon at {} failed to answer", socket.display())]
+    Call {
+        socket: PathBuf,
+        #[source]
+        source: Box<tonic::Status>,
+    },
+    /// Calls took too long.
+    #[error("the daemon at {} did not answer within {} s", socket.display(), ANSWER_TIMEOUT.as_secs())]
+    Timeout { socket: PathBuf },
+}
+
+/// State of the daemon.
+#[derive(Debug, Default)]
+struct DaemonState {
+    runtime: String,
+    api: String,
+    /// Settings from the verbose Status answer.
+    details: Value,
+    /// Condition, whether it holds, and the message if it does not.
+    conditions: Vec<(String, bool, String)>,
+    pods_ready: usize,
+    pods_not_ready: usize,
+    /// Containers by state: created, running, exited.
+    containers: [usize; 3],
+}
+
+/// Asks the daemon and prints the report.
+pub async fn status(config: Config, output: Output) -> ExitCode {
+    let socket = &config.listen;
+    let answer = tokio::time::timeout(ANSWER_TIMEOUT, DaemonState::ask(socket)).await;
+    let answer = answer.unwrap_or_else(|_| {
+        Err(StatusError::Timeout {
+            socket: socket.clone(),
+        })
+    });
+    match answer {
+        Ok(state) => {
+            match output {
+                Output::Text => print!("{}", state.text(socket)),
+                Output::Json => println!("{:#}", state.json(socket)),
+            }
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("boxlite-cri: {}", boxlite_runtime::report(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn connect(socket: &Path) -> Result<RuntimeServiceClient<Channel>, StatusError> {
+    let path = socket.to_owned();
+    let connector = tower::service_fn(move |_: Uri| {
+        let path = path.clone();
+        async move { UnixStream::connect(path).await.map(TokioIo::new) }
+    });
+    // The connector ignores the address.
+    Endpoint::from_static("http://localhost")
+        .connect_with_connector(connector)
+        .await
+        .map(RuntimeServiceClient::new)
+        .map_err(|source| StatusError::Connect {
+            socket: socket.to_owned(),
+            source,
+        })
+}
+
+impl DaemonState {
+    async fn ask(socket: &Path) -> Result<Self, StatusError> {
+        let failed = |source| StatusError::Call {
+            socket: socket.to_owned(),
+            source: Box::new(source),
+        };
+        let mut client = connect(socket).await?;
+        let version = client.version(VersionRequest::default()).await;
+        let version = version.map_err(failed)?.into_inner();
+        let status = client.status(StatusRequest { verbose: true }).await;
+        let status = status.map_err(failed)?.into_inner();
+        let pods = client.list_pod_sandbox(ListPodSandboxRequest::default());
+        let pods = pods.await.map_err(failed)?.into_inner().items;
+        let containers = client.list_containers(ListContainersRequest::default());
+        let containers = containers.await.map_err(failed)?.into_inner().containers;
+
+        let ready = |state: i32| state == PodSandboxState::SandboxReady as i32;
+        let pods_ready = pods.iter().filter(|pod| ready(pod.state)).count();
+        let in_state = |state: ContainerState| {
+            let state = state as i32;
+            containers.iter().filter(|c| c.state == state).count()
+        };
+        let details = status.info.get("config").map(String::as_str);
+        let conditions = status.status.unwrap_or_default().conditions;
+        Ok(Self {
+            runtime: format!("{} {}", version.runtime_name, version.runtime_version),
+            api: version.runtime_api_version,
+            details: details
+                .and_then(|text| serde_json::from_str(text).ok())
+                .unwrap_or_default(),
+            conditions: conditions
+                .into_iter()
+                .map(|c| (c.r#type, c.status, c.message))
+                .collect(),
+            pods_ready,
+            pods_not_ready: pods.len() - pods_ready,
+            containers: [
+                in_state(ContainerState::ContainerCreated),
+                in_state(ContainerState::ContainerRunning),
+                in_state(ContainerState::ContainerExited),
+            ],
+        })
+    }
+
+    fn detail(&self, key: &str) -> &str {
+        self.details[key].as_str().unwrap_or("unknown")
+    }
+
+    fn text(&self, socket: &Path) -> String {
+        let [created, running, exited] = self.containers;
+        let mut lines = vec![
+            ("socket", socket.display().to_string()),
+            ("daemon", format!("{} {}", self.runtime, self.commit())),
+            ("this program", format!("boxlite-cri {VERSION}")),
+            ("CRI", self.api.clone()),
+            ("VMM", self.detail("vmm").to_owned()),
+        ];
+        for (name, holds, message) in &self.conditions {
+            let text = match holds {
+                true => "true".to_owned(),
+                false => format!("false: {message}"),
+            };
+            lines.push((name.as_str(), text));
+        }
+        lines.push((
+            "pods",
+            format!(
+                "{} ready, {} not ready",
+                self.pods_ready, self.pods_not_ready
+            ),
+        ));
+        lines.push((
+            "containers",
+            format!("{running} running, {created} created, {exited} exited"),
+        ));
+        lines
+            .into_iter()
+            .map(|(name, value)| format!("{name:<14} {value}\n"))
+            .collect()
+    }
+
+    /// Commit of the daemon, in the same form as [`VERSION`]'s.
+    fn commit(&self) -> String {
+        format!("(commit {})", self.detail("commit"))
+    }
+
+    fn json(&self, socket: &Path) -> Value {
+        let [created, running, exited] = self.containers;
+        let conditions = self.conditions.iter().map(
+            |(name, holds, message)| json!({"type": name, "status": holds, "message": message}),
+        );
+        json!({
+            "socket": socket,
+            "daemon": self.runtime,
+            "commit": self.detail("commit"),
+            "client": VERSION,
+            "api": self.api,
+            "vmm": self.detail("vmm"),
+            "conditions": conditions.collect::<Vec<_>>(),
+            "pods": {"ready": self.pods_ready, "notReady": self.pods_not_ready},
+            "containers": {"created": created, "running": running, "exited": exited},
+            "config": self.details,
+        })
+    }
+}
