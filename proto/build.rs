@@ -1,6 +1,6 @@
-//! Generates the wire code of `boxlite/v1` and `cri/v1` (tonic), the messages of NRI, and the shim's ttrpc extension.
+//! Generates the code for `boxlite/v1` and `cri/v1` (tonic), the NRI messages, and the shim's ttrpc extension.
 //!
-//! Needs `protoc` (Debian: protobuf-compiler) for the gRPC half only; the ttrpc half has a compiler of its own.
+//! Requires `protoc` (Debian: protobuf-compiler) for gRPC only; the ttrpc code has its own compiler.
 
 use std::error::Error;
 use std::path::PathBuf;
@@ -18,7 +18,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             .compile_protos(&["cri/v1/api.proto"], &["."])?;
     }
     if std::env::var_os("CARGO_FEATURE_NRI").is_some() {
-        // Messages only: NRI's calls travel by ttrpc, over connections that cri-server multiplexes itself.
+        // Messages only: NRI uses ttrpc over connections that cri-server multiplexes.
         tonic_prost_build::configure()
             .build_client(false)
             .build_server(false)
@@ -38,7 +38,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             })
             .rust_protobuf_customize(ttrpc_codegen::ProtobufCustomize::default().gen_mod_rs(true))
             .run()?;
-        // The generator's mod.rs names the messages only.
+        // The generator's mod.rs contains the messages only.
         let modules = out.join("mod.rs");
         let mut text = std::fs::read_to_string(&modules)?;
         text.push_str("pub mod shim_ttrpc;\n");

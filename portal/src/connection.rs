@@ -1,7 +1,7 @@
-//! [`Connection`]: one lazy HTTP/2 channel to the agent of one VM, and where that agent is ([`GuestAddress`]).
+//! [`Connection`]: a lazy HTTP/2 channel to the agent of one VM, and the agent's address ([`GuestAddress`]).
 //!
-//! Nothing is dialled before the first call; a broken channel is dialled again by the next call. Retrying a call is the
-//! caller's affair (`interfaces::follow` does it for output).
+//! The first call dials; a broken channel is redialed by the next call. Callers retry calls themselves
+//! (`interfaces::follow` does so for output).
 
 use super::error::PortalError;
 use boxlite_proto::names;
@@ -15,31 +15,31 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint, Uri};
 
-/// Longest wait for the unix connect and the hybrid greeting together. The peer is a process of this host; under
-/// emulation on a busy machine it answers within a second.
+/// Time limit for the unix connect and the hybrid greeting together. The peer is a process of this host, which answers
+/// within a second even under emulation on a busy machine.
 pub const CONNECT_LIMIT: Duration = Duration::from_secs(10);
-/// Between two HTTP/2 pings while a call is open: finds a dead peer behind a vsock bridge that stays silent.
+/// Interval of HTTP/2 pings during a call. Detects a dead peer behind a vsock bridge that stays silent.
 pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
-/// Longest wait for the answer to such a ping; long, since an emulated guest under load answers late.
+/// Time limit for the answer to a ping. Long, since an emulated guest under load answers late.
 pub const KEEPALIVE_LIMIT: Duration = Duration::from_secs(45);
-/// Longest hybrid greeting, "OK <port>\n", in bytes.
+/// Maximum size of the hybrid greeting, "OK <port>\n", in bytes.
 const GREETING_LIMIT: usize = 32;
-/// HTTP/2 window of one stream of a shared connection, in bytes: a fraction of the connection's, so that one stream whose
-/// reader pauses does not take the whole connection from the others. A dedicated connection has no others, and its one
-/// stream the whole window: output moves a window per round trip, which is what it costs on an emulated guest.
+/// HTTP/2 window of one stream of a shared connection, in bytes: a fraction of the connection's window, so that a stream
+/// whose reader pauses does not block the others. The single stream of a dedicated connection has the whole window:
+/// output moves one window per round trip, which determines its cost on an emulated guest.
 const SHARED_STREAM_WINDOW: u32 = names::GUEST_WINDOW / 4;
-/// Largest header list accepted from the guest, in bytes.
+/// Maximum size of a header list from the guest, in bytes.
 const HEADER_LIMIT: u32 = 16 << 10;
 
-/// Where an agent listens, seen from the host.
+/// Address of an agent on the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum GuestAddress {
-    /// A unix socket whose every connect reaches the agent (libkrun).
+    /// A unix socket on which every connection reaches the agent (libkrun).
     Direct(PathBuf),
     /// A unix socket that speaks Firecracker's hybrid vsock: `CONNECT <port>\n`, then `OK <number>\n`
     /// (vhost-device-vsock).
     Hybrid {
-        /// The unix socket.
+        /// Path of the unix socket.
         path: PathBuf,
         /// vsock port in the guest.
         port: u32,
@@ -66,7 +66,7 @@ impl GuestAddress {
         }
     }
 
-    /// Connects and, on a hybrid socket, does the greeting. Dropping the future closes the socket.
+    /// Connects and, on a hybrid socket, performs the greeting. Dropping the future closes the socket.
     ///
     /// # Errors
     /// Those of connect(2); `TimedOut` after [`CONNECT_LIMIT`]; `InvalidData` on a wrong greeting.
@@ -96,7 +96,7 @@ impl GuestAddress {
     }
 }
 
-/// Reads "OK <number>\n" byte by byte: what follows belongs to HTTP/2.
+/// Reads "OK <number>\n" byte by byte, since the following bytes belong to HTTP/2.
 async fn read_greeting(stream: &mut UnixStream) -> io::Result<()> {
     let mut line = Vec::with_capacity(GREETING_LIMIT);
     loop {
@@ -133,7 +133,7 @@ async fn read_greeting(stream: &mut UnixStream) -> io::Result<()> {
     }
 }
 
-/// A lazy channel to one agent. Clones share the channel.
+/// A lazy channel to an agent. Clones share the channel.
 #[derive(Debug, Clone)]
 pub struct Connection {
     inner: Arc<Inner>,
@@ -147,7 +147,7 @@ struct Inner {
 }
 
 impl Connection {
-    /// A connection that dials at the first call.
+    /// Creates a connection that dials at the first call.
     pub fn lazy(address: GuestAddress) -> Self {
         Self::with_window(address, SHARED_STREAM_WINDOW)
     }
@@ -162,18 +162,18 @@ impl Connection {
         }
     }
 
-    /// A second connection to the same agent. All streams of one HTTP/2 connection share one flow-control window: a
-    /// stream whose reader may stall gets a connection of its own, or it stalls every other call.
+    /// Creates a second connection to the same agent. All streams of an HTTP/2 connection share one flow-control window,
+    /// so a stream whose reader may stall needs a separate connection, or it stalls every other call.
     pub fn dedicated(&self) -> Self {
         Self::with_window(self.inner.address.clone(), names::GUEST_WINDOW)
     }
 
-    /// Where it leads.
+    /// Returns the address.
     pub fn address(&self) -> &GuestAddress {
         &self.inner.address
     }
 
-    /// The channel; made at the first call, within a tokio runtime.
+    /// Returns the channel, which is created at the first call, within a tokio runtime.
     pub(super) fn channel(&self) -> Channel {
         self.inner
             .channel
@@ -181,7 +181,7 @@ impl Connection {
             .clone()
     }
 
-    /// Dials once, to learn whether somebody listens. Leaves nothing open.
+    /// Connects once to check that the agent listens, and closes the connection.
     ///
     /// # Errors
     /// [`PortalError::Connect`].
@@ -199,7 +199,7 @@ impl Connection {
 }
 
 fn open_channel(address: GuestAddress, stream_window: u32) -> Channel {
-    // The URI only fills `:authority`; the connector below ignores it.
+    // The URI only sets `:authority`; the connector below ignores it.
     Endpoint::from_static("http://boxlite-guest")
         .initial_stream_window_size(stream_window)
         .initial_connection_window_size(names::GUEST_WINDOW)

@@ -1,7 +1,6 @@
-//! [`PortalError`]: what a call into a guest can end with, decoded from tonic's Status in one place.
+//! [`PortalError`]: errors of calls into a guest, decoded from tonic's Status.
 //!
-//! Text that comes from the guest is cut to [`MESSAGE_LIMIT`] and stripped of control characters here, since it ends
-//! in logs.
+//! Text from the guest is truncated to [`MESSAGE_LIMIT`] and stripped of control characters, since it is logged.
 
 use boxlite_proto::boxlite::v1::{ErrorDetail, ErrorKind};
 use boxlite_proto::names;
@@ -9,28 +8,28 @@ use prost::Message;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Longest error text taken over from a guest, in bytes.
+/// Maximum size of an error text from a guest, in bytes.
 pub const MESSAGE_LIMIT: usize = 4 << 10;
 
-/// The guest's own classification of a refusal; see `ErrorKind` in service.proto.
+/// Guest's classification of an error; see `ErrorKind` in service.proto.
 pub type GuestErrorKind = ErrorKind;
 
-/// Why a call into the guest did not succeed.
+/// Error of a call into a guest.
 #[derive(Debug, thiserror::Error)]
 pub enum PortalError {
     /// The agent answered with an error.
     #[error("{}", refusal(.subject, .message))]
     Guest {
-        /// Name of the rpc, "Container.Init".
+        /// Name of the RPC, "Container.Init".
         call: &'static str,
-        /// What kind of refusal.
+        /// Kind of the error.
         kind: GuestErrorKind,
-        /// What it was about.
+        /// Object of the error.
         subject: String,
-        /// The agent's words.
+        /// Message of the agent.
         message: String,
     },
-    /// No answer within the call's deadline.
+    /// The guest did not answer within the call's deadline.
     #[error("guest did not answer {call} within {limit:?}")]
     Deadline {
         /// Name of the rpc.
@@ -38,33 +37,33 @@ pub enum PortalError {
         /// The deadline.
         limit: Duration,
     },
-    /// The connection broke or could not be made.
+    /// The connection broke or could not be established.
     #[error("connection to the guest failed in {call}")]
     Transport {
         /// Name of the rpc.
         call: &'static str,
-        /// tonic's account.
+        /// Status of tonic.
         #[source]
         source: Box<tonic::Status>,
     },
-    /// The unix socket of the VM could not be connected.
+    /// Failed to connect to the unix socket of the VM.
     #[error("cannot connect to the guest at {path}")]
     Connect {
         /// The unix socket.
         path: PathBuf,
-        /// Why.
+        /// Cause.
         #[source]
         source: std::io::Error,
     },
-    /// The guest sent what the protocol forbids.
+    /// The guest violated the protocol.
     #[error("guest broke the protocol in {call}: {what}")]
     Protocol {
         /// Name of the rpc.
         call: &'static str,
-        /// What was wrong.
+        /// Violation.
         what: String,
     },
-    /// A process in the guest was killed because it ran longer than the caller allowed.
+    /// A process in the guest was killed because it exceeded the caller's limit.
     #[error("{what} did not end within {limit:?} and was killed")]
     ExecDeadline {
         /// The command.
@@ -75,7 +74,7 @@ pub enum PortalError {
 }
 
 impl PortalError {
-    /// The typed error of a Status.
+    /// Converts a Status.
     pub fn from_status(call: &'static str, status: tonic::Status) -> Self {
         use tonic::Code;
         let detail = status
@@ -91,7 +90,7 @@ impl PortalError {
                 message: clean(status.message()),
             };
         }
-        // A status that tonic made itself has a source (the transport's error); an agent's has none.
+        // A status created by tonic has a source (the transport's error); an agent's status has none.
         let transport = std::error::Error::source(&status).is_some();
         let kind = match status.code() {
             _ if transport => None,
@@ -116,7 +115,7 @@ impl PortalError {
         }
     }
 
-    /// The guest's kind, where the guest answered at all.
+    /// Returns the guest's classification, if the guest answered.
     pub fn guest_kind(&self) -> Option<GuestErrorKind> {
         match self {
             Self::Guest { kind, .. } => Some(*kind),
@@ -124,12 +123,12 @@ impl PortalError {
         }
     }
 
-    /// Whether the same call may succeed on a new connection.
+    /// Returns true if the call may succeed on a new connection.
     pub fn is_transport(&self) -> bool {
         matches!(self, Self::Transport { .. } | Self::Connect { .. })
     }
 
-    /// Whether what was asked for is not there.
+    /// Returns true if the object of the call does not exist.
     pub fn is_not_found(&self) -> bool {
         self.guest_kind() == Some(ErrorKind::NotFound)
     }
@@ -143,7 +142,7 @@ fn refusal(subject: &str, message: &str) -> String {
     }
 }
 
-/// Guest text made fit for a log line.
+/// Truncates and sanitizes guest text for logs.
 pub fn clean(text: &str) -> String {
     let mut end = text.len().min(MESSAGE_LIMIT);
     while !text.is_char_boundary(end) {

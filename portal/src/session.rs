@@ -1,4 +1,4 @@
-//! [`GuestSession`]: everything one can ask of one guest, over one [`Connection`].
+//! [`GuestSession`]: typed clients of one guest over one [`Connection`].
 
 use super::connection::Connection;
 use super::interfaces::container::ContainerInterface;
@@ -8,7 +8,7 @@ use super::interfaces::mounts::MountsInterface;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// A handle to one guest. Cheap to clone; clones share the connection and the byte count.
+/// Handle to a guest. Cheap to clone; clones share the connection and the byte count.
 #[derive(Debug, Clone)]
 pub struct GuestSession {
     connection: Connection,
@@ -16,17 +16,17 @@ pub struct GuestSession {
 }
 
 impl GuestSession {
-    /// A session over `connection`; nothing is dialled yet.
+    /// Creates a session on `connection` without dialing.
     pub fn new(connection: Connection) -> Self {
         Self::counted(connection, Arc::new(AtomicU64::new(0)))
     }
 
-    /// A session that adds the payload bytes of its streams, both ways, to `bytes`.
+    /// Creates a session that adds the payload bytes of its streams, in both directions, to `bytes`.
     pub fn counted(connection: Connection, bytes: Arc<AtomicU64>) -> Self {
         Self { connection, bytes }
     }
 
-    /// The same guest over a connection of its own; see [`Connection::dedicated`].
+    /// Returns a session with the same guest on a dedicated connection; see [`Connection::dedicated`].
     pub fn dedicated(&self) -> Self {
         Self {
             connection: self.connection.dedicated(),
@@ -34,32 +34,32 @@ impl GuestSession {
         }
     }
 
-    /// The connection.
+    /// Returns the connection.
     pub fn connection(&self) -> &Connection {
         &self.connection
     }
 
-    /// Payload bytes carried so far, both ways.
+    /// Returns the payload bytes transferred so far, in both directions.
     pub fn bytes_transferred(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
     }
 
-    /// The VM itself.
+    /// Returns the client for the VM itself.
     pub fn guest(&self) -> GuestInterface {
         GuestInterface::new(self.connection.channel(), self.bytes.clone())
     }
 
-    /// Its containers.
+    /// Returns the client for its containers.
     pub fn container(&self) -> ContainerInterface {
         ContainerInterface::new(self.connection.channel())
     }
 
-    /// Mounts that they show on the host.
+    /// Returns the client for exported mounts.
     pub fn mounts(&self) -> MountsInterface {
         MountsInterface::new(self.connection.channel())
     }
 
-    /// Their processes.
+    /// Returns the client for processes of its containers.
     pub fn execution(&self) -> ExecutionInterface {
         ExecutionInterface::new(self.connection.clone(), self.bytes.clone())
     }

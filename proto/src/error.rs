@@ -1,4 +1,4 @@
-//! The error of the VMM boundary: what `Vmm::create` and the vmm child report, also across the process boundary.
+//! Errors of the VMM boundary, reported by `Vmm::create` and, across the process boundary, by the vmm child.
 
 use crate::exit::ExitCode;
 use crate::vmm::VmmKind;
@@ -6,10 +6,10 @@ use crate::vmm::VmmKind;
 /// Result of the VMM boundary.
 pub type BoxliteResult<T> = Result<T, BoxliteError>;
 
-/// What went wrong between an InstanceSpec and a running VM.
+/// Error between an InstanceSpec and a running VM.
 #[derive(Debug, thiserror::Error)]
 pub enum BoxliteError {
-    /// The spec's `field` has a value that no VMM takes.
+    /// A field of the spec has a value that no VMM supports.
     #[error("instance spec: {field} = {value:?}: {reason}")]
     InvalidSpec {
         field: &'static str,
@@ -27,7 +27,7 @@ pub enum BoxliteError {
     /// No VMM of that kind is registered.
     #[error("no VMM is registered for kind {kind}")]
     UnknownVmm { kind: VmmKind },
-    /// A file or program the VMM needs is not there.
+    /// A file or program required by the VMM does not exist.
     #[error("{what} is missing at {path}")]
     Missing {
         what: &'static str,
@@ -42,13 +42,13 @@ pub enum BoxliteError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// A call of libkrun answered a negative errno.
+    /// A call of libkrun returned a negative errno.
     #[error("libkrun: {call} answered {errno}")]
     Krun { call: &'static str, errno: i32 },
 }
 
 impl BoxliteError {
-    /// The exit code the vmm child ends with on this error.
+    /// Returns the exit code of the vmm child for this error.
     pub fn exit_code(&self) -> ExitCode {
         match self {
             Self::InvalidSpec { .. } | Self::UnknownVmm { .. } => ExitCode::BadArguments,

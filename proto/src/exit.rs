@@ -1,22 +1,22 @@
-//! Exit codes of boxlite's own processes. 125–127 are libkrun's, codes above 128 are deaths by signal: both avoided.
+//! Exit codes of boxlite's processes. 125–127 are used by libkrun and codes above 128 for signals, so both are avoided.
 
-/// Why a vmm child or a shim ended, as its exit code.
+/// Exit code of a vmm child or a shim.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum ExitCode {
-    /// Ended as asked.
+    /// Ended on request.
     Ok = 0,
-    /// Anything without a code of its own.
+    /// Any other failure.
     Failure = 1,
-    /// The command line or the InstanceSpec was wrong.
+    /// Invalid command line or InstanceSpec.
     BadArguments = 64,
     /// A file, kernel library or helper program is missing.
     MissingFile = 66,
     /// The jail (namespaces, mounts, capabilities) could not be built.
     Jail = 70,
-    /// The VMM refused the configuration.
+    /// The VMM rejected the configuration.
     VmmConfig = 71,
-    /// The VMM could not start or broke while running.
+    /// The VMM failed to start or failed while running.
     VmmStart = 72,
 }
 

@@ -1,11 +1,11 @@
-//! Wire types and names that two boxlite processes share: what one of them writes, another reads.
+//! Wire types and names shared by boxlite processes.
 //!
-//! No behaviour lives here beyond parsing and printing; no path, no socket, no async code.
+//! Contains no behavior except parsing and printing; no I/O and no async code.
 //!
-//! `boxlite::v1` is the guest protocol, `cri::v1` the kubelet's, `nri::v1alpha1` that of NRI's plugins, `shim` the ttrpc extension of the shim, [`vmm`] the
-//! description of a VM that the shim hands to its vmm child.
+//! `boxlite::v1` is the guest protocol, `cri::v1` the kubelet's, `nri::v1alpha1` that of NRI plugins, `shim` the ttrpc
+//! extension of the shim, and [`vmm`] the description of a VM that the shim passes to its vmm child.
 
-// Not `forbid`: ttrpc's generated code states its own level.
+// Not `forbid`: ttrpc's generated code sets its own level.
 #![deny(unsafe_code)]
 
 pub mod error;

@@ -1,10 +1,11 @@
-//! Ports, tags, guest paths and file names that two processes must agree on.
+//! Ports, tags, guest paths and file names shared by several processes.
 //!
-//! Host paths are built in runtime's FilesystemLayout; only the last components stand here.
+//! Only the last components of host paths are defined here; FilesystemLayout builds the paths.
 
 /// vsock port on which the agent serves gRPC. The host connects.
 pub const GUEST_PORT: u32 = 2695;
-/// vsock port of the host to which the agent connects once it serves. The payload is ignored, one accept.
+/// vsock port of the host to which the agent connects once it is ready. The payload is ignored; one connection is
+/// accepted.
 pub const READY_PORT: u32 = 2696;
 /// Tag of the one virtiofs share.
 pub const SHARE_TAG: &str = "share";
@@ -18,58 +19,57 @@ pub const SCRATCH_SUFFIX: &str = ".img";
 /// Serial of the scratch disk's virtio-blk device (`/sys/block/*/serial`).
 pub const SCRATCH_SERIAL: &str = "scratch";
 
-/// Where the agent mounts the share.
+/// Mount point of the share in the guest.
 pub const GUEST_SHARE: &str = "/run/boxlite/share";
-/// Where the agent mounts the scratch disk.
+/// Mount point of the scratch disk in the guest.
 pub const GUEST_SCRATCH: &str = "/run/boxlite/scratch";
 
-/// In the VM's working directory: the unix socket to the guest. Krun: a connect reaches [`GUEST_PORT`] at once. Qemu:
+/// Unix socket to the guest, in the VM's working directory. Krun: a connection reaches [`GUEST_PORT`] directly. Qemu:
 /// hybrid vsock, the client first writes `CONNECT 2695\n` and reads `OK <port>\n`.
 pub const VSOCK_SOCKET: &str = "vsock";
-/// In the VM's working directory: the unix socket on which the shim accepts the ready call, on both VMMs.
+/// Unix socket on which the shim accepts the ready call on both VMMs, in the VM's working directory.
 pub const READY_SOCKET: &str = "vsock_2696";
-/// In the VM's working directory: what the guest's console printed.
+/// Output of the guest's console, in the VM's working directory.
 pub const CONSOLE_LOG: &str = "console.log";
 
-/// Type URL of the `options` Any of CreateSandbox as boxlite-cri sends it: JSON of [`crate::vmm::SandboxOptions`].
+/// Type URL of the `options` Any that boxlite-cri passes to CreateSandbox: JSON of [`crate::vmm::SandboxOptions`].
 pub const SANDBOX_OPTIONS_TYPE: &str = "boxlite.v1.SandboxOptions";
-/// Annotation of a container's OCI spec: its PID namespace, `container`, `pod`, `node` (the VM's own) or
-/// `target:<container id>`. Without it the spec's namespaces decide.
+/// Annotation of a container's OCI spec: its PID namespace, `container`, `pod`, `node` (the VM's) or `target:<container
+/// id>`. Without it the spec's namespaces decide.
 pub const PID_MODE_ANNOTATION: &str = "io.boxlite.pid-mode";
 /// Annotation of a container's OCI spec, for the agent: `true` gives the container every device of the VM.
 pub const PRIVILEGED_ANNOTATION: &str = "boxlite.privileged";
-/// Annotation of a container's OCI spec, for the agent: `merge` adds the groups that the image's /etc/group lists the user
-/// in.
+/// Annotation of a container's OCI spec, for the agent: `merge` adds the user's groups from the image's /etc/group.
 pub const GROUPS_ANNOTATION: &str = "boxlite.groups";
 /// Annotation of a container's OCI spec, for the agent: devices of the VM for the container, a JSON list of
 /// `{"source": path in the VM, "path": in the container, "permissions": "rwm"}`.
 pub const DEVICES_ANNOTATION: &str = "boxlite.devices";
-/// Annotation of a container's OCI spec: keep a stdin open for Portal clients; `once` closes it after the first
-/// writer's EOF, any other value keeps it.
+/// Annotation of a container's OCI spec: keeps stdin open for Portal clients. `once` closes it after the first writer's
+/// EOF.
 pub const STDIN_ANNOTATION: &str = "io.boxlite.stdin";
-/// Type of a mount in a container's OCI spec that shows an image read-only. Its source is the image's ID until the runtime
-/// has put the layers into the options, lowest first: `layer=<host path>` there, `layer=<path below the share>` in the guest.
-/// `subpath=<path>` is the part of the image to show.
+/// Type of a mount in a container's OCI spec that contains an image, read-only. Its source is the image ID until the
+/// runtime has added the layers to the options, lowest first: `layer=<host path>` there, `layer=<path below the share>`
+/// in the guest. `subpath=<path>` selects a part of the image.
 pub const IMAGE_MOUNT: &str = "boxlite.image";
-/// See [`IMAGE_MOUNT`].
+/// Option of [`IMAGE_MOUNT`]: a layer.
 pub const LAYER_OPTION: &str = "layer=";
-/// See [`IMAGE_MOUNT`].
+/// Option of [`IMAGE_MOUNT`]: the part of the image to mount.
 pub const SUB_PATH_OPTION: &str = "subpath=";
 /// Step that fails in the guest if a path of an image volume does not exist; the host recognizes it in the error.
 pub const IMAGE_SUB_PATH_STEP: &str = "find image subpath";
-/// Type of a mount in the spec that the guest gets: a tmpfs of the pod, with the option `size=<bytes>`, shared by all mounts
-/// with the same source.
+/// Type of a mount in the guest's spec: a tmpfs of the pod, with the option `size=<bytes>`, shared by all mounts with
+/// the same source.
 pub const MEMORY_MOUNT: &str = "boxlite.memory";
-/// URI scheme of a stdout that is a CRI log file: `cri:///var/log/pods/…/0.log`. Both streams go there.
+/// URI scheme of a stdout that is a CRI log file: `cri:///var/log/pods/…/0.log`. Both streams are written to it.
 pub const CRI_LOG_SCHEME: &str = "cri";
 
 /// Key of the binary gRPC metadata that carries an encoded [`crate::boxlite::v1::ErrorDetail`].
 pub const ERROR_METADATA: &str = "boxlite-error-bin";
 
-/// Largest gRPC message either side of the guest protocol accepts, in bytes.
+/// Maximum gRPC message size of the guest protocol on both sides, in bytes.
 pub const GUEST_MESSAGE_LIMIT: usize = 4 << 20;
-/// Largest `data` of one output or input chunk, in bytes.
+/// Maximum `data` of an output or input chunk, in bytes.
 pub const CHUNK_LIMIT: usize = 32 << 10;
-/// HTTP/2 stream and connection window towards the guest, in bytes: libkrun's vsock bridge loses bytes on a short
-/// write, so no more than this may ever be under way unread.
+/// HTTP/2 stream and connection window towards the guest, in bytes. libkrun's vsock bridge loses bytes on a short write,
+/// so at most this many may be unread in flight.
 pub const GUEST_WINDOW: u32 = 64 << 10;

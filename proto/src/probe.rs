@@ -1,16 +1,16 @@
-//! What the shim's role `probe` prints, as JSON on standard output: whether this machine runs guest code on KVM.
+//! Output of the shim's role `probe`, JSON on standard output: whether this machine can run guest code on KVM.
 //!
-//! Facts only; which VMM follows from them is decided in runtime's `vmm_probe`.
+//! Facts only; runtime's `vmm_probe` selects the VMM.
 
 use serde::{Deserialize, Serialize};
 
-/// The answer of `containerd-shim-boxlite-v2 probe`. Exit code 0 whatever it says.
+/// Output of `containerd-shim-boxlite-v2 probe`. The exit code is always 0.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProbeReport {
     /// Whether /dev/kvm exists.
     pub kvm_present: bool,
-    /// Whether a throw-away VM on it ran the test instructions to their end.
+    /// Whether a temporary VM on it completed the test instructions.
     pub kvm_usable: bool,
-    /// Why not, or what ran; one line.
+    /// Reason or executed test, one line.
     pub reason: String,
 }

@@ -1,6 +1,6 @@
-//! What a VM is made of, as data: VmmKind, InstanceSpec (shim → vmm child) and SandboxOptions (boxlite-cri → shim).
+//! Description of a VM: VmmKind, InstanceSpec (shim → vmm child) and SandboxOptions (boxlite-cri → shim).
 //!
-//! Nothing here starts anything; shim-v2's `vmm` module does.
+//! Data only; the `vmm` module of shim-v2 starts VMs.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -21,7 +21,7 @@ impl VmmKind {
     /// All kinds.
     pub const ALL: [Self; 2] = [Self::Krun, Self::Qemu];
 
-    /// Name in configuration files, annotations and messages.
+    /// Returns the name in configuration files, annotations and messages.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Krun => "krun",
@@ -36,7 +36,7 @@ impl fmt::Display for VmmKind {
     }
 }
 
-/// A name that is not the name of a [`VmmKind`].
+/// An invalid name of a [`VmmKind`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("invalid VMM {0:?}: must be krun or qemu")]
 pub struct UnknownVmmKind(String);
@@ -50,7 +50,7 @@ impl FromStr for VmmKind {
     }
 }
 
-/// How QEMU runs guest code.
+/// Execution mode of QEMU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
 #[serde(rename_all = "lowercase")]
 pub enum Acceleration {
@@ -61,7 +61,7 @@ pub enum Acceleration {
     Kvm,
 }
 
-/// Files and programs of the installation that a VM needs. All absolute.
+/// Absolute paths of the files and programs that a VM needs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Installation {
@@ -71,12 +71,11 @@ pub struct Installation {
     pub libkrunfw: PathBuf,
     /// `qemu-system-x86_64` (Qemu only).
     pub qemu: PathBuf,
-    /// `virtiofsd` (Qemu only; libkrun brings its own).
+    /// `virtiofsd` (Qemu only; libkrun has its own).
     pub virtiofsd: PathBuf,
     /// `vhost-device-vsock` (Qemu only).
     pub vhost_device_vsock: PathBuf,
-    /// Directory for what is derived from these once and kept: the agent's EROFS image, the kernel's ELF wrapper, the
-    /// ext4 template.
+    /// Directory of files derived once from these: the agent's EROFS image and the kernel's ELF wrapper.
     pub cache: PathBuf,
 }
 
@@ -86,31 +85,31 @@ pub struct Installation {
 pub struct Disk {
     /// Raw image or block device on the host.
     pub path: PathBuf,
-    /// At most 20 bytes; the guest finds the disk by it.
+    /// Serial, at most 20 bytes, by which the guest identifies the disk.
     pub serial: String,
-    /// Whether the guest may not write.
+    /// Whether the disk is read-only.
     pub read_only: bool,
 }
 
-/// A network card of the VM, on a tap that exists already.
+/// A NIC of the VM on an existing tap.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Nic {
     /// Name of the tap in [`InstanceSpec::netns`].
     pub tap: String,
-    /// aa:bb:cc:dd:ee:ff, as the guest sees it.
+    /// MAC address in the guest, aa:bb:cc:dd:ee:ff.
     pub mac: String,
-    /// Bytes.
+    /// MTU in bytes.
     pub mtu: u32,
 }
 
-/// One VM, as the shim hands it to its vmm child on standard input (JSON).
+/// A VM, as passed by the shim to its vmm child on standard input (JSON).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct InstanceSpec {
-    /// Sandbox id; for messages only.
+    /// Sandbox id, for messages.
     pub id: String,
-    /// Chooses the VMM.
+    /// VMM to use.
     pub kind: VmmKind,
     /// Virtual CPUs, at least 1.
     pub vcpus: u8,
@@ -124,21 +123,20 @@ pub struct InstanceSpec {
     pub work_dir: PathBuf,
     /// Directory that the virtiofs share serves, in the vmm child's mount namespace.
     pub share_dir: PathBuf,
-    /// Data disks in order; the root, where the VMM needs one, is its own affair.
+    /// Data disks in order. The VMM provides the root disk, if it needs one.
     pub disks: Vec<Disk>,
-    /// Network cards in order.
+    /// NICs in order.
     pub nics: Vec<Nic>,
-    /// Network namespace in which the taps are, to be entered before the VM starts.
+    /// Network namespace of the taps, entered before the VM starts.
     pub netns: Option<PathBuf>,
-    /// Whether the guest's connections are the host's own: TSI (Krun), a user-mode card (Qemu). Without netns and nics.
+    /// Whether the guest uses the host's network: TSI (Krun) or a slirp NIC (Qemu). Without netns and nics.
     #[serde(default)]
     pub host_network: bool,
-    /// Whether the guest's kernel prints its boot messages on the console.
+    /// Whether the guest kernel's messages are written to the console.
     pub debug_console: bool,
 }
 
-/// What boxlite-cri asks of a sandbox: the `options` of CreateSandbox, as JSON under
-/// [`crate::names::SANDBOX_OPTIONS_TYPE`].
+/// Options of a sandbox: the `options` of CreateSandbox, as JSON of type [`crate::names::SANDBOX_OPTIONS_TYPE`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SandboxOptions {
@@ -150,7 +148,7 @@ pub struct SandboxOptions {
     pub memory_mib: u32,
     /// Size of the sparse scratch disk in bytes.
     pub scratch_bytes: u64,
-    /// Directory of the scratch disk, on a disk; None: in `work` of the bundle, where containerd links its own directory.
+    /// Directory of the scratch disk, on a disk. `None`: `work` of the bundle, where containerd links its own directory.
     #[serde(default)]
     pub scratch_dir: Option<PathBuf>,
     /// TCG or KVM (Qemu only).
@@ -161,11 +159,11 @@ pub struct SandboxOptions {
     pub sysctls: std::collections::BTreeMap<String, String>,
     /// Files and programs.
     pub installation: Installation,
-    /// Cgroup (v1 or v2 path below each controller's mount) for shim and VMM; empty: where the shim is.
+    /// Cgroup of shim and VMM (v1 or v2 path below each controller's mount). Empty: the shim's current cgroup.
     pub cgroup_parent: String,
-    /// Kernel messages on the console.
+    /// Whether the guest kernel's messages are written to the console.
     pub debug_console: bool,
-    /// A pod in the host's network; then the request names no network namespace.
+    /// Whether the pod uses the host network; the request then has no network namespace.
     #[serde(default)]
     pub host_network: bool,
 }

@@ -1,36 +1,35 @@
-//! Raw FUSE messages as a byte stream between the host's kernel and the guest's file server: [`Frames`] cuts it.
+//! Raw FUSE messages as a byte stream between the host's kernel and the guest's file server, split by [`Frames`].
 //!
-//! Every message begins with its own length (u32, in the byte order that both have). What is in a message is the kernel's
-//! and the server's affair; nothing here looks at it.
+//! Every message starts with its length (u32, in the byte order of both). The content is not interpreted here.
 
-/// Most data of one write: what a host's kernel sends without being asked for more.
+/// Maximum data of one write: the host kernel's default limit.
 pub const MAX_WRITE: u32 = 128 << 10;
-/// Largest message, in bytes: a write, or an answer to a read, with all headers.
+/// Maximum message size in bytes: a write or the answer to a read, with all headers.
 pub const MESSAGE_LIMIT: usize = MAX_WRITE as usize + (8 << 10);
-/// Shortest message: the header of an answer.
+/// Minimum message size in bytes: the header of an answer.
 pub const HEADER: usize = 16;
 
-/// A length that no message has; the stream is of no use any more.
+/// An invalid message length; the stream is unusable afterwards.
 #[derive(Debug, thiserror::Error)]
 #[error("FUSE message of {length} bytes: not within {HEADER} and {MESSAGE_LIMIT}")]
 pub struct FrameError {
     length: usize,
 }
 
-/// Bytes of which messages are cut.
+/// Buffer from which messages are cut.
 #[derive(Debug, Default)]
 pub struct Frames(Vec<u8>);
 
 impl Frames {
-    /// Adds what came.
+    /// Adds received bytes.
     pub fn push(&mut self, data: &[u8]) {
         self.0.extend_from_slice(data);
     }
 
-    /// The next whole message; None: more bytes are needed.
+    /// Returns the next complete message, or `None` if more bytes are needed.
     ///
     /// # Errors
-    /// A length out of bounds.
+    /// A length outside the limits.
     pub fn cut(&mut self) -> Result<Option<Vec<u8>>, FrameError> {
         let Some(length) = self.0.first_chunk::<4>() else {
             return Ok(None);

@@ -1,4 +1,4 @@
-//! Mount tables as `/proc/<pid>/mountinfo` has them: [`mounts`] reads the lines. Which mounts matter is the reader's affair.
+//! Mount tables in the format of `/proc/<pid>/mountinfo`, parsed by [`mounts`].
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -7,29 +7,29 @@ use std::path::PathBuf;
 /// One mount: `36 35 98:0 /root /point options [optional fields …] - type source options`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mount<'a> {
-    /// Numbers of the mount and of the one that it is on.
+    /// Ids of the mount and of its parent.
     pub id: u64,
     pub parent: u64,
     /// `major:minor` of the file system.
     pub device: &'a str,
-    /// What of the file system is mounted, as written.
+    /// Root of the mount within the file system, as written.
     pub root: &'a str,
-    /// Where.
+    /// Mount point.
     pub point: PathBuf,
-    /// Of the mount, with commas.
+    /// Options of the mount, separated by commas.
     pub options: &'a str,
     /// `shared:N`, `master:N` …
     pub propagation: Vec<&'a str>,
     /// Type of the file system.
     pub kind: &'a str,
-    /// As written.
+    /// Source, as written.
     pub source: &'a str,
-    /// Of the file system, with commas.
+    /// Options of the file system, separated by commas.
     pub super_options: &'a str,
 }
 
 impl<'a> Mount<'a> {
-    /// One line; None where it is none.
+    /// Parses a line. Returns `None` if it is invalid.
     pub fn parse(line: &'a str) -> Option<Self> {
         let (mount, system) = line.split_once(" - ")?;
         let mut fields = mount.split(' ');
@@ -48,29 +48,29 @@ impl<'a> Mount<'a> {
         })
     }
 
-    /// Whether its events go to others.
+    /// Returns true if the mount propagates events to others.
     pub fn is_shared(&self) -> bool {
         self.propagation.iter().any(|p| p.starts_with("shared:"))
     }
 
-    /// Whether it gets the events of another one.
+    /// Returns true if the mount receives events of another one.
     pub fn is_slave(&self) -> bool {
         self.propagation.iter().any(|p| p.starts_with("master:"))
     }
 
-    /// Whether the mount or its file system is read-only.
+    /// Returns true if the mount or its file system is read-only.
     pub fn is_read_only(&self) -> bool {
         let all = [self.options, self.super_options];
         all.iter().flat_map(|o| o.split(',')).any(|o| o == "ro")
     }
 }
 
-/// The mounts of a table, in its order: later ones cover earlier ones at the same place.
+/// Returns the mounts of a table in order: later ones cover earlier ones at the same mount point.
 pub fn mounts(table: &str) -> impl DoubleEndedIterator<Item = Mount<'_>> {
     table.lines().filter_map(Mount::parse)
 }
 
-/// A path as written: space, tab, newline and backslash are octal there.
+/// Decodes a path, in which space, tab, newline and backslash are octal.
 pub fn unescape(field: &str) -> PathBuf {
     let (mut bytes, raw) = (Vec::new(), field.as_bytes());
     let mut at = 0;
@@ -111,7 +111,7 @@ mod tests {
         assert_eq!(points, [PathBuf::from("/"), PathBuf::from("/ro")]);
         let last = mounts(table).next_back().expect("one");
         assert!(last.is_read_only() && !last.is_shared());
-        // A backslash that begins no number is one.
+        // A backslash without a number is literal.
         assert_eq!(unescape(r"/a\x40\9\"), PathBuf::from(r"/a\x40\9\"));
     }
 }

@@ -1,7 +1,7 @@
 //! Unix sockets at paths of any length: [`connect`] and [`bind`].
 //!
-//! A `sockaddr_un` holds 107 bytes of path and bundle paths can be longer; the way round is
-//! `/proc/self/fd/<dir>/<name>`. Says nothing on any protocol; the Portal and ShimController do.
+//! A `sockaddr_un` holds 107 bytes of path and bundle paths can be longer, so long paths are accessed through
+//! `/proc/self/fd/<dir>/<name>`.
 
 use std::fs::File;
 use std::io;
@@ -10,10 +10,10 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use tokio::net::{UnixListener, UnixStream};
 
-/// Longest path that fits a `sockaddr_un`, without its final NUL, in bytes (unix(7)).
+/// Maximum path length of a `sockaddr_un` without its final NUL, in bytes (unix(7)).
 pub const SOCKET_PATH_LIMIT: usize = 107;
 
-/// A path that fits a `sockaddr_un`, and the directory it leans on while it is used.
+/// A path that fits a `sockaddr_un`, with the directory that must stay open while it is used.
 struct ShortPath {
     path: PathBuf,
     _directory: Option<File>,

@@ -1,4 +1,4 @@
-//! The Portal against an agent that lives in this process: greeting, reconnect, output over broken connections.
+//! The Portal against an agent in this process: greeting, reconnects, output over broken connections.
 
 use super::*;
 use crate::GuestSession;
@@ -11,8 +11,8 @@ use tonic::{Request, Response, Status, Streaming};
 /// Total output of the fake process, in bytes.
 const TOTAL: u64 = 1 << 20;
 
-/// An agent with one process whose output byte `n` is `n % 251`; each Attach breaks after `break_after` bytes, and
-/// starts a little before the offset asked for.
+/// An agent with one process whose output byte `n` is `n % 251`. Each Attach breaks after `break_after` bytes and starts
+/// slightly before the requested offset.
 #[derive(Clone)]
 struct Agent {
     break_after: u64,
@@ -113,7 +113,7 @@ fn agent(break_after: u64, hangs: bool) -> Agent {
     }
 }
 
-/// Serves `agent` behind a socket that asks for the hybrid greeting.
+/// Serves `agent` on a socket that requires the hybrid greeting.
 fn serve_hybrid(agent: Agent, path: &Path) -> tokio::task::JoinHandle<()> {
     let listener = UnixListener::bind(path).unwrap();
     let (accepted, incoming) = tokio::sync::mpsc::channel::<io::Result<UnixStream>>(4);
@@ -197,7 +197,7 @@ async fn exec_sync_output_is_bounded() {
 }
 
 #[tokio::test]
-async fn exec_sync_kills_the_tree_when_time_runs_out_or_the_caller_leaves() {
+async fn exec_sync_kills_the_tree_on_timeout_and_cancellation() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("vsock");
     let agent = agent(TOTAL, true);

@@ -1,6 +1,6 @@
-//! [`ContainerInterface`]: the Container service — lifecycle, limits and counters of containers.
+//! [`ContainerInterface`]: the Container service: lifecycle, limits and metrics of containers.
 //!
-//! The shim calls the lifecycle half; boxlite-cri itself only reads (stats, list), so that there is one owner of exits.
+//! The shim calls the lifecycle methods. boxlite-cri only reads (stats, list), so that exits have a single owner.
 
 use super::{QUICK_LIMIT, WORK_LIMIT, unary};
 use crate::error::PortalError;
@@ -17,7 +17,7 @@ use std::time::Duration;
 use tonic::Streaming;
 use tonic::transport::Channel;
 
-/// Typed calls of the Container service.
+/// Typed client of the Container service.
 #[derive(Debug, Clone)]
 pub struct ContainerInterface {
     client: ContainerClient<Channel>,
@@ -31,7 +31,7 @@ impl ContainerInterface {
         Self { client }
     }
 
-    /// Assembles the root filesystem and creates the container; answers the guest's pid of its init.
+    /// Assembles the root file system and creates the container. Returns the guest pid of its init.
     ///
     /// # Errors
     /// Every kind of [`PortalError`]; `Deadline` after [`WORK_LIMIT`].
@@ -45,7 +45,7 @@ impl ContainerInterface {
         Ok(response.pid)
     }
 
-    /// Lets the created container run; answers the pid.
+    /// Starts the created container. Returns its pid.
     ///
     /// # Errors
     /// Every kind of [`PortalError`].
@@ -86,7 +86,7 @@ impl ContainerInterface {
         Ok(())
     }
 
-    /// Removes what is left of the container; succeeds on what is gone.
+    /// Removes the container. Succeeds if it does not exist.
     ///
     /// # Errors
     /// Every kind of [`PortalError`].
@@ -104,7 +104,7 @@ impl ContainerInterface {
         Ok(())
     }
 
-    /// New limits: OCI LinuxResources as JSON.
+    /// Applies limits, OCI LinuxResources as JSON.
     ///
     /// # Errors
     /// Every kind of [`PortalError`].
@@ -143,7 +143,7 @@ impl ContainerInterface {
         Ok(())
     }
 
-    /// Thaws it.
+    /// Thaws the container.
     ///
     /// # Errors
     /// Every kind of [`PortalError`].
@@ -160,7 +160,8 @@ impl ContainerInterface {
         Ok(())
     }
 
-    /// Counters of the container's cgroup and writable layer, within `limit`; with `processes` those of what runs in it too.
+    /// Returns the counters of the container's cgroup and writable layer within `limit`; with `processes` also those of
+    /// its processes.
     ///
     /// # Errors
     /// Every kind of [`PortalError`].
@@ -177,7 +178,7 @@ impl ContainerInterface {
         unary("Container.Stats", limit, self.client.clone().stats(request)).await
     }
 
-    /// Pids in the guest of every process of the container.
+    /// Returns the guest pids of the container's processes.
     ///
     /// # Errors
     /// Every kind of [`PortalError`].
@@ -194,7 +195,7 @@ impl ContainerInterface {
         Ok(response.pids)
     }
 
-    /// All containers, or the one named.
+    /// Lists all containers, or the named one.
     ///
     /// # Errors
     /// Every kind of [`PortalError`].
@@ -214,8 +215,8 @@ impl ContainerInterface {
         Ok(response.containers)
     }
 
-    /// Events from sequence number `from` on. The stream has no deadline and ends when the caller drops it or the
-    /// connection breaks; a caller that comes back asks for the last sequence number plus one.
+    /// Subscribes to events from sequence number `from`. The stream has no deadline and ends when the caller drops it or
+    /// the connection breaks; a returning caller requests the last sequence number plus one.
     ///
     /// # Errors
     /// Every kind of [`PortalError`] when opening; Status items later.

@@ -1,7 +1,7 @@
-//! [`ExecutionInterface`]: the Execution service — processes of containers, their output, input and ends — and
-//! [`ExecutionInterface::exec_sync`], one command from start to exit code.
+//! [`ExecutionInterface`]: the Execution service: processes of containers, their output, input and exits; and
+//! [`ExecutionInterface::exec_sync`], which runs a command to completion.
 //!
-//! Following output over reconnects is [`super::follow`]'s.
+//! [`super::follow`] follows output across reconnects.
 
 use super::follow::OutputFollower;
 use super::{QUICK_LIMIT, WORK_LIMIT, unary};
@@ -22,28 +22,28 @@ use std::time::Duration;
 use tonic::Streaming;
 use tonic::transport::Channel;
 
-/// Output still awaited after an exec'd process ended: its last chunks are under way, a child that inherited the pipe
-/// may never end.
+/// Time limit for output after an exec'd process ended: its last chunks are in flight, and a child that inherited the
+/// pipe may never end.
 pub const DRAIN_LIMIT: Duration = Duration::from_secs(10);
-/// Wait for the end of a process tree that got SIGKILL; after that the agent's Delete reaps it.
+/// Time limit for the exit of a process tree after SIGKILL; later the agent's Delete reaps it.
 const KILLED_LIMIT: Duration = Duration::from_secs(10);
-/// Default bound of each of stdout and stderr of an exec_sync, in bytes (the kubelet's own limit is 16 MiB for both).
+/// Default limit of stdout and of stderr of exec_sync, in bytes (the kubelet's limit is 16 MiB for both).
 pub const EXEC_OUTPUT_LIMIT: usize = 16 << 20;
 
-/// What a command left behind.
+/// Result of a command.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ExecOutput {
-    /// At most the caller's limit.
+    /// Standard output, at most the caller's limit.
     pub stdout: Vec<u8>,
-    /// At most the caller's limit.
+    /// Standard error, at most the caller's limit.
     pub stderr: Vec<u8>,
-    /// 0–255; a death by signal is 128 + signal.
+    /// Exit code 0–255; 128 + signal if killed by a signal.
     pub exit_code: i32,
-    /// Whether output beyond the limit was thrown away.
+    /// Whether output beyond the limit was discarded.
     pub truncated: bool,
 }
 
-/// Typed calls of the Execution service.
+/// Typed client of the Execution service.
 #[derive(Debug, Clone)]
 pub struct ExecutionInterface {
     connection: Connection,
@@ -63,7 +63,7 @@ impl ExecutionInterface {
         }
     }
 
-    /// Starts a process in a container; a repeated `exec_id` answers the one that runs. Answers the guest's pid.
+    /// Starts a process in a container. A repeated `exec_id` refers to the running process. Returns the guest pid.
     ///
     /// # Errors
     /// Every kind of [`PortalError`].
@@ -77,7 +77,7 @@ impl ExecutionInterface {
         Ok(response.pid)
     }
 
-    /// Opens one output stream. No deadline once open; ends when the caller drops it. [`Self::follow`] survives
+    /// Opens an output stream without a deadline, which ends when the caller drops it. [`Self::follow`] survives
     /// reconnects.
     ///
     /// # Errors
@@ -94,7 +94,8 @@ impl ExecutionInterface {
         .await
     }
 
-    /// Output of a process from `offset` on, over reconnects, each byte once. `exec_id` is empty for the init process.
+    /// Follows the output of a process from `offset` across reconnects, each byte once. `exec_id` is empty for the init
+    /// process.
     pub fn follow(&self, container_id: &str, exec_id: &str, offset: u64) -> OutputFollower {
         OutputFollower::new(self.clone(), container_id, exec_id, offset)
     }
@@ -123,8 +124,9 @@ impl ExecutionInterface {
         Ok(())
     }
 
-    /// Sends input until `incoming` ends; answers how many bytes the process' pipe took. The first message names the
-    /// process. No deadline: a process that doesn't read holds the stream; dropping the future ends it.
+    /// Sends input until `incoming` ends. Returns the number of bytes written to the process's pipe. The first message
+    /// identifies the process. Without a deadline: a process that does not read blocks the stream; dropping the future
+    /// ends it.
     ///
     /// # Errors
     /// Every kind of [`PortalError`].
@@ -142,7 +144,7 @@ impl ExecutionInterface {
         }
     }
 
-    /// Waits for the end of a process. No deadline: ends with the process, the connection, or the caller.
+    /// Waits for the exit of a process without a deadline: returns with the process, the connection, or the caller.
     ///
     /// # Errors
     /// Every kind of [`PortalError`].
@@ -163,7 +165,7 @@ impl ExecutionInterface {
             })
     }
 
-    /// Signals an exec'd process; with `all` everything it started too. `signal` is the Linux number.
+    /// Signals an exec'd process; with `all` also its descendants. `signal` is the Linux number.
     ///
     /// # Errors
     /// Every kind of [`PortalError`].
@@ -189,7 +191,7 @@ impl ExecutionInterface {
         Ok(())
     }
 
-    /// New size of a process' terminal, in characters.
+    /// Resizes a process's terminal, in characters.
     ///
     /// # Errors
     /// Every kind of [`PortalError`].
@@ -215,7 +217,7 @@ impl ExecutionInterface {
         Ok(())
     }
 
-    /// Forgets an exec'd process that ended; succeeds on what is gone.
+    /// Removes an exec'd process that ended. Succeeds if it does not exist.
     ///
     /// # Errors
     /// Every kind of [`PortalError`].
@@ -233,14 +235,15 @@ impl ExecutionInterface {
         Ok(())
     }
 
-    /// Runs one command to its end and collects its output.
+    /// Runs a command to completion and collects its output.
     ///
-    /// Ends early when `limit` runs out or `cancelled` resolves; then the process and all it started are killed. In
-    /// every case the process is forgotten by the guest before this returns. The future itself must be driven to its
-    /// end: dropped, it leaves the process running (that is why a vanished caller is told through `cancelled`).
+    /// Ends early when `limit` expires or `cancelled` resolves; the process and its descendants are then killed. In
+    /// every case the guest has removed the process before this returns. The future must be polled to completion:
+    /// dropping it leaves the process running, which is why disconnected callers are reported through `cancelled`.
     ///
     /// # Errors
-    /// [`PortalError::ExecDeadline`] when `limit` ran out or `cancelled` resolved; every other kind as it comes.
+    /// [`PortalError::ExecDeadline`] if `limit` expired or `cancelled` resolved; otherwise every kind of
+    /// [`PortalError`].
     pub async fn exec_sync(
         &self,
         request: ExecRequest,
@@ -288,7 +291,7 @@ impl ExecutionInterface {
                 }
                 exit = &mut waiting => {
                     let exit = exit?;
-                    // A child that keeps the pipe open must not hold the answer back for ever.
+                    // A child that keeps the pipe open must not delay the answer forever.
                     if let Ok(collected) = tokio::time::timeout(DRAIN_LIMIT, &mut collecting).await {
                         collected?;
                     }
@@ -312,7 +315,7 @@ impl ExecutionInterface {
         loop {
             let chunk = tokio::select! {
                 chunk = follower.next() => chunk?,
-                // An Ack that is lost with its connection is made good by the next one.
+                // The next Ack replaces one lost with its connection.
                 Some(_) = acks.next() => continue,
             };
             let Some(chunk) = chunk else { return Ok(()) };
@@ -328,7 +331,7 @@ impl ExecutionInterface {
         }
     }
 
-    /// Kills the tree, waits a little for its end, and makes the error of it.
+    /// Kills the process tree, waits briefly for its exit, and returns the resulting error.
     async fn kill_tree(&self, container: &str, exec: &str, limit: Option<Duration>) -> PortalError {
         const SIGKILL: u32 = 9;
         if let Err(error) = self.kill(container, exec, SIGKILL, true).await
@@ -355,7 +358,7 @@ impl ExecutionInterface {
         self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
-    /// The same calls over a connection of their own.
+    /// Returns the same client on a dedicated connection.
     pub(super) fn dedicated(&self) -> Self {
         Self::new(self.connection.dedicated(), self.bytes.clone())
     }

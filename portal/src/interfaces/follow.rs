@@ -1,7 +1,7 @@
-//! [`OutputFollower`]: a process' output from an offset on, each byte once, across broken connections.
+//! [`OutputFollower`]: output of a process from an offset, each byte once, across broken connections.
 //!
-//! Where the output goes, and when it may be freed (Ack), is the caller's: the shim's log writer acks what is on
-//! disk, exec_sync what it has in memory. Output is never skipped: a gap is a protocol error, OUTPUT_GONE an error of
+//! The caller decides the destination of the output and when it may be freed (Ack): the shim's log writer acknowledges
+//! data on disk, exec_sync data in memory. Output is never skipped: a gap is a protocol error, OUTPUT_GONE an error of
 //! the guest.
 
 use super::execution::ExecutionInterface;
@@ -14,38 +14,37 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tonic::Streaming;
 
-/// How long a follower tries to reach a guest that was there before. A dead VM is noticed by other means (the shim's
-/// child, its socket) and sooner.
+/// Time limit for reconnecting to a guest. A dead VM is noticed earlier by other means (the shim's child, its socket).
 pub const RECONNECT_LIMIT: Duration = Duration::from_secs(30);
-/// First pause between two attempts; doubled up to [`RECONNECT_PAUSE_MAX`].
+/// Initial pause between two attempts; doubled up to [`RECONNECT_PAUSE_MAX`].
 const RECONNECT_PAUSE: Duration = Duration::from_millis(50);
-/// Longest pause between two attempts.
+/// Maximum pause between two attempts.
 const RECONNECT_PAUSE_MAX: Duration = Duration::from_secs(1);
-/// [`OutputFollower::ack_if_due`] acks once this much was read, in bytes: often enough that the guest's buffer never
-/// fills behind a reader that keeps up.
+/// Number of bytes after which [`OutputFollower::ack_if_due`] acknowledges: often enough that the guest's buffer never
+/// fills for a reader that keeps up.
 const ACK_EVERY: u64 = 256 << 10;
 
 /// A piece of output.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OutputChunk {
-    /// Of the first byte of `data`, counted over both streams.
+    /// Offset of the first byte of `data`, counted over both streams.
     pub offset: u64,
-    /// Which stream it was written to.
+    /// Stream of the data.
     pub stream: OutputStream,
     /// At most [`CHUNK_LIMIT`] bytes, never empty.
     pub data: Bytes,
 }
 
-/// Reads one process' output; made by [`ExecutionInterface::follow`].
+/// Reader of a process's output, created by [`ExecutionInterface::follow`].
 #[derive(Debug)]
 pub struct OutputFollower {
-    /// For calls.
+    /// Client for calls.
     execution: ExecutionInterface,
-    /// For the stream: a connection of its own unless [`OutputFollower::shared`], since a reader that waits for an
-    /// Ack while its unread stream fills the shared window waits for ever.
+    /// Client for the stream. Uses a dedicated connection unless [`OutputFollower::shared`], since a reader that waits
+    /// for an Ack while its unread stream fills the shared window would wait forever.
     streaming: ExecutionInterface,
     request: AttachRequest,
-    /// Offset of the next byte wanted.
+    /// Offset of the next byte to read.
     next: u64,
     acked: u64,
     stream: Option<Streaming<AttachChunk>>,
@@ -76,8 +75,8 @@ impl OutputFollower {
         }
     }
 
-    /// Makes it a reader that never acks and holds nothing back: output it is too slow for ends it with OUTPUT_GONE.
-    /// It also starts at the present end with `from_end`.
+    /// Turns this into an observer, which never acknowledges and does not block the process: if it is too slow, it ends
+    /// with OUTPUT_GONE. With `from_end` it starts at the current end.
     #[must_use]
     pub fn observing(mut self, from_end: bool) -> Self {
         self.request.observer = true;
@@ -85,14 +84,14 @@ impl OutputFollower {
         self
     }
 
-    /// Reads over the connection of `streaming`, which its owner shares with nothing that must not wait.
+    /// Reads over the connection of `streaming`. Its owner must not share it with calls that must not block.
     #[must_use]
     pub fn over(mut self, streaming: &ExecutionInterface) -> Self {
         self.streaming = streaming.clone();
         self
     }
 
-    /// Opens the stream now instead of at the first [`Self::next`]: an observer sees what is written from here on.
+    /// Opens the stream now instead of at the first [`Self::next`], so that an observer sees all later output.
     ///
     /// # Errors
     /// Every kind of [`PortalError`].
@@ -103,22 +102,22 @@ impl OutputFollower {
         Ok(())
     }
 
-    /// Reads over the shared connection: only for a reader that never stops reading, not even during an Ack.
+    /// Reads over the shared connection. Only for a reader that never pauses, not even during an Ack.
     pub(super) fn shared(mut self) -> Self {
         self.streaming = self.execution.clone();
         self
     }
 
-    /// Offset of the next byte that [`Self::next`] would give.
+    /// Returns the offset of the next byte that [`Self::next`] returns.
     pub fn position(&self) -> u64 {
         self.next
     }
 
-    /// The next piece of output, `None` after the last. May be dropped between polls and called again: nothing is lost.
+    /// Returns the next piece of output, or `None` at the end. Cancel-safe.
     ///
     /// # Errors
-    /// A refusal of the guest at once; `Transport` after [`RECONNECT_LIMIT`] without connection; `Protocol` on a gap
-    /// or an oversized chunk.
+    /// An error of the guest immediately; `Transport` after [`RECONNECT_LIMIT`] without a connection; `Protocol` on a
+    /// gap or an oversized chunk.
     pub async fn next(&mut self) -> Result<Option<OutputChunk>, PortalError> {
         let mut broken_since: Option<Instant> = None;
         let mut pause = RECONNECT_PAUSE;
@@ -135,7 +134,7 @@ impl OutputFollower {
                     broken_since = None;
                 }
                 Ok(None) => {
-                    // The stream ended without `eof`: the agent closed it; ask again.
+                    // The stream ended without `eof`: the agent closed it, so reopen it.
                     self.stream = None;
                     let since = *broken_since.get_or_insert_with(Instant::now);
                     if since.elapsed() > RECONNECT_LIMIT {
@@ -176,7 +175,7 @@ impl OutputFollower {
             .map_err(|status| PortalError::from_status("Execution.Attach", status))
     }
 
-    /// Checks a chunk against the position; `None` where there is nothing new in it.
+    /// Checks a chunk against the position. Returns `None` if it contains nothing new.
     fn accept(&mut self, chunk: AttachChunk) -> Result<Option<OutputChunk>, PortalError> {
         if chunk.data.len() > CHUNK_LIMIT {
             return Err(self.protocol(format!("a chunk of {} bytes", chunk.data.len())));
@@ -220,8 +219,8 @@ impl OutputFollower {
         Ok(())
     }
 
-    /// A call that acks everything given so far, where that is worth one; to be driven beside [`Self::next`]. It
-    /// counts as done at once.
+    /// Returns a call that acknowledges everything returned so far, if one is due, to be driven beside [`Self::next`].
+    /// It counts as done immediately.
     pub(super) fn due_ack(
         &mut self,
     ) -> Option<impl Future<Output = Result<(), PortalError>> + use<>> {
@@ -238,10 +237,11 @@ impl OutputFollower {
         Some(async move { execution.ack(&container, &exec, offset).await })
     }
 
-    /// Acks everything given so far, once that is worth a call. A broken connection is left to the next [`Self::next`].
+    /// Acknowledges everything returned so far, if a call is due. A broken connection is handled by the next
+    /// [`Self::next`].
     ///
     /// # Errors
-    /// Every kind of [`PortalError`] but the transport's.
+    /// Every kind of [`PortalError`] except `Transport`.
     pub async fn ack_if_due(&mut self) -> Result<(), PortalError> {
         if self.request.observer || self.next - self.acked < ACK_EVERY {
             return Ok(());

@@ -1,4 +1,4 @@
-//! [`GuestInterface`]: the Guest service — the VM itself, its network counters and ports.
+//! [`GuestInterface`]: the Guest service: the VM itself, its network counters and ports.
 
 use super::{QUICK_LIMIT, WORK_LIMIT, unary};
 use crate::error::PortalError;
@@ -16,7 +16,7 @@ use std::time::Duration;
 use tonic::Streaming;
 use tonic::transport::Channel;
 
-/// Typed calls of the Guest service.
+/// Typed client of the Guest service.
 #[derive(Debug, Clone)]
 pub struct GuestInterface {
     client: GuestClient<Channel>,
@@ -31,7 +31,7 @@ impl GuestInterface {
         Self { client, bytes }
     }
 
-    /// Mounts, network, clock and identity of the pod, once per boot.
+    /// Sets up mounts, network, clock and identity of the pod, once per boot.
     ///
     /// # Errors
     /// Every kind of [`PortalError`]; `Deadline` after [`WORK_LIMIT`].
@@ -39,7 +39,7 @@ impl GuestInterface {
         unary("Guest.Init", WORK_LIMIT, self.client.clone().init(request)).await
     }
 
-    /// Whether the agent answers within `limit`.
+    /// Checks that the agent answers within `limit`.
     ///
     /// # Errors
     /// Every kind of [`PortalError`].
@@ -52,11 +52,11 @@ impl GuestInterface {
         .await
     }
 
-    /// Asks the VM to end: containers killed after `grace`, disks synced, power off. The connection may break before
-    /// the answer; that is success too.
+    /// Shuts the VM down: containers are killed after `grace`, disks synced, power off. The connection may break before
+    /// the answer, which counts as success.
     ///
     /// # Errors
-    /// A refusal of the agent, or `Deadline` after `grace` and [`QUICK_LIMIT`].
+    /// An error of the agent, or `Deadline` after `grace` and [`QUICK_LIMIT`].
     pub async fn shutdown(&self, grace: Duration) -> Result<(), PortalError> {
         let grace_ms = u32::try_from(grace.as_millis()).unwrap_or(u32::MAX);
         let request = ShutdownRequest { grace_ms };
@@ -73,7 +73,7 @@ impl GuestInterface {
         }
     }
 
-    /// CPU, memory and network counters of the VM, within `limit`.
+    /// Returns the CPU, memory and network counters of the VM within `limit`.
     ///
     /// # Errors
     /// Every kind of [`PortalError`].
@@ -86,7 +86,7 @@ impl GuestInterface {
         .await
     }
 
-    /// New limits for all containers together: OCI LinuxResources as JSON.
+    /// Applies limits for all containers together, OCI LinuxResources as JSON.
     ///
     /// # Errors
     /// Every kind of [`PortalError`].
@@ -134,8 +134,8 @@ impl GuestInterface {
         Ok(())
     }
 
-    /// Tells the guest the host's listening ports, and hears its own; for pods in the host's network. The first message
-    /// names the gateway; this answers when the guest listens on that message's ports. Ends when either side drops.
+    /// Exchanges listening ports with the guest, for host network pods. The first message contains the gateway; this
+    /// returns when the guest listens on that message's ports. Ends when either side drops.
     ///
     /// # Errors
     /// Every kind of [`PortalError`]; the stream itself has no deadline.
@@ -154,9 +154,9 @@ impl GuestInterface {
         .await
     }
 
-    /// Opens a byte stream to a port inside the guest. The first message of `outgoing` names the port. Use a
-    /// [dedicated](crate::GuestSession::dedicated) session: a slow client must not stall other calls. Ends
-    /// when either side drops.
+    /// Opens a byte stream to a port in the guest. The first message of `outgoing` contains the port. Requires a
+    /// [dedicated](crate::GuestSession::dedicated) session: a slow client must not stall other calls. Ends when either
+    /// side drops.
     ///
     /// # Errors
     /// Every kind of [`PortalError`]; the stream itself has no deadline.

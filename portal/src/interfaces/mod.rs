@@ -1,7 +1,7 @@
-//! One typed interface per service of the guest: same shape, a thin method per rpc with its deadline.
+//! One typed client per service of the guest: a thin method per RPC with its deadline.
 //!
-//! A method dropped midway cancels its HTTP/2 stream; the guest may or may not have done the work, and since every
-//! rpc is idempotent by id the caller may simply ask again.
+//! Dropping a method's future cancels its HTTP/2 stream. The guest may or may not have done the work; since every RPC is
+//! idempotent by id, the caller may repeat it.
 
 pub mod container;
 pub mod execution;
@@ -14,9 +14,10 @@ use std::future::Future;
 use std::time::Duration;
 use tonic::{Response, Status};
 
-/// For calls that only read or signal: an agent answers in milliseconds, an emulated one under load in seconds.
+/// Time limit of calls that only read or signal: an agent answers in milliseconds, an emulated one under load in
+/// seconds.
 pub const QUICK_LIMIT: Duration = Duration::from_secs(20);
-/// For calls that mount, fork or wait for a cgroup to empty.
+/// Time limit of calls that mount, fork or wait for a cgroup to empty.
 pub const WORK_LIMIT: Duration = Duration::from_secs(120);
 
 /// Runs one unary call with a deadline.

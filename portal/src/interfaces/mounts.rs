@@ -1,6 +1,6 @@
-//! [`MountsInterface`]: the Mounts service — mounts that containers show on the host, and their files.
+//! [`MountsInterface`]: the Mounts service: mounts that containers export to the host, and their files.
 //!
-//! Only the shim uses it, on connections of its own. What is mounted where, and whether, it decides; nothing here does.
+//! Used by the shim on dedicated connections. The shim decides which mounts appear and where.
 
 use super::{QUICK_LIMIT, unary};
 use crate::error::PortalError;
@@ -12,7 +12,7 @@ use boxlite_proto::names;
 use tonic::Streaming;
 use tonic::transport::Channel;
 
-/// Typed calls of the Mounts service.
+/// Typed client of the Mounts service.
 #[derive(Debug, Clone)]
 pub struct MountsInterface {
     client: MountsClient<Channel>,
@@ -26,7 +26,8 @@ impl MountsInterface {
         Self { client }
     }
 
-    /// The list of mounts whenever it has changed, the present one first; `outgoing` says which lists the host is up to.
+    /// Subscribes to the list of mounts, which is sent initially and after every change; `outgoing` reports the lists
+    /// that the host has applied.
     ///
     /// # Errors
     /// Every kind of [`PortalError`]; the stream itself has no deadline.
@@ -45,7 +46,7 @@ impl MountsInterface {
         .await
     }
 
-    /// FUSE messages of the mount that the first message of `outgoing` names. Use a
+    /// Exchanges FUSE messages of a mount, which the first message of `outgoing` identifies. Requires a
     /// [dedicated](crate::GuestSession::dedicated) session. Ends when either side drops.
     ///
     /// # Errors
