@@ -8,6 +8,7 @@ mod cni;
 mod crash;
 mod exec;
 mod images;
+mod kubelet;
 mod lifecycle;
 mod logs;
 mod mount_export;
@@ -26,6 +27,7 @@ use crate::runner::Case;
 pub(crate) fn all() -> Vec<Case> {
     [
         lifecycle::cases(),
+        kubelet::cases(),
         exec::cases(),
         streaming::cases(),
         logs::cases(),

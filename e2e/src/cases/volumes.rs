@@ -221,7 +221,7 @@ async fn read_only_mounts_are_recursive(ctx: Context) -> Result {
 
 /// Sends CreateContainer with a mount whose `image_sub_path` k8s-cri does not define: the field is appended to the
 /// message, and decoders merge repeated occurrences of a message field.
-async fn create_with_sub_path(
+pub(super) async fn create_with_sub_path(
     pod: &Pod,
     config: ContainerConfig,
     volume: &Mount,
