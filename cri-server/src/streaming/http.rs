@@ -6,6 +6,7 @@
 use super::forward::{self, Forward};
 use super::process;
 use super::remote::{self, Version};
+use super::sessions::Session;
 use super::websocket::{self, Subprotocol, Tunnel, channels};
 use super::{Streaming, Ticket, spdy};
 use bytes::Bytes;
@@ -198,11 +199,15 @@ fn answer(request: Request<Incoming>, context: &Context) -> Answer {
     if ticket.verb() != verb {
         return refuse(StatusCode::NOT_FOUND, "not found");
     }
+    let session = match context.streaming.sessions().begin(ticket.pod()) {
+        Ok(session) => session,
+        Err(error) => return refuse(StatusCode::SERVICE_UNAVAILABLE, error.to_string()),
+    };
     if upgrades_to(request.headers(), SPDY) {
-        return spdy_session(request, ticket, context);
+        return spdy_session(request, ticket, session, context);
     }
     if upgrades_to(request.headers(), WEBSOCKET) {
-        return websocket_session(request, ticket, context);
+        return websocket_session(request, ticket, session, context);
     }
     refuse(
         StatusCode::BAD_REQUEST,
@@ -253,7 +258,12 @@ fn negotiate<'a>(headers: &HeaderMap, accepted: &[&'a str]) -> Result<&'a str, B
     Err(Box::new(answer))
 }
 
-fn spdy_session(request: Request<Incoming>, ticket: Ticket, context: &Context) -> Answer {
+fn spdy_session(
+    request: Request<Incoming>,
+    ticket: Ticket,
+    counted: Session,
+    context: &Context,
+) -> Answer {
     let accepted: &[&str] = match &ticket {
         Ticket::Forward(_) => &[PORT_FORWARD],
         _ => &REMOTE_PROTOCOLS,
@@ -266,6 +276,7 @@ fn spdy_session(request: Request<Incoming>, ticket: Ticket, context: &Context) -
     let session = context.clone();
     upgrade(request, context, move |io| async move {
         run_spdy(io, ticket, version, &session).await;
+        drop(counted);
     });
     let mut answer = switching(SPDY);
     if let Ok(value) = HeaderValue::from_str(protocol) {
@@ -304,7 +315,12 @@ fn switching(protocol: &'static str) -> Answer {
     answer
 }
 
-fn websocket_session(request: Request<Incoming>, ticket: Ticket, context: &Context) -> Answer {
+fn websocket_session(
+    request: Request<Incoming>,
+    ticket: Ticket,
+    counted: Session,
+    context: &Context,
+) -> Answer {
     let headers = request.headers();
     let of: fn(&str) -> Option<Subprotocol> = match &ticket {
         Ticket::Forward(_) => Subprotocol::of_forward,
@@ -339,6 +355,7 @@ fn websocket_session(request: Request<Incoming>, ticket: Ticket, context: &Conte
     let session = context.clone();
     upgrade(request, context, move |io| async move {
         run_websocket(io, ticket, subprotocol, &session).await;
+        drop(counted);
     });
     let mut answer = switching(WEBSOCKET);
     for (header, value) in [(SEC_WEBSOCKET_ACCEPT, key), (SEC_WEBSOCKET_PROTOCOL, name)] {

@@ -16,6 +16,7 @@ mod outcome;
 mod pipe;
 mod process;
 mod remote;
+mod sessions;
 mod spdy;
 mod tokens;
 mod websocket;
@@ -27,6 +28,7 @@ pub use remote::RequestedStreams;
 pub use tokens::TooManyPending;
 
 use crate::config::StreamingConfig;
+use sessions::Sessions;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use tokens::Tokens;
@@ -40,6 +42,15 @@ pub enum Ticket {
 }
 
 impl Ticket {
+    /// Returns the id of its pod sandbox.
+    fn pod(&self) -> &str {
+        match self {
+            Self::Exec(exec) => exec.pod.id(),
+            Self::Attach(attach) => attach.pod.id(),
+            Self::Forward(forward) => forward.pod.id(),
+        }
+    }
+
     /// Returns the first segment of the URL's path.
     fn verb(&self) -> &'static str {
         match self {
@@ -57,6 +68,7 @@ pub struct Streaming(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     tokens: Tokens<Ticket>,
+    sessions: Sessions,
     address: SocketAddr,
     limits: StreamingConfig,
 }
@@ -66,6 +78,7 @@ impl Streaming {
     pub fn new(limits: StreamingConfig, address: SocketAddr) -> Self {
         Self(Arc::new(Inner {
             tokens: Tokens::default(),
+            sessions: Sessions::default(),
             address,
             limits,
         }))
@@ -79,6 +92,10 @@ impl Streaming {
         let verb = ticket.verb();
         let token = self.0.tokens.issue(ticket)?;
         Ok(format!("http://{}/{verb}/{token}", self.0.address))
+    }
+
+    fn sessions(&self) -> &Sessions {
+        &self.0.sessions
     }
 
     fn tokens(&self) -> &Tokens<Ticket> {

@@ -331,3 +331,76 @@ async fn stalled_consumer_causes_pings() {
     }
     task.abort();
 }
+
+/// Writes `flood` repeatedly until the server stops reading; returns the number of bytes that it took.
+async fn taken(client: &mut DuplexStream, flood: &[u8], rounds: usize) -> usize {
+    let mut sent = 0;
+    for _ in 0..rounds {
+        let write = client.write_all(flood);
+        if tokio::time::timeout(Duration::from_millis(300), write)
+            .await
+            .is_err()
+        {
+            break;
+        }
+        sent += flood.len();
+    }
+    sent
+}
+
+#[tokio::test]
+async fn ping_flood_without_reads_stalls_the_peer() {
+    let (mut client, task, _gone) = echo();
+    let flood = super::frame::ping(1).repeat(1000);
+    let sent = taken(&mut client, &flood, 1000).await;
+    assert!(sent < 1 << 20, "{sent} bytes of pings were answered");
+    task.abort();
+}
+
+#[tokio::test]
+async fn window_updates_cause_no_output() {
+    let (mut client, task, _gone) = echo();
+    // WINDOW_UPDATE of stream 1 by 64 KiB.
+    let frame = [0x80, 3, 0, 9, 0, 0, 0, 8, 0, 0, 0, 1, 0, 1, 0, 0];
+    let sent = taken(&mut client, &frame.repeat(1000), 100).await;
+    assert_eq!(sent, 1_600_000);
+    client.write_all(&super::frame::ping(5)).await.unwrap();
+    let mut answer = [0; 12];
+    client.read_exact(&mut answer).await.unwrap();
+    assert_eq!(answer[..], super::frame::ping(5)[..]);
+    task.abort();
+}
+
+#[tokio::test]
+async fn streams_that_nobody_accepts_are_bounded() {
+    let (mut client, server) = tokio::io::duplex(1 << 20);
+    let task = tokio::spawn(serve(
+        server,
+        LONG,
+        CancellationToken::new(),
+        |accept| async move {
+            let _held = accept;
+            std::future::pending::<()>().await
+        },
+    ));
+    let mut deflater = Deflater::default();
+    let mut flood = Vec::new();
+    for id in 0..20_000u32 {
+        flood.extend(syn_stream(2 * id + 1, &deflater.empty_block()));
+    }
+    let sent = taken(&mut client, &flood[..600_000.min(flood.len())], 1).await;
+    assert!(sent > 0);
+    let mut replies = 0;
+    let mut frame = [0; 8];
+    while tokio::time::timeout(Duration::from_millis(300), client.read_exact(&mut frame))
+        .await
+        .is_ok()
+    {
+        let length = u32::from_be_bytes([0, frame[5], frame[6], frame[7]]) as usize;
+        let mut payload = vec![0; length];
+        client.read_exact(&mut payload).await.unwrap();
+        replies += 1;
+    }
+    assert!(replies <= 64, "{replies} streams without a consumer");
+    task.abort();
+}

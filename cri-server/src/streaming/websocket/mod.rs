@@ -18,6 +18,11 @@ use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 
 /// Maximum size of a received message; kubectl's are 32 KiB.
 const MAX_MESSAGE_BYTES: usize = 1 << 20;
+/// Size from which the library writes to the socket.
+const WRITE_BUFFER_BYTES: usize = 64 << 10;
+/// Maximum size of the library's write buffer. It answers every ping: without a limit, a peer that sends pings and does not read
+/// fills the memory with pongs. With it, the library keeps the latest pong only.
+const MAX_WRITE_BUFFER_BYTES: usize = 256 << 10;
 /// Time that the peer has to close after the last message.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -59,6 +64,8 @@ impl Subprotocol {
 /// Wraps an upgraded connection as the server side of a WebSocket.
 pub async fn accept<IO: AsyncRead + AsyncWrite + Unpin>(io: IO) -> WebSocketStream<IO> {
     let config = WebSocketConfig::default()
+        .write_buffer_size(WRITE_BUFFER_BYTES)
+        .max_write_buffer_size(MAX_WRITE_BUFFER_BYTES)
         .max_message_size(Some(MAX_MESSAGE_BYTES))
         .max_frame_size(Some(MAX_MESSAGE_BYTES));
     WebSocketStream::from_raw_socket(io, Role::Server, Some(config)).await

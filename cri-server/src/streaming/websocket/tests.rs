@@ -144,3 +144,43 @@ async fn tunnel_carries_bytes_across_messages() {
     drop(tunnel);
     assert!(sending.await.unwrap().is_empty());
 }
+
+#[tokio::test]
+async fn ping_flood_without_reads_is_bounded() {
+    let (client, server) = tokio::io::duplex(4 << 10);
+    let gone = CancellationToken::new();
+    let token = gone.clone();
+    let task = tokio::spawn(async move {
+        let server = accept(server).await;
+        let kind = (Version::V5, false);
+        channels::serve(server, kind, LONG, gone, move |_| async move {
+            token.cancelled().await;
+        })
+        .await;
+    });
+    let (mut reader, mut writer) = tokio::io::split(client);
+    // A masked ping with the maximum payload; a mask of zeros leaves it as it is.
+    let mut ping = vec![0x89, 0x80 | 125, 0, 0, 0, 0];
+    ping.extend([7; 125]);
+    let flood = ping.repeat(1000);
+    for _ in 0..100 {
+        // 13 MB in all; a server that stops reading is bounded, too.
+        let sent = tokio::time::timeout(Duration::from_secs(5), writer.write_all(&flood));
+        if sent.await.is_err() {
+            break;
+        }
+    }
+    let mut received = 0;
+    let mut buffer = vec![0; 64 << 10];
+    while let Ok(Ok(read)) =
+        tokio::time::timeout(Duration::from_millis(500), reader.read(&mut buffer)).await
+    {
+        if read == 0 {
+            break;
+        }
+        received += read;
+    }
+    assert!(received > 0, "no pong");
+    assert!(received < 1 << 20, "{received} bytes of pongs were queued");
+    task.abort();
+}
