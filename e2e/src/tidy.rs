@@ -2,6 +2,8 @@
 //!
 //! Reads the repository's text only. Counts lines as rustfmt leaves them, so it needs no parser.
 
+mod crates;
+mod cycles;
 mod language;
 
 use std::collections::BTreeSet;
@@ -34,9 +36,6 @@ const UNSAFE: &[&str] = &[
     "sys/src/descriptors.rs",
     "sys/src/mount_attributes.rs",
 ];
-
-/// Crates of ours that a crate may depend on, and the features it may take.
-type Allowed = &'static [(&'static str, &'static [&'static str])];
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -89,115 +88,6 @@ fn sources() -> Vec<(String, String)> {
 
 fn fail(mistakes: &[String]) {
     assert!(mistakes.is_empty(), "\n{}\n", mistakes.join("\n"));
-}
-
-#[test]
-fn crates_know_only_what_they_should() {
-    let ours: [(&str, Allowed); 10] = [
-        ("sys", &[]),
-        ("proto", &[]),
-        ("erofs", &[]),
-        ("portal", &[("boxlite-proto", &[]), ("boxlite-sys", &[])]),
-        (
-            "config",
-            &[("boxlite-proto", &["shim"]), ("boxlite-sys", &[])],
-        ),
-        (
-            "runtime",
-            &[
-                ("boxlite-config", &[]),
-                ("boxlite-erofs", &[]),
-                ("boxlite-portal", &[]),
-                ("boxlite-proto", &["shim"]),
-                ("boxlite-sys", &[]),
-            ],
-        ),
-        (
-            "cri-server",
-            &[
-                ("boxlite-config", &[]),
-                ("boxlite-portal", &[]),
-                ("boxlite-proto", &["cri", "nri"]),
-                // The feature is for tests: shims without VMs.
-                ("boxlite-runtime", &["fake-shim"]),
-                ("boxlite-sys", &[]),
-            ],
-        ),
-        (
-            "shim-v2",
-            &[
-                ("boxlite-config", &[]),
-                ("boxlite-erofs", &[]),
-                ("boxlite-portal", &[]),
-                ("boxlite-proto", &["shim"]),
-                ("boxlite-runtime", &[]),
-                ("boxlite-sys", &[]),
-            ],
-        ),
-        ("guest", &[("boxlite-proto", &[]), ("boxlite-sys", &[])]),
-        // Helpers only: the tests have their own view of every wire format.
-        ("e2e", &[("boxlite-sys", &[])]),
-    ];
-    let single = [
-        ("libkrun", "shim-v2"),
-        ("libcontainer", "guest"),
-        ("k8s-cri", "e2e"),
-        ("rusqlite", "runtime"),
-    ];
-    let mut mistakes = Vec::new();
-    for (name, allowed) in ours {
-        // The crate `config` is under construction.
-        let Ok(text) = fs::read_to_string(root().join(name).join("Cargo.toml")) else {
-            assert_eq!(name, "config", "no manifest");
-            continue;
-        };
-        let manifest: toml::Table = text.parse().expect("TOML");
-        for kind in ["dependencies", "dev-dependencies", "build-dependencies"] {
-            let Some(table) = manifest.get(kind).and_then(|t| t.as_table()) else {
-                continue;
-            };
-            for (dependency, how) in table {
-                if dependency.starts_with("boxlite-") {
-                    let features: BTreeSet<_> = how
-                        .get("features")
-                        .and_then(|f| f.as_array())
-                        .into_iter()
-                        .flatten()
-                        .filter_map(|f| f.as_str())
-                        .collect();
-                    match allowed
-                        .iter()
-                        .find(|(crate_name, _)| crate_name == dependency)
-                    {
-                        None => mistakes.push(format!("{name} depends on {dependency}")),
-                        Some((_, may)) if !features.iter().all(|f| may.contains(f)) => {
-                            mistakes.push(format!(
-                                "{name} takes {dependency} with {features:?}, may take {may:?}"
-                            ));
-                        }
-                        Some(_) => {}
-                    }
-                }
-                if let Some((_, home)) = single
-                    .iter()
-                    .find(|(d, home)| d == dependency && *home != name)
-                {
-                    mistakes.push(format!(
-                        "{name} depends on {dependency}, which only {home} knows"
-                    ));
-                }
-            }
-        }
-    }
-    for (path, text) in sources() {
-        let outside = !path.starts_with("cri-server/")
-            && !path.starts_with("proto/")
-            && !path.starts_with("e2e/");
-        if outside && text.contains(concat!("cri::", "v1")) {
-            mistakes.push(format!("{path} names CRI types; only cri-server does"));
-        }
-    }
-    fail(&mistakes);
 }
 
 #[test]

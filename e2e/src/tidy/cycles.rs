@@ -152,7 +152,7 @@ fn modules_do_not_import_each_other_in_cycles() {
             }
         }
     }
-    for known in KNOWN.iter().filter(|k| !found.contains(**k)) {
+    for known in KNOWN.iter().filter(|k| !found.contains(*k)) {
         mistakes.push(format!("{known:?} is listed and is no cycle any more"));
     }
     fail(&mistakes);
