@@ -5,6 +5,7 @@
 //! paths            programs and files of the installation: [paths]
 //! pod              defaults of a pod's VM: [pod]
 //! vmm              choice of VMM and acceleration: vmm, acceleration
+//! vmm_probe        VMM for a probe's answer, and the file that keeps it
 //! size             VM size of a pod, and capacity checks of later updates
 //! cgroup           cgroup names of both drivers, memory limit of a pod's cgroup
 //! dns              resolv.conf of a pod
@@ -22,3 +23,4 @@ pub mod section;
 pub mod size;
 pub mod value;
 pub mod vmm;
+pub mod vmm_probe;

@@ -1,6 +1,6 @@
 //! Output of the shim's role `probe`, JSON on standard output: whether this machine can run guest code on KVM.
 //!
-//! Facts only; runtime's `vmm_probe` selects the VMM.
+//! Facts only; boxlite-config's `vmm_probe` selects the VMM.
 
 use serde::{Deserialize, Serialize};
 

@@ -6,15 +6,15 @@
 
 use super::annotations;
 use crate::error::{Result, ShimError};
+use crate::probe;
 use boxlite_config::paths::Paths;
 use boxlite_config::pod::PodDefaults;
 use boxlite_config::section::{self, ConfigError, Mistake, Section};
 use boxlite_config::value;
 use boxlite_config::vmm::VmmSettings;
+use boxlite_config::vmm_probe::{self, ProbeCache};
 use boxlite_proto::probe::ProbeReport;
 use boxlite_proto::vmm::{Acceleration, Installation, VmmKind};
-use boxlite_runtime::filesystem_layout::FilesystemLayout;
-use boxlite_runtime::vmm_probe;
 use boxlite_sys::report::Report;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -25,8 +25,8 @@ pub const DEFAULT_PATH: &str = "/etc/boxlite/shim.toml";
 pub const PATH_VARIABLE: &str = "BOXLITE_SHIM_CONFIG";
 /// Default directory of derived files.
 const DEFAULT_CACHE: &str = "/var/lib/boxlite/cache";
-/// State directory of the probe's layout. Only its length matters: the probe creates no socket.
-const PROBE_STATE: &str = "/run/boxlite";
+/// File below `paths.cache` that keeps the answer of the probe.
+const PROBE_FILE: &str = "vmm-probe.json";
 
 /// Everything an operator may set for the shim.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -143,17 +143,19 @@ impl ShimConfig {
             .mode(0o700)
             .create(cache)
             .map_err(ShimError::io("create", cache.display()))?;
-        let failed = |error: &boxlite_runtime::RuntimeError| ShimError::Invalid {
-            field: "vmm",
-            reason: Report(error).to_string(),
-        };
-        let layout =
-            FilesystemLayout::new(cache, Path::new(PROBE_STATE)).map_err(|error| failed(&error))?;
         let program =
             std::env::current_exe().map_err(ShimError::io("find", "the shim's own program"))?;
-        vmm_probe::probe(&program, &layout)
-            .await
-            .map_err(|error| failed(&error))
+        let cache = ProbeCache::new(cache.join(PROBE_FILE), &program)
+            .map_err(ShimError::io("read", program.display()))?;
+        if let Some(report) = cache.get() {
+            return Ok(report);
+        }
+        let probed = tokio::task::spawn_blocking(probe::report).await;
+        let report = probed.unwrap_or_else(vmm_probe::failed_probe);
+        if let Err(error) = cache.put(&report) {
+            tracing::debug!(%error, "failed to cache the probe's answer");
+        }
+        Ok(report)
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! /dev/kvm may exist without being able to run a guest, and then libkrun fails late and obscurely. So a small test VM runs
 //! code that every kernel needs early: long mode with paging, SSE, cmpxchg16b, cpuid. It runs in a child process with a timeout,
-//! because a broken KVM may hang or kill its caller. Runtime's `vmm_probe` evaluates the report.
+//! because a broken KVM may hang or kill its caller. boxlite-config's `vmm_probe` evaluates the report.
 //!
 //! Flow: boxlite-cri → `containerd-shim-boxlite-v2 probe` → `/proc/self/exe probe-guest` → [`guest::run`].
 
@@ -51,7 +51,8 @@ pub fn run_guest() -> ExitCode {
     }
 }
 
-fn report() -> ProbeReport {
+/// Runs the test VM in a child process. Blocks, at most [`PROBE_TIMEOUT`].
+pub fn report() -> ProbeReport {
     if !Path::new(KVM_DEVICE).exists() {
         return ProbeReport {
             kvm_present: false,
