@@ -3,10 +3,10 @@
 //!
 //! Exit code: 0 if pods can run, 1 if something they need is missing.
 
-use crate::cli::Output;
 use crate::cni::Cni;
 use crate::config::Config;
 use crate::layout::Layout;
+use crate::output::Output;
 use crate::vmm;
 use boxlite_proto::vmm::VmmKind;
 use boxlite_runtime::vmm_probe::VmmChoice;

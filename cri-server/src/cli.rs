@@ -6,9 +6,10 @@
 mod tests;
 
 use crate::config::{Config, ConfigError, Paths, check_log_filter, default_toml, socket_path};
+use crate::output::{Output, VERSION};
 use crate::{check, serve, status};
 use boxlite_config::paths::{installed_kernel, prefix};
-use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -16,13 +17,6 @@ use std::process::ExitCode;
 const DEFAULT_FILE: &str = "/etc/boxlite/config.toml";
 /// EX_CONFIG.
 const EXIT_CONFIG: u8 = 78;
-/// Version of this program and the commit it was built from.
-pub const VERSION: &str = concat!(
-    env!("CARGO_PKG_VERSION"),
-    " (commit ",
-    env!("BOXLITE_COMMIT"),
-    ")"
-);
 
 /// Kubernetes container runtime (CRI v1) that runs every pod in a virtual machine.
 ///
@@ -97,16 +91,6 @@ enum ConfigCommand {
     Dump(ConfigOptions),
     /// Validate the configuration and report every mistake.
     Check(ConfigOptions),
-}
-
-/// Format of a report.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
-pub enum Output {
-    /// Aligned text.
-    #[default]
-    Text,
-    /// One JSON object.
-    Json,
 }
 
 /// Options of every command that reads the configuration.

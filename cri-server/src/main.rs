@@ -15,6 +15,7 @@ mod layout;
 mod metrics;
 mod notify;
 mod nri;
+mod output;
 mod serve;
 mod server;
 mod service;

@@ -8,9 +8,9 @@
 #[cfg(test)]
 pub mod tests;
 
-use crate::cli::VERSION;
 use crate::config::Config;
 use crate::metrics::{self, Metrics};
+use crate::output::VERSION;
 use crate::server::connection::Connection;
 use crate::server::layer::CallLayer;
 use crate::server::socket;

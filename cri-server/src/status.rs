@@ -5,8 +5,8 @@
 #[cfg(test)]
 mod tests;
 
-use crate::cli::{Output, VERSION};
 use crate::config::Config;
+use crate::output::{Output, VERSION};
 use boxlite_proto::cri::v1::runtime_service_client::RuntimeServiceClient;
 use boxlite_proto::cri::v1::{
     ContainerState, ListContainersRequest, ListPodSandboxRequest, PodSandboxState, StatusRequest,
