@@ -85,25 +85,78 @@ impl Platform {
         format!("{}/{}", self.os, self.architecture)
     }
 
+    /// As [`Self::takes`], for a config, whose variant may be any.
+    fn takes_any_variant(&self, platform: &RawPlatform) -> bool {
+        let found = Normalized::of(platform);
+        found.os == self.os && found.architecture == self.architecture
+    }
+
     /// Accepts no variant or the base variant, because a guest's CPU need not support amd64/v3.
     fn takes(&self, platform: &RawPlatform) -> bool {
-        let base = match self.architecture {
-            "arm64" => "v8",
-            _ => "v1",
-        };
-        platform.os == self.os
-            && platform.architecture == self.architecture
-            && platform
-                .variant
-                .as_deref()
-                .is_none_or(|v| v.is_empty() || v == base)
+        let found = Normalized::of(platform);
+        found.os == self.os && found.architecture == self.architecture && found.variant.is_empty()
     }
+}
+
+/// A platform in the form of containerd's `platforms.Normalize`.
+#[derive(Debug, PartialEq, Eq)]
+struct Normalized {
+    os: String,
+    architecture: String,
+    /// Empty for the base variant of the architecture.
+    variant: String,
+}
+
+impl Normalized {
+    fn of(platform: &RawPlatform) -> Self {
+        let os = match platform.os.to_ascii_lowercase().as_str() {
+            "" => "linux".to_owned(),
+            "macos" => "darwin".to_owned(),
+            os => os.to_owned(),
+        };
+        let variant = platform.variant.as_deref().unwrap_or_default();
+        let variant = variant.to_ascii_lowercase();
+        let (architecture, variant) = match platform.architecture.to_ascii_lowercase().as_str() {
+            "i386" => ("386", ""),
+            "x86_64" | "x86-64" | "amd64" => ("amd64", strip_base(&variant, &["v1"])),
+            "aarch64" | "arm64" => ("arm64", strip_base(&variant, &["8", "v8", "v8.0"])),
+            "armhf" => ("arm", "v7"),
+            "armel" => ("arm", "v6"),
+            "arm" => (
+                "arm",
+                match variant.as_str() {
+                    "" | "7" => "v7",
+                    "5" => "v5",
+                    "6" => "v6",
+                    "8" => "v8",
+                    other => other,
+                },
+            ),
+            other => {
+                return Self {
+                    os,
+                    architecture: other.to_owned(),
+                    variant,
+                };
+            }
+        };
+        Self {
+            os,
+            architecture: architecture.to_owned(),
+            variant: variant.to_owned(),
+        }
+    }
+}
+
+/// Returns an empty variant for one of the names of the architecture's base variant.
+fn strip_base<'a>(variant: &'a str, base: &[&str]) -> &'a str {
+    if base.contains(&variant) { "" } else { variant }
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct RawDocument {
-    schema_version: u32,
+    schema_version: Option<u32>,
     media_type: Option<String>,
     config: Option<RawDescriptor>,
     layers: Option<Vec<RawDescriptor>>,
@@ -121,7 +174,7 @@ struct RawDescriptor {
     platform: Option<RawPlatform>,
 }
 
-#[derive(Deserialize)]
+#[derive(Debug, Deserialize)]
 struct RawPlatform {
     #[serde(default)]
     os: String,
@@ -149,9 +202,13 @@ pub(super) fn parse(
     bytes: &[u8],
     platform: Platform,
 ) -> ImageResult<Document> {
-    let raw: RawDocument = serde_json::from_slice(bytes)
-        .map_err(|e| ImageError::invalid(what, format!("not an image manifest: {e}")))?;
-    if raw.fs_layers.is_some() || raw.schema_version != 2 {
+    let invalid =
+        |e: serde_json::Error| ImageError::invalid(what, format!("not an image manifest: {e}"));
+    let mut value: serde_json::Value = serde_json::from_slice(bytes).map_err(invalid)?;
+    normalize(&mut value);
+    let raw: RawDocument = serde_json::from_value(value).map_err(invalid)?;
+    // containerd does not require the version, but refuses documents of version 1.
+    if raw.fs_layers.is_some() || raw.schema_version.is_some_and(|version| version < 2) {
         return Err(ImageError::invalid(
             what,
             "schema version 1 is not supported",
@@ -162,7 +219,8 @@ pub(super) fn parse(
         (Some(manifests), None, None) if !matches!(named, OCI_MANIFEST | DOCKER_MANIFEST) => {
             choose(what, manifests, platform).map(Document::Index)
         }
-        (None, Some(layers), Some(config)) if !matches!(named, OCI_INDEX | DOCKER_LIST) => {
+        (None, layers, Some(config)) if !matches!(named, OCI_INDEX | DOCKER_LIST) => {
+            let layers = layers.unwrap_or_default();
             if layers.len() > MAX_LAYERS {
                 let what = format!("the number of layers of {what}");
                 return Err(ImageError::TooLarge {
@@ -243,17 +301,23 @@ pub(super) fn parse_config(
     let no_config =
         |e: serde_json::Error| ImageError::invalid(what, format!("not an image config: {e}"));
     let mut value: serde_json::Value = serde_json::from_slice(bytes).map_err(no_config)?;
-    // Docker writes null, such as `"Volumes": null`, for fields that OCI omits.
-    drop_nulls(&mut value);
-    let config: ImageConfiguration = serde_json::from_value(value).map_err(no_config)?;
-    let (os, architecture) = (config.os().to_string(), config.architecture().to_string());
-    if os != platform.os || architecture != platform.architecture {
+    normalize(&mut value);
+    let found: RawPlatform = serde_json::from_value(value.clone()).map_err(no_config)?;
+    // A missing architecture matches any, as in containerd.
+    if !found.architecture.is_empty() && !platform.takes_any_variant(&found) {
         return Err(ImageError::NoPlatform {
             subject: what.to_owned(),
             wanted: platform.name(),
-            offered: format!("{os}/{architecture}"),
+            offered: format!("{}/{}", found.os, found.architecture),
         });
     }
+    if let serde_json::Value::Object(map) = &mut value {
+        map.insert("os".into(), platform.os.into());
+        map.insert("architecture".into(), platform.architecture.into());
+        map.entry("rootfs")
+            .or_insert_with(|| serde_json::json!({"type": "layers", "diff_ids": []}));
+    }
+    let config: ImageConfiguration = serde_json::from_value(value).map_err(no_config)?;
     let diff_ids = config.rootfs().diff_ids();
     if diff_ids.len() != layers {
         let reason = format!("it has {} diff IDs for {layers} layers", diff_ids.len());
@@ -269,7 +333,69 @@ pub(super) fn parse_config(
     Ok((config, diff_ids))
 }
 
-/// Removes null members. The recursion is bounded because serde_json limits the nesting to 128.
+/// Field names of manifests, indexes and configs, except those of free-form maps.
+const FIELDS: [&str; 29] = [
+    "schemaVersion",
+    "mediaType",
+    "manifests",
+    "layers",
+    "fsLayers",
+    "digest",
+    "size",
+    "platform",
+    "os",
+    "architecture",
+    "variant",
+    "config",
+    "rootfs",
+    "diff_ids",
+    "history",
+    "created",
+    "author",
+    "User",
+    "ExposedPorts",
+    "Env",
+    "Entrypoint",
+    "Cmd",
+    "Volumes",
+    "WorkingDir",
+    "Labels",
+    "StopSignal",
+    "type",
+    "empty_layer",
+    "created_by",
+];
+/// Fields with free-form keys.
+const MAPS: [&str; 4] = ["Labels", "Volumes", "ExposedPorts", "annotations"];
+
+/// Removes null members and corrects the case of field names, so that documents are read as Go reads them: Docker writes
+/// null for fields that OCI omits, and Go's JSON ignores the case of names. The recursion is bounded because serde_json
+/// limits the nesting to 128.
+fn normalize(value: &mut serde_json::Value) {
+    match value {
+        serde_json::Value::Object(map) => {
+            for (name, mut value) in std::mem::take(map) {
+                let known = FIELDS
+                    .iter()
+                    .find(|field| field.eq_ignore_ascii_case(&name));
+                let name = known.map_or(name, |field| (*field).to_owned());
+                if value.is_null() {
+                    continue;
+                }
+                if MAPS.contains(&name.as_str()) {
+                    drop_nulls(&mut value);
+                } else {
+                    normalize(&mut value);
+                }
+                map.insert(name, value);
+            }
+        }
+        serde_json::Value::Array(items) => items.iter_mut().for_each(normalize),
+        _ => {}
+    }
+}
+
+/// Removes null members.
 fn drop_nulls(value: &mut serde_json::Value) {
     match value {
         serde_json::Value::Object(map) => {

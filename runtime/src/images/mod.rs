@@ -135,6 +135,23 @@ impl ImageManager {
             .collect()
     }
 
+    /// Returns the layer files to stack as an overlay, lowest first: without repeats, of which the topmost counts, because
+    /// overlayfs refuses to use a lower directory twice; and at least one, which is empty for an image without layers.
+    pub fn overlay_layers(&self, image: &str) -> ImageResult<Vec<LayerFile>> {
+        let layers = self.layers(image)?;
+        let mut distinct: Vec<LayerFile> = Vec::with_capacity(layers.len());
+        for layer in layers.into_iter().rev() {
+            if !distinct.contains(&layer) {
+                distinct.push(layer);
+            }
+        }
+        distinct.reverse();
+        if distinct.is_empty() {
+            distinct.push(self.inner.store.empty_layer()?);
+        }
+        Ok(distinct)
+    }
+
     /// Keeps the image `what` until `holder` releases it by the ID in the returned record. Idempotent per holder. Holds are
     /// in memory: after a restart they must be taken again before removals are served.
     pub fn hold(&self, what: &str, holder: &str) -> ImageResult<ImageRecord> {

@@ -102,7 +102,7 @@ impl LiteBox {
             .inner
             .env
             .images
-            .layers(image_id)
+            .overlay_layers(image_id)
             .map_err(|source| image_error(image_id, "find the layers of", source))?;
         let bundle = self
             .inner

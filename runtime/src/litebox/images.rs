@@ -55,7 +55,7 @@ impl BoxEnv {
             };
             let layers = self
                 .images
-                .layers(&image)
+                .overlay_layers(&image)
                 .map_err(|source| image_error(&image, "find the layers of", source))?;
             let mut options = mount.options().clone().unwrap_or_default();
             let layer = |path: std::path::PathBuf| format!("{LAYER_OPTION}{}", path.display());

@@ -139,3 +139,143 @@ fn layer_type_and_compression_are_detected() {
     assert_eq!(Compression::sniff(b"etc/"), Compression::Plain);
     assert_eq!(Compression::sniff(b""), Compression::Plain);
 }
+
+/// containerd's behavior for optional and wrong fields of configs.
+#[test]
+fn parse_config_treats_fields_as_containerd() {
+    let id = digest(1);
+    let rootfs = json!({"type": "layers", "diff_ids": [id]});
+    let with = |fields: serde_json::Value| {
+        let mut config = json!({"architecture": "amd64", "os": "linux", "rootfs": rootfs});
+        for (key, value) in fields.as_object().unwrap() {
+            config[key] = value.clone();
+        }
+        config
+    };
+    for (config, accepted) in [
+        (with(json!({"architecture": "x86_64"})), true),
+        (with(json!({"architecture": "x86-64"})), true),
+        (with(json!({"architecture": "AMD64"})), true),
+        (with(json!({"os": "Linux"})), true),
+        (with(json!({"os": ""})), true),
+        (
+            with(json!({"architecture": "amd64", "variant": "v1"})),
+            true,
+        ),
+        (with(json!({"architecture": "arm64"})), false),
+        (with(json!({"architecture": "aarch64"})), false),
+        (with(json!({"architecture": "armhf"})), false),
+        (with(json!({"architecture": "i386"})), false),
+        (with(json!({"os": "windows"})), false),
+        (with(json!({"os": "macOS"})), false),
+        (json!({"os": "linux", "rootfs": rootfs}), true),
+        (json!({"architecture": "amd64", "rootfs": rootfs}), true),
+        (json!({"rootfs": rootfs}), true),
+        (
+            json!({"OS": "linux", "Architecture": "amd64", "rootfs": rootfs}),
+            true,
+        ),
+        (
+            with(json!({"config": null, "history": null, "author": null})),
+            true,
+        ),
+        (with(json!({"created": ""})), true),
+        (
+            with(json!({"config": {"cmd": ["sh"], "env": null, "Labels": {"os": "x", "y": null}}})),
+            true,
+        ),
+        (
+            with(json!({"history": [{"created": "1970-01-01T00:00:00Z", "empty_layer": true}]})),
+            true,
+        ),
+        (
+            with(json!({"moby.buildkit.cache.v0": "x", "container_config": {"Cmd": null}})),
+            true,
+        ),
+        (with(json!({"config": {"Env": "A=b"}})), false),
+        (with(json!({"config": []})), false),
+        (json!({"architecture": "amd64", "os": "linux"}), false),
+        (json!([]), false),
+        (json!("x"), false),
+    ] {
+        let text = config.to_string();
+        let parsed = parse_config("x", text.as_bytes(), 1, AMD64);
+        assert_eq!(parsed.is_ok(), accepted, "{text}: {parsed:?}");
+    }
+    let lower = with(json!({"config": {"cmd": ["sh"], "Labels": {"user": "x"}}}));
+    let (parsed, _) = parse_config("x", lower.to_string().as_bytes(), 1, AMD64).unwrap();
+    let config = parsed.config().clone().unwrap();
+    assert_eq!(config.cmd().as_deref(), Some(&["sh".to_owned()][..]));
+    assert!(config.labels().clone().unwrap().contains_key("user"));
+}
+
+/// An image without layers, as made by tools that mount volumes into an empty root.
+#[test]
+fn parse_accepts_image_without_layers() {
+    let descriptor = json!({"mediaType": "x", "digest": digest(1), "size": 2});
+    for layers in [json!([]), json!(null)] {
+        for version in [json!(2), json!(null)] {
+            let manifest =
+                json!({"schemaVersion": version, "config": descriptor, "layers": layers});
+            let text = manifest.to_string();
+            match parse("x", Some(OCI_MANIFEST), text.as_bytes(), AMD64) {
+                Ok(Document::Manifest(manifest)) => assert!(manifest.layers.is_empty()),
+                other => panic!("{text}: {other:?}"),
+            }
+        }
+    }
+    let config = json!({"architecture": "amd64", "os": "linux"}).to_string();
+    let (_, diff_ids) = parse_config("x", config.as_bytes(), 0, AMD64).unwrap();
+    assert!(diff_ids.is_empty());
+}
+
+/// containerd's `platforms.Normalize` for the entries of an index.
+#[test]
+fn choose_normalizes_platforms_as_containerd() {
+    let taken = |platform: serde_json::Value| {
+        let entry = json!({"mediaType": OCI_MANIFEST, "digest": digest(1), "size": 7, "platform": platform});
+        chosen(json!([entry])).is_ok()
+    };
+    for (platform, accepted) in [
+        (json!({"os": "Linux", "architecture": "x86_64"}), true),
+        (json!({"os": "linux", "architecture": "AMD64"}), true),
+        (json!({"architecture": "amd64"}), true),
+        (json!({"OS": "linux", "Architecture": "amd64"}), true),
+        (
+            json!({"os": "linux", "architecture": "amd64", "variant": "V1"}),
+            true,
+        ),
+        (
+            json!({"os": "linux", "architecture": "amd64", "variant": null}),
+            true,
+        ),
+        (
+            json!({"os": "linux", "architecture": "amd64", "variant": "v2"}),
+            false,
+        ),
+        (json!({"os": "linux", "architecture": "aarch64"}), false),
+        (json!({"os": "linux", "architecture": "armhf"}), false),
+        (json!({"os": "linux"}), false),
+        (json!({"os": "darwin", "architecture": "amd64"}), false),
+    ] {
+        assert_eq!(taken(platform.clone()), accepted, "{platform}");
+    }
+    let of = |architecture: &str, variant: &str| {
+        let found = Normalized::of(&RawPlatform {
+            os: String::new(),
+            architecture: architecture.into(),
+            variant: Some(variant.into()),
+        });
+        format!("{}/{}", found.architecture, found.variant)
+    };
+    for (architecture, variant, expected) in [
+        ("aarch64", "8", "arm64/"),
+        ("arm64", "v9", "arm64/v9"),
+        ("armel", "", "arm/v6"),
+        ("arm", "", "arm/v7"),
+        ("arm", "5", "arm/v5"),
+        ("RISCV64", "", "riscv64/"),
+    ] {
+        assert_eq!(of(architecture, variant), expected);
+    }
+}

@@ -8,6 +8,7 @@
 //! index.json                   images with tags, digests and layers; replaced atomically, 0600
 //! blobs/sha256/<hex>           manifests, indexes and configs, unchanged
 //! layers/sha256/<hex>.erofs    one file per layer, by diff ID, 0444
+//! layers/empty.erofs           empty file system, for images without layers
 //! ingest/                      incomplete files; see `layer`
 //! lock                         held while a process has the store open
 //! ```
@@ -26,6 +27,7 @@ pub(super) use disk::{PARTIAL_SUFFIX, delete};
 use boxlite_sys::sync::{Mutex, RwLock};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs::File;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, MutexGuard};
 
@@ -149,6 +151,9 @@ impl Store {
             }
         }
         store.replace(images);
+        if let Err(e) = store.write_empty_layer() {
+            tracing::warn!(error = %e.report(), "failed to write the empty layer");
+        }
         disk::clean_ingest(&store.ingest_dir())?;
         store.collect()?;
         Ok(Arc::new(store))
@@ -248,6 +253,9 @@ impl Store {
                 images.insert(owner, Arc::new(self.load(untagged)?));
             }
             entry.tags.insert(tag);
+        }
+        if entry.layers.is_empty() {
+            self.write_empty_layer()?;
         }
         let stored = Arc::new(self.load(entry)?);
         images.insert(id, stored.clone());
@@ -349,6 +357,45 @@ impl Store {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(ImageError::io("stat", &path, e)),
         }
+    }
+
+    /// Returns the layer file of images without layers. overlayfs needs at least one lower directory.
+    pub(super) fn empty_layer(&self) -> ImageResult<LayerFile> {
+        let path = self.empty_layer_path();
+        let meta = std::fs::metadata(&path).map_err(|e| ImageError::io("stat", &path, e))?;
+        Ok(LayerFile {
+            diff_id: String::new(),
+            path,
+            bytes: meta.len(),
+        })
+    }
+
+    /// Writes the file of [`Self::empty_layer`] if it is missing. Blocks.
+    fn write_empty_layer(&self) -> ImageResult<()> {
+        let path = self.empty_layer_path();
+        if path.is_file() {
+            return Ok(());
+        }
+        let ingest = self.ingest_dir();
+        let failed = |e| ImageError::io("write", &path, e);
+        let file = tempfile::NamedTempFile::new_in(&ingest).map_err(failed)?;
+        let target = boxlite_erofs::Target {
+            file: file.as_file(),
+            path: file.path(),
+            scratch: &ingest,
+            cancelled: &|| false,
+        };
+        // Two blocks of zeros are an empty archive.
+        boxlite_erofs::write_image(&mut &[0; 1024][..], "empty layer", target)?;
+        let mode = std::fs::Permissions::from_mode(0o444);
+        file.as_file().set_permissions(mode).map_err(failed)?;
+        file.as_file().sync_all().map_err(failed)?;
+        file.persist(&path).map_err(|e| failed(e.error))?;
+        Ok(())
+    }
+
+    fn empty_layer_path(&self) -> PathBuf {
+        self.dir.join("layers/empty.erofs")
     }
 
     /// Returns the config of a stored image; `None` if it does not exist or is damaged. Blocks.

@@ -383,3 +383,31 @@ async fn pull_future_is_send() {
     .unwrap();
     assert_eq!(error.unwrap_err().kind(), ImageErrorKind::Unavailable);
 }
+
+#[tokio::test]
+async fn overlay_layers_are_distinct_and_never_empty() {
+    let (registry, home) = setup().await;
+    let (a, b) = (layer("x", 1, 10), layer("x", 2, 10));
+    let packs = [&a, &b, &a, &b, &b].map(|tar| (tar.as_slice(), Pack::Gzip));
+    registry.push("twice", "v", &packs);
+    let twice = home.pull(&registry.name("twice:v")).await.unwrap();
+    let stack: Vec<String> = home
+        .images
+        .overlay_layers(&twice.id)
+        .unwrap()
+        .into_iter()
+        .map(|layer| layer.diff_id)
+        .collect();
+    let id = |tar: &[u8]| Digest::of(tar).to_string();
+    assert_eq!(stack, [id(&a), id(&b)], "the topmost repeat counts");
+
+    registry.push("none", "v", &[]);
+    let none = home.pull(&registry.name("none:v")).await.unwrap();
+    let empty = home.images.overlay_layers(&none.id).unwrap();
+    assert_eq!(empty.len(), 1);
+    let magic = &std::fs::read(&empty[0].path).unwrap()[1024..1028];
+    assert_eq!(magic, 0xE0F5_E1E2u32.to_le_bytes(), "an EROFS image");
+    let home = home.reopened().await;
+    home.images.remove(&none.id).await.unwrap();
+    assert!(empty[0].path.is_file(), "the empty layer is not collected");
+}
