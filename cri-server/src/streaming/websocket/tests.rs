@@ -153,8 +153,12 @@ async fn ping_flood_without_reads_is_bounded() {
     let task = tokio::spawn(async move {
         let server = accept(server).await;
         let kind = (Version::V5, false);
-        channels::serve(server, kind, LONG, gone, move |_| async move {
-            token.cancelled().await;
+        channels::serve(server, kind, LONG, gone, move |channels| {
+            let output = channels.output(1);
+            async move {
+                token.cancelled().await;
+                drop(output);
+            }
         })
         .await;
     });
