@@ -31,16 +31,49 @@ pub mod boxlite {
     }
 }
 
-/// CRI v1 as published for Kubernetes 1.36 (`cri/v1/api.proto`).
+/// CRI v1 as published for Kubernetes 1.37 (`cri/v1/api.proto`).
 #[cfg(feature = "cri")]
 pub mod cri {
     /// Version 1; the proto package is `runtime.v1`.
     pub mod v1 {
         tonic::include_proto!("runtime.v1");
+
+        /// Omits the secrets, as `debug_redact` of the published interface requires.
+        impl std::fmt::Debug for AuthConfig {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.debug_struct("AuthConfig")
+                    .field("username", &self.username)
+                    .field("server_address", &self.server_address)
+                    .finish_non_exhaustive()
+            }
+        }
+
+        #[cfg(test)]
+        mod tests {
+            use super::*;
+
+            #[test]
+            fn auth_config_debug_omits_secrets() {
+                let secret = || "hunter2".to_owned();
+                let auth = AuthConfig {
+                    username: "me".into(),
+                    password: secret(),
+                    auth: secret(),
+                    server_address: "registry.test".into(),
+                    identity_token: secret(),
+                    registry_token: secret(),
+                };
+                let text = format!("{auth:?}");
+                assert!(
+                    text.contains("registry.test") && !text.contains("hunter2"),
+                    "{text}"
+                );
+            }
+        }
     }
 }
 
-/// The messages of NRI as published with 0.12 (`nri/v1alpha1/api.proto`).
+/// The messages of NRI as published with 0.12.5 (`nri/v1alpha1/api.proto`).
 #[cfg(feature = "nri")]
 pub mod nri {
     /// The proto package is `nri.pkg.api.v1alpha1`.

@@ -57,6 +57,8 @@ pub const LAYER_OPTION: &str = "layer=";
 pub const SUB_PATH_OPTION: &str = "subpath=";
 /// Step that fails in the guest if a path of an image volume does not exist; the host recognizes it in the error.
 pub const IMAGE_SUB_PATH_STEP: &str = "find image subpath";
+/// Mount options of the CRI that volumes support (`Mount.mount_options`).
+pub const MOUNT_FLAGS: [&str; 3] = ["nosuid", "nodev", "noexec"];
 /// Type of a mount in the guest's spec: a tmpfs of the pod, with the option `size=<bytes>`, shared by all mounts with
 /// the same source.
 pub const MEMORY_MOUNT: &str = "boxlite.memory";

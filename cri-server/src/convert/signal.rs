@@ -5,6 +5,8 @@ use boxlite_proto::cri::v1::Signal as CriSignal;
 
 /// SIGTERM, the default if image and request name no signal.
 pub const TERM: u32 = 15;
+/// Prefix of the enum's names since Kubernetes 1.37.
+const ENUM_PREFIX: &str = "SIGNAL_";
 /// First and last real-time signal in glibc's numbering.
 const RTMIN: u32 = 34;
 const RTMAX: u32 = 64;
@@ -52,6 +54,7 @@ const NAMES: [(&str, u32); 34] = [
 /// Returns the Linux number of a CRI signal; `None` for RUNTIME_DEFAULT and unknown values.
 pub fn from_cri(signal: i32) -> Option<u32> {
     let name = CriSignal::try_from(signal).ok()?.as_str_name();
+    let name = name.strip_prefix(ENUM_PREFIX).unwrap_or(name);
     // The enum writes SIGRTMINPLUS3 and SIGRTMAXMINUS3.
     let text = name.replace("PLUS", "+").replace("MINUS", "-");
     from_text(&text)
@@ -69,7 +72,7 @@ pub fn to_cri(number: u32) -> CriSignal {
             None => return CriSignal::RuntimeDefault,
         },
     };
-    CriSignal::from_str_name(&name).unwrap_or(CriSignal::RuntimeDefault)
+    CriSignal::from_str_name(&format!("{ENUM_PREFIX}{name}")).unwrap_or(CriSignal::RuntimeDefault)
 }
 
 /// Parses an image's `StopSignal`: a number, or a name with or without SIG, in any case; also `RTMIN+3` and

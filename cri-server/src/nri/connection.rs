@@ -19,6 +19,7 @@ use std::collections::HashMap;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
@@ -82,6 +83,7 @@ struct Inner {
     writer: tokio::sync::Mutex<Writer>,
     pending: Mutex<HashMap<u32, oneshot::Sender<Response>>>,
     closed: CancellationToken,
+    is_kept_on_timeout: AtomicBool,
     /// Used to shut the socket down while other tasks read or write.
     socket: StdUnixStream,
 }
@@ -128,6 +130,7 @@ impl Connection {
             }),
             pending: Mutex::default(),
             closed: CancellationToken::new(),
+            is_kept_on_timeout: AtomicBool::new(false),
             socket: kept,
         }));
         let (requests, queue) = mpsc::channel(MAX_QUEUED_REQUESTS);
@@ -136,7 +139,7 @@ impl Connection {
         Ok(this)
     }
 
-    /// Calls the plugin and waits for its answer for at most `limit`; a timeout closes the connection.
+    /// Calls the plugin and waits for its answer for at most `limit`; a timeout closes the connection unless [`Self::keep_on_timeout`].
     ///
     /// Dropping the future abandons the answer; during the write of the request it closes the connection.
     pub async fn call<A: prost::Message + Default>(
@@ -161,7 +164,9 @@ impl Connection {
         let answer = match tokio::time::timeout(limit, self.exchange(payload)).await {
             Ok(answer) => answer?,
             Err(_) => {
-                self.close();
+                if !self.0.is_kept_on_timeout.load(Ordering::Relaxed) {
+                    self.close();
+                }
                 return Err(CallError::Timeout { method, limit });
             }
         };
@@ -211,6 +216,11 @@ impl Connection {
         // The only failure is that the socket is not connected, which is the goal.
         let _ = self.0.socket.shutdown(Shutdown::Both);
         self.pending().clear();
+    }
+
+    /// Keeps the connection open after a timeout; a late answer is dropped.
+    pub fn keep_on_timeout(&self) {
+        self.0.is_kept_on_timeout.store(true, Ordering::Relaxed);
     }
 
     /// Returns whether either side closed the connection.

@@ -7,7 +7,7 @@ use super::resources;
 use crate::convert::sandbox::PodMetadata;
 use boxlite_proto::cri::v1::{ContainerConfig, LinuxContainerResources};
 use boxlite_proto::nri::v1alpha1::{
-    Container, ContainerState as State, LinuxContainer, LinuxDevice, LinuxNamespace,
+    Container, ContainerState as State, Image, LinuxContainer, LinuxDevice, LinuxNamespace,
     LinuxPodSandbox, LinuxResources, Mount, OptionalFileMode, OptionalInt, OptionalUInt32,
     PodSandbox, PosixRlimit, User,
 };
@@ -107,6 +107,21 @@ pub fn container(
     container
 }
 
+/// Returns the identity of a container's image. `image_ref` is a reference with a digest, or the image's id.
+pub fn image(config: &ContainerConfig, image_ref: &str, image_id: &str) -> Image {
+    let spec = config.image.clone().unwrap_or_default();
+    let name = match spec.user_specified_image.is_empty() {
+        true => spec.image,
+        false => spec.user_specified_image,
+    };
+    let digest = image_ref.split_once('@').map_or("", |(_, digest)| digest);
+    Image {
+        name,
+        digest: digest.to_owned(),
+        config_digest: image_id.to_owned(),
+    }
+}
+
 fn from_spec(container: &mut Container, spec: &Value) {
     let process = &spec["process"];
     container.args = texts(&process["args"]);
@@ -186,4 +201,26 @@ fn number(value: &Value) -> Option<u32> {
 
 fn each<T>(value: &Value, make: impl Fn(&Value) -> T) -> Vec<T> {
     value.as_array().into_iter().flatten().map(make).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use boxlite_proto::cri::v1::ImageSpec;
+
+    #[test]
+    fn image_has_name_and_digests() {
+        let config = ContainerConfig {
+            image: Some(ImageSpec {
+                image: "sha256:cc".into(),
+                user_specified_image: "registry.test/app:1".into(),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let image = image(&config, "registry.test/app@sha256:aa", "sha256:cc");
+        assert_eq!(image.name, "registry.test/app:1");
+        assert_eq!(image.digest, "sha256:aa");
+        assert_eq!(image.config_digest, "sha256:cc");
+    }
 }

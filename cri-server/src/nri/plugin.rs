@@ -11,10 +11,11 @@
 use super::connection::{CallError, Connection, INVALID_ARGUMENT, Service, UNIMPLEMENTED};
 use super::wire::RpcStatus;
 use super::{Host, Limits};
+use boxlite_proto::nri::v1alpha1::log_request::Level;
 use boxlite_proto::nri::v1alpha1::{
-    ConfigureRequest, ConfigureResponse, Container, ContainerUpdate, Empty, Event, PodSandbox,
-    RegisterPluginRequest, StateChangeEvent, SynchronizeRequest, SynchronizeResponse,
-    UpdateContainersRequest, UpdateContainersResponse,
+    ConfigureRequest, ConfigureResponse, Container, ContainerUpdate, Empty, Event, FailurePolicy,
+    LogRequest, PodSandbox, RegisterPluginRequest, StateChangeEvent, SynchronizeRequest,
+    SynchronizeResponse, UpdateContainersRequest, UpdateContainersResponse,
 };
 use boxlite_sys::sync::Mutex;
 use prost::Message;
@@ -26,7 +27,7 @@ use tokio::sync::oneshot;
 use tokio_util::task::TaskTracker;
 
 /// The NRI release of the implemented interface.
-const NRI_VERSION: &str = "v0.12.1";
+const NRI_VERSION: &str = "v0.12.5";
 /// Name of this runtime for plugins.
 const RUNTIME_NAME: &str = "boxlite";
 /// Subscription to all events.
@@ -36,6 +37,8 @@ const ALL_EVENTS: i32 = (1 << (Event::Last as i32 - 1)) - 1;
 const MAX_PART_BYTES: usize = 2 << 20;
 /// Maximum length of a plugin's name; it appears in messages and logs.
 const MAX_NAME_BYTES: usize = 253;
+/// Maximum length of a logged message of a plugin.
+const MAX_LOG_CHARS: usize = 1024;
 /// Timeout of the shutdown notification.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -86,6 +89,8 @@ pub struct Plugin {
     events: i32,
     connection: Connection,
     limits: Limits,
+    /// Its failure to answer fails the request (`failure_policy.fail_request`).
+    fails_requests: bool,
     /// Supports only StateChange: older than the dedicated calls.
     legacy: AtomicBool,
 }
@@ -131,6 +136,10 @@ impl Service for RuntimeService {
                 let failed = self.host.update(request.update).await;
                 Ok(UpdateContainersResponse { failed }.encode_to_vec())
             }
+            ("nri.pkg.api.v1alpha1.HostFunctions", "Log") => {
+                log(&LogRequest::decode(payload).map_err(invalid)?);
+                Ok(Empty {}.encode_to_vec())
+            }
             _ => Err(rpc_error(
                 UNIMPLEMENTED,
                 format!("{service}/{method} not found"),
@@ -159,6 +168,17 @@ impl RuntimeService {
             }
             None => Err(rpc_error(INVALID_ARGUMENT, "already registered")),
         }
+    }
+}
+
+/// Writes a plugin's message to the log, escaped and bounded.
+fn log(request: &LogRequest) {
+    let text: String = request.msg.chars().take(MAX_LOG_CHARS).collect();
+    match request.level() {
+        Level::Error => tracing::error!(?text, "message of NRI plugin"),
+        Level::Warn => tracing::warn!(?text, "message of NRI plugin"),
+        Level::Info => tracing::info!(?text, "message of NRI plugin"),
+        Level::Debug | Level::Unspecified => tracing::debug!(?text, "message of NRI plugin"),
     }
 }
 
@@ -217,7 +237,10 @@ impl Plugin {
             Ok(identity) => identity?,
             Err(_) => return Err(PluginError::Silent(limits.registration)),
         };
-        let events = configure(&connection, config, limits).await?;
+        let (events, policy) = configure(&connection, config, limits).await?;
+        if policy.keep_connected {
+            connection.keep_on_timeout();
+        }
         closing.keep();
         Ok(Self {
             index,
@@ -225,6 +248,7 @@ impl Plugin {
             events,
             connection,
             limits,
+            fails_requests: policy.fail_request,
             legacy: AtomicBool::new(false),
         })
     }
@@ -379,7 +403,7 @@ impl Plugin {
         self.check_answer(event, answer).map(|_| ())
     }
 
-    /// A rejection fails the call; any other error closes the plugin and the call continues.
+    /// A rejection fails the call. Any other error closes the plugin and the call continues, unless its failure policy says otherwise.
     fn check_answer<A>(
         &self,
         event: Event,
@@ -393,12 +417,25 @@ impl Plugin {
                 message,
             }),
             Err(error) => {
+                let is_timeout = matches!(error, CallError::Timeout { .. });
+                let reason = boxlite_runtime::report(&error);
+                // The connection stays open after a timeout if the plugin requests that.
+                if !is_timeout || self.is_closed() {
+                    self.close();
+                }
                 tracing::error!(
                     plugin = self.full_name(),
-                    error = boxlite_runtime::report(&error),
-                    "closing NRI plugin after a failed call"
+                    closed = self.is_closed(),
+                    error = reason,
+                    "NRI plugin failed to handle a request"
                 );
-                self.close();
+                if self.fails_requests {
+                    return Err(Refusal {
+                        plugin: self.full_name(),
+                        event: method(event),
+                        message: format!("failed to handle the request: {reason}"),
+                    });
+                }
                 Ok(None)
             }
         }
@@ -432,12 +469,12 @@ impl Drop for CloseOnDrop {
     }
 }
 
-/// Configures it and returns its subscription.
+/// Configures it and returns its subscription and failure policy.
 async fn configure(
     connection: &Connection,
     config: String,
     limits: Limits,
-) -> Result<i32, PluginError> {
+) -> Result<(i32, FailurePolicy), PluginError> {
     let milliseconds = |limit: Duration| i64::try_from(limit.as_millis()).unwrap_or(i64::MAX);
     let request = ConfigureRequest {
         config,
@@ -454,10 +491,11 @@ async fn configure(
             step: "Configure",
             source,
         })?;
+    let policy = answer.failure_policy.unwrap_or_default();
     match answer.events {
-        0 => Ok(ALL_EVENTS),
+        0 => Ok((ALL_EVENTS, policy)),
         events if events & !ALL_EVENTS != 0 => Err(PluginError::Events(events & !ALL_EVENTS)),
-        events => Ok(events),
+        events => Ok((events, policy)),
     }
 }
 

@@ -269,6 +269,20 @@ impl RuntimeService for Server {
         Err(unimplemented::answer("CheckpointContainer"))
     }
 
+    async fn checkpoint_pod(
+        &self,
+        _: Request<CheckpointPodRequest>,
+    ) -> Result<Response<CheckpointPodResponse>, Status> {
+        Err(unimplemented::answer("CheckpointPod"))
+    }
+
+    async fn restore_pod(
+        &self,
+        _: Request<RestorePodRequest>,
+    ) -> Result<Response<RestorePodResponse>, Status> {
+        Err(unimplemented::answer("RestorePod"))
+    }
+
     type GetContainerEventsStream = Stream<ContainerEventResponse>;
 
     async fn get_container_events(

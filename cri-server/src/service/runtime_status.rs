@@ -71,6 +71,7 @@ pub fn status(server: &Server, request: &StatusRequest) -> StatusResponse {
         runtime_handlers: handlers.collect(),
         features: Some(RuntimeFeatures {
             supplemental_groups_policy: true,
+            mount_options: true,
             ..Default::default()
         }),
     }

@@ -98,6 +98,8 @@ async fn defaults(server: &Server) -> Vec<(&'static str, Code)> {
         "UpdateRuntimeConfig" update_runtime_config UpdateRuntimeConfigRequest,
         "Status" status StatusRequest,
         "CheckpointContainer" checkpoint_container CheckpointContainerRequest,
+        "CheckpointPod" checkpoint_pod CheckpointPodRequest,
+        "RestorePod" restore_pod RestorePodRequest,
         "GetContainerEvents" get_container_events GetEventsRequest,
         "ListMetricDescriptors" list_metric_descriptors ListMetricDescriptorsRequest,
         "ListPodSandboxMetrics" list_pod_sandbox_metrics ListPodSandboxMetricsRequest,

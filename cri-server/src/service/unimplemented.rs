@@ -3,10 +3,20 @@
 use tonic::Status;
 
 /// Calls, each with its missing prerequisite.
-pub const TABLE: [(&str, &str); 1] = [(
-    "CheckpointContainer",
-    "a tool in the guest that saves and restores processes (CRIU); the guest has none",
-)];
+pub const TABLE: [(&str, &str); 3] = [
+    (
+        "CheckpointContainer",
+        "a tool in the guest that saves and restores processes (CRIU); the guest has none",
+    ),
+    (
+        "CheckpointPod",
+        "snapshots of a running VM; neither VMM of this runtime saves one with its devices",
+    ),
+    (
+        "RestorePod",
+        "snapshots of a running VM; neither VMM of this runtime saves one with its devices",
+    ),
+];
 
 /// Returns UNIMPLEMENTED for a call of the table.
 pub fn answer(call: &'static str) -> Status {

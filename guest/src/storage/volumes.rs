@@ -8,7 +8,7 @@ use super::layers::Layers;
 use super::overlay::stack;
 use super::{StorageError, mount_error};
 use boxlite_proto::names::{
-    IMAGE_MOUNT, IMAGE_SUB_PATH_STEP, LAYER_OPTION, MEMORY_MOUNT, SUB_PATH_OPTION,
+    IMAGE_MOUNT, IMAGE_SUB_PATH_STEP, LAYER_OPTION, MEMORY_MOUNT, MOUNT_FLAGS, SUB_PATH_OPTION,
 };
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use oci_spec::runtime::{Mount, Spec};
@@ -56,11 +56,13 @@ impl Volumes {
                 Some(MEMORY_MOUNT) => (memory(mount)?, "rw"),
                 _ => continue,
             };
-            let options = ["rbind", "rprivate", access].map(str::to_owned);
+            let mut options = ["rbind", "rprivate", access].map(str::to_owned).to_vec();
+            let flags = mount.options().clone().unwrap_or_default().into_iter();
+            options.extend(flags.filter(|option| MOUNT_FLAGS.contains(&option.as_str())));
             mount
                 .set_typ(Some("bind".to_owned()))
                 .set_source(Some(source))
-                .set_options(Some(options.to_vec()));
+                .set_options(Some(options));
         }
         spec.set_mounts(Some(mounts));
         Ok(())

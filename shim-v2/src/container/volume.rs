@@ -13,7 +13,7 @@ use super::mapped;
 use super::rootfs::layer_path;
 use crate::error::{Result, ShimError};
 use crate::share::{Access, BindMode, mountinfo};
-use boxlite_proto::names::{GUEST_SHARE, IMAGE_MOUNT, LAYER_OPTION, MEMORY_MOUNT};
+use boxlite_proto::names::{GUEST_SHARE, IMAGE_MOUNT, LAYER_OPTION, MEMORY_MOUNT, MOUNT_FLAGS};
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use oci_spec::runtime::Mount;
 use sha2::{Digest, Sha256};
@@ -193,10 +193,13 @@ fn rewrite_shm(mount: &mut Mount, request: &BindRequest) -> Result<Vec<Bind>> {
     }
     let size = facts.blocks() * facts.block_size().cast_unsigned();
     let name = key(&source, &metadata, BindMode::fixed(Access::Full));
+    let mut options = mount.options().clone().unwrap_or_default();
+    options.retain(|option| MOUNT_FLAGS.contains(&option.as_str()));
+    options.push(format!("size={size}"));
     mount
         .set_typ(Some(MEMORY_MOUNT.to_owned()))
         .set_source(Some(name.into()))
-        .set_options(Some(vec![format!("size={size}")]));
+        .set_options(Some(options));
     Ok(Vec::new())
 }
 

@@ -5,7 +5,7 @@ use super::{ConvertError, Source, propagation};
 use boxlite_proto::cri::v1::{
     IdMapping, ImageSpec, LinuxContainerSecurityContext, Mount, NamespaceMode,
 };
-use boxlite_proto::names::{IMAGE_MOUNT, SUB_PATH_OPTION};
+use boxlite_proto::names::{IMAGE_MOUNT, MOUNT_FLAGS, SUB_PATH_OPTION};
 use serde_json::{Value, json};
 use std::path::{Component, Path, PathBuf};
 
@@ -134,11 +134,13 @@ fn volume(mount: &Mount) -> Result<Value, ConvertError> {
         (true, false) => "ro",
         (false, _) => "rw",
     };
+    let mut options = vec!["rbind", propagation, access];
+    options.extend(mount_flags(mount)?);
     let mut volume = json!({
         "destination": target(mount)?,
         "type": "bind",
         "source": source,
-        "options": ["rbind", propagation, access],
+        "options": options,
     });
     // For a pod with a user namespace; the shim maps the owners.
     for (key, mappings) in [
@@ -150,6 +152,23 @@ fn volume(mount: &Mount) -> Result<Value, ConvertError> {
         }
     }
     Ok(volume)
+}
+
+/// Returns the additional mount options. Ignoring an unknown one could weaken the isolation.
+fn mount_flags(mount: &Mount) -> Result<Vec<&'static str>, ConvertError> {
+    let find = |option: &String| {
+        MOUNT_FLAGS
+            .into_iter()
+            .find(|flag| flag == option)
+            .ok_or_else(|| {
+                ConvertError::unsupported(
+                    "mount.mount_options",
+                    format!("{option:?}"),
+                    "must be nosuid, nodev or noexec",
+                )
+            })
+    };
+    mount.mount_options.iter().map(find).collect()
 }
 
 fn id_mapping(mapping: &IdMapping) -> Value {
@@ -189,6 +208,7 @@ fn image_volume(mount: &Mount, image_id: &str) -> Result<Value, ConvertError> {
         ));
     }
     let mut options = vec!["ro".to_owned()];
+    options.extend(mount_flags(mount)?.into_iter().map(str::to_owned));
     if !sub.is_empty() {
         options.push(format!("{SUB_PATH_OPTION}{sub}"));
     }

@@ -158,9 +158,10 @@ impl Fake {
         self.log.lock().unwrap().push(entry);
         let reply = (self.script)(&request.method, &request.payload);
         match (&*request.method, reply) {
-            ("Configure", Reply::Ok(bytes)) if bytes.is_empty() => {
-                ok(ConfigureResponse { events: self.mask })
-            }
+            ("Configure", Reply::Ok(bytes)) if bytes.is_empty() => ok(ConfigureResponse {
+                events: self.mask,
+                failure_policy: None,
+            }),
             (_, reply) => reply,
         }
     }

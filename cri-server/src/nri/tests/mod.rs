@@ -155,6 +155,39 @@ async fn hung_and_dead_plugins_do_not_fail_the_call() {
 }
 
 #[tokio::test]
+async fn failure_policy_fails_the_call_and_keeps_the_plugin() {
+    let (registry, log) = (registry(Default::default()), Log::default());
+    let strict = |method: &str, _: &[u8]| match method {
+        "Configure" => ok(ConfigureResponse {
+            events: ALL,
+            failure_policy: Some(FailurePolicy {
+                fail_request: true,
+                keep_connected: true,
+            }),
+        }),
+        "RunPodSandbox" => Reply::Hang,
+        _ => Reply::Ok(Vec::new()),
+    };
+    assert!(join(&registry, "00", "strict", ALL, &log, strict).await);
+    let session = nri(&registry).begin_session().await;
+    let error = session
+        .request(Event::RunPodSandbox, &pod(), None)
+        .await
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("00-strict") && error.contains("not answered within"),
+        "{error}"
+    );
+    session.notify(Event::RemovePodSandbox, &pod(), None).await;
+    assert_eq!(
+        events(&log),
+        ["strict RunPodSandbox", "strict RemovePodSandbox"]
+    );
+    assert_eq!(registry.plugins.lock().await.len(), 1);
+}
+
+#[tokio::test]
 async fn invalid_registration_is_rejected() {
     let (registry, log) = (registry(Default::default()), Log::default());
     assert!(!join(&registry, "1", "short", ALL, &log, fine).await);

@@ -23,7 +23,9 @@ pub(in crate::service) async fn create(
         return Ok(options);
     }
     let pod_message = pod_message(server, pod);
-    let container = messages::new_container(&options.id, pod.id(), config, Some(&options.spec));
+    let mut container = messages::new_container(&options.id, pod.id(), config, Some(&options.spec));
+    let image_ref = ContainerMetadata::from_bytes(&options.metadata).image_ref;
+    container.image = Some(messages::image(config, &image_ref, &options.image_id));
     // As in UpdateContainerResources, limits that the kubelet set are accepted.
     let room = capacity::of_pod(server, pod);
     let had = config.linux.as_ref().and_then(|l| l.resources.as_ref());

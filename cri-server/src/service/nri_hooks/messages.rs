@@ -29,7 +29,13 @@ pub(super) async fn container_message(pod: &LiteBox, container: &ContainerSnapsh
     let (config, now) = (record.config(), record.resources());
     // Plugins and the spec use the CPU numbers of the VM.
     let now = now.as_ref().map(without_host_cpusets);
-    messages::container(container, &config, spec.as_ref(), now.as_ref())
+    let mut message = messages::container(container, &config, spec.as_ref(), now.as_ref());
+    message.image = Some(messages::image(
+        &config,
+        &record.image_ref,
+        &container.image_id,
+    ));
+    message
 }
 
 /// Returns the number of vCPUs of the pod's VM.

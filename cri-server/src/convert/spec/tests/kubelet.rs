@@ -50,3 +50,25 @@ fn cpusets_of_the_cpu_manager_do_not_reach_the_guest() {
     let spec = made(&config, json!({})).unwrap();
     assert_eq!(spec["linux"]["resources"]["cpu"], json!({"shares": 2}));
 }
+
+#[test]
+fn mount_options_are_applied_or_rejected() {
+    let mut config = container();
+    let volume = |options: &[&str]| Mount {
+        container_path: "/data".into(),
+        host_path: "/tmp".into(),
+        mount_options: options.iter().map(|option| (*option).to_owned()).collect(),
+        ..Default::default()
+    };
+    config.mounts = vec![volume(&["noexec", "nodev"])];
+    let spec = made(&config, json!({})).unwrap();
+    let mounts = spec["mounts"].as_array().unwrap();
+    let data = mounts.iter().find(|mount| mount["destination"] == "/data");
+    assert_eq!(
+        data.unwrap()["options"],
+        json!(["rbind", "rprivate", "rw", "noexec", "nodev"])
+    );
+    config.mounts = vec![volume(&["dirsync"])];
+    let error = made(&config, json!({})).unwrap_err().to_string();
+    assert!(error.contains("dirsync"), "{error}");
+}
