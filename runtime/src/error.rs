@@ -80,7 +80,7 @@ pub enum RuntimeError {
         /// Box id.
         id: String,
         /// Reason.
-        denied: crate::management::box_state::Denied,
+        denied: crate::box_state::Denied,
     },
     /// A container is in the wrong state for the request.
     #[error("container {id:?} is {state}: {reason}")]

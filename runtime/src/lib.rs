@@ -5,16 +5,18 @@
 //! [`BoxliteRuntime`] holds all boxes, a [`LiteBox`] is a handle to one. Starting, stopping and exits go through the shim
 //! (`shim_controller`), exec and stats through `boxlite-portal`.
 
+mod box_manager;
+pub mod box_state;
 mod database;
 pub mod error;
 pub mod events;
 #[cfg(any(test, feature = "fake-shim"))]
 pub mod fake_shim;
 pub mod filesystem_layout;
+mod id_prefix;
 pub mod images;
 pub mod init_rootfs;
 pub mod litebox;
-pub mod management;
 pub mod metrics;
 mod recovery;
 pub mod runtime;

@@ -13,12 +13,12 @@
 //!
 //! Recovery does not wait for guests. Boxes are recovered concurrently, each within the timeouts of ShimController.
 
+use crate::box_state::Phase;
 use crate::database::{BoxRow, ContainerRow};
 use crate::error::{ErrorKind, Result, RuntimeError};
 use crate::filesystem_layout::{check_id, remove_tree};
 use crate::litebox::driver::{InitialState, exit};
 use crate::litebox::{BoxEnv, Running, now_ns, teardown};
-use crate::management::box_state::Phase;
 use crate::metrics::BoxMetrics;
 use crate::shim_controller::{ShimController, TaskState};
 use crate::types::ContainerState;

@@ -3,16 +3,17 @@
 //! The runtime looks boxes up and registers them; operations are those of [`LiteBox`]. Only [`BoxliteRuntime::open`]
 //! waits, for shims. Called by cri-server.
 
+use crate::box_manager::BoxManager;
+use crate::box_state::Phase;
 use crate::database::{BoxRow, Database};
 use crate::error::{ErrorKind, Result, RuntimeError};
 use crate::events::{EventHub, Events};
 use crate::filesystem_layout::{FilesystemLayout, check_id};
+use crate::id_prefix::unique;
 use crate::images::ImageManager;
 use crate::init_rootfs::InitRootfs;
 use crate::litebox::driver::{self, InitialState};
 use crate::litebox::{BoxEnv, LiteBox, RemovalListener, now_ns};
-use crate::management::box_manager::{BoxManager, unique};
-use crate::management::box_state::Phase;
 use crate::metrics::{
     BoxMetrics, BoxMetricsSnapshot, RuntimeMetrics, RuntimeMetricsSnapshot, StageTimers,
 };

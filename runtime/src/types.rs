@@ -65,7 +65,7 @@ pub struct BoxOptions {
     pub debug_console: bool,
 }
 
-/// Public state of a box; see the diagram in [`crate::management::box_state`].
+/// Public state of a box; see the diagram in [`crate::box_state`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum BoxState {
     /// Registered, not started.

@@ -6,8 +6,8 @@
 //!
 //! Each call runs on a blocking thread; dropping its future does not cancel the write.
 
+use crate::box_state::Phase;
 use crate::error::{Result, RuntimeError};
-use crate::management::box_state::Phase;
 use crate::metrics::StageTimers;
 use crate::shim_controller::ShimState;
 use crate::types::{BoxOptions, ContainerSnapshot};

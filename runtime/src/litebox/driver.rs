@@ -2,7 +2,7 @@
 //!
 //! The driver waits for the next [`Event`], handles it, and then [`Driver::advance`] starts the job that the phase
 //! requires. At most one job runs at a time, as a task that reports its result here. The policy is in
-//! `management::box_state`, the jobs are `pipeline` and `teardown`, and [`super::driver::watchers`] observe the shim.
+//! `box_state`, the jobs are `pipeline` and `teardown`, and [`super::driver::watchers`] observe the shim.
 //!
 //! Invariants: a phase is persisted before its job starts; a message is answered
 //! after its change was persisted; a container's row is deleted with its box's row. The task returns when its box is
@@ -20,9 +20,9 @@ pub(crate) mod exit {
 use super::pipeline::{self, GuestReady, ShimRecorder, Start};
 use super::teardown::{self, Exits};
 use super::{BoxEnv, BoxView, Inner, LiteBox, Running};
+use crate::box_state::{self, BoxPolicy, Denied, Phase, Request, Verdict};
 use crate::database::{BoxRow, ContainerRow};
 use crate::error::{Result, RuntimeError};
-use crate::management::box_state::{self, BoxPolicy, Denied, Phase, Request, Verdict};
 use crate::metrics::BoxMetrics;
 use crate::shim_controller::ShimState;
 use crate::types::ContainerSnapshot;

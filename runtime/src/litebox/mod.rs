@@ -1,7 +1,7 @@
 //! [`LiteBox`]: a handle to one box, that is one VM per pod and the containers in it.
 //!
 //! A handle holds no state. It sends requests to the box's [`driver`], the task that owns the state (see the diagram in
-//! `management::box_state`), and reads the [`BoxView`] that the driver publishes. `BoxliteRuntime::create_box` registers
+//! `box_state`), and reads the [`BoxView`] that the driver publishes. `BoxliteRuntime::create_box` registers
 //! a box without starting it; the first use runs the start [`pipeline`], and concurrent callers share that run.
 //!
 //! ```text
@@ -20,14 +20,14 @@ pub(crate) mod teardown;
 #[cfg(test)]
 mod tests;
 
+use crate::box_state::{Denied, Phase, Request};
 use crate::database::Database;
 use crate::error::{Result, RuntimeError};
 use crate::events::EventHub;
 use crate::filesystem_layout::FilesystemLayout;
+use crate::id_prefix::unique;
 use crate::images::ImageManager;
 use crate::init_rootfs::InitRootfs;
-use crate::management::box_manager::unique;
-use crate::management::box_state::{Denied, Phase, Request};
 use crate::metrics::{BoxMetrics, BoxMetricsSnapshot, StageTimers};
 use crate::shim_controller::{ShimController, ShimProgram};
 use crate::types::{BoxOptions, BoxSnapshot, ContainerSnapshot};

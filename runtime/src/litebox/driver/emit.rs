@@ -4,9 +4,9 @@
 //! events are in [`crate::events`].
 
 use super::Driver;
+use crate::box_state::Phase;
 use crate::events::{BoxEvent, EventKind, EventState};
 use crate::litebox::{BoxView, now_ns, snapshot_of};
-use crate::management::box_state::Phase;
 use crate::types::ContainerState;
 use std::sync::Arc;
 

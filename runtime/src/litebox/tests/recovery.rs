@@ -1,8 +1,8 @@
 //! Tests of recovery after the death of a runtime, which is simulated by dropping its tokio runtime without cleanup.
 
 use super::*;
+use crate::box_state::Phase;
 use crate::database::Database;
-use crate::management::box_state::Phase;
 
 /// Runs `future` in a separate tokio runtime and drops that with all its tasks.
 pub(super) fn live_and_die<T: Send + 'static>(
