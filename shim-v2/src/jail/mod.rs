@@ -14,6 +14,7 @@ mod seccomp;
 
 pub use host_files::HostFiles;
 pub use privileges::{drop_all_capabilities, forbid_core_dumps, raise_file_limit};
+pub use seccomp::with_vsock_filter;
 
 use nix::sched::{CloneFlags, setns, unshare};
 use std::path::{Path, PathBuf};

@@ -1,6 +1,7 @@
-//! The jail's system call filter: refuses calls by which a compromised VMM could leave the jail or attack the host's kernel.
+//! System call filters. The jail's filter refuses calls by which a compromised VMM could leave the jail or attack the host's
+//! kernel. [`with_vsock_filter`] adds an allow-list for vhost-device-vsock, which parses the guest's packets and has no filter.
 //!
-//! It applies to the vmm child and, by inheritance, to every thread and helper: libkrun, QEMU, virtiofsd and
+//! The jail's filter applies to the vmm child and, by inheritance, to every thread and helper: libkrun, QEMU, virtiofsd and
 //! vhost-device-vsock. QEMU and virtiofsd add their own filters to it. A refused call fails with EPERM instead of ending the
 //! process, because programs and libraries probe for some of them.
 
@@ -70,6 +71,91 @@ const REFUSED: &[libc::c_long] = &[
     libc::SYS_clock_adjtime,
 ];
 
+/// Calls of vhost-device-vsock, of its start included. socket, socketpair and openat are allowed by their arguments.
+const VSOCK_ALLOWED: &[libc::c_long] = &[
+    // Start of the program and of its threads.
+    libc::SYS_execve,
+    libc::SYS_clone,
+    libc::SYS_vfork,
+    // The jail's filter answers ENOSYS; EPERM from this one would hide that from the C library.
+    libc::SYS_clone3,
+    libc::SYS_arch_prctl,
+    libc::SYS_set_tid_address,
+    libc::SYS_set_robust_list,
+    libc::SYS_rseq,
+    libc::SYS_prlimit64,
+    libc::SYS_prctl,
+    libc::SYS_access,
+    libc::SYS_newfstatat,
+    libc::SYS_fstat,
+    libc::SYS_statx,
+    libc::SYS_pread64,
+    libc::SYS_readlink,
+    libc::SYS_getrandom,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_uname,
+    libc::SYS_pipe2,
+    libc::SYS_dup,
+    libc::SYS_dup2,
+    libc::SYS_dup3,
+    libc::SYS_fcntl,
+    libc::SYS_wait4,
+    libc::SYS_waitid,
+    libc::SYS_gettid,
+    libc::SYS_getpid,
+    // Memory, threads, signals, time.
+    libc::SYS_brk,
+    libc::SYS_mmap,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_mprotect,
+    libc::SYS_madvise,
+    libc::SYS_futex,
+    libc::SYS_sched_yield,
+    libc::SYS_membarrier,
+    libc::SYS_sigaltstack,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_restart_syscall,
+    libc::SYS_tgkill,
+    libc::SYS_clock_gettime,
+    libc::SYS_nanosleep,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    // Work.
+    libc::SYS_read,
+    libc::SYS_readv,
+    libc::SYS_write,
+    libc::SYS_writev,
+    libc::SYS_close,
+    libc::SYS_lseek,
+    libc::SYS_ioctl,
+    libc::SYS_eventfd2,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+    libc::SYS_bind,
+    libc::SYS_listen,
+    libc::SYS_accept4,
+    libc::SYS_connect,
+    libc::SYS_shutdown,
+    libc::SYS_getsockopt,
+    libc::SYS_setsockopt,
+    libc::SYS_getsockname,
+    libc::SYS_getpeername,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_sendto,
+    libc::SYS_sendmsg,
+    libc::SYS_unlink,
+    libc::SYS_unlinkat,
+];
+
 /// Flags of clone(2) and unshare(2) that create namespaces. Threads and CLONE_FS remain allowed: virtiofsd's threads have
 /// their own umask.
 const NAMESPACES: [libc::c_int; 7] = [
@@ -96,6 +182,58 @@ pub(super) fn install() -> Result<(), JailError> {
         seccompiler::apply_filter(&program).map_err(JailError::Seccomp)?;
     }
     Ok(())
+}
+
+/// Runs `work`, which starts vhost-device-vsock, on a thread with the allow-list; the process it starts inherits it.
+///
+/// # Errors
+/// The kernel refused the filter.
+pub fn with_vsock_filter<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T, JailError> {
+    let program = vsock_filter()
+        .and_then(BpfProgram::try_from)
+        .map_err(seccompiler::Error::Backend)
+        .map_err(JailError::Seccomp)?;
+    std::thread::scope(|scope| {
+        let filtered = || {
+            seccompiler::apply_filter(&program).map_err(JailError::Seccomp)?;
+            Ok(work())
+        };
+        let thread = scope.spawn(filtered);
+        let panicked = |_| {
+            Err(JailError::System {
+                step: "start a helper",
+                source: nix::Error::EIO,
+            })
+        };
+        thread.join().unwrap_or_else(panicked)
+    })
+}
+
+fn vsock_filter() -> Result<SeccompFilter, seccompiler::BackendError> {
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = VSOCK_ALLOWED
+        .iter()
+        .map(|call| (*call, Vec::new()))
+        .collect();
+    let rule = |argument, operation, value: libc::c_int| {
+        let value = u64::from(value.cast_unsigned());
+        let length = SeccompCmpArgLen::Dword;
+        SeccompRule::new(vec![SeccompCondition::new(
+            argument, length, operation, value,
+        )?])
+    };
+    for call in [libc::SYS_socket, libc::SYS_socketpair] {
+        rules.insert(call, vec![rule(0, SeccompCmpOp::Eq, libc::AF_UNIX)?]);
+    }
+    // Reading only: libraries, /proc and /sys at the start.
+    let access = u64::from(libc::O_ACCMODE.cast_unsigned());
+    let read_only = rule(2, SeccompCmpOp::MaskedEq(access), libc::O_RDONLY)?;
+    rules.insert(libc::SYS_openat, vec![read_only]);
+    SeccompFilter::new(
+        rules,
+        SeccompAction::Errno(libc::EPERM.cast_unsigned()),
+        SeccompAction::Allow,
+        std::env::consts::ARCH.try_into()?,
+    )
 }
 
 fn refused() -> Result<SeccompFilter, seccompiler::BackendError> {
@@ -166,6 +304,40 @@ mod tests {
             assert!(status.contains("Seccomp:\t2"), "{status}");
             let ran = std::process::Command::new("true").status();
             assert!(ran.expect("a process").success());
+        });
+        thread.join().expect("the filtered thread");
+    }
+
+    #[test]
+    fn vsock_filter_allows_unix_sockets_and_refuses_the_rest() {
+        let thread = std::thread::spawn(|| {
+            set_no_new_privs().expect("no_new_privs");
+            install().expect("the jail's filter");
+            let dir = tempfile::tempdir().expect("tempdir");
+            let socket = dir.path().join("vsock");
+            with_vsock_filter(|| {
+                let listener = std::os::unix::net::UnixListener::bind(&socket).expect("bound");
+                let client = std::os::unix::net::UnixStream::connect(&socket);
+                drop((
+                    listener.accept().expect("accepted"),
+                    client.expect("connected"),
+                ));
+                std::fs::read("/proc/self/status").expect("read");
+                let mut program = std::process::Command::new("true");
+                let null = || std::fs::File::open("/dev/null").expect("opened");
+                let program = program.env_clear().stdin(null()).stdout(null());
+                let ended = program.spawn().expect("started").wait();
+                assert!(ended.expect("ended").success());
+                let refused = |result: std::io::Result<()>| {
+                    let error = result.expect_err("refused");
+                    assert_eq!(error.kind(), std::io::ErrorKind::PermissionDenied);
+                };
+                refused(std::net::UdpSocket::bind("127.0.0.1:0").map(drop));
+                refused(std::fs::write(dir.path().join("file"), ""));
+                refused(std::fs::create_dir(dir.path().join("directory")));
+                refused(std::fs::rename(&socket, dir.path().join("other")));
+            })
+            .expect("filtered");
         });
         thread.join().expect("the filtered thread");
     }

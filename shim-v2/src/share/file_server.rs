@@ -1,6 +1,6 @@
 //! [`FileServerWatch`]: keeps the VM's file server below its limit of open files.
 //!
-//! The server holds a descriptor for each inode that the guest's kernel caches. Where the limit is an ordinary one (20,000),
+//! The server holds a descriptor for each inode that the guest's kernel caches. With an ordinary limit (20,000 open files),
 //! a `find` over a large volume would use it up, and then every access to any volume of the pod fails with ENFILE. Above half
 //! of the limit the guest is asked to drop unused inodes, and with them the descriptors.
 
@@ -103,7 +103,7 @@ impl FileServerWatch {
     }
 }
 
-/// Returns half of the time in which a guest can use up the half of the limit that is left when it is crowded.
+/// Returns half of the time in which a guest can use up the second half of the limit.
 fn interval(limit: u64) -> Duration {
     let interval = Duration::from_millis(limit.saturating_mul(1000) / LOOKUPS_PER_SECOND / 4);
     interval.clamp(MIN_INTERVAL, MAX_INTERVAL)

@@ -13,7 +13,7 @@ use boxlite_proto::vmm::InstanceSpec;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::wait::{WaitStatus, wait};
 use std::convert::Infallible;
-use std::fs;
+use std::fs::{self, File};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -71,11 +71,7 @@ impl VmmInstanceImpl for QemuInstance {
         let _virtiofsd = self.start_virtiofsd()?;
         // Only the file server needs any.
         jail::drop_all_capabilities().step("drop capabilities")?;
-        let mut vsock = start(
-            "vhost-device-vsock",
-            &files.vhost_device_vsock,
-            &vsock::device_args(socket),
-        )?;
+        let mut vsock = self.start_vsock()?;
         wait_listening(&mut vsock, socket)?;
         let mut args = self.context.args.clone();
         args.extend(["-append".to_owned(), self.context.kernel_words.join(" ")]);
@@ -90,6 +86,16 @@ impl VmmInstanceImpl for QemuInstance {
 }
 
 impl QemuInstance {
+    /// Starts vhost-device-vsock with its own system call filter.
+    fn start_vsock(&self) -> BoxliteResult<Child> {
+        let program = &self.spec.installation.vhost_device_vsock;
+        let args = vsock::device_args(&self.context.vsock_socket);
+        // The filter would not allow to open it for writing.
+        let null = open_null()?;
+        let start = || start("vhost-device-vsock", program, &args, null);
+        jail::with_vsock_filter(start).step("start vhost-device-vsock")?
+    }
+
     fn start_virtiofsd(&self) -> BoxliteResult<Child> {
         let missing = || std::io::Error::other("no socket");
         let socket = self
@@ -100,20 +106,27 @@ impl QemuInstance {
             .step("start virtiofsd")?;
         let args = shares::virtiofsd_args(&self.spec.share_dir, socket.as_raw_fd());
         inherit(socket, true)?;
-        let child = start("virtiofsd", &self.spec.installation.virtiofsd, &args)?;
+        let child = start(
+            "virtiofsd",
+            &self.spec.installation.virtiofsd,
+            &args,
+            open_null()?,
+        )?;
         inherit(socket, false)?;
         Ok(child)
     }
 }
 
-fn start(name: &str, program: &Path, args: &[String]) -> BoxliteResult<Child> {
+fn open_null() -> BoxliteResult<File> {
+    let opened = File::options().read(true).write(true).open("/dev/null");
+    opened.step("open /dev/null")
+}
+
+fn start(name: &str, program: &Path, args: &[String], null: File) -> BoxliteResult<Child> {
     let mut command = Command::new(program);
     // Their output goes to the vmm child's standard error, not to the console.
-    command
-        .args(args)
-        .env_clear()
-        .stdin(Stdio::null())
-        .stdout(Stdio::null());
+    let output = null.try_clone().step("open /dev/null")?;
+    command.args(args).env_clear().stdin(null).stdout(output);
     command.spawn().step(format!("start {name}"))
 }
 
