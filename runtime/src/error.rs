@@ -248,6 +248,9 @@ impl RuntimeError {
             Self::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
                 ErrorKind::ResourceExhausted
             }
+            Self::Database { source, .. } if crate::database::is_full(source) => {
+                ErrorKind::ResourceExhausted
+            }
             Self::Shim { kind, .. } | Self::Image { kind, .. } => *kind,
             Self::Deadline { .. } => ErrorKind::DeadlineExceeded,
             Self::Portal(error) | Self::Guest { source: error, .. } => portal_kind(error),

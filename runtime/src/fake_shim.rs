@@ -531,7 +531,7 @@ impl FakeNode {
     }
 
     /// Writes an image of one layer into the store.
-    fn put_image(&self) {
+    pub(crate) fn put_image(&self) {
         let layer = format!("sha256:{}", "1".repeat(64));
         let store = self.at("r").join("images");
         let blobs = store.join("blobs/sha256");
@@ -570,6 +570,67 @@ fn image_config() -> String {
         "history": [],
     })
     .to_string()
+}
+
+/// A small tmpfs, unmounted on drop. Needs root.
+#[cfg(test)]
+pub(crate) struct SmallDisk(tempfile::TempDir);
+
+#[cfg(test)]
+impl SmallDisk {
+    pub(crate) fn new(bytes: u64) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        Self::mount(directory.path(), bytes);
+        Self(directory)
+    }
+
+    /// Mounts a tmpfs on an existing directory.
+    pub(crate) fn mount(path: &Path, bytes: u64) {
+        let size = format!("size={bytes}");
+        nix::mount::mount(
+            Some("none"),
+            path,
+            Some("tmpfs"),
+            nix::mount::MsFlags::empty(),
+            Some(size.as_str()),
+        )
+        .expect("these tests run as root");
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// Fills the disk to the last byte.
+    pub(crate) fn fill(&self) {
+        fill(self.path());
+    }
+
+    /// Undoes [`Self::fill`].
+    pub(crate) fn make_room(&self) {
+        std::fs::remove_file(self.path().join("fill")).unwrap();
+    }
+}
+
+#[cfg(test)]
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(self.path(), nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+/// Appends to a file in `directory` until its disk is full.
+#[cfg(test)]
+pub(crate) fn fill(directory: &Path) {
+    use std::io::Write;
+    let mut file = std::fs::File::options()
+        .create(true)
+        .append(true)
+        .open(directory.join("fill"))
+        .unwrap();
+    for step in [4096, 1] {
+        while file.write(&vec![1; step]).is_ok_and(|written| written > 0) {}
+    }
 }
 
 /// Returns the id of the image.

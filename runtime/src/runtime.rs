@@ -426,7 +426,7 @@ async fn dispatch(
     }
 }
 
-/// Samples the guests' counters into the boxes' metrics, with a timeout for each VM.
+/// Samples the guests' counters into the boxes' metrics, with a timeout for each VM, and reclaims partial downloads.
 async fn sample(runtime: Weak<RuntimeInnerImpl>, closing: CancellationToken) {
     loop {
         tokio::select! {
@@ -436,6 +436,12 @@ async fn sample(runtime: Weak<RuntimeInnerImpl>, closing: CancellationToken) {
         let Some(runtime) = runtime.upgrade() else {
             return;
         };
+        if let Err(error) = runtime.env.images.reclaim_partials().await {
+            tracing::warn!(
+                error = error.report(),
+                "failed to reclaim partial downloads"
+            );
+        }
         let boxes = runtime
             .all()
             .into_iter()

@@ -4,6 +4,9 @@
 //! hold the live state. WAL with synchronous=NORMAL survives `kill -9` at any point; a power cut may lose the last
 //! writes, but it ends all VMs as well.
 //!
+//! Deleting works on a full disk: a reserve file is removed to make room, and a deletion that still cannot be written is
+//! deferred until the next write. A restart before that finds the row again, without a shim.
+//!
 //! Each call runs on a blocking thread; dropping its future does not cancel the write.
 
 use crate::box_state::Phase;
@@ -14,6 +17,7 @@ use crate::types::{BoxOptions, ContainerSnapshot};
 use boxlite_sys::sync::Mutex;
 use rusqlite::{Connection, params};
 use serde::{Deserialize, Serialize};
+use std::io::Write;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -23,6 +27,9 @@ use std::time::Duration;
 const SCHEMA_VERSION: i64 = 1;
 /// Timeout for the file lock. Only one process uses the file; this allows for a sqlite3 shell.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Size of the reserve file, which makes room for deletions on a full disk.
+const RESERVE_BYTES: usize = 1 << 20;
 
 const TABLES: &str = "
 CREATE TABLE boxes (
@@ -71,8 +78,93 @@ pub struct ContainerRow {
 /// Handle to the database. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Database {
-    connection: Arc<Mutex<Connection>>,
+    inner: Arc<Mutex<Inner>>,
     path: PathBuf,
+}
+
+#[derive(Debug)]
+struct Inner {
+    connection: Connection,
+    reserve: PathBuf,
+    /// Deletions that could not be written yet.
+    deferred: Vec<Deletion>,
+}
+
+/// A row to delete.
+#[derive(Debug, Clone)]
+enum Deletion {
+    Box(String),
+    Container(String),
+}
+
+impl Deletion {
+    fn apply(&self, connection: &Connection) -> rusqlite::Result<usize> {
+        match self {
+            Self::Box(id) => connection.execute("DELETE FROM boxes WHERE id = ?1", params![id]),
+            Self::Container(id) => {
+                connection.execute("DELETE FROM containers WHERE id = ?1", params![id])
+            }
+        }
+    }
+}
+
+impl Inner {
+    /// Applies deferred deletions and restores the reserve, as far as there is room.
+    fn catch_up(&mut self) {
+        while let Some(deletion) = self.deferred.last() {
+            if deletion.apply(&self.connection).is_err() {
+                return;
+            }
+            self.deferred.pop();
+        }
+        if !self.reserve.exists()
+            && let Err(error) = write_reserve(&self.reserve)
+        {
+            tracing::debug!(%error, "failed to write the reserve of the database");
+            let _ = std::fs::remove_file(&self.reserve);
+        }
+    }
+
+    /// Deletes a row, or defers that if the disk is full or read-only.
+    fn delete(&mut self, deletion: Deletion) -> rusqlite::Result<()> {
+        let mut result = deletion.apply(&self.connection);
+        if result.as_ref().is_err_and(cannot_write) {
+            let _ = std::fs::remove_file(&self.reserve);
+            result = deletion.apply(&self.connection);
+        }
+        match result {
+            Err(error) if cannot_write(&error) => {
+                tracing::error!(?deletion, %error, "failed to delete a record, deferring it");
+                self.deferred.push(deletion);
+                Ok(())
+            }
+            result => result.map(drop),
+        }
+    }
+}
+
+fn write_reserve(path: &Path) -> std::io::Result<()> {
+    let mut file = std::fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)?;
+    file.write_all(&vec![0; RESERVE_BYTES])
+}
+
+/// Whether the cause is the disk and not the statement.
+fn cannot_write(error: &rusqlite::Error) -> bool {
+    use rusqlite::ErrorCode as Code;
+    matches!(
+        error.sqlite_error_code(),
+        Some(Code::DiskFull | Code::SystemIoFailure | Code::ReadOnly | Code::CannotOpen)
+    )
+}
+
+/// Whether the disk is full.
+pub(crate) fn is_full(error: &rusqlite::Error) -> bool {
+    error.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull)
 }
 
 impl Database {
@@ -132,8 +224,14 @@ impl Database {
                 });
             }
         }
+        let mut inner = Inner {
+            connection,
+            reserve: path.with_extension("reserve"),
+            deferred: Vec::new(),
+        };
+        inner.catch_up();
         Ok(Self {
-            connection: Arc::new(Mutex::new(connection)),
+            inner: Arc::new(Mutex::new(inner)),
             path: path.to_owned(),
         })
     }
@@ -143,12 +241,24 @@ impl Database {
         what: &'static str,
         query: impl FnOnce(&mut Connection) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T> {
-        let connection = self.connection.clone();
+        self.locked(what, |inner| {
+            inner.catch_up();
+            query(&mut inner.connection)
+        })
+        .await
+    }
+
+    async fn locked<T: Send + 'static>(
+        &self,
+        what: &'static str,
+        query: impl FnOnce(&mut Inner) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let inner = self.inner.clone();
         let path = self.path.clone();
         let joined = tokio::task::spawn_blocking(move || {
             // After a panic under the lock, a transaction was rolled back by its drop.
-            let mut connection = connection.lock();
-            query(&mut connection)
+            let mut inner = inner.lock();
+            query(&mut inner)
         })
         .await;
         match joined {
@@ -200,12 +310,9 @@ impl Database {
     /// # Errors
     /// `Database`.
     pub async fn delete_box(&self, id: &str) -> Result<()> {
-        let id = id.to_owned();
-        self.run("delete a box", move |connection| {
-            connection.execute("DELETE FROM boxes WHERE id = ?1", params![id])
-        })
-        .await
-        .map(drop)
+        let deletion = Deletion::Box(id.to_owned());
+        self.locked("delete a box", |inner| inner.delete(deletion))
+            .await
     }
 
     /// Inserts or updates a container.
@@ -231,12 +338,9 @@ impl Database {
     /// # Errors
     /// `Database`.
     pub async fn delete_container(&self, id: &str) -> Result<()> {
-        let id = id.to_owned();
-        self.run("delete a container", move |connection| {
-            connection.execute("DELETE FROM containers WHERE id = ?1", params![id])
-        })
-        .await
-        .map(drop)
+        let deletion = Deletion::Container(id.to_owned());
+        self.locked("delete a container", |inner| inner.delete(deletion))
+            .await
     }
 
     /// Loads all boxes with their containers.

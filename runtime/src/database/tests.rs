@@ -129,3 +129,36 @@ async fn open_makes_files_private_and_refuses_newer_schema() {
         "{error}"
     );
 }
+
+#[tokio::test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
+async fn delete_works_on_full_disk_and_is_deferred_without_reserve() {
+    let disk = crate::fake_shim::SmallDisk::new(8 << 20);
+    let path = disk.path().join("runtime.db");
+    let database = Database::open(&path).unwrap();
+    for id in ["a", "b"] {
+        database.insert_box(box_row(id, id)).await.unwrap();
+        let container = container_row(&format!("c-{id}"), id);
+        database.put_container(container).await.unwrap();
+    }
+    disk.fill();
+    let mut large = box_row("a", "a");
+    large.options.metadata = vec![1; 4 << 20];
+    let error = database.update_box(large).await.unwrap_err();
+    assert_eq!(error.kind(), crate::ErrorKind::ResourceExhausted, "{error}");
+    database.delete_container("c-a").await.unwrap();
+    assert!(
+        !path.with_extension("reserve").exists(),
+        "the reserve is used"
+    );
+    disk.fill();
+    for _ in 0..1000 {
+        database.delete_box("a").await.unwrap();
+        database.delete_box("b").await.unwrap();
+    }
+    disk.make_room();
+    database.insert_box(box_row("new", "b")).await.unwrap();
+    let rows = database.load().await.unwrap();
+    assert_eq!(rows.len(), 1, "{rows:?}");
+    assert!(path.with_extension("reserve").exists());
+}

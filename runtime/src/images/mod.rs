@@ -105,8 +105,20 @@ impl ImageManager {
     /// Removes the image `what` with all its references, and the files that no other image needs. Returns false if it does
     /// not exist (not an error in CRI). [`ImageError::InUse`] names the holders. Dropping the future does not cancel it.
     pub async fn remove(&self, what: &str) -> ImageResult<bool> {
-        let (store, what) = (self.inner.store.clone(), what.to_owned());
-        blocking(move || store.remove(&what)).await
+        let (inner, what) = (self.inner.clone(), what.to_owned());
+        blocking(move || {
+            let removed = inner.store.remove(&what)?;
+            // A removal usually means that space is needed.
+            inner.jobs.reclaim(0)?;
+            Ok(removed)
+        })
+        .await
+    }
+
+    /// Deletes partial downloads that are old or exceed the limit. Called regularly.
+    pub async fn reclaim_partials(&self) -> ImageResult<()> {
+        let inner = self.inner.clone();
+        blocking(move || inner.jobs.reclaim(inner.options.max_partial_bytes)).await
     }
 
     /// Returns the disk usage of the store.

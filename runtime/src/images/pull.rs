@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use futures::future::{BoxFuture, FutureExt};
 use futures::stream::{self, StreamExt, TryStreamExt};
 
-use super::error::{ImageError, ImageResult};
+use super::error::{ImageError, ImageErrorKind, ImageResult};
 use super::layer::LayerRequest;
 use super::manifest::{self, Document, MAX_CONFIG_BYTES, MAX_INDEX_DEPTH, Manifest, Platform};
 use super::reference::{Digest, Reference};
@@ -101,6 +101,12 @@ async fn run(
             // Before returning, so that the space is free when the client learns of the failure.
             inner.jobs.ended(&requests).await;
             discard(inner, diff_ids, requests).await;
+            if e.kind() == ImageErrorKind::NoSpace {
+                let inner = inner.clone();
+                if let Err(e) = blocking(move || inner.jobs.reclaim(0)).await {
+                    tracing::warn!(error = %e.report(), "failed to reclaim partial downloads");
+                }
+            }
         }
         Err(_) => {}
     }

@@ -94,6 +94,8 @@ pub struct RegistryOptions {
     pub parallel_layers: usize,
     /// Maximum size of an uncompressed layer, in bytes of its tar stream.
     pub max_layer_bytes: u64,
+    /// Maximum total size of partial downloads that are kept for a retry.
+    pub max_partial_bytes: u64,
 }
 
 impl Default for RegistryOptions {
@@ -108,6 +110,8 @@ impl Default for RegistryOptions {
             parallel_layers: 3,
             // Larger than any published machine-learning image.
             max_layer_bytes: 64 << 30,
+            // One large layer, or several ordinary ones.
+            max_partial_bytes: 512 << 20,
         }
     }
 }

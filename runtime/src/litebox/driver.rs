@@ -4,7 +4,8 @@
 //! requires. At most one job runs at a time, as a task that reports its result here. The policy is in
 //! `box_state`, the jobs are `pipeline` and `teardown`, and [`super::driver::watchers`] observe the shim.
 //!
-//! Invariants: a phase is persisted before its job starts; a message is answered
+//! Invariants: a phase is persisted before its job starts, if it can be (stopping
+//! does not depend on it); a message is answered
 //! after its change was persisted; a container's row is deleted with its box's row. The task returns when its box is
 //! removed, or when the runtime closes, which leaves the box running.
 
@@ -379,7 +380,10 @@ impl Driver {
             } else {
                 self.row.reason.clone()
             };
-            if let Err(error) = self.enter(reason).await {
+            if request != Request::Start {
+                // Stopping must not fail because its record cannot be written, as on a full disk.
+                self.enter_or_warn(reason).await;
+            } else if let Err(error) = self.enter(reason).await {
                 self.policy = before;
                 self.row.phase = self.policy.phase();
                 let _ = reply.send(Err(Arc::new(error)));

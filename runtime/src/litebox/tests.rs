@@ -365,3 +365,30 @@ async fn remove_is_complete_and_idempotent_in_any_state() {
     assert_eq!((metrics.boxes_created, metrics.boxes_destroyed), (2, 2));
     assert!(runtime.images().remove(&image_id()).await.unwrap());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
+async fn full_disk_does_not_keep_sandbox_from_being_freed() {
+    let node = FakeNode::new();
+    let root = node.at("r");
+    crate::fake_shim::SmallDisk::mount(&root, 8 << 20);
+    node.put_image();
+    let shim = node.serve("b1").await;
+    let (runtime, litebox) = one_box(&node).await;
+    run_container(&node, &litebox, "c1").await;
+    run_container(&node, &litebox, "c2").await;
+    crate::fake_shim::fill(&root);
+    let outcome = async {
+        litebox.stop_container("c1", LIMIT, TERM).await?;
+        litebox.remove_container("c1").await?;
+        litebox.stop().await?;
+        litebox.remove().await
+    };
+    let outcome = outcome.await;
+    let removed = runtime.images().remove(&image_id()).await;
+    let alive = shim.alive();
+    runtime.shutdown().await;
+    let _ = nix::mount::umount2(&root, nix::mount::MntFlags::MNT_DETACH);
+    outcome.unwrap();
+    assert!(removed.unwrap() && !alive);
+}

@@ -137,6 +137,16 @@ impl LayerJobs {
         }
     }
 
+    /// Deletes partial downloads without a job; see [`Store::reclaim_partials`]. Blocks.
+    pub(super) fn reclaim(&self, max_bytes: u64) -> ImageResult<()> {
+        // Under the lock, so that no job starts to use a file that is being deleted.
+        let jobs = self.jobs.lock();
+        self.store.reclaim_partials(max_bytes, |name| {
+            jobs.get(name)
+                .is_some_and(|running| running.job().is_some() || !running.threads.is_empty())
+        })
+    }
+
     /// Waits until all conversion threads have ended.
     pub(super) async fn settle(&self) {
         self.threads.close();

@@ -13,8 +13,8 @@ use crate::images::types::ImageFsInfo;
 
 /// Suffix of a partial download in `ingest`.
 pub(in crate::images) const PARTIAL_SUFFIX: &str = ".partial";
-/// Maximum age of partial downloads; older ones are deleted at start.
-const MAX_PARTIAL_AGE: Duration = Duration::from_secs(24 * 3600);
+/// Maximum age of partial downloads; older ones are deleted.
+const MAX_PARTIAL_AGE: Duration = Duration::from_secs(3600);
 /// Maximum file size for `read`, far above the size of manifests, configs and the index.
 const MAX_FILE_BYTES: u64 = 256 << 20;
 
@@ -114,6 +114,36 @@ pub(super) fn clean_ingest(dir: &Path) -> ImageResult<()> {
             .and_then(|t| now.duration_since(t).ok());
         name.ends_with(PARTIAL_SUFFIX) && age.is_none_or(|age| age < MAX_PARTIAL_AGE)
     })
+}
+
+/// Deletes idle partial downloads, oldest first: those above the maximum age, and as many as exceed `max_bytes` in total.
+pub(super) fn reclaim_partials(
+    dir: &Path,
+    max_bytes: u64,
+    in_use: impl Fn(&str) -> bool,
+) -> ImageResult<()> {
+    let mut idle = Vec::new();
+    for entry in fs::read_dir(dir).map_err(|e| ImageError::io("read", dir, e))? {
+        let entry = entry.map_err(|e| ImageError::io("read", dir, e))?;
+        let name = entry.file_name();
+        let partial = name
+            .to_str()
+            .is_some_and(|name| name.ends_with(PARTIAL_SUFFIX) && !in_use(name));
+        if partial && let Ok(meta) = entry.metadata() {
+            let modified = meta.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+            idle.push((modified, meta.blocks() * 512, entry.path()));
+        }
+    }
+    idle.sort();
+    let mut total: u64 = idle.iter().map(|(_, bytes, _)| bytes).sum();
+    for (modified, bytes, path) in idle {
+        let old = modified.elapsed().is_ok_and(|age| age >= MAX_PARTIAL_AGE);
+        if total > max_bytes || old {
+            delete(&path)?;
+            total -= bytes;
+        }
+    }
+    Ok(())
 }
 
 /// Counts bytes and inodes below `dir`, ignoring files that vanish meanwhile.

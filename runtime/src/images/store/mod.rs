@@ -283,13 +283,14 @@ impl Store {
         }
         let mut images = Images::clone(&self.snapshot());
         images.remove(&record.id);
-        let saved = self.save(&images);
-        if saved.is_ok() {
-            self.replace(images);
-        }
+        self.replace(images.clone());
         self.uses().removing.remove(&record.id);
-        saved?;
+        // The files first: writing the index may need the space that they free. An index that still lists the image is
+        // harmless, because `open` drops images without a config.
         self.collect()?;
+        if let Err(e) = self.save(&images) {
+            tracing::error!(image = record.id, error = %e.report(), "failed to write the index after a removal");
+        }
         Ok(true)
     }
 
@@ -486,6 +487,16 @@ impl Store {
                 uses.holds.remove(id);
             }
         }
+    }
+
+    /// Deletes partial downloads that `in_use` rejects, oldest first: those older than an hour, and as many as exceed
+    /// `max_bytes` in total. Blocks.
+    pub(super) fn reclaim_partials(
+        &self,
+        max_bytes: u64,
+        in_use: impl Fn(&str) -> bool,
+    ) -> ImageResult<()> {
+        disk::reclaim_partials(&self.ingest_dir(), max_bytes, in_use)
     }
 
     /// Returns the disk usage of the store. Blocks.

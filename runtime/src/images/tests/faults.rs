@@ -2,6 +2,7 @@
 
 use super::registry::packed;
 use super::*;
+use crate::fake_shim::SmallDisk;
 
 #[tokio::test]
 async fn pull_resumes_broken_download() {
@@ -330,37 +331,12 @@ async fn redirect_does_not_forward_credentials() {
     );
 }
 
-/// A small tmpfs, unmounted on drop.
-struct SmallDisk(tempfile::TempDir);
-
-impl SmallDisk {
-    fn new(bytes: u64) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let size = format!("size={bytes}");
-        nix::mount::mount(
-            Some("none"),
-            dir.path(),
-            Some("tmpfs"),
-            nix::mount::MsFlags::empty(),
-            Some(size.as_str()),
-        )
-        .expect("these tests run as root");
-        Self(dir)
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = nix::mount::umount2(self.0.path(), nix::mount::MntFlags::MNT_DETACH);
-    }
-}
-
 #[tokio::test]
 #[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 async fn pull_on_full_disk_names_it_and_cleans_up() {
     let registry = Registry::start().await;
     let disk = SmallDisk::new(1 << 20);
-    let images = ImageManager::open(&disk.0.path().join("images"), options(disk.0.path()))
+    let images = ImageManager::open(&disk.path().join("images"), options(disk.path()))
         .await
         .unwrap();
     registry.push(
@@ -382,7 +358,7 @@ async fn pull_on_full_disk_names_it_and_cleans_up() {
         error.report()
     );
     // Immediately, because the threads of the other layers have ended too.
-    let free = nix::sys::statvfs::statvfs(disk.0.path()).unwrap();
+    let free = nix::sys::statvfs::statvfs(disk.path()).unwrap();
     assert!(
         free.blocks_available() * 100 > free.blocks() * 97,
         "{} of {} blocks are free",
@@ -391,7 +367,7 @@ async fn pull_on_full_disk_names_it_and_cleans_up() {
     );
     for sub in ["layers/sha256", "blobs/sha256", "ingest"] {
         assert_eq!(
-            std::fs::read_dir(disk.0.path().join("images").join(sub))
+            std::fs::read_dir(disk.path().join("images").join(sub))
                 .unwrap()
                 .count(),
             0,
@@ -403,4 +379,62 @@ async fn pull_on_full_disk_names_it_and_cleans_up() {
         .pull(&registry.name("r:small"), None, None)
         .await
         .unwrap();
+}
+
+#[tokio::test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
+async fn remove_works_on_full_disk() {
+    let registry = Registry::start().await;
+    let disk = SmallDisk::new(2 << 20);
+    let dir = disk.path().join("images");
+    let images = ImageManager::open(&dir, options(disk.path()))
+        .await
+        .unwrap();
+    registry.push("r", "v", &[(&layer("a", 1, 100_000), Pack::Gzip)]);
+    let record = images
+        .pull(&registry.name("r:v"), None, None)
+        .await
+        .unwrap();
+    disk.fill();
+    assert!(images.remove(&record.id).await.unwrap());
+    assert!(images.list().is_empty());
+    assert_eq!(
+        std::fs::read_dir(dir.join("layers/sha256"))
+            .unwrap()
+            .count(),
+        0
+    );
+    images.settle().await;
+    drop(images);
+    let images = ImageManager::open(&dir, options(disk.path()))
+        .await
+        .unwrap();
+    assert!(images.list().is_empty());
+}
+
+#[tokio::test]
+async fn partial_downloads_are_bounded_listed_and_reclaimed() {
+    let home = Home::new().await;
+    let ingest = home.dir.path().join("images/ingest");
+    let write =
+        |n: u8| std::fs::write(ingest.join(format!("{n}.partial")), vec![n; 64 << 10]).unwrap();
+    (0..4).for_each(write);
+    let info = home.images.fs_info().await.unwrap();
+    assert!(info.used_bytes >= 4 * (64 << 10), "{info:?}");
+    home.images.reclaim_partials().await.unwrap();
+    assert_eq!(home.files("ingest").len(), 4, "below the limit");
+    let Home { dir, images } = home;
+    drop(images);
+    let options = RegistryOptions {
+        max_partial_bytes: 128 << 10,
+        ..options(dir.path())
+    };
+    let images = ImageManager::open(&dir.path().join("images"), options)
+        .await
+        .unwrap();
+    images.reclaim_partials().await.unwrap();
+    let home = Home { dir, images };
+    assert_eq!(home.files("ingest").len(), 2, "above the limit");
+    home.images.remove("none").await.unwrap();
+    assert!(home.files("ingest").is_empty(), "a removal needs space");
 }
