@@ -154,14 +154,14 @@ fn log(method: &str, code: Code, response: &Response<Body>, milliseconds: f64) {
             .unwrap_or_default();
         // NotFound is the everyday answer about what is gone.
         if code == Code::NotFound {
-            tracing::info!(method, ?code, milliseconds, message, "answered");
+            tracing::info!(method, ?code, milliseconds, message, "call answered");
         } else {
-            tracing::warn!(method, ?code, milliseconds, message, "answered");
+            tracing::warn!(method, ?code, milliseconds, message, "call answered");
         }
     } else if quiet {
-        tracing::debug!(method, milliseconds, "answered");
+        tracing::debug!(method, milliseconds, "call answered");
     } else {
-        tracing::info!(method, milliseconds, "answered");
+        tracing::info!(method, milliseconds, "call answered");
     }
 }
 

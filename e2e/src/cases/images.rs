@@ -1,15 +1,17 @@
 //! Images: every manifest form, compression and registry access, shared and resumed downloads, lists, status, removal,
 //! and layers as the guest sees them.
 
+use super::bad_input::expect_error;
 use crate::case;
 use crate::client::answer;
 use crate::failure::Result;
 use crate::image::build::Image;
+use crate::image::busybox::libraries;
 use crate::image::fault_proxy::{Auth, Fault, FaultProxy};
 use crate::image::layer::{Compression, LayerTar};
 use crate::image::registry::Registry;
 use crate::image::set::ImageSet;
-use crate::pod::{Pod, pull, pull_with};
+use crate::pod::{Pod, container_spec, pull, pull_with};
 use crate::runner::{Case, Context};
 use crate::{ensure, same};
 use k8s_cri::v1::*;
@@ -23,6 +25,8 @@ pub fn cases() -> Vec<Case> {
     vec![
         case!(every_manifest_form_is_pulled, 90),
         case!(layers_are_merged_in_the_guest, 90),
+        case!(repeated_layers_are_used_once, 60),
+        case!(image_without_layers_has_an_empty_root, 60),
         case!(list_status_and_filter_agree, 60),
         case!(image_is_pulled_by_digest, 60),
         case!(image_in_use_is_kept_until_unused, 90),
@@ -149,6 +153,68 @@ async fn layers_are_merged_in_the_guest(ctx: Context) -> Result {
         "new\nstays\n",
         "another container's writable layer"
     );
+    pod.end().await
+}
+
+/// Runs an image whose manifest lists layers several times, as equal COPY steps and empty layers produce.
+async fn repeated_layers_are_used_once(ctx: Context) -> Result {
+    let layer = |content: &[u8]| {
+        let mut tar = LayerTar::default();
+        tar.file("repeated", 0o644, content)?;
+        tar.finish(Compression::Gzip)
+    };
+    let (a, b) = (layer(b"a\n")?, layer(b"b\n")?);
+    let empty = LayerTar::default().finish(Compression::Gzip)?;
+    let busybox = ctx.images.busybox.clone();
+    let layers = vec![
+        busybox,
+        empty.clone(),
+        a.clone(),
+        b,
+        empty.clone(),
+        a,
+        empty,
+    ];
+    let image = Image::new(layers, json!({"Cmd": ["sh"]}));
+    ctx.registry.push("repeated", "1", &image).await?;
+    let reference = format!("{}/repeated:1", ctx.registry.host);
+    pull(&ctx.node, &reference).await?;
+    let pod = ctx.shared_pod().await;
+    same!(
+        pod.sh(&reference, "cat /repeated").await?,
+        "a\n",
+        "the topmost layer"
+    );
+    pod.end().await
+}
+
+/// Runs a program from a volume in an image without layers, as `FROM scratch` with labels only produces.
+async fn image_without_layers_has_an_empty_root(ctx: Context) -> Result {
+    let image = Image::new(Vec::new(), json!({"Cmd": ["/missing"]}));
+    ctx.registry.push("no-layers", "1", &image).await?;
+    let reference = format!("{}/no-layers:1", ctx.registry.host);
+    pull(&ctx.node, &reference).await?;
+    let pod = ctx.shared_pod().await;
+    let program = std::env::current_exe()?;
+    let program = program.to_str().unwrap_or_default();
+    let mut spec = container_spec("empty", &reference, &["/lister", "--help"]);
+    let mut mounts = vec![(program.to_owned(), "/lister".to_owned())];
+    mounts.extend(libraries(program)?.into_iter().map(|l| (l.clone(), l)));
+    spec.mounts = mounts
+        .into_iter()
+        .map(|(host_path, container_path)| Mount {
+            host_path,
+            container_path,
+            readonly: true,
+            ..Default::default()
+        })
+        .collect();
+    let container = pod.start_with(spec).await?;
+    let status = container.exited(ctx.patience(30)).await?;
+    same!(status.exit_code, 0, "{}", container.output()?);
+    // The program of the image itself is missing, and the error has its name.
+    let missing = pod.start("missing", &reference, &[]).await.map(drop);
+    expect_error(&missing, &["/missing"])?;
     pod.end().await
 }
 

@@ -212,9 +212,10 @@ async fn pod_with_every_kubelet_field_runs(ctx: Context) -> Result {
         grep -h Seccomp: /proc/self/status; trap 'exit 7' TERM; while :; do sleep 0.1; done";
     let c = pod.start_with(container(&ctx, &dir, 0, script)?).await?;
     c.printed("Seccomp:\t2", ctx.patience(20)).await?;
+    // Groups 50000 and 50001 come from the image, as the default policy Merge requires.
     same!(
         c.output()?,
-        "1000\n1000\n1000 2000\ndefault\n10.96.0.1\n# Kubernetes-managed hosts file.\noptions ndots:5\nSeccomp:\t2\n",
+        "1000\n1000\n1000 2000 50000 50001\ndefault\n10.96.0.1\n# Kubernetes-managed hosts file.\noptions ndots:5\nSeccomp:\t2\n",
         "view of the container"
     );
     same!(

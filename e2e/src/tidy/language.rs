@@ -8,13 +8,13 @@ use super::{fail, texts};
 use regex::Regex;
 
 /// Maximum number of pattern matches per 1,000 words of comments and documentation.
-const MAX_MATCHES_PER_1000_WORDS: f64 = 17.0;
+const MAX_MATCHES_PER_1000_WORDS: f64 = 1.5;
 /// Maximum number of doc comments that open with a question word.
-const MAX_QUESTION_OPENINGS: usize = 600;
+const MAX_QUESTION_OPENINGS: usize = 65;
 /// Maximum number of log messages of a single word.
-const MAX_ONE_WORD_LOGS: usize = 9;
+const MAX_ONE_WORD_LOGS: usize = 0;
 /// Maximum number of function names longer than [`MAX_TEST_NAME`].
-const MAX_LONG_NAMES: usize = 18;
+const MAX_LONG_NAMES: usize = 0;
 /// Maximum length of a test name in characters.
 const MAX_TEST_NAME: usize = 60;
 
