@@ -30,9 +30,20 @@ pub struct Formatter {
     stderr: Held,
     /// Offset after the last byte received.
     received: u64,
+    /// Remove a carriage return before the newline of a line.
+    trims_cr: bool,
 }
 
 impl Formatter {
+    /// Creates the formatter of a process with a terminal, which ends lines with `\r\n`: the `\r` is removed, as containerd
+    /// does.
+    pub fn for_terminal() -> Self {
+        Self {
+            trims_cr: true,
+            ..Self::default()
+        }
+    }
+
     /// Appends to `out` the records completed by `data`, which begins at `offset` of the output. Chunks must arrive in the
     /// order of their offsets.
     pub fn push(
@@ -50,7 +61,16 @@ impl Formatter {
         let mut rest = data;
         while let Some(end) = memchr::memchr(b'\n', rest) {
             let (line, after) = rest.split_at(end);
-            let tail = split(stream, held, line, stamp, out);
+            let mut tail = split(stream, held, line, stamp, out);
+            if self.trims_cr {
+                match tail.strip_suffix(b"\r") {
+                    Some(trimmed) => tail = trimmed,
+                    None if tail.is_empty() && held.bytes.ends_with(b"\r") => {
+                        held.bytes.pop();
+                    }
+                    None => {}
+                }
+            }
             record(stream, b'F', &held.bytes, tail, stamp, out);
             held.bytes.clear();
             rest = &after[1..];

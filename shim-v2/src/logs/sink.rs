@@ -43,6 +43,8 @@ pub enum Sink {
     Cri(FileTarget),
     /// Raw bytes.
     Raw(FileTarget),
+    /// CRI format for a process with a terminal.
+    CriTerminal(FileTarget),
     /// One FIFO per stream.
     Fifos {
         /// Receives stdout.
@@ -92,7 +94,11 @@ impl Sink {
         }
         match stdio.stdout.split_once("://") {
             Some((CRI_LOG_SCHEME, path)) => {
-                Ok(Self::Cri(FileTarget::open(absolute(path)?, opener(true))?))
+                let target = FileTarget::open(absolute(path)?, opener(true))?;
+                Ok(match stdio.terminal {
+                    true => Self::CriTerminal(target),
+                    false => Self::Cri(target),
+                })
             }
             Some(("file", path)) => {
                 Ok(Self::Raw(FileTarget::open(absolute(path)?, opener(false))?))
@@ -123,7 +129,7 @@ impl Sink {
     /// Io if it cannot be opened; Invalid if output is not written to a file.
     pub fn reopen_unused(&mut self) -> Result<()> {
         match self {
-            Self::Cri(target) | Self::Raw(target) => {
+            Self::Cri(target) | Self::CriTerminal(target) | Self::Raw(target) => {
                 *target = FileTarget::open(&target.path, target.opener.clone())?;
                 Ok(())
             }

@@ -112,6 +112,20 @@ fn push_separate_newline_ends_held_line() {
 }
 
 #[test]
+fn terminal_formatter_removes_cr_before_newline_only() {
+    let stamp = stamp::format(0);
+    let (mut formatter, mut out) = (Formatter::for_terminal(), Vec::new());
+    let mut offset = 0;
+    for data in [&b"a\rb\r\nc\r"[..], b"\n", b"\r\nd\r"] {
+        formatter.push(OutputStream::Stdout, offset, data, &stamp, &mut out);
+        offset += data.len() as u64;
+    }
+    formatter.finish(&stamp, &mut out);
+    let lines: Vec<_> = parse(&out).into_iter().map(|record| record.bytes).collect();
+    assert_eq!(lines, [&b"a\rb"[..], b"c", b"", b"d\r"]);
+}
+
+#[test]
 fn finish_without_newline_makes_partial_record() {
     assert_eq!(
         lines(&[(true, b"e"), (false, b"o")]),

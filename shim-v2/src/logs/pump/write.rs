@@ -62,6 +62,11 @@ impl Writer {
                 formatter: Formatter::default(),
                 clock: Clock::default(),
             },
+            Sink::CriTerminal(target) => Output::Cri {
+                file: FileWriter::new(target),
+                formatter: Formatter::for_terminal(),
+                clock: Clock::default(),
+            },
             Sink::Raw(target) => Output::Raw(FileWriter::new(target)),
             Sink::Fifos {
                 stdout,
