@@ -13,9 +13,16 @@ pub const STATE_FILE: &str = "shim.json";
 /// Name of the file with the shim's address in the bundle, a convention of containerd.
 pub const ADDRESS_FILE: &str = "address";
 
+/// Version of the state file's format. Increased only if a field changes its meaning: `delete` of another release ignores
+/// unknown fields and uses defaults for missing ones.
+pub const STATE_VERSION: u32 = 1;
+
 /// Resources of a shim that outlive its process.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(default)]
 pub struct ShimState {
+    /// [`STATE_VERSION`] of the release that wrote the file; 0 before versions were recorded.
+    pub version: u32,
     /// The shim daemon.
     pub shim: Option<ProcessId>,
     /// The VMM child.
@@ -27,10 +34,8 @@ pub struct ShimState {
     /// Network namespace of the pod, which contains the shim's taps.
     pub netns: Option<PathBuf>,
     /// Scratch disk.
-    #[serde(default)]
     pub scratch: Option<PathBuf>,
     /// Source name of the mount exports on the host.
-    #[serde(default)]
     pub shown: String,
 }
 
@@ -46,7 +51,14 @@ impl ShimState {
     /// # Errors
     /// The bundle cannot be written.
     pub fn store(&self, bundle: &Path) -> io::Result<()> {
-        write_atomically(&bundle.join(STATE_FILE), &serde_json::to_vec_pretty(self)?)
+        let state = Self {
+            version: STATE_VERSION,
+            ..self.clone()
+        };
+        write_atomically(
+            &bundle.join(STATE_FILE),
+            &serde_json::to_vec_pretty(&state)?,
+        )
     }
 
     /// Removes the state and address files after an orderly end.
@@ -87,6 +99,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("tempdir");
         assert!(ShimState::load(dir.path()).is_none());
         let state = ShimState {
+            version: STATE_VERSION,
             shim: ProcessId::of(std::process::id() as i32),
             vmm: None,
             socket: "/run/x".into(),
@@ -97,5 +110,26 @@ mod tests {
         };
         state.store(dir.path()).expect("stored");
         assert_eq!(ShimState::load(dir.path()), Some(state));
+    }
+
+    #[test]
+    fn load_accepts_older_and_newer_releases() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let write =
+            |text: &str| std::fs::write(dir.path().join(STATE_FILE), text).expect("written");
+        // Written by the first release: no version, boot id, scratch disk or exports.
+        write(
+            r#"{"shim": {"pid": 7, "start_time": 9}, "vmm": null, "socket": "/run/x", "cgroups": [], "netns": null}"#,
+        );
+        let state = ShimState::load(dir.path()).expect("loads");
+        assert_eq!(
+            (state.version, state.socket.as_path()),
+            (0, Path::new("/run/x"))
+        );
+        assert_eq!(state.shim.map(|shim| shim.pid), Some(7));
+        // Written by a later release, with unknown fields and without some of ours.
+        write(r#"{"version": 9, "socket": "/run/y", "cgroups": ["/c"], "passt": {"pid": 3}}"#);
+        let state = ShimState::load(dir.path()).expect("loads");
+        assert_eq!((state.version, state.cgroups.len()), (9, 1));
     }
 }
