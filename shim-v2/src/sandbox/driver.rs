@@ -18,12 +18,17 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 /// Timeout for killed containers to exit and drain their output before the VM is shut down.
-const CONTAINER_STOP_TIMEOUT: Duration = Duration::from_secs(12);
+const CONTAINER_STOP_TIMEOUT: Duration = Duration::from_secs(4);
+/// Timeout for the guest to answer Guest.Shutdown, in addition to its grace period.
+const SHUTDOWN_CALL_TIMEOUT: Duration = Duration::from_secs(1);
+/// Timeout for container exits to be recorded after the end of the VM.
+const CONTAINER_EXIT_TIMEOUT: Duration = Duration::from_secs(12);
 /// Timeout for the guest to sync and power off after its grace period.
-const POWEROFF_TIMEOUT: Duration = Duration::from_secs(5);
+const POWEROFF_TIMEOUT: Duration = Duration::from_secs(3);
 /// Timeout for reaping a killed VMM, which takes the kernel a while for a VM with much memory.
 const KILL_TIMEOUT: Duration = Duration::from_secs(30);
 /// Exit status of a VM that ended without a request: 128 + SIGKILL.
@@ -321,12 +326,21 @@ impl Driver {
         let containers = self.containers.clone();
         let session = vm.guest.session.clone();
         let orderly = async {
-            containers.kill_all().await;
-            if !containers.wait_stopped(CONTAINER_STOP_TIMEOUT).await {
+            // Each step has a timeout, since a hostile or hung guest answers none of the calls.
+            let stopped = async {
+                containers.kill_all().await;
+                containers.wait_stopped(CONTAINER_STOP_TIMEOUT).await
+            };
+            if !matches!(timeout(CONTAINER_STOP_TIMEOUT, stopped).await, Ok(true)) {
                 tracing::warn!("containers survived SIGKILL; shutting down the VM");
             }
-            if let Err(error) = session.guest().shutdown(grace).await {
-                tracing::warn!(error = %Report(&error), "failed to shut down the guest");
+            let guest = session.guest();
+            match timeout(grace + SHUTDOWN_CALL_TIMEOUT, guest.shutdown(grace)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => {
+                    tracing::warn!(error = %Report(&error), "failed to shut down the guest");
+                }
+                Err(_) => tracing::warn!("timed out shutting down the guest"),
             }
             tokio::time::sleep(POWEROFF_TIMEOUT).await;
         };
@@ -336,10 +350,7 @@ impl Driver {
         };
         if !exited {
             (vm.kill)();
-            if tokio::time::timeout(KILL_TIMEOUT, &mut vm.exit)
-                .await
-                .is_err()
-            {
+            if timeout(KILL_TIMEOUT, &mut vm.exit).await.is_err() {
                 tracing::error!("VMM survived SIGKILL");
             }
         }
@@ -362,7 +373,7 @@ impl Driver {
         });
         if let Some(vm) = vm {
             vm.guest.ended.cancel();
-            if !self.containers.wait_stopped(CONTAINER_STOP_TIMEOUT).await {
+            if !self.containers.wait_stopped(CONTAINER_EXIT_TIMEOUT).await {
                 tracing::error!("timed out waiting for container exits");
             }
             vm.undo.run().await;
