@@ -178,9 +178,27 @@ impl Service {
         let stats = guest
             .call(guest.session.guest().stats(GUEST_CALL_TIMEOUT))
             .await?;
-        let data = stats::any(&stats.pod.unwrap_or_default(), &stats.networks)
-            .map_err(|error| ttrpc::Error::Others(error.to_string()))?;
+        let data = stats::any(
+            &stats.pod.unwrap_or_default(),
+            &stats.networks,
+            self.stats_limits(),
+        )
+        .map_err(|error| ttrpc::Error::Others(error.to_string()))?;
         Ok((data, stats.time_unix_ns))
+    }
+
+    /// Returns the limits of the counters that the guest may report.
+    pub(super) fn stats_limits(&self) -> stats::Limits {
+        let snapshot = self.sandbox.snapshot();
+        let options = snapshot.plan.as_ref().map(|plan| &plan.options);
+        let age_ns = time::unix_ns().saturating_sub(snapshot.created_at_unix_ns);
+        let age_usec = u64::try_from(age_ns / 1000).unwrap_or(0);
+        stats::Limits {
+            memory_bytes: options.map_or(0, |options| u64::from(options.memory_mib) << 20),
+            cpu_usec: options.map_or(0, |options| {
+                age_usec.saturating_mul(u64::from(options.vcpus))
+            }),
+        }
     }
 
     /// Builds the plan of a CreateSandbox from boxlite-cri or containerd.

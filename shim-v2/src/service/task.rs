@@ -255,7 +255,7 @@ impl Task for Service {
             .guest
             .call(session.container().stats(&request.id, false, STATS_TIMEOUT))
             .await?;
-        let stats = stats::any(&reply.cgroup.unwrap_or_default(), &[])
+        let stats = stats::any(&reply.cgroup.unwrap_or_default(), &[], self.stats_limits())
             .map_err(|error| ttrpc::Error::Others(error.to_string()))?;
         Ok(StatsResponse {
             stats: MessageField::some(stats),
