@@ -86,7 +86,42 @@ pub fn main(args: &[OsString]) -> std::process::ExitCode {
     }
 }
 
+/// Text of `--help`.
+const HELP: &str = "\
+containerd-shim-boxlite-v2: runs a Kubernetes pod, or a single container, in a microVM
+
+Started by boxlite-cri or containerd (runtime io.containerd.boxlite.v2), not by hand.
+
+Usage: containerd-shim-boxlite-v2 -namespace NS -id ID -address SOCKET [flags] [start|delete]
+
+Actions:
+  start    start the pod's shim, or find a running one, and print its address
+  delete   clean up after a shim that crashed; run in its bundle
+  (none)   run the shim itself, with its listening socket as standard input
+
+Flags (with one or two dashes):
+  -namespace NS         containerd namespace
+  -id ID                sandbox or container id
+  -address SOCKET       containerd's gRPC socket
+  -publish-binary PATH  containerd's binary, which publishes events without a ttrpc socket
+  -bundle DIR           bundle directory (delete; default: working directory)
+  -socket PATH          path of the listening socket (set by start)
+  -debug                log debug messages
+  -info                 print the RuntimeInfo message; runtime options may be on standard input
+  -v                    print the version
+  -help                 print this text
+
+Environment: TTRPC_ADDRESS, GRPC_ADDRESS, MAX_SHIM_VERSION; BOXLITE_SHIM_CONFIG names the configuration file.
+Documentation: docs/containerd.md
+";
+
 fn run(args: &[OsString]) -> Result<(), CliError> {
+    if args
+        .iter()
+        .any(|arg| ["-h", "-help", "--help"].iter().any(|help| arg == help))
+    {
+        return write_stdout(HELP.as_bytes());
+    }
     let flags = containerd_shim::parse(args).map_err(|error| CliError::Arguments {
         reason: error.to_string(),
     })?;
@@ -133,4 +168,16 @@ pub(crate) fn write_stdout(bytes: &[u8]) -> Result<(), CliError> {
         .write_all(bytes)
         .and_then(|()| stdout.flush())
         .map_err(CliError::io("write", "standard output"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::HELP;
+
+    #[test]
+    fn help_names_every_action_and_required_flag() {
+        for word in ["start", "delete", "-namespace", "-id", "-address", "-info"] {
+            assert!(HELP.contains(word), "{word}");
+        }
+    }
 }
