@@ -18,6 +18,7 @@ use boxlite_sys::report::Report;
 use containerd_shim::Flags;
 use containerd_shim_protos::ttrpc;
 use containerd_shim_protos::ttrpc::asynchronous::Server;
+use nix::sys::resource::{Resource, setrlimit};
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
@@ -128,6 +129,8 @@ fn prepare(flags: &Flags) -> Result<Prepared, DaemonError> {
     }
     let mounts = crate::machine::enter_mount_namespace()
         .map_err(DaemonError::step("create a mount namespace"))?;
+    // A core dump would contain the pod's output and input.
+    setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(DaemonError::step("set RLIMIT_CORE"))?;
     if let Err(error) = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ) {
         tracing::debug!(%error, "failed to set oom_score_adj");
     }
