@@ -59,9 +59,16 @@ pub const SUB_PATH_OPTION: &str = "subpath=";
 pub const IMAGE_SUB_PATH_STEP: &str = "find image subpath";
 /// Mount options of the CRI that volumes support (`Mount.mount_options`).
 pub const MOUNT_FLAGS: [&str; 3] = ["nosuid", "nodev", "noexec"];
-/// Type of a mount in the guest's spec: a tmpfs of the pod, with the option `size=<bytes>`, shared by all mounts with
-/// the same source.
+/// Type of a mount in the spec for the guest: a tmpfs of the pod, shared by all mounts with the same source. Options:
+/// [`SIZE_OPTION`], [`DIRECTORY_OPTION`], [`IDMAP_OPTION`], and those of a bind mount.
 pub const MEMORY_MOUNT: &str = "boxlite.memory";
+/// Option of [`MEMORY_MOUNT`]: size limit in bytes.
+pub const SIZE_OPTION: &str = "size=";
+/// Option of [`MEMORY_MOUNT`]: `<mode, octal>:<uid>:<gid>:<path>`, a directory of the tmpfs that is created if missing. The
+/// first is the root, with an empty path; the last is mounted.
+pub const DIRECTORY_OPTION: &str = "dir=";
+/// Option of [`MEMORY_MOUNT`]: owners are mapped by the container's user namespace.
+pub const IDMAP_OPTION: &str = "idmap";
 /// URI scheme of a stdout that is a CRI log file: `cri:///var/log/pods/…/0.log`. Both streams are written to it.
 pub const CRI_LOG_SCHEME: &str = "cri";
 

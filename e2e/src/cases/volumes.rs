@@ -19,6 +19,8 @@ pub fn cases() -> Vec<Case> {
         case!(images_are_mounted_as_volumes, 90),
         case!(config_map_update_is_seen_within_five_seconds, 90),
         case!(memory_volume_is_a_tmpfs, 60),
+        case!(kubelet_memory_volume_is_of_the_guest, 60),
+        case!(mount_flags_of_the_host_are_kept, 60),
         case!(unsupported_mounts_are_refused_by_name, 60),
     ]
 }
@@ -409,6 +411,91 @@ async fn memory_volume_is_a_tmpfs(ctx: Context) -> Result {
     );
     let plain = pod.sh(&ctx.images.base, "stat -f -c '%b*%S' /dev/shm; ls /dev/shm");
     same!(plain.await?, "16384*4096\n", "default /dev/shm");
+    pod.end().await
+}
+
+async fn kubelet_memory_volume_is_of_the_guest(ctx: Context) -> Result {
+    let dir = volume_dir(&ctx, "pods")?.join("volumes/kubernetes.io~empty-dir");
+    let volume = Tmpfs::new(dir.join("cache"), "size=2m,mode=0777")?;
+    let sub = volume.0.join("sub");
+    std::fs::create_dir(&sub)?;
+    std::os::unix::fs::chown(&sub, Some(1000), Some(2000))?;
+    let pod = Pod::run(&ctx.node, "memory-kubelet").await?;
+    let mut read_only = mount(&volume.0, "/dev/shm");
+    read_only.readonly = true;
+    let mounts = vec![mount(&volume.0, "/cache"), mount(&sub, "/sub"), read_only];
+    let a = sleeper(&ctx, &pod, "a", mounts).await?;
+    let shm = vec![mount(&volume.0, "/dev/shm")];
+    let b = sleeper(&ctx, &pod, "b", shm).await?;
+    let stat = ["stat", "-f", "-c", "%T %b*%S", "/cache", "/sub"];
+    same!(
+        a.out(&stat).await?,
+        "tmpfs 512*4096\ntmpfs 512*4096\n",
+        "type and size"
+    );
+    same!(
+        a.out(&["stat", "-c", "%a %u %g", "/cache", "/sub"]).await?,
+        "777 0 0\n755 1000 2000\n",
+        "owners"
+    );
+    let script = "cp /bin/busybox /cache/true && /cache/true && echo x > /cache/sub/x && echo x > /dev/shm/y";
+    let written = a.exec(&["sh", "-c", script]).await?;
+    let stderr = String::from_utf8_lossy(&written.stderr);
+    ensure!(
+        stderr.contains("Read-only"),
+        "read-only at /dev/shm: {written:?}"
+    );
+    same!(
+        b.out(&["sh", "-c", "/dev/shm/true && cat /dev/shm/sub/x"])
+            .await?,
+        "x\n",
+        "shared"
+    );
+    same!(a.out(&["cat", "/sub/x"]).await?, "x\n", "the sub path");
+    ensure!(
+        !volume.0.join("true").exists(),
+        "nothing is written on the host"
+    );
+    pod.end().await
+}
+
+async fn mount_flags_of_the_host_are_kept(ctx: Context) -> Result {
+    let dir = volume_dir(&ctx, "flags")?;
+    let strict = Tmpfs::new(dir.join("strict"), "size=2m,noexec,nosuid,nodev,mode=0777")?;
+    let fixed = Tmpfs::new(dir.join("fixed"), "size=2m")?;
+    run(
+        "mount",
+        &["-o", "remount,ro", &fixed.0.display().to_string()],
+    )?;
+    let pod = ctx.shared_pod().await;
+    let mounts = vec![mount(&strict.0, "/strict"), mount(&fixed.0, "/fixed")];
+    let c = sleeper(&ctx, &pod, "c", mounts).await?;
+    let ran = c
+        .exec(&["sh", "-c", "cp /bin/busybox /strict/true && /strict/true"])
+        .await?;
+    let stderr = String::from_utf8_lossy(&ran.stderr);
+    ensure!(
+        stderr.contains("denied"),
+        "a program on a noexec volume: {ran:?}"
+    );
+    let table = c.out(&["cat", "/proc/mounts"]).await?;
+    let options = |point: &str| {
+        let line = table
+            .lines()
+            .find(|line| line.split(' ').nth(1) == Some(point));
+        line.and_then(|line| line.split(' ').nth(3))
+            .unwrap_or_default()
+    };
+    for flag in ["noexec", "nosuid", "nodev"] {
+        ensure!(
+            options("/strict").split(',').any(|o| o == flag),
+            "no {flag}: {table}"
+        );
+    }
+    ensure!(
+        options("/fixed").starts_with("ro"),
+        "not read-only: {table}"
+    );
     pod.end().await
 }
 

@@ -8,7 +8,7 @@
 //! /run/boxlite/scratch          ext4 on virtio-blk, or a tmpfs
 //! /run/boxlite/scratch/c/<id>/  upper and work of a container's overlay
 //! /run/boxlite/c/<id>/          bundle: config.json, rootfs, volumes/<n> (image volumes)
-//! /run/boxlite/memory/<name>    tmpfs shared by containers of the pod
+//! /run/boxlite/memory/<name>    tmpfs of a volume in memory, shared by containers of the pod
 //! /dev/boxlite/<id>.<n>         node of a loop device: a host block device, backed by b/<number> of the share
 //! /l/<n>                        a layer, mounted once for all containers that use it
 //! ```
@@ -17,6 +17,7 @@ pub mod blocks;
 pub mod idmap;
 pub mod layers;
 mod loops;
+mod memory;
 mod overlay;
 pub mod pins;
 pub mod pod;

@@ -5,10 +5,12 @@
 
 use super::idmap::Mapped;
 use super::layers::Layers;
+use super::memory;
 use super::overlay::stack;
 use super::{StorageError, mount_error};
 use boxlite_proto::names::{
-    IMAGE_MOUNT, IMAGE_SUB_PATH_STEP, LAYER_OPTION, MEMORY_MOUNT, MOUNT_FLAGS, SUB_PATH_OPTION,
+    IDMAP_OPTION, IMAGE_MOUNT, IMAGE_SUB_PATH_STEP, LAYER_OPTION, MEMORY_MOUNT, MOUNT_FLAGS,
+    SUB_PATH_OPTION,
 };
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use oci_spec::runtime::{Mount, Spec};
@@ -17,11 +19,8 @@ use std::fs::{self, File};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-/// Directory of a container's image volumes below its bundle.
+/// Directory of a container's image and memory volumes below its bundle.
 const IMAGES: &str = "volumes";
-/// Directory of the tmpfs shared by containers of the pod, by name. They exist until the VM ends, like the pod's
-/// /dev/shm.
-const MEMORY: &str = "/run/boxlite/memory";
 /// Empty lower directory; overlayfs requires at least two, and an image may have a single layer.
 const EMPTY: &str = "/run/boxlite/empty";
 
@@ -53,7 +52,11 @@ impl Volumes {
                     let target = bundle.join(IMAGES).join(number.to_string());
                     (self.image(mount, target, layers, user_namespace)?, "ro")
                 }
-                Some(MEMORY_MOUNT) => (memory(mount)?, "rw"),
+                Some(MEMORY_MOUNT) => {
+                    let target = bundle.join(IMAGES).join(number.to_string());
+                    let source = self.memory(mount, target, user_namespace)?;
+                    (source, if is_read_only(mount) { "ro" } else { "rw" })
+                }
                 _ => continue,
             };
             let mut options = ["rbind", "rprivate", access].map(str::to_owned).to_vec();
@@ -108,6 +111,28 @@ impl Volumes {
         Ok(target)
     }
 
+    /// Mounts the requested directory of a pod's tmpfs at `target`.
+    fn memory(
+        &mut self,
+        request: &Mount,
+        target: PathBuf,
+        user_namespace: Option<BorrowedFd<'_>>,
+    ) -> Result<PathBuf, StorageError> {
+        let directory = memory::open(request)?;
+        let mapped = request.options().iter().flatten();
+        let mapped = mapped.into_iter().any(|option| option == IDMAP_OPTION);
+        let Some(namespace) = user_namespace.filter(|_| mapped) else {
+            self.bind(&directory, &target)?;
+            return Ok(target);
+        };
+        fs::create_dir_all(&target).map_err(StorageError::path("create directory", &target))?;
+        let origin = PathBuf::from(format!("/proc/self/fd/{}", directory.as_raw_fd()));
+        boxlite_sys::idmap::mount(&origin, &target, namespace, false)
+            .map_err(StorageError::path("map the owners of", &target))?;
+        self.mounts.push(target.clone());
+        Ok(target)
+    }
+
     /// Binds the opened file or directory to `target`, which is created.
     fn bind(&mut self, part: &OwnedFd, target: &Path) -> Result<(), StorageError> {
         let origin = PathBuf::from(format!("/proc/self/fd/{}", part.as_raw_fd()));
@@ -146,6 +171,11 @@ impl Volumes {
     }
 }
 
+fn is_read_only(request: &Mount) -> bool {
+    let mut options = request.options().iter().flatten();
+    options.any(|option| option == "ro")
+}
+
 /// Opens a path of the image mounted at `root`; symlinks are resolved within it.
 fn find(root: &Path, path: &str) -> Result<OwnedFd, StorageError> {
     let failed =
@@ -154,43 +184,6 @@ fn find(root: &Path, path: &str) -> Result<OwnedFd, StorageError> {
     let flags = OFlags::PATH | OFlags::CLOEXEC;
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
     openat2(&root, path, flags, Mode::empty(), resolve).map_err(failed)
-}
-
-/// Returns the mount point of the tmpfs with that name, mounting it on first use.
-fn memory(request: &Mount) -> Result<PathBuf, StorageError> {
-    let name = request.source().as_deref().unwrap_or(Path::new(""));
-    let text = name.to_string_lossy();
-    if text.is_empty() || !text.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
-        return Err(StorageError::Escape {
-            path: text.into_owned(),
-            base: MEMORY,
-        });
-    }
-    let target = Path::new(MEMORY).join(name);
-    if target.exists() {
-        return Ok(target);
-    }
-    let sizes = request.options().iter().flatten();
-    let size = sizes
-        .filter_map(|option| option.strip_prefix("size="))
-        .find_map(|size| size.parse::<u64>().ok())
-        .unwrap_or(super::pod::DEFAULT_SHM_BYTES);
-    fs::create_dir_all(&target).map_err(StorageError::path("create directory", &target))?;
-    let options = format!("mode=1777,size={size}");
-    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    let made = mount(
-        Some("tmpfs"),
-        &target,
-        Some("tmpfs"),
-        flags,
-        Some(options.as_str()),
-    );
-    made.map_err(|errno| {
-        // Otherwise the next caller would use the plain directory.
-        let _ = fs::remove_dir(&target);
-        mount_error("tmpfs", "memory", &target.display().to_string(), errno)
-    })?;
-    Ok(target)
 }
 
 #[cfg(test)]
@@ -214,14 +207,5 @@ mod tests {
         }
         let error = find(root.path(), "etc/nothing").unwrap_err();
         assert!(error.to_string().contains("etc/nothing"), "{error}");
-    }
-
-    #[test]
-    fn memory_rejects_names_with_separators() {
-        for name in ["", "..", "a/b", "/etc"] {
-            let mut request = Mount::default();
-            request.set_source(Some(name.into()));
-            assert!(memory(&request).is_err(), "{name:?}");
-        }
     }
 }

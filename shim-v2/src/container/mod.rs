@@ -6,6 +6,7 @@
 pub mod create;
 pub mod host_ipc;
 mod mapped;
+mod memory;
 pub mod process;
 pub mod rootfs;
 pub mod snapshot;

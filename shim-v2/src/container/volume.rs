@@ -3,17 +3,21 @@
 //! ```text
 //! bind of a file or directory   bound at m/<digest> of the share; the guest binds it from there
 //! image                         layers bound at l/, like those of a root; the guest stacks them
-//! host tmpfs at /dev/shm        a guest tmpfs of the same size: host and guest cannot share memory
+//! emptyDir in memory            a guest tmpfs of the same size, see [`super::memory`]
+//! host tmpfs at /dev/shm        likewise: host and guest cannot share memory
 //! everything else               left to the guest
 //! ```
 //!
 //! Inspects sources but mounts nothing; [`super::create`] performs the returned binds.
 
 use super::mapped;
+use super::memory;
 use super::rootfs::layer_path;
 use crate::error::{Result, ShimError};
 use crate::share::{Access, BindMode, mountinfo};
-use boxlite_proto::names::{GUEST_SHARE, IMAGE_MOUNT, LAYER_OPTION, MEMORY_MOUNT, MOUNT_FLAGS};
+use boxlite_proto::names::{
+    GUEST_SHARE, IDMAP_OPTION, IMAGE_MOUNT, LAYER_OPTION, MEMORY_MOUNT, MOUNT_FLAGS,
+};
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use oci_spec::runtime::Mount;
 use sha2::{Digest, Sha256};
@@ -52,7 +56,43 @@ pub fn rewrite(mount: &mut Mount) -> Result<Vec<Bind>> {
         return rewrite_shm(mount, &request);
     }
     let (source, metadata) = request.resolve()?;
+    if rewrite_memory(mount, &request, &source)? {
+        return Ok(Vec::new());
+    }
     Ok(vec![bind(mount, &request, source, &metadata)?])
+}
+
+/// Turns a mount of a kubelet's volume in memory into a guest tmpfs. Returns false for other volumes.
+fn rewrite_memory(mount: &mut Mount, request: &BindRequest, source: &Path) -> Result<bool> {
+    let volume = memory::volume(source).map_err(|error| request.invalid(error.to_string()))?;
+    let Some(memory::MemoryVolume { name, options }) = volume else {
+        return Ok(false);
+    };
+    set_memory(mount, request, name, options)?;
+    Ok(true)
+}
+
+fn set_memory(
+    mount: &mut Mount,
+    request: &BindRequest,
+    name: String,
+    mut options: Vec<String>,
+) -> Result<()> {
+    let flags = mount.options().clone().unwrap_or_default().into_iter();
+    options.extend(flags.filter(|option| MOUNT_FLAGS.contains(&option.as_str())));
+    if request.access != Access::Full {
+        options.push("ro".to_owned());
+    }
+    if mapped::mapping(mount)?.is_some() {
+        options.push(IDMAP_OPTION.to_owned());
+    }
+    mount
+        .set_typ(Some(MEMORY_MOUNT.to_owned()))
+        .set_source(Some(name.into()))
+        .set_options(Some(options))
+        .set_uid_mappings(None)
+        .set_gid_mappings(None);
+    Ok(())
 }
 
 /// A bind mount as its options describe it.
@@ -135,7 +175,15 @@ fn bind(
         "ro" if host_only => "rw".to_owned(),
         _ => option,
     });
-    let options = options.collect();
+    let mut options: Vec<String> = options.collect();
+    let flags = mountinfo::flags(&source).map_err(|e| request.invalid(e.to_string()))?;
+    for flag in flags {
+        let host_only = flag == "ro" && (below || request.follow_host);
+        if !host_only && !options.contains(&flag) {
+            options.retain(|option| flag != "ro" || option != "rw");
+            options.push(flag);
+        }
+    }
     let mode = BindMode {
         access: request.access,
         follow_host: request.follow_host,
@@ -187,19 +235,17 @@ fn rewrite_shm(mount: &mut Mount, request: &BindRequest) -> Result<Vec<Bind>> {
         return Ok(Vec::new());
     }
     let (source, metadata) = request.resolve()?;
-    let facts = statfs(&source).map_err(|errno| request.invalid(errno.to_string()))?;
+    if rewrite_memory(mount, request, &source)? {
+        return Ok(Vec::new());
+    }
+    let failed = |error: std::io::Error| request.invalid(error.to_string());
+    let facts = statfs(&source).map_err(|errno| failed(errno.into()))?;
     if facts.filesystem_type() != TMPFS_MAGIC {
         return Ok(vec![bind(mount, request, source, &metadata)?]);
     }
-    let size = facts.blocks() * facts.block_size().cast_unsigned();
     let name = key(&source, &metadata, BindMode::fixed(Access::Full));
-    let mut options = mount.options().clone().unwrap_or_default();
-    options.retain(|option| MOUNT_FLAGS.contains(&option.as_str()));
-    options.push(format!("size={size}"));
-    mount
-        .set_typ(Some(MEMORY_MOUNT.to_owned()))
-        .set_source(Some(name.into()))
-        .set_options(Some(options));
+    let options = memory::size_option(&source).map_err(failed)?;
+    set_memory(mount, request, name, options.into_iter().collect())?;
     Ok(Vec::new())
 }
 
@@ -316,5 +362,9 @@ mod tests {
             (Some(MEMORY_MOUNT), 0)
         );
         assert_eq!(options(&memory), [format!("size={}", size("/dev/shm"))]);
+        let mut read_only = mount(json!({"destination": "/dev/shm", "type": "bind",
+            "source": dir.path(), "options": ["rbind", "ro"]}));
+        rewrite(&mut read_only).expect("rewritten");
+        assert_eq!(options(&read_only).last(), Some(&"ro"));
     }
 }

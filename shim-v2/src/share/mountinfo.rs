@@ -51,6 +51,41 @@ pub fn source(point: &Path) -> Result<Option<PathBuf>, ShareError> {
     Ok(last.map(|mount| unescape(mount.source)))
 }
 
+/// Returns the flags ro, noexec, nosuid and nodev of the mount that contains `path`.
+///
+/// # Errors
+/// The table cannot be read.
+pub fn flags(path: &Path) -> Result<Vec<String>, ShareError> {
+    Ok(flags_in(&read()?, path))
+}
+
+fn flags_in(table: &str, path: &Path) -> Vec<String> {
+    // Of mounts at the same point the last is on top.
+    let mount = mounts(table)
+        .filter(|mount| path.starts_with(&mount.point))
+        .max_by_key(|mount| mount.point.components().count());
+    let options = mount.map_or("", |mount| mount.options).split(',');
+    let kept = options.filter(|option| matches!(*option, "ro" | "noexec" | "nosuid" | "nodev"));
+    kept.map(str::to_owned).collect()
+}
+
 fn read() -> Result<String, ShareError> {
     fs::read_to_string(TABLE).map_err(failed("read", TABLE))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::flags_in;
+    use std::path::Path;
+
+    #[test]
+    fn flags_are_those_of_the_innermost_topmost_mount() {
+        let table = "1 0 0:1 / / rw,relatime - ext4 d rw\n2 1 0:2 / /data rw,nosuid,nodev,noexec - ext4 d rw\n\
+            3 2 0:3 / /data/deep rw - ext4 d rw\n4 2 0:4 / /data/deep ro - ext4 d rw\n";
+        let flags = |path: &str| flags_in(table, Path::new(path)).join(",");
+        assert_eq!(flags("/srv"), "");
+        assert_eq!(flags("/data/file"), "nosuid,nodev,noexec");
+        assert_eq!(flags("/data/deep/x"), "ro");
+        assert_eq!(flags("/database"), "");
+    }
 }
