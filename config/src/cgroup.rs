@@ -44,20 +44,27 @@ pub fn parent(cgroups_path: &Path) -> String {
 /// Returns the memory limit in bytes of the cgroup `name` below `mount`, v2 or v1. `None` if there is no such cgroup or no
 /// limit, or the name leaves the tree.
 pub fn memory_limit(mount: &Path, name: &str) -> Option<u64> {
+    limit(mount, name, "memory.max", "memory/memory.limit_in_bytes")
+        .filter(|limit| *limit < UNLIMITED_BYTES)
+}
+
+/// Returns the maximum number of processes of the cgroup `name` below `mount`, as [`memory_limit`]. A kubelet sets it to its
+/// podPidsLimit.
+pub fn pids_limit(mount: &Path, name: &str) -> Option<u64> {
+    limit(mount, name, "pids.max", "pids/pids.max")
+}
+
+/// Reads `<name>/<v2>` or the v1 file, given as `<controller>/<file>`; `None` if it holds no number.
+fn limit(mount: &Path, name: &str, v2: &str, v1: &str) -> Option<u64> {
     let name = name.trim_start_matches('/');
     if name.is_empty() || name.split('/').any(|part| part == "..") {
         return None;
     }
-    let text = std::fs::read_to_string(mount.join(name).join("memory.max"))
-        .or_else(|_| {
-            let v1 = mount.join("memory").join(name);
-            std::fs::read_to_string(v1.join("memory.limit_in_bytes"))
-        })
+    let (controller, file) = v1.split_once('/')?;
+    let text = std::fs::read_to_string(mount.join(name).join(v2))
+        .or_else(|_| std::fs::read_to_string(mount.join(controller).join(name).join(file)))
         .ok()?;
-    text.trim()
-        .parse()
-        .ok()
-        .filter(|limit| *limit < UNLIMITED_BYTES)
+    text.trim().parse().ok()
 }
 
 #[cfg(test)]
@@ -99,5 +106,21 @@ mod tests {
         assert_eq!(memory_limit(dir.path(), "kubepods/b"), Some(2 << 20));
         assert_eq!(memory_limit(dir.path(), "../kubepods/b"), None);
         assert_eq!(memory_limit(dir.path(), ""), None);
+    }
+
+    #[test]
+    fn pids_limit_is_read_from_v1_and_v2() {
+        let dir = tempfile::tempdir().unwrap();
+        let v1 = dir.path().join("pids/kubepods/a");
+        let v2 = dir.path().join("kubepods/b");
+        std::fs::create_dir_all(&v1).unwrap();
+        std::fs::create_dir_all(&v2).unwrap();
+        std::fs::write(v1.join("pids.max"), "1024\n").unwrap();
+        std::fs::write(v2.join("pids.max"), "max\n").unwrap();
+        assert_eq!(pids_limit(dir.path(), "/kubepods/a"), Some(1024));
+        assert_eq!(pids_limit(dir.path(), "/kubepods/b"), None);
+        std::fs::write(v2.join("pids.max"), "77\n").unwrap();
+        assert_eq!(pids_limit(dir.path(), "/kubepods/b"), Some(77));
+        assert_eq!(pids_limit(dir.path(), ""), None);
     }
 }

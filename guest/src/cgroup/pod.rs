@@ -44,22 +44,36 @@ fn limit_pod(pod: &Cgroup) {
     if let Some(limit) = pod_memory_limit() {
         let _ = pod.write("memory.max", &limit.to_string());
     }
+    if let Some(limit) = pod_process_limit() {
+        let _ = pod.write("pids.max", &limit.to_string());
+    }
+}
+
+/// Returns the maximum number of processes of all containers together.
+fn pod_process_limit() -> Option<u64> {
     let threads = fs::read_to_string("/proc/sys/kernel/threads-max");
     let pids = fs::read_to_string("/proc/sys/kernel/pid_max");
     let limit = [threads, pids]
         .into_iter()
         .flatten()
         .filter_map(|text| text.trim().parse::<u64>().ok())
-        .min();
-    if let Some(limit) = limit {
-        let _ = pod.write(
-            "pids.max",
-            &limit
-                .saturating_sub(PROCESS_RESERVE)
-                .max(limit / 2)
-                .to_string(),
-        );
+        .min()?;
+    Some(limit.saturating_sub(PROCESS_RESERVE).max(limit / 2))
+}
+
+/// Limits the number of processes of all containers together; 0 keeps the limit of the VM.
+///
+/// # Errors
+/// If the kernel has the controller and rejects the limit.
+pub fn limit_processes(limit: u64) -> Result<(), CgroupError> {
+    let pod = Cgroup::pod();
+    if limit == 0 || !pod.path().join("pids.max").exists() {
+        return Ok(());
     }
+    pod.write(
+        "pids.max",
+        &bounded(&limit.to_string(), pod_process_limit()),
+    )
 }
 
 /// Returns the maximum memory of all containers together, in bytes.
@@ -72,12 +86,11 @@ fn pod_memory_limit() -> Option<u64> {
 /// # Errors
 /// As [`resources::apply`].
 pub fn update_pod(limits: &oci_spec::runtime::LinuxResources) -> Result<(), CgroupError> {
-    let maximum = pod_memory_limit();
     for (file, value) in resources::settings(limits)? {
-        let value = if file == "memory.max" {
-            bounded(&value, maximum)
-        } else {
-            value
+        let value = match file.as_str() {
+            "memory.max" => bounded(&value, pod_memory_limit()),
+            "pids.max" => bounded(&value, pod_process_limit()),
+            _ => value,
         };
         Cgroup::pod().write(&file, &value)?;
     }

@@ -17,6 +17,7 @@ use crate::mount_export::table::{BidirectionalVolume, take_bidirectional};
 use crate::mount_export::watcher::MountWatcher;
 use crate::spawner::wire::{Confinement, CreateRequest, Request};
 use crate::spawner::{Reply, resolve_user};
+use crate::storage::mount_points;
 use crate::storage::rootfs::{Owners, Rootfs};
 use crate::system;
 use boxlite_proto::boxlite::v1::{ContainerInitRequest, Exit, PidMode, container_event::Event};
@@ -165,9 +166,11 @@ fn prepare(
         };
         crate::storage::prefault_submounts(&spec);
         let extracted = spec::adapt(&mut spec, &facts)?;
+        mount_points::resolve(&rootfs.path(), &mut spec)?;
         if let Some(process) = spec.process() {
             // Other runtimes create a missing working directory, and images rely on it.
             let _ = crate::storage::rootfs::make_directory(&rootfs.path(), process.cwd());
+            check_cwd(&rootfs.path(), &spec, process.cwd())?;
         }
         cgroup.create()?;
         if let Some(limits) = &extracted.resources {
@@ -205,6 +208,13 @@ fn prepare(
             Err(error)
         }
     }
+}
+
+fn check_cwd(root: &Path, spec: &Spec, cwd: &Path) -> Result<(), ContainerError> {
+    mount_points::check_working_directory(root, spec, cwd).map_err(|_| ContainerError::Invalid {
+        field: "process.cwd",
+        reason: format!("{}: not a directory", cwd.display()),
+    })
 }
 
 /// An init process that waits for Start.

@@ -60,6 +60,7 @@ async fn initialize(request: &GuestInitRequest) -> Result<(), Status> {
         pod::mount_scratch(&scratch)?;
         pod::resize_shm(shm)
     });
+    cgroup::pod::limit_processes(request.pids_limit).map_err(ContainerError::from)?;
     network::configure(&request.interfaces, &request.routes).await?;
     joined(mounts).await??;
     // Last, because some name an interface.

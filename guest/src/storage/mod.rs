@@ -18,6 +18,7 @@ pub mod idmap;
 pub mod layers;
 mod loops;
 mod memory;
+pub mod mount_points;
 mod overlay;
 pub mod pins;
 pub mod pod;

@@ -176,7 +176,11 @@ fn bind(
         _ => option,
     });
     let mut options: Vec<String> = options.collect();
-    let flags = mountinfo::flags(&source).map_err(|e| request.invalid(e.to_string()))?;
+    let mut flags = mountinfo::flags(&source).map_err(|e| request.invalid(e.to_string()))?;
+    if !flags.is_empty() {
+        // The share has these. In a user namespace the kernel rejects a remount that would drop them.
+        flags.extend(["nosuid", "nodev"].map(str::to_owned));
+    }
     for flag in flags {
         let host_only = flag == "ro" && (below || request.follow_host);
         if !host_only && !options.contains(&flag) {
@@ -286,7 +290,9 @@ mod tests {
 
     fn options(mount: &Mount) -> Vec<&str> {
         let options = mount.options().as_deref().unwrap_or_default();
-        options.iter().map(String::as_str).collect()
+        // Without flags of the file system that holds the test's directory.
+        let host = |option: &&str| !matches!(*option, "noexec" | "nosuid" | "nodev");
+        options.iter().map(String::as_str).filter(host).collect()
     }
 
     #[test]

@@ -25,6 +25,7 @@ use crate::shim_state::{STATE_FILE, ShimState, write_atomically};
 use crate::time;
 use crate::vmm::{ReadySocket, Supervisor, VmmChild};
 use async_trait::async_trait;
+use boxlite_config::cgroup::{CGROUP_MOUNT, pids_limit};
 use boxlite_portal::{Connection, GuestAddress, GuestSession};
 use boxlite_proto::boxlite::v1::GuestInitRequest;
 use boxlite_proto::names;
@@ -319,6 +320,7 @@ async fn init(
         routes: network.wire_routes(),
         sysctls: plan.options.sysctls.clone().into_iter().collect(),
         entropy: entropy.into(),
+        pids_limit: pids_limit(Path::new(CGROUP_MOUNT), &plan.options.cgroup_parent).unwrap_or(0),
         ..Default::default()
     };
     let guest = session.guest();

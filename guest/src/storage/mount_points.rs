@@ -1,0 +1,203 @@
+//! Mount points of a container that are symlinks in its image: [`resolve`], and its working directory:
+//! [`check_working_directory`].
+//!
+//! libcontainer fails on a mount point that is a dangling symlink. As in runc, the link is resolved within the root
+//! filesystem and the missing target is created. Nothing runs in the tree yet, so it does not change meanwhile.
+
+use super::StorageError;
+use super::rootfs::make_directory;
+use oci_spec::runtime::{Mount, Spec};
+use std::fs;
+use std::io;
+use std::path::{Component, Path, PathBuf};
+
+/// Maximum number of symlinks in a path, as in the kernel.
+const MAX_SYMLINKS: u32 = 40;
+
+/// Replaces destinations in `spec` that lead through symlinks of the tree at `root` by their targets, and creates missing
+/// targets. What lies below another mount is left as it is. Blocks.
+///
+/// # Errors
+/// If a link cannot be resolved, or a target cannot be created.
+pub fn resolve(root: &Path, spec: &mut Spec) -> Result<(), StorageError> {
+    let mut mounts = spec.mounts().clone().unwrap_or_default();
+    let mut covered: Vec<PathBuf> = Vec::new();
+    for mount in &mut mounts {
+        let destination = mount.destination().clone();
+        let resolved = follow(root, &destination, &covered)
+            .map_err(StorageError::path("resolve mount point", &destination))?;
+        if let Some(target) = &resolved {
+            create(root, target, is_file(mount))
+                .map_err(StorageError::path("create mount point", &destination))?;
+            mount.set_destination(target.clone());
+        }
+        covered.push(resolved.unwrap_or(destination));
+    }
+    spec.set_mounts(Some(mounts));
+    Ok(())
+}
+
+/// Checks that the working directory of the container is a directory, unless it lies on a mount. Blocks.
+///
+/// # Errors
+/// NotADirectory.
+pub fn check_working_directory(root: &Path, spec: &Spec, path: &Path) -> io::Result<()> {
+    let mounts = spec.mounts().iter().flatten();
+    let covered: Vec<PathBuf> = mounts.map(|mount| mount.destination().clone()).collect();
+    let target = follow(root, path, &covered)?.unwrap_or_else(|| path.to_owned());
+    if covered.iter().any(|mount| target.starts_with(mount)) {
+        return Ok(());
+    }
+    match fs::symlink_metadata(below(root, &target)) {
+        Ok(facts) if facts.is_dir() => Ok(()),
+        _ => Err(io::ErrorKind::NotADirectory.into()),
+    }
+}
+
+/// Returns the absolute target of `path` in the tree; None if no symlink is involved. Stops at mount points in `covered`.
+fn follow(root: &Path, path: &Path, covered: &[PathBuf]) -> io::Result<Option<PathBuf>> {
+    let mut pending: Vec<PathBuf> = parts(path);
+    let mut done = PathBuf::from("/");
+    let mut links = 0;
+    while let Some(part) = pending.pop() {
+        if part == Path::new("..") {
+            done.pop();
+            continue;
+        }
+        done.push(part);
+        if covered.iter().any(|mount| done == *mount && mount != path) {
+            // The tree below is that of another mount.
+            done.extend(pending.drain(..).rev());
+            break;
+        }
+        let Ok(target) = fs::read_link(below(root, &done)) else {
+            continue;
+        };
+        links += 1;
+        if links > MAX_SYMLINKS {
+            return Err(io::Error::from_raw_os_error(libc::ELOOP));
+        }
+        done.pop();
+        if target.is_absolute() {
+            done = PathBuf::from("/");
+        }
+        pending.extend(parts(&target));
+    }
+    Ok((links > 0).then_some(done))
+}
+
+/// Returns the components of a path in reverse order, without the root and `.`.
+fn parts(path: &Path) -> Vec<PathBuf> {
+    let parts = path.components().rev().filter_map(|part| match part {
+        Component::Normal(name) => Some(PathBuf::from(name)),
+        Component::ParentDir => Some(PathBuf::from("..")),
+        _ => None,
+    });
+    parts.collect()
+}
+
+fn below(root: &Path, path: &Path) -> PathBuf {
+    root.join(path.strip_prefix("/").unwrap_or(path))
+}
+
+fn is_file(mount: &Mount) -> bool {
+    let source = mount.source().as_deref();
+    let options = mount.options().as_deref().unwrap_or_default();
+    let bind = options.iter().any(|o| o == "bind" || o == "rbind");
+    (bind || mount.typ().as_deref() == Some("bind")) && source.is_some_and(|path| !path.is_dir())
+}
+
+fn create(root: &Path, target: &Path, file: bool) -> io::Result<()> {
+    if fs::symlink_metadata(below(root, target)).is_ok() {
+        return Ok(());
+    }
+    if !file {
+        return make_directory(root, target);
+    }
+    make_directory(root, target.parent().unwrap_or(Path::new("/")))?;
+    fs::File::create_new(below(root, target)).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    use std::os::unix::fs::symlink;
+
+    fn tree() -> tempfile::TempDir {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir_all(root.path().join("etc")).unwrap();
+        fs::create_dir_all(root.path().join("opt/real")).unwrap();
+        fs::write(root.path().join("opt/file"), "").unwrap();
+        let link = |target: &str, path: &str| symlink(target, root.path().join(path)).unwrap();
+        link("../run/systemd/resolve/stub.conf", "etc/resolv.conf");
+        link("/nowhere/hosts", "etc/hosts");
+        link("/opt/second", "opt/first");
+        link("../../../missing/dir", "opt/second");
+        link("loop", "opt/loop");
+        link("real", "opt/good");
+        link("/dev/shm", "shm");
+        root
+    }
+
+    #[test]
+    fn resolve_dangling_links_creates_their_targets() {
+        let root = tree();
+        let file = root.path().join("opt/file");
+        let bind =
+            |source: &Path, at: &str| json!({"destination": at, "type": "bind", "source": source});
+        let mut spec: Spec = serde_json::from_value(json!({"ociVersion": "1.0.2", "mounts": [
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs"},
+            bind(&file, "/etc/resolv.conf"), bind(&file, "/etc/hosts"), bind(root.path(), "/opt/first"),
+            bind(root.path(), "/opt/good/sub"), bind(root.path(), "/shm/x"), bind(&file, "/plain"),
+        ]}))
+        .unwrap();
+        resolve(root.path(), &mut spec).unwrap();
+        let mounts = spec.mounts().clone().unwrap();
+        let at: Vec<_> = mounts
+            .iter()
+            .map(|mount| mount.destination().to_str().unwrap())
+            .collect();
+        assert_eq!(
+            at,
+            [
+                "/dev",
+                "/run/systemd/resolve/stub.conf",
+                "/nowhere/hosts",
+                "/missing/dir",
+                "/opt/real/sub",
+                "/dev/shm/x",
+                "/plain"
+            ]
+        );
+        assert!(root.path().join("run/systemd/resolve/stub.conf").is_file());
+        assert!(root.path().join("nowhere/hosts").is_file());
+        assert!(root.path().join("missing/dir").is_dir());
+        assert!(!root.path().join("plain").exists(), "left to libcontainer");
+    }
+
+    #[test]
+    fn resolve_loop_of_links_names_the_mount_point() {
+        let root = tree();
+        let mut spec: Spec = serde_json::from_value(json!({"ociVersion": "1.0.2", "mounts": [
+            {"destination": "/opt/loop", "type": "bind", "source": "/"}]}))
+        .unwrap();
+        let error = resolve(root.path(), &mut spec).unwrap_err().to_string();
+        assert!(error.contains("/opt/loop"), "{error}");
+    }
+
+    #[test]
+    fn check_working_directory_accepts_only_directories() {
+        let root = tree();
+        let spec: Spec = serde_json::from_value(json!({"ociVersion": "1.0.2", "mounts": [
+            {"destination": "/data", "type": "bind", "source": "/"}]}))
+        .unwrap();
+        let check = |path: &str| check_working_directory(root.path(), &spec, Path::new(path));
+        for path in ["/", "/opt", "/opt/good", "/data", "/data/any"] {
+            assert!(check(path).is_ok(), "{path}");
+        }
+        for path in ["/opt/file", "/etc/hosts", "/opt/loop", "/missing"] {
+            assert!(check(path).is_err(), "{path}");
+        }
+    }
+}
