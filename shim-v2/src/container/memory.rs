@@ -80,7 +80,8 @@ fn find(table: &str, source: &Path) -> Option<VolumePath> {
     Some(VolumePath {
         root: volume.point.clone(),
         device: volume.device.to_owned(),
-        path: root.strip_prefix("/").ok()?.join(below),
+        // Collected from components: joining an empty path would append a slash.
+        path: root.strip_prefix("/").ok()?.iter().chain(below).collect(),
     })
 }
 
