@@ -5,6 +5,7 @@
 //! paths            programs and files of the installation: [paths]
 //! pod              defaults of a pod's VM: [pod]
 //! vmm              choice of VMM and acceleration: vmm, acceleration
+//! budget           memory of guest, containers and host processes
 //! vmm_probe        VMM for a probe's answer, and the file that keeps it
 //! size             VM size of a pod, and capacity checks of later updates
 //! cgroup           cgroup names of both drivers, memory limit of a pod's cgroup
@@ -15,6 +16,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod budget;
 pub mod cgroup;
 pub mod dns;
 pub mod paths;

@@ -1,7 +1,8 @@
-//! VM size of a pod: vCPUs and memory from the pod's limits, its overhead and the configured defaults.
+//! VM size of a pod: vCPUs and memory from the pod's limits and the configured defaults.
 //!
 //! [`VmCapacity`] checks later updates against the VM, which does not grow while it runs.
 
+use crate::budget;
 use crate::cgroup::UNLIMITED_BYTES;
 use crate::pod::{PodDefaults, VCPUS};
 
@@ -55,41 +56,28 @@ impl Limits {
 pub struct VmSize {
     /// Virtual CPUs.
     pub vcpus: u8,
-    /// Memory in MiB, overhead included.
+    /// RAM in MiB, the guest's own need included.
     pub memory_mib: u32,
+    /// Limit of all containers together, in bytes. The guest enforces it, so that its limit acts before any on the host.
+    pub containers_bytes: u64,
 }
 
 /// Everything that decides on a VM's size.
 #[derive(Debug, Clone, Default)]
-pub struct SizeRequest<'a> {
+pub struct SizeRequest {
     /// Limits of the pod.
     pub limits: Limits,
-    /// Overhead of the pod's RuntimeClass.
-    pub overhead: Limits,
     /// vCPUs set by an annotation; takes precedence over the limit.
     pub vcpus: Option<u8>,
     /// Memory for the containers set by an annotation; takes precedence over the limit.
     pub memory_mib: Option<u32>,
-    /// Name of the pod's cgroup, for messages.
-    pub cgroup: &'a str,
-    /// Memory limit of that cgroup in bytes.
-    pub cgroup_limit: Option<u64>,
+    /// Memory of the node; a larger limit means as much as all of it.
+    pub node_mib: Option<u64>,
 }
 
 /// A size that cannot be had.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum SizeError {
-    /// The VM would not fit into the pod's cgroup, and the kernel would kill it.
-    #[error(
-        "the pod's VM needs {vm_mib} MiB ({pod_mib} MiB for containers + {overhead_mib} MiB overhead) and the pod cgroup {cgroup} allows {limit_mib} MiB: give the RuntimeClass an overhead of at least {overhead_mib} MiB"
-    )]
-    CgroupTooSmall {
-        vm_mib: u64,
-        pod_mib: u64,
-        overhead_mib: u64,
-        limit_mib: u64,
-        cgroup: String,
-    },
     /// The memory limit exceeds any VM's.
     #[error("invalid memory limit: {0} MiB are more than a VM can have")]
     TooLarge(u64),
@@ -99,53 +87,52 @@ pub enum SizeError {
 }
 
 /// Returns the VM size for a pod.
-pub fn vm_size(request: &SizeRequest<'_>, defaults: &PodDefaults) -> Result<VmSize, SizeError> {
-    let pod_mib = request
-        .memory_mib
-        .map(u64::from)
-        .or(request.limits.memory_mib())
-        .unwrap_or(u64::from(defaults.memory_mib));
-    let overhead_mib = overhead_mib(&request.overhead, defaults);
-    let vm_mib = pod_mib.saturating_add(overhead_mib);
-    if let Some(limit) = request
-        .cgroup_limit
-        .filter(|limit| *limit < vm_mib.saturating_mul(MIB))
-    {
-        return Err(SizeError::CgroupTooSmall {
-            vm_mib,
-            pod_mib,
-            overhead_mib,
-            limit_mib: limit / MIB,
-            cgroup: request.cgroup.to_owned(),
-        });
-    }
+pub fn vm_size(request: &SizeRequest, defaults: &PodDefaults) -> Result<VmSize, SizeError> {
+    let limit_mib = request.limits.memory_mib();
+    let requested_mib = request.memory_mib.map(u64::from).or(limit_mib);
+    let pod_mib = requested_mib.unwrap_or(u64::from(defaults.memory_mib));
+    let whole = pod_mib.saturating_add(budget::guest_mib(pod_mib, defaults));
+    u32::try_from(whole).map_err(|_| SizeError::TooLarge(whole))?;
+    let pod_mib = pod_mib.min(request.node_mib.unwrap_or(u64::MAX));
+    let vm_mib = pod_mib + budget::guest_mib(pod_mib, defaults);
+    let exact_bytes = u64::try_from(request.limits.memory_bytes).ok();
+    let containers_bytes = exact_bytes
+        .filter(|_| request.memory_mib.is_none() && limit_mib == Some(pod_mib))
+        .unwrap_or(pod_mib * MIB);
     let vcpus = request.vcpus.or(request.limits.vcpus());
     Ok(VmSize {
         vcpus: vcpus.unwrap_or(defaults.vcpus),
         memory_mib: u32::try_from(vm_mib).map_err(|_| SizeError::TooLarge(vm_mib))?,
+        containers_bytes,
     })
 }
 
-fn overhead_mib(overhead: &Limits, defaults: &PodDefaults) -> u64 {
-    let declared = overhead.memory_mib().unwrap_or(0);
-    declared.max(u64::from(defaults.overhead_mib))
+/// Returns the node's memory in MiB; `None` if the kernel does not say.
+pub fn node_mib() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib / 1024)
 }
 
 /// Capacity of a running VM, against which updates are checked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct VmCapacity {
     vm_mib: u64,
-    overhead_mib: u64,
+    available_mib: u64,
     vcpus: u8,
 }
 
 impl VmCapacity {
-    /// Returns the capacity of a VM of `size` for a pod with this overhead.
-    pub fn new(size: VmSize, overhead: &Limits, defaults: &PodDefaults) -> Self {
+    /// Returns the capacity of a VM with this RAM and these CPUs.
+    pub fn new(memory_mib: u32, vcpus: u8, defaults: &PodDefaults) -> Self {
+        let vm_mib = u64::from(memory_mib);
         Self {
-            vm_mib: u64::from(size.memory_mib),
-            overhead_mib: overhead_mib(overhead, defaults),
-            vcpus: size.vcpus,
+            vm_mib,
+            available_mib: budget::containers_mib(vm_mib, defaults),
+            vcpus,
         }
     }
 
@@ -155,10 +142,10 @@ impl VmCapacity {
         let current = current.copied().unwrap_or_default();
         let Self {
             vm_mib,
-            overhead_mib,
+            available_mib,
             vcpus,
         } = *self;
-        let available_mib = vm_mib.saturating_sub(overhead_mib);
+        let overhead_mib = vm_mib.saturating_sub(available_mib);
         if let Some(wanted_mib) = update.memory_mib()
             && wanted_mib > available_mib
             && wanted_mib > current.memory_mib().unwrap_or(0)

@@ -146,6 +146,9 @@ pub struct SandboxOptions {
     pub vcpus: u8,
     /// Guest memory in MiB, the agent's overhead included.
     pub memory_mib: u32,
+    /// Memory limit of all containers together, in bytes, enforced by the guest; 0 for what the guest can spare.
+    #[serde(default)]
+    pub containers_bytes: u64,
     /// Size of the sparse scratch disk in bytes.
     pub scratch_bytes: u64,
     /// Directory of the scratch disk, on a disk. `None`: `work` of the bundle, where containerd links its own directory.

@@ -168,6 +168,7 @@ mod tests {
             metadata: Vec::new(),
             vcpus: 1,
             memory_mib: 1,
+            containers_bytes: 0,
             scratch_bytes: 0,
             hostname: String::new(),
             netns: None,

@@ -502,6 +502,7 @@ impl FakeNode {
             metadata: b"m".to_vec(),
             vcpus: 1,
             memory_mib: 128,
+            containers_bytes: 0,
             scratch_bytes: 1 << 20,
             hostname: "h".into(),
             netns: None,

@@ -1,7 +1,16 @@
-//! The pod's cgroup on the host: a child of `cgroup_parent` for the shim and the VMM, on cgroup v1 and v2.
+//! The VM's cgroup on the host, for the shim and the VMM, on cgroup v1 and v2.
+//!
+//! ```text
+//! <QoS class>/<pod>/boxlite-<id>   if the pod's memory limit holds the VM with its processes
+//! <QoS class>/boxlite-<id>         otherwise, with a memory limit of its own: the pod's would kill the VM
+//! ```
+//!
+//! A pod whose RuntimeClass declares no overhead has a limit for its containers alone. The second form keeps the VM within the
+//! node's allocatable memory and the QoS class. On v1 it concerns the memory hierarchy only; on v2, which has one hierarchy, the
+//! pod's CPU settings are copied.
 //!
 //! Best effort: if the host refuses (read-only mounts, missing privileges) the reason is logged and the pod runs in the cgroup
-//! of the shim. The kubelet sets limits on the parent. Only directories created here are removed.
+//! of the shim. The kubelet sets limits on the pod's cgroup. Only directories created here are removed.
 
 use boxlite_sys::mountinfo::mounts;
 use std::io;
@@ -10,6 +19,17 @@ use std::time::{Duration, Instant};
 
 /// Interval at which removal of a directory with dying processes is retried.
 const REMOVE_POLL: Duration = Duration::from_millis(20);
+/// Memory limit on v2 and v1.
+const V2_MEMORY_FILE: &str = "memory.max";
+const V1_MEMORY_FILE: &str = "memory.limit_in_bytes";
+/// Settings copied from the pod's cgroup to one beside it, on v2.
+const COPIED_FILES: [&str; 5] = [
+    "cpu.weight",
+    "cpu.max",
+    "cpuset.cpus",
+    "cpuset.mems",
+    "io.weight",
+];
 /// v1 cpuset files that must be set before a directory accepts processes.
 const CPUSET_FILES: [&str; 2] = ["cpuset.cpus", "cpuset.mems"];
 
@@ -41,11 +61,41 @@ struct Hierarchy {
     mount: PathBuf,
     own: PathBuf,
     cpuset: bool,
+    /// File with the memory limit; `None` if this hierarchy does not account memory.
+    memory_file: Option<&'static str>,
 }
 
-/// Moves this process and its future children into `<parent>/boxlite-<first 12 of id>` of every hierarchy. An empty parent
-/// changes nothing.
-pub fn join(parent: &str, id: &str) -> Joined {
+impl Hierarchy {
+    /// Returns the cgroup to create the VM's in: the pod's, or the one above it if the pod's limit is below `need` bytes.
+    fn parent(&self, pod: &Path, need: u64) -> Parent {
+        let limit = self.memory_file.and_then(|file| {
+            let text = std::fs::read_to_string(self.mount.join(pod).join(file)).ok()?;
+            text.trim().parse::<u64>().ok()
+        });
+        match (limit, pod.parent()) {
+            (Some(limit), Some(above)) if limit < need => Parent {
+                path: above.to_owned(),
+                beside: true,
+            },
+            _ => Parent {
+                path: pod.to_owned(),
+                beside: false,
+            },
+        }
+    }
+}
+
+/// Cgroup in which the VM's is created.
+#[derive(Debug, PartialEq, Eq)]
+struct Parent {
+    path: PathBuf,
+    /// The VM's cgroup is beside the pod's and gets a limit of its own.
+    beside: bool,
+}
+
+/// Moves this process and its future children into `boxlite-<first 12 of id>` of every hierarchy: below `parent`, the pod's
+/// cgroup, or beside it if its memory limit is below `need` bytes. An empty parent changes nothing.
+pub fn join(parent: &str, id: &str, need: u64) -> Joined {
     let mut joined = Joined::default();
     if parent.is_empty() {
         return joined;
@@ -54,7 +104,7 @@ pub fn join(parent: &str, id: &str) -> Joined {
     let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let name = format!("boxlite-{}", id.get(..12).unwrap_or(id));
     for hierarchy in hierarchies(&mounts, &own) {
-        if let Err(error) = join_one(&hierarchy, parent, &name, &mut joined) {
+        if let Err(error) = join_one(&hierarchy, parent, &name, need, &mut joined) {
             tracing::info!(mount = %hierarchy.mount.display(), parent, %error, "failed to join cgroup");
         }
     }
@@ -65,10 +115,13 @@ fn join_one(
     hierarchy: &Hierarchy,
     parent: &str,
     name: &str,
+    need: u64,
     joined: &mut Joined,
 ) -> io::Result<()> {
     let mut dir = hierarchy.mount.clone();
-    let path = Path::new(parent).join(name);
+    let pod = Path::new(parent.trim_start_matches('/'));
+    let parent = hierarchy.parent(pod, need);
+    let path = parent.path.join(name);
     for part in path.components() {
         let Component::Normal(part) = part else {
             if part == Component::RootDir {
@@ -92,11 +145,31 @@ fn join_one(
             }
         }
     }
+    if let (true, Some(file)) = (parent.beside, hierarchy.memory_file) {
+        limit_beside(&hierarchy.mount.join(pod), &dir, file, need);
+    }
     std::fs::write(dir.join("cgroup.procs"), "0")?;
     joined
         .back
         .push(hierarchy.mount.join(&hierarchy.own).join("cgroup.procs"));
     Ok(())
+}
+
+/// Limits the memory of a cgroup beside the pod's, and on v2 copies the pod's CPU settings.
+fn limit_beside(pod: &Path, dir: &Path, memory_file: &str, need: u64) {
+    let mut settings = vec![(memory_file, need.to_string())];
+    if memory_file == V2_MEMORY_FILE {
+        let copied = COPIED_FILES.into_iter().filter_map(|file| {
+            let value = std::fs::read_to_string(pod.join(file)).ok()?;
+            (!value.trim().is_empty()).then_some((file, value))
+        });
+        settings.extend(copied);
+    }
+    for (file, value) in settings {
+        if let Err(error) = std::fs::write(dir.join(file), value.trim()) {
+            tracing::warn!(dir = %dir.display(), file, %error, "failed to set up the VM's cgroup");
+        }
+    }
 }
 
 /// Pairs cgroup mounts (mountinfo) with this process's cgroups (/proc/self/cgroup).
@@ -130,6 +203,11 @@ fn hierarchies(mountinfo: &str, own: &str) -> Vec<Hierarchy> {
             mount: mount.point,
             own: path.strip_prefix("/").unwrap_or(path).to_owned(),
             cpuset: options.split(',').any(|option| option == "cpuset"),
+            memory_file: match kind {
+                "cgroup2" => Some(V2_MEMORY_FILE),
+                _ if options.split(',').any(|option| option == "memory") => Some(V1_MEMORY_FILE),
+                _ => None,
+            },
         });
     }
     found
@@ -210,11 +288,69 @@ mod tests {
             mount: dir.path().join("m"),
             own: PathBuf::new(),
             cpuset: false,
+            memory_file: None,
         };
         std::fs::create_dir(&hierarchy.mount).expect("mkdir");
         let mut joined = Joined::default();
-        let error = join_one(&hierarchy, "../out", "boxlite-x", &mut joined).expect_err("refused");
+        let error =
+            join_one(&hierarchy, "../out", "boxlite-x", 0, &mut joined).expect_err("refused");
         assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
         assert!(joined.made.is_empty());
+    }
+
+    /// A hierarchy of plain files with a pod below a QoS class, and the pod's directory.
+    fn hierarchy(dir: &Path, memory_file: Option<&'static str>) -> (Hierarchy, PathBuf) {
+        let pod = dir.join("kubepods/burstable/podx");
+        std::fs::create_dir_all(&pod).expect("mkdir");
+        let hierarchy = Hierarchy {
+            mount: dir.to_owned(),
+            own: PathBuf::new(),
+            cpuset: false,
+            memory_file,
+        };
+        (hierarchy, pod)
+    }
+
+    fn join_pod(hierarchy: &Hierarchy, need: u64) -> Joined {
+        let mut joined = Joined::default();
+        let pod = "/kubepods/burstable/podx";
+        join_one(hierarchy, pod, "boxlite-x", need, &mut joined).expect("joined");
+        joined
+    }
+
+    #[test]
+    fn join_one_within_the_pods_limit_stays_in_the_pod() {
+        for limit in ["max", "640"] {
+            let dir = tempfile::tempdir().expect("tempdir");
+            let (hierarchy, pod) = hierarchy(dir.path(), Some(V2_MEMORY_FILE));
+            std::fs::write(pod.join(V2_MEMORY_FILE), limit).expect("write");
+            let joined = join_pod(&hierarchy, 640);
+            assert_eq!(joined.made, [pod.join("boxlite-x")]);
+            assert!(!pod.join("boxlite-x").join(V2_MEMORY_FILE).exists());
+        }
+    }
+
+    #[test]
+    fn join_one_beyond_the_pods_limit_is_beside_it() {
+        for (file, copied) in [(V2_MEMORY_FILE, true), (V1_MEMORY_FILE, false)] {
+            let dir = tempfile::tempdir().expect("tempdir");
+            let (hierarchy, pod) = hierarchy(dir.path(), Some(file));
+            std::fs::write(pod.join(file), "639\n").expect("write");
+            std::fs::write(pod.join("cpu.weight"), "79\n").expect("write");
+            let joined = join_pod(&hierarchy, 640);
+            let beside = dir.path().join("kubepods/burstable/boxlite-x");
+            assert_eq!(joined.made, [beside.as_path()]);
+            let read = |file| std::fs::read_to_string(beside.join(file)).ok();
+            assert_eq!(read(file).as_deref(), Some("640"));
+            assert_eq!(read("cpu.weight").as_deref(), copied.then_some("79"));
+            assert!(beside.join("cgroup.procs").exists());
+        }
+    }
+
+    #[test]
+    fn join_one_without_memory_accounting_stays_in_the_pod() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (hierarchy, pod) = hierarchy(dir.path(), None);
+        assert_eq!(join_pod(&hierarchy, 640).made, [pod.join("boxlite-x")]);
     }
 }

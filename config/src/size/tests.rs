@@ -11,34 +11,55 @@ fn limits(memory_bytes: i64, cpu_quota_us: i64, cpu_period_us: i64) -> Limits {
     }
 }
 
-fn request(memory: i64, quota: i64, period: i64, overhead: i64) -> SizeRequest<'static> {
+fn request(memory: i64, quota: i64, period: i64) -> SizeRequest {
     SizeRequest {
         limits: limits(memory, quota, period),
-        overhead: limits(overhead, 0, 0),
-        cgroup: "/kubepods/podx",
         ..SizeRequest::default()
     }
 }
 
-fn size(request: &SizeRequest<'_>, limit: Option<u64>) -> Result<(u8, u32), SizeError> {
-    let request = SizeRequest {
-        cgroup_limit: limit,
-        ..request.clone()
-    };
-    vm_size(&request, &PodDefaults::default()).map(|size| (size.vcpus, size.memory_mib))
+fn size(request: &SizeRequest) -> Result<(u8, u32), SizeError> {
+    vm_size(request, &PodDefaults::default()).map(|size| (size.vcpus, size.memory_mib))
 }
 
 #[test]
-fn vm_size_follows_limits_overhead_and_defaults() {
+fn vm_size_follows_limits_and_defaults() {
     let mib = MIB as i64;
-    let of =
-        |memory, quota, period, overhead| size(&request(memory, quota, period, overhead), None);
-    assert_eq!(of(0, 0, 0, 0), Ok((1, 320)));
-    assert_eq!(of(512 * mib, 250_000, 100_000, 0), Ok((3, 576)));
-    assert_eq!(of(512 * mib + 1, 50_000, 100_000, 128 * mib), Ok((1, 641)));
-    assert_eq!(of(0, 200_000, 0, 0), Ok((2, 320)));
-    assert_eq!(of(-5, -1, 0, -9), Ok((1, 320)));
-    assert_eq!(size(&SizeRequest::default(), None), Ok((1, 320)));
+    let of = |memory, quota, period| size(&request(memory, quota, period));
+    assert_eq!(of(0, 0, 0), Ok((1, 2048 + 160)));
+    assert_eq!(of(256 * mib, 0, 0), Ok((1, 360)));
+    assert_eq!(of(32 * mib, 0, 0), Ok((1, 129)));
+    assert_eq!(of(512 * mib, 250_000, 100_000), Ok((3, 624)));
+    assert_eq!(of(512 * mib + 1, 50_000, 100_000), Ok((1, 625)));
+    assert_eq!(of(0, 200_000, 0), Ok((2, 2208)));
+    assert_eq!(of(-5, -1, 0), Ok((1, 2208)));
+    assert_eq!(size(&SizeRequest::default()), Ok((1, 2208)));
+}
+
+#[test]
+fn containers_limit_is_the_pods_to_the_byte() {
+    let defaults = PodDefaults::default();
+    let bytes = |request: &SizeRequest| vm_size(request, &defaults).unwrap().containers_bytes;
+    assert_eq!(bytes(&request((64 << 20) + 1, 0, 0)), (64 << 20) + 1);
+    assert_eq!(bytes(&SizeRequest::default()), 2 << 30);
+    let annotated = SizeRequest {
+        memory_mib: Some(100),
+        ..request(64 << 20, 0, 0)
+    };
+    assert_eq!(bytes(&annotated), 100 << 20);
+}
+
+#[test]
+fn limit_above_the_node_is_the_nodes_memory() {
+    let on_node = |memory| SizeRequest {
+        node_mib: Some(1000),
+        ..request(memory, 0, 0)
+    };
+    assert_eq!(size(&on_node(64 << 30)), Ok((1, 1127)));
+    assert_eq!(size(&on_node(0)), Ok((1, 1127)));
+    assert_eq!(size(&on_node(512 << 20)), Ok((1, 624)));
+    let size = vm_size(&on_node(64 << 30), &PodDefaults::default()).unwrap();
+    assert_eq!(size.containers_bytes, 1000 << 20);
 }
 
 #[test]
@@ -46,11 +67,9 @@ fn limit_of_an_exbibyte_is_no_limit() {
     assert_eq!(limits(1 << 60, 0, 0).memory_mib(), None);
     assert_eq!(limits(i64::MAX, 0, 0).memory_mib(), None);
     assert_eq!(limits((1 << 60) - 1, 0, 0).memory_mib(), Some(1 << 40));
-    assert_eq!(size(&request(1 << 60, 0, 0, 1 << 60), None), Ok((1, 320)));
-    assert_eq!(
-        size(&request((1 << 60) - 1, 0, 0, 0), None),
-        Err(SizeError::TooLarge((1 << 40) + 64))
-    );
+    assert_eq!(size(&request(1 << 60, 0, 0)), Ok((1, 2208)));
+    let error = size(&request((1 << 60) - 1, 0, 0));
+    assert!(matches!(error, Err(SizeError::TooLarge(_))), "{error:?}");
 }
 
 #[test]
@@ -58,29 +77,13 @@ fn annotation_takes_precedence_over_limits() {
     let request = SizeRequest {
         vcpus: Some(3),
         memory_mib: Some(100),
-        ..request(512 << 20, 200_000, 100_000, 0)
+        ..request(512 << 20, 200_000, 100_000)
     };
-    assert_eq!(size(&request, None), Ok((3, 164)));
-}
-
-#[test]
-fn vm_above_cgroup_limit_is_refused_with_arithmetic() {
-    let request = request(256 << 20, 0, 0, 0);
-    let text = size(&request, Some(300 << 20)).unwrap_err().to_string();
-    assert!(
-        text.contains("320 MiB (256 MiB for containers + 64 MiB overhead)"),
-        "{text}"
-    );
-    assert!(text.contains("/kubepods/podx allows 300 MiB"), "{text}");
-    assert!(size(&request, Some(320 << 20)).is_ok());
+    assert_eq!(size(&request), Ok((3, 199)));
 }
 
 fn admit(memory_mib: i64, quota: i64, current_mib: i64) -> Result<(), String> {
-    let size = VmSize {
-        vcpus: 2,
-        memory_mib: 320,
-    };
-    VmCapacity::new(size, &Limits::default(), &PodDefaults::default())
+    VmCapacity::new(360, 2, &PodDefaults::default())
         .admit(
             &limits(memory_mib << 20, quota, 0),
             Some(&limits(current_mib << 20, 0, 0)),
@@ -95,7 +98,7 @@ fn update_beyond_the_vm_is_refused() {
     let refused = admit(257, 0, 0).unwrap_err();
     assert!(refused.contains("257 MiB"), "{refused}");
     assert!(
-        refused.contains("256 MiB for containers (320 MiB - 64 MiB overhead)"),
+        refused.contains("256 MiB for containers (360 MiB - 104 MiB overhead)"),
         "{refused}"
     );
     assert_eq!(
@@ -112,16 +115,15 @@ fn update_beyond_the_vm_is_refused() {
 
 proptest! {
     #[test]
-    fn no_update_panics(memory: i64, quota: i64, period: i64) {
+    fn no_update_panics(memory: i64, quota: i64, period: i64, vm: u32) {
         let update = limits(memory, quota, period);
-        let size = VmSize { vcpus: 1, memory_mib: 1 };
-        let capacity = VmCapacity::new(size, &update, &PodDefaults::default());
-        let _ = capacity.admit(&update, None);
+        let _ = VmCapacity::new(vm, 1, &PodDefaults::default()).admit(&update, None);
     }
 
     #[test]
-    fn no_numbers_panic(memory: i64, quota: i64, period: i64, overhead: i64, limit: Option<u64>) {
-        if let Ok((vcpus, _)) = size(&request(memory, quota, period, overhead), limit) {
+    fn no_numbers_panic(memory: i64, quota: i64, period: i64, node_mib: Option<u64>) {
+        let request = SizeRequest { node_mib, ..request(memory, quota, period) };
+        if let Ok((vcpus, _)) = size(&request) {
             prop_assert!((1..=64).contains(&vcpus));
         }
     }

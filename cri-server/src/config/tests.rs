@@ -91,7 +91,7 @@ vhost_device_vsock = "/i"
 [pod]
 vcpus = 3
 memory_mib = 333
-overhead_mib = 99
+overhead_mib = 90
 scratch_mib = 444
 debug_console = true
 [cni]

@@ -10,7 +10,7 @@ use crate::cni::{Bandwidth, DnsSettings, PodNetwork, PortMap};
 use boxlite_config::cgroup::expand_slice;
 use boxlite_config::dns;
 use boxlite_config::pod::PodDefaults;
-use boxlite_config::size::{SizeRequest, VmSize, vm_size};
+use boxlite_config::size::{self, SizeRequest};
 use boxlite_proto::cri::v1::{
     LinuxContainerResources, NamespaceMode, PodSandboxConfig, PodSandboxMetadata, Protocol,
     UserNamespace,
@@ -217,33 +217,30 @@ impl PodMetadata {
         self.addresses = addresses.iter().map(IpAddr::to_string).collect();
     }
 
-    /// Returns the options of the pod's box. `limit` is the memory limit of the pod's cgroup in bytes, if known.
+    /// Returns the options of the pod's box.
     pub fn box_options(
         &self,
         id: &str,
         netns: Option<PathBuf>,
         defaults: &PodDefaults,
-        limit: Option<u64>,
     ) -> Result<BoxOptions, ConvertError> {
         let linux = self
             .config
             .as_ref()
             .and_then(|config| config.linux.as_ref());
-        let cgroup_parent = self.cgroup_parent();
         let request = SizeRequest {
             limits: limits(linux.and_then(|linux| linux.resources.as_ref())),
-            overhead: limits(linux.and_then(|linux| linux.overhead.as_ref())),
-            cgroup: &cgroup_parent,
-            cgroup_limit: limit,
+            node_mib: size::node_mib(),
             ..SizeRequest::default()
         };
-        let VmSize { vcpus, memory_mib } = vm_size(&request, defaults)?;
+        let size = size::vm_size(&request, defaults)?;
         Ok(BoxOptions {
             id: id.to_owned(),
             name: self.key(),
             metadata: self.encoded(),
-            vcpus,
-            memory_mib,
+            vcpus: size.vcpus,
+            memory_mib: size.memory_mib,
+            containers_bytes: size.containers_bytes,
             scratch_bytes: u64::from(defaults.scratch_mib) * MIB,
             hostname: self.hostname(),
             netns,
@@ -251,7 +248,7 @@ impl PodMetadata {
             sysctls: linux
                 .map(|linux| linux.sysctls.clone().into_iter().collect())
                 .unwrap_or_default(),
-            cgroup_parent,
+            cgroup_parent: self.cgroup_parent(),
             vmm: None,
             debug_console: defaults.debug_console,
         })

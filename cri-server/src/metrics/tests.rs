@@ -19,7 +19,7 @@ fn pod() -> BoxSnapshot {
     let mut record = PodMetadata::new(config, String::new()).unwrap();
     record.network_ms = 20;
     let options: BoxOptions = record
-        .box_options("ab", None, &crate::config::Config::default().pod, None)
+        .box_options("ab", None, &crate::config::Config::default().pod)
         .unwrap();
     BoxSnapshot {
         id: "ab".into(),

@@ -3,7 +3,7 @@
 use super::Server;
 use crate::convert::ConvertError;
 use crate::convert::size::limits;
-use boxlite_config::size::{VmCapacity, VmSize};
+use boxlite_config::size::VmCapacity;
 use boxlite_proto::cri::v1::LinuxContainerResources;
 use boxlite_runtime::LiteBox;
 
@@ -13,19 +13,10 @@ pub struct PodCapacity(VmCapacity);
 
 /// Returns the capacity that the pod's VM was started with.
 pub fn of_pod(server: &Server, pod: &LiteBox) -> PodCapacity {
-    let metadata = server.pod_metadata(pod);
-    let overhead = metadata
-        .config
-        .and_then(|config| config.linux)
-        .and_then(|linux| linux.overhead);
     let options = pod.snapshot().options;
-    let size = VmSize {
-        vcpus: options.vcpus,
-        memory_mib: options.memory_mib,
-    };
     PodCapacity(VmCapacity::new(
-        size,
-        &limits(overhead.as_ref()),
+        options.memory_mib,
+        options.vcpus,
         &server.config.pod,
     ))
 }

@@ -10,10 +10,9 @@
 use super::{Server, cni_status, new_id, nri_hooks, pod_files, status_of};
 use crate::cni::CniError;
 use crate::convert::sandbox::PodMetadata;
-use boxlite_config::cgroup::{self, CGROUP_MOUNT};
 use boxlite_proto::cri::v1::{RunPodSandboxRequest, RunPodSandboxResponse};
 use boxlite_runtime::LiteBox;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use tonic::Status;
 
@@ -50,13 +49,12 @@ async fn make(server: &Server, record: PodMetadata) -> Result<String, Status> {
             present.id()
         )));
     }
-    let limit = cgroup::memory_limit(Path::new(CGROUP_MOUNT), &record.cgroup_parent());
     let id = new_id();
     // Checked before an address is allocated: the pod's VM must fit.
-    record.box_options(&id, None, &server.config.pod, limit)?;
+    record.box_options(&id, None, &server.config.pod)?;
     let hidden = StartingGuard::new(server, &id);
     let limit_of_time = server.config.timeouts.run_pod;
-    let made = match tokio::time::timeout(limit_of_time, stages(server, &id, record, limit)).await {
+    let made = match tokio::time::timeout(limit_of_time, stages(server, &id, record)).await {
         Ok(made) => made,
         Err(_) => Err(Status::deadline_exceeded(format!(
             "pod sandbox not ready within {} s (timeouts.run_pod_seconds)",
@@ -86,12 +84,7 @@ async fn make(server: &Server, record: PodMetadata) -> Result<String, Status> {
     }
 }
 
-async fn stages(
-    server: &Server,
-    id: &str,
-    mut record: PodMetadata,
-    limit: Option<u64>,
-) -> Result<LiteBox, Status> {
+async fn stages(server: &Server, id: &str, mut record: PodMetadata) -> Result<LiteBox, Status> {
     let netns = match record.host_network() {
         // As in containerd, no plugin is called, and the kubelet knows the node's addresses.
         true => None,
@@ -103,7 +96,7 @@ async fn stages(
             server.layout.pod(id).display()
         ))
     })?;
-    let options = record.box_options(id, netns, &server.config.pod, limit)?;
+    let options = record.box_options(id, netns, &server.config.pod)?;
     let pod = server
         .runtime
         .create_box(options)

@@ -15,6 +15,7 @@ mod mount_export;
 pub(crate) mod network;
 mod nri;
 mod observe;
+mod resources;
 mod security;
 mod spec;
 mod streaming;
@@ -42,6 +43,7 @@ pub(crate) fn all() -> Vec<Case> {
         images::cases(),
         trees::cases(),
         observe::cases(),
+        resources::cases(),
         clients::cases(),
         crash::cases(),
         bad_input::cases(),

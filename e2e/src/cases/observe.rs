@@ -314,7 +314,8 @@ async fn updated_limits_are_applied_and_kept(ctx: Context) -> Result {
     let now = in_guest().await?;
     same!(now.trim(), (96 << 20).to_string(), "in the guest");
     let refused = update(&c, 4096).await;
-    let words = "4096 MiB, and the pod's VM has 256 MiB for containers (320 MiB - 64 MiB overhead)";
+    let words =
+        "4096 MiB, and the pod's VM has 2048 MiB for containers (2208 MiB - 160 MiB overhead)";
     ensure!(
         refused.as_ref().is_err_and(|s| s.message().contains(words)),
         "{refused:?}"

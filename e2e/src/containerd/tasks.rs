@@ -284,7 +284,7 @@ async fn limits_size_the_vm_and_pid_is_on_the_host(ctx: Context) -> Result {
         .nth(1)
         .and_then(|n| n.parse().ok())
         .unwrap_or(0);
-    // 384 MiB and 64 MiB of overhead, minus the kernel's share; libkrun rounds up.
+    // 384 MiB and 108 MiB for the guest, minus the kernel's share; libkrun rounds up.
     ensure!((380 << 10..=480 << 10).contains(&kib), "{meminfo}");
     // The task's pid is a process of this machine in a different network namespace.
     let pid = ctr.pid("big").await?;

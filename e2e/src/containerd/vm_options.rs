@@ -19,7 +19,7 @@ pub fn cases() -> Vec<Case> {
     ]
 }
 
-/// Range of MemTotal in KiB in a VM of 128 MiB plus 64 MiB of overhead; libkrun rounds up. Without the annotation it is
+/// Range of MemTotal in KiB in a VM of 128 MiB plus 100 MiB for the guest; libkrun rounds up. Without the annotation it is
 /// over 300 MiB.
 const SMALL_VM_KIB: RangeInclusive<u64> = (130 << 10)..=(230 << 10);
 /// Prints the input of [`sizes`].

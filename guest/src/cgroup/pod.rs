@@ -81,6 +81,15 @@ fn pod_memory_limit() -> Option<u64> {
     memory_total().map(|total| total.saturating_sub(MEMORY_RESERVE_BYTES).max(total / 2))
 }
 
+/// Limits the memory of all containers together, in bytes, as far as the agent's reserve allows; 0 keeps the present limit.
+/// Best effort, as at boot: a kernel without the controller has no limits.
+pub fn limit_memory(limit: u64) {
+    if limit > 0 {
+        let value = bounded(&limit.to_string(), pod_memory_limit());
+        let _ = Cgroup::pod().write("memory.max", &value);
+    }
+}
+
 /// Applies new limits to the pod's cgroup. A memory limit is capped at what the agent can spare.
 ///
 /// # Errors

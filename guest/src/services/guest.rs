@@ -61,6 +61,7 @@ async fn initialize(request: &GuestInitRequest) -> Result<(), Status> {
         pod::resize_shm(shm)
     });
     cgroup::pod::limit_processes(request.pids_limit).map_err(ContainerError::from)?;
+    crate::cgroup::pod::limit_memory(request.memory_limit);
     network::configure(&request.interfaces, &request.routes).await?;
     joined(mounts).await??;
     // Last, because some name an interface.

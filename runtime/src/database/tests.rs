@@ -11,6 +11,7 @@ pub(crate) fn box_row(id: &str, name: &str) -> BoxRow {
             metadata: vec![0, 255, 7],
             vcpus: 1,
             memory_mib: 256,
+            containers_bytes: 0,
             scratch_bytes: 1 << 30,
             hostname: "h".into(),
             netns: None,

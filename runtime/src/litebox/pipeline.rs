@@ -231,6 +231,7 @@ impl<R: ShimRecorder> Start<R> {
             vmm: self.vmm.clone(),
             vcpus: options.vcpus,
             memory_mib: options.memory_mib,
+            containers_bytes: options.containers_bytes,
             scratch_bytes: options.scratch_bytes,
             scratch_dir: Some(self.env.layout.scratch_dir().to_owned()),
             acceleration: self.env.acceleration,

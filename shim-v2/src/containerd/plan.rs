@@ -6,19 +6,19 @@
 //! CRI plugin, sandboxer      PodConfig in CreateSandbox         linux.resources of the pod
 //! ```
 //!
-//! Reads nothing but the probe's answer and the memory limit of the pod's cgroup. The sandbox driver boots the plan.
+//! Reads nothing but the probe's answer and the node's memory. The sandbox driver boots the plan.
 
 use super::annotations::PodOverrides;
 use super::config::ShimConfig;
 use crate::error::{Result, ShimError};
 use crate::sandbox::options::{Plan, SandboxOwner};
-use boxlite_config::cgroup::{self, CGROUP_MOUNT};
-use boxlite_config::size::{Limits, SizeError, SizeRequest, VmSize, vm_size};
+use boxlite_config::cgroup;
+use boxlite_config::size::{self, Limits, SizeRequest};
 use boxlite_proto::shim::shim::PodConfig;
 use boxlite_proto::vmm::{SandboxOptions, VmmKind};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use std::collections::{BTreeMap, HashMap};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Annotation that distinguishes a pod's pause container (`sandbox`) from its others (`container`).
 pub const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
@@ -41,8 +41,6 @@ struct PodRequest {
     annotations: HashMap<String, String>,
     sysctls: BTreeMap<String, String>,
     limits: Limits,
-    /// Overhead of the RuntimeClass.
-    overhead: Limits,
     /// The pod's cgroup, in which the shim creates one for the VM.
     cgroup_parent: String,
 }
@@ -136,10 +134,6 @@ pub async fn of_pod(
             cpu_quota_us: resources.cpu_quota,
             cpu_period_us: resources.cpu_period,
         },
-        overhead: Limits {
-            memory_bytes: pod.linux.overhead.memory_limit_in_bytes,
-            ..Limits::default()
-        },
         cgroup_parent: cgroup::expand_slice(&pod.linux.cgroup_parent),
     };
     let mut plan = plan(id, request, netns, SandboxOwner::Sandboxer, config).await?;
@@ -182,7 +176,6 @@ fn request_of_spec(spec: &Spec) -> PodRequest {
                 .or(period.filter(|_| own))
                 .unwrap_or(0),
         },
-        overhead: Limits::default(),
         cgroup_parent: cgroup::parent(&cgroup),
         annotations,
     }
@@ -199,24 +192,22 @@ async fn plan(
     let (vmm, acceleration) = config.choose(overrides.vmm).await?;
     let size = SizeRequest {
         limits: request.limits,
-        overhead: request.overhead,
         vcpus: overrides.vcpus,
         memory_mib: overrides.memory_mib,
-        cgroup: &request.cgroup_parent,
-        cgroup_limit: cgroup::memory_limit(Path::new(CGROUP_MOUNT), &request.cgroup_parent),
+        node_mib: size::node_mib(),
     };
-    let VmSize { vcpus, memory_mib } =
-        vm_size(&size, &config.pod).map_err(|error: SizeError| ShimError::Invalid {
-            field: "memory limit",
-            reason: error.to_string(),
-        })?;
+    let size = size::vm_size(&size, &config.pod).map_err(|error| ShimError::Invalid {
+        field: "memory limit",
+        reason: error.to_string(),
+    })?;
     let mut installation = config.installation();
     if let Some(kernel) = overrides.kernel {
         installation.libkrunfw = kernel;
     }
     let options = SandboxOptions {
-        vcpus,
-        memory_mib,
+        vcpus: size.vcpus,
+        memory_mib: size.memory_mib,
+        containers_bytes: size.containers_bytes,
         scratch_bytes: u64::from(config.pod.scratch_mib) * MIB,
         scratch_dir: None,
         acceleration: match vmm {

@@ -26,6 +26,7 @@ use crate::time;
 use crate::vmm::{ReadySocket, Supervisor, VmmChild};
 use async_trait::async_trait;
 use boxlite_config::cgroup::{CGROUP_MOUNT, pids_limit};
+use boxlite_config::budget::vmm_mib;
 use boxlite_portal::{Connection, GuestAddress, GuestSession};
 use boxlite_proto::boxlite::v1::GuestInitRequest;
 use boxlite_proto::names;
@@ -234,7 +235,9 @@ impl Machine for VmMachine {
     }
 
     fn prepare(&self, id: &str, bundle: &Path, plan: &Plan) {
-        let joined = cgroup::join(&plan.options.cgroup_parent, id);
+        let options = &plan.options;
+        let need = u64::from(options.memory_mib) + vmm_mib(&options.vmm, options.acceleration);
+        let joined = cgroup::join(&options.cgroup_parent, id, need << 20);
         {
             let mut record = self.record();
             record.cgroups.clone_from(&joined.made);
@@ -321,6 +324,7 @@ async fn init(
         sysctls: plan.options.sysctls.clone().into_iter().collect(),
         entropy: entropy.into(),
         pids_limit: pids_limit(Path::new(CGROUP_MOUNT), &plan.options.cgroup_parent).unwrap_or(0),
+        memory_limit: plan.options.containers_bytes,
         ..Default::default()
     };
     let guest = session.guest();

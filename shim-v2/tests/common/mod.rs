@@ -64,6 +64,7 @@ pub fn options() -> SandboxOptions {
         vmm: VmmKind::Qemu,
         vcpus: 1,
         memory_mib: 256,
+        containers_bytes: 0,
         scratch_bytes: 1 << 30,
         scratch_dir: None,
         acceleration: Acceleration::Tcg,

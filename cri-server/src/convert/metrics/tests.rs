@@ -33,6 +33,7 @@ fn sandbox() -> BoxSnapshot {
         metadata: record.encoded(),
         vcpus: 1,
         memory_mib: 320,
+        containers_bytes: 0,
         scratch_bytes: 0,
         hostname: String::new(),
         netns: None,

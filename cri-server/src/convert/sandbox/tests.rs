@@ -107,7 +107,7 @@ fn host_network_pod_has_no_netns() {
         });
         let record = PodMetadata::new(pod, String::new()).unwrap();
         record
-            .box_options("ab", None, &Config::default().pod, None)
+            .box_options("ab", None, &Config::default().pod)
             .unwrap()
             .host_network
     };
@@ -125,12 +125,12 @@ fn box_options_have_name_size_and_metadata() {
     });
     let record = record(pod);
     let options = record
-        .box_options("ab", Some("/run/x".into()), &Config::default().pod, None)
+        .box_options("ab", Some("/run/x".into()), &Config::default().pod)
         .unwrap();
     assert_eq!(options.name, "default/web/u-1/2");
     assert_eq!(
         (options.vcpus, options.memory_mib, options.scratch_bytes),
-        (1, 320, 10 << 30)
+        (1, 2208, 10 << 30)
     );
     assert_eq!(options.hostname, "web-0");
     assert_eq!(options.cgroup_parent, "/kubepods/podu-1");

@@ -78,8 +78,8 @@ fn update_within_vm_is_reported_and_survives_restart() {
         assert_eq!(limits(server, &container).await, resources(120, 50_000));
         for (linux, words) in [
             (
-                resources(300, 0),
-                "256 MiB for containers (320 MiB - 64 MiB overhead)",
+                resources(3000, 0),
+                "2048 MiB for containers (2208 MiB - 160 MiB overhead)",
             ),
             (resources(0, 150_000), "1.500 CPUs, and the pod's VM has 1"),
         ] {

@@ -2,6 +2,7 @@
 
 use super::*;
 use serde_json::json;
+use std::path::Path;
 
 fn spec(value: serde_json::Value) -> Spec {
     serde_json::from_value(value).expect("a spec")
@@ -32,7 +33,7 @@ async fn pause_container_has_the_pods_limits_in_annotations() {
         .await
         .expect("a plan");
     let options = plan.options;
-    assert_eq!((options.vcpus, options.memory_mib), (2, 128 + 64));
+    assert_eq!((options.vcpus, options.memory_mib), (2, 128 + 100));
     assert_eq!(options.hostname, "web");
     assert_eq!(options.cgroup_parent, "/no-such-kubepods/pod1");
     assert_eq!(options.sysctls.len(), 1);
@@ -55,7 +56,7 @@ async fn task_of_ctr_has_its_own_limits_and_a_private_network() {
         .await
         .expect("a plan");
     let options = plan.options;
-    assert_eq!((options.vcpus, options.memory_mib), (3, 65 + 64));
+    assert_eq!((options.vcpus, options.memory_mib), (3, 65 + 98));
     assert_eq!(options.hostname, "0123456789ab");
     assert_eq!(options.cgroup_parent, "", "the root cgroup is not a pod's");
 }
@@ -87,7 +88,8 @@ async fn pod_config_sets_size_cgroup_and_network() {
         .await
         .expect("a plan");
     assert!(!plan.options.host_network && plan.local_ports);
-    assert_eq!(plan.options.memory_mib, 260);
+    assert_eq!(plan.options.memory_mib, 199, "the overhead is the host's");
+    assert_eq!(plan.options.containers_bytes, 100 << 20);
     assert_eq!(
         plan.options.cgroup_parent,
         "/kubepods.slice/kubepods-podX.slice"
@@ -113,8 +115,5 @@ async fn limit_of_an_exbibyte_is_no_limit() {
     resources.memory_limit_in_bytes = 1 << 60;
     let plan = of_pod("abc", &pod, None, &config()).await.expect("a plan");
     let defaults = config().pod;
-    assert_eq!(
-        plan.options.memory_mib,
-        defaults.memory_mib + defaults.overhead_mib
-    );
+    assert_eq!(plan.options.memory_mib, defaults.memory_mib + 160);
 }

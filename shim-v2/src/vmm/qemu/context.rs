@@ -1,6 +1,7 @@
 //! Step 1: [`Context`], the growing command line of QEMU and the needs of its helpers; and the machine type.
 
 use crate::vmm::step::{StepExt, require};
+use boxlite_config::budget::TCG_BUFFER_MIB;
 use boxlite_proto::error::BoxliteResult;
 use boxlite_proto::vmm::{Acceleration, InstanceSpec};
 use std::fs;
@@ -66,8 +67,10 @@ pub(super) fn create(spec: &InstanceSpec) -> BoxliteResult<Context> {
     );
     match spec.acceleration {
         // With a thread per CPU, guests with two CPUs occasionally panic at boot when the kernel patches its own text.
-        Acceleration::Tcg if spec.vcpus > 1 => context.option("-accel", "tcg,thread=single"),
-        Acceleration::Tcg => context.option("-accel", "tcg"),
+        Acceleration::Tcg => {
+            let thread = if spec.vcpus > 1 { ",thread=single" } else { "" };
+            context.option("-accel", format!("tcg{thread},tb-size={TCG_BUFFER_MIB}"));
+        }
         Acceleration::Kvm => {
             context.option("-accel", "kvm");
             context.read_write.push(PathBuf::from("/dev/kvm"));
