@@ -61,7 +61,12 @@ pub fn usage(info: &ImageFsInfo) -> FilesystemUsage {
 
 /// Returns the gRPC status of an image error.
 pub fn status(error: &ImageError) -> Status {
-    let code = match error.kind() {
+    Status::new(code(error.kind()), error.report())
+}
+
+/// Returns the gRPC code of an error class.
+pub fn code(kind: ImageErrorKind) -> Code {
+    match kind {
         ImageErrorKind::InvalidReference => Code::InvalidArgument,
         ImageErrorKind::NotFound => Code::NotFound,
         ImageErrorKind::Unauthorized => Code::Unauthenticated,
@@ -74,6 +79,5 @@ pub fn status(error: &ImageError) -> Status {
         ImageErrorKind::Unavailable => Code::Unavailable,
         ImageErrorKind::Cancelled => Code::Cancelled,
         ImageErrorKind::Internal => Code::Internal,
-    };
-    Status::new(code, error.report())
+    }
 }

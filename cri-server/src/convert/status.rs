@@ -16,7 +16,12 @@ use tonic::{Code, Status};
 
 /// Returns the gRPC status of a runtime error: its kind, with the chain of causes as the message.
 pub fn status(error: &RuntimeError) -> Status {
-    let code = match error.kind() {
+    Status::new(code(error.kind()), runtime::report(error))
+}
+
+/// Returns the gRPC code of an error class.
+pub fn code(kind: ErrorKind) -> Code {
+    match kind {
         ErrorKind::NotFound => Code::NotFound,
         ErrorKind::AlreadyExists => Code::AlreadyExists,
         ErrorKind::InvalidArgument => Code::InvalidArgument,
@@ -25,8 +30,7 @@ pub fn status(error: &RuntimeError) -> Status {
         ErrorKind::ResourceExhausted => Code::ResourceExhausted,
         ErrorKind::Unavailable => Code::Unavailable,
         ErrorKind::Internal => Code::Internal,
-    };
-    Status::new(code, runtime::report(error))
+    }
 }
 
 fn sandbox_state(state: BoxState) -> PodSandboxState {

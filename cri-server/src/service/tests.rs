@@ -1,5 +1,6 @@
 //! Tests of the services with a real BoxliteRuntime over empty directories; none of them needs a VM.
 
+mod errors;
 mod fleet;
 mod kubelet;
 mod pods;
