@@ -108,8 +108,10 @@ impl ImageManager {
         let (inner, what) = (self.inner.clone(), what.to_owned());
         blocking(move || {
             let removed = inner.store.remove(&what)?;
-            // A removal usually means that space is needed.
-            inner.jobs.reclaim(0)?;
+            // A removal usually means that space is needed. It has succeeded whether or not the downloads can be deleted.
+            if let Err(error) = inner.jobs.reclaim(0) {
+                tracing::warn!(error = error.report(), "failed to delete partial downloads");
+            }
             Ok(removed)
         })
         .await
