@@ -1,4 +1,4 @@
-//! For tests that change network or mounts: each runs again by itself, in namespaces of its own.
+//! Support for tests that change network or mounts: each re-executes itself in private namespaces.
 //!
 //! It judges nothing but that the inner run happened and passed. Called by the tests of `cni` and of `service`.
 

@@ -1,14 +1,14 @@
 //! The paths that are cri-server's own, below the daemon's two directories; everything else is the runtime's FilesystemLayout.
 //!
 //! ```text
-//! root/cni/<sandbox id>.json     what is needed to undo a pod's network
+//! root/cni/<sandbox id>.json     undo record of a pod's network
 //! state/netns/<sandbox id>       the pod's network namespace (a bind mount)
 //! state/pods/<sandbox id>/       resolv.conf, hostname, hosts
 //! ```
 
 use std::path::{Path, PathBuf};
 
-/// Where cri-server keeps things.
+/// Paths of cri-server's files.
 #[derive(Debug, Clone)]
 pub struct Layout {
     root: PathBuf,

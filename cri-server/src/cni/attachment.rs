@@ -1,4 +1,4 @@
-//! What a plugin is told about a pod: environment, CNI_ARGS, and the JSON on its standard input.
+//! The input of a plugin about a pod: environment, CNI_ARGS, and the JSON on its standard input.
 //!
 //! Pure data; `plugin` runs, `record` keeps.
 
@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 
-/// A pod as its network sees it. Kept in the record, so that DEL says what ADD said.
+/// A pod as its network sees it. Stored in the record, so that DEL passes the same values as ADD.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct PodNetwork {
     /// CNI_CONTAINERID.
@@ -23,7 +23,7 @@ pub struct PodNetwork {
     pub port_mappings: Vec<PortMap>,
     /// Limits from the pod's annotations.
     pub bandwidth: Option<Bandwidth>,
-    /// The node's pod CIDRs, where the kubelet told them.
+    /// The node's pod CIDRs, if the kubelet has sent them.
     pub ip_ranges: Vec<String>,
     /// Name servers, searches and options for plugins with the `dns` capability.
     pub dns: DnsSettings,
@@ -81,7 +81,7 @@ impl Bandwidth {
 
 /// The environment of a plugin, CNI_PATH aside.
 pub fn environment(command: &str, pod: &PodNetwork, netns: &str) -> Vec<(&'static str, String)> {
-    // `;` separates and `=` binds in CNI_ARGS; Kubernetes names have neither, and anybody else's must not smuggle one in.
+    // `;` separates and `=` binds in CNI_ARGS; Kubernetes names contain neither, and names of other clients must not inject one.
     let plain = |text: &str| text.replace([';', '='], "_");
     let args = format!(
         "IgnoreUnknown=1;K8S_POD_NAMESPACE={};K8S_POD_NAME={};K8S_POD_INFRA_CONTAINER_ID={};K8S_POD_UID={}",

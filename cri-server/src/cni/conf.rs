@@ -14,7 +14,7 @@ const PLUGIN_LIMIT: usize = 64;
 /// Endings of files that are looked at, as libcni does.
 const ENDINGS: [&str; 3] = ["conflist", "conf", "json"];
 
-/// Why there is no network configuration.
+/// The reason for a missing network configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfError {
     /// The directory can't be read.
@@ -37,13 +37,13 @@ pub enum ConfError {
 pub struct PluginConf {
     /// The `type`: name of the program.
     pub kind: String,
-    /// Capabilities it declares and wants to be told of in `runtimeConfig`.
+    /// Capabilities that it declares and expects in `runtimeConfig`.
     pub capabilities: Vec<String>,
     /// Its object as the file has it, less `capabilities`.
     pub object: Map<String, Value>,
 }
 
-/// A network: what a conflist says, or a single-plugin file made into a list of one.
+/// A network: a conflist, or a single-plugin file converted to a list of one.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct NetworkConf {
     /// `name`.
@@ -62,7 +62,7 @@ pub struct NetworkConf {
 }
 
 impl NetworkConf {
-    /// Whether the configuration's protocol version is at least `major.minor`.
+    /// Returns true if the configuration's protocol version is at least `major.minor`.
     pub fn at_least(&self, major: u32, minor: u32) -> bool {
         version(&self.cni_version).is_some_and(|have| have >= (major, minor))
     }

@@ -1,14 +1,14 @@
 //! The pods' networks by CNI: `Cni` makes a network namespace, runs the configured plugins in it and undoes both.
 //!
-//! It knows nothing of VMs: the shim joins the plugin's interface to a tap. What must be undone is on disk before the first
+//! It knows nothing of VMs: the shim joins the plugin's interface to a tap. The undo record is on disk before the first
 //! plugin runs, so a daemon that dies at any line leaves nothing that `collect` (at start) does not find.
 //!
 //! Flow: sandbox_run → `attach`; sandbox_stop and sandbox_remove → `detach`; status → `ready`; serve → `collect`.
 //!
 //! ```text
 //!  attach:  record on disk → namespace → ADD, ADD, … → result on disk        failure: DEL …, namespace, record, in this order
-//!  detach:  DEL in reverse order → namespace → record                        repeatable; succeeds on what is gone
-//!  collect: detach of what has no pod, then GC, GC, … with what is left
+//!  detach:  DEL in reverse order → namespace → record                        repeatable; succeeds if already removed
+//!  collect: detach of attachments without a pod, then GC, GC, … with the rest
 //! ```
 
 mod attachment;
@@ -36,7 +36,7 @@ use std::sync::{Arc, Weak};
 /// The pod's interface inside the namespace; the kubelet and every plugin expect this name.
 pub const INTERFACE: &str = "eth0";
 
-/// What can go wrong with a pod's network.
+/// Errors of a pod's network.
 #[derive(Debug, thiserror::Error)]
 pub enum CniError {
     /// There is no usable configuration.
@@ -72,7 +72,7 @@ pub enum CniError {
     },
 }
 
-/// Runs plugins. Cheap to clone; what is true is on disk, in memory is only who is at work on it.
+/// Runs plugins. Cheap to clone; the state is on disk, memory holds only the operations in progress.
 #[derive(Debug, Clone)]
 pub struct Cni {
     conf_dir: PathBuf,
@@ -98,7 +98,7 @@ impl Cni {
         }
     }
 
-    /// Whether a pod could get a network now: a valid configuration whose plugins are all there. Read anew each time,
+    /// Returns an error if a pod could not get a network now (invalid configuration, missing plugin). Read on each call,
     /// so a changed directory is seen at once.
     pub fn ready(&self) -> Result<NetworkConf, CniError> {
         let conf = conf::load(&self.conf_dir)?;
@@ -115,7 +115,7 @@ impl Cni {
         Ok(conf)
     }
 
-    /// Where the namespace of `sandbox` is or would be.
+    /// Returns the path of the namespace of `sandbox`, whether or not it exists.
     pub fn namespace(&self, sandbox: &str) -> PathBuf {
         self.namespaces.join(sandbox)
     }
@@ -165,7 +165,7 @@ impl Cni {
         record.save(&self.records)
     }
 
-    /// Runs DEL of every plugin in reverse order, then removes namespace and record. Succeeds on what is gone. When a
+    /// Runs DEL of every plugin in reverse order, then removes namespace and record. Succeeds if they are already removed. When a
     /// plugin fails the others still run, and the record stays so that the next call tries again. A second call beside the
     /// first waits for it: two DELs at once trip over each other (bridge on an interface that has just gone).
     pub async fn detach(&self, sandbox: &str) -> Result<(), CniError> {
@@ -225,7 +225,7 @@ impl Cni {
         Record::load(&self.records, sandbox)
     }
 
-    /// Undoes what belongs to no sandbox in `live`: records, and namespaces without record. Only this daemon's own are
+    /// Undoes records and namespaces that belong to no sandbox in `live`. Only this daemon's own are
     /// looked at (its two directories), so nothing of another runtime on the node is touched. Returns how many went, and
     /// those whose plugins failed, for [`Cni::release`]. At start only: drafts of records go too.
     pub async fn collect(&self, live: &HashSet<String>) -> (usize, HashSet<String>) {
@@ -239,7 +239,7 @@ impl Cni {
         (found - left.len(), left)
     }
 
-    /// Undoes what these sandboxes, which are gone, left. Returns those that are still there because a plugin failed.
+    /// Undoes the attachments of these removed sandboxes. Returns those that remain because a plugin failed.
     pub async fn release(&self, stale: HashSet<String>) -> HashSet<String> {
         let mut left = HashSet::new();
         for sandbox in stale {
@@ -256,7 +256,7 @@ impl Cni {
     }
 
     /// [`Cni::release`] once more. A network whose ADD never came to its end is given up where a plugin refuses again: it
-    /// fails on what the ADD had not made yet (bridge on its iptables chain), and would for ever.
+    /// fails on objects that the ADD had not created yet (bridge on its iptables chain), and would fail forever.
     pub async fn release_again(&self, stale: HashSet<String>) -> HashSet<String> {
         let mut left = HashSet::new();
         for sandbox in self.release(stale).await {
@@ -277,14 +277,14 @@ impl Cni {
         Record::remove(&self.records, sandbox)
     }
 
-    /// Runs GC of every plugin of the present network, so that they free what no pod of ours has: leases of a daemon
+    /// Runs GC of every plugin of the present network, so that they free resources that no pod uses: leases of a daemon
     /// whose records were lost, for one. From protocol version 1.1.0 on; failures are logged only.
     async fn garbage(&self, live: &HashSet<String>) {
         let Ok(conf) = self.ready() else { return };
         if conf.disable_gc || !conf.at_least(1, 1) {
             return;
         }
-        // Undecodable records are unknown networks: a GC without them might free what they hold.
+        // Undecodable records are unknown networks: a GC without them might free their resources.
         let mut alive = Vec::new();
         for sandbox in Record::names(&self.records) {
             match Record::load(&self.records, &sandbox) {

@@ -1,4 +1,4 @@
-//! Network namespaces that nobody lives in: made by a short-lived thread, kept by a bind mount, gone with it.
+//! Network namespaces without processes: created by a short-lived thread, held by a bind mount, removed with it.
 //!
 //! They survive the daemon's death. The machine's own namespace is never touched: the thread that unshares ends at once.
 
@@ -18,12 +18,12 @@ const LOOPBACK: u32 = 1;
 /// Most mounts stacked on one name that `remove` takes off. One is normal; more come from a retry after a crash.
 const STACK_LIMIT: usize = 16;
 
-/// Whether a namespace is mounted at `path`.
+/// Returns true if a namespace is mounted at `path`.
 pub fn is_namespace(path: &Path) -> bool {
     statfs(path).is_ok_and(|stat| stat.filesystem_type() == NSFS_MAGIC)
 }
 
-/// Names of what is in the directory, namespace or left-over file.
+/// Returns the names of the directory's entries, namespaces or left-over files.
 pub fn names(directory: &Path) -> Vec<String> {
     let Ok(entries) = fs::read_dir(directory) else {
         return Vec::new();
@@ -33,11 +33,11 @@ pub fn names(directory: &Path) -> Vec<String> {
         .collect()
 }
 
-/// Makes a namespace at `path` with its loopback up. On failure nothing is left. A dropped future lets the thread finish.
+/// Makes a namespace at `path` with its loopback up. On failure nothing remains. A dropped future lets the thread finish.
 pub async fn create(path: PathBuf) -> Result<(), CniError> {
     off_thread(path, |path| {
         let made = prepare(path).and_then(|()| {
-            // The namespace of a thread ends with it, unless mounted: so a thread of its own, joined here.
+            // The namespace of a thread ends with it, unless mounted: hence a separate thread, joined here.
             std::thread::scope(|scope| {
                 scope
                     .spawn(|| fill(path))
@@ -52,7 +52,7 @@ pub async fn create(path: PathBuf) -> Result<(), CniError> {
     .await
 }
 
-/// Unmounts and removes `path`. Succeeds on what is gone.
+/// Unmounts and removes `path`. Succeeds if it does not exist.
 pub async fn remove(path: PathBuf) -> Result<(), CniError> {
     off_thread(path, unmount).await
 }

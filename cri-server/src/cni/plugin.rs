@@ -1,6 +1,6 @@
 //! Runs one plugin: finds the program, feeds it, bounds its time and output, and decodes its error object.
 //!
-//! A plugin is a child in a process group of its own; whatever ends the wait early kills the group.
+//! A plugin is a child in a separate process group; every early end of the wait kills the group.
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
@@ -17,7 +17,7 @@ const OUTPUT_LIMIT: u64 = 1 << 20;
 /// Most bytes kept of standard error, for the message.
 const STDERR_LIMIT: usize = 4 << 10;
 
-/// Why a plugin's run failed.
+/// Failures of a plugin's run.
 #[derive(Debug, thiserror::Error)]
 pub enum PluginError {
     /// No such program.
@@ -67,7 +67,7 @@ struct ErrorObject {
     details: String,
 }
 
-/// Where plugins are and how long each may take.
+/// Directories of the plugins and the time limit of each run.
 #[derive(Debug, Clone)]
 pub struct Plugins {
     dirs: Vec<PathBuf>,
@@ -110,7 +110,7 @@ impl Plugins {
         })?;
         let child = Command::new(program)
             .env_clear()
-            // Plugins call iptables, ip and the like by name.
+            // Plugins call programs such as iptables and ip by name.
             .env(
                 "PATH",
                 std::env::var_os("PATH").unwrap_or_else(|| "/usr/sbin:/usr/bin:/sbin:/bin".into()),
@@ -158,7 +158,7 @@ impl Group {
         let stderr = self.child.stderr.take();
         let write = async move {
             if let Some(stdin) = stdin.as_mut() {
-                // A plugin that ends without reading is its own affair: the exit status tells.
+                // A plugin may exit without reading its input; its exit status decides.
                 let _ = stdin.write_all(input).await;
             }
             drop(stdin);

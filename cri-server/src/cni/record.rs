@@ -1,4 +1,4 @@
-//! What is needed to undo a pod's network, on disk: one JSON file per sandbox below `root/cni`.
+//! The undo record of a pod's network: one JSON file per sandbox below `root/cni`.
 //!
 //! Written before the first plugin runs and again with the result, each time by rename, so a reader sees the old or the new.
 
@@ -97,7 +97,7 @@ impl Record {
             })
     }
 
-    /// Removes the record of `sandbox`; succeeds where there is none.
+    /// Removes the record of `sandbox`; succeeds if it does not exist.
     pub fn remove(directory: &Path, sandbox: &str) -> Result<(), CniError> {
         let path = file(directory, sandbox);
         match fs::remove_file(&path) {
@@ -110,7 +110,7 @@ impl Record {
         }
     }
 
-    /// Deletes what a daemon that was killed while it wrote left behind. Only before anything writes.
+    /// Deletes temporary files of a daemon that was killed during a write. Call before the first write.
     pub fn sweep(directory: &Path) {
         for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
             let path = entry.path();

@@ -1,4 +1,4 @@
-//! A plugin's answer to ADD, read leniently: only what the CRI reports is looked at, the rest is passed on as it is.
+//! A plugin's answer to ADD, parsed leniently: only fields that the CRI reports are read, the rest is passed on unchanged.
 
 use super::plugin::PluginError;
 use serde::{Deserialize, Serialize};
@@ -38,7 +38,7 @@ pub struct IpConfig {
 }
 
 impl CniResult {
-    /// Reads what is there; a part of the wrong shape counts as absent.
+    /// Reads the present fields; one of the wrong type counts as absent.
     pub fn from_value(value: &Value) -> Self {
         fn list<T: serde::de::DeserializeOwned>(value: Option<&Value>) -> Vec<T> {
             value

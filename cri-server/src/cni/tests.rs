@@ -1,6 +1,6 @@
 //! CNI with the real plugins of Debian's containernetworking-plugins (bridge, host-local, portmap) and with misbehaving scripts.
 //!
-//! Each test runs in a network and mount namespace of its own: it starts itself again under `unshare`. The machine's own network is
+//! Each test runs in a private network and mount namespace: it starts itself again under `unshare`. The machine's own network is
 //! never touched.
 
 use super::*;
@@ -379,7 +379,7 @@ sleep 1000 & echo $! > "$(dirname "$0")/child"; wait"#,
         assert!(begun.elapsed() < Duration::from_secs(15));
         let child = std::fs::read_to_string(node.path("bin/child")).unwrap();
         let status = Path::new("/proc").join(child.trim()).join("status");
-        // Killed; a zombie that nobody has reaped yet counts as gone.
+        // Killed; a zombie that has not been reaped yet counts as gone.
         let gone =
             || std::fs::read_to_string(&status).map_or(true, |text| text.contains("State:\tZ"));
         while !gone() {

@@ -1,6 +1,6 @@
-//! What Prometheus sees: RPC latencies, stage timers of starts, the runtime's totals, and every pod's counters with its labels.
+//! The Prometheus metrics: RPC latencies, stage timers of starts, the runtime's totals, and every pod's counters with its labels.
 //!
-//! A scrape reads memory only: the runtime samples its guests on its own and marks what is stale. `http` serves the page.
+//! A scrape reads memory only: the runtime samples its guests in the background and marks stale values. `http` serves the page.
 
 pub mod http;
 mod page;

@@ -24,7 +24,7 @@ const BLOCK_LIMIT: usize = 16 << 10;
 /// Index of `:authority` in HPACK's static table.
 const AUTHORITY: usize = 1;
 
-/// What is expected next in the stream of bytes.
+/// The next expected element in the stream of bytes.
 #[derive(Debug, PartialEq, Eq)]
 enum State {
     /// So many bytes of the preface were seen.
@@ -56,7 +56,7 @@ impl Default for Sanitizer {
 }
 
 impl Sanitizer {
-    /// Takes what was read and appends what may go on to `out`. At most a frame header and one header block
+    /// Takes the bytes read and appends those that may be passed on to `out`. At most a frame header and one header block
     /// ([`BLOCK_LIMIT`]) are held back.
     pub fn feed(&mut self, mut input: &[u8], out: &mut Vec<u8>) {
         while !input.is_empty() {
@@ -182,7 +182,7 @@ fn integer(block: &[u8], at: &mut usize, bits: u32) -> Option<usize> {
     None
 }
 
-/// A string (RFC 7541 §5.2): where it is, and whether it is Huffman-coded.
+/// A string (RFC 7541 §5.2): its position, and a flag for Huffman coding.
 fn string(block: &[u8], at: &mut usize) -> Option<(std::ops::Range<usize>, bool)> {
     let huffman = *block.get(*at)? & 0x80 != 0;
     let length = integer(block, at, 7)?;
@@ -205,7 +205,7 @@ const DASH: u32 = 0x16;
 /// Codes of `%` and `/`, six bits each.
 const REPLACED: [u32; 2] = [0x15, 0x18];
 /// Letters, digits and the punctuation of a path, by length of their code: (bits, least code, most code). The code is
-/// canonical, so each length is one range. Longer codes (9 and more bits) stand for what no authority has.
+/// canonical, so each length is one range. Longer codes (9 and more bits) stand for characters that no authority contains.
 const CODES: [(usize, u32, u32); 4] = [
     (5, 0x0, 0x9),
     (6, 0x14, 0x2d),

@@ -1,4 +1,4 @@
-//! What every call passes: a span, one log line, its latency, the client's deadline, and panics turned into INTERNAL.
+//! The layer around every call: a span, one log line, its latency, the client's deadline, and panics turned into INTERNAL.
 //!
 //! The deadline is tonic's to keep, too, but it answers CANCELLED; a kubelet takes only DEADLINE_EXCEEDED for one.
 //!
@@ -152,7 +152,7 @@ fn log(method: &str, code: Code, response: &Response<Body>, milliseconds: f64) {
         let message = Status::from_header_map(response.headers())
             .map(|status| status.message().to_owned())
             .unwrap_or_default();
-        // NotFound is the everyday answer about what is gone.
+        // NotFound is the ordinary answer for removed objects.
         if code == Code::NotFound {
             tracing::info!(method, ?code, milliseconds, message, "call answered");
         } else {

@@ -1,4 +1,4 @@
-//! What is around the services: the unix socket, connections, the layer that every call passes, and the end.
+//! The server around the services: the unix socket, connections, the layer that every call passes, and the end.
 //!
 //! Knows no CRI message. Flow: serve → `socket::bind`, `connection::Incoming`, `layer::CallLayer`.
 

@@ -1,4 +1,4 @@
-//! Binds the CRI socket: private from its first moment, and never in place of one that somebody answers on.
+//! Binds the CRI socket: private from its creation, and not in place of one with a live server.
 
 use std::fs::{self, DirBuilder, Permissions};
 use std::io;
@@ -7,16 +7,16 @@ use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
 use tokio::net::UnixListener;
 
-/// Why the socket could not be bound.
+/// Errors of binding the socket.
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError {
     /// Another process serves there.
-    #[error("{}: somebody answers on it already", .0.display())]
+    #[error("failed to bind {}: the socket has a live server", .0.display())]
     InUse(PathBuf),
     /// There is a file of another kind.
     #[error("{}: there is a file that is no socket", .0.display())]
     NoSocket(PathBuf),
-    /// The directory lets anybody in.
+    /// The directory is accessible to other users.
     #[error("{}: its directory is world-writable", .0.display())]
     OpenDirectory(PathBuf),
     /// A system call failed.

@@ -8,9 +8,9 @@ use super::{fail, texts};
 use regex::Regex;
 
 /// Maximum number of pattern matches per 1,000 words of comments and documentation.
-const MAX_MATCHES_PER_1000_WORDS: f64 = 1.5;
+const MAX_MATCHES_PER_1000_WORDS: f64 = 1.0;
 /// Maximum number of doc comments that open with a question word.
-const MAX_QUESTION_OPENINGS: usize = 65;
+const MAX_QUESTION_OPENINGS: usize = 45;
 /// Maximum number of log messages of a single word.
 const MAX_ONE_WORD_LOGS: usize = 0;
 /// Maximum number of function names longer than [`MAX_TEST_NAME`].
