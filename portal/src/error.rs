@@ -178,10 +178,7 @@ mod tests {
         );
         let error = PortalError::from_status("Execution.Exec", status);
         assert_eq!(error.guest_kind(), Some(ErrorKind::ExecutableNotFound));
-        assert_eq!(
-            error.to_string(),
-            "guest refused Execution.Exec of \"sh\": no such program"
-        );
+        assert_eq!(error.to_string(), "\"sh\": no such program");
     }
 
     #[test]

@@ -248,7 +248,9 @@ impl RuntimeError {
             Self::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
                 ErrorKind::ResourceExhausted
             }
-            Self::Database { source, .. } if crate::database::is_full(source) => {
+            Self::Database { source, .. }
+                if source.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull) =>
+            {
                 ErrorKind::ResourceExhausted
             }
             Self::Shim { kind, .. } | Self::Image { kind, .. } => *kind,

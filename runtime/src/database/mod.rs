@@ -162,11 +162,6 @@ fn cannot_write(error: &rusqlite::Error) -> bool {
     )
 }
 
-/// Whether the disk is full.
-pub(crate) fn is_full(error: &rusqlite::Error) -> bool {
-    error.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull)
-}
-
 impl Database {
     /// Opens or creates the file (0600). Blocks.
     ///
