@@ -311,7 +311,7 @@ fn layer_stages(log: &str) -> Vec<Stage> {
     let field =
         |line: &str, name: &str| Some(line.split(name).nth(1)?.split(' ').next()?.to_owned());
     log.lines()
-        .filter(|line| line.contains("made an EROFS file"))
+        .filter(|line| line.contains("layer downloaded and converted"))
         .filter_map(|line| {
             let layer: String = field(line, "layer=")?.chars().take(19).collect();
             Some((

@@ -56,7 +56,7 @@ async fn annotations_are_refused_unless_allowed(ctx: Context) -> Result {
     let flags = ["--rm", flag, "io.boxlite.speed=9"];
     let words = text(&allowed.run(&flags, "ann3", &["nproc"]).await?.stderr);
     ensure!(
-        words.contains("io.boxlite.speed") && words.contains("not known"),
+        words.contains("unknown annotation io.boxlite.speed"),
         "{words}"
     );
     Ok(())
