@@ -39,7 +39,7 @@ struct Report {
     /// The chosen VMM, or the reason why none can be chosen.
     vmm: Result<VmmChoice, String>,
     parts: Vec<Part>,
-    /// Name and file of the network configuration, or the reason why there is none.
+    /// Name and file of the network configuration, or the reason for its absence.
     network: Result<(String, PathBuf), String>,
 }
 

@@ -323,7 +323,7 @@ async fn run_pod_without_network_config_fails_and_status_explains() {
 
 #[tokio::test]
 async fn run_pod_with_impossible_vm_size_allocates_no_address() {
-    // The largest limit that is a limit: an exbibyte and more is none.
+    // The largest value that counts as a limit: an exbibyte or more means no limit.
     let fixture = Fixture::new().await;
     let mut request = run_request("");
     request.config.as_mut().unwrap().linux = Some(LinuxPodSandboxConfig {

@@ -1,6 +1,6 @@
 //! [`Pod`]: the containers of the pod by id.
 //!
-//! The map is locked for lookups only. A container is created once per id, in a task of its own, whose result all
+//! The map is locked for lookups only. A container is created once per id, in a separate task, whose result all
 //! callers with that id share; a caller that leaves does not interrupt the creation.
 
 use super::context::PodContext;

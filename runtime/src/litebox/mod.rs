@@ -290,7 +290,7 @@ impl LiteBox {
         }
     }
 
-    /// Runs `operation` to completion even if the caller goes away, so that no container is left half created.
+    /// Runs `operation` to completion even if the caller goes away, so that no partially created container remains.
     async fn run_to_completion<T: Send + 'static>(
         &self,
         operation: impl Future<Output = Result<T>> + Send + 'static,
