@@ -44,7 +44,7 @@ struct Report {
 }
 
 /// Runs the checks and prints the report.
-pub async fn check(config: Config, output: Output) -> ExitCode {
+pub(crate) async fn check(config: Config, output: Output) -> ExitCode {
     let report = Report::new(&config).await;
     match output {
         Output::Text => print!("{}", report.text()),

@@ -31,7 +31,7 @@ Examples:
   boxlite-cri status                         ask the running daemon
 
 Exit codes: 0 success, 1 failure, 2 invalid usage, 78 invalid configuration.")]
-pub struct Cli {
+pub(crate) struct Cli {
     #[command(subcommand)]
     command: Command,
 }
@@ -134,7 +134,7 @@ impl ConfigOptions {
 }
 
 /// Runs the command.
-pub fn run(cli: Cli) -> ExitCode {
+pub(crate) fn run(cli: Cli) -> ExitCode {
     match cli.command {
         Command::Serve(options) => with_config(options, |config| {
             if let Err(error) = init_logging(&config.log_level) {

@@ -8,7 +8,7 @@ use std::process::Command;
 const INSIDE: &str = "BOXLITE_TEST_INSIDE";
 
 /// False in the outer run, which has run the inner one. `test` is the whole path of the calling test.
-pub fn inside(test: &str) -> bool {
+pub(crate) fn inside(test: &str) -> bool {
     if std::env::var_os(INSIDE).is_some() {
         return true;
     }

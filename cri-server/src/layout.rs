@@ -10,14 +10,14 @@ use std::path::{Path, PathBuf};
 
 /// Paths of cri-server's files.
 #[derive(Debug, Clone)]
-pub struct Layout {
+pub(crate) struct Layout {
     root: PathBuf,
     state: PathBuf,
 }
 
 impl Layout {
     /// `root` persists, `state` ends with the boot.
-    pub fn new(root: &Path, state: &Path) -> Self {
+    pub(crate) fn new(root: &Path, state: &Path) -> Self {
         Self {
             root: root.to_owned(),
             state: state.to_owned(),
@@ -25,22 +25,22 @@ impl Layout {
     }
 
     /// CNI records.
-    pub fn cni_records(&self) -> PathBuf {
+    pub(crate) fn cni_records(&self) -> PathBuf {
         self.root.join("cni")
     }
 
     /// Network namespaces.
-    pub fn namespaces(&self) -> PathBuf {
+    pub(crate) fn namespaces(&self) -> PathBuf {
         self.state.join("netns")
     }
 
     /// All pods' files.
-    pub fn pods(&self) -> PathBuf {
+    pub(crate) fn pods(&self) -> PathBuf {
         self.state.join("pods")
     }
 
     /// One pod's files. `sandbox` is an id this daemon made.
-    pub fn pod(&self, sandbox: &str) -> PathBuf {
+    pub(crate) fn pod(&self, sandbox: &str) -> PathBuf {
         self.pods().join(sandbox)
     }
 }

@@ -10,13 +10,13 @@ use std::os::unix::net::{SocketAddr, UnixDatagram};
 const SOCKET_VARIABLE: &str = "NOTIFY_SOCKET";
 
 /// Reports that the daemon serves; `status` appears in `systemctl status`.
-pub fn ready(status: &str) {
+pub(crate) fn ready(status: &str) {
     let status = status.replace('\n', " ");
     send(&format!("READY=1\nSTATUS={status}\n"));
 }
 
 /// Reports that the daemon is shutting down.
-pub fn stopping() {
+pub(crate) fn stopping() {
     send("STOPPING=1\nSTATUS=draining calls\n");
 }
 

@@ -3,7 +3,7 @@
 use clap::ValueEnum;
 
 /// Version of this program and the commit it was built from.
-pub const VERSION: &str = concat!(
+pub(crate) const VERSION: &str = concat!(
     env!("CARGO_PKG_VERSION"),
     " (commit ",
     env!("BOXLITE_COMMIT"),
@@ -12,7 +12,7 @@ pub const VERSION: &str = concat!(
 
 /// Format of a report.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
-pub enum Output {
+pub(crate) enum Output {
     /// Aligned text.
     #[default]
     Text,

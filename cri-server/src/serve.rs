@@ -6,7 +6,7 @@
 //! ```
 
 #[cfg(test)]
-pub mod tests;
+pub(crate) mod tests;
 
 use crate::config::Config;
 use crate::metrics::{self, Metrics};
@@ -36,7 +36,7 @@ const MAX_MESSAGE_BYTES: usize = 16 << 20;
 
 /// Failure to start or to keep serving.
 #[derive(Debug, thiserror::Error)]
-pub enum ServeError {
+pub(crate) enum ServeError {
     /// No VMM.
     #[error("no VMM can be chosen")]
     Vmm(#[source] boxlite_runtime::RuntimeError),
@@ -75,7 +75,7 @@ pub enum ServeError {
 }
 
 /// Serves until SIGTERM.
-pub async fn serve(config: Config) -> ExitCode {
+pub(crate) async fn serve(config: Config) -> ExitCode {
     match run(config).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -86,7 +86,7 @@ pub async fn serve(config: Config) -> ExitCode {
 }
 
 /// Returns the configured files and programs of a VM.
-pub fn installation(config: &Config) -> Installation {
+pub(crate) fn installation(config: &Config) -> Installation {
     config.paths.installation(config.root.join("cache"))
 }
 

@@ -61,7 +61,7 @@ struct DaemonState {
 }
 
 /// Asks the daemon and prints the report.
-pub async fn status(config: Config, output: Output) -> ExitCode {
+pub(crate) async fn status(config: Config, output: Output) -> ExitCode {
     let socket = &config.listen;
     let answer = tokio::time::timeout(ANSWER_TIMEOUT, DaemonState::ask(socket)).await;
     let answer = answer.unwrap_or_else(|_| {

@@ -11,7 +11,7 @@ use boxlite_runtime::vmm_probe::{self, VmmChoice};
 ///
 /// # Errors
 /// If a directory cannot be created or the shim is missing.
-pub async fn choose(config: &Config) -> Result<VmmChoice, RuntimeError> {
+pub(crate) async fn choose(config: &Config) -> Result<VmmChoice, RuntimeError> {
     let layout = FilesystemLayout::new(&config.root, &config.state)?;
     layout.prepare()?;
     let report = vmm_probe::probe(&config.shim, &layout).await?;

@@ -9,7 +9,7 @@ use tokio::sync::Notify;
 
 /// The agent's state; one per VM.
 #[derive(Debug)]
-pub struct Agent {
+pub(crate) struct Agent {
     /// The pod's containers.
     pub pod: Arc<Pod>,
     initialized: AtomicBool,
@@ -18,7 +18,7 @@ pub struct Agent {
 
 impl Agent {
     /// Creates the agent of a VM whose pod is not initialized.
-    pub fn new(spawner: Spawner) -> Self {
+    pub(crate) fn new(spawner: Spawner) -> Self {
         Self {
             pod: Arc::new(Pod::new(Launcher::new(spawner))),
             initialized: AtomicBool::new(false),
@@ -27,27 +27,27 @@ impl Agent {
     }
 
     /// Returns the spawner, the reaper and the task tracker.
-    pub fn launcher(&self) -> &Launcher {
+    pub(crate) fn launcher(&self) -> &Launcher {
         &self.pod.context.launcher
     }
 
     /// Records that the pod's mounts and network are set up.
-    pub fn set_initialized(&self) {
+    pub(crate) fn set_initialized(&self) {
         self.initialized.store(true, Ordering::Release);
     }
 
     /// Returns whether containers can be created.
-    pub fn is_initialized(&self) -> bool {
+    pub(crate) fn is_initialized(&self) -> bool {
         self.initialized.load(Ordering::Acquire)
     }
 
     /// Makes [`Self::shut_down`] return.
-    pub fn request_shutdown(&self) {
+    pub(crate) fn request_shutdown(&self) {
         self.shutdown.notify_one();
     }
 
     /// Waits until the VM is to power off.
-    pub async fn shut_down(&self) {
+    pub(crate) async fn shut_down(&self) {
         self.shutdown.notified().await;
     }
 }

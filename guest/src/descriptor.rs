@@ -9,7 +9,7 @@ use tokio::io::unix::AsyncFd;
 
 /// A non-blocking descriptor registered with the runtime.
 #[derive(Debug)]
-pub struct AsyncDescriptor {
+pub(crate) struct AsyncDescriptor {
     inner: AsyncFd<OwnedFd>,
 }
 
@@ -18,7 +18,7 @@ impl AsyncDescriptor {
     ///
     /// # Errors
     /// If it cannot be polled (a regular file), or the runtime is out of resources.
-    pub fn new(descriptor: OwnedFd) -> io::Result<Self> {
+    pub(crate) fn new(descriptor: OwnedFd) -> io::Result<Self> {
         let flags = fcntl_getfl(&descriptor)?;
         fcntl_setfl(&descriptor, flags | OFlags::NONBLOCK)?;
         // SAFETY: the OwnedFd owns its descriptor, and nothing replaces or closes it during the life of the AsyncFd.
@@ -30,26 +30,26 @@ impl AsyncDescriptor {
     ///
     /// # Errors
     /// If the runtime is out of resources.
-    pub fn notifying(file: OwnedFd) -> io::Result<Self> {
+    pub(crate) fn notifying(file: OwnedFd) -> io::Result<Self> {
         // SAFETY: the OwnedFd owns its descriptor, and nothing replaces or closes it during the life of the AsyncFd.
         let inner = unsafe { AsyncFd::register_with_interest(file, Interest::PRIORITY) }?;
         Ok(Self { inner })
     }
 
     /// Waits until the file has changed since it was last read.
-    pub async fn changed(&self) -> io::Result<()> {
+    pub(crate) async fn changed(&self) -> io::Result<()> {
         self.inner.ready(Interest::PRIORITY).await?.clear_ready();
         Ok(())
     }
 
     /// Returns the descriptor for non-blocking calls.
-    pub fn get(&self) -> BorrowedFd<'_> {
+    pub(crate) fn get(&self) -> BorrowedFd<'_> {
         self.inner.get_ref().as_fd()
     }
 
     /// Runs `call` whenever the descriptor is readable, until it returns something other than EWOULDBLOCK.
     /// Cancel-safe if `call` is.
-    pub async fn read_with<T>(
+    pub(crate) async fn read_with<T>(
         &self,
         mut call: impl FnMut(BorrowedFd<'_>) -> io::Result<T>,
     ) -> io::Result<T> {
@@ -62,7 +62,7 @@ impl AsyncDescriptor {
     }
 
     /// Runs `call` whenever the descriptor is writable, like [`Self::read_with`].
-    pub async fn write_with<T>(
+    pub(crate) async fn write_with<T>(
         &self,
         mut call: impl FnMut(BorrowedFd<'_>) -> io::Result<T>,
     ) -> io::Result<T> {

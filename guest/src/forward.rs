@@ -21,7 +21,7 @@ use tonic::{Status, Streaming};
 const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Reads the first message, dials, and returns the stream of replies.
-pub async fn open(
+pub(crate) async fn open(
     mut requests: Streaming<PortForwardRequest>,
 ) -> Result<impl Stream<Item = Result<PortForwardResponse, Status>> + Send + 'static, Status> {
     let first = requests.message().await?.ok_or_else(|| {

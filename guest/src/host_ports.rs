@@ -38,7 +38,7 @@ const MAX_PORTS: usize = 1024;
 
 /// Reads the first message, listens on its ports, and returns the stream of replies: the pod's current ports, then
 /// one item per change.
-pub async fn open(
+pub(crate) async fn open(
     mut requests: Streaming<HostPortsRequest>,
 ) -> Result<impl Stream<Item = Result<HostPortsResponse, Status>> + Send + 'static, Status> {
     let first = requests

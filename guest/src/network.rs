@@ -41,7 +41,10 @@ pub enum NetworkError {
 /// Sets up the loopback, then interfaces, then routes, in the given order.
 ///
 /// If the future is dropped, the network is partially configured; another call completes it.
-pub async fn configure(interfaces: &[Interface], routes: &[Route]) -> Result<(), NetworkError> {
+pub(crate) async fn configure(
+    interfaces: &[Interface],
+    routes: &[Route],
+) -> Result<(), NetworkError> {
     let (connection, handle, _) = rtnetlink::new_connection().map_err(NetworkError::Socket)?;
     let connection = tokio::spawn(connection);
     let result = apply(&handle, interfaces, routes).await;

@@ -39,7 +39,7 @@ const SHUTDOWN_DELAY: Duration = Duration::from_millis(20);
 
 /// Errors that end the agent.
 #[derive(Debug, thiserror::Error)]
-pub enum ServeError {
+pub(crate) enum ServeError {
     /// The handler of SIGCHLD could not be installed.
     #[error("failed to catch SIGCHLD")]
     Signals(#[source] io::Error),
@@ -59,7 +59,7 @@ pub enum ServeError {
 }
 
 /// Runs the agent. Returns after `Guest.Shutdown`.
-pub async fn serve(spawner: Spawner) -> Result<(), ServeError> {
+pub(crate) async fn serve(spawner: Spawner) -> Result<(), ServeError> {
     let children = Reaper::subscribe().map_err(ServeError::Signals)?;
     let agent = Arc::new(Agent::new(spawner));
     let reaping = tokio::spawn({

@@ -13,7 +13,7 @@ use tonic::{Code, Status};
 const MAX_MESSAGE_BYTES: usize = 2048;
 
 /// Creates a status of that kind about `subject`.
-pub fn status(kind: ErrorKind, subject: &str, message: impl Into<String>) -> Status {
+pub(crate) fn status(kind: ErrorKind, subject: &str, message: impl Into<String>) -> Status {
     let mut message = message.into();
     if message.len() > MAX_MESSAGE_BYTES {
         let end = (0..=MAX_MESSAGE_BYTES)
@@ -35,7 +35,7 @@ pub fn status(kind: ErrorKind, subject: &str, message: impl Into<String>) -> Sta
 }
 
 /// Creates a status for an error with its causes.
-pub fn from_error(kind: ErrorKind, subject: &str, error: &(dyn Error + 'static)) -> Status {
+pub(crate) fn from_error(kind: ErrorKind, subject: &str, error: &(dyn Error + 'static)) -> Status {
     status(kind, subject, report(error))
 }
 
@@ -56,7 +56,7 @@ fn code_of(kind: ErrorKind) -> Code {
 }
 
 /// Returns the result of a blocking task that is never aborted, so it can fail only by a panic.
-pub async fn joined<T>(task: tokio::task::JoinHandle<T>) -> Result<T, Status> {
+pub(crate) async fn joined<T>(task: tokio::task::JoinHandle<T>) -> Result<T, Status> {
     task.await
         .map_err(|error| Status::internal(error.to_string()))
 }

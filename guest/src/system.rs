@@ -44,12 +44,12 @@ pub enum SystemError {
 }
 
 /// Returns the wall clock in ns since the epoch.
-pub fn unix_time_ns() -> i64 {
+pub(crate) fn unix_time_ns() -> i64 {
     time_ns(ClockId::CLOCK_REALTIME)
 }
 
 /// Returns the milliseconds since boot.
-pub fn uptime_ms() -> u64 {
+pub(crate) fn uptime_ms() -> u64 {
     (time_ns(ClockId::CLOCK_BOOTTIME) / 1_000_000).unsigned_abs()
 }
 
@@ -60,7 +60,7 @@ fn time_ns(clock: ClockId) -> i64 {
 }
 
 /// Sets the wall clock.
-pub fn set_time(unix_ns: i64) -> Result<(), SystemError> {
+pub(crate) fn set_time(unix_ns: i64) -> Result<(), SystemError> {
     let time = TimeSpec::new(
         unix_ns.div_euclid(1_000_000_000),
         unix_ns.rem_euclid(1_000_000_000),
@@ -70,7 +70,7 @@ pub fn set_time(unix_ns: i64) -> Result<(), SystemError> {
 }
 
 /// Drops unused inodes and directory entries, with `pages` also cached pages. Takes up to seconds with large caches.
-pub async fn drop_caches(pages: bool) -> Result<(), SystemError> {
+pub(crate) async fn drop_caches(pages: bool) -> Result<(), SystemError> {
     let kinds = if pages { "3" } else { "2" };
     let write = move || std::fs::write("/proc/sys/vm/drop_caches", kinds);
     let written = tokio::task::spawn_blocking(write).await;
@@ -98,7 +98,7 @@ mod random_ioctl {
 }
 
 /// Mixes `bytes` into the kernel's random pool and credits them; they come from the host's generator.
-pub fn add_entropy(bytes: &[u8]) -> Result<(), SystemError> {
+pub(crate) fn add_entropy(bytes: &[u8]) -> Result<(), SystemError> {
     let bytes = &bytes[..bytes.len().min(MAX_ENTROPY_BYTES)];
     if bytes.is_empty() {
         return Ok(());
@@ -121,7 +121,7 @@ pub fn add_entropy(bytes: &[u8]) -> Result<(), SystemError> {
 }
 
 /// Sets the hostname of the pod (the VM's UTS namespace).
-pub fn set_hostname(name: &str) -> Result<(), SystemError> {
+pub(crate) fn set_hostname(name: &str) -> Result<(), SystemError> {
     nix::unistd::sethostname(name).map_err(|source| SystemError::Hostname {
         name: name.to_owned(),
         source,
@@ -129,7 +129,7 @@ pub fn set_hostname(name: &str) -> Result<(), SystemError> {
 }
 
 /// Sets a sysctl by its dotted name. Components may contain dots if the name is written with slashes.
-pub fn set_sysctl(name: &str, value: &str) -> Result<(), SystemError> {
+pub(crate) fn set_sysctl(name: &str, value: &str) -> Result<(), SystemError> {
     let failed = |source| SystemError::Sysctl {
         name: name.to_owned(),
         value: value.to_owned(),
@@ -155,12 +155,12 @@ fn sysctl_path(name: &str) -> Option<PathBuf> {
 }
 
 /// Returns the memory available to the VM's kernel, in bytes.
-pub fn memory_total() -> Option<u64> {
+pub(crate) fn memory_total() -> Option<u64> {
     meminfo("MemTotal:")
 }
 
 /// Returns a value of /proc/meminfo, in bytes.
-pub fn meminfo(key: &str) -> Option<u64> {
+pub(crate) fn meminfo(key: &str) -> Option<u64> {
     let text = fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find(|line| line.starts_with(key))?;
     let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
@@ -168,7 +168,7 @@ pub fn meminfo(key: &str) -> Option<u64> {
 }
 
 /// Returns the CPU time used since boot, in ns: user, nice, system, irq, softirq of /proc/stat (ticks of 10 ms).
-pub fn cpu_usage_ns() -> u64 {
+pub(crate) fn cpu_usage_ns() -> u64 {
     let text = fs::read_to_string("/proc/stat").unwrap_or_default();
     let Some(line) = text.lines().next() else {
         return 0;
@@ -187,7 +187,7 @@ pub fn cpu_usage_ns() -> u64 {
 
 /// Returns the traffic of every interface that is up except the loopback. Interfaces created by the kernel (dummy0,
 /// sit0) are down.
-pub fn network_stats() -> Vec<NetworkStats> {
+pub(crate) fn network_stats() -> Vec<NetworkStats> {
     let text = fs::read_to_string("/proc/net/dev").unwrap_or_default();
     text.lines()
         .filter_map(network_line)

@@ -69,7 +69,7 @@ struct Inner {
 
 impl EventHub {
     /// Returns a hub whose subscriptions end with `closing`.
-    pub fn new(closing: CancellationToken) -> Self {
+    pub(crate) fn new(closing: CancellationToken) -> Self {
         Self {
             inner: Mutex::new(Inner {
                 sender: broadcast::channel(MAX_BACKLOG_EVENTS).0,
@@ -80,7 +80,7 @@ impl EventHub {
     }
 
     /// Sends an event to all subscribers without waiting.
-    pub fn emit(&self, event: BoxEvent) {
+    pub(crate) fn emit(&self, event: BoxEvent) {
         let mut inner = self.lock();
         match &mut inner.waiting {
             Some(waiting) => {
@@ -95,7 +95,7 @@ impl EventHub {
     }
 
     /// Subscribes to all further events; the first subscriber also gets the buffered ones.
-    pub fn subscribe(&self) -> Events {
+    pub(crate) fn subscribe(&self) -> Events {
         let mut inner = self.lock();
         Events {
             waiting: inner.waiting.take().unwrap_or_default(),

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 
 /// A pod as its network sees it. Stored in the record, so that DEL passes the same values as ADD.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct PodNetwork {
+pub(crate) struct PodNetwork {
     /// CNI_CONTAINERID.
     pub sandbox_id: String,
     /// Pod name.
@@ -35,7 +35,7 @@ pub struct PodNetwork {
 
 /// `dns` capability.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct DnsSettings {
+pub(crate) struct DnsSettings {
     pub servers: Vec<String>,
     pub searches: Vec<String>,
     pub options: Vec<String>,
@@ -44,7 +44,7 @@ pub struct DnsSettings {
 /// `portMappings` capability; field names are the protocol's.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct PortMap {
+pub(crate) struct PortMap {
     pub host_port: u16,
     pub container_port: u16,
     /// tcp, udp or sctp.
@@ -56,7 +56,7 @@ pub struct PortMap {
 /// `bandwidth` capability: rates in bits per second, bursts in bits; 0 is no limit.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Bandwidth {
+pub(crate) struct Bandwidth {
     pub ingress_rate: u64,
     pub ingress_burst: u64,
     pub egress_rate: u64,
@@ -68,7 +68,7 @@ const BURST_LIMIT: u64 = i32::MAX as u64;
 
 impl Bandwidth {
     /// From rates in bits per second; `None` where neither is limited.
-    pub fn new(ingress: Option<u64>, egress: Option<u64>) -> Option<Self> {
+    pub(crate) fn new(ingress: Option<u64>, egress: Option<u64>) -> Option<Self> {
         let burst = |rate: Option<u64>| rate.map_or(0, |_| BURST_LIMIT);
         (ingress.is_some() || egress.is_some()).then(|| Self {
             ingress_rate: ingress.unwrap_or(0),
@@ -80,7 +80,11 @@ impl Bandwidth {
 }
 
 /// The environment of a plugin, CNI_PATH aside.
-pub fn environment(command: &str, pod: &PodNetwork, netns: &str) -> Vec<(&'static str, String)> {
+pub(crate) fn environment(
+    command: &str,
+    pod: &PodNetwork,
+    netns: &str,
+) -> Vec<(&'static str, String)> {
     // `;` separates and `=` binds in CNI_ARGS; Kubernetes names contain neither, and names of other clients must not inject one.
     let plain = |text: &str| text.replace([';', '='], "_");
     let args = format!(
@@ -101,7 +105,7 @@ pub fn environment(command: &str, pod: &PodNetwork, netns: &str) -> Vec<(&'stati
 
 /// Standard input of one plugin: its object with the network's name and version, what it asked for by `capabilities`,
 /// and the result so far.
-pub fn input(
+pub(crate) fn input(
     network: &NetworkConf,
     plugin: &PluginConf,
     pod: &PodNetwork,
@@ -122,7 +126,7 @@ pub fn input(
 
 /// Standard input of one plugin for GC: its object, and the attachments of this network that are alive. What else it
 /// keeps may go.
-pub fn gc_input(network: &NetworkConf, plugin: &PluginConf, alive: &[String]) -> Value {
+pub(crate) fn gc_input(network: &NetworkConf, plugin: &PluginConf, alive: &[String]) -> Value {
     let mut object = plugin.object.clone();
     object.insert("name".into(), json!(network.name));
     object.insert("cniVersion".into(), json!(network.cni_version));

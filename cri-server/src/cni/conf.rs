@@ -16,7 +16,7 @@ const ENDINGS: [&str; 3] = ["conflist", "conf", "json"];
 
 /// The reason for a missing network configuration.
 #[derive(Debug, thiserror::Error)]
-pub enum ConfError {
+pub(crate) enum ConfError {
     /// The directory can't be read.
     #[error("cannot read the CNI configuration directory {}", path.display())]
     Directory {
@@ -34,7 +34,7 @@ pub enum ConfError {
 
 /// One plugin of a list.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct PluginConf {
+pub(crate) struct PluginConf {
     /// The `type`: name of the program.
     pub kind: String,
     /// Capabilities that it declares and expects in `runtimeConfig`.
@@ -45,7 +45,7 @@ pub struct PluginConf {
 
 /// A network: a conflist, or a single-plugin file converted to a list of one.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct NetworkConf {
+pub(crate) struct NetworkConf {
     /// `name`.
     pub name: String,
     /// `cniVersion`, such as 1.0.0.
@@ -63,7 +63,7 @@ pub struct NetworkConf {
 
 impl NetworkConf {
     /// Returns true if the configuration's protocol version is at least `major.minor`.
-    pub fn at_least(&self, major: u32, minor: u32) -> bool {
+    pub(crate) fn at_least(&self, major: u32, minor: u32) -> bool {
         version(&self.cni_version).is_some_and(|have| have >= (major, minor))
     }
 }
@@ -76,7 +76,7 @@ fn version(text: &str) -> Option<(u32, u32)> {
 }
 
 /// The lexically first valid configuration in `directory`.
-pub fn load(directory: &Path) -> Result<NetworkConf, ConfError> {
+pub(crate) fn load(directory: &Path) -> Result<NetworkConf, ConfError> {
     let fail = |source| ConfError::Directory {
         path: directory.to_owned(),
         source,
@@ -118,7 +118,7 @@ fn read(path: &Path) -> Result<NetworkConf, String> {
 }
 
 /// Reads a conflist or a single plugin's configuration.
-pub fn parse(text: &[u8], path: &Path) -> Result<NetworkConf, String> {
+pub(crate) fn parse(text: &[u8], path: &Path) -> Result<NetworkConf, String> {
     let value: Value = serde_json::from_slice(text).map_err(|e| format!("not JSON: {e}"))?;
     let Value::Object(mut object) = value else {
         return Err("not a JSON object".into());

@@ -20,11 +20,11 @@ mod result;
 #[cfg(test)]
 mod tests;
 
-pub use attachment::{Bandwidth, DnsSettings, PodNetwork, PortMap};
-pub use conf::{ConfError, NetworkConf};
-pub use plugin::PluginError;
-pub use record::Record;
-pub use result::CniResult;
+pub(crate) use attachment::{Bandwidth, DnsSettings, PodNetwork, PortMap};
+pub(crate) use conf::{ConfError, NetworkConf};
+pub(crate) use plugin::PluginError;
+pub(crate) use record::Record;
+pub(crate) use result::CniResult;
 
 use crate::config::CniConfig;
 use crate::layout::Layout;
@@ -34,11 +34,11 @@ use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 
 /// The pod's interface inside the namespace; the kubelet and every plugin expect this name.
-pub const INTERFACE: &str = "eth0";
+pub(crate) const INTERFACE: &str = "eth0";
 
 /// Errors of a pod's network.
 #[derive(Debug, thiserror::Error)]
-pub enum CniError {
+pub(crate) enum CniError {
     /// There is no usable configuration.
     #[error(transparent)]
     Conf(#[from] ConfError),
@@ -74,7 +74,7 @@ pub enum CniError {
 
 /// Runs plugins. Cheap to clone; the state is on disk, memory holds only the operations in progress.
 #[derive(Debug, Clone)]
-pub struct Cni {
+pub(crate) struct Cni {
     conf_dir: PathBuf,
     plugins: plugin::Plugins,
     records: PathBuf,
@@ -88,7 +88,7 @@ type Gate = tokio::sync::Mutex<()>;
 
 impl Cni {
     /// The layout's CNI records and namespaces are this module's.
-    pub fn new(config: &CniConfig, layout: &Layout) -> Self {
+    pub(crate) fn new(config: &CniConfig, layout: &Layout) -> Self {
         Self {
             conf_dir: config.conf_dir.clone(),
             plugins: plugin::Plugins::new(config.bin_dirs.clone(), config.timeout),
@@ -100,7 +100,7 @@ impl Cni {
 
     /// Returns an error if a pod could not get a network now (invalid configuration, missing plugin). Read on each call,
     /// so a changed directory is seen at once.
-    pub fn ready(&self) -> Result<NetworkConf, CniError> {
+    pub(crate) fn ready(&self) -> Result<NetworkConf, CniError> {
         let conf = conf::load(&self.conf_dir)?;
         for plugin in &conf.plugins {
             self.plugins
@@ -116,13 +116,13 @@ impl Cni {
     }
 
     /// Returns the path of the namespace of `sandbox`, whether or not it exists.
-    pub fn namespace(&self, sandbox: &str) -> PathBuf {
+    pub(crate) fn namespace(&self, sandbox: &str) -> PathBuf {
         self.namespaces.join(sandbox)
     }
 
     /// Makes the namespace, brings its loopback up and runs ADD of every plugin. On failure everything is undone.
     /// Dropping the future leaves the record, which `detach` or `collect` works off.
-    pub async fn attach(&self, pod: &PodNetwork) -> Result<Record, CniError> {
+    pub(crate) async fn attach(&self, pod: &PodNetwork) -> Result<Record, CniError> {
         let conf = self.ready()?;
         let mut record = Record::new(pod, conf, self.namespace(&pod.sandbox_id));
         record.save(&self.records)?;
@@ -168,7 +168,7 @@ impl Cni {
     /// Runs DEL of every plugin in reverse order, then removes namespace and record. Succeeds if they are already removed. When a
     /// plugin fails the others still run, and the record stays so that the next call tries again. A second call beside the
     /// first waits for it: two DELs at once trip over each other (bridge on an interface that has just gone).
-    pub async fn detach(&self, sandbox: &str) -> Result<(), CniError> {
+    pub(crate) async fn detach(&self, sandbox: &str) -> Result<(), CniError> {
         let gate = self.gate(sandbox);
         let _alone = gate.lock().await;
         let Some(record) = Record::load(&self.records, sandbox)? else {
@@ -202,7 +202,7 @@ impl Cni {
 
     /// Runs CHECK of every plugin against the recorded result. Nothing to check where the configuration is older than
     /// 0.4.0, switched it off, or there was no ADD.
-    pub async fn check(&self, sandbox: &str) -> Result<(), CniError> {
+    pub(crate) async fn check(&self, sandbox: &str) -> Result<(), CniError> {
         let Some(record) = Record::load(&self.records, sandbox)? else {
             return Ok(());
         };
@@ -228,7 +228,7 @@ impl Cni {
     /// Undoes records and namespaces that belong to no sandbox in `live`. Only this daemon's own are
     /// looked at (its two directories), so nothing of another runtime on the node is touched. Returns how many went, and
     /// those whose plugins failed, for [`Cni::release`]. At start only: drafts of records go too.
-    pub async fn collect(&self, live: &HashSet<String>) -> (usize, HashSet<String>) {
+    pub(crate) async fn collect(&self, live: &HashSet<String>) -> (usize, HashSet<String>) {
         Record::sweep(&self.records);
         let mut stale: HashSet<String> = Record::names(&self.records).into_iter().collect();
         stale.extend(netns::names(&self.namespaces));
@@ -240,7 +240,7 @@ impl Cni {
     }
 
     /// Undoes the attachments of these removed sandboxes. Returns those that remain because a plugin failed.
-    pub async fn release(&self, stale: HashSet<String>) -> HashSet<String> {
+    pub(crate) async fn release(&self, stale: HashSet<String>) -> HashSet<String> {
         let mut left = HashSet::new();
         for sandbox in stale {
             if let Err(error) = self.detach(&sandbox).await {
@@ -257,7 +257,7 @@ impl Cni {
 
     /// [`Cni::release`] once more. A network whose ADD never came to its end is given up where a plugin refuses again: it
     /// fails on objects that the ADD had not created yet (bridge on its iptables chain), and would fail forever.
-    pub async fn release_again(&self, stale: HashSet<String>) -> HashSet<String> {
+    pub(crate) async fn release_again(&self, stale: HashSet<String>) -> HashSet<String> {
         let mut left = HashSet::new();
         for sandbox in self.release(stale).await {
             let unfinished = matches!(

@@ -19,12 +19,12 @@ const LOOPBACK: u32 = 1;
 const STACK_LIMIT: usize = 16;
 
 /// Returns true if a namespace is mounted at `path`.
-pub fn is_namespace(path: &Path) -> bool {
+pub(crate) fn is_namespace(path: &Path) -> bool {
     statfs(path).is_ok_and(|stat| stat.filesystem_type() == NSFS_MAGIC)
 }
 
 /// Returns the names of the directory's entries, namespaces or left-over files.
-pub fn names(directory: &Path) -> Vec<String> {
+pub(crate) fn names(directory: &Path) -> Vec<String> {
     let Ok(entries) = fs::read_dir(directory) else {
         return Vec::new();
     };
@@ -34,7 +34,7 @@ pub fn names(directory: &Path) -> Vec<String> {
 }
 
 /// Makes a namespace at `path` with its loopback up. On failure nothing remains. A dropped future lets the thread finish.
-pub async fn create(path: PathBuf) -> Result<(), CniError> {
+pub(crate) async fn create(path: PathBuf) -> Result<(), CniError> {
     off_thread(path, |path| {
         let made = prepare(path).and_then(|()| {
             // The namespace of a thread ends with it, unless mounted: hence a separate thread, joined here.
@@ -53,7 +53,7 @@ pub async fn create(path: PathBuf) -> Result<(), CniError> {
 }
 
 /// Unmounts and removes `path`. Succeeds if it does not exist.
-pub async fn remove(path: PathBuf) -> Result<(), CniError> {
+pub(crate) async fn remove(path: PathBuf) -> Result<(), CniError> {
     off_thread(path, unmount).await
 }
 

@@ -19,7 +19,7 @@ const STDERR_LIMIT: usize = 4 << 10;
 
 /// Failures of a plugin's run.
 #[derive(Debug, thiserror::Error)]
-pub enum PluginError {
+pub(crate) enum PluginError {
     /// No such program.
     #[error("no program {name:?} in {}", dirs.iter().map(|d| d.display().to_string()).collect::<Vec<_>>().join(", "))]
     Missing { name: String, dirs: Vec<PathBuf> },
@@ -69,19 +69,19 @@ struct ErrorObject {
 
 /// Directories of the plugins and the time limit of each run.
 #[derive(Debug, Clone)]
-pub struct Plugins {
+pub(crate) struct Plugins {
     dirs: Vec<PathBuf>,
     timeout: Duration,
 }
 
 impl Plugins {
     /// `timeout` is for one run of one plugin.
-    pub fn new(dirs: Vec<PathBuf>, timeout: Duration) -> Self {
+    pub(crate) fn new(dirs: Vec<PathBuf>, timeout: Duration) -> Self {
         Self { dirs, timeout }
     }
 
     /// The program of that name in the first directory that has it.
-    pub fn find(&self, name: &str) -> Result<PathBuf, PluginError> {
+    pub(crate) fn find(&self, name: &str) -> Result<PathBuf, PluginError> {
         self.dirs
             .iter()
             .map(|dir| dir.join(name))
@@ -93,7 +93,7 @@ impl Plugins {
     }
 
     /// Runs it and returns its standard output. Dropping the future kills the process group.
-    pub async fn run(
+    pub(crate) async fn run(
         &self,
         name: &str,
         environment: &[(&'static str, String)],

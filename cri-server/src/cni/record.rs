@@ -19,7 +19,7 @@ const DRAFT: &str = "tmp";
 
 /// A pod's network as ADD made it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Record {
+pub(crate) struct Record {
     /// The pod.
     pub pod: PodNetwork,
     /// The configuration at ADD: DEL uses it even when the directory says something else by then.
@@ -32,7 +32,7 @@ pub struct Record {
 
 impl Record {
     /// A record without result.
-    pub fn new(pod: &PodNetwork, conf: NetworkConf, netns: PathBuf) -> Self {
+    pub(crate) fn new(pod: &PodNetwork, conf: NetworkConf, netns: PathBuf) -> Self {
         Self {
             pod: pod.clone(),
             conf,
@@ -42,7 +42,7 @@ impl Record {
     }
 
     /// The pod's addresses, the primary one first.
-    pub fn addresses(&self) -> Vec<IpAddr> {
+    pub(crate) fn addresses(&self) -> Vec<IpAddr> {
         self.result
             .as_ref()
             .map(|value| CniResult::from_value(value).addresses().collect())
@@ -50,7 +50,7 @@ impl Record {
     }
 
     /// Writes the record (0600, in a 0700 directory).
-    pub fn save(&self, directory: &Path) -> Result<(), CniError> {
+    pub(crate) fn save(&self, directory: &Path) -> Result<(), CniError> {
         let path = file(directory, &self.pod.sandbox_id);
         let fail = |step| {
             let path = path.clone();
@@ -78,7 +78,7 @@ impl Record {
     }
 
     /// Reads the record of `sandbox`. One that can't be decoded (a crash of the machine while writing) is an error.
-    pub fn load(directory: &Path, sandbox: &str) -> Result<Option<Self>, CniError> {
+    pub(crate) fn load(directory: &Path, sandbox: &str) -> Result<Option<Self>, CniError> {
         let path = file(directory, sandbox);
         let text = match fs::read(&path) {
             Ok(text) => text,
@@ -98,7 +98,7 @@ impl Record {
     }
 
     /// Removes the record of `sandbox`; succeeds if it does not exist.
-    pub fn remove(directory: &Path, sandbox: &str) -> Result<(), CniError> {
+    pub(crate) fn remove(directory: &Path, sandbox: &str) -> Result<(), CniError> {
         let path = file(directory, sandbox);
         match fs::remove_file(&path) {
             Err(source) if source.kind() != std::io::ErrorKind::NotFound => Err(CniError::Record {
@@ -111,7 +111,7 @@ impl Record {
     }
 
     /// Deletes temporary files of a daemon that was killed during a write. Call before the first write.
-    pub fn sweep(directory: &Path) {
+    pub(crate) fn sweep(directory: &Path) {
         for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
             let path = entry.path();
             if path.extension().is_some_and(|ending| ending == DRAFT)
@@ -123,7 +123,7 @@ impl Record {
     }
 
     /// Sandboxes that have a record.
-    pub fn names(directory: &Path) -> Vec<String> {
+    pub(crate) fn names(directory: &Path) -> Vec<String> {
         let Ok(entries) = fs::read_dir(directory) else {
             return Vec::new();
         };

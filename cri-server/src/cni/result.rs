@@ -7,7 +7,7 @@ use std::net::IpAddr;
 
 /// The part of a result (CNI 0.3 to 1.1) that is looked at.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CniResult {
+pub(crate) struct CniResult {
     /// Interfaces made, on the host and in the namespace.
     #[serde(default)]
     pub interfaces: Vec<Interface>,
@@ -18,7 +18,7 @@ pub struct CniResult {
 
 /// An interface.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Interface {
+pub(crate) struct Interface {
     pub name: String,
     #[serde(default)]
     pub mac: String,
@@ -29,7 +29,7 @@ pub struct Interface {
 
 /// An address.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct IpConfig {
+pub(crate) struct IpConfig {
     /// CIDR.
     pub address: String,
     /// Index into `interfaces`.
@@ -39,7 +39,7 @@ pub struct IpConfig {
 
 impl CniResult {
     /// Reads the present fields; one of the wrong type counts as absent.
-    pub fn from_value(value: &Value) -> Self {
+    pub(crate) fn from_value(value: &Value) -> Self {
         fn list<T: serde::de::DeserializeOwned>(value: Option<&Value>) -> Vec<T> {
             value
                 .and_then(Value::as_array)
@@ -58,7 +58,7 @@ impl CniResult {
     }
 
     /// The pod's addresses, in the plugins' order: the first is the pod's IP, the others its additional ones.
-    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
+    pub(crate) fn addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
         self.ips
             .iter()
             .filter(
@@ -72,7 +72,7 @@ impl CniResult {
 }
 
 /// The output of ADD as JSON; `None` for no output.
-pub fn parse_value(output: &[u8]) -> Result<Option<Value>, PluginError> {
+pub(crate) fn parse_value(output: &[u8]) -> Result<Option<Value>, PluginError> {
     if output.iter().all(u8::is_ascii_whitespace) {
         return Ok(None);
     }

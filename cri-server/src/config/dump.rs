@@ -7,7 +7,7 @@ use toml::{Table, Value};
 
 impl Config {
     /// Returns every key with its effective value.
-    pub fn to_toml(&self) -> String {
+    pub(crate) fn to_toml(&self) -> String {
         let acceleration = self
             .vmm
             .acceleration

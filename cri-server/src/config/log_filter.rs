@@ -11,13 +11,13 @@ use tracing_subscriber::EnvFilter;
 const LEVELS: &str = "off, error, warn, info, debug or trace";
 
 /// Reads the key `log_level`.
-pub fn read(value: &Value) -> Result<String, String> {
+pub(crate) fn read(value: &Value) -> Result<String, String> {
     check(value::text(value)?)
 }
 
 /// Returns the filter if every directive of it is `level`, `target` or `target=level`, where the target may have a
 /// `[span{field=value}]`.
-pub fn check(filter: &str) -> Result<String, String> {
+pub(crate) fn check(filter: &str) -> Result<String, String> {
     for directive in directives(filter) {
         check_directive(directive.trim())?;
     }

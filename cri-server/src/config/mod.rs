@@ -11,11 +11,11 @@ mod log_filter;
 #[cfg(test)]
 mod tests;
 
-pub use boxlite_config::paths::Paths;
-pub use boxlite_config::pod::PodDefaults;
-pub use boxlite_config::section::{ConfigError, Mistake};
-pub use boxlite_config::value::socket_path;
-pub use log_filter::check as check_log_filter;
+pub(crate) use boxlite_config::paths::Paths;
+pub(crate) use boxlite_config::pod::PodDefaults;
+pub(crate) use boxlite_config::section::{ConfigError, Mistake};
+pub(crate) use boxlite_config::value::socket_path;
+pub(crate) use log_filter::check as check_log_filter;
 
 use boxlite_config::paths::{installed_shim, prefix};
 use boxlite_config::section::{self, Section};
@@ -29,7 +29,7 @@ use std::time::Duration;
 const DEFAULT_TOML: &str = include_str!("default.toml");
 
 /// Returns the commented default file for an installation below `prefix`, with this guest kernel.
-pub fn default_toml(prefix: &Path, kernel: &Path) -> String {
+pub(crate) fn default_toml(prefix: &Path, kernel: &Path) -> String {
     DEFAULT_TOML
         .replace("@PREFIX@", &prefix.display().to_string())
         .replace("@KERNEL@", &kernel.display().to_string())
@@ -37,7 +37,7 @@ pub fn default_toml(prefix: &Path, kernel: &Path) -> String {
 
 /// Everything an operator may set.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Config {
+pub(crate) struct Config {
     /// Persistent files (images, database, CNI results). Default /var/lib/boxlite, the FHS directory of state that
     /// survives a boot.
     pub root: PathBuf,
@@ -75,7 +75,7 @@ pub struct Config {
 
 /// Network plugins.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct CniConfig {
+pub(crate) struct CniConfig {
     /// Directory of network configurations; the lexically first valid one is used. Default /etc/cni/net.d.
     pub conf_dir: PathBuf,
     /// Directories of plugins, in order. Default /opt/cni/bin (where most installers put them), /usr/lib/cni (Debian).
@@ -86,21 +86,21 @@ pub struct CniConfig {
 
 /// Image registries.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RegistryConfig {
+pub(crate) struct RegistryConfig {
     /// Mirrors and certificates in containerd's layout `<dir>/<host>/hosts.toml`. Default /etc/boxlite/certs.d.
     pub config_path: PathBuf,
 }
 
 /// Prometheus endpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct MetricsConfig {
+pub(crate) struct MetricsConfig {
     /// Listen address; `None` disables the page. Default 127.0.0.1:9640, which the network cannot reach.
     pub listen: Option<SocketAddr>,
 }
 
 /// Server of exec, attach and port-forward.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct StreamingConfig {
+pub(crate) struct StreamingConfig {
     /// Listen address, also the host in its URLs. Default 127.0.0.1: the kubelet is on this machine, and the streams
     /// are not encrypted.
     pub address: IpAddr,
@@ -114,7 +114,7 @@ pub struct StreamingConfig {
 
 /// NRI plugins. The names are containerd's.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NriConfig {
+pub(crate) struct NriConfig {
     /// Enables NRI. Default false: any connected plugin may change every container, and on a node with containerd the
     /// socket belongs to containerd.
     pub enable: bool,
@@ -134,7 +134,7 @@ pub struct NriConfig {
 
 /// Timeouts.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Timeouts {
+pub(crate) struct Timeouts {
     /// RunPodSandbox as a whole. Default 230 s, just under the kubelet's 240 s, so that its retry finds a result.
     pub run_pod: Duration,
     /// Time to drain calls after SIGTERM. Default 10 s: systemd kills after 90.
@@ -193,13 +193,13 @@ impl Default for Config {
 
 impl Config {
     /// Returns the directory of the scratch disks.
-    pub fn scratch_dir(&self) -> PathBuf {
+    pub(crate) fn scratch_dir(&self) -> PathBuf {
         let default = || self.root.join("scratch");
         self.scratch_dir.clone().unwrap_or_else(default)
     }
 
     /// Reads `path`. A missing file is an error.
-    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+    pub(crate) fn load(path: &Path) -> Result<Self, ConfigError> {
         section::load(path, Self::read)
     }
 

@@ -14,7 +14,7 @@ use std::path::{Component, Path, PathBuf};
 /// Metadata that this crate stores for a container. It excludes the environment, which may be secret and is never
 /// returned.
 #[derive(Clone, PartialEq, Message)]
-pub struct ContainerMetadata {
+pub(crate) struct ContainerMetadata {
     /// Config of CreateContainer without `envs`.
     #[prost(message, optional, tag = "1")]
     pub config: Option<ContainerConfig>,
@@ -31,7 +31,7 @@ pub struct ContainerMetadata {
 
 impl ContainerMetadata {
     /// Decodes stored metadata; unreadable metadata is empty, so that the container can still be removed.
-    pub fn from_bytes(bytes: &[u8]) -> Self {
+    pub(crate) fn from_bytes(bytes: &[u8]) -> Self {
         Self::decode(bytes).unwrap_or_else(|error| {
             tracing::warn!(%error, "failed to decode container metadata");
             Self::default()
@@ -39,18 +39,18 @@ impl ContainerMetadata {
     }
 
     /// Returns the config, empty if it is lost.
-    pub fn config(&self) -> ContainerConfig {
+    pub(crate) fn config(&self) -> ContainerConfig {
         self.config.clone().unwrap_or_default()
     }
 
     /// Returns the current resources.
-    pub fn resources(&self) -> Option<LinuxContainerResources> {
+    pub(crate) fn resources(&self) -> Option<LinuxContainerResources> {
         self.config.as_ref()?.linux.as_ref()?.resources.clone()
     }
 
     /// Returns the metadata in `bytes` with updated resources: zero fields keep the old values. Unreadable metadata
     /// is not changed.
-    pub fn updated(bytes: &[u8], update: &LinuxContainerResources) -> Vec<u8> {
+    pub(crate) fn updated(bytes: &[u8], update: &LinuxContainerResources) -> Vec<u8> {
         let Ok(mut record) = Self::decode(bytes) else {
             return bytes.to_vec();
         };
@@ -66,7 +66,7 @@ impl ContainerMetadata {
 }
 
 /// Validates the fields that depend neither on the pod nor on the image.
-pub fn validate(config: &ContainerConfig) -> Result<(), ConvertError> {
+pub(crate) fn validate(config: &ContainerConfig) -> Result<(), ConvertError> {
     let metadata = config
         .metadata
         .as_ref()
@@ -81,7 +81,7 @@ pub fn validate(config: &ContainerConfig) -> Result<(), ConvertError> {
 }
 
 /// Returns the unique name within the pod.
-pub fn key(config: &ContainerConfig) -> String {
+pub(crate) fn key(config: &ContainerConfig) -> String {
     let metadata = config.metadata.clone().unwrap_or_default();
     format!(
         "{}/{}",
@@ -91,12 +91,12 @@ pub fn key(config: &ContainerConfig) -> String {
 }
 
 /// Returns the image reference of an image mount.
-pub fn image_volume(mount: &Mount) -> Option<String> {
+pub(crate) fn image_volume(mount: &Mount) -> Option<String> {
     spec::image_source(mount).map(|image| image.image.clone())
 }
 
 /// Converts a container to the runtime's options. Image mounts have the image's ID in `image_ref`.
-pub fn options(
+pub(crate) fn options(
     id: &str,
     sandbox_id: &str,
     sandbox: &PodMetadata,

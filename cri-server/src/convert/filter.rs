@@ -7,19 +7,19 @@ use boxlite_proto::cri::v1::{
 use std::collections::HashMap;
 
 /// Returns whether `id` starts with `wanted`; an empty prefix matches all.
-pub fn id(wanted: &str, id: &str) -> bool {
+pub(crate) fn id(wanted: &str, id: &str) -> bool {
     id.starts_with(wanted)
 }
 
 /// Returns whether `labels` has every pair of `selector`.
-pub fn labels(selector: &HashMap<String, String>, labels: &HashMap<String, String>) -> bool {
+pub(crate) fn labels(selector: &HashMap<String, String>, labels: &HashMap<String, String>) -> bool {
     selector
         .iter()
         .all(|(key, value)| labels.get(key) == Some(value))
 }
 
 /// Returns whether a pod sandbox matches the filter.
-pub fn sandbox(filter: Option<&PodSandboxFilter>, sandbox: &PodSandbox) -> bool {
+pub(crate) fn sandbox(filter: Option<&PodSandboxFilter>, sandbox: &PodSandbox) -> bool {
     filter.is_none_or(|filter| {
         id(&filter.id, &sandbox.id)
             && filter
@@ -31,7 +31,7 @@ pub fn sandbox(filter: Option<&PodSandboxFilter>, sandbox: &PodSandbox) -> bool 
 }
 
 /// Returns whether a container matches the filter.
-pub fn container(filter: Option<&ContainerFilter>, container: &Container) -> bool {
+pub(crate) fn container(filter: Option<&ContainerFilter>, container: &Container) -> bool {
     filter.is_none_or(|filter| {
         id(&filter.id, &container.id)
             && id(&filter.pod_sandbox_id, &container.pod_sandbox_id)
@@ -44,7 +44,7 @@ pub fn container(filter: Option<&ContainerFilter>, container: &Container) -> boo
 }
 
 /// Converts a stats filter to a list filter.
-pub fn of_container_stats(filter: Option<ContainerStatsFilter>) -> Option<ContainerFilter> {
+pub(crate) fn of_container_stats(filter: Option<ContainerStatsFilter>) -> Option<ContainerFilter> {
     filter.map(|filter| ContainerFilter {
         id: filter.id,
         pod_sandbox_id: filter.pod_sandbox_id,
@@ -54,7 +54,7 @@ pub fn of_container_stats(filter: Option<ContainerStatsFilter>) -> Option<Contai
 }
 
 /// Converts a stats filter to a list filter.
-pub fn of_sandbox_stats(filter: Option<PodSandboxStatsFilter>) -> Option<PodSandboxFilter> {
+pub(crate) fn of_sandbox_stats(filter: Option<PodSandboxStatsFilter>) -> Option<PodSandboxFilter> {
     filter.map(|filter| PodSandboxFilter {
         id: filter.id,
         label_selector: filter.label_selector,

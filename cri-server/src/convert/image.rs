@@ -9,7 +9,7 @@ use boxlite_runtime::images::{
 use tonic::{Code, Status};
 
 /// Converts an image.
-pub fn image(record: &ImageRecord) -> Image {
+pub(crate) fn image(record: &ImageRecord) -> Image {
     let (uid, username) = match record.user() {
         ImageUser::Unset => (Some(Int64Value { value: 0 }), String::new()),
         ImageUser::Uid(value) => (Some(Int64Value { value }), String::new()),
@@ -31,7 +31,7 @@ pub fn image(record: &ImageRecord) -> Image {
 }
 
 /// Converts credentials; `None` for a missing or empty AuthConfig.
-pub fn auth(auth: Option<AuthConfig>) -> Option<RegistryAuth> {
+pub(crate) fn auth(auth: Option<AuthConfig>) -> Option<RegistryAuth> {
     let auth = auth.filter(|auth| *auth != AuthConfig::default())?;
     Some(RegistryAuth {
         username: auth.username,
@@ -44,7 +44,7 @@ pub fn auth(auth: Option<AuthConfig>) -> Option<RegistryAuth> {
 }
 
 /// Converts the usage of the image store.
-pub fn usage(info: &ImageFsInfo) -> FilesystemUsage {
+pub(crate) fn usage(info: &ImageFsInfo) -> FilesystemUsage {
     FilesystemUsage {
         timestamp: info.timestamp_ns,
         fs_id: Some(FilesystemIdentifier {
@@ -60,12 +60,12 @@ pub fn usage(info: &ImageFsInfo) -> FilesystemUsage {
 }
 
 /// Returns the gRPC status of an image error.
-pub fn status(error: &ImageError) -> Status {
+pub(crate) fn status(error: &ImageError) -> Status {
     Status::new(code(error.kind()), error.report())
 }
 
 /// Returns the gRPC code of an error class.
-pub fn code(kind: ImageErrorKind) -> Code {
+pub(crate) fn code(kind: ImageErrorKind) -> Code {
     match kind {
         ImageErrorKind::InvalidReference => Code::InvalidArgument,
         ImageErrorKind::NotFound => Code::NotFound,

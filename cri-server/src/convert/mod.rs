@@ -3,18 +3,18 @@
 //! The functions are pure except for reads of the host that a spec requires (mount sources, the limit of a cgroup,
 //! devices); none calls the runtime. Flow: service → convert → BoxliteRuntime or LiteBox → convert → answer.
 
-pub mod container;
-pub mod filter;
-pub mod image;
-pub mod metrics;
-pub mod sandbox;
-pub mod signal;
-pub mod size;
-pub mod spec;
-pub mod stats;
-pub mod status;
-pub mod time;
-pub mod verbose;
+pub(crate) mod container;
+pub(crate) mod filter;
+pub(crate) mod image;
+pub(crate) mod metrics;
+pub(crate) mod sandbox;
+pub(crate) mod signal;
+pub(crate) mod size;
+pub(crate) mod spec;
+pub(crate) mod stats;
+pub(crate) mod status;
+pub(crate) mod time;
+pub(crate) mod verbose;
 
 use boxlite_config::size::SizeError;
 

@@ -28,7 +28,7 @@ const MIB: u64 = 1 << 20;
 
 /// Metadata that this crate stores for a pod.
 #[derive(Clone, PartialEq, Message)]
-pub struct PodMetadata {
+pub(crate) struct PodMetadata {
     /// Config of RunPodSandbox.
     #[prost(message, optional, tag = "1")]
     pub config: Option<PodSandboxConfig>,
@@ -45,7 +45,10 @@ pub struct PodMetadata {
 
 impl PodMetadata {
     /// Creates the metadata of a pod without network. Validates required and unsupported fields.
-    pub fn new(config: PodSandboxConfig, runtime_handler: String) -> Result<Self, ConvertError> {
+    pub(crate) fn new(
+        config: PodSandboxConfig,
+        runtime_handler: String,
+    ) -> Result<Self, ConvertError> {
         let metadata = config
             .metadata
             .as_ref()
@@ -93,7 +96,7 @@ impl PodMetadata {
     }
 
     /// Decodes the result of [`Self::encoded`]; unreadable metadata is empty, so that the pod can still be removed.
-    pub fn from_bytes(bytes: &[u8]) -> Self {
+    pub(crate) fn from_bytes(bytes: &[u8]) -> Self {
         Self::decode(bytes).unwrap_or_else(|error| {
             tracing::warn!(%error, "failed to decode pod metadata");
             Self::default()
@@ -102,7 +105,7 @@ impl PodMetadata {
 
     /// Returns the metadata in `bytes` with the values of UpdatePodSandboxResources: zero fields keep the old values.
     /// Unreadable metadata is not changed.
-    pub fn updated(
+    pub(crate) fn updated(
         bytes: &[u8],
         resources: Option<&LinuxContainerResources>,
         overhead: Option<&LinuxContainerResources>,
@@ -125,12 +128,12 @@ impl PodMetadata {
     }
 
     /// Encodes the metadata for storage in the runtime.
-    pub fn encoded(&self) -> Vec<u8> {
+    pub(crate) fn encoded(&self) -> Vec<u8> {
         self.encode_to_vec()
     }
 
     /// Returns name, namespace, uid and attempt.
-    pub fn metadata(&self) -> PodSandboxMetadata {
+    pub(crate) fn metadata(&self) -> PodSandboxMetadata {
         self.config
             .as_ref()
             .and_then(|config| config.metadata.clone())
@@ -138,12 +141,12 @@ impl PodMetadata {
     }
 
     /// Returns the unique key of a pod. Its parts are escaped, so that no two pods share one.
-    pub fn key(&self) -> String {
+    pub(crate) fn key(&self) -> String {
         key(&self.metadata())
     }
 
     /// Returns the hostname of the pod: from the config, the node's with host networking, or derived from the pod's name.
-    pub fn hostname(&self) -> String {
+    pub(crate) fn hostname(&self) -> String {
         let wanted = self
             .config
             .as_ref()
@@ -174,7 +177,7 @@ impl PodMetadata {
     }
 
     /// Returns whether the pod uses the host network.
-    pub fn host_network(&self) -> bool {
+    pub(crate) fn host_network(&self) -> bool {
         self.config
             .as_ref()
             .and_then(|config| config.linux.as_ref())
@@ -184,7 +187,7 @@ impl PodMetadata {
     }
 
     /// Returns whether privileged containers are allowed in the pod.
-    pub fn is_privileged(&self) -> bool {
+    pub(crate) fn is_privileged(&self) -> bool {
         self.config
             .as_ref()
             .and_then(|config| config.linux.as_ref())
@@ -193,7 +196,7 @@ impl PodMetadata {
     }
 
     /// Returns the requested user namespace.
-    pub fn userns(&self) -> Option<&UserNamespace> {
+    pub(crate) fn userns(&self) -> Option<&UserNamespace> {
         let linux = self.config.as_ref()?.linux.as_ref()?;
         let options = linux
             .security_context
@@ -204,7 +207,7 @@ impl PodMetadata {
     }
 
     /// Returns the pod's cgroup as a path, systemd's slices expanded; empty if the request has none.
-    pub fn cgroup_parent(&self) -> String {
+    pub(crate) fn cgroup_parent(&self) -> String {
         self.config
             .as_ref()
             .and_then(|config| config.linux.as_ref())
@@ -213,12 +216,12 @@ impl PodMetadata {
     }
 
     /// Sets the addresses.
-    pub fn set_addresses(&mut self, addresses: &[IpAddr]) {
+    pub(crate) fn set_addresses(&mut self, addresses: &[IpAddr]) {
         self.addresses = addresses.iter().map(IpAddr::to_string).collect();
     }
 
     /// Returns the options of the pod's box.
-    pub fn box_options(
+    pub(crate) fn box_options(
         &self,
         id: &str,
         netns: Option<PathBuf>,
@@ -255,7 +258,7 @@ impl PodMetadata {
     }
 
     /// Returns the pod's network for CNI; `ranges` are the node's pod CIDRs, if the kubelet has sent them.
-    pub fn network(&self, id: &str, ranges: &[String]) -> Result<PodNetwork, ConvertError> {
+    pub(crate) fn network(&self, id: &str, ranges: &[String]) -> Result<PodNetwork, ConvertError> {
         let none = PodSandboxConfig::default();
         let config = self.config.as_ref().unwrap_or(&none);
         let metadata = self.metadata();
@@ -307,13 +310,13 @@ impl PodMetadata {
     }
 
     /// Returns the pod's resolv.conf; `None` without DNS config, which means the node's.
-    pub fn resolv_conf(&self) -> Option<String> {
+    pub(crate) fn resolv_conf(&self) -> Option<String> {
         let dns = self.config.as_ref()?.dns_config.as_ref()?;
         dns::resolv_conf(&dns.servers, &dns.searches, &dns.options)
     }
 
     /// Returns the pod's hosts file, for containers without a hosts mount of the kubelet.
-    pub fn hosts(&self) -> String {
+    pub(crate) fn hosts(&self) -> String {
         let mut text = String::from(
             "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n",
         );
@@ -332,7 +335,7 @@ fn node_hostname() -> Option<String> {
 }
 
 /// `namespace/name/uid/attempt`.
-pub fn key(metadata: &PodSandboxMetadata) -> String {
+pub(crate) fn key(metadata: &PodSandboxMetadata) -> String {
     let clean = |text: &str| text.replace('%', "%25").replace('/', "%2F");
     format!(
         "{}/{}/{}/{}",

@@ -4,7 +4,7 @@
 use boxlite_proto::cri::v1::Signal as CriSignal;
 
 /// SIGTERM, the default if image and request name no signal.
-pub const TERM: u32 = 15;
+pub(crate) const TERM: u32 = 15;
 /// Prefix of the enum's names since Kubernetes 1.37.
 const ENUM_PREFIX: &str = "SIGNAL_";
 /// First and last real-time signal in glibc's numbering.
@@ -52,7 +52,7 @@ const NAMES: [(&str, u32); 34] = [
 ];
 
 /// Returns the Linux number of a CRI signal; `None` for RUNTIME_DEFAULT and unknown values.
-pub fn from_cri(signal: i32) -> Option<u32> {
+pub(crate) fn from_cri(signal: i32) -> Option<u32> {
     let name = CriSignal::try_from(signal).ok()?.as_str_name();
     let name = name.strip_prefix(ENUM_PREFIX).unwrap_or(name);
     // The enum writes SIGRTMINPLUS3 and SIGRTMAXMINUS3.
@@ -61,7 +61,7 @@ pub fn from_cri(signal: i32) -> Option<u32> {
 }
 
 /// Returns the CRI signal of a Linux number, or RUNTIME_DEFAULT if there is none.
-pub fn to_cri(number: u32) -> CriSignal {
+pub(crate) fn to_cri(number: u32) -> CriSignal {
     let name = match number {
         RTMIN => "SIGRTMIN".to_owned(),
         RTMAX => "SIGRTMAX".to_owned(),
@@ -77,7 +77,7 @@ pub fn to_cri(number: u32) -> CriSignal {
 
 /// Parses an image's `StopSignal`: a number, or a name with or without SIG, in any case; also `RTMIN+3` and
 /// `RTMAX-2`.
-pub fn from_text(text: &str) -> Option<u32> {
+pub(crate) fn from_text(text: &str) -> Option<u32> {
     if let Ok(number) = text.parse::<u32>() {
         return (1..=RTMAX).contains(&number).then_some(number);
     }

@@ -4,7 +4,7 @@ use boxlite_config::size::Limits;
 use boxlite_proto::cri::v1::LinuxContainerResources;
 
 /// Converts limits; absent resources are no limits.
-pub fn limits(resources: Option<&LinuxContainerResources>) -> Limits {
+pub(crate) fn limits(resources: Option<&LinuxContainerResources>) -> Limits {
     resources
         .map(|resources| Limits {
             memory_bytes: resources.memory_limit_in_bytes,
@@ -15,7 +15,7 @@ pub fn limits(resources: Option<&LinuxContainerResources>) -> Limits {
 }
 
 /// Merges an update into `current`; a field that the update leaves at zero keeps its value.
-pub fn merge(current: &mut LinuxContainerResources, update: &LinuxContainerResources) {
+pub(crate) fn merge(current: &mut LinuxContainerResources, update: &LinuxContainerResources) {
     for (old, new) in [
         (&mut current.cpu_period, update.cpu_period),
         (&mut current.cpu_quota, update.cpu_quota),

@@ -14,7 +14,7 @@ use boxlite_proto::cri::v1::{
 use boxlite_runtime::{BoxSnapshot, ContainerSnapshot};
 
 /// Limits from this value on mean unlimited: cgroup v2's `max` and v1's largest multiple of a page.
-pub const NO_LIMIT: u64 = 1 << 60;
+pub(crate) const NO_LIMIT: u64 = 1 << 60;
 
 fn wrap(value: u64) -> Option<UInt64Value> {
     Some(UInt64Value { value })
@@ -31,19 +31,19 @@ fn cpu(stats: &CgroupStats, timestamp: i64) -> CpuUsage {
 }
 
 /// Returns a line of memory.stat.
-pub fn stat(stats: &CgroupStats, key: &str) -> u64 {
+pub(crate) fn stat(stats: &CgroupStats, key: &str) -> u64 {
     stats.memory_stat.get(key).copied().unwrap_or(0)
 }
 
 /// Returns the working set as the kubelet and cAdvisor define it: usage without inactive page cache.
-pub fn working_set(stats: &CgroupStats) -> u64 {
+pub(crate) fn working_set(stats: &CgroupStats) -> u64 {
     stats
         .memory_current
         .saturating_sub(stat(stats, "inactive_file"))
 }
 
 /// Returns the memory that the kernel cannot reclaim: usage without page cache.
-pub fn unreclaimable(stats: &CgroupStats) -> u64 {
+pub(crate) fn unreclaimable(stats: &CgroupStats) -> u64 {
     working_set(stats).saturating_sub(stat(stats, "active_file"))
 }
 
@@ -90,7 +90,7 @@ fn memory(stats: &CgroupStats, timestamp: i64) -> MemoryUsage {
 }
 
 /// Returns the identity of a container.
-pub fn attributes(snapshot: &ContainerSnapshot) -> ContainerAttributes {
+pub(crate) fn attributes(snapshot: &ContainerSnapshot) -> ContainerAttributes {
     let config = ContainerMetadata::from_bytes(&snapshot.metadata).config();
     ContainerAttributes {
         id: snapshot.id.clone(),
@@ -102,7 +102,7 @@ pub fn attributes(snapshot: &ContainerSnapshot) -> ContainerAttributes {
 
 /// Returns the stats of a container. Without `answer` (it does not run, or its guest did not answer) they have only
 /// its attributes. `scratch` is the host file system of the writable layer.
-pub fn container(
+pub(crate) fn container(
     snapshot: &ContainerSnapshot,
     answer: Option<&ContainerStatsResponse>,
     scratch: &str,
@@ -138,7 +138,7 @@ pub fn container(
 }
 
 /// Returns the stats of a pod. Without `answer` they have only its attributes and its containers.
-pub fn sandbox(
+pub(crate) fn sandbox(
     snapshot: &BoxSnapshot,
     answer: Option<&GuestStatsResponse>,
     containers: Vec<ContainerStats>,

@@ -15,12 +15,12 @@ use boxlite_runtime::{
 use tonic::{Code, Status};
 
 /// Returns the gRPC status of a runtime error: its kind, with the chain of causes as the message.
-pub fn status(error: &RuntimeError) -> Status {
+pub(crate) fn status(error: &RuntimeError) -> Status {
     Status::new(code(error.kind()), runtime::report(error))
 }
 
 /// Returns the gRPC code of an error class.
-pub fn code(kind: ErrorKind) -> Code {
+pub(crate) fn code(kind: ErrorKind) -> Code {
     match kind {
         ErrorKind::NotFound => Code::NotFound,
         ErrorKind::AlreadyExists => Code::AlreadyExists,
@@ -43,7 +43,7 @@ fn sandbox_state(state: BoxState) -> PodSandboxState {
 }
 
 /// Returns the list entry of a pod.
-pub fn sandbox(snapshot: &BoxSnapshot) -> PodSandbox {
+pub(crate) fn sandbox(snapshot: &BoxSnapshot) -> PodSandbox {
     let record = PodMetadata::from_bytes(&snapshot.metadata);
     let config = record.config.clone().unwrap_or_default();
     PodSandbox {
@@ -58,7 +58,7 @@ pub fn sandbox(snapshot: &BoxSnapshot) -> PodSandbox {
 }
 
 /// Returns the status of a pod. A pod that is not ready has no network.
-pub fn sandbox_status(snapshot: &BoxSnapshot) -> PodSandboxStatus {
+pub(crate) fn sandbox_status(snapshot: &BoxSnapshot) -> PodSandboxStatus {
     let record = PodMetadata::from_bytes(&snapshot.metadata);
     let config = record.config.clone().unwrap_or_default();
     let addresses: &[String] = if snapshot.state == BoxState::Ready {
@@ -104,7 +104,7 @@ fn container_state(state: runtime::ContainerState) -> ContainerState {
 }
 
 /// Returns the list entry of a container.
-pub fn container(snapshot: &ContainerSnapshot) -> Container {
+pub(crate) fn container(snapshot: &ContainerSnapshot) -> Container {
     let record = ContainerMetadata::from_bytes(&snapshot.metadata);
     let config = record.config();
     Container {
@@ -136,7 +136,7 @@ fn user(user: &runtime::ContainerUser) -> ContainerUser {
 }
 
 /// Returns the status of a container.
-pub fn container_status(snapshot: &ContainerSnapshot) -> ContainerStatus {
+pub(crate) fn container_status(snapshot: &ContainerSnapshot) -> ContainerStatus {
     let record = ContainerMetadata::from_bytes(&snapshot.metadata);
     let config = record.config();
     let linux = record.resources();
@@ -180,7 +180,7 @@ pub fn container_status(snapshot: &ContainerSnapshot) -> ContainerStatus {
 }
 
 /// Returns an event with the statuses at its time.
-pub fn event(event: &BoxEvent) -> ContainerEventResponse {
+pub(crate) fn event(event: &BoxEvent) -> ContainerEventResponse {
     let kind = match event.kind {
         EventKind::Created => ContainerEventType::ContainerCreatedEvent,
         EventKind::Started => ContainerEventType::ContainerStartedEvent,

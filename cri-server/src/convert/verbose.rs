@@ -16,7 +16,11 @@ const WITHHELD: &str = "(withheld)";
 
 /// Returns `info` of a ContainerStatus. `spec` is the OCI spec of the container; `pid` is the pid of its init process
 /// in the guest.
-pub fn container(snapshot: &ContainerSnapshot, spec: Option<Value>, pid: Option<u32>) -> Value {
+pub(crate) fn container(
+    snapshot: &ContainerSnapshot,
+    spec: Option<Value>,
+    pid: Option<u32>,
+) -> Value {
     let record = ContainerMetadata::from_bytes(&snapshot.metadata);
     json!({
         "sandboxID": snapshot.box_id,
@@ -79,7 +83,7 @@ fn container_config(config: &ContainerConfig) -> Value {
 }
 
 /// Returns the `config` of a pod.
-pub fn sandbox_config(config: &PodSandboxConfig) -> Value {
+pub(crate) fn sandbox_config(config: &PodSandboxConfig) -> Value {
     let metadata = config.metadata.clone().unwrap_or_default();
     let dns = config.dns_config.clone().unwrap_or_default();
     let ports: Vec<_> = config

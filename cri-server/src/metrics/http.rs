@@ -21,7 +21,7 @@ struct Source {
 ///
 /// # Errors
 /// Of the listener.
-pub async fn serve(
+pub(crate) async fn serve(
     listener: TcpListener,
     metrics: Arc<Metrics>,
     runtime: BoxliteRuntime,

@@ -2,7 +2,7 @@
 //!
 //! A scrape reads memory only: the runtime samples its guests in the background and marks stale values. `http` serves the page.
 
-pub mod http;
+pub(crate) mod http;
 mod page;
 #[cfg(test)]
 mod tests;
@@ -25,13 +25,13 @@ const STAGE_BUCKETS: [f64; 12] = [
 
 /// Latencies of calls.
 #[derive(Debug)]
-pub struct RpcMetrics {
+pub(crate) struct RpcMetrics {
     seconds: HistogramVec,
 }
 
 impl RpcMetrics {
     /// Notes one call.
-    pub fn observe(&self, method: &str, code: Code, took: Duration) {
+    pub(crate) fn observe(&self, method: &str, code: Code, took: Duration) {
         let code = format!("{code:?}");
         self.seconds
             .with_label_values(&[method, &code])
@@ -41,7 +41,7 @@ impl RpcMetrics {
 
 /// Everything that is counted here.
 #[derive(Debug)]
-pub struct Metrics {
+pub(crate) struct Metrics {
     registry: Registry,
     rpc: Arc<RpcMetrics>,
     stages: HistogramVec,
@@ -52,7 +52,7 @@ impl Metrics {
     ///
     /// # Errors
     /// Two metrics of one name: a mistake in this file.
-    pub fn new() -> prometheus::Result<Self> {
+    pub(crate) fn new() -> prometheus::Result<Self> {
         let registry = Registry::new();
         let seconds = HistogramVec::new(
             HistogramOpts::new(
@@ -80,12 +80,12 @@ impl Metrics {
     }
 
     /// For the layer around the services.
-    pub fn rpc(&self) -> Arc<RpcMetrics> {
+    pub(crate) fn rpc(&self) -> Arc<RpcMetrics> {
         self.rpc.clone()
     }
 
     /// Notes the stages of a pod that has just started.
-    pub fn started(&self, pod: &BoxSnapshot) {
+    pub(crate) fn started(&self, pod: &BoxSnapshot) {
         let network = PodMetadata::from_bytes(&pod.metadata).network_ms;
         let stages = pod
             .timers
@@ -103,7 +103,7 @@ impl Metrics {
     ///
     /// # Errors
     /// Of the encoder.
-    pub fn page(&self, runtime: &BoxliteRuntime) -> prometheus::Result<String> {
+    pub(crate) fn page(&self, runtime: &BoxliteRuntime) -> prometheus::Result<String> {
         page::render(
             &self.registry,
             &runtime.metrics(),

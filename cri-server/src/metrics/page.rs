@@ -9,7 +9,7 @@ use prometheus::{Counter, CounterVec, Gauge, GaugeVec, Opts, Registry, TextEncod
 const POD_LABELS: [&str; 4] = ["pod", "namespace", "uid", "id"];
 
 /// The page as text.
-pub fn render(
+pub(crate) fn render(
     standing: &Registry,
     totals: &RuntimeMetricsSnapshot,
     pods: &[BoxSnapshot],

@@ -22,7 +22,7 @@ const OOM_RANGE: std::ops::RangeInclusive<i64> = -1000..=1000;
 /// An adjustment that the runtime cannot apply.
 #[derive(Debug, Clone, thiserror::Error, PartialEq, Eq)]
 #[error("{field}: {reason}")]
-pub struct Unsupported {
+pub(crate) struct Unsupported {
     pub field: String,
     pub reason: String,
 }
@@ -35,7 +35,7 @@ fn unsupported(field: impl Into<String>, reason: impl Into<String>) -> Unsupport
 }
 
 /// Returns a key without its removal mark, and whether it had one.
-pub fn unmarked(key: &str) -> (&str, bool) {
+pub(crate) fn unmarked(key: &str) -> (&str, bool) {
     match key.strip_prefix('-') {
         Some(key) => (key, true),
         None => (key, false),
@@ -43,7 +43,7 @@ pub fn unmarked(key: &str) -> (&str, bool) {
 }
 
 /// Rejects an adjustment that no VM can provide. `vcpus` is the number of vCPUs of the pod's VM.
-pub fn check(adjust: &ContainerAdjustment, vcpus: u32) -> Result<(), Unsupported> {
+pub(crate) fn check(adjust: &ContainerAdjustment, vcpus: u32) -> Result<(), Unsupported> {
     for key in adjust.annotations.keys() {
         let (name, _) = unmarked(key);
         if RESERVED.iter().any(|prefix| name.starts_with(prefix)) {
@@ -197,7 +197,7 @@ fn clean(path: &str) -> bool {
 }
 
 /// Returns the spec with the adjustment applied.
-pub fn apply(adjust: &ContainerAdjustment, spec: Spec) -> Result<Spec, Unsupported> {
+pub(crate) fn apply(adjust: &ContainerAdjustment, spec: Spec) -> Result<Spec, Unsupported> {
     let unreadable = |error: serde_json::Error| {
         unsupported(
             "adjustment",
@@ -316,7 +316,7 @@ fn environment(adjust: &ContainerAdjustment, document: &mut Value) {
 }
 
 /// Returns the name in `NAME=value`.
-pub fn name_of(entry: &str) -> &str {
+pub(crate) fn name_of(entry: &str) -> &str {
     entry.split_once('=').map_or(entry, |(name, _)| name)
 }
 

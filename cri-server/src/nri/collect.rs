@@ -15,7 +15,7 @@ use std::collections::{HashMap, HashSet};
 
 /// Reason why the plugins' answers cannot be merged.
 #[derive(Debug, thiserror::Error)]
-pub enum CollectError {
+pub(crate) enum CollectError {
     /// Two plugins set the same field.
     #[error(transparent)]
     Conflict(#[from] Conflict),
@@ -32,7 +32,7 @@ pub enum CollectError {
 
 impl CollectError {
     /// Creates the error for limits beyond the VM's capacity; `reason` has the figures.
-    pub fn beyond(plugin: &str, reason: String) -> Self {
+    pub(crate) fn beyond(plugin: &str, reason: String) -> Self {
         let field = "linux.resources".to_owned();
         Self::Unsupported {
             plugin: plugin.to_owned(),
@@ -43,7 +43,7 @@ impl CollectError {
 
 /// Merged answers to CreateContainer.
 #[derive(Debug)]
-pub struct Creation {
+pub(crate) struct Creation {
     /// The container with the adjustments so far.
     pub container: Container,
     /// The adjustments so far.
@@ -53,7 +53,7 @@ pub struct Creation {
 
 /// Container updates, at most one per container, merged from all plugins.
 #[derive(Debug, Default)]
-pub struct Updates {
+pub(crate) struct Updates {
     owners: Owners,
     list: Vec<ContainerUpdate>,
     /// Number of vCPUs of each pod's VM, by container. A missing entry is checked when the update is applied.
@@ -62,7 +62,7 @@ pub struct Updates {
 
 impl Updates {
     /// Merges the updates of one plugin. A conflicting update with `ignore_failure` is skipped.
-    pub fn take(
+    pub(crate) fn take(
         &mut self,
         updates: Vec<ContainerUpdate>,
         plugin: &str,
@@ -114,33 +114,33 @@ impl Updates {
     }
 
     /// Returns the resources requested for a container so far.
-    pub fn of(&self, container: &str) -> Option<&LinuxResources> {
+    pub(crate) fn of(&self, container: &str) -> Option<&LinuxResources> {
         let update = self.list.iter().find(|u| u.container_id == container)?;
         update.linux.as_ref()?.resources.as_ref()
     }
 
     /// Sets the number of vCPUs of a container's VM.
-    pub fn with_vcpus(mut self, container: &str, vcpus: u32) -> Self {
+    pub(crate) fn with_vcpus(mut self, container: &str, vcpus: u32) -> Self {
         self.vcpus.insert(container.to_owned(), vcpus);
         self
     }
 
     /// Returns all updates but those of `except`.
-    pub fn others(self, except: &str) -> Vec<ContainerUpdate> {
+    pub(crate) fn others(self, except: &str) -> Vec<ContainerUpdate> {
         let mut list = self.list;
         list.retain(|update| update.container_id != except);
         list
     }
 
     /// Returns the updates for validating plugins.
-    pub fn list(&self) -> &[ContainerUpdate] {
+    pub(crate) fn list(&self) -> &[ContainerUpdate] {
         &self.list
     }
 }
 
 impl Creation {
     /// Starts with no adjustment. `vcpus` is the number of vCPUs of the pod's VM.
-    pub fn new(container: Container, vcpus: u32) -> Self {
+    pub(crate) fn new(container: Container, vcpus: u32) -> Self {
         let updates = Updates::default().with_vcpus(&container.id, vcpus);
         Self {
             container,
@@ -150,7 +150,7 @@ impl Creation {
     }
 
     /// Merges the answer of one plugin.
-    pub fn take(
+    pub(crate) fn take(
         &mut self,
         answer: CreateContainerResponse,
         plugin: &str,
@@ -179,17 +179,17 @@ impl Creation {
     }
 
     /// Returns the owner of each field.
-    pub fn owners(&self) -> OwningPlugins {
+    pub(crate) fn owners(&self) -> OwningPlugins {
         self.updates.owners.message()
     }
 
     /// Returns the updates of other containers so far.
-    pub fn updates(&self) -> &[ContainerUpdate] {
+    pub(crate) fn updates(&self) -> &[ContainerUpdate] {
         self.updates.list()
     }
 
     /// Returns the adjustment and the updates of other containers.
-    pub fn into_parts(self) -> (ContainerAdjustment, Vec<ContainerUpdate>) {
+    pub(crate) fn into_parts(self) -> (ContainerAdjustment, Vec<ContainerUpdate>) {
         (self.adjust, self.updates.list)
     }
 

@@ -30,8 +30,8 @@ use tokio_util::task::TaskTracker;
 /// Name of the plugin's ttrpc service.
 const PLUGIN: &str = "nri.pkg.api.v1alpha1.Plugin";
 /// Codes of google.rpc that NRI uses.
-pub const INVALID_ARGUMENT: i32 = 3;
-pub const UNIMPLEMENTED: i32 = 12;
+pub(crate) const INVALID_ARGUMENT: i32 = 3;
+pub(crate) const UNIMPLEMENTED: i32 = 12;
 /// Maximum number of queued calls of a plugin. A plugin sends one and waits; more is a protocol violation.
 const MAX_QUEUED_REQUESTS: usize = 16;
 /// Timeout of writing an answer: a plugin that does not read is dead.
@@ -39,7 +39,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Failure of a call to a plugin.
 #[derive(Debug, thiserror::Error)]
-pub enum CallError {
+pub(crate) enum CallError {
     /// The plugin returned an error.
     #[error("{message}")]
     Rejected { code: i32, message: String },
@@ -69,7 +69,7 @@ pub enum CallError {
 
 /// Service of the runtime for a plugin.
 #[tonic::async_trait]
-pub trait Service: Send + Sync + 'static {
+pub(crate) trait Service: Send + Sync + 'static {
     /// Handles one call.
     async fn call(&self, service: &str, method: &str, payload: &[u8])
     -> Result<Vec<u8>, RpcStatus>;
@@ -77,7 +77,7 @@ pub trait Service: Send + Sync + 'static {
 
 /// A connection. Cheap to clone.
 #[derive(Clone)]
-pub struct Connection(Arc<Inner>);
+pub(crate) struct Connection(Arc<Inner>);
 
 struct Inner {
     writer: tokio::sync::Mutex<Writer>,
@@ -115,7 +115,7 @@ impl Drop for CloseOnDrop<'_> {
 
 impl Connection {
     /// Takes over a socket. Two tasks of `tasks` read it and serve the plugin's calls until it is closed.
-    pub fn open(
+    pub(crate) fn open(
         socket: StdUnixStream,
         service: Arc<dyn Service>,
         tasks: &TaskTracker,
@@ -142,7 +142,7 @@ impl Connection {
     /// Calls the plugin and waits for its answer for at most `limit`; a timeout closes the connection unless [`Self::keep_on_timeout`].
     ///
     /// Dropping the future abandons the answer; during the write of the request it closes the connection.
-    pub async fn call<A: prost::Message + Default>(
+    pub(crate) async fn call<A: prost::Message + Default>(
         &self,
         method: &'static str,
         request: &impl prost::Message,
@@ -211,7 +211,7 @@ impl Connection {
     }
 
     /// Shuts the socket down and fails every pending call. Idempotent.
-    pub fn close(&self) {
+    pub(crate) fn close(&self) {
         self.0.closed.cancel();
         // The only failure is that the socket is not connected, which is the goal.
         let _ = self.0.socket.shutdown(Shutdown::Both);
@@ -219,17 +219,17 @@ impl Connection {
     }
 
     /// Keeps the connection open after a timeout; a late answer is dropped.
-    pub fn keep_on_timeout(&self) {
+    pub(crate) fn keep_on_timeout(&self) {
         self.0.is_kept_on_timeout.store(true, Ordering::Relaxed);
     }
 
     /// Returns whether either side closed the connection.
-    pub fn is_closed(&self) -> bool {
+    pub(crate) fn is_closed(&self) -> bool {
         self.0.closed.is_cancelled()
     }
 
     /// Waits until it is closed.
-    pub async fn closed(&self) {
+    pub(crate) async fn closed(&self) {
         self.0.closed.cancelled().await;
     }
 

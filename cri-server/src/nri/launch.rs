@@ -25,7 +25,7 @@ const EXIT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Reason why a plugin is not launched.
 #[derive(Debug, thiserror::Error)]
-pub enum LaunchError {
+pub(crate) enum LaunchError {
     /// A directory or file cannot be read.
     #[error("failed to read {}", path.display())]
     Read {
@@ -53,7 +53,7 @@ pub enum LaunchError {
 
 /// An installed plugin.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Installed {
+pub(crate) struct Installed {
     pub path: PathBuf,
     pub index: String,
     pub name: String,
@@ -62,13 +62,13 @@ pub struct Installed {
 
 impl Installed {
     /// Returns the name with its index, `00-name`.
-    pub fn full_name(&self) -> String {
+    pub(crate) fn full_name(&self) -> String {
         format!("{}-{}", self.index, self.name)
     }
 }
 
 /// Returns the executable files of `plugins`, sorted by name, with their configuration. A missing directory has none.
-pub fn discover(plugins: &Path, configs: &Path) -> Result<Vec<Installed>, LaunchError> {
+pub(crate) fn discover(plugins: &Path, configs: &Path) -> Result<Vec<Installed>, LaunchError> {
     let read = |source| LaunchError::Read {
         path: plugins.to_owned(),
         source,
@@ -139,14 +139,14 @@ fn installed(path: PathBuf, configs: &Path) -> Result<Installed, LaunchError> {
 
 /// Process of a plugin. Killed on drop.
 #[derive(Debug)]
-pub struct Launched {
+pub(crate) struct Launched {
     child: Child,
     name: String,
 }
 
 impl Launched {
     /// Starts the plugin and returns its connection.
-    pub fn start(installed: &Installed) -> Result<(Self, UnixStream), LaunchError> {
+    pub(crate) fn start(installed: &Installed) -> Result<(Self, UnixStream), LaunchError> {
         let (ours, theirs) = UnixStream::pair().map_err(LaunchError::Socket)?;
         let mut command = Command::new(&installed.path);
         command
@@ -178,12 +178,12 @@ impl Launched {
     }
 
     /// Returns the name with its index, `00-name`.
-    pub fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         &self.name
     }
 
     /// Waits a moment for the exit after the connection is closed, then kills it.
-    pub async fn end(mut self) {
+    pub(crate) async fn end(mut self) {
         if tokio::time::timeout(EXIT_TIMEOUT, self.child.wait())
             .await
             .is_err()

@@ -16,7 +16,7 @@ use oci_spec::runtime::Spec;
 use serde_json::Value;
 
 /// Returns the message of a pod.
-pub fn pod(snapshot: &BoxSnapshot, record: &PodMetadata) -> PodSandbox {
+pub(crate) fn pod(snapshot: &BoxSnapshot, record: &PodMetadata) -> PodSandbox {
     let metadata = record.metadata();
     let config = record.config.clone().unwrap_or_default();
     let linux = config.linux.unwrap_or_default();
@@ -54,7 +54,7 @@ fn network_namespace(snapshot: &BoxSnapshot) -> Option<LinuxNamespace> {
 }
 
 /// Returns the message of a container that is being created, from its config and spec.
-pub fn new_container(
+pub(crate) fn new_container(
     id: &str,
     pod: &str,
     config: &ContainerConfig,
@@ -80,7 +80,7 @@ pub fn new_container(
 }
 
 /// Returns the message of a container. `now` has the resources if they changed since its creation.
-pub fn container(
+pub(crate) fn container(
     snapshot: &ContainerSnapshot,
     config: &ContainerConfig,
     spec: Option<&Spec>,
@@ -108,7 +108,7 @@ pub fn container(
 }
 
 /// Returns the identity of a container's image. `image_ref` is a reference with a digest, or the image's id.
-pub fn image(config: &ContainerConfig, image_ref: &str, image_id: &str) -> Image {
+pub(crate) fn image(config: &ContainerConfig, image_ref: &str, image_id: &str) -> Image {
     let spec = config.image.clone().unwrap_or_default();
     let name = match spec.user_specified_image.is_empty() {
         true => spec.image,

@@ -14,20 +14,20 @@
 //! The validation of adjustments is in [`adjust`], the wire protocol in [`connection`] and [`wire`]. This module does
 //! not depend on the service, which implements [`Host`].
 
-pub mod adjust;
-pub mod collect;
+pub(crate) mod adjust;
+pub(crate) mod collect;
 mod connection;
 mod launch;
-pub mod messages;
+pub(crate) mod messages;
 mod owners;
 mod plugin;
-pub mod resources;
+pub(crate) mod resources;
 mod session;
 #[cfg(test)]
 mod tests;
 mod wire;
 
-pub use session::{Session, SessionError};
+pub(crate) use session::{Session, SessionError};
 
 use crate::config::NriConfig;
 use crate::server::socket::{self, SocketError};
@@ -54,7 +54,7 @@ const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Timeouts of plugins.
 #[derive(Debug, Clone, Copy)]
-pub struct Limits {
+pub(crate) struct Limits {
     /// For the registration and the synchronization.
     pub registration: Duration,
     /// For all other calls.
@@ -63,7 +63,7 @@ pub struct Limits {
 
 /// The service as the registry needs it.
 #[tonic::async_trait]
-pub trait Host: Send + Sync + std::fmt::Debug {
+pub(crate) trait Host: Send + Sync + std::fmt::Debug {
     /// Returns every listed pod that is not stopped, and every container that has not exited.
     async fn snapshot(&self) -> (Vec<PodSandbox>, Vec<Container>);
 
@@ -73,7 +73,7 @@ pub trait Host: Send + Sync + std::fmt::Debug {
 
 /// The plugin registry, or nothing if NRI is disabled. Cheap to clone.
 #[derive(Debug, Clone, Default)]
-pub struct Nri(Option<Arc<Registry>>);
+pub(crate) struct Nri(Option<Arc<Registry>>);
 
 #[derive(Debug)]
 struct Registry {
@@ -97,7 +97,10 @@ impl Nri {
     /// error.
     ///
     /// Dropping the future leaves tasks and launched plugins to the drop of the handle.
-    pub async fn start(config: &NriConfig, host: Arc<dyn Host>) -> Result<Self, SocketError> {
+    pub(crate) async fn start(
+        config: &NriConfig,
+        host: Arc<dyn Host>,
+    ) -> Result<Self, SocketError> {
         if !config.enable {
             return Ok(Self(None));
         }
@@ -121,7 +124,7 @@ impl Nri {
 
     /// Begins the session of a verb, during which no plugin is added. Waits for a plugin that is registering, at most
     /// for the registration timeout.
-    pub async fn begin_session(&self) -> Session {
+    pub(crate) async fn begin_session(&self) -> Session {
         match &self.0 {
             None => Session::disabled(),
             Some(registry) => {
@@ -132,12 +135,12 @@ impl Nri {
     }
 
     /// Returns whether NRI is enabled.
-    pub fn is_on(&self) -> bool {
+    pub(crate) fn is_on(&self) -> bool {
         self.0.is_some()
     }
 
     /// Spawns `work`, which is cancelled when the daemon stops.
-    pub fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+    pub(crate) fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
         if let Some(registry) = &self.0 {
             let stop = registry.stop.clone();
             registry.tasks.spawn(async move {
@@ -147,21 +150,21 @@ impl Nri {
     }
 
     /// Marks pods and containers that were stopped before the first plugin registered: their stop is not reported.
-    pub fn mark_stopped(&self, ids: impl IntoIterator<Item = String>) {
+    pub(crate) fn mark_stopped(&self, ids: impl IntoIterator<Item = String>) {
         if let Some(registry) = &self.0 {
             registry.stopped().extend(ids);
         }
     }
 
     /// Returns whether the stop of a pod or container was reported.
-    pub fn was_stopped(&self, id: &str) -> bool {
+    pub(crate) fn was_stopped(&self, id: &str) -> bool {
         self.0
             .as_ref()
             .is_some_and(|registry| registry.stopped().contains(id))
     }
 
     /// Notifies the plugins of the shutdown, stops launched plugins, and waits for every task with a timeout.
-    pub async fn stop(&self) {
+    pub(crate) async fn stop(&self) {
         let Some(registry) = &self.0 else { return };
         registry.stop.cancel();
         let ending = async {

@@ -10,7 +10,7 @@ use std::collections::HashMap;
 /// Two plugins set the same field.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("NRI plugins {second} and {first} both set {field:?} {key} of container {container}")]
-pub struct Conflict {
+pub(crate) struct Conflict {
     pub first: String,
     pub second: String,
     pub field: Field,
@@ -27,11 +27,11 @@ struct Owner {
 
 /// Owners by container, field and key within the field ("" for a field with a single value).
 #[derive(Debug, Default)]
-pub struct Owners(HashMap<(String, Field, String), Owner>);
+pub(crate) struct Owners(HashMap<(String, Field, String), Owner>);
 
 impl Owners {
     /// Claims a field for `plugin`.
-    pub fn claim(
+    pub(crate) fn claim(
         &mut self,
         container: &str,
         field: Field,
@@ -59,7 +59,7 @@ impl Owners {
     }
 
     /// Removes the owner of a field on behalf of `plugin`.
-    pub fn clear(&mut self, container: &str, field: Field, key: &str, plugin: &str) {
+    pub(crate) fn clear(&mut self, container: &str, field: Field, key: &str, plugin: &str) {
         let owner = Owner {
             plugin: plugin.to_owned(),
             cleared: true,
@@ -69,7 +69,7 @@ impl Owners {
     }
 
     /// Returns the owners for validating plugins.
-    pub fn message(&self) -> OwningPlugins {
+    pub(crate) fn message(&self) -> OwningPlugins {
         let mut message = OwningPlugins::default();
         for ((container, field, key), owner) in &self.0 {
             // A removal is marked by a "-", like names.

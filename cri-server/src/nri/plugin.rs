@@ -44,7 +44,7 @@ const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Reason why a plugin is not registered or no longer is.
 #[derive(Debug, thiserror::Error)]
-pub enum PluginError {
+pub(crate) enum PluginError {
     /// It did not register in time.
     #[error("not registered within {0:?}")]
     Silent(Duration),
@@ -75,7 +75,7 @@ pub enum PluginError {
 /// A rejection of an event, with the name of the plugin.
 #[derive(Debug, thiserror::Error)]
 #[error("NRI plugin {plugin} rejected {event}: {message}")]
-pub struct Refusal {
+pub(crate) struct Refusal {
     pub plugin: String,
     pub event: &'static str,
     pub message: String,
@@ -83,7 +83,7 @@ pub struct Refusal {
 
 /// A registered and configured plugin.
 #[derive(Debug)]
-pub struct Plugin {
+pub(crate) struct Plugin {
     index: String,
     name: String,
     events: i32,
@@ -183,7 +183,7 @@ fn log(request: &LogRequest) {
 }
 
 /// Accepts two digits.
-pub fn check_index(index: &str) -> Result<(), String> {
+pub(crate) fn check_index(index: &str) -> Result<(), String> {
     if index.len() == 2 && index.bytes().all(|byte| byte.is_ascii_digit()) {
         Ok(())
     } else {
@@ -194,7 +194,7 @@ pub fn check_index(index: &str) -> Result<(), String> {
 }
 
 /// Accepts letters, digits and `-_.+`.
-pub fn check_name(name: &str) -> Result<(), String> {
+pub(crate) fn check_name(name: &str) -> Result<(), String> {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.+".contains(&byte);
     if !name.is_empty() && name.len() <= MAX_NAME_BYTES && name.bytes().all(allowed) {
         Ok(())
@@ -208,7 +208,7 @@ pub fn check_name(name: &str) -> Result<(), String> {
 impl Plugin {
     /// Registers and configures the plugin behind a socket. `preassigned` has index, name and configuration of a
     /// launched plugin. An error or a dropped future closes the socket.
-    pub async fn register(
+    pub(crate) async fn register(
         socket: UnixStream,
         preassigned: Option<(String, String, String)>,
         limits: Limits,
@@ -254,37 +254,37 @@ impl Plugin {
     }
 
     /// Returns the name with its index, `00-name`.
-    pub fn full_name(&self) -> String {
+    pub(crate) fn full_name(&self) -> String {
         format!("{}-{}", self.index, self.name)
     }
 
     /// Returns the index, which defines the order of plugins.
-    pub fn index(&self) -> &str {
+    pub(crate) fn index(&self) -> &str {
         &self.index
     }
 
     /// Returns the name without the index.
-    pub fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         &self.name
     }
 
     /// Returns whether it subscribed to an event.
-    pub fn wants(&self, event: Event) -> bool {
+    pub(crate) fn wants(&self, event: Event) -> bool {
         self.events & (1 << (event as i32 - 1)) != 0
     }
 
     /// Returns whether its connection is closed.
-    pub fn is_closed(&self) -> bool {
+    pub(crate) fn is_closed(&self) -> bool {
         self.connection.is_closed()
     }
 
     /// Waits until its connection is closed.
-    pub async fn closed(&self) {
+    pub(crate) async fn closed(&self) {
         self.connection.closed().await;
     }
 
     /// Closes the connection.
-    pub fn close(&self) {
+    pub(crate) fn close(&self) {
         self.connection.close();
     }
 
@@ -292,7 +292,7 @@ impl Plugin {
     /// closes the plugin.
     ///
     /// Uses the timeout of the registration: the published 2 s of a request are too short for a large node.
-    pub async fn synchronize(
+    pub(crate) async fn synchronize(
         &self,
         pods: Vec<PodSandbox>,
         containers: Vec<Container>,
@@ -331,7 +331,7 @@ impl Plugin {
     }
 
     /// Sends an event that it subscribed to. Returns `None` if it did not subscribe or is closed.
-    pub async fn call<A: Message + Default>(
+    pub(crate) async fn call<A: Message + Default>(
         &self,
         event: Event,
         request: &impl Message,
@@ -347,7 +347,7 @@ impl Plugin {
     }
 
     /// Sends a request for consent. A plugin that subscribed to all events and does not implement the call consents.
-    pub async fn call_or_default<A: Message + Default>(
+    pub(crate) async fn call_or_default<A: Message + Default>(
         &self,
         event: Event,
         request: &impl Message,
@@ -365,7 +365,7 @@ impl Plugin {
     }
 
     /// Sends an event without an answer; by StateChange if the plugin does not implement the event's method.
-    pub async fn notify(
+    pub(crate) async fn notify(
         &self,
         event: Event,
         request: &impl Message,
@@ -442,7 +442,7 @@ impl Plugin {
     }
 
     /// Notifies it of the shutdown and closes it.
-    pub async fn shut_down(&self) {
+    pub(crate) async fn shut_down(&self) {
         // It is closed in any case.
         let _: Result<Empty, CallError> = self
             .connection
@@ -530,7 +530,7 @@ fn parts(pods: Vec<PodSandbox>, containers: Vec<Container>) -> Vec<SynchronizeRe
 }
 
 /// Returns the method name of an event.
-pub fn method(event: Event) -> &'static str {
+pub(crate) fn method(event: Event) -> &'static str {
     match event {
         Event::RunPodSandbox => "RunPodSandbox",
         Event::StopPodSandbox => "StopPodSandbox",

@@ -10,7 +10,7 @@ use boxlite_proto::nri::v1alpha1::{
 use serde_json::{Map, Value, json};
 
 /// Returns all fields that are set, with their keys.
-pub fn fields(resources: &LinuxResources) -> Vec<(Field, String)> {
+pub(crate) fn fields(resources: &LinuxResources) -> Vec<(Field, String)> {
     let memory = resources.memory.unwrap_or_default();
     let cpu = resources.cpu.clone().unwrap_or_default();
     let set = [
@@ -35,7 +35,7 @@ pub fn fields(resources: &LinuxResources) -> Vec<(Field, String)> {
 }
 
 /// Sets the fields of `from` in `into`.
-pub fn overlay(into: &mut LinuxResources, from: &LinuxResources) {
+pub(crate) fn overlay(into: &mut LinuxResources, from: &LinuxResources) {
     if let Some(from) = &from.memory {
         let into = into.memory.get_or_insert_default();
         set(&mut into.limit, from.limit);
@@ -64,7 +64,7 @@ fn set<T>(into: &mut Option<T>, from: Option<T>) {
 }
 
 /// Rejects resources that have no meaning in this VM. `vcpus` is the number of its vCPUs.
-pub fn check(resources: &LinuxResources, vcpus: u32) -> Result<(), Unsupported> {
+pub(crate) fn check(resources: &LinuxResources, vcpus: u32) -> Result<(), Unsupported> {
     let memory = resources.memory.unwrap_or_default();
     let cpu = resources.cpu.clone().unwrap_or_default();
     let old = "belongs to cgroup v1 and the guest has v2";
@@ -137,7 +137,7 @@ fn numbers(list: &str, field: &str, count: u32, what: &str) -> Result<(), Unsupp
 }
 
 /// Returns OCI's LinuxResources with the fields that are set.
-pub fn oci(resources: &LinuxResources) -> Value {
+pub(crate) fn oci(resources: &LinuxResources) -> Value {
     let mut object = Map::new();
     let mut group = |name: &str, entries: Vec<(&str, Option<Value>)>| {
         let set: Map<String, Value> = entries
@@ -180,7 +180,7 @@ pub fn oci(resources: &LinuxResources) -> Value {
 }
 
 /// Converts OCI's LinuxResources.
-pub fn from_oci(resources: &Value) -> LinuxResources {
+pub(crate) fn from_oci(resources: &Value) -> LinuxResources {
     let signed = |value: &Value| value.as_i64().map(|value| OptionalInt64 { value });
     let unsigned = |value: &Value| value.as_u64().map(|value| OptionalUInt64 { value });
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
@@ -214,7 +214,7 @@ pub fn from_oci(resources: &Value) -> LinuxResources {
 }
 
 /// Converts CRI's resources, where 0 and "" are unset.
-pub fn from_cri(resources: &LinuxContainerResources) -> LinuxResources {
+pub(crate) fn from_cri(resources: &LinuxContainerResources) -> LinuxResources {
     let signed = |value: i64| (value != 0).then_some(OptionalInt64 { value });
     let unsigned = |value: i64| {
         u64::try_from(value)
@@ -243,7 +243,7 @@ pub fn from_cri(resources: &LinuxContainerResources) -> LinuxResources {
 
 /// Returns CRI's resources, for updates and statuses. Fields that the CRI lacks are represented by their cgroup
 /// files.
-pub fn cri(resources: &LinuxResources) -> LinuxContainerResources {
+pub(crate) fn cri(resources: &LinuxResources) -> LinuxContainerResources {
     let signed = |value: &Option<OptionalInt64>| value.as_ref().map_or(0, |value| value.value);
     let unsigned = |value: &Option<OptionalUInt64>| {
         value

@@ -19,7 +19,7 @@ use tokio::sync::OwnedRwLockReadGuard;
 
 /// Reason why plugins prevent a call.
 #[derive(Debug, thiserror::Error)]
-pub enum SessionError {
+pub(crate) enum SessionError {
     /// A plugin rejected the event.
     #[error(transparent)]
     Refused(#[from] Refusal),
@@ -32,11 +32,11 @@ pub enum SessionError {
 }
 
 /// Returns an error if a plugin's limits for a new container exceed its VM.
-pub type Admit<'a> = dyn Fn(&LinuxResources) -> Result<(), String> + Send + Sync + 'a;
+pub(crate) type Admit<'a> = dyn Fn(&LinuxResources) -> Result<(), String> + Send + Sync + 'a;
 
 /// Session of a verb. No plugin is added while it exists: hold it from the event until its change is visible.
 #[derive(Debug)]
-pub struct Session(Option<(Arc<Registry>, OwnedRwLockReadGuard<()>)>);
+pub(crate) struct Session(Option<(Arc<Registry>, OwnedRwLockReadGuard<()>)>);
 
 /// Event of a pod or container. All these requests have the pod as field 1 and the container as field 2, so one type
 /// stands for all.
@@ -62,7 +62,7 @@ impl Session {
     }
 
     /// Returns whether a plugin is registered; if not, no message needs to be built.
-    pub async fn has_plugins(&self) -> bool {
+    pub(crate) async fn has_plugins(&self) -> bool {
         match self.registry() {
             None => false,
             Some(registry) => !registry.plugins.lock().await.is_empty(),
@@ -70,7 +70,7 @@ impl Session {
     }
 
     /// Sends RunPodSandbox or StartContainer; stops at the first rejection.
-    pub async fn request(
+    pub(crate) async fn request(
         &self,
         event: Event,
         pod: &PodSandbox,
@@ -87,7 +87,12 @@ impl Session {
     }
 
     /// Sends a Post event or a Remove to all plugins.
-    pub async fn notify(&self, event: Event, pod: &PodSandbox, container: Option<&Container>) {
+    pub(crate) async fn notify(
+        &self,
+        event: Event,
+        pod: &PodSandbox,
+        container: Option<&Container>,
+    ) {
         let Some(registry) = self.registry() else {
             return;
         };
@@ -99,7 +104,7 @@ impl Session {
     }
 
     /// Sends StopPodSandbox, once per pod.
-    pub async fn stop_pod(&self, pod: &PodSandbox) {
+    pub(crate) async fn stop_pod(&self, pod: &PodSandbox) {
         let Some(registry) = self.registry() else {
             return;
         };
@@ -118,7 +123,11 @@ impl Session {
     }
 
     /// Sends StopContainer, once per container; returns the updates of other containers.
-    pub async fn stop(&self, pod: &PodSandbox, container: &Container) -> Vec<ContainerUpdate> {
+    pub(crate) async fn stop(
+        &self,
+        pod: &PodSandbox,
+        container: &Container,
+    ) -> Vec<ContainerUpdate> {
         let Some(registry) = self.registry() else {
             return Vec::new();
         };
@@ -149,14 +158,14 @@ impl Session {
     }
 
     /// Removes the stop mark of a deleted pod or container.
-    pub fn forget(&self, id: &str) {
+    pub(crate) fn forget(&self, id: &str) {
         if let Some(registry) = self.registry() {
             registry.stopped().remove(id);
         }
     }
 
     /// Sends CreateContainer; returns the merged adjustment and the updates of other containers.
-    pub async fn create(
+    pub(crate) async fn create(
         &self,
         pod: &PodSandbox,
         container: Container,
@@ -189,7 +198,7 @@ impl Session {
     }
 
     /// Sends UpdateContainer; returns the resources with the plugins' changes, and the updates of other containers.
-    pub async fn update(
+    pub(crate) async fn update(
         &self,
         pod: &PodSandbox,
         container: &Container,
@@ -224,7 +233,10 @@ impl Session {
     }
 
     /// Sends UpdatePodSandbox; stops at the first rejection. Plugins that do not implement it consent.
-    pub async fn update_pod(&self, request: &UpdatePodSandboxRequest) -> Result<(), SessionError> {
+    pub(crate) async fn update_pod(
+        &self,
+        request: &UpdatePodSandboxRequest,
+    ) -> Result<(), SessionError> {
         let Some(registry) = self.registry() else {
             return Ok(());
         };

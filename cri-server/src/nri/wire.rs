@@ -13,15 +13,15 @@ use std::io;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 /// Id of the connection on which the plugin serves.
-pub const PLUGIN_SERVICE: u32 = 1;
+pub(crate) const PLUGIN_SERVICE: u32 = 1;
 /// Id of the connection on which the runtime serves.
-pub const RUNTIME_SERVICE: u32 = 2;
+pub(crate) const RUNTIME_SERVICE: u32 = 2;
 /// Maximum payload of a message: ttrpc's limit, which plugins enforce, too.
-pub const MAX_MESSAGE_BYTES: usize = 4 << 20;
+pub(crate) const MAX_MESSAGE_BYTES: usize = 4 << 20;
 /// ttrpc's message type of a request.
-pub const REQUEST: u8 = 1;
+pub(crate) const REQUEST: u8 = 1;
 /// ttrpc's message type of a response.
-pub const RESPONSE: u8 = 2;
+pub(crate) const RESPONSE: u8 = 2;
 
 const FRAME_HEADER_BYTES: usize = 8;
 const MESSAGE_HEADER_BYTES: usize = 10;
@@ -32,7 +32,7 @@ const READER_BUFFER_BYTES: usize = 4096;
 
 /// Failure of a trunk.
 #[derive(Debug, thiserror::Error)]
-pub enum WireError {
+pub(crate) enum WireError {
     /// The socket failed.
     #[error("socket of the plugin failed")]
     Io(#[from] io::Error),
@@ -47,7 +47,7 @@ pub enum WireError {
 
 /// ttrpc's request.
 #[derive(Clone, PartialEq, prost::Message)]
-pub struct Request {
+pub(crate) struct Request {
     #[prost(string, tag = "1")]
     pub service: String,
     #[prost(string, tag = "2")]
@@ -61,7 +61,7 @@ pub struct Request {
 
 /// ttrpc's response: a status other than ok, or a payload.
 #[derive(Clone, PartialEq, prost::Message)]
-pub struct Response {
+pub(crate) struct Response {
     #[prost(message, optional, tag = "1")]
     pub status: Option<RpcStatus>,
     #[prost(bytes = "vec", tag = "2")]
@@ -70,7 +70,7 @@ pub struct Response {
 
 /// google.rpc.Status without details.
 #[derive(Clone, PartialEq, prost::Message)]
-pub struct RpcStatus {
+pub(crate) struct RpcStatus {
     #[prost(int32, tag = "1")]
     pub code: i32,
     #[prost(string, tag = "2")]
@@ -79,7 +79,7 @@ pub struct RpcStatus {
 
 /// A ttrpc message.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Message {
+pub(crate) struct Message {
     pub stream: u32,
     pub kind: u8,
     pub payload: Vec<u8>,
@@ -87,19 +87,19 @@ pub struct Message {
 
 /// Assembles the messages of one connection.
 #[derive(Debug, Default)]
-pub struct Assembler {
+pub(crate) struct Assembler {
     bytes: BytesMut,
 }
 
 impl Assembler {
     /// Adds the bytes of a frame.
-    pub fn push(&mut self, bytes: &[u8]) {
+    pub(crate) fn push(&mut self, bytes: &[u8]) {
         self.bytes.extend_from_slice(bytes);
     }
 
     /// Returns the next complete message. Holds at most a message and a frame if it is called until `None` after each
     /// push.
-    pub fn next(&mut self) -> Result<Option<Message>, WireError> {
+    pub(crate) fn next(&mut self) -> Result<Option<Message>, WireError> {
         let Some(mut header) = self.bytes.get(..MESSAGE_HEADER_BYTES) else {
             return Ok(None);
         };
@@ -127,7 +127,7 @@ impl Assembler {
 }
 
 /// Reads the next frame; returns `None` at the end of the stream. Dropping the future loses a partially read frame.
-pub async fn read(
+pub(crate) async fn read(
     reader: &mut (impl AsyncRead + Unpin),
 ) -> Result<Option<(u32, Vec<u8>)>, WireError> {
     let mut header = [0; FRAME_HEADER_BYTES];
@@ -156,7 +156,7 @@ pub async fn read(
 /// A Go plugin reads a frame by one `Read` and fails with ENOMEM if its buffer is smaller than the frame. The buffer
 /// is empty at the start of a message and has [`READER_BUFFER_BYTES`] bytes; the rest of a payload is read directly
 /// into its destination. Dropping the future leaves a partial message, which makes the trunk unusable.
-pub async fn write(
+pub(crate) async fn write(
     writer: &mut (impl AsyncWrite + Unpin),
     connection: u32,
     message: &Message,

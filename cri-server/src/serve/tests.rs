@@ -63,7 +63,7 @@ async fn answer(path: &std::path::Path, call: Vec<u8>) -> Vec<u8> {
 }
 
 /// The gRPC server of a fixture on a socket in the fixture's directory.
-pub struct Serving {
+pub(crate) struct Serving {
     pub socket: PathBuf,
     stop: CancellationToken,
     task: JoinHandle<Result<(), ServeError>>,
@@ -72,7 +72,7 @@ pub struct Serving {
 
 impl Serving {
     /// Stops the server and waits for its end.
-    pub async fn stop(self) {
+    pub(crate) async fn stop(self) {
         self.stop.cancel();
         tokio::time::timeout(TEST_TIMEOUT, self.task)
             .await
@@ -83,7 +83,7 @@ impl Serving {
 }
 
 /// Serves a runtime without pods.
-pub async fn serve_fixture() -> Serving {
+pub(crate) async fn serve_fixture() -> Serving {
     let fixture = Fixture::new().await;
     let socket = fixture.dir.path().join("run/cri.sock");
     let listener = socket::bind(&socket).unwrap();

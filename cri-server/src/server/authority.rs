@@ -41,7 +41,7 @@ enum State {
 
 /// Rewrites one connection's bytes from client to server.
 #[derive(Debug)]
-pub struct Sanitizer {
+pub(crate) struct Sanitizer {
     state: State,
     held: Vec<u8>,
 }
@@ -58,7 +58,7 @@ impl Default for Sanitizer {
 impl Sanitizer {
     /// Takes the bytes read and appends those that may be passed on to `out`. At most a frame header and one header block
     /// ([`BLOCK_LIMIT`]) are held back.
-    pub fn feed(&mut self, mut input: &[u8], out: &mut Vec<u8>) {
+    pub(crate) fn feed(&mut self, mut input: &[u8], out: &mut Vec<u8>) {
         while !input.is_empty() {
             let used = match self.state {
                 State::Blind => {

@@ -13,7 +13,7 @@ const CHUNK: usize = 16 << 10;
 
 /// One connection.
 #[derive(Debug)]
-pub struct Connection {
+pub(crate) struct Connection {
     stream: UnixStream,
     sanitizer: Sanitizer,
     /// Sanitized, not yet handed on; from `start`.
@@ -23,7 +23,7 @@ pub struct Connection {
 
 impl Connection {
     /// Wraps an accepted stream.
-    pub fn new(stream: UnixStream) -> Self {
+    pub(crate) fn new(stream: UnixStream) -> Self {
         Self {
             stream,
             sanitizer: Sanitizer::default(),

@@ -19,13 +19,13 @@ use tracing::Instrument;
 
 /// Makes [`CallService`]s.
 #[derive(Debug, Clone)]
-pub struct CallLayer {
+pub(crate) struct CallLayer {
     metrics: Arc<RpcMetrics>,
 }
 
 impl CallLayer {
     /// Latencies go to `metrics`.
-    pub fn new(metrics: Arc<RpcMetrics>) -> Self {
+    pub(crate) fn new(metrics: Arc<RpcMetrics>) -> Self {
         Self { metrics }
     }
 }
@@ -43,7 +43,7 @@ impl<S> Layer<S> for CallLayer {
 
 /// The decorator around all services.
 #[derive(Debug, Clone)]
-pub struct CallService<S> {
+pub(crate) struct CallService<S> {
     inner: S,
     metrics: Arc<RpcMetrics>,
 }

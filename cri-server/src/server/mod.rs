@@ -2,7 +2,7 @@
 //!
 //! Knows no CRI message. Flow: serve → `socket::bind`, `connection::Incoming`, `layer::CallLayer`.
 
-pub mod authority;
-pub mod connection;
-pub mod layer;
-pub mod socket;
+pub(crate) mod authority;
+pub(crate) mod connection;
+pub(crate) mod layer;
+pub(crate) mod socket;

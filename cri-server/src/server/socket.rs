@@ -9,7 +9,7 @@ use tokio::net::UnixListener;
 
 /// Errors of binding the socket.
 #[derive(Debug, thiserror::Error)]
-pub enum SocketError {
+pub(crate) enum SocketError {
     /// Another process serves there.
     #[error("failed to bind {}: the socket has a live server", .0.display())]
     InUse(PathBuf),
@@ -30,7 +30,7 @@ pub enum SocketError {
 }
 
 /// Binds `path`, mode 0600. A missing directory is made with 0700; a stale socket is replaced.
-pub fn bind(path: &Path) -> Result<UnixListener, SocketError> {
+pub(crate) fn bind(path: &Path) -> Result<UnixListener, SocketError> {
     let fail = |step| {
         move |source| SocketError::Io {
             path: path.to_owned(),

@@ -9,10 +9,10 @@ use boxlite_runtime::LiteBox;
 
 /// Capacity of one pod's VM.
 #[derive(Debug, Clone, Copy)]
-pub struct PodCapacity(VmCapacity);
+pub(crate) struct PodCapacity(VmCapacity);
 
 /// Returns the capacity that the pod's VM was started with.
-pub fn of_pod(server: &Server, pod: &LiteBox) -> PodCapacity {
+pub(crate) fn of_pod(server: &Server, pod: &LiteBox) -> PodCapacity {
     let options = pod.snapshot().options;
     PodCapacity(VmCapacity::new(
         options.memory_mib,
@@ -23,7 +23,7 @@ pub fn of_pod(server: &Server, pod: &LiteBox) -> PodCapacity {
 
 impl PodCapacity {
     /// Rejects limits that the VM cannot hold and that exceed the current ones.
-    pub fn admit(
+    pub(crate) fn admit(
         &self,
         update: &LinuxContainerResources,
         current: Option<&LinuxContainerResources>,

@@ -14,7 +14,7 @@ use tonic::Status;
 const IMAGE_VOLUME_FAILED: &str = "ImageVolumeMountFailed";
 
 /// Handles CreateContainer.
-pub async fn create(
+pub(crate) async fn create(
     server: &Server,
     request: CreateContainerRequest,
 ) -> Result<CreateContainerResponse, Status> {

@@ -14,7 +14,7 @@ use futures::stream::{self, StreamExt};
 use tonic::Status;
 
 /// Handles GetContainerEvents.
-pub fn follow(server: &Server) -> Stream<ContainerEventResponse> {
+pub(crate) fn follow(server: &Server) -> Stream<ContainerEventResponse> {
     let end = server.stopping.clone().cancelled_owned();
     stream::unfold(Some(server.runtime.events()), next)
         .take_until(end)

@@ -5,7 +5,7 @@ use crate::convert::{filter, status};
 use boxlite_proto::cri::v1::{Container, ContainerFilter};
 
 /// Returns the containers that `wanted` selects, newest first.
-pub fn list(server: &Server, wanted: Option<&ContainerFilter>) -> Vec<Container> {
+pub(crate) fn list(server: &Server, wanted: Option<&ContainerFilter>) -> Vec<Container> {
     let mut containers: Vec<Container> = server
         .runtime
         .containers()

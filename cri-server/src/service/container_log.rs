@@ -5,7 +5,7 @@ use boxlite_proto::cri::v1::{ReopenContainerLogRequest, ReopenContainerLogRespon
 use tonic::Status;
 
 /// Handles ReopenContainerLog. Only a running container has an open log.
-pub async fn reopen(
+pub(crate) async fn reopen(
     server: &Server,
     request: ReopenContainerLogRequest,
 ) -> Result<ReopenContainerLogResponse, Status> {

@@ -8,7 +8,7 @@ use tonic::Status;
 const SIGKILL: i32 = 9;
 
 /// Handles RemoveContainer.
-pub async fn remove(
+pub(crate) async fn remove(
     server: &Server,
     request: RemoveContainerRequest,
 ) -> Result<RemoveContainerResponse, Status> {

@@ -8,7 +8,7 @@ use tonic::Status;
 
 /// Handles StartContainer. Fails for a container that is already running or has exited; the retry of a call whose client gave up
 /// joins it or gets its result.
-pub async fn start(
+pub(crate) async fn start(
     server: &Server,
     request: StartContainerRequest,
 ) -> Result<StartContainerResponse, Status> {

@@ -11,7 +11,7 @@ use std::time::Duration;
 use tonic::Status;
 
 /// Handles ContainerStats. As in containerd, a container that does not run is an error, and so is a guest that does not answer.
-pub async fn stats(
+pub(crate) async fn stats(
     server: &Server,
     request: ContainerStatsRequest,
 ) -> Result<ContainerStatsResponse, Status> {
@@ -26,7 +26,10 @@ pub async fn stats(
 }
 
 /// Returns the stats of all running containers that `wanted` selects.
-pub async fn list(server: &Server, wanted: Option<ContainerStatsFilter>) -> Vec<ContainerStats> {
+pub(crate) async fn list(
+    server: &Server,
+    wanted: Option<ContainerStatsFilter>,
+) -> Vec<ContainerStats> {
     let wanted = filter::of_container_stats(wanted);
     let containers = container_list::list(server, wanted.as_ref());
     let asked = containers
@@ -41,7 +44,7 @@ pub async fn list(server: &Server, wanted: Option<ContainerStatsFilter>) -> Vec<
 }
 
 /// Returns the stats of the running containers of a pod whose guest answers.
-pub async fn of_pod(server: &Server, pod: &LiteBox) -> Vec<ContainerStats> {
+pub(crate) async fn of_pod(server: &Server, pod: &LiteBox) -> Vec<ContainerStats> {
     let asked = pod
         .containers()
         .into_iter()
@@ -54,7 +57,7 @@ pub async fn of_pod(server: &Server, pod: &LiteBox) -> Vec<ContainerStats> {
 }
 
 /// Returns the status of a guest timeout.
-pub fn guest_timeout(limit: Duration) -> Status {
+pub(crate) fn guest_timeout(limit: Duration) -> Status {
     Status::deadline_exceeded(format!(
         "the guest did not answer within {} s",
         limit.as_secs_f32()

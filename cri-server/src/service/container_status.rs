@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use tonic::Status;
 
 /// Handles ContainerStatus.
-pub async fn status(
+pub(crate) async fn status(
     server: &Server,
     request: ContainerStatusRequest,
 ) -> Result<ContainerStatusResponse, Status> {

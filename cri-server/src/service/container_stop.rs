@@ -9,7 +9,7 @@ use std::time::Duration;
 use tonic::Status;
 
 /// Handles StopContainer.
-pub async fn stop(
+pub(crate) async fn stop(
     server: &Server,
     request: StopContainerRequest,
 ) -> Result<StopContainerResponse, Status> {

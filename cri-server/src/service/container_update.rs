@@ -12,7 +12,7 @@ use boxlite_runtime::{ContainerSnapshot, ContainerState, LiteBox};
 use tonic::Status;
 
 /// Handles UpdateContainerResources. Fails for a container that has exited.
-pub async fn update(
+pub(crate) async fn update(
     server: &Server,
     request: UpdateContainerResourcesRequest,
 ) -> Result<UpdateContainerResourcesResponse, Status> {

@@ -10,7 +10,10 @@ const MAX_OUTPUT_BYTES: usize = (8 << 20) - (4 << 10);
 
 /// Handles ExecSync. A timeout is DEADLINE_EXCEEDED; a timeout or a disconnecting client kills the command and all
 /// its descendants.
-pub async fn exec(server: &Server, request: ExecSyncRequest) -> Result<ExecSyncResponse, Status> {
+pub(crate) async fn exec(
+    server: &Server,
+    request: ExecSyncRequest,
+) -> Result<ExecSyncResponse, Status> {
     if request.cmd.first().is_none_or(String::is_empty) {
         return Err(Status::invalid_argument("cmd is missing"));
     }

@@ -12,7 +12,7 @@ use tonic::Status;
 const BLOCK_BYTES: u64 = 512;
 
 /// Handles ImageFsInfo.
-pub async fn info(server: &Server) -> Result<ImageFsInfoResponse, Status> {
+pub(crate) async fn info(server: &Server) -> Result<ImageFsInfoResponse, Status> {
     let info = server
         .runtime
         .images()

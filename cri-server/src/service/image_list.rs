@@ -5,7 +5,7 @@ use crate::convert::image;
 use boxlite_proto::cri::v1::{Image, ImageFilter};
 
 /// Returns all images, or the one that the filter names.
-pub fn list(server: &Server, filter: Option<ImageFilter>) -> Vec<Image> {
+pub(crate) fn list(server: &Server, filter: Option<ImageFilter>) -> Vec<Image> {
     let wanted = filter
         .and_then(|filter| filter.image)
         .unwrap_or_default()

@@ -13,7 +13,10 @@ use tonic::Status;
 const REPORT_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Handles PullImage. Returns the image's id.
-pub async fn pull(server: &Server, request: PullImageRequest) -> Result<PullImageResponse, Status> {
+pub(crate) async fn pull(
+    server: &Server,
+    request: PullImageRequest,
+) -> Result<PullImageResponse, Status> {
     let reference = request.image.unwrap_or_default().image;
     require("image.image", &reference)?;
     let (sender, receiver) = watch::channel(PullProgress::default());

@@ -6,7 +6,7 @@ use boxlite_proto::cri::v1::{RemoveImageRequest, RemoveImageResponse};
 use tonic::Status;
 
 /// Handles RemoveImage.
-pub async fn remove(
+pub(crate) async fn remove(
     server: &Server,
     request: RemoveImageRequest,
 ) -> Result<RemoveImageResponse, Status> {

@@ -9,7 +9,10 @@ use std::collections::HashMap;
 use tonic::Status;
 
 /// Handles ImageStatus.
-pub fn status(server: &Server, request: ImageStatusRequest) -> Result<ImageStatusResponse, Status> {
+pub(crate) fn status(
+    server: &Server,
+    request: ImageStatusRequest,
+) -> Result<ImageStatusResponse, Status> {
     let wanted = request.image.unwrap_or_default().image;
     require("image.image", &wanted)?;
     let Some(record) = find(server, &wanted) else {
@@ -27,6 +30,6 @@ pub fn status(server: &Server, request: ImageStatusRequest) -> Result<ImageStatu
 }
 
 /// Returns the image of a request, by id, tag or digest.
-pub fn find(server: &Server, wanted: &str) -> Option<ImageRecord> {
+pub(crate) fn find(server: &Server, wanted: &str) -> Option<ImageRecord> {
     server.runtime.images().status(wanted)
 }

@@ -44,8 +44,8 @@ mod stream_exec;
 mod stream_forward;
 mod streams;
 #[cfg(test)]
-pub mod tests;
-pub mod unimplemented;
+pub(crate) mod tests;
+pub(crate) mod unimplemented;
 mod version;
 
 use crate::cni::{Cni, CniError};
@@ -73,7 +73,7 @@ use tracing::Instrument;
 
 /// State shared by both services. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Server(Arc<Inner>);
+pub(crate) struct Server(Arc<Inner>);
 
 /// Interval between attempts to release a leaked network: initial, and maximum after doubling. CNI plugins fail for
 /// seconds (a lock, a loaded machine) or until an administrator intervenes.
@@ -82,7 +82,7 @@ const MAX_CNI_RETRY_INTERVAL: Duration = Duration::from_secs(120);
 
 /// Contents of [`Server`].
 #[derive(Debug)]
-pub struct Inner {
+pub(crate) struct Inner {
     pub runtime: BoxliteRuntime,
     pub config: Config,
     pub cni: Cni,
@@ -115,7 +115,7 @@ impl std::ops::Deref for Server {
 
 impl Server {
     /// `vmm` describes the selected VMM and the reason.
-    pub fn new(
+    pub(crate) fn new(
         runtime: BoxliteRuntime,
         config: Config,
         metrics: Arc<Metrics>,
@@ -144,7 +144,7 @@ impl Server {
 
     /// Removes networks and files of pods that no longer exist. Called at the start, before the first request.
     /// Networks whose plugins fail are retried until this server stops.
-    pub async fn remove_orphans(&self) {
+    pub(crate) async fn remove_orphans(&self) {
         let live: HashSet<String> = self.runtime.boxes().into_iter().map(|pod| pod.id).collect();
         let (networks, left) = self.cni.collect(&live).await;
         let files = pod_files::collect(&self.layout, &live);
@@ -176,12 +176,12 @@ impl Server {
     }
 
     /// Ends the endless streams; clients reconnect to the next daemon.
-    pub fn close_streams(&self) {
+    pub(crate) fn close_streams(&self) {
         self.stopping.cancel();
     }
 
     /// Waits for the tasks of requests whose clients disconnected. Must be called after the last request.
-    pub async fn wait_for_tasks(&self) {
+    pub(crate) async fn wait_for_tasks(&self) {
         self.tasks.close();
         self.tasks.wait().await;
     }

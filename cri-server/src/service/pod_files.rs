@@ -13,7 +13,7 @@ use std::path::Path;
 const NODE_HOSTS: &str = "/etc/hosts";
 
 /// Writes the files. The directory is private; the files are readable by any user of a container.
-pub fn write(layout: &Layout, id: &str, record: &PodMetadata) -> io::Result<()> {
+pub(crate) fn write(layout: &Layout, id: &str, record: &PodMetadata) -> io::Result<()> {
     let directory = layout.pod(id);
     DirBuilder::new()
         .recursive(true)
@@ -36,7 +36,7 @@ pub fn write(layout: &Layout, id: &str, record: &PodMetadata) -> io::Result<()> 
 }
 
 /// Removes the files; succeeds if they do not exist.
-pub fn remove(layout: &Layout, id: &str) -> io::Result<()> {
+pub(crate) fn remove(layout: &Layout, id: &str) -> io::Result<()> {
     match fs::remove_dir_all(layout.pod(id)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
@@ -44,7 +44,7 @@ pub fn remove(layout: &Layout, id: &str) -> io::Result<()> {
 }
 
 /// Removes the files of pods that are not in `live`. Returns the number of pods.
-pub fn collect(layout: &Layout, live: &HashSet<String>) -> usize {
+pub(crate) fn collect(layout: &Layout, live: &HashSet<String>) -> usize {
     let Ok(entries) = fs::read_dir(layout.pods()) else {
         return 0;
     };

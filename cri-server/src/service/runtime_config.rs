@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use tonic::Status;
 
 /// Returns the cgroup driver: cgroupfs, that is paths instead of systemd slices.
-pub fn get() -> RuntimeConfigResponse {
+pub(crate) fn get() -> RuntimeConfigResponse {
     RuntimeConfigResponse {
         linux: Some(LinuxRuntimeConfiguration {
             cgroup_driver: CgroupDriver::Cgroupfs as i32,
@@ -18,7 +18,7 @@ pub fn get() -> RuntimeConfigResponse {
 }
 
 /// Stores the node's pod CIDRs, for plugins with the `ipRanges` capability. An empty value changes nothing.
-pub fn update(
+pub(crate) fn update(
     server: &Server,
     request: UpdateRuntimeConfigRequest,
 ) -> Result<UpdateRuntimeConfigResponse, Status> {

@@ -9,7 +9,7 @@ use serde_json::json;
 use std::collections::HashMap;
 
 /// Handles Status.
-pub fn status(server: &Server, request: &StatusRequest) -> StatusResponse {
+pub(crate) fn status(server: &Server, request: &StatusRequest) -> StatusResponse {
     let network = server.cni.ready();
     let conditions = vec![
         RuntimeCondition {

@@ -5,7 +5,7 @@ use crate::convert::{filter, status};
 use boxlite_proto::cri::v1::{PodSandbox, PodSandboxFilter};
 
 /// Returns the pods that `wanted` selects, newest first.
-pub fn list(server: &Server, wanted: Option<&PodSandboxFilter>) -> Vec<PodSandbox> {
+pub(crate) fn list(server: &Server, wanted: Option<&PodSandboxFilter>) -> Vec<PodSandbox> {
     let starting = server.starting.lock().clone();
     let mut pods: Vec<PodSandbox> = server
         .runtime

@@ -9,14 +9,14 @@ use boxlite_runtime::{BoxState, ContainerSnapshot, ContainerState, LiteBox};
 use std::time::Duration;
 
 /// Returns the descriptors of all metrics.
-pub fn descriptors() -> ListMetricDescriptorsResponse {
+pub(crate) fn descriptors() -> ListMetricDescriptorsResponse {
     ListMetricDescriptorsResponse {
         descriptors: metrics::descriptors(),
     }
 }
 
 /// Returns the metrics of all ready pods whose guest answers within the deadline.
-pub async fn list(server: &Server) -> Vec<PodSandboxMetrics> {
+pub(crate) async fn list(server: &Server) -> Vec<PodSandboxMetrics> {
     let limit = server.config.timeouts.stats;
     let asked = server
         .runtime

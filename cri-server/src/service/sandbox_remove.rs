@@ -5,7 +5,7 @@ use boxlite_proto::cri::v1::{RemovePodSandboxRequest, RemovePodSandboxResponse};
 use tonic::Status;
 
 /// Handles RemovePodSandbox.
-pub async fn remove(
+pub(crate) async fn remove(
     server: &Server,
     request: RemovePodSandboxRequest,
 ) -> Result<RemovePodSandboxResponse, Status> {

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use tonic::Status;
 
 /// Handles RunPodSandbox.
-pub async fn run(
+pub(crate) async fn run(
     server: &Server,
     request: RunPodSandboxRequest,
 ) -> Result<RunPodSandboxResponse, Status> {

@@ -10,7 +10,7 @@ use boxlite_runtime::{BoxState, LiteBox};
 use tonic::Status;
 
 /// Handles PodSandboxStats: a guest that does not answer is an error.
-pub async fn stats(
+pub(crate) async fn stats(
     server: &Server,
     request: PodSandboxStatsRequest,
 ) -> Result<PodSandboxStatsResponse, Status> {
@@ -40,7 +40,10 @@ pub async fn stats(
 }
 
 /// Returns the stats of all ready pods that `wanted` selects.
-pub async fn list(server: &Server, wanted: Option<PodSandboxStatsFilter>) -> Vec<PodSandboxStats> {
+pub(crate) async fn list(
+    server: &Server,
+    wanted: Option<PodSandboxStatsFilter>,
+) -> Vec<PodSandboxStats> {
     let wanted = filter::of_sandbox_stats(wanted);
     let pods = sandbox_list::list(server, wanted.as_ref());
     let asked = pods

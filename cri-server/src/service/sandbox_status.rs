@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use tonic::Status;
 
 /// Handles PodSandboxStatus.
-pub async fn status(
+pub(crate) async fn status(
     server: &Server,
     request: PodSandboxStatusRequest,
 ) -> Result<PodSandboxStatusResponse, Status> {

@@ -7,7 +7,7 @@ use boxlite_runtime::LiteBox;
 use tonic::Status;
 
 /// Handles StopPodSandbox.
-pub async fn stop(
+pub(crate) async fn stop(
     server: &Server,
     request: StopPodSandboxRequest,
 ) -> Result<StopPodSandboxResponse, Status> {
@@ -22,7 +22,7 @@ pub async fn stop(
 }
 
 /// Stops the VM and detaches the network; idempotent.
-pub async fn tear_down(server: &Server, pod: &LiteBox) -> Result<(), Status> {
+pub(crate) async fn tear_down(server: &Server, pod: &LiteBox) -> Result<(), Status> {
     server.runs.forget(pod.id());
     nri_hooks::stop_pod(server, pod).await;
     pod.stop().await.map_err(status_of)?;

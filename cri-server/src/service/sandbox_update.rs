@@ -12,7 +12,7 @@ use boxlite_runtime::BoxState;
 use tonic::Status;
 
 /// Handles UpdatePodSandboxResources. Fails for a pod that is not ready.
-pub async fn update(
+pub(crate) async fn update(
     server: &Server,
     request: UpdatePodSandboxResourcesRequest,
 ) -> Result<UpdatePodSandboxResourcesResponse, Status> {

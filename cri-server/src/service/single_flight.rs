@@ -36,7 +36,7 @@ struct State<R> {
 
 /// Calls in progress by key; two requests are the same if their `R` is equal.
 #[derive(Debug)]
-pub struct SingleFlight<R> {
+pub(crate) struct SingleFlight<R> {
     state: Arc<Mutex<State<R>>>,
 }
 
@@ -54,7 +54,7 @@ impl<R> Default for SingleFlight<R> {
 impl<R: PartialEq + Send + 'static> SingleFlight<R> {
     /// Joins the call of `key`, or starts `work` as a task of `tasks`. The result is an id. Dropping the future does
     /// not stop the task.
-    pub async fn join<F>(
+    pub(crate) async fn join<F>(
         &self,
         tasks: &TaskTracker,
         key: String,
@@ -125,7 +125,7 @@ impl<R: PartialEq + Send + 'static> SingleFlight<R> {
     }
 
     /// Drops an undelivered result: the object it names was stopped or removed.
-    pub fn forget(&self, id: &str) {
+    pub(crate) fn forget(&self, id: &str) {
         self.state
             .lock()
             .calls

@@ -6,7 +6,7 @@ use boxlite_proto::cri::v1::{AttachRequest, AttachResponse};
 use tonic::Status;
 
 /// Handles Attach.
-pub fn attach(server: &Server, request: AttachRequest) -> Result<AttachResponse, Status> {
+pub(crate) fn attach(server: &Server, request: AttachRequest) -> Result<AttachResponse, Status> {
     let streams = requested_streams(request.stdin, request.stdout, request.stderr, request.tty)?;
     let (pod, container) = server.running_container(&request.container_id)?;
     let ticket = Ticket::Attach(Attach {
@@ -20,7 +20,7 @@ pub fn attach(server: &Server, request: AttachRequest) -> Result<AttachResponse,
 }
 
 /// Returns the requested streams if the combination is valid.
-pub fn requested_streams(
+pub(crate) fn requested_streams(
     stdin: bool,
     stdout: bool,
     stderr: bool,

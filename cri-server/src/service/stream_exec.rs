@@ -6,7 +6,7 @@ use boxlite_proto::cri::v1::{ExecRequest, ExecResponse};
 use tonic::Status;
 
 /// Handles Exec. The command starts when the client connects.
-pub fn exec(server: &Server, request: ExecRequest) -> Result<ExecResponse, Status> {
+pub(crate) fn exec(server: &Server, request: ExecRequest) -> Result<ExecResponse, Status> {
     if request.cmd.first().is_none_or(String::is_empty) {
         return Err(Status::invalid_argument("cmd is missing"));
     }

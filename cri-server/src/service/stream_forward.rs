@@ -9,7 +9,7 @@ use tonic::Status;
 const MAX_PORTS: usize = 127;
 
 /// Handles PortForward. Ports are optional: over SPDY the client names them with each connection.
-pub fn forward(
+pub(crate) fn forward(
     server: &Server,
     request: PortForwardRequest,
 ) -> Result<PortForwardResponse, Status> {

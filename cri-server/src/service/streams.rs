@@ -8,10 +8,10 @@ use tonic::{Response, Status};
 const BATCH_SIZE: usize = 50;
 
 /// Response of a streaming call.
-pub type Stream<T> = BoxStream<'static, Result<T, Status>>;
+pub(crate) type Stream<T> = BoxStream<'static, Result<T, Status>>;
 
 /// Returns `items` in batches, each converted by `message`. Without items there is no message.
-pub fn batches<I, T>(
+pub(crate) fn batches<I, T>(
     items: Vec<I>,
     message: impl Fn(Vec<I>) -> T + Send + 'static,
 ) -> Response<Stream<T>>

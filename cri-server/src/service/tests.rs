@@ -17,14 +17,14 @@ use tempfile::TempDir;
 use tonic::{Code, Request, Response};
 
 /// A server over empty directories.
-pub struct Fixture {
+pub(crate) struct Fixture {
     pub server: Server,
     pub dir: TempDir,
 }
 
 impl Fixture {
     /// Creates a server without network configuration.
-    pub async fn new() -> Self {
+    pub(crate) async fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let mut config = Config {
             root: dir.path().join("root"),

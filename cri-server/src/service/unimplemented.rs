@@ -3,7 +3,7 @@
 use tonic::Status;
 
 /// Calls, each with its missing prerequisite.
-pub const TABLE: [(&str, &str); 3] = [
+pub(crate) const TABLE: [(&str, &str); 3] = [
     (
         "CheckpointContainer",
         "a tool in the guest that saves and restores processes (CRIU); the guest has none",
@@ -19,7 +19,7 @@ pub const TABLE: [(&str, &str); 3] = [
 ];
 
 /// Returns UNIMPLEMENTED for a call of the table.
-pub fn answer(call: &'static str) -> Status {
+pub(crate) fn answer(call: &'static str) -> Status {
     let prerequisite = TABLE
         .iter()
         .find(|(name, _)| *name == call)

@@ -10,7 +10,7 @@ const API: &str = "v1";
 const KUBELET_API: &str = "0.1.0";
 
 /// Handles Version.
-pub fn version() -> VersionResponse {
+pub(crate) fn version() -> VersionResponse {
     VersionResponse {
         version: KUBELET_API.into(),
         runtime_name: NAME.into(),

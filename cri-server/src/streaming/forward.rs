@@ -22,14 +22,19 @@ const MAX_HALF_OPEN_PAIRS: usize = 64;
 
 /// Request of PortForward.
 #[derive(Debug, Clone)]
-pub struct Forward {
+pub(crate) struct Forward {
     pub pod: LiteBox,
     /// Ports for WebSocket's first protocol, whose clients do not name ports.
     pub ports: Vec<u16>,
 }
 
 /// Serves pairs of streams until the client disconnects. Its connections end with it, and when the future is dropped.
-pub async fn serve(pod: LiteBox, mut accept: Accept, gone: CancellationToken, limit: Duration) {
+pub(crate) async fn serve(
+    pod: LiteBox,
+    mut accept: Accept,
+    gone: CancellationToken,
+    limit: Duration,
+) {
     let mut halves = Halves::default();
     let mut running = JoinSet::new();
     loop {
@@ -53,7 +58,7 @@ pub async fn serve(pod: LiteBox, mut accept: Accept, gone: CancellationToken, li
 
 /// Serves a fixed list of connections on pairs of channels: data, then error. Each channel starts with its port in
 /// two bytes, little-endian, as WebSocket's first protocol requires.
-pub async fn serve_channels(pod: LiteBox, pairs: Vec<(u16, Input, Output, Output)>) {
+pub(crate) async fn serve_channels(pod: LiteBox, pairs: Vec<(u16, Input, Output, Output)>) {
     let mut running = JoinSet::new();
     for (port, input, mut data, mut error) in pairs {
         let pod = pod.clone();
@@ -165,7 +170,13 @@ fn request_id(stream: &Stream, is_data: bool) -> String {
 }
 
 /// Carries one connection to its end. Dropping the future ends it in the guest, too.
-pub async fn forward(pod: LiteBox, port: u16, input: Input, data: Output, mut error: Output) {
+pub(crate) async fn forward(
+    pod: LiteBox,
+    port: u16,
+    input: Input,
+    data: Output,
+    mut error: Output,
+) {
     let gone = input.gone().clone();
     let carried = tokio::select! {
         biased;

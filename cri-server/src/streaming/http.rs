@@ -65,7 +65,7 @@ const REMOTE_PROTOCOLS: [&str; 4] = [
 type Answer = Response<Full<Bytes>>;
 
 /// Serves until `stop` is cancelled, then ends all sessions and waits for their cleanup.
-pub async fn serve(listener: TcpListener, streaming: Streaming, stop: CancellationToken) {
+pub(crate) async fn serve(listener: TcpListener, streaming: Streaming, stop: CancellationToken) {
     let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let tasks = TaskTracker::new();
     loop {

@@ -21,11 +21,11 @@ mod spdy;
 mod tokens;
 mod websocket;
 
-pub use forward::Forward;
-pub use http::serve;
-pub use process::{Attach, Exec};
-pub use remote::RequestedStreams;
-pub use tokens::TooManyPending;
+pub(crate) use forward::Forward;
+pub(crate) use http::serve;
+pub(crate) use process::{Attach, Exec};
+pub(crate) use remote::RequestedStreams;
+pub(crate) use tokens::TooManyPending;
 
 use crate::config::StreamingConfig;
 use sessions::Sessions;
@@ -35,7 +35,7 @@ use tokens::Tokens;
 
 /// Request that a URL stands for.
 #[derive(Debug, Clone)]
-pub enum Ticket {
+pub(crate) enum Ticket {
     Exec(Exec),
     Attach(Attach),
     Forward(Forward),
@@ -63,7 +63,7 @@ impl Ticket {
 
 /// Issues URLs. Cheap to clone; clones share the tokens.
 #[derive(Debug, Clone)]
-pub struct Streaming(Arc<Inner>);
+pub(crate) struct Streaming(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
@@ -75,7 +75,7 @@ struct Inner {
 
 impl Streaming {
     /// Creates the state of a server that listens on `address`.
-    pub fn new(limits: StreamingConfig, address: SocketAddr) -> Self {
+    pub(crate) fn new(limits: StreamingConfig, address: SocketAddr) -> Self {
         Self(Arc::new(Inner {
             tokens: Tokens::default(),
             sessions: Sessions::default(),
@@ -88,7 +88,7 @@ impl Streaming {
     ///
     /// # Errors
     /// Too many sessions are pending.
-    pub fn url(&self, ticket: Ticket) -> Result<String, TooManyPending> {
+    pub(crate) fn url(&self, ticket: Ticket) -> Result<String, TooManyPending> {
         let verb = ticket.verb();
         let token = self.0.tokens.issue(ticket)?;
         Ok(format!("http://{}/{verb}/{token}", self.0.address))

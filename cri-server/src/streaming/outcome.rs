@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 /// Outcome of an exec or attach.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Outcome {
+pub(crate) enum Outcome {
     /// Exit code 0, or the end of an attach.
     Success,
     /// Another exit code.
@@ -17,7 +17,7 @@ pub enum Outcome {
 
 impl Outcome {
     /// Returns the message for the error stream, if there is one.
-    pub fn message(&self, json: bool) -> Option<Bytes> {
+    pub(crate) fn message(&self, json: bool) -> Option<Bytes> {
         if json {
             return Some(self.status().to_string().into());
         }

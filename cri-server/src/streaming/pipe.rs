@@ -12,18 +12,18 @@ use tokio_util::sync::CancellationToken;
 /// The client or its stream is closed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("client disconnected")]
-pub struct Gone;
+pub(crate) struct Gone;
 
 /// Data from the client on one stream.
 #[derive(Debug)]
-pub struct Input {
+pub(crate) struct Input {
     chunks: mpsc::Receiver<Bytes>,
     gone: CancellationToken,
 }
 
 impl Input {
     /// Creates the reading end of `chunks`; `gone` is cancelled if the stream ends without an end from the client.
-    pub fn new(chunks: mpsc::Receiver<Bytes>, gone: CancellationToken) -> Self {
+    pub(crate) fn new(chunks: mpsc::Receiver<Bytes>, gone: CancellationToken) -> Self {
         Self { chunks, gone }
     }
 
@@ -31,7 +31,7 @@ impl Input {
     ///
     /// # Errors
     /// The stream was reset, or the client disconnected.
-    pub async fn next(&mut self) -> Result<Option<Bytes>, Gone> {
+    pub(crate) async fn next(&mut self) -> Result<Option<Bytes>, Gone> {
         tokio::select! {
             biased;
             chunk = self.chunks.recv() => match chunk {
@@ -43,14 +43,14 @@ impl Input {
     }
 
     /// Cancelled when the stream is closed.
-    pub fn gone(&self) -> &CancellationToken {
+    pub(crate) fn gone(&self) -> &CancellationToken {
         &self.gone
     }
 }
 
 /// Data to the client on one stream.
 #[derive(Debug)]
-pub enum Output {
+pub(crate) enum Output {
     Spdy(StreamOutput),
     Channel(ChannelOutput),
 }
@@ -61,7 +61,7 @@ impl Output {
     ///
     /// # Errors
     /// The client or its stream is closed.
-    pub async fn write(&mut self, data: Bytes) -> Result<(), Gone> {
+    pub(crate) async fn write(&mut self, data: Bytes) -> Result<(), Gone> {
         match self {
             Self::Spdy(output) => output.write(data).await,
             Self::Channel(output) => output.write(data).await,
@@ -69,7 +69,7 @@ impl Output {
     }
 
     /// Ends this stream.
-    pub async fn finish(self) {
+    pub(crate) async fn finish(self) {
         match self {
             Self::Spdy(output) => output.finish().await,
             // A channel ends with the connection.
@@ -78,7 +78,7 @@ impl Output {
     }
 
     /// Resets the stream, in both directions if the transport supports it.
-    pub async fn reset(self) {
+    pub(crate) async fn reset(self) {
         match self {
             Self::Spdy(output) => output.reset().await,
             Self::Channel(_) => {}

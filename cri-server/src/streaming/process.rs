@@ -25,7 +25,7 @@ const MAX_RESIZE_BYTES: usize = 1 << 10;
 
 /// Request of Exec.
 #[derive(Debug, Clone)]
-pub struct Exec {
+pub(crate) struct Exec {
     pub pod: LiteBox,
     pub container: String,
     pub argv: Vec<String>,
@@ -34,7 +34,7 @@ pub struct Exec {
 
 /// Request of Attach.
 #[derive(Debug, Clone)]
-pub struct Attach {
+pub(crate) struct Attach {
     pub pod: LiteBox,
     pub container: String,
     pub streams: RequestedStreams,
@@ -54,7 +54,7 @@ enum Ended {
 
 /// Runs a command for `remote` to completion. After completion only processes remain that the command left behind;
 /// dropping the future leaves the command running.
-pub async fn exec(exec: Exec, mut remote: Remote) {
+pub(crate) async fn exec(exec: Exec, mut remote: Remote) {
     let RequestedStreams { tty, stdin, .. } = exec.streams;
     let started = exec
         .pod
@@ -82,7 +82,7 @@ pub async fn exec(exec: Exec, mut remote: Remote) {
 
 /// Connects `remote` with the init process of a container until either ends. Dropping the future does not affect the
 /// process.
-pub async fn attach(attach: Attach, mut remote: Remote) {
+pub(crate) async fn attach(attach: Attach, mut remote: Remote) {
     let mut session = match attach.pod.attach_session(&attach.container).await {
         Ok(session) => session,
         Err(error) => return failed(remote, "error attaching to container", &error).await,
@@ -176,7 +176,7 @@ async fn copy_input(input: Option<Input>, forwards_stdin: bool, controls: &Proce
 }
 
 /// Converts the client's input to a stream.
-pub fn chunks(input: Input) -> impl Stream<Item = Bytes> + Send + 'static {
+pub(crate) fn chunks(input: Input) -> impl Stream<Item = Bytes> + Send + 'static {
     futures::stream::unfold(input, |mut input| async move {
         let chunk = input.next().await.ok().flatten()?;
         Some((chunk, input))

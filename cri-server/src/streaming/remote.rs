@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 /// Streams requested by a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RequestedStreams {
+pub(crate) struct RequestedStreams {
     pub stdin: bool,
     pub stdout: bool,
     pub stderr: bool,
@@ -18,7 +18,7 @@ pub struct RequestedStreams {
 
 /// Version of the remote command protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Version {
+pub(crate) enum Version {
     /// Errors are plain text.
     V1,
     /// V1 with corrections.
@@ -33,7 +33,7 @@ pub enum Version {
 
 impl Version {
     /// Parses the name of a subprotocol without base64.
-    pub fn named(name: &str) -> Option<Self> {
+    pub(crate) fn named(name: &str) -> Option<Self> {
         match name {
             "channel.k8s.io" => Some(Self::V1),
             "v2.channel.k8s.io" => Some(Self::V2),
@@ -45,7 +45,7 @@ impl Version {
     }
 
     /// Returns whether errors are JSON.
-    pub fn json(self) -> bool {
+    pub(crate) fn json(self) -> bool {
         self >= Self::V4
     }
 
@@ -56,7 +56,7 @@ impl Version {
 
 /// A client with its streams.
 #[derive(Debug)]
-pub struct Remote {
+pub(crate) struct Remote {
     pub stdin: Option<Input>,
     pub stdout: Option<Output>,
     pub stderr: Option<Output>,
@@ -72,7 +72,7 @@ pub struct Remote {
 impl Remote {
     /// Sends the outcome to the client and ends all its streams, output first: clients treat the end of the error
     /// stream as the end of the session.
-    pub async fn finish(self, outcome: &Outcome) {
+    pub(crate) async fn finish(self, outcome: &Outcome) {
         let Self {
             stdout,
             stderr,
@@ -96,7 +96,7 @@ impl Remote {
 
 /// Reason why a client did not become a [`Remote`].
 #[derive(Debug, thiserror::Error)]
-pub enum RemoteError {
+pub(crate) enum RemoteError {
     /// It disconnected.
     #[error("client disconnected before it opened all streams")]
     Left,
@@ -113,7 +113,7 @@ pub enum RemoteError {
 ///
 /// # Errors
 /// The client did not open them in time.
-pub async fn collect(
+pub(crate) async fn collect(
     accept: &mut spdy::Accept,
     wanted: RequestedStreams,
     version: Version,
@@ -153,7 +153,7 @@ pub async fn collect(
 }
 
 /// Header with the purpose of a stream.
-pub const STREAM_TYPE: &str = "streamtype";
+pub(crate) const STREAM_TYPE: &str = "streamtype";
 
 #[derive(Default)]
 struct Streams {

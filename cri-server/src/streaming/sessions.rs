@@ -8,13 +8,13 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 /// Maximum number of sessions. Each holds at most a few hundred KiB of queued data.
-pub const MAX_SESSIONS: usize = 512;
+pub(crate) const MAX_SESSIONS: usize = 512;
 /// Maximum number of sessions of one pod sandbox.
-pub const MAX_POD_SESSIONS: usize = 128;
+pub(crate) const MAX_POD_SESSIONS: usize = 128;
 
 /// Reason why a session cannot begin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum TooManySessions {
+pub(crate) enum TooManySessions {
     /// All sessions of the node are in use.
     #[error("too many streaming sessions (maximum {MAX_SESSIONS})")]
     InAll,
@@ -25,11 +25,11 @@ pub enum TooManySessions {
 
 /// Sessions in progress. Cheap to clone.
 #[derive(Debug, Clone, Default)]
-pub struct Sessions(Arc<Mutex<HashMap<String, usize>>>);
+pub(crate) struct Sessions(Arc<Mutex<HashMap<String, usize>>>);
 
 /// A session in progress; dropping it ends it.
 #[derive(Debug)]
-pub struct Session {
+pub(crate) struct Session {
     sessions: Sessions,
     pod: String,
 }
@@ -39,7 +39,7 @@ impl Sessions {
     ///
     /// # Errors
     /// A limit is reached.
-    pub fn begin(&self, pod: &str) -> Result<Session, TooManySessions> {
+    pub(crate) fn begin(&self, pod: &str) -> Result<Session, TooManySessions> {
         let mut counts = self.0.lock();
         if counts.values().sum::<usize>() >= MAX_SESSIONS {
             return Err(TooManySessions::InAll);

@@ -10,18 +10,18 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 /// Time between the call's response and the connection of the client; the kubelet connects immediately.
-pub const TOKEN_LIFETIME: Duration = Duration::from_secs(60);
+pub(crate) const TOKEN_LIFETIME: Duration = Duration::from_secs(60);
 /// Maximum number of pending tokens.
-pub const MAX_TOKENS: usize = 1000;
+pub(crate) const MAX_TOKENS: usize = 1000;
 
 /// Too many pending tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("too many pending streaming sessions (maximum {MAX_TOKENS})")]
-pub struct TooManyPending;
+pub(crate) struct TooManyPending;
 
 /// Tokens with their requests.
 #[derive(Debug)]
-pub struct Tokens<T> {
+pub(crate) struct Tokens<T> {
     inner: Mutex<Inner<T>>,
 }
 
@@ -48,7 +48,7 @@ impl<T> Tokens<T> {
     ///
     /// # Errors
     /// Too many tokens are pending.
-    pub fn issue(&self, what: T) -> Result<String, TooManyPending> {
+    pub(crate) fn issue(&self, what: T) -> Result<String, TooManyPending> {
         let now = Instant::now();
         let mut inner = self.inner.lock();
         inner.expire(now);
@@ -66,7 +66,7 @@ impl<T> Tokens<T> {
     }
 
     /// Returns the request of `token`, once.
-    pub fn redeem(&self, token: &str) -> Option<T> {
+    pub(crate) fn redeem(&self, token: &str) -> Option<T> {
         let mut inner = self.inner.lock();
         inner.expire(Instant::now());
         inner.entries.remove(token)

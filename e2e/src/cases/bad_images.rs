@@ -18,7 +18,7 @@ use tar::EntryType;
 
 use super::bad_input::expect_error;
 
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     vec![
         case!(unknown_image_is_not_found, 60),
         case!(wrong_manifest_digest_is_refused, 60),

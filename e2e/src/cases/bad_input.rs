@@ -12,7 +12,7 @@ use serde_json::json;
 use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     vec![
         case!(impossible_host_path_is_refused, 60),
         case!(unknown_runtime_handler_is_refused, 30),
@@ -27,7 +27,7 @@ pub fn cases() -> Vec<Case> {
 }
 
 /// Fails unless the error contains all of these words (any of those separated by `|`).
-pub fn expect_error<T: std::fmt::Debug>(outcome: &Result<T>, words: &[&str]) -> Result {
+pub(crate) fn expect_error<T: std::fmt::Debug>(outcome: &Result<T>, words: &[&str]) -> Result {
     let Err(failure) = outcome else {
         crate::bail!("expected an error, got {outcome:?}")
     };

@@ -9,7 +9,7 @@ use crate::{ensure, poll, same};
 use k8s_cri::v1::*;
 use std::time::Duration;
 
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     vec![
         case!(messages_of_16_mib_are_accepted, 60),
         case!(fifty_clients_are_served, 90),

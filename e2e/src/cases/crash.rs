@@ -16,7 +16,7 @@ use rand::Rng;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     vec![
         case!(killed_daemon_loses_no_log_lines, 120),
         case!(exits_during_downtime_are_reported, 120),

@@ -10,7 +10,7 @@ use crate::{ensure, poll, same};
 use k8s_cri::v1::*;
 use std::time::{Duration, Instant};
 
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     vec![
         case!(returns_output_and_exit_code, 60),
         case!(returns_large_output, 60),

@@ -21,7 +21,7 @@ use serde_json::json;
 /// Base64 of `user:secret`.
 const SECRET: &str = "dXNlcjpzZWNyZXQ=";
 
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     vec![
         case!(every_manifest_form_is_pulled, 90),
         case!(layers_are_merged_in_the_guest, 90),
@@ -77,7 +77,7 @@ async fn remove(node: &crate::node::Node, reference: &str) -> Result {
 }
 
 /// Creates an image of one small and several random layers, so that a transfer takes time.
-pub fn bulky(set: &ImageSet, layers: usize, bytes: usize) -> Result<Image> {
+pub(crate) fn bulky(set: &ImageSet, layers: usize, bytes: usize) -> Result<Image> {
     let mut all = vec![set.busybox.clone()];
     for i in 0..layers {
         let mut noise = vec![0; bytes];

@@ -9,7 +9,7 @@ use k8s_cri::v1::*;
 use std::collections::HashMap;
 use std::path::Path;
 
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     vec![
         case!(pod_with_every_kubelet_field_runs, 90),
         case!(restarted_container_has_a_log_per_attempt, 60),

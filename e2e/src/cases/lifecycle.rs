@@ -9,7 +9,7 @@ use crate::{ensure, same};
 use k8s_cri::v1::*;
 use std::time::{Duration, Instant};
 
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     vec![
         case!(version_and_status_are_reported, 20),
         case!(pod_runs_and_is_removed, 60),

@@ -15,7 +15,7 @@ use nix::sys::signal::Signal;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     vec![
         case!(container_mounts_appear_on_the_host, 120),
         case!(files_are_shared_both_ways, 120),

@@ -14,7 +14,7 @@ use k8s_cri::v1::PodSandboxFilter;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     vec![
         case!(events_arrive_in_order_and_adjustments_apply, 60),
         case!(refusals_leave_nothing_behind, 90),

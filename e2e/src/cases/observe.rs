@@ -15,7 +15,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 use std::time::Instant;
 
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     vec![
         case!(events_of_a_pod_arrive_in_order, 60),
         case!(events_continue_after_a_daemon_restart, 90),

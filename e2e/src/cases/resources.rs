@@ -8,7 +8,7 @@ use crate::{case, ensure, same};
 use k8s_cri::v1::*;
 use std::path::{Path, PathBuf};
 
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     vec![
         case!(limit_of_32_mib_acts_in_the_guest, 90),
         case!(limit_of_64_mib_acts_in_the_guest, 90),

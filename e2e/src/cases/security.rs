@@ -9,7 +9,7 @@ use crate::{bail, ensure, poll, same};
 use k8s_cri::v1::security_profile::ProfileType;
 use k8s_cri::v1::*;
 
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     vec![
         case!(seccomp_profiles_apply, 90),
         case!(unsupported_settings_are_refused_by_name, 60),

@@ -9,7 +9,7 @@ use crate::runner::{Case, Context};
 use crate::{ensure, poll, same};
 use k8s_cri::v1::*;
 
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     vec![
         case!(namespaces_are_shared_or_private, 60),
         case!(pod_pid_namespace_is_shared, 60),

@@ -35,7 +35,7 @@ const TERMINAL: Streams = Streams {
 };
 const BOTH: [Transport; 2] = [Transport::Spdy, Transport::WebSocket];
 
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     vec![
         case!(exec_streams_output_and_half_closes, 90),
         case!(exec_terminal_is_resized, 60),

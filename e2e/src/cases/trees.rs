@@ -16,7 +16,7 @@ const SEED: &str = "BOXLITE_E2E_SEED";
 /// Images per run, and in the emulated KVM host. They share a pod.
 const IMAGES: (usize, usize) = (5, 2);
 
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     vec![case!(random_image_trees_match_the_model, 120)]
 }
 

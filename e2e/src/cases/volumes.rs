@@ -12,7 +12,7 @@ use prost::Message;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     vec![
         case!(later_host_mounts_propagate, 90),
         case!(read_only_mounts_are_recursive, 60),

@@ -39,7 +39,7 @@ exec busybox brctl \"$@\"
 ";
 
 /// Builds and pushes all images. Every registry host of the references maps to this registry.
-pub async fn push(registry: &Registry, busybox_path: &Path, programs: &Programs) -> Result {
+pub(crate) async fn push(registry: &Registry, busybox_path: &Path, programs: &Programs) -> Result {
     let base = vec![busybox::layer(busybox_path, Compression::Gzip)?, tools()?];
     let push = Push { registry };
     let shell = json!({"Cmd": ["sh"], "Env": [PATH]});

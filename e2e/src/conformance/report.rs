@@ -21,7 +21,7 @@ const EXCUSED: [(&str, &str); 2] = [
 const NOT_SELECTED: &str = "NRI socket not configured";
 
 /// Result of one run.
-pub struct Report {
+pub(crate) struct Report {
     specs: Vec<Spec>,
 }
 
@@ -74,7 +74,7 @@ struct Location {
 }
 
 /// Reads critest's JSON report.
-pub fn read(path: &Path) -> Result<Report> {
+pub(crate) fn read(path: &Path) -> Result<Report> {
     let suites: Vec<Suite> =
         serde_json::from_slice(&std::fs::read(path)?).during(path.display())?;
     let specs = suites
@@ -137,7 +137,7 @@ impl Report {
     }
 
     /// Returns `N passed, N failed, N skipped; N of these cannot run here`.
-    pub fn line(&self) -> String {
+    pub(crate) fn line(&self) -> String {
         let excused = self.specs.iter().filter(|s| s.state != State::Passed);
         format!(
             "{} passed, {} failed, {} skipped; {} of these cannot run here",
@@ -150,7 +150,7 @@ impl Report {
 
     /// Returns true if a spec passed and no spec failed without excuse; with `skips_count`, also no spec was skipped
     /// without one.
-    pub fn good(&self, skips_count: bool) -> bool {
+    pub(crate) fn good(&self, skips_count: bool) -> bool {
         let counts = |s: &Spec| match s.state {
             State::Passed => false,
             State::Skipped => skips_count,
@@ -161,7 +161,7 @@ impl Report {
     }
 
     /// Returns a table by group, followed by each spec that did not pass and its reason.
-    pub fn text(&self) -> String {
+    pub(crate) fn text(&self) -> String {
         let mut groups: BTreeMap<&str, ([usize; 3], f64)> = BTreeMap::new();
         for spec in &self.specs {
             let (counts, seconds) = groups.entry(&spec.group).or_default();

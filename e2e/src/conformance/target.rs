@@ -19,7 +19,7 @@ const DISK_BYTES: u64 = 3 << 30;
 const NRI_SOCKET: &str = "nri.sock";
 
 /// CRI runtime under test.
-pub enum Target {
+pub(crate) enum Target {
     /// boxlite-cri.
     Boxlite {
         /// Node of the daemon.
@@ -33,7 +33,7 @@ pub enum Target {
 
 impl Target {
     /// Starts the runtime selected by the options.
-    pub async fn start(suite: &Suite<'_>, transport: Transport) -> Result<Self> {
+    pub(crate) async fn start(suite: &Suite<'_>, transport: Transport) -> Result<Self> {
         let letter = &transport.name()[..1];
         let server = format!("http://{}", suite.registry.host);
         let mirror = |host: &str| -> Mirror { (host.to_owned(), server.clone(), None) };
@@ -72,7 +72,7 @@ impl Target {
     }
 
     /// Returns the name for titles and files.
-    pub fn name(&self) -> String {
+    pub(crate) fn name(&self) -> String {
         match self {
             Self::Boxlite { .. } => "boxlite-cri".to_owned(),
             Self::Containerd(_, version) => format!("containerd-{version}"),
@@ -80,7 +80,7 @@ impl Target {
     }
 
     /// Returns the runtime handler of the pods.
-    pub fn handler(&self) -> Option<&'static str> {
+    pub(crate) fn handler(&self) -> Option<&'static str> {
         match self {
             Self::Boxlite { .. } => None,
             Self::Containerd(..) => Some("boxlite"),
@@ -88,7 +88,7 @@ impl Target {
     }
 
     /// Returns the path of the CRI socket.
-    pub fn socket(&self) -> PathBuf {
+    pub(crate) fn socket(&self) -> PathBuf {
         match self {
             Self::Boxlite { node, .. } => node.socket(),
             Self::Containerd(daemon, _) => daemon.socket(),
@@ -96,7 +96,7 @@ impl Target {
     }
 
     /// Returns the path of the NRI socket.
-    pub fn nri(&self) -> PathBuf {
+    pub(crate) fn nri(&self) -> PathBuf {
         match self {
             Self::Boxlite { node, .. } => node.dir.join(NRI_SOCKET),
             Self::Containerd(daemon, _) => daemon.dir.join(NRI_SOCKET),
@@ -104,7 +104,7 @@ impl Target {
     }
 
     /// Returns the path of the daemon's log.
-    pub fn log(&self) -> PathBuf {
+    pub(crate) fn log(&self) -> PathBuf {
         match self {
             Self::Boxlite { node, .. } => node.log(),
             Self::Containerd(daemon, _) => daemon.log(),
@@ -112,7 +112,7 @@ impl Target {
     }
 
     /// Stops the daemon.
-    pub async fn end(&self) -> Result {
+    pub(crate) async fn end(&self) -> Result {
         match self {
             Self::Boxlite { node, .. } => node.terminate().await,
             Self::Containerd(daemon, _) => daemon.kill().await,

@@ -16,9 +16,9 @@ use tokio::process::Command;
 use tokio::sync::Mutex;
 
 /// Name of the runtime as users write it.
-pub const RUNTIME: &str = "io.containerd.boxlite.v2";
+pub(crate) const RUNTIME: &str = "io.containerd.boxlite.v2";
 /// Time limit for a task's state.
-pub const STATE_TIMEOUT: Duration = Duration::from_secs(60);
+pub(crate) const STATE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Time limit of one `ctr` command, which may boot a VM.
 const CTR_TIMEOUT: Duration = Duration::from_secs(240);
 
@@ -312,7 +312,7 @@ impl Containerd {
 }
 
 /// Returns the arguments of `ctr run`.
-pub fn run_args<'a>(flags: &[&'a str], id: &'a str, argv: &[&'a str]) -> Vec<&'a str> {
+pub(crate) fn run_args<'a>(flags: &[&'a str], id: &'a str, argv: &[&'a str]) -> Vec<&'a str> {
     let mut args = vec!["run", "--runtime", RUNTIME];
     args.extend(flags);
     args.extend([super::IMAGE, id]);

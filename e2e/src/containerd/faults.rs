@@ -12,7 +12,7 @@ use k8s_cri::v1::{ContainerState, Mount};
 use std::time::SystemTime;
 
 /// Returns the cases.
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     vec![
         case!(killed_shim_is_cleaned_up, 90),
         case!(dead_vm_is_reported_as_exit, 90),

@@ -8,7 +8,7 @@ use crate::{ensure, poll, same};
 use std::os::unix::fs::PermissionsExt;
 
 /// Returns the cases.
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     vec![
         case!(file_uri_receives_both_streams, 60),
         case!(binary_uri_receives_both_streams, 60),

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Returns the cases.
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     vec![
         case!(two_containers_share_a_vm, 120),
         case!(limits_and_annotations_apply, 120),
@@ -33,7 +33,7 @@ pub fn cases() -> Vec<Case> {
 }
 
 /// Returns its CRI socket as a node.
-pub fn node(daemon: &Containerd) -> Result<Arc<Node>> {
+pub(crate) fn node(daemon: &Containerd) -> Result<Arc<Node>> {
     Ok(Arc::new(Node::foreign(&daemon.dir)?))
 }
 
@@ -312,7 +312,7 @@ async fn terminal_is_resized(ctx: Context) -> Result {
 }
 
 /// Runs a pod with one container that sleeps.
-pub async fn sleeper(daemon: &Containerd, name: &str) -> Result<(Pod, Container)> {
+pub(crate) async fn sleeper(daemon: &Containerd, name: &str) -> Result<(Pod, Container)> {
     let node = node(daemon)?;
     let pod = Pod::run(&node, name).await?;
     let container = pod
@@ -322,4 +322,4 @@ pub async fn sleeper(daemon: &Containerd, name: &str) -> Result<(Pod, Container)
 }
 
 /// Time within which containerd notices a broken connection to a shim.
-pub const NOTICE_LIMIT: Duration = Duration::from_secs(20);
+pub(crate) const NOTICE_LIMIT: Duration = Duration::from_secs(20);

@@ -11,7 +11,7 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::Command;
 
 /// Returns the cases.
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     vec![
         case!(foreground_run_returns_output_and_exit_code, 60),
         case!(input_reaches_the_process_and_ends, 60),
@@ -32,12 +32,12 @@ fn some<T>(end: Option<T>) -> Result<T> {
 }
 
 /// Converts output to a string without surrounding line ends.
-pub fn text(bytes: &[u8]) -> String {
+pub(crate) fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).trim().to_owned()
 }
 
 /// Expects `ctr task delete` to report the exit code: 1.6 exits with it, 2.x prints a warning.
-pub fn expect_exit_code(output: &Output, code: i32) -> Result {
+pub(crate) fn expect_exit_code(output: &Output, code: i32) -> Result {
     let warned = text(&output.stderr).contains(&format!("exit code {code}"));
     ensure!(
         warned || output.status.code() == Some(code),
@@ -49,7 +49,7 @@ pub fn expect_exit_code(output: &Output, code: i32) -> Result {
 }
 
 /// Returns the standard output of a command that must have succeeded.
-pub fn succeeded(output: &Output) -> Result<String> {
+pub(crate) fn succeeded(output: &Output) -> Result<String> {
     ensure!(
         output.status.success(),
         "{}: {}",
@@ -256,7 +256,7 @@ async fn attach_follows_a_disconnected_client(ctx: Context) -> Result {
 }
 
 /// Removes the FIFOs that ctr leaves when it is killed or when its task disappears. No other FIFOs exist here.
-pub fn clear_fifos() -> Result {
+pub(crate) fn clear_fifos() -> Result {
     for entry in std::fs::read_dir("/run/containerd/fifo")? {
         std::fs::remove_dir_all(entry?.path())?;
     }

@@ -11,7 +11,7 @@ use crate::{ensure, process, same};
 use std::ops::RangeInclusive;
 
 /// Returns the cases.
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     vec![
         case!(annotations_are_refused_unless_allowed, 60),
         case!(annotations_configure_the_vm, 90),

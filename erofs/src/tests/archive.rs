@@ -1,27 +1,27 @@
 //! Builder of archives, well-formed or not, byte by byte: the crate tar writes only well-formed ones.
 
 /// A tar stream under construction. Only the GNU headers are from the crate tar.
-pub struct Archive {
+pub(crate) struct Archive {
     bytes: Vec<u8>,
 }
 
 impl Archive {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { bytes: Vec::new() }
     }
 
     /// Returns the stream with its end mark.
-    pub fn finish(mut self) -> Vec<u8> {
+    pub(crate) fn finish(mut self) -> Vec<u8> {
         self.bytes.extend([0; 1024]);
         self.bytes
     }
 
     /// Returns the stream without end mark.
-    pub fn cut(self) -> Vec<u8> {
+    pub(crate) fn cut(self) -> Vec<u8> {
         self.bytes
     }
 
-    pub fn entry(
+    pub(crate) fn entry(
         &mut self,
         name: &str,
         kind: char,
@@ -32,7 +32,13 @@ impl Archive {
     }
 
     /// Adds an entry with any bytes as its name, up to 100 of them.
-    pub fn raw(&mut self, name: &[u8], kind: u8, set: impl FnOnce(&mut tar::Header), body: &[u8]) {
+    pub(crate) fn raw(
+        &mut self,
+        name: &[u8],
+        kind: u8,
+        set: impl FnOnce(&mut tar::Header),
+        body: &[u8],
+    ) {
         let mut header = tar::Header::new_gnu();
         header.set_mode(0o644);
         header.set_uid(0);
@@ -47,11 +53,11 @@ impl Archive {
         self.body(body);
     }
 
-    pub fn file(&mut self, name: &str, body: &[u8], set: impl FnOnce(&mut tar::Header)) {
+    pub(crate) fn file(&mut self, name: &str, body: &[u8], set: impl FnOnce(&mut tar::Header)) {
         self.entry(name, '0', set, body);
     }
 
-    pub fn link(&mut self, name: &str, kind: char, target: &str) {
+    pub(crate) fn link(&mut self, name: &str, kind: char, target: &str) {
         self.entry(
             name,
             kind,
@@ -60,7 +66,7 @@ impl Archive {
         );
     }
 
-    pub fn device(&mut self, name: &str, kind: char, major: u32, minor: u32) {
+    pub(crate) fn device(&mut self, name: &str, kind: char, major: u32, minor: u32) {
         let set = |h: &mut tar::Header| {
             h.set_device_major(major).unwrap();
             h.set_device_minor(minor).unwrap();
@@ -69,22 +75,22 @@ impl Archive {
     }
 
     /// Adds a PAX header for the next entry.
-    pub fn pax(&mut self, records: &[(&str, &[u8])]) {
+    pub(crate) fn pax(&mut self, records: &[(&str, &[u8])]) {
         self.entry("PaxHeaders/x", 'x', |_| {}, &pax_records(records));
     }
 
     /// Adds a PAX header for all later entries.
-    pub fn global_pax(&mut self, records: &[(&str, &[u8])]) {
+    pub(crate) fn global_pax(&mut self, records: &[(&str, &[u8])]) {
         self.entry("pax_global_header", 'g', |_| {}, &pax_records(records));
     }
 
     /// Adds GNU's long name (`L`) or link target (`K`) of the next entry.
-    pub fn gnu_long(&mut self, kind: u8, text: &[u8]) {
+    pub(crate) fn gnu_long(&mut self, kind: u8, text: &[u8]) {
         self.raw(b"././@LongLink", kind, |_| {}, &[text, b"\0"].concat());
     }
 
     /// Adds a sparse file in GNU's old format, with up to four segments.
-    pub fn old_sparse(&mut self, name: &str, size: u64, pieces: &[(u64, &[u8])]) {
+    pub(crate) fn old_sparse(&mut self, name: &str, size: u64, pieces: &[(u64, &[u8])]) {
         let body: Vec<u8> = pieces
             .iter()
             .flat_map(|(_, bytes)| bytes.iter().copied())

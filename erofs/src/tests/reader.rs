@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 /// A file of the image.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Found {
+pub(crate) struct Found {
     /// Including the type bits.
     pub mode: u16,
     pub uid: u32,
@@ -26,14 +26,14 @@ pub struct Found {
     pub holes: u64,
 }
 
-pub struct Reader<'a> {
+pub(crate) struct Reader<'a> {
     image: &'a [u8],
     meta: u64,
 }
 
 impl<'a> Reader<'a> {
     /// Reads the whole tree. The path of the root is empty.
-    pub fn read_all(image: &'a [u8]) -> BTreeMap<Vec<u8>, Found> {
+    pub(crate) fn read_all(image: &'a [u8]) -> BTreeMap<Vec<u8>, Found> {
         assert_eq!(image.len() % 4096, 0, "whole blocks");
         let sb = &image[1024..1024 + 128];
         assert_eq!(u32at(sb, 0), 0xE0F5_E1E2, "magic");

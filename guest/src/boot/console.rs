@@ -8,7 +8,7 @@ use tracing_subscriber::filter::LevelFilter;
 
 /// Sends the agent's log to standard error, which the kernel connected to the console. Not called in the spawner,
 /// whose children pass standard error to containers.
-pub fn start_logging() {
+pub(crate) fn start_logging() {
     let level = match std::fs::read_to_string("/proc/cmdline") {
         Ok(line) if line.split_whitespace().any(|word| word == "boxlite.debug") => {
             LevelFilter::DEBUG
@@ -24,6 +24,6 @@ pub fn start_logging() {
 }
 
 /// Prints an error with its causes on one line.
-pub fn print_error(who: &str, error: &(dyn Error + 'static)) {
+pub(crate) fn print_error(who: &str, error: &(dyn Error + 'static)) {
     eprintln!("boxlite-guest: {who}: {}", Report(error));
 }

@@ -3,7 +3,7 @@
 /// Locks the agent's current and future pages, about 10 MiB. Its code is page cache of a read-only file and would be
 /// evicted first when containers fill the VM; every call would then page it in from disk again, and the agent would
 /// be alive but unusable. Called after the spawner was forked, which needs little memory and is used rarely.
-pub fn lock() {
+pub(crate) fn lock() {
     // SAFETY: mlockall takes flags only and changes nothing but the residency of pages.
     let result =
         unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE | libc::MCL_ONFAULT) };

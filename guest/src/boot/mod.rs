@@ -7,10 +7,10 @@
 //! not support mkdir. Both are handled alike: a tmpfs is mounted on top of `/` and becomes the root; the old root
 //! remains beneath it because the running binary is mapped from there.
 
-pub mod console;
-pub mod memory;
-pub mod power;
-pub mod reaper;
+pub(crate) mod console;
+pub(crate) mod memory;
+pub(crate) mod power;
+pub(crate) mod reaper;
 
 use nix::mount::{MsFlags, mount};
 use nix::sys::resource::{Resource, setrlimit};
@@ -23,7 +23,7 @@ use std::path::Path;
 
 /// A failed boot step; the VM cannot be used and is powered off.
 #[derive(Debug, thiserror::Error)]
-pub enum BootError {
+pub(crate) enum BootError {
     /// The tmpfs could not become the root.
     #[error("failed to switch the root: {step}")]
     Root {
@@ -117,7 +117,7 @@ const DIRECTORIES: [&str; 5] = ["/run", "/run/boxlite", "/tmp", "/etc", "/root"]
 const MAX_OPEN_FILES: u64 = 64 << 10;
 
 /// Raises the agent's own limit. Called after the spawner was forked, so that containers do not inherit it.
-pub fn allow_many_files() {
+pub(crate) fn allow_many_files() {
     if let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, MAX_OPEN_FILES, MAX_OPEN_FILES) {
         tracing::warn!(%error, "failed to raise the limit of open files");
     }
@@ -127,7 +127,7 @@ pub fn allow_many_files() {
 ///
 /// # Errors
 /// If a step fails. Earlier steps are not undone; the caller powers the VM off.
-pub fn prepare() -> Result<(), BootError> {
+pub(crate) fn prepare() -> Result<(), BootError> {
     switch_root()?;
     for path in DIRECTORIES {
         fs::create_dir_all(path).map_err(|source| BootError::Directory { path, source })?;

@@ -6,7 +6,7 @@
 use nix::sys::reboot::{RebootMode, reboot};
 
 /// Ends the VM. Dirty pages of mounted disks are written first (the scratch disk may be reused after a restart).
-pub fn off() -> ! {
+pub(crate) fn off() -> ! {
     rustix::fs::sync();
     let refused = match reboot(RebootMode::RB_AUTOBOOT) {
         Ok(never) => match never {},
@@ -19,7 +19,7 @@ pub fn off() -> ! {
 
 /// Makes a panic in any thread of the agent end the VM: a half-working agent would leave the host waiting for its
 /// deadlines.
-pub fn off_on_panic() {
+pub(crate) fn off_on_panic() {
     std::panic::set_hook(Box::new(|info| {
         eprintln!("boxlite-guest: {info}");
         // The spawner and its children are copies of this process and must not end the VM.

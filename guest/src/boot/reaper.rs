@@ -14,7 +14,7 @@ use tokio::sync::oneshot;
 
 /// Exit of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RawExit {
+pub(crate) struct RawExit {
     /// 0–255; a death by signal is 128 + signal.
     pub code: u32,
     /// 0 if the process exited by itself.
@@ -35,7 +35,7 @@ struct Table {
 
 /// Waiters by PID, and recent unclaimed exits.
 #[derive(Debug, Default)]
-pub struct Reaper {
+pub(crate) struct Reaper {
     table: Mutex<Table>,
 }
 
@@ -44,12 +44,12 @@ impl Reaper {
     ///
     /// # Errors
     /// If the signal handler could not be installed.
-    pub fn subscribe() -> std::io::Result<Signal> {
+    pub(crate) fn subscribe() -> std::io::Result<Signal> {
         signal(SignalKind::child())
     }
 
     /// Reaps until the runtime ends. Runs in the agent's main task.
-    pub async fn run(&self, mut children: Signal) {
+    pub(crate) async fn run(&self, mut children: Signal) {
         loop {
             self.reap();
             if children.recv().await.is_none() {
@@ -60,7 +60,7 @@ impl Reaper {
 
     /// Returns the exit of `pid`, a child of PID 1 that was created but not released. Dropping the receiver removes
     /// the registration.
-    pub fn register(&self, pid: i32) -> oneshot::Receiver<RawExit> {
+    pub(crate) fn register(&self, pid: i32) -> oneshot::Receiver<RawExit> {
         let (sender, receiver) = oneshot::channel();
         let mut table = self.lock();
         let gone = Pid::from_raw(pid).is_none_or(|pid| {

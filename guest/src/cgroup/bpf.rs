@@ -36,7 +36,7 @@ struct Attach {
 }
 
 /// Loads `program` and attaches it to `cgroup`.
-pub fn attach(cgroup: &Path, program: &[Instruction]) -> io::Result<()> {
+pub(crate) fn attach(cgroup: &Path, program: &[Instruction]) -> io::Result<()> {
     let directory = File::open(cgroup)?;
     let load = Load {
         kind: PROG_TYPE_CGROUP_DEVICE,

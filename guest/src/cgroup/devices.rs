@@ -34,7 +34,7 @@ const ALL: i32 = MAKE | READ | WRITE;
 /// An instruction of the kernel's BPF machine, as in `struct bpf_insn`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Instruction {
+pub(crate) struct Instruction {
     code: u8,
     /// Destination in the lower half, source in the upper half.
     registers: u8,
@@ -56,7 +56,7 @@ struct Rule {
 ///
 /// # Errors
 /// If a device number or an access is invalid.
-pub fn program(
+pub(crate) fn program(
     rules: &[LinuxDeviceCgroup],
     devices: &[LinuxDevice],
 ) -> Result<Option<Vec<Instruction>>, CgroupError> {

@@ -13,11 +13,11 @@
 
 mod bpf;
 mod devices;
-pub mod error;
-pub mod pod;
-pub mod processes;
-pub mod resources;
-pub mod stats;
+pub(crate) mod error;
+pub(crate) mod pod;
+pub(crate) mod processes;
+pub(crate) mod resources;
+pub(crate) mod stats;
 
 use error::CgroupError;
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceCgroup};
@@ -26,9 +26,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 /// Mount point of cgroup v2.
-pub const MOUNT: &str = "/sys/fs/cgroup";
+pub(crate) const MOUNT: &str = "/sys/fs/cgroup";
 /// Parent of all containers below [`MOUNT`].
-pub const POD: &str = "pod";
+pub(crate) const POD: &str = "pod";
 /// Maximum number of attempts to remove a cgroup whose processes are dying.
 const REMOVE_ATTEMPTS: u32 = 50;
 /// Delay between two attempts.
@@ -36,45 +36,45 @@ const REMOVE_RETRY_DELAY: std::time::Duration = std::time::Duration::from_millis
 
 /// A cgroup, identified by its directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Cgroup {
+pub(crate) struct Cgroup {
     path: PathBuf,
 }
 
 impl Cgroup {
     /// Returns the root of the tree.
-    pub fn root() -> Self {
+    pub(crate) fn root() -> Self {
         Self {
             path: PathBuf::from(MOUNT),
         }
     }
 
     /// Returns the pod's cgroup, the parent of all containers.
-    pub fn pod() -> Self {
+    pub(crate) fn pod() -> Self {
         Self {
             path: Path::new(MOUNT).join(POD),
         }
     }
 
     /// Returns a child; `name` must be one path component.
-    pub fn child(&self, name: &str) -> Self {
+    pub(crate) fn child(&self, name: &str) -> Self {
         Self {
             path: self.path.join(name),
         }
     }
 
     /// Returns the directory.
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
     /// Returns the path below the mount point, as in an OCI spec's `cgroupsPath`.
-    pub fn relative(&self) -> String {
+    pub(crate) fn relative(&self) -> String {
         let below = self.path.strip_prefix(MOUNT).unwrap_or(&self.path);
         format!("/{}", below.display())
     }
 
     /// Creates the cgroup if it does not exist.
-    pub fn create(&self) -> Result<(), CgroupError> {
+    pub(crate) fn create(&self) -> Result<(), CgroupError> {
         match fs::create_dir(&self.path) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
             other => other.map_err(|source| self.directory_error("create", source)),
@@ -82,7 +82,7 @@ impl Cgroup {
     }
 
     /// Writes one of its files.
-    pub fn write(&self, file: &str, value: &str) -> Result<(), CgroupError> {
+    pub(crate) fn write(&self, file: &str, value: &str) -> Result<(), CgroupError> {
         let path = self.path.join(file);
         fs::write(&path, value).map_err(|source| CgroupError::File {
             path: path.display().to_string(),
@@ -93,7 +93,7 @@ impl Cgroup {
 
     /// Restricts devices to the standard ones and those of `rules` and `own`; does nothing if the rules allow
     /// everything.
-    pub fn limit_devices(
+    pub(crate) fn limit_devices(
         &self,
         rules: &[LinuxDeviceCgroup],
         own: &[LinuxDevice],
@@ -106,12 +106,12 @@ impl Cgroup {
     }
 
     /// Reads one of its files; `None` if the kernel or the controller does not provide it.
-    pub fn read(&self, file: &str) -> Option<String> {
+    pub(crate) fn read(&self, file: &str) -> Option<String> {
         fs::read_to_string(self.path.join(file)).ok()
     }
 
     /// Kills all processes in it and its descendants. Succeeds if the cgroup does not exist.
-    pub fn kill(&self) -> Result<(), CgroupError> {
+    pub(crate) fn kill(&self) -> Result<(), CgroupError> {
         match self.write("cgroup.kill", "1") {
             Err(CgroupError::File { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
                 Ok(())
@@ -121,12 +121,12 @@ impl Cgroup {
     }
 
     /// Freezes or thaws all processes. The call returns before the kernel has frozen them.
-    pub fn freeze(&self, frozen: bool) -> Result<(), CgroupError> {
+    pub(crate) fn freeze(&self, frozen: bool) -> Result<(), CgroupError> {
         self.write("cgroup.freeze", if frozen { "1" } else { "0" })
     }
 
     /// Returns the PIDs of all processes in it and its descendants, in the VM's initial PID namespace.
-    pub fn processes(&self) -> Vec<i32> {
+    pub(crate) fn processes(&self) -> Vec<i32> {
         let mut found = Vec::new();
         let mut pending = vec![self.path.clone()];
         while let Some(directory) = pending.pop() {
@@ -149,7 +149,7 @@ impl Cgroup {
     }
 
     /// Returns whether it and its descendants have no processes.
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         match self.read("cgroup.events") {
             Some(events) => events.lines().any(|line| line == "populated 0"),
             None => true,
@@ -158,7 +158,7 @@ impl Cgroup {
 
     /// Kills all processes and removes the cgroup with its descendants. Blocks up to about a second for dying
     /// processes.
-    pub fn remove(&self) -> Result<(), CgroupError> {
+    pub(crate) fn remove(&self) -> Result<(), CgroupError> {
         self.kill()?;
         for _ in 1..REMOVE_ATTEMPTS {
             match remove_tree(&self.path) {

@@ -19,7 +19,7 @@ const CONTROLLERS: [&str; 6] = ["cpu", "cpuset", "io", "memory", "pids", "hugetl
 ///
 /// # Errors
 /// If the tree cannot be created. A missing controller is not an error; its limits fail when they are set.
-pub fn create_tree() -> Result<(), CgroupError> {
+pub(crate) fn create_tree() -> Result<(), CgroupError> {
     let root = Cgroup::root();
     let agent = root.child(AGENT);
     agent.create()?;
@@ -65,7 +65,7 @@ fn pod_process_limit() -> Option<u64> {
 ///
 /// # Errors
 /// If the kernel has the controller and rejects the limit.
-pub fn limit_processes(limit: u64) -> Result<(), CgroupError> {
+pub(crate) fn limit_processes(limit: u64) -> Result<(), CgroupError> {
     let pod = Cgroup::pod();
     if limit == 0 || !pod.path().join("pids.max").exists() {
         return Ok(());
@@ -83,7 +83,7 @@ fn pod_memory_limit() -> Option<u64> {
 
 /// Limits the memory of all containers together, in bytes, as far as the agent's reserve allows; 0 keeps the present limit.
 /// Best effort, as at boot: a kernel without the controller has no limits.
-pub fn limit_memory(limit: u64) {
+pub(crate) fn limit_memory(limit: u64) {
     if limit > 0 {
         let value = bounded(&limit.to_string(), pod_memory_limit());
         let _ = Cgroup::pod().write("memory.max", &value);
@@ -94,7 +94,7 @@ pub fn limit_memory(limit: u64) {
 ///
 /// # Errors
 /// As [`resources::apply`].
-pub fn update_pod(limits: &oci_spec::runtime::LinuxResources) -> Result<(), CgroupError> {
+pub(crate) fn update_pod(limits: &oci_spec::runtime::LinuxResources) -> Result<(), CgroupError> {
     for (file, value) in resources::settings(limits)? {
         let value = match file.as_str() {
             "memory.max" => bounded(&value, pod_memory_limit()),

@@ -15,7 +15,7 @@ const MAX_INSPECT_TIME: Duration = Duration::from_millis(200);
 const MAX_DESCRIPTORS: u64 = 65_536;
 
 /// Returns statistics of the processes in `cgroup`; the open-files limit is that of the process `init`.
-pub fn inspect(cgroup: &Cgroup, init: i32) -> ProcessStats {
+pub(crate) fn inspect(cgroup: &Cgroup, init: i32) -> ProcessStats {
     let processes = cgroup.processes();
     let deadline = Instant::now() + MAX_INSPECT_TIME;
     let mut stats = ProcessStats {

@@ -7,7 +7,7 @@ use super::error::CgroupError;
 use oci_spec::runtime::LinuxResources;
 
 /// A file and the value to write.
-pub type Setting = (String, String);
+pub(crate) type Setting = (String, String);
 
 /// The kernel's default CPU period, in µs.
 const DEFAULT_PERIOD_US: u64 = 100_000;
@@ -18,7 +18,7 @@ const MAX_SETTINGS: usize = 256;
 ///
 /// # Errors
 /// If a setting is invalid or rejected by the kernel; the error names its file. Earlier settings remain applied.
-pub fn apply(cgroup: &Cgroup, resources: &LinuxResources) -> Result<(), CgroupError> {
+pub(crate) fn apply(cgroup: &Cgroup, resources: &LinuxResources) -> Result<(), CgroupError> {
     for (file, value) in settings(resources)? {
         if cgroup.path().join(&file).exists() || !holds_without_file(&file, &value) {
             cgroup.write(&file, &value)?;
@@ -34,7 +34,7 @@ fn holds_without_file(file: &str, value: &str) -> bool {
 }
 
 /// Returns the files to write, in order.
-pub fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, CgroupError> {
+pub(crate) fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, CgroupError> {
     let mut list = Vec::new();
     cpu_settings(resources, &mut list)?;
     memory_settings(resources, &mut list)?;

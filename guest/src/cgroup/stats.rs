@@ -10,7 +10,7 @@ use std::path::Path;
 const DEVICES: &str = "/sys/dev/block";
 
 /// Reads all statistics of one cgroup.
-pub fn read(cgroup: &Cgroup) -> CgroupStats {
+pub(crate) fn read(cgroup: &Cgroup) -> CgroupStats {
     let cpu = keyed(cgroup, "cpu.stat");
     let events = keyed(cgroup, "memory.events");
     let of = |map: &HashMap<String, u64>, key: &str| map.get(key).copied().unwrap_or(0);
@@ -96,14 +96,14 @@ fn hugetlb_page_size(file: &str) -> Option<&str> {
 }
 
 /// Returns how many processes of this cgroup and its descendants the kernel has OOM-killed.
-pub fn oom_kills(cgroup: &Cgroup) -> u64 {
+pub(crate) fn oom_kills(cgroup: &Cgroup) -> u64 {
     cgroup
         .read("memory.events")
         .map_or(0, |text| oom_kills_in(&text))
 }
 
 /// Parses the number of OOM kills from `memory.events`.
-pub fn oom_kills_in(text: &str) -> u64 {
+pub(crate) fn oom_kills_in(text: &str) -> u64 {
     parse_keyed(text).get("oom_kill").copied().unwrap_or(0)
 }
 

@@ -19,7 +19,7 @@ struct Pause {
 
 /// State shared by the containers of a pod.
 #[derive(Debug)]
-pub struct PodContext {
+pub(crate) struct PodContext {
     pub launcher: Launcher,
     pub layers: Layers,
     pub events: Events,
@@ -31,7 +31,7 @@ pub struct PodContext {
 
 impl PodContext {
     /// Creates the context of a pod without containers.
-    pub fn new(launcher: Launcher) -> Self {
+    pub(crate) fn new(launcher: Launcher) -> Self {
         Self {
             launcher,
             layers: Layers::default(),
@@ -43,7 +43,7 @@ impl PodContext {
 
     /// Returns the process that holds the pod's shared PID namespace, creating it on first use. The process lives in
     /// the pod's user namespace if `map` is given; all containers of a pod must have the same mapping.
-    pub async fn pause_pid(&self, map: Option<IdMap>) -> Result<i32, ContainerError> {
+    pub(crate) async fn pause_pid(&self, map: Option<IdMap>) -> Result<i32, ContainerError> {
         let mut pause = self.pause.lock().await;
         if let Some(pause) = &*pause {
             let present = pause.user_namespace.as_ref().map(|present| present.map);
@@ -83,7 +83,7 @@ impl PodContext {
     }
 
     /// Returns the pod's user namespace, creating it on first use.
-    pub async fn user_namespace(&self, map: IdMap) -> Result<UserNamespace, ContainerError> {
+    pub(crate) async fn user_namespace(&self, map: IdMap) -> Result<UserNamespace, ContainerError> {
         self.pause_pid(Some(map)).await?;
         let pause = self.pause.lock().await;
         let present = pause

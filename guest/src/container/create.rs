@@ -34,7 +34,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 const STATE: &str = "/run/boxlite/oci";
 
 /// Handles an Init request. Must not be dropped before it completes: run it in its own task.
-pub async fn create(
+pub(crate) async fn create(
     context: Arc<PodContext>,
     target: Option<Arc<Container>>,
     request: ContainerInitRequest,

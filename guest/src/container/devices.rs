@@ -35,7 +35,7 @@ struct DeviceRequest {
 }
 
 /// Returns the devices of a spec. `mapped` is true if the container is in a user namespace.
-pub fn of(spec: &Spec, mapped: bool) -> Result<Vec<LinuxDevice>, ContainerError> {
+pub(crate) fn of(spec: &Spec, mapped: bool) -> Result<Vec<LinuxDevice>, ContainerError> {
     let annotation = |name: &str| spec.annotations().as_ref().and_then(|all| all.get(name));
     let mut devices = Vec::new();
     if annotation(PRIVILEGED_ANNOTATION).is_some_and(|value| value == "true") {

@@ -19,14 +19,14 @@ struct Log {
 
 /// Log of container events.
 #[derive(Debug, Default)]
-pub struct Events {
+pub(crate) struct Events {
     log: Mutex<Log>,
     added: Notify,
 }
 
 impl Events {
     /// Adds an event. `exec_id` is empty for the container's init process.
-    pub fn add(&self, container_id: &str, exec_id: &str, event: Event) {
+    pub(crate) fn add(&self, container_id: &str, exec_id: &str, event: Event) {
         let mut log = self.lock();
         log.last += 1;
         if log.kept.len() >= MAX_EVENTS {
@@ -45,7 +45,7 @@ impl Events {
     }
 
     /// Returns the first kept event with a sequence number of at least `from`, waiting for it if needed. Cancel-safe.
-    pub async fn next(&self, from: u64) -> ContainerEvent {
+    pub(crate) async fn next(&self, from: u64) -> ContainerEvent {
         loop {
             let added = self.added.notified();
             tokio::pin!(added);

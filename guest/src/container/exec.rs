@@ -23,7 +23,7 @@ const MAX_EXECS: usize = 512;
 /// Starts the process of the request, or returns the one with its id.
 ///
 /// If the future is dropped, the process is still created; a repeated call returns it.
-pub async fn exec(
+pub(crate) async fn exec(
     context: &Arc<PodContext>,
     container: &Arc<Container>,
     request: ExecRequest,
@@ -208,7 +208,7 @@ fn ended(container: &Container, context: &PodContext, id: &str, process: &Proces
 ///
 /// # Errors
 /// If it is still running.
-pub async fn delete(container: &Container, id: &str) -> Result<(), ContainerError> {
+pub(crate) async fn delete(container: &Container, id: &str) -> Result<(), ContainerError> {
     let process = match container.execs.get(id).await {
         Ok(process) => process,
         // Deleted before, or never created.

@@ -9,11 +9,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, MutexGuard};
 
 /// A process that is being created or exists; all callers with its id share it.
-pub type Slot = Shared<BoxFuture<'static, Result<Arc<Process>, Arc<ContainerError>>>>;
+pub(crate) type Slot = Shared<BoxFuture<'static, Result<Arc<Process>, Arc<ContainerError>>>>;
 
 /// The execs of a container by id.
 #[derive(Debug, Default)]
-pub struct Execs {
+pub(crate) struct Execs {
     slots: Mutex<HashMap<String, Slot>>,
     /// Number of the next exec's cgroup.
     next: AtomicU64,
@@ -21,7 +21,7 @@ pub struct Execs {
 
 impl Execs {
     /// Returns the process with that id, waiting while it is being created.
-    pub async fn get(&self, id: &str) -> Result<Arc<Process>, ContainerError> {
+    pub(crate) async fn get(&self, id: &str) -> Result<Arc<Process>, ContainerError> {
         let slot = self.lock().get(id).cloned();
         match slot {
             Some(slot) => Ok(slot.await?),
@@ -33,12 +33,12 @@ impl Execs {
     }
 
     /// Locks the map.
-    pub fn lock(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
         self.slots.lock()
     }
 
     /// Returns a number that no other exec of the container has had.
-    pub fn next_number(&self) -> u64 {
+    pub(crate) fn next_number(&self) -> u64 {
         self.next.fetch_add(1, Ordering::Relaxed)
     }
 }

@@ -10,7 +10,7 @@ use tokio_util::task::TaskTracker;
 
 /// Spawner, reaper and task tracker of the VM.
 #[derive(Debug)]
-pub struct Launcher {
+pub(crate) struct Launcher {
     /// Creates processes.
     pub spawner: Spawner,
     /// Collects the exit of every process in the VM.
@@ -20,7 +20,7 @@ pub struct Launcher {
 }
 
 /// PID of a new process, its registered exit, and the master of its terminal.
-pub type Received = (
+pub(crate) type Received = (
     i32,
     tokio::sync::oneshot::Receiver<RawExit>,
     Option<OwnedFd>,
@@ -28,7 +28,7 @@ pub type Received = (
 
 impl Launcher {
     /// Creates the launcher of a VM without processes.
-    pub fn new(spawner: Spawner) -> Self {
+    pub(crate) fn new(spawner: Spawner) -> Self {
         Self {
             spawner,
             reaper: Reaper::default(),
@@ -37,7 +37,7 @@ impl Launcher {
     }
 
     /// Reads the helper's messages until the process exists, and registers the process with the reaper.
-    pub async fn receive(&self, reply: &Reply) -> Result<Received, ContainerError> {
+    pub(crate) async fn receive(&self, reply: &Reply) -> Result<Received, ContainerError> {
         let mut console = None;
         let mut detail = None;
         loop {
@@ -62,7 +62,7 @@ impl Launcher {
 
 /// Waits until the process has executed its program, which closes its end of the socket. Returns the terminal's
 /// master if it was sent.
-pub async fn until_exec(reply: &Reply) -> Result<Option<OwnedFd>, SpawnError> {
+pub(crate) async fn until_exec(reply: &Reply) -> Result<Option<OwnedFd>, SpawnError> {
     let mut console = None;
     loop {
         match reply.next().await? {
@@ -79,7 +79,7 @@ pub async fn until_exec(reply: &Reply) -> Result<Option<OwnedFd>, SpawnError> {
 }
 
 /// Runs a blocking function in the thread pool.
-pub async fn blocking<T: Send + 'static>(
+pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, ContainerError> + Send + 'static,
 ) -> Result<T, ContainerError> {
     match tokio::task::spawn_blocking(work).await {

@@ -14,13 +14,13 @@
 mod context;
 mod create;
 mod devices;
-pub mod error;
+pub(crate) mod error;
 mod events;
-pub mod exec;
+pub(crate) mod exec;
 mod execs;
-pub mod launcher;
+pub(crate) mod launcher;
 mod oom;
-pub mod pod;
+pub(crate) mod pod;
 mod spec;
 mod teardown;
 mod userns;
@@ -55,7 +55,7 @@ const START_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A container whose init process exists or has existed.
 #[derive(Debug)]
-pub struct Container {
+pub(crate) struct Container {
     pub id: String,
     /// The init process with its streams.
     pub init: Arc<Process>,
@@ -85,7 +85,7 @@ pub struct Container {
 
 impl Container {
     /// Returns the state as defined by the protocol.
-    pub fn state(&self) -> ContainerState {
+    pub(crate) fn state(&self) -> ContainerState {
         if self.init.exit().is_some() {
             ContainerState::Stopped
         } else if !self.started.load(Ordering::Acquire) {
@@ -98,7 +98,7 @@ impl Container {
     }
 
     /// Returns the entry of a container list.
-    pub fn info(&self) -> ContainerInfo {
+    pub(crate) fn info(&self) -> ContainerInfo {
         ContainerInfo {
             container_id: self.id.clone(),
             state: self.state().into(),
@@ -118,7 +118,7 @@ impl Container {
     /// If the program cannot be executed (the container is then stopped), or the container has ended.
     ///
     /// If the future is dropped after the signal was sent, the container is started.
-    pub async fn start(&self) -> Result<(), ContainerError> {
+    pub(crate) async fn start(&self) -> Result<(), ContainerError> {
         let mut reply = self.reply.lock().await;
         if self.started.load(Ordering::Acquire) {
             return Ok(());
@@ -146,7 +146,7 @@ impl Container {
     }
 
     /// Signals the init process, or all processes if `all` is set. Succeeds on a container that has ended.
-    pub fn kill(&self, signal: u32, all: bool) -> Result<(), ContainerError> {
+    pub(crate) fn kill(&self, signal: u32, all: bool) -> Result<(), ContainerError> {
         if self.init.exit().is_some() && !all {
             return Ok(());
         }
@@ -164,7 +164,7 @@ impl Container {
     }
 
     /// Freezes or thaws all processes.
-    pub fn pause(&self, paused: bool) -> Result<(), ContainerError> {
+    pub(crate) fn pause(&self, paused: bool) -> Result<(), ContainerError> {
         match self.state() {
             ContainerState::Running | ContainerState::Paused => {}
             _ => return Err(self.wrong_state(if paused { "pause" } else { "resume" })),
@@ -175,7 +175,7 @@ impl Container {
     }
 
     /// Returns the process with that exec id, or the init process if it is empty.
-    pub async fn process(&self, exec_id: &str) -> Result<Arc<Process>, ContainerError> {
+    pub(crate) async fn process(&self, exec_id: &str) -> Result<Arc<Process>, ContainerError> {
         if exec_id.is_empty() {
             Ok(Arc::clone(&self.init))
         } else {
@@ -184,7 +184,7 @@ impl Container {
     }
 
     /// Returns the bytes and inodes used by the writable layer. Blocks.
-    pub fn upper_usage(&self) -> crate::storage::usage::Usage {
+    pub(crate) fn upper_usage(&self) -> crate::storage::usage::Usage {
         self.rootfs
             .upper()
             .map(|upper| self.usage.get(&upper))
@@ -192,7 +192,7 @@ impl Container {
     }
 
     /// Emits an event if `kills` exceeds the number of OOM kills reported so far.
-    pub fn emit_oom(&self, context: &PodContext, kills: u64) {
+    pub(crate) fn emit_oom(&self, context: &PodContext, kills: u64) {
         if self.oom_reported.fetch_max(kills, Ordering::AcqRel) < kills {
             context
                 .events
@@ -201,7 +201,7 @@ impl Container {
     }
 
     /// Kills the container's processes and removes its state. Blocks.
-    pub fn tear_down(&self, context: &PodContext) {
+    pub(crate) fn tear_down(&self, context: &PodContext) {
         // The order matters: processes, their requests to the share, then the mounts they used.
         if let Err(error) = self.cgroup.remove() {
             tracing::warn!(error = report(&error), "failed to remove cgroup");
@@ -228,7 +228,7 @@ impl Container {
 }
 
 /// Converts a Linux signal number.
-pub fn signal_of(number: u32) -> Result<Signal, ContainerError> {
+pub(crate) fn signal_of(number: u32) -> Result<Signal, ContainerError> {
     let invalid = || ContainerError::Invalid {
         field: "signal",
         reason: format!("{number} is not a signal number"),
@@ -243,7 +243,7 @@ pub fn signal_of(number: u32) -> Result<Signal, ContainerError> {
 }
 
 /// Signals all processes of a cgroup.
-pub fn kill_all(cgroup: &Cgroup, signal: Signal) -> Result<(), ContainerError> {
+pub(crate) fn kill_all(cgroup: &Cgroup, signal: Signal) -> Result<(), ContainerError> {
     if signal == Signal::KILL {
         return Ok(cgroup.kill()?);
     }

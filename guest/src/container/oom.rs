@@ -16,7 +16,7 @@ use std::sync::Arc;
 const BUFFER_BYTES: usize = 4 << 10;
 
 /// Watches until the init process of `container` ends. Without the memory controller there is nothing to watch.
-pub async fn watch(container: Arc<Container>, context: Arc<PodContext>) {
+pub(crate) async fn watch(container: Arc<Container>, context: Arc<PodContext>) {
     tokio::select! {
         result = follow(&container, &context) => {
             if let Err(error) = result

@@ -29,14 +29,14 @@ type Slot = Shared<BoxFuture<'static, Result<Arc<Container>, Arc<ContainerError>
 
 /// The pod's containers and their shared state.
 #[derive(Debug)]
-pub struct Pod {
+pub(crate) struct Pod {
     pub context: Arc<PodContext>,
     containers: Mutex<HashMap<String, Slot>>,
 }
 
 impl Pod {
     /// Creates a pod without containers.
-    pub fn new(launcher: Launcher) -> Self {
+    pub(crate) fn new(launcher: Launcher) -> Self {
         Self {
             context: Arc::new(PodContext::new(launcher)),
             containers: Mutex::default(),
@@ -44,7 +44,7 @@ impl Pod {
     }
 
     /// Returns the container with that id, waiting while it is being created.
-    pub async fn get(&self, id: &str) -> Result<Arc<Container>, ContainerError> {
+    pub(crate) async fn get(&self, id: &str) -> Result<Arc<Container>, ContainerError> {
         let slot = self.lock().get(id).cloned();
         match slot {
             Some(slot) => Ok(slot.await?),
@@ -56,7 +56,7 @@ impl Pod {
     }
 
     /// Returns all containers whose creation is complete.
-    pub fn list(&self) -> Vec<Arc<Container>> {
+    pub(crate) fn list(&self) -> Vec<Arc<Container>> {
         self.lock()
             .values()
             .filter_map(|slot| slot.peek()?.as_ref().ok().cloned())
@@ -66,7 +66,7 @@ impl Pod {
     /// Creates a container, or returns the one with its id.
     ///
     /// If the future is dropped, the container is still created; a repeated call returns it.
-    pub async fn init(
+    pub(crate) async fn init(
         self: &Arc<Self>,
         request: ContainerInitRequest,
     ) -> Result<Arc<Container>, ContainerError> {
@@ -135,7 +135,11 @@ impl Pod {
     ///
     /// If the future is dropped, the container is removed completely or not at all; parts of its state may already be
     /// gone.
-    pub async fn delete(self: &Arc<Self>, id: &str, force: bool) -> Result<(), ContainerError> {
+    pub(crate) async fn delete(
+        self: &Arc<Self>,
+        id: &str,
+        force: bool,
+    ) -> Result<(), ContainerError> {
         let container = match self.get(id).await {
             Ok(container) => container,
             // Removed before, or never created.
@@ -167,7 +171,7 @@ impl Pod {
     }
 
     /// Stops all containers: sends SIGTERM, waits up to `grace`, then kills them.
-    pub async fn stop_all(&self, grace: Duration) {
+    pub(crate) async fn stop_all(&self, grace: Duration) {
         let containers = self.list();
         let ended = async {
             for container in &containers {

@@ -28,7 +28,7 @@ const MAX_MOUNTS: usize = 512;
 
 /// PID namespace of a container.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum PidNamespace {
+pub(crate) enum PidNamespace {
     Own,
     Joined(PathBuf),
     /// The VM's own, shared with the agent.
@@ -37,7 +37,7 @@ pub enum PidNamespace {
 
 /// Properties of a container that its spec does not contain.
 #[derive(Debug)]
-pub struct ContainerFacts<'a> {
+pub(crate) struct ContainerFacts<'a> {
     /// Root of the mounted tree.
     pub rootfs: &'a Path,
     pub read_only: bool,
@@ -54,14 +54,14 @@ pub struct ContainerFacts<'a> {
 
 /// Parts of a spec that the agent handles itself.
 #[derive(Debug, Default)]
-pub struct Extracted {
+pub(crate) struct Extracted {
     pub resources: Option<LinuxResources>,
     pub sysctls: HashMap<String, String>,
     pub confinement: Confinement,
 }
 
 /// Parses and validates the spec of a request.
-pub fn parse(json: &[u8]) -> Result<Spec, ContainerError> {
+pub(crate) fn parse(json: &[u8]) -> Result<Spec, ContainerError> {
     let invalid = |reason: String| ContainerError::Invalid {
         field: "spec_json",
         reason,
@@ -116,7 +116,7 @@ fn check_process(
 }
 
 /// Returns the user of the container's process as the spec defines it.
-pub fn user_plan(spec: &Spec) -> UserPlan {
+pub(crate) fn user_plan(spec: &Spec) -> UserPlan {
     let merge = spec
         .annotations()
         .as_ref()
@@ -143,7 +143,10 @@ fn plan_of(user: &User, merge_groups: bool) -> UserPlan {
 }
 
 /// Adapts the spec to this VM and extracts the parts handled by the agent.
-pub fn adapt(spec: &mut Spec, facts: &ContainerFacts<'_>) -> Result<Extracted, ContainerError> {
+pub(crate) fn adapt(
+    spec: &mut Spec,
+    facts: &ContainerFacts<'_>,
+) -> Result<Extracted, ContainerError> {
     let mut extracted = Extracted::default();
     let mut root = Root::default();
     root.set_path(facts.rootfs.to_path_buf())
@@ -296,7 +299,7 @@ fn adapt_process(process: &mut Process, facts: &ContainerFacts<'_>) {
 }
 
 /// Returns the plan of the container's own process, from an adapted spec; execs inherit fields from it.
-pub fn process_plan(spec: &Spec, confinement: &Confinement) -> Option<ProcessPlan> {
+pub(crate) fn process_plan(spec: &Spec, confinement: &Confinement) -> Option<ProcessPlan> {
     let process = spec.process().as_ref()?;
     Some(ProcessPlan {
         terminal: process.terminal().unwrap_or(false),
@@ -333,7 +336,7 @@ struct PartialProcess {
 }
 
 /// Returns the plan of an exec: fields of `json`, completed from the container's own process.
-pub fn exec_plan(
+pub(crate) fn exec_plan(
     json: &[u8],
     terminal: bool,
     base: &ProcessPlan,
@@ -378,7 +381,7 @@ pub fn exec_plan(
 }
 
 /// Returns the plan of a container whose spec has no process, which [`parse`] rejects.
-pub fn empty_plan() -> ProcessPlan {
+pub(crate) fn empty_plan() -> ProcessPlan {
     ProcessPlan {
         terminal: false,
         console_size: (0, 0),

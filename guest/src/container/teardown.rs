@@ -8,7 +8,7 @@ use std::io;
 use std::path::Path;
 
 /// Removes everything that the creation of the container and libcontainer made. Blocks.
-pub fn remove_state(layers: &Layers, cgroup: &Cgroup, rootfs: &Rootfs, state: &Path) {
+pub(crate) fn remove_state(layers: &Layers, cgroup: &Cgroup, rootfs: &Rootfs, state: &Path) {
     if let Err(error) = cgroup.remove() {
         tracing::warn!(error = report(&error), "failed to remove cgroup");
     }

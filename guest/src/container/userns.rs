@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 /// An existing user namespace.
 #[derive(Debug, Clone)]
-pub struct UserNamespace {
+pub(crate) struct UserNamespace {
     /// Mapping of both users and groups.
     pub map: IdMap,
     /// PID of the process that holds it.
@@ -24,18 +24,18 @@ pub struct UserNamespace {
 
 impl UserNamespace {
     /// Returns the path for a spec to join it.
-    pub fn path(&self) -> PathBuf {
+    pub(crate) fn path(&self) -> PathBuf {
         PathBuf::from(format!("/proc/{}/ns/user", self.pid))
     }
 
     /// Returns the VM's ID of a user or group of the container.
-    pub fn outside(&self, id: u32) -> u32 {
+    pub(crate) fn outside(&self, id: u32) -> u32 {
         self.map.outside(id).unwrap_or(id)
     }
 }
 
 /// Returns the mapping requested by a spec: one range starting at 0, the same for users and groups.
-pub fn requested_mapping(spec: &Spec) -> Result<Option<IdMap>, ContainerError> {
+pub(crate) fn requested_mapping(spec: &Spec) -> Result<Option<IdMap>, ContainerError> {
     let Some(linux) = spec.linux() else {
         return Ok(None);
     };

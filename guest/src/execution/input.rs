@@ -34,14 +34,19 @@ pub enum InputError {
 
 /// Number of bytes accepted per writer.
 #[derive(Debug, Default)]
-pub struct Offsets {
+pub(crate) struct Offsets {
     accepted: HashMap<String, u64>,
 }
 
 impl Offsets {
     /// Returns the number of bytes of a chunk of `length` bytes at `offset` that were accepted before and are to be
     /// skipped.
-    pub fn skip(&mut self, writer: &str, offset: u64, length: usize) -> Result<usize, InputError> {
+    pub(crate) fn skip(
+        &mut self,
+        writer: &str,
+        offset: u64,
+        length: usize,
+    ) -> Result<usize, InputError> {
         let expected = self.accepted.get(writer).copied().unwrap_or(0);
         if offset > expected {
             return Err(InputError::Gap {
@@ -62,12 +67,12 @@ impl Offsets {
     }
 
     /// Records that `length` more bytes of the writer were accepted.
-    pub fn advance(&mut self, writer: &str, length: usize) {
+    pub(crate) fn advance(&mut self, writer: &str, length: usize) {
         *self.accepted.entry(writer.to_owned()).or_default() += length as u64;
     }
 
     /// Returns the number of bytes accepted from the writer.
-    pub fn accepted(&self, writer: &str) -> u64 {
+    pub(crate) fn accepted(&self, writer: &str) -> u64 {
         self.accepted.get(writer).copied().unwrap_or(0)
     }
 }
@@ -84,7 +89,7 @@ enum Sink {
 
 /// A process's input.
 #[derive(Debug)]
-pub struct Input {
+pub(crate) struct Input {
     offsets: Mutex<Offsets>,
     /// Locked while a chunk is written, so that chunks of several writers do not interleave.
     sink: tokio::sync::Mutex<Sink>,
@@ -96,7 +101,7 @@ pub struct Input {
 
 impl Input {
     /// Creates the input of a process whose descriptor, if any, is `sink`.
-    pub fn new(sink: Option<Arc<AsyncDescriptor>>, terminal: bool, closes: bool) -> Self {
+    pub(crate) fn new(sink: Option<Arc<AsyncDescriptor>>, terminal: bool, closes: bool) -> Self {
         let sink = sink.map_or(Sink::None, Sink::Open);
         Self {
             offsets: Mutex::default(),
@@ -110,7 +115,7 @@ impl Input {
     /// accepted from the writer so far.
     ///
     /// If the future is dropped, written bytes are recorded; resending the chunk continues after them.
-    pub async fn write(
+    pub(crate) async fn write(
         &self,
         writer: &str,
         offset: u64,
@@ -150,7 +155,7 @@ impl Input {
     }
 
     /// Closes the descriptor when the process has ended; later input is discarded.
-    pub async fn close(&self) {
+    pub(crate) async fn close(&self) {
         let mut sink = self.sink.lock().await;
         if matches!(*sink, Sink::Open(_)) {
             *sink = Sink::Closed;

@@ -4,9 +4,9 @@
 //! task, [`supervise`], pumps output and handles the exit; it ends when the process has exited *and* its output was
 //! read.
 
-pub mod input;
-pub mod output;
-pub mod stdio;
+pub(crate) mod input;
+pub(crate) mod output;
+pub(crate) mod stdio;
 
 use crate::boot::reaper::RawExit;
 use crate::cgroup::Cgroup;
@@ -27,7 +27,7 @@ const MAX_DRAIN_INTERVALS: u32 = 10;
 
 /// A process of a container.
 #[derive(Debug)]
-pub struct Process {
+pub(crate) struct Process {
     /// PID in the VM's initial PID namespace.
     pub pid: i32,
     /// Output of the process.
@@ -43,7 +43,7 @@ pub struct Process {
 
 impl Process {
     /// Creates a process that was registered with the reaper and not yet released.
-    pub fn new(
+    pub(crate) fn new(
         pid: i32,
         input: Input,
         terminal: Option<Arc<AsyncDescriptor>>,
@@ -60,12 +60,12 @@ impl Process {
     }
 
     /// Returns the exit, if the process has ended.
-    pub fn exit(&self) -> Option<Exit> {
+    pub(crate) fn exit(&self) -> Option<Exit> {
         *self.exit.borrow()
     }
 
     /// Waits for the exit. Cancel-safe; there is no timeout.
-    pub async fn wait(&self) -> Exit {
+    pub(crate) async fn wait(&self) -> Exit {
         let mut exit = self.exit.subscribe();
         match exit.wait_for(Option::is_some).await {
             Ok(exit) => exit.unwrap_or_default(),
@@ -75,7 +75,7 @@ impl Process {
     }
 
     /// Signals the process. Its PID is not reused before it is reaped; once the exit is known this is a no-op.
-    pub fn kill(&self, signal: Signal) -> std::io::Result<()> {
+    pub(crate) fn kill(&self, signal: Signal) -> std::io::Result<()> {
         let pid = Pid::from_raw(self.pid).filter(|_| self.exit().is_none());
         match pid.map(|pid| kill_process(pid, signal)) {
             None | Some(Ok(()) | Err(rustix::io::Errno::SRCH)) => Ok(()),
@@ -84,14 +84,14 @@ impl Process {
     }
 
     /// Publishes the exit.
-    pub fn set_exit(&self, exit: Exit) {
+    pub(crate) fn set_exit(&self, exit: Exit) {
         self.exit.send_replace(Some(exit));
     }
 }
 
 /// Follows a process until its end: pumps its output, and calls `on_exit` once with its exit. Runs in the agent's
 /// task tracker.
-pub async fn supervise(
+pub(crate) async fn supervise(
     process: Arc<Process>,
     sources: Vec<(OutputStream, AsyncDescriptor)>,
     exit: oneshot::Receiver<RawExit>,

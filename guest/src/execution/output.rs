@@ -34,7 +34,7 @@ const MIN_READ_BYTES: usize = 4 << 10;
 
 /// Consecutive bytes of one stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Chunk {
+pub(crate) struct Chunk {
     /// Offset of the first byte, counted over both streams.
     pub offset: u64,
     pub stream: OutputStream,
@@ -43,7 +43,7 @@ pub struct Chunk {
 
 /// Result of a read at an offset.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Found {
+pub(crate) enum Found {
     Data(Chunk),
     /// No bytes yet.
     Later,
@@ -55,7 +55,7 @@ pub enum Found {
 
 /// The buffer without lock and notifications.
 #[derive(Debug)]
-pub struct Buffer {
+pub(crate) struct Buffer {
     base: u64,
     /// Bytes below may be freed; they are kept while observers exist and the room is not needed.
     acked: u64,
@@ -87,12 +87,12 @@ impl Default for Buffer {
 
 impl Buffer {
     /// Returns the offset after the last byte.
-    pub fn end(&self) -> u64 {
+    pub(crate) fn end(&self) -> u64 {
         self.tail_offset + self.tail.len() as u64
     }
 
     /// Returns whether another read fits, after freeing bytes kept only for observers.
-    pub fn has_room(&mut self) -> bool {
+    pub(crate) fn has_room(&mut self) -> bool {
         while !self.fits() && self.base < self.acked {
             // One segment at a time, so that observers lose as little as possible.
             let first = self.sealed.front();
@@ -107,7 +107,7 @@ impl Buffer {
     }
 
     /// Changes the number of observers.
-    pub fn observed(&mut self, by: isize) {
+    pub(crate) fn observed(&mut self, by: isize) {
         self.observers = self.observers.saturating_add_signed(by);
         if self.observers == 0 {
             self.free(self.acked);
@@ -115,7 +115,7 @@ impl Buffer {
     }
 
     /// Lets `read` append bytes of `stream` to the spare capacity of a vector. Returns their number.
-    pub fn fill(
+    pub(crate) fn fill(
         &mut self,
         stream: OutputStream,
         read: impl FnOnce(&mut Vec<u8>) -> io::Result<usize>,
@@ -156,7 +156,7 @@ impl Buffer {
     }
 
     /// Returns at most [`CHUNK_LIMIT`] bytes of one stream at `offset`.
-    pub fn get(&mut self, offset: u64) -> Found {
+    pub(crate) fn get(&mut self, offset: u64) -> Found {
         if offset < self.base {
             return Found::Gone(self.base);
         }
@@ -183,7 +183,7 @@ impl Buffer {
     }
 
     /// Frees everything below `offset`; an offset beyond the end frees everything.
-    pub fn ack(&mut self, offset: u64) {
+    pub(crate) fn ack(&mut self, offset: u64) {
         self.acked = self.acked.max(offset.min(self.end()));
         if self.observers == 0 {
             self.free(self.acked);
@@ -216,7 +216,7 @@ impl Buffer {
     }
 
     /// Marks the end of the output and frees spare memory.
-    pub fn close(&mut self) {
+    pub(crate) fn close(&mut self) {
         self.seal();
         self.tail = Vec::new();
         self.closed = true;
@@ -225,7 +225,7 @@ impl Buffer {
 
 /// A process's output, shared between its pump and its readers.
 #[derive(Debug, Default)]
-pub struct Output {
+pub(crate) struct Output {
     buffer: Mutex<Buffer>,
     /// Notified on new bytes, the end, and freed ranges.
     changed: Notify,
@@ -235,11 +235,11 @@ pub struct Output {
 
 /// A reader that never acknowledges. While it exists, bytes acknowledged by others are kept as long as there is room.
 #[derive(Debug)]
-pub struct Observer(Arc<Output>);
+pub(crate) struct Observer(Arc<Output>);
 
 impl Observer {
     /// Adds an observer of `output`.
-    pub fn of(output: &Arc<Output>) -> Self {
+    pub(crate) fn of(output: &Arc<Output>) -> Self {
         output.lock().observed(1);
         Self(Arc::clone(output))
     }
@@ -253,7 +253,7 @@ impl Drop for Observer {
 
 /// Result of one attempt to fill the buffer.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Filled {
+pub(crate) enum Filled {
     Bytes,
     /// The other stream took the room; wait for it again.
     NoRoom,
@@ -266,12 +266,12 @@ impl Output {
     }
 
     /// Returns the offset after the last byte.
-    pub fn end(&self) -> u64 {
+    pub(crate) fn end(&self) -> u64 {
         self.lock().end()
     }
 
     /// Returns whether another read fits.
-    pub fn has_room(&self) -> bool {
+    pub(crate) fn has_room(&self) -> bool {
         self.lock().has_room()
     }
 
@@ -279,7 +279,7 @@ impl Output {
     ///
     /// # Errors
     /// WouldBlock if no bytes are available. A terminal without a process at its other end reads as the end.
-    pub fn fill(&self, stream: OutputStream, source: BorrowedFd<'_>) -> io::Result<Filled> {
+    pub(crate) fn fill(&self, stream: OutputStream, source: BorrowedFd<'_>) -> io::Result<Filled> {
         let mut buffer = self.lock();
         if !buffer.has_room() {
             return Ok(Filled::NoRoom);
@@ -300,7 +300,7 @@ impl Output {
     }
 
     /// Waits until another read fits. Cancel-safe.
-    pub async fn wait_for_room(&self) {
+    pub(crate) async fn wait_for_room(&self) {
         loop {
             let freed = self.room.notified();
             tokio::pin!(freed);
@@ -313,7 +313,7 @@ impl Output {
     }
 
     /// Returns the bytes at `offset`, waiting for them if needed. Cancel-safe.
-    pub async fn read(&self, offset: u64) -> Found {
+    pub(crate) async fn read(&self, offset: u64) -> Found {
         loop {
             let changed = self.changed.notified();
             tokio::pin!(changed);
@@ -327,7 +327,7 @@ impl Output {
     }
 
     /// Waits until a whole chunk is available at `offset`, or the output ends. Cancel-safe.
-    pub async fn fills_chunk(&self, offset: u64) {
+    pub(crate) async fn fills_chunk(&self, offset: u64) {
         loop {
             let changed = self.changed.notified();
             tokio::pin!(changed);
@@ -347,7 +347,7 @@ impl Output {
     }
 
     /// Frees everything below `offset`.
-    pub fn ack(&self, offset: u64) {
+    pub(crate) fn ack(&self, offset: u64) {
         self.lock().ack(offset);
         self.room.notify_waiters();
         // A reader waiting below it must learn that its bytes are gone.
@@ -355,7 +355,7 @@ impl Output {
     }
 
     /// Marks the end of the output.
-    pub fn close(&self) {
+    pub(crate) fn close(&self) {
         self.lock().close();
         self.changed.notify_waiters();
     }

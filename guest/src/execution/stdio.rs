@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 /// The agent's ends.
 #[derive(Debug)]
-pub struct AgentEnds {
+pub(crate) struct AgentEnds {
     pub input: Input,
     pub sources: Vec<(OutputStream, AsyncDescriptor)>,
     pub terminal: Option<Arc<AsyncDescriptor>>,
@@ -18,7 +18,7 @@ pub struct AgentEnds {
 
 /// Pipes of a process that does not exist yet.
 #[derive(Debug)]
-pub struct Pipes {
+pub(crate) struct Pipes {
     stdin: OwnedFd,
     stdout: OwnedFd,
     stderr: OwnedFd,
@@ -29,7 +29,7 @@ pub struct Pipes {
 
 impl Pipes {
     /// Creates pipes for output, and for input if `stdin` is set; else input is /dev/null.
-    pub fn new(stdin: bool) -> io::Result<Self> {
+    pub(crate) fn new(stdin: bool) -> io::Result<Self> {
         let pipe = || nix::unistd::pipe2(OFlag::O_CLOEXEC).map_err(io::Error::from);
         let (out, stdout) = pipe()?;
         let (err, stderr) = pipe()?;
@@ -50,12 +50,12 @@ impl Pipes {
     }
 
     /// Returns the process's ends in the order 0, 1, 2.
-    pub fn process_ends(&self) -> [BorrowedFd<'_>; 3] {
+    pub(crate) fn process_ends(&self) -> [BorrowedFd<'_>; 3] {
         [self.stdin.as_fd(), self.stdout.as_fd(), self.stderr.as_fd()]
     }
 
     /// Makes the user the owner, so that it can reopen /dev/stdout.
-    pub fn give_to(&self, uid: u32) {
+    pub(crate) fn give_to(&self, uid: u32) {
         for end in [&self.stdin, &self.stdout, &self.stderr] {
             // /dev/null is skipped; it is open to all users.
             let is_pipe = rustix::fs::fstat(end).is_ok_and(|stat| {
@@ -68,7 +68,7 @@ impl Pipes {
     }
 
     /// Closes the process's ends and returns the agent's. `closes`: an EOF closes the input.
-    pub fn into_agent_ends(self, closes: bool) -> io::Result<AgentEnds> {
+    pub(crate) fn into_agent_ends(self, closes: bool) -> io::Result<AgentEnds> {
         let sink = self
             .sink
             .map(AsyncDescriptor::new)
@@ -86,7 +86,7 @@ impl Pipes {
 }
 
 /// Returns the agent's ends of a terminal, from its master.
-pub fn terminal_ends(master: OwnedFd, stdin: bool, closes: bool) -> io::Result<AgentEnds> {
+pub(crate) fn terminal_ends(master: OwnedFd, stdin: bool, closes: bool) -> io::Result<AgentEnds> {
     let reader = AsyncDescriptor::new(master.try_clone()?)?;
     let terminal = Arc::new(AsyncDescriptor::new(master)?);
     Ok(AgentEnds {

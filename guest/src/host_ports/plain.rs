@@ -24,13 +24,13 @@ const LISTEN_ADDRESS: Ipv4Addr = Ipv4Addr::new(127, 255, 255, 254);
 const POOL_SIZE: usize = 512;
 
 /// Sockets that have not been used.
-pub struct Pool(Mutex<Vec<OwnedFd>>);
+pub(crate) struct Pool(Mutex<Vec<OwnedFd>>);
 
 static POOL: OnceLock<Pool> = OnceLock::new();
 
 /// Returns the VM's pool, created by the first call; the host makes it after boot, before containers run. If the
 /// kernel does not allow it, the pool is empty and a warning is logged: the pod works without seeing the ports.
-pub fn pool() -> &'static Pool {
+pub(crate) fn pool() -> &'static Pool {
     POOL.get_or_init(|| {
         let made = make().inspect_err(|error| {
             tracing::warn!(%error, "failed to create sockets outside TSI; host ports are not listed");
@@ -55,7 +55,7 @@ impl Pool {
     ///
     /// # Errors
     /// AddrInUse if the pod uses the port; other errors if all sockets are used up.
-    pub fn listen(&self, port: u16) -> io::Result<TcpListener> {
+    pub(crate) fn listen(&self, port: u16) -> io::Result<TcpListener> {
         let taken = self.0.lock().pop();
         let socket = taken.ok_or_else(|| io::Error::other("all sockets are used up"))?;
         let address = SockaddrIn::from(SocketAddrV4::new(LISTEN_ADDRESS, port));

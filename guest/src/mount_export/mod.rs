@@ -8,9 +8,9 @@
 //! mount table changes ─► watcher clones the tree ─► list ─► host mounts FUSE ─► acknowledged ─► exec's exit is reported
 //! ```
 
-pub mod server;
-pub mod table;
-pub mod watcher;
+pub(crate) mod server;
+pub(crate) mod table;
+pub(crate) mod watcher;
 
 use boxlite_proto::boxlite::v1::{ExportedMount, WatchExportsResponse};
 use boxlite_sys::sync::Mutex;
@@ -45,7 +45,7 @@ struct State {
 
 /// Mounts the pod exports, with the generation the host has acknowledged.
 #[derive(Debug, Default)]
-pub struct ExportList {
+pub(crate) struct ExportList {
     state: Mutex<State>,
     changed: Notify,
     acknowledged: Notify,
@@ -53,7 +53,7 @@ pub struct ExportList {
 
 impl ExportList {
     /// Returns the exported mounts of a container.
-    pub fn of(&self, container: &str) -> Vec<FoundMount> {
+    pub(crate) fn of(&self, container: &str) -> Vec<FoundMount> {
         let state = self.lock();
         let entries = state.mounts.values();
         let own = entries.filter(|entry| entry.container == container);
@@ -61,7 +61,7 @@ impl ExportList {
     }
 
     /// Removes the mounts of a container for which `keep` returns false.
-    pub fn retain(&self, container: &str, keep: impl Fn(&FoundMount) -> bool) {
+    pub(crate) fn retain(&self, container: &str, keep: impl Fn(&FoundMount) -> bool) {
         let mut state = self.lock();
         let before = state.mounts.len();
         state
@@ -75,7 +75,7 @@ impl ExportList {
     }
 
     /// Adds a mount, of which `tree` is a clone. Returns false if the limit is reached.
-    pub fn add(&self, container: &str, found: FoundMount, tree: OwnedFd) -> bool {
+    pub(crate) fn add(&self, container: &str, found: FoundMount, tree: OwnedFd) -> bool {
         let mut state = self.lock();
         if state.mounts.len() >= MAX_MOUNTS {
             return false;
@@ -95,12 +95,12 @@ impl ExportList {
     }
 
     /// Returns the clone of a mount.
-    pub fn tree(&self, id: u64) -> Option<Arc<OwnedFd>> {
+    pub(crate) fn tree(&self, id: u64) -> Option<Arc<OwnedFd>> {
         Some(Arc::clone(&self.lock().mounts.get(&id)?.tree))
     }
 
     /// Returns the list once its generation differs from `after`, or immediately if `after` is `None`. Cancel-safe.
-    pub async fn next(&self, after: Option<u64>) -> WatchExportsResponse {
+    pub(crate) async fn next(&self, after: Option<u64>) -> WatchExportsResponse {
         loop {
             let changed = self.changed.notified();
             tokio::pin!(changed);
@@ -116,7 +116,7 @@ impl ExportList {
     }
 
     /// Records that the host has mirrored the list of `generation`.
-    pub fn acknowledge(&self, generation: u64) {
+    pub(crate) fn acknowledge(&self, generation: u64) {
         let mut state = self.lock();
         state.acknowledged = state.acknowledged.max(generation.min(state.generation));
         drop(state);
@@ -125,7 +125,7 @@ impl ExportList {
 
     /// Waits until the host has mirrored the current list, for at most [`ACKNOWLEDGE_TIMEOUT`]. Returns immediately
     /// if the list has no readers.
-    pub async fn wait_acknowledged(&self) {
+    pub(crate) async fn wait_acknowledged(&self) {
         let target = self.lock().generation;
         let mirrored = async {
             loop {
@@ -150,7 +150,7 @@ impl ExportList {
     }
 
     /// Registers a reader of the list for the lifetime of the returned value.
-    pub fn reader(self: &Arc<Self>) -> Reader {
+    pub(crate) fn reader(self: &Arc<Self>) -> Reader {
         self.lock().readers += 1;
         Reader(Arc::clone(self))
     }
@@ -176,7 +176,7 @@ fn list(state: &State) -> WatchExportsResponse {
 
 /// Registration made by [`ExportList::reader`].
 #[derive(Debug)]
-pub struct Reader(Arc<ExportList>);
+pub(crate) struct Reader(Arc<ExportList>);
 
 impl Drop for Reader {
     fn drop(&mut self) {

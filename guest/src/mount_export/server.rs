@@ -43,7 +43,7 @@ const REQUEST_HEADER_BYTES: usize = 40;
 const KERNEL_FEATURES: u32 = 1 | 1 << 5 | 1 << 12 | 1 << 18;
 
 /// Reads the first message, starts the server, and returns the stream of replies.
-pub async fn open(
+pub(crate) async fn open(
     exports: &ExportList,
     mut requests: Streaming<FuseRequest>,
 ) -> Result<impl Stream<Item = Result<FuseResponse, Status>> + Send + 'static, Status> {

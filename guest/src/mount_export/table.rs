@@ -14,7 +14,7 @@ const MAX_PATH_BYTES: usize = 1024;
 
 /// A Bidirectional volume of the spec.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct BidirectionalVolume {
+pub(crate) struct BidirectionalVolume {
     /// Mount point in the container.
     pub destination: PathBuf,
     /// Path below the share.
@@ -23,7 +23,7 @@ pub struct BidirectionalVolume {
 
 /// A volume that is mounted.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct MountedVolume {
+pub(crate) struct MountedVolume {
     spec: BidirectionalVolume,
     /// ID of its mount.
     mount: u64,
@@ -31,7 +31,7 @@ pub struct MountedVolume {
 
 /// A mount made by the container below a volume.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct FoundMount {
+pub(crate) struct FoundMount {
     /// Mount ID.
     pub mount: u64,
     /// Device and root of the mount; the kernel reuses mount IDs.
@@ -48,7 +48,7 @@ pub struct FoundMount {
 
 /// Replaces the propagation Bidirectional by HostToContainer in `spec`, because the VM's kernel cannot propagate
 /// mounts to the host. Returns the affected volumes.
-pub fn take_bidirectional(spec: &mut Spec) -> Vec<BidirectionalVolume> {
+pub(crate) fn take_bidirectional(spec: &mut Spec) -> Vec<BidirectionalVolume> {
     let mut taken = Vec::new();
     let mut mounts = spec.mounts().clone().unwrap_or_default();
     for mount in &mut mounts {
@@ -85,7 +85,10 @@ pub fn take_bidirectional(spec: &mut Spec) -> Vec<BidirectionalVolume> {
 }
 
 /// Returns the volumes found in the mount table of a container that has not started, and the IDs of all its mounts.
-pub fn volumes(table: &str, specs: Vec<BidirectionalVolume>) -> (Vec<MountedVolume>, HashSet<u64>) {
+pub(crate) fn volumes(
+    table: &str,
+    specs: Vec<BidirectionalVolume>,
+) -> (Vec<MountedVolume>, HashSet<u64>) {
     let lines: Vec<Mount> = mounts(table).collect();
     let volumes = specs.into_iter().filter_map(|spec| {
         let mut at = lines.iter().rev();
@@ -97,7 +100,11 @@ pub fn volumes(table: &str, specs: Vec<BidirectionalVolume>) -> (Vec<MountedVolu
 }
 
 /// Returns the container's own mounts below its volumes. `initial` holds the IDs of the mounts it started with.
-pub fn find(table: &str, volumes: &[MountedVolume], initial: &HashSet<u64>) -> Vec<FoundMount> {
+pub(crate) fn find(
+    table: &str,
+    volumes: &[MountedVolume],
+    initial: &HashSet<u64>,
+) -> Vec<FoundMount> {
     let lines: Vec<Mount> = mounts(table).collect();
     // The first mount of a device is the submount itself; later ones are binds of it.
     let mut devices: HashMap<&str, u64> = HashMap::new();

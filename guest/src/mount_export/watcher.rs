@@ -25,7 +25,7 @@ const CLONE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Watcher of one container's mounts.
 #[derive(Debug)]
-pub struct MountWatcher {
+pub(crate) struct MountWatcher {
     container: String,
     pid: i32,
     namespace: Arc<File>,
@@ -50,7 +50,7 @@ impl MountWatcher {
     ///
     /// # Errors
     /// If the process has ended.
-    pub fn new(
+    pub(crate) fn new(
         container: &str,
         pid: i32,
         volumes: Vec<BidirectionalVolume>,
@@ -71,7 +71,7 @@ impl MountWatcher {
 
     /// Watches until `init` ends, then removes all mounts of the container from the list. Runs in the agent's task
     /// tracker.
-    pub async fn run(&self, init: &Process) {
+    pub(crate) async fn run(&self, init: &Process) {
         tokio::select! {
             result = self.follow() => {
                 if let Err(error) = result {
@@ -97,7 +97,7 @@ impl MountWatcher {
 
     /// Synchronizes the list and waits until the host has mirrored it. Called at the end of each exec in the
     /// container.
-    pub async fn sync_and_wait(&self) {
+    pub(crate) async fn sync_and_wait(&self) {
         self.sync().await;
         self.exports.wait_acknowledged().await;
     }

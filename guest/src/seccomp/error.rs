@@ -2,7 +2,7 @@
 
 /// A profile that cannot be compiled.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum SeccompError {
+pub(crate) enum SeccompError {
     /// The profile delegates calls to a process on the host.
     #[error("seccomp: SCMP_ACT_NOTIFY is not supported: there is no listener inside the VM")]
     Notify,

@@ -9,7 +9,7 @@ use std::io;
 const SET_MODE_FILTER: libc::c_uint = 1;
 
 /// Installs the filter, which cannot be removed again.
-pub fn install(filter: &Filter) -> io::Result<()> {
+pub(crate) fn install(filter: &Filter) -> io::Result<()> {
     let mut program: Vec<libc::sock_filter> = filter
         .instructions()
         .into_iter()

@@ -15,11 +15,11 @@
 //! ```
 
 mod error;
-pub mod install;
+pub(crate) mod install;
 mod instruction;
 mod rule;
 
-pub use error::SeccompError;
+pub(crate) use error::SeccompError;
 use instruction::{Instruction, JUMP, JUMP_AT_LEAST, JUMP_EQUAL, LOAD, RETURN, jump};
 use oci_spec::runtime::{LinuxSeccomp, LinuxSeccompAction, LinuxSeccompFilterFlag, LinuxSyscall};
 use rule::Rule;
@@ -46,7 +46,7 @@ const FLAG_SPEC_ALLOW: u32 = 1 << 2;
 
 /// A compiled profile.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Filter {
+pub(crate) struct Filter {
     /// Instructions packed into one number each, for a compact encoding.
     packed: Vec<u64>,
     /// Flags for seccomp(2).
@@ -58,7 +58,7 @@ impl Filter {
     ///
     /// # Errors
     /// As listed in [`SeccompError`].
-    pub fn compile(profile: &LinuxSeccomp) -> Result<Self, SeccompError> {
+    pub(crate) fn compile(profile: &LinuxSeccomp) -> Result<Self, SeccompError> {
         let default = action(profile.default_action(), profile.default_errno_ret())?;
         let chains = chains(
             profile.syscalls().as_deref().unwrap_or_default(),
@@ -86,12 +86,12 @@ impl Filter {
     }
 
     /// Returns the program.
-    pub fn instructions(&self) -> Vec<Instruction> {
+    pub(crate) fn instructions(&self) -> Vec<Instruction> {
         self.packed.iter().copied().map(unpack).collect()
     }
 
     /// Returns the flags for seccomp(2).
-    pub fn flags(&self) -> u32 {
+    pub(crate) fn flags(&self) -> u32 {
         self.flags
     }
 }

@@ -15,14 +15,17 @@ const HALF: u32 = 4;
 
 /// Conditions that must all hold, and the resulting return value.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Rule {
+pub(crate) struct Rule {
     conditions: Vec<LinuxSeccompArg>,
     result: u32,
 }
 
 /// Returns the rules of a list of conditions: one with all of them, or, as in runc, one per condition if two are on
 /// the same argument. Empty if there are no conditions.
-pub fn alternatives(args: &[LinuxSeccompArg], result: u32) -> Result<Vec<Rule>, SeccompError> {
+pub(crate) fn alternatives(
+    args: &[LinuxSeccompArg],
+    result: u32,
+) -> Result<Vec<Rule>, SeccompError> {
     let mut seen = [0usize; ARGUMENTS];
     for arg in args {
         let count = seen.get_mut(arg.index()).ok_or(SeccompError::Range {
@@ -65,7 +68,7 @@ struct Step {
 
 impl Rule {
     /// Returns code that returns the result if the rule matches, and otherwise continues after its end.
-    pub fn code(&self) -> Vec<Instruction> {
+    pub(crate) fn code(&self) -> Vec<Instruction> {
         let conditions: Vec<Vec<Step>> = self.conditions.iter().map(steps).collect();
         // Six conditions of at most six steps: all jumps are short.
         let end = conditions.iter().map(Vec::len).sum::<usize>() + 1;

@@ -21,13 +21,13 @@ use tonic::{Request, Response, Status};
 
 /// Implementation of the `Container` service.
 #[derive(Debug)]
-pub struct ContainerService {
+pub(crate) struct ContainerService {
     agent: Arc<Agent>,
 }
 
 impl ContainerService {
     /// Creates the service of `agent`.
-    pub fn new(agent: Arc<Agent>) -> Self {
+    pub(crate) fn new(agent: Arc<Agent>) -> Self {
         Self { agent }
     }
 

@@ -23,13 +23,13 @@ use tonic::{Request, Response, Status, Streaming};
 
 /// Implementation of the `Execution` service.
 #[derive(Debug)]
-pub struct ExecutionService {
+pub(crate) struct ExecutionService {
     agent: Arc<Agent>,
 }
 
 impl ExecutionService {
     /// Creates the service of `agent`.
-    pub fn new(agent: Arc<Agent>) -> Self {
+    pub(crate) fn new(agent: Arc<Agent>) -> Self {
         Self { agent }
     }
 

@@ -24,7 +24,7 @@ const MAX_GRACE: Duration = Duration::from_secs(3600);
 
 /// Implementation of the `Guest` service.
 #[derive(Debug)]
-pub struct GuestService {
+pub(crate) struct GuestService {
     agent: Arc<Agent>,
     /// The request that initialized the pod, without the fields that differ between retries. Locked while a request
     /// is handled.
@@ -33,7 +33,7 @@ pub struct GuestService {
 
 impl GuestService {
     /// Creates the service of `agent`.
-    pub fn new(agent: Arc<Agent>) -> Self {
+    pub(crate) fn new(agent: Arc<Agent>) -> Self {
         Self {
             agent,
             initialized: tokio::sync::Mutex::new(None),

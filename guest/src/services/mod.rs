@@ -3,11 +3,11 @@
 //!
 //! Services hold no state of their own and make no system calls.
 
-pub mod container;
-pub mod execution;
-pub mod guest;
-pub mod mounts;
-pub mod status;
+pub(crate) mod container;
+pub(crate) mod execution;
+pub(crate) mod guest;
+pub(crate) mod mounts;
+pub(crate) mod status;
 
 use crate::agent::Agent;
 use boxlite_proto::boxlite::v1::container_server::ContainerServer;
@@ -19,7 +19,7 @@ use std::sync::Arc;
 use tonic::service::Routes;
 
 /// Returns all services, with message size limits.
-pub fn routes(agent: &Arc<Agent>) -> Routes {
+pub(crate) fn routes(agent: &Arc<Agent>) -> Routes {
     let guest = GuestServer::new(guest::GuestService::new(Arc::clone(agent)))
         .max_decoding_message_size(names::GUEST_MESSAGE_LIMIT)
         .max_encoding_message_size(names::GUEST_MESSAGE_LIMIT);

@@ -14,13 +14,13 @@ use tonic::{Request, Response, Status, Streaming};
 
 /// Implementation of the `Mounts` service.
 #[derive(Debug)]
-pub struct MountsService {
+pub(crate) struct MountsService {
     agent: Arc<Agent>,
 }
 
 impl MountsService {
     /// Creates the service of `agent`.
-    pub fn new(agent: Arc<Agent>) -> Self {
+    pub(crate) fn new(agent: Arc<Agent>) -> Self {
         Self { agent }
     }
 }

@@ -6,7 +6,7 @@ use std::io;
 
 /// Parent of the cloned process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Parent {
+pub(crate) enum Parent {
     /// The caller.
     Caller,
     /// The caller's parent: the clone becomes a sibling.
@@ -16,7 +16,7 @@ pub enum Parent {
 /// Clones the calling process like fork(2). Returns `None` in the child.
 ///
 /// The caller must be single-threaded. The child may use all of std, because no lock can be held by another thread.
-pub fn clone_child(parent: Parent) -> io::Result<Option<i32>> {
+pub(crate) fn clone_child(parent: Parent) -> io::Result<Option<i32>> {
     let flags = match parent {
         Parent::Caller => libc::SIGCHLD,
         // With CLONE_PARENT the exit signal is the caller's own.

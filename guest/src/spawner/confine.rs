@@ -58,7 +58,7 @@ fn set(kind: CapSet, value: &CapsHashSet) -> Result<(), Failure> {
 
 /// A process whose capabilities are set and whose filter is not installed yet.
 #[derive(Debug)]
-pub struct Confined<'a> {
+pub(crate) struct Confined<'a> {
     confinement: &'a Confinement,
     /// The requested permitted set, if a larger one is kept until the filter is installed.
     permitted: Option<CapsHashSet>,
@@ -69,7 +69,7 @@ impl<'a> Confined<'a> {
     ///
     /// # Errors
     /// If the kernel rejects a set because the caller lacks a capability.
-    pub fn set(confinement: &'a Confinement) -> Result<Self, Failure> {
+    pub(crate) fn set(confinement: &'a Confinement) -> Result<Self, Failure> {
         let sets = Sets::of(confinement.capabilities.as_ref());
         let failed = |error| Failure::step("read capabilities", error);
         // A change of the user clears the effective set.
@@ -101,7 +101,7 @@ impl<'a> Confined<'a> {
     ///
     /// # Errors
     /// If the program cannot be found or executed, or the filter is rejected. An installed filter stays in force.
-    pub fn execute(self, args: &[String], env: &[String]) -> Result<Infallible, Failure> {
+    pub(crate) fn execute(self, args: &[String], env: &[String]) -> Result<Infallible, Failure> {
         let name = args.first().map_or("", String::as_str);
         let program = Program::new(&executable::find(name, env)?, args, env)?;
         if self.confinement.no_new_privileges {

@@ -25,7 +25,11 @@ use std::rc::Rc;
 const CONSOLE_SOCKET: &str = "console.sock";
 
 /// Creates the process and reports its PID, and its terminal if it has one.
-pub fn run(request: &CreateRequest, stdio: Vec<OwnedFd>, reply: &OwnedFd) -> Result<(), Failure> {
+pub(crate) fn run(
+    request: &CreateRequest,
+    stdio: Vec<OwnedFd>,
+    reply: &OwnedFd,
+) -> Result<(), Failure> {
     let own_reply = reply
         .try_clone()
         .map_err(|error| Failure::step("duplicate a descriptor", error))?;

@@ -16,13 +16,13 @@ use tracing::{Event, Level, Metadata, Subscriber};
 const MAX_DETAIL_BYTES: usize = 1024;
 
 /// Sends every error event to the agent.
-pub struct Detail {
+pub(crate) struct Detail {
     reply: OwnedFd,
 }
 
 impl Detail {
     /// Makes this process, and those cloned from it, report on `reply`.
-    pub fn install(reply: OwnedFd) {
+    pub(crate) fn install(reply: OwnedFd) {
         // The helper has no subscriber; if it had one, only details would be lost.
         let _ = tracing::subscriber::set_global_default(Self { reply });
     }

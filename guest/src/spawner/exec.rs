@@ -33,7 +33,7 @@ const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWNS
     .union(CloneFlags::CLONE_NEWCGROUP);
 
 /// Creates the process and reports its PID.
-pub fn run(
+pub(crate) fn run(
     request: &ExecRequest,
     descriptors: Vec<OwnedFd>,
     reply: &OwnedFd,
@@ -179,7 +179,7 @@ mod terminal_ioctl {
 }
 
 /// Sets the size of a terminal.
-pub fn set_terminal_size(terminal: impl AsFd, rows: u16, cols: u16) -> Result<(), Errno> {
+pub(crate) fn set_terminal_size(terminal: impl AsFd, rows: u16, cols: u16) -> Result<(), Errno> {
     let size = libc::winsize {
         ws_row: rows,
         ws_col: cols,

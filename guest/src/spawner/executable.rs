@@ -11,10 +11,11 @@ use std::ffi::CString;
 use std::path::{Path, PathBuf};
 
 /// Search path used if the environment has no PATH.
-pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+pub(crate) const DEFAULT_PATH: &str =
+    "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Resolves `name` to a file, using PATH of the environment `env`.
-pub fn find(name: &str, env: &[String]) -> Result<PathBuf, Failure> {
+pub(crate) fn find(name: &str, env: &[String]) -> Result<PathBuf, Failure> {
     if name.is_empty() {
         return Err(not_found(name, "no command specified"));
     }
@@ -69,7 +70,7 @@ fn check(path: &Path) -> Result<(), Errno> {
 /// A program with everything its exec needs, so that no other system call is made between the last check and the
 /// exec.
 #[derive(Debug)]
-pub struct Program {
+pub(crate) struct Program {
     path: CString,
     args: Vec<CString>,
     env: Vec<CString>,
@@ -80,7 +81,7 @@ impl Program {
     ///
     /// # Errors
     /// If a string contains a NUL byte.
-    pub fn new(path: &Path, args: &[String], env: &[String]) -> Result<Self, Failure> {
+    pub(crate) fn new(path: &Path, args: &[String], env: &[String]) -> Result<Self, Failure> {
         let invalid = |what: &str| {
             Failure::new(
                 FailureKind::InvalidArgument,
@@ -107,7 +108,7 @@ impl Program {
     ///
     /// # Errors
     /// If the kernel cannot execute it.
-    pub fn execute(&self) -> Result<Infallible, Failure> {
+    pub(crate) fn execute(&self) -> Result<Infallible, Failure> {
         execve(&self.path, &self.args, &self.env).map_err(|errno| {
             let kind = match errno {
                 Errno::ENOENT | Errno::EACCES | Errno::ENOEXEC | Errno::ENOTDIR => {
@@ -130,7 +131,7 @@ fn not_found(name: &str, reason: &str) -> Failure {
 }
 
 /// Returns the C library's text of an errno, without the symbol.
-pub fn errno_text(errno: Errno) -> String {
+pub(crate) fn errno_text(errno: Errno) -> String {
     errno.desc().to_lowercase()
 }
 

@@ -23,10 +23,10 @@ mod executable;
 mod pause;
 mod server;
 mod user;
-pub mod wire;
+pub(crate) mod wire;
 
-pub use exec::set_terminal_size;
-pub use user::{ResolvedUser, UserError, resolve as resolve_user};
+pub(crate) use exec::set_terminal_size;
+pub(crate) use user::{ResolvedUser, UserError, resolve as resolve_user};
 
 use crate::descriptor::AsyncDescriptor;
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType};
@@ -61,7 +61,7 @@ pub enum SpawnError {
 
 /// The agent's end of the spawner.
 #[derive(Debug)]
-pub struct Spawner {
+pub(crate) struct Spawner {
     socket: OwnedFd,
     /// PID of the spawner.
     pub pid: i32,
@@ -72,7 +72,7 @@ impl Spawner {
     ///
     /// # Errors
     /// If the socket pair or the fork fails.
-    pub fn start() -> Result<Self, SpawnError> {
+    pub(crate) fn start() -> Result<Self, SpawnError> {
         let (ours, theirs) = pair()?;
         let (pid, socket) = server::fork(ours, theirs).map_err(|source| SpawnError::Broken {
             step: "fork",
@@ -82,7 +82,7 @@ impl Spawner {
     }
 
     /// Requests a process; messages about it arrive on the returned [`Reply`].
-    pub fn request(
+    pub(crate) fn request(
         &self,
         request: &Request,
         descriptors: &[BorrowedFd<'_>],
@@ -106,14 +106,14 @@ impl Spawner {
 
 /// The agent's end of one request.
 #[derive(Debug)]
-pub struct Reply {
+pub(crate) struct Reply {
     socket: AsyncDescriptor,
 }
 
 impl Reply {
     /// Returns the next message with its descriptor, or `None` once helper and process have closed their ends, which
     /// an exec does. Cancel-safe.
-    pub async fn next(&self) -> Result<Option<(Message, Option<OwnedFd>)>, SpawnError> {
+    pub(crate) async fn next(&self) -> Result<Option<(Message, Option<OwnedFd>)>, SpawnError> {
         let received = self.socket.read_with(wire::receive);
         match tokio::time::timeout(HELPER_TIMEOUT, received).await {
             Ok(result) => result.map_err(|source| SpawnError::Broken {
@@ -125,7 +125,7 @@ impl Reply {
     }
 
     /// Releases the process, which waits until its PID is registered.
-    pub fn release(&self) -> Result<(), SpawnError> {
+    pub(crate) fn release(&self) -> Result<(), SpawnError> {
         wire::send_with(
             self.socket.get(),
             &[wire::REQUEST_MARK],

@@ -22,7 +22,7 @@ use std::os::fd::{AsFd, OwnedFd};
 const OOM_SCORE: &str = "-998";
 
 /// Creates the namespaces and the process that holds them.
-pub fn run(map: Option<IdMap>, reply: &OwnedFd) -> Result<(), Failure> {
+pub(crate) fn run(map: Option<IdMap>, reply: &OwnedFd) -> Result<(), Failure> {
     match map {
         None => hold_in_new_pid_namespace(reply),
         Some(map) => with_user_namespace(map, reply),

@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 /// Forks the spawner off the agent. Returns its PID and the agent's end of the socket; never returns in the spawner.
-pub fn fork(agents_end: OwnedFd, spawners_end: OwnedFd) -> io::Result<(i32, OwnedFd)> {
+pub(crate) fn fork(agents_end: OwnedFd, spawners_end: OwnedFd) -> io::Result<(i32, OwnedFd)> {
     match clone_child(Parent::Caller)? {
         Some(pid) => Ok((pid, agents_end)),
         None => {

@@ -29,7 +29,7 @@ pub enum UserError {
 
 /// A [`UserPlan`] with names resolved.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ResolvedUser {
+pub(crate) struct ResolvedUser {
     pub uid: u32,
     pub gid: u32,
     /// Sorted and without duplicates.
@@ -39,7 +39,7 @@ pub struct ResolvedUser {
 }
 
 /// Resolves `plan` in the root filesystem at `root`.
-pub fn resolve(root: &Path, plan: &UserPlan) -> Result<ResolvedUser, UserError> {
+pub(crate) fn resolve(root: &Path, plan: &UserPlan) -> Result<ResolvedUser, UserError> {
     let passwd = read_bounded(root, "etc/passwd");
     let groups = if plan.name.is_some() || plan.merge_groups {
         read_bounded(root, "etc/group")

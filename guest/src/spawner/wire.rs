@@ -16,9 +16,9 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
 /// The only byte of messages that carry just descriptors.
-pub const REQUEST_MARK: u8 = 1;
+pub(crate) const REQUEST_MARK: u8 = 1;
 /// Maximum number of descriptors of one message: request, reply, three of stdio, one pidfd.
-pub const MAX_DESCRIPTORS: usize = 6;
+pub(crate) const MAX_DESCRIPTORS: usize = 6;
 /// Maximum size of a reply, in bytes.
 const MAX_REPLY_BYTES: usize = 16 << 10;
 /// Maximum length of a failure's message in bytes, so that a reply always fits.
@@ -26,7 +26,7 @@ const MAX_FAILURE_BYTES: usize = 4 << 10;
 
 /// A request, sent as a memfd.
 #[derive(Debug, Serialize, Deserialize)]
-pub enum Request {
+pub(crate) enum Request {
     /// Creates a container's init process. Descriptors: stdin, stdout, stderr (none for a terminal).
     Create(Box<CreateRequest>),
     /// Runs a process in a container. Descriptors: the init process's pidfd, then stdin, stdout, stderr (none for a
@@ -38,7 +38,7 @@ pub enum Request {
 
 /// Content of [`Request::Create`].
 #[derive(Debug, Serialize, Deserialize)]
-pub struct CreateRequest {
+pub(crate) struct CreateRequest {
     /// Container id.
     pub id: String,
     /// Directory with `config.json`.
@@ -53,7 +53,7 @@ pub struct CreateRequest {
 
 /// Content of [`Request::Exec`].
 #[derive(Debug, Serialize, Deserialize)]
-pub struct ExecRequest {
+pub(crate) struct ExecRequest {
     /// `cgroup.procs` of the cgroup the process starts in.
     pub cgroup_procs: PathBuf,
     /// True if the container is in a user namespace.
@@ -64,7 +64,7 @@ pub struct ExecRequest {
 
 /// A process with all defaults filled in.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct ProcessPlan {
+pub(crate) struct ProcessPlan {
     pub terminal: bool,
     /// Rows and columns of the terminal; 0 for the kernel's default.
     pub console_size: (u16, u16),
@@ -79,7 +79,7 @@ pub struct ProcessPlan {
 
 /// Mapping of the users and groups of a user namespace, starting at 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct IdMap {
+pub(crate) struct IdMap {
     /// ID outside the namespace that 0 maps to.
     pub first: u32,
     /// Number of mapped IDs.
@@ -88,14 +88,14 @@ pub struct IdMap {
 
 impl IdMap {
     /// Returns the ID outside the namespace, or `None` if it is not mapped.
-    pub fn outside(self, id: u32) -> Option<u32> {
+    pub(crate) fn outside(self, id: u32) -> Option<u32> {
         (id < self.length).then(|| self.first + id)
     }
 }
 
 /// Privileges of a program beyond those of its user.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Confinement {
+pub(crate) struct Confinement {
     pub capabilities: Option<LinuxCapabilities>,
     pub no_new_privileges: bool,
     /// Installed right before the program is executed.
@@ -104,7 +104,7 @@ pub struct Confinement {
 
 /// User a process runs as.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct UserPlan {
+pub(crate) struct UserPlan {
     pub uid: u32,
     pub gid: u32,
     pub additional_gids: Vec<u32>,
@@ -117,7 +117,7 @@ pub struct UserPlan {
 
 /// A message of a helper, or of the process before its exec.
 #[derive(Debug, Serialize, Deserialize)]
-pub enum Message {
+pub(crate) enum Message {
     /// The process exists and is stopped before its exec.
     Created { pid: i32 },
     /// The terminal's master, attached as a descriptor.
@@ -165,7 +165,7 @@ impl Failure {
 }
 
 /// Writes a request into a new memfd.
-pub fn to_memfd(request: &Request) -> io::Result<OwnedFd> {
+pub(crate) fn to_memfd(request: &Request) -> io::Result<OwnedFd> {
     let descriptor = rustix::fs::memfd_create("request", rustix::fs::MemfdFlags::CLOEXEC)?;
     let mut file = std::fs::File::from(descriptor);
     file.write_all(&serde_json::to_vec(request)?)?;
@@ -174,14 +174,14 @@ pub fn to_memfd(request: &Request) -> io::Result<OwnedFd> {
 }
 
 /// Reads the request that [`to_memfd`] wrote.
-pub fn from_memfd(descriptor: OwnedFd) -> io::Result<Request> {
+pub(crate) fn from_memfd(descriptor: OwnedFd) -> io::Result<Request> {
     let mut text = Vec::new();
     std::fs::File::from(descriptor).read_to_end(&mut text)?;
     Ok(serde_json::from_slice(&text)?)
 }
 
 /// Sends bytes with descriptors attached.
-pub fn send_with(
+pub(crate) fn send_with(
     socket: BorrowedFd<'_>,
     bytes: &[u8],
     descriptors: &[BorrowedFd<'_>],
@@ -201,7 +201,10 @@ pub fn send_with(
 }
 
 /// Receives bytes and attached descriptors; 0 bytes if the other end is closed.
-pub fn receive_with(socket: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
+pub(crate) fn receive_with(
+    socket: BorrowedFd<'_>,
+    bytes: &mut [u8],
+) -> io::Result<(usize, Vec<OwnedFd>)> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let received = loop {
@@ -221,7 +224,7 @@ pub fn receive_with(socket: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<(usi
 }
 
 /// Sends a message.
-pub fn send(
+pub(crate) fn send(
     socket: BorrowedFd<'_>,
     message: &Message,
     descriptor: Option<BorrowedFd<'_>>,
@@ -232,7 +235,7 @@ pub fn send(
 }
 
 /// Receives a message; `None` once all other ends are closed.
-pub fn receive(socket: BorrowedFd<'_>) -> io::Result<Option<(Message, Option<OwnedFd>)>> {
+pub(crate) fn receive(socket: BorrowedFd<'_>) -> io::Result<Option<(Message, Option<OwnedFd>)>> {
     let mut buffer = vec![0; MAX_REPLY_BYTES];
     let (length, mut descriptors) = match receive_with(socket, &mut buffer) {
         // The other end was closed with unread data.

@@ -19,11 +19,11 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 /// Directory of the nodes; in the VM's /dev, because the other filesystems do not allow devices.
-pub const NODES: &str = "/dev/boxlite";
+pub(crate) const NODES: &str = "/dev/boxlite";
 
 /// Block devices of one container.
 #[derive(Debug, Default)]
-pub struct Blocks {
+pub(crate) struct Blocks {
     nodes: Vec<PathBuf>,
     /// Released when the container is removed, even if another reference to `self` exists.
     loops: Mutex<Vec<Arc<Loop>>>,
@@ -36,7 +36,7 @@ impl Blocks {
     ///
     /// # Errors
     /// If a path is invalid or a system call fails.
-    pub fn make(
+    pub(crate) fn make(
         &mut self,
         id: &str,
         requests: &[BlockDevice],
@@ -67,7 +67,7 @@ impl Blocks {
     }
 
     /// Removes the nodes and releases the loop devices. Idempotent.
-    pub fn take_down(&self) {
+    pub(crate) fn take_down(&self) {
         for node in &self.nodes {
             // Only the agent writes to this directory, so an error means the node does not exist.
             let _ = fs::remove_file(node);

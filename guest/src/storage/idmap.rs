@@ -12,13 +12,17 @@ use std::path::{Path, PathBuf};
 
 /// A mapped view of a mount. Unmounted when dropped; an overlay on it keeps its own reference.
 #[derive(Debug)]
-pub struct Mapped {
+pub(crate) struct Mapped {
     target: PathBuf,
 }
 
 impl Mapped {
     /// Mounts a view of `source` on the existing directory `target`, mapped by `user_namespace`. Blocks.
-    pub fn mount(source: &Path, target: &Path, user_namespace: BorrowedFd<'_>) -> io::Result<Self> {
+    pub(crate) fn mount(
+        source: &Path,
+        target: &Path,
+        user_namespace: BorrowedFd<'_>,
+    ) -> io::Result<Self> {
         boxlite_sys::idmap::mount(source, target, user_namespace, false)?;
         Ok(Self {
             target: target.to_path_buf(),
@@ -29,7 +33,7 @@ impl Mapped {
     ///
     /// # Errors
     /// If a directory cannot be created or a view cannot be mounted. Earlier views are unmounted.
-    pub fn mount_layers(
+    pub(crate) fn mount_layers(
         layers: &[PathBuf],
         directory: &Path,
         user_namespace: BorrowedFd<'_>,
@@ -52,7 +56,7 @@ impl Mapped {
     }
 
     /// Returns the mount point.
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.target
     }
 }

@@ -28,14 +28,14 @@ struct Table {
 
 /// The mounted layers.
 #[derive(Debug, Default)]
-pub struct Layers {
+pub(crate) struct Layers {
     table: Mutex<Table>,
 }
 
 impl Layers {
     /// Mounts the layer file at `path` below the share, or reuses its mount. Returns the mount point. Each call must
     /// be paired with [`Self::release`]. Blocks.
-    pub fn hold(&self, path: &str) -> Result<PathBuf, StorageError> {
+    pub(crate) fn hold(&self, path: &str) -> Result<PathBuf, StorageError> {
         let source = below_share(path)?;
         let mut table = self.table.lock();
         if let Some(mounted) = table.mounted.get_mut(&source) {
@@ -61,7 +61,7 @@ impl Layers {
     }
 
     /// Releases a layer; the last release unmounts it. Blocks.
-    pub fn release(&self, path: &str) {
+    pub(crate) fn release(&self, path: &str) {
         let Ok(source) = below_share(path) else {
             return;
         };
@@ -93,7 +93,7 @@ fn mount_erofs(source: &Path, target: &Path) -> Result<(), StorageError> {
 }
 
 /// Returns the absolute path of a request's path below the share, which must be relative and without `..`.
-pub fn below_share(path: &str) -> Result<PathBuf, StorageError> {
+pub(crate) fn below_share(path: &str) -> Result<PathBuf, StorageError> {
     let relative = Path::new(path);
     let plain = !path.is_empty()
         && relative

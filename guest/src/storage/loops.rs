@@ -23,7 +23,7 @@ const DIRECT_IO: u32 = 16;
 /// `struct loop_info64`.
 #[repr(C)]
 #[derive(Clone, Copy)]
-pub struct Info {
+pub(crate) struct Info {
     device: u64,
     inode: u64,
     rdevice: u64,
@@ -41,7 +41,7 @@ pub struct Info {
 
 /// `struct loop_config`.
 #[repr(C)]
-pub struct Config {
+pub(crate) struct Config {
     fd: u32,
     block_size: u32,
     info: Info,
@@ -57,7 +57,7 @@ mod ioctl {
 /// A loop device, removed once this is dropped and no process has it open. It is not kept open here, so the kernel
 /// drops its cached data with the last user, and the next one sees what the host has written since.
 #[derive(Debug)]
-pub struct Loop {
+pub(crate) struct Loop {
     /// Minor number.
     pub minor: u32,
 }
@@ -80,7 +80,7 @@ fn node(minor: u32) -> PathBuf {
 }
 
 /// Major number of loop devices.
-pub const MAJOR: u32 = 7;
+pub(crate) const MAJOR: u32 = 7;
 
 /// Loop devices by file: containers of a pod with the same device share one, and its cache.
 static LOOPS: Mutex<Option<HashMap<PathBuf, Weak<Loop>>>> = Mutex::new(None);
@@ -90,7 +90,11 @@ impl Loop {
     ///
     /// # Errors
     /// If the file cannot be opened or a system call fails.
-    pub fn hold(file: &Path, read_only: bool, block_size: u32) -> Result<Arc<Self>, StorageError> {
+    pub(crate) fn hold(
+        file: &Path,
+        read_only: bool,
+        block_size: u32,
+    ) -> Result<Arc<Self>, StorageError> {
         let mut loops = LOOPS.lock();
         let loops = loops.get_or_insert_default();
         loops.retain(|_, held| held.strong_count() > 0);

@@ -47,7 +47,7 @@ impl<'a> VolumeDirectory<'a> {
 ///
 /// # Errors
 /// If the name or a directory is invalid, or a system call fails.
-pub fn open(request: &Mount) -> Result<OwnedFd, StorageError> {
+pub(crate) fn open(request: &Mount) -> Result<OwnedFd, StorageError> {
     let name = request.source().as_deref().unwrap_or(Path::new(""));
     let text = name.to_string_lossy();
     if text.is_empty() || !text.bytes().all(|byte| byte.is_ascii_alphanumeric()) {

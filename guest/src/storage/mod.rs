@@ -13,18 +13,18 @@
 //! /l/<n>                        a layer, mounted once for all containers that use it
 //! ```
 
-pub mod blocks;
-pub mod idmap;
-pub mod layers;
+pub(crate) mod blocks;
+pub(crate) mod idmap;
+pub(crate) mod layers;
 mod loops;
 mod memory;
-pub mod mount_points;
+pub(crate) mod mount_points;
 mod overlay;
-pub mod pins;
-pub mod pod;
-pub mod rootfs;
-pub mod usage;
-pub mod volumes;
+pub(crate) mod pins;
+pub(crate) mod pod;
+pub(crate) mod rootfs;
+pub(crate) mod usage;
+pub(crate) mod volumes;
 
 use std::io;
 
@@ -98,7 +98,7 @@ const MAX_PREFAULTED_ENTRIES: usize = 256;
 /// all containers. If a container entered it first, the submount and its caches would belong to that container only,
 /// and its end would race with files being closed: the kernel (6.12) has a bug there, "Busy inodes after unmount of
 /// virtiofs". Blocks.
-pub fn prefault_submounts(spec: &oci_spec::runtime::Spec) {
+pub(crate) fn prefault_submounts(spec: &oci_spec::runtime::Spec) {
     let sources = spec
         .mounts()
         .iter()
@@ -111,7 +111,7 @@ pub fn prefault_submounts(spec: &oci_spec::runtime::Spec) {
 }
 
 /// Returns whether a mount of `spec` receives mounts that the host makes later.
-pub fn follows_host(spec: &oci_spec::runtime::Spec) -> bool {
+pub(crate) fn follows_host(spec: &oci_spec::runtime::Spec) -> bool {
     let follows = |mount: &oci_spec::runtime::Mount| {
         let options = mount.options().as_deref().unwrap_or_default();
         options.iter().any(|option| option == "rslave")
@@ -122,7 +122,7 @@ pub fn follows_host(spec: &oci_spec::runtime::Spec) -> bool {
 /// Waits until the host has answered all earlier requests to the share. Files are released in the background, and a
 /// mount namespace that ends before that ends its submounts too early (see [`prefault_submounts`]); a single request
 /// that is answered in order is enough. Blocks.
-pub fn sync_share() {
+pub(crate) fn sync_share() {
     let _ = rustix::fs::statfs(boxlite_proto::names::GUEST_SHARE);
 }
 

@@ -19,7 +19,7 @@ const MAX_SYMLINKS: u32 = 40;
 ///
 /// # Errors
 /// If a link cannot be resolved, or a target cannot be created.
-pub fn resolve(root: &Path, spec: &mut Spec) -> Result<(), StorageError> {
+pub(crate) fn resolve(root: &Path, spec: &mut Spec) -> Result<(), StorageError> {
     let mut mounts = spec.mounts().clone().unwrap_or_default();
     let mut covered: Vec<PathBuf> = Vec::new();
     for mount in &mut mounts {
@@ -41,7 +41,7 @@ pub fn resolve(root: &Path, spec: &mut Spec) -> Result<(), StorageError> {
 ///
 /// # Errors
 /// NotADirectory.
-pub fn check_working_directory(root: &Path, spec: &Spec, path: &Path) -> io::Result<()> {
+pub(crate) fn check_working_directory(root: &Path, spec: &Spec, path: &Path) -> io::Result<()> {
     let mounts = spec.mounts().iter().flatten();
     let covered: Vec<PathBuf> = mounts.map(|mount| mount.destination().clone()).collect();
     let target = follow(root, path, &covered)?.unwrap_or_else(|| path.to_owned());

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 /// Mounts an overlay of `lower`, lowest first, at `target`: writable with the upper layer in `writable`, else
 /// read-only.
-pub fn stack(
+pub(crate) fn stack(
     lower: &[PathBuf],
     writable: Option<&Path>,
     target: &Path,

@@ -23,7 +23,7 @@ const POLL_INTERVAL_MS: u16 = 1000;
 static PINS: Mutex<Option<HashMap<u64, OwnedFd>>> = Mutex::new(None);
 
 /// Pins every submount that appears in the mount namespace of process `pid`, until `ended` returns true. Blocks.
-pub fn follow(pid: i32, ended: impl Fn() -> bool) {
+pub(crate) fn follow(pid: i32, ended: impl Fn() -> bool) {
     let Ok(table) = File::open(format!("/proc/{pid}/mountinfo")) else {
         return;
     };

@@ -13,7 +13,7 @@ pub(super) const DEFAULT_SHM_BYTES: u64 = 64 << 20;
 const BLOCK_DEVICES: &str = "/sys/block";
 
 /// Mounts the virtiofs share with the tag `tag`; does nothing if it is empty.
-pub fn mount_share(tag: &str) -> Result<(), StorageError> {
+pub(crate) fn mount_share(tag: &str) -> Result<(), StorageError> {
     if tag.is_empty() || is_mount_point(names::GUEST_SHARE) {
         return Ok(());
     }
@@ -22,7 +22,7 @@ pub fn mount_share(tag: &str) -> Result<(), StorageError> {
 }
 
 /// Mounts the scratch disk, given by serial or path, or a tmpfs if `device` is empty.
-pub fn mount_scratch(device: &str) -> Result<(), StorageError> {
+pub(crate) fn mount_scratch(device: &str) -> Result<(), StorageError> {
     if is_mount_point(names::GUEST_SCRATCH) {
         return Ok(());
     }
@@ -47,7 +47,7 @@ pub fn mount_scratch(device: &str) -> Result<(), StorageError> {
 }
 
 /// Sets the size of the pod's /dev/shm in bytes.
-pub fn resize_shm(bytes: u64) -> Result<(), StorageError> {
+pub(crate) fn resize_shm(bytes: u64) -> Result<(), StorageError> {
     let bytes = if bytes == 0 { DEFAULT_SHM_BYTES } else { bytes };
     let options = format!("mode=1777,size={bytes}");
     let flags = MsFlags::MS_REMOUNT | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
@@ -62,7 +62,7 @@ pub fn resize_shm(bytes: u64) -> Result<(), StorageError> {
 }
 
 /// Writes all dirty data and unmounts the scratch disk; remaining users are cut off.
-pub fn release_scratch() -> Result<(), StorageError> {
+pub(crate) fn release_scratch() -> Result<(), StorageError> {
     rustix::fs::sync();
     match umount2(names::GUEST_SCRATCH, MntFlags::empty()) {
         Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => Ok(()),
@@ -74,7 +74,7 @@ pub fn release_scratch() -> Result<(), StorageError> {
 }
 
 /// Returns usage figures of the scratch disk, or `None` if none is mounted. Does not access the disk.
-pub fn scratch_stats() -> Option<FilesystemStats> {
+pub(crate) fn scratch_stats() -> Option<FilesystemStats> {
     if !is_mount_point(names::GUEST_SCRATCH) {
         return None;
     }
@@ -99,7 +99,7 @@ fn origin_of(mounts: &str, target: &str) -> Option<String> {
 }
 
 /// Returns the guest's block devices for messages: `vda (serial)`.
-pub fn devices() -> Vec<String> {
+pub(crate) fn devices() -> Vec<String> {
     disks()
         .into_iter()
         .map(|(name, serial)| {

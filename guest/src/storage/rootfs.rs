@@ -26,7 +26,7 @@ const BUNDLES: &str = "/run/boxlite/c";
 
 /// Owner mapping of a container in a user namespace.
 #[derive(Debug)]
-pub struct Owners<'a> {
+pub(crate) struct Owners<'a> {
     /// The user namespace.
     pub namespace: BorrowedFd<'a>,
     /// The VM's ID of the namespace's root user and group.
@@ -35,7 +35,7 @@ pub struct Owners<'a> {
 
 /// A container's root filesystem and its parts.
 #[derive(Debug)]
-pub struct Rootfs {
+pub(crate) struct Rootfs {
     layers: Vec<String>,
     /// Directory of `config.json` and the mount point.
     bundle: PathBuf,
@@ -50,7 +50,7 @@ impl Rootfs {
     ///
     /// # Errors
     /// If a path leaves the share or a mount fails. Earlier steps are undone.
-    pub fn assemble(
+    pub(crate) fn assemble(
         id: &str,
         request: &Request,
         layers: &Layers,
@@ -129,7 +129,7 @@ impl Rootfs {
     ///
     /// # Errors
     /// As [`Volumes::mount`].
-    pub fn mount_volumes(
+    pub(crate) fn mount_volumes(
         &mut self,
         spec: &mut Spec,
         layers: &Layers,
@@ -145,7 +145,7 @@ impl Rootfs {
     ///
     /// # Errors
     /// As [`Blocks::make`].
-    pub fn make_blocks(
+    pub(crate) fn make_blocks(
         &mut self,
         id: &str,
         requests: &[BlockDevice],
@@ -156,24 +156,24 @@ impl Rootfs {
     }
 
     /// Returns the mount point of the tree.
-    pub fn path(&self) -> PathBuf {
+    pub(crate) fn path(&self) -> PathBuf {
         self.bundle.join("rootfs")
     }
 
     /// Returns the bundle directory.
-    pub fn bundle(&self) -> &Path {
+    pub(crate) fn bundle(&self) -> &Path {
         &self.bundle
     }
 
     /// Returns the directory of the writable layer.
-    pub fn upper(&self) -> Option<PathBuf> {
+    pub(crate) fn upper(&self) -> Option<PathBuf> {
         self.writable
             .as_ref()
             .map(|writable| writable.join("upper"))
     }
 
     /// Unmounts and removes everything. Idempotent.
-    pub fn take_down(&self, layers: &Layers) -> Result<(), StorageError> {
+    pub(crate) fn take_down(&self, layers: &Layers) -> Result<(), StorageError> {
         self.blocks.take_down();
         self.volumes.take_down(layers)?;
         let target = self.path();
@@ -203,7 +203,7 @@ impl Rootfs {
 }
 
 /// Creates a directory and its parents inside the tree at `root`; symlinks are resolved within the tree.
-pub fn make_directory(root: &Path, path: &Path) -> io::Result<()> {
+pub(crate) fn make_directory(root: &Path, path: &Path) -> io::Result<()> {
     let root = fs::File::open(root)?;
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;

@@ -17,7 +17,7 @@ const CACHE_LIFETIME: Duration = Duration::from_secs(5);
 
 /// Disk usage of a tree.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Usage {
+pub(crate) struct Usage {
     /// Allocated blocks, in bytes.
     pub bytes: u64,
     pub inodes: u64,
@@ -25,13 +25,13 @@ pub struct Usage {
 
 /// Cached usage of one tree.
 #[derive(Debug, Default)]
-pub struct UsageCache {
+pub(crate) struct UsageCache {
     last: Mutex<Option<(Instant, Usage)>>,
 }
 
 impl UsageCache {
     /// Returns the usage of the tree at `path`. Blocks up to [`MAX_WALK_TIME`].
-    pub fn get(&self, path: &Path) -> Usage {
+    pub(crate) fn get(&self, path: &Path) -> Usage {
         let mut last = self.last.lock();
         match *last {
             Some((when, usage)) if when.elapsed() < CACHE_LIFETIME => usage,

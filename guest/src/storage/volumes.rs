@@ -26,7 +26,7 @@ const EMPTY: &str = "/run/boxlite/empty";
 
 /// Mounts made for one container.
 #[derive(Debug, Default)]
-pub struct Volumes {
+pub(crate) struct Volumes {
     mounts: Vec<PathBuf>,
     layers: Vec<String>,
 }
@@ -38,7 +38,7 @@ impl Volumes {
     ///
     /// # Errors
     /// If a layer or path of the image does not exist, or a mount fails.
-    pub fn mount(
+    pub(crate) fn mount(
         &mut self,
         spec: &mut Spec,
         bundle: &Path,
@@ -152,7 +152,7 @@ impl Volumes {
     }
 
     /// Unmounts everything and releases the layers. Idempotent.
-    pub fn take_down(&self, layers: &Layers) -> Result<(), StorageError> {
+    pub(crate) fn take_down(&self, layers: &Layers) -> Result<(), StorageError> {
         for target in self.mounts.iter().rev() {
             match umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
                 Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => {}

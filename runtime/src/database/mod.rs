@@ -49,7 +49,7 @@ CREATE INDEX containers_of_box ON containers(box_id);
 
 /// Row of a box.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BoxRow {
+pub(crate) struct BoxRow {
     /// Options; the metadata is stored in a separate column.
     pub options: BoxOptions,
     /// Phase of the state machine.
@@ -66,7 +66,7 @@ pub struct BoxRow {
 
 /// Row of a container.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ContainerRow {
+pub(crate) struct ContainerRow {
     /// Last known state; the metadata is stored in a separate column.
     pub snapshot: ContainerSnapshot,
     /// Whether the creation has completed.
@@ -77,7 +77,7 @@ pub struct ContainerRow {
 
 /// Handle to the database. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Database {
+pub(crate) struct Database {
     inner: Arc<Mutex<Inner>>,
     path: PathBuf,
 }
@@ -167,7 +167,7 @@ impl Database {
     ///
     /// # Errors
     /// `Io`, `Database`, `DatabaseSchema` if a newer version wrote it.
-    pub fn open(path: &Path) -> Result<Self> {
+    pub(crate) fn open(path: &Path) -> Result<Self> {
         // Created here because SQLite gives its WAL the mode of the database file.
         let file = std::fs::OpenOptions::new()
             .append(true)
@@ -272,7 +272,7 @@ impl Database {
     ///
     /// # Errors
     /// `Database`, also if the id or name exists.
-    pub async fn insert_box(&self, row: BoxRow) -> Result<()> {
+    pub(crate) async fn insert_box(&self, row: BoxRow) -> Result<()> {
         let (id, name, record, metadata) = split_box(row)?;
         self.run("insert a box", move |connection| {
             connection.execute(
@@ -288,7 +288,7 @@ impl Database {
     ///
     /// # Errors
     /// `Database`.
-    pub async fn update_box(&self, row: BoxRow) -> Result<()> {
+    pub(crate) async fn update_box(&self, row: BoxRow) -> Result<()> {
         let (id, _, record, metadata) = split_box(row)?;
         self.run("update a box", move |connection| {
             connection.execute(
@@ -304,7 +304,7 @@ impl Database {
     ///
     /// # Errors
     /// `Database`.
-    pub async fn delete_box(&self, id: &str) -> Result<()> {
+    pub(crate) async fn delete_box(&self, id: &str) -> Result<()> {
         let deletion = Deletion::Box(id.to_owned());
         self.locked("delete a box", |inner| inner.delete(deletion))
             .await
@@ -314,7 +314,7 @@ impl Database {
     ///
     /// # Errors
     /// `Database`, also if its box does not exist.
-    pub async fn put_container(&self, mut row: ContainerRow) -> Result<()> {
+    pub(crate) async fn put_container(&self, mut row: ContainerRow) -> Result<()> {
         let metadata = std::mem::take(&mut row.snapshot.metadata);
         let record = to_json(&row)?;
         self.run("write a container", move |connection| {
@@ -332,7 +332,7 @@ impl Database {
     ///
     /// # Errors
     /// `Database`.
-    pub async fn delete_container(&self, id: &str) -> Result<()> {
+    pub(crate) async fn delete_container(&self, id: &str) -> Result<()> {
         let deletion = Deletion::Container(id.to_owned());
         self.locked("delete a container", |inner| inner.delete(deletion))
             .await
@@ -342,7 +342,7 @@ impl Database {
     ///
     /// # Errors
     /// `Database`; `Internal` if a record is not valid.
-    pub async fn load(&self) -> Result<Vec<(BoxRow, Vec<ContainerRow>)>> {
+    pub(crate) async fn load(&self) -> Result<Vec<(BoxRow, Vec<ContainerRow>)>> {
         let (boxes, containers) = self
             .run("read all boxes", |connection| {
                 let boxes = read_all(connection, "SELECT record, metadata FROM boxes ORDER BY id")?;

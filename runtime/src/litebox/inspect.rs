@@ -14,7 +14,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 
 /// Timeout of one VM's stats; the kubelet and Prometheus wait longer than that for all VMs together.
-pub const STATS_TIMEOUT: Duration = Duration::from_secs(2);
+pub(crate) const STATS_TIMEOUT: Duration = Duration::from_secs(2);
 
 impl LiteBox {
     /// Runs a command in a running container and collects up to `output_limit` bytes (at most 16 MiB) of each output

@@ -194,7 +194,7 @@ impl FileSystem for OneFile {
 /// A running server. Dropping it ends the thread, its file system and its use of the device after the current request. Drop
 /// does not wait, because a stalled device may never answer.
 #[derive(Debug)]
-pub struct Server {
+pub(crate) struct Server {
     /// Closing it stops the thread.
     _stop: PipeWriter,
 }
@@ -204,7 +204,11 @@ impl Server {
     ///
     /// # Errors
     /// Failed to start the thread or to create the pipe.
-    pub fn start(made: Made, device: Device, read_only: bool) -> io::Result<(Self, OwnedFd)> {
+    pub(crate) fn start(
+        made: Made,
+        device: Device,
+        read_only: bool,
+    ) -> io::Result<(Self, OwnedFd)> {
         let (stopped, stop) = io::pipe()?;
         let file = OneFile {
             size: device.size,

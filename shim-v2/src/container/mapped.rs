@@ -8,7 +8,7 @@ use oci_spec::runtime::{LinuxIdMapping, Mount};
 ///
 /// # Errors
 /// Invalid for other mappings.
-pub fn mapping(mount: &Mount) -> Result<Option<IdMap>> {
+pub(crate) fn mapping(mount: &Mount) -> Result<Option<IdMap>> {
     let list = |mappings: &Option<Vec<LinuxIdMapping>>| mappings.clone().unwrap_or_default();
     let (uids, gids) = (list(mount.uid_mappings()), list(mount.gid_mappings()));
     if uids.is_empty() && gids.is_empty() {

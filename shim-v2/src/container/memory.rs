@@ -18,7 +18,7 @@ const EMPTY_DIR_PLUGIN: &str = "kubernetes.io~empty-dir";
 
 /// A tmpfs of the guest in place of a host directory.
 #[derive(Debug, PartialEq, Eq)]
-pub struct MemoryVolume {
+pub(crate) struct MemoryVolume {
     /// Name of the tmpfs; equal for all mounts of the volume.
     pub name: String,
     /// Options of the guest's mount: size, and the directories with their modes and owners.
@@ -41,7 +41,7 @@ struct VolumePath {
 ///
 /// # Errors
 /// The mount table or the volume cannot be read.
-pub fn volume(source: &Path) -> io::Result<Option<MemoryVolume>> {
+pub(crate) fn volume(source: &Path) -> io::Result<Option<MemoryVolume>> {
     let table = fs::read_to_string("/proc/thread-self/mountinfo")?;
     match find(&table, source) {
         Some(found) if source.is_dir() => Ok(Some(describe(&found)?)),
@@ -53,7 +53,7 @@ pub fn volume(source: &Path) -> io::Result<Option<MemoryVolume>> {
 ///
 /// # Errors
 /// Those of statfs(2).
-pub fn size_option(path: &Path) -> io::Result<Option<String>> {
+pub(crate) fn size_option(path: &Path) -> io::Result<Option<String>> {
     let facts = statfs(path)?;
     let bytes = facts.blocks() * facts.block_size().cast_unsigned();
     Ok((bytes != 0).then(|| format!("{SIZE_OPTION}{bytes}")))

@@ -45,7 +45,7 @@ pub struct Bind {
 ///
 /// # Errors
 /// HostPath with the source and the destination.
-pub fn rewrite(mount: &mut Mount) -> Result<Vec<Bind>> {
+pub(crate) fn rewrite(mount: &mut Mount) -> Result<Vec<Bind>> {
     if mount.typ().as_deref() == Some(IMAGE_MOUNT) {
         return rewrite_image(mount);
     }

@@ -15,7 +15,7 @@ const MIN_BYTES: u64 = 16 << 20;
 ///
 /// # Errors
 /// Invalid if the size is too small, Io if the file or its file system cannot be created.
-pub async fn create(path: &Path, bytes: u64) -> Result<()> {
+pub(crate) async fn create(path: &Path, bytes: u64) -> Result<()> {
     if bytes < MIN_BYTES {
         return Err(ShimError::Invalid {
             field: "scratch_bytes",

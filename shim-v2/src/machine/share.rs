@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 /// The pod's share, as containers use it.
-pub struct VmShare(pub PodShare);
+pub(crate) struct VmShare(pub PodShare);
 
 #[async_trait]
 impl Share for VmShare {

@@ -43,7 +43,7 @@ enum PumpError {
 
 /// The thread and the task that serve one mount.
 #[derive(Debug)]
-pub struct Pump {
+pub(crate) struct Pump {
     task: JoinHandle<()>,
     /// Closing it stops the thread.
     stop: PipeWriter,
@@ -54,7 +54,7 @@ impl Pump {
     ///
     /// # Errors
     /// Failed to start the thread or to create the pipe.
-    pub fn start(
+    pub(crate) fn start(
         session: &GuestSession,
         id: u64,
         mounted: &HostMount,
@@ -87,7 +87,7 @@ impl Pump {
     }
 
     /// Stops both. The device is closed afterwards, except for the caller's own handle.
-    pub async fn stop(self) {
+    pub(crate) async fn stop(self) {
         drop(self.stop);
         self.task.abort();
         // Returns the cancellation.

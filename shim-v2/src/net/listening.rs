@@ -9,7 +9,7 @@ use std::collections::{BTreeSet, HashSet};
 const MAX_REPORTED: usize = 1024;
 
 /// Returns the listening ports of this process's network namespace, except those for which `ours` (port, inode) is true.
-pub fn host_ports(ours: impl Fn(u16, u64) -> bool) -> Vec<u32> {
+pub(crate) fn host_ports(ours: impl Fn(u16, u64) -> bool) -> Vec<u32> {
     let found: BTreeSet<u16> = listening_sockets()
         .into_iter()
         .filter(|socket| !ours(socket.port, socket.inode))
@@ -23,7 +23,7 @@ pub fn host_ports(ours: impl Fn(u16, u64) -> bool) -> Vec<u32> {
 }
 
 /// Returns the inodes of a process's open sockets; empty if it has ended.
-pub fn sockets_of(pid: i32) -> HashSet<u64> {
+pub(crate) fn sockets_of(pid: i32) -> HashSet<u64> {
     let entries = std::fs::read_dir(format!("/proc/{pid}/fd"));
     let links = entries.into_iter().flatten().flatten();
     links

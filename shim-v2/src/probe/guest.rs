@@ -38,7 +38,7 @@ const CODE: [u8; 69] = [
 
 /// Error of a test VM.
 #[derive(Debug, thiserror::Error)]
-pub enum ProbeError {
+pub(crate) enum ProbeError {
     /// The device exists but cannot be used as KVM.
     #[error("{device}: {step}: {source}")]
     Kvm {
@@ -55,7 +55,7 @@ pub enum ProbeError {
 ///
 /// # Errors
 /// The failed step with KVM's error, or the unexpected exit.
-pub fn run(device: &Path) -> Result<String, ProbeError> {
+pub(crate) fn run(device: &Path) -> Result<String, ProbeError> {
     let name = device.display().to_string();
     let failed = |step| {
         let device = name.clone();

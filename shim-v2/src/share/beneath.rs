@@ -13,14 +13,14 @@ const DIRECTORY_MODE: Mode = Mode::from_bits_truncate(0o755);
 const FILE_MODE: Mode = Mode::from_bits_truncate(0o644);
 
 /// An opened mount point.
-pub struct SharePath(OwnedFd);
+pub(crate) struct SharePath(OwnedFd);
 
 impl SharePath {
     /// Creates `path` below `base`, a directory or an empty file, and its parents.
     ///
     /// # Errors
     /// AlreadyExists, or the error of openat2, for example ELOOP for a link in the path.
-    pub fn create(base: &Path, path: &str, directory: bool) -> io::Result<Self> {
+    pub(crate) fn create(base: &Path, path: &str, directory: bool) -> io::Result<Self> {
         let mut parent = openat(
             AT_FDCWD,
             base,
@@ -52,7 +52,7 @@ impl SharePath {
     ///
     /// # Errors
     /// As [`SharePath::create`].
-    pub fn open(base: &Path, path: &str) -> io::Result<Option<Self>> {
+    pub(crate) fn open(base: &Path, path: &str) -> io::Result<Option<Self>> {
         let base = openat(
             AT_FDCWD,
             base,
@@ -70,7 +70,7 @@ impl SharePath {
     ///
     /// # Errors
     /// It is not empty, or is still a mount point.
-    pub fn remove(base: &Path, path: &str) -> io::Result<()> {
+    pub(crate) fn remove(base: &Path, path: &str) -> io::Result<()> {
         let base = openat(
             AT_FDCWD,
             base,
@@ -93,7 +93,7 @@ impl SharePath {
     }
 
     /// Returns a path to the opened mount point for a mount call.
-    pub fn path(&self) -> PathBuf {
+    pub(crate) fn path(&self) -> PathBuf {
         PathBuf::from(format!("/proc/self/fd/{}", self.0.as_raw_fd()))
     }
 }

@@ -29,7 +29,7 @@ use std::time::Duration;
 const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
 const CALL_TIMEOUT: Duration = Duration::from_secs(60);
 
-pub struct Shim {
+pub(crate) struct Shim {
     pub dir: tempfile::TempDir,
     pub id: String,
     pub bundle: PathBuf,
@@ -46,7 +46,7 @@ fn env_path(name: &str, default: Option<PathBuf>) -> PathBuf {
         .unwrap_or_else(|| panic!("{name} is not set: run through make"))
 }
 
-pub fn installation() -> Installation {
+pub(crate) fn installation() -> Installation {
     let home = PathBuf::from(std::env::var_os("HOME").expect("HOME"));
     let cache = env_path("BOXLITE_CACHE", Some(home.join(".cache/boxlite-cri")));
     Installation {
@@ -59,7 +59,7 @@ pub fn installation() -> Installation {
     }
 }
 
-pub fn options() -> SandboxOptions {
+pub(crate) fn options() -> SandboxOptions {
     SandboxOptions {
         vmm: VmmKind::Qemu,
         vcpus: 1,
@@ -124,7 +124,7 @@ fn action(dir: &Path, bundle: &Path, id: &str, action: &str) -> Output {
 
 impl Shim {
     /// Starts a shim without booting a VM.
-    pub async fn start(name: &str) -> Self {
+    pub(crate) async fn start(name: &str) -> Self {
         let dir = tempfile::Builder::new()
             .prefix("bx")
             .tempdir()
@@ -155,7 +155,7 @@ impl Shim {
         }
     }
 
-    pub async fn create_sandbox(&self, options: &SandboxOptions) -> ttrpc::Result<()> {
+    pub(crate) async fn create_sandbox(&self, options: &SandboxOptions) -> ttrpc::Result<()> {
         let request = CreateSandboxRequest {
             sandbox_id: self.id.clone(),
             bundle_path: self.bundle.display().to_string(),
@@ -172,7 +172,7 @@ impl Shim {
             .map(drop)
     }
 
-    pub async fn start_sandbox(&self) -> ttrpc::Result<u32> {
+    pub(crate) async fn start_sandbox(&self) -> ttrpc::Result<u32> {
         let request = StartSandboxRequest {
             sandbox_id: self.id.clone(),
             ..Default::default()
@@ -185,7 +185,7 @@ impl Shim {
     }
 
     /// Creates and starts the sandbox.
-    pub async fn boot(&self) -> u32 {
+    pub(crate) async fn boot(&self) -> u32 {
         self.create_sandbox(&options()).await.expect("created");
         match self.start_sandbox().await {
             Ok(pid) => pid,
@@ -193,11 +193,11 @@ impl Shim {
         }
     }
 
-    pub fn shim_log(&self) -> String {
+    pub(crate) fn shim_log(&self) -> String {
         std::fs::read_to_string(self.bundle.join("shim.log")).unwrap_or_default()
     }
 
-    pub async fn status(&self) -> SandboxStatusResponse {
+    pub(crate) async fn status(&self) -> SandboxStatusResponse {
         let request = SandboxStatusRequest {
             sandbox_id: self.id.clone(),
             verbose: true,
@@ -209,12 +209,12 @@ impl Shim {
             .expect("status")
     }
 
-    pub fn log_path(&self, id: &str) -> PathBuf {
+    pub(crate) fn log_path(&self, id: &str) -> PathBuf {
         self.dir.path().join(format!("{id}.log"))
     }
 
     /// Creates a container that runs `sh -c script`.
-    pub async fn create(
+    pub(crate) async fn create(
         &self,
         id: &str,
         script: &str,
@@ -259,14 +259,14 @@ impl Shim {
             .pid)
     }
 
-    pub async fn run(&self, id: &str, script: &str) {
+    pub(crate) async fn run(&self, id: &str, script: &str) {
         if let Err(error) = self.create(id, script, serde_json::json!([])).await {
             panic!("{error}\n{}", self.shim_log());
         }
         self.start_container(id).await;
     }
 
-    pub async fn start_container(&self, id: &str) {
+    pub(crate) async fn start_container(&self, id: &str) {
         let request = StartRequest {
             id: id.to_owned(),
             ..Default::default()
@@ -276,7 +276,7 @@ impl Shim {
         }
     }
 
-    pub async fn wait(&self, id: &str) -> WaitResponse {
+    pub(crate) async fn wait(&self, id: &str) -> WaitResponse {
         let request = WaitRequest {
             id: id.to_owned(),
             ..Default::default()
@@ -287,7 +287,7 @@ impl Shim {
             .expect("waits")
     }
 
-    pub async fn state(&self, id: &str) -> ttrpc::Result<StateResponse> {
+    pub(crate) async fn state(&self, id: &str) -> ttrpc::Result<StateResponse> {
         let request = StateRequest {
             id: id.to_owned(),
             ..Default::default()
@@ -295,7 +295,7 @@ impl Shim {
         self.task.state(with_duration(CALL_TIMEOUT), &request).await
     }
 
-    pub async fn kill(&self, id: &str, signal: u32) -> ttrpc::Result<()> {
+    pub(crate) async fn kill(&self, id: &str, signal: u32) -> ttrpc::Result<()> {
         let request = KillRequest {
             id: id.to_owned(),
             signal,
@@ -307,7 +307,7 @@ impl Shim {
             .map(drop)
     }
 
-    pub async fn delete(&self, id: &str) -> ttrpc::Result<u32> {
+    pub(crate) async fn delete(&self, id: &str) -> ttrpc::Result<u32> {
         let request = DeleteRequest {
             id: id.to_owned(),
             ..Default::default()
@@ -319,7 +319,7 @@ impl Shim {
             .exit_status)
     }
 
-    pub async fn reopen_log(&self, id: &str) {
+    pub(crate) async fn reopen_log(&self, id: &str) {
         let request = ReopenLogRequest {
             container_id: id.to_owned(),
             ..Default::default()
@@ -330,7 +330,7 @@ impl Shim {
             .expect("reopened");
     }
 
-    pub async fn stop(&self) {
+    pub(crate) async fn stop(&self) {
         let request = StopSandboxRequest {
             sandbox_id: self.id.clone(),
             timeout_secs: 1,
@@ -343,7 +343,7 @@ impl Shim {
     }
 
     /// Stops and ends the shim and runs `delete`; fails if any process or mount remains.
-    pub async fn end(self) {
+    pub(crate) async fn end(self) {
         self.stop().await;
         let request = ShutdownSandboxRequest {
             sandbox_id: self.id.clone(),
@@ -359,7 +359,7 @@ impl Shim {
         assert!(!mounts.contains(&self.id), "{mounts}");
     }
 
-    pub fn delete_action(&self) {
+    pub(crate) fn delete_action(&self) {
         let answer = action(self.dir.path(), &self.bundle, &self.id, "delete");
         assert!(answer.status.success(), "{answer:?}");
     }
@@ -378,7 +378,7 @@ impl Drop for Shim {
 }
 
 /// Waits up to 5 s until no process has the sandbox's id in its command line.
-pub async fn assert_gone(id: &str) {
+pub(crate) async fn assert_gone(id: &str) {
     let mut remaining = Vec::new();
     for _ in 0..100 {
         remaining = processes_with(id);
@@ -391,7 +391,7 @@ pub async fn assert_gone(id: &str) {
 }
 
 /// Returns the processes whose command lines contain `word`.
-pub fn processes_with(word: &str) -> Vec<(i32, String)> {
+pub(crate) fn processes_with(word: &str) -> Vec<(i32, String)> {
     let own = std::process::id().to_string();
     std::fs::read_dir("/proc")
         .expect("/proc")
@@ -406,7 +406,7 @@ pub fn processes_with(word: &str) -> Vec<(i32, String)> {
 }
 
 /// Extracts the bytes of one stream of a CRI log.
-pub fn log_bytes(log: &[u8], stream: &str) -> Vec<u8> {
+pub(crate) fn log_bytes(log: &[u8], stream: &str) -> Vec<u8> {
     let mut bytes = Vec::new();
     for line in log.split_inclusive(|byte| *byte == b'\n') {
         let text = line
@@ -442,13 +442,13 @@ fn cgroup_mounts() -> Vec<PathBuf> {
 }
 
 /// Returns the directories of that name at the top of any hierarchy.
-pub fn cgroups_named(name: &str) -> Vec<PathBuf> {
+pub(crate) fn cgroups_named(name: &str) -> Vec<PathBuf> {
     let all = cgroup_mounts().into_iter().map(|mount| mount.join(name));
     all.filter(|path| path.exists()).collect()
 }
 
 /// Reports whether a cgroup can be created in any hierarchy here.
-pub fn cgroups_are_writable() -> bool {
+pub(crate) fn cgroups_are_writable() -> bool {
     cgroup_mounts().into_iter().any(|mount| {
         let probe = mount.join("boxlite-test-probe");
         let made = std::fs::create_dir(&probe).is_ok();

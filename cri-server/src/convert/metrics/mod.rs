@@ -3,7 +3,7 @@
 //! The CRI's values are integers, so times are in whole seconds, as in other runtimes. The guest is untrusted: values
 //! are passed through, and lists are bounded. Features that a kernel lacks have no value.
 
-pub mod table;
+pub(crate) mod table;
 #[cfg(test)]
 mod tests;
 
@@ -30,7 +30,7 @@ const SHARES: i64 = 1024;
 const OPEN_FILES: &str = "max_open_files";
 
 /// Returns the response of ListMetricDescriptors.
-pub fn descriptors() -> Vec<MetricDescriptor> {
+pub(crate) fn descriptors() -> Vec<MetricDescriptor> {
     let keys = |extra: &[&str]| {
         BASE.iter()
             .chain(extra)
@@ -49,7 +49,7 @@ pub fn descriptors() -> Vec<MetricDescriptor> {
 
 /// Returns the metrics of a pod: those of the whole pod (with an empty label `container`, as in cAdvisor), and those
 /// of its containers.
-pub fn pod(
+pub(crate) fn pod(
     snapshot: &BoxSnapshot,
     answer: &GuestStatsResponse,
     containers: Vec<ContainerMetrics>,
@@ -87,7 +87,7 @@ pub fn pod(
 }
 
 /// Returns the metrics of a container. `scratch` is the file system of the writable layers.
-pub fn container(
+pub(crate) fn container(
     pod: &BoxSnapshot,
     snapshot: &ContainerSnapshot,
     answer: &ContainerStatsResponse,

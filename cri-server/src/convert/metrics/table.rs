@@ -6,11 +6,11 @@
 use boxlite_proto::cri::v1::MetricType;
 
 /// Labels of every metric, as in cAdvisor.
-pub const BASE: [&str; 6] = ["id", "name", "image", "container", "namespace", "pod"];
+pub(crate) const BASE: [&str; 6] = ["id", "name", "image", "container", "namespace", "pod"];
 
 /// A metric.
 #[derive(Debug)]
-pub struct Descriptor {
+pub(crate) struct Descriptor {
     pub name: &'static str,
     pub help: &'static str,
     /// Labels in addition to [`BASE`].
@@ -50,7 +50,7 @@ const PAGE_SIZE: &[&str] = &["pagesize"];
 
 /// All metrics.
 #[rustfmt::skip]
-pub static TABLE: [Descriptor; 56] = [
+pub(crate) static TABLE: [Descriptor; 56] = [
     counter("container_blkio_device_usage_total", "Bytes read from and written to a block device of the VM", &["device", "major", "minor", "operation"]),
     counter("container_cpu_cfs_periods_total", "CPU enforcement periods that passed", &[]),
     counter("container_cpu_cfs_throttled_periods_total", "CPU enforcement periods in which the limit was hit", &[]),

@@ -68,7 +68,9 @@ const ALL: [&str; 41] = [
 ];
 
 /// Returns `process.capabilities`. As in containerd, in the order: add ALL, drop ALL, add each, drop each.
-pub fn capabilities(security: &LinuxContainerSecurityContext) -> Result<Value, ConvertError> {
+pub(crate) fn capabilities(
+    security: &LinuxContainerSecurityContext,
+) -> Result<Value, ConvertError> {
     let none = Capability::default();
     let wish = security.capabilities.as_ref().unwrap_or(&none);
     let mut set: BTreeSet<&str> = if security.privileged {

@@ -25,7 +25,7 @@ const MAX_DEVICES: usize = 1024;
 
 /// Devices in the form of the spec.
 #[derive(Debug, Default, PartialEq)]
-pub struct Devices {
+pub(crate) struct Devices {
     /// Value of the annotation; `None` without devices of the guest.
     pub of_guest: Option<String>,
     /// `linux.devices`: devices of the host.
@@ -35,7 +35,7 @@ pub struct Devices {
 }
 
 /// Converts the request; reads the type of its paths on the host.
-pub fn devices(wanted: &[Device]) -> Result<Devices, ConvertError> {
+pub(crate) fn devices(wanted: &[Device]) -> Result<Devices, ConvertError> {
     let mut devices = Devices::default();
     let mut of_guest = Vec::new();
     let mut expanded = Vec::new();

@@ -17,7 +17,7 @@ const NO_APPARMOR: &str = "the kernel of the VM has no AppArmor";
 const NO_SELINUX: &str = "the kernel of the VM runs without SELinux";
 
 /// Validates the fields of a container.
-pub fn container(security: &LinuxContainerSecurityContext) -> Result<(), ConvertError> {
+pub(crate) fn container(security: &LinuxContainerSecurityContext) -> Result<(), ConvertError> {
     apparmor(security.apparmor.as_ref())?;
     #[expect(deprecated, reason = "older kubelets send it")]
     let profile = security.apparmor_profile.as_str();
@@ -32,7 +32,7 @@ pub fn container(security: &LinuxContainerSecurityContext) -> Result<(), Convert
 }
 
 /// Validates the fields of a pod.
-pub fn sandbox(security: &LinuxSandboxSecurityContext) -> Result<(), ConvertError> {
+pub(crate) fn sandbox(security: &LinuxSandboxSecurityContext) -> Result<(), ConvertError> {
     apparmor(security.apparmor.as_ref())?;
     selinux(security.selinux_options.as_ref(), is_selinux_enabled())
 }

@@ -10,7 +10,7 @@
 
 mod capabilities;
 mod devices;
-pub mod lsm;
+pub(crate) mod lsm;
 mod mounts;
 mod process;
 mod propagation;
@@ -19,11 +19,11 @@ mod seccomp;
 #[cfg(test)]
 mod tests;
 mod user;
-pub mod userns;
+pub(crate) mod userns;
 
-pub use mounts::image_source;
-pub use process::image_stop_signal;
-pub use resources::{resources, without_host_cpusets};
+pub(crate) use mounts::image_source;
+pub(crate) use process::image_stop_signal;
+pub(crate) use resources::{resources, without_host_cpusets};
 
 use super::ConvertError;
 use super::sandbox::PodMetadata;
@@ -39,7 +39,7 @@ const OCI_VERSION: &str = "1.0.2";
 
 /// Input of a spec.
 #[derive(Debug, Clone, Copy)]
-pub struct Source<'a> {
+pub(crate) struct Source<'a> {
     /// Config of the request.
     pub config: &'a ContainerConfig,
     /// Metadata of its pod.
@@ -67,7 +67,7 @@ impl Source<'_> {
 }
 
 /// Returns the spec. Reads only mount sources and devices on the host.
-pub fn spec(source: Source<'_>) -> Result<Spec, ConvertError> {
+pub(crate) fn spec(source: Source<'_>) -> Result<Spec, ConvertError> {
     let security = source.security();
     refuse(&source, &security)?;
     let linux = source.config.linux.as_ref();
@@ -187,7 +187,7 @@ fn user_namespace(
 
 /// Validates namespace options. The node's network is reached through the VMM (docs/networking.md); the node's PIDs
 /// and IPC objects are represented by those of the VM (docs/security.md).
-pub fn namespaces(
+pub(crate) fn namespaces(
     options: Option<&boxlite_proto::cri::v1::NamespaceOption>,
 ) -> Result<(), ConvertError> {
     let Some(options) = options else {

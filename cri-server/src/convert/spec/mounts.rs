@@ -17,7 +17,7 @@ const SHM: &str = "/dev/shm";
 const SYSVIPC: &str = "/proc/sysvipc";
 
 /// Returns the list of mounts. A mount of the request replaces a standard mount with the same destination.
-pub fn mounts(
+pub(crate) fn mounts(
     source: &Source<'_>,
     security: &LinuxContainerSecurityContext,
 ) -> Result<Vec<Value>, ConvertError> {
@@ -176,7 +176,7 @@ fn id_mapping(mapping: &IdMapping) -> Value {
 }
 
 /// Returns the image of an image mount; `None` for a host path.
-pub fn image_source(mount: &Mount) -> Option<&ImageSpec> {
+pub(crate) fn image_source(mount: &Mount) -> Option<&ImageSpec> {
     mount.image.as_ref().filter(|image| !image.image.is_empty())
 }
 

@@ -14,7 +14,7 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 const OOM_RANGE: std::ops::RangeInclusive<i64> = -1000..=1000;
 
 /// Returns the `process` object.
-pub fn process(
+pub(crate) fn process(
     source: &Source<'_>,
     security: &LinuxContainerSecurityContext,
 ) -> Result<Value, ConvertError> {
@@ -152,7 +152,7 @@ fn no_nul(field: &'static str, words: &[String]) -> Result<(), ConvertError> {
 }
 
 /// Returns the signal number of the image's StopSignal.
-pub fn image_stop_signal(image: &ImageConfiguration) -> Option<u32> {
+pub(crate) fn image_stop_signal(image: &ImageConfiguration) -> Option<u32> {
     let text = image.config().as_ref()?.stop_signal().clone()?;
     let number = signal::from_text(&text);
     if number.is_none() {

@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 
 /// Returns the resources without cpusets. CRI's cpusets have the host's CPU and memory node numbers, which do not exist in a
 /// VM: it has separate vCPUs, and their number bounds the pod.
-pub fn without_host_cpusets(resources: &LinuxContainerResources) -> LinuxContainerResources {
+pub(crate) fn without_host_cpusets(resources: &LinuxContainerResources) -> LinuxContainerResources {
     LinuxContainerResources {
         cpuset_cpus: String::new(),
         cpuset_mems: String::new(),
@@ -15,7 +15,7 @@ pub fn without_host_cpusets(resources: &LinuxContainerResources) -> LinuxContain
 }
 
 /// Returns the object, empty without limits. Hugepage limits are ignored: the guest has no reserved hugepages.
-pub fn resources(wish: Option<&LinuxContainerResources>) -> Result<Value, ConvertError> {
+pub(crate) fn resources(wish: Option<&LinuxContainerResources>) -> Result<Value, ConvertError> {
     let Some(wish) = wish else {
         return Ok(json!({}));
     };

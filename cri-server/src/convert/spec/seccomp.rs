@@ -26,7 +26,7 @@ const NEW_NAMESPACES: u64 = 0x7e02_0000;
 const AF_VSOCK: u64 = 40;
 
 /// Returns the profile; `None` runs unconfined. `bounding` has the container's capabilities with `CAP_`.
-pub fn seccomp(
+pub(crate) fn seccomp(
     security: &LinuxContainerSecurityContext,
     bounding: &Value,
 ) -> Result<Option<Value>, ConvertError> {

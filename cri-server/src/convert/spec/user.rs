@@ -11,12 +11,15 @@ use boxlite_proto::cri::v1::{LinuxContainerSecurityContext, SupplementalGroupsPo
 use serde_json::{Value, json};
 
 /// Returns whether the groups of the image apply, the default policy. [`user`] rejects unknown policies.
-pub fn merges_groups(security: &LinuxContainerSecurityContext) -> bool {
+pub(crate) fn merges_groups(security: &LinuxContainerSecurityContext) -> bool {
     security.supplemental_groups_policy == SupplementalGroupsPolicy::Merge as i32
 }
 
 /// Returns `process.user`; `image` is the image's USER.
-pub fn user(security: &LinuxContainerSecurityContext, image: &str) -> Result<Value, ConvertError> {
+pub(crate) fn user(
+    security: &LinuxContainerSecurityContext,
+    image: &str,
+) -> Result<Value, ConvertError> {
     if SupplementalGroupsPolicy::try_from(security.supplemental_groups_policy).is_err() {
         return Err(ConvertError::invalid(
             "security_context.supplemental_groups_policy",

@@ -11,7 +11,7 @@ const FIELD: &str = "namespace_options.userns_options";
 
 /// The range of IDs that maps users and groups of a pod.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Mapping {
+pub(crate) struct Mapping {
     /// First ID in the VM, which is 0 in the container.
     pub host_id: u32,
     /// Number of IDs.
@@ -20,13 +20,13 @@ pub struct Mapping {
 
 impl Mapping {
     /// Returns the OCI mapping.
-    pub fn oci(self) -> Value {
+    pub(crate) fn oci(self) -> Value {
         json!([{"containerID": 0, "hostID": self.host_id, "size": self.length}])
     }
 }
 
 /// Returns the mapping of a pod; `None` if it shares the VM's user namespace.
-pub fn mapping(options: Option<&UserNamespace>) -> Result<Option<Mapping>, ConvertError> {
+pub(crate) fn mapping(options: Option<&UserNamespace>) -> Result<Option<Mapping>, ConvertError> {
     let Some(options) = options else {
         return Ok(None);
     };

@@ -19,13 +19,13 @@ use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::oneshot;
 
 /// Short enough for tests, long enough for a loaded machine.
-pub const LIMITS: Limits = Limits {
+pub(crate) const LIMITS: Limits = Limits {
     registration: Duration::from_secs(5),
     request: Duration::from_secs(2),
 };
 
 /// Reaction of a plugin to a call.
-pub enum Reply {
+pub(crate) enum Reply {
     Ok(Vec<u8>),
     Refuse(&'static str),
     Unimplemented,
@@ -36,16 +36,16 @@ pub enum Reply {
 }
 
 /// Returns an empty success.
-pub fn ok(message: impl prost::Message) -> Reply {
+pub(crate) fn ok(message: impl prost::Message) -> Reply {
     Reply::Ok(message.encode_to_vec())
 }
 
-pub type Script = Arc<dyn Fn(&str, &[u8]) -> Reply + Send + Sync>;
+pub(crate) type Script = Arc<dyn Fn(&str, &[u8]) -> Reply + Send + Sync>;
 /// Calls as `name method`, in the order of arrival.
-pub type Log = Arc<Mutex<Vec<String>>>;
+pub(crate) type Log = Arc<Mutex<Vec<String>>>;
 
 /// Returns the calls so far, without the handshake.
-pub fn events(log: &Log) -> Vec<String> {
+pub(crate) fn events(log: &Log) -> Vec<String> {
     let log = log.lock().unwrap();
     let handshake =
         |entry: &&String| !entry.ends_with("Configure") && !entry.ends_with("Synchronize");
@@ -54,7 +54,7 @@ pub fn events(log: &Log) -> Vec<String> {
 
 /// A host with scripted answers that records its requests.
 #[derive(Debug, Default)]
-pub struct FakeHost {
+pub(crate) struct FakeHost {
     pub pods: Mutex<Vec<PodSandbox>>,
     pub containers: Mutex<Vec<Container>>,
     pub updates: Mutex<Vec<ContainerUpdate>>,
@@ -76,12 +76,12 @@ impl Host for FakeHost {
 }
 
 /// Creates a registry over a host.
-pub fn registry(host: Arc<FakeHost>) -> Arc<Registry> {
+pub(crate) fn registry(host: Arc<FakeHost>) -> Arc<Registry> {
     Arc::new(Registry::new(LIMITS, host))
 }
 
 /// Connects a plugin; returns whether it was registered.
-pub async fn join(
+pub(crate) async fn join(
     registry: &Arc<Registry>,
     index: &'static str,
     name: &'static str,

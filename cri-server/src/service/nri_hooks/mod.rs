@@ -25,7 +25,7 @@ use tonic::Status;
 
 impl Server {
     /// Starts NRI as configured. Must be called once, before the first request.
-    pub async fn start_nri(&self) -> Result<(), SocketError> {
+    pub(crate) async fn start_nri(&self) -> Result<(), SocketError> {
         let host = Arc::new(NriHost(Arc::downgrade(&self.0)));
         let nri = Nri::start(&self.config.nri, host).await?;
         let ended = self.runtime.containers().into_iter();
@@ -47,7 +47,7 @@ impl Server {
     }
 
     /// Stops NRI. Must be called after the last request.
-    pub async fn stop_nri(&self) {
+    pub(crate) async fn stop_nri(&self) {
         self.nri_registry().stop().await;
     }
 

@@ -7,15 +7,15 @@ use std::os::unix::fs::PermissionsExt;
 use tokio_util::task::AbortOnDropHandle;
 
 /// The image of a fake node.
-pub const IMAGE: &str = "docker.io/library/x:latest";
+pub(crate) const IMAGE: &str = "docker.io/library/x:latest";
 
 /// Runs a test of `service` in [`crate::inner_run::inside`].
-pub fn inside(test: &str) -> bool {
+pub(crate) fn inside(test: &str) -> bool {
     crate::inner_run::inside(&format!("service::tests::{test}"))
 }
 
 /// Runs a test in a multi-threaded tokio runtime like the daemon's.
-pub fn run<T>(work: impl Future<Output = T>) -> T {
+pub(crate) fn run<T>(work: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -25,14 +25,14 @@ pub fn run<T>(work: impl Future<Output = T>) -> T {
 }
 
 /// A server and its node.
-pub struct Fleet {
+pub(crate) struct Fleet {
     pub server: Server,
     pub node: Arc<FakeNode>,
     _attending: AbortOnDropHandle<()>,
 }
 
 impl Fleet {
-    pub async fn new() -> Self {
+    pub(crate) async fn new() -> Self {
         let node = Arc::new(FakeNode::new());
         let attended = node.clone();
         let attending =
@@ -45,7 +45,7 @@ impl Fleet {
     }
 
     /// Asserts that nothing remains after everything was removed.
-    pub fn assert_nothing_left(&self) {
+    pub(crate) fn assert_nothing_left(&self) {
         assert!(self.server.runtime.boxes().is_empty(), "a pod is left");
         assert_eq!(self.node.alive(), 0, "a shim is left");
         for place in ["s/s", "s/netns", "r/cni"] {
@@ -58,7 +58,7 @@ impl Fleet {
 }
 
 /// Starts a daemon over the node's directories.
-pub async fn server(node: &FakeNode) -> Server {
+pub(crate) async fn server(node: &FakeNode) -> Server {
     let options = node.options();
     let mut config = Config {
         root: options.root.clone(),
@@ -89,7 +89,7 @@ pub async fn server(node: &FakeNode) -> Server {
 }
 
 /// Returns a RunPodSandbox request for a pod of this name.
-pub fn run_pod(name: &str) -> RunPodSandboxRequest {
+pub(crate) fn run_pod(name: &str) -> RunPodSandboxRequest {
     let mut request = run_request("");
     let config = request.config.as_mut().unwrap();
     config.metadata.as_mut().unwrap().name = name.into();
@@ -98,7 +98,7 @@ pub fn run_pod(name: &str) -> RunPodSandboxRequest {
 }
 
 /// Returns a CreateContainer request for a container of this name.
-pub fn create(pod: &str, name: &str) -> CreateContainerRequest {
+pub(crate) fn create(pod: &str, name: &str) -> CreateContainerRequest {
     CreateContainerRequest {
         pod_sandbox_id: pod.into(),
         config: Some(ContainerConfig {
@@ -122,7 +122,7 @@ pub fn create(pod: &str, name: &str) -> CreateContainerRequest {
 }
 
 /// Starts a pod with a running container and returns both ids.
-pub async fn running(server: &Server, name: &str) -> (String, String) {
+pub(crate) async fn running(server: &Server, name: &str) -> (String, String) {
     let pod = server
         .run_pod_sandbox(Request::new(run_pod(name)))
         .await
@@ -143,7 +143,7 @@ pub async fn running(server: &Server, name: &str) -> (String, String) {
 }
 
 /// Removes a pod.
-pub async fn remove(server: &Server, pod: &str) {
+pub(crate) async fn remove(server: &Server, pod: &str) {
     let request = RemovePodSandboxRequest {
         pod_sandbox_id: pod.into(),
     };

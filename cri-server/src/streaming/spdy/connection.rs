@@ -30,7 +30,7 @@ const INPUT_QUEUE_CHUNKS: usize = 4;
 /// Maximum number of queued frames to the peer.
 const OUTPUT_QUEUE_FRAMES: usize = 8;
 /// Maximum number of concurrent streams; a forwarded TCP connection takes two.
-pub const MAX_STREAMS: usize = 512;
+pub(crate) const MAX_STREAMS: usize = 512;
 /// Id of the server's pings, an even number; the answer is ignored.
 const SERVER_PING_ID: u32 = 2;
 /// Maximum number of opened streams that the handler has not accepted.
@@ -50,7 +50,7 @@ type Packet = (Bytes, Bytes);
 
 /// A stream opened by the peer.
 #[derive(Debug)]
-pub struct Stream {
+pub(crate) struct Stream {
     pub id: u32,
     pub headers: Headers,
     /// Data from the peer.
@@ -60,11 +60,11 @@ pub struct Stream {
 }
 
 /// Receives opened streams; `None` after the last one.
-pub type Accept = mpsc::Receiver<Stream>;
+pub(crate) type Accept = mpsc::Receiver<Stream>;
 
 /// Writing half of a stream. Dropping it before [`StreamOutput::finish`] resets the stream.
 #[derive(Debug)]
-pub struct StreamOutput {
+pub(crate) struct StreamOutput {
     id: u32,
     shared: Arc<Shared>,
     gone: CancellationToken,
@@ -76,13 +76,13 @@ impl StreamOutput {
     ///
     /// # Errors
     /// The stream was reset or its connection is closed.
-    pub async fn write(&mut self, data: Bytes) -> Result<(), Gone> {
+    pub(crate) async fn write(&mut self, data: Bytes) -> Result<(), Gone> {
         let head = frame::data_head(self.id, data.len(), false);
         self.shared.send((head, data), &self.gone).await
     }
 
     /// Ends this direction; the peer may continue to send.
-    pub async fn finish(mut self) {
+    pub(crate) async fn finish(mut self) {
         self.finished = true;
         let packet = (frame::data_head(self.id, 0, true), Bytes::new());
         let _ = self.shared.send(packet, &self.gone).await;
@@ -90,7 +90,7 @@ impl StreamOutput {
     }
 
     /// Resets the stream in both directions.
-    pub async fn reset(mut self) {
+    pub(crate) async fn reset(mut self) {
         self.finished = true;
         let packet = (frame::reset(self.id, Reset::Cancel), Bytes::new());
         let _ = self.shared.send(packet, &self.gone).await;
@@ -306,7 +306,7 @@ async fn idle_for(limit: Duration, activity: &Activity) {
 ///
 /// `gone` is cancelled if the peer disconnects, breaks the protocol or is silent for `idle`; the handler must end
 /// soon after. Dropping the future drops the handler and closes the connection.
-pub async fn serve<IO, H, F>(io: IO, idle: Duration, gone: CancellationToken, handler: H)
+pub(crate) async fn serve<IO, H, F>(io: IO, idle: Duration, gone: CancellationToken, handler: H)
 where
     IO: AsyncRead + AsyncWrite + Unpin,
     H: FnOnce(Accept) -> F,

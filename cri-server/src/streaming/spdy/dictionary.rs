@@ -82,10 +82,10 @@ const TAIL: &str = concat!(
 );
 
 /// Adler-32 checksum of the dictionary, as sent in the header of a compressed stream.
-pub const ID: u32 = 0xe3c6_a7c2;
+pub(crate) const ID: u32 = 0xe3c6_a7c2;
 
 /// Returns the dictionary.
-pub fn bytes() -> Vec<u8> {
+pub(crate) fn bytes() -> Vec<u8> {
     let mut bytes = Vec::with_capacity(1423);
     for word in WORDS {
         // The longest word has 19 bytes.

@@ -10,7 +10,7 @@ use std::io;
 use tokio::io::{AsyncRead, AsyncReadExt};
 
 /// Maximum size of a chunk of a data frame.
-pub const MAX_CHUNK_BYTES: usize = 16 << 10;
+pub(crate) const MAX_CHUNK_BYTES: usize = 16 << 10;
 /// Maximum size of a control frame; header blocks of kubectl are smaller than 200 bytes.
 const MAX_CONTROL_BYTES: usize = 16 << 10;
 /// Control bit of a frame, with the version.
@@ -26,7 +26,7 @@ const HEADERS: u16 = 8;
 
 /// Reason of a reset, as specified.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Reset {
+pub(crate) enum Reset {
     ProtocolError = 1,
     RefusedStream = 3,
     Cancel = 5,
@@ -34,7 +34,7 @@ pub enum Reset {
 
 /// A received frame.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Frame {
+pub(crate) enum Frame {
     /// The peer opens a stream; with `fin` it sends no data on it.
     Open {
         id: u32,
@@ -55,7 +55,7 @@ pub enum Frame {
 
 /// Reads frames.
 #[derive(Debug)]
-pub struct Reader<R> {
+pub(crate) struct Reader<R> {
     source: R,
     inflater: Inflater,
     buffer: BytesMut,
@@ -65,7 +65,7 @@ pub struct Reader<R> {
 
 impl<R: AsyncRead + Unpin> Reader<R> {
     /// Creates a reader for the start of a connection.
-    pub fn new(source: R) -> Self {
+    pub(crate) fn new(source: R) -> Self {
         Self {
             source,
             inflater: Inflater::new(),
@@ -79,7 +79,7 @@ impl<R: AsyncRead + Unpin> Reader<R> {
     ///
     /// # Errors
     /// The connection failed, or the data is not SPDY/3.1 within the limits.
-    pub async fn next(&mut self) -> Result<Option<Frame>, SpdyError> {
+    pub(crate) async fn next(&mut self) -> Result<Option<Frame>, SpdyError> {
         if let Some((id, last, left)) = self.data.take() {
             return self.chunk(id, last, left).await.map(Some);
         }
@@ -188,7 +188,7 @@ impl<R: AsyncRead + Unpin> Reader<R> {
     }
 
     /// Returns the source, to discard the remaining data at the end.
-    pub fn source(&mut self) -> &mut R {
+    pub(crate) fn source(&mut self) -> &mut R {
         &mut self.source
     }
 }
@@ -215,7 +215,7 @@ fn control_frame(kind: u16, flags: u8, payload: &[u8]) -> Bytes {
 }
 
 /// Encodes the reply to an opened stream.
-pub fn reply(id: u32, block: &[u8]) -> Bytes {
+pub(crate) fn reply(id: u32, block: &[u8]) -> Bytes {
     let mut payload = Vec::with_capacity(4 + block.len());
     payload.extend_from_slice(&id.to_be_bytes());
     payload.extend_from_slice(block);
@@ -223,7 +223,7 @@ pub fn reply(id: u32, block: &[u8]) -> Bytes {
 }
 
 /// Encodes a reset of a stream.
-pub fn reset(id: u32, why: Reset) -> Bytes {
+pub(crate) fn reset(id: u32, why: Reset) -> Bytes {
     let mut payload = [0; 8];
     payload[..4].copy_from_slice(&id.to_be_bytes());
     payload[4..].copy_from_slice(&(why as u32).to_be_bytes());
@@ -231,19 +231,19 @@ pub fn reset(id: u32, why: Reset) -> Bytes {
 }
 
 /// Encodes the answer to a ping.
-pub fn ping(id: u32) -> Bytes {
+pub(crate) fn ping(id: u32) -> Bytes {
     control_frame(PING, 0, &id.to_be_bytes())
 }
 
 /// Encodes a normal end of the connection; no stream after `last` was processed.
-pub fn go_away(last: u32) -> Bytes {
+pub(crate) fn go_away(last: u32) -> Bytes {
     let mut payload = [0; 8];
     payload[..4].copy_from_slice(&last.to_be_bytes());
     control_frame(GOAWAY, 0, &payload)
 }
 
 /// Encodes the header of a data frame with `length` bytes, at most 2^24 - 1.
-pub fn data_head(id: u32, length: usize, fin: bool) -> Bytes {
+pub(crate) fn data_head(id: u32, length: usize, fin: bool) -> Bytes {
     let mut head = BytesMut::with_capacity(8);
     head.put_u32(id & 0x7fff_ffff);
     head.put_u32(u32::from(fin) << 24 | (length as u32 & 0x00ff_ffff));

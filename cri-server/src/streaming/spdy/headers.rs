@@ -17,11 +17,11 @@ const FDICT: u8 = 0x20;
 
 /// Names in lower case with their values, in the order of the block.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Headers(pub Vec<(String, String)>);
+pub(crate) struct Headers(pub Vec<(String, String)>);
 
 impl Headers {
     /// Returns the first value of `name`, which must be in lower case, or "".
-    pub fn get(&self, name: &str) -> &str {
+    pub(crate) fn get(&self, name: &str) -> &str {
         self.0
             .iter()
             .find(|(key, _)| key == name)
@@ -31,14 +31,14 @@ impl Headers {
 
 /// Decompression state of one direction. Unusable after an error.
 #[derive(Debug)]
-pub struct Inflater {
+pub(crate) struct Inflater {
     raw: Decompress,
     started: bool,
 }
 
 impl Inflater {
     /// Creates the state for the start of a connection.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             raw: Decompress::new(false),
             started: false,
@@ -49,7 +49,7 @@ impl Inflater {
     ///
     /// # Errors
     /// The block is not part of a zlib stream with SPDY's dictionary, too large, or not a header list.
-    pub fn read(&mut self, mut block: &[u8]) -> Result<Headers, SpdyError> {
+    pub(crate) fn read(&mut self, mut block: &[u8]) -> Result<Headers, SpdyError> {
         if !self.started {
             block = self.start(block)?;
         }
@@ -162,13 +162,13 @@ fn text(rest: &mut &[u8]) -> Result<String, SpdyError> {
 
 /// Compression state of one direction: a server sends only empty header lists.
 #[derive(Debug, Default)]
-pub struct Deflater {
+pub(crate) struct Deflater {
     started: bool,
 }
 
 impl Deflater {
     /// Returns the next block, an empty header list.
-    pub fn empty_block(&mut self) -> Vec<u8> {
+    pub(crate) fn empty_block(&mut self) -> Vec<u8> {
         let mut block = Vec::with_capacity(16);
         if !self.started {
             self.started = true;

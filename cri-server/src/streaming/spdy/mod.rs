@@ -10,11 +10,11 @@ mod headers;
 #[cfg(test)]
 mod tests;
 
-pub use connection::{Accept, Stream, StreamOutput, serve};
+pub(crate) use connection::{Accept, Stream, StreamOutput, serve};
 
 /// Failure of a connection.
 #[derive(Debug, thiserror::Error)]
-pub enum SpdyError {
+pub(crate) enum SpdyError {
     /// The byte stream failed.
     #[error("connection failed")]
     Io(#[source] std::io::Error),

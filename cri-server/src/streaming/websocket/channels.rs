@@ -51,7 +51,7 @@ type Packet = (u8, Bytes);
 
 /// Writing half of a channel. It ends with the connection: there is no message for it.
 #[derive(Debug)]
-pub struct ChannelOutput {
+pub(crate) struct ChannelOutput {
     channel: u8,
     out: mpsc::Sender<Packet>,
     gone: CancellationToken,
@@ -62,7 +62,7 @@ impl ChannelOutput {
     ///
     /// # Errors
     /// The connection is closed.
-    pub async fn write(&mut self, data: Bytes) -> Result<(), Gone> {
+    pub(crate) async fn write(&mut self, data: Bytes) -> Result<(), Gone> {
         tokio::select! {
             biased;
             () = self.gone.cancelled() => Err(Gone),
@@ -73,7 +73,7 @@ impl ChannelOutput {
 
 /// Channels that a handler opens before the connection is served.
 #[derive(Debug)]
-pub struct Channels {
+pub(crate) struct Channels {
     inputs: HashMap<u8, mpsc::Sender<Bytes>>,
     out: mpsc::Sender<Packet>,
     gone: CancellationToken,
@@ -81,14 +81,14 @@ pub struct Channels {
 
 impl Channels {
     /// Returns the client's data on `channel`.
-    pub fn input(&mut self, channel: u8) -> Input {
+    pub(crate) fn input(&mut self, channel: u8) -> Input {
         let (sender, receiver) = mpsc::channel(INPUT_QUEUE_CHUNKS);
         self.inputs.insert(channel, sender);
         Input::new(receiver, self.gone.clone())
     }
 
     /// Returns the writing half of `channel`.
-    pub fn output(&self, channel: u8) -> Output {
+    pub(crate) fn output(&self, channel: u8) -> Output {
         Output::Channel(ChannelOutput {
             channel,
             out: self.out.clone(),
@@ -98,7 +98,7 @@ impl Channels {
 
     /// Returns the channels of a remote command. An empty message on its lowest channel signals the connection to the
     /// client.
-    pub fn remote(&mut self, wanted: RequestedStreams, version: Version) -> Remote {
+    pub(crate) fn remote(&mut self, wanted: RequestedStreams, version: Version) -> Remote {
         let lowest = match wanted {
             RequestedStreams { stdout: true, .. } => STDOUT,
             RequestedStreams { stderr: true, .. } => STDERR,
@@ -250,7 +250,7 @@ async fn idle_for(limit: Duration, activity: &Mutex<Instant>) {
 ///
 /// `gone` is cancelled if the peer disconnects, breaks the protocol or is silent for `idle`; the handler must end
 /// soon after. Dropping the future drops the handler and closes the connection.
-pub async fn serve<IO, H, F>(
+pub(crate) async fn serve<IO, H, F>(
     socket: WebSocketStream<IO>,
     (version, base64): (Version, bool),
     idle: Duration,

@@ -3,12 +3,12 @@
 //!
 //! RFC 6455 is implemented by tokio-tungstenite.
 
-pub mod channels;
+pub(crate) mod channels;
 #[cfg(test)]
 mod tests;
 mod tunnel;
 
-pub use tunnel::Tunnel;
+pub(crate) use tunnel::Tunnel;
 
 use super::remote::Version;
 use std::time::Duration;
@@ -28,7 +28,7 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Subprotocol of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Subprotocol {
+pub(crate) enum Subprotocol {
     /// Numbered channels.
     Channels { version: Version, base64: bool },
     /// SPDY in binary messages.
@@ -37,7 +37,7 @@ pub enum Subprotocol {
 
 impl Subprotocol {
     /// Parses the name of a subprotocol for exec and attach. The empty name is the first version.
-    pub fn of_command(name: &str) -> Option<Self> {
+    pub(crate) fn of_command(name: &str) -> Option<Self> {
         let (version, base64) = match name {
             "" => (Version::V1, false),
             "base64.channel.k8s.io" => (Version::V1, true),
@@ -50,7 +50,7 @@ impl Subprotocol {
     }
 
     /// Parses the name of a subprotocol for port-forward.
-    pub fn of_forward(name: &str) -> Option<Self> {
+    pub(crate) fn of_forward(name: &str) -> Option<Self> {
         let (version, base64) = match name {
             "SPDY/3.1+portforward.k8s.io" => return Some(Self::Tunnel),
             "" | "v4.channel.k8s.io" => (Version::V4, false),
@@ -62,7 +62,7 @@ impl Subprotocol {
 }
 
 /// Wraps an upgraded connection as the server side of a WebSocket.
-pub async fn accept<IO: AsyncRead + AsyncWrite + Unpin>(io: IO) -> WebSocketStream<IO> {
+pub(crate) async fn accept<IO: AsyncRead + AsyncWrite + Unpin>(io: IO) -> WebSocketStream<IO> {
     let config = WebSocketConfig::default()
         .write_buffer_size(WRITE_BUFFER_BYTES)
         .max_write_buffer_size(MAX_WRITE_BUFFER_BYTES)

@@ -18,7 +18,7 @@ const MAX_WRITE_BYTES: usize = 32 << 10;
 
 /// A byte stream over a WebSocket.
 #[derive(Debug)]
-pub struct Tunnel<IO> {
+pub(crate) struct Tunnel<IO> {
     socket: WebSocketStream<IO>,
     /// Rest of the message being read.
     message: Bytes,
@@ -28,7 +28,7 @@ pub struct Tunnel<IO> {
 
 impl<IO> Tunnel<IO> {
     /// Wraps `socket`, whose peer sends first.
-    pub fn new(socket: WebSocketStream<IO>) -> Self {
+    pub(crate) fn new(socket: WebSocketStream<IO>) -> Self {
         Self {
             socket,
             message: Bytes::new(),

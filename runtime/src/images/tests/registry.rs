@@ -16,7 +16,7 @@ use crate::images::reference::Digest;
 
 /// Compression of a layer in the registry.
 #[derive(Debug, Clone, Copy)]
-pub enum Pack {
+pub(crate) enum Pack {
     Plain,
     Gzip,
     Zstd,
@@ -24,7 +24,7 @@ pub enum Pack {
 
 /// Faults and requirements of the server.
 #[derive(Debug, Clone, Default)]
-pub struct Faults {
+pub(crate) struct Faults {
     /// Closes the connection after (bytes of a blob's body, for the next number of blob requests).
     pub cut: Option<(usize, usize)>,
     /// Sends the whole blob in spite of a Range.
@@ -43,7 +43,7 @@ pub struct Faults {
 
 /// A received request.
 #[derive(Debug, Clone)]
-pub struct Request {
+pub(crate) struct Request {
     pub path: String,
     pub range: Option<u64>,
     pub authorization: Option<String>,
@@ -62,7 +62,7 @@ struct State {
     sent: u64,
 }
 
-pub struct Registry {
+pub(crate) struct Registry {
     pub address: SocketAddr,
     state: Arc<Mutex<State>>,
     task: tokio::task::JoinHandle<()>,
@@ -76,7 +76,7 @@ impl Drop for Registry {
 
 /// Digests of a pushed image.
 #[derive(Debug, Clone)]
-pub struct Pushed {
+pub(crate) struct Pushed {
     pub config: String,
     pub manifest: String,
     /// Blob digests, lowest first.
@@ -84,7 +84,7 @@ pub struct Pushed {
 }
 
 impl Registry {
-    pub async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let state = Arc::new(Mutex::new(State::default()));
@@ -102,21 +102,21 @@ impl Registry {
         }
     }
 
-    pub fn name(&self, repository: &str) -> String {
+    pub(crate) fn name(&self, repository: &str) -> String {
         format!("{}/{repository}", self.address)
     }
 
-    pub fn faults(&self, faults: Faults) {
+    pub(crate) fn faults(&self, faults: Faults) {
         self.state.lock().unwrap().faults = faults;
     }
 
     /// Returns and clears the recorded requests.
-    pub fn take_requests(&self) -> Vec<Request> {
+    pub(crate) fn take_requests(&self) -> Vec<Request> {
         std::mem::take(&mut self.state.lock().unwrap().requests)
     }
 
     /// Returns the offsets of the requests for a blob, and clears the recorded requests.
-    pub fn take_ranges(&self, blob: &str) -> Vec<Option<u64>> {
+    pub(crate) fn take_ranges(&self, blob: &str) -> Vec<Option<u64>> {
         let requests = self.take_requests().into_iter();
         requests
             .filter(|r| r.path.contains(blob))
@@ -124,11 +124,11 @@ impl Registry {
             .collect()
     }
 
-    pub fn sent(&self) -> u64 {
+    pub(crate) fn sent(&self) -> u64 {
         self.state.lock().unwrap().sent
     }
 
-    pub fn put_blob(&self, bytes: &[u8]) -> String {
+    pub(crate) fn put_blob(&self, bytes: &[u8]) -> String {
         let digest = Digest::of(bytes).to_string();
         self.state
             .lock()
@@ -139,11 +139,11 @@ impl Registry {
     }
 
     /// Modifies the bytes served under a digest.
-    pub fn spoil_blob(&self, digest: &str, spoil: impl FnOnce(&mut Vec<u8>)) {
+    pub(crate) fn spoil_blob(&self, digest: &str, spoil: impl FnOnce(&mut Vec<u8>)) {
         spoil(self.state.lock().unwrap().blobs.get_mut(digest).unwrap());
     }
 
-    pub fn put_manifest(
+    pub(crate) fn put_manifest(
         &self,
         repository: &str,
         tag: &str,
@@ -163,12 +163,12 @@ impl Registry {
     }
 
     /// Pushes an image of these layers with an index whose first entry is for another platform.
-    pub fn push(&self, repository: &str, tag: &str, layers: &[(&[u8], Pack)]) -> Pushed {
+    pub(crate) fn push(&self, repository: &str, tag: &str, layers: &[(&[u8], Pack)]) -> Pushed {
         self.push_with(repository, tag, layers, false, |_| {})
     }
 
     /// As `push`, optionally with Docker's media types, and with a config modified by `edit`.
-    pub fn push_with(
+    pub(crate) fn push_with(
         &self,
         repository: &str,
         tag: &str,
@@ -234,7 +234,7 @@ impl Registry {
     }
 }
 
-pub fn packed(tar: &[u8], pack: Pack) -> Vec<u8> {
+pub(crate) fn packed(tar: &[u8], pack: Pack) -> Vec<u8> {
     use std::io::Write;
     match pack {
         Pack::Plain => tar.to_vec(),

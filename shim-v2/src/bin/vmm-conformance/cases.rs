@@ -22,7 +22,7 @@ const MAX_DEATH_DELAY: Duration = Duration::from_secs(2);
 /// Timeout of a call that the agent answers at once.
 const CALL_TIMEOUT: Duration = Duration::from_secs(20);
 
-pub const ALL: &[(&str, Case)] = &[
+pub(crate) const ALL: &[(&str, Case)] = &[
     ("boot-ready-ping", |kind| Box::pin(boot(kind))),
     ("init-disk-share-nic", |kind| Box::pin(init(kind))),
     ("late-share-mount", |kind| Box::pin(late_mount(kind))),

@@ -12,12 +12,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-pub type Error = Box<dyn std::error::Error + Send + Sync>;
-pub type Result<T> = std::result::Result<T, Error>;
+pub(crate) type Error = Box<dyn std::error::Error + Send + Sync>;
+pub(crate) type Result<T> = std::result::Result<T, Error>;
 
 /// Addresses of both ends of the tap.
-pub const HOST_ADDRESS: &str = "10.199.0.1/24";
-pub const GUEST_ADDRESS: &str = "10.199.0.2/24";
+pub(crate) const HOST_ADDRESS: &str = "10.199.0.1/24";
+pub(crate) const GUEST_ADDRESS: &str = "10.199.0.2/24";
 const TAP: &str = "tap0";
 const MAC: &str = "02:00:0a:c7:00:02";
 /// Enough for the agent and busybox; the suite may run beside other VMs.
@@ -26,7 +26,7 @@ const MEMORY_MIB: u32 = 256;
 const SCRATCH_BYTES: u64 = 1 << 30;
 
 /// Gives this process its own mount and network namespaces, so that nothing that a case mounts or creates outlives it.
-pub fn isolate() -> Result<()> {
+pub(crate) fn isolate() -> Result<()> {
     unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET)
         .map_err(|error| format!("needs root: {error}"))?;
     let none: Option<&str> = None;
@@ -38,7 +38,7 @@ pub fn isolate() -> Result<()> {
 }
 
 /// Runs a program of the machine; the error includes its output.
-pub fn tool(name: &str, args: &[&str]) -> Result<()> {
+pub(crate) fn tool(name: &str, args: &[&str]) -> Result<()> {
     let output = Command::new(name)
         .args(args)
         .output()
@@ -90,7 +90,7 @@ fn acceleration() -> Result<Acceleration> {
 }
 
 /// A spec and its directory, which is deleted on drop.
-pub struct Bench {
+pub(crate) struct Bench {
     pub spec: InstanceSpec,
     pub directory: tempfile::TempDir,
 }
@@ -104,28 +104,28 @@ impl Drop for Bench {
 
 impl Bench {
     /// Creates a VM with scratch disk, share and NIC.
-    pub fn new(kind: &VmmKind) -> Result<Self> {
+    pub(crate) fn new(kind: &VmmKind) -> Result<Self> {
         let directory = tempfile::tempdir()?;
         let spec = spec(kind, directory.path())?;
         Ok(Self { spec, directory })
     }
 
     /// Creates a file with the given content in the bench's directory.
-    pub fn file(&self, name: &str, content: &[u8]) -> Result<PathBuf> {
+    pub(crate) fn file(&self, name: &str, content: &[u8]) -> Result<PathBuf> {
         let path = self.directory.path().join(name);
         std::fs::write(&path, content)?;
         Ok(path)
     }
 
     /// Starts the VM without waiting for its agent.
-    pub fn spawn(&self) -> Result<(ReadySocket, VmmChild)> {
+    pub(crate) fn spawn(&self) -> Result<(ReadySocket, VmmChild)> {
         let ready = ReadySocket::bind(&self.spec.work_dir)?;
         let supervisor = Supervisor::new(binaries()?.join("containerd-shim-boxlite-v2"));
         Ok((ready, supervisor.spawn(&self.spec)?))
     }
 
     /// Starts the VM and waits for its agent.
-    pub async fn boot(self) -> Result<Running> {
+    pub(crate) async fn boot(self) -> Result<Running> {
         let start = Instant::now();
         let (ready, child) = self.spawn()?;
         if let Err(error) = ready.wait(&child).await {
@@ -145,7 +145,7 @@ impl Bench {
 }
 
 /// A VM whose agent is ready, killed on drop.
-pub struct Running {
+pub(crate) struct Running {
     pub bench: Bench,
     pub child: VmmChild,
     pub guest: GuestSession,
@@ -154,7 +154,7 @@ pub struct Running {
 
 impl Running {
     /// Calls Guest.Init with everything the bench has.
-    pub async fn init(&self) -> Result<GuestInitResponse> {
+    pub(crate) async fn init(&self) -> Result<GuestInitResponse> {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?;
         let request = GuestInitRequest {
             sandbox_id: "conformance".to_owned(),
@@ -181,7 +181,7 @@ impl Running {
         })
     }
 
-    pub fn share(&self) -> &Path {
+    pub(crate) fn share(&self) -> &Path {
         &self.bench.spec.share_dir
     }
 }
@@ -249,7 +249,7 @@ fn spec(kind: &VmmKind, directory: &Path) -> Result<InstanceSpec> {
 }
 
 /// Stands for a shim: starts a VM, writes its process id once ready, and waits to be killed.
-pub fn hold(kind: &VmmKind, directory: &Path) -> Result<bool> {
+pub(crate) fn hold(kind: &VmmKind, directory: &Path) -> Result<bool> {
     // Namespaces are inherited from the caller; tap and mounts are our own.
     let mut spec = spec(kind, directory)?;
     spec.nics.clear();
