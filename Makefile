@@ -7,10 +7,9 @@
 CACHE      ?= $(HOME)/.cache/boxlite-cri
 PREFIX     ?= /usr/local
 TARGET     ?= $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),$(CURDIR)/target)
-TRIPLE     := x86_64-unknown-linux-gnu
 PROFILE    ?= dev
 OUT        := $(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
-GUEST      := $(TARGET)/$(TRIPLE)/agent-$(OUT)/boxlite-guest
+GUEST      := $(TARGET)/agent-$(OUT)/boxlite-guest
 BIN        := $(TARGET)/$(OUT)
 
 export BOXLITE_CACHE := $(CACHE)
@@ -21,10 +20,11 @@ export PATH := $(HOME)/.cargo/bin:$(PATH)
 COMMA := ,
 # Features with the tests that need root. Without them `cargo test` runs what any user can run.
 export ROOT_TESTS := $(if $(filter 0,$(shell id -u)),--features boxlite-erofs/root-tests$(COMMA)boxlite-runtime/root-tests$(COMMA)boxlite-shim-v2/root-tests$(COMMA)boxlite-cri/root-tests)
+PROGRAMS := -p boxlite-cri -p boxlite-shim-v2 -p boxlite-e2e -p boxlite-guest
 # Size limit of the release agent in bytes.
 AGENT_MAX_BYTES := 14500000
 
-.PHONY: all tools build guest host demo test test-containerd e2e-qemu e2e-krun conformance conformance-krun conformance-containerd bench lint deny unit agent-size fmt install clean help
+.PHONY: all tools build demo test test-containerd e2e-qemu e2e-krun conformance conformance-krun conformance-containerd bench lint deny unit agent-size fmt install clean help
 all: build
 
 help:
@@ -44,18 +44,10 @@ help:
 tools:
 	@e2e/scripts/tools
 
-host: tools
-	cargo build --locked --profile $(PROFILE) -p boxlite-cri -p boxlite-shim-v2 -p boxlite-e2e
-
-# Static, in the same target directory, so that build scripts and proc macros are shared with the host's build. Stripped,
-# because every VM boots it.
-guest: tools
-	RUSTFLAGS="-C target-feature=+crt-static" cargo build --locked --profile $(PROFILE) -p boxlite-guest --target $(TRIPLE)
-	mkdir -p $(dir $(GUEST))
-	strip -o $(GUEST).new $(TARGET)/$(TRIPLE)/$(OUT)/boxlite-guest
-	cmp -s $(GUEST).new $(GUEST) || mv $(GUEST).new $(GUEST)
-
-build: host guest
+# One invocation, so that the agent shares compiled dependencies with the programs of the host (.cargo/config.toml).
+build: tools
+	cargo build --locked --profile $(PROFILE) $(PROGRAMS)
+	@e2e/scripts/agent $(BIN)/boxlite-guest $(GUEST)
 
 demo: build
 	@$(BIN)/boxlite-e2e demo
@@ -112,8 +104,9 @@ unit:
 
 # Fails if the release agent exceeds its size limit.
 agent-size:
-	@$(MAKE) --no-print-directory guest PROFILE=release
-	@e2e/scripts/check-size $(TARGET)/$(TRIPLE)/agent-release/boxlite-guest $(AGENT_MAX_BYTES)
+	cargo build --locked --profile release -p boxlite-guest
+	@e2e/scripts/agent $(TARGET)/release/boxlite-guest $(TARGET)/agent-release/boxlite-guest
+	@e2e/scripts/check-size $(TARGET)/agent-release/boxlite-guest $(AGENT_MAX_BYTES)
 
 fmt:
 	cargo fmt --all

@@ -40,7 +40,7 @@ impl Install {
         let bin = env("BOXLITE_BIN").unwrap_or_else(|| exe.parent().unwrap_or(&exe).to_owned());
         let home = env("HOME").unwrap_or_else(|| "/root".into());
         let cache = env("BOXLITE_CACHE").unwrap_or_else(|| home.join(".cache/boxlite-cri"));
-        let guest = "x86_64-unknown-linux-gnu/agent-debug/boxlite-guest";
+        let guest = "agent-debug/boxlite-guest";
         let install = Self {
             daemon: bin.join("boxlite-cri"),
             shim: bin.join("containerd-shim-boxlite-v2"),
