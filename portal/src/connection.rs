@@ -4,6 +4,7 @@
 //! (`interfaces::follow` does so for output).
 
 use super::error::PortalError;
+use super::severable::{Severable, vm_gone};
 use boxlite_proto::names;
 use boxlite_sys::unix_socket;
 use hyper_util::rt::TokioIo;
@@ -13,6 +14,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
+use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint, Uri};
 
 /// Time limit for the unix connect and the hybrid greeting together. The peer is a process of this host, which answers
@@ -144,20 +146,23 @@ struct Inner {
     address: GuestAddress,
     stream_window: u32,
     channel: OnceLock<Channel>,
+    /// Shared with the dedicated connections.
+    severed: CancellationToken,
 }
 
 impl Connection {
     /// Creates a connection that dials at the first call.
     pub fn lazy(address: GuestAddress) -> Self {
-        Self::with_window(address, SHARED_STREAM_WINDOW)
+        Self::with_window(address, SHARED_STREAM_WINDOW, CancellationToken::new())
     }
 
-    fn with_window(address: GuestAddress, stream_window: u32) -> Self {
+    fn with_window(address: GuestAddress, stream_window: u32, severed: CancellationToken) -> Self {
         Self {
             inner: Arc::new(Inner {
                 address,
                 stream_window,
                 channel: OnceLock::new(),
+                severed,
             }),
         }
     }
@@ -165,7 +170,11 @@ impl Connection {
     /// Creates a second connection to the same agent. All streams of an HTTP/2 connection share one flow-control window,
     /// so a stream whose reader may stall needs a separate connection, or it stalls every other call.
     pub fn dedicated(&self) -> Self {
-        Self::with_window(self.inner.address.clone(), names::GUEST_WINDOW)
+        Self::with_window(
+            self.inner.address.clone(),
+            names::GUEST_WINDOW,
+            self.inner.severed.clone(),
+        )
     }
 
     /// Returns the address.
@@ -177,8 +186,23 @@ impl Connection {
     pub(super) fn channel(&self) -> Channel {
         self.inner
             .channel
-            .get_or_init(|| open_channel(self.inner.address.clone(), self.inner.stream_window))
+            .get_or_init(|| open_channel(&self.inner))
             .clone()
+    }
+
+    /// Fails all calls of this connection and its dedicated connections, present and future.
+    pub(super) fn sever(&self) {
+        self.inner.severed.cancel();
+    }
+
+    /// Returns true after [`Self::sever`].
+    pub(super) fn is_severed(&self) -> bool {
+        self.inner.severed.is_cancelled()
+    }
+
+    /// Waits for [`Self::sever`].
+    pub(super) async fn severed(&self) {
+        self.inner.severed.cancelled().await;
     }
 
     /// Connects once to check that the agent listens, and closes the connection.
@@ -198,10 +222,11 @@ impl Connection {
     }
 }
 
-fn open_channel(address: GuestAddress, stream_window: u32) -> Channel {
+fn open_channel(connection: &Inner) -> Channel {
+    let (address, severed) = (connection.address.clone(), connection.severed.clone());
     // The URI only sets `:authority`; the connector below ignores it.
     Endpoint::from_static("http://boxlite-guest")
-        .initial_stream_window_size(stream_window)
+        .initial_stream_window_size(connection.stream_window)
         .initial_connection_window_size(names::GUEST_WINDOW)
         .http2_max_header_list_size(HEADER_LIMIT)
         .connect_timeout(CONNECT_LIMIT)
@@ -209,8 +234,14 @@ fn open_channel(address: GuestAddress, stream_window: u32) -> Channel {
         .keep_alive_timeout(KEEPALIVE_LIMIT)
         .keep_alive_while_idle(false)
         .connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
-            let address = address.clone();
-            async move { address.connect().await.map(TokioIo::new) }
+            let (address, severed) = (address.clone(), severed.clone());
+            async move {
+                let stream = severed
+                    .run_until_cancelled(address.connect())
+                    .await
+                    .unwrap_or_else(|| Err(vm_gone()))?;
+                Ok::<_, io::Error>(TokioIo::new(Severable::new(stream, severed)))
+            }
         }))
 }
 

@@ -11,6 +11,7 @@ pub mod connection;
 pub mod error;
 pub mod interfaces;
 pub mod session;
+mod severable;
 
 pub use connection::{Connection, GuestAddress};
 pub use error::{GuestErrorKind, PortalError};

@@ -39,6 +39,12 @@ impl GuestSession {
         &self.connection
     }
 
+    /// Fails all calls of this session and its dedicated sessions at once, present and future. For the owner of the VM,
+    /// once it knows that the VM has ended: until then, a broken connection may be re-established.
+    pub fn sever(&self) {
+        self.connection.sever();
+    }
+
     /// Returns the payload bytes transferred so far, in both directions.
     pub fn bytes_transferred(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)

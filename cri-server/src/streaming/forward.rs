@@ -212,7 +212,11 @@ async fn carry(pod: &LiteBox, port: u16, input: Input, data: Output) -> Result<(
                 if let Some(data) = open {
                     data.reset().await;
                 }
-                return Err(PortalError::from_status("Guest.PortForward", status).into());
+                let error = PortalError::from_status("Guest.PortForward", status);
+                return Err(match error.is_transport() {
+                    true => pod.guest_error(format!("forward port {port}"), error).await,
+                    false => error.into(),
+                });
             }
         };
         let Some(data) = &mut open else { continue };

@@ -68,11 +68,11 @@ pub(crate) async fn exec(exec: Exec, mut remote: Remote) {
         Ended::Output => match session.wait().await {
             Ok(exit) if exit.code == 0 => Outcome::Success,
             Ok(exit) => Outcome::Exit(exit.code),
-            Err(error) => Outcome::Failed(report(&error)),
+            Err(error) => broken(&exec.pod, &exec.container, error).await,
         },
         Ended::Gone => return session.end(true).await,
         Ended::Broken(error) => {
-            let outcome = Outcome::Failed(report(&error));
+            let outcome = broken(&exec.pod, &exec.container, error).await;
             tokio::join!(remote.finish(&outcome), session.end(true));
             return;
         }
@@ -104,9 +104,15 @@ pub(crate) async fn attach(attach: Attach, mut remote: Remote) {
         Ended::Broken(error) if error.guest_kind() == Some(GuestErrorKind::OutputGone) => {
             Outcome::Failed("client too slow: it missed output, which is in the log".into())
         }
-        Ended::Broken(error) => Outcome::Failed(report(&error)),
+        Ended::Broken(error) => broken(&attach.pod, &attach.container, error).await,
     };
     remote.finish(&outcome).await;
+}
+
+/// Returns the outcome of a session whose guest failed.
+async fn broken(pod: &LiteBox, container: &str, error: PortalError) -> Outcome {
+    let action = format!("stream the process of container {container:?}");
+    Outcome::Failed(report(&pod.guest_error(action, error).await))
 }
 
 async fn failed(remote: Remote, what: &str, error: &RuntimeError) {

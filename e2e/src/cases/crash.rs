@@ -10,6 +10,7 @@ use crate::node::Node;
 use crate::pod::{Pod, pod_spec, pull};
 use crate::process::{family, kill, rss};
 use crate::runner::{Case, Context};
+use crate::stream::{Session, Streams, Transport};
 use crate::{ensure, poll, same};
 use k8s_cri::v1::*;
 use rand::Rng;
@@ -25,6 +26,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(terminated_daemon_keeps_its_pods, 90),
         case!(killed_shim_is_noticed_and_cleaned_up, 120),
         case!(killed_vmm_is_noticed_and_cleaned_up, 120),
+        case!(killed_vmm_ends_calls_into_it, 90),
         case!(killed_helpers_are_noticed_and_cleaned_up, 120)
             .not_on(Backend::Krun, "libkrun has no helper processes"),
         case!(pods_removed_during_downtime_are_forgotten, 120),
@@ -333,16 +335,82 @@ async fn killed_vmm_is_noticed_and_cleaned_up(ctx: Context) -> Result {
     for _ in 0..ctx.rounds(2, 1) {
         let pod = Pod::run(&node, "vmm").await?;
         let c = pod.start("c", &ctx.images.base, &["sleep", "1000"]).await?;
-        let (_, below) = family(&pod.id)?;
-        let vm = below.iter().copied().max_by_key(|&p| rss(p));
-        let Some(vm) = vm else {
-            crate::bail!("the shim has no VMM child")
-        };
+        let vm = vmm(&pod)?;
         let since = Instant::now();
         kill(vm)?;
         expect_noticed(&pod, &c, since, &clean, &ctx).await?;
     }
     Ok(())
+}
+
+/// Returns the process of the VM: the largest below the shim.
+fn vmm(pod: &Pod) -> Result<i32> {
+    let (_, below) = family(&pod.id)?;
+    match below.iter().copied().max_by_key(|&pid| rss(pid)) {
+        Some(vmm) => Ok(vmm),
+        None => crate::bail!("the shim has no VMM child"),
+    }
+}
+
+/// ExecSync and Exec that wait for a command end with the VM, and later calls fail at once.
+async fn killed_vmm_ends_calls_into_it(ctx: Context) -> Result {
+    let node = node(&ctx, "kcall").await?;
+    let pod = Pod::run(&node, "calls").await?;
+    let c = pod.start("c", &ctx.images.base, &["sleep", "1000"]).await?;
+    let streams = Streams {
+        stdin: false,
+        stderr: true,
+        tty: false,
+    };
+    let command = ["sh", "-c", "echo started; sleep 1000"];
+    let url = c.exec_url(&command, streams).await?;
+    let mut session = Session::open(&url, Transport::WebSocket, streams).await?;
+    session.until("stdout", "started").await?;
+    let mut waiting = tokio::spawn({
+        let c = c.clone();
+        async move {
+            c.exec_raw(&["sh", "-c", "touch /tmp/in; sleep 1000"], 0)
+                .await
+        }
+    });
+    let started = ["sh", "-c", "while ! test -e /tmp/in; do usleep 20000; done"];
+    c.out(&started).await?;
+    let late = c.exec_url(&["true"], streams).await?;
+
+    let limit = Duration::from_secs(2);
+    kill(vmm(&pod)?)?;
+    let ended = async { tokio::join!(&mut waiting, session.status()) };
+    let Ok((waiting, session)) = tokio::time::timeout(limit, ended).await else {
+        crate::bail!("ExecSync or Exec did not end within {limit:?} of the VM's death")
+    };
+    let since = Instant::now();
+    let gone = format!("pod sandbox {:?} is not running", pod.id);
+    let error = match waiting? {
+        Ok(response) => crate::bail!("ExecSync succeeded: {response:?}"),
+        Err(status) => status.message().to_owned(),
+    };
+    ensure!(error.contains(&gone), "ExecSync: {error}");
+    let error = session?.to_string();
+    ensure!(
+        error.contains(&pod.id) && error.contains("is not running"),
+        "Exec: {error}"
+    );
+    let error = Session::open(&late, Transport::WebSocket, streams)
+        .await?
+        .status()
+        .await?;
+    ensure!(
+        error.to_string().contains("Failure"),
+        "Exec started late: {error}"
+    );
+    let error = c.exec_raw(&["true"], 0).await;
+    ensure!(error.is_err(), "ExecSync after the VM's death: {error:?}");
+    ensure!(
+        since.elapsed() < limit,
+        "late calls took {:?}",
+        since.elapsed()
+    );
+    pod.end().await
 }
 
 async fn killed_helpers_are_noticed_and_cleaned_up(ctx: Context) -> Result {

@@ -233,6 +233,32 @@ async fn calls_reconnect_after_the_agent_was_away() {
 }
 
 #[tokio::test]
+async fn sever_ends_calls_and_retries_at_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("vsock");
+    // The agent's end of the socket stays open, as a bridge that outlives its VM leaves it.
+    let server = serve_hybrid(agent(TOTAL, true), &path);
+    let session = session(path.clone());
+    let execution = session.execution();
+    let running = execution.exec_sync(request(), None, 16 << 20, std::future::pending());
+    let started = std::time::Instant::now();
+    let sever = async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        session.sever();
+    };
+    let (result, ()) = tokio::join!(running, sever);
+    let error = result.unwrap_err();
+    assert!(error.is_transport(), "{error:?}");
+    let late = session.execution().delete("c", "e").await.unwrap_err();
+    assert!(late.is_transport(), "{late:?}");
+    let dedicated = session.dedicated().execution();
+    let late = dedicated.follow("c", "e", 0).next().await.unwrap_err();
+    assert!(late.is_transport(), "{late:?}");
+    assert!(started.elapsed() < Duration::from_secs(2));
+    server.abort();
+}
+
+#[tokio::test]
 async fn a_wrong_greeting_is_an_error_and_bounded() {
     let directory = tempfile::tempdir().unwrap();
     for (name, greeting) in [

@@ -358,6 +358,19 @@ impl ExecutionInterface {
         self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
+    /// Returns true if the session's owner knows that the VM has ended.
+    pub(super) fn is_severed(&self) -> bool {
+        self.connection.is_severed()
+    }
+
+    /// Waits for `pause`, or until the session is severed.
+    pub(super) async fn pause(&self, pause: Duration) {
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = self.connection.severed() => {}
+        }
+    }
+
     /// Returns the same client on a dedicated connection.
     pub(super) fn dedicated(&self) -> Self {
         Self::new(self.connection.dedicated(), self.bytes.clone())

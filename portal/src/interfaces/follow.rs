@@ -14,7 +14,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tonic::Streaming;
 
-/// Time limit for reconnecting to a guest. A dead VM is noticed earlier by other means (the shim's child, its socket).
+/// Time limit for reconnecting to a guest. The end of a VM is noticed earlier by its owner, who severs the session.
 pub const RECONNECT_LIMIT: Duration = Duration::from_secs(30);
 /// Initial pause between two attempts; doubled up to [`RECONNECT_PAUSE_MAX`].
 const RECONNECT_PAUSE: Duration = Duration::from_millis(50);
@@ -116,7 +116,8 @@ impl OutputFollower {
     /// Returns the next piece of output, or `None` at the end. Cancel-safe.
     ///
     /// # Errors
-    /// An error of the guest immediately; `Transport` after [`RECONNECT_LIMIT`] without a connection; `Protocol` on a
+    /// An error of the guest immediately; `Transport` after [`RECONNECT_LIMIT`] without a connection, or once the session
+    /// is severed; `Protocol` on a
     /// gap or an oversized chunk.
     pub async fn next(&mut self) -> Result<Option<OutputChunk>, PortalError> {
         let mut broken_since: Option<Instant> = None;
@@ -140,17 +141,17 @@ impl OutputFollower {
                     if since.elapsed() > RECONNECT_LIMIT {
                         return Err(self.protocol("output ends again and again without eof".into()));
                     }
-                    tokio::time::sleep(pause).await;
+                    self.streaming.pause(pause).await;
                     pause = (pause * 2).min(RECONNECT_PAUSE_MAX);
                 }
                 Err(error) if error.is_transport() => {
                     self.stream = None;
                     let since = *broken_since.get_or_insert_with(Instant::now);
-                    if since.elapsed() > RECONNECT_LIMIT {
+                    if since.elapsed() > RECONNECT_LIMIT || self.streaming.is_severed() {
                         return Err(error);
                     }
                     tracing::debug!(offset = self.next, %error, "output stream broke; trying again");
-                    tokio::time::sleep(pause).await;
+                    self.streaming.pause(pause).await;
                     pause = (pause * 2).min(RECONNECT_PAUSE_MAX);
                 }
                 Err(error) => {

@@ -596,6 +596,10 @@ impl Driver {
         }
         let next = Arc::new(next);
         self.view.send_replace(next.clone());
+        if let (Some(ended), None) = (&before.running, &next.running) {
+            // After the publication, so that callers whose calls fail find the reason in the view.
+            ended.session.sever();
+        }
         self.emit_changes(&before, &next);
     }
 }

@@ -15,6 +15,8 @@ use tokio::sync::oneshot;
 
 /// Timeout of one VM's stats; the kubelet and Prometheus wait longer than that for all VMs together.
 pub(crate) const STATS_TIMEOUT: Duration = Duration::from_secs(2);
+/// Timeout for the driver to learn that the VM has ended, after a connection to its guest broke.
+const VM_END_TIMEOUT: Duration = Duration::from_secs(1);
 
 impl LiteBox {
     /// Runs a command in a running container and collects up to `output_limit` bytes (at most 16 MiB) of each output
@@ -66,11 +68,26 @@ impl LiteBox {
                 limit,
             }
             .into()),
-            Ok(Err(error)) => Err(RuntimeError::guest(format!(
-                "run a command in container {id:?}"
-            ))(error)),
+            Ok(Err(error)) => {
+                let action = format!("run a command in container {id:?}");
+                Err(self.guest_error(action, error).await)
+            }
             Err(_) => Err(RuntimeError::ShuttingDown),
         }
+    }
+
+    /// Returns the error of a call into the guest: `BoxGone` if the VM has ended, which a broken connection may reveal
+    /// before the driver knows.
+    pub async fn guest_error(&self, action: String, error: PortalError) -> RuntimeError {
+        if error.is_transport() {
+            let mut view = self.inner.view.clone();
+            let ended = view.wait_for(|view| view.running.is_none());
+            let known = tokio::time::timeout(VM_END_TIMEOUT, ended).await.is_ok();
+            if let (true, Err(ended)) = (known, self.running()) {
+                return ended;
+            }
+        }
+        RuntimeError::guest(action)(error)
     }
 
     /// Builds the request for a new process in a running container, with a random exec id, and counts it. `process` is an
@@ -132,7 +149,13 @@ impl LiteBox {
     /// `NotFound`, `BoxGone`, `Portal`.
     pub async fn container_pid(&self, id: &str) -> Result<u32> {
         self.exact(id)?;
-        let listed = self.portal()?.container().list(Some(id)).await?;
+        let listed = match self.portal()?.container().list(Some(id)).await {
+            Ok(listed) => listed,
+            Err(error) => {
+                let action = format!("get the pid of container {id:?}");
+                return Err(self.guest_error(action, error).await);
+            }
+        };
         let found = listed.into_iter().find(|info| info.container_id == id);
         found
             .map(|info| info.pid)

@@ -183,7 +183,11 @@ impl LiteBox {
             // Cannot collide with a container's lock: no container has the box's id.
             let operation = this.operation(this.id());
             let _guard = operation.lock().await;
-            this.portal()?.guest().update_pod(resources_json).await?;
+            let guest = this.portal()?.guest();
+            if let Err(error) = guest.update_pod(resources_json).await {
+                let action = format!("update the limits of pod sandbox {:?}", this.id());
+                return Err(this.guest_error(action, error).await);
+            }
             this.send(|reply| Message::UpdateMetadata {
                 update_metadata,
                 reply,

@@ -53,12 +53,10 @@ impl LiteBox {
         let session = self.portal()?;
         let (calls, streams) = (session.execution(), session.dedicated().execution());
         let exec = request.exec_id.clone();
-        calls
-            .exec(request)
-            .await
-            .map_err(RuntimeError::guest(format!(
-                "run a command in container {id:?}"
-            )))?;
+        if let Err(error) = calls.exec(request).await {
+            let action = format!("run a command in container {id:?}");
+            return Err(self.guest_error(action, error).await);
+        }
         Ok(ProcessSession {
             output: calls.follow(id, &exec, 0).over(&streams),
             calls,
@@ -85,10 +83,10 @@ impl LiteBox {
         let session = self.portal()?;
         let (calls, streams) = (session.execution(), session.dedicated().execution());
         let mut output = calls.follow(id, "", 0).over(&streams).observing(true);
-        output
-            .open()
-            .await
-            .map_err(RuntimeError::guest(format!("attach to container {id:?}")))?;
+        if let Err(error) = output.open().await {
+            let action = format!("attach to container {id:?}");
+            return Err(self.guest_error(action, error).await);
+        }
         Ok(ProcessSession {
             output,
             calls,
