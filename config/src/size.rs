@@ -101,7 +101,7 @@ pub fn vm_size(request: &SizeRequest, defaults: &PodDefaults) -> Result<VmSize, 
         .unwrap_or(pod_mib * MIB);
     let vcpus = request.vcpus.or(request.limits.vcpus());
     Ok(VmSize {
-        vcpus: vcpus.unwrap_or(defaults.vcpus),
+        vcpus: vcpus.or(defaults.vcpus).unwrap_or(1),
         memory_mib: u32::try_from(vm_mib).map_err(|_| SizeError::TooLarge(vm_mib))?,
         containers_bytes,
     })
@@ -140,34 +140,59 @@ impl VmCapacity {
     /// without limits may have a container whose limit is above its VM's size.
     pub fn admit(&self, update: &Limits, current: Option<&Limits>) -> Result<(), SizeError> {
         let current = current.copied().unwrap_or_default();
+        match self
+            .memory_beyond(update, &current)
+            .or_else(|| self.cpu_beyond(update, &current))
+        {
+            Some(arithmetic) => Err(SizeError::Beyond(arithmetic)),
+            None => Ok(()),
+        }
+    }
+
+    /// Lowers limits that [`Self::admit`] rejects to the VM's capacity and returns them with the arithmetic of each.
+    pub fn cap(&self, update: &Limits, current: Option<&Limits>) -> (Limits, Vec<String>) {
+        let current = current.copied().unwrap_or_default();
+        let (mut capped, mut reasons) = (*update, Vec::new());
+        if let Some(reason) = self.memory_beyond(update, &current) {
+            capped.memory_bytes = i64::try_from(self.available_mib * MIB).unwrap_or(i64::MAX);
+            reasons.push(reason);
+        }
+        if let Some(reason) = self.cpu_beyond(update, &current) {
+            capped.cpu_quota_us = update.period_us().saturating_mul(self.vcpus.into());
+            reasons.push(reason);
+        }
+        (capped, reasons)
+    }
+
+    fn memory_beyond(&self, update: &Limits, current: &Limits) -> Option<String> {
         let Self {
             vm_mib,
             available_mib,
-            vcpus,
+            ..
         } = *self;
+        let wanted_mib = update.memory_mib()?;
+        if wanted_mib <= available_mib || wanted_mib <= current.memory_mib().unwrap_or(0) {
+            return None;
+        }
         let overhead_mib = vm_mib.saturating_sub(available_mib);
-        if let Some(wanted_mib) = update.memory_mib()
-            && wanted_mib > available_mib
-            && wanted_mib > current.memory_mib().unwrap_or(0)
-        {
-            return Err(SizeError::Beyond(format!(
-                "memory_limit_in_bytes = {} is {wanted_mib} MiB, and the pod's VM has {available_mib} MiB for containers ({vm_mib} MiB - {overhead_mib} MiB overhead)",
-                update.memory_bytes
-            )));
+        Some(format!(
+            "memory_limit_in_bytes = {} is {wanted_mib} MiB, and the pod's VM has {available_mib} MiB for containers ({vm_mib} MiB - {overhead_mib} MiB overhead)",
+            update.memory_bytes
+        ))
+    }
+
+    fn cpu_beyond(&self, update: &Limits, current: &Limits) -> Option<String> {
+        let (wanted, vcpus) = (update.millicpus()?, self.vcpus);
+        if wanted <= i64::from(vcpus) * 1000 || wanted <= current.millicpus().unwrap_or(0) {
+            return None;
         }
-        if let Some(wanted) = update.millicpus()
-            && wanted > i64::from(vcpus) * 1000
-            && wanted > current.millicpus().unwrap_or(0)
-        {
-            return Err(SizeError::Beyond(format!(
-                "cpu_quota = {} in a period of {} is {}.{:03} CPUs, and the pod's VM has {vcpus}",
-                update.cpu_quota_us,
-                update.period_us(),
-                wanted / 1000,
-                wanted % 1000
-            )));
-        }
-        Ok(())
+        Some(format!(
+            "cpu_quota = {} in a period of {} is {}.{:03} CPUs, and the pod's VM has {vcpus}",
+            update.cpu_quota_us,
+            update.period_us(),
+            wanted / 1000,
+            wanted % 1000
+        ))
     }
 }
 

@@ -113,7 +113,28 @@ fn update_beyond_the_vm_is_refused() {
     );
 }
 
+#[test]
+fn cap_lowers_what_admit_rejects() {
+    let vm = VmCapacity::new(360, 2, &PodDefaults::default());
+    let within = limits(256 << 20, 200_000, 0);
+    assert_eq!(vm.cap(&within, None), (within, vec![]));
+    let (capped, reasons) = vm.cap(&limits(257 << 20, 125_000, 50_000), None);
+    assert_eq!(capped, limits(256 << 20, 100_000, 50_000));
+    assert!(reasons[0].contains("257 MiB") && reasons[1].contains("2.500 CPUs"));
+    let current = limits(512 << 20, 0, 0);
+    assert_eq!(vm.cap(&current, Some(&current)), (current, vec![]));
+}
+
 proptest! {
+    #[test]
+    fn capped_limits_are_admitted(memory: i64, quota: i64, period: i64, vm: u32, vcpus in 1u8..=64) {
+        let update = limits(memory, quota, period);
+        let vm = VmCapacity::new(vm, vcpus, &PodDefaults::default());
+        let (capped, reasons) = vm.cap(&update, None);
+        prop_assert_eq!(vm.admit(&capped, None), Ok(()));
+        prop_assert_eq!(reasons.is_empty(), vm.admit(&update, None).is_ok());
+    }
+
     #[test]
     fn no_update_panics(memory: i64, quota: i64, period: i64, vm: u32) {
         let update = limits(memory, quota, period);

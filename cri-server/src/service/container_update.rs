@@ -1,5 +1,5 @@
-//! UpdateContainerResources: applies new limits to the container's cgroup in the guest, with plugin changes and
-//! within the VM's capacity, and stores them with the container.
+//! UpdateContainerResources: applies new limits to the container's cgroup in the guest, with plugin changes and lowered
+//! to the VM's capacity, and stores the applied ones with the container.
 
 use super::{Server, capacity, nri_hooks, require, status_of};
 use crate::convert::container::ContainerMetadata;
@@ -25,7 +25,7 @@ pub(crate) async fn update(
         .find_container(&request.container_id)
         .map_err(status_of)?;
     let now = ContainerMetadata::from_bytes(&container.metadata).resources();
-    capacity::of_pod(server, &pod).admit(&requested, now.as_ref())?;
+    let requested = capacity::of_pod(server, &pod).cap(&container.id, requested, now.as_ref());
     spec::resources(Some(&requested))?;
     reject_limit_below_usage(server, &pod, &container, &requested).await?;
     let task = server.clone();

@@ -1,5 +1,5 @@
-//! UpdatePodSandboxResources: applies new limits to all containers of a pod together, within the VM's capacity and
-//! unless a plugin rejects them, and stores them with the pod.
+//! UpdatePodSandboxResources: applies new limits to all containers of a pod together, lowered to the VM's capacity and
+//! unless a plugin rejects them, and stores the applied ones with the pod.
 
 use super::{Server, capacity, nri_hooks, status_of};
 use crate::convert::sandbox::PodMetadata;
@@ -34,10 +34,10 @@ pub(crate) async fn update(
             pod.id()
         )));
     }
-    let room = capacity::of_pod(server, &pod);
-    let wish = resources.clone().unwrap_or_default();
-    room.admit(&wish, None)?;
-    let limits = spec::resources(Some(&of_the_whole(&wish)))?;
+    let capacity = capacity::of_pod(server, &pod);
+    let resources = resources.map(|requested| capacity.cap(pod.id(), requested, None));
+    let of_the_pod = of_the_whole(&resources.clone().unwrap_or_default());
+    let limits = spec::resources(Some(&of_the_pod))?;
     let task = server.clone();
     let work = async move {
         let session = task.session().await;

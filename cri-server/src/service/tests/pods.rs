@@ -76,19 +76,6 @@ fn update_within_vm_is_reported_and_survives_restart() {
             .await
             .unwrap();
         assert_eq!(limits(server, &container).await, resources(120, 50_000));
-        for (linux, words) in [
-            (
-                resources(3000, 0),
-                "2048 MiB for containers (2208 MiB - 160 MiB overhead)",
-            ),
-            (resources(0, 150_000), "1.500 CPUs, and the pod's VM has 1"),
-        ] {
-            let error = update(server, &container, linux.clone()).await.unwrap_err();
-            assert_eq!(error.code(), Code::ResourceExhausted);
-            assert!(error.message().contains(words), "{}", error.message());
-            let error = update_pod(server, &pod, linux).await.unwrap_err();
-            assert!(error.message().contains(words), "{}", error.message());
-        }
         update_pod(server, &pod, resources(200, 0)).await.unwrap();
         assert_eq!(limits(server, &container).await, resources(120, 50_000));
         server.runtime.clone().shutdown().await;
@@ -102,6 +89,31 @@ fn update_within_vm_is_reported_and_survives_restart() {
             .unwrap();
         assert_eq!(kept.linux.unwrap().resources, Some(resources(200, 0)));
         remove(&server, &pod).await;
+    });
+}
+
+#[test]
+#[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
+fn update_beyond_vm_applies_its_capacity() {
+    if !inside("pods::update_beyond_vm_applies_its_capacity") {
+        return;
+    }
+    run(async {
+        let fleet = Fleet::new().await;
+        let server = &fleet.server;
+        let (pod, container) = running(server, "web").await;
+        // An error would make a kubelet repeat the call without end.
+        let beyond = resources(3000, 150_000);
+        update(server, &container, beyond.clone()).await.unwrap();
+        update_pod(server, &pod, beyond).await.unwrap();
+        let applied = resources(2048, 100_000);
+        assert_eq!(limits(server, &container).await, applied);
+        let stored = server.pod_metadata(&server.pod(&pod).unwrap());
+        let linux = stored.config.unwrap().linux.unwrap();
+        assert_eq!(linux.resources, Some(applied));
+        let expected = format!("\"limit\":{}", 2048u64 << 20);
+        assert!(fleet.node.log().contains(&expected), "{}", fleet.node.log());
+        remove(server, &pod).await;
     });
 }
 
