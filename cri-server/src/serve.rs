@@ -90,10 +90,11 @@ pub(crate) fn installation(config: &Config) -> Installation {
     config.paths.installation(config.root.join("cache"))
 }
 
-async fn run(config: Config) -> Result<(), ServeError> {
+async fn run(mut config: Config) -> Result<(), ServeError> {
     let stop = stop_on_signal()?;
     let choice = vmm::choose(&config).await.map_err(ServeError::Vmm)?;
     eprintln!("boxlite-cri {VERSION}: {choice}");
+    config.pod = config.pod.for_node(choice.acceleration);
     let options = RuntimeOptions {
         root: config.root.clone(),
         state: config.state.clone(),

@@ -83,7 +83,11 @@ impl Config {
     fn pod_table(&self) -> Value {
         let pod = &self.pod;
         table([
-            ("vcpus", i64::from(pod.vcpus).into()),
+            (
+                "vcpus",
+                pod.vcpus
+                    .map_or("auto".into(), |vcpus| i64::from(vcpus).into()),
+            ),
             ("memory_mib", i64::from(pod.memory_mib).into()),
             ("overhead_mib", i64::from(pod.overhead_mib).into()),
             ("scratch_mib", i64::from(pod.scratch_mib).into()),

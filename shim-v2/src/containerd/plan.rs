@@ -190,13 +190,18 @@ async fn plan(
 ) -> Result<Plan> {
     let overrides = PodOverrides::read(&request.annotations, &config.allowed_annotations)?;
     let (vmm, acceleration) = config.choose(overrides.vmm).await?;
+    let acceleration = match vmm {
+        VmmKind::Krun => boxlite_proto::vmm::Acceleration::Kvm,
+        VmmKind::Qemu => acceleration,
+    };
+    let defaults = config.pod.for_node(acceleration);
     let size = SizeRequest {
         limits: request.limits,
         vcpus: overrides.vcpus,
         memory_mib: overrides.memory_mib,
         node_mib: size::node_mib(),
     };
-    let size = size::vm_size(&size, &config.pod).map_err(|error| ShimError::Invalid {
+    let size = size::vm_size(&size, &defaults).map_err(|error| ShimError::Invalid {
         field: "memory limit",
         reason: error.to_string(),
     })?;
@@ -210,10 +215,7 @@ async fn plan(
         containers_bytes: size.containers_bytes,
         scratch_bytes: u64::from(config.pod.scratch_mib) * MIB,
         scratch_dir: None,
-        acceleration: match vmm {
-            VmmKind::Krun => boxlite_proto::vmm::Acceleration::Kvm,
-            VmmKind::Qemu => acceleration,
-        },
+        acceleration,
         vmm,
         hostname: hostname(&request.hostname, id),
         host_network: false,
