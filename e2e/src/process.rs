@@ -81,3 +81,29 @@ pub(crate) fn pss(pid: i32) -> u64 {
     line.and_then(|l| l.split_whitespace().next()?.parse().ok())
         .unwrap_or_default()
 }
+
+/// Returns the resident RAM of the VM in a process, in bytes: QEMU's memfd, or the whole process if it has none.
+pub(crate) fn guest_ram(pid: i32) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap_or_default();
+    let mut of_ram = false;
+    let mut sum = 0;
+    for line in text.lines() {
+        let mut words = line.split_whitespace();
+        match words.next() {
+            Some("Rss:") if of_ram => {
+                let kib: u64 = words
+                    .next()
+                    .and_then(|n| n.parse().ok())
+                    .unwrap_or_default();
+                sum += kib << 10;
+            }
+            // The head of a mapping: address range, …, path.
+            Some(first) if !first.ends_with(':') => of_ram = line.contains("memory-backend-memfd"),
+            _ => {}
+        }
+    }
+    match sum {
+        0 => rss(pid) * 4096,
+        _ => sum,
+    }
+}

@@ -1,12 +1,15 @@
 //! Memory limits of pods whose host cgroup is exactly as large as the containers' limits, as a kubelet without RuntimeClass
-//! overhead makes it. The guest's limit must act first: a container is OOM-killed, its neighbor and the VM survive.
+//! overhead makes it. The guest's limit must act first: a container is OOM-killed, its neighbor and the VM survive. Also the
+//! limit of processes, and memory that the guest frees.
 
 use crate::failure::Result;
 use crate::pod::{Pod, container_spec, pod_spec};
+use crate::process::{family, guest_ram, pss};
 use crate::runner::{Case, Context};
-use crate::{case, ensure, same};
+use crate::{case, ensure, poll, same};
 use k8s_cri::v1::*;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 pub(crate) fn cases() -> Vec<Case> {
     vec![
@@ -15,6 +18,9 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(limit_of_256_mib_acts_in_the_guest, 120),
         case!(limit_of_1_gib_acts_in_the_guest, 180),
         case!(pod_without_limit_has_2_gib, 90),
+        case!(process_limit_acts_in_the_guest, 90),
+        case!(freed_memory_returns_to_the_host, 120),
+        case!(idle_pod_of_2_gib_costs_little_more, 120),
     ]
 }
 
@@ -23,6 +29,17 @@ const NEIGHBOR_MIB: i64 = 8;
 
 /// Most data written to the scratch disk.
 const MAX_WRITTEN_MIB: i64 = 128;
+
+/// podPidsLimit of a pod; the VM's processes count to the same cgroup.
+const PROCESS_LIMIT: usize = 256;
+/// RAM of a VM that has freed its memory, in bytes.
+const MAX_IDLE_BYTES: u64 = 150 << 20;
+/// What an idle pod of 2 GiB may cost more than one of 256 MiB, in MiB: page structures are 28 (1/64), the rest is noise.
+const MAX_SIZE_COST_MIB: u64 = 48;
+/// Time after which an idle guest has reported its free pages.
+const SETTLE_TIME: Duration = Duration::from_secs(10);
+/// Time in which freed memory returns to the host, in seconds.
+const RETURN_SECONDS: u64 = 30;
 
 /// Cgroup of a QoS class with one pod, removed at the end.
 struct HostCgroup {
@@ -33,26 +50,65 @@ struct HostCgroup {
 }
 
 impl HostCgroup {
-    fn create(name: &str, limit_mib: i64) -> Result<Self> {
-        let v2 = Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
-        let (mount, file) = match v2 {
-            true => ("/sys/fs/cgroup", "memory.max"),
-            false => ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
+    fn with_memory(name: &str, limit_mib: i64) -> Result<Self> {
+        let limit = (limit_mib << 20).to_string();
+        Self::create(name, "memory", memory_file(), &limit)
+    }
+
+    fn create(name: &str, controller: &str, file: &str, limit: &str) -> Result<Self> {
+        let v2 = cgroup_v2();
+        let mount = match v2 {
+            true => PathBuf::from("/sys/fs/cgroup"),
+            false => Path::new("/sys/fs/cgroup").join(controller),
         };
         let class = format!("boxlite-e2e-{}-{name}", std::process::id());
         let cgroup = Self {
-            class: Path::new(mount).join(&class),
+            class: mount.join(&class),
             name: format!("/{class}/podx"),
         };
         let pod = cgroup.class.join("podx");
         std::fs::create_dir_all(&pod)?;
         if v2 {
-            for parent in [Path::new(mount), &cgroup.class] {
-                std::fs::write(parent.join("cgroup.subtree_control"), "+memory")?;
+            for parent in [&mount, &cgroup.class] {
+                std::fs::write(
+                    parent.join("cgroup.subtree_control"),
+                    format!("+{controller}"),
+                )?;
             }
         }
-        std::fs::write(pod.join(file), (limit_mib << 20).to_string())?;
+        std::fs::write(pod.join(file), limit)?;
         Ok(cgroup)
+    }
+
+    /// Expects every process of the VM in the cgroup `name` beside the pod's, with a limit above the pod's.
+    fn expect_vm_in(&self, name: &str, pod: &Pod) -> Result {
+        let dir = self.class.join(name);
+        let end = format!(
+            "/{}/{name}",
+            self.class.file_name().unwrap_or_default().display()
+        );
+        let (shim, below) = family(&pod.id)?;
+        for pid in below.into_iter().chain([shim]) {
+            let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+            let line = text.lines().find(|line| match cgroup_v2() {
+                true => line.starts_with("0::"),
+                false => line
+                    .split(':')
+                    .nth(1)
+                    .is_some_and(|names| names.split(',').any(|name| name == "memory")),
+            });
+            ensure!(
+                line.is_some_and(|line| line.ends_with(&end)),
+                "process {pid}: {text}"
+            );
+        }
+        let file = memory_file();
+        let read = |dir: &Path| -> Result<i64> {
+            Ok(std::fs::read_to_string(dir.join(file))?.trim().parse()?)
+        };
+        let (vm, pod) = (read(&dir)?, read(&self.class.join("podx"))?);
+        ensure!(vm > pod + (128 << 20), "limits: VM {vm}, pod {pod}");
+        Ok(())
     }
 
     /// Returns the names of the cgroups beside the pod's.
@@ -66,6 +122,18 @@ impl HostCgroup {
             }
         }
         Ok(names)
+    }
+}
+
+fn cgroup_v2() -> bool {
+    Path::new("/sys/fs/cgroup/cgroup.controllers").exists()
+}
+
+/// Returns the file with a cgroup's memory limit.
+fn memory_file() -> &'static str {
+    match cgroup_v2() {
+        true => "memory.max",
+        false => "memory.limit_in_bytes",
     }
 }
 
@@ -102,7 +170,7 @@ async fn limit_of_1_gib_acts_in_the_guest(ctx: Context) -> Result {
 
 async fn limit_acts_in_the_guest(ctx: Context, mib: i64) -> Result {
     let name = format!("limit{mib}");
-    let host = HostCgroup::create(&name, mib)?;
+    let host = HostCgroup::with_memory(&name, mib)?;
     let mut config = pod_spec(&ctx.node, &name);
     let linux = config.linux.get_or_insert_default();
     linux.cgroup_parent.clone_from(&host.name);
@@ -117,6 +185,7 @@ async fn limit_acts_in_the_guest(ctx: Context, mib: i64) -> Result {
         beside.len() == 1 && beside[0].starts_with("boxlite-"),
         "cgroups beside the pod's: {beside:?}"
     );
+    host.expect_vm_in(&beside[0], &pod)?;
     // As with a kubelet, the containers' limits add up to the pod's.
     let mut calm = container_spec("calm", &ctx.images.base, &["sleep", "1000"]);
     calm.linux.get_or_insert_default().resources = limit(NEIGHBOR_MIB);
@@ -175,4 +244,157 @@ async fn pod_without_limit_has_2_gib(ctx: Context) -> Result {
     let text = pod.sh(&ctx.images.base, script).await?;
     same!(text.trim(), "1+0", "blocks of 1500 MiB held in memory");
     pod.end().await
+}
+
+/// A fork bomb ends at podPidsLimit; the neighbor and the VM survive.
+async fn process_limit_acts_in_the_guest(ctx: Context) -> Result {
+    let host = HostCgroup::create("pids", "pids", "pids.max", &PROCESS_LIMIT.to_string())?;
+    let mut config = pod_spec(&ctx.node, "pids");
+    config
+        .linux
+        .get_or_insert_default()
+        .cgroup_parent
+        .clone_from(&host.name);
+    let pod = Pod::run_with(&ctx.node, config).await?;
+    let neighbor = pod
+        .start("calm", &ctx.images.base, &["sleep", "1000"])
+        .await?;
+    // A shell that cannot fork exits.
+    let script = "n=0; while true; do sleep 1000 & n=$((n+1)); echo $n; done";
+    let bomb = pod
+        .start("bomb", &ctx.images.base, &["sh", "-c", script])
+        .await?;
+    let status = bomb.exited(ctx.patience(60)).await?;
+    ensure!(
+        status.exit_code != 0,
+        "the shell was never refused a process"
+    );
+    let output = bomb.output()?;
+    let started = output
+        .lines()
+        .filter_map(|line| line.parse::<usize>().ok())
+        .max();
+    ensure!(
+        started.is_some_and(|n| n > PROCESS_LIMIT / 2 && n < PROCESS_LIMIT),
+        "processes started with a limit of {PROCESS_LIMIT}: {started:?}"
+    );
+    same!(neighbor.out(&["echo", "alive"]).await?, "alive\n", "the VM");
+    pod.end().await
+}
+
+/// A pod that touched 1 GiB and freed it occupies little of the host's memory again.
+async fn freed_memory_returns_to_the_host(ctx: Context) -> Result {
+    // The guest reports at most 64 MiB/s, its untouched memory after the boot included.
+    let mut config = pod_spec(&ctx.node, "freed");
+    config.linux.get_or_insert_default().resources = limit(1200);
+    let pod = Pod::run_with(&ctx.node, config).await?;
+    let (shim, below) = family(&pod.id)?;
+    let ram = || {
+        below
+            .iter()
+            .map(|pid| guest_ram(*pid))
+            .max()
+            .unwrap_or_default()
+    };
+    let c = pod.start("c", &ctx.images.base, &["sleep", "1000"]).await?;
+    let before = ram();
+    // busybox's dd fills one buffer of this size and frees it at its end.
+    let fill = "dd if=/dev/zero of=/dev/null bs=1024M count=1 && echo full >&2 && sleep 1";
+    let touched = tokio::spawn({
+        let c = c.clone();
+        async move { c.out(&["sh", "-c", fill]).await }
+    });
+    let limit = ctx.patience(60);
+    poll::until("1 GiB of RAM is touched", limit, || async {
+        ensure!(ram() > before + (900 << 20), "{} MiB", ram() >> 20);
+        Ok(())
+    })
+    .await?;
+    touched.await??;
+    let since = std::time::Instant::now();
+    poll::until(
+        "the memory has returned",
+        ctx.patience(RETURN_SECONDS),
+        || async {
+            ensure!(
+                ram() < MAX_IDLE_BYTES,
+                "{} MiB, idle {} MiB",
+                ram() >> 20,
+                before >> 20
+            );
+            Ok(())
+        },
+    )
+    .await?;
+    println!(
+        "    RAM of the VM (shim {shim}): {} MiB idle, {} MiB {:?} after 1 GiB was freed",
+        before >> 20,
+        ram() >> 20,
+        since.elapsed()
+    );
+    pod.end().await
+}
+
+/// Cost of an idle pod with one container, in MiB.
+#[derive(Debug)]
+struct IdleCost {
+    /// Proportional set size of all processes of the VM.
+    pss: u64,
+    /// Memory charged to the VM's cgroup.
+    charged: u64,
+    /// Resident RAM of the guest.
+    ram: u64,
+}
+
+async fn idle_cost(ctx: &Context, name: &str, limit_mib: Option<i64>) -> Result<IdleCost> {
+    // A limit that holds any VM, so that all is charged to the pod's cgroup.
+    let host = HostCgroup::with_memory(name, 8192)?;
+    let mut config = pod_spec(&ctx.node, name);
+    let linux = config.linux.get_or_insert_default();
+    linux.cgroup_parent.clone_from(&host.name);
+    linux.resources = limit_mib.and_then(limit);
+    let pod = Pod::run_with(&ctx.node, config).await?;
+    pod.start("c", &ctx.images.base, &["sleep", "1000"]).await?;
+    tokio::time::sleep(SETTLE_TIME).await;
+    let (shim, below) = family(&pod.id)?;
+    let usage = match cgroup_v2() {
+        true => "memory.current",
+        false => "memory.usage_in_bytes",
+    };
+    let charged = std::fs::read_to_string(host.class.join("podx").join(usage))?;
+    let charged: u64 = charged.trim().parse()?;
+    let cost = IdleCost {
+        pss: below
+            .iter()
+            .chain([&shim])
+            .map(|pid| pss(*pid))
+            .sum::<u64>()
+            >> 10,
+        charged: charged >> 20,
+        ram: below
+            .iter()
+            .map(|pid| guest_ram(*pid))
+            .max()
+            .unwrap_or_default()
+            >> 20,
+    };
+    pod.end().await?;
+    Ok(cost)
+}
+
+async fn idle_pod_of_2_gib_costs_little_more(ctx: Context) -> Result {
+    let small = idle_cost(&ctx, "idle256", Some(256)).await?;
+    let large = idle_cost(&ctx, "idle2048", None).await?;
+    println!("    idle pods in MiB: limit 256: {small:?}, without limit: {large:?}");
+    for (name, small, large) in [
+        ("Pss", small.pss, large.pss),
+        ("charged memory", small.charged, large.charged),
+        ("RAM", small.ram, large.ram),
+    ] {
+        ensure!(
+            large <= small + MAX_SIZE_COST_MIB,
+            "{name} of an idle pod: {large} MiB without limit, {small} MiB with 256"
+        );
+    }
+    Ok(())
 }

@@ -19,10 +19,11 @@ use super::{Vmm, VmmCapabilities, VmmInstance, devices};
 use boxlite_proto::error::BoxliteResult;
 use boxlite_proto::vmm::InstanceSpec;
 
-/// A microvm without ACPI has 8 virtio-mmio slots. Four are built in: the agent's disk, console, share and vsock.
+/// A microvm without ACPI has 8 virtio-mmio slots. Five are built in: balloon, the agent's disk, console,
+/// share and vsock.
 pub const CAPABILITIES: VmmCapabilities = VmmCapabilities {
     max_devices: 8,
-    base_devices: 4,
+    base_devices: 5,
 };
 
 /// The QEMU VMM.

@@ -25,6 +25,8 @@ pub(super) fn configure(context: &mut Context, spec: &InstanceSpec) -> BoxliteRe
             spec.memory_mib
         ),
     );
+    // The guest reports free pages within seconds, and QEMU punches them out of the memfd. libkrun's balloon does the same.
+    context.option("-device", "virtio-balloon-device,free-page-reporting=on");
     let words = &mut context.kernel_words;
     words.extend(["reboot=t", "no_timer_check", "random.trust_cpu=on"].map(str::to_owned));
     match spec.acceleration {
