@@ -10,12 +10,11 @@
 
 pub mod bootstrap;
 pub mod delete;
+mod info;
 pub mod start;
 
 use boxlite_proto::exit::ExitCode;
 use boxlite_sys::report::Report;
-use containerd_shim_protos::protobuf::Message;
-use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
 use std::ffi::OsString;
 use std::io::Write;
 
@@ -130,7 +129,8 @@ fn run(args: &[OsString]) -> Result<(), CliError> {
         return Ok(());
     }
     if flags.info {
-        return print_info();
+        // Runtime options on standard input change none of the features.
+        return write_stdout(&info::encoded()?);
     }
     if flags.id.is_empty() || flags.namespace.is_empty() {
         return Err(CliError::Arguments {
@@ -145,20 +145,6 @@ fn run(args: &[OsString]) -> Result<(), CliError> {
             reason: format!("unknown action {other:?}"),
         }),
     }
-}
-
-/// Prints the RuntimeInfo that containerd requests with `-info`.
-fn print_info() -> Result<(), CliError> {
-    let info = RuntimeInfo {
-        name: RUNTIME_NAME.to_owned(),
-        version: Some(RuntimeVersion {
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            ..Default::default()
-        })
-        .into(),
-        ..Default::default()
-    };
-    write_stdout(&info.write_to_bytes().map_err(CliError::Encode)?)
 }
 
 /// Writes a response to standard output and flushes it; containerd reads until EOF.
