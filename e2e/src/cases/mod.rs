@@ -17,6 +17,7 @@ mod nri;
 mod observe;
 mod resources;
 mod security;
+mod sockets;
 mod spec;
 mod streaming;
 mod trees;
@@ -36,6 +37,7 @@ pub(crate) fn all() -> Vec<Case> {
         cni::cases(),
         spec::cases(),
         volumes::cases(),
+        sockets::cases(),
         blocks::cases(),
         mount_export::cases(),
         security::cases(),
