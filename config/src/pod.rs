@@ -8,7 +8,7 @@ use std::ops::RangeInclusive;
 /// Virtual CPUs of a VM.
 pub const VCPUS: RangeInclusive<i64> = 1..=64;
 /// Maximum number of vCPUs of a pod that does not say. Each costs the guest its per-CPU memory and the host a thread.
-pub const MAX_AUTOMATIC_VCPUS: u8 = 4;
+const MAX_AUTOMATIC_VCPUS: u8 = 4;
 /// Memory for the containers of a pod, in MiB.
 pub const MEMORY_MIB: RangeInclusive<i64> = 64..=1 << 20;
 /// Memory for guest kernel and agent, in MiB.
@@ -47,7 +47,7 @@ impl Default for PodDefaults {
 
 impl PodDefaults {
     /// Returns the defaults with the number of vCPUs decided: on KVM as many as the node has, at most
-    /// [`MAX_AUTOMATIC_VCPUS`]. With TCG one, since the guest's CPUs share one thread and more only cost boot time.
+    /// `MAX_AUTOMATIC_VCPUS`. With TCG one, since the guest's CPUs share one thread and more only cost boot time.
     #[must_use]
     pub fn for_node(self, acceleration: Acceleration) -> Self {
         let node = std::thread::available_parallelism().map_or(1, usize::from);

@@ -37,7 +37,7 @@ impl PodCapacity {
     }
 
     /// Lowers limits that [`Self::admit`] rejects to the capacity of the VM. `subject` is for the log.
-    pub fn cap(
+    pub(crate) fn cap(
         &self,
         subject: &str,
         mut update: LinuxContainerResources,

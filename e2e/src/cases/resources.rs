@@ -34,7 +34,7 @@ const MAX_WRITTEN_MIB: i64 = 128;
 const PROCESS_LIMIT: usize = 256;
 /// RAM of a VM that has freed its memory, in bytes.
 const MAX_IDLE_BYTES: u64 = 150 << 20;
-/// What an idle pod of 2 GiB may cost more than one of 256 MiB, in MiB: page structures are 28 (1/64), the rest is noise.
+/// Maximum difference in cost of idle pods of 2 GiB and 256 MiB, in MiB. Page structures are 28 of them (1/64).
 const MAX_SIZE_COST_MIB: u64 = 48;
 /// Time after which an idle guest has reported its free pages.
 const SETTLE_TIME: Duration = Duration::from_secs(10);

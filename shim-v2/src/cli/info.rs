@@ -26,7 +26,7 @@ const BIND_OPTIONS: [&str; 11] = [
 ///
 /// # Errors
 /// The message cannot be encoded.
-pub fn encoded() -> Result<Vec<u8>, CliError> {
+pub(super) fn encoded() -> Result<Vec<u8>, CliError> {
     let info = RuntimeInfo {
         name: RUNTIME_NAME.to_owned(),
         version: Some(RuntimeVersion {

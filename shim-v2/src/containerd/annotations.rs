@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 
 /// Prefix of this shim's annotations.
-pub const PREFIX: &str = "io.boxlite.";
+pub(crate) const PREFIX: &str = "io.boxlite.";
 /// `krun` or `qemu`.
 const VMM: &str = "io.boxlite.vmm";
 /// 1 to 64.
