@@ -10,7 +10,7 @@ use crate::{case, ensure, poll, same};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
-pub fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     vec![
         case!(socket_in_a_volume_connects_containers, 60),
         case!(socket_of_the_node_is_refused_by_name, 60),
