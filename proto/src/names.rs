@@ -59,6 +59,9 @@ pub const SUB_PATH_OPTION: &str = "subpath=";
 pub const IMAGE_SUB_PATH_STEP: &str = "find image subpath";
 /// Mount options of the CRI that volumes support (`Mount.mount_options`).
 pub const MOUNT_FLAGS: [&str; 3] = ["nosuid", "nodev", "noexec"];
+/// Type of a mount in a container's OCI spec for a `VOLUME` of its image: a writable bind of the path in the container's
+/// root filesystem, which is the source, with the image's content. The root filesystem itself may be read-only.
+pub const IMAGE_VOLUME_MOUNT: &str = "boxlite.image-volume";
 /// Type of a mount in the spec for the guest: a tmpfs of the pod, shared by all mounts with the same source. Options:
 /// [`SIZE_OPTION`], [`DIRECTORY_OPTION`], [`IDMAP_OPTION`], and those of a bind mount.
 pub const MEMORY_MOUNT: &str = "boxlite.memory";

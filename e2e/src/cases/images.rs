@@ -26,6 +26,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(every_manifest_form_is_pulled, 90),
         case!(layers_are_merged_in_the_guest, 90),
         case!(repeated_layers_are_used_once, 60),
+        case!(image_volumes_are_writable_in_read_only_root, 90),
         case!(image_without_layers_has_an_empty_root, 60),
         case!(list_status_and_filter_agree, 60),
         case!(image_is_pulled_by_digest, 60),
@@ -189,6 +190,84 @@ async fn repeated_layers_are_used_once(ctx: Context) -> Result {
 }
 
 /// Runs a program from a volume in an image without layers, as `FROM scratch` with labels only produces.
+async fn image_volumes_are_writable_in_read_only_root(ctx: Context) -> Result {
+    let mut tar = LayerTar::default();
+    tar.dir("data", 0o755)?
+        .file("data/seed", 0o644, b"seed\n")?
+        .dir("srv", 0o755)?
+        .dir("srv/real", 0o700)?
+        .file("srv/real/linked", 0o644, b"linked\n")?
+        .symlink("link", "srv/real")?
+        .symlink("dangling", "/srv/made")?
+        .file("file", 0o644, b"")?;
+    let layers = vec![ctx.images.busybox.clone(), tar.finish(Compression::Gzip)?];
+    let volumes = json!({"/data": {}, "link": {}, "/dangling": {}, "/new/deep": {}, "/mounted": {}, "/": {},
+        "/sys/fs/cgroup": {}, "/../data/": {}});
+    let config = json!({"Env": ["PATH=/bin"], "Volumes": volumes});
+    let image = Image::new(layers.clone(), config);
+    ctx.registry.push("volumes", "1", &image).await?;
+    let reference = format!("{}/volumes:1", ctx.registry.host);
+    pull(&ctx.node, &reference).await?;
+    let pod = ctx.shared_pod().await;
+    let explicit = super::volumes::volume_dir(&ctx, "explicit")?;
+    let spec = |name: &str, read_only: bool| {
+        let mut config = container_spec(name, &reference, &["sleep", "1000"]);
+        config.mounts = vec![super::volumes::mount(&explicit, "/mounted")];
+        let linux = config.linux.get_or_insert_default();
+        let security = linux.security_context.get_or_insert_default();
+        security.readonly_rootfs = read_only;
+        config
+    };
+    let write = "cat /data/seed /link/linked; for d in /data /link /dangling /new/deep /mounted /srv/made; do \
+        echo $d > $d/new || echo no $d; done; cat /data/new /srv/real/new /srv/made/new /new/deep/new; \
+        echo x 2>&- > /root-file && echo written; ls -d /sys/fs/cgroup/cgroup.procs; stat -c %a /srv/real";
+    let expected = "seed\nlinked\n/data\n/link\n/srv/made\n/new/deep\n";
+    let first = pod.start_with(spec("ro", true)).await?;
+    same!(
+        first
+            .out(&["sh", "-c", &format!("({write}) 2>/dev/null")])
+            .await?,
+        format!("{expected}/sys/fs/cgroup/cgroup.procs\n700\n"),
+        "volumes of the image below a read-only root"
+    );
+    same!(
+        std::fs::read_to_string(explicit.join("new"))?,
+        "/mounted\n",
+        "the explicit mount wins"
+    );
+    // Private to the container, also with a writable root.
+    let second = pod.start_with(spec("rw", false)).await?;
+    same!(
+        second.out(&["ls", "/data"]).await?,
+        "seed\n",
+        "another container's volume"
+    );
+    same!(
+        second
+            .out(&["sh", "-c", "grep -c \" /data \" /proc/mounts"])
+            .await?,
+        "1\n",
+        "a mount with a writable root, too"
+    );
+    first.remove().await?;
+    let again = pod.start_with(spec("ro", true)).await?;
+    same!(
+        again.out(&["ls", "/data"]).await?,
+        "seed\n",
+        "after the removal"
+    );
+    let file = Image::new(
+        layers,
+        json!({"Env": ["PATH=/bin"], "Volumes": {"/file": {}}}),
+    );
+    ctx.registry.push("volume-file", "1", &file).await?;
+    let reference = format!("{}/volume-file:1", ctx.registry.host);
+    pull(&ctx.node, &reference).await?;
+    let refused = pod.start("file", &reference, &["true"]).await.map(drop);
+    expect_error(&refused, &["/file"])?;
+    pod.end().await
+}
+
 async fn image_without_layers_has_an_empty_root(ctx: Context) -> Result {
     let image = Image::new(Vec::new(), json!({"Cmd": ["/missing"]}));
     ctx.registry.push("no-layers", "1", &image).await?;

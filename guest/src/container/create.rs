@@ -167,6 +167,7 @@ fn prepare(
         crate::storage::prefault_submounts(&spec);
         let extracted = spec::adapt(&mut spec, &facts)?;
         mount_points::resolve(&rootfs.path(), &mut spec)?;
+        rootfs.mount_image_volumes(&mut spec, owners.as_ref())?;
         if let Some(process) = spec.process() {
             // Other runtimes create a missing working directory, and images rely on it.
             let _ = crate::storage::rootfs::make_directory(&rootfs.path(), process.cwd());

@@ -7,8 +7,10 @@
 use super::StorageError;
 use super::rootfs::make_directory;
 use oci_spec::runtime::{Mount, Spec};
+use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Component, Path, PathBuf};
 
 /// Maximum number of symlinks in a path, as in the kernel.
@@ -100,6 +102,20 @@ fn below(root: &Path, path: &Path) -> PathBuf {
     root.join(path.strip_prefix("/").unwrap_or(path))
 }
 
+/// Opens the directory `path` of the tree at `root`, with symlinks resolved within the tree. Creates it if it is missing.
+/// Blocks.
+///
+/// # Errors
+/// NotADirectory, or the failed system call.
+pub(crate) fn open_directory(root: &Path, path: &Path) -> io::Result<OwnedFd> {
+    let target = follow(root, path, &[])?.unwrap_or_else(|| path.to_owned());
+    make_directory(root, &target)?;
+    let root = fs::File::open(root)?;
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
+    Ok(openat2(&root, &target, flags, Mode::empty(), resolve)?)
+}
+
 fn is_file(mount: &Mount) -> bool {
     let source = mount.source().as_deref();
     let options = mount.options().as_deref().unwrap_or_default();
@@ -174,6 +190,34 @@ mod tests {
         assert!(root.path().join("nowhere/hosts").is_file());
         assert!(root.path().join("missing/dir").is_dir());
         assert!(!root.path().join("plain").exists(), "left to libcontainer");
+    }
+
+    #[test]
+    fn open_directory_creates_and_stays_in_the_tree() {
+        let root = tree();
+        let outside = tempfile::tempdir().unwrap();
+        symlink(outside.path(), root.path().join("out")).unwrap();
+        let inode = |path: &str| {
+            let opened = open_directory(root.path(), Path::new(path))?;
+            rustix::fs::fstat(&opened)
+                .map(|facts| facts.st_ino)
+                .map_err(io::Error::from)
+        };
+        let expect = |path: &str, target: &str| {
+            use std::os::unix::fs::MetadataExt;
+            let found = inode(path).unwrap();
+            let facts = fs::symlink_metadata(root.path().join(target)).unwrap();
+            assert!(facts.is_dir() && facts.ino() == found, "{path}");
+        };
+        expect("/opt/good", "opt/real");
+        expect("/opt/first", "missing/dir");
+        expect("/new/deep", "new/deep");
+        let inner = outside.path().strip_prefix("/").unwrap().join("sub");
+        expect("/out/sub", inner.to_str().unwrap());
+        assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0);
+        for path in ["/opt/file", "/opt/file/below", "/opt/loop"] {
+            assert!(inode(path).is_err(), "{path}");
+        }
     }
 
     #[test]

@@ -140,6 +140,22 @@ impl Rootfs {
             .mount(spec, &self.bundle, layers, user_namespace)
     }
 
+    /// Mounts the `VOLUME` paths of the container's image and replaces them by binds in `spec`, as
+    /// [`Rootfs::mount_volumes`] does. Called once the mount points are resolved.
+    ///
+    /// # Errors
+    /// As [`Volumes::mount_image_volumes`].
+    pub(crate) fn mount_image_volumes(
+        &mut self,
+        spec: &mut Spec,
+        owners: Option<&Owners<'_>>,
+    ) -> Result<(), StorageError> {
+        let root = self.path();
+        let owner = owners.map(|owners| owners.root);
+        self.volumes
+            .mount_image_volumes(spec, &self.bundle, &root, owner)
+    }
+
     /// Creates the host's block devices for the container `id`, and adds them to `spec`. They are removed with the
     /// root filesystem.
     ///

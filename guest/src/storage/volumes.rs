@@ -1,5 +1,5 @@
-//! Volumes created by the guest: image volumes and tmpfs. [`Volumes::mount`] mounts them and replaces their entries
-//! in the spec by bind mounts; the host's volumes are bind mounts of the share already.
+//! Volumes created by the guest: mounted images, tmpfs, and `VOLUME` paths of the container's image. [`Volumes`] mounts
+//! them and replaces their entries in the spec by bind mounts; the host's volumes are bind mounts of the share already.
 //!
 //! Paths inside an image are untrusted; the kernel resolves them within the image's root.
 
@@ -7,16 +7,17 @@ use super::idmap::Mapped;
 use super::layers::Layers;
 use super::memory;
 use super::overlay::stack;
-use super::{StorageError, mount_error};
+use super::{StorageError, mount_error, mount_points};
 use boxlite_proto::names::{
-    IDMAP_OPTION, IMAGE_MOUNT, IMAGE_SUB_PATH_STEP, LAYER_OPTION, MEMORY_MOUNT, MOUNT_FLAGS,
-    SUB_PATH_OPTION,
+    IDMAP_OPTION, IMAGE_MOUNT, IMAGE_SUB_PATH_STEP, IMAGE_VOLUME_MOUNT, LAYER_OPTION, MEMORY_MOUNT,
+    MOUNT_FLAGS, SUB_PATH_OPTION,
 };
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use oci_spec::runtime::{Mount, Spec};
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use std::fs::{self, File};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// Directory of a container's image and memory volumes below its bundle.
@@ -65,6 +66,49 @@ impl Volumes {
             mount
                 .set_typ(Some("bind".to_owned()))
                 .set_source(Some(source))
+                .set_options(Some(options));
+        }
+        spec.set_mounts(Some(mounts));
+        Ok(())
+    }
+
+    /// Binds the directories that `spec` mounts from the container's root filesystem at `root` (the image's `VOLUME`
+    /// paths) below `bundle`, and replaces their entries. Missing directories are created, in a user namespace for its root
+    /// `owner`. Symlinks are resolved within the root, so no process may run in it yet.
+    ///
+    /// # Errors
+    /// If a path is not a directory, is covered by /proc, or a system call fails.
+    pub(crate) fn mount_image_volumes(
+        &mut self,
+        spec: &mut Spec,
+        bundle: &Path,
+        root: &Path,
+        owner: Option<u32>,
+    ) -> Result<(), StorageError> {
+        let mut mounts = spec.mounts().clone().unwrap_or_default();
+        for (number, mount) in mounts.iter_mut().enumerate() {
+            if mount.typ().as_deref() != Some(IMAGE_VOLUME_MOUNT) {
+                continue;
+            }
+            let path = mount.source().clone().unwrap_or_default();
+            // As runc: otherwise the image decides what the files of /proc contain.
+            if mount.destination().starts_with("/proc") {
+                return Err(StorageError::Escape {
+                    path: path.display().to_string(),
+                    base: "the root filesystem (it leads to /proc)",
+                });
+            }
+            let opened = mount_points::open_directory(root, &path)
+                .map_err(StorageError::path("open the image's volume", &path))?;
+            let target = bundle.join(IMAGES).join(number.to_string());
+            self.bind(&opened, &target)?;
+            if let Some(owner) = owner {
+                own(&target, owner).map_err(StorageError::path("chown", &path))?;
+            }
+            let options = ["rbind", "rprivate", "rw"].map(str::to_owned).to_vec();
+            mount
+                .set_typ(Some("bind".to_owned()))
+                .set_source(Some(target))
                 .set_options(Some(options));
         }
         spec.set_mounts(Some(mounts));
@@ -168,6 +212,14 @@ impl Volumes {
             layers.release(layer);
         }
         Ok(())
+    }
+}
+
+/// Gives a directory that the agent has created to the root of a user namespace. Directories of the image are mapped.
+fn own(directory: &Path, owner: u32) -> std::io::Result<()> {
+    match fs::metadata(directory)?.uid() {
+        0 => std::os::unix::fs::chown(directory, Some(owner), Some(owner)),
+        _ => Ok(()),
     }
 }
 

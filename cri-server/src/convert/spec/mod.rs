@@ -10,6 +10,7 @@
 
 mod capabilities;
 mod devices;
+mod image_volumes;
 pub(crate) mod lsm;
 mod mounts;
 mod process;

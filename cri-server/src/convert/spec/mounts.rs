@@ -1,7 +1,7 @@
 //! `mounts` of a container's spec: the standard mounts, the pod's files, and the mounts of the request, sorted by
 //! nesting.
 
-use super::{ConvertError, Source, propagation};
+use super::{ConvertError, Source, image_volumes, propagation};
 use boxlite_proto::cri::v1::{
     IdMapping, ImageSpec, LinuxContainerSecurityContext, Mount, NamespaceMode,
 };
@@ -16,7 +16,8 @@ const SHM: &str = "/dev/shm";
 /// Lists of System V IPC objects.
 const SYSVIPC: &str = "/proc/sysvipc";
 
-/// Returns the list of mounts. A mount of the request replaces a standard mount with the same destination.
+/// Returns the list of mounts. A mount of the request replaces a standard mount with the same destination; a `VOLUME` of
+/// the image replaces neither.
 pub(crate) fn mounts(
     source: &Source<'_>,
     security: &LinuxContainerSecurityContext,
@@ -92,6 +93,18 @@ pub(crate) fn mounts(
         wanted.iter().any(|(target, _)| target == Path::new(at))
     };
     list.retain(|entry| !covered(entry));
+    let standard = |path: &Path| {
+        let mut destinations = list
+            .iter()
+            .filter_map(|entry| entry["destination"].as_str());
+        destinations.any(|destination| Path::new(destination) == path)
+    };
+    for path in image_volumes::paths(source.image_config().volumes().as_deref())? {
+        let requested = wanted.iter().any(|(target, _)| *target == path);
+        if !requested && !standard(&path) {
+            wanted.push((path.clone(), image_volumes::mount(&path)));
+        }
+    }
     // A nested mount must come after its parent; the sort is stable, so equal depths keep the order of the request.
     wanted.sort_by_key(|(target, _)| target.components().count());
     list.extend(wanted.into_iter().map(|(_, mount)| mount));
