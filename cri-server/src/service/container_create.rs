@@ -84,7 +84,17 @@ async fn make(
         return Err(create_status(error));
     }
     nri_hooks::notify_container(server, &session, Event::PostCreateContainer, pod, &id).await;
+    note_shared_volumes(server, pod.id(), config);
     Ok(id)
+}
+
+/// Warns of directories that other pods mount with write access, too. Not awaited: a host path may not answer.
+fn note_shared_volumes(server: &Server, pod: &str, config: ContainerConfig) {
+    let (server, pod) = (server.clone(), pod.to_owned());
+    tokio::task::spawn_blocking(move || {
+        let volumes = &server.shared_volumes;
+        volumes.add(&pod, &config, |id| server.pod(id).is_ok());
+    });
 }
 
 /// Replaces the reference of each image mount with the image's ID, so that the mounted image is the one that was

@@ -38,6 +38,7 @@ mod sandbox_stats;
 mod sandbox_status;
 mod sandbox_stop;
 mod sandbox_update;
+mod shared_volumes;
 mod single_flight;
 mod stream_attach;
 mod stream_exec;
@@ -61,6 +62,7 @@ use boxlite_runtime::{
 };
 use boxlite_sys::sync::Mutex;
 use rand::RngCore;
+use shared_volumes::SharedVolumes;
 use single_flight::SingleFlight;
 use std::collections::HashSet;
 use std::future::Future;
@@ -95,6 +97,7 @@ pub(crate) struct Inner {
     starting: Mutex<HashSet<String>>,
     runs: SingleFlight<RunPodSandboxRequest>,
     creates: SingleFlight<ContainerConfig>,
+    shared_volumes: SharedVolumes,
     /// By container id.
     starts: SingleFlight<String>,
     /// Set once at the start; unset means that NRI is disabled.
@@ -134,6 +137,7 @@ impl Server {
             starting: Mutex::default(),
             runs: SingleFlight::default(),
             creates: SingleFlight::default(),
+            shared_volumes: SharedVolumes::default(),
             starts: SingleFlight::default(),
             nri: OnceLock::new(),
             pod_cidrs: Mutex::default(),
