@@ -26,6 +26,7 @@ mod node;
 mod nri;
 mod pod;
 mod poll;
+mod probe;
 mod process;
 mod runner;
 mod service;
@@ -101,6 +102,18 @@ enum Command {
         /// Root of the tree.
         directory: PathBuf,
     },
+    /// Prints inotify events of a directory. Runs inside a guest.
+    #[command(hide = true)]
+    Events {
+        /// Directory to watch.
+        directory: PathBuf,
+    },
+    /// Follows a file by sendfile. Runs inside a guest.
+    #[command(hide = true)]
+    Splice {
+        /// File to follow.
+        file: PathBuf,
+    },
     /// Serves as an NRI plugin on standard input. Launched by a daemon.
     #[command(hide = true)]
     NriPlugin {
@@ -115,6 +128,8 @@ fn main() -> ExitCode {
     let command = Cli::parse().command;
     let result = match &command {
         Command::Tree { directory } => lister::run(directory).map(|()| ExitCode::SUCCESS),
+        Command::Events { directory } => probe::events(directory).map(|()| ExitCode::SUCCESS),
+        Command::Splice { file } => probe::splice(file).map(|()| ExitCode::SUCCESS),
         Command::NriPlugin { notes } => nri_plugin(notes).map(|()| ExitCode::SUCCESS),
         Command::Test { list: true, .. } => {
             for case in cases::all() {
@@ -154,7 +169,10 @@ fn run(command: Command) -> failure::Result<ExitCode> {
         Command::Conformance(options) => runtime.block_on(conformance::run(&options))?,
         Command::Bench => runtime.block_on(bench::run())?,
         // Handled in `main`.
-        Command::Tree { .. } | Command::NriPlugin { .. } => true,
+        Command::Tree { .. }
+        | Command::Events { .. }
+        | Command::Splice { .. }
+        | Command::NriPlugin { .. } => true,
         Command::Containerd { suite, version } => {
             runtime.block_on(containerd::run(&suite, version))?
         }

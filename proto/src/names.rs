@@ -62,6 +62,13 @@ pub const MOUNT_FLAGS: [&str; 3] = ["nosuid", "nodev", "noexec"];
 /// Type of a mount in a container's OCI spec for a `VOLUME` of its image: a writable bind of the path in the container's
 /// root filesystem, which is the source, with the image's content. The root filesystem itself may be read-only.
 pub const IMAGE_VOLUME_MOUNT: &str = "boxlite.image-volume";
+/// Type of a mount in the spec for the guest: a read-only directory of the share that a kubelet updates atomically; the
+/// guest mounts a copy in its memory. Options: [`VERSION_OPTION`] and those of a bind mount.
+pub const MIRROR_MOUNT: &str = "boxlite.mirror";
+/// Option of [`MIRROR_MOUNT`]: target of the volume's [`ATOMIC_LINK`].
+pub const VERSION_OPTION: &str = "version=";
+/// Link in a ConfigMap, Secret or projected volume that a kubelet exchanges for each update.
+pub const ATOMIC_LINK: &str = "..data";
 /// Type of a mount in the spec for the guest: a tmpfs of the pod, shared by all mounts with the same source. Options:
 /// [`SIZE_OPTION`], [`DIRECTORY_OPTION`], [`IDMAP_OPTION`], and those of a bind mount.
 pub const MEMORY_MOUNT: &str = "boxlite.memory";

@@ -5,6 +5,7 @@ mod bad_input;
 mod blocks;
 mod clients;
 mod cni;
+mod coherence;
 mod crash;
 mod exec;
 mod images;
@@ -38,6 +39,7 @@ pub(crate) fn all() -> Vec<Case> {
         spec::cases(),
         volumes::cases(),
         sockets::cases(),
+        coherence::cases(),
         blocks::cases(),
         mount_export::cases(),
         security::cases(),

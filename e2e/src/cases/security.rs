@@ -3,11 +3,13 @@
 use crate::case;
 use crate::ext4::Ext4;
 use crate::failure::{Failure, Result};
-use crate::pod::{Container, Pod, container_spec, pod_spec};
+use crate::image::build::Image;
+use crate::pod::{Container, Pod, container_spec, pod_spec, pull};
 use crate::runner::{Case, Context};
 use crate::{bail, ensure, poll, same};
 use k8s_cri::v1::security_profile::ProfileType;
 use k8s_cri::v1::*;
+use serde_json::json;
 
 pub(crate) fn cases() -> Vec<Case> {
     vec![
@@ -434,20 +436,42 @@ async fn volume_in_user_namespace_is_id_mapped(ctx: Context) -> Result {
     let volume = ctx.node.dir.join("userns-volume");
     let disk = Ext4::mount(&ctx.scratch.join("userns.img"), 16 << 20, &volume)?;
     std::fs::write(volume.join("there"), "x")?;
+    std::fs::create_dir_all(volume.join("map/..v0"))?;
+    std::fs::write(volume.join("map/..v0/key"), "content\n")?;
+    std::os::unix::fs::symlink("..v0", volume.join("map/..data"))?;
+    std::os::unix::fs::symlink("..data/key", volume.join("map/key"))?;
+    // The image's own volume, which is missing in its layers.
+    let image = Image::new(
+        vec![ctx.images.busybox.clone()],
+        json!({"Env": ["PATH=/bin"], "Volumes": {"/own": {}}}),
+    );
+    ctx.registry.push("userns-volume", "1", &image).await?;
+    let reference = format!("{}/userns-volume:1", ctx.registry.host);
+    pull(&ctx.node, &reference).await?;
     let pod = mapped_pod(&ctx, ids(0, 100_000)).await?;
-    let script = "stat -c %u:%g /volume/there; touch /volume/mine && echo in volume";
-    let mut config = container_spec("c", &ctx.images.base, &["sh", "-c", script]);
+    let script = "stat -c %u:%g /volume/there; touch /volume/mine && echo in volume; \
+        cat /map/key; stat -L -c %u:%g /map/key; touch /own/mine && stat -c %u:%g /own";
+    let mut config = container_spec("c", &reference, &["sh", "-c", script]);
     security(&mut config).namespace_options = Some(mapped(ids(0, 100_000)));
-    config.mounts = vec![Mount {
-        container_path: "/volume".into(),
-        host_path: volume.display().to_string(),
+    let mapped_mount = |path: &std::path::Path, at: &str, readonly| Mount {
+        container_path: at.into(),
+        host_path: path.display().to_string(),
+        readonly,
         uid_mappings: vec![ids(0, 100_000)],
         gid_mappings: vec![ids(0, 100_000)],
         ..Default::default()
-    }];
+    };
+    config.mounts = vec![
+        mapped_mount(&volume, "/volume", false),
+        mapped_mount(&volume.join("map"), "/map", true),
+    ];
     let c = pod.start_with(config).await?;
     c.exited(ctx.patience(20)).await?;
-    same!(c.output()?, "0:0\nin volume\n", "a mapped volume");
+    same!(
+        c.output()?,
+        "0:0\nin volume\ncontent\n0:0\n0:0\n",
+        "mapped volumes"
+    );
     use std::os::unix::fs::MetadataExt;
     same!(
         std::fs::metadata(volume.join("mine"))?.uid(),

@@ -29,7 +29,16 @@ pub(crate) fn cases() -> Vec<Case> {
 const PROPAGATION_LIMIT: Duration = Duration::from_secs(5);
 
 /// Repeats `look` until it succeeds. A look later than [`PROPAGATION_LIMIT`] after the change must succeed.
-pub(super) async fn eventually<F, Fut>(what: &str, mut look: F) -> Result
+pub(super) async fn eventually<F, Fut>(what: &str, look: F) -> Result
+where
+    F: FnMut() -> Fut,
+    Fut: Future<Output = Result>,
+{
+    eventually_within(PROPAGATION_LIMIT, what, look).await
+}
+
+/// Repeats `look` until it succeeds. A look later than `limit` after the change must succeed.
+pub(super) async fn eventually_within<F, Fut>(limit: Duration, what: &str, mut look: F) -> Result
 where
     F: FnMut() -> Fut,
     Fut: Future<Output = Result>,
@@ -39,7 +48,7 @@ where
         let asked = changed.elapsed();
         match look().await {
             Ok(()) => return Ok(()),
-            Err(instead) if asked > PROPAGATION_LIMIT => {
+            Err(instead) if asked > limit => {
                 crate::bail!("{what}: after {asked:?}: {instead}")
             }
             Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,

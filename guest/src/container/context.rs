@@ -8,6 +8,7 @@ use crate::mount_export::ExportList;
 use crate::spawner::SpawnError;
 use crate::spawner::wire::{IdMap, Message, Request};
 use crate::storage::layers::Layers;
+use crate::storage::mirror::Mirrors;
 use std::sync::Arc;
 
 /// The process that holds the namespaces shared by containers.
@@ -22,6 +23,8 @@ struct Pause {
 pub(crate) struct PodContext {
     pub launcher: Launcher,
     pub layers: Layers,
+    /// Copies of volumes that the host updates atomically.
+    pub mirrors: Mirrors,
     pub events: Events,
     /// Mounts of containers that are exported to the host.
     pub exports: Arc<ExportList>,
@@ -35,6 +38,7 @@ impl PodContext {
         Self {
             launcher,
             layers: Layers::default(),
+            mirrors: Mirrors::default(),
             events: Events::default(),
             exports: Arc::default(),
             pause: tokio::sync::Mutex::default(),

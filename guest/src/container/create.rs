@@ -145,6 +145,7 @@ fn prepare(
         &context.layers,
         owners.as_ref(),
     )?;
+    context.mirrors.replace(&mut spec);
     let volumes = rootfs.mount_volumes(&mut spec, &context.layers, owners.as_ref());
     let outside = |id| joined.user.as_ref().map_or(id, |user| user.outside(id));
     let (id, devices) = (&request.container_id, &request.block_devices);

@@ -1,10 +1,14 @@
-//! The `Mounts` service: exports mounts of containers to the host, by [`crate::mount_export`].
+//! The `Mounts` service: exports mounts of containers to the host, by [`crate::mount_export`], and updates copies of
+//! volumes, by [`crate::storage::mirror`].
 
 use crate::agent::Agent;
+use crate::container::error::ContainerError;
 use crate::mount_export::server;
+use crate::status::joined;
 use boxlite_proto::boxlite::v1::mounts_server::Mounts;
 use boxlite_proto::boxlite::v1::{
-    FuseRequest, FuseResponse, WatchExportsRequest, WatchExportsResponse,
+    FuseRequest, FuseResponse, RefreshRequest, RefreshResponse, WatchExportsRequest,
+    WatchExportsResponse,
 };
 use std::pin::Pin;
 use std::sync::Arc;
@@ -71,5 +75,19 @@ impl Mounts for MountsService {
     ) -> Result<Response<Self::FuseStream>, Status> {
         let stream = server::open(&self.agent.pod.context.exports, request.into_inner()).await?;
         Ok(Response::new(Box::pin(stream)))
+    }
+
+    async fn refresh(
+        &self,
+        request: Request<RefreshRequest>,
+    ) -> Result<Response<RefreshResponse>, Status> {
+        let request = request.into_inner();
+        let agent = Arc::clone(&self.agent);
+        let refresh = tokio::task::spawn_blocking(move || {
+            let mirrors = &agent.pod.context.mirrors;
+            mirrors.refresh(&request.volume, &request.version)
+        });
+        let copied = joined(refresh).await?.map_err(ContainerError::from)?;
+        Ok(Response::new(RefreshResponse { copied }))
     }
 }

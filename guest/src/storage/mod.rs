@@ -9,6 +9,7 @@
 //! /run/boxlite/scratch/c/<id>/  upper and work of a container's overlay
 //! /run/boxlite/c/<id>/          bundle: config.json, rootfs, volumes/<n> (image volumes)
 //! /run/boxlite/memory/<name>    tmpfs of a volume in memory, shared by containers of the pod
+//! /run/boxlite/mirror/<n>       copy of a ConfigMap, Secret or projected volume, shared by containers of the pod
 //! /dev/boxlite/<id>.<n>         node of a loop device: a host block device, backed by b/<number> of the share
 //! /l/<n>                        a layer, mounted once for all containers that use it
 //! ```
@@ -18,6 +19,7 @@ pub(crate) mod idmap;
 pub(crate) mod layers;
 mod loops;
 mod memory;
+pub(crate) mod mirror;
 pub(crate) mod mount_points;
 mod overlay;
 pub(crate) mod pins;

@@ -1,12 +1,13 @@
-//! [`MountsInterface`]: the Mounts service: mounts that containers export to the host, and their files.
+//! [`MountsInterface`]: the Mounts service: mounts that containers export to the host, and their files;
+//! copies of volumes in the guest.
 //!
 //! Used by the shim on dedicated connections. The shim decides which mounts appear and where.
 
-use super::{QUICK_LIMIT, unary};
+use super::{QUICK_LIMIT, WORK_LIMIT, unary};
 use crate::error::PortalError;
 use boxlite_proto::boxlite::v1::mounts_client::MountsClient;
 use boxlite_proto::boxlite::v1::{
-    FuseRequest, FuseResponse, WatchExportsRequest, WatchExportsResponse,
+    FuseRequest, FuseResponse, RefreshRequest, WatchExportsRequest, WatchExportsResponse,
 };
 use boxlite_proto::names;
 use tonic::Streaming;
@@ -44,6 +45,25 @@ impl MountsInterface {
             self.client.clone().watch_exports(outgoing),
         )
         .await
+    }
+
+    /// Updates the guest's copy of the volume at the path `volume` of the share to `version`. Returns false if the guest has
+    /// no copy.
+    ///
+    /// # Errors
+    /// Every kind of [`PortalError`].
+    pub async fn refresh(&self, volume: &str, version: &str) -> Result<bool, PortalError> {
+        let request = RefreshRequest {
+            volume: volume.to_owned(),
+            version: version.to_owned(),
+        };
+        let answer = unary(
+            "Mounts.Refresh",
+            WORK_LIMIT,
+            self.client.clone().refresh(request),
+        )
+        .await?;
+        Ok(answer.copied)
     }
 
     /// Exchanges FUSE messages of a mount, which the first message of `outgoing` identifies. Requires a

@@ -154,6 +154,14 @@ impl Containers {
             containers.delete(&id, true).await
         });
         let pid = guest.call(guest.session.container().init(init)).await?;
+        for bind in spec.binds.iter().filter(|bind| bind.mirrored) {
+            self.mirrored.add(&bind.path);
+            let (mirrored, path) = (Arc::clone(&self.mirrored), bind.path.clone());
+            undo.push_call("updates of a volume", move || {
+                mirrored.remove(&path);
+                Ok::<(), std::io::Error>(())
+            });
+        }
         let config = ProcessConfig {
             container: request.id.clone(),
             exec: String::new(),

@@ -19,6 +19,7 @@ use crate::error::{Result, ShimError};
 use crate::mount_export::volumes::ExportVolumes;
 use crate::pod::undo::Undo;
 use crate::pod::{Context, Guest};
+use crate::share::mirror::MirroredVolumes;
 use boxlite_sys::sync::Mutex;
 use process::Process;
 use std::collections::HashMap;
@@ -109,6 +110,7 @@ pub struct Containers {
     slots: Mutex<HashMap<String, Slot>>,
     layers: rootfs::SharedBinds,
     export_volumes: Arc<ExportVolumes>,
+    mirrored: Arc<MirroredVolumes>,
     blocks: Blocks,
 }
 
@@ -120,6 +122,7 @@ impl Containers {
             slots: Mutex::default(),
             layers: rootfs::SharedBinds::default(),
             export_volumes: Arc::default(),
+            mirrored: Arc::default(),
             blocks: Blocks::default(),
         }
     }
@@ -127,6 +130,11 @@ impl Containers {
     /// Returns the volumes below which containers may export mounts to the host.
     pub fn export_volumes(&self) -> &Arc<ExportVolumes> {
         &self.export_volumes
+    }
+
+    /// Returns the volumes that the guest has copied.
+    pub fn mirrored(&self) -> &Arc<MirroredVolumes> {
+        &self.mirrored
     }
 
     fn slots(&self) -> MutexGuard<'_, HashMap<String, Slot>> {

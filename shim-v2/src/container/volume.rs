@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! bind of a file or directory   bound at m/<digest> of the share; the guest binds it from there
+//! ConfigMap, Secret, projected  likewise, but the guest mounts a copy, see [`crate::share::mirror`]
 //! image                         layers bound at l/, like those of a root; the guest stacks them
 //! emptyDir in memory            a guest tmpfs of the same size, see [`super::memory`]
 //! host tmpfs at /dev/shm        likewise: host and guest cannot share memory
@@ -14,9 +15,10 @@ use super::mapped;
 use super::memory;
 use super::rootfs::layer_path;
 use crate::error::{Result, ShimError};
-use crate::share::{Access, BindMode, mountinfo};
+use crate::share::{Access, BindMode, mirror, mountinfo};
 use boxlite_proto::names::{
-    GUEST_SHARE, IDMAP_OPTION, IMAGE_MOUNT, LAYER_OPTION, MEMORY_MOUNT, MOUNT_FLAGS,
+    GUEST_SHARE, IDMAP_OPTION, IMAGE_MOUNT, LAYER_OPTION, MEMORY_MOUNT, MIRROR_MOUNT, MOUNT_FLAGS,
+    VERSION_OPTION,
 };
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use oci_spec::runtime::Mount;
@@ -39,6 +41,8 @@ pub struct Bind {
     pub mode: BindMode,
     /// Mounts that the container makes below it are exported to the host.
     pub exported: bool,
+    /// The guest mounts a copy and is informed of updates; see [`crate::share::mirror`].
+    pub mirrored: bool,
 }
 
 /// Rewrites `mount` for the guest and returns the binds that it needs.
@@ -194,6 +198,13 @@ fn bind(
         map: mapped::mapping(mount)?,
     };
     let path = format!("m/{}", key(&source, metadata, mode));
+    let atomic =
+        metadata.is_dir() && request.access != Access::Full && !request.follow_host && !below;
+    let version = atomic.then(|| mirror::version(&source)).flatten();
+    if let Some(version) = &version {
+        options.push(format!("{VERSION_OPTION}{version}"));
+        mount.set_typ(Some(MIRROR_MOUNT.to_owned()));
+    }
     mount
         .set_source(Some(Path::new(GUEST_SHARE).join(&path)))
         .set_options(Some(options))
@@ -204,6 +215,7 @@ fn bind(
         path,
         mode,
         exported: request.exported,
+        mirrored: version.is_some(),
     })
 }
 
@@ -273,6 +285,7 @@ fn rewrite_image(mount: &mut Mount) -> Result<Vec<Bind>> {
             path,
             mode: BindMode::fixed(Access::ReadOnly),
             exported: false,
+            mirrored: false,
         });
     }
     mount.set_options(Some(options));
@@ -326,6 +339,29 @@ mod tests {
         assert_eq!(options(&both_mount), ["rbind", "rshared", "rw"]);
         // Later mounts below it may be writable, so the guest's mount must be writable.
         assert_eq!(options(&slave_mount), ["rbind", "rslave", "rw"]);
+    }
+
+    #[test]
+    fn rewrite_mirrors_read_only_volumes_of_the_kubelet() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        std::fs::create_dir(dir.path().join("..1")).expect("created");
+        std::os::unix::fs::symlink("..1", dir.path().join("..data")).expect("linked");
+        let one = |words: &[&str]| {
+            let mut mount = mount(json!({"destination": "/v", "type": "bind",
+                "source": dir.path(), "options": words}));
+            let binds = rewrite(&mut mount).expect("rewritten");
+            (mount, binds[0].mirrored)
+        };
+        let (copied, mirrored) = one(&["rbind", "rprivate", "ro"]);
+        assert!(mirrored && copied.typ().as_deref() == Some(MIRROR_MOUNT));
+        assert_eq!(options(&copied), ["rbind", "rprivate", "ro", "version=..1"]);
+        for words in [["rbind", "rprivate", "rw"], ["rbind", "rslave", "ro"]] {
+            let (plain, mirrored) = one(&words);
+            assert!(
+                !mirrored && plain.typ().as_deref() == Some("bind"),
+                "{words:?}"
+            );
+        }
     }
 
     #[test]

@@ -21,6 +21,7 @@ use crate::sandbox::options::Plan;
 use crate::share::PodShare;
 use crate::share::file_server::FileServerWatch;
 use crate::share::host_namespace::HostNamespace;
+use crate::share::mirror::MirrorWatch;
 use crate::shim_state::{STATE_FILE, ShimState, write_atomically};
 use crate::time;
 use crate::vmm::{ReadySocket, Supervisor, VmmChild};
@@ -221,6 +222,7 @@ impl Machine for VmMachine {
         Ok(Booted {
             mounter: Some(mounter),
             file_server: Some(FileServerWatch::new(child.pid(), &session)),
+            mirror: Some(MirrorWatch::new(share.directory(), &session)),
             pid: child.pid().unsigned_abs(),
             session,
             share: Arc::new(VmShare(share)),

@@ -277,6 +277,11 @@ impl Driver {
         if let Some(watch) = booted.file_server {
             self.context.tasks.spawn(watch.run(guest.ended.clone()));
         }
+        if let Some(watch) = booted.mirror {
+            let volumes = Arc::clone(self.containers.mirrored());
+            let task = watch.run(volumes, guest.ended.clone());
+            self.context.tasks.spawn(task);
+        }
         if let Some(mounter) = booted.mounter {
             let volumes = self.containers.export_volumes().clone();
             let exporter = MountExporter::new(&guest.session, mounter, volumes);

@@ -9,6 +9,7 @@ use crate::net::host::HostPorts;
 use crate::pod::Share;
 use crate::pod::undo::Undo;
 use crate::share::file_server::FileServerWatch;
+use crate::share::mirror::MirrorWatch;
 use async_trait::async_trait;
 use boxlite_portal::GuestSession;
 use std::path::Path;
@@ -32,6 +33,8 @@ pub struct Booted {
     pub mounter: Option<HostMounter>,
     /// Keeps the file server below its limit of open files; run by the driver.
     pub file_server: Option<FileServerWatch>,
+    /// Updates the guest's copies of volumes; run by the driver.
+    pub mirror: Option<MirrorWatch>,
     /// Facts for SandboxStatus(verbose).
     pub info: Vec<(String, String)>,
 }

@@ -12,6 +12,7 @@ pub mod file_server;
 pub mod host_namespace;
 pub mod idmap;
 mod long_overlay;
+pub mod mirror;
 pub mod mountinfo;
 
 use beneath::SharePath;

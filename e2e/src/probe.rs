@@ -1,0 +1,40 @@
+//! `boxlite-e2e events <directory>` and `boxlite-e2e splice <file>`: programs that run inside a guest, because busybox has
+//! neither inotify nor sendfile. Both run until they are killed.
+
+use crate::failure::Result;
+use rustix::fs::inotify::{self, CreateFlags, Reader, WatchFlags};
+use std::fs::File;
+use std::io::Write;
+use std::mem::MaybeUninit;
+use std::path::Path;
+use std::time::Duration;
+
+/// Interval between looks at the end of a file.
+const INTERVAL: Duration = Duration::from_millis(200);
+
+/// Prints `watching`, then a line per creation, removal or renaming in `directory`.
+pub(crate) fn events(directory: &Path) -> Result {
+    let watcher = inotify::init(CreateFlags::CLOEXEC)?;
+    let flags = WatchFlags::CREATE | WatchFlags::DELETE | WatchFlags::MOVE;
+    inotify::add_watch(&watcher, directory, flags)?;
+    let mut buffer = [MaybeUninit::uninit(); 4096];
+    let mut reader = Reader::new(watcher, &mut buffer);
+    println!("watching");
+    loop {
+        let event = reader.next()?;
+        let name = event.file_name().map(|name| name.to_string_lossy());
+        println!("{:?} {}", event.events(), name.unwrap_or_default());
+        std::io::stdout().flush()?;
+    }
+}
+
+/// Copies `file`, and bytes that are appended to it later, to the standard output by sendfile. Asks for the file's size before each
+/// call, which docs/coherence.md requires in a pod.
+pub(crate) fn splice(file: &Path) -> Result {
+    let (file, out) = (File::open(file)?, std::io::stdout());
+    loop {
+        file.metadata()?;
+        while rustix::fs::sendfile(&out, &file, None, 1 << 16)? > 0 {}
+        std::thread::sleep(INTERVAL);
+    }
+}
