@@ -91,6 +91,8 @@ const FREE: Slot = (0, u32::MAX);
 pub(crate) struct Tree {
     nodes: Nodes,
     opaque: Vec<bool>,
+    /// By node: a directory without an entry; of the root: the layer has such directories.
+    implicit: Vec<bool>,
     edges: Vec<Edge>,
     /// Open addressing; its length is a power of two and at least twice the number of edges.
     table: Vec<Slot>,
@@ -119,6 +121,7 @@ impl Tree {
         Ok(Self {
             nodes,
             opaque: vec![false],
+            implicit: vec![false],
             edges: Vec::new(),
             table: vec![FREE; 64],
             hasher: RandomState::new(),
@@ -170,6 +173,7 @@ impl Tree {
             && let Some(existing) = self.child(parent, name)?
             && self.file_type(existing) == FileType::Dir
         {
+            self.implicit[existing as usize] = false;
             return Ok(self.nodes.set(existing, &node)?);
         }
         if node.file_type == FileType::Symlink {
@@ -276,6 +280,8 @@ impl Tree {
                         ));
                     }
                     let id = self.push(&implicit_dir())?;
+                    self.implicit[id as usize] = true;
+                    self.implicit[ROOT as usize] = true;
                     self.set_child(here, &part, id)?;
                     id
                 }
@@ -390,6 +396,7 @@ impl Tree {
             return Err(TreeError::Invalid(reason));
         }
         self.opaque.push(false);
+        self.implicit.push(false);
         Ok(self.nodes.push(node)?)
     }
 
@@ -480,19 +487,24 @@ impl Tree {
     /// Encoded attributes of a node.
     pub(crate) fn xattrs(&self, id: NodeId, node: &Node) -> io::Result<Vec<u8>> {
         let mut encoded = self.read(node.xattrs)?;
-        if self.opaque[id as usize] {
-            format::encode_xattr(&mut encoded, TRUSTED, OVERLAY_OPAQUE, b"y");
+        for name in self.marks(id) {
+            format::encode_xattr(&mut encoded, TRUSTED, name, b"y");
         }
         Ok(encoded)
     }
 
     /// Length of [`Self::xattrs`].
     pub(crate) fn xattrs_length(&self, id: NodeId, node: &Node) -> usize {
-        let opaque = match self.opaque[id as usize] {
-            true => format::xattr_length(OVERLAY_OPAQUE, b"y"),
-            false => 0,
-        };
-        node.xattrs.length as usize + opaque
+        let marks = self.marks(id);
+        let marks: usize = marks.map(|name| format::xattr_length(name, b"y")).sum();
+        node.xattrs.length as usize + marks
+    }
+
+    /// Names of the attributes that mark a directory.
+    fn marks(&self, id: NodeId) -> impl Iterator<Item = &'static [u8]> {
+        let opaque = self.opaque[id as usize].then_some(OVERLAY_OPAQUE);
+        let implicit = self.implicit[id as usize].then_some(IMPLICIT);
+        opaque.into_iter().chain(implicit)
     }
 }
 
@@ -594,6 +606,9 @@ fn parts(name: &[u8]) -> std::result::Result<Vec<&[u8]>, String> {
 const TRUSTED: u8 = 4;
 /// Marks an opaque directory for overlayfs, behind the prefix.
 const OVERLAY_OPAQUE: &[u8] = b"overlay.opaque";
+/// Marks a directory without an entry, and the root of a layer that has any, for the agent, which gives the directory the
+/// attributes of lower layers.
+const IMPLICIT: &[u8] = b"boxlite.implicit";
 
 /// Number of the prefix and rest of an attribute's name; `None` for attributes that a guest cannot or must not get.
 fn xattr_name(key: &[u8]) -> Option<(u8, &[u8])> {

@@ -138,6 +138,34 @@ fn every_entry_type_is_converted() {
     assert!(tree[&b"plain"[..]].xattrs.is_empty());
 }
 
+/// The agent gives them the attributes of lower layers.
+#[test]
+fn directories_without_entries_are_marked() {
+    let marked = |tar: Archive| {
+        let tree = tree(&tar.finish());
+        let mark = (4, b"boxlite.implicit".to_vec());
+        let mut paths: Vec<Vec<u8>> = tree
+            .iter()
+            .filter(|(_, node)| node.xattrs.contains_key(&mark))
+            .map(|(path, _)| path.to_vec())
+            .collect();
+        paths.sort();
+        paths
+    };
+    let mut tar = Archive::new();
+    tar.file("srv/late/x", b"", |_| {});
+    tar.file("a/b/.wh.gone", b"", |_| {});
+    tar.link("srv/late", '5', "");
+    assert_eq!(
+        marked(tar),
+        [&b""[..], b"a", b"a/b", b"srv"].map(<[u8]>::to_vec)
+    );
+    let mut tar = Archive::new();
+    tar.link("srv", '5', "");
+    tar.file("srv/x", b"", |_| {});
+    assert!(marked(tar).is_empty());
+}
+
 #[test]
 fn whiteouts_are_converted_for_overlayfs() {
     let mut tar = Archive::new();

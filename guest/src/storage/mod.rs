@@ -16,6 +16,7 @@
 
 pub(crate) mod blocks;
 pub(crate) mod idmap;
+mod implicit;
 pub(crate) mod layers;
 mod loops;
 mod memory;

@@ -121,7 +121,11 @@ impl Rootfs {
         if !mapped.is_empty() {
             lower = mapped.iter().map(|layer| layer.path().to_owned()).collect();
         }
-        stack(&lower, Some(&writable), &target)
+        stack(&lower, Some(&writable), &target)?;
+        super::implicit::adopt(&lower, &target).map_err(StorageError::path(
+            "set the attributes of directories of",
+            &target,
+        ))
     }
 
     /// Mounts the volumes created by the guest and replaces them by binds in `spec`. They are removed with the root
