@@ -16,6 +16,7 @@ mod mount_export;
 pub(crate) mod network;
 mod nri;
 mod observe;
+mod odd_images;
 mod resources;
 mod security;
 mod sockets;
@@ -45,6 +46,7 @@ pub(crate) fn all() -> Vec<Case> {
         security::cases(),
         nri::cases(),
         images::cases(),
+        odd_images::cases(),
         trees::cases(),
         observe::cases(),
         resources::cases(),

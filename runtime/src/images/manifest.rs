@@ -11,6 +11,8 @@ use serde::Deserialize;
 use super::error::{ImageError, ImageResult};
 use super::reference::Digest;
 
+mod lenient;
+
 pub(super) const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
 pub(super) const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 pub(super) const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
@@ -48,8 +50,10 @@ pub(super) enum Document {
 #[derive(Debug)]
 pub(super) struct Manifest {
     pub config: Descriptor,
-    /// Lowest first.
+    /// Layers of the file system, lowest first.
     pub layers: Vec<Descriptor>,
+    /// Media types of other blobs (signatures, attestations), which containerd does not unpack either.
+    pub ignored: Vec<String>,
 }
 
 /// Compression of a layer's blob.
@@ -88,13 +92,15 @@ impl Platform {
     /// As [`Self::takes`], for a config, whose variant may be any.
     fn takes_any_variant(&self, platform: &RawPlatform) -> bool {
         let found = Normalized::of(platform);
-        found.os == self.os && found.architecture == self.architecture
+        found.os == self.os
+            && found.architecture == self.architecture
+            && platform.os_features.is_empty()
     }
 
-    /// Accepts no variant or the base variant, because a guest's CPU need not support amd64/v3.
+    /// Accepts no variant or the base variant, because a guest's CPU need not support amd64/v3, and no OS features, which
+    /// only Windows has.
     fn takes(&self, platform: &RawPlatform) -> bool {
-        let found = Normalized::of(platform);
-        found.os == self.os && found.architecture == self.architecture && found.variant.is_empty()
+        self.takes_any_variant(platform) && Normalized::of(platform).variant.is_empty()
     }
 }
 
@@ -119,7 +125,13 @@ impl Normalized {
         let (architecture, variant) = match platform.architecture.to_ascii_lowercase().as_str() {
             "i386" => ("386", ""),
             "x86_64" | "x86-64" | "amd64" => ("amd64", strip_base(&variant, &["v1"])),
-            "aarch64" | "arm64" => ("arm64", strip_base(&variant, &["8", "v8", "v8.0"])),
+            "aarch64" | "arm64" => (
+                "arm64",
+                match strip_base(&variant, &["8", "v8", "v8.0"]) {
+                    "9" | "9.0" | "v9.0" => "v9",
+                    other => other,
+                },
+            ),
             "armhf" => ("arm", "v7"),
             "armel" => ("arm", "v6"),
             "arm" => (
@@ -156,12 +168,14 @@ fn strip_base<'a>(variant: &'a str, base: &[&str]) -> &'a str {
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct RawDocument {
-    schema_version: Option<u32>,
-    media_type: Option<String>,
+    /// Only its type is checked, as in containerd: OCI documents without it exist.
+    #[serde(rename = "schemaVersion")]
+    _schema_version: Option<i64>,
+    #[serde(default)]
+    media_type: String,
     config: Option<RawDescriptor>,
     layers: Option<Vec<RawDescriptor>>,
     manifests: Option<Vec<RawDescriptor>>,
-    fs_layers: Option<serde::de::IgnoredAny>,
 }
 
 #[derive(Deserialize)]
@@ -169,8 +183,10 @@ struct RawDocument {
 struct RawDescriptor {
     #[serde(default)]
     media_type: String,
+    #[serde(default)]
     digest: String,
-    size: u64,
+    #[serde(default)]
+    size: i64,
     platform: Option<RawPlatform>,
 }
 
@@ -181,17 +197,26 @@ struct RawPlatform {
     #[serde(default)]
     architecture: String,
     variant: Option<String>,
+    #[serde(default, rename = "os.features")]
+    os_features: Vec<String>,
 }
 
 impl RawDescriptor {
+    /// Checks the fields that a download needs. Entries that are not downloaded may lack them.
     fn check(self, what: &str) -> ImageResult<Descriptor> {
         let digest =
             Digest::parse(&self.digest).map_err(|reason| ImageError::invalid(what, reason))?;
-        Ok(Descriptor {
-            media_type: self.media_type,
-            digest,
-            size: self.size,
-        })
+        match u64::try_from(self.size) {
+            Ok(size) if size > 0 => Ok(Descriptor {
+                media_type: self.media_type,
+                digest,
+                size,
+            }),
+            _ => Err(ImageError::invalid(
+                what,
+                format!("size {} of {digest} is not positive", self.size),
+            )),
+        }
     }
 }
 
@@ -204,43 +229,65 @@ pub(super) fn parse(
 ) -> ImageResult<Document> {
     let invalid =
         |e: serde_json::Error| ImageError::invalid(what, format!("not an image manifest: {e}"));
-    let mut value: serde_json::Value = serde_json::from_slice(bytes).map_err(invalid)?;
-    normalize(&mut value);
-    let raw: RawDocument = serde_json::from_value(value).map_err(invalid)?;
-    // containerd does not require the version, but refuses documents of version 1.
-    if raw.fs_layers.is_some() || raw.schema_version.is_some_and(|version| version < 2) {
+    let raw: RawDocument =
+        serde_json::from_value(lenient::parse(bytes).map_err(invalid)?).map_err(invalid)?;
+    let has = |field| lenient::names(bytes, field);
+    if has("fsLayers") {
         return Err(ImageError::invalid(
             what,
             "schema version 1 is not supported",
         ));
     }
-    let named = raw.media_type.as_deref().or(media_type).unwrap_or("");
-    match (raw.manifests, raw.layers, raw.config) {
-        (Some(manifests), None, None) if !matches!(named, OCI_MANIFEST | DOCKER_MANIFEST) => {
-            choose(what, manifests, platform).map(Document::Index)
-        }
-        (None, layers, Some(config)) if !matches!(named, OCI_INDEX | DOCKER_LIST) => {
-            let layers = layers.unwrap_or_default();
-            if layers.len() > MAX_LAYERS {
-                let what = format!("the number of layers of {what}");
-                return Err(ImageError::TooLarge {
-                    subject: what,
-                    limit: MAX_LAYERS as u64,
-                    unit: "layers",
-                });
-            }
-            let config = config.check(what)?;
-            let layers = layers
-                .into_iter()
-                .map(|l| l.check(what))
-                .collect::<ImageResult<Vec<_>>>()?;
-            Ok(Document::Manifest(Manifest { config, layers }))
-        }
-        _ => Err(ImageError::invalid(
-            what,
-            format!("neither an index nor a manifest (media type {named:?})"),
-        )),
+    let named = match raw.media_type.as_str() {
+        "" => media_type.unwrap_or(""),
+        named => named,
+    };
+    let (index, manifest) = (has("manifests"), has("config") || has("layers"));
+    if index && !manifest && !matches!(named, OCI_MANIFEST | DOCKER_MANIFEST) {
+        choose(what, raw.manifests.unwrap_or_default(), platform).map(Document::Index)
+    } else if let Some(config) = raw.config
+        && !index
+        && !matches!(named, OCI_INDEX | DOCKER_LIST)
+    {
+        read_manifest(what, config, raw.layers.unwrap_or_default()).map(Document::Manifest)
+    } else {
+        let reason = format!("neither an index nor a manifest (media type {named:?})");
+        Err(ImageError::invalid(what, reason))
     }
+}
+
+fn read_manifest(
+    what: &str,
+    config: RawDescriptor,
+    blobs: Vec<RawDescriptor>,
+) -> ImageResult<Manifest> {
+    if blobs.len() > MAX_LAYERS {
+        return Err(ImageError::TooLarge {
+            subject: format!("the number of layers of {what}"),
+            limit: MAX_LAYERS as u64,
+            unit: "layers",
+        });
+    }
+    let config = config.check(what)?;
+    let (mut layers, mut ignored) = (Vec::new(), Vec::new());
+    for blob in blobs {
+        let blob = blob.check(what)?;
+        if is_layer(what, &blob)? {
+            layers.push(blob);
+        } else {
+            ignored.push(blob.media_type);
+        }
+    }
+    if let (true, Some(first)) = (layers.is_empty(), ignored.first()) {
+        let reason =
+            format!("not an image: media type {first:?} of its first blob is not a layer type");
+        return Err(ImageError::invalid(what, reason));
+    }
+    Ok(Manifest {
+        config,
+        layers,
+        ignored,
+    })
 }
 
 fn choose(what: &str, entries: Vec<RawDescriptor>, platform: Platform) -> ImageResult<Descriptor> {
@@ -300,10 +347,9 @@ pub(super) fn parse_config(
 ) -> ImageResult<(ImageConfiguration, Vec<Digest>)> {
     let no_config =
         |e: serde_json::Error| ImageError::invalid(what, format!("not an image config: {e}"));
-    let mut value: serde_json::Value = serde_json::from_slice(bytes).map_err(no_config)?;
-    normalize(&mut value);
+    let mut value = lenient::parse(bytes).map_err(no_config)?;
     let found: RawPlatform = serde_json::from_value(value.clone()).map_err(no_config)?;
-    // A missing architecture matches any, as in containerd.
+    // A missing architecture matches any. containerd pulls such an image, too, but its transfer service does not unpack it.
     if !found.architecture.is_empty() && !platform.takes_any_variant(&found) {
         return Err(ImageError::NoPlatform {
             subject: what.to_owned(),
@@ -314,11 +360,21 @@ pub(super) fn parse_config(
     if let serde_json::Value::Object(map) = &mut value {
         map.insert("os".into(), platform.os.into());
         map.insert("architecture".into(), platform.architecture.into());
-        map.entry("rootfs")
-            .or_insert_with(|| serde_json::json!({"type": "layers", "diff_ids": []}));
+        let rootfs = map.entry("rootfs").or_insert_with(|| serde_json::json!({}));
+        if let serde_json::Value::Object(rootfs) = rootfs {
+            rootfs.entry("type").or_insert_with(|| "layers".into());
+            rootfs
+                .entry("diff_ids")
+                .or_insert_with(|| serde_json::json!([]));
+        }
     }
     let config: ImageConfiguration = serde_json::from_value(value).map_err(no_config)?;
-    let diff_ids = config.rootfs().diff_ids();
+    let rootfs = config.rootfs();
+    if !matches!(rootfs.typ().as_str(), "" | "layers") {
+        let reason = format!("rootfs type {:?} is not \"layers\"", rootfs.typ());
+        return Err(ImageError::invalid(what, reason));
+    }
+    let diff_ids = rootfs.diff_ids();
     if diff_ids.len() != layers {
         let reason = format!("it has {} diff IDs for {layers} layers", diff_ids.len());
         return Err(ImageError::invalid(what, reason));
@@ -331,80 +387,6 @@ pub(super) fn parse_config(
         })
         .collect::<ImageResult<Vec<_>>>()?;
     Ok((config, diff_ids))
-}
-
-/// Field names of manifests, indexes and configs, except those of free-form maps.
-const FIELDS: [&str; 29] = [
-    "schemaVersion",
-    "mediaType",
-    "manifests",
-    "layers",
-    "fsLayers",
-    "digest",
-    "size",
-    "platform",
-    "os",
-    "architecture",
-    "variant",
-    "config",
-    "rootfs",
-    "diff_ids",
-    "history",
-    "created",
-    "author",
-    "User",
-    "ExposedPorts",
-    "Env",
-    "Entrypoint",
-    "Cmd",
-    "Volumes",
-    "WorkingDir",
-    "Labels",
-    "StopSignal",
-    "type",
-    "empty_layer",
-    "created_by",
-];
-/// Fields with free-form keys.
-const MAPS: [&str; 4] = ["Labels", "Volumes", "ExposedPorts", "annotations"];
-
-/// Removes null members and corrects the case of field names, so that documents are read as Go reads them: Docker writes
-/// null for fields that OCI omits, and Go's JSON ignores the case of names. The recursion is bounded because serde_json
-/// limits the nesting to 128.
-fn normalize(value: &mut serde_json::Value) {
-    match value {
-        serde_json::Value::Object(map) => {
-            for (name, mut value) in std::mem::take(map) {
-                let known = FIELDS
-                    .iter()
-                    .find(|field| field.eq_ignore_ascii_case(&name));
-                let name = known.map_or(name, |field| (*field).to_owned());
-                if value.is_null() {
-                    continue;
-                }
-                if MAPS.contains(&name.as_str()) {
-                    drop_nulls(&mut value);
-                } else {
-                    normalize(&mut value);
-                }
-                map.insert(name, value);
-            }
-        }
-        serde_json::Value::Array(items) => items.iter_mut().for_each(normalize),
-        _ => {}
-    }
-}
-
-/// Removes null members.
-fn drop_nulls(value: &mut serde_json::Value) {
-    match value {
-        serde_json::Value::Object(map) => {
-            map.retain(|_, v| !v.is_null());
-            map.values_mut().for_each(drop_nulls);
-        }
-        serde_json::Value::Array(items) => items.iter_mut().for_each(drop_nulls),
-        _ => {}
-    }
 }
 
 impl Compression {
@@ -420,28 +402,34 @@ impl Compression {
     }
 }
 
-/// Rejects media types other than file system layers (in-toto attestations, Helm charts, encrypted layers).
-pub(super) fn check_layer_type(what: &str, media_type: &str) -> ImageResult<()> {
-    let known = [
+/// Reports whether a blob is a layer of the file system. Other blobs beside layers (in-toto attestations, signatures) are
+/// not part of it. Fails for layers in a form that cannot be read, such as encrypted ones.
+fn is_layer(what: &str, blob: &Descriptor) -> ImageResult<bool> {
+    let tars = [
         "application/vnd.oci.image.layer.v1.tar",
         "application/vnd.oci.image.layer.nondistributable.v1.tar",
         "application/vnd.docker.image.rootfs.diff.tar",
         "application/vnd.docker.image.rootfs.foreign.diff.tar",
     ];
-    let ok = known.iter().any(|k| {
-        media_type
-            .strip_prefix(k)
-            .is_some_and(|suffix| matches!(suffix, "" | "+gzip" | "+zstd" | ".gzip" | ".zstd"))
-    });
-    if ok {
-        Ok(())
-    } else {
-        Err(ImageError::invalid(
-            what,
-            format!("media type {media_type:?} is not a layer type"),
-        ))
+    let media_type = blob.media_type.as_str();
+    let suffix = tars.iter().find_map(|tar| media_type.strip_prefix(tar));
+    if suffix.is_some_and(|s| matches!(s, "" | "+gzip" | "+zstd" | ".gzip" | ".zstd")) {
+        return Ok(true);
     }
+    let layer = suffix.is_some_and(|s| s.starts_with('+'))
+        || media_type.starts_with("application/vnd.oci.image.layer.")
+        || media_type == "application/vnd.erofs.layer.v1";
+    if layer {
+        let reason = format!(
+            "media type {media_type:?} of layer {} is not supported",
+            blob.digest
+        );
+        return Err(ImageError::invalid(what, reason));
+    }
+    Ok(false)
 }
 
+#[cfg(test)]
+mod oddities;
 #[cfg(test)]
 mod tests;

@@ -54,9 +54,6 @@ async fn run(
     let session = Arc::new(Session::new(&inner.hosts, reference, auth)?);
     let resolved = resolve(&session, reference, platform).await?;
     let manifest = resolved.manifest;
-    for layer in &manifest.layers {
-        manifest::check_layer_type(&format!("layer {}", layer.digest), &layer.media_type)?;
-    }
     let what = format!("config {} of {}", manifest.config.digest, reference.name());
     let config = inner
         .configs
@@ -64,6 +61,10 @@ async fn run(
             session.small_blob(&what, &manifest.config, MAX_CONFIG_BYTES)
         })
         .await?;
+    if let Some(first) = manifest.ignored.first() {
+        let count = manifest.ignored.len();
+        tracing::info!(manifest = %resolved.target, count, media_type = first, "ignoring blobs that are not layers");
+    }
     let (_, diff_ids) = manifest::parse_config(&what, &config, manifest.layers.len(), platform)?;
     let abandoned = Arc::new(AtomicBool::new(false));
     let requests: Vec<LayerRequest> = manifest

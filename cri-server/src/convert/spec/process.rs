@@ -9,7 +9,8 @@ use oci_spec::image::ImageConfiguration;
 use serde_json::{Value, json};
 
 /// PATH of a container whose image and request set none, as in containerd.
-const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+pub(super) const DEFAULT_PATH: &str =
+    "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Range of /proc/<pid>/oom_score_adj.
 const OOM_RANGE: std::ops::RangeInclusive<i64> = -1000..=1000;
 
@@ -54,7 +55,13 @@ fn arguments(source: &Source<'_>) -> Result<Vec<String>, ConvertError> {
     let image = source.image_config();
     let (command, args) = (&source.config.command, &source.config.args);
     let mut words = if command.is_empty() {
-        image.entrypoint().clone().unwrap_or_default()
+        // `ENTRYPOINT [""]` resets the entrypoint of a base image in Docker and containerd.
+        let entrypoint = image.entrypoint().clone().unwrap_or_default();
+        if entrypoint == [""] {
+            Vec::new()
+        } else {
+            entrypoint
+        }
     } else {
         command.clone()
     };
@@ -84,7 +91,12 @@ fn environment(source: &Source<'_>) -> Result<Vec<String>, ConvertError> {
         list.push("TERM=xterm".into());
     }
     for entry in source.image_config().env().iter().flatten() {
-        set(&mut list, entry.clone());
+        if entry.contains('=') {
+            set(&mut list, entry.clone());
+        } else {
+            // As in containerd, an entry without a value removes the variable.
+            list.retain(|have| have.split('=').next() != Some(entry.as_str()));
+        }
     }
     for entry in &source.config.envs {
         if entry.key.is_empty() || entry.key.contains('=') {

@@ -2,6 +2,7 @@
 
 mod kubelet;
 
+use super::process::DEFAULT_PATH;
 use super::*;
 use boxlite_proto::cri::v1::{
     Capability, ContainerMetadata, Device, IdMapping, ImageSpec, Int64Value, KeyValue,
@@ -169,6 +170,12 @@ fn command_and_args_against_entrypoint_and_cmd() {
     }
     let mut nothing = container();
     nothing.command.clear();
+    // `ENTRYPOINT [""]` in an image counts as none, as in containerd.
+    let reset = json!({"Entrypoint": [""], "Cmd": ["c"]});
+    assert_eq!(
+        made(&nothing, reset).unwrap()["process"]["args"],
+        json!(["c"])
+    );
     assert!(matches!(
         made(&nothing, json!({})),
         Err(ConvertError::Missing(_))
@@ -210,6 +217,21 @@ fn environment_is_overridden_in_place() {
         value: "x".into(),
     }];
     assert!(made(&config, json!({})).is_err());
+}
+
+/// containerd's treatment of the entries that image builders write by mistake.
+#[test]
+fn environment_entry_without_value_unsets() {
+    let mut config = container();
+    config.envs.clear();
+    let env =
+        |image: Value| made(&config, json!({"Env": image})).unwrap()["process"]["env"].clone();
+    let path = format!("PATH={DEFAULT_PATH}");
+    assert_eq!(
+        env(json!(["A=1", "A", "NONE", "", "=odd", "B=", "C=x=y"])),
+        json!([path, "HOSTNAME=web", "=odd", "B=", "C=x=y"])
+    );
+    assert_eq!(env(json!(["PATH"])), json!(["HOSTNAME=web"]));
 }
 
 #[test]

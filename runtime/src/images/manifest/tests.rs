@@ -72,6 +72,7 @@ fn parse_rejects_ambiguous_and_old_documents() {
         json!({"schemaVersion": 2, "mediaType": DOCKER_MANIFEST, "manifests": [d]}),
         json!({"schemaVersion": 1, "fsLayers": []}),
         json!({"schemaVersion": 2}),
+        json!({"schemaVersion": 2, "manifests": null, "config": d}),
         json!({"schemaVersion": 2, "layers": [{"digest": "sha256:../../x", "size": 1}], "config": d}),
         json!([]),
     ] {
@@ -116,21 +117,7 @@ fn parse_config_accepts_docker_nulls() {
 }
 
 #[test]
-fn layer_type_and_compression_are_detected() {
-    for good in [
-        "application/vnd.oci.image.layer.v1.tar",
-        "application/vnd.oci.image.layer.v1.tar+zstd",
-        "application/vnd.docker.image.rootfs.diff.tar.gzip",
-    ] {
-        check_layer_type("x", good).unwrap();
-    }
-    for bad in [
-        "",
-        "application/vnd.in-toto+json",
-        "application/vnd.oci.image.layer.v1.tar+encrypted",
-    ] {
-        check_layer_type("x", bad).unwrap_err();
-    }
+fn compression_is_detected() {
     assert_eq!(Compression::sniff(&[0x1f, 0x8b, 8]), Compression::Gzip);
     assert_eq!(
         Compression::sniff(&[0x28, 0xb5, 0x2f, 0xfd, 0]),
@@ -138,75 +125,6 @@ fn layer_type_and_compression_are_detected() {
     );
     assert_eq!(Compression::sniff(b"etc/"), Compression::Plain);
     assert_eq!(Compression::sniff(b""), Compression::Plain);
-}
-
-/// containerd's behavior for optional and wrong fields of configs.
-#[test]
-fn parse_config_treats_fields_as_containerd() {
-    let id = digest(1);
-    let rootfs = json!({"type": "layers", "diff_ids": [id]});
-    let with = |fields: serde_json::Value| {
-        let mut config = json!({"architecture": "amd64", "os": "linux", "rootfs": rootfs});
-        for (key, value) in fields.as_object().unwrap() {
-            config[key] = value.clone();
-        }
-        config
-    };
-    for (config, accepted) in [
-        (with(json!({"architecture": "x86_64"})), true),
-        (with(json!({"architecture": "x86-64"})), true),
-        (with(json!({"architecture": "AMD64"})), true),
-        (with(json!({"os": "Linux"})), true),
-        (with(json!({"os": ""})), true),
-        (
-            with(json!({"architecture": "amd64", "variant": "v1"})),
-            true,
-        ),
-        (with(json!({"architecture": "arm64"})), false),
-        (with(json!({"architecture": "aarch64"})), false),
-        (with(json!({"architecture": "armhf"})), false),
-        (with(json!({"architecture": "i386"})), false),
-        (with(json!({"os": "windows"})), false),
-        (with(json!({"os": "macOS"})), false),
-        (json!({"os": "linux", "rootfs": rootfs}), true),
-        (json!({"architecture": "amd64", "rootfs": rootfs}), true),
-        (json!({"rootfs": rootfs}), true),
-        (
-            json!({"OS": "linux", "Architecture": "amd64", "rootfs": rootfs}),
-            true,
-        ),
-        (
-            with(json!({"config": null, "history": null, "author": null})),
-            true,
-        ),
-        (with(json!({"created": ""})), true),
-        (
-            with(json!({"config": {"cmd": ["sh"], "env": null, "Labels": {"os": "x", "y": null}}})),
-            true,
-        ),
-        (
-            with(json!({"history": [{"created": "1970-01-01T00:00:00Z", "empty_layer": true}]})),
-            true,
-        ),
-        (
-            with(json!({"moby.buildkit.cache.v0": "x", "container_config": {"Cmd": null}})),
-            true,
-        ),
-        (with(json!({"config": {"Env": "A=b"}})), false),
-        (with(json!({"config": []})), false),
-        (json!({"architecture": "amd64", "os": "linux"}), false),
-        (json!([]), false),
-        (json!("x"), false),
-    ] {
-        let text = config.to_string();
-        let parsed = parse_config("x", text.as_bytes(), 1, AMD64);
-        assert_eq!(parsed.is_ok(), accepted, "{text}: {parsed:?}");
-    }
-    let lower = with(json!({"config": {"cmd": ["sh"], "Labels": {"user": "x"}}}));
-    let (parsed, _) = parse_config("x", lower.to_string().as_bytes(), 1, AMD64).unwrap();
-    let config = parsed.config().clone().unwrap();
-    assert_eq!(config.cmd().as_deref(), Some(&["sh".to_owned()][..]));
-    assert!(config.labels().clone().unwrap().contains_key("user"));
 }
 
 /// An image without layers, as made by tools that mount volumes into an empty root.
@@ -229,48 +147,22 @@ fn parse_accepts_image_without_layers() {
     assert!(diff_ids.is_empty());
 }
 
-/// containerd's `platforms.Normalize` for the entries of an index.
+/// containerd's `platforms.Normalize` for other architectures; those of this machine are in `oddities`.
 #[test]
-fn choose_normalizes_platforms_as_containerd() {
-    let taken = |platform: serde_json::Value| {
-        let entry = json!({"mediaType": OCI_MANIFEST, "digest": digest(1), "size": 7, "platform": platform});
-        chosen(json!([entry])).is_ok()
-    };
-    for (platform, accepted) in [
-        (json!({"os": "Linux", "architecture": "x86_64"}), true),
-        (json!({"os": "linux", "architecture": "AMD64"}), true),
-        (json!({"architecture": "amd64"}), true),
-        (json!({"OS": "linux", "Architecture": "amd64"}), true),
-        (
-            json!({"os": "linux", "architecture": "amd64", "variant": "V1"}),
-            true,
-        ),
-        (
-            json!({"os": "linux", "architecture": "amd64", "variant": null}),
-            true,
-        ),
-        (
-            json!({"os": "linux", "architecture": "amd64", "variant": "v2"}),
-            false,
-        ),
-        (json!({"os": "linux", "architecture": "aarch64"}), false),
-        (json!({"os": "linux", "architecture": "armhf"}), false),
-        (json!({"os": "linux"}), false),
-        (json!({"os": "darwin", "architecture": "amd64"}), false),
-    ] {
-        assert_eq!(taken(platform.clone()), accepted, "{platform}");
-    }
+fn normalized_of_agrees_with_containerd() {
     let of = |architecture: &str, variant: &str| {
         let found = Normalized::of(&RawPlatform {
             os: String::new(),
             architecture: architecture.into(),
             variant: Some(variant.into()),
+            os_features: Vec::new(),
         });
         format!("{}/{}", found.architecture, found.variant)
     };
     for (architecture, variant, expected) in [
         ("aarch64", "8", "arm64/"),
         ("arm64", "v9", "arm64/v9"),
+        ("arm64", "9.0", "arm64/v9"),
         ("armel", "", "arm/v6"),
         ("arm", "", "arm/v7"),
         ("arm", "5", "arm/v5"),
