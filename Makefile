@@ -24,7 +24,7 @@ PROGRAMS := -p boxlite-cri -p boxlite-shim-v2 -p boxlite-e2e -p boxlite-guest
 # Size limit of the release agent in bytes.
 AGENT_MAX_BYTES := 14500000
 
-.PHONY: all tools build demo test test-containerd e2e-qemu e2e-krun conformance conformance-krun conformance-containerd bench lint deny unit agent-size fmt install clean help
+.PHONY: all tools build demo test test-containerd e2e-qemu e2e-krun conformance conformance-krun conformance-containerd cluster test-cluster conformance-cluster bench lint deny unit agent-size fmt install clean help
 all: build
 
 help:
@@ -36,6 +36,9 @@ help:
 	@echo "make conformance             critest, the conformance suite of CRI runtimes (docs/conformance.md)"
 	@echo "make test-containerd         the shim under containerd 1.6 and 2.x"
 	@echo "make conformance-containerd  critest against containerd's CRI plugin with the shim"
+	@echo "make cluster                 a Kubernetes cluster on this runtime, with a shell that has KUBECONFIG"
+	@echo "make test-cluster            the project's cases on that cluster (FILTER=clients::)"
+	@echo "make conformance-cluster     Kubernetes' own suite on that cluster (FOCUS='regular expression')"
 	@echo "make bench                   ratios against a bare boot of the same VMM and kernel"
 	@echo "make build                   build the programs into $(TARGET)"
 	@echo "make install                 install the programs below PREFIX (default /usr/local)"
@@ -85,6 +88,23 @@ conformance-containerd: build
 	@e2e/scripts/critest >/dev/null
 	@e2e/scripts/containerd $(or $(VERSION),2)
 	@$(BIN)/boxlite-e2e conformance --backend qemu --containerd $(or $(VERSION),2) $(or $(CRITEST),--transport nri)
+
+# A one-node Kubernetes with boxlite-cri as its only runtime. The first run builds Kubernetes, about 25 minutes on two cores.
+# COMMAND='kubectl get pods -A' runs a command instead of the shell.
+cluster: build
+	@e2e/scripts/cluster-build >/dev/null
+	@$(BIN)/boxlite-e2e cluster shell $(if $(COMMAND),--command '$(COMMAND)')
+
+test-cluster: build
+	@e2e/scripts/cluster-build >/dev/null
+	@$(BIN)/boxlite-e2e cluster test --junit $(TARGET)/junit $(if $(FILTER),--filter $(FILTER))
+
+# Kubernetes' own suite, by default the specs of a NodeConformance run: FOCUS and SKIP are regular expressions, PROCS is the
+# number of parallel processes.
+conformance-cluster: build
+	@e2e/scripts/cluster-build suite >/dev/null
+	@$(BIN)/boxlite-e2e cluster conformance --out $(TARGET)/conformance-cluster $(if $(FOCUS),--focus '$(FOCUS)') \
+	  $(if $(SKIP),--skip '$(SKIP)') $(if $(PROCS),--procs $(PROCS))
 
 bench: build
 	@$(BIN)/boxlite-e2e bench

@@ -83,16 +83,17 @@ impl LeakSnapshot {
 
     /// Waits until no objects beyond `self` exist, and fails after a time limit.
     pub(crate) async fn restored(&self, node: &Node) -> Result<Self> {
-        poll::until(
-            "all objects of the pod are removed",
-            SETTLE_LIMIT,
-            || async {
-                let now = Self::take(node)?;
-                let more = now.beyond(self);
-                ensure!(more.is_empty(), "leaked:\n  {}", more.join("\n  "));
-                Ok(now)
-            },
-        )
+        self.restored_within(node, SETTLE_LIMIT).await
+    }
+
+    /// Does the same with another limit: a kubelet unmounts volumes some time after a pod's end.
+    pub(crate) async fn restored_within(&self, node: &Node, limit: Duration) -> Result<Self> {
+        poll::until("all objects of the pod are removed", limit, || async {
+            let now = Self::take(node)?;
+            let more = now.beyond(self);
+            ensure!(more.is_empty(), "leaked:\n  {}", more.join("\n  "));
+            Ok(now)
+        })
         .await
     }
 }

@@ -7,7 +7,9 @@
 
 mod bench;
 mod cases;
+mod cgroups;
 mod client;
+mod cluster;
 mod conformance;
 mod containerd;
 mod context;
@@ -95,6 +97,11 @@ enum Command {
         #[arg(long, value_enum)]
         version: Option<containerd::Version>,
     },
+    /// Brings up a Kubernetes cluster with boxlite-cri as its only runtime.
+    Cluster {
+        #[command(subcommand)]
+        action: cluster::Action,
+    },
     /// Measures pods against a bare boot of the same VMM and kernel.
     Bench,
     /// Prints a directory tree as the running kernel sees it. Runs inside a guest.
@@ -167,6 +174,7 @@ fn run(command: Command) -> failure::Result<ExitCode> {
     let passed = match command {
         Command::Demo => runtime.block_on(demo::run())?,
         Command::Conformance(options) => runtime.block_on(conformance::run(&options))?,
+        Command::Cluster { action } => runtime.block_on(cluster::run(&action))?,
         Command::Bench => runtime.block_on(bench::run())?,
         // Handled in `main`.
         Command::Tree { .. }

@@ -60,6 +60,7 @@ pub(crate) fn enter() -> Result<ExitCode> {
         .env(SCRATCH, scratch.path())
         .status()
         .during("unshare (util-linux; needs root)")?;
+    crate::cgroups::remove(scratch.path())?;
     Ok(exit_code(status.code()))
 }
 

@@ -148,7 +148,7 @@ async fn references(push: &Push<'_>, base: &[Layer]) -> Result {
 }
 
 /// Returns a layer of programs that specs call and Debian's busybox lacks.
-fn tools() -> Result<Layer> {
+pub(crate) fn tools() -> Result<Layer> {
     let mut tar = LayerTar::default();
     tar.file("bin/pgrep", 0o755, PGREP)?
         .file("bin/brctl", 0o755, BRCTL)?;
@@ -158,7 +158,7 @@ fn tools() -> Result<Layer> {
 
 /// Returns a layer with nginx and its libraries, as in the usual image: worker user, log files that are the container's
 /// streams, a page.
-fn nginx(program: &Path, port: u16) -> Result<Layer> {
+pub(crate) fn nginx(program: &Path, port: u16) -> Result<Layer> {
     let mut tar = LayerTar::default();
     for dir in [
         "usr/sbin",

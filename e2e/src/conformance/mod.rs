@@ -4,7 +4,7 @@
 //! Starts the programs and evaluates the result ([`report`]). The specs are those of the Go module pinned in
 //! `e2e/critest`; the images are built by [`images`]. Each run has a separate daemon ([`target`]).
 
-mod images;
+pub(crate) mod images;
 mod report;
 mod target;
 

@@ -1,0 +1,258 @@
+//! Disturbances of the node: kubelet restarted, runtime killed and upgraded under live pods, a reboot, a drain; and the
+//! kubelet's statistics.
+
+use crate::cluster::NODE;
+use crate::cluster::context::{ClusterContext, POD_TIMEOUT, container, restarts};
+use crate::cluster::pods::{self, IDLE, pod, script};
+use crate::cluster::until;
+use crate::failure::Result;
+use crate::runner::Case;
+use crate::{case, ensure, process, same};
+use serde_json::{Value, json};
+use std::sync::Arc;
+use std::time::Duration;
+
+type Context = Arc<ClusterContext>;
+
+pub(super) fn cases() -> Vec<Case<ClusterContext>> {
+    vec![
+        case!(stats_summary_agrees_with_the_guest, 300),
+        case!(kubelet_restart_keeps_containers, 300),
+        case!(killed_runtime_keeps_containers, 300),
+        case!(terminated_runtime_keeps_containers, 300),
+        case!(drained_node_evicts_and_takes_pods_again, 300),
+        case!(rebooted_node_restarts_every_pod, 400),
+    ]
+}
+
+/// Difference in memory between two looks at a busy container.
+const MEMORY_SLACK: u64 = 16 << 20;
+
+async fn stats_summary_agrees_with_the_guest(ctx: Context) -> Result {
+    let hold = "head -c 40000000 /dev/zero | tail & i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done; sleep infinity";
+    ctx.run_pod(&script(
+        "measured",
+        &format!("dd if=/dev/zero of=/file bs=1M count=20 2>/dev/null; {hold}"),
+    ))
+    .await?;
+    let path = format!("/api/v1/nodes/{NODE}/proxy/stats/summary");
+    until("statistics of the pod", POD_TIMEOUT, || async {
+        let text = ctx.kubectl.run(&["get", "--raw", &path]).await?;
+        let summary: Value = serde_json::from_str(&text)?;
+        let pods = summary["pods"].as_array();
+        let pod = pods
+            .into_iter()
+            .flatten()
+            .find(|p| p["podRef"]["name"] == "measured");
+        let Some(pod) = pod else {
+            crate::bail!("no such pod: {summary}")
+        };
+        let main = &pod["containers"][0];
+        let number = |value: &Value| value.as_u64().unwrap_or_default();
+        let guest = ctx
+            .exec(
+                "measured",
+                "cat /sys/fs/cgroup/memory.current; grep ^usage_usec /sys/fs/cgroup/cpu.stat",
+            )
+            .await?;
+        let current: u64 = guest
+            .lines()
+            .next()
+            .and_then(|l| l.parse().ok())
+            .unwrap_or_default();
+        let usage = number(&main["memory"]["usageBytes"]);
+        ensure!(
+            usage.abs_diff(current) < MEMORY_SLACK,
+            "usage {usage}, in the guest {current}: {pod}"
+        );
+        let cpu = number(&main["cpu"]["usageCoreNanoSeconds"]);
+        ensure!(cpu > 10_000_000, "CPU time: {main}");
+        let written = number(&main["rootfs"]["usedBytes"]);
+        ensure!(written >= 20 << 20, "bytes written to the root: {main}");
+        ensure!(
+            number(&pod["network"]["rxBytes"]) > 0,
+            "network: {}",
+            pod["network"]
+        );
+        ensure!(
+            number(&pod["process_stats"]["process_count"]) > 0,
+            "processes: {pod}"
+        );
+        Ok(())
+    })
+    .await
+}
+
+/// Runs pods, disturbs the node and checks that no container was replaced or restarted.
+async fn survives<F: Future<Output = Result>>(ctx: &Context, disturb: F) -> Result {
+    let counter = "i=0; while :; do echo $i; i=$((i+1)); sleep 1; done";
+    let names = ["first", "second", "third"];
+    for name in names {
+        let mut object = script(name, counter);
+        object["spec"]["restartPolicy"] = json!("Always");
+        ctx.kubectl.apply(&object).await?;
+    }
+    let mut ids = Vec::new();
+    for name in names {
+        ids.push(container(&ctx.ready(name).await?, "main")["containerID"].clone());
+    }
+    disturb.await?;
+    // A new pod shows that kubelet and runtime work again.
+    ctx.run_pod(&script("later", IDLE)).await?;
+    for (name, id) in names.iter().zip(&ids) {
+        let pod = ctx.ready(name).await?;
+        same!(
+            container(&pod, "main")["containerID"],
+            *id,
+            "container of {name}"
+        );
+        same!(restarts(&pod), 0, "restarts of {name}");
+        same!(
+            ctx.exec(name, "echo here").await?,
+            "here\n",
+            "exec in {name}"
+        );
+        let before = ctx.logs(name).await?.lines().count();
+        until("the log grows", Duration::from_secs(30), || async {
+            let now = ctx.logs(name).await?.lines().count();
+            ensure!(now > before, "{now} lines");
+            Ok(())
+        })
+        .await?;
+    }
+    Ok(())
+}
+
+async fn kubelet_restart_keeps_containers(ctx: Context) -> Result {
+    let worker = &ctx.cluster.worker;
+    survives(&ctx, async {
+        worker.kubelet().kill().await?;
+        worker.start_kubelet().await
+    })
+    .await
+}
+
+async fn killed_runtime_keeps_containers(ctx: Context) -> Result {
+    let node = &ctx.cluster.worker.node;
+    survives(&ctx, async {
+        node.kill().await?;
+        node.serve().await
+    })
+    .await
+}
+
+/// An upgrade: the runtime ends after SIGTERM and its successor takes over the pods.
+async fn terminated_runtime_keeps_containers(ctx: Context) -> Result {
+    let node = &ctx.cluster.worker.node;
+    survives(&ctx, async {
+        node.terminate().await?;
+        node.serve().await
+    })
+    .await
+}
+
+async fn drained_node_evicts_and_takes_pods_again(ctx: Context) -> Result {
+    let mut object = script("server", IDLE);
+    object["spec"]["restartPolicy"] = json!("Always");
+    ctx.kubectl
+        .apply(
+            &json!({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "server"},
+            "spec": {"replicas": 2, "selector": {"matchLabels": {"app": "server"}}, "template": {
+                "metadata": {"labels": {"app": "server"}}, "spec": object["spec"]}}}),
+        )
+        .await?;
+    let wait = ["rollout", "status", "deployment/server", "--timeout=150s"];
+    ctx.kubectl.run(&wait).await?;
+    let drained = ctx.kubectl.run(&["drain", NODE, "--timeout=120s"]).await;
+    let pods = ctx.kubectl.json(&["get", "pods"]).await?;
+    ctx.kubectl.run(&["uncordon", NODE]).await?;
+    let drained = drained?;
+    ensure!(drained.contains("drained"), "{drained}");
+    let phases: Vec<_> = pods["items"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(|p| &p["status"]["phase"])
+        .collect();
+    ensure!(
+        phases.iter().all(|p| **p == "Pending"),
+        "pods on a drained node: {phases:?}"
+    );
+    ctx.kubectl.run(&wait).await.map(drop)
+}
+
+/// All processes of the node end at once and its runtime directories are empty afterwards, as after a power cut.
+async fn rebooted_node_restarts_every_pod(ctx: Context) -> Result {
+    let names = ["first", "second"];
+    for name in names {
+        let mut main = pods::container(
+            "main",
+            "test -e /mark && echo stale; touch /mark; exec sleep infinity",
+        );
+        main["ports"] = json!([]);
+        let mut object = pod(name, &[main]);
+        object["spec"]["restartPolicy"] = json!("Always");
+        ctx.kubectl.apply(&object).await?;
+    }
+    let mut before = Vec::new();
+    for name in names {
+        before.push(container(&ctx.ready(name).await?, "main")["containerID"].clone());
+    }
+    let worker = &ctx.cluster.worker;
+    worker.kubelet().kill().await?;
+    worker.node.kill().await?;
+    for pid in process::pids(&["containerd-shim"])? {
+        // A child may have ended with its parent.
+        let _ = process::kill(pid);
+    }
+    until(
+        "every process of the pods has ended",
+        POD_TIMEOUT,
+        || async {
+            let left = process::pids(&["qemu-system"])?;
+            ensure!(left.is_empty(), "{left:?}");
+            Ok(())
+        },
+    )
+    .await?;
+    forget(&ctx)?;
+    worker.node.serve().await?;
+    worker.start_kubelet().await?;
+    for (name, id) in names.iter().zip(&before) {
+        let pod = ctx
+            .wait(name, "was restarted", |pod| {
+                restarts(pod) > 0 && crate::cluster::condition(pod, "Ready") == "True"
+            })
+            .await?;
+        ensure!(
+            container(&pod, "main")["containerID"] != *id,
+            "the container of {name} was not replaced"
+        );
+        same!(
+            ctx.logs(name).await?,
+            "",
+            "log of the new container of {name}"
+        );
+    }
+    Ok(())
+}
+
+/// Removes all that a reboot removes: mounts and files of the state directory, network namespaces and interfaces.
+fn forget(ctx: &Context) -> Result {
+    let state = ctx.cluster.worker.node.dir.join("state");
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
+    let paths = mounts.lines().filter_map(|l| l.split(' ').nth(4));
+    let below = state.display().to_string();
+    let mut ours: Vec<_> = paths
+        .filter(|p| p.starts_with(&below) || p.starts_with("/run/netns/"))
+        .collect();
+    ours.reverse();
+    for path in ours {
+        crate::namespaces::run("umount", &["--lazy", path])?;
+    }
+    for entry in std::fs::read_dir("/run/netns")? {
+        std::fs::remove_file(entry?.path())?;
+    }
+    std::fs::remove_dir_all(&state)?;
+    Ok(())
+}

@@ -1,0 +1,303 @@
+//! Life of pods: limits, probes, hooks, init containers and sidecars, jobs, resize, and honest events.
+
+use crate::cluster::context::{ClusterContext, POD_TIMEOUT, container, memory, phase, restarts};
+use crate::cluster::images::AGNHOST;
+use crate::cluster::pods::{self, IDLE, pod, script};
+use crate::cluster::until;
+use crate::failure::Result;
+use crate::runner::Case;
+use crate::{case, ensure, same};
+use serde_json::{Value, json};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+type Context = Arc<ClusterContext>;
+
+pub(super) fn cases() -> Vec<Case<ClusterContext>> {
+    vec![
+        case!(memory_limit_without_runtime_class_starts, 240),
+        case!(container_above_its_limit_is_oom_killed, 240),
+        case!(init_containers_and_sidecars_run_in_order, 240),
+        case!(probes_restart_and_gate_a_container, 300),
+        case!(grpc_probe_makes_a_pod_ready, 240),
+        case!(pre_stop_hook_runs_within_the_grace_period, 240),
+        case!(job_with_a_failing_pod_is_retried, 300),
+        case!(missing_image_is_an_event, 120),
+        case!(memory_resize_reaches_the_guest, 240),
+        case!(resize_beyond_the_node_is_infeasible, 240),
+    ]
+}
+
+/// The limit is the cgroup's of the guest, and the pod needs no declared overhead.
+async fn memory_limit_without_runtime_class_starts(ctx: Context) -> Result {
+    let mut main = pods::container("main", "cat /sys/fs/cgroup/memory.max; nproc");
+    main["resources"] = json!({"limits": {"memory": "64Mi", "cpu": "500m"}});
+    let done = ctx.finish_pod(&pod("limited", &[main])).await?;
+    same!(phase(&done), "Succeeded", "{}", done["status"]);
+    let log = ctx.logs("limited").await?;
+    same!(
+        log.lines().next(),
+        Some("67108864"),
+        "memory.max in the guest"
+    );
+    Ok(())
+}
+
+async fn container_above_its_limit_is_oom_killed(ctx: Context) -> Result {
+    let mut eater = pods::container("eater", "tail /dev/zero");
+    eater["resources"] = json!({"limits": {"memory": "48Mi"}});
+    let mut neighbor = pods::container("neighbor", IDLE);
+    neighbor["resources"] = json!({"limits": {"memory": "32Mi"}});
+    ctx.kubectl.apply(&pod("oom", &[eater, neighbor])).await?;
+    let seen = ctx
+        .wait("oom", "has an ended container", |pod| {
+            container(pod, "eater")["state"]["terminated"].is_object()
+        })
+        .await?;
+    let ended = &container(&seen, "eater")["state"]["terminated"];
+    same!(ended["reason"], "OOMKilled", "{ended}");
+    same!(ended["exitCode"], 137, "{ended}");
+    ensure!(
+        container(&seen, "neighbor")["state"]["running"].is_object(),
+        "the neighbor does not run: {}",
+        seen["status"]
+    );
+    same!(
+        ctx.kubectl
+            .run(&["exec", "oom", "-c", "neighbor", "--", "echo", "here"])
+            .await?,
+        "here\n",
+        "exec"
+    );
+    Ok(())
+}
+
+async fn init_containers_and_sidecars_run_in_order(ctx: Context) -> Result {
+    let mount = json!([{"name": "shared", "mountPath": "/shared"}]);
+    let with = |mut c: Value| {
+        c["volumeMounts"] = mount.clone();
+        c
+    };
+    let mut sidecar = with(pods::container(
+        "sidecar",
+        "echo sidecar >> /shared/order; trap 'echo sidecar ends; exit 0' TERM; sleep infinity & wait",
+    ));
+    sidecar["restartPolicy"] = json!("Always");
+    sidecar["startupProbe"] =
+        json!({"exec": {"command": ["test", "-e", "/shared/order"]}, "periodSeconds": 1});
+    let second = with(pods::container("second", "echo second >> /shared/order"));
+    let main = with(pods::container(
+        "main",
+        "echo main >> /shared/order; cat /shared/order",
+    ));
+    let mut object = pod("ordered", &[main]);
+    object["spec"]["initContainers"] = json!([sidecar, second]);
+    object["spec"]["volumes"] = json!([{"name": "shared", "emptyDir": {}}]);
+    let done = ctx.finish_pod(&object).await?;
+    same!(phase(&done), "Succeeded", "{}", done["status"]);
+    let log = ctx.kubectl.run(&["logs", "ordered", "-c", "main"]).await?;
+    same!(log, "sidecar\nsecond\nmain\n", "order of the containers");
+    let log = ctx
+        .kubectl
+        .run(&["logs", "ordered", "-c", "sidecar"])
+        .await?;
+    same!(
+        log,
+        "sidecar ends\n",
+        "log of the sidecar, which ends after the main container"
+    );
+    Ok(())
+}
+
+/// An exec liveness probe restarts a container, and an HTTP readiness probe takes it out of the Ready state.
+async fn probes_restart_and_gate_a_container(ctx: Context) -> Result {
+    let serve =
+        "mkdir -p /www; echo ok > /www/ready; touch /tmp/alive; exec httpd -f -p 8080 -h /www";
+    let mut main = pods::container("main", serve);
+    main["startupProbe"] =
+        json!({"tcpSocket": {"port": 8080}, "periodSeconds": 1, "failureThreshold": 60});
+    main["livenessProbe"] = json!({"exec": {"command": ["test", "-e", "/tmp/alive"]},
+        "periodSeconds": 2, "failureThreshold": 2, "timeoutSeconds": 10});
+    main["readinessProbe"] = json!({"httpGet": {"path": "/ready", "port": 8080},
+        "periodSeconds": 1, "failureThreshold": 2, "timeoutSeconds": 10});
+    let mut object = pod("probed", &[main]);
+    object["spec"]["restartPolicy"] = json!("Always");
+    let ready = ctx.run_pod(&object).await?;
+    same!(restarts(&ready), 0, "restarts before a probe failed");
+    ctx.exec("probed", "rm /www/ready").await?;
+    ctx.wait("probed", "is not Ready", |pod| {
+        crate::cluster::condition(pod, "Ready") == "False"
+    })
+    .await?;
+    ctx.exec("probed", "echo ok > /www/ready").await?;
+    ctx.ready("probed").await?;
+    ctx.exec("probed", "rm /tmp/alive").await?;
+    ctx.wait("probed", "was restarted and is Ready", |pod| {
+        restarts(pod) == 1 && crate::cluster::condition(pod, "Ready") == "True"
+    })
+    .await?;
+    let events = ctx.events("probed").await?;
+    ensure!(events.contains("Liveness probe failed"), "{events}");
+    Ok(())
+}
+
+async fn grpc_probe_makes_a_pod_ready(ctx: Context) -> Result {
+    let main = json!({"name": "main", "image": AGNHOST, "args": ["grpc-health-checking"],
+        "readinessProbe": {"grpc": {"port": 5000}, "periodSeconds": 1, "timeoutSeconds": 10}});
+    ctx.run_pod(&pod("grpc", &[main])).await.map(drop)
+}
+
+async fn pre_stop_hook_runs_within_the_grace_period(ctx: Context) -> Result {
+    let mut main = pods::container(
+        "main",
+        "trap 'echo term; exit 0' TERM; while :; do sleep 1 & wait; done",
+    );
+    main["lifecycle"] = json!({"preStop": {"exec": {"command":
+        ["sh", "-c", "echo hook > /proc/1/fd/1; sleep 3; echo hook ends > /proc/1/fd/1"]}}});
+    let mut object = pod("stopped", &[main]);
+    object["spec"]["terminationGracePeriodSeconds"] = json!(30);
+    ctx.run_pod(&object).await?;
+    let mut follow = ctx
+        .kubectl
+        .command()
+        .args(["logs", "-f", "stopped"])
+        .stdout(std::process::Stdio::piped())
+        .spawn()?;
+    let stdout = follow.stdout.take();
+    let reader = tokio::spawn(async move {
+        let mut text = String::new();
+        if let Some(mut stdout) = stdout {
+            let _ = tokio::io::AsyncReadExt::read_to_string(&mut stdout, &mut text).await;
+        }
+        text
+    });
+    let begun = Instant::now();
+    ctx.kubectl.run(&["delete", "pod", "stopped"]).await?;
+    let took = begun.elapsed();
+    ensure!(
+        took >= Duration::from_secs(3),
+        "deleted after {took:?}, before the hook's end"
+    );
+    ensure!(
+        took < Duration::from_secs(28),
+        "deleted after {took:?}: killed after the grace period"
+    );
+    let log = tokio::time::timeout(POD_TIMEOUT, reader).await??;
+    same!(
+        log,
+        "hook\nhook ends\nterm\n",
+        "order of hook and signal in the log"
+    );
+    Ok(())
+}
+
+/// The first pod of the job fails and leaves a mark in a directory of the node, so that the second succeeds.
+async fn job_with_a_failing_pod_is_retried(ctx: Context) -> Result {
+    let mut main = pods::container(
+        "main",
+        "if [ -e /state/first ]; then echo second; else touch /state/first; exit 3; fi",
+    );
+    main["volumeMounts"] = json!([{"name": "state", "mountPath": "/state"}]);
+    let mut spec = pod("unused", &[main])["spec"].clone();
+    let dir = ctx.cluster.dir.join("job-state");
+    spec["volumes"] =
+        json!([{"name": "state", "hostPath": {"path": dir, "type": "DirectoryOrCreate"}}]);
+    ctx.kubectl
+        .apply(
+            &json!({"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "retried"},
+            "spec": {"backoffLimit": 3, "template": {"spec": spec}}}),
+        )
+        .await?;
+    let job = until("the job is complete", POD_TIMEOUT, || async {
+        let job = ctx.kubectl.json(&["get", "job", "retried"]).await?;
+        ensure!(
+            crate::cluster::condition(&job, "Complete") == "True",
+            "{}",
+            job["status"]
+        );
+        Ok(job)
+    })
+    .await?;
+    same!(job["status"]["failed"], 1, "{}", job["status"]);
+    same!(job["status"]["succeeded"], 1, "{}", job["status"]);
+    let log = ctx
+        .kubectl
+        .run(&["logs", "-l", "job-name=retried", "--prefix"])
+        .await?;
+    ensure!(
+        log.trim_end().ends_with("] second"),
+        "log of the job: {log}"
+    );
+    Ok(())
+}
+
+async fn missing_image_is_an_event(ctx: Context) -> Result {
+    let missing = "127.0.0.1:5000/missing:1";
+    let mut object = script("missing", "true");
+    object["spec"]["containers"][0]["image"] = json!(missing);
+    ctx.kubectl.apply(&object).await?;
+    ctx.wait("missing", "waits for its image", |pod| {
+        let reason = &container(pod, "main")["state"]["waiting"]["reason"];
+        reason == "ErrImagePull" || reason == "ImagePullBackOff"
+    })
+    .await?;
+    let text = ctx.kubectl.run(&["describe", "pod", "missing"]).await?;
+    ensure!(
+        text.contains(missing) && text.contains("not found"),
+        "{text}"
+    );
+    Ok(())
+}
+
+async fn memory_resize_reaches_the_guest(ctx: Context) -> Result {
+    let mut main = pods::container("main", IDLE);
+    main["resources"] = memory("96Mi");
+    ctx.run_pod(&pod("resized", &[main])).await?;
+    let before = ctx.pod("resized").await?;
+    let patch = json!({"spec": {"containers": [{"name": "main", "resources": memory("64Mi")}]}});
+    resize(&ctx, "resized", &patch).await?;
+    ctx.wait("resized", "has the new limit", |pod| {
+        container(pod, "main")["resources"]["limits"]["memory"] == "64Mi"
+    })
+    .await?;
+    let limit = ctx.exec("resized", "cat /sys/fs/cgroup/memory.max").await?;
+    same!(limit.trim(), "67108864", "memory.max in the guest");
+    let after = ctx.pod("resized").await?;
+    same!(
+        container(&after, "main")["containerID"],
+        container(&before, "main")["containerID"],
+        "the container was replaced"
+    );
+    Ok(())
+}
+
+async fn resize_beyond_the_node_is_infeasible(ctx: Context) -> Result {
+    let mut main = pods::container("main", IDLE);
+    main["resources"] = memory("64Mi");
+    ctx.run_pod(&pod("greedy", &[main])).await?;
+    let patch = json!({"spec": {"containers": [{"name": "main", "resources": memory("900Gi")}]}});
+    resize(&ctx, "greedy", &patch).await?;
+    ctx.wait("greedy", "has an infeasible resize", |pod| {
+        let list = pod["status"]["conditions"].as_array();
+        list.into_iter()
+            .flatten()
+            .any(|c| c["type"] == "PodResizePending" && c["reason"] == "Infeasible")
+    })
+    .await?;
+    Ok(())
+}
+
+async fn resize(ctx: &Context, pod: &str, patch: &Value) -> Result {
+    let text = patch.to_string();
+    ctx.kubectl
+        .run(&[
+            "patch",
+            "pod",
+            pod,
+            "--subresource=resize",
+            "--patch",
+            &text,
+        ])
+        .await
+        .map(drop)
+}

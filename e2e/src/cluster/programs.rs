@@ -1,0 +1,73 @@
+//! [`Programs`]: paths of the programs that e2e/scripts/cluster-build provides. Builds nothing.
+
+use crate::bail;
+use crate::failure::Result;
+use std::path::PathBuf;
+
+/// Directory of the programs and the unpacked Debian packages.
+#[derive(Debug, Clone)]
+pub(crate) struct Programs {
+    root: PathBuf,
+}
+
+impl Programs {
+    /// Finds the directory. The error names the first missing program.
+    pub(crate) fn find() -> Result<Self> {
+        let home = std::env::var_os("HOME").map_or_else(|| "/root".into(), PathBuf::from);
+        let cache = std::env::var_os("BOXLITE_CACHE")
+            .map_or_else(|| home.join(".cache/boxlite-cri"), PathBuf::from);
+        let programs = Self {
+            root: cache.join("cluster"),
+        };
+        let needed = [
+            "kube-apiserver",
+            "kube-controller-manager",
+            "kube-scheduler",
+            "kube-proxy",
+            "kubelet",
+            "kubectl",
+            "agnhost",
+            "coredns",
+        ];
+        let paths = needed.map(|name| programs.program(name));
+        for path in paths.iter().chain([&programs.etcd()]) {
+            if !path.exists() {
+                bail!(
+                    "{} not found: run e2e/scripts/cluster-build",
+                    path.display()
+                );
+            }
+        }
+        Ok(programs)
+    }
+
+    /// Returns the directory of the Go programs.
+    pub(crate) fn bin(&self) -> PathBuf {
+        self.root.join("bin")
+    }
+
+    /// Returns the path of a Go program.
+    pub(crate) fn program(&self, name: &str) -> PathBuf {
+        self.bin().join(name)
+    }
+
+    /// Returns the path of Debian's etcd.
+    pub(crate) fn etcd(&self) -> PathBuf {
+        self.root.join("etcd/usr/bin/etcd")
+    }
+
+    /// Returns the root of the unpacked network clients of the test images.
+    pub(crate) fn clients(&self) -> PathBuf {
+        self.root.join("clients")
+    }
+
+    /// Returns the path of the setuid program of e2e/critest/nnp.c.
+    pub(crate) fn nnp(&self) -> PathBuf {
+        self.root.join("nnp")
+    }
+
+    /// Returns the path of Debian's nginx.
+    pub(crate) fn nginx(&self) -> PathBuf {
+        self.root.join("nginx/usr/sbin/nginx")
+    }
+}

@@ -1,0 +1,272 @@
+//! [`Worker`]: the cluster's node: boxlite-cri, kubelet, kube-proxy and CoreDNS as processes, and its address on a bridge.
+//!
+//! The kubelet has cgroups below a private root and cannot write the machine's kernel and vm sysctls.
+
+use super::certificates::Authority;
+use super::control_plane::{ControlPlane, url};
+use super::programs::Programs;
+use super::{DNS_IP, NODE, NODE_IP, healthy};
+use crate::cgroups::CgroupRoot;
+use crate::cluster::until;
+use crate::ensure;
+use crate::failure::{Failure, Result};
+use crate::image::registry::Registry;
+use crate::install::Install;
+use crate::namespaces::run;
+use crate::node::{Node, NodeOptions};
+use crate::service::Service;
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::process::Command;
+
+/// Root directory of the kubelet, a tmpfs.
+pub(crate) const KUBELET: &str = "/var/lib/kubelet";
+/// Sysctls that a kubelet sets, with its values.
+const SYSCTLS: [(&str, u32); 6] = [
+    ("vm/overcommit_memory", 1),
+    ("vm/panic_on_oom", 0),
+    ("kernel/panic", 10),
+    ("kernel/panic_on_oops", 1),
+    ("kernel/keys/root_maxkeys", 1_000_000),
+    ("kernel/keys/root_maxbytes", 25_000_000),
+];
+/// Time limit for the node to become Ready.
+const READY_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Lines of the kubelet's log in the error for a node that is not Ready.
+const LOG_LINES: usize = 15;
+
+/// Running node.
+pub(crate) struct Worker {
+    /// The runtime.
+    pub node: Arc<Node>,
+    kubelet: Service,
+    dir: PathBuf,
+    programs: Programs,
+    _services: Vec<Service>,
+}
+
+/// Prepares the namespaces for a node: its address, private directories and read-only sysctls of the machine.
+pub(crate) fn prepare(dir: &Path) -> Result {
+    for (dir, size) in [("/run", "512m"), ("/var/log", "2g"), (KUBELET, "8g")] {
+        std::fs::create_dir_all(dir)?;
+        run(
+            "mount",
+            &[
+                "-t",
+                "tmpfs",
+                "-o",
+                &format!("mode=0755,size={size}"),
+                "tmpfs",
+                dir,
+            ],
+        )?;
+        run("mount", &["--make-shared", dir])?;
+    }
+    std::fs::create_dir_all("/run/netns")?;
+    protect_sysctls(dir)?;
+    run("ip", &["link", "add", "node0", "type", "bridge"])?;
+    run(
+        "ip",
+        &["addr", "add", &format!("{NODE_IP}/24"), "dev", "node0"],
+    )?;
+    run("ip", &["link", "set", "node0", "up"])?;
+    run("ip", &["route", "add", "default", "dev", "node0"])?;
+    std::fs::write("/proc/sys/net/bridge/bridge-nf-call-iptables", "1")?;
+    Ok(())
+}
+
+/// Makes the sysctls of the machine read-only, and shows the kubelet the values that it would otherwise write.
+fn protect_sysctls(dir: &Path) -> Result {
+    for dir in ["/proc/sys/vm", "/proc/sys/kernel"] {
+        run("mount", &["--bind", dir, dir])?;
+        run("mount", &["-o", "remount,bind,ro", dir])?;
+    }
+    for (name, value) in SYSCTLS {
+        let file = dir.join(name.replace('/', "."));
+        std::fs::write(&file, format!("{value}\n"))?;
+        let target = format!("/proc/sys/{name}");
+        run("mount", &["--bind", &file.display().to_string(), &target])?;
+    }
+    Ok(())
+}
+
+impl Worker {
+    /// Starts the node's processes and waits until the node is Ready.
+    pub(crate) async fn start(
+        dir: &Path,
+        install: &Install,
+        programs: &Programs,
+        plane: &ControlPlane,
+        registry: &Registry,
+        cgroups: &CgroupRoot,
+    ) -> Result<Self> {
+        let mut options = NodeOptions::new("n", "auto");
+        options.registries = ["registry.k8s.io", "docker.io", "127.0.0.1:5000"]
+            .map(|host| (host.to_owned(), format!("http://{}", registry.host), None))
+            .to_vec();
+        let node = Arc::new(Node::start(dir, install, &options).await?);
+        write_kubelet_configuration(dir, &plane.authority, &node, cgroups)?;
+        let services = vec![
+            proxy(dir, programs, &plane.authority).await?,
+            dns(dir, programs, plane).await?,
+        ];
+        let worker = Self {
+            node,
+            kubelet: Service::new("kubelet", dir.join("kubelet.log")),
+            dir: dir.to_owned(),
+            programs: programs.clone(),
+            _services: services,
+        };
+        worker.start_kubelet().await?;
+        let ready = until("the node is Ready", READY_TIMEOUT, || async {
+            let node = plane.kubectl.json(&["get", "node", NODE]).await?;
+            ensure!(
+                super::condition(&node, "Ready") == "True",
+                "{}",
+                node["status"]["conditions"]
+            );
+            Ok(())
+        });
+        let log =
+            |failure: Failure| Failure(format!("{failure}\n{}", worker.kubelet.tail(0, LOG_LINES)));
+        ready.await.map_err(log)?;
+        Ok(worker)
+    }
+
+    /// Starts the kubelet and waits until it is healthy.
+    pub(crate) async fn start_kubelet(&self) -> Result {
+        let mut command = Command::new(self.programs.program("kubelet"));
+        command
+            .arg(format!(
+                "--config={}",
+                self.dir.join("kubelet.json").display()
+            ))
+            .arg(format!(
+                "--kubeconfig={}",
+                self.dir.join("pki/kubelet.kubeconfig").display()
+            ))
+            .arg(format!("--root-dir={KUBELET}"))
+            .arg(format!("--cert-dir={}", self.dir.join("serving").display()))
+            .args([
+                &format!("--hostname-override={NODE}"),
+                &format!("--node-ip={NODE_IP}"),
+            ])
+            .arg("--v=2");
+        self.kubelet
+            .start(command, || async {
+                healthy("http://127.0.0.1:10248/healthz").await
+            })
+            .await
+    }
+
+    /// Returns the kubelet's process.
+    pub(crate) fn kubelet(&self) -> &Service {
+        &self.kubelet
+    }
+}
+
+fn write_kubelet_configuration(
+    dir: &Path,
+    authority: &Authority,
+    node: &Node,
+    cgroups: &CgroupRoot,
+) -> Result {
+    let subject = format!("/O=system:nodes/CN=system:node:{NODE}");
+    authority.kubeconfig("kubelet", &subject, &url())?;
+    let names = format!("DNS:{NODE},IP:{NODE_IP}");
+    let serving = authority.issue("kubelet-serving", &format!("/CN={NODE}"), &names)?;
+    // Pods with dnsPolicy Default get this file; there is no name server outside.
+    let resolv = dir.join("resolv.conf");
+    std::fs::write(&resolv, format!("nameserver {NODE_IP}\n"))?;
+    let config: Value = json!({
+        "apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration",
+        "containerRuntimeEndpoint": format!("unix://{}", node.socket().display()),
+        "runtimeRequestTimeout": "4m",
+        "authentication": {"anonymous": {"enabled": false}, "webhook": {"enabled": true},
+            "x509": {"clientCAFile": authority.at("ca.crt")}},
+        "authorization": {"mode": "Webhook"},
+        "tlsCertFile": serving.certificate, "tlsPrivateKeyFile": serving.key,
+        "clusterDNS": [DNS_IP], "clusterDomain": "cluster.local", "resolvConf": resolv,
+        "cgroupDriver": "cgroupfs", "cgroupRoot": cgroups.name, "cgroupsPerQOS": true,
+        "enforceNodeAllocatable": ["pods"],
+        // cgroup v1, swap and a root without CAP_SYS_RESOURCE are properties of the test machine.
+        "failCgroupV1": false, "failSwapOn": false, "oomScoreAdj": 0,
+        "featureGates": {"KubeletInUserNamespace": true},
+        "evictionHard": {"memory.available": "100Mi", "nodefs.available": "2%", "imagefs.available": "2%"},
+        "volumePluginDir": dir.join("volume-plugins"),
+        "containerLogMaxSize": "10Mi",
+        "nodeStatusUpdateFrequency": "5s",
+    });
+    std::fs::write(
+        dir.join("kubelet.json"),
+        serde_json::to_vec_pretty(&config)?,
+    )?;
+    Ok(())
+}
+
+async fn proxy(dir: &Path, programs: &Programs, authority: &Authority) -> Result<Service> {
+    let kubeconfig = authority.kubeconfig("proxy", "/CN=system:kube-proxy", &url())?;
+    let mut command = Command::new(programs.program("kube-proxy"));
+    command
+        .arg(format!("--kubeconfig={}", kubeconfig.display()))
+        .arg(format!("--hostname-override={NODE}"))
+        .args(["--proxy-mode=iptables", "--cluster-cidr=10.88.0.0/16"])
+        // The machine's conntrack table is not the cluster's.
+        .args([
+            "--conntrack-max-per-core=0",
+            "--conntrack-tcp-timeout-established=0",
+        ])
+        .arg("--conntrack-tcp-timeout-close-wait=0");
+    let service = Service::new("kube-proxy", dir.join("proxy.log"));
+    service
+        .start(command, || async {
+            healthy("http://127.0.0.1:10249/healthz").await
+        })
+        .await?;
+    Ok(service)
+}
+
+/// Starts CoreDNS on the node's address and makes it the cluster's DNS service.
+async fn dns(dir: &Path, programs: &Programs, plane: &ControlPlane) -> Result<Service> {
+    let corefile = dir.join("Corefile");
+    std::fs::write(
+        &corefile,
+        format!(
+            ".:53 {{\n  bind {NODE_IP}\n  errors\n  ready 127.0.0.1:8181\n  kubernetes cluster.local in-addr.arpa ip6.arpa {{\n    \
+             kubeconfig {} boxlite\n    pods insecure\n    fallthrough in-addr.arpa ip6.arpa\n    ttl 5\n  }}\n  cache 5\n}}\n",
+            plane.kubectl.kubeconfig.display()
+        ),
+    )?;
+    let mut command = Command::new(programs.program("coredns"));
+    command.arg("-conf").arg(&corefile);
+    let service = Service::new("coredns", dir.join("coredns.log"));
+    service
+        .start(command, || async {
+            healthy("http://127.0.0.1:8181/ready").await
+        })
+        .await?;
+    let mut kubectl = plane.kubectl.clone();
+    kubectl.namespace = "kube-system".into();
+    let ports = |target: bool| -> Vec<Value> {
+        [("dns", "UDP"), ("dns-tcp", "TCP")]
+            .map(|(name, protocol)| match target {
+                true => json!({"name": name, "protocol": protocol, "port": 53, "targetPort": 53}),
+                false => json!({"name": name, "protocol": protocol, "port": 53}),
+            })
+            .to_vec()
+    };
+    kubectl
+        .apply(&json!({"apiVersion": "v1", "kind": "Service",
+            "metadata": {"name": "kube-dns", "labels": {"k8s-app": "kube-dns"}},
+            "spec": {"clusterIP": DNS_IP, "ports": ports(true)}}))
+        .await?;
+    kubectl
+        .apply(&json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+            "metadata": {"name": "kube-dns-node", "labels": {"kubernetes.io/service-name": "kube-dns"}},
+            "ports": ports(false), "endpoints": [{"addresses": [NODE_IP], "conditions": {"ready": true}}]}))
+        .await?;
+    Ok(service)
+}
