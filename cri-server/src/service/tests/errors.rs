@@ -3,6 +3,7 @@
 //! `BOXLITE_BLESS=1` writes the file. The matches are exhaustive: a new class does not compile without its row.
 
 use crate::convert::{ConvertError, image, status};
+use boxlite_config::size::SizeError;
 use boxlite_runtime::ErrorKind;
 use boxlite_runtime::images::ImageErrorKind;
 use std::fmt::Write;
@@ -59,45 +60,40 @@ classes! { images, ImageErrorKind, image::code,
     Internal: "internal error", "report it with the daemon's log";
 }
 
-/// Rows of requests that are rejected before anything is created.
-fn requests() -> Vec<Row> {
-    let samples = [
-        ConvertError::Missing("config"),
-        ConvertError::invalid("field", "value", "reason"),
-        ConvertError::unsupported("field", "value", "reason"),
-        ConvertError::HostPath {
-            host_path: "/a".into(),
-            container_path: "/b".into(),
-            reason: "reason".into(),
-        },
-    ];
-    let row = |error: ConvertError| {
-        let (class, text, action) = match &error {
-            ConvertError::Missing(_) => ("Missing", "<field> is missing", "set the field"),
-            ConvertError::Invalid { .. } => (
-                "Invalid",
-                "invalid <field> <value>: <reason>",
-                "correct the field",
-            ),
-            ConvertError::Unsupported { .. } => (
-                "Unsupported",
-                "unsupported <field> <value>: <reason>",
-                "remove the field, or use another RuntimeClass",
-            ),
-            ConvertError::HostPath { .. } => (
-                "HostPath",
-                "failed to mount host path <path> at <path>",
-                "correct the path on the node",
-            ),
-            ConvertError::Size(_) => (
-                "Size",
-                "the pod's VM needs … MiB",
-                "change the limits or the RuntimeClass's overhead by the figures",
-            ),
-        };
-        (class, Status::from(error).code(), text, action)
+macro_rules! refusals {
+    ($name:ident, $($class:ident($pattern:pat, $sample:expr): $text:literal, $action:literal;)*) => {
+        /// Rows of requests that are rejected before anything is created.
+        fn $name() -> Vec<Row> {
+            fn is_complete(error: &ConvertError) {
+                match error {
+                    $($pattern => {})*
+                }
+            }
+            let row = |class, error: ConvertError, text, action| {
+                is_complete(&error);
+                (class, Status::from(error).code(), text, action)
+            };
+            vec![$(row(stringify!($class), $sample, $text, $action)),*]
+        }
     };
-    samples.into_iter().map(row).collect()
+}
+
+refusals! { requests,
+    Missing(ConvertError::Missing(_), ConvertError::Missing("config")):
+        "<field> is missing", "set the field";
+    Invalid(ConvertError::Invalid { .. }, ConvertError::invalid("field", "value", "reason")):
+        "invalid <field> <value>: <reason>", "correct the field";
+    Unsupported(ConvertError::Unsupported { .. }, ConvertError::unsupported("field", "value", "reason")):
+        "unsupported <field> <value>: <reason>", "remove the field, or use another RuntimeClass";
+    HostPath(ConvertError::HostPath { .. }, ConvertError::HostPath {
+        host_path: "/a".into(),
+        container_path: "/b".into(),
+        reason: "reason".into(),
+    }): "failed to mount host path <path> at <path>", "correct the path on the node";
+    TooLarge(ConvertError::Size(SizeError::TooLarge(_)), ConvertError::Size(SizeError::TooLarge(1))):
+        "invalid memory limit: … MiB are more than a VM can have", "lower the memory limit or the RuntimeClass's overhead";
+    Beyond(ConvertError::Size(SizeError::Beyond(_)), ConvertError::Size(SizeError::Beyond(String::new()))):
+        "…; a VM does not grow while it runs", "create the pod again with the new limits";
 }
 
 fn document() -> String {
