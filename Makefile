@@ -24,7 +24,7 @@ PROGRAMS := -p boxlite-cri -p boxlite-shim-v2 -p boxlite-e2e -p boxlite-guest
 # Size limit of the release agent in bytes.
 AGENT_MAX_BYTES := 14500000
 
-.PHONY: all tools build demo test test-containerd e2e-qemu e2e-krun conformance conformance-krun conformance-containerd cluster test-cluster conformance-cluster bench lint deny unit agent-size fmt install clean help
+.PHONY: all tools build demo test test-containerd e2e-qemu e2e-krun conformance conformance-krun conformance-containerd conformance-containerd-suite cluster test-cluster conformance-cluster bench lint deny unit agent-size fmt install clean help
 all: build
 
 help:
@@ -39,6 +39,7 @@ help:
 	@echo "make cluster                 a Kubernetes cluster on this runtime, with a shell that has KUBECONFIG"
 	@echo "make test-cluster            the project's cases on that cluster (FILTER=clients::)"
 	@echo "make conformance-cluster     Kubernetes' own suite on that cluster (FOCUS='regular expression')"
+	@echo "make conformance-containerd-suite  containerd's CRI integration tests"
 	@echo "make bench                   ratios against a bare boot of the same VMM and kernel"
 	@echo "make build                   build the programs into $(TARGET)"
 	@echo "make install                 install the programs below PREFIX (default /usr/local)"
@@ -105,6 +106,11 @@ conformance-cluster: build
 	@e2e/scripts/cluster-build suite >/dev/null
 	@$(BIN)/boxlite-e2e cluster conformance --out $(TARGET)/conformance-cluster $(if $(FOCUS),--focus '$(FOCUS)') \
 	  $(if $(SKIP),--skip '$(SKIP)') $(if $(PROCS),--procs $(PROCS))
+
+# containerd's own CRI integration tests against boxlite-cri on QEMU. FILTER=Nri selects tests by a part of their name.
+conformance-containerd-suite: build
+	@e2e/scripts/containerd-suite >/dev/null
+	@$(BIN)/boxlite-e2e containerd-suite --backend qemu $(if $(FILTER),--filter $(FILTER))
 
 bench: build
 	@$(BIN)/boxlite-e2e bench

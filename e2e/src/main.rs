@@ -12,6 +12,7 @@ mod client;
 mod cluster;
 mod conformance;
 mod containerd;
+mod containerd_suite;
 mod context;
 mod demo;
 mod disk;
@@ -129,6 +130,8 @@ enum Command {
     },
     /// Runs critest, the conformance suite of CRI runtimes.
     Conformance(conformance::Options),
+    /// Runs containerd's CRI integration tests.
+    ContainerdSuite(containerd_suite::Options),
 }
 
 fn main() -> ExitCode {
@@ -175,6 +178,7 @@ fn run(command: Command) -> failure::Result<ExitCode> {
         Command::Demo => runtime.block_on(demo::run())?,
         Command::Conformance(options) => runtime.block_on(conformance::run(&options))?,
         Command::Cluster { action } => runtime.block_on(cluster::run(&action))?,
+        Command::ContainerdSuite(options) => runtime.block_on(containerd_suite::run(&options))?,
         Command::Bench => runtime.block_on(bench::run())?,
         // Handled in `main`.
         Command::Tree { .. }

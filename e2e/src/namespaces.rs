@@ -117,7 +117,8 @@ fn prepare() -> Result {
     Ok(())
 }
 
-fn tmpfs(target: &Path, options: &str) -> Result {
+/// Mounts a tmpfs.
+pub(crate) fn tmpfs(target: &Path, options: &str) -> Result {
     mount(
         Some("tmpfs"),
         target,

@@ -41,6 +41,10 @@ pub(crate) struct NodeOptions {
     pub guest: Option<PathBuf>,
     /// RunPodSandbox timeout in seconds.
     pub run_pod_seconds: u32,
+    /// NRI socket; by default in the node's directory.
+    pub nri_socket: Option<PathBuf>,
+    /// Number of vCPUs of a pod without CPU limit; the runtime's default otherwise.
+    pub vcpus: Option<u8>,
 }
 
 impl NodeOptions {
@@ -57,6 +61,8 @@ impl NodeOptions {
             cni_timeout: 20,
             guest: None,
             run_pod_seconds: 230,
+            nri_socket: None,
+            vcpus: None,
         }
     }
 }
@@ -242,6 +248,13 @@ fn conflist(dir: &Path, subnet: u16, options: &NodeOptions) -> Result<String> {
 
 fn config(dir: &Path, install: &Install, options: &NodeOptions, metrics: &str) -> String {
     let at = dir.display();
+    let pod = options
+        .vcpus
+        .map_or_else(String::new, |vcpus| format!("[pod]\nvcpus = {vcpus}\n\n"));
+    let nri = options
+        .nri_socket
+        .clone()
+        .unwrap_or_else(|| dir.join("nri.sock"));
     let bins: Vec<_> = options
         .cni_bin
         .iter()
@@ -273,11 +286,11 @@ config_path = "{at}/certs.d"
 
 [nri]
 enable = true
-socket_path = "{at}/nri.sock"
+socket_path = "{}"
 plugin_path = "{at}/nri/plugins"
 plugin_config_path = "{at}/nri/conf.d"
 
-[metrics]
+{pod}[metrics]
 listen = "{metrics}"
 
 [timeouts]
@@ -292,6 +305,7 @@ run_pod_seconds = {}
         install.vhost_device_vsock.display(),
         bins.join(", "),
         options.cni_timeout,
+        nri.display(),
         options.run_pod_seconds,
     )
 }

@@ -67,6 +67,14 @@ impl Service {
         .await?
     }
 
+    /// Returns true if the process was started and has ended.
+    pub(crate) async fn has_ended(&self) -> Result<bool> {
+        match self.process.lock().await.as_mut() {
+            Some(child) => Ok(child.try_wait()?.is_some()),
+            None => Ok(false),
+        }
+    }
+
     /// Kills the daemon with SIGKILL, as a crash would.
     pub(crate) async fn kill(&self) -> Result {
         if let Some(mut child) = self.process.lock().await.take() {
