@@ -229,10 +229,14 @@ pub(super) fn parse(
 ) -> ImageResult<Document> {
     let invalid =
         |e: serde_json::Error| ImageError::invalid(what, format!("not an image manifest: {e}"));
-    let raw: RawDocument =
-        serde_json::from_value(lenient::parse(bytes).map_err(invalid)?).map_err(invalid)?;
-    let has = |field| lenient::names(bytes, field);
-    if has("fsLayers") {
+    let parsed = lenient::parse(bytes).map_err(invalid)?;
+    let version_1 = parsed.has("fsLayers");
+    let (index, manifest) = (
+        parsed.has("manifests"),
+        parsed.has("config") || parsed.has("layers"),
+    );
+    let raw: RawDocument = serde_json::from_value(parsed.value).map_err(invalid)?;
+    if version_1 {
         return Err(ImageError::invalid(
             what,
             "schema version 1 is not supported",
@@ -242,7 +246,6 @@ pub(super) fn parse(
         "" => media_type.unwrap_or(""),
         named => named,
     };
-    let (index, manifest) = (has("manifests"), has("config") || has("layers"));
     if index && !manifest && !matches!(named, OCI_MANIFEST | DOCKER_MANIFEST) {
         choose(what, raw.manifests.unwrap_or_default(), platform).map(Document::Index)
     } else if let Some(config) = raw.config
@@ -347,7 +350,7 @@ pub(super) fn parse_config(
 ) -> ImageResult<(ImageConfiguration, Vec<Digest>)> {
     let no_config =
         |e: serde_json::Error| ImageError::invalid(what, format!("not an image config: {e}"));
-    let mut value = lenient::parse(bytes).map_err(no_config)?;
+    let mut value = lenient::parse(bytes).map_err(no_config)?.value;
     let found: RawPlatform = serde_json::from_value(value.clone()).map_err(no_config)?;
     // A missing architecture matches any. containerd pulls such an image, too, but its transfer service does not unpack it.
     if !found.architecture.is_empty() && !platform.takes_any_variant(&found) {

@@ -46,18 +46,29 @@ const OBJECT_MAPS: [&str; 2] = ["Volumes", "ExposedPorts"];
 /// Lists of texts; all other lists have objects.
 const TEXT_LISTS: [&str; 5] = ["Env", "Entrypoint", "Cmd", "diff_ids", "os.features"];
 
-/// Parses a document.
-pub(super) fn parse(bytes: &[u8]) -> serde_json::Result<Value> {
-    let mut value = serde_json::from_str(&String::from_utf8_lossy(bytes))?;
-    normalize("", &mut value);
-    Ok(value)
+/// A parsed document.
+pub(super) struct Parsed {
+    /// The normalized document.
+    pub value: Value,
+    /// Names of its fields, also of those that are null.
+    names: Vec<String>,
 }
 
-/// Reports whether the document has the field, even if it is null.
-pub(super) fn names(bytes: &[u8], field: &str) -> bool {
-    let document: Option<Map<String, Value>> =
-        serde_json::from_str(&String::from_utf8_lossy(bytes)).ok();
-    document.is_some_and(|map| map.keys().any(|name| name.eq_ignore_ascii_case(field)))
+impl Parsed {
+    /// Reports whether the document has the field, even if it is null.
+    pub(super) fn has(&self, field: &str) -> bool {
+        let mut names = self.names.iter();
+        names.any(|name| name.eq_ignore_ascii_case(field))
+    }
+}
+
+/// Parses a document.
+pub(super) fn parse(bytes: &[u8]) -> serde_json::Result<Parsed> {
+    let mut value: Value = serde_json::from_str(&String::from_utf8_lossy(bytes))?;
+    let fields = value.as_object().into_iter().flat_map(Map::keys);
+    let names = fields.cloned().collect();
+    normalize("", &mut value);
+    Ok(Parsed { value, names })
 }
 
 /// Normalizes the value of the field `name`.
