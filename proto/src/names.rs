@@ -69,6 +69,13 @@ pub const MIRROR_MOUNT: &str = "boxlite.mirror";
 pub const VERSION_OPTION: &str = "version=";
 /// Link in a ConfigMap, Secret or projected volume that a kubelet exchanges for each update.
 pub const ATOMIC_LINK: &str = "..data";
+
+/// Returns whether `target` of an [`ATOMIC_LINK`] names a version of the volume: one component that starts with `..`.
+pub fn is_volume_version(target: &str) -> bool {
+    let length = 3..=255;
+    length.contains(&target.len()) && target.starts_with("..") && !target.contains(['/', '\0'])
+}
+
 /// Type of a mount in the spec for the guest: a tmpfs of the pod, shared by all mounts with the same source. Options:
 /// [`SIZE_OPTION`], [`DIRECTORY_OPTION`], [`IDMAP_OPTION`], and those of a bind mount.
 pub const MEMORY_MOUNT: &str = "boxlite.memory";

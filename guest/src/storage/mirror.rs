@@ -14,7 +14,7 @@
 
 use super::layers::below_share;
 use super::{StorageError, mount_error};
-use boxlite_proto::names::{ATOMIC_LINK, MIRROR_MOUNT, VERSION_OPTION};
+use boxlite_proto::names::{ATOMIC_LINK, MIRROR_MOUNT, VERSION_OPTION, is_volume_version};
 use boxlite_sys::sync::Mutex;
 use nix::mount::{MsFlags, mount};
 use oci_spec::runtime::Spec;
@@ -178,7 +178,7 @@ impl Mirrors {
         version: &str,
         mut budget: Budget,
     ) -> io::Result<()> {
-        if !is_version(version) {
+        if !is_volume_version(version) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         let stage = self.root.join(STAGE);
@@ -240,11 +240,6 @@ impl Mirrors {
         }
         Ok(())
     }
-}
-
-/// Returns whether `name` is the name of a version directory: one component that starts with `..`.
-fn is_version(name: &str) -> bool {
-    name.len() > 2 && name.len() <= 255 && name.starts_with("..") && !name.contains(['/', '\0'])
 }
 
 fn mount_tmpfs(target: &Path) -> Result<(), StorageError> {
@@ -388,7 +383,7 @@ mod tests {
         assert!(volume.open("..1").is_err());
         assert_eq!(volume.names(volume.root.path()), ["stage"]);
         for version in ["..", "v", "..a/b", "../x", "", "/etc"] {
-            assert!(!is_version(version), "{version}");
+            assert!(!is_volume_version(version), "{version}");
         }
     }
 

@@ -9,7 +9,7 @@
 //! ```
 
 use boxlite_portal::{GuestSession, PortalError};
-use boxlite_proto::names::ATOMIC_LINK;
+use boxlite_proto::names::{ATOMIC_LINK, is_volume_version};
 use boxlite_sys::report::Report;
 use boxlite_sys::sync::Mutex;
 use std::collections::HashMap;
@@ -50,8 +50,7 @@ pub fn version(directory: &Path) -> Option<String> {
 fn link_target(directory: &Path) -> Option<String> {
     let target = fs::read_link(directory.join(ATOMIC_LINK)).ok()?;
     let target = target.into_os_string().into_string().ok()?;
-    let valid = target.len() > 2 && target.starts_with("..") && !target.contains('/');
-    valid.then_some(target)
+    is_volume_version(&target).then_some(target)
 }
 
 /// State of a volume on the host that changes with each update.
