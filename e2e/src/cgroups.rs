@@ -44,8 +44,9 @@ impl CgroupRoot {
 
 /// Removes the cgroups of the run with this scratch directory, if it created any.
 pub(crate) fn remove(scratch: &Path) -> Result {
-    for hierarchy in hierarchies()? {
-        remove_tree(&hierarchy.join(name(scratch)))?;
+    // The shim makes its cgroups in the v2 hierarchy, too.
+    for hierarchy in std::fs::read_dir(MOUNT)? {
+        remove_tree(&hierarchy?.path().join(name(scratch)))?;
     }
     Ok(())
 }
