@@ -6,6 +6,7 @@ use crate::failure::{During, Failure, Result};
 use hyper_util::rt::TokioIo;
 use k8s_cri::v1::image_service_client::ImageServiceClient;
 use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
+use k8s_cri::v1::{RemovePodSandboxRequest, StopPodSandboxRequest};
 use std::path::Path;
 use std::time::Duration;
 use tokio::net::UnixStream;
@@ -81,6 +82,18 @@ impl Cri {
         client
             .unary(tonic::Request::new(message), path, codec)
             .await
+    }
+
+    /// Stops and removes a pod.
+    pub(crate) async fn remove_pod(&self, pod_sandbox_id: String) -> Result {
+        let mut client = self.runtime();
+        let stop = StopPodSandboxRequest {
+            pod_sandbox_id: pod_sandbox_id.clone(),
+        };
+        client.stop_pod_sandbox(stop).await?;
+        let remove = RemovePodSandboxRequest { pod_sandbox_id };
+        client.remove_pod_sandbox(remove).await?;
+        Ok(())
     }
 
     /// Returns a client of the image service.

@@ -32,14 +32,20 @@ pub(crate) struct Install {
     pub registry: PathBuf,
 }
 
+/// Returns the directory of downloaded and built dependencies: `$BOXLITE_CACHE`, by default `~/.cache/boxlite-cri`.
+pub(crate) fn cache() -> PathBuf {
+    let home = || std::env::var_os("HOME").map_or_else(|| "/root".into(), PathBuf::from);
+    std::env::var_os("BOXLITE_CACHE")
+        .map_or_else(|| home().join(".cache/boxlite-cri"), PathBuf::from)
+}
+
 impl Install {
     /// Finds all paths. The error lists the missing ones.
     pub(crate) fn find() -> Result<Self> {
         let env = |name: &str| std::env::var_os(name).map(PathBuf::from);
         let exe = std::env::current_exe()?;
         let bin = env("BOXLITE_BIN").unwrap_or_else(|| exe.parent().unwrap_or(&exe).to_owned());
-        let home = env("HOME").unwrap_or_else(|| "/root".into());
-        let cache = env("BOXLITE_CACHE").unwrap_or_else(|| home.join(".cache/boxlite-cri"));
+        let cache = cache();
         let guest = "agent-debug/boxlite-guest";
         let install = Self {
             daemon: bin.join("boxlite-cri"),

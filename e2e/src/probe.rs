@@ -1,7 +1,9 @@
-//! `boxlite-e2e events <directory>` and `boxlite-e2e splice <file>`: programs that run inside a guest, because busybox has
-//! neither inotify nor sendfile. Both run until they are killed.
+//! This program inside a guest: [`mounts`] puts it there. `boxlite-e2e events <directory>` and `boxlite-e2e splice <file>`
+//! exist because busybox has neither inotify nor sendfile; both run until they are killed.
 
 use crate::failure::Result;
+use crate::image::busybox::libraries;
+use k8s_cri::v1::Mount;
 use rustix::fs::inotify::{self, CreateFlags, Reader, WatchFlags};
 use std::fs::File;
 use std::io::Write;
@@ -11,6 +13,21 @@ use std::time::Duration;
 
 /// Interval between looks at the end of a file.
 const INTERVAL: Duration = Duration::from_millis(200);
+
+/// Returns read-only mounts of this program at `target` and of its libraries, for a container of any image.
+pub(crate) fn mounts(target: &str) -> Result<Vec<Mount>> {
+    let program = std::env::current_exe()?;
+    let program = program.to_str().unwrap_or_default();
+    let mut files = vec![(program.to_owned(), target.to_owned())];
+    files.extend(libraries(program)?.into_iter().map(|l| (l.clone(), l)));
+    let mount = |(host_path, container_path)| Mount {
+        host_path,
+        container_path,
+        readonly: true,
+        ..Default::default()
+    };
+    Ok(files.into_iter().map(mount).collect())
+}
 
 /// Prints `watching`, then a line per creation, removal or renaming in `directory`.
 pub(crate) fn events(directory: &Path) -> Result {
@@ -28,8 +45,8 @@ pub(crate) fn events(directory: &Path) -> Result {
     }
 }
 
-/// Copies `file`, and bytes that are appended to it later, to the standard output by sendfile. Asks for the file's size before each
-/// call, which docs/coherence.md requires in a pod.
+/// Copies `file`, and bytes that are appended to it later, to the standard output by sendfile. Asks for the file's size
+/// before each call, which docs/coherence.md requires in a pod.
 pub(crate) fn splice(file: &Path) -> Result {
     let (file, out) = (File::open(file)?, std::io::stdout());
     loop {

@@ -12,7 +12,7 @@ use crate::leak::LeakSnapshot;
 use crate::service::Service;
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use k8s_cri::v1::{PodSandboxFilter, RemovePodSandboxRequest, StopPodSandboxRequest};
+use k8s_cri::v1::PodSandboxFilter;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -230,14 +230,8 @@ impl TestEnv for TestContext {
 /// not affect the next.
 async fn clean(ctx: &TestContext) -> Result {
     ctx.shared_pod().await.empty().await?;
-    let mut client = ctx.node.cri.runtime();
-    for pod_sandbox_id in ctx.pods(PodSandboxFilter::default()).await? {
-        let stop = StopPodSandboxRequest {
-            pod_sandbox_id: pod_sandbox_id.clone(),
-        };
-        client.stop_pod_sandbox(stop).await?;
-        let remove = RemovePodSandboxRequest { pod_sandbox_id };
-        client.remove_pod_sandbox(remove).await?;
+    for id in ctx.pods(PodSandboxFilter::default()).await? {
+        ctx.node.cri.remove_pod(id).await?;
     }
     Ok(())
 }

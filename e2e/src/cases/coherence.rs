@@ -4,10 +4,9 @@ use super::volumes::{eventually_within, mount, volume_dir};
 use crate::case;
 use crate::context::Backend;
 use crate::failure::Result;
-use crate::image::busybox::libraries;
 use crate::pod::{Container, Pod, container_spec};
 use crate::runner::{Case, Context};
-use crate::{ensure, poll, same};
+use crate::{ensure, poll, probe, same};
 use k8s_cri::v1::*;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
@@ -38,22 +37,10 @@ async fn start_probe(
     arguments: &[&str],
     volume: Mount,
 ) -> Result<Container> {
-    let program = std::env::current_exe()?;
-    let program = program.to_str().unwrap_or_default();
     let mut argv = vec!["/probe"];
     argv.extend(arguments);
     let mut config = container_spec(arguments[0], &ctx.images.base, &argv);
-    let mut files = vec![(program.to_owned(), "/probe".to_owned())];
-    files.extend(libraries(program)?.into_iter().map(|l| (l.clone(), l)));
-    config.mounts = files
-        .into_iter()
-        .map(|(host_path, container_path)| Mount {
-            host_path,
-            container_path,
-            readonly: true,
-            ..Default::default()
-        })
-        .collect();
+    config.mounts = probe::mounts("/probe")?;
     config.mounts.push(volume);
     pod.start_with(config).await
 }

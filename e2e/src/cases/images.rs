@@ -6,14 +6,13 @@ use crate::case;
 use crate::client::answer;
 use crate::failure::Result;
 use crate::image::build::Image;
-use crate::image::busybox::libraries;
 use crate::image::fault_proxy::{Auth, Fault, FaultProxy};
 use crate::image::layer::{Compression, LayerTar};
 use crate::image::registry::Registry;
 use crate::image::set::ImageSet;
 use crate::pod::{Pod, container_spec, pull, pull_with};
 use crate::runner::{Case, Context};
-use crate::{ensure, same};
+use crate::{ensure, probe, same};
 use k8s_cri::v1::*;
 use rand::RngCore;
 use serde_json::json;
@@ -274,20 +273,8 @@ async fn image_without_layers_has_an_empty_root(ctx: Context) -> Result {
     let reference = format!("{}/no-layers:1", ctx.registry.host);
     pull(&ctx.node, &reference).await?;
     let pod = ctx.shared_pod().await;
-    let program = std::env::current_exe()?;
-    let program = program.to_str().unwrap_or_default();
     let mut spec = container_spec("empty", &reference, &["/lister", "--help"]);
-    let mut mounts = vec![(program.to_owned(), "/lister".to_owned())];
-    mounts.extend(libraries(program)?.into_iter().map(|l| (l.clone(), l)));
-    spec.mounts = mounts
-        .into_iter()
-        .map(|(host_path, container_path)| Mount {
-            host_path,
-            container_path,
-            readonly: true,
-            ..Default::default()
-        })
-        .collect();
+    spec.mounts = probe::mounts("/lister")?;
     let container = pod.start_with(spec).await?;
     let status = container.exited(ctx.patience(30)).await?;
     same!(status.exit_code, 0, "{}", container.output()?);

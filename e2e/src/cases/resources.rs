@@ -2,6 +2,7 @@
 //! overhead makes it. The guest's limit must act first: a container is OOM-killed, its neighbor and the VM survive. Also the
 //! limit of processes, and memory that the guest frees.
 
+use crate::context::Backend;
 use crate::failure::Result;
 use crate::pod::{Pod, container_spec, pod_spec};
 use crate::process::{family, guest_ram, pss};
@@ -19,10 +20,8 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(limit_of_1_gib_acts_in_the_guest, 180),
         case!(pod_without_limit_has_2_gib, 90),
         case!(process_limit_acts_in_the_guest, 90),
-        case!(freed_memory_returns_to_the_host, 120).not_on(
-            crate::context::Backend::Krun,
-            "not yet seen to pass under nested emulation",
-        ),
+        case!(freed_memory_returns_to_the_host, 120)
+            .not_on(Backend::Krun, "not yet seen to pass under nested emulation"),
         case!(idle_pod_of_2_gib_costs_little_more, 120),
     ]
 }

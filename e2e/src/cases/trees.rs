@@ -3,12 +3,11 @@
 use crate::case;
 use crate::failure::{During, Result};
 use crate::image::build::Image;
-use crate::image::{busybox, tree};
+use crate::image::tree;
 use crate::lister::Entry;
 use crate::pod::{Pod, container_spec, pull};
 use crate::runner::{Case, Context};
-use crate::{ensure, same};
-use k8s_cri::v1::Mount;
+use crate::{ensure, probe, same};
 use serde_json::json;
 
 /// Environment variable with the seed of a run to repeat.
@@ -48,23 +47,7 @@ async fn one_tree(ctx: &Context, pod: &Pod, seed: u64) -> Result {
     pull(&pod.node, &reference).await?;
     let top = format!("/{}", tree::TOP);
     let mut spec = container_spec(&name, &reference, &["/lister", "tree", &top]);
-    let program = std::env::current_exe()?;
-    let program = program.to_str().unwrap_or_default();
-    let mut mounts = vec![(program.to_owned(), "/lister".to_owned())];
-    mounts.extend(
-        busybox::libraries(program)?
-            .into_iter()
-            .map(|l| (l.clone(), l)),
-    );
-    spec.mounts = mounts
-        .into_iter()
-        .map(|(host_path, container_path)| Mount {
-            host_path,
-            container_path,
-            readonly: true,
-            ..Default::default()
-        })
-        .collect();
+    spec.mounts = probe::mounts("/lister")?;
     let container = pod.start_with(spec).await?;
     let status = container.exited(ctx.patience(30)).await?;
     let output = container.output()?;

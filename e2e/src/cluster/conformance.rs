@@ -3,10 +3,10 @@
 //! Evaluates nothing itself: counts and failures come from the suite's JUnit report.
 
 use super::Cluster;
+use crate::bail;
+use crate::conformance::run_suite;
 use crate::failure::{During, Result};
-use crate::{bail, ensure};
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use tokio::process::Command;
 
 /// Specs that the suite itself excludes from a NodeConformance run.
@@ -47,10 +47,9 @@ pub(crate) async fn run(cluster: &Cluster, options: &Options) -> Result<bool> {
     let report = options.out.join("e2e-kubernetes.xml");
     let _ = std::fs::remove_file(&report);
     let output = options.out.join("e2e-kubernetes.log");
-    println!("output in {}", output.display());
-    let log = std::fs::File::create(&output).during(output.display())?;
     let kubectl = &cluster.plane.kubectl;
-    let status = Command::new(ginkgo)
+    let mut command = Command::new(ginkgo);
+    command
         .arg(format!("--procs={}", options.procs))
         .arg(format!("--timeout={}", options.timeout))
         .arg(format!("--focus={}", options.focus))
@@ -67,14 +66,8 @@ pub(crate) async fn run(cluster: &Cluster, options: &Options) -> Result<bool> {
         ])
         .arg(format!("--kubeconfig={}", kubectl.kubeconfig.display()))
         .arg(format!("--kubectl-path={}", kubectl.program.display()))
-        .env("KUBECONFIG", &kubectl.kubeconfig)
-        .stdin(Stdio::null())
-        .stdout(log.try_clone()?)
-        .stderr(log)
-        .kill_on_drop(true)
-        .status()
-        .await
-        .during("ginkgo")?;
+        .env("KUBECONFIG", &kubectl.kubeconfig);
+    let ended = run_suite("ginkgo", &mut command, &output, &report).await;
     for name in ["n/daemon.log", "kubelet.log"] {
         let from = cluster.dir.join(name);
         let to = options
@@ -82,11 +75,7 @@ pub(crate) async fn run(cluster: &Cluster, options: &Options) -> Result<bool> {
             .join(Path::new(name).file_name().unwrap_or_default());
         std::fs::copy(&from, &to).during(from.display())?;
     }
-    ensure!(
-        report.exists(),
-        "ginkgo ended with {status} and without a report, see {}",
-        output.display()
-    );
+    ended?;
     let counts = Counts::read(&std::fs::read_to_string(&report)?);
     for name in &counts.failures {
         println!("FAIL  {name}");

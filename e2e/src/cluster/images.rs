@@ -157,11 +157,8 @@ fn add_unpacked(tar: &mut LayerTar, root: &Path, program: &str, target: &str) ->
     let libraries = root.join("usr/lib/x86_64-linux-gnu").display().to_string();
     let script = format!("LD_LIBRARY_PATH={libraries} exec ldd {}", path.display());
     let listing = crate::namespaces::run("sh", &["-c", &script])?;
-    let words = listing
-        .lines()
-        .filter_map(|line| line.split_whitespace().find(|w| w.starts_with('/')));
-    for library in words {
-        let name = Path::new(library)
+    for library in busybox::listed_libraries(&listing) {
+        let name = Path::new(&library)
             .file_name()
             .unwrap_or_default()
             .to_string_lossy();
@@ -169,7 +166,7 @@ fn add_unpacked(tar: &mut LayerTar, root: &Path, program: &str, target: &str) ->
             true => library.trim_start_matches('/').to_owned(),
             false => format!("lib/x86_64-linux-gnu/{name}"),
         };
-        tar.file(&target, 0o755, &std::fs::read(library).during(library)?)?;
+        tar.file(&target, 0o755, &std::fs::read(&library).during(&library)?)?;
     }
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 use crate::bail;
 use crate::failure::Result;
+use crate::install;
 use std::path::PathBuf;
 
 /// Directory of the programs and the unpacked Debian packages.
@@ -13,11 +14,8 @@ pub(crate) struct Programs {
 impl Programs {
     /// Finds the directory. The error names the first missing program.
     pub(crate) fn find() -> Result<Self> {
-        let home = std::env::var_os("HOME").map_or_else(|| "/root".into(), PathBuf::from);
-        let cache = std::env::var_os("BOXLITE_CACHE")
-            .map_or_else(|| home.join(".cache/boxlite-cri"), PathBuf::from);
         let programs = Self {
-            root: cache.join("cluster"),
+            root: install::cache().join("cluster"),
         };
         let needed = [
             "kube-apiserver",

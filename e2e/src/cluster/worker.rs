@@ -12,7 +12,7 @@ use crate::ensure;
 use crate::failure::{Failure, Result};
 use crate::image::registry::Registry;
 use crate::install::Install;
-use crate::namespaces::run;
+use crate::namespaces::{run, tmpfs};
 use crate::node::{Node, NodeOptions};
 use crate::service::Service;
 use serde_json::{Value, json};
@@ -52,17 +52,7 @@ pub(crate) struct Worker {
 pub(crate) fn prepare(dir: &Path) -> Result {
     for (dir, size) in [("/run", "512m"), ("/var/log", "2g"), (KUBELET, "8g")] {
         std::fs::create_dir_all(dir)?;
-        run(
-            "mount",
-            &[
-                "-t",
-                "tmpfs",
-                "-o",
-                &format!("mode=0755,size={size}"),
-                "tmpfs",
-                dir,
-            ],
-        )?;
+        tmpfs(Path::new(dir), &format!("mode=0755,size={size}"))?;
         run("mount", &["--make-shared", dir])?;
     }
     std::fs::create_dir_all("/run/netns")?;

@@ -8,12 +8,12 @@ pub(crate) mod images;
 mod report;
 mod target;
 
-use crate::bail;
 use crate::containerd::Version;
 use crate::context::Backend;
 use crate::failure::{During, Result};
 use crate::image::registry::Registry;
-use crate::install::Install;
+use crate::install::{self, Install};
+use crate::{bail, ensure};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Instant;
@@ -112,12 +112,37 @@ pub(crate) async fn run(options: &Options) -> Result<bool> {
     Ok(good)
 }
 
+/// Runs a test suite with its output in a file. Its exit code does not count: failed tests are in the report.
+///
+/// # Errors
+/// If the suite writes no report.
+pub(crate) async fn run_suite(
+    name: &str,
+    command: &mut Command,
+    output: &Path,
+    report: &Path,
+) -> Result {
+    println!("output in {}", output.display());
+    let log = std::fs::File::create(output).during(output.display())?;
+    let status = command
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .kill_on_drop(true)
+        .status()
+        .await
+        .during(name)?;
+    ensure!(
+        report.exists(),
+        "{name} ended with {status} and without a report, see {}",
+        output.display()
+    );
+    Ok(())
+}
+
 impl Programs {
     fn find(critest: Option<PathBuf>) -> Result<Self> {
-        let home = std::env::var_os("HOME").map_or_else(|| "/root".into(), PathBuf::from);
-        let cache = std::env::var_os("BOXLITE_CACHE")
-            .map_or_else(|| home.join(".cache/boxlite-cri"), PathBuf::from)
-            .join("critest");
+        let cache = install::cache().join("critest");
         let programs = Self {
             critest: critest.unwrap_or_else(|| cache.join("critest")),
             nginx: cache.join("nginx/usr/sbin/nginx"),
@@ -225,23 +250,7 @@ impl Suite<'_> {
                 }
             }
         }
-        let log = std::fs::File::create(output).during(output.display())?;
-        println!("output in {}", output.display());
-        let status = command
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .kill_on_drop(true)
-            .status()
-            .await
-            .during("critest")?;
-        if !json.exists() {
-            bail!(
-                "critest ended with {status} and without a report, see {}",
-                output.display()
-            );
-        }
-        Ok(())
+        run_suite("critest", &mut command, output, json).await
     }
 
     /// Returns true if this critest has the flag `--nri-socket`.

@@ -5,7 +5,7 @@
 //! made by the cases.
 
 use crate::failure::{During, Failure, Result};
-use crate::install::Install;
+use crate::install::{self, Install};
 use crate::node::{Mirror, write_mirrors};
 use crate::service::Service;
 use crate::{ensure, poll};
@@ -107,10 +107,7 @@ pub(crate) struct Containerd {
 }
 
 fn programs(version: Version) -> PathBuf {
-    let home = std::env::var_os("HOME").map_or_else(|| "/root".into(), PathBuf::from);
-    let cache = std::env::var_os("BOXLITE_CACHE")
-        .map_or_else(|| home.join(".cache/boxlite-cri"), PathBuf::from);
-    cache.join(format!("containerd-{}/usr/bin", version.name()))
+    install::cache().join(format!("containerd-{}/usr/bin", version.name()))
 }
 
 impl Containerd {

@@ -12,7 +12,7 @@ use crate::bail;
 use crate::context::Backend;
 use crate::failure::{During, Failure, Result};
 use crate::image::registry::Registry;
-use crate::install::Install;
+use crate::install::{self, Install};
 use crate::namespaces;
 use crate::node::{Mirror, Node, NodeOptions};
 use list::List;
@@ -107,10 +107,7 @@ pub(crate) async fn run(options: &Options) -> Result<bool> {
 
 impl Programs {
     fn find() -> Result<Self> {
-        let home = std::env::var_os("HOME").map_or_else(|| "/root".into(), PathBuf::from);
-        let cache = std::env::var_os("BOXLITE_CACHE")
-            .map_or_else(|| home.join(".cache/boxlite-cri"), PathBuf::from)
-            .join("containerd-suite");
+        let cache = install::cache().join("containerd-suite");
         let programs = Self {
             integration: cache.join("integration"),
             stress: cache.join("stress"),
@@ -296,14 +293,7 @@ impl Suite<'_> {
             .await?
             .into_inner();
         for pod in pods.items {
-            let stop = k8s_cri::v1::StopPodSandboxRequest {
-                pod_sandbox_id: pod.id.clone(),
-            };
-            client.stop_pod_sandbox(stop).await?;
-            let remove = k8s_cri::v1::RemovePodSandboxRequest {
-                pod_sandbox_id: pod.id,
-            };
-            client.remove_pod_sandbox(remove).await?;
+            self.node.cri.remove_pod(pod.id).await?;
         }
         Ok(())
     }

@@ -66,10 +66,14 @@ fn add_libraries(tar: &mut LayerTar, program: &str) -> Result {
 
 /// Returns the paths that the dynamic linker loads, its own included.
 pub(crate) fn libraries(program: &str) -> Result<Vec<String>> {
-    let listing = run("ldd", &[program])?;
-    Ok(listing
+    Ok(listed_libraries(&run("ldd", &[program])?))
+}
+
+/// Returns the paths in the output of ldd.
+pub(crate) fn listed_libraries(listing: &str) -> Vec<String> {
+    listing
         .lines()
         .filter_map(|line| line.split_whitespace().find(|word| word.starts_with('/')))
         .map(str::to_owned)
-        .collect())
+        .collect()
 }

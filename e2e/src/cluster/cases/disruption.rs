@@ -185,11 +185,10 @@ async fn drained_node_evicts_and_takes_pods_again(ctx: Context) -> Result {
 async fn rebooted_node_restarts_every_pod(ctx: Context) -> Result {
     let names = ["first", "second"];
     for name in names {
-        let mut main = pods::container(
+        let main = pods::container(
             "main",
             "test -e /mark && echo stale; touch /mark; exec sleep infinity",
         );
-        main["ports"] = json!([]);
         let mut object = pod(name, &[main]);
         object["spec"]["restartPolicy"] = json!("Always");
         ctx.kubectl.apply(&object).await?;
