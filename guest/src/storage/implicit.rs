@@ -7,6 +7,7 @@
 //! layers that have any. Called by `rootfs` once the overlay is mounted; must not follow links of the image.
 
 use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, lgetxattr, lremovexattr, utimensat};
+use rustix::io::Errno;
 use std::fs::{self, Metadata};
 use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, lchown};
@@ -74,7 +75,11 @@ impl Walk<'_> {
                 && let Some(original) = described(self.below, &path)?
             {
                 copy(&original, &shown)?;
-                lremovexattr(&shown, MARK)?;
+                match lremovexattr(&shown, MARK) {
+                    // A file system without trusted attributes has not kept it.
+                    Ok(()) | Err(Errno::NODATA | Errno::NOTSUP) => {}
+                    Err(errno) => return Err(errno.into()),
+                }
             }
             self.visit(&path)?;
         }
