@@ -24,14 +24,15 @@ PROGRAMS := -p boxlite-cri -p boxlite-shim-v2 -p boxlite-e2e -p boxlite-guest
 # Size limit of the release agent in bytes.
 AGENT_MAX_BYTES := 14500000
 
-.PHONY: all tools build demo test test-containerd e2e-qemu e2e-krun conformance conformance-krun conformance-containerd conformance-containerd-suite cluster test-cluster conformance-cluster bench lint deny unit agent-size fmt install clean help
+.PHONY: all tools build demo test test-containerd e2e-qemu e2e-krun conformance conformance-krun conformance-containerd conformance-containerd-suite cluster test-cluster conformance-cluster bench lint deny advisories unit agent-size fmt install clean help
 all: build
 
 help:
 	@echo "make demo                    install dependencies, build, and show a pod in a real VM from pull to removal"
 	@echo "make test                    lints, unit tests, end-to-end tests on QEMU and libkrun (about 45 minutes on two cores)"
 	@echo "make e2e-qemu FILTER=logs    end-to-end cases on QEMU whose name contains the filter; e2e-krun for libkrun"
-	@echo "make lint                    cargo fmt, clippy and shellcheck; make deny for licenses and sources of dependencies"
+	@echo "make lint                    cargo fmt, clippy, shellcheck, and cargo-deny (also: make deny) for dependencies"
+	@echo "make advisories              security advisories for dependencies, from the RustSec database on GitHub"
 	@echo "make unit                    unit and property tests"
 	@echo "make conformance             critest, the conformance suite of CRI runtimes (docs/conformance.md)"
 	@echo "make test-containerd         the shim under containerd 1.6 and 2.x"
@@ -119,11 +120,15 @@ lint:
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 	@e2e/scripts/lint-scripts
+	@e2e/scripts/deny
 
-# Licenses, bans, duplicate versions and sources of dependencies (deny.toml). Security advisories need the network: cargo
-# deny check advisories.
+# Licenses, bans, duplicate versions and sources of dependencies (deny.toml), as in `make lint`.
 deny:
-	cargo deny --locked check bans licenses sources
+	@e2e/scripts/deny
+
+# Not a part of `make lint`: downloads the RustSec database, whose contents change from day to day.
+advisories:
+	@e2e/scripts/deny advisories
 
 unit:
 	cargo test --locked --workspace $(ROOT_TESTS)
