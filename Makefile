@@ -4,7 +4,7 @@
 # dependencies optimized because they move the data). For a node: make build PROFILE=release && make install
 # PROFILE=release. The agent is static and stripped, since every VM boots it.
 
-CACHE      ?= $(HOME)/.cache/boxlite-cri
+CACHE      ?= $(or $(BOXLITE_CACHE),$(HOME)/.cache/boxlite-cri)
 PREFIX     ?= /usr/local
 TARGET     ?= $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),$(CURDIR)/target)
 PROFILE    ?= dev
