@@ -4,7 +4,7 @@ use std::path::{Component, Path};
 
 /// Mount point of the cgroup file systems.
 pub const CGROUP_MOUNT: &str = "/sys/fs/cgroup";
-/// Limits from here up mean "no limit": cgroup v1 writes none as the largest multiple of a page.
+/// Limits from this value on mean unlimited: cgroup v2's `max` and v1's largest multiple of a page.
 pub const UNLIMITED_BYTES: u64 = 1 << 60;
 
 /// Expands a systemd slice to its directory: `a-b-c.slice` is `/a.slice/a-b.slice/a-b-c.slice`. Any other name is

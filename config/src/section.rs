@@ -43,14 +43,14 @@ pub enum ConfigError {
         source: std::io::Error,
     },
     /// The file is not TOML.
-    #[error("{} is not valid TOML", path.display())]
+    #[error("invalid TOML in {}", path.display())]
     Syntax {
         path: PathBuf,
         #[source]
         source: Box<toml::de::Error>,
     },
     /// All invalid entries.
-    #[error("{} has {} mistake(s):\n{}", path.display(), mistakes.len(),
+    #[error("invalid configuration {}: {} mistake(s)\n{}", path.display(), mistakes.len(),
         mistakes.iter().map(|m| format!("  {m}")).collect::<Vec<_>>().join("\n"))]
     Mistakes {
         path: PathBuf,
@@ -241,7 +241,7 @@ mod tests {
             ]
         );
         assert_eq!(mistakes("pod = 3"), ["pod = 3: must be a table"]);
-        assert_eq!(mistakes("[pod"), ["/x.toml is not valid TOML"]);
+        assert_eq!(mistakes("[pod"), ["invalid TOML in /x.toml"]);
     }
 
     #[test]

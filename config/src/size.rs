@@ -22,7 +22,7 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// Returns the memory limit rounded up to MiB; `None` without one. An exbibyte and more is no limit, as in cgroup v1.
+    /// Returns the memory limit rounded up to MiB; `None` without one. An exbibyte or more means unlimited, as in cgroup v1.
     pub fn memory_mib(&self) -> Option<u64> {
         let bytes = u64::try_from(self.memory_bytes).ok()?;
         (bytes > 0 && bytes < UNLIMITED_BYTES).then(|| bytes.div_ceil(MIB))

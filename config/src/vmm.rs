@@ -4,12 +4,12 @@ use crate::section::Section;
 use crate::value;
 use boxlite_proto::vmm::{Acceleration, VmmKind};
 
-/// Choice of VMM; `None` stands for `auto`: the hardware decides, since /dev/kvm may exist and yet run no guest.
+/// Choice of VMM; `None` means `auto`: the hardware decides, since /dev/kvm may exist and yet run no guest.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct VmmSettings {
     /// The VMM. Default auto.
     pub kind: Option<VmmKind>,
-    /// How QEMU runs guest code. Default auto: the probe's answer.
+    /// Acceleration of QEMU. Default auto: the probe's answer.
     pub acceleration: Option<Acceleration>,
 }
 

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 pub struct VmmChoice {
     /// VMM of pods that do not request one.
     pub kind: VmmKind,
-    /// How QEMU runs guest code.
+    /// Acceleration of QEMU.
     pub acceleration: Acceleration,
     /// Reason on one line.
     pub reason: String,

@@ -1,4 +1,4 @@
-//! `boxlite-cri check`: tests whether this machine can run pods, and reports what is missing. Changes nothing but the cached
+//! `boxlite-cri check`: tests whether this machine can run pods, and reports missing parts. Changes nothing but the cached
 //! answer of the KVM probe.
 //!
 //! Exit code: 0 if pods can run, 1 if something they need is missing.
@@ -71,13 +71,13 @@ impl Report {
         }
     }
 
-    /// Tells whether pods can run. A missing network is no failure: a node gets it after its runtime.
+    /// Returns whether pods can run. A missing network is not a failure: a node gets it after its runtime.
     fn ready(&self) -> bool {
         let usable = |part: &Part| part.problem.is_none() || self.needs(part) == Some(false);
         self.vmm.is_ok() && self.parts.iter().all(usable)
     }
 
-    /// Tells whether pods need this part; `None` if that depends on the VMM and none was chosen.
+    /// Returns whether pods need this part; `None` if that depends on the VMM and none was chosen.
     fn needs(&self, part: &Part) -> Option<bool> {
         match (&part.need, &self.vmm) {
             (Need::Always, _) => Some(true),

@@ -42,7 +42,7 @@ enum Command {
     ///
     /// Logs to standard error and reports readiness to systemd if NOTIFY_SOCKET is set. Pods outlive the daemon.
     Serve(ConfigOptions),
-    /// Test whether this machine can run pods, and report what is missing.
+    /// Test whether this machine can run pods, and report missing parts.
     ///
     /// Runs a few instructions in a VM to find out whether KVM works, then looks for the programs and the network
     /// configuration. Exits with 1 if pods cannot run.

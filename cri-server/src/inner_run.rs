@@ -1,13 +1,13 @@
 //! Support for tests that change network or mounts: each re-executes itself in private namespaces.
 //!
-//! It judges nothing but that the inner run happened and passed. Called by the tests of `cni` and of `service`.
+//! It checks only that the inner run took place and passed. Called by the tests of `cni` and of `service`.
 
 use std::process::Command;
 
-/// Set in the inner run.
+/// Environment variable that is set in the inner run.
 const INSIDE: &str = "BOXLITE_TEST_INSIDE";
 
-/// False in the outer run, which has run the inner one. `test` is the whole path of the calling test.
+/// Returns false in the outer run, which has run the inner one. `test` is the full path of the calling test.
 pub(crate) fn inside(test: &str) -> bool {
     if std::env::var_os(INSIDE).is_some() {
         return true;

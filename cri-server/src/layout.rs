@@ -1,4 +1,4 @@
-//! The paths that are cri-server's own, below the daemon's two directories; everything else is the runtime's FilesystemLayout.
+//! Paths of cri-server's files below the daemon's two directories; all others are in the runtime's FilesystemLayout.
 //!
 //! ```text
 //! root/cni/<sandbox id>.json     undo record of a pod's network
@@ -16,7 +16,7 @@ pub(crate) struct Layout {
 }
 
 impl Layout {
-    /// `root` persists, `state` ends with the boot.
+    /// Creates the layout; `root` is persistent, `state` lasts until the next boot.
     pub(crate) fn new(root: &Path, state: &Path) -> Self {
         Self {
             root: root.to_owned(),
@@ -24,22 +24,22 @@ impl Layout {
         }
     }
 
-    /// CNI records.
+    /// Returns the directory of the CNI records.
     pub(crate) fn cni_records(&self) -> PathBuf {
         self.root.join("cni")
     }
 
-    /// Network namespaces.
+    /// Returns the directory of the network namespaces.
     pub(crate) fn namespaces(&self) -> PathBuf {
         self.state.join("netns")
     }
 
-    /// All pods' files.
+    /// Returns the directory of all pods' files.
     pub(crate) fn pods(&self) -> PathBuf {
         self.state.join("pods")
     }
 
-    /// One pod's files. `sandbox` is an id this daemon made.
+    /// Returns the directory of one pod's files. `sandbox` is an id that this daemon created.
     pub(crate) fn pod(&self, sandbox: &str) -> PathBuf {
         self.pods().join(sandbox)
     }

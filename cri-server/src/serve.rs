@@ -31,46 +31,46 @@ use tokio_stream::StreamExt;
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
 
-/// Largest gRPC message received or sent, in bytes; kubelet and crictl set the same.
+/// Maximum size of a gRPC message in bytes, in both directions; kubelet and crictl set the same.
 const MAX_MESSAGE_BYTES: usize = 16 << 20;
 
-/// Failure to start or to keep serving.
+/// Errors that prevent or end the service.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ServeError {
-    /// No VMM.
-    #[error("no VMM can be chosen")]
+    /// No VMM can be used.
+    #[error("failed to choose a VMM")]
     Vmm(#[source] boxlite_runtime::RuntimeError),
     /// The runtime could not be opened.
     #[error("failed to open the runtime")]
     Runtime(#[source] boxlite_runtime::RuntimeError),
-    /// The CRI socket.
+    /// The CRI socket could not be bound.
     #[error("failed to serve the CRI")]
     Socket(#[from] socket::SocketError),
-    /// NRI's socket.
+    /// The NRI socket could not be bound.
     #[error("failed to serve NRI plugins (nri.socket_path)")]
     Nri(#[source] socket::SocketError),
-    /// The metrics page's address.
+    /// The address of the metrics page could not be bound.
     #[error("failed to serve metrics on {address}")]
     Metrics {
         address: std::net::SocketAddr,
         #[source]
         source: std::io::Error,
     },
-    /// The streaming server's address.
+    /// The address of the streaming server could not be bound.
     #[error("failed to serve streams on {address}")]
     Streaming {
         address: std::net::SocketAddr,
         #[source]
         source: std::io::Error,
     },
-    /// Two metrics of the same name: a bug.
+    /// Two metrics have the same name, which is a bug.
     #[error("failed to register metrics")]
     Counters(#[from] prometheus::Error),
-    /// Signal handlers.
+    /// The signal handlers could not be installed.
     #[error("failed to install signal handlers")]
     Signals(#[source] std::io::Error),
     /// The gRPC server ended with an error.
-    #[error("gRPC server failed")]
+    #[error("failed to run the gRPC server")]
     Grpc(#[from] tonic::transport::Error),
 }
 
@@ -151,7 +151,7 @@ async fn run(mut config: Config) -> Result<(), ServeError> {
     served
 }
 
-/// Serves until `stop`, then waits for calls in progress, at most the configured time.
+/// Serves until `stop`, then waits for calls in progress, at most for the configured time.
 async fn grpc(
     server: &Server,
     listener: UnixListener,

@@ -1,4 +1,4 @@
-//! `boxlite-cri status`: state of the running daemon, asked over its CRI socket like any client would.
+//! `boxlite-cri status`: state of the running daemon, queried over its CRI socket like any client.
 //!
 //! Exit code: 0 if the daemon answers, 1 otherwise.
 
@@ -20,13 +20,13 @@ use std::time::Duration;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint, Uri};
 
-/// Longest wait for all answers of the daemon. None of the calls waits for a VM.
+/// Timeout of all answers of the daemon together. None of the calls waits for a VM.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Failure to ask the daemon.
+/// Failure to query the daemon.
 #[derive(Debug, thiserror::Error)]
 enum StatusError {
-    /// Nothing listens.
+    /// No process listens on the socket.
     #[error("failed to connect to {}: is the daemon running?", socket.display())]
     Connect {
         socket: PathBuf,
@@ -40,7 +40,7 @@ enum StatusError {
         #[source]
         source: Box<tonic::Status>,
     },
-    /// Calls took too long.
+    /// The calls timed out.
     #[error("the daemon at {} did not answer within {} s", socket.display(), ANSWER_TIMEOUT.as_secs())]
     Timeout { socket: PathBuf },
 }
@@ -60,7 +60,7 @@ struct DaemonState {
     containers: [usize; 3],
 }
 
-/// Asks the daemon and prints the report.
+/// Queries the daemon and prints the report.
 pub(crate) async fn status(config: Config, output: Output) -> ExitCode {
     let socket = &config.listen;
     let answer = tokio::time::timeout(ANSWER_TIMEOUT, DaemonState::ask(socket)).await;

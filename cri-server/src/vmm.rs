@@ -1,13 +1,13 @@
-//! Choice of the VMM: the configured one, or the best one that the probe found usable, with the reason.
+//! Choice of the VMM: the configured one, or the best one that works on this machine, with the reason.
 //!
-//! Runs no guest code itself: the runtime asks the shim to run some in a short-lived VM.
+//! Runs no guest code itself: the runtime makes the shim run some in a short-lived VM.
 
 use crate::config::Config;
 use boxlite_runtime::RuntimeError;
 use boxlite_runtime::filesystem_layout::FilesystemLayout;
 use boxlite_runtime::vmm_probe::{self, VmmChoice};
 
-/// Probes (at most once per boot and shim) and chooses. Creates root and state if needed: the answer is cached there.
+/// Probes (at most once per boot and shim) and chooses. Creates root and state if needed: the result is cached there.
 ///
 /// # Errors
 /// If a directory cannot be created or the shim is missing.

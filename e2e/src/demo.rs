@@ -1,6 +1,6 @@
 //! `make demo`: a pod from pull to removal, with explanatory output.
 //!
-//! Checks every step: the demo fails like a test, also if anything is left behind.
+//! Checks every step: the demo fails like a test, also if anything leaks.
 
 use crate::cases::network::{get, served};
 use crate::client::{answer, within};

@@ -11,13 +11,13 @@ use std::time::Duration;
 /// Size of the disk in bytes.
 pub(crate) const DISK_BYTES: u64 = 8 << 20;
 /// Time for the last user to release the disk: descriptors close with threads and processes.
-const SETTLE_LIMIT: Duration = Duration::from_secs(10);
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A loop device, detached on drop.
 pub(crate) struct Disk {
     /// Device node.
     pub node: PathBuf,
-    /// Whether the device is attached; afterwards another user may get its number.
+    /// True while the device is attached; afterwards another user may get its number.
     attached: bool,
 }
 
@@ -55,7 +55,7 @@ impl Disk {
         let node = self.node.display().to_string();
         run("losetup", &["--detach", &node])?;
         self.attached = false;
-        poll::until("the end of the disk", SETTLE_LIMIT, || async {
+        poll::until("the end of the disk", SETTLE_TIMEOUT, || async {
             let left = run("losetup", &["--list", "--noheadings", "--output", "NAME"])?;
             ensure!(left.lines().all(|line| line.trim() != node), "{left}");
             Ok(())

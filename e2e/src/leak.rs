@@ -15,7 +15,7 @@ use std::time::Duration;
 pub(crate) struct LeakSnapshot(BTreeMap<&'static str, Vec<String>>);
 
 /// Time for removals that complete after the answer (an exiting process, a lazy unmount).
-const SETTLE_LIMIT: Duration = Duration::from_secs(10);
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(10);
 
 impl LeakSnapshot {
     /// Takes a snapshot.
@@ -83,7 +83,7 @@ impl LeakSnapshot {
 
     /// Waits until no objects beyond `self` exist, and fails after a time limit.
     pub(crate) async fn restored(&self, node: &Node) -> Result<Self> {
-        self.restored_within(node, SETTLE_LIMIT).await
+        self.restored_within(node, SETTLE_TIMEOUT).await
     }
 
     /// Does the same with another limit: a kubelet unmounts volumes some time after a pod's end.

@@ -13,7 +13,7 @@ pub(crate) struct LogLine {
     pub time: String,
     /// `stdout` or `stderr`.
     pub stream: String,
-    /// Whether this completes the container's line (F) or not (P).
+    /// True if this completes the container's line (F), false if not (P).
     pub full: bool,
     /// Bytes of the container, including the newline if `full`.
     pub content: Vec<u8>,
@@ -43,21 +43,21 @@ pub(crate) fn parse(raw: &[u8]) -> Result<LogLine> {
     };
     let (time, stream, tag) = (next(), next(), next());
     let content = parts.next();
-    let shown = || String::from_utf8_lossy(&raw[..raw.len().min(120)]).into_owned();
+    let excerpt = || String::from_utf8_lossy(&raw[..raw.len().min(120)]).into_owned();
     ensure!(
         is_time(&time),
         "invalid line, no RFC 3339 time with nanoseconds: {:?}",
-        shown()
+        excerpt()
     );
     ensure!(
         stream == "stdout" || stream == "stderr",
         "invalid line, no stream name: {:?}",
-        shown()
+        excerpt()
     );
     ensure!(
         tag == "F" || tag == "P",
         "invalid line, no tag F or P: {:?}",
-        shown()
+        excerpt()
     );
     let mut content = content.map(<[u8]>::to_vec).unwrap_or_default();
     if tag == "F" {

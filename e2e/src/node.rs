@@ -27,9 +27,9 @@ pub(crate) struct NodeOptions {
     pub vmm: String,
     /// Registry mirrors.
     pub registries: Vec<Mirror>,
-    /// Whether to write a CNI configuration.
+    /// True to write a CNI configuration.
     pub network: bool,
-    /// Whether the default CNI plugin chain does masquerading and host ports: both run iptables about ten times per pod.
+    /// True if the default CNI plugin chain does masquerading and host ports: both run iptables about ten times per pod.
     pub iptables: bool,
     /// Replacement for the default CNI plugin chain.
     pub cni_plugins: Option<serde_json::Value>,
@@ -132,7 +132,7 @@ impl Node {
             cri: Cri::lazy(&dir.join("c.sock"))?,
             metrics: String::new(),
             program: PathBuf::new(),
-            service: Service::new("somebody else's daemon", PathBuf::new()),
+            service: Service::new("another daemon", PathBuf::new()),
             dir: dir.to_owned(),
         })
     }

@@ -1,6 +1,6 @@
 //! [`Pod`] and [`Container`]: a kubelet's calls under names that make tests readable.
 //!
-//! The specs are CRI messages that tests modify before use. The only assertion here is that calls succeed.
+//! The specs are CRI messages that tests modify before use. It asserts only that calls succeed.
 
 use crate::client::{answer, within};
 use crate::failure::Result;

@@ -1,4 +1,4 @@
-//! Polls a condition with a deadline. Tests wait through this module only and never sleep for a fixed time.
+//! Polls a condition with a deadline. Tests wait through this module instead of sleeping for a fixed time.
 
 use crate::bail;
 use crate::failure::Result;

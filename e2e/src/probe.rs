@@ -12,7 +12,7 @@ use std::path::Path;
 use std::time::Duration;
 
 /// Interval between looks at the end of a file.
-const INTERVAL: Duration = Duration::from_millis(200);
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Returns read-only mounts of this program at `target` and of its libraries, for a container of any image.
 pub(crate) fn mounts(target: &str) -> Result<Vec<Mount>> {
@@ -52,6 +52,6 @@ pub(crate) fn splice(file: &Path) -> Result {
     loop {
         file.metadata()?;
         while rustix::fs::sendfile(&out, &file, None, 1 << 16)? > 0 {}
-        std::thread::sleep(INTERVAL);
+        std::thread::sleep(POLL_INTERVAL);
     }
 }

@@ -1,6 +1,6 @@
 //! [`DataWriter`]: writes file contents into the image as they arrive, without long runs of zeros.
 //!
-//! Knows no names. The tail of a file (the bytes after its last whole block), if it has at most [`MAX_TAIL`] bytes, belongs
+//! Knows no names. The tail of a file (the bytes after its last whole block), if it has at most [`MAX_TAIL_BYTES`] bytes, belongs
 //! next to the inode, whose position is known only at the end. Until then tails are in a [`Store`], as are the maps of sparse
 //! files.
 
@@ -8,12 +8,12 @@ use std::fs::File;
 use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use super::format::{BLOCK, HOLE};
+use super::format::{BLOCK_BYTES, HOLE};
 use super::store::Store;
 use super::{ErofsError, ErofsResult};
 
 /// Longest tail next to its inode, in bytes. A longer one would often leave the rest of the inode's block empty.
-pub(crate) const MAX_TAIL: usize = 2048;
+pub(crate) const MAX_TAIL_BYTES: usize = 2048;
 /// Capacity of the buffer of the image file, in bytes.
 const WRITE_BUFFER_BYTES: usize = 1 << 20;
 /// Smallest run of zeros that becomes a hole, as a power of two; also the unit of a sparse file's map. With 64 KiB, programs
@@ -70,7 +70,7 @@ struct Run {
 
 /// Appends the block of each chunk of a file.
 fn encode_map(runs: &[Run], chunks: u64, bits: u32) -> Vec<u8> {
-    let blocks_per_chunk = (1u64 << bits) / BLOCK as u64;
+    let blocks_per_chunk = (1u64 << bits) / BLOCK_BYTES as u64;
     let mut out = Vec::with_capacity(4 * chunks as usize);
     let mut at = 0;
     for run in runs {
@@ -102,8 +102,8 @@ pub(crate) struct DataWriter<'a> {
 impl<'a> DataWriter<'a> {
     /// Starts after the block of the superblock.
     pub(crate) fn new(mut file: &'a File, path: &Path, scratch: &Path) -> ErofsResult<Self> {
-        file.seek(SeekFrom::Start(BLOCK as u64))
-            .map_err(|e| ErofsError::io("writing", path, e))?;
+        file.seek(SeekFrom::Start(BLOCK_BYTES as u64))
+            .map_err(|e| ErofsError::io("write", path, e))?;
         Ok(Self {
             out: BufWriter::with_capacity(WRITE_BUFFER_BYTES, file),
             file,
@@ -142,7 +142,7 @@ impl<'a> DataWriter<'a> {
     /// Appends `bytes`, pads them to a whole block and returns the first block.
     pub(crate) fn append(&mut self, bytes: &[u8]) -> ErofsResult<u32> {
         let start = self.next;
-        let blocks = u32::try_from(bytes.len().div_ceil(BLOCK)).ok();
+        let blocks = u32::try_from(bytes.len().div_ceil(BLOCK_BYTES)).ok();
         // 0xffffffff marks a hole.
         let next = blocks
             .and_then(|b| start.checked_add(b))
@@ -152,11 +152,11 @@ impl<'a> DataWriter<'a> {
             limit: u64::from(u32::MAX),
             unit: "blocks",
         })?;
-        let padding = bytes.len().next_multiple_of(BLOCK) - bytes.len();
+        let padding = bytes.len().next_multiple_of(BLOCK_BYTES) - bytes.len();
         self.out
             .write_all(bytes)
             .and_then(|()| self.out.write_all(&ZEROS[..padding]))
-            .map_err(|e| ErofsError::io("writing", &self.path, e))?;
+            .map_err(|e| ErofsError::io("write", &self.path, e))?;
         Ok(start)
     }
 
@@ -166,23 +166,23 @@ impl<'a> DataWriter<'a> {
         out.resize(start + blob.length as usize, 0);
         self.blobs
             .read_at(blob.offset, &mut out[start..])
-            .map_err(|e| ErofsError::io("reading the temporary file of", &self.path, e))
+            .map_err(|e| ErofsError::io("read the temporary file of", &self.path, e))
     }
 
     /// Writes the buffered blocks and then `first` as the first block.
-    pub(crate) fn finish(mut self, first: &[u8; BLOCK]) -> ErofsResult<()> {
+    pub(crate) fn finish(mut self, first: &[u8; BLOCK_BYTES]) -> ErofsResult<()> {
         use std::os::unix::fs::FileExt;
         self.out
             .flush()
             .and_then(|()| self.file.write_all_at(first, 0))
-            .map_err(|e| ErofsError::io("writing", &self.path, e))
+            .map_err(|e| ErofsError::io("write", &self.path, e))
     }
 
     fn keep(&mut self, bytes: &[u8]) -> ErofsResult<Blob> {
         let offset = self.blobs.append(bytes);
         Ok(Blob {
             offset: offset
-                .map_err(|e| ErofsError::io("writing the temporary file of", &self.path, e))?,
+                .map_err(|e| ErofsError::io("write the temporary file of", &self.path, e))?,
             length: bytes.len() as u32,
         })
     }
@@ -247,10 +247,10 @@ impl FileWriter<'_, '_> {
     }
 
     fn end(&mut self, rest: &[u8]) -> ErofsResult<Data> {
-        let hole = rest.len() >= BLOCK && is_zero(rest);
+        let hole = rest.len() >= BLOCK_BYTES && is_zero(rest);
         if !self.holes && !hole {
-            let whole = rest.len() - rest.len() % BLOCK;
-            let (whole, tail) = if rest.len() - whole > MAX_TAIL {
+            let whole = rest.len() - rest.len() % BLOCK_BYTES;
+            let (whole, tail) = if rest.len() - whole > MAX_TAIL_BYTES {
                 (rest, &rest[..0])
             } else {
                 rest.split_at(whole)

@@ -10,7 +10,7 @@ pub type ErofsResult<T> = Result<T, ErofsError>;
 #[derive(Debug, thiserror::Error)]
 pub enum ErofsError {
     /// An entry of the archive is not acceptable.
-    #[error("layer entry {entry:?}: {reason}")]
+    #[error("invalid layer entry {entry:?}: {reason}")]
     Entry {
         /// Printable path of the entry.
         entry: String,
@@ -28,7 +28,7 @@ pub enum ErofsError {
         got: String,
     },
     /// The archive as a whole cannot be represented.
-    #[error("{subject}: {reason}")]
+    #[error("invalid {subject}: {reason}")]
     Invalid {
         /// Name of the archive.
         subject: String,
@@ -46,12 +46,12 @@ pub enum ErofsError {
         unit: &'static str,
     },
     /// The result is no longer needed.
-    #[error("conversion cancelled")]
+    #[error("the conversion was canceled")]
     Cancelled,
     /// The image or a temporary file could not be read or written.
-    #[error("{operation} {}", .path.display())]
+    #[error("failed to {operation} {}", .path.display())]
     Io {
-        /// The operation.
+        /// Operation, as verb and object.
         operation: &'static str,
         /// Path of the image.
         path: PathBuf,

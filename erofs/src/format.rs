@@ -5,7 +5,7 @@
 //! chunk-based, so that Linux 5.15 and later mount it.
 
 /// Size of a block in bytes.
-pub(super) const BLOCK: usize = 4096;
+pub(super) const BLOCK_BYTES: usize = 4096;
 const BLOCK_BITS: u8 = 12;
 /// Offset of the superblock in block 0.
 const SUPERBLOCK: usize = 1024;
@@ -161,8 +161,8 @@ pub(super) struct Superblock {
 
 impl Superblock {
     /// Encodes block 0.
-    pub(super) fn encode(&self) -> [u8; BLOCK] {
-        let mut out = [0; BLOCK];
+    pub(super) fn encode(&self) -> [u8; BLOCK_BYTES] {
+        let mut out = [0; BLOCK_BYTES];
         let mut put = |at: usize, bytes: &[u8]| {
             out[SUPERBLOCK + at..SUPERBLOCK + at + bytes.len()].copy_from_slice(bytes)
         };

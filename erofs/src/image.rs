@@ -8,9 +8,10 @@
 
 use std::path::Path;
 
-use super::data::{Data, DataWriter, MAX_TAIL};
+use super::data::{Data, DataWriter, MAX_TAIL_BYTES};
 use super::format::{
-    self, BLOCK, DIRENT, FileType, HOLE, INODE, InodeRecord, Layout, SLOT, Superblock, XATTR_HEADER,
+    self, BLOCK_BYTES, DIRENT, FileType, HOLE, INODE, InodeRecord, Layout, SLOT, Superblock,
+    XATTR_HEADER,
 };
 use super::node::{Node, NodeId};
 use super::tree::{Edge, ROOT, Tree, TreeError};
@@ -21,7 +22,7 @@ const ROOT_POSITION: u64 = 2 * SLOT;
 /// Bytes of metadata gathered before they are written; a multiple of the block size.
 const FLUSH_BYTES: usize = 1 << 20;
 /// Inodes between two checks for cancellation.
-const CHECK_INTERVAL: usize = 4096;
+const CHECK_INTERVAL_INODES: usize = 4096;
 
 /// Result of the first pass.
 struct Plan {
@@ -54,7 +55,7 @@ struct DirLength {
 
 impl DirLength {
     fn blocks(&self) -> u32 {
-        (self.length - self.inline as u64).div_ceil(BLOCK as u64) as u32
+        (self.length - self.inline as u64).div_ceil(BLOCK_BYTES as u64) as u32
     }
 }
 
@@ -67,7 +68,7 @@ pub(crate) fn write(
 ) -> ErofsResult<()> {
     tree.finish().map_err(|error| match error {
         TreeError::Invalid(reason) => ErofsError::Invalid {
-            subject: "the layer".into(),
+            subject: "layer".into(),
             reason,
         },
         TreeError::Io(error) => scratch_error(path)(error),
@@ -79,14 +80,14 @@ pub(crate) fn write(
         limit: u64::from(HOLE),
         unit: "blocks",
     };
-    let dirs_block = u32::try_from(plan.length.div_ceil(BLOCK as u64))
+    let dirs_block = u32::try_from(plan.length.div_ceil(BLOCK_BYTES as u64))
         .ok()
         .and_then(|blocks| meta_block.checked_add(blocks))
         .ok_or_else(too_large)?;
     write_inodes(&tree, &plan, &mut data, dirs_block, path, cancelled)?;
     let mut cursor = 0;
     for (index, id) in plan.nodes().enumerate() {
-        check(index % CHECK_INTERVAL == 0 && cancelled())?;
+        check(index % CHECK_INTERVAL_INODES == 0 && cancelled())?;
         if tree.file_type(id) == FileType::Dir {
             let edges = tree.edges_of(id, &mut cursor);
             let length = dir_length(edges);
@@ -108,7 +109,7 @@ pub(crate) fn write(
 }
 
 fn scratch_error(path: &Path) -> impl Fn(std::io::Error) -> ErofsError {
-    |error| ErofsError::io("accessing the temporary files of", path, error)
+    |error| ErofsError::io("access the temporary files of", path, error)
 }
 
 /// Counts links, and determines the position of every inode that is still in the tree.
@@ -144,7 +145,7 @@ fn place(tree: &Tree, path: &Path, cancelled: &dyn Fn() -> bool) -> ErofsResult<
         if plan.links[id as usize] == 0 {
             continue;
         }
-        check(plan.count.is_multiple_of(CHECK_INTERVAL as u64) && cancelled())?;
+        check(plan.count.is_multiple_of(CHECK_INTERVAL_INODES as u64) && cancelled())?;
         let node = tree.node(id).map_err(scratch_error(path))?;
         let head = (INODE + format::xattr_area(tree.xattrs_length(id, &node))) as u64;
         let (tail, map) = match (node.file_type, node.data) {
@@ -166,7 +167,7 @@ fn place(tree: &Tree, path: &Path, cancelled: &dyn Fn() -> bool) -> ErofsResult<
 
 /// Returns the first slot from `from` on for which neither the inode nor its tail crosses the end of a block.
 fn fit(from: u64, head: u64, tail: u64) -> u64 {
-    let block = BLOCK as u64;
+    let block = BLOCK_BYTES as u64;
     let mut position = from.next_multiple_of(SLOT);
     // Terminates: tails have at most half a block, so one of the 128 slots of a block always fits.
     while position % block + INODE as u64 > block
@@ -185,12 +186,12 @@ fn write_inodes(
     path: &Path,
     cancelled: &dyn Fn() -> bool,
 ) -> ErofsResult<()> {
-    let mut out: Vec<u8> = Vec::with_capacity(FLUSH_BYTES + BLOCK);
+    let mut out: Vec<u8> = Vec::with_capacity(FLUSH_BYTES + BLOCK_BYTES);
     // Bytes of the metadata that are already written.
     let mut written = 0;
     let (mut cursor, mut dir_block) = (0, dirs_block);
     for (index, id) in plan.nodes().enumerate() {
-        check(index % CHECK_INTERVAL == 0 && cancelled())?;
+        check(index % CHECK_INTERVAL_INODES == 0 && cancelled())?;
         let position = u64::from(plan.numbers[id as usize]) * SLOT;
         out.resize((position - written) as usize, 0);
         let node = tree.node(id).map_err(scratch_error(path))?;
@@ -225,7 +226,7 @@ fn write_inodes(
             Data::Chunked { map, .. } => data.read(map, &mut out)?,
         }
         if out.len() >= FLUSH_BYTES {
-            let whole = out.len() - out.len() % BLOCK;
+            let whole = out.len() - out.len() % BLOCK_BYTES;
             data.append(&out[..whole])?;
             out.drain(..whole);
             written += whole as u64;
@@ -298,7 +299,7 @@ fn dir_blocks<'a>(
     let mut names = names.peekable();
     std::iter::from_fn(move || {
         let (mut block, mut used) = (Vec::new(), 0);
-        while let Some(name) = names.next_if(|name| used + DIRENT + name.length() <= BLOCK) {
+        while let Some(name) = names.next_if(|name| used + DIRENT + name.length() <= BLOCK_BYTES) {
             used += DIRENT + name.length();
             block.push(name);
         }
@@ -313,8 +314,8 @@ fn dir_length(edges: &[Edge]) -> DirLength {
         last = block.iter().map(|name| DIRENT + name.length()).sum();
     }
     DirLength {
-        length: ((blocks - 1) * BLOCK + last) as u64,
-        inline: if last <= MAX_TAIL { last } else { 0 },
+        length: ((blocks - 1) * BLOCK_BYTES + last) as u64,
+        inline: if last <= MAX_TAIL_BYTES { last } else { 0 },
     }
 }
 
@@ -323,7 +324,7 @@ fn encode_dir_block(
     names: &[DirName<'_>],
     numbers: &[u32],
 ) -> std::io::Result<Vec<u8>> {
-    let (mut entries, mut text) = (Vec::with_capacity(BLOCK), Vec::new());
+    let (mut entries, mut text) = (Vec::with_capacity(BLOCK_BYTES), Vec::new());
     for name in names {
         let name_offset = names.len() * DIRENT + text.len();
         let child = match name {

@@ -45,24 +45,24 @@ use tree::{Name, Tree, TreeError};
 /// Maximum number of files and directories of a layer. The largest published images have some hundred thousand.
 const MAX_ENTRIES: usize = 1_000_000;
 /// Maximum length of names, link targets and attributes of a layer together, in bytes.
-const MAX_NAME_BYTES: usize = 128 << 20;
+const MAX_ALL_NAMES_BYTES: usize = 128 << 20;
 /// Maximum number of path components resolved for a layer, links followed. Every entry may be 32 directories deep.
 const MAX_STEPS: u64 = match cfg!(test) {
     true => 1_000_000,
     false => 32 * MAX_ENTRIES as u64,
 };
 /// Maximum length of an entry's path in bytes: Linux's PATH_MAX.
-const MAX_PATH: usize = 4096;
+const MAX_PATH_BYTES: usize = 4096;
 /// Maximum length of a name in bytes: Linux's NAME_MAX.
-const MAX_NAME: usize = 255;
+const MAX_NAME_BYTES: usize = 255;
 /// Maximum depth of directories, symbolic links followed.
 const MAX_DEPTH: usize = 1024;
 /// Maximum length of a symbolic link's target in bytes: PATH_MAX without its NUL.
-const MAX_TARGET: usize = 4095;
+const MAX_TARGET_BYTES: usize = 4095;
 /// Maximum length of a file's extended attributes in bytes, including names: Linux's limit for one value.
 const MAX_XATTR_BYTES: usize = 64 << 10;
 /// Maximum size of a file in bytes, including holes.
-const MAX_FILE: u64 = 1 << 40;
+const MAX_FILE_BYTES: u64 = 1 << 40;
 
 /// Bytes copied at a time.
 const COPY_BYTES: usize = 64 << 10;
@@ -91,7 +91,7 @@ pub fn write_image(input: &mut impl Read, name: &str, target: Target<'_>) -> Ero
     let mut conversion = Conversion {
         tar: TarReader::new(input, name),
         tree: Tree::new(target.scratch)
-            .map_err(|e| ErofsError::io("creating the temporary files of", target.path, e))?,
+            .map_err(|e| ErofsError::io("create the temporary files of", target.path, e))?,
         data: DataWriter::new(target.file, target.path, target.scratch)?,
         buffer: vec![0; COPY_BYTES],
         target,
@@ -126,7 +126,7 @@ impl<R: Read> Conversion<'_, R> {
         let path = self.target.path;
         let failed = |error| match error {
             TreeError::Invalid(reason) => reject(&entry.name, reason),
-            TreeError::Io(error) => ErofsError::io("accessing the temporary files of", path, error),
+            TreeError::Io(error) => ErofsError::io("access the temporary files of", path, error),
         };
         let rejected = |reason| reject(&entry.name, reason);
         let (parent, name) = match self.tree.locate(&entry.name).map_err(failed)? {
@@ -169,10 +169,10 @@ impl<R: Read> Conversion<'_, R> {
 
     /// Copies the content of a regular file without the holes of its sparse map.
     fn content(&mut self, entry: &Entry) -> ErofsResult<Data> {
-        if entry.size > MAX_FILE {
+        if entry.size > MAX_FILE_BYTES {
             return Err(ErofsError::TooLarge {
                 subject: format!("the size of layer entry {:?}", show(&entry.name)),
-                limit: MAX_FILE,
+                limit: MAX_FILE_BYTES,
                 unit: "bytes",
             });
         }
@@ -202,8 +202,8 @@ fn check_target(target: &[u8]) -> Result<(), String> {
     match target {
         [] => Err("the symbolic link has no target".into()),
         t if t.contains(&0) => Err("the symbolic link's target contains a NUL".into()),
-        t if t.len() > MAX_TARGET => Err(format!(
-            "the symbolic link's target has more than {MAX_TARGET} bytes"
+        t if t.len() > MAX_TARGET_BYTES => Err(format!(
+            "the symbolic link's target has more than {MAX_TARGET_BYTES} bytes"
         )),
         _ => Ok(()),
     }
@@ -228,5 +228,5 @@ fn reject(name: &[u8], reason: String) -> ErofsError {
 
 /// Formats a name for messages, printable and cut to a bounded length.
 fn show(name: &[u8]) -> String {
-    String::from_utf8_lossy(&name[..name.len().min(MAX_NAME)]).into_owned()
+    String::from_utf8_lossy(&name[..name.len().min(MAX_NAME_BYTES)]).into_owned()
 }

@@ -65,7 +65,7 @@ impl Node {
         put(32, &(block | self.device).to_le_bytes());
         put(36, &blob.length.to_le_bytes());
         put(40, &blob.offset.to_le_bytes());
-        // The tree's bytes are limited to MAX_NAME_BYTES.
+        // The tree's bytes are limited to MAX_ALL_NAMES_BYTES.
         put(48, &(self.xattrs.offset as u32).to_le_bytes());
         put(52, &self.xattrs.length.to_le_bytes());
         put(56, &(self.target.offset as u32).to_le_bytes());

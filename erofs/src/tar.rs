@@ -16,7 +16,7 @@ use super::{ErofsError, ErofsResult, reject, show};
 use pax::{Pax, Records};
 use sparse::check_segments;
 
-const BLOCK: usize = 512;
+const BLOCK_BYTES: usize = 512;
 /// Maximum size of a long name, a PAX header or all global PAX records in bytes; the first two as in Go's archive/tar.
 const MAX_SPECIAL_BYTES: u64 = 1 << 20;
 /// Maximum number of segments of a sparse file.
@@ -75,7 +75,7 @@ pub(crate) struct TarReader<'a, R> {
 }
 
 /// A header block.
-struct Header([u8; BLOCK]);
+struct Header([u8; BLOCK_BYTES]);
 
 impl Header {
     fn bytes(&self, at: usize, length: usize) -> &[u8] {
@@ -122,8 +122,8 @@ impl Header {
                 self.0[at]
             }
         };
-        let unsigned: i64 = (0..BLOCK).map(|at| i64::from(in_sum(at))).sum();
-        let signed: i64 = (0..BLOCK)
+        let unsigned: i64 = (0..BLOCK_BYTES).map(|at| i64::from(in_sum(at))).sum();
+        let signed: i64 = (0..BLOCK_BYTES)
             .map(|at| i64::from(in_sum(at).cast_signed()))
             .sum();
         want == unsigned || want == signed
@@ -267,7 +267,7 @@ impl<'a, R: Read> TarReader<'a, R> {
             return Ok(entry);
         }
         self.left = stored;
-        self.padding = (BLOCK as u64 - stored % BLOCK as u64) % BLOCK as u64;
+        self.padding = (BLOCK_BYTES as u64 - stored % BLOCK_BYTES as u64) % BLOCK_BYTES as u64;
         self.with_content(entry, header, pax, stored)
     }
 
@@ -308,9 +308,9 @@ impl<'a, R: Read> TarReader<'a, R> {
 
     /// Returns the next header block, or `None` at the end.
     fn header(&mut self) -> ErofsResult<Option<Header>> {
-        let mut block = [0; BLOCK];
+        let mut block = [0; BLOCK_BYTES];
         let mut have = 0;
-        while have < BLOCK {
+        while have < BLOCK_BYTES {
             match self.some(&mut block[have..])? {
                 0 if have == 0 => return Ok(None),
                 0 => return Err(self.corrupt("a whole header", "the end")),
@@ -340,7 +340,7 @@ impl<'a, R: Read> TarReader<'a, R> {
                 unit: "bytes",
             });
         }
-        let padded = (size as usize).next_multiple_of(BLOCK);
+        let padded = (size as usize).next_multiple_of(BLOCK_BYTES);
         let mut content = vec![0; padded];
         self.exactly(&mut content, "an extended header")?;
         content.truncate(size as usize);
@@ -350,7 +350,7 @@ impl<'a, R: Read> TarReader<'a, R> {
     /// Skips the rest of the current entry.
     fn skip(&mut self) -> ErofsResult<()> {
         let mut rest = std::mem::take(&mut self.left) + std::mem::take(&mut self.padding);
-        let mut buffer = [0; 8 * BLOCK];
+        let mut buffer = [0; 8 * BLOCK_BYTES];
         while rest > 0 {
             let most = buffer
                 .len()

@@ -16,7 +16,8 @@ use super::node::{Node, NodeId, Nodes};
 use super::store::Store;
 use super::tar::Entry;
 use super::{
-    MAX_DEPTH, MAX_ENTRIES, MAX_NAME, MAX_NAME_BYTES, MAX_PATH, MAX_STEPS, MAX_XATTR_BYTES,
+    MAX_ALL_NAMES_BYTES, MAX_DEPTH, MAX_ENTRIES, MAX_NAME_BYTES, MAX_PATH_BYTES, MAX_STEPS,
+    MAX_XATTR_BYTES,
 };
 
 /// Maximum number of symbolic links followed in one path, as in Linux.
@@ -274,9 +275,9 @@ impl Tree {
             let child = match self.child(here, &part)? {
                 Some(child) => child,
                 None if create => {
-                    if part.len() > MAX_NAME {
+                    if part.len() > MAX_NAME_BYTES {
                         return invalid(format!(
-                            "a name in its path has more than {MAX_NAME} bytes"
+                            "a name in its path has more than {MAX_NAME_BYTES} bytes"
                         ));
                     }
                     let id = self.push(&implicit_dir())?;
@@ -374,7 +375,7 @@ impl Tree {
             child,
             offset: kept.offset as u32,
             first: [0, 1].map(|at| name.get(at).copied().unwrap_or(0)),
-            // MAX_NAME is 255.
+            // MAX_NAME_BYTES is 255.
             length: name.len() as u8,
             whiteout: false,
         });
@@ -403,9 +404,9 @@ impl Tree {
     /// Appends to the tree's bytes.
     fn keep(&mut self, bytes: &[u8]) -> Result<Blob> {
         self.name_bytes += bytes.len();
-        if self.name_bytes > MAX_NAME_BYTES {
+        if self.name_bytes > MAX_ALL_NAMES_BYTES {
             return Err(TreeError::Invalid(format!(
-                "names, links and attributes of the layer have more than {MAX_NAME_BYTES} bytes"
+                "names, links and attributes of the layer have more than {MAX_ALL_NAMES_BYTES} bytes"
             )));
         }
         Ok(Blob {
@@ -427,7 +428,7 @@ impl Tree {
             let Some((prefix, name)) = xattr_name(key) else {
                 continue;
             };
-            if name.len() > MAX_NAME || value.len() > usize::from(u16::MAX) {
+            if name.len() > MAX_NAME_BYTES || value.len() > usize::from(u16::MAX) {
                 let key = super::show(key);
                 return Err(TreeError::Invalid(format!("attribute {key:?} is too long")));
             }
@@ -559,7 +560,7 @@ fn sort_names(bytes: &Store, edges: &mut [Edge], depth: usize) -> io::Result<()>
             end += 1;
         }
         // Names are unique, so the recursion ends at the latest where they end.
-        if end - start > 1 && depth <= MAX_NAME {
+        if end - start > 1 && depth <= MAX_NAME_BYTES {
             sort_names(bytes, &mut edges[start..end], depth + KEY_BYTES)?;
         }
         start = end;
@@ -577,8 +578,8 @@ fn parts(name: &[u8]) -> std::result::Result<Vec<&[u8]>, String> {
     if name.contains(&0) {
         return Err("the name contains a NUL".into());
     }
-    if name.len() > MAX_PATH {
-        return Err(format!("the name has more than {MAX_PATH} bytes"));
+    if name.len() > MAX_PATH_BYTES {
+        return Err(format!("the name has more than {MAX_PATH_BYTES} bytes"));
     }
     if name.is_empty() {
         return Err("the name is empty".into());
@@ -594,9 +595,9 @@ fn parts(name: &[u8]) -> std::result::Result<Vec<&[u8]>, String> {
     if name.starts_with(b"/") && !parts.is_empty() {
         return Err("the name is absolute".into());
     }
-    if parts.iter().any(|p| p.len() > MAX_NAME) {
+    if parts.iter().any(|p| p.len() > MAX_NAME_BYTES) {
         return Err(format!(
-            "a component of the name has more than {MAX_NAME} bytes"
+            "a component of the name has more than {MAX_NAME_BYTES} bytes"
         ));
     }
     Ok(parts)

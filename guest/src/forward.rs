@@ -6,7 +6,7 @@
 
 use crate::status::status;
 use boxlite_proto::boxlite::v1::{ErrorKind, PortForwardRequest, PortForwardResponse};
-use boxlite_proto::names::CHUNK_LIMIT;
+use boxlite_proto::names::MAX_CHUNK_BYTES;
 use bytes::BytesMut;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
@@ -118,7 +118,7 @@ impl Outbound {
             let _ = (&mut state.inbound.0).await;
             return None;
         }
-        let mut buffer = BytesMut::with_capacity(CHUNK_LIMIT);
+        let mut buffer = BytesMut::with_capacity(MAX_CHUNK_BYTES);
         match state.reader.read_buf(&mut buffer).await {
             Ok(0) => {
                 state.ended = true;

@@ -1,8 +1,8 @@
 //! `boxlite-guest`: the agent of a pod's VM. As PID 1 it sets up the VM, forks the spawner and serves the guest
 //! protocol.
 //!
-//! The agent makes no decisions about pods: the host determines what runs. It does not return while the VM should
-//! live: every return from `main`, and every panic, powers the VM off.
+//! The agent makes no decisions about pods; the host does. It runs as long as the VM: every return from `main`, and
+//! every panic, powers the VM off.
 //!
 //! Startup: [`boot`] (mounts, cgroups, single-threaded) → [`spawner`] forked → tokio → [`serve`] (vsock 2695, ready
 //! on 2696) → [`services`] → [`container`], [`execution`], [`storage`], [`network`].

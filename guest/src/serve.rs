@@ -1,7 +1,7 @@
 //! Serves the guest protocol on vsock port 2695, reports readiness on host port 2696, and returns when the VM is to
 //! power off.
 //!
-//! libkrun's vsock bridge loses bytes on a short write, so HTTP/2 windows stay at [`names::GUEST_WINDOW`] and
+//! libkrun's vsock bridge loses bytes on a short write, so HTTP/2 windows are limited to [`names::GUEST_WINDOW_BYTES`] and
 //! connections are few; message limits are those of `boxlite_proto::names`.
 
 use crate::agent::Agent;
@@ -54,7 +54,7 @@ pub(crate) enum ServeError {
     #[error("spawner exited")]
     SpawnerGone,
     /// The gRPC server failed.
-    #[error("gRPC server failed")]
+    #[error("failed to run the gRPC server")]
     Server(#[from] tonic::transport::Error),
 }
 
@@ -78,8 +78,8 @@ pub(crate) async fn serve(spawner: Spawner) -> Result<(), ServeError> {
     let ready = tokio::spawn(report_ready());
 
     let server = Server::builder()
-        .initial_stream_window_size(names::GUEST_WINDOW)
-        .initial_connection_window_size(names::GUEST_WINDOW)
+        .initial_stream_window_size(names::GUEST_WINDOW_BYTES)
+        .initial_connection_window_size(names::GUEST_WINDOW_BYTES)
         .max_frame_size(MAX_FRAME_BYTES)
         .max_concurrent_streams(MAX_STREAMS)
         .add_routes(services::routes(&agent))
@@ -131,9 +131,9 @@ fn connections(listener: VsockListener) -> impl Stream<Item = io::Result<Connect
 
 /// Size of the write buffer, in bytes. h2 writes a frame's header and payload separately, and each write to a vsock
 /// is a packet that notifies the host. Sized for one flow-control window; h2 flushes when it has no more to send.
-const WRITE_BUFFER_BYTES: usize = names::GUEST_WINDOW as usize;
+const WRITE_BUFFER_BYTES: usize = names::GUEST_WINDOW_BYTES as usize;
 
-/// A vsock stream for tonic. The host is the only peer, so there is no connection info.
+/// A vsock stream for tonic. All peers are the host, so there is no connection info.
 struct Connection(BufWriter<VsockStream>);
 
 impl Connected for Connection {

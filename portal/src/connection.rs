@@ -19,19 +19,19 @@ use tonic::transport::{Channel, Endpoint, Uri};
 
 /// Time limit for the unix connect and the hybrid greeting together. The peer is a process of this host, which answers
 /// within a second even under emulation on a busy machine.
-pub const CONNECT_LIMIT: Duration = Duration::from_secs(10);
-/// Interval of HTTP/2 pings during a call. Detects a dead peer behind a vsock bridge that stays silent.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Interval of HTTP/2 pings during a call. Detects a dead peer behind a silent vsock bridge.
 pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
 /// Time limit for the answer to a ping. Long, since an emulated guest under load answers late.
-pub const KEEPALIVE_LIMIT: Duration = Duration::from_secs(45);
+pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(45);
 /// Maximum size of the hybrid greeting, "OK <port>\n", in bytes.
-const GREETING_LIMIT: usize = 32;
+const MAX_GREETING_BYTES: usize = 32;
 /// HTTP/2 window of one stream of a shared connection, in bytes: a fraction of the connection's window, so that a stream
 /// whose reader pauses does not block the others. The single stream of a dedicated connection has the whole window:
 /// output moves one window per round trip, which determines its cost on an emulated guest.
-const SHARED_STREAM_WINDOW: u32 = names::GUEST_WINDOW / 4;
+const SHARED_STREAM_WINDOW_BYTES: u32 = names::GUEST_WINDOW_BYTES / 4;
 /// Maximum size of a header list from the guest, in bytes.
-const HEADER_LIMIT: u32 = 16 << 10;
+const MAX_HEADER_BYTES: u32 = 16 << 10;
 
 /// Address of an agent on the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -71,15 +71,15 @@ impl GuestAddress {
     /// Connects and, on a hybrid socket, performs the greeting. Dropping the future closes the socket.
     ///
     /// # Errors
-    /// Those of connect(2); `TimedOut` after [`CONNECT_LIMIT`]; `InvalidData` on a wrong greeting.
+    /// Those of connect(2); `TimedOut` after [`CONNECT_TIMEOUT`]; `InvalidData` on a wrong greeting.
     pub async fn connect(&self) -> io::Result<UnixStream> {
-        tokio::time::timeout(CONNECT_LIMIT, self.connect_unbounded())
+        tokio::time::timeout(CONNECT_TIMEOUT, self.connect_unbounded())
             .await
             .unwrap_or_else(|_| {
                 Err(io::Error::new(
                     io::ErrorKind::TimedOut,
                     format!(
-                        "{} did not answer within {CONNECT_LIMIT:?}",
+                        "{} did not answer within {CONNECT_TIMEOUT:?}",
                         self.path().display()
                     ),
                 ))
@@ -100,14 +100,14 @@ impl GuestAddress {
 
 /// Reads "OK <number>\n" byte by byte, since the following bytes belong to HTTP/2.
 async fn read_greeting(stream: &mut UnixStream) -> io::Result<()> {
-    let mut line = Vec::with_capacity(GREETING_LIMIT);
+    let mut line = Vec::with_capacity(MAX_GREETING_BYTES);
     loop {
         let byte = match stream.read_u8().await {
             Ok(byte) => byte,
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
                 return Err(io::Error::new(
                     io::ErrorKind::ConnectionRefused,
-                    "the vsock bridge closed the connection: nobody listens in the guest",
+                    "the vsock bridge closed the connection: the agent does not listen",
                 ));
             }
             Err(error) => return Err(error),
@@ -116,7 +116,7 @@ async fn read_greeting(stream: &mut UnixStream) -> io::Result<()> {
             break;
         }
         line.push(byte);
-        if line.len() > GREETING_LIMIT {
+        if line.len() > MAX_GREETING_BYTES {
             break;
         }
     }
@@ -153,7 +153,11 @@ struct Inner {
 impl Connection {
     /// Creates a connection that dials at the first call.
     pub fn lazy(address: GuestAddress) -> Self {
-        Self::with_window(address, SHARED_STREAM_WINDOW, CancellationToken::new())
+        Self::with_window(
+            address,
+            SHARED_STREAM_WINDOW_BYTES,
+            CancellationToken::new(),
+        )
     }
 
     fn with_window(address: GuestAddress, stream_window: u32, severed: CancellationToken) -> Self {
@@ -172,7 +176,7 @@ impl Connection {
     pub fn dedicated(&self) -> Self {
         Self::with_window(
             self.inner.address.clone(),
-            names::GUEST_WINDOW,
+            names::GUEST_WINDOW_BYTES,
             self.inner.severed.clone(),
         )
     }
@@ -227,11 +231,11 @@ fn open_channel(connection: &Inner) -> Channel {
     // The URI only sets `:authority`; the connector below ignores it.
     Endpoint::from_static("http://boxlite-guest")
         .initial_stream_window_size(connection.stream_window)
-        .initial_connection_window_size(names::GUEST_WINDOW)
-        .http2_max_header_list_size(HEADER_LIMIT)
-        .connect_timeout(CONNECT_LIMIT)
+        .initial_connection_window_size(names::GUEST_WINDOW_BYTES)
+        .http2_max_header_list_size(MAX_HEADER_BYTES)
+        .connect_timeout(CONNECT_TIMEOUT)
         .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
-        .keep_alive_timeout(KEEPALIVE_LIMIT)
+        .keep_alive_timeout(KEEPALIVE_TIMEOUT)
         .keep_alive_while_idle(false)
         .connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
             let (address, severed) = (address.clone(), severed.clone());

@@ -1,6 +1,6 @@
 //! [`PortalError`]: errors of calls into a guest, decoded from tonic's Status.
 //!
-//! Text from the guest is truncated to [`MESSAGE_LIMIT`] and stripped of control characters, since it is logged.
+//! Text from the guest is truncated to [`MAX_TEXT_BYTES`] and stripped of control characters, since it is logged.
 
 use boxlite_proto::boxlite::v1::{ErrorDetail, ErrorKind};
 use boxlite_proto::names;
@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 /// Maximum size of an error text from a guest, in bytes.
-pub const MESSAGE_LIMIT: usize = 4 << 10;
+pub const MAX_TEXT_BYTES: usize = 4 << 10;
 
 /// Guest's classification of an error; see `ErrorKind` in service.proto.
 pub type GuestErrorKind = ErrorKind;
@@ -47,7 +47,7 @@ pub enum PortalError {
         source: Box<tonic::Status>,
     },
     /// Failed to connect to the unix socket of the VM.
-    #[error("cannot connect to the guest at {path}")]
+    #[error("failed to connect to the guest at {path}")]
     Connect {
         /// The unix socket.
         path: PathBuf,
@@ -144,7 +144,7 @@ fn refusal(subject: &str, message: &str) -> String {
 
 /// Truncates and sanitizes guest text for logs.
 pub fn clean(text: &str) -> String {
-    let mut end = text.len().min(MESSAGE_LIMIT);
+    let mut end = text.len().min(MAX_TEXT_BYTES);
     while !text.is_char_boundary(end) {
         end -= 1;
     }
@@ -199,8 +199,8 @@ mod tests {
 
     #[test]
     fn guest_text_is_bounded_and_cleaned() {
-        let text = clean(&format!("a\u{1b}[31mb{}", "é".repeat(MESSAGE_LIMIT)));
+        let text = clean(&format!("a\u{1b}[31mb{}", "é".repeat(MAX_TEXT_BYTES)));
         assert!(text.starts_with("a\u{fffd}[31mb"));
-        assert!(text.len() <= MESSAGE_LIMIT + 8);
+        assert!(text.len() <= MAX_TEXT_BYTES + 8);
     }
 }

@@ -1,7 +1,7 @@
 //! The Portal: gRPC from the host to the agent of a box, over the VM's vsock as a unix socket.
 //!
-//! Carries calls and their limits. LiteBox and the shim decide the purpose of calls (exec, stats, lifecycle). Never
-//! starts or stops a VM.
+//! Carries calls and their limits. LiteBox and the shim decide the purpose of calls (exec, stats, lifecycle). It
+//! does not start or stop VMs.
 //!
 //! [`Connection`] (lazy, reconnects) → [`GuestSession`] → [`GuestInterface`], [`ContainerInterface`],
 //! [`ExecutionInterface`], one per service of `boxlite/v1/service.proto`. The guest is hostile: every answer is bounded

@@ -10,7 +10,7 @@ pub type BoxliteResult<T> = Result<T, BoxliteError>;
 #[derive(Debug, thiserror::Error)]
 pub enum BoxliteError {
     /// A field of the spec has a value that no VMM supports.
-    #[error("instance spec: {field} = {value:?}: {reason}")]
+    #[error("invalid instance spec: {field} = {value:?}: {reason}")]
     InvalidSpec {
         field: &'static str,
         value: String,
@@ -25,10 +25,10 @@ pub enum BoxliteError {
         devices: String,
     },
     /// No VMM of that kind is registered.
-    #[error("no VMM is registered for kind {kind}")]
+    #[error("VMM {kind} not found")]
     UnknownVmm { kind: VmmKind },
     /// A file or program required by the VMM does not exist.
-    #[error("{what} is missing at {path}")]
+    #[error("{what} not found at {path}")]
     Missing {
         what: &'static str,
         path: String,
@@ -43,7 +43,7 @@ pub enum BoxliteError {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// A call of libkrun returned a negative errno.
-    #[error("libkrun: {call} answered {errno}")]
+    #[error("failed to call {call} of libkrun: errno {errno}")]
     Krun { call: &'static str, errno: i32 },
 }
 

@@ -93,9 +93,9 @@ pub const CRI_LOG_SCHEME: &str = "cri";
 pub const ERROR_METADATA: &str = "boxlite-error-bin";
 
 /// Maximum gRPC message size of the guest protocol on both sides, in bytes.
-pub const GUEST_MESSAGE_LIMIT: usize = 4 << 20;
+pub const MAX_GUEST_MESSAGE_BYTES: usize = 4 << 20;
 /// Maximum `data` of an output or input chunk, in bytes.
-pub const CHUNK_LIMIT: usize = 32 << 10;
+pub const MAX_CHUNK_BYTES: usize = 32 << 10;
 /// HTTP/2 stream and connection window towards the guest, in bytes. libkrun's vsock bridge loses bytes on a short write,
 /// so at most this many may be unread in flight.
-pub const GUEST_WINDOW: u32 = 64 << 10;
+pub const GUEST_WINDOW_BYTES: u32 = 64 << 10;

@@ -7,9 +7,9 @@ use serde::{Deserialize, Serialize};
 /// Output of `containerd-shim-boxlite-v2 probe`. The exit code is always 0.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProbeReport {
-    /// Whether /dev/kvm exists.
+    /// True if /dev/kvm exists.
     pub kvm_present: bool,
-    /// Whether a temporary VM on it completed the test instructions.
+    /// True if a temporary VM on it completed the test instructions.
     pub kvm_usable: bool,
     /// Reason or executed test, one line.
     pub reason: String,

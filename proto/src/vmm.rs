@@ -87,7 +87,7 @@ pub struct Disk {
     pub path: PathBuf,
     /// Serial, at most 20 bytes, by which the guest identifies the disk.
     pub serial: String,
-    /// Whether the disk is read-only.
+    /// True for a read-only disk.
     pub read_only: bool,
 }
 
@@ -129,10 +129,10 @@ pub struct InstanceSpec {
     pub nics: Vec<Nic>,
     /// Network namespace of the taps, entered before the VM starts.
     pub netns: Option<PathBuf>,
-    /// Whether the guest uses the host's network: TSI (Krun) or a slirp NIC (Qemu). Without netns and nics.
+    /// True if the guest uses the host's network: TSI (Krun) or a slirp NIC (Qemu). Without netns and nics.
     #[serde(default)]
     pub host_network: bool,
-    /// Whether the guest kernel's messages are written to the console.
+    /// True to write the guest kernel's messages to the console.
     pub debug_console: bool,
 }
 
@@ -146,7 +146,7 @@ pub struct SandboxOptions {
     pub vcpus: u8,
     /// Guest memory in MiB, the agent's overhead included.
     pub memory_mib: u32,
-    /// Memory limit of all containers together, in bytes, enforced by the guest; 0 for what the guest can spare.
+    /// Memory limit of all containers together, in bytes, enforced by the guest; 0 for all that the guest can spare.
     #[serde(default)]
     pub containers_bytes: u64,
     /// Size of the sparse scratch disk in bytes.
@@ -164,9 +164,9 @@ pub struct SandboxOptions {
     pub installation: Installation,
     /// Cgroup of shim and VMM (v1 or v2 path below each controller's mount). Empty: the shim's current cgroup.
     pub cgroup_parent: String,
-    /// Whether the guest kernel's messages are written to the console.
+    /// True to write the guest kernel's messages to the console.
     pub debug_console: bool,
-    /// Whether the pod uses the host network; the request then has no network namespace.
+    /// True if the pod uses the host network; the request then has no network namespace.
     #[serde(default)]
     pub host_network: bool,
 }

@@ -96,7 +96,7 @@ pub enum Verdict {
     Done,
 }
 
-/// Why a request was denied.
+/// Reason for which a request was denied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Denied {
     /// It was stopped, or its VM died; a box can be started only once.
@@ -162,7 +162,7 @@ impl BoxPolicy {
         Ok(verdict)
     }
 
-    /// Whether a container may be created now or after the start.
+    /// Checks that a container may be created, now or after the start.
     ///
     /// # Errors
     /// [`Denied`].
@@ -176,7 +176,7 @@ impl BoxPolicy {
     }
 
     /// Applies an event; returns whether the phase changed. Events that do not fit the phase are ignored: if a start
-    /// succeeds after Stop was requested, the phase remains Stopping and the driver stops what was started.
+    /// succeeds after Stop was requested, the phase remains Stopping and the driver stops the VM.
     pub fn event(&mut self, event: Event) -> bool {
         use Phase as P;
         let next = match (event, self.phase) {

@@ -162,7 +162,7 @@ impl sandbox_async::Sandbox for Served {
             boxlite_proto::names::SANDBOX_OPTIONS_TYPE
         );
         if self.0.faults.fail_create_sandbox.load(Ordering::SeqCst) {
-            return Err(status(ttrpc::Code::INTERNAL, "told to fail"));
+            return Err(status(ttrpc::Code::INTERNAL, "injected fault"));
         }
         Ok(Default::default())
     }
@@ -179,7 +179,7 @@ impl sandbox_async::Sandbox for Served {
         if self.0.faults.fail_start_sandbox.load(Ordering::SeqCst) {
             return Err(status(
                 ttrpc::Code::INTERNAL,
-                "Kernel panic - not syncing: told to",
+                "Kernel panic - not syncing: injected fault",
             ));
         }
         let vm = self.0.bundle.join("vm");
@@ -272,7 +272,7 @@ impl shim_async::Task for Served {
                 .all(|mount| Path::new(&mount.source).is_file())
         );
         if self.0.faults.fail_task_create.load(Ordering::SeqCst) {
-            return Err(status(ttrpc::Code::INVALID_ARGUMENT, "told to fail"));
+            return Err(status(ttrpc::Code::INVALID_ARGUMENT, "injected fault"));
         }
         self.0.tasks.send_modify(|tasks| {
             tasks.insert(request.id.clone(), Task::Created);
@@ -386,7 +386,7 @@ impl FakeNode {
             std::fs::set_permissions(at(name), std::fs::Permissions::from_mode(0o755)).unwrap();
         }
         // `start` prints the address of the socket that `serve` created; both actions append a line to the log.
-        let script = "#!/bin/sh\nid=$4\ncase \"$*\" in\n*start) [ -e BASE/fail ] && { echo told to >&2; exit 1; }\n\
+        let script = "#!/bin/sh\nid=$4\ncase \"$*\" in\n*start) [ -e BASE/fail ] && { echo injected fault >&2; exit 1; }\n\
              echo start $id >> BASE/log; : > BASE/wanted/$id; until [ -S BASE/f/$id ]; do sleep 0.01; done\n\
              printf 'unix://BASE/f/%s' $id ;;\n*) echo delete $id >> BASE/log ;;\nesac\n";
         let script = script.replace("BASE", directory.path().to_str().unwrap());
@@ -643,7 +643,7 @@ pub fn image_id() -> String {
     )
 }
 
-/// Whether `pid` is the fake shim's process.
+/// Returns true if `pid` is the fake shim's process.
 pub fn is_process(shim: &FakeShim, pid: i32) -> bool {
     let own = i32::try_from(shim.process.lock().unwrap().id()).unwrap();
     own == pid && ProcessId::of(pid).is_some()

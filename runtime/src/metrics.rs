@@ -81,7 +81,7 @@ pub struct BoxMetrics {
     pub bytes_transferred: Arc<AtomicU64>,
     /// Time of the last sample in ns since the epoch; 0 if there is none.
     pub sampled_at_ns: AtomicI64,
-    /// Whether the last sampling failed.
+    /// True if the last sampling failed.
     pub stale: AtomicBool,
 }
 

@@ -46,7 +46,7 @@ pub struct BoxOptions {
     pub vcpus: u8,
     /// Guest memory in MiB, the agent's overhead included.
     pub memory_mib: u32,
-    /// Memory limit of all containers together, in bytes, enforced by the guest; 0 for what the guest can spare.
+    /// Memory limit of all containers together, in bytes, enforced by the guest; 0 for all that the guest can spare.
     #[serde(default)]
     pub containers_bytes: u64,
     /// Size of the sparse scratch disk, in bytes.

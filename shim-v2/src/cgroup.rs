@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! <QoS class>/<pod>/boxlite-<id>   if the pod's memory limit holds the VM with its processes
-//! <QoS class>/boxlite-<id>         otherwise, with a memory limit of its own: the pod's would kill the VM
+//! <QoS class>/boxlite-<id>         otherwise, with a separate memory limit: the pod's would kill the VM
 //! ```
 //!
 //! A pod whose RuntimeClass declares no overhead has a limit for its containers alone. The second form keeps the VM within the
@@ -18,7 +18,7 @@ use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// Interval at which removal of a directory with dying processes is retried.
-const REMOVE_POLL: Duration = Duration::from_millis(20);
+const REMOVE_POLL_INTERVAL: Duration = Duration::from_millis(20);
 /// Memory limit on v2 and v1.
 const V2_MEMORY_FILE: &str = "memory.max";
 const V1_MEMORY_FILE: &str = "memory.limit_in_bytes";
@@ -89,7 +89,7 @@ impl Hierarchy {
 #[derive(Debug, PartialEq, Eq)]
 struct Parent {
     path: PathBuf,
-    /// The VM's cgroup is beside the pod's and gets a limit of its own.
+    /// The VM's cgroup is beside the pod's and gets a separate limit.
     beside: bool,
 }
 
@@ -228,7 +228,7 @@ pub fn remove(made: &[PathBuf], limit: Duration) {
                         tracing::debug!(dir = %dir.display(), %error, "failed to remove cgroup");
                         break;
                     }
-                    std::thread::sleep(REMOVE_POLL);
+                    std::thread::sleep(REMOVE_POLL_INTERVAL);
                 }
             }
         }

@@ -177,7 +177,7 @@ async fn run(prepared: Prepared) -> Result<(), DaemonError> {
     let state = ShimState {
         shim: ProcessId::of(std::process::id().cast_signed()),
         socket: prepared.socket.clone(),
-        shown: host_mounter::name(&prepared.id),
+        exports: host_mounter::name(&prepared.id),
         ..ShimState::default()
     };
     let machine = Arc::new(VmMachine::new(state, prepared.mounts));

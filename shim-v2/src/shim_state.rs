@@ -35,8 +35,9 @@ pub struct ShimState {
     pub netns: Option<PathBuf>,
     /// Scratch disk.
     pub scratch: Option<PathBuf>,
-    /// Source name of the mount exports on the host.
-    pub shown: String,
+    /// Source name of the mount exports on the host. The alias is the key of earlier builds.
+    #[serde(alias = "shown")]
+    pub exports: String,
 }
 
 impl ShimState {
@@ -64,7 +65,7 @@ impl ShimState {
     /// Removes the state and address files after an orderly end.
     pub fn remove(bundle: &Path) {
         for name in [STATE_FILE, ADDRESS_FILE] {
-            // A failure is left to the next `delete`.
+            // After a failure the next `delete` removes them.
             drop(std::fs::remove_file(bundle.join(name)));
         }
     }
@@ -106,7 +107,7 @@ mod tests {
             cgroups: vec!["/sys/fs/cgroup/x".into()],
             netns: Some("/run/netns/x".into()),
             scratch: Some("/var/x.img".into()),
-            shown: "boxlite:x".to_owned(),
+            exports: "boxlite:x".to_owned(),
         };
         state.store(dir.path()).expect("stored");
         assert_eq!(ShimState::load(dir.path()), Some(state));
@@ -117,15 +118,16 @@ mod tests {
         let dir = tempfile::tempdir().expect("tempdir");
         let write =
             |text: &str| std::fs::write(dir.path().join(STATE_FILE), text).expect("written");
-        // Written by the first release: no version, boot id, scratch disk or exports.
+        // Written by the first release: no version, boot id or scratch disk, and another key for the exports.
         write(
-            r#"{"shim": {"pid": 7, "start_time": 9}, "vmm": null, "socket": "/run/x", "cgroups": [], "netns": null}"#,
+            r#"{"shim": {"pid": 7, "start_time": 9}, "vmm": null, "socket": "/run/x", "cgroups": [], "netns": null, "shown": "boxlite:x"}"#,
         );
         let state = ShimState::load(dir.path()).expect("loads");
         assert_eq!(
             (state.version, state.socket.as_path()),
             (0, Path::new("/run/x"))
         );
+        assert_eq!(state.exports, "boxlite:x");
         assert_eq!(state.shim.map(|shim| shim.pid), Some(7));
         // Written by a later release, with unknown fields and without some of ours.
         write(r#"{"version": 9, "socket": "/run/y", "cgroups": ["/c"], "passt": {"pid": 3}}"#);

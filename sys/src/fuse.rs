@@ -3,15 +3,15 @@
 //! Every message starts with its length (u32, in the byte order of both). The content is not interpreted here.
 
 /// Maximum data of one write: the host kernel's default limit.
-pub const MAX_WRITE: u32 = 128 << 10;
+pub const MAX_WRITE_BYTES: u32 = 128 << 10;
 /// Maximum message size in bytes: a write or the answer to a read, with all headers.
-pub const MESSAGE_LIMIT: usize = MAX_WRITE as usize + (8 << 10);
+pub const MAX_MESSAGE_BYTES: usize = MAX_WRITE_BYTES as usize + (8 << 10);
 /// Minimum message size in bytes: the header of an answer.
 pub const HEADER: usize = 16;
 
 /// An invalid message length; the stream is unusable afterwards.
 #[derive(Debug, thiserror::Error)]
-#[error("FUSE message of {length} bytes: not within {HEADER} and {MESSAGE_LIMIT}")]
+#[error("FUSE message of {length} bytes: not within {HEADER} and {MAX_MESSAGE_BYTES}")]
 pub struct FrameError {
     length: usize,
 }
@@ -35,7 +35,7 @@ impl Frames {
             return Ok(None);
         };
         let length = u32::from_ne_bytes(*length) as usize;
-        if !(HEADER..=MESSAGE_LIMIT).contains(&length) {
+        if !(HEADER..=MAX_MESSAGE_BYTES).contains(&length) {
             return Err(FrameError { length });
         }
         if self.0.len() < length {
@@ -75,7 +75,7 @@ mod tests {
 
     #[test]
     fn lengths_are_bounded() {
-        for length in [0_u32, 15, MESSAGE_LIMIT as u32 + 1, u32::MAX] {
+        for length in [0_u32, 15, MAX_MESSAGE_BYTES as u32 + 1, u32::MAX] {
             let mut frames = Frames::default();
             frames.push(&length.to_ne_bytes());
             assert!(frames.cut().is_err(), "{length}");

@@ -38,7 +38,7 @@ impl ProcessId {
     /// Kills this process and waits until it is gone, at most `limit`. Succeeds if it is gone already. Blocks.
     ///
     /// # Errors
-    /// When the signal is refused, or the process outlives the limit.
+    /// Fails if the signal is refused, or the process outlives the limit.
     pub fn kill(&self, limit: Duration) -> io::Result<()> {
         let Some(pid) = Pid::from_raw(self.pid) else {
             return Ok(());

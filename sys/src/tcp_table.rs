@@ -8,7 +8,7 @@ const LISTENING: &str = "0A";
 pub struct ListeningSocket {
     /// TCP port.
     pub port: u16,
-    /// Whether only the loopback interface reaches it.
+    /// True if only the loopback interface reaches it.
     pub loopback: bool,
     /// Inode number of the socket.
     pub inode: u64,

@@ -11,16 +11,16 @@ use std::path::{Path, PathBuf};
 use tokio::net::{UnixListener, UnixStream};
 
 /// Maximum path length of a `sockaddr_un` without its final NUL, in bytes (unix(7)).
-pub const SOCKET_PATH_LIMIT: usize = 107;
+pub const MAX_SOCKET_PATH_BYTES: usize = 107;
 
-/// A path that fits a `sockaddr_un`, with the directory that must stay open while it is used.
+/// A path that fits a `sockaddr_un`, with the directory that must remain open while it is used.
 struct ShortPath {
     path: PathBuf,
     _directory: Option<File>,
 }
 
 fn shorten(path: &Path) -> io::Result<ShortPath> {
-    if path.as_os_str().len() <= SOCKET_PATH_LIMIT {
+    if path.as_os_str().len() <= MAX_SOCKET_PATH_BYTES {
         return Ok(ShortPath {
             path: path.to_owned(),
             _directory: None,

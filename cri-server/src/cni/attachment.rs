@@ -1,6 +1,6 @@
-//! The input of a plugin about a pod: environment, CNI_ARGS, and the JSON on its standard input.
+//! Input of a plugin for one pod: environment, CNI_ARGS, and the JSON on its standard input.
 //!
-//! Pure data; `plugin` runs, `record` keeps.
+//! Data only: `plugin` runs programs, `record` stores the result.
 
 use super::INTERFACE;
 use super::conf::{NetworkConf, PluginConf};
@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 
-/// A pod as its network sees it. Stored in the record, so that DEL passes the same values as ADD.
+/// Properties of a pod that plugins receive. Stored in the record, so that DEL passes the same values as ADD.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct PodNetwork {
     /// CNI_CONTAINERID.
@@ -53,7 +53,7 @@ pub(crate) struct PortMap {
     pub host_ip: String,
 }
 
-/// `bandwidth` capability: rates in bits per second, bursts in bits; 0 is no limit.
+/// `bandwidth` capability: rates in bits per second, bursts in bits; 0 means unlimited.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Bandwidth {
@@ -63,13 +63,13 @@ pub(crate) struct Bandwidth {
     pub egress_burst: u64,
 }
 
-/// Largest burst the bandwidth plugin takes, in bits: 2^32 bytes less one, as its source checks.
-const BURST_LIMIT: u64 = i32::MAX as u64;
+/// Maximum burst that the bandwidth plugin accepts, in bits: 2^32 - 1 bytes, according to its source.
+const MAX_BURST_BITS: u64 = i32::MAX as u64;
 
 impl Bandwidth {
-    /// From rates in bits per second; `None` where neither is limited.
+    /// Converts rates in bits per second; `None` if neither is limited.
     pub(crate) fn new(ingress: Option<u64>, egress: Option<u64>) -> Option<Self> {
-        let burst = |rate: Option<u64>| rate.map_or(0, |_| BURST_LIMIT);
+        let burst = |rate: Option<u64>| rate.map_or(0, |_| MAX_BURST_BITS);
         (ingress.is_some() || egress.is_some()).then(|| Self {
             ingress_rate: ingress.unwrap_or(0),
             ingress_burst: burst(ingress),
@@ -79,13 +79,14 @@ impl Bandwidth {
     }
 }
 
-/// The environment of a plugin, CNI_PATH aside.
+/// Returns the environment of a plugin except CNI_PATH.
 pub(crate) fn environment(
     command: &str,
     pod: &PodNetwork,
     netns: &str,
 ) -> Vec<(&'static str, String)> {
-    // `;` separates and `=` binds in CNI_ARGS; Kubernetes names contain neither, and names of other clients must not inject one.
+    // CNI_ARGS is a list of `key=value` separated by `;`. Kubernetes names contain neither character; names of other clients
+    // must not inject an entry.
     let plain = |text: &str| text.replace([';', '='], "_");
     let args = format!(
         "IgnoreUnknown=1;K8S_POD_NAMESPACE={};K8S_POD_NAME={};K8S_POD_INFRA_CONTAINER_ID={};K8S_POD_UID={}",
@@ -103,8 +104,8 @@ pub(crate) fn environment(
     ]
 }
 
-/// Standard input of one plugin: its object with the network's name and version, what it asked for by `capabilities`,
-/// and the result so far.
+/// Returns the standard input of one plugin: its object with the network's name and version, the values for its
+/// `capabilities`, and the result of the previous plugin.
 pub(crate) fn input(
     network: &NetworkConf,
     plugin: &PluginConf,
@@ -124,8 +125,8 @@ pub(crate) fn input(
     Value::Object(object)
 }
 
-/// Standard input of one plugin for GC: its object, and the attachments of this network that are alive. What else it
-/// keeps may go.
+/// Returns the standard input of one plugin for GC: its object, and the live attachments of this network. The plugin may
+/// free all others.
 pub(crate) fn gc_input(network: &NetworkConf, plugin: &PluginConf, alive: &[String]) -> Value {
     let mut object = plugin.object.clone();
     object.insert("name".into(), json!(network.name));

@@ -1,33 +1,33 @@
 //! Network configurations on disk: finds and reads the lexically first valid one of a directory.
 //!
-//! Interprets no plugin's own keys: they go to the plugin as they are. Nothing is cached: the files are small, and a read at
-//! each use is how a change is seen.
+//! Keys of a plugin are passed on uninterpreted. Nothing is cached: the files are small, and reading them at each use makes
+//! changes effective at once.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
 
-/// Largest configuration file read, in bytes. Real ones have a few KiB.
-const FILE_LIMIT: u64 = 1 << 20;
-/// Most plugins of one list. Real lists have two to five.
-const PLUGIN_LIMIT: usize = 64;
-/// Endings of files that are looked at, as libcni does.
+/// Maximum size of a configuration file in bytes. Typical ones have a few KiB.
+const MAX_FILE_BYTES: u64 = 1 << 20;
+/// Maximum number of plugins of one list. Typical lists have two to five.
+const MAX_PLUGINS: usize = 64;
+/// Extensions of configuration files, as in libcni.
 const ENDINGS: [&str; 3] = ["conflist", "conf", "json"];
 
-/// The reason for a missing network configuration.
+/// Reason why no network configuration can be used.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConfError {
-    /// The directory can't be read.
-    #[error("cannot read the CNI configuration directory {}", path.display())]
+    /// The directory cannot be read.
+    #[error("failed to read the CNI configuration directory {}", path.display())]
     Directory {
         path: PathBuf,
         #[source]
         source: std::io::Error,
     },
-    /// No file with a known ending.
+    /// No file with a known extension.
     #[error("no network configuration (*.conflist, *.conf, *.json) in {}", .0.display())]
     Missing(PathBuf),
-    /// Files, but no valid one.
+    /// No file is valid.
     #[error("no valid network configuration in {}: {}", path.display(), faults.join("; "))]
     Invalid { path: PathBuf, faults: Vec<String> },
 }
@@ -35,11 +35,11 @@ pub(crate) enum ConfError {
 /// One plugin of a list.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct PluginConf {
-    /// The `type`: name of the program.
+    /// Value of `type`: the name of the program.
     pub kind: String,
     /// Capabilities that it declares and expects in `runtimeConfig`.
     pub capabilities: Vec<String>,
-    /// Its object as the file has it, less `capabilities`.
+    /// Its object in the file, without `capabilities`.
     pub object: Map<String, Value>,
 }
 
@@ -52,12 +52,12 @@ pub(crate) struct NetworkConf {
     pub cni_version: String,
     /// `disableCheck`.
     pub disable_check: bool,
-    /// `disableGC`; a record of an earlier version has none.
+    /// `disableGC`; records of earlier versions lack it.
     #[serde(default)]
     pub disable_gc: bool,
-    /// In the order of ADD.
+    /// Plugins in the order of ADD.
     pub plugins: Vec<PluginConf>,
-    /// The file it came from, for messages.
+    /// File that defines it, for messages.
     pub source: PathBuf,
 }
 
@@ -75,7 +75,7 @@ fn version(text: &str) -> Option<(u32, u32)> {
     Some((major, minor))
 }
 
-/// The lexically first valid configuration in `directory`.
+/// Returns the lexically first valid configuration in `directory`.
 pub(crate) fn load(directory: &Path) -> Result<NetworkConf, ConfError> {
     let fail = |source| ConfError::Directory {
         path: directory.to_owned(),
@@ -108,9 +108,9 @@ pub(crate) fn load(directory: &Path) -> Result<NetworkConf, ConfError> {
 
 fn read(path: &Path) -> Result<NetworkConf, String> {
     let size = std::fs::metadata(path).map_err(|e| e.to_string())?.len();
-    if size > FILE_LIMIT {
+    if size > MAX_FILE_BYTES {
         return Err(format!(
-            "{size} bytes are more than the {FILE_LIMIT} that are read"
+            "{size} bytes are more than the {MAX_FILE_BYTES} that are read"
         ));
     }
     let text = std::fs::read(path).map_err(|e| e.to_string())?;
@@ -133,7 +133,7 @@ pub(crate) fn parse(text: &[u8], path: &Path) -> Result<NetworkConf, String> {
     if version(&cni_version).is_none_or(|have| have < (0, 3)) {
         return Err(format!("cniVersion {cni_version:?} is older than 0.3.0"));
     }
-    // 1.0 has a boolean; some files in the wild carry the string.
+    // A boolean since 1.0; some published files have a string.
     let flag = |key: &str| match object.get(key) {
         Some(Value::Bool(set)) => *set,
         Some(Value::String(set)) => set == "true",
@@ -143,11 +143,11 @@ pub(crate) fn parse(text: &[u8], path: &Path) -> Result<NetworkConf, String> {
     let plugins = match object.remove("plugins") {
         None => vec![plugin(Value::Object(object))?],
         Some(Value::Array(list)) => list.into_iter().map(plugin).collect::<Result<_, _>>()?,
-        Some(_) => return Err("plugins is no list".into()),
+        Some(_) => return Err("plugins is not a list".into()),
     };
-    if plugins.is_empty() || plugins.len() > PLUGIN_LIMIT {
+    if plugins.is_empty() || plugins.len() > MAX_PLUGINS {
         return Err(format!(
-            "{} plugins: must be 1 to {PLUGIN_LIMIT}",
+            "{} plugins: must be 1 to {MAX_PLUGINS}",
             plugins.len()
         ));
     }
@@ -163,12 +163,12 @@ pub(crate) fn parse(text: &[u8], path: &Path) -> Result<NetworkConf, String> {
 
 fn plugin(value: Value) -> Result<PluginConf, String> {
     let Value::Object(mut object) = value else {
-        return Err("a plugin is no JSON object".into());
+        return Err("a plugin is not a JSON object".into());
     };
     let kind = string(&object, "type")?.ok_or("a plugin has no type")?;
-    // The type becomes a file name below bin_dirs.
+    // The type is used as a file name below bin_dirs.
     if kind.is_empty() || kind.contains('/') || kind.starts_with('.') {
-        return Err(format!("plugin type {kind:?} is no program name"));
+        return Err(format!("invalid plugin type {kind:?}: not a program name"));
     }
     let capabilities = match object.remove("capabilities") {
         None | Some(Value::Null) => Vec::new(),
@@ -194,7 +194,7 @@ fn string(object: &Map<String, Value>, key: &str) -> Result<Option<String>, Stri
     }
 }
 
-/// CNI: starts with an alphanumeric, then alphanumerics, `_`, `.`, `-`.
+/// Returns whether a name is valid in CNI: an alphanumeric, then alphanumerics, `_`, `.`, `-`.
 fn valid_name(name: &str) -> bool {
     name.starts_with(|c: char| c.is_ascii_alphanumeric())
         && name

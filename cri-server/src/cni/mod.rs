@@ -1,14 +1,14 @@
-//! The pods' networks by CNI: `Cni` makes a network namespace, runs the configured plugins in it and undoes both.
+//! Pod networks by CNI: `Cni` creates a network namespace, runs the configured plugins in it, and undoes both.
 //!
-//! It knows nothing of VMs: the shim joins the plugin's interface to a tap. The undo record is on disk before the first
-//! plugin runs, so a daemon that dies at any line leaves nothing that `collect` (at start) does not find.
+//! It does not depend on VMs: the shim connects the plugin's interface to a tap. The undo record is on disk before the first
+//! plugin runs, so `collect` finds everything that a killed daemon left behind at the next start.
 //!
 //! Flow: sandbox_run → `attach`; sandbox_stop and sandbox_remove → `detach`; status → `ready`; serve → `collect`.
 //!
 //! ```text
 //!  attach:  record on disk → namespace → ADD, ADD, … → result on disk        failure: DEL …, namespace, record, in this order
 //!  detach:  DEL in reverse order → namespace → record                        repeatable; succeeds if already removed
-//!  collect: detach of attachments without a pod, then GC, GC, … with the rest
+//!  collect: detach of attachments without a pod, then GC, GC, … with the remaining ones
 //! ```
 
 mod attachment;
@@ -23,7 +23,7 @@ mod tests;
 pub(crate) use attachment::{Bandwidth, DnsSettings, PodNetwork, PortMap};
 pub(crate) use conf::{ConfError, NetworkConf};
 pub(crate) use plugin::PluginError;
-pub(crate) use record::Record;
+pub(crate) use record::CniRecord;
 pub(crate) use result::CniResult;
 
 use crate::config::CniConfig;
@@ -33,17 +33,17 @@ use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 
-/// The pod's interface inside the namespace; the kubelet and every plugin expect this name.
+/// Name of the pod's interface inside the namespace; the kubelet and every plugin expect it.
 pub(crate) const INTERFACE: &str = "eth0";
 
 /// Errors of a pod's network.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CniError {
-    /// There is no usable configuration.
+    /// No usable configuration.
     #[error(transparent)]
     Conf(#[from] ConfError),
-    /// A plugin refused, broke or hung.
-    #[error("network {network:?}: {command} by plugin {plugin:?} failed")]
+    /// A plugin rejected the request, crashed or timed out.
+    #[error("failed to run {command} of CNI plugin {plugin:?} for network {network:?}")]
     Plugin {
         network: String,
         command: &'static str,
@@ -51,11 +51,11 @@ pub(crate) enum CniError {
         #[source]
         source: PluginError,
     },
-    /// The plugins succeeded and gave no address.
-    #[error("network {network:?}: the plugins gave the pod no address")]
+    /// The plugins succeeded without assigning an address.
+    #[error("network {network:?}: the plugins assigned no address to the pod")]
     NoAddress { network: String },
-    /// The namespace could not be made or removed.
-    #[error("network namespace {}: {step} failed", path.display())]
+    /// The namespace could not be created or removed.
+    #[error("failed to {step} network namespace {}", path.display())]
     Namespace {
         path: PathBuf,
         step: &'static str,
@@ -63,7 +63,7 @@ pub(crate) enum CniError {
         source: std::io::Error,
     },
     /// The record on disk could not be written, read or removed.
-    #[error("CNI record {}: {step} failed", path.display())]
+    #[error("failed to {step} CNI record {}", path.display())]
     Record {
         path: PathBuf,
         step: &'static str,
@@ -72,7 +72,7 @@ pub(crate) enum CniError {
     },
 }
 
-/// Runs plugins. Cheap to clone; the state is on disk, memory holds only the operations in progress.
+/// Runs plugins. Cheap to clone: the state is on disk, and memory holds only the operations in progress.
 #[derive(Debug, Clone)]
 pub(crate) struct Cni {
     conf_dir: PathBuf,
@@ -83,11 +83,11 @@ pub(crate) struct Cni {
     detaching: Arc<Mutex<HashMap<String, Weak<Gate>>>>,
 }
 
-/// One detaching of a sandbox at a time.
+/// Lock of a sandbox: one detach at a time.
 type Gate = tokio::sync::Mutex<()>;
 
 impl Cni {
-    /// The layout's CNI records and namespaces are this module's.
+    /// Creates an instance that owns the layout's CNI records and namespaces.
     pub(crate) fn new(config: &CniConfig, layout: &Layout) -> Self {
         Self {
             conf_dir: config.conf_dir.clone(),
@@ -120,24 +120,24 @@ impl Cni {
         self.namespaces.join(sandbox)
     }
 
-    /// Makes the namespace, brings its loopback up and runs ADD of every plugin. On failure everything is undone.
-    /// Dropping the future leaves the record, which `detach` or `collect` works off.
-    pub(crate) async fn attach(&self, pod: &PodNetwork) -> Result<Record, CniError> {
+    /// Creates the namespace, brings its loopback up and runs ADD of every plugin. On failure everything is undone.
+    /// Dropping the future leaves the record, by which `detach` or `collect` cleans up.
+    pub(crate) async fn attach(&self, pod: &PodNetwork) -> Result<CniRecord, CniError> {
         let conf = self.ready()?;
-        let mut record = Record::new(pod, conf, self.namespace(&pod.sandbox_id));
+        let mut record = CniRecord::new(pod, conf, self.namespace(&pod.sandbox_id));
         record.save(&self.records)?;
         match self.add_all(&mut record).await {
             Ok(()) => Ok(record),
             Err(error) => {
                 if let Err(undo) = self.detach(&pod.sandbox_id).await {
-                    tracing::warn!(sandbox = pod.sandbox_id, error = %boxlite_runtime::report(&undo), "network not fully undone");
+                    tracing::warn!(sandbox = pod.sandbox_id, error = %boxlite_runtime::report(&undo), "failed to undo network of failed pod");
                 }
                 Err(error)
             }
         }
     }
 
-    async fn add_all(&self, record: &mut Record) -> Result<(), CniError> {
+    async fn add_all(&self, record: &mut CniRecord) -> Result<(), CniError> {
         netns::create(record.netns.clone()).await?;
         let mut previous = None;
         for plugin in &record.conf.plugins {
@@ -149,7 +149,7 @@ impl Cni {
                 plugin: plugin.kind.clone(),
                 source,
             })?;
-            // A plugin that only adjusts something (tuning, bandwidth) may answer nothing.
+            // A plugin that only adjusts something (tuning, bandwidth) may have no output.
             previous = value.or(previous);
         }
         let result = previous
@@ -165,13 +165,13 @@ impl Cni {
         record.save(&self.records)
     }
 
-    /// Runs DEL of every plugin in reverse order, then removes namespace and record. Succeeds if they are already removed. When a
-    /// plugin fails the others still run, and the record stays so that the next call tries again. A second call beside the
-    /// first waits for it: two DELs at once trip over each other (bridge on an interface that has just gone).
+    /// Runs DEL of every plugin in reverse order, then removes namespace and record. Succeeds if they are already removed. If
+    /// a plugin fails, the others still run, and the record remains so that the next call can retry. A concurrent call waits
+    /// for the first: parallel DELs disturb each other (bridge fails on an interface that the other has just removed).
     pub(crate) async fn detach(&self, sandbox: &str) -> Result<(), CniError> {
         let gate = self.gate(sandbox);
         let _alone = gate.lock().await;
-        let Some(record) = Record::load(&self.records, sandbox)? else {
+        let Some(record) = CniRecord::load(&self.records, sandbox)? else {
             return netns::remove(self.namespace(sandbox)).await;
         };
         let mut failure = None;
@@ -200,10 +200,10 @@ impl Cni {
         gate
     }
 
-    /// Runs CHECK of every plugin against the recorded result. Nothing to check where the configuration is older than
-    /// 0.4.0, switched it off, or there was no ADD.
+    /// Runs CHECK of every plugin against the recorded result. Does nothing if the configuration is older than 0.4.0 or
+    /// disables CHECK, or if there was no ADD.
     pub(crate) async fn check(&self, sandbox: &str) -> Result<(), CniError> {
-        let Some(record) = Record::load(&self.records, sandbox)? else {
+        let Some(record) = CniRecord::load(&self.records, sandbox)? else {
             return Ok(());
         };
         let Some(result) = record.result.as_ref() else {
@@ -219,18 +219,18 @@ impl Cni {
         Ok(())
     }
 
-    /// The record of a sandbox's network, if there is one.
+    /// Returns the record of a sandbox's network, if it exists.
     #[cfg(test)]
-    fn record(&self, sandbox: &str) -> Result<Option<Record>, CniError> {
-        Record::load(&self.records, sandbox)
+    fn record(&self, sandbox: &str) -> Result<Option<CniRecord>, CniError> {
+        CniRecord::load(&self.records, sandbox)
     }
 
-    /// Undoes records and namespaces that belong to no sandbox in `live`. Only this daemon's own are
-    /// looked at (its two directories), so nothing of another runtime on the node is touched. Returns how many went, and
-    /// those whose plugins failed, for [`Cni::release`]. At start only: drafts of records go too.
+    /// Removes records and namespaces that belong to no sandbox in `live`. Reads only this daemon's two directories, so
+    /// another runtime on the node is not affected. Returns the number of removed networks, and those whose plugins failed,
+    /// for [`Cni::release`]. Call it at the start only, because it removes unfinished records, too.
     pub(crate) async fn collect(&self, live: &HashSet<String>) -> (usize, HashSet<String>) {
-        Record::sweep(&self.records);
-        let mut stale: HashSet<String> = Record::names(&self.records).into_iter().collect();
+        CniRecord::sweep(&self.records);
+        let mut stale: HashSet<String> = CniRecord::names(&self.records).into_iter().collect();
         stale.extend(netns::names(&self.namespaces));
         stale.retain(|sandbox| !live.contains(sandbox));
         let found = stale.len();
@@ -247,7 +247,7 @@ impl Cni {
                 tracing::warn!(
                     sandbox,
                     error = %boxlite_runtime::report(&error),
-                    "leaked network could not be removed; it is tried again"
+                    "failed to remove leaked network, retrying"
                 );
                 left.insert(sandbox);
             }
@@ -255,14 +255,14 @@ impl Cni {
         left
     }
 
-    /// [`Cni::release`] once more. A network whose ADD never came to its end is given up where a plugin refuses again: it
-    /// fails on objects that the ADD had not created yet (bridge on its iptables chain), and would fail forever.
+    /// Retries [`Cni::release`]. A network whose ADD did not complete is abandoned if a plugin fails again: DEL fails on
+    /// objects that the ADD had not created yet (bridge on its iptables chain), and would continue to fail.
     pub(crate) async fn release_again(&self, stale: HashSet<String>) -> HashSet<String> {
         let mut left = HashSet::new();
         for sandbox in self.release(stale).await {
             let unfinished = matches!(
-                Record::load(&self.records, &sandbox),
-                Ok(Some(Record { result: None, .. }))
+                CniRecord::load(&self.records, &sandbox),
+                Ok(Some(CniRecord { result: None, .. }))
             );
             if !unfinished || self.forget(&sandbox).await.is_err() {
                 left.insert(sandbox);
@@ -271,14 +271,14 @@ impl Cni {
         left
     }
 
-    /// Removes namespace and record without asking plugins.
+    /// Removes namespace and record without running plugins.
     async fn forget(&self, sandbox: &str) -> Result<(), CniError> {
         netns::remove(self.namespace(sandbox)).await?;
-        Record::remove(&self.records, sandbox)
+        CniRecord::remove(&self.records, sandbox)
     }
 
-    /// Runs GC of every plugin of the present network, so that they free resources that no pod uses: leases of a daemon
-    /// whose records were lost, for one. From protocol version 1.1.0 on; failures are logged only.
+    /// Runs GC of every plugin of the current network, so that they free resources that no pod uses, such as leases of a
+    /// daemon whose records were lost. Requires protocol version 1.1.0; failures are logged only.
     async fn garbage(&self, live: &HashSet<String>) {
         let Ok(conf) = self.ready() else { return };
         if conf.disable_gc || !conf.at_least(1, 1) {
@@ -286,12 +286,12 @@ impl Cni {
         }
         // Undecodable records are unknown networks: a GC without them might free their resources.
         let mut alive = Vec::new();
-        for sandbox in Record::names(&self.records) {
-            match Record::load(&self.records, &sandbox) {
+        for sandbox in CniRecord::names(&self.records) {
+            match CniRecord::load(&self.records, &sandbox) {
                 Ok(Some(record)) if record.conf.name == conf.name => alive.push(sandbox),
                 Ok(_) => {}
                 Err(error) => {
-                    tracing::warn!(sandbox, error = %boxlite_runtime::report(&error), "no CNI GC");
+                    tracing::warn!(sandbox, error = %boxlite_runtime::report(&error), "skipping CNI GC");
                     return;
                 }
             }
@@ -314,12 +314,12 @@ impl Cni {
     async fn run(
         &self,
         command: &'static str,
-        record: &Record,
+        record: &CniRecord,
         kind: &str,
         input: &serde_json::Value,
     ) -> Result<Vec<u8>, CniError> {
-        // After a reboot the namespace is gone with /run; the protocol wants an empty or missing CNI_NETNS then, and
-        // plugins still free their addresses.
+        // A reboot removes the namespace with /run. The protocol then requires an empty or missing CNI_NETNS, and plugins
+        // still free their addresses.
         let netns = if command == "DEL" && !netns::is_namespace(&record.netns) {
             String::new()
         } else {

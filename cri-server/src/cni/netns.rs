@@ -1,6 +1,6 @@
-//! Network namespaces without processes: created by a short-lived thread, held by a bind mount, removed with it.
+//! Network namespaces without processes: created by a short-lived thread, kept alive by a bind mount, removed with it.
 //!
-//! They survive the daemon's death. The machine's own namespace is never touched: the thread that unshares ends at once.
+//! They outlive the daemon. The machine's namespace is not changed: the thread that unshares ends at once.
 
 use super::CniError;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -11,19 +11,19 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-/// `NSFS_MAGIC` of linux/magic.h: the file system of a namespace's file.
+/// `NSFS_MAGIC` of linux/magic.h: file system type of namespace files.
 const NSFS_MAGIC: FsType = FsType(0x6e73_6673);
 /// Index of the loopback device: the first one of every new namespace.
 const LOOPBACK: u32 = 1;
-/// Most mounts stacked on one name that `remove` takes off. One is normal; more come from a retry after a crash.
-const STACK_LIMIT: usize = 16;
+/// Maximum number of mounts stacked on one name that `remove` unmounts. A retry after a crash can add to the usual one.
+const MAX_STACKED_MOUNTS: usize = 16;
 
 /// Returns true if a namespace is mounted at `path`.
 pub(crate) fn is_namespace(path: &Path) -> bool {
     statfs(path).is_ok_and(|stat| stat.filesystem_type() == NSFS_MAGIC)
 }
 
-/// Returns the names of the directory's entries, namespaces or left-over files.
+/// Returns the names of the directory's entries: namespaces, or files of an interrupted creation.
 pub(crate) fn names(directory: &Path) -> Vec<String> {
     let Ok(entries) = fs::read_dir(directory) else {
         return Vec::new();
@@ -33,7 +33,7 @@ pub(crate) fn names(directory: &Path) -> Vec<String> {
         .collect()
 }
 
-/// Makes a namespace at `path` with its loopback up. On failure nothing remains. A dropped future lets the thread finish.
+/// Creates a namespace at `path` with its loopback up. On failure nothing remains. A dropped future lets the thread finish.
 pub(crate) async fn create(path: PathBuf) -> Result<(), CniError> {
     off_thread(path, |path| {
         let made = prepare(path).and_then(|()| {
@@ -42,7 +42,7 @@ pub(crate) async fn create(path: PathBuf) -> Result<(), CniError> {
                 scope
                     .spawn(|| fill(path))
                     .join()
-                    .unwrap_or_else(|_| Err(("its thread", io::Error::other("panicked"))))
+                    .unwrap_or_else(|_| Err(("run the thread of", io::Error::other("panicked"))))
             })
         });
         made.inspect_err(|_| {
@@ -68,7 +68,7 @@ async fn off_thread(
     let (step, source) = match done {
         Ok(Ok(())) => return Ok(()),
         Ok(Err(failure)) => failure,
-        Err(join) => ("its task", io::Error::other(join)),
+        Err(join) => ("run the task of", io::Error::other(join)),
     };
     Err(CniError::Namespace {
         path: name,
@@ -83,7 +83,7 @@ fn prepare(path: &Path) -> Step<()> {
             .recursive(true)
             .mode(0o700)
             .create(directory)
-            .map_err(|error| ("making its directory", error))?;
+            .map_err(|error| ("create the directory of", error))?;
     }
     OpenOptions::new()
         .write(true)
@@ -91,7 +91,7 @@ fn prepare(path: &Path) -> Step<()> {
         .mode(0o400)
         .open(path)
         .map(drop)
-        .map_err(|error| ("creating its file", error))
+        .map_err(|error| ("create the file of", error))
 }
 
 fn fill(path: &Path) -> Step<()> {
@@ -104,21 +104,21 @@ fn fill(path: &Path) -> Step<()> {
         None::<&str>,
     )
     .map_err(|errno| ("mount", errno.into()))?;
-    // The sockets of this runtime are opened in the new namespace, by the thread that is in it.
+    // Sockets of this tokio runtime belong to the new namespace, which this thread has entered.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .build()
-        .map_err(|error| ("starting its runtime", error))?;
+        .map_err(|error| ("start the async runtime of", error))?;
     runtime
         .block_on(loopback_up())
-        .map_err(|error| ("bringing its loopback up", error))
+        .map_err(|error| ("bring up the loopback of", error))
 }
 
 async fn loopback_up() -> io::Result<()> {
     let (connection, handle, _) = rtnetlink::new_connection()?;
     let request = rtnetlink::LinkUnspec::new_with_index(LOOPBACK).up().build();
     let set = handle.link().set(request).execute();
-    // The connection is the owner of the socket and ends when this select does.
+    // The connection owns the socket and ends with this select.
     tokio::select! {
         done = set => done.map_err(io::Error::other),
         () = connection => Err(io::Error::other("the netlink connection ended")),
@@ -126,14 +126,14 @@ async fn loopback_up() -> io::Result<()> {
 }
 
 fn unmount(path: &Path) -> Step<()> {
-    for _ in 0..STACK_LIMIT {
+    for _ in 0..MAX_STACKED_MOUNTS {
         if !is_namespace(path) {
             break;
         }
         umount2(path, MntFlags::MNT_DETACH).map_err(|errno| ("unmount", errno.into()))?;
     }
     match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(("removing its file", error)),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(("remove the file of", error)),
         _ => Ok(()),
     }
 }

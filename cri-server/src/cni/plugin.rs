@@ -1,6 +1,6 @@
-//! Runs one plugin: finds the program, feeds it, bounds its time and output, and decodes its error object.
+//! Runs one plugin: finds the program, writes its input, limits its time and output, and decodes its error object.
 //!
-//! A plugin is a child in a separate process group; every early end of the wait kills the group.
+//! A plugin is a child in a separate process group, which is killed whenever the wait for it ends early.
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
@@ -12,32 +12,32 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::process::{Child, Command};
 
-/// Most bytes read from a plugin's standard output. A result has a few KiB.
-const OUTPUT_LIMIT: u64 = 1 << 20;
-/// Most bytes kept of standard error, for the message.
-const STDERR_LIMIT: usize = 4 << 10;
+/// Maximum size of a plugin's standard output in bytes. A result has a few KiB.
+const MAX_STDOUT_BYTES: u64 = 1 << 20;
+/// Maximum number of bytes of standard error that an error message keeps.
+const MAX_STDERR_BYTES: usize = 4 << 10;
 
 /// Failures of a plugin's run.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PluginError {
     /// No such program.
-    #[error("no program {name:?} in {}", dirs.iter().map(|d| d.display().to_string()).collect::<Vec<_>>().join(", "))]
+    #[error("program {name:?} not found in {}", dirs.iter().map(|d| d.display().to_string()).collect::<Vec<_>>().join(", "))]
     Missing { name: String, dirs: Vec<PathBuf> },
-    /// It could not be started, or talking to it failed.
-    #[error("{step} failed")]
+    /// It could not be started, or its pipes failed.
+    #[error("failed to {step}")]
     Io {
         step: &'static str,
         #[source]
         source: std::io::Error,
     },
-    /// It ran for too long and was killed with all it started.
-    #[error("no answer within {} s; killed", .0.as_secs_f32())]
+    /// It timed out and was killed with its process group.
+    #[error("did not answer within {} s and was killed", .0.as_secs_f32())]
     Timeout(Duration),
-    /// It wrote without end.
-    #[error("wrote more than {OUTPUT_LIMIT} bytes; killed")]
+    /// It wrote too much output.
+    #[error("wrote more than {MAX_STDOUT_BYTES} bytes and was killed")]
     Output,
-    /// It answered an error object of the protocol.
-    #[error("code {code}: {message}{}", if details.is_empty() { String::new() } else { format!(" ({details})") })]
+    /// It returned an error object of the protocol.
+    #[error("returned error code {code}: {message}{}", if details.is_empty() { String::new() } else { format!(" ({details})") })]
     Refused {
         code: u64,
         message: String,
@@ -46,14 +46,14 @@ pub(crate) enum PluginError {
     /// It failed without an error object.
     #[error("{status}: {stderr}")]
     Failed { status: ExitStatus, stderr: String },
-    /// It succeeded and its output is no JSON.
-    #[error("its result is not JSON")]
+    /// It succeeded, but its output is not JSON.
+    #[error("invalid result: not JSON")]
     NoJson {
         #[source]
         source: serde_json::Error,
     },
-    /// It succeeded and its output is JSON but no object.
-    #[error("its result is no JSON object")]
+    /// It succeeded, but its output is JSON other than an object.
+    #[error("invalid result: not a JSON object")]
     NoObject,
 }
 
@@ -75,12 +75,12 @@ pub(crate) struct Plugins {
 }
 
 impl Plugins {
-    /// `timeout` is for one run of one plugin.
+    /// Creates a runner; `timeout` applies to one run of one plugin.
     pub(crate) fn new(dirs: Vec<PathBuf>, timeout: Duration) -> Self {
         Self { dirs, timeout }
     }
 
-    /// The program of that name in the first directory that has it.
+    /// Returns the path of the program in the first directory that has it.
     pub(crate) fn find(&self, name: &str) -> Result<PathBuf, PluginError> {
         self.dirs
             .iter()
@@ -101,11 +101,11 @@ impl Plugins {
     ) -> Result<Vec<u8>, PluginError> {
         let program = self.find(name)?;
         let path = std::env::join_paths(&self.dirs).map_err(|error| PluginError::Io {
-            step: "joining bin_dirs to CNI_PATH",
+            step: "join bin_dirs to CNI_PATH",
             source: std::io::Error::other(error),
         })?;
         let input = serde_json::to_vec(input).map_err(|error| PluginError::Io {
-            step: "encoding its input",
+            step: "encode its input",
             source: error.into(),
         })?;
         let child = Command::new(program)
@@ -125,7 +125,7 @@ impl Plugins {
             .kill_on_drop(true)
             .spawn()
             .map_err(|source| PluginError::Io {
-                step: "starting it",
+                step: "start it",
                 source,
             })?;
         let mut group = Group::of(child);
@@ -136,7 +136,7 @@ impl Plugins {
     }
 }
 
-/// A child and its process group; the group is killed when this goes, unless the child was waited for.
+/// A child and its process group. Dropping this kills the group, unless the child was waited for.
 struct Group {
     child: Child,
     leader: Option<Pid>,
@@ -164,11 +164,11 @@ impl Group {
             drop(stdin);
         };
         let ((), output, errors) = tokio::join!(write, read(stdout), read(stderr));
-        let output = output.map_err(io("reading its output"))?;
-        if output.len() as u64 > OUTPUT_LIMIT {
+        let output = output.map_err(io("read its output"))?;
+        if output.len() as u64 > MAX_STDOUT_BYTES {
             return Err(PluginError::Output);
         }
-        let status = self.child.wait().await.map_err(io("waiting for it"))?;
+        let status = self.child.wait().await.map_err(io("wait for it"))?;
         self.leader = None;
         if status.success() {
             return Ok(output);
@@ -180,7 +180,7 @@ impl Group {
 impl Drop for Group {
     fn drop(&mut self) {
         if let Some(leader) = self.leader {
-            // Gone already is the only failure, and it is fine.
+            // Fails only if the group has already ended.
             let _ = killpg(leader, Signal::SIGKILL);
         }
     }
@@ -189,7 +189,9 @@ impl Drop for Group {
 async fn read(pipe: Option<impl AsyncRead + Unpin>) -> std::io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     if let Some(pipe) = pipe {
-        pipe.take(OUTPUT_LIMIT + 1).read_to_end(&mut bytes).await?;
+        pipe.take(MAX_STDOUT_BYTES + 1)
+            .read_to_end(&mut bytes)
+            .await?;
     }
     Ok(bytes)
 }
@@ -210,7 +212,7 @@ fn refusal(status: ExitStatus, output: &[u8], errors: &[u8]) -> PluginError {
 }
 
 fn shorten(text: &str) -> String {
-    let mut end = text.len().min(STDERR_LIMIT);
+    let mut end = text.len().min(MAX_STDERR_BYTES);
     while !text.is_char_boundary(end) {
         end -= 1;
     }

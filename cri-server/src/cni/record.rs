@@ -1,6 +1,6 @@
-//! The undo record of a pod's network: one JSON file per sandbox below `root/cni`.
+//! Undo record of a pod's network: one JSON file per sandbox below `root/cni`.
 //!
-//! Written before the first plugin runs and again with the result, each time by rename, so a reader sees the old or the new.
+//! It is written before the first plugin runs and again with the result, by rename, so readers see a complete version.
 
 use super::CniError;
 use super::attachment::PodNetwork;
@@ -14,24 +14,24 @@ use std::net::IpAddr;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-/// Ending of a record that is being written.
+/// Extension of a record that is being written.
 const DRAFT: &str = "tmp";
 
-/// A pod's network as ADD made it.
+/// A pod's network, as ADD created it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Record {
+pub(crate) struct CniRecord {
     /// The pod.
     pub pod: PodNetwork,
-    /// The configuration at ADD: DEL uses it even when the directory says something else by then.
+    /// Configuration at ADD. DEL uses it even if the directory has changed since.
     pub conf: NetworkConf,
-    /// Its namespace.
+    /// Path of the network namespace.
     pub netns: PathBuf,
-    /// The last plugin's result; `None` until all succeeded.
+    /// Result of the last plugin; `None` until all have succeeded.
     pub result: Option<Value>,
 }
 
-impl Record {
-    /// A record without result.
+impl CniRecord {
+    /// Creates a record without a result.
     pub(crate) fn new(pod: &PodNetwork, conf: NetworkConf, netns: PathBuf) -> Self {
         Self {
             pod: pod.clone(),
@@ -41,7 +41,7 @@ impl Record {
         }
     }
 
-    /// The pod's addresses, the primary one first.
+    /// Returns the pod's addresses, the primary one first.
     pub(crate) fn addresses(&self) -> Vec<IpAddr> {
         self.result
             .as_ref()
@@ -60,10 +60,10 @@ impl Record {
             .recursive(true)
             .mode(0o700)
             .create(directory)
-            .map_err(fail("making its directory"))?;
+            .map_err(fail("create the directory of"))?;
         let text = serde_json::to_vec(self)
             .map_err(std::io::Error::other)
-            .map_err(fail("encoding"))?;
+            .map_err(fail("encode"))?;
         let draft = path.with_extension(DRAFT);
         let mut out = OpenOptions::new()
             .write(true)
@@ -71,20 +71,20 @@ impl Record {
             .truncate(true)
             .mode(0o600)
             .open(&draft)
-            .map_err(fail("creating"))?;
-        out.write_all(&text).map_err(fail("writing"))?;
-        out.sync_all().map_err(fail("writing"))?;
-        fs::rename(&draft, &path).map_err(fail("renaming"))
+            .map_err(fail("create"))?;
+        out.write_all(&text).map_err(fail("write"))?;
+        out.sync_all().map_err(fail("write"))?;
+        fs::rename(&draft, &path).map_err(fail("rename"))
     }
 
-    /// Reads the record of `sandbox`. One that can't be decoded (a crash of the machine while writing) is an error.
+    /// Reads the record of `sandbox`. A record that cannot be decoded (the machine crashed during a write) is an error.
     pub(crate) fn load(directory: &Path, sandbox: &str) -> Result<Option<Self>, CniError> {
         let path = file(directory, sandbox);
         let text = match fs::read(&path) {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(source) => {
-                let step = "reading";
+                let step = "read";
                 return Err(CniError::Record { path, step, source });
             }
         };
@@ -92,7 +92,7 @@ impl Record {
             .map(Some)
             .map_err(|error| CniError::Record {
                 path,
-                step: "decoding",
+                step: "decode",
                 source: std::io::Error::other(error),
             })
     }
@@ -103,7 +103,7 @@ impl Record {
         match fs::remove_file(&path) {
             Err(source) if source.kind() != std::io::ErrorKind::NotFound => Err(CniError::Record {
                 path,
-                step: "removing",
+                step: "remove",
                 source,
             }),
             _ => Ok(()),
@@ -117,12 +117,12 @@ impl Record {
             if path.extension().is_some_and(|ending| ending == DRAFT)
                 && let Err(error) = fs::remove_file(&path)
             {
-                tracing::warn!(path = %path.display(), %error, "a draft of a CNI record stays");
+                tracing::warn!(path = %path.display(), %error, "failed to remove unfinished CNI record");
             }
         }
     }
 
-    /// Sandboxes that have a record.
+    /// Returns the sandboxes that have a record.
     pub(crate) fn names(directory: &Path) -> Vec<String> {
         let Ok(entries) = fs::read_dir(directory) else {
             return Vec::new();

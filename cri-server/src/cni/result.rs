@@ -1,14 +1,14 @@
-//! A plugin's answer to ADD, parsed leniently: only fields that the CRI reports are read, the rest is passed on unchanged.
+//! Result of ADD, parsed leniently: only fields that the CRI reports are read, the others are passed on unchanged.
 
 use super::plugin::PluginError;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::net::IpAddr;
 
-/// The part of a result (CNI 0.3 to 1.1) that is looked at.
+/// Fields of a result (CNI 0.3 to 1.1) that are read.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct CniResult {
-    /// Interfaces made, on the host and in the namespace.
+    /// Created interfaces, on the host and in the namespace.
     #[serde(default)]
     pub interfaces: Vec<Interface>,
     /// Addresses.
@@ -38,7 +38,7 @@ pub(crate) struct IpConfig {
 }
 
 impl CniResult {
-    /// Reads the present fields; one of the wrong type counts as absent.
+    /// Reads the fields; one of the wrong type counts as absent.
     pub(crate) fn from_value(value: &Value) -> Self {
         fn list<T: serde::de::DeserializeOwned>(value: Option<&Value>) -> Vec<T> {
             value
@@ -57,7 +57,7 @@ impl CniResult {
         }
     }
 
-    /// The pod's addresses, in the plugins' order: the first is the pod's IP, the others its additional ones.
+    /// Returns the pod's addresses in the plugins' order: the pod's IP, then the additional ones.
     pub(crate) fn addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
         self.ips
             .iter()
@@ -71,7 +71,7 @@ impl CniResult {
     }
 }
 
-/// The output of ADD as JSON; `None` for no output.
+/// Parses the output of ADD; `None` without output.
 pub(crate) fn parse_value(output: &[u8]) -> Result<Option<Value>, PluginError> {
     if output.iter().all(u8::is_ascii_whitespace) {
         return Ok(None);

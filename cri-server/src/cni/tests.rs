@@ -1,7 +1,7 @@
 //! CNI with the real plugins of Debian's containernetworking-plugins (bridge, host-local, portmap) and with misbehaving scripts.
 //!
-//! Each test runs in a private network and mount namespace: it starts itself again under `unshare`. The machine's own network is
-//! never touched.
+//! Each test re-executes itself under `unshare` in private network and mount namespaces, so the machine's network is not
+//! changed.
 
 use super::*;
 use std::os::unix::fs::PermissionsExt;
@@ -75,11 +75,11 @@ impl Node {
     }
 
     fn assert_clean(&self) {
-        assert_eq!(self.leases(), 0, "leases are left");
-        assert!(!self.cni.namespace(POD).exists(), "the namespace is left");
+        assert_eq!(self.leases(), 0, "leases remain");
+        assert!(!self.cni.namespace(POD).exists(), "the namespace remains");
         assert!(
             self.cni.record(POD).unwrap().is_none(),
-            "the record is left"
+            "the record remains"
         );
     }
 }
@@ -103,7 +103,7 @@ fn bridge(dir: &Path) -> serde_json::Value {
     })
 }
 
-/// A node whose network is the bridge and then `more`.
+/// Returns a node whose network is the bridge and then `more`.
 fn bridged(more: &[serde_json::Value]) -> Node {
     let node = Node::new(serde_json::json!({}));
     let mut plugins = vec![bridge(node.dir.path())];
@@ -156,9 +156,12 @@ fn add_check_and_del_with_real_plugins() {
         let record = node.cni.attach(&pod()).await.unwrap();
         let addresses = record.addresses();
         assert_eq!(addresses.len(), 1);
-        let shown = in_namespace(&record.netns, &["ip", "-o", "addr"]);
-        assert!(shown.contains(&format!("{}/24", addresses[0])), "{shown}");
-        assert!(shown.contains("127.0.0.1/8"), "loopback is not up: {shown}");
+        let output = in_namespace(&record.netns, &["ip", "-o", "addr"]);
+        assert!(output.contains(&format!("{}/24", addresses[0])), "{output}");
+        assert!(
+            output.contains("127.0.0.1/8"),
+            "loopback is not up: {output}"
+        );
         assert_eq!(node.leases(), 1);
         let rules = Command::new("iptables-save")
             .args(["-t", "nat"])
@@ -176,7 +179,7 @@ fn add_check_and_del_with_real_plugins() {
             .unwrap();
         assert!(
             !String::from_utf8_lossy(&rules.stdout).contains("--dport 8080"),
-            "the port's rule is left"
+            "the port's rule remains"
         );
         node.cni.detach(POD).await.unwrap();
     });
@@ -191,9 +194,9 @@ fn a_new_daemon_undoes_and_so_does_one_after_a_reboot() {
     run(async {
         let node = bridged(&[]);
         node.cni.attach(&pod()).await.unwrap();
-        // Not with portmap: version 1.1.1 of it looks for IPv6 rules of a pod without IPv6.
+        // Without portmap, whose version 1.1.1 expects IPv6 rules for a pod without IPv6.
         node.cni.check(POD).await.unwrap();
-        // The directory says something else by then: DEL goes by the record.
+        // The directory has changed since: DEL uses the record.
         node.conf("10-test.conflist", "{}");
         cni(node.dir.path(), Duration::from_secs(20))
             .detach(POD)
@@ -224,7 +227,7 @@ fn leaks_are_collected_and_live_pods_are_not() {
             ..pod()
         };
         node.cni.attach(&live).await.unwrap();
-        // A crash between namespace and record leaves the first alone.
+        // A crash between namespace and record leaves only the namespace.
         netns::create(node.cni.namespace("cc33")).await.unwrap();
         assert_eq!(node.cni.collect(&["bb22".to_owned()].into()).await.0, 2);
         assert_eq!(node.leases(), 1);
@@ -243,7 +246,7 @@ fn two_detachings_at_once_both_succeed() {
     }
     run(async {
         let node = bridged(&[serde_json::json!({"type": "once"})]);
-        // Fails where another DEL of it runs: a directory is its lock.
+        // Fails while another DEL of the sandbox runs: a directory is the lock.
         node.script(
             "once",
             r#"[ "$CNI_COMMAND" = DEL ] || { echo '{"cniVersion":"1.0.0","ips":[{"address":"10.9.0.2/24"}]}'; exit; }
@@ -266,7 +269,7 @@ fn an_add_that_was_cut_off_is_given_up_at_the_second_refusal() {
     }
     run(async {
         let node = bridged(&[serde_json::json!({"type": "half"})]);
-        // As bridge does after an ADD that did not reach its iptables chain.
+        // Behaves like bridge after an ADD that did not create its iptables chain.
         node.script(
             "half",
             r#"[ "$CNI_COMMAND" = DEL ] && echo '{"code":999,"msg":"no such chain"}' && exit 1
@@ -276,7 +279,7 @@ echo '{"cniVersion":"1.0.0","ips":[{"address":"10.9.0.2/24"}]}'"#,
         let (gone, left) = node.cni.collect(&HashSet::new()).await;
         assert_eq!((gone, left.len()), (0, 1));
         let left = node.cni.release_again(left).await;
-        assert_eq!(left.len(), 1, "an ADD that ended is undone or stays");
+        assert_eq!(left.len(), 1, "the record of a completed ADD remains");
         record.result = None;
         record.save(&node.cni.records).unwrap();
         assert!(node.cni.release_again(left).await.is_empty());
@@ -298,10 +301,10 @@ fn gc_names_the_attachments_that_are_alive() {
         ] {
             let node = Node::new(serde_json::json!({
                 "cniVersion": version, "name": "gcnet", "disableGC": switch,
-                "plugins": [{"type": "keeper", "own": 1}],
+                "plugins": [{"type": "stateful", "own": 1}],
             }));
             node.script(
-                "keeper",
+                "stateful",
                 r#"[ "$CNI_COMMAND" = GC ] && exec cat > "$(dirname "$0")/gc"
 [ "$CNI_COMMAND" = ADD ] && echo '{"cniVersion":"1.0.0","ips":[{"address":"10.9.0.2/24"}]}'; exit 0"#,
             );
@@ -373,13 +376,13 @@ sleep 1000 & echo $! > "$(dirname "$0")/child"; wait"#,
         let begun = Instant::now();
         let error = impatient.attach(&pod()).await.unwrap_err();
         assert!(
-            boxlite_runtime::report(&error).contains("no answer within 1 s"),
+            boxlite_runtime::report(&error).contains("did not answer within 1 s"),
             "{error:?}"
         );
         assert!(begun.elapsed() < Duration::from_secs(15));
         let child = std::fs::read_to_string(node.path("bin/child")).unwrap();
         let status = Path::new("/proc").join(child.trim()).join("status");
-        // Killed; a zombie that has not been reaped yet counts as gone.
+        // A killed process that has not been reaped yet counts as ended.
         let gone =
             || std::fs::read_to_string(&status).map_or(true, |text| text.contains("State:\tZ"));
         while !gone() {
@@ -460,7 +463,7 @@ fn readiness_says_why_not_and_sees_changes() {
         r#"{"cniVersion":"1.0.0","name":"a","type":"../sh"}"#,
     );
     assert!(
-        reason(&node).contains("no program name"),
+        reason(&node).contains("not a program name"),
         "{}",
         reason(&node)
     );
@@ -469,7 +472,7 @@ fn readiness_says_why_not_and_sees_changes() {
         r#"{"cniVersion":"1.0.0","name":"a","type":"no-such-plugin"}"#,
     );
     assert!(
-        reason(&node).contains("no program \"no-such-plugin\""),
+        reason(&node).contains("program \"no-such-plugin\" not found"),
         "{}",
         reason(&node)
     );
@@ -479,7 +482,7 @@ fn readiness_says_why_not_and_sees_changes() {
     );
     assert_eq!(node.cni.ready().unwrap().name, "b");
     std::fs::remove_dir_all(node.path("net.d")).unwrap();
-    assert!(reason(&node).contains("cannot read the CNI configuration directory"));
+    assert!(reason(&node).contains("failed to read the CNI configuration directory"));
 }
 
 #[test]

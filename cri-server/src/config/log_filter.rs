@@ -84,7 +84,7 @@ mod tests {
             "boxlite_cri=debug,info",
             "boxlite_cri::service=trace, warn",
             "off",
-            "boxlite_cri[call{verb=\"Version\"}]=debug,info",
+            "boxlite_cri[call{method=\"Version\"}]=debug,info",
             "[call]=trace",
             "boxlite_cri[call]",
             "3",

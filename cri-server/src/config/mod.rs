@@ -25,7 +25,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// The commented default file; `@PREFIX@` stands for the installation prefix and `@KERNEL@` for the guest kernel.
+/// The commented default file; `@PREFIX@` is the installation prefix and `@KERNEL@` the guest kernel.
 const DEFAULT_TOML: &str = include_str!("default.toml");
 
 /// Returns the commented default file for an installation below `prefix`, with this guest kernel.

@@ -126,10 +126,10 @@ fn parse_reports_every_mistake_with_key_and_value() {
     let found = mistakes(
         "root = \"var/lib\"\nvmm = \"kvm\"\nfoo = 1\n[cni]\nbin_dirs = []\ntimeout_seconds = 0\nbar = \"x\"\n[pod]\nvcpus = 300\n[nope]\na = 1\n",
     );
-    let mut shown: Vec<String> = found.iter().map(ToString::to_string).collect();
-    shown.sort();
+    let mut printed: Vec<String> = found.iter().map(ToString::to_string).collect();
+    printed.sort();
     assert_eq!(
-        shown,
+        printed,
         [
             "cni.bar = \"x\": unknown key",
             "cni.bin_dirs = []: must name at least one directory",

@@ -11,7 +11,7 @@ use boxlite_runtime::{ContainerOptions, PidMode};
 use prost::Message;
 use std::path::{Component, Path, PathBuf};
 
-/// Metadata that this crate stores for a container. It excludes the environment, which may be secret and is never
+/// Metadata that this crate stores for a container. It excludes the environment, which may be secret and is not
 /// returned.
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct ContainerMetadata {
@@ -159,7 +159,7 @@ fn pid_mode(mode: i32) -> PidMode {
     }
 }
 
-/// Returns `log_directory` + `log_path` if the request has both; it never leaves the directory.
+/// Returns `log_directory` + `log_path` if the request has both; a path outside the directory is an error.
 fn log_path(
     sandbox: &PodMetadata,
     config: &ContainerConfig,
@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn log_paths() {
+    fn log_path_is_below_the_log_directory() {
         assert_eq!(
             path("/var/log/pods/x", "web/0.log"),
             Ok(Some("/var/log/pods/x/web/0.log".into()))
@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn pid_modes() {
+    fn pid_mode_converts_every_value() {
         assert_eq!(pid_mode(0), PidMode::Pod);
         assert_eq!(pid_mode(1), PidMode::Container);
         assert_eq!(pid_mode(2), PidMode::Node);

@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn sandboxes() {
+    fn sandbox_filter_matches_all_its_fields() {
         let wanted = |id: &str, state: Option<i32>, labels: &[(&str, &str)]| {
             let filter = PodSandboxFilter {
                 id: id.into(),
@@ -105,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn containers() {
+    fn container_filter_matches_all_its_fields() {
         let have = Container {
             id: "c0ffee".into(),
             pod_sandbox_id: "abcdef".into(),

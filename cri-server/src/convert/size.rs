@@ -3,7 +3,7 @@
 use boxlite_config::size::Limits;
 use boxlite_proto::cri::v1::LinuxContainerResources;
 
-/// Converts limits; absent resources are no limits.
+/// Converts limits; absent resources mean unlimited.
 pub(crate) fn limits(resources: Option<&LinuxContainerResources>) -> Limits {
     resources
         .map(|resources| Limits {

@@ -3,6 +3,7 @@
 
 use super::container::ContainerMetadata;
 use super::status;
+use boxlite_config::cgroup::UNLIMITED_BYTES;
 use boxlite_proto::boxlite::v1::{
     CgroupStats, ContainerStatsResponse, GuestStatsResponse, Pressure, PressureLine,
 };
@@ -12,9 +13,6 @@ use boxlite_proto::cri::v1::{
     PodSandboxStats, ProcessUsage, PsiData, PsiStats, SwapUsage, UInt64Value,
 };
 use boxlite_runtime::{BoxSnapshot, ContainerSnapshot};
-
-/// Limits from this value on mean unlimited: cgroup v2's `max` and v1's largest multiple of a page.
-pub(crate) const NO_LIMIT: u64 = 1 << 60;
 
 fn wrap(value: u64) -> Option<UInt64Value> {
     Some(UInt64Value { value })
@@ -72,7 +70,7 @@ fn io(stats: &CgroupStats, timestamp: i64) -> Option<IoUsage> {
 
 fn memory(stats: &CgroupStats, timestamp: i64) -> MemoryUsage {
     let working_set = working_set(stats);
-    let limited = stats.memory_max > 0 && stats.memory_max < NO_LIMIT;
+    let limited = stats.memory_max > 0 && stats.memory_max < UNLIMITED_BYTES;
     MemoryUsage {
         timestamp,
         working_set_bytes: wrap(working_set),

@@ -1,4 +1,4 @@
-//! The HTTP side of the metrics: `/metrics` and `/healthz`.
+//! HTTP server of the metrics: `/metrics` and `/healthz`.
 
 use super::Metrics;
 use axum::Router;
@@ -20,7 +20,7 @@ struct Source {
 /// Serves until `stop`.
 ///
 /// # Errors
-/// Of the listener.
+/// If the listener fails.
 pub(crate) async fn serve(
     listener: TcpListener,
     metrics: Arc<Metrics>,
@@ -40,12 +40,12 @@ async fn page(State(source): State<Source>) -> impl IntoResponse {
     match source.metrics.page(&source.runtime) {
         Ok(page) => (
             StatusCode::OK,
-            // The version of the text format, by Prometheus' exposition formats.
+            // Version of Prometheus' text exposition format.
             [(header::CONTENT_TYPE, "text/plain; version=0.0.4")],
             page,
         ),
         Err(error) => {
-            tracing::error!(%error, "the metrics page cannot be made");
+            tracing::error!(%error, "failed to build the metrics page");
             (
                 StatusCode::INTERNAL_SERVER_ERROR,
                 [(header::CONTENT_TYPE, "text/plain")],

@@ -1,6 +1,6 @@
-//! The Prometheus metrics: RPC latencies, stage timers of starts, the runtime's totals, and every pod's counters with its labels.
+//! Prometheus metrics: RPC latencies, durations of start stages, totals of the runtime, and counters of every pod.
 //!
-//! A scrape reads memory only: the runtime samples its guests in the background and marks stale values. `http` serves the page.
+//! A scrape reads memory only: the runtime samples guests in the background and marks stale values. `http` serves the page.
 
 pub(crate) mod http;
 mod page;
@@ -14,11 +14,11 @@ use std::sync::Arc;
 use std::time::Duration;
 use tonic::Code;
 
-/// Buckets of calls in seconds: a list takes under a ms, a pod's start seconds under TCG.
+/// Histogram buckets of calls in seconds: a list takes less than 1 ms, a pod's start seconds under TCG.
 const RPC_BUCKETS: [f64; 12] = [
     0.001, 0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0,
 ];
-/// Buckets of stages in seconds.
+/// Histogram buckets of start stages in seconds.
 const STAGE_BUCKETS: [f64; 12] = [
     0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0,
 ];
@@ -30,7 +30,7 @@ pub(crate) struct RpcMetrics {
 }
 
 impl RpcMetrics {
-    /// Notes one call.
+    /// Records one call.
     pub(crate) fn observe(&self, method: &str, code: Code, took: Duration) {
         let code = format!("{code:?}");
         self.seconds
@@ -39,7 +39,7 @@ impl RpcMetrics {
     }
 }
 
-/// Everything that is counted here.
+/// The daemon's registry and its metrics.
 #[derive(Debug)]
 pub(crate) struct Metrics {
     registry: Registry,
@@ -48,10 +48,10 @@ pub(crate) struct Metrics {
 }
 
 impl Metrics {
-    /// Empty counters.
+    /// Creates the metrics, all zero.
     ///
     /// # Errors
-    /// Two metrics of one name: a mistake in this file.
+    /// If two metrics have the same name, which is a bug in this file.
     pub(crate) fn new() -> prometheus::Result<Self> {
         let registry = Registry::new();
         let seconds = HistogramVec::new(
@@ -79,12 +79,12 @@ impl Metrics {
         })
     }
 
-    /// For the layer around the services.
+    /// Returns the latencies, for the layer around the services.
     pub(crate) fn rpc(&self) -> Arc<RpcMetrics> {
         self.rpc.clone()
     }
 
-    /// Notes the stages of a pod that has just started.
+    /// Records the start stages of a pod.
     pub(crate) fn started(&self, pod: &BoxSnapshot) {
         let network = PodMetadata::from_bytes(&pod.metadata).network_ms;
         let stages = pod
@@ -99,10 +99,10 @@ impl Metrics {
         }
     }
 
-    /// The page. Never waits for a VM.
+    /// Returns the page without waiting for a VM.
     ///
     /// # Errors
-    /// Of the encoder.
+    /// If the encoder fails.
     pub(crate) fn page(&self, runtime: &BoxliteRuntime) -> prometheus::Result<String> {
         page::render(
             &self.registry,

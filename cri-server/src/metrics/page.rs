@@ -1,14 +1,14 @@
-//! The Prometheus page: the standing registry, and one made for this scrape from the runtime's snapshots, so that a pod that is gone
-//! leaves no line.
+//! The Prometheus page: the daemon's registry, and one built for each scrape from the runtime's snapshots, so that removed pods
+//! have no lines.
 
 use crate::convert::sandbox::PodMetadata;
 use boxlite_runtime::{BoxSnapshot, BoxState, ContainerSnapshot, RuntimeMetricsSnapshot};
 use prometheus::{Counter, CounterVec, Gauge, GaugeVec, Opts, Registry, TextEncoder};
 
-/// Labels of a pod's lines.
+/// Labels of the per-pod metrics.
 const POD_LABELS: [&str; 4] = ["pod", "namespace", "uid", "id"];
 
-/// The page as text.
+/// Returns the page as text.
 pub(crate) fn render(
     standing: &Registry,
     totals: &RuntimeMetricsSnapshot,
@@ -115,11 +115,11 @@ impl PodLines {
             execs: counter("boxlite_box_exec_total", "Processes started by exec")?,
             sent: counter(
                 "boxlite_box_network_sent_bytes_total",
-                "Sent by the guest's network cards",
+                "Sent by the guest's NICs",
             )?,
             received: counter(
                 "boxlite_box_network_received_bytes_total",
-                "Received by the guest's network cards",
+                "Received by the guest's NICs",
             )?,
             ready: gauge(
                 "boxlite_box_ready",

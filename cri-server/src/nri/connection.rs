@@ -53,7 +53,7 @@ pub(crate) enum CallError {
     #[error("connection of the plugin is closed")]
     Closed,
     /// The connection broke.
-    #[error("connection of the plugin failed")]
+    #[error("failed to use the connection of the plugin")]
     Wire(#[from] WireError),
     /// The request exceeds the message size that a plugin accepts.
     #[error("{method} request too large: {bytes} bytes (maximum {MAX_MESSAGE_BYTES})")]
@@ -181,12 +181,12 @@ impl Connection {
     }
 
     async fn exchange(&self, payload: Vec<u8>) -> Result<Response, CallError> {
-        let (told, answer) = oneshot::channel();
+        let (sender, answer) = oneshot::channel();
         let stream = {
             let mut writer = self.0.writer.lock().await;
             let stream = writer.next_stream;
             writer.next_stream = stream.wrapping_add(2);
-            self.pending().insert(stream, told);
+            self.pending().insert(stream, sender);
             // After the insertion: `close` clears the map, and a caller that finds the connection closed here does
             // not wait.
             if self.is_closed() {
@@ -213,7 +213,7 @@ impl Connection {
     /// Shuts the socket down and fails every pending call. Idempotent.
     pub(crate) fn close(&self) {
         self.0.closed.cancel();
-        // The only failure is that the socket is not connected, which is the goal.
+        // Fails if the socket is already disconnected.
         let _ = self.0.socket.shutdown(Shutdown::Both);
         self.pending().clear();
     }

@@ -20,7 +20,7 @@ pub(crate) fn pod(snapshot: &BoxSnapshot, record: &PodMetadata) -> PodSandbox {
     let metadata = record.metadata();
     let config = record.config.clone().unwrap_or_default();
     let linux = config.linux.unwrap_or_default();
-    let all = |wish: &Option<LinuxContainerResources>| wish.as_ref().map(resources::from_cri);
+    let all = |limits: &Option<LinuxContainerResources>| limits.as_ref().map(resources::from_cri);
     PodSandbox {
         id: snapshot.id.clone(),
         name: metadata.name,

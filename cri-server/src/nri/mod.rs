@@ -4,10 +4,10 @@
 //!  socket (listen) ─┐
 //!                   ├─▶ Plugin::register ─▶ synchronized under the gate ─▶ plugins, by index
 //!  launched ────────┘
-//!  a verb: Nri::begin_session ─▶ Session: events, one plugin after the other ─▶ collect ─▶ the verb applies the result
+//!  an RPC: Nri::begin_session ─▶ Session: events, one plugin after the other ─▶ collect ─▶ the RPC applies the result
 //! ```
 //!
-//! The gate keeps a new plugin from missing a container: a verb holds it (shared) from its event until its change is
+//! The gate keeps a new plugin from missing a container: an RPC holds it (shared) from its event until its change is
 //! visible; a new plugin holds it (exclusively) from the snapshot until its registration. Events are sent one at a
 //! time.
 //!
@@ -122,7 +122,7 @@ impl Nri {
         Ok(Self(Some(registry)))
     }
 
-    /// Begins the session of a verb, during which no plugin is added. Waits for a plugin that is registering, at most
+    /// Begins the session of an RPC, during which no plugin is added. Waits for a plugin that is registering, at most
     /// for the registration timeout.
     pub(crate) async fn begin_session(&self) -> Session {
         match &self.0 {

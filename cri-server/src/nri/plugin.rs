@@ -55,7 +55,7 @@ pub(crate) enum PluginError {
     #[error("failed to set up its socket")]
     Socket(#[from] std::io::Error),
     /// A call of the handshake failed.
-    #[error("{step} failed")]
+    #[error("failed to call {step}")]
     Call {
         step: &'static str,
         #[source]
@@ -159,11 +159,11 @@ impl RuntimeService {
                 (request.plugin_idx, request.plugin_name)
             }
         };
-        let told = self.registered.lock().take();
-        match told {
-            Some(told) => {
+        let sender = self.registered.lock().take();
+        match sender {
+            Some(sender) => {
                 // The receiver is gone if the connection is being closed.
-                let _ = told.send(identity);
+                let _ = sender.send(identity);
                 Ok(())
             }
             None => Err(rpc_error(INVALID_ARGUMENT, "already registered")),
@@ -175,10 +175,10 @@ impl RuntimeService {
 fn log(request: &LogRequest) {
     let text: String = request.msg.chars().take(MAX_LOG_CHARS).collect();
     match request.level() {
-        Level::Error => tracing::error!(?text, "message of NRI plugin"),
-        Level::Warn => tracing::warn!(?text, "message of NRI plugin"),
-        Level::Info => tracing::info!(?text, "message of NRI plugin"),
-        Level::Debug | Level::Unspecified => tracing::debug!(?text, "message of NRI plugin"),
+        Level::Error => tracing::error!(?text, "NRI plugin logged a message"),
+        Level::Warn => tracing::warn!(?text, "NRI plugin logged a message"),
+        Level::Info => tracing::info!(?text, "NRI plugin logged a message"),
+        Level::Debug | Level::Unspecified => tracing::debug!(?text, "NRI plugin logged a message"),
     }
 }
 
@@ -215,13 +215,13 @@ impl Plugin {
         host: Arc<dyn Host>,
         tasks: &TaskTracker,
     ) -> Result<Self, PluginError> {
-        let (told, registered) = oneshot::channel();
+        let (sender, registered) = oneshot::channel();
         let (preassigned, config) = match preassigned {
             Some((index, name, config)) => (Some((index, name)), config),
             None => (None, String::new()),
         };
         let service = Arc::new(RuntimeService {
-            registered: Mutex::new(Some(told)),
+            registered: Mutex::new(Some(sender)),
             preassigned,
             host,
         });
@@ -229,7 +229,7 @@ impl Plugin {
         let closing = CloseOnDrop(Some(connection.clone()));
         let registered = tokio::time::timeout(limits.registration, async {
             tokio::select! {
-                told = registered => told.map_err(|_| PluginError::Gone),
+                identity = registered => identity.map_err(|_| PluginError::Gone),
                 () = connection.closed() => Err(PluginError::Gone),
             }
         });
@@ -419,7 +419,7 @@ impl Plugin {
             Err(error) => {
                 let is_timeout = matches!(error, CallError::Timeout { .. });
                 let reason = boxlite_runtime::report(&error);
-                // The connection stays open after a timeout if the plugin requests that.
+                // The connection remains open after a timeout if the plugin requests that.
                 if !is_timeout || self.is_closed() {
                     self.close();
                 }

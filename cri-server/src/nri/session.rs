@@ -1,4 +1,4 @@
-//! Events of one verb, sent while the gate is held.
+//! Events of one RPC, sent while the gate is held.
 //!
 //! There are two kinds of events. Those that plugins may reject (RunPodSandbox, CreateContainer, StartContainer,
 //! UpdateContainer, UpdatePodSandbox) stop at the first rejection, which fails the call. Notifications (Post events,
@@ -34,12 +34,12 @@ pub(crate) enum SessionError {
 /// Returns an error if a plugin's limits for a new container exceed its VM.
 pub(crate) type Admit<'a> = dyn Fn(&LinuxResources) -> Result<(), String> + Send + Sync + 'a;
 
-/// Session of a verb. No plugin is added while it exists: hold it from the event until its change is visible.
+/// Session of an RPC. No plugin is added while it exists: hold it from the event until its change is visible.
 #[derive(Debug)]
 pub(crate) struct Session(Option<(Arc<Registry>, OwnedRwLockReadGuard<()>)>);
 
 /// Event of a pod or container. All these requests have the pod as field 1 and the container as field 2, so one type
-/// stands for all.
+/// represents all.
 fn subject(pod: &PodSandbox, container: Option<&Container>) -> StartContainerRequest {
     StartContainerRequest {
         pod: Some(pod.clone()),
@@ -98,8 +98,8 @@ impl Session {
         };
         let request = subject(pod, container);
         for plugin in registry.plugins.lock().await.iter() {
-            let told = plugin.notify(event, &request, pod, container).await;
-            log(told);
+            let outcome = plugin.notify(event, &request, pod, container).await;
+            log(outcome);
         }
     }
 
@@ -115,10 +115,10 @@ impl Session {
         }
         let request = subject(pod, None);
         for plugin in plugins.iter() {
-            let told = plugin
+            let outcome = plugin
                 .notify(Event::StopPodSandbox, &request, pod, None)
                 .await;
-            log(told);
+            log(outcome);
         }
     }
 
@@ -305,8 +305,8 @@ async fn validate(
     Ok(())
 }
 
-fn log(told: Result<(), Refusal>) {
-    if let Err(refusal) = told {
+fn log(outcome: Result<(), Refusal>) {
+    if let Err(refusal) = outcome {
         tracing::warn!(
             error = boxlite_runtime::report(&refusal),
             "ignoring rejection of a notification"

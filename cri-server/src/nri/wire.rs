@@ -34,7 +34,7 @@ const READER_BUFFER_BYTES: usize = 4096;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum WireError {
     /// The socket failed.
-    #[error("socket of the plugin failed")]
+    #[error("failed to use the socket of the plugin")]
     Io(#[from] io::Error),
     /// A length exceeds its limit.
     #[error("{what} too large: {bytes} bytes (maximum {limit})")]

@@ -1,45 +1,45 @@
-//! Makes the `:authority` of grpc-go's unix-socket clients acceptable: `Sanitizer`, a filter on a connection's bytes.
+//! `Sanitizer`: a filter on a connection's bytes that makes the `:authority` of grpc-go's unix-socket clients valid.
 //!
-//! grpc-go sends the percent-encoded socket path (`%2Frun%2Fboxlite%2Fcri.sock`) or the path itself; the h2 crate takes
-//! neither for an authority and resets the stream before any of our code sees it. So the bytes are changed before
-//! h2 reads them: in every header block, the `%` and `/` of an `:authority` literal become `-`. All three have six-bit codes
-//! in HPACK's Huffman table (RFC 7541, appendix B), so nothing changes its length, neither on the wire nor in the
-//! client's and the server's idea of the dynamic table.
+//! grpc-go sends the percent-encoded socket path (`%2Frun%2Fboxlite%2Fcri.sock`) or the path itself. The h2 crate accepts
+//! neither as an authority and resets the stream before the services see it. The bytes are therefore changed before h2
+//! reads them: in every header block, `%` and `/` of an `:authority` literal become `-`. All three have six-bit codes in
+//! HPACK's Huffman table (RFC 7541, appendix B), so all lengths remain the same, on the wire and in the dynamic tables of
+//! client and server.
 //!
-//! It looks at nothing else, keeps no payload, and gives up (passes everything on) at the first thing it does not
-//! understand: h2 is the one to judge it. Header blocks above `BLOCK_LIMIT` pass unseen.
+//! Everything else passes unchanged. The filter keeps no payload, and from the first byte that it does not understand it
+//! passes everything on, so that h2 reports the error. Header blocks above `MAX_BLOCK_BYTES` are not inspected.
 //!
 //! Flow: connection → `Sanitizer::feed` on each read, before h2.
 
 /// The client's connection preface, RFC 9113 §3.4.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-/// Bytes of a frame's header.
+/// Size of a frame's header in bytes.
 const FRAME_HEADER: usize = 9;
 const TYPE_HEADERS: u8 = 1;
 const FLAG_PADDED: u8 = 0x8;
 const FLAG_PRIORITY: u8 = 0x20;
-/// Largest HEADERS frame that is held back to be looked at, in bytes. gRPC's have a few hundred; h2 accepts 16 KiB by
-/// default, so a bigger one is refused there.
-const BLOCK_LIMIT: usize = 16 << 10;
+/// Maximum size of a HEADERS frame that is held back for inspection, in bytes. gRPC's have a few hundred; h2 accepts
+/// 16 KiB by default and rejects larger ones.
+const MAX_BLOCK_BYTES: usize = 16 << 10;
 /// Index of `:authority` in HPACK's static table.
 const AUTHORITY: usize = 1;
 
-/// The next expected element in the stream of bytes.
+/// Next element expected in the byte stream.
 #[derive(Debug, PartialEq, Eq)]
 enum State {
-    /// So many bytes of the preface were seen.
+    /// The preface, after this many of its bytes.
     Preface(usize),
     /// A frame's header.
     Header,
-    /// A HEADERS frame's payload of so many bytes, with these flags.
+    /// Payload of a HEADERS frame: length in bytes, and flags.
     Block { length: usize, flags: u8 },
-    /// So many bytes of something else.
+    /// This many bytes of another frame.
     Skip(usize),
-    /// Not understood: everything passes.
+    /// Invalid data: everything passes.
     Blind,
 }
 
-/// Rewrites one connection's bytes from client to server.
+/// Rewrites the bytes of one connection from client to server.
 #[derive(Debug)]
 pub(crate) struct Sanitizer {
     state: State,
@@ -56,8 +56,8 @@ impl Default for Sanitizer {
 }
 
 impl Sanitizer {
-    /// Takes the bytes read and appends those that may be passed on to `out`. At most a frame header and one header block
-    /// ([`BLOCK_LIMIT`]) are held back.
+    /// Consumes bytes that were read, and appends those that may be passed on to `out`. Holds back at most a frame header
+    /// and one header block of [`MAX_BLOCK_BYTES`].
     pub(crate) fn feed(&mut self, mut input: &[u8], out: &mut Vec<u8>) {
         while !input.is_empty() {
             let used = match self.state {
@@ -106,7 +106,7 @@ impl Sanitizer {
             out.append(&mut self.held);
             self.state = match (kind, length) {
                 (_, 0) => State::Header,
-                (TYPE_HEADERS, 1..=BLOCK_LIMIT) => State::Block { length, flags },
+                (TYPE_HEADERS, 1..=MAX_BLOCK_BYTES) => State::Block { length, flags },
                 _ => State::Skip(length),
             };
         }
@@ -129,8 +129,8 @@ impl Sanitizer {
     }
 }
 
-/// Walks the representations of a header block (RFC 7541 §6) and changes `:authority` literals. `None` at its end, or
-/// where it stops making sense (padding, a cut block).
+/// Parses the representations of a header block (RFC 7541 §6) and changes `:authority` literals. Returns `None` at its end,
+/// or at the first invalid byte (padding, a truncated block).
 fn rewrite(block: &mut [u8]) -> Option<()> {
     let mut at = 0;
     loop {
@@ -163,7 +163,7 @@ fn rewrite(block: &mut [u8]) -> Option<()> {
     }
 }
 
-/// An integer with `bits` prefix bits (RFC 7541 §5.1), at most 2^21.
+/// Parses an integer with `bits` prefix bits (RFC 7541 §5.1), at most 2^21.
 fn integer(block: &[u8], at: &mut usize, bits: u32) -> Option<usize> {
     let mask = (1_usize << bits) - 1;
     let mut value = usize::from(*block.get(*at)?) & mask;
@@ -182,7 +182,7 @@ fn integer(block: &[u8], at: &mut usize, bits: u32) -> Option<usize> {
     None
 }
 
-/// A string (RFC 7541 §5.2): its position, and a flag for Huffman coding.
+/// Parses a string (RFC 7541 §5.2): its position, and a flag for Huffman coding.
 fn string(block: &[u8], at: &mut usize) -> Option<(std::ops::Range<usize>, bool)> {
     let huffman = *block.get(*at)? & 0x80 != 0;
     let length = integer(block, at, 7)?;
@@ -205,7 +205,7 @@ const DASH: u32 = 0x16;
 /// Codes of `%` and `/`, six bits each.
 const REPLACED: [u32; 2] = [0x15, 0x18];
 /// Letters, digits and the punctuation of a path, by length of their code: (bits, least code, most code). The code is
-/// canonical, so each length is one range. Longer codes (9 and more bits) stand for characters that no authority contains.
+/// canonical, so each length is one range. Codes of 9 and more bits are characters that no authority contains.
 const CODES: [(usize, u32, u32); 4] = [
     (5, 0x0, 0x9),
     (6, 0x14, 0x2d),

@@ -1,4 +1,4 @@
-//! A client's connection as tonic serves it: a unix stream whose incoming bytes pass the `Sanitizer`.
+//! Connection of a client, for tonic: a unix stream whose incoming bytes pass the `Sanitizer`.
 
 use super::authority::Sanitizer;
 use std::io;
@@ -8,15 +8,15 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
 use tonic::transport::server::{Connected, UdsConnectInfo};
 
-/// Bytes read from the socket at once.
-const CHUNK: usize = 16 << 10;
+/// Maximum number of bytes per read from the socket.
+const READ_CHUNK_BYTES: usize = 16 << 10;
 
 /// One connection.
 #[derive(Debug)]
 pub(crate) struct Connection {
     stream: UnixStream,
     sanitizer: Sanitizer,
-    /// Sanitized, not yet handed on; from `start`.
+    /// Sanitized bytes; those from `start` on have not been read by tonic.
     ready: Vec<u8>,
     start: usize,
 }
@@ -51,7 +51,7 @@ impl AsyncRead for Connection {
         while this.start == this.ready.len() {
             this.ready.clear();
             this.start = 0;
-            let mut chunk = [0; CHUNK];
+            let mut chunk = [0; READ_CHUNK_BYTES];
             let mut read = ReadBuf::new(&mut chunk);
             ready!(Pin::new(&mut this.stream).poll_read(context, &mut read))?;
             if read.filled().is_empty() {

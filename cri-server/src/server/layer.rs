@@ -1,8 +1,9 @@
-//! The layer around every call: a span, one log line, its latency, the client's deadline, and panics turned into INTERNAL.
+//! Layer around every call: a span, one log line, the latency, the client's deadline, and INTERNAL for panics.
 //!
-//! The deadline is tonic's to keep, too, but it answers CANCELLED; a kubelet takes only DEADLINE_EXCEEDED for one.
+//! tonic enforces the deadline, too, but answers CANCELLED; a kubelet recognizes only DEADLINE_EXCEEDED.
 //!
-//! It sees the method's name and the answer's status, never a message: those carry secrets (registry auth, environments).
+//! It reads the method's name and the status of the answer, not the messages, which carry secrets (registry credentials,
+//! environments).
 
 use crate::metrics::RpcMetrics;
 use futures::FutureExt;
@@ -17,14 +18,14 @@ use tonic::{Code, Status};
 use tower::{Layer, Service};
 use tracing::Instrument;
 
-/// Makes [`CallService`]s.
+/// Creates [`CallService`]s.
 #[derive(Debug, Clone)]
 pub(crate) struct CallLayer {
     metrics: Arc<RpcMetrics>,
 }
 
 impl CallLayer {
-    /// Latencies go to `metrics`.
+    /// Creates a layer that records latencies in `metrics`.
     pub(crate) fn new(metrics: Arc<RpcMetrics>) -> Self {
         Self { metrics }
     }
@@ -41,7 +42,7 @@ impl<S> Layer<S> for CallLayer {
     }
 }
 
-/// The decorator around all services.
+/// The wrapper around all services.
 #[derive(Debug, Clone)]
 pub(crate) struct CallService<S> {
     inner: S,
@@ -74,9 +75,9 @@ where
             .to_owned();
         let span = tracing::info_span!("cri", method);
         let metrics = self.metrics.clone();
-        // Made before tonic's own timer, which starts when this returns, so that this one is never the later.
+        // Created before tonic's timer, which starts when this returns, so that this one expires first.
         let limit = deadline(request.headers()).map(tokio::time::sleep);
-        // The service that was polled ready serves this call; its clone takes the next.
+        // The service that was polled ready serves this call; its clone serves the next.
         let next = self.inner.clone();
         let mut inner = std::mem::replace(&mut self.inner, next);
         async move {
@@ -94,7 +95,7 @@ where
             let response = match call.catch_unwind().await {
                 Ok(Ok(response)) => response,
                 Ok(Err(never)) => match never {},
-                Err(_) => Status::internal("the call panicked; the daemon's log has the place")
+                Err(_) => Status::internal("internal error: handler panicked, see the daemon's log")
                     .into_http(),
             };
             let code = code_of(&response);
@@ -108,7 +109,7 @@ where
     }
 }
 
-/// The client's `grpc-timeout`: up to eight digits and a unit, as the gRPC protocol has it.
+/// Parses the client's `grpc-timeout`: up to eight digits and a unit, as the gRPC protocol specifies.
 fn deadline(headers: &HeaderMap) -> Option<Duration> {
     let text = headers.get("grpc-timeout")?.to_str().ok()?;
     let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
@@ -127,7 +128,7 @@ fn deadline(headers: &HeaderMap) -> Option<Duration> {
     })
 }
 
-/// The status in the headers: an error is there. A success has it in the trailers, which come later.
+/// Returns the status in the headers, which contain errors. The status of a success is in the trailers, which come later.
 fn code_of(response: &Response<Body>) -> Code {
     response
         .headers()
@@ -135,7 +136,7 @@ fn code_of(response: &Response<Body>) -> Code {
         .map_or(Code::Ok, |value| Code::from_bytes(value.as_bytes()))
 }
 
-/// Reads and lists come every second: they are worth a line only at debug level.
+/// Returns whether a call is logged at debug level only: reads and lists come every second.
 fn log(method: &str, code: Code, response: &Response<Body>, milliseconds: f64) {
     let reads = [
         "List",

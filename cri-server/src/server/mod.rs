@@ -1,6 +1,6 @@
-//! The server around the services: the unix socket, connections, the layer that every call passes, and the end.
+//! Server around the services: the unix socket, connections, the layer around every call, and the shutdown.
 //!
-//! Knows no CRI message. Flow: serve → `socket::bind`, `connection::Incoming`, `layer::CallLayer`.
+//! Independent of CRI messages. Flow: serve → `socket::bind`, `connection::Incoming`, `layer::CallLayer`.
 
 pub(crate) mod authority;
 pub(crate) mod connection;

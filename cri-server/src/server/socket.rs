@@ -1,4 +1,4 @@
-//! Binds the CRI socket: private from its creation, and not in place of one with a live server.
+//! Binds the CRI socket with private permissions, unless another process serves it.
 
 use std::fs::{self, DirBuilder, Permissions};
 use std::io;
@@ -13,14 +13,14 @@ pub(crate) enum SocketError {
     /// Another process serves there.
     #[error("failed to bind {}: the socket has a live server", .0.display())]
     InUse(PathBuf),
-    /// There is a file of another kind.
-    #[error("{}: there is a file that is no socket", .0.display())]
+    /// The path is a file of another type.
+    #[error("failed to bind {}: the file is not a socket", .0.display())]
     NoSocket(PathBuf),
     /// The directory is accessible to other users.
-    #[error("{}: its directory is world-writable", .0.display())]
+    #[error("failed to bind {}: its directory is world-writable", .0.display())]
     OpenDirectory(PathBuf),
     /// A system call failed.
-    #[error("{}: {step} failed", path.display())]
+    #[error("failed to bind {}: {step}", path.display())]
     Io {
         path: PathBuf,
         step: &'static str,
@@ -29,7 +29,7 @@ pub(crate) enum SocketError {
     },
 }
 
-/// Binds `path`, mode 0600. A missing directory is made with 0700; a stale socket is replaced.
+/// Binds `path` with mode 0600. Creates a missing directory with 0700 and replaces a stale socket.
 pub(crate) fn bind(path: &Path) -> Result<UnixListener, SocketError> {
     let fail = |step| {
         move |source| SocketError::Io {
@@ -43,9 +43,9 @@ pub(crate) fn bind(path: &Path) -> Result<UnixListener, SocketError> {
         .recursive(true)
         .mode(0o700)
         .create(directory)
-        .map_err(fail("making its directory"))?;
+        .map_err(fail("failed to create its directory"))?;
     let mode = fs::metadata(directory)
-        .map_err(fail("stat of its directory"))?
+        .map_err(fail("failed to stat its directory"))?
         .permissions()
         .mode();
     if mode & 0o002 != 0 {
@@ -53,19 +53,20 @@ pub(crate) fn bind(path: &Path) -> Result<UnixListener, SocketError> {
     }
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(fail("stat")(error)),
+        Err(error) => return Err(fail("failed to stat it")(error)),
         Ok(old) if !old.file_type().is_socket() => {
             return Err(SocketError::NoSocket(path.to_owned()));
         }
         Ok(_) => match StdUnixStream::connect(path) {
             Ok(_) => return Err(SocketError::InUse(path.to_owned())),
-            Err(_) => fs::remove_file(path).map_err(fail("removing the stale socket"))?,
+            Err(_) => fs::remove_file(path).map_err(fail("failed to remove the stale socket"))?,
         },
     }
-    let listener = UnixListener::bind(path).map_err(fail("bind"))?;
-    // A freshly bound socket has the umask's mode until this line: its directory keeps others out, or gives them 0755 at
-    // most, where connecting needs write permission that the umask (022) took.
-    fs::set_permissions(path, Permissions::from_mode(0o600)).map_err(fail("chmod"))?;
+    let listener = UnixListener::bind(path).map_err(fail("failed to create the socket"))?;
+    // Until here the socket has the mode of the umask. Connecting requires write permission, which the umask (022) removes,
+    // and the directory is not writable by others.
+    fs::set_permissions(path, Permissions::from_mode(0o600))
+        .map_err(fail("failed to set its mode"))?;
     Ok(listener)
 }
 

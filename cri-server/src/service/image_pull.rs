@@ -38,7 +38,7 @@ pub(crate) async fn pull(
         id = record.id,
         bytes = record.size_bytes,
         layers = record.layers.len(),
-        "pulled"
+        "image pulled"
     );
     Ok(PullImageResponse {
         image_ref: record.id,
@@ -57,6 +57,6 @@ fn report(reference: &str, progress: &PullProgress) {
         received,
         total,
         layers = progress.layers.len(),
-        "pulling"
+        "pulling image"
     );
 }

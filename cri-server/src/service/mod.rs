@@ -1,10 +1,10 @@
-//! Implementation of the CRI: one file per verb. `Server` holds the state that the verbs share; `runtime` and `image`
+//! Implementation of the CRI: one file per RPC. `Server` holds the state that the RPCs share; `runtime` and `image`
 //! implement the traits of the two services and delegate.
 //!
-//! A verb converts the request, calls the runtime, and converts the answer. Its state is in `Server`, and it waits
+//! An RPC converts the request, calls the runtime, and converts the answer. Its state is in `Server`, and it waits
 //! for a VM only if the CRI requires it. Logging, latency metrics and panics are handled in `server::layer`.
 //!
-//! A verb that changes state runs as a separate task (`Server::run_detached`), so that a disconnecting client does
+//! An RPC that changes state runs as a separate task (`Server::run_detached`), so that a disconnecting client does
 //! not interrupt it.
 
 mod capacity;
@@ -220,7 +220,7 @@ impl Server {
         Ok(pod)
     }
 
-    /// Returns the pod of a request, or `None` if it does not exist: for the verbs that are idempotent.
+    /// Returns the pod of a request, or `None` if it does not exist: for the idempotent RPCs.
     fn pod_if_any(&self, id: &str) -> Result<Option<LiteBox>, Status> {
         require("pod_sandbox_id", id)?;
         none_if_not_found(self.runtime.get_box(id))

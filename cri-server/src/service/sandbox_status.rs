@@ -88,7 +88,7 @@ mod tests {
 
     #[test]
     fn portmap_check_of_ipv6_rules_is_ignored_for_ipv4_pods() {
-        let error = "CHECK by plugin portmap failed: could not check ipv6 dnat";
+        let error = "failed to run CHECK of CNI plugin \"portmap\": could not check ipv6 dnat";
         let pod = |addresses: &[&str]| -> Vec<String> {
             addresses
                 .iter()
@@ -97,7 +97,7 @@ mod tests {
         };
         assert!(is_portmap_ipv6_bug(error, &pod(&["10.1.2.3"])));
         assert!(!is_portmap_ipv6_bug(error, &pod(&["10.1.2.3", "fd00::3"])));
-        let other = "CHECK by plugin bridge failed: no interface";
+        let other = "failed to run CHECK of CNI plugin \"bridge\": no interface";
         assert!(!is_portmap_ipv6_bug(other, &pod(&["10.1.2.3"])));
     }
 }

@@ -57,11 +57,11 @@ pub(crate) async fn update(
 
 /// Returns the limits that apply to the pod as a whole. Shares weigh pods against each other, and a pod is alone in
 /// its VM.
-fn of_the_whole(wish: &LinuxContainerResources) -> LinuxContainerResources {
+fn of_the_whole(limits: &LinuxContainerResources) -> LinuxContainerResources {
     LinuxContainerResources {
-        cpu_quota: wish.cpu_quota,
-        cpu_period: wish.cpu_period,
-        memory_limit_in_bytes: wish.memory_limit_in_bytes,
+        cpu_quota: limits.cpu_quota,
+        cpu_period: limits.cpu_period,
+        memory_limit_in_bytes: limits.memory_limit_in_bytes,
         ..Default::default()
     }
 }

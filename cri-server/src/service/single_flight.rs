@@ -7,7 +7,7 @@
 //! ```
 //!
 //! A client whose deadline expired has dropped its future, but the task continues. A retry joins the task or gets the
-//! result that was not delivered yet. An error is never kept: the next caller starts a new task.
+//! result that was not delivered yet. An error is not kept: the next caller starts a new task.
 
 use boxlite_sys::sync::Mutex;
 use futures::FutureExt;

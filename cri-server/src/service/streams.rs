@@ -5,7 +5,7 @@ use tonic::{Response, Status};
 
 /// Items per batch. An item is a few KiB (labels and annotations), 256 KiB at most by the kubelet's limits; clients
 /// read up to 16 MiB.
-const BATCH_SIZE: usize = 50;
+const MAX_BATCH_ITEMS: usize = 50;
 
 /// Response of a streaming call.
 pub(crate) type Stream<T> = BoxStream<'static, Result<T, Status>>;
@@ -22,7 +22,7 @@ where
     let mut rest = items.into_iter().peekable();
     let batches = std::iter::from_fn(move || {
         rest.peek()?;
-        Some(Ok(message(rest.by_ref().take(BATCH_SIZE).collect())))
+        Some(Ok(message(rest.by_ref().take(MAX_BATCH_ITEMS).collect())))
     });
     Response::new(stream::iter(batches).boxed())
 }
@@ -42,7 +42,7 @@ mod tests {
             assert!(
                 batches
                     .iter()
-                    .all(|batch| (1..=BATCH_SIZE).contains(&batch.len()))
+                    .all(|batch| (1..=MAX_BATCH_ITEMS).contains(&batch.len()))
             );
             assert_eq!(batches.concat(), (0..count).collect::<Vec<_>>());
         }

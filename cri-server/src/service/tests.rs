@@ -293,7 +293,7 @@ async fn run_pod_without_network_config_fails_and_status_explains() {
         "{}",
         error.message()
     );
-    assert!(server.runtime.boxes().is_empty(), "the pod is left");
+    assert!(server.runtime.boxes().is_empty(), "the pod remains");
     let status = server
         .status(Request::new(StatusRequest { verbose: true }))
         .await

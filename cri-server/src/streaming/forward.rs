@@ -141,7 +141,7 @@ impl Halves {
             if let Some(half) = self.waiting.remove(&id) {
                 tracing::debug!(
                     port = half.port,
-                    "second stream of forwarded connection missing"
+                    "second stream of forwarded connection did not arrive"
                 );
                 half.stream.output.reset().await;
             }

@@ -189,14 +189,14 @@ fn answer(request: Request<Incoming>, context: &Context) -> Answer {
         return refuse(StatusCode::METHOD_NOT_ALLOWED, "GET or POST");
     }
     let mut parts = request.uri().path().split('/').skip(1);
-    let (Some(verb), Some(token), None) = (parts.next(), parts.next(), parts.next()) else {
+    let (Some(endpoint), Some(token), None) = (parts.next(), parts.next(), parts.next()) else {
         return refuse(StatusCode::NOT_FOUND, "not found");
     };
     // First, because every use of a token invalidates it.
     let Some(ticket) = context.streaming.tokens().redeem(token) else {
         return refuse(StatusCode::NOT_FOUND, "not found");
     };
-    if ticket.verb() != verb {
+    if ticket.endpoint() != endpoint {
         return refuse(StatusCode::NOT_FOUND, "not found");
     }
     let session = match context.streaming.sessions().begin(ticket.pod()) {

@@ -33,7 +33,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use tokens::Tokens;
 
-/// Request that a URL stands for.
+/// Request behind a one-time URL.
 #[derive(Debug, Clone)]
 pub(crate) enum Ticket {
     Exec(Exec),
@@ -52,7 +52,7 @@ impl Ticket {
     }
 
     /// Returns the first segment of the URL's path.
-    fn verb(&self) -> &'static str {
+    fn endpoint(&self) -> &'static str {
         match self {
             Self::Exec(_) => "exec",
             Self::Attach(_) => "attach",
@@ -89,9 +89,9 @@ impl Streaming {
     /// # Errors
     /// Too many sessions are pending.
     pub(crate) fn url(&self, ticket: Ticket) -> Result<String, TooManyPending> {
-        let verb = ticket.verb();
+        let endpoint = ticket.endpoint();
         let token = self.0.tokens.issue(ticket)?;
-        Ok(format!("http://{}/{verb}/{token}", self.0.address))
+        Ok(format!("http://{}/{endpoint}/{token}", self.0.address))
     }
 
     fn sessions(&self) -> &Sessions {

@@ -38,7 +38,7 @@ pub(crate) struct Attach {
     pub pod: LiteBox,
     pub container: String,
     pub streams: RequestedStreams,
-    /// Whether the container has an stdin.
+    /// True if the container has a stdin.
     pub has_stdin: bool,
 }
 
@@ -205,7 +205,7 @@ async fn resize(input: Option<Input>, controls: &ProcessControls) {
     while let Ok(Some(chunk)) = input.next().await {
         text.extend_from_slice(&chunk);
         let Some((sizes, used)) = sizes(&text) else {
-            tracing::debug!("invalid resize message from client");
+            tracing::debug!("client sent an invalid resize message");
             break;
         };
         text.drain(..used);

@@ -1,6 +1,6 @@
 //! Limits of concurrent streaming sessions, in all and per pod sandbox.
 //!
-//! The kubelet connects on behalf of all users, so the pod sandbox stands for the client: the users of one pod cannot take the
+//! The kubelet connects on behalf of all users, so the pod sandbox represents the client: the users of one pod cannot take the
 //! sessions of another.
 
 use boxlite_sys::sync::Mutex;

@@ -1,7 +1,7 @@
 //! One-time tokens: the request of an Exec, Attach or PortForward call until its URL is used or expires.
 //!
 //! A token is 128 random bits, valid once and for [`TOKEN_LIFETIME`]; at most [`MAX_TOKENS`] are pending. A token
-//! grants its request and nothing else, and is never logged. Unknown, used and expired tokens are indistinguishable.
+//! grants its request and nothing else, and is not logged. Unknown, used and expired tokens are indistinguishable.
 
 use boxlite_sys::sync::Mutex;
 use rand::RngCore;

@@ -40,7 +40,7 @@ async fn unknown_image_is_not_found(ctx: Context) -> Result {
         &["base:none"],
     )?;
     expect_error(
-        &pull(&ctx.node, "UPPER CASE is no reference").await,
+        &pull(&ctx.node, "UPPER CASE is not a reference").await,
         &["reference"],
     )?;
     let pod = Pod::run(&ctx.node, "noimage").await?;

@@ -1,4 +1,4 @@
-//! Invalid input: the error names the object, partial work is undone, and the daemon stays healthy.
+//! Invalid input: the error names the object, partial work is undone, and the daemon remains healthy.
 
 use crate::case;
 use crate::client::answer;

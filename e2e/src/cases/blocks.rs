@@ -24,7 +24,7 @@ pub(crate) fn cases() -> Vec<Case> {
 }
 
 /// Limit for the VM to release a loop device: its last user may be an exiting process.
-const SETTLE_LIMIT: Duration = Duration::from_secs(10);
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(10);
 
 fn device(host: &Path, container: &str, permissions: &str) -> Device {
     Device {
@@ -80,7 +80,7 @@ async fn host_disk_is_shared_with_containers(ctx: Context) -> Result {
     let said = b.out(&["sh", "-c", script]).await?;
     same!(said, "again, host\nrefused\nb\n", "in a second container");
     let said = a.out(&["head", "-c", "11", "/dev/xvda"]).await?;
-    same!(said, "again, host", "in the first one, opened anew");
+    same!(said, "again, host", "in the first one, opened again");
     // The VM's own disks are not accessible through device nodes made in the container.
     let script = "mknod /x b 254 0 && cat /x || echo refused";
     same!(
@@ -97,7 +97,7 @@ async fn host_disk_is_shared_with_containers(ctx: Context) -> Result {
     linux.security_context.get_or_insert_default().privileged = true;
     let look = pod.start_with(config).await?;
     let script = "grep -l . /sys/block/loop*/loop/backing_file; cat /sys/block/loop*/loop/dio";
-    poll::until("loop devices of the VM", SETTLE_LIMIT, || async {
+    poll::until("loop devices of the VM", SETTLE_TIMEOUT, || async {
         let said = look.out(&["sh", "-c", script]).await?;
         same!(
             said,

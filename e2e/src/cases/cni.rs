@@ -51,7 +51,7 @@ async fn plugins_receive_their_capabilities(ctx: Context) -> Result {
             .update_runtime_config(within(LONG_TIMEOUT, config))
             .await,
     )?;
-    let pod = Pod::run_with(&node, with_capabilities(pod_spec(&node, "told"))).await?;
+    let pod = Pod::run_with(&node, with_capabilities(pod_spec(&node, "capabilities"))).await?;
     check_add_input(&dir)?;
     let environment = std::fs::read_to_string(dir.join("ADD.env"))?;
     let name = pod.config.metadata.clone().unwrap_or_default().name;

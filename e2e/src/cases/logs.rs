@@ -277,7 +277,7 @@ async fn stalled_disk_blocks_only_its_writer(ctx: Context) -> Result {
         .await?;
     neighbor.printed("beside\n", ctx.patience(20)).await?;
     let before = AtomicUsize::new(0);
-    let held = poll::until("the container stands", ctx.patience(40), || async {
+    let held = poll::until("the container is blocked", ctx.patience(40), || async {
         let done = container.out(&["sh", "-c", "sleep 1; cat /done"]).await?;
         let done: usize = done.trim().parse()?;
         let stands = done > 0 && before.swap(done, Ordering::Relaxed) == done;

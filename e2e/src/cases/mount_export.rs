@@ -67,11 +67,11 @@ async fn read(path: PathBuf) -> Result<String> {
 }
 
 async fn container_mounts_appear_on_the_host(ctx: Context) -> Result {
-    let dir = volume_dir(&ctx, "shown")?;
+    let dir = volume_dir(&ctx, "exported")?;
     for name in ["memory", "deep/etc", "of-host", "left"] {
         std::fs::create_dir_all(dir.join(name))?;
     }
-    let pod = Pod::run(&ctx.node, "shown").await?;
+    let pod = Pod::run(&ctx.node, "exported").await?;
     let c = container(&ctx, &pod, "c", &dir).await?;
     same!(
         c.status().await?.mounts[0].propagation,
@@ -215,8 +215,8 @@ async fn killed_shim_leaves_no_mount(ctx: Context) -> Result {
 
 /// Limit for a reader on the host when the guest does not answer: the shim treats a connection as broken after a minute
 /// of silence, and needs some time to notice that the guest does not end by itself.
-const READ_LIMIT: Duration = Duration::from_secs(75);
-const STOP_LIMIT: Duration = Duration::from_secs(90);
+const READ_TIMEOUT: Duration = Duration::from_secs(75);
+const STOP_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// Sends a signal to the VM's process.
 fn signal_vm(pod: &Pod, signal: Signal) -> Result {
@@ -230,7 +230,7 @@ fn signal_vm(pod: &Pod, signal: Signal) -> Result {
 async fn timed_read(file: &Path) -> Result<(Duration, std::process::Output)> {
     let began = Instant::now();
     let output = tokio::process::Command::new("cat").arg(file).output();
-    let output = tokio::time::timeout(READ_LIMIT + STOP_LIMIT, output).await;
+    let output = tokio::time::timeout(READ_TIMEOUT + STOP_TIMEOUT, output).await;
     Ok((began.elapsed(), output??))
 }
 
@@ -262,7 +262,7 @@ async fn recovers_after_stop((pod, flag): (Pod, PathBuf)) -> Result {
     signal_vm(&pod, Signal::SIGSTOP)?;
     let (waited, output) = timed_read(&flag).await?;
     let words = String::from_utf8_lossy(&output.stderr).into_owned();
-    let refused = !output.status.success() && waited < READ_LIMIT;
+    let refused = !output.status.success() && waited < READ_TIMEOUT;
     ensure!(refused, "{waited:?}: {words}");
     signal_vm(&pod, Signal::SIGCONT)?;
     let again = Duration::from_secs(30);
@@ -282,7 +282,7 @@ async fn returns_when_the_pod_ends((pod, flag): (Pod, PathBuf)) -> Result {
     let began = Instant::now();
     pod.end().await?;
     let took = began.elapsed();
-    ensure!(took < STOP_LIMIT, "removed after {took:?}");
+    ensure!(took < STOP_TIMEOUT, "removed after {took:?}");
     same!(
         exported_mounts(&point)?,
         [] as [PathBuf; 0],

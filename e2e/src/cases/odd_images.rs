@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const INDEX: &str = "application/vnd.oci.image.index.v1+json";
-/// Content of a blob that is no layer.
+/// Content of a blob that is not a layer.
 const STATEMENT: &[u8] = b"{\"_type\":\"https://in-toto.io/Statement/v0.1\"}";
 
 pub(super) fn cases() -> Vec<Case> {
@@ -176,7 +176,7 @@ async fn images_with_odd_configs_run(ctx: Context) -> Result {
 async fn images_with_odd_manifests_run(ctx: Context) -> Result {
     let pod = ctx.shared_pod().await;
     let same = |_: &mut Value| ();
-    // An attestation in the manifest itself, which is no layer and has no diff ID.
+    // An attestation in the manifest itself, which is not a layer and has no diff ID.
     push(&ctx, "odd/attested", same, |m| {
         if let Some(layers) = m["layers"].as_array_mut() {
             layers.insert(0, statement());

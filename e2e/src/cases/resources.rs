@@ -33,7 +33,7 @@ const NEIGHBOR_MIB: i64 = 8;
 const MAX_WRITTEN_MIB: i64 = 128;
 
 /// podPidsLimit of a pod; the VM's processes count to the same cgroup.
-const PROCESS_LIMIT: usize = 256;
+const MAX_PROCESSES: usize = 256;
 /// RAM of a VM that has freed its memory, in bytes.
 const MAX_IDLE_BYTES: u64 = 150 << 20;
 /// Maximum difference in cost of idle pods of 2 GiB and 256 MiB, in MiB. Page structures are 28 of them (1/64).
@@ -250,7 +250,7 @@ async fn pod_without_limit_has_2_gib(ctx: Context) -> Result {
 
 /// A fork bomb ends at podPidsLimit; the neighbor and the VM survive.
 async fn process_limit_acts_in_the_guest(ctx: Context) -> Result {
-    let host = HostCgroup::create("pids", "pids", "pids.max", &PROCESS_LIMIT.to_string())?;
+    let host = HostCgroup::create("pids", "pids", "pids.max", &MAX_PROCESSES.to_string())?;
     let mut config = pod_spec(&ctx.node, "pids");
     config
         .linux
@@ -277,8 +277,8 @@ async fn process_limit_acts_in_the_guest(ctx: Context) -> Result {
         .filter_map(|line| line.parse::<usize>().ok())
         .max();
     ensure!(
-        started.is_some_and(|n| n > PROCESS_LIMIT / 2 && n < PROCESS_LIMIT),
-        "processes started with a limit of {PROCESS_LIMIT}: {started:?}"
+        started.is_some_and(|n| n > MAX_PROCESSES / 2 && n < MAX_PROCESSES),
+        "processes started with a limit of {MAX_PROCESSES}: {started:?}"
     );
     same!(neighbor.out(&["echo", "alive"]).await?, "alive\n", "the VM");
     pod.end().await

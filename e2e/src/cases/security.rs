@@ -113,7 +113,7 @@ async fn seccomp_profiles_apply(ctx: Context) -> Result {
                 && capabilities
                     .lines()
                     .all(|l| l.ends_with("0000000000000000")),
-            "{name}: capabilities were left:\n{capabilities}"
+            "{name}: capabilities remain:\n{capabilities}"
         );
         ensure!(
             c.exec(&namespace).await?.exit_code != 0,
@@ -261,7 +261,7 @@ async fn privileged_container_has_the_vm_devices(ctx: Context) -> Result {
     same!(
         c.out(&["sh", "-c", script]).await?,
         "/dev/vda\n1\n1\ncgroup\nmounted\n",
-        "what a privileged container may"
+        "access of a privileged container"
     );
     pod.end().await
 }
@@ -476,7 +476,7 @@ async fn volume_in_user_namespace_is_id_mapped(ctx: Context) -> Result {
     same!(
         std::fs::metadata(volume.join("mine"))?.uid(),
         0,
-        "owner on the host of what the container's root made"
+        "owner on the host of a file of the container's root"
     );
     pod.end().await?;
     drop(disk);

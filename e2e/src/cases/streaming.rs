@@ -314,7 +314,7 @@ async fn urls_are_single_use_and_bad_requests_refused(ctx: Context) -> Result {
     same!(
         status(&other.replace("/exec/", "/attach/")).await?,
         404,
-        "another verb"
+        "another endpoint"
     );
     let unknown = format!(
         "{}/{}",

@@ -26,15 +26,15 @@ pub(crate) fn cases() -> Vec<Case> {
 }
 
 /// Time within which a change on the host must be visible in a pod.
-const PROPAGATION_LIMIT: Duration = Duration::from_secs(5);
+const PROPAGATION_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Repeats `look` until it succeeds. A look later than [`PROPAGATION_LIMIT`] after the change must succeed.
+/// Repeats `look` until it succeeds. A look later than [`PROPAGATION_TIMEOUT`] after the change must succeed.
 pub(super) async fn eventually<F, Fut>(what: &str, look: F) -> Result
 where
     F: FnMut() -> Fut,
     Fut: Future<Output = Result>,
 {
-    eventually_within(PROPAGATION_LIMIT, what, look).await
+    eventually_within(PROPAGATION_TIMEOUT, what, look).await
 }
 
 /// Repeats `look` until it succeeds. A look later than `limit` after the change must succeed.
@@ -207,7 +207,7 @@ async fn read_only_mounts_are_recursive(ctx: Context) -> Result {
         same!(response.exit_code == 0, writable, "{path}: {error}");
         ensure!(writable || error.contains("Read-only"), "{path}: {error}");
     }
-    // The host prevents writes, whatever flags a privileged container sets on its mounts.
+    // The host prevents writes, regardless of the flags that a privileged container sets on its mounts.
     let mut config = container_spec("root", &ctx.images.base, &["sleep", "1000"]);
     config.mounts = vec![tree.clone()];
     let linux = config.linux.get_or_insert_default();

@@ -19,7 +19,7 @@ const NAMESPACE: &str = "cases";
 /// Limit until a pod runs: a VM boots under emulation beside other work.
 pub(crate) const POD_TIMEOUT: Duration = Duration::from_secs(150);
 /// Time for the kubelet's own clean-up of a deleted pod.
-const SETTLE_LIMIT: Duration = Duration::from_secs(60);
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Kinds of object that cases create and the clean-up removes, owners first.
 const KINDS: &str = "deployments,jobs,pods,services,secrets";
 
@@ -205,11 +205,11 @@ impl TestEnv for ClusterContext {
             .await?;
         self.kubectl.run(&["delete", "events", "--all"]).await?;
         let node = &self.cluster.worker.node;
-        until("no sandbox remains", SETTLE_LIMIT, || {
+        until("no sandbox remains", SETTLE_TIMEOUT, || {
             self.remove_sandboxes()
         })
         .await?;
-        before.restored_within(node, SETTLE_LIMIT).await.map(drop)
+        before.restored_within(node, SETTLE_TIMEOUT).await.map(drop)
     }
 }
 

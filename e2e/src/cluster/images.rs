@@ -126,7 +126,7 @@ fn agnhost(program: &Path) -> Result<Layer> {
     tar.finish(Compression::Gzip)
 }
 
-/// Returns bash as `sh`: Debian's ash and dash drop environment variables whose names are no identifiers.
+/// Returns bash as `sh`: Debian's ash and dash drop environment variables whose names are not identifiers.
 fn bash() -> Result<Layer> {
     let mut tar = LayerTar::default();
     with_libraries(&mut tar, Path::new("/bin/bash"), "bin/bash")?;

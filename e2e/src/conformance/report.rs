@@ -1,7 +1,7 @@
 //! [`Report`]: evaluation of critest's JSON report.
 //!
 //! Specs that the suite's filter left out (benchmarks, `--focus`) are not counted. All other skips and failures are
-//! printed with their reason; the only acceptable ones are in [`EXCUSED`].
+//! printed with their reason; those in [`EXCUSED`] are accepted.
 
 use crate::failure::{During, Result};
 use serde::Deserialize;

@@ -1,7 +1,7 @@
 //! Failures of the shim and containerd, and upgrades of containerd.
 
 use super::daemon::{Containerd, Version, run_args};
-use super::pods::{NOTICE_LIMIT, node, sleeper};
+use super::pods::{NOTICE_TIMEOUT, node, sleeper};
 use super::tasks::{clear_fifos, expect_exit_code};
 use super::{Case, Context, before};
 use crate::case;
@@ -62,7 +62,7 @@ async fn killed_shim_is_cleaned_up(ctx: Context) -> Result {
     process::kill(shim)?;
     gone(&below, &ctx).await?;
     // containerd notices the broken connection and runs `delete`, which removes the task, its bundle and scratch disk.
-    poll::until("the task is gone", NOTICE_LIMIT, || async {
+    poll::until("the task is gone", NOTICE_TIMEOUT, || async {
         let list = ctr.ok(&["task", "ls", "-q"]).await?;
         ensure!(!list.contains("victim"), "{list}");
         ensure!(
@@ -104,7 +104,7 @@ async fn killed_pod_shim_is_cleaned_up(ctx: Context) -> Result {
     let (shim, below) = shim_of(&pod.id)?;
     process::kill(shim)?;
     gone(&below, &ctx).await?;
-    let status = container.exited(NOTICE_LIMIT).await?;
+    let status = container.exited(NOTICE_TIMEOUT).await?;
     ensure!(status.exit_code != 0, "exit code {}", status.exit_code);
     pod.stop().await?;
     pod.remove().await
@@ -123,7 +123,7 @@ async fn survives<F: Future<Output = Result>>(
     change().await?;
     daemon.state("live", "RUNNING").await?;
     same!(daemon.pid("live").await?, pid, "pid of the task");
-    poll::until("the container is RUNNING", NOTICE_LIMIT, || async {
+    poll::until("the container is RUNNING", NOTICE_TIMEOUT, || async {
         same!(
             container.status().await?.state(),
             ContainerState::ContainerRunning,
@@ -156,7 +156,7 @@ async fn survives<F: Future<Output = Result>>(
         .start("more", super::IMAGE, &["sh", "-c", "exit 4"])
         .await?;
     same!(
-        more.exited(NOTICE_LIMIT).await?.exit_code,
+        more.exited(NOTICE_TIMEOUT).await?.exit_code,
         4,
         "exit code of a container made afterwards"
     );
@@ -208,7 +208,7 @@ async fn exits_during_downtime_are_reported(ctx: Context) -> Result {
     daemon.stopped("away").await?;
     expect_exit_code(&daemon.output(&["task", "delete", "away"]).await?, 7)?;
     daemon.ok(&["container", "delete", "away"]).await?;
-    let status = container.exited(NOTICE_LIMIT).await?;
+    let status = container.exited(NOTICE_TIMEOUT).await?;
     same!(status.exit_code, 8, "exit code of the container");
     // The guest's clock may differ slightly.
     let now = unix_ns()? + 1_000_000_000;

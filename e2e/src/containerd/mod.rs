@@ -31,7 +31,7 @@ use std::time::Duration;
 /// Name of the imported image.
 const IMAGE: &str = "e2e.local/base:1";
 /// Time for removals that complete after the answer.
-const SETTLE_LIMIT: Duration = Duration::from_secs(10);
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Argument of every case.
 pub(crate) struct ContainerdContext {
@@ -137,7 +137,7 @@ impl TestEnv for ContainerdContext {
         }
         poll::until(
             "all objects of the task are removed",
-            SETTLE_LIMIT,
+            SETTLE_TIMEOUT,
             || async {
                 let more: Vec<_> = traces()?.difference(&before).cloned().collect();
                 ensure!(more.is_empty(), "leaked:\n  {}", more.join("\n  "));

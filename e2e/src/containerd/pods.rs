@@ -322,4 +322,4 @@ pub(crate) async fn sleeper(daemon: &Containerd, name: &str) -> Result<(Pod, Con
 }
 
 /// Time within which containerd notices a broken connection to a shim.
-pub(crate) const NOTICE_LIMIT: Duration = Duration::from_secs(20);
+pub(crate) const NOTICE_TIMEOUT: Duration = Duration::from_secs(20);

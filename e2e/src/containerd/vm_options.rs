@@ -79,13 +79,17 @@ async fn annotations_configure_the_vm(ctx: Context) -> Result {
         .await?;
     let kernel = kernel.display().to_string();
     let values = [ctx.backend.vmm(), "2", "128", &kernel, "true"];
-    let wishes = ALL.iter().zip(values);
-    let wishes: Vec<_> = wishes
+    let annotations = ALL.iter().zip(values);
+    let annotations: Vec<_> = annotations
         .map(|(name, value)| format!("io.boxlite.{name}={value}"))
         .collect();
     let flag = ctx.version.annotation_flag();
     let mut flags = vec!["-d"];
-    flags.extend(wishes.iter().flat_map(|wish| [flag, wish.as_str()]));
+    flags.extend(
+        annotations
+            .iter()
+            .flat_map(|annotation| [flag, annotation.as_str()]),
+    );
     daemon
         .ok(&run_args(&flags, "chosen", &["sleep", "600"]))
         .await?;
@@ -116,9 +120,13 @@ async fn annotations_configure_the_vm(ctx: Context) -> Result {
     daemon.remove("chosen").await?;
     // A file that is not a kernel: a VM that uses it cannot boot.
     let busybox = ctx.install.busybox.display().to_string();
-    let wish = format!("io.boxlite.kernel={busybox}");
+    let annotation = format!("io.boxlite.kernel={busybox}");
     let refused = daemon
-        .run(&["--rm", flag, &wish, flag, &wishes[0]], "odd", &["true"])
+        .run(
+            &["--rm", flag, &annotation, flag, &annotations[0]],
+            "odd",
+            &["true"],
+        )
         .await?;
     ensure!(
         !refused.status.success() && text(&refused.stderr).contains(&busybox),

@@ -1,4 +1,4 @@
-//! [`List`]: what is expected of each of containerd's integration tests, read from `e2e/containerd-suite/tests.txt`.
+//! [`List`]: expected outcome of each of containerd's integration tests, read from `e2e/containerd-suite/tests.txt`.
 //!
 //! The file names every test of the pinned module, so that a newer module with another test needs a decision.
 

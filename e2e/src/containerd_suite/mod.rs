@@ -223,7 +223,7 @@ impl Suite<'_> {
         Ok(passed > 0 && bad.is_empty())
     }
 
-    /// Runs one test and removes what it leaves.
+    /// Runs one test and cleans up after it.
     async fn test(&self, test: &str) -> Result<(Outcome, f64)> {
         let begun = Instant::now();
         let pattern = format!("^{test}$");

@@ -21,7 +21,7 @@ pub(crate) enum Fault {
     Corrupt,
     /// Responds with this status and no body.
     Status(u16),
-    /// Never responds; the connection stays open.
+    /// Never responds; the connection remains open.
     Hang,
 }
 

@@ -18,7 +18,7 @@ pub(crate) const TOP: &str = "tree";
 /// Number of entries that a layer adds or replaces.
 const ENTRIES: std::ops::Range<usize> = 10..40;
 /// Maximum length of a name on Linux file systems.
-const NAME_MAX: usize = 255;
+const MAX_NAME_BYTES: usize = 255;
 
 /// Entries by path relative to [`TOP`]; the top itself is "".
 pub(crate) type Model = BTreeMap<Vec<u8>, Entry>;
@@ -132,7 +132,7 @@ impl Writer<'_> {
     fn name(&mut self) -> Vec<u8> {
         let odd: [&[u8]; 6] = [b"a\nb", b"\xff\xfe", b" ", b"-n", b"\\134", b"\xc3\xa4"];
         let mut name = match self.rng.random_range(0..10) {
-            0 => vec![b'x'; self.rng.random_range(90..NAME_MAX - 30)],
+            0 => vec![b'x'; self.rng.random_range(90..MAX_NAME_BYTES - 30)],
             1..4 => odd.choose(self.rng).unwrap_or(&odd[0]).to_vec(),
             4 => (0..12)
                 .map(|_| self.rng.random_range(1..=255))
@@ -257,7 +257,7 @@ impl Writer<'_> {
             } else {
                 let name = &victim[cut.map_or(0, |at| at + 1)..];
                 let mark = joined(&image_path(&parent), &[b".wh.", name].concat());
-                if name.len() + 4 > NAME_MAX {
+                if name.len() + 4 > MAX_NAME_BYTES {
                     continue;
                 }
                 self.tar.bytes_file(EntryType::Regular, &mark, 0o644, b"")?;

@@ -215,7 +215,7 @@ pub(crate) async fn request(
         .strip_prefix("http://")
         .and_then(|rest| rest.split_once('/'))
     else {
-        bail!("{url:?} is no http URL");
+        bail!("{url:?} is not an http URL");
     };
     let mut socket = TcpStream::connect(host).await?;
     socket.set_nodelay(true)?;

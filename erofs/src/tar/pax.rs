@@ -110,7 +110,7 @@ impl<'a> Records<'a> {
             .filter(|value| !value.is_empty())
     }
 
-    /// Value of a record as an integer; the inner `None` stands for any other text.
+    /// Value of a record as an integer; the inner `None` means any other text.
     pub(crate) fn number(&self, key: &str) -> Option<Option<i64>> {
         self.get(key)
             .map(|v| decimal(v).and_then(|v| i64::try_from(v).ok()))

@@ -4,7 +4,7 @@
 
 use std::io::Read;
 
-use super::{BLOCK, Header, MAX_SEGMENTS, Segment, TarReader, number};
+use super::{BLOCK_BYTES, Header, MAX_SEGMENTS, Segment, TarReader, number};
 use crate::ErofsResult;
 use crate::reject;
 
@@ -44,7 +44,7 @@ impl<R: Read> TarReader<'_, R> {
         take(header.bytes(386, 96))?;
         let mut extended = header.0[482] != 0;
         while extended {
-            let mut block = [0; BLOCK];
+            let mut block = [0; BLOCK_BYTES];
             self.exactly(&mut block, "a sparse map")?;
             take(&block[..504])?;
             extended = block[504] != 0;
@@ -55,17 +55,17 @@ impl<R: Read> TarReader<'_, R> {
     /// Reads the map of PAX format 1.0: decimal lines at the beginning of the content, padded to a block.
     pub(crate) fn inline_sparse_map(&mut self, name: &[u8]) -> ErofsResult<Vec<Segment>> {
         let bad = || reject(name, "its sparse map is damaged".into());
-        let mut block = [0; BLOCK];
-        let mut at = BLOCK;
+        let mut block = [0; BLOCK_BYTES];
+        let mut at = BLOCK_BYTES;
         let mut line = |reader: &mut Self| -> ErofsResult<u64> {
             let mut value: u64 = 0;
             loop {
-                if at == BLOCK {
-                    if reader.left < BLOCK as u64 {
+                if at == BLOCK_BYTES {
+                    if reader.left < BLOCK_BYTES as u64 {
                         return Err(bad());
                     }
                     reader.exactly(&mut block, "a sparse map")?;
-                    reader.left -= BLOCK as u64;
+                    reader.left -= BLOCK_BYTES as u64;
                     at = 0;
                 }
                 let byte = block[at];

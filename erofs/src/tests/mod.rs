@@ -382,7 +382,7 @@ fn sparse_file_of_5_gib_is_a_small_image() {
     tar.file("x", b"end", |_| {});
     let file = convert(&tar.finish()).unwrap();
     assert!(file.as_file().metadata().unwrap().len() < 1 << 20);
-    let shown = in_kernel(
+    let output = in_kernel(
         &[file.path()],
         &format!(
             "stat -c %s huge; tail -c 5 huge | od -An -c; head -c {} huge | tail -c 9 | od -An -tx1",
@@ -390,8 +390,8 @@ fn sparse_file_of_5_gib_is_a_small_image() {
         ),
     );
     assert!(
-        shown.starts_with(&format!("{size}\n")) && shown.contains("e   n   d"),
-        "{shown}"
+        output.starts_with(&format!("{size}\n")) && output.contains("e   n   d"),
+        "{output}"
     );
 }
 
@@ -457,12 +457,12 @@ fn kernel_stacks_layers_with_overlayfs() {
         convert(&low.finish()).unwrap(),
         convert(&high.finish()).unwrap(),
     );
-    let shown = in_kernel(
+    let output = in_kernel(
         &[low.path(), high.path()],
         "find . -type f -printf '%P %U %s\\n' | sort; readlink opt/z; stat -c %.9Y opt/y; getfattr -n user.k --only-values opt/y 2>/dev/null || echo v; ls -A opt",
     );
     assert_eq!(
-        shown.replace("\nvy", "\nv\ny"),
+        output.replace("\nvy", "\nv\ny"),
         "etc/keep 1000 3\nopt/y 0 10000\nvar/new 0 4\n/var/new\n1600000000.123456789\nv\ny\nz\n"
     );
 }

@@ -83,7 +83,9 @@ fn model() -> impl Strategy<Value = Model> {
 fn trees() -> impl Strategy<Value = BTreeMap<String, Model>> {
     let path = "(d[ab]/){0,4}[f-hx-z]{1,3}[ !-.0-~\u{e4}\u{20ac}]{0,40}";
     btree_map(
-        path.prop_filter("a whiteout is no ordinary name", |p| !p.contains(".wh.")),
+        path.prop_filter("a whiteout is not an ordinary name", |p| {
+            !p.contains(".wh.")
+        }),
         model(),
         0..40,
     )

@@ -1,6 +1,6 @@
 //! The console. Output is kept short, because the host shows its last lines when a boot fails.
 //!
-//! Output of containers and environment variables are never printed here.
+//! Output of containers and environment variables are not printed here.
 
 use boxlite_sys::report::Report;
 use std::error::Error;

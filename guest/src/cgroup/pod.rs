@@ -90,7 +90,7 @@ pub(crate) fn limit_memory(limit: u64) {
     }
 }
 
-/// Applies new limits to the pod's cgroup. A memory limit is capped at what the agent can spare.
+/// Applies new limits to the pod's cgroup. A memory limit is capped at the memory that the agent can spare.
 ///
 /// # Errors
 /// As [`resources::apply`].

@@ -8,7 +8,7 @@ use crate::mount_export::ExportList;
 use crate::spawner::SpawnError;
 use crate::spawner::wire::{IdMap, Message, Request};
 use crate::storage::layers::Layers;
-use crate::storage::mirror::Mirrors;
+use crate::storage::mirror::VolumeMirrors;
 use std::sync::Arc;
 
 /// The process that holds the namespaces shared by containers.
@@ -24,7 +24,7 @@ pub(crate) struct PodContext {
     pub launcher: Launcher,
     pub layers: Layers,
     /// Copies of volumes that the host updates atomically.
-    pub mirrors: Mirrors,
+    pub mirrors: VolumeMirrors,
     pub events: Events,
     /// Mounts of containers that are exported to the host.
     pub exports: Arc<ExportList>,
@@ -38,7 +38,7 @@ impl PodContext {
         Self {
             launcher,
             layers: Layers::default(),
-            mirrors: Mirrors::default(),
+            mirrors: VolumeMirrors::default(),
             events: Events::default(),
             exports: Arc::default(),
             pause: tokio::sync::Mutex::default(),

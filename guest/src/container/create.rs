@@ -340,7 +340,7 @@ fn assemble(
         let process = Arc::clone(&init);
         // Ends within a second of the container; the shutdown of the VM does not wait for it.
         tokio::task::spawn_blocking(move || {
-            crate::storage::pins::follow(process.pid, || process.exit().is_some());
+            crate::storage::submount_pins::follow(process.pid, || process.exit().is_some());
         });
     }
     let following = supervise(init, sources, made.exit, {

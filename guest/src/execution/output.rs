@@ -11,7 +11,7 @@
 //! ```
 
 use boxlite_proto::boxlite::v1::OutputStream;
-use boxlite_proto::names::CHUNK_LIMIT;
+use boxlite_proto::names::MAX_CHUNK_BYTES;
 use boxlite_sys::sync::Mutex;
 use bytes::Bytes;
 use rustix::buffer::spare_capacity;
@@ -57,7 +57,7 @@ pub(crate) enum Found {
 #[derive(Debug)]
 pub(crate) struct Buffer {
     base: u64,
-    /// Bytes below may be freed; they are kept while observers exist and the room is not needed.
+    /// Bytes below may be freed; they are kept while observers exist and the space is not needed.
     acked: u64,
     observers: usize,
     sealed: VecDeque<Chunk>,
@@ -103,7 +103,7 @@ impl Buffer {
     }
 
     fn fits(&self) -> bool {
-        self.charged + self.tail.len() + SEGMENT_OVERHEAD_BYTES + CHUNK_LIMIT <= CAPACITY_BYTES
+        self.charged + self.tail.len() + SEGMENT_OVERHEAD_BYTES + MAX_CHUNK_BYTES <= CAPACITY_BYTES
     }
 
     /// Changes the number of observers.
@@ -127,7 +127,7 @@ impl Buffer {
         if self.tail.is_empty() {
             self.tail_stream = stream;
             if self.tail.capacity() < MIN_READ_BYTES {
-                self.tail = Vec::with_capacity(CHUNK_LIMIT);
+                self.tail = Vec::with_capacity(MAX_CHUNK_BYTES);
             }
         }
         read(&mut self.tail)
@@ -155,7 +155,7 @@ impl Buffer {
         self.tail_offset += length as u64;
     }
 
-    /// Returns at most [`CHUNK_LIMIT`] bytes of one stream at `offset`.
+    /// Returns at most [`MAX_CHUNK_BYTES`] bytes of one stream at `offset`.
     pub(crate) fn get(&mut self, offset: u64) -> Found {
         if offset < self.base {
             return Found::Gone(self.base);
@@ -174,7 +174,7 @@ impl Buffer {
         let index = self.sealed.partition_point(|chunk| chunk.offset <= offset) - 1;
         let chunk = &self.sealed[index];
         let skip = (offset - chunk.offset) as usize;
-        let length = (chunk.data.len() - skip).min(CHUNK_LIMIT);
+        let length = (chunk.data.len() - skip).min(MAX_CHUNK_BYTES);
         Found::Data(Chunk {
             offset,
             stream: chunk.stream,
@@ -337,7 +337,7 @@ impl Output {
                 // Without room the pump waits, so the chunk cannot fill.
                 if buffer.closed
                     || !buffer.has_room()
-                    || buffer.end() >= offset + CHUNK_LIMIT as u64
+                    || buffer.end() >= offset + MAX_CHUNK_BYTES as u64
                 {
                     return;
                 }

@@ -21,7 +21,7 @@ const TSI_PARAMETER: &str = "/sys/module/kernel/parameters/tsi_hijack";
 const LISTEN_ADDRESS: Ipv4Addr = Ipv4Addr::new(127, 255, 255, 254);
 /// Number of sockets, about 2 MiB of the guest's memory; limits the host ports that can be listed during the life of
 /// a pod.
-const POOL_SIZE: usize = 512;
+const POOL_SOCKETS: usize = 512;
 
 /// Sockets that have not been used.
 pub(crate) struct Pool(Mutex<Vec<OwnedFd>>);
@@ -43,7 +43,7 @@ fn make() -> io::Result<Vec<OwnedFd>> {
     let before = std::fs::read_to_string(TSI_PARAMETER)?;
     std::fs::write(TSI_PARAMETER, "N")?;
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let made: nix::Result<Vec<_>> = (0..POOL_SIZE)
+    let made: nix::Result<Vec<_>> = (0..POOL_SOCKETS)
         .map(|_| socket(AddressFamily::Inet, SockType::Stream, flags, None))
         .collect();
     std::fs::write(TSI_PARAMETER, before.trim())?;

@@ -7,8 +7,8 @@
 use super::ExportList;
 use crate::status::status;
 use boxlite_proto::boxlite::v1::{ErrorKind, FuseRequest, FuseResponse};
-use boxlite_proto::names::CHUNK_LIMIT;
-use boxlite_sys::fuse::{Frames, MAX_WRITE, MESSAGE_LIMIT};
+use boxlite_proto::names::MAX_CHUNK_BYTES;
+use boxlite_sys::fuse::{Frames, MAX_MESSAGE_BYTES, MAX_WRITE_BYTES};
 use bytes::Bytes;
 use fuse_backend_rs::api::server::Server;
 use fuse_backend_rs::passthrough::{Config, PassthroughFs};
@@ -126,10 +126,10 @@ fn serve(
     let server = Server::new(PassthroughFs::<()>::new(config)?);
     // The server writes each reply to a descriptor in one call.
     let answer = File::from(memfd_create("answer", MemfdFlags::CLOEXEC)?);
-    let mut buffer = vec![0; MESSAGE_LIMIT];
+    let mut buffer = vec![0; MAX_MESSAGE_BYTES];
     while let Some(mut request) = queue.blocking_recv() {
         let reply = answer_to(&server, &mut request, &answer, &mut buffer)?;
-        for chunk in reply.chunks(CHUNK_LIMIT) {
+        for chunk in reply.chunks(MAX_CHUNK_BYTES) {
             if answers
                 .blocking_send(Bytes::copy_from_slice(chunk))
                 .is_err()
@@ -183,7 +183,7 @@ fn extend(request: &[u8], reply: &mut [u8]) {
     }
     let flags = number(reply, 28) | (number(request, 52) & KERNEL_FEATURES);
     reply[28..32].copy_from_slice(&flags.to_ne_bytes());
-    reply[36..40].copy_from_slice(&MAX_WRITE.to_ne_bytes());
+    reply[36..40].copy_from_slice(&MAX_WRITE_BYTES.to_ne_bytes());
 }
 
 fn number(bytes: &[u8], at: usize) -> u32 {
@@ -229,7 +229,7 @@ mod tests {
         init.resize(64, 0);
         let reply = ask(request(INIT, 0, &init));
         assert_eq!(number(&reply, 4), 0, "INIT");
-        assert_eq!(number(&reply, 36), MAX_WRITE);
+        assert_eq!(number(&reply, 36), MAX_WRITE_BYTES);
         assert_eq!(
             number(&reply, 28) & KERNEL_FEATURES,
             1 << 12,

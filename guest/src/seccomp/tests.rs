@@ -149,11 +149,11 @@ fn compile_unsupported_profile_returns_error() {
     };
     assert_eq!(
         compile(rule(6, 1)).to_string(),
-        "seccomp: args.index = 6 is out of range"
+        "invalid seccomp profile: args.index = 6 is out of range"
     );
     assert_eq!(
         compile(rule(0, 70_000)).to_string(),
-        "seccomp: errnoRet = 70000 is out of range"
+        "invalid seccomp profile: errnoRet = 70000 is out of range"
     );
     let many: Vec<_> = (0..1000)
         .map(|value| {

@@ -1,4 +1,4 @@
-//! [`clone_child`]: clones the calling process, the only clone of this crate.
+//! [`clone_child`]: clones the calling process.
 //!
 //! JUSTIFICATION of the unsafe code here: cloning with CLONE_PARENT has no safe form.
 

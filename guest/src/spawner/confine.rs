@@ -100,7 +100,7 @@ impl<'a> Confined<'a> {
     /// Executes the program.
     ///
     /// # Errors
-    /// If the program cannot be found or executed, or the filter is rejected. An installed filter stays in force.
+    /// If the program cannot be found or executed, or the filter is rejected. An installed filter remains in force.
     pub(crate) fn execute(self, args: &[String], env: &[String]) -> Result<Infallible, Failure> {
         let name = args.first().map_or("", String::as_str);
         let program = Program::new(&executable::find(name, env)?, args, env)?;

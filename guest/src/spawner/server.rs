@@ -1,4 +1,4 @@
-//! The spawner process: receives requests and clones a helper for each. It does nothing else, to stay small and
+//! The spawner process: receives requests and clones a helper for each. It does nothing else, to remain small and
 //! single-threaded.
 
 use super::clone::{Parent, clone_child};

@@ -1,6 +1,6 @@
 //! Protocol between agent, spawner and helpers: JSON over SEQPACKET sockets, with descriptors attached.
 //!
-//! Both ends are the same binary, so there is no versioning. A process in a container never holds such a socket after
+//! Both ends are the same binary, so there is no versioning. A process in a container does not hold such a socket after
 //! its exec.
 
 use crate::seccomp::Filter;

@@ -31,7 +31,7 @@ pub(crate) struct Blocks {
 
 impl Blocks {
     /// Creates the devices of the container `id`, and adds their binds and rules to `spec`. `outside` maps a user or
-    /// group of the container to the VM's ID. After an error, `self` holds what was created, for [`Self::take_down`].
+    /// group of the container to the VM's ID. After an error, `self` holds the created parts, for [`Self::take_down`].
     /// Blocks.
     ///
     /// # Errors

@@ -63,19 +63,19 @@ impl Walk<'_> {
                 return Ok(());
             };
             *self.budget = left;
-            let shown = self.root.join(&path);
+            let merged = self.root.join(&path);
             let known = |layer: &PathBuf| matches!(find(layer, &path), Found::Directory(_));
-            if !fs::symlink_metadata(&shown).is_ok_and(|shown| shown.is_dir())
+            if !fs::symlink_metadata(&merged).is_ok_and(|merged| merged.is_dir())
                 || !self.below.iter().any(known)
             {
                 continue;
             }
             // The overlay shows the mark if the topmost layer with the directory does not describe it.
-            if has_mark(&shown)
+            if has_mark(&merged)
                 && let Some(original) = described(self.below, &path)?
             {
-                copy(&original, &shown)?;
-                match lremovexattr(&shown, MARK) {
+                copy(&original, &merged)?;
+                match lremovexattr(&merged, MARK) {
                     // A file system without trusted attributes has not kept it.
                     Ok(()) | Err(Errno::NODATA | Errno::NOTSUP) => {}
                     Err(errno) => return Err(errno.into()),

@@ -55,7 +55,7 @@ mod ioctl {
 }
 
 /// A loop device, removed once this is dropped and no process has it open. It is not kept open here, so the kernel
-/// drops its cached data with the last user, and the next one sees what the host has written since.
+/// drops its cached data with the last user, and the next one sees data that the host has written since.
 #[derive(Debug)]
 pub(crate) struct Loop {
     /// Minor number.

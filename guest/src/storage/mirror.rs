@@ -1,8 +1,8 @@
-//! [`Mirrors`]: copies in memory of volumes that a kubelet updates atomically (ConfigMap, Secret, projected, downward API).
+//! [`VolumeMirrors`]: copies in memory of volumes that a kubelet updates atomically (ConfigMap, Secret, projected, downward API).
 //!
 //! inotify reports changes made through the same kernel only, so a watcher of a directory of the share would not notice the
 //! host's exchange of the link `..data`. The agent copies such a volume into a tmpfs and repeats the exchange there; the host
-//! requests it ([`Mirrors::refresh`]). Containers of a pod share one copy, which exists until the VM ends.
+//! requests it ([`VolumeMirrors::refresh`]). Containers of a pod share one copy, which exists until the VM ends.
 //!
 //! ```text
 //! /run/boxlite/mirror/stage   new versions and links, before they are renamed into a copy; not visible to containers
@@ -69,13 +69,13 @@ impl Budget {
 
 /// The copies of a pod.
 #[derive(Debug)]
-pub(crate) struct Mirrors {
+pub(crate) struct VolumeMirrors {
     root: PathBuf,
     /// Copies by their directory of the share; None until the tmpfs is mounted. Locked while one is updated.
     copies: Mutex<Option<HashMap<PathBuf, PathBuf>>>,
 }
 
-impl Default for Mirrors {
+impl Default for VolumeMirrors {
     fn default() -> Self {
         Self {
             root: DIRECTORY.into(),
@@ -84,7 +84,7 @@ impl Default for Mirrors {
     }
 }
 
-impl Mirrors {
+impl VolumeMirrors {
     /// Replaces the mounts of type [`MIRROR_MOUNT`] in `spec` by binds of copies; by binds of the share if a volume is too
     /// large to be copied.
     pub(crate) fn replace(&self, spec: &mut Spec) {
@@ -301,13 +301,13 @@ mod tests {
     struct Volume {
         source: tempfile::TempDir,
         root: tempfile::TempDir,
-        mirrors: Mirrors,
+        mirrors: VolumeMirrors,
     }
 
     impl Volume {
         fn new() -> Self {
             let (source, root) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-            let mirrors = Mirrors {
+            let mirrors = VolumeMirrors {
                 root: root.path().to_owned(),
                 copies: Mutex::new(Some(HashMap::new())),
             };

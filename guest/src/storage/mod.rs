@@ -4,7 +4,7 @@
 //! followed.
 //!
 //! ```text
-//! /run/boxlite/share            virtiofs: l/*.erofs, m/<container>/<n>, r/<container>
+//! /run/boxlite/share            virtiofs: l/*.erofs, m/<digest>, b/<number>-<rw|ro>, r/<container>
 //! /run/boxlite/scratch          ext4 on virtio-blk, or a tmpfs
 //! /run/boxlite/scratch/c/<id>/  upper and work of a container's overlay
 //! /run/boxlite/c/<id>/          bundle: config.json, rootfs, volumes/<n> (image volumes)
@@ -23,9 +23,9 @@ mod memory;
 pub(crate) mod mirror;
 pub(crate) mod mount_points;
 mod overlay;
-pub(crate) mod pins;
 pub(crate) mod pod;
 pub(crate) mod rootfs;
+pub(crate) mod submount_pins;
 pub(crate) mod usage;
 pub(crate) mod volumes;
 

@@ -17,7 +17,7 @@ use std::path::{Component, Path, PathBuf};
 const MAX_SYMLINKS: u32 = 40;
 
 /// Replaces destinations in `spec` that lead through symlinks of the tree at `root` by their targets, and creates missing
-/// targets. What lies below another mount is left as it is. Blocks.
+/// targets. Targets below another mount are not changed. Blocks.
 ///
 /// # Errors
 /// If a link cannot be resolved, or a target cannot be created.

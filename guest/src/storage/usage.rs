@@ -1,7 +1,7 @@
 //! Disk usage of a container: a walk over its writable layer, bounded in time and cached.
 //!
 //! ext4 project quotas would be immediate, but need a filesystem created for them; the bounded walk is sufficient for
-//! statistics. A walk that reaches the limit returns what it has counted.
+//! statistics. A walk that reaches the limit returns a partial result.
 
 use boxlite_sys::sync::Mutex;
 use std::collections::HashSet;

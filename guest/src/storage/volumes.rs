@@ -34,8 +34,7 @@ pub(crate) struct Volumes {
 
 impl Volumes {
     /// Mounts the volumes of these types in `spec` below `bundle`, image volumes with the owners of the container's user
-    /// namespace. After an error, `self` holds what was mounted, for
-    /// [`Self::take_down`].
+    /// namespace. After an error, `self` holds the existing mounts, for [`Self::take_down`].
     ///
     /// # Errors
     /// If a layer or path of the image does not exist, or a mount fails.
@@ -91,7 +90,7 @@ impl Volumes {
                 continue;
             }
             let path = mount.source().clone().unwrap_or_default();
-            // As runc: otherwise the image decides what the files of /proc contain.
+            // As runc: otherwise the image would determine the contents of /proc.
             if mount.destination().starts_with("/proc") {
                 return Err(StorageError::Escape {
                     path: path.display().to_string(),

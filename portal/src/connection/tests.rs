@@ -236,7 +236,7 @@ async fn calls_reconnect_after_the_agent_was_away() {
 async fn sever_ends_calls_and_retries_at_once() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("vsock");
-    // The agent's end of the socket stays open, as a bridge that outlives its VM leaves it.
+    // The agent's end of the socket remains open, as a bridge that outlives its VM leaves it.
     let server = serve_hybrid(agent(TOTAL, true), &path);
     let session = session(path.clone());
     let execution = session.execution();

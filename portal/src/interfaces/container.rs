@@ -2,7 +2,7 @@
 //!
 //! The shim calls the lifecycle methods. boxlite-cri only reads (stats, list), so that exits have a single owner.
 
-use super::{QUICK_LIMIT, WORK_LIMIT, unary};
+use super::{LONG_CALL_TIMEOUT, QUICK_CALL_TIMEOUT, unary};
 use crate::error::PortalError;
 use boxlite_proto::boxlite::v1::container_client::ContainerClient;
 use boxlite_proto::boxlite::v1::{
@@ -26,19 +26,19 @@ pub struct ContainerInterface {
 impl ContainerInterface {
     pub(crate) fn new(channel: Channel) -> Self {
         let client = ContainerClient::new(channel)
-            .max_decoding_message_size(names::GUEST_MESSAGE_LIMIT)
-            .max_encoding_message_size(names::GUEST_MESSAGE_LIMIT);
+            .max_decoding_message_size(names::MAX_GUEST_MESSAGE_BYTES)
+            .max_encoding_message_size(names::MAX_GUEST_MESSAGE_BYTES);
         Self { client }
     }
 
     /// Assembles the root file system and creates the container. Returns the guest pid of its init.
     ///
     /// # Errors
-    /// Every kind of [`PortalError`]; `Deadline` after [`WORK_LIMIT`].
+    /// Every kind of [`PortalError`]; `Deadline` after [`LONG_CALL_TIMEOUT`].
     pub async fn init(&self, request: ContainerInitRequest) -> Result<u32, PortalError> {
         let response = unary(
             "Container.Init",
-            WORK_LIMIT,
+            LONG_CALL_TIMEOUT,
             self.client.clone().init(request),
         )
         .await?;
@@ -55,7 +55,7 @@ impl ContainerInterface {
         };
         let response = unary(
             "Container.Start",
-            WORK_LIMIT,
+            LONG_CALL_TIMEOUT,
             self.client.clone().start(request),
         )
         .await?;
@@ -79,7 +79,7 @@ impl ContainerInterface {
         };
         unary(
             "Container.Kill",
-            QUICK_LIMIT,
+            QUICK_CALL_TIMEOUT,
             self.client.clone().kill(request),
         )
         .await?;
@@ -97,7 +97,7 @@ impl ContainerInterface {
         };
         unary(
             "Container.Delete",
-            WORK_LIMIT,
+            LONG_CALL_TIMEOUT,
             self.client.clone().delete(request),
         )
         .await?;
@@ -119,7 +119,7 @@ impl ContainerInterface {
         };
         unary(
             "Container.Update",
-            QUICK_LIMIT,
+            QUICK_CALL_TIMEOUT,
             self.client.clone().update(request),
         )
         .await?;
@@ -136,7 +136,7 @@ impl ContainerInterface {
         };
         unary(
             "Container.Pause",
-            QUICK_LIMIT,
+            QUICK_CALL_TIMEOUT,
             self.client.clone().pause(request),
         )
         .await?;
@@ -153,7 +153,7 @@ impl ContainerInterface {
         };
         unary(
             "Container.Resume",
-            QUICK_LIMIT,
+            QUICK_CALL_TIMEOUT,
             self.client.clone().resume(request),
         )
         .await?;
@@ -188,7 +188,7 @@ impl ContainerInterface {
         };
         let response = unary(
             "Container.Pids",
-            QUICK_LIMIT,
+            QUICK_CALL_TIMEOUT,
             self.client.clone().pids(request),
         )
         .await?;
@@ -208,7 +208,7 @@ impl ContainerInterface {
         };
         let response = unary(
             "Container.List",
-            QUICK_LIMIT,
+            QUICK_CALL_TIMEOUT,
             self.client.clone().list(request),
         )
         .await?;
@@ -224,7 +224,7 @@ impl ContainerInterface {
         let request = ContainerEventsRequest { from };
         unary(
             "Container.Events",
-            QUICK_LIMIT,
+            QUICK_CALL_TIMEOUT,
             self.client.clone().events(request),
         )
         .await

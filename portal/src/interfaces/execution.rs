@@ -4,7 +4,7 @@
 //! [`super::follow`] follows output across reconnects.
 
 use super::follow::OutputFollower;
-use super::{QUICK_LIMIT, WORK_LIMIT, unary};
+use super::{LONG_CALL_TIMEOUT, QUICK_CALL_TIMEOUT, unary};
 use crate::connection::Connection;
 use crate::error::PortalError;
 use boxlite_proto::boxlite::v1::execution_client::ExecutionClient;
@@ -24,11 +24,11 @@ use tonic::transport::Channel;
 
 /// Time limit for output after an exec'd process ended: its last chunks are in flight, and a child that inherited the
 /// pipe may never end.
-pub const DRAIN_LIMIT: Duration = Duration::from_secs(10);
+pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time limit for the exit of a process tree after SIGKILL; later the agent's Delete reaps it.
-const KILLED_LIMIT: Duration = Duration::from_secs(10);
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 /// Default limit of stdout and of stderr of exec_sync, in bytes (the kubelet's limit is 16 MiB for both).
-pub const EXEC_OUTPUT_LIMIT: usize = 16 << 20;
+pub const MAX_EXEC_OUTPUT_BYTES: usize = 16 << 20;
 
 /// Result of a command.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -39,7 +39,7 @@ pub struct ExecOutput {
     pub stderr: Vec<u8>,
     /// Exit code 0–255; 128 + signal if killed by a signal.
     pub exit_code: i32,
-    /// Whether output beyond the limit was discarded.
+    /// True if output beyond the limit was discarded.
     pub truncated: bool,
 }
 
@@ -54,8 +54,8 @@ pub struct ExecutionInterface {
 impl ExecutionInterface {
     pub(crate) fn new(connection: Connection, bytes: Arc<AtomicU64>) -> Self {
         let client = ExecutionClient::new(connection.channel())
-            .max_decoding_message_size(names::GUEST_MESSAGE_LIMIT)
-            .max_encoding_message_size(names::GUEST_MESSAGE_LIMIT);
+            .max_decoding_message_size(names::MAX_GUEST_MESSAGE_BYTES)
+            .max_encoding_message_size(names::MAX_GUEST_MESSAGE_BYTES);
         Self {
             connection,
             client,
@@ -70,7 +70,7 @@ impl ExecutionInterface {
     pub async fn exec(&self, request: ExecRequest) -> Result<u32, PortalError> {
         let response = unary(
             "Execution.Exec",
-            WORK_LIMIT,
+            LONG_CALL_TIMEOUT,
             self.client.clone().exec(request),
         )
         .await?;
@@ -88,7 +88,7 @@ impl ExecutionInterface {
     ) -> Result<Streaming<AttachChunk>, PortalError> {
         unary(
             "Execution.Attach",
-            QUICK_LIMIT,
+            QUICK_CALL_TIMEOUT,
             self.client.clone().attach(request),
         )
         .await
@@ -117,7 +117,7 @@ impl ExecutionInterface {
         };
         unary(
             "Execution.Ack",
-            QUICK_LIMIT,
+            QUICK_CALL_TIMEOUT,
             self.client.clone().ack(request),
         )
         .await?;
@@ -184,7 +184,7 @@ impl ExecutionInterface {
         };
         unary(
             "Execution.Kill",
-            QUICK_LIMIT,
+            QUICK_CALL_TIMEOUT,
             self.client.clone().kill(request),
         )
         .await?;
@@ -210,7 +210,7 @@ impl ExecutionInterface {
         };
         unary(
             "Execution.ResizeTty",
-            QUICK_LIMIT,
+            QUICK_CALL_TIMEOUT,
             self.client.clone().resize_tty(request),
         )
         .await?;
@@ -228,7 +228,7 @@ impl ExecutionInterface {
         };
         unary(
             "Execution.Delete",
-            QUICK_LIMIT,
+            QUICK_CALL_TIMEOUT,
             self.client.clone().delete(request),
         )
         .await?;
@@ -265,7 +265,7 @@ impl ExecutionInterface {
             () = cancelled => Err(self.kill_tree(&container, &exec, limit).await),
         };
         if let Err(error) = self.delete(&container, &exec).await {
-            tracing::debug!(container, exec, %error, "exec'd process could not be forgotten");
+            tracing::debug!(container, exec, %error, "failed to forget exec'd process");
         }
         result
     }
@@ -292,7 +292,7 @@ impl ExecutionInterface {
                 exit = &mut waiting => {
                     let exit = exit?;
                     // A child that keeps the pipe open must not delay the answer forever.
-                    if let Ok(collected) = tokio::time::timeout(DRAIN_LIMIT, &mut collecting).await {
+                    if let Ok(collected) = tokio::time::timeout(DRAIN_TIMEOUT, &mut collecting).await {
                         collected?;
                     }
                     exit
@@ -337,14 +337,15 @@ impl ExecutionInterface {
         if let Err(error) = self.kill(container, exec, SIGKILL, true).await
             && !error.is_not_found()
         {
-            tracing::warn!(container, exec, %error, "process tree could not be killed after its time ran out");
+            tracing::warn!(container, exec, %error, "failed to kill process tree after its timeout");
         }
-        match tokio::time::timeout(KILLED_LIMIT, self.wait(container, exec)).await {
+        match tokio::time::timeout(KILL_TIMEOUT, self.wait(container, exec)).await {
             Ok(_) => {}
             Err(_) => tracing::warn!(
                 container,
                 exec,
-                "killed process did not end within {KILLED_LIMIT:?}"
+                timeout = ?KILL_TIMEOUT,
+                "killed process did not end in time"
             ),
         }
         PortalError::ExecDeadline {

@@ -1,13 +1,13 @@
 //! [`OutputFollower`]: output of a process from an offset, each byte once, across broken connections.
 //!
 //! The caller decides the destination of the output and when it may be freed (Ack): the shim's log writer acknowledges
-//! data on disk, exec_sync data in memory. Output is never skipped: a gap is a protocol error, OUTPUT_GONE an error of
+//! data on disk, exec_sync data in memory. Output is not skipped: a gap is a protocol error, OUTPUT_GONE an error of
 //! the guest.
 
 use super::execution::ExecutionInterface;
 use crate::error::PortalError;
 use boxlite_proto::boxlite::v1::{AttachChunk, AttachRequest, OutputStream};
-use boxlite_proto::names::CHUNK_LIMIT;
+use boxlite_proto::names::MAX_CHUNK_BYTES;
 use bytes::Bytes;
 use std::future::Future;
 use std::time::Duration;
@@ -15,14 +15,14 @@ use tokio::time::Instant;
 use tonic::Streaming;
 
 /// Time limit for reconnecting to a guest. The end of a VM is noticed earlier by its owner, who severs the session.
-pub const RECONNECT_LIMIT: Duration = Duration::from_secs(30);
-/// Initial pause between two attempts; doubled up to [`RECONNECT_PAUSE_MAX`].
-const RECONNECT_PAUSE: Duration = Duration::from_millis(50);
+pub const RECONNECT_TIMEOUT: Duration = Duration::from_secs(30);
+/// Initial pause between two attempts; doubled up to [`MAX_RECONNECT_DELAY`].
+const MIN_RECONNECT_DELAY: Duration = Duration::from_millis(50);
 /// Maximum pause between two attempts.
-const RECONNECT_PAUSE_MAX: Duration = Duration::from_secs(1);
+const MAX_RECONNECT_DELAY: Duration = Duration::from_secs(1);
 /// Number of bytes after which [`OutputFollower::ack_if_due`] acknowledges: often enough that the guest's buffer never
 /// fills for a reader that keeps up.
-const ACK_EVERY: u64 = 256 << 10;
+const ACK_BYTES: u64 = 256 << 10;
 
 /// A piece of output.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,7 +31,7 @@ pub struct OutputChunk {
     pub offset: u64,
     /// Stream of the data.
     pub stream: OutputStream,
-    /// At most [`CHUNK_LIMIT`] bytes, never empty.
+    /// At most [`MAX_CHUNK_BYTES`] bytes, never empty.
     pub data: Bytes,
 }
 
@@ -116,12 +116,12 @@ impl OutputFollower {
     /// Returns the next piece of output, or `None` at the end. Cancel-safe.
     ///
     /// # Errors
-    /// An error of the guest immediately; `Transport` after [`RECONNECT_LIMIT`] without a connection, or once the session
+    /// An error of the guest immediately; `Transport` after [`RECONNECT_TIMEOUT`] without a connection, or once the session
     /// is severed; `Protocol` on a
     /// gap or an oversized chunk.
     pub async fn next(&mut self) -> Result<Option<OutputChunk>, PortalError> {
         let mut broken_since: Option<Instant> = None;
-        let mut pause = RECONNECT_PAUSE;
+        let mut pause = MIN_RECONNECT_DELAY;
         loop {
             if self.done {
                 return Ok(None);
@@ -138,21 +138,21 @@ impl OutputFollower {
                     // The stream ended without `eof`: the agent closed it, so reopen it.
                     self.stream = None;
                     let since = *broken_since.get_or_insert_with(Instant::now);
-                    if since.elapsed() > RECONNECT_LIMIT {
+                    if since.elapsed() > RECONNECT_TIMEOUT {
                         return Err(self.protocol("output ends again and again without eof".into()));
                     }
                     self.streaming.pause(pause).await;
-                    pause = (pause * 2).min(RECONNECT_PAUSE_MAX);
+                    pause = (pause * 2).min(MAX_RECONNECT_DELAY);
                 }
                 Err(error) if error.is_transport() => {
                     self.stream = None;
                     let since = *broken_since.get_or_insert_with(Instant::now);
-                    if since.elapsed() > RECONNECT_LIMIT || self.streaming.is_severed() {
+                    if since.elapsed() > RECONNECT_TIMEOUT || self.streaming.is_severed() {
                         return Err(error);
                     }
-                    tracing::debug!(offset = self.next, %error, "output stream broke; trying again");
+                    tracing::debug!(offset = self.next, %error, "output stream broke, reconnecting");
                     self.streaming.pause(pause).await;
-                    pause = (pause * 2).min(RECONNECT_PAUSE_MAX);
+                    pause = (pause * 2).min(MAX_RECONNECT_DELAY);
                 }
                 Err(error) => {
                     self.stream = None;
@@ -178,7 +178,7 @@ impl OutputFollower {
 
     /// Checks a chunk against the position. Returns `None` if it contains nothing new.
     fn accept(&mut self, chunk: AttachChunk) -> Result<Option<OutputChunk>, PortalError> {
-        if chunk.data.len() > CHUNK_LIMIT {
+        if chunk.data.len() > MAX_CHUNK_BYTES {
             return Err(self.protocol(format!("a chunk of {} bytes", chunk.data.len())));
         }
         if self.request.from_end {
@@ -225,7 +225,7 @@ impl OutputFollower {
     pub(super) fn due_ack(
         &mut self,
     ) -> Option<impl Future<Output = Result<(), PortalError>> + use<>> {
-        if self.next - self.acked < ACK_EVERY {
+        if self.next - self.acked < ACK_BYTES {
             return None;
         }
         self.acked = self.next;
@@ -244,7 +244,7 @@ impl OutputFollower {
     /// # Errors
     /// Every kind of [`PortalError`] except `Transport`.
     pub async fn ack_if_due(&mut self) -> Result<(), PortalError> {
-        if self.request.observer || self.next - self.acked < ACK_EVERY {
+        if self.request.observer || self.next - self.acked < ACK_BYTES {
             return Ok(());
         }
         match self.ack(self.next).await {

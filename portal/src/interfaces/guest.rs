@@ -1,6 +1,6 @@
 //! [`GuestInterface`]: the Guest service: the VM itself, its network counters and ports.
 
-use super::{QUICK_LIMIT, WORK_LIMIT, unary};
+use super::{LONG_CALL_TIMEOUT, QUICK_CALL_TIMEOUT, unary};
 use crate::error::PortalError;
 use boxlite_proto::boxlite::v1::guest_client::GuestClient;
 use boxlite_proto::boxlite::v1::{
@@ -26,17 +26,22 @@ pub struct GuestInterface {
 impl GuestInterface {
     pub(crate) fn new(channel: Channel, bytes: Arc<AtomicU64>) -> Self {
         let client = GuestClient::new(channel)
-            .max_decoding_message_size(names::GUEST_MESSAGE_LIMIT)
-            .max_encoding_message_size(names::GUEST_MESSAGE_LIMIT);
+            .max_decoding_message_size(names::MAX_GUEST_MESSAGE_BYTES)
+            .max_encoding_message_size(names::MAX_GUEST_MESSAGE_BYTES);
         Self { client, bytes }
     }
 
     /// Sets up mounts, network, clock and identity of the pod, once per boot.
     ///
     /// # Errors
-    /// Every kind of [`PortalError`]; `Deadline` after [`WORK_LIMIT`].
+    /// Every kind of [`PortalError`]; `Deadline` after [`LONG_CALL_TIMEOUT`].
     pub async fn init(&self, request: GuestInitRequest) -> Result<GuestInitResponse, PortalError> {
-        unary("Guest.Init", WORK_LIMIT, self.client.clone().init(request)).await
+        unary(
+            "Guest.Init",
+            LONG_CALL_TIMEOUT,
+            self.client.clone().init(request),
+        )
+        .await
     }
 
     /// Checks that the agent answers within `limit`.
@@ -56,13 +61,13 @@ impl GuestInterface {
     /// the answer, which counts as success.
     ///
     /// # Errors
-    /// An error of the agent, or `Deadline` after `grace` and [`QUICK_LIMIT`].
+    /// An error of the agent, or `Deadline` after `grace` and [`QUICK_CALL_TIMEOUT`].
     pub async fn shutdown(&self, grace: Duration) -> Result<(), PortalError> {
         let grace_ms = u32::try_from(grace.as_millis()).unwrap_or(u32::MAX);
         let request = ShutdownRequest { grace_ms };
         match unary(
             "Guest.Shutdown",
-            grace + QUICK_LIMIT,
+            grace + QUICK_CALL_TIMEOUT,
             self.client.clone().shutdown(request),
         )
         .await
@@ -96,7 +101,7 @@ impl GuestInterface {
         };
         unary(
             "Guest.UpdatePod",
-            QUICK_LIMIT,
+            QUICK_CALL_TIMEOUT,
             self.client.clone().update_pod(request),
         )
         .await?;
@@ -111,7 +116,7 @@ impl GuestInterface {
         let request = SetTimeRequest { time_unix_ns };
         unary(
             "Guest.SetTime",
-            QUICK_LIMIT,
+            QUICK_CALL_TIMEOUT,
             self.client.clone().set_time(request),
         )
         .await?;
@@ -127,7 +132,7 @@ impl GuestInterface {
         let request = DropCachesRequest { pages };
         unary(
             "Guest.DropCaches",
-            WORK_LIMIT,
+            LONG_CALL_TIMEOUT,
             self.client.clone().drop_caches(request),
         )
         .await?;
@@ -148,7 +153,7 @@ impl GuestInterface {
     {
         unary(
             "Guest.HostPorts",
-            QUICK_LIMIT,
+            QUICK_CALL_TIMEOUT,
             self.client.clone().host_ports(outgoing),
         )
         .await
@@ -173,7 +178,7 @@ impl GuestInterface {
         });
         unary(
             "Guest.PortForward",
-            QUICK_LIMIT,
+            QUICK_CALL_TIMEOUT,
             self.client.clone().port_forward(counted),
         )
         .await

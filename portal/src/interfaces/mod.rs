@@ -16,9 +16,9 @@ use tonic::{Response, Status};
 
 /// Time limit of calls that only read or signal: an agent answers in milliseconds, an emulated one under load in
 /// seconds.
-pub const QUICK_LIMIT: Duration = Duration::from_secs(20);
+pub const QUICK_CALL_TIMEOUT: Duration = Duration::from_secs(20);
 /// Time limit of calls that mount, fork or wait for a cgroup to empty.
-pub const WORK_LIMIT: Duration = Duration::from_secs(120);
+pub const LONG_CALL_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Runs one unary call with a deadline.
 async fn unary<T>(

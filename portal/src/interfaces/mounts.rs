@@ -3,7 +3,7 @@
 //!
 //! Used by the shim on dedicated connections. The shim decides which mounts appear and where.
 
-use super::{QUICK_LIMIT, WORK_LIMIT, unary};
+use super::{LONG_CALL_TIMEOUT, QUICK_CALL_TIMEOUT, unary};
 use crate::error::PortalError;
 use boxlite_proto::boxlite::v1::mounts_client::MountsClient;
 use boxlite_proto::boxlite::v1::{
@@ -22,8 +22,8 @@ pub struct MountsInterface {
 impl MountsInterface {
     pub(crate) fn new(channel: Channel) -> Self {
         let client = MountsClient::new(channel)
-            .max_decoding_message_size(names::GUEST_MESSAGE_LIMIT)
-            .max_encoding_message_size(names::GUEST_MESSAGE_LIMIT);
+            .max_decoding_message_size(names::MAX_GUEST_MESSAGE_BYTES)
+            .max_encoding_message_size(names::MAX_GUEST_MESSAGE_BYTES);
         Self { client }
     }
 
@@ -41,7 +41,7 @@ impl MountsInterface {
     {
         unary(
             "Mounts.WatchExports",
-            QUICK_LIMIT,
+            QUICK_CALL_TIMEOUT,
             self.client.clone().watch_exports(outgoing),
         )
         .await
@@ -59,7 +59,7 @@ impl MountsInterface {
         };
         let answer = unary(
             "Mounts.Refresh",
-            WORK_LIMIT,
+            LONG_CALL_TIMEOUT,
             self.client.clone().refresh(request),
         )
         .await?;
@@ -77,7 +77,7 @@ impl MountsInterface {
     {
         unary(
             "Mounts.Fuse",
-            QUICK_LIMIT,
+            QUICK_CALL_TIMEOUT,
             self.client.clone().fuse(outgoing),
         )
         .await

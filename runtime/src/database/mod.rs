@@ -69,9 +69,9 @@ pub(crate) struct BoxRow {
 pub(crate) struct ContainerRow {
     /// Last known state; the metadata is stored in a separate column.
     pub snapshot: ContainerSnapshot,
-    /// Whether the creation has completed.
+    /// True once the creation has completed.
     pub complete: bool,
-    /// Whether the OOM killer killed a process of the container.
+    /// True if the OOM killer killed a process of the container.
     pub oom: bool,
 }
 
@@ -153,7 +153,7 @@ fn write_reserve(path: &Path) -> std::io::Result<()> {
     file.write_all(&vec![0; RESERVE_BYTES])
 }
 
-/// Whether the cause is the disk and not the statement.
+/// Returns true if the cause is the disk and not the statement.
 fn cannot_write(error: &rusqlite::Error) -> bool {
     use rusqlite::ErrorCode as Code;
     matches!(

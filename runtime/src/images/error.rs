@@ -201,7 +201,7 @@ impl ImageError {
         }
     }
 
-    /// Whether a retry of the pull may succeed, so that partial downloads are worth keeping.
+    /// Returns true if a retry of the pull may succeed, so that partial downloads are worth keeping.
     pub fn is_transient(&self) -> bool {
         match self {
             // 408 and 429 are temporary; other 4xx are permanent.
@@ -219,7 +219,7 @@ impl ImageError {
         boxlite_sys::report::report(self)
     }
 
-    /// Wraps an I/O error of the operation `what` (a verb) on `path`; a full disk becomes [`ImageError::NoSpace`].
+    /// Wraps an I/O error of the operation `what`, a verb, on `path`; a full disk becomes [`ImageError::NoSpace`].
     pub(super) fn io(what: impl Into<String>, path: &Path, source: io::Error) -> Self {
         let (what, path) = (what.into(), path.to_path_buf());
         match source.kind() {

@@ -220,7 +220,7 @@ impl RawDescriptor {
     }
 }
 
-/// Parses a manifest or index. `what` names it in errors; `media_type` is the response's Content-Type.
+/// Parses a manifest or index. `what` is its name in errors, `media_type` is the response's Content-Type.
 pub(super) fn parse(
     what: &str,
     media_type: Option<&str>,

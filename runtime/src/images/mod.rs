@@ -178,8 +178,8 @@ impl ImageManager {
     }
 
     /// Waits until the threads of dropped pulls have stopped using the store; each ends within one chunk or block write.
-    pub async fn settle(&self) {
-        self.inner.jobs.settle().await;
+    pub async fn wait_idle(&self) {
+        self.inner.jobs.wait_idle().await;
     }
 }
 

@@ -1,6 +1,6 @@
 //! A pull, from a reference to an image in the store. Called by `ImageManager::pull`.
 //!
-//! Only the sequence is here: requests are in `registry`, documents in `manifest`, layers in `layer`.
+//! This file has the sequence only: requests are in `registry`, documents in `manifest`, layers in `layer`.
 //!
 //! resolve (indexes down to this platform) → config (shared by all callers) → lease → layers, a few at a time → commit. A
 //! failure gives up the lease and, if it is permanent, deletes the downloaded layers.

@@ -458,7 +458,7 @@ impl LiteBox {
     }
 }
 
-/// Whether the container was started although the response got lost.
+/// Returns true if the container was started although the response was lost.
 async fn runs_after_all(shim: &ShimController, id: &str, error: &RuntimeError) -> bool {
     let refused = matches!(error, RuntimeError::Shim { .. });
     !refused

@@ -98,7 +98,7 @@ enum Event {
     Close,
 }
 
-/// Whether the driver continues after an event.
+/// Next step of the driver after an event.
 #[derive(PartialEq, Eq)]
 enum Outcome {
     Continue,
@@ -112,7 +112,7 @@ pub(crate) struct InitialState {
     /// Connections to the shim and guest of a recovered box that still runs.
     pub running: Option<Running>,
     pub metrics: Arc<BoxMetrics>,
-    /// Whether the box was created by an earlier process.
+    /// True if an earlier process created the box.
     pub recovered: bool,
 }
 
@@ -430,7 +430,7 @@ impl Driver {
                 self.row.shim = Some(ready.running.shim.state().clone());
                 self.running = Some(ready.running);
                 if !self.policy.event(box_state::Event::Started) {
-                    // Stop or Remove was requested meanwhile; its job stops what was started.
+                    // Stop or Remove was requested meanwhile; its job stops the VM.
                     let late = Err(Arc::new(self.denied(Denied::Stopped)));
                     return answer(&mut self.starters, &late);
                 }

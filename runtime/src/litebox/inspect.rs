@@ -5,7 +5,7 @@
 use super::{LiteBox, now_ns, teardown};
 use crate::error::{Result, RuntimeError};
 use crate::types::ContainerState;
-use boxlite_portal::interfaces::execution::EXEC_OUTPUT_LIMIT;
+use boxlite_portal::interfaces::execution::MAX_EXEC_OUTPUT_BYTES;
 use boxlite_portal::{ExecOutput, PortalError};
 use boxlite_proto::boxlite::v1::{ContainerStatsResponse, ExecRequest, GuestStatsResponse};
 use oci_spec::runtime::Spec;
@@ -44,7 +44,7 @@ impl LiteBox {
         let process = serde_json::json!({ "args": argv });
         let request = self.exec_request(id, &process, false, false)?;
         let execution = self.portal()?.execution();
-        let limit = output_limit.min(EXEC_OUTPUT_LIMIT);
+        let limit = output_limit.min(MAX_EXEC_OUTPUT_BYTES);
         let (mut done, answer) = oneshot::channel();
         self.inner.env.tasks.spawn(async move {
             let (cancel, cancelled) = oneshot::channel();

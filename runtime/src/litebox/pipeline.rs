@@ -1,4 +1,4 @@
-//! The start pipeline: a chain of structs consumed by value. The `fail` of each stage undoes what exists at that stage.
+//! The start pipeline: a chain of structs consumed by value. The `fail` of each stage undoes all stages before it.
 //!
 //! ```text
 //!  NotStarted ─image─▶ ImageReady ─rootfs─▶ RootfsReady ─spawn─▶ Spawned ─ready─▶ GuestReady

@@ -10,13 +10,13 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// Timeout of every wait.
-const LIMIT: Duration = Duration::from_secs(10);
+const WAIT_TIMEOUT: Duration = Duration::from_secs(10);
 const TERM: i32 = 15;
 
 async fn until(what: &str, mut holds: impl FnMut() -> bool) {
     let began = Instant::now();
     while !holds() {
-        assert!(began.elapsed() < LIMIT, "{what}");
+        assert!(began.elapsed() < WAIT_TIMEOUT, "{what}");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
@@ -113,7 +113,7 @@ async fn failed_stage_is_named_undone_and_retryable() {
     std::fs::remove_file(&bundle).unwrap();
 
     std::fs::write(node.at("fail"), "").unwrap();
-    assert!(failing(Stage::Spawn).await.contains("told to"));
+    assert!(failing(Stage::Spawn).await.contains("injected fault"));
     std::fs::remove_file(node.at("fail")).unwrap();
 
     faults.fail_create_sandbox.store(true, Ordering::SeqCst);
@@ -208,7 +208,10 @@ async fn container_lifecycle_from_create_to_remove() {
     assert_eq!((ended.exit_code, ended.reason.as_str()), (3, "Error"));
     assert!(ended.finished_at_ns >= ended.started_at_ns && ended.started_at_ns > 0);
     assert!(litebox.start_container("c1").await.is_err());
-    litebox.stop_container("c1", LIMIT, TERM).await.unwrap();
+    litebox
+        .stop_container("c1", WAIT_TIMEOUT, TERM)
+        .await
+        .unwrap();
 
     let (found, snapshot) = runtime.find_container("c").unwrap();
     assert_eq!((found.id(), snapshot.id.as_str()), ("b1", "c1"));
@@ -379,7 +382,7 @@ async fn full_disk_does_not_keep_sandbox_from_being_freed() {
     run_container(&node, &litebox, "c2").await;
     crate::fake_shim::fill(&root);
     let outcome = async {
-        litebox.stop_container("c1", LIMIT, TERM).await?;
+        litebox.stop_container("c1", WAIT_TIMEOUT, TERM).await?;
         litebox.remove_container("c1").await?;
         litebox.stop().await?;
         litebox.remove().await

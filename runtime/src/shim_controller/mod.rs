@@ -91,7 +91,7 @@ pub struct TaskCreate {
     pub layers: Vec<PathBuf>,
     /// CRI log file; `None` discards the output.
     pub log_path: Option<PathBuf>,
-    /// Whether to allocate a terminal.
+    /// True to allocate a terminal.
     pub terminal: bool,
 }
 
@@ -205,7 +205,7 @@ impl ShimController {
         &self.state
     }
 
-    /// Whether the shim's process is alive. One that did not report its pid counts as alive.
+    /// Returns true if the shim's process is alive. One that did not report its pid counts as alive.
     pub fn alive(&self) -> bool {
         self.state.process.as_ref().is_none_or(ProcessId::alive)
     }

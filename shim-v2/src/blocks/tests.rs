@@ -6,15 +6,15 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::time::Instant;
 
-const SIZE: u64 = 1 << 20;
+const DISK_BYTES: u64 = 1 << 20;
 
 /// Returns a file in place of a disk.
 fn device() -> (Device, File) {
     let disk = tempfile::tempfile().expect("a file");
-    disk.set_len(SIZE).expect("a size");
+    disk.set_len(DISK_BYTES).expect("a size");
     let device = Device {
         file: disk.try_clone().expect("a clone"),
-        size: SIZE,
+        size: DISK_BYTES,
         block_size: 512,
     };
     (device, disk)
@@ -31,7 +31,7 @@ fn attached_device_is_a_file_until_unbound() {
         share.attach(&mount, &name).expect("attached");
         drop(mount);
         let path = share.directory().join(&name);
-        assert_eq!(path.metadata().expect("a file").len(), SIZE);
+        assert_eq!(path.metadata().expect("a file").len(), DISK_BYTES);
         let file = File::options().read(true).write(true).open(&path);
         let file = file.expect("opened");
         // Larger than one message.
@@ -45,8 +45,8 @@ fn attached_device_is_a_file_until_unbound() {
         let mut seen = [0; 6];
         file.read_exact_at(&mut seen, 0).expect("read");
         assert_eq!(&seen, b"others", "the file system does not cache");
-        assert!(file.write_all_at(b"x", SIZE).is_err());
-        assert!(file.set_len(SIZE * 2).is_err());
+        assert!(file.write_all_at(b"x", DISK_BYTES).is_err());
+        assert!(file.set_len(DISK_BYTES * 2).is_err());
 
         share.unbind(&name).expect("gone");
         assert!(!path.exists());

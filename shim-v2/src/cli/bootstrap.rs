@@ -45,7 +45,7 @@ pub struct StartRequest {
     pub address: String,
     /// Directory for the shim's socket, if containerd names one.
     pub socket_dir: Option<String>,
-    /// Whether to log debug messages.
+    /// True to log debug messages.
     pub debug: bool,
     /// Response format.
     pub dialect: Dialect,

@@ -54,8 +54,8 @@ pub fn clean(bundle: &Path) -> u32 {
             );
         }
     }
-    if !state.shown.is_empty() {
-        crate::mount_export::host_mounter::sweep(&state.shown);
+    if !state.exports.is_empty() {
+        crate::mount_export::host_mounter::sweep(&state.exports);
     }
     if let Some(netns) = &state.netns
         && let Err(error) = net::detach(netns)

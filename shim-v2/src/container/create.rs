@@ -46,7 +46,7 @@ fn check_id(id: &str) -> Result<()> {
 
 impl Containers {
     /// Creates a container from `spec` and returns its pid. The caller must spawn the future: if it is dropped midway, the
-    /// id stays reserved and the mounts stay in the share until the VM ends.
+    /// id remains reserved and the mounts remain in the share until the VM ends.
     ///
     /// # Errors
     /// AlreadyExists, HostPath, Invalid, Io, or the guest's error. All steps have been undone when it returns.

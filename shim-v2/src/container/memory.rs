@@ -25,7 +25,7 @@ pub(crate) struct MemoryVolume {
     pub options: Vec<String>,
 }
 
-/// Place of a path in a memory volume.
+/// Location of a path in a memory volume.
 #[derive(Debug, PartialEq, Eq)]
 struct VolumePath {
     /// Mount point of the volume.
@@ -36,7 +36,7 @@ struct VolumePath {
     path: PathBuf,
 }
 
-/// Returns the guest's tmpfs for `source`, an absolute path without symbolic links; None if it is no directory of a memory
+/// Returns the guest's tmpfs for `source`, an absolute path without symbolic links; None if it is not a directory of a memory
 /// volume. Reads the calling thread's mount table.
 ///
 /// # Errors

@@ -224,7 +224,7 @@ impl Process {
     /// Reopens the log file by its path; see [`LogPump::reopen`].
     ///
     /// # Errors
-    /// Invalid without a log file; Io if the new file cannot be opened (the old one stays open).
+    /// Invalid without a log file; Io if the new file cannot be opened (the old one remains open).
     pub async fn reopen_log(&self) -> Result<()> {
         self.ask(Request::ReopenLog).await
     }
@@ -459,8 +459,8 @@ impl Task {
                 tracing::warn!(
                     container = config.container,
                     exec = config.exec,
-                    "output still open {} s after the exit; giving up",
-                    DRAIN_TIMEOUT.as_secs()
+                    timeout = ?DRAIN_TIMEOUT,
+                    "output was not closed after the exit"
                 );
             }
             (ended, oom)

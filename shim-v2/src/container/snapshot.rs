@@ -14,7 +14,7 @@ const LAYER_FILE: &str = "layer.erofs";
 const EROFS_MAGIC: u32 = 0xE0F5_E1E2;
 
 /// Returns the layer files, lowest first, of an overlay all of whose lower directories are mounted EROFS layers; None for
-/// any other mount. The guest's writable layer is on the pod's scratch disk; the snapshot's upper directory stays empty.
+/// any other mount. The guest's writable layer is on the pod's scratch disk; the snapshot's upper directory remains empty.
 pub fn erofs_layers(mount: &Mount) -> Option<Vec<PathBuf>> {
     layers_of(mount, |dir| {
         let mounted = statfs(dir).is_ok_and(|about| is_erofs(about.filesystem_type()));

@@ -49,7 +49,7 @@ fn limited(stats: &CgroupStats, limits: Limits) -> CgroupStats {
         *value = limits.memory_bytes.min(*value);
     }
     for (name, value) in &mut stats.memory_stat {
-        // pgfault, pgmajfault and the like count events.
+        // pgfault, pgmajfault and similar fields count events.
         if !name.starts_with("pg") && !name.starts_with("workingset_") {
             *value = limits.memory_bytes.min(*value);
         }

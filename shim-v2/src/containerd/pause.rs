@@ -1,4 +1,4 @@
-//! [`PauseTask`]: the pause container that stands for the pod in containerd's CRI plugin, backed by the VM.
+//! [`PauseTask`]: the pause container that represents the pod in containerd's CRI plugin, backed by the VM.
 //!
 //! It has no process in the guest, since the VM itself holds the pod's namespaces open. The task runs while the VM runs, a
 //! signal to it stops the VM, and the end of the VM is its exit.

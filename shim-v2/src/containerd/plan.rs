@@ -56,7 +56,7 @@ pub enum Network {
     Host,
 }
 
-/// Tells whether the spec is a pod's pause container.
+/// Returns whether the spec is a pod's pause container.
 pub fn is_pause(spec: &Spec) -> bool {
     let annotations = spec.annotations().as_ref();
     annotations

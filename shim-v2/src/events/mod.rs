@@ -1,6 +1,6 @@
 //! [`Publisher`]: publishes task events to containerd or boxlite-cri, in order, over an [`EventTransport`].
 //!
-//! Publishing never blocks: events wait in a bounded queue while the receiver is unreachable (it may be restarting), and
+//! Publishing does not block: events wait in a bounded queue while the receiver is unreachable (it may be restarting), and
 //! the oldest are dropped when the queue is full. Delivery is at least once. One task sends; the daemon owns and ends it.
 
 mod transport;

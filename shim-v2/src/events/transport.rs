@@ -137,7 +137,7 @@ async fn publish(path: &std::path::Path, address: &str, envelope: Envelope) -> R
     }
     match child.wait().await {
         Ok(status) if status.success() => Ok(()),
-        // The exit status does not tell whether containerd is down. If it is, the event is kept, as with a socket.
+        // The exit status does not reveal whether containerd is down. If it is, the event is kept, as with a socket.
         Ok(_) if UnixStream::connect(plain(address)).await.is_err() => Err(Failure::Unreachable),
         Ok(status) => Err(Failure::Rejected(ttrpc::Error::Others(format!(
             "{} publish: {status}",

@@ -13,6 +13,6 @@ pub struct HostFiles {
     pub read_write: Vec<PathBuf>,
     /// The virtiofs share, including mounts made in it later.
     pub share: PathBuf,
-    /// Working directory in the jail, writable, so that socket names stay short.
+    /// Working directory in the jail, writable, so that socket names are short.
     pub work_dir: PathBuf,
 }

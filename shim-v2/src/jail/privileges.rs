@@ -43,7 +43,7 @@ pub fn raise_file_limit() {
 pub fn forbid_core_dumps() -> Result<(), JailError> {
     setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(system("set RLIMIT_CORE"))?;
     // A handler that the node pipes core dumps to is not bound by the limit. exec resets the attribute, so this protects
-    // libkrun, which stays in this process.
+    // libkrun, which remains in this process.
     set_dumpable(false).map_err(system("clear the dumpable attribute"))
 }
 

@@ -280,7 +280,7 @@ mod tests {
     use nix::sched::{CloneFlags, setns, unshare};
     use nix::sys::prctl::set_no_new_privs;
 
-    /// On a thread of its own, which takes the filter along when it ends.
+    /// Runs on a separate thread, because a filter cannot be removed.
     #[test]
     fn install_refuses_canary_calls_and_allows_ordinary_ones() {
         let thread = std::thread::spawn(|| {
@@ -296,7 +296,7 @@ mod tests {
             let namespace = std::fs::File::open("/proc/self/ns/uts").expect("a namespace");
             let entered = setns(namespace, CloneFlags::CLONE_NEWUTS);
             assert_eq!(entered, Err(Errno::EPERM));
-            // What VMMs and helpers do.
+            // Calls of VMMs and helpers.
             unshare(CloneFlags::CLONE_FS).expect("own umask");
             let child = std::thread::spawn(|| std::fs::read("/proc/self/status"));
             child.join().expect("a thread").expect("a file");

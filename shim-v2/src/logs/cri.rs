@@ -7,7 +7,7 @@
 //! An incomplete line is held until its end arrives, and its bytes do not count as [`Formatter::written_offset`] until then.
 //! If it delays the acknowledgement of more than [`MAX_HELD_BYTES`] of later output, it is written out, tagged P.
 
-use super::stamp::WIDTH;
+use super::stamp::STAMP_BYTES;
 use boxlite_proto::boxlite::v1::OutputStream;
 
 /// Maximum bytes of a line in one record; containerd's default (max_container_log_line_size).
@@ -51,7 +51,7 @@ impl Formatter {
         stream: OutputStream,
         offset: u64,
         data: &[u8],
-        stamp: &[u8; WIDTH],
+        stamp: &[u8; STAMP_BYTES],
         out: &mut Vec<u8>,
     ) {
         let held = match stream {
@@ -97,7 +97,7 @@ impl Formatter {
     }
 
     /// Appends the held bytes, tagged P, after the end of both streams.
-    pub fn finish(&mut self, stamp: &[u8; WIDTH], out: &mut Vec<u8>) {
+    pub fn finish(&mut self, stamp: &[u8; STAMP_BYTES], out: &mut Vec<u8>) {
         let mut held = [
             (OutputStream::Stdout, std::mem::take(&mut self.stdout)),
             (OutputStream::Stderr, std::mem::take(&mut self.stderr)),
@@ -110,7 +110,7 @@ impl Formatter {
         }
     }
 
-    fn release_held(&mut self, stamp: &[u8; WIDTH], out: &mut Vec<u8>) {
+    fn release_held(&mut self, stamp: &[u8; STAMP_BYTES], out: &mut Vec<u8>) {
         let received = self.received;
         for (stream, held) in [
             (OutputStream::Stdout, &mut self.stdout),
@@ -130,7 +130,7 @@ fn split<'a>(
     stream: OutputStream,
     held: &mut Held,
     line: &'a [u8],
-    stamp: &[u8; WIDTH],
+    stamp: &[u8; STAMP_BYTES],
     out: &mut Vec<u8>,
 ) -> &'a [u8] {
     let mut rest = line;
@@ -148,7 +148,7 @@ fn record(
     tag: u8,
     first: &[u8],
     second: &[u8],
-    stamp: &[u8; WIDTH],
+    stamp: &[u8; STAMP_BYTES],
     out: &mut Vec<u8>,
 ) {
     let name: &[u8] = match stream {

@@ -5,7 +5,7 @@
 
 use crate::pod::{Context, Guest};
 use boxlite_proto::boxlite::v1::SendInputRequest;
-use boxlite_proto::names::CHUNK_LIMIT;
+use boxlite_proto::names::MAX_CHUNK_BYTES;
 use boxlite_sys::report::Report;
 use std::io;
 use std::time::Duration;
@@ -17,7 +17,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 const CHUNK_CHANNEL_CAPACITY: usize = 4;
 /// Name of this writer in the guest, which tracks offsets per writer.
 const WRITER: &str = "shim";
-/// Time for which the FIFO must stay empty after CloseIO before the input is closed.
+/// Time for which the FIFO must remain empty after CloseIO before the input is closed.
 const CLOSE_LINGER: Duration = Duration::from_millis(50);
 
 /// Handle to the copying task; dropping it stops the task.
@@ -93,7 +93,7 @@ async fn read(
     to: mpsc::Sender<SendInputRequest>,
     close: CancellationToken,
 ) {
-    let mut buffer = vec![0; CHUNK_LIMIT];
+    let mut buffer = vec![0; MAX_CHUNK_BYTES];
     let mut offset = 0;
     if to.send(message.clone()).await.is_err() {
         return;

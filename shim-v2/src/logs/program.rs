@@ -173,7 +173,7 @@ pub fn run(args: &[OsString]) -> ExitCode {
     boxlite_proto::exit::ExitCode::Failure.into()
 }
 
-/// Duplicates `fd` to the unused descriptor `target`, which stays open across exec.
+/// Duplicates `fd` to the unused descriptor `target`, which remains open across exec.
 fn move_to(fd: impl AsFd, target: i32) -> io::Result<()> {
     let got = fcntl(fd, FcntlArg::F_DUPFD(target))?;
     match got == target {

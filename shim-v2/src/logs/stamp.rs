@@ -1,11 +1,11 @@
-//! Timestamps of CRI log lines: RFC 3339 in UTC with nine fractional digits, [`WIDTH`] bytes wide, monotonic.
+//! Timestamps of CRI log lines: RFC 3339 in UTC with nine fractional digits, [`STAMP_BYTES`] bytes wide, monotonic.
 //!
 //! Implemented here because it runs once per batch of output; the fixed width makes lines sortable as text.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Length of a timestamp: `2026-01-02T15:04:05.123456789Z`.
-pub const WIDTH: usize = 30;
+pub const STAMP_BYTES: usize = 30;
 /// Seconds in a day.
 const SECONDS_PER_DAY: u64 = 86_400;
 
@@ -17,7 +17,7 @@ pub struct Clock {
 
 impl Clock {
     /// Returns the current timestamp.
-    pub fn stamp(&mut self) -> [u8; WIDTH] {
+    pub fn stamp(&mut self) -> [u8; STAMP_BYTES] {
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default()
@@ -28,7 +28,7 @@ impl Clock {
 }
 
 /// Formats nanoseconds since the epoch. Years beyond 9999 are truncated to their last four digits.
-pub fn format(unix_ns: u128) -> [u8; WIDTH] {
+pub fn format(unix_ns: u128) -> [u8; STAMP_BYTES] {
     let nanos = unix_ns % 1_000_000_000;
     let seconds = u64::try_from(unix_ns / 1_000_000_000).unwrap_or(u64::MAX);
     let (year, month, day) = date(seconds / SECONDS_PER_DAY);

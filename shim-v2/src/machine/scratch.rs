@@ -1,6 +1,6 @@
 //! The pod's scratch disk: a sparse file with an empty ext4, created for each boot. Its size is the pod's quota.
 //!
-//! No journal: the disk never outlives its VM.
+//! No journal: the disk is removed with its VM.
 
 use crate::error::{Result, ShimError};
 use std::fs::OpenOptions;

@@ -1,6 +1,6 @@
 //! [`HostMounter`]: mounts, unmounts and sweeps the FUSE mounts of a guest in the host's mount namespace.
 //!
-//! The shim has a mount namespace of its own, so each step runs on a short-lived thread that enters the host's. The guest is
+//! The shim has a private mount namespace, so each step runs on a short-lived thread that enters the host's. The guest is
 //! hostile, chooses the path and serves the files. The path is therefore resolved below the volume without following links,
 //! the mount is nosuid and nodev, and no lookup goes into it once it exists.
 //!
@@ -56,7 +56,7 @@ pub struct ExportRequest {
     pub share_path: String,
     /// Path of the mount below the volume.
     pub path: String,
-    /// Whether the guest's mount is read-only.
+    /// True if the guest's mount is read-only.
     pub read_only: bool,
 }
 
@@ -162,12 +162,12 @@ impl HostMounter {
             device: Arc::new(device),
             mount: Arc::new(mount),
         };
-        let hidden = self
+        let result = self
             .mounts
             .own
             .enter()
             .and_then(|()| self.hide(request, &mounted));
-        match hidden {
+        match result {
             Ok(()) => Ok(mounted),
             Err(error) => {
                 self.detach(mounted);
@@ -176,7 +176,7 @@ impl HostMounter {
         }
     }
 
-    /// Unmounts the export in the shim's namespace: first in the share, where the VM could see it, to keep that time short.
+    /// Unmounts the export in the shim's namespace, first in the share, so that the VM can see it as briefly as possible.
     fn hide(&self, request: &ExportRequest, mounted: &HostMount) -> io::Result<()> {
         let own = device_number(&mounted.mount)?;
         let share = directory(&self.share)?;

@@ -8,8 +8,8 @@ use super::host_mounter::{HostMount, drop_unused_inodes};
 use crate::fuse::next_request;
 use boxlite_portal::{GuestSession, PortalError};
 use boxlite_proto::boxlite::v1::FuseRequest;
-use boxlite_proto::names::CHUNK_LIMIT;
-use boxlite_sys::fuse::{Frames, MESSAGE_LIMIT};
+use boxlite_proto::names::MAX_CHUNK_BYTES;
+use boxlite_sys::fuse::{Frames, MAX_MESSAGE_BYTES};
 use bytes::Bytes;
 use std::io::{self, PipeReader, PipeWriter};
 use std::os::fd::OwnedFd;
@@ -102,10 +102,10 @@ fn read(
     requests: &mpsc::Sender<FuseRequest>,
     mut names: Names,
 ) {
-    let mut buffer = vec![0; MESSAGE_LIMIT];
+    let mut buffer = vec![0; MAX_MESSAGE_BYTES];
     while let Some(length) = next_request(device, stopped, &mut buffer) {
         names.count(&buffer[..length]);
-        for chunk in buffer[..length].chunks(CHUNK_LIMIT) {
+        for chunk in buffer[..length].chunks(MAX_CHUNK_BYTES) {
             let request = FuseRequest {
                 id: 0,
                 data: Bytes::copy_from_slice(chunk),
@@ -121,7 +121,7 @@ fn read(
 struct Names {
     count: usize,
     mount: Arc<OwnedFd>,
-    /// Whether a drop is running.
+    /// True while a drop is running.
     busy: Arc<AtomicBool>,
 }
 

@@ -3,7 +3,7 @@
 //! For a pod in the host's network without TSI (Qemu), ports are bound in the host's network namespace, which is this process's,
 //! and the guest receives the list of ports that the host listens on. With TSI (Krun) the guest receives that list too, for
 //! display, and nothing is bound here because libkrun does it. Under containerd, ports are bound on the loopback of the pod's
-//! namespace, where its CRI plugin connects for port-forward; traffic to the pod's own address does not pass through here.
+//! namespace, where its CRI plugin connects for port-forward; traffic to the pod's address does not pass through it.
 //!
 //! Outgoing connections leave through the VM's slirp NIC ([`super::slirp`]) or by TSI. The guest's half is the agent's
 //! `host_ports`; bytes travel over `Guest.PortForward`.
@@ -18,7 +18,7 @@ use boxlite_portal::{GuestSession, PortalError};
 use boxlite_proto::boxlite::v1::{
     HostPortsRequest, HostPortsResponse, ListeningPort, PortForwardRequest,
 };
-use boxlite_proto::names::CHUNK_LIMIT;
+use boxlite_proto::names::MAX_CHUNK_BYTES;
 use boxlite_sys::report::Report;
 use bytes::BytesMut;
 use nix::sched::{CloneFlags, setns};
@@ -314,7 +314,7 @@ async fn bind(port: u16, loopback: bool) -> io::Result<TcpListener> {
     }
 }
 
-/// Binds in another network namespace, on a thread of its own so that no runtime thread changes namespace. Blocks briefly.
+/// Binds in another network namespace, on a separate thread so that no runtime thread changes namespace. Blocks briefly.
 fn bind_within(netns: &File, port: u16) -> io::Result<std::net::TcpListener> {
     std::thread::scope(|scope| {
         let there = scope.spawn(|| {
@@ -381,7 +381,7 @@ async fn carry(
         .await?;
     let inbound = async {
         loop {
-            let mut data = BytesMut::with_capacity(CHUNK_LIMIT);
+            let mut data = BytesMut::with_capacity(MAX_CHUNK_BYTES);
             // A read error ends the client's direction.
             let eof = !matches!(reader.read_buf(&mut data).await, Ok(count) if count > 0);
             let request = PortForwardRequest {

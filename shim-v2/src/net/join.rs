@@ -1,8 +1,8 @@
 //! Joins a CNI interface with a tap: frames received by one are sent by the other, in both directions, before any stack.
 //!
 //! tc ingress: a u32 filter that matches everything, with mirred redirect as its action. Unlike with a bridge, the interface
-//! keeps its addresses, so CNI's CHECK still finds what ADD configured; the namespace's own stack never sees a packet and so
-//! never answers in place of the guest.
+//! keeps its addresses, so CNI's CHECK still finds the configuration of ADD; the namespace's own stack receives no packets and
+//! so does not answer in place of the guest.
 
 use super::{NetError, PodInterface, TAP_PREFIX, tap};
 use futures::TryStreamExt;

@@ -87,7 +87,7 @@ pub struct PodRoute {
     pub source: String,
     /// Scope as in rtnetlink.
     pub scope: u32,
-    /// Whether the address family is IPv6.
+    /// True for IPv6, false for IPv4.
     pub ipv6: bool,
 }
 

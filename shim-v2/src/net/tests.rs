@@ -65,7 +65,7 @@ fn cni_like() -> Namespace {
     ] {
         namespace.run(line);
     }
-    // The peer stands for the host's end; while down it does not count as an interface of the pod.
+    // The peer represents the host's end; while down it does not count as an interface of the pod.
     namespace.run("ip link set host0 down");
     namespace.run("ip link set eth0 up");
     namespace

@@ -29,7 +29,7 @@ pub struct Context {
     /// Pid reported for every task instead of its pid in the guest; 0 reports the guest's. Set for pods that a containerd
     /// made.
     pub host_pid: Arc<AtomicU32>,
-    /// Whether containers see the node's IPC objects, from the plan of the running VM.
+    /// True if containers see the node's IPC objects, from the plan of the running VM.
     pub host_ipc: Arc<AtomicBool>,
 }
 

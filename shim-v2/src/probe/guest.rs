@@ -40,7 +40,7 @@ const CODE: [u8; 69] = [
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ProbeError {
     /// The device exists but cannot be used as KVM.
-    #[error("{device}: {step}: {source}")]
+    #[error("failed to use {device}: {step}: {source}")]
     Kvm {
         device: String,
         step: &'static str,
@@ -51,7 +51,7 @@ pub(crate) enum ProbeError {
     Exit { exit: String },
 }
 
-/// Runs the VM and returns a description of what ran.
+/// Runs the VM and returns a description of it.
 ///
 /// # Errors
 /// The failed step with KVM's error, or the unexpected exit.

@@ -40,9 +40,9 @@ pub struct Plan {
     pub netns: Option<PathBuf>,
     /// Client that owns the sandbox.
     pub owner: SandboxOwner,
-    /// Whether the pod's TCP ports are reachable on the loopback of `netns`, which containerd's CRI plugin dials.
+    /// True if the pod's TCP ports are reachable on the loopback of `netns`, which containerd's CRI plugin dials.
     pub local_ports: bool,
-    /// Whether every container sees the node's IPC objects. boxlite-cri requests that in each container's spec.
+    /// True if every container sees the node's IPC objects. boxlite-cri requests that in each container's spec.
     pub host_ipc: bool,
 }
 

@@ -4,7 +4,7 @@
 //! its client disconnects, so every operation with effects runs as a separate task ([`Service::detached`]) to completion.
 //!
 //! boxlite-cri sees the guest's pids for containers and execs, and the VMM child's pid for the sandbox. containerd sees the
-//! VMM child's pid everywhere except in Pids.
+//! VMM child's pid in all answers except Pids.
 
 mod first_task;
 mod log;

@@ -27,7 +27,7 @@ impl HostNamespace {
         Ok(Self(Some(Arc::new(namespace))))
     }
 
-    /// Returns a handle for a process that has not left the host's namespace: [`HostNamespace::run`] stays on its thread.
+    /// Returns a handle for a process that has not left the host's namespace: [`HostNamespace::run`] remains on its thread.
     pub fn same() -> Self {
         Self(None)
     }

@@ -54,7 +54,7 @@ pub enum Access {
 pub struct BindMode {
     /// Write access.
     pub access: Access,
-    /// Whether later mounts and unmounts of the host below the source propagate.
+    /// True if later mounts and unmounts of the host below the source propagate.
     pub follow_host: bool,
     /// Mapping of file owners for a user namespace.
     pub map: Option<IdMap>,

@@ -137,7 +137,7 @@ fn bind_is_nosuid_and_nodev_including_submounts() {
 #[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 fn bind_follow_host_receives_later_mounts() {
     with_share(|host, share| {
-        // Stands for the host: a mount whose events propagate here.
+        // Represents the host: a mount whose events propagate here.
         tmpfs(&host.join("outer"));
         let outer = host.join("outer");
         mount(NONE, &outer, NONE, MsFlags::MS_SHARED, NONE).expect("shared");
@@ -176,7 +176,7 @@ fn bind_follow_host_receives_later_mounts() {
     });
 }
 
-/// The VMM's namespace exists before the bind, so its view is what counts.
+/// The VMM's namespace exists before the bind, so its view is checked.
 #[test]
 #[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
 fn bind_flags_reach_the_vmm_namespace() {

@@ -1,7 +1,7 @@
 //! `libkrunfw.so.5`, the guest kernel as a shared library, loaded by absolute path independent of the linker's path.
 //!
 //! libkrun opens it later by its soname, and glibc then finds the copy loaded here. The Qemu side extracts the raw image. The
-//! library stays loaded because libkrun maps the image into the guest.
+//! library remains loaded because libkrun maps the image into the guest.
 //!
 //! JUSTIFICATION for unsafe: loading a shared library and reading the image it returns requires it.
 

@@ -29,7 +29,7 @@ use std::convert::Infallible;
 /// A virtual machine monitor.
 pub trait Vmm {
     /// Turns the spec into an instance ready to be entered. Runs before the jail is entered, with the whole host visible; files
-    /// opened here stay open.
+    /// opened here remain open.
     ///
     /// # Errors
     /// The spec requests something this VMM does not support, or a required file is missing.

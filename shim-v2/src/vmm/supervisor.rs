@@ -4,7 +4,7 @@
 //! parent-death signal is SIGKILL. That signal fires when the *thread* that forked it ends, so a dedicated thread per child
 //! forks and waits.
 //!
-//! The spec is sent over a pipe on standard input, not in argv. The pipe stays open until the child exits; a child that finds
+//! The spec is sent over a pipe on standard input, not in argv. The pipe remains open until the child exits; a child that finds
 //! it closed knows that its shim has died. The console is standard output, messages are standard error.
 
 use super::console::BoundedLog;
@@ -95,7 +95,7 @@ impl Supervisor {
         line.push(b'\n');
 
         let mut command = Command::new(&self.program);
-        // A process group of its own, so that a terminal's ctrl-C reaches only the shim. argv[1] is for ps and not secret.
+        // A separate process group, so that a terminal's ctrl-C reaches only the shim. argv[1] is for ps and not secret.
         command
             .arg("vmm")
             .arg(&spec.id)

@@ -116,7 +116,7 @@ fn factory_standard_has_every_kind() {
         .make(&VmmKind::Krun)
         .map(drop)
         .expect_err("nothing is registered");
-    assert_eq!(error.to_string(), "no VMM is registered for kind krun");
+    assert_eq!(error.to_string(), "VMM krun not found");
 }
 
 #[test]

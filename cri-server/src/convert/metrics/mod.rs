@@ -9,7 +9,8 @@ mod tests;
 
 use super::container::ContainerMetadata;
 use super::sandbox::PodMetadata;
-use super::stats::{NO_LIMIT, stat, working_set};
+use super::stats::{stat, working_set};
+use boxlite_config::cgroup::UNLIMITED_BYTES;
 use boxlite_proto::boxlite::v1::{
     CgroupStats, ContainerStatsResponse, FilesystemStats, GuestStatsResponse, Pressure,
 };
@@ -23,10 +24,10 @@ use table::{BASE, TABLE};
 /// Maximum number of devices and interfaces per guest; a VM has fewer than 16 of either.
 const MAX_ENTRIES: usize = 64;
 /// Default period of the CPU limit in the kernel, in µs.
-const PERIOD: i64 = 100_000;
+const DEFAULT_PERIOD_US: i64 = 100_000;
 /// Default CPU shares of the kernel.
-const SHARES: i64 = 1024;
-/// The only ulimit that cAdvisor reports.
+const DEFAULT_CPU_SHARES: i64 = 1024;
+/// The ulimit that cAdvisor reports.
 const OPEN_FILES: &str = "max_open_files";
 
 /// Returns the response of ListMetricDescriptors.
@@ -147,7 +148,7 @@ fn seconds_of_ns(ns: i64) -> u64 {
 
 /// Returns the limit, or 0 for unlimited, as in cAdvisor.
 fn limit(value: u64) -> u64 {
-    if value < NO_LIMIT { value } else { 0 }
+    if value < UNLIMITED_BYTES { value } else { 0 }
 }
 
 /// Metrics of one subject.
@@ -292,8 +293,14 @@ impl Figures {
             u64::try_from(if value > 0 { value } else { default }).unwrap_or(0)
         };
         self.plain(&[
-            ("container_spec_cpu_period", set(spec.cpu_period, PERIOD)),
-            ("container_spec_cpu_shares", set(spec.cpu_shares, SHARES)),
+            (
+                "container_spec_cpu_period",
+                set(spec.cpu_period, DEFAULT_PERIOD_US),
+            ),
+            (
+                "container_spec_cpu_shares",
+                set(spec.cpu_shares, DEFAULT_CPU_SHARES),
+            ),
             ("container_spec_memory_limit_bytes", limit(stats.memory_max)),
             (
                 "container_spec_memory_reservation_limit_bytes",

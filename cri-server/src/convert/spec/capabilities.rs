@@ -72,28 +72,32 @@ pub(crate) fn capabilities(
     security: &LinuxContainerSecurityContext,
 ) -> Result<Value, ConvertError> {
     let none = Capability::default();
-    let wish = security.capabilities.as_ref().unwrap_or(&none);
+    let request = security.capabilities.as_ref().unwrap_or(&none);
     let mut set: BTreeSet<&str> = if security.privileged {
         ALL.into()
     } else {
         DEFAULT.into()
     };
-    if wish.add_capabilities.iter().any(|name| is_all(name)) {
+    if request.add_capabilities.iter().any(|name| is_all(name)) {
         set = ALL.into();
     }
     if !security.privileged {
-        if wish.drop_capabilities.iter().any(|name| is_all(name)) {
+        if request.drop_capabilities.iter().any(|name| is_all(name)) {
             set.clear();
         }
-        for name in wish.add_capabilities.iter().filter(|name| !is_all(name)) {
+        for name in request.add_capabilities.iter().filter(|name| !is_all(name)) {
             set.insert(known(name)?);
         }
-        for name in wish.drop_capabilities.iter().filter(|name| !is_all(name)) {
+        for name in request
+            .drop_capabilities
+            .iter()
+            .filter(|name| !is_all(name))
+        {
             set.remove(known(name)?);
         }
     }
     let mut ambient = BTreeSet::new();
-    for name in &wish.add_ambient_capabilities {
+    for name in &request.add_ambient_capabilities {
         let name = known(name)?;
         set.insert(name);
         ambient.insert(name);

@@ -15,15 +15,15 @@ pub(crate) fn without_host_cpusets(resources: &LinuxContainerResources) -> Linux
 }
 
 /// Returns the object, empty without limits. Hugepage limits are ignored: the guest has no reserved hugepages.
-pub(crate) fn resources(wish: Option<&LinuxContainerResources>) -> Result<Value, ConvertError> {
-    let Some(wish) = wish else {
+pub(crate) fn resources(limits: Option<&LinuxContainerResources>) -> Result<Value, ConvertError> {
+    let Some(limits) = limits else {
         return Ok(json!({}));
     };
     let mut cpu = Map::new();
     for (key, value) in [
-        ("shares", wish.cpu_shares),
-        ("quota", wish.cpu_quota),
-        ("period", wish.cpu_period),
+        ("shares", limits.cpu_shares),
+        ("quota", limits.cpu_quota),
+        ("period", limits.cpu_period),
     ] {
         if value != 0 {
             // A quota of -1 means unlimited; other negative values are invalid.
@@ -37,21 +37,21 @@ pub(crate) fn resources(wish: Option<&LinuxContainerResources>) -> Result<Value,
             cpu.insert(key.into(), json!(value));
         }
     }
-    for (key, value) in [("cpus", &wish.cpuset_cpus), ("mems", &wish.cpuset_mems)] {
+    for (key, value) in [("cpus", &limits.cpuset_cpus), ("mems", &limits.cpuset_mems)] {
         if !value.is_empty() {
             cpu.insert(key.into(), json!(value));
         }
     }
     let mut memory = Map::new();
     for (key, value) in [
-        ("limit", wish.memory_limit_in_bytes),
-        ("swap", wish.memory_swap_limit_in_bytes),
+        ("limit", limits.memory_limit_in_bytes),
+        ("swap", limits.memory_swap_limit_in_bytes),
     ] {
         if value != 0 {
             memory.insert(key.into(), json!(value));
         }
     }
-    if !wish.hugepage_limits.is_empty() {
+    if !limits.hugepage_limits.is_empty() {
         tracing::debug!("ignoring hugepage limits: the guest has no reserved hugepages");
     }
     let mut resources = json!({});
@@ -61,8 +61,8 @@ pub(crate) fn resources(wish: Option<&LinuxContainerResources>) -> Result<Value,
     if !memory.is_empty() {
         resources["memory"] = Value::Object(memory);
     }
-    if !wish.unified.is_empty() {
-        for key in wish.unified.keys() {
+    if !limits.unified.is_empty() {
+        for key in limits.unified.keys() {
             let name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_');
             if !key.contains('.') || !key.chars().all(name) {
                 return Err(ConvertError::invalid(
@@ -72,7 +72,7 @@ pub(crate) fn resources(wish: Option<&LinuxContainerResources>) -> Result<Value,
                 ));
             }
         }
-        resources["unified"] = json!(wish.unified);
+        resources["unified"] = json!(limits.unified);
     }
     Ok(resources)
 }

@@ -235,7 +235,7 @@ fn environment_entry_without_value_unsets() {
 }
 
 #[test]
-fn users() {
+fn user_comes_from_the_request_or_the_image() {
     let uid = |value| Some(Int64Value { value });
     let of = |set: &dyn Fn(&mut LinuxContainerSecurityContext), image: &str| {
         let mut config = container();
@@ -300,9 +300,9 @@ fn groups_of_the_image_are_merged_unless_strict() {
     );
 }
 
-fn capabilities_of(wish: Capability) -> Result<Vec<String>, ConvertError> {
+fn capabilities_of(capabilities: Capability) -> Result<Vec<String>, ConvertError> {
     let mut config = container();
-    security(&mut config).capabilities = Some(wish);
+    security(&mut config).capabilities = Some(capabilities);
     let spec = made(&config, json!({}))?;
     let mut names: Vec<String> =
         serde_json::from_value(spec["process"]["capabilities"]["effective"].clone()).unwrap();
@@ -312,28 +312,30 @@ fn capabilities_of(wish: Capability) -> Result<Vec<String>, ConvertError> {
 
 #[test]
 fn capabilities_are_added_and_dropped() {
-    let wish = |add: &[&str], drop: &[&str]| Capability {
+    let changes = |add: &[&str], drop: &[&str]| Capability {
         add_capabilities: add.iter().map(|&c| c.to_owned()).collect(),
         drop_capabilities: drop.iter().map(|&c| c.to_owned()).collect(),
         ..Default::default()
     };
     assert_eq!(
-        capabilities_of(wish(&["NET_BIND_SERVICE"], &["ALL"])).unwrap(),
+        capabilities_of(changes(&["NET_BIND_SERVICE"], &["ALL"])).unwrap(),
         ["CAP_NET_BIND_SERVICE"]
     );
-    assert_eq!(capabilities_of(wish(&["ALL"], &[])).unwrap().len(), 41);
+    assert_eq!(capabilities_of(changes(&["ALL"], &[])).unwrap().len(), 41);
     assert_eq!(
-        capabilities_of(wish(&["ALL"], &["chown"])).unwrap().len(),
+        capabilities_of(changes(&["ALL"], &["chown"]))
+            .unwrap()
+            .len(),
         40
     );
     assert_eq!(
-        capabilities_of(wish(&["cap_sys_admin"], &["CAP_KILL"]))
+        capabilities_of(changes(&["cap_sys_admin"], &["CAP_KILL"]))
             .unwrap()
             .len(),
         14
     );
     assert!(
-        capabilities_of(wish(&["FLY"], &[]))
+        capabilities_of(changes(&["FLY"], &[]))
             .unwrap_err()
             .to_string()
             .contains("FLY")
@@ -620,7 +622,7 @@ fn resources_are_converted_to_oci() {
     assert_eq!(resources["unified"], json!({"memory.high": "1000"}));
     assert_eq!(spec["process"]["oomScoreAdj"], -997);
     let refused =
-        |wish: LinuxContainerResources| super::resources(Some(&wish)).unwrap_err().to_string();
+        |limits: LinuxContainerResources| super::resources(Some(&limits)).unwrap_err().to_string();
     assert!(
         refused(LinuxContainerResources {
             cpu_shares: -1,
@@ -687,11 +689,11 @@ fn unsupported_fields_are_rejected_by_name() {
 #[test]
 fn security_context_is_converted() {
     let mut config = container();
-    let wish = security(&mut config);
-    wish.seccomp = Some(SecurityProfile::default());
-    wish.masked_paths = vec!["/proc/kcore".into()];
-    wish.readonly_paths = vec!["/proc/sys".into()];
-    wish.namespace_options = Some(NamespaceOption {
+    let context = security(&mut config);
+    context.seccomp = Some(SecurityProfile::default());
+    context.masked_paths = vec!["/proc/kcore".into()];
+    context.readonly_paths = vec!["/proc/sys".into()];
+    context.namespace_options = Some(NamespaceOption {
         pid: 2,
         ipc: 2,
         ..Default::default()

@@ -211,8 +211,8 @@ async fn answer(
         Reply::Refuse(message) => refuse(2, message),
         Reply::Unimplemented => refuse(UNIMPLEMENTED, "unimplemented"),
         Reply::UpdateFirst(update) => {
-            let (told, answered) = oneshot::channel();
-            pending.lock().unwrap().insert(3, told);
+            let (sender, answered) = oneshot::channel();
+            pending.lock().unwrap().insert(3, sender);
             let request = UpdateContainersRequest {
                 update,
                 ..Default::default()

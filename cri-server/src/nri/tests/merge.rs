@@ -113,7 +113,7 @@ fn two_plugins_conflict_unless_the_second_removes_first() {
 
 #[test]
 fn mounts_are_added_replaced_removed_and_nested() {
-    let wish = |mounts: Vec<Mount>| {
+    let requested = |mounts: Vec<Mount>| {
         wants(ContainerAdjustment {
             mounts,
             ..Default::default()
@@ -123,7 +123,7 @@ fn mounts_are_added_replaced_removed_and_nested() {
         destination: "-/data".into(),
         ..Default::default()
     };
-    let spec = adjusted(vec![wish(vec![
+    let spec = adjusted(vec![requested(vec![
         bind("/a/b/c", "/1"),
         bind("/a", "/2"),
         removal,
@@ -137,13 +137,13 @@ fn mounts_are_added_replaced_removed_and_nested() {
         .collect();
     assert_eq!(places, ["/proc", "/a", "/a/b/c"]);
     assert_eq!(spec["mounts"][1]["source"], "/2");
-    let spec = adjusted(vec![wish(vec![bind("/data", "/new")])]).unwrap();
+    let spec = adjusted(vec![requested(vec![bind("/data", "/new")])]).unwrap();
     assert_eq!(spec["mounts"].as_array().unwrap().len(), 2);
     assert_eq!(spec["mounts"][1]["source"], "/new");
     assert!(
         adjusted(vec![
-            wish(vec![bind("/data", "/1")]),
-            wish(vec![bind("/data", "/2")])
+            requested(vec![bind("/data", "/1")]),
+            requested(vec![bind("/data", "/2")])
         ])
         .is_err()
     );

@@ -219,7 +219,7 @@ async fn silent_plugin_times_out() {
 async fn new_plugin_sees_existing_and_concurrent_containers() {
     let host = Arc::new(FakeHost::default());
     let (registry, log) = (registry(host.clone()), Log::default());
-    // A verb is between its event and its change: the plugin waits, and then sees the container.
+    // An RPC is between its event and its change: the plugin waits, and then sees the container.
     let session = nri(&registry).begin_session().await;
     let seen = Log::default();
     let found = seen.clone();
@@ -239,7 +239,7 @@ async fn new_plugin_sees_existing_and_concurrent_containers() {
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert_eq!(log.lock().unwrap().len(), 1, "Synchronize has to wait");
     host.containers.lock().unwrap().push(container("between"));
-    // A later verb waits for the plugin and notifies it.
+    // A later RPC waits for the plugin and notifies it.
     let next = {
         let nri = nri(&registry);
         tokio::spawn(async move {

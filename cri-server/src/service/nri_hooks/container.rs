@@ -135,7 +135,7 @@ pub(in crate::service) fn watch(server: &Server, pod: &LiteBox, id: &str) {
     });
 }
 
-/// Sends StopContainer, once per container: the verb or the watcher, whichever comes first.
+/// Sends StopContainer, once per container: the RPC or the watcher, whichever comes first.
 pub(in crate::service) async fn container_ended(server: &Server, pod: &LiteBox, id: &str) {
     let nri = server.nri_registry();
     if !nri.is_on() || nri.was_stopped(id) {
@@ -177,24 +177,24 @@ pub(in crate::service) async fn update(
     session: &Session,
     pod: &LiteBox,
     container: &ContainerSnapshot,
-    wish: LinuxContainerResources,
+    requested: LinuxContainerResources,
 ) -> Result<LinuxContainerResources, Status> {
     if !session.has_plugins().await {
-        return Ok(wish);
+        return Ok(requested);
     }
     let message = container_message(pod, container).await;
     let (wanted, others) = session
         .update(
             &pod_message(server, pod),
             &message,
-            resources::from_cri(&wish),
+            resources::from_cri(&requested),
             vcpus(pod),
         )
         .await
         .map_err(rejected)?;
     apply_required(server, others).await?;
     // Fields that NRI lacks keep their requested values.
-    let kept = wish;
+    let kept = requested;
     Ok(LinuxContainerResources {
         oom_score_adj: kept.oom_score_adj,
         hugepage_limits: kept.hugepage_limits,

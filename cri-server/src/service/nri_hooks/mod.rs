@@ -1,6 +1,6 @@
-//! NRI events of the CRI verbs, and the application of the plugins' answers.
+//! NRI events of the CRI's RPCs, and the application of the plugins' answers.
 //!
-//! Each verb holds one [`Session`] from its event until its change is visible, so that a new plugin does not miss it. No session is held
+//! Each RPC holds one [`Session`] from its event until its change is visible, so that a new plugin does not miss it. No session is held
 //! across a long wait. If NRI is disabled or no plugin is registered, nothing is read and nothing waits. The transport and the
 //! merging of answers are in [`crate::nri`].
 
@@ -55,7 +55,7 @@ impl Server {
         self.nri.get().cloned().unwrap_or_default()
     }
 
-    /// Begins a session for a verb; see [`Nri::begin_session`].
+    /// Begins a session for an RPC; see [`Nri::begin_session`].
     pub(super) async fn session(&self) -> Session {
         self.nri_registry().begin_session().await
     }

@@ -38,7 +38,7 @@ pub(in crate::service) async fn update_pod(
     server: &Server,
     session: &Session,
     pod: &LiteBox,
-    wish: Option<&LinuxContainerResources>,
+    limits: Option<&LinuxContainerResources>,
     overhead: Option<&LinuxContainerResources>,
 ) -> Result<(), Status> {
     if !session.has_plugins().await {
@@ -47,7 +47,7 @@ pub(in crate::service) async fn update_pod(
     let request = UpdatePodSandboxRequest {
         pod: Some(pod_message(server, pod)),
         overhead_linux_resources: overhead.map(resources::from_cri),
-        linux_resources: wish.map(resources::from_cri),
+        linux_resources: limits.map(resources::from_cri),
     };
     session.update_pod(&request).await.map_err(rejected)
 }

@@ -53,11 +53,11 @@ async fn apply_update(server: &Server, id: &str, wanted: &LinuxResources) -> Res
     let (pod, container) = server.runtime.find_container(id).map_err(status_of)?;
     resources::check(wanted, vcpus(&pod))
         .map_err(|error| Status::failed_precondition(error.to_string()))?;
-    let wish = resources::cri(wanted);
+    let requested = resources::cri(wanted);
     let now = ContainerMetadata::from_bytes(&container.metadata).resources();
-    capacity::of_pod(server, &pod).admit(&wish, now.as_ref())?;
+    capacity::of_pod(server, &pod).admit(&requested, now.as_ref())?;
     let json = resources::oci(wanted).to_string().into_bytes();
-    let describe = Box::new(move |bytes: &[u8]| ContainerMetadata::updated(bytes, &wish));
+    let describe = Box::new(move |bytes: &[u8]| ContainerMetadata::updated(bytes, &requested));
     pod.update_container(&container.id, json, describe)
         .await
         .map_err(status_of)

@@ -46,8 +46,8 @@ impl Fleet {
 
     /// Asserts that nothing remains after everything was removed.
     pub(crate) fn assert_nothing_left(&self) {
-        assert!(self.server.runtime.boxes().is_empty(), "a pod is left");
-        assert_eq!(self.node.alive(), 0, "a shim is left");
+        assert!(self.server.runtime.boxes().is_empty(), "a pod remains");
+        assert_eq!(self.node.alive(), 0, "a shim remains");
         for place in ["s/s", "s/netns", "r/cni"] {
             let left: Vec<_> = std::fs::read_dir(self.node.at(place))
                 .map(|entries| entries.flatten().map(|entry| entry.path()).collect())

@@ -6,7 +6,7 @@ use futures::StreamExt;
 use std::time::{Duration, Instant};
 
 /// Timeout of each wait.
-const PATIENCE: Duration = Duration::from_secs(20);
+const WAIT_TIMEOUT: Duration = Duration::from_secs(20);
 
 fn resources(memory_mib: i64, cpu_quota: i64) -> LinuxContainerResources {
     LinuxContainerResources {
@@ -145,7 +145,7 @@ fn each_event_stream_gets_all_events_with_statuses() {
             (&pod, ContainerDeletedEvent),
         ];
         for stream in [one, other] {
-            let got: Vec<_> = tokio::time::timeout(PATIENCE, stream.take(8).collect())
+            let got: Vec<_> = tokio::time::timeout(WAIT_TIMEOUT, stream.take(8).collect())
                 .await
                 .expect("eight events");
             let got: Vec<_> = got.into_iter().map(Result::unwrap).collect();
@@ -167,7 +167,7 @@ fn each_event_stream_gets_all_events_with_statuses() {
         let mut last = follow().await;
         server.close_streams();
         assert!(
-            tokio::time::timeout(PATIENCE, last.next())
+            tokio::time::timeout(WAIT_TIMEOUT, last.next())
                 .await
                 .unwrap()
                 .is_none()

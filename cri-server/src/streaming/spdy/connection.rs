@@ -114,7 +114,7 @@ impl Drop for StreamOutput {
 struct Entry {
     /// `None` after the end of the peer's data.
     input: Option<mpsc::Sender<Bytes>>,
-    /// Whether this side may send more.
+    /// True while this side may send more.
     open: bool,
     gone: CancellationToken,
 }

@@ -1,6 +1,6 @@
 //! Frames of SPDY/3.1: a reader with bounded chunks, and encoders.
 //!
-//! Streams are handled in `connection`. A data frame may have 16 MiB; it is never held completely, but delivered in
+//! Streams are handled in `connection`. A data frame may have 16 MiB; it is not held completely, but delivered in
 //! chunks as they arrive.
 
 use super::SpdyError;

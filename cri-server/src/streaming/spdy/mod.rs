@@ -16,7 +16,7 @@ pub(crate) use connection::{Accept, Stream, StreamOutput, serve};
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SpdyError {
     /// The byte stream failed.
-    #[error("connection failed")]
+    #[error("failed to use the connection")]
     Io(#[source] std::io::Error),
     /// Invalid frame, or one that exceeds the limits.
     #[error("invalid SPDY frame: {0}")]

@@ -17,7 +17,7 @@ const GO_FRAMES: [&str; 3] = [
     "800300010000001a00000003000000000000c2aeb9b82425338fb06600000000ffff",
     "800300010000001c00000005000000000000c2aa99adb824251f5c0510d00d000000ffff",
 ];
-const LONG: Duration = Duration::from_secs(3600);
+const HOUR: Duration = Duration::from_secs(3600);
 
 fn syn_stream(id: u32, block: &[u8]) -> Vec<u8> {
     let mut frame = vec![0x80, 3, 0, 1];
@@ -156,7 +156,7 @@ fn echo() -> (DuplexStream, tokio::task::JoinHandle<()>, CancellationToken) {
     let (client, server) = tokio::io::duplex(4 << 10);
     let gone = CancellationToken::new();
     let token = gone.clone();
-    let task = tokio::spawn(serve(server, LONG, gone.clone(), |mut accept| async move {
+    let task = tokio::spawn(serve(server, HOUR, gone.clone(), |mut accept| async move {
         let mut streams = tokio::task::JoinSet::new();
         loop {
             tokio::select! {
@@ -213,7 +213,7 @@ async fn stream_is_echoed_with_half_close() {
 async fn stream_without_consumer_stalls_its_peer() {
     let (mut client, server) = tokio::io::duplex(4 << 10);
     let gone = CancellationToken::new();
-    let task = tokio::spawn(serve(server, LONG, gone.clone(), |mut accept| async move {
+    let task = tokio::spawn(serve(server, HOUR, gone.clone(), |mut accept| async move {
         let _held = accept.recv().await;
         std::future::pending::<()>().await
     }));
@@ -226,10 +226,7 @@ async fn stream_without_consumer_stalls_its_peer() {
         .is_ok()
     {
         sent += 1;
-        assert!(
-            sent < 20,
-            "{sent} chunks were taken with nobody to read them"
-        );
+        assert!(sent < 20, "{sent} chunks were accepted without a reader");
     }
     task.abort();
 }
@@ -268,7 +265,7 @@ async fn idle_connection_is_closed() {
     let (_client, server) = tokio::io::duplex(4 << 10);
     let gone = CancellationToken::new();
     let token = gone.clone();
-    serve(server, LONG, gone.clone(), |_accept| async move {
+    serve(server, HOUR, gone.clone(), |_accept| async move {
         token.cancelled().await;
     })
     .await;
@@ -278,15 +275,15 @@ async fn idle_connection_is_closed() {
 #[tokio::test]
 async fn output_after_reset_fails() {
     let (mut client, server) = tokio::io::duplex(64 << 10);
-    let (told, telling) = tokio::sync::oneshot::channel();
+    let (sender, receiver) = tokio::sync::oneshot::channel();
     let task = tokio::spawn(serve(
         server,
-        LONG,
+        HOUR,
         CancellationToken::new(),
         |mut accept| async move {
             let mut stream = accept.recv().await.unwrap();
             while let Ok(Some(_)) = stream.input.next().await {}
-            let _ = told.send(stream.output.write(Bytes::from_static(b"x")).await);
+            let _ = sender.send(stream.output.write(Bytes::from_static(b"x")).await);
         },
     ));
     let block = Deflater::default().empty_block();
@@ -295,7 +292,7 @@ async fn output_after_reset_fails() {
         .write_all(&super::frame::reset(1, super::frame::Reset::Cancel))
         .await
         .unwrap();
-    assert!(telling.await.unwrap().is_err());
+    assert!(receiver.await.unwrap().is_err());
     drop(client);
     task.await.unwrap();
 }
@@ -305,7 +302,7 @@ async fn stalled_consumer_causes_pings() {
     let (mut client, server) = tokio::io::duplex(1 << 20);
     let task = tokio::spawn(serve(
         server,
-        LONG,
+        HOUR,
         CancellationToken::new(),
         |mut accept| async move {
             let _held = accept.recv().await;
@@ -376,7 +373,7 @@ async fn streams_that_nobody_accepts_are_bounded() {
     let (mut client, server) = tokio::io::duplex(1 << 20);
     let task = tokio::spawn(serve(
         server,
-        LONG,
+        HOUR,
         CancellationToken::new(),
         |accept| async move {
             let _held = accept;

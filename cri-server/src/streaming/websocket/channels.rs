@@ -172,7 +172,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Receiver<IO> {
                     }
                     Some((channel, data)) => self.deliver(channel, data).await,
                     None => {
-                        tracing::debug!("invalid message from WebSocket client");
+                        tracing::debug!("client sent an invalid WebSocket message");
                         return;
                     }
                 },

@@ -11,7 +11,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio_tungstenite::tungstenite::Message;
 use tokio_util::sync::CancellationToken;
 
-const LONG: Duration = Duration::from_secs(3600);
+const HOUR: Duration = Duration::from_secs(3600);
 
 async fn pair() -> (WebSocketStream<DuplexStream>, WebSocketStream<DuplexStream>) {
     let (client, server) = tokio::io::duplex(4 << 10);
@@ -66,7 +66,7 @@ async fn close_message_ends_stdin_and_status_is_last() {
     let task = tokio::spawn(channels::serve(
         server,
         (Version::V5, false),
-        LONG,
+        HOUR,
         CancellationToken::new(),
         move |channels| {
             let mut remote = channels.remote(wanted, Version::V5);
@@ -112,7 +112,7 @@ async fn invalid_message_ends_the_session() {
     let task = tokio::spawn(channels::serve(
         server,
         (Version::V4, true),
-        LONG,
+        HOUR,
         gone,
         move |_| async move { token.cancelled().await },
     ));
@@ -120,7 +120,7 @@ async fn invalid_message_ends_the_session() {
         .send(Message::Binary(vec![0, 1].into()))
         .await
         .unwrap();
-    tokio::time::timeout(LONG, task).await.unwrap().unwrap();
+    tokio::time::timeout(HOUR, task).await.unwrap().unwrap();
 }
 
 #[tokio::test]
@@ -153,7 +153,7 @@ async fn ping_flood_without_reads_is_bounded() {
     let task = tokio::spawn(async move {
         let server = accept(server).await;
         let kind = (Version::V5, false);
-        channels::serve(server, kind, LONG, gone, move |channels| {
+        channels::serve(server, kind, HOUR, gone, move |channels| {
             let output = channels.output(1);
             async move {
                 token.cancelled().await;

@@ -22,7 +22,7 @@ pub(crate) struct Tunnel<IO> {
     socket: WebSocketStream<IO>,
     /// Rest of the message being read.
     message: Bytes,
-    /// Whether the close message was sent.
+    /// True once the close message was sent.
     closing: bool,
 }
 

@@ -26,7 +26,7 @@ pub(super) fn cases() -> Vec<Case<ClusterContext>> {
 }
 
 /// Difference in memory between two looks at a busy container.
-const MEMORY_SLACK: u64 = 16 << 20;
+const MEMORY_SLACK_BYTES: u64 = 16 << 20;
 
 async fn stats_summary_agrees_with_the_guest(ctx: Context) -> Result {
     let hold = "head -c 40000000 /dev/zero | tail & i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done; sleep infinity";
@@ -62,7 +62,7 @@ async fn stats_summary_agrees_with_the_guest(ctx: Context) -> Result {
             .unwrap_or_default();
         let usage = number(&main["memory"]["usageBytes"]);
         ensure!(
-            usage.abs_diff(current) < MEMORY_SLACK,
+            usage.abs_diff(current) < MEMORY_SLACK_BYTES,
             "usage {usage}, in the guest {current}: {pod}"
         );
         let cpu = number(&main["cpu"]["usageCoreNanoSeconds"]);

@@ -34,7 +34,7 @@ enum Step {
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let step = prop_oneof![
-        6 => (any::<bool>(), prop_oneof![0usize..40, 0usize..CHUNK_LIMIT]).prop_map(|(stderr, length)| Step::Write { stderr, length }),
+        6 => (any::<bool>(), prop_oneof![0usize..40, 0usize..MAX_CHUNK_BYTES]).prop_map(|(stderr, length)| Step::Write { stderr, length }),
         2 => (0u8..=110).prop_map(|percent| Step::Ack { percent }),
         1 => Just(Step::Close),
         6 => (0usize..3).prop_map(|reader| Step::Read { reader }),
@@ -77,7 +77,7 @@ fn check_read(buffer: &mut Buffer, model: &Model, offset: &mut usize) {
         Found::Data(chunk) => {
             assert!(*offset >= model.base);
             assert_eq!(chunk.offset as usize, *offset);
-            assert!(!chunk.data.is_empty() && chunk.data.len() <= CHUNK_LIMIT);
+            assert!(!chunk.data.is_empty() && chunk.data.len() <= MAX_CHUNK_BYTES);
             for (index, byte) in chunk.data.iter().enumerate() {
                 assert_eq!(model.bytes[*offset + index], (chunk.stream, *byte));
             }
@@ -197,7 +197,7 @@ async fn output_full_stops_reading_until_ack() {
 fn buffer_keeps_acked_bytes_for_observers() {
     let (mut buffer, mut model, mut next) = (Buffer::default(), Model::default(), 0);
     let fill = |buffer: &mut Buffer, model: &mut Model, next: &mut u8| {
-        write(buffer, model, OutputStream::Stdout, CHUNK_LIMIT, next);
+        write(buffer, model, OutputStream::Stdout, MAX_CHUNK_BYTES, next);
         buffer.ack(buffer.end());
     };
     fill(&mut buffer, &mut model, &mut next);
@@ -227,7 +227,7 @@ fn buffer_keeps_acked_bytes_for_observers() {
             &mut buffer,
             &mut model,
             OutputStream::Stdout,
-            CHUNK_LIMIT,
+            MAX_CHUNK_BYTES,
             &mut next,
         );
     }

@@ -148,7 +148,7 @@ impl LayerJobs {
     }
 
     /// Waits until all conversion threads have ended.
-    pub(super) async fn settle(&self) {
+    pub(super) async fn wait_idle(&self) {
         self.threads.close();
         self.threads.wait().await;
         self.threads.reopen();

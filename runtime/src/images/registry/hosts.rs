@@ -36,7 +36,7 @@ pub(super) struct RegistryHost {
     pub pull: bool,
     /// Headers for requests to this host only.
     pub headers: HeaderMap,
-    /// Whether the host is a mirror and not the registry itself; mirrors get `?ns=`.
+    /// True for a mirror, false for the registry itself; mirrors get `?ns=`.
     pub mirror: bool,
     pub client: Client,
 }
@@ -110,7 +110,7 @@ impl HostDirectory {
         }
     }
 
-    /// Returns the hosts for `domain` in the order of use; at least one.
+    /// Returns the hosts for `domain`, at least one, in the order in which they are tried.
     pub(super) fn hosts(&self, domain: &str) -> ImageResult<Vec<RegistryHost>> {
         let Some(dir) = self.directory(domain) else {
             return Ok(vec![self.host(
@@ -325,7 +325,7 @@ fn scheme_for(host: &str) -> &'static str {
     }
 }
 
-/// Whether `host`, with or without a port, is this machine.
+/// Returns true if `host`, with or without a port, is this machine.
 pub(super) fn is_loopback(host: &str) -> bool {
     let name = match host.strip_prefix('[') {
         Some(rest) => rest.split(']').next().unwrap_or(rest),

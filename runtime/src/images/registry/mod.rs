@@ -42,7 +42,7 @@ pub(super) struct Session {
     reference: Reference,
     hosts: Vec<RegistryHost>,
     auth: Option<RegistryAuth>,
-    /// Authorization header by host name, after a challenge.
+    /// Authorization header by host, after a challenge.
     tokens: Mutex<HashMap<String, HeaderValue>>,
 }
 
@@ -353,7 +353,7 @@ fn blob_stream(
     })
 }
 
-/// Whether the credentials are for `domain`.
+/// Returns true if the credentials are for `domain`.
 fn applies(auth: &RegistryAuth, domain: &str) -> bool {
     let address = auth.server_address.trim();
     let address = address
@@ -368,7 +368,7 @@ fn applies(auth: &RegistryAuth, domain: &str) -> bool {
     }
 }
 
-/// Whether the connection was refused or the name is unknown, which a retry within a second does not change.
+/// Returns true if the connection was refused or the name is unknown, which a retry within a second does not change.
 fn refused(error: &ImageError) -> bool {
     match error {
         ImageError::Transport { source, .. } => source

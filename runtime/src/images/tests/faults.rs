@@ -404,7 +404,7 @@ async fn remove_works_on_full_disk() {
             .count(),
         0
     );
-    images.settle().await;
+    images.wait_idle().await;
     drop(images);
     let images = ImageManager::open(&dir, options(disk.path()))
         .await

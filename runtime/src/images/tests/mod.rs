@@ -56,7 +56,7 @@ impl Home {
     /// Closes the store and opens it again, as after a crash of the daemon.
     async fn reopened(self) -> Self {
         let Self { dir, images } = self;
-        images.settle().await;
+        images.wait_idle().await;
         drop(images);
         let images = ImageManager::open(&dir.path().join("images"), options(dir.path()))
             .await
@@ -76,7 +76,7 @@ impl Home {
 
     /// Asserts that there are no images, layers, blobs and partial files.
     async fn assert_empty(&self) {
-        self.images.settle().await;
+        self.images.wait_idle().await;
         assert!(self.images.list().is_empty());
         for sub in ["layers/sha256", "blobs/sha256", "ingest"] {
             assert_eq!(self.files(sub), Vec::<String>::new(), "{sub}");

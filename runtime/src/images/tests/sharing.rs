@@ -77,7 +77,7 @@ async fn dropped_pull_is_resumed_after_restart() {
         () = given_up => {}
         outcome = pull => panic!("the pull ended first: {outcome:?}"),
     }
-    home.images.settle().await;
+    home.images.wait_idle().await;
     let left = home.files("ingest");
     assert!(left.len() == 1 && left[0].ends_with(".partial"), "{left:?}");
     // A restarted daemon resumes the download.

@@ -82,8 +82,8 @@ impl Driver {
         Ok(())
     }
 
-    /// Records an OOM kill of any process of the container. It becomes the reason of the container's exit whatever the
-    /// exit code, as with containerd, also across a restart of the daemon.
+    /// Records an OOM kill of any process of the container. It becomes the reason of the container's exit regardless
+    /// of the exit code, as with containerd, also across a restart of the daemon.
     pub(super) async fn note_oom(&mut self, id: &str) {
         if let Some(row) = self.containers.get(id)
             && row.snapshot.state == ContainerState::Running

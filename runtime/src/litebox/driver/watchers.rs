@@ -82,7 +82,7 @@ async fn watch_container(running: Running, id: String) -> WatchEvent {
                 kind: ErrorKind::NotFound,
                 ..
             }) => return WatchEvent::Unknown { id },
-            // The VM's watcher decides what a broken connection means, and restarts this one.
+            // The VM's watcher handles a broken connection and restarts this one.
             Err(RuntimeError::ShimConnection { .. }) => std::future::pending::<()>().await,
             Err(error) => {
                 tracing::debug!(id, %error, "Task.Wait failed, retrying");

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 async fn receive(events: &mut Events, count: usize) -> Vec<(EventKind, String)> {
     let mut received = Vec::new();
     for _ in 0..count {
-        let event = tokio::time::timeout(LIMIT, events.next())
+        let event = tokio::time::timeout(WAIT_TIMEOUT, events.next())
             .await
             .expect("an event")
             .unwrap();

@@ -465,7 +465,7 @@ async fn refused(bench: Bench, words: &[&str]) -> Result<String> {
 async fn missing_kernel(kind: VmmKind) -> Result<String> {
     let mut bench = Bench::new(&kind)?;
     bench.spec.installation.libkrunfw = "/nowhere/libkrunfw.so.5".into();
-    refused(bench, &["/nowhere/libkrunfw.so.5", "missing"]).await
+    refused(bench, &["/nowhere/libkrunfw.so.5", "not found"]).await
 }
 
 async fn too_many_devices(kind: VmmKind) -> Result<String> {

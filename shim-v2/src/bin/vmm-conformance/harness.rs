@@ -248,7 +248,7 @@ fn spec(kind: &VmmKind, directory: &Path) -> Result<InstanceSpec> {
     })
 }
 
-/// Stands for a shim: starts a VM, writes its process id once ready, and waits to be killed.
+/// Takes the role of a shim: starts a VM, writes its process id once ready, and waits to be killed.
 pub(crate) fn hold(kind: &VmmKind, directory: &Path) -> Result<bool> {
     // Namespaces are inherited from the caller; tap and mounts are our own.
     let mut spec = spec(kind, directory)?;

@@ -11,7 +11,7 @@ const WRITE: u32 = 16;
 const FSYNC: u32 = 20;
 const INIT: u32 = 26;
 const FALLOCATE: u32 = 43;
-const SIZE: u64 = 64 << 10;
+const DISK_BYTES: u64 = 64 << 10;
 
 struct Kernel {
     socket: UnixDatagram,
@@ -23,7 +23,7 @@ impl Kernel {
     /// Creates a server with a file of numbered blocks as its disk.
     fn new(read_only: bool) -> Self {
         let disk = tempfile::tempfile().expect("a file");
-        for block in 0..SIZE / 512 {
+        for block in 0..DISK_BYTES / 512 {
             let bytes = [u8::try_from(block).expect("few blocks"); 512];
             disk.write_all_at(&bytes, block * 512).expect("written");
         }
@@ -34,7 +34,7 @@ impl Kernel {
         let (stopped, stop) = io::pipe().expect("a pipe");
         let file = OneFile {
             file: Mutex::new(disk.try_clone().expect("a clone")),
-            size: SIZE,
+            size: DISK_BYTES,
             read_only,
         };
         std::thread::spawn(move || serve(&served.into(), &stopped, file));
@@ -117,7 +117,7 @@ fn getattr_and_read_return_the_device_contents() {
     let (error, facts) = kernel.ask(GETATTR, ROOT, &[0; 16]);
     assert_eq!(error, 0);
     let size = u64::from_ne_bytes(*facts[24..].first_chunk().expect("a size"));
-    assert_eq!(size, SIZE);
+    assert_eq!(size, DISK_BYTES);
     assert_eq!(kernel.ask(GETATTR, 5, &[0; 16]).0, -libc::ENOENT);
     assert_eq!(kernel.open(libc::O_RDWR), 0);
     assert_eq!(kernel.read(1024, 512), (0, vec![2; 512]));
@@ -131,16 +131,19 @@ fn getattr_and_read_return_the_device_contents() {
 #[test]
 fn requests_beyond_the_end_are_refused() {
     let kernel = Kernel::new(false);
-    assert_eq!(kernel.read(SIZE - 100, 512), (0, vec![127; 100]));
-    for offset in [SIZE, SIZE + 1, u64::MAX] {
+    assert_eq!(kernel.read(DISK_BYTES - 100, 512), (0, vec![127; 100]));
+    for offset in [DISK_BYTES, DISK_BYTES + 1, u64::MAX] {
         assert_eq!(kernel.read(offset, 512), (0, Vec::new()), "{offset}");
         assert_eq!(kernel.write(offset, 4, b"data").0, -libc::ENOSPC);
     }
-    assert_eq!(kernel.write(SIZE - 2, 4, b"data").0, -libc::ENOSPC);
+    assert_eq!(kernel.write(DISK_BYTES - 2, 4, b"data").0, -libc::ENOSPC);
     let length = kernel.disk.metadata().expect("its size").len();
-    assert_eq!(length, SIZE, "the file did not grow");
+    assert_eq!(length, DISK_BYTES, "the file did not grow");
     let discard = (FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE).bits();
-    assert_eq!(kernel.fallocate(discard, SIZE - 512, 1024), -libc::ENOSPC);
+    assert_eq!(
+        kernel.fallocate(discard, DISK_BYTES - 512, 1024),
+        -libc::ENOSPC
+    );
     assert_eq!(kernel.fallocate(discard, u64::MAX, 2), -libc::ENOSPC);
     assert_eq!(kernel.fallocate(0, 0, 512), -libc::EOPNOTSUPP);
 }
@@ -152,7 +155,7 @@ fn malformed_messages_are_answered_with_errors() {
     let (error, answer) = kernel.write(0, 4096, b"short");
     let count = u32::from_ne_bytes(*answer.first_chunk().expect("a count"));
     assert_eq!((error, count), (0, 5));
-    assert_eq!(kernel.read(0, u32::MAX).1.len() as u64, SIZE);
+    assert_eq!(kernel.read(0, u32::MAX).1.len() as u64, DISK_BYTES);
     // No header, an unknown opcode, an operation that the file does not support.
     kernel.socket.send(b"nonsense").expect("sent");
     assert_eq!(kernel.ask(9999, ROOT, &[]).0, -libc::ENOSYS);

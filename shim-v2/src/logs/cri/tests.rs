@@ -5,14 +5,14 @@ use crate::logs::stamp;
 use proptest::prelude::*;
 
 /// A parsed record.
-pub(in crate::logs) struct Record {
+pub(in crate::logs) struct LogRecord {
     pub stderr: bool,
     pub full: bool,
     pub bytes: Vec<u8>,
 }
 
 /// Parses a log as a kubelet does. Panics on an invalid log.
-pub(in crate::logs) fn parse(log: &[u8]) -> Vec<Record> {
+pub(in crate::logs) fn parse(log: &[u8]) -> Vec<LogRecord> {
     let mut records = Vec::new();
     let mut rest = log;
     while !rest.is_empty() {
@@ -20,30 +20,30 @@ pub(in crate::logs) fn parse(log: &[u8]) -> Vec<Record> {
         let line = &rest[..end];
         rest = &rest[end + 1..];
         assert_eq!(
-            (line[4], line[10], line[WIDTH - 1], line[WIDTH]),
+            (line[4], line[10], line[STAMP_BYTES - 1], line[STAMP_BYTES]),
             (b'-', b'T', b'Z', b' ')
         );
-        let stderr = match &line[WIDTH + 1..WIDTH + 8] {
+        let stderr = match &line[STAMP_BYTES + 1..STAMP_BYTES + 8] {
             b"stdout " => false,
             b"stderr " => true,
             other => panic!("stream {other:?}"),
         };
-        let full = match &line[WIDTH + 8..WIDTH + 10] {
+        let full = match &line[STAMP_BYTES + 8..STAMP_BYTES + 10] {
             b"F " => true,
             b"P " => false,
             other => panic!("tag {other:?}"),
         };
-        records.push(Record {
+        records.push(LogRecord {
             stderr,
             full,
-            bytes: line[WIDTH + 10..].to_vec(),
+            bytes: line[STAMP_BYTES + 10..].to_vec(),
         });
     }
     records
 }
 
 /// Returns the bytes of one stream, with a newline after every full record.
-pub(in crate::logs) fn bytes_of(records: &[Record], stderr: bool) -> Vec<u8> {
+pub(in crate::logs) fn bytes_of(records: &[LogRecord], stderr: bool) -> Vec<u8> {
     let mut bytes = Vec::new();
     for record in records.iter().filter(|record| record.stderr == stderr) {
         bytes.extend_from_slice(&record.bytes);

@@ -15,8 +15,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use tokio::sync::Notify;
 
-/// What the fake guest keeps unacknowledged, in bytes; small, so that a missing Ack shows as a standstill.
-const GUEST_BUFFER: u64 = 256 << 10;
+/// Unacknowledged bytes that the fake guest keeps; few, so that a missing Ack shows as a standstill.
+const GUEST_BUFFER_BYTES: u64 = 256 << 10;
 
 /// A guest's output: all of it, what was acknowledged, and where streams break.
 struct FakeGuest {
@@ -54,7 +54,7 @@ impl Source for FakeSource {
         loop {
             let changed = self.guest.changed.notified();
             let acked = *self.guest.acked.lock().expect("unpoisoned");
-            if self.offset + data.len() as u64 <= acked + GUEST_BUFFER {
+            if self.offset + data.len() as u64 <= acked + GUEST_BUFFER_BYTES {
                 break;
             }
             changed.await;

@@ -334,7 +334,7 @@ impl FileWriter {
         }
     }
 
-    /// Opens the path again. The old file stays open if that fails.
+    /// Opens the path again. The old file remains open if that fails.
     async fn reopen(&mut self) -> Result<()> {
         let Some(target) = &mut self.target else {
             return Ok(());

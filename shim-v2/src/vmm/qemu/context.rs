@@ -59,7 +59,7 @@ pub(super) fn create(spec: &InstanceSpec) -> BoxliteResult<Context> {
         cache: files.cache.clone(),
         ..Context::default()
     };
-    // acpi=off with rtc, pit and pic is the only set of timers that neither hangs nor waits two seconds (measured).
+    // acpi=off with rtc, pit and pic is a set of timers that neither hangs nor waits two seconds (measured).
     context.option(
         "-M",
         "microvm,acpi=off,rtc=on,pit=on,pic=on,isa-serial=off,memory-backend=mem,\

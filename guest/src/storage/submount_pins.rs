@@ -49,7 +49,7 @@ fn pin_all(pid: i32) {
 }
 
 /// Opens a mount point below the container's root. The container may change its mounts concurrently, so the
-/// descriptor is only kept and never used.
+/// descriptor is only kept, not used.
 fn open(pid: i32, point: &Path) -> Option<(u64, OwnedFd)> {
     let root = File::open(format!("/proc/{pid}/root")).ok()?;
     let path = point.strip_prefix("/").ok()?;
