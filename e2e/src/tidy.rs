@@ -1,21 +1,23 @@
-//! The tidy check: fails when crate boundaries, file and function sizes, headers, unsafe code or the papers drift.
+//! The tidy check: fails when crate boundaries, file and function sizes, headers, unsafe code or documentation drift.
 //!
 //! Reads the repository's text only. Counts lines as rustfmt leaves them, so it needs no parser.
 
 mod crates;
 mod cycles;
 mod language;
+mod messages;
+mod vocabulary;
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Lines of the longest file, of the 95th percentile, of the longest function.
-const FILE_MAX: usize = 800;
-const FILE_P95: usize = 500;
-const FUNCTION_MAX: usize = 100;
+const MAX_FILE_LINES: usize = 800;
+const P95_FILE_LINES: usize = 500;
+const MAX_FUNCTION_LINES: usize = 100;
 
-/// The only files with unsafe code; each block has its `// SAFETY:`.
+/// Files that may have unsafe code; each block has its `// SAFETY:`.
 const UNSAFE: &[&str] = &[
     "guest/src/boot/memory.rs",
     "guest/src/cgroup/bpf.rs",
@@ -97,8 +99,11 @@ fn files_and_functions_are_short() {
     for (path, text) in sources() {
         let lines: Vec<_> = text.lines().collect();
         sizes.push(lines.len());
-        if lines.len() > FILE_MAX {
-            mistakes.push(format!("{path}: {} lines, at most {FILE_MAX}", lines.len()));
+        if lines.len() > MAX_FILE_LINES {
+            mistakes.push(format!(
+                "{path}: {} lines, at most {MAX_FILE_LINES}",
+                lines.len()
+            ));
         }
         for (at, line) in lines.iter().enumerate().filter(|(_, l)| begins_function(l)) {
             let indent = &line[..line.len() - line.trim_start().len()];
@@ -106,9 +111,9 @@ fn files_and_functions_are_short() {
             let length = lines[at..].iter().position(|l| {
                 **l == closing || l.ends_with(';') && l.starts_with(indent) && begins_function(l)
             });
-            if let Some(length) = length.filter(|n| *n >= FUNCTION_MAX) {
+            if let Some(length) = length.filter(|n| *n >= MAX_FUNCTION_LINES) {
                 mistakes.push(format!(
-                    "{path}:{}: a function of {} lines, at most {FUNCTION_MAX}",
+                    "{path}:{}: a function of {} lines, at most {MAX_FUNCTION_LINES}",
                     at + 1,
                     length + 1
                 ));
@@ -117,9 +122,9 @@ fn files_and_functions_are_short() {
     }
     sizes.sort_unstable();
     let p95 = sizes[sizes.len() * 95 / 100];
-    if p95 > FILE_P95 {
+    if p95 > P95_FILE_LINES {
         mistakes.push(format!(
-            "the 95th percentile of file lengths is {p95}, at most {FILE_P95}"
+            "the 95th percentile of file lengths is {p95}, at most {P95_FILE_LINES}"
         ));
     }
     fail(&mistakes);
@@ -231,8 +236,8 @@ fn no_file_knows_the_machine_it_was_written_on() {
 }
 
 /// Names in `backticks` of the first column of the table below a heading.
-fn table(paper: &str, heading: &str) -> BTreeSet<String> {
-    let below = paper.split(heading).nth(1).expect("the heading");
+fn table(text: &str, heading: &str) -> BTreeSet<String> {
+    let below = text.split(heading).nth(1).expect("the heading");
     let section = below.split("\n## ").next().unwrap_or_default();
     let first = section.lines().filter(|l| l.starts_with("| `"));
     first
@@ -243,10 +248,10 @@ fn table(paper: &str, heading: &str) -> BTreeSet<String> {
 
 #[test]
 fn the_table_of_unimplemented_calls_is_true() {
-    let paper = fs::read_to_string(root().join("ARCHITECTURE.md")).expect("ARCHITECTURE.md");
+    let text = fs::read_to_string(root().join("ARCHITECTURE.md")).expect("ARCHITECTURE.md");
     let code = fs::read_to_string(root().join("cri-server/src/service/unimplemented.rs"))
         .expect("unimplemented.rs");
-    let told = table(&paper, "## Calls that answer UNIMPLEMENTED");
+    let documented = table(&text, "## Calls that answer UNIMPLEMENTED");
     let quoted = code.split('"').skip(1).step_by(2);
     let name = |w: &&str| {
         w.starts_with(|c: char| c.is_ascii_uppercase())
@@ -255,7 +260,7 @@ fn the_table_of_unimplemented_calls_is_true() {
     let real: BTreeSet<_> = quoted.filter(name).map(str::to_owned).collect();
     assert!(!real.is_empty(), "unimplemented.rs names no call in quotes");
     assert_eq!(
-        told, real,
+        documented, real,
         "ARCHITECTURE.md (left) and unimplemented.rs (right)"
     );
 }
