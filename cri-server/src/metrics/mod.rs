@@ -65,7 +65,7 @@ impl Metrics {
         let stages = HistogramVec::new(
             HistogramOpts::new(
                 "boxlite_start_stage_duration_seconds",
-                "Stages of pod starts",
+                "Duration of the stages of pod starts",
             )
             .buckets(STAGE_BUCKETS.into()),
             &["stage"],

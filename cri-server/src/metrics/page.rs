@@ -55,7 +55,7 @@ fn runtime(registry: &Registry, totals: &RuntimeMetricsSnapshot) -> prometheus::
         ),
         (
             "boxlite_bytes_transferred_total",
-            "Payload through the Portals, both ways",
+            "Bytes of payload through the Portals, in both directions",
             totals.total_bytes_transferred,
         ),
     ] {
@@ -73,7 +73,7 @@ fn runtime(registry: &Registry, totals: &RuntimeMetricsSnapshot) -> prometheus::
     registry.register(Box::new(version))?;
     let time = Gauge::new(
         "boxlite_scrape_timestamp_seconds",
-        "When this page was made",
+        "Time of this scrape, in seconds since the epoch",
     )?;
     time.set(crate::convert::time::now_ns() as f64 / 1e9);
     registry.register(Box::new(time))
@@ -115,25 +115,21 @@ impl PodLines {
             execs: counter("boxlite_box_exec_total", "Processes started by exec")?,
             sent: counter(
                 "boxlite_box_network_sent_bytes_total",
-                "Sent by the guest's NICs",
+                "Bytes sent by the guest's NICs",
             )?,
             received: counter(
                 "boxlite_box_network_received_bytes_total",
-                "Received by the guest's NICs",
+                "Bytes received by the guest's NICs",
             )?,
-            ready: gauge(
-                "boxlite_box_ready",
-                "1 where the guest answers",
-                &POD_LABELS,
-            )?,
+            ready: gauge("boxlite_box_ready", "1 if the guest answers", &POD_LABELS)?,
             stale: gauge(
                 "boxlite_box_stale",
-                "1 where the sampled values are old: the guest did not answer",
+                "1 if the sampled values are old because the guest did not answer",
                 &POD_LABELS,
             )?,
             stages: gauge(
                 "boxlite_box_start_stage_seconds",
-                "Stages of the pod's start",
+                "Duration of the stages of the pod's start",
                 &["pod", "namespace", "uid", "id", "stage"],
             )?,
         })
