@@ -96,6 +96,17 @@ impl LeakSnapshot {
         })
         .await
     }
+
+    /// Does the same for a node whose daemon was restarted since: its process is another one.
+    pub(crate) async fn restored_by_another_daemon(&self, node: &Node, limit: Duration) -> Result {
+        poll::until("all objects of the pod are removed", limit, || async {
+            let mut more = Self::take(node)?.beyond(self);
+            more.retain(|name| !name.contains("boxlite-cri"));
+            ensure!(more.is_empty(), "leaked:\n  {}", more.join("\n  "));
+            Ok(())
+        })
+        .await
+    }
 }
 
 /// Returns the product's processes in this PID namespace by name, including zombies.
@@ -129,11 +140,8 @@ fn processes() -> Result<Vec<String>> {
 
 fn mounts() -> Result<Vec<String>> {
     let text = std::fs::read_to_string("/proc/self/mountinfo")?;
-    Ok(text
-        .lines()
-        .filter_map(|l| l.split(' ').nth(4))
-        .map(str::to_owned)
-        .collect())
+    let points = boxlite_sys::mountinfo::mounts(&text).map(|mount| mount.point);
+    Ok(points.map(|point| point.display().to_string()).collect())
 }
 
 /// Returns the interfaces, except the bridge, which CNI keeps.

@@ -9,7 +9,9 @@ use crate::ensure;
 use crate::failure::Result;
 use crate::install::Install;
 use crate::service::Service;
-use k8s_cri::v1::VersionRequest;
+use k8s_cri::v1::{
+    Container, ListContainersRequest, ListPodSandboxRequest, PodSandbox, VersionRequest,
+};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
@@ -160,6 +162,20 @@ impl Node {
     /// Terminates the daemon with SIGTERM and waits, as an upgrade does; pods keep running.
     pub(crate) async fn terminate(&self) -> Result {
         self.service.terminate().await
+    }
+
+    /// Returns all pods.
+    pub(crate) async fn pods(&self) -> Result<Vec<PodSandbox>> {
+        let request = ListPodSandboxRequest::default();
+        let list = self.cri.runtime().list_pod_sandbox(request).await?;
+        Ok(list.into_inner().items)
+    }
+
+    /// Returns the containers of all pods.
+    pub(crate) async fn containers(&self) -> Result<Vec<Container>> {
+        let request = ListContainersRequest::default();
+        let list = self.cri.runtime().list_containers(request).await?;
+        Ok(list.into_inner().containers)
     }
 
     /// Returns the path of the CRI socket.

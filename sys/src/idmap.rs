@@ -2,8 +2,9 @@
 //!
 //! Used by the shim for volumes and by the guest agent for image layers of pods with a user namespace.
 
+use crate::detached_mount::attach;
 use crate::mount_attributes::set_user_namespace;
-use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
+use rustix::mount::{OpenTreeFlags, open_tree};
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::Path;
@@ -24,12 +25,5 @@ pub fn mount(
     flags.set(OpenTreeFlags::AT_RECURSIVE, recursive);
     let tree = open_tree(rustix::fs::CWD, source, flags)?;
     set_user_namespace(&tree, user_namespace, recursive)?;
-    move_mount(
-        &tree,
-        "",
-        rustix::fs::CWD,
-        target,
-        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
-    )?;
-    Ok(())
+    attach(&tree, target)
 }

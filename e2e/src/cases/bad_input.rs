@@ -49,15 +49,7 @@ async fn impossible_host_path_is_refused(ctx: Context) -> Result {
     }];
     let outcome = async { pod.start_with(config.clone()).await.map(drop) }.await;
     expect_error(&outcome, &["/proc/no/such/path/on/the/host"])?;
-    let list = ListContainersRequest::default();
-    let left = ctx
-        .node
-        .cri
-        .runtime()
-        .list_containers(list)
-        .await?
-        .into_inner()
-        .containers;
+    let left = ctx.node.containers().await?;
     ensure!(
         left.iter()
             .all(|c| c.state() != ContainerState::ContainerRunning),
@@ -227,30 +219,14 @@ async fn node_with_plugin(
 
 /// Fails unless a failed RunPodSandbox left no netns, no process and no ready pod.
 async fn expect_no_remains(node: &std::sync::Arc<Node>) -> Result {
-    let list = node
-        .cri
-        .runtime()
-        .list_pod_sandbox(ListPodSandboxRequest::default())
-        .await?
-        .into_inner()
-        .items;
+    let list = node.pods().await?;
     ensure!(
         list.iter()
             .all(|p| p.state() != PodSandboxState::SandboxReady),
         "a failed pod is ready: {list:?}"
     );
     for pod in list {
-        let id = pod.id;
-        node.cri
-            .runtime()
-            .stop_pod_sandbox(StopPodSandboxRequest {
-                pod_sandbox_id: id.clone(),
-            })
-            .await?;
-        node.cri
-            .runtime()
-            .remove_pod_sandbox(RemovePodSandboxRequest { pod_sandbox_id: id })
-            .await?;
+        node.cri.remove_pod(pod.id).await?;
     }
     same!(
         std::fs::read_dir("/run/netns")?.count(),

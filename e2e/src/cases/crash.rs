@@ -90,21 +90,7 @@ async fn exits_during_downtime_are_reported(ctx: Context) -> Result {
     let node = node(&ctx, "dend").await?;
     let pod = Pod::run(&node, "ends").await?;
     let flag = node.dir.join("go");
-    std::fs::create_dir_all(&flag)?;
-    let mut config = crate::pod::container_spec(
-        "c",
-        &ctx.images.base,
-        &[
-            "sh",
-            "-c",
-            "while ! test -e /go/now; do usleep 50000; done; echo bye; exit 23",
-        ],
-    );
-    config.mounts = vec![Mount {
-        host_path: flag.display().to_string(),
-        container_path: "/go".into(),
-        ..Default::default()
-    }];
+    let config = super::exits_on_signal_file(&ctx.images.base, &flag, 23)?;
     let c = pod.start_with(config).await?;
     let stays = pod
         .start("stays", &ctx.images.base, &["sleep", "1000"])
@@ -167,14 +153,7 @@ async fn killed_daemon_at_random_moments_of_a_start(ctx: Context) -> Result {
         let pod = as_a_kubelet(&node, config)
             .await
             .map_err(|e| e.during(format!("turn {turn}, killed after {delay} ms")))?;
-        let list = node
-            .cri
-            .runtime()
-            .list_containers(ListContainersRequest::default())
-            .await?
-            .into_inner()
-            .containers;
-        for old in list {
+        for old in node.containers().await? {
             node.cri
                 .runtime()
                 .remove_container(RemoveContainerRequest {
@@ -188,21 +167,10 @@ async fn killed_daemon_at_random_moments_of_a_start(ctx: Context) -> Result {
             "turn {turn}, killed after {delay} ms"
         );
         pod.end().await?;
-        let daemon = |name: &String| name.contains("boxlite-cri");
-        let left: Vec<_> = poll::until("no remains", ctx.patience(10), || async {
-            let left: Vec<_> = LeakSnapshot::take(&node)?
-                .beyond(&clean)
-                .into_iter()
-                .filter(|n| !daemon(n))
-                .collect();
-            ensure!(
-                left.is_empty(),
-                "turn {turn}, killed after {delay} ms: {left:?}"
-            );
-            Ok(left)
-        })
-        .await?;
-        drop(left);
+        clean
+            .restored_by_another_daemon(&node, ctx.patience(10))
+            .await
+            .map_err(|e| e.during(format!("turn {turn}, killed after {delay} ms")))?;
     }
     Ok(())
 }
@@ -210,14 +178,7 @@ async fn killed_daemon_at_random_moments_of_a_start(ctx: Context) -> Result {
 /// Acts as a kubelet does on a pod that it may have started: uses the sandbox of that name if it is READY, otherwise
 /// stops and removes it and runs the next attempt.
 async fn as_a_kubelet(node: &Arc<Node>, mut config: PodSandboxConfig) -> Result<Pod> {
-    let list = node
-        .cri
-        .runtime()
-        .list_pod_sandbox(ListPodSandboxRequest::default())
-        .await?
-        .into_inner()
-        .items;
-    for old in list {
+    for old in node.pods().await? {
         let pod = Pod {
             node: node.clone(),
             id: old.id.clone(),
@@ -454,14 +415,7 @@ async fn pods_removed_during_downtime_are_forgotten(ctx: Context) -> Result {
         "its container"
     );
     pod.end().await?;
-    poll::until("no remains", ctx.patience(10), || async {
-        let left: Vec<_> = LeakSnapshot::take(&node)?
-            .beyond(&clean)
-            .into_iter()
-            .filter(|n| !n.contains("boxlite-cri"))
-            .collect();
-        ensure!(left.is_empty(), "{left:?}");
-        Ok(())
-    })
-    .await
+    clean
+        .restored_by_another_daemon(&node, ctx.patience(10))
+        .await
 }

@@ -25,7 +25,33 @@ mod streaming;
 mod trees;
 mod volumes;
 
+use crate::failure::Result;
+use crate::pod::container_spec;
 use crate::runner::Case;
+use k8s_cri::v1::{ContainerConfig, LinuxContainerSecurityContext, Mount};
+use std::path::Path;
+
+/// Returns the security context of a container configuration.
+fn security_context(config: &mut ContainerConfig) -> &mut LinuxContainerSecurityContext {
+    config
+        .linux
+        .get_or_insert_default()
+        .security_context
+        .get_or_insert_default()
+}
+
+/// Returns a container that prints "bye" and exits with `code` once the file `now` exists in `dir`, which is created.
+fn exits_on_signal_file(image: &str, dir: &Path, code: u8) -> Result<ContainerConfig> {
+    std::fs::create_dir_all(dir)?;
+    let script = format!("until test -e /go/now; do usleep 50000; done; echo bye; exit {code}");
+    let mut config = container_spec("c", image, &["sh", "-c", &script]);
+    config.mounts = vec![Mount {
+        host_path: dir.display().to_string(),
+        container_path: "/go".into(),
+        ..Default::default()
+    }];
+    Ok(config)
+}
 
 /// Returns all cases in the order in which they run.
 pub(crate) fn all() -> Vec<Case> {

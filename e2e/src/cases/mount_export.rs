@@ -30,10 +30,9 @@ pub(crate) fn cases() -> Vec<Case> {
 /// Returns the mount points of exported mounts on the host.
 fn exported_mounts(below: &Path) -> Result<Vec<PathBuf>> {
     let table = std::fs::read_to_string("/proc/self/mountinfo")?;
-    let points = table
-        .lines()
-        .filter(|line| line.contains(" - fuse.boxlite "))
-        .filter_map(|line| line.split(' ').nth(4).map(PathBuf::from));
+    let points = boxlite_sys::mountinfo::mounts(&table)
+        .filter(|mount| mount.kind == "fuse.boxlite")
+        .map(|mount| mount.point);
     Ok(points.filter(|point| point.starts_with(below)).collect())
 }
 

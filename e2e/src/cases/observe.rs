@@ -112,21 +112,7 @@ async fn events_continue_after_a_daemon_restart(ctx: Context) -> Result {
     pull(&node, &ctx.images.base).await?;
     let pod = Pod::run(&node, "gap").await?;
     let go = node.dir.join("go");
-    std::fs::create_dir_all(&go)?;
-    let mut config = container_spec(
-        "c",
-        &ctx.images.base,
-        &[
-            "sh",
-            "-c",
-            "until test -e /go/now; do usleep 50000; done; echo bye; exit 9",
-        ],
-    );
-    config.mounts = vec![Mount {
-        host_path: go.display().to_string(),
-        container_path: "/go".into(),
-        ..Default::default()
-    }];
+    let config = super::exits_on_signal_file(&ctx.images.base, &go, 9)?;
     let c = pod.start_with(config).await?;
     node.kill().await?;
     std::fs::write(go.join("now"), "")?;

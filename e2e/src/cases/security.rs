@@ -1,5 +1,6 @@
 //! Security context in a real VM: seccomp, groups, node namespaces, user namespaces, devices, refusals.
 
+use super::security_context;
 use crate::case;
 use crate::ext4::Ext4;
 use crate::failure::{Failure, Result};
@@ -23,15 +24,6 @@ pub(crate) fn cases() -> Vec<Case> {
     ]
 }
 
-/// Returns the security context of a container configuration.
-fn security(config: &mut ContainerConfig) -> &mut LinuxContainerSecurityContext {
-    config
-        .linux
-        .get_or_insert_default()
-        .security_context
-        .get_or_insert_default()
-}
-
 fn profile(kind: ProfileType, path: &str) -> Option<SecurityProfile> {
     Some(SecurityProfile {
         profile_type: kind.into(),
@@ -47,7 +39,7 @@ async fn sleeper(
     change: impl FnOnce(&mut LinuxContainerSecurityContext),
 ) -> Result<Container> {
     let mut config = container_spec(name, &ctx.images.base, &["sleep", "1000"]);
-    change(security(&mut config));
+    change(security_context(&mut config));
     pod.start_with(config).await
 }
 
@@ -162,7 +154,7 @@ async fn unsupported_settings_are_refused_by_name(ctx: Context) -> Result {
     let pod = ctx.shared_pod().await;
     let missing = "/no/such/profile.json";
     let text = refusal(&ctx, &pod, "seccomp", |c| {
-        security(c).seccomp = profile(ProfileType::Localhost, missing);
+        security_context(c).seccomp = profile(ProfileType::Localhost, missing);
     })
     .await?;
     ensure!(
@@ -170,7 +162,7 @@ async fn unsupported_settings_are_refused_by_name(ctx: Context) -> Result {
         "{text}"
     );
     let text = refusal(&ctx, &pod, "apparmor", |c| {
-        security(c).apparmor = profile(ProfileType::Localhost, "k8s-nginx");
+        security_context(c).apparmor = profile(ProfileType::Localhost, "k8s-nginx");
     })
     .await?;
     ensure!(
@@ -279,7 +271,7 @@ async fn node_pid_and_ipc_namespaces_are_the_vms(ctx: Context) -> Result {
     });
     let pod = Pod::run_with(&ctx.node, config).await?;
     let mut config = container_spec("a", &ctx.images.base, &["sleep", "7654"]);
-    security(&mut config).namespace_options = Some(options.clone());
+    security_context(&mut config).namespace_options = Some(options.clone());
     let a = pod.start_with(config).await?;
     let b = sleeper(&ctx, &pod, "b", |s| s.namespace_options = Some(options)).await?;
     let seen = b.out(&["ps"]).await?;
@@ -375,7 +367,7 @@ async fn user_namespace_maps_ids(ctx: Context) -> Result {
         &ctx.images.base,
         &["sh", "-c", &format!("{script}; sleep 1000")],
     );
-    security(&mut config).namespace_options = Some(mapped(ids(0, 100_000)));
+    security_context(&mut config).namespace_options = Some(mapped(ids(0, 100_000)));
     let c = pod.start_with(config).await?;
     c.printed("bound", ctx.patience(20)).await?;
     same!(
@@ -395,7 +387,7 @@ async fn user_namespace_maps_ids(ctx: Context) -> Result {
         &ctx.images.base,
         &["stat", "-c", "%u:%g", "/image/etc/passwd"],
     );
-    security(&mut image).namespace_options = Some(mapped(ids(0, 100_000)));
+    security_context(&mut image).namespace_options = Some(mapped(ids(0, 100_000)));
     image.mounts = vec![Mount {
         container_path: "/image".into(),
         readonly: true,
@@ -412,7 +404,7 @@ async fn user_namespace_maps_ids(ctx: Context) -> Result {
     same!(image.output()?, "0:0\n", "owners in an image volume");
     // The pod's PID namespace is owned by its user namespace.
     let mut shares = container_spec("p", &ctx.images.base, &["cat", "/proc/1/comm"]);
-    security(&mut shares).namespace_options = Some(NamespaceOption {
+    security_context(&mut shares).namespace_options = Some(NamespaceOption {
         pid: NamespaceMode::Pod.into(),
         ..mapped(ids(0, 100_000))
     });
@@ -452,7 +444,7 @@ async fn volume_in_user_namespace_is_id_mapped(ctx: Context) -> Result {
     let script = "stat -c %u:%g /volume/there; touch /volume/mine && echo in volume; \
         cat /map/key; stat -L -c %u:%g /map/key; touch /own/mine && stat -c %u:%g /own";
     let mut config = container_spec("c", &reference, &["sh", "-c", script]);
-    security(&mut config).namespace_options = Some(mapped(ids(0, 100_000)));
+    security_context(&mut config).namespace_options = Some(mapped(ids(0, 100_000)));
     let mapped_mount = |path: &std::path::Path, at: &str, readonly| Mount {
         container_path: at.into(),
         host_path: path.display().to_string(),

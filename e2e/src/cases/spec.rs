@@ -1,6 +1,7 @@
 //! Container configuration as seen by the container: shared and private namespaces, identity, capabilities, mounts,
 //! devices, limits.
 
+use super::security_context;
 use crate::case;
 use crate::client::answer;
 use crate::failure::Result;
@@ -30,15 +31,6 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(stdin_is_at_eof_unless_requested, 60),
         case!(sysctls_apply, 60),
     ]
-}
-
-/// Returns the security context of a container configuration.
-fn security(config: &mut ContainerConfig) -> &mut LinuxContainerSecurityContext {
-    config
-        .linux
-        .get_or_insert_default()
-        .security_context
-        .get_or_insert_default()
 }
 
 async fn namespaces_are_shared_or_private(ctx: Context) -> Result {
@@ -90,7 +82,7 @@ async fn pod_pid_namespace_is_shared(ctx: Context) -> Result {
     let pod = Pod::run_with(&ctx.node, config).await?;
     let spec = |name: &str, argv: &[&str]| {
         let mut config = container_spec(name, &ctx.images.base, argv);
-        security(&mut config).namespace_options = Some(options.clone());
+        security_context(&mut config).namespace_options = Some(options.clone());
         config
     };
     pod.start_with(spec("a", &["sleep", "7654"])).await?;
@@ -156,7 +148,7 @@ async fn user_and_groups_apply(ctx: Context) -> Result {
         let pod = pod.clone();
         let mut config =
             container_spec(name, &ctx.images.base, &["sh", "-c", "id -u; id -g; id -G"]);
-        change(security(&mut config));
+        change(security_context(&mut config));
         let limit = ctx.patience(20);
         async move {
             let c = pod.start_with(config).await?;
@@ -186,7 +178,7 @@ async fn user_and_groups_apply(ctx: Context) -> Result {
         "unknown user with group and supplemental groups"
     );
     let mut config = container_spec("nobody", &ctx.images.base, &["true"]);
-    security(&mut config).run_as_username = "no-such-user".into();
+    security_context(&mut config).run_as_username = "no-such-user".into();
     let outcome = async { pod.start_with(config).await.map(drop) }.await;
     ensure!(
         outcome
@@ -206,7 +198,7 @@ async fn capabilities_are_added_and_dropped(ctx: Context) -> Result {
             &ctx.images.base,
             &["grep", "-E", "CapEff|NoNewPrivs", "/proc/self/status"],
         );
-        change(security(&mut config));
+        change(security_context(&mut config));
         let limit = ctx.patience(20);
         async move {
             let c = pod.start_with(config).await?;
@@ -253,7 +245,7 @@ async fn read_only_rootfs_refuses_writes(ctx: Context) -> Result {
     let pod = ctx.shared_pod().await;
     let script = "echo x > /file && echo wrote; echo x > /tmp/file && echo wrote; echo x > /dev/shm/file && echo shm; echo end";
     let mut config = container_spec("ro", &ctx.images.base, &["sh", "-c", script]);
-    security(&mut config).readonly_rootfs = true;
+    security_context(&mut config).readonly_rootfs = true;
     let c = pod.start_with(config).await?;
     c.exited(ctx.patience(20)).await?;
     let output = c.output()?;
@@ -269,9 +261,9 @@ async fn read_only_rootfs_refuses_writes(ctx: Context) -> Result {
 async fn masked_and_read_only_paths_apply(ctx: Context) -> Result {
     let pod = ctx.shared_pod().await;
     let mut config = container_spec("c", &ctx.images.base, &["sleep", "1000"]);
-    security(&mut config).masked_paths =
+    security_context(&mut config).masked_paths =
         vec!["/bin/cal".into(), "/var/www".into(), "/not/there".into()];
-    security(&mut config).readonly_paths = vec!["/etc".into()];
+    security_context(&mut config).readonly_paths = vec!["/etc".into()];
     let c = pod.start_with(config).await?;
     same!(
         c.out(&[

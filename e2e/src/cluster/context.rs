@@ -10,7 +10,7 @@ use crate::leak::LeakSnapshot;
 use crate::runner::TestEnv;
 use crate::service::Service;
 use crate::{bail, ensure};
-use k8s_cri::v1::{ListPodSandboxRequest, PodSandboxState, RemovePodSandboxRequest};
+use k8s_cri::v1::{PodSandboxState, RemovePodSandboxRequest};
 use serde_json::{Value, json};
 use std::time::Duration;
 
@@ -122,10 +122,7 @@ impl ClusterContext {
     /// Removes the stopped sandboxes, as the kubelet does once a minute, and fails if others exist.
     async fn remove_sandboxes(&self) -> Result {
         let mut client = self.cluster.worker.node.cri.runtime();
-        let list = client
-            .list_pod_sandbox(ListPodSandboxRequest::default())
-            .await?;
-        for pod in list.into_inner().items {
+        for pod in self.cluster.worker.node.pods().await? {
             ensure!(
                 pod.state() == PodSandboxState::SandboxNotready,
                 "sandbox {} runs",

@@ -164,8 +164,8 @@ fn traces() -> Result<BTreeSet<String>> {
         );
     }
     let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
-    let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
-    found.extend(points.map(|point| format!("mount {point}")));
+    let points = boxlite_sys::mountinfo::mounts(&mounts).map(|mount| mount.point);
+    found.extend(points.map(|point| format!("mount {}", point.display())));
     for (kind, dir) in [("netns", "/run/netns"), ("fifo", "/run/containerd/fifo")] {
         let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
         found.extend(entries.map(|entry| format!("{kind} {}", entry.path().display())));

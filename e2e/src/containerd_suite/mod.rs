@@ -287,12 +287,7 @@ impl Suite<'_> {
 
     /// Removes the pods that a failed test left, which would disturb the next one.
     async fn clean(&self) -> Result {
-        let mut client = self.node.cri.runtime();
-        let pods = client
-            .list_pod_sandbox(k8s_cri::v1::ListPodSandboxRequest::default())
-            .await?
-            .into_inner();
-        for pod in pods.items {
+        for pod in self.node.pods().await? {
             self.node.cri.remove_pod(pod.id).await?;
         }
         Ok(())

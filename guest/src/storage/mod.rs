@@ -93,6 +93,17 @@ fn mount_error(fstype: &str, origin: &str, target: &str, errno: nix::Error) -> S
     }
 }
 
+/// Unmounts `target`. Succeeds if nothing is mounted there.
+fn unmount(target: &std::path::Path, flags: nix::mount::MntFlags) -> Result<(), StorageError> {
+    match nix::mount::umount2(target, flags) {
+        Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => Ok(()),
+        Err(errno) => Err(StorageError::Unmount {
+            target: target.display().to_string(),
+            source: errno.into(),
+        }),
+    }
+}
+
 /// Maximum number of entries of a root directory that are opened.
 const MAX_PREFAULTED_ENTRIES: usize = 256;
 

@@ -5,12 +5,11 @@
 //! filesystem and the missing target is created. Nothing runs in the tree yet, so it does not change meanwhile.
 
 use super::StorageError;
-use super::rootfs::make_directory;
 use oci_spec::runtime::{Mount, Spec};
-use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
+use rustix::fs::{Mode, OFlags, ResolveFlags, mkdirat, openat2};
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
 /// Maximum number of symlinks in a path, as in the kernel.
@@ -134,6 +133,36 @@ fn create(root: &Path, target: &Path, file: bool) -> io::Result<()> {
     fs::File::create_new(below(root, target)).map(drop)
 }
 
+/// Creates a directory and its parents inside the tree at `root`; symlinks are resolved within the tree.
+pub(crate) fn make_directory(root: &Path, path: &Path) -> io::Result<()> {
+    let root = fs::File::open(root)?;
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    let mut done = PathBuf::new();
+    for part in path.components() {
+        let Component::Normal(name) = part else {
+            continue;
+        };
+        let parent = openat2(
+            root.as_fd(),
+            if done.as_os_str().is_empty() {
+                Path::new(".")
+            } else {
+                &done
+            },
+            flags,
+            Mode::empty(),
+            resolve,
+        )?;
+        done.push(name);
+        match mkdirat(&parent, name, Mode::from_raw_mode(0o755)) {
+            Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -243,5 +272,17 @@ mod tests {
         for path in ["/opt/file", "/etc/hosts", "/opt/loop", "/missing"] {
             assert!(check(path).is_err(), "{path}");
         }
+    }
+
+    #[test]
+    fn make_directory_stays_inside_the_root() {
+        let outside = tempfile::tempdir().unwrap();
+        let root = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink(outside.path(), root.path().join("link")).unwrap();
+        make_directory(root.path(), Path::new("/a/b/c")).unwrap();
+        assert!(root.path().join("a/b/c").is_dir());
+        assert!(make_directory(root.path(), Path::new("/link/x")).is_err());
+        assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0);
+        make_directory(root.path(), Path::new("/a/../../b")).unwrap();
     }
 }

@@ -1,9 +1,10 @@
 //! [`stack`]: mounts an overlay of image layers.
 
 use super::StorageError;
+use boxlite_sys::detached_mount::attach;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create, fsconfig_set_flag,
-    fsconfig_set_string, fsmount, fsopen, move_mount,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag,
+    fsconfig_set_string, fsmount, fsopen,
 };
 use std::io;
 use std::path::{Path, PathBuf};
@@ -40,12 +41,5 @@ fn overlay(lower: &[PathBuf], writable: Option<&Path>, target: &Path) -> io::Res
     }
     fsconfig_create(&context)?;
     let tree = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
-    move_mount(
-        &tree,
-        "",
-        rustix::fs::CWD,
-        target,
-        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
-    )?;
-    Ok(())
+    attach(&tree, target)
 }

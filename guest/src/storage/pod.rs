@@ -1,9 +1,10 @@
 //! The pod's own mounts: share, scratch disk, /dev/shm. Set up once by `Guest.Init`, removed by `Guest.Shutdown`.
 
-use super::{StorageError, mount_error};
+use super::{StorageError, mount_error, unmount};
 use boxlite_proto::boxlite::v1::FilesystemStats;
 use boxlite_proto::names;
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use boxlite_sys::mountinfo::mounts;
+use nix::mount::{MntFlags, MsFlags, mount};
 use std::fs;
 use std::path::Path;
 
@@ -64,13 +65,7 @@ pub(crate) fn resize_shm(bytes: u64) -> Result<(), StorageError> {
 /// Writes all dirty data and unmounts the scratch disk; remaining users are cut off.
 pub(crate) fn release_scratch() -> Result<(), StorageError> {
     rustix::fs::sync();
-    match umount2(names::GUEST_SCRATCH, MntFlags::empty()) {
-        Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => Ok(()),
-        Err(errno) => Err(StorageError::Unmount {
-            target: names::GUEST_SCRATCH.to_owned(),
-            source: errno.into(),
-        }),
-    }
+    unmount(Path::new(names::GUEST_SCRATCH), MntFlags::empty())
 }
 
 /// Returns usage figures of the scratch disk, or `None` if none is mounted. Does not access the disk.
@@ -79,9 +74,9 @@ pub(crate) fn scratch_stats() -> Option<FilesystemStats> {
         return None;
     }
     let room = rustix::fs::statvfs(names::GUEST_SCRATCH).ok()?;
-    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     Some(FilesystemStats {
-        device: origin_of(&mounts, names::GUEST_SCRATCH).unwrap_or_default(),
+        device: origin_of(&table, names::GUEST_SCRATCH).unwrap_or_default(),
         capacity_bytes: room.f_blocks.saturating_mul(room.f_frsize),
         available_bytes: room.f_bavail.saturating_mul(room.f_frsize),
         inodes: room.f_files,
@@ -89,13 +84,10 @@ pub(crate) fn scratch_stats() -> Option<FilesystemStats> {
     })
 }
 
-/// Returns the source of the mount at `target` in the format of /proc/self/mounts: `origin target type options 0 0`.
-fn origin_of(mounts: &str, target: &str) -> Option<String> {
-    mounts.lines().rev().find_map(|line| {
-        let mut words = line.split(' ');
-        let origin = words.next()?;
-        (words.next()? == target).then(|| origin.to_owned())
-    })
+/// Returns the source of the topmost mount at `target` in a mount table.
+fn origin_of(table: &str, target: &str) -> Option<String> {
+    let topmost = mounts(table).rfind(|mount| mount.point == Path::new(target))?;
+    Some(topmost.source.to_owned())
 }
 
 /// Returns the guest's block devices for messages: `vda (serial)`.
@@ -180,8 +172,9 @@ mod tests {
 
     #[test]
     fn origin_of_returns_the_last_mount() {
-        let mounts = "/dev/vda / erofs ro 0 0\ntmpfs /x tmpfs rw 0 0\n/dev/vdb /x ext4 rw 0 0\n";
-        assert_eq!(origin_of(mounts, "/x").as_deref(), Some("/dev/vdb"));
-        assert_eq!(origin_of(mounts, "/y"), None);
+        let table = "1 0 254:0 / / ro - erofs /dev/vda ro\n2 1 0:9 / /x rw - tmpfs tmpfs rw\n\
+            3 2 254:16 / /x rw - ext4 /dev/vdb rw\n";
+        assert_eq!(origin_of(table, "/x").as_deref(), Some("/dev/vdb"));
+        assert_eq!(origin_of(table, "/y"), None);
     }
 }

@@ -3,21 +3,20 @@
 //!
 //! [`Rootfs::assemble`] creates it, [`Rootfs::take_down`] removes everything. Both block.
 
-use super::StorageError;
 use super::blocks::Blocks;
 use super::idmap::Mapped;
 use super::layers::{Layers, below_share};
 use super::overlay::stack;
 use super::volumes::Volumes;
+use super::{StorageError, unmount};
 use boxlite_proto::boxlite::v1::{BlockDevice, Rootfs as Request};
 use boxlite_proto::names;
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::mount::{MntFlags, MsFlags, mount};
 use oci_spec::runtime::Spec;
-use rustix::fs::{Mode, OFlags, ResolveFlags, mkdirat, openat2};
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::path::{Component, Path, PathBuf};
+use std::os::fd::BorrowedFd;
+use std::path::{Path, PathBuf};
 
 /// Maximum number of layers. The kernel supports 500; images have at most 127.
 const MAX_LAYERS: usize = 200;
@@ -196,16 +195,7 @@ impl Rootfs {
     pub(crate) fn take_down(&self, layers: &Layers) -> Result<(), StorageError> {
         self.blocks.take_down();
         self.volumes.take_down(layers)?;
-        let target = self.path();
-        match umount2(&target, MntFlags::MNT_DETACH) {
-            Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => {}
-            Err(errno) => {
-                return Err(StorageError::Unmount {
-                    target: target.display().to_string(),
-                    source: errno.into(),
-                });
-            }
-        }
+        unmount(&self.path(), MntFlags::MNT_DETACH)?;
         for layer in &self.layers {
             layers.release(layer);
         }
@@ -220,36 +210,6 @@ impl Rootfs {
         }
         Ok(())
     }
-}
-
-/// Creates a directory and its parents inside the tree at `root`; symlinks are resolved within the tree.
-pub(crate) fn make_directory(root: &Path, path: &Path) -> io::Result<()> {
-    let root = fs::File::open(root)?;
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-    let mut done = PathBuf::new();
-    for part in path.components() {
-        let Component::Normal(name) = part else {
-            continue;
-        };
-        let parent = openat2(
-            root.as_fd(),
-            if done.as_os_str().is_empty() {
-                Path::new(".")
-            } else {
-                &done
-            },
-            flags,
-            Mode::empty(),
-            resolve,
-        )?;
-        done.push(name);
-        match mkdirat(&parent, name, Mode::from_raw_mode(0o755)) {
-            Ok(()) | Err(rustix::io::Errno::EXIST) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-    }
-    Ok(())
 }
 
 fn bind(source: &Path, target: &Path) -> Result<(), StorageError> {
@@ -280,21 +240,4 @@ fn allow_setuid(target: &Path) -> Result<(), StorageError> {
             source: errno.into(),
         }
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn make_directory_stays_inside_the_root() {
-        let outside = tempfile::tempdir().unwrap();
-        let root = tempfile::tempdir().unwrap();
-        std::os::unix::fs::symlink(outside.path(), root.path().join("link")).unwrap();
-        make_directory(root.path(), Path::new("/a/b/c")).unwrap();
-        assert!(root.path().join("a/b/c").is_dir());
-        assert!(make_directory(root.path(), Path::new("/link/x")).is_err());
-        assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0);
-        make_directory(root.path(), Path::new("/a/../../b")).unwrap();
-    }
 }

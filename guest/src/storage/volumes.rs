@@ -7,12 +7,12 @@ use super::idmap::Mapped;
 use super::layers::Layers;
 use super::memory;
 use super::overlay::stack;
-use super::{StorageError, mount_error, mount_points};
+use super::{StorageError, mount_error, mount_points, unmount};
 use boxlite_proto::names::{
     IDMAP_OPTION, IMAGE_MOUNT, IMAGE_SUB_PATH_STEP, IMAGE_VOLUME_MOUNT, LAYER_OPTION, MEMORY_MOUNT,
     MOUNT_FLAGS, SUB_PATH_OPTION,
 };
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::mount::{MntFlags, MsFlags, mount};
 use oci_spec::runtime::{Mount, Spec};
 use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
 use std::fs::{self, File};
@@ -197,15 +197,7 @@ impl Volumes {
     /// Unmounts everything and releases the layers. Idempotent.
     pub(crate) fn take_down(&self, layers: &Layers) -> Result<(), StorageError> {
         for target in self.mounts.iter().rev() {
-            match umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
-                Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => {}
-                Err(errno) => {
-                    return Err(StorageError::Unmount {
-                        target: target.display().to_string(),
-                        source: errno.into(),
-                    });
-                }
-            }
+            unmount(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)?;
         }
         for layer in &self.layers {
             layers.release(layer);

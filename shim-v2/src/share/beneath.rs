@@ -12,6 +12,12 @@ use std::path::{Path, PathBuf};
 const DIRECTORY_MODE: Mode = Mode::from_bits_truncate(0o755);
 const FILE_MODE: Mode = Mode::from_bits_truncate(0o644);
 
+/// Opens a directory for walks below it.
+fn open_directory(path: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    Ok(openat(AT_FDCWD, path, flags, Mode::empty())?)
+}
+
 /// An opened mount point.
 pub(crate) struct SharePath(OwnedFd);
 
@@ -21,12 +27,7 @@ impl SharePath {
     /// # Errors
     /// AlreadyExists, or the error of openat2, for example ELOOP for a link in the path.
     pub(crate) fn create(base: &Path, path: &str, directory: bool) -> io::Result<Self> {
-        let mut parent = openat(
-            AT_FDCWD,
-            base,
-            OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
-            Mode::empty(),
-        )?;
+        let mut parent = open_directory(base)?;
         let (parents, name) = path.rsplit_once('/').unwrap_or(("", path));
         for part in parents.split('/').filter(|part| !part.is_empty()) {
             match mkdirat(&parent, part, DIRECTORY_MODE) {
@@ -53,12 +54,7 @@ impl SharePath {
     /// # Errors
     /// As [`SharePath::create`].
     pub(crate) fn open(base: &Path, path: &str) -> io::Result<Option<Self>> {
-        let base = openat(
-            AT_FDCWD,
-            base,
-            OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
-            Mode::empty(),
-        )?;
+        let base = open_directory(base)?;
         match step(&base, path, OFlag::empty()) {
             Ok(opened) => Ok(Some(Self(opened))),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -71,12 +67,7 @@ impl SharePath {
     /// # Errors
     /// It is not empty, or is still a mount point.
     pub(crate) fn remove(base: &Path, path: &str) -> io::Result<()> {
-        let base = openat(
-            AT_FDCWD,
-            base,
-            OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
-            Mode::empty(),
-        )?;
+        let base = open_directory(base)?;
         let (parents, name) = path.rsplit_once('/').unwrap_or((".", path));
         let parent = match step(&base, parents, OFlag::O_DIRECTORY) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),

@@ -16,6 +16,7 @@ pub mod mirror;
 pub mod mountinfo;
 
 use beneath::SharePath;
+use boxlite_sys::detached_mount::attach;
 use boxlite_sys::mount_attributes::{
     MOUNT_ATTR_NODEV, MOUNT_ATTR_NOSUID, MOUNT_ATTR_RDONLY, set_flags,
 };
@@ -405,8 +406,7 @@ impl Staged {
         };
         made.map_err(failed("create", &path))?;
         let staged = Self(path);
-        let how = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
-        move_mount(tree, "", CWD, &staged.0, how).map_err(failed("bind", source))?;
+        attach(tree, &staged.0).map_err(failed("bind", source))?;
         staged.set_propagation(source, mode)?;
         Ok(staged)
     }

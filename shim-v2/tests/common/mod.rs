@@ -430,14 +430,10 @@ pub(crate) fn log_bytes(log: &[u8], stream: &str) -> Vec<u8> {
 
 /// Returns the mount points of cgroup hierarchies.
 fn cgroup_mounts() -> Vec<PathBuf> {
-    std::fs::read_to_string("/proc/mounts")
-        .expect("mounts")
-        .lines()
-        .filter_map(|line| {
-            let mut fields = line.split(' ');
-            let (_, mount, kind) = (fields.next()?, fields.next()?, fields.next()?);
-            kind.starts_with("cgroup").then(|| PathBuf::from(mount))
-        })
+    let table = std::fs::read_to_string("/proc/self/mountinfo").expect("mounts");
+    boxlite_sys::mountinfo::mounts(&table)
+        .filter(|mount| mount.kind.starts_with("cgroup"))
+        .map(|mount| mount.point)
         .collect()
 }
 

@@ -240,14 +240,10 @@ async fn rebooted_node_restarts_every_pod(ctx: Context) -> Result {
 fn forget(ctx: &Context) -> Result {
     let state = ctx.cluster.worker.node.dir.join("state");
     let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
-    let paths = mounts.lines().filter_map(|l| l.split(' ').nth(4));
-    let below = state.display().to_string();
-    let mut ours: Vec<_> = paths
-        .filter(|p| p.starts_with(&below) || p.starts_with("/run/netns/"))
-        .collect();
-    ours.reverse();
-    for path in ours {
-        crate::namespaces::run("umount", &["--lazy", path])?;
+    let points = boxlite_sys::mountinfo::mounts(&mounts).map(|mount| mount.point);
+    let ours = points.filter(|p| p.starts_with(&state) || p.starts_with("/run/netns/"));
+    for point in ours.rev() {
+        crate::namespaces::run("umount", &["--lazy", &point.display().to_string()])?;
     }
     for entry in std::fs::read_dir("/run/netns")? {
         std::fs::remove_file(entry?.path())?;
