@@ -6,6 +6,7 @@
 pub(crate) mod container;
 pub(crate) mod filter;
 pub(crate) mod image;
+mod lsm;
 pub(crate) mod metrics;
 pub(crate) mod sandbox;
 pub(crate) mod signal;
@@ -14,6 +15,7 @@ pub(crate) mod spec;
 pub(crate) mod stats;
 pub(crate) mod status;
 pub(crate) mod time;
+mod userns;
 pub(crate) mod verbose;
 
 use boxlite_config::size::SizeError;

@@ -3,9 +3,8 @@
 //! [`PodMetadata`] is the runtime's opaque metadata of a box: the CRI messages in their encoding, so that fields of a
 //! newer kubelet survive a restart of the daemon.
 
-use super::ConvertError;
 use super::size::{limits, merge};
-use super::spec;
+use super::{ConvertError, lsm, userns};
 use crate::cni::{Bandwidth, DnsSettings, PodNetwork, PortMap};
 use boxlite_config::cgroup::expand_slice;
 use boxlite_config::dns;
@@ -60,8 +59,10 @@ impl PodMetadata {
             .linux
             .as_ref()
             .and_then(|linux| linux.security_context.as_ref());
-        spec::namespaces(security.and_then(|security| security.namespace_options.as_ref()))?;
-        security.map(spec::lsm::sandbox).transpose()?;
+        userns::check_namespaces(
+            security.and_then(|security| security.namespace_options.as_ref()),
+        )?;
+        security.map(lsm::sandbox).transpose()?;
         for mapping in &config.port_mappings {
             port(mapping.host_port, mapping.container_port)?;
         }

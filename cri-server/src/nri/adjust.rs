@@ -5,6 +5,7 @@
 //! its type.
 
 use super::resources;
+use super::unsupported::Unsupported;
 use boxlite_proto::nri::v1alpha1::{
     ContainerAdjustment, Hooks, LinuxContainerAdjustment, LinuxDevice,
 };
@@ -18,14 +19,6 @@ const RESERVED: [&str; 2] = ["boxlite.", "io.boxlite."];
 const DEVICES: [(i64, i64); 7] = [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (10, 200), (10, 229)];
 /// Range of /proc/<pid>/oom_score_adj.
 const OOM_RANGE: std::ops::RangeInclusive<i64> = -1000..=1000;
-
-/// An adjustment that the runtime cannot apply.
-#[derive(Debug, Clone, thiserror::Error, PartialEq, Eq)]
-#[error("{field}: {reason}")]
-pub(crate) struct Unsupported {
-    pub field: String,
-    pub reason: String,
-}
 
 fn unsupported(field: impl Into<String>, reason: impl Into<String>) -> Unsupported {
     Unsupported {

@@ -3,9 +3,10 @@
 //! A later plugin sees the container with the earlier adjustments. The functions are pure: the calls are in
 //! [`super`], the validation in [`super::adjust`].
 
-use super::adjust::{self, Unsupported, name_of, unmarked};
+use super::adjust::{self, name_of, unmarked};
 use super::owners::{Conflict, Owners};
 use super::resources;
+use super::unsupported::Unsupported;
 use boxlite_proto::nri::v1alpha1::{
     Container, ContainerAdjustment, ContainerUpdate, CreateContainerResponse, Field, KeyValue,
     LinuxContainerAdjustment, LinuxContainerUpdate, LinuxDevice, LinuxResources, Mount,

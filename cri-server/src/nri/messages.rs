@@ -3,7 +3,7 @@
 //! Internals of this runtime (its annotations, paths in the guest) are omitted. A container's process has no pid on
 //! the host, so `pid` is 0.
 
-use super::resources;
+use super::resources::{self, text, text_map};
 use crate::convert::sandbox::PodMetadata;
 use boxlite_proto::cri::v1::{ContainerConfig, LinuxContainerResources};
 use boxlite_proto::nri::v1alpha1::{
@@ -165,12 +165,7 @@ fn from_spec(container: &mut Container, spec: &Value) {
         oom_score_adj: process["oomScoreAdj"]
             .as_i64()
             .map(|value| OptionalInt { value }),
-        sysctl: linux["sysctl"]
-            .as_object()
-            .into_iter()
-            .flatten()
-            .map(|(key, value)| (key.clone(), text(value)))
-            .collect(),
+        sysctl: text_map(&linux["sysctl"]),
         ..Default::default()
     });
 }
@@ -185,10 +180,6 @@ fn device(device: &Value) -> LinuxDevice {
         uid: number(&device["uid"]).map(|value| OptionalUInt32 { value }),
         gid: number(&device["gid"]).map(|value| OptionalUInt32 { value }),
     }
-}
-
-fn text(value: &Value) -> String {
-    value.as_str().unwrap_or_default().to_owned()
 }
 
 fn texts(value: &Value) -> Vec<String> {

@@ -25,6 +25,7 @@ pub(crate) mod resources;
 mod session;
 #[cfg(test)]
 mod tests;
+mod unsupported;
 mod wire;
 
 pub(crate) use session::{Session, SessionError};

@@ -2,12 +2,13 @@
 //!
 //! Ownership of the fields is in [`super::owners`].
 
-use super::adjust::Unsupported;
+use super::unsupported::Unsupported;
 use boxlite_proto::cri::v1::LinuxContainerResources;
 use boxlite_proto::nri::v1alpha1::{
     Field, LinuxCpu, LinuxMemory, LinuxPids, LinuxResources, OptionalInt64, OptionalUInt64,
 };
 use serde_json::{Map, Value, json};
+use std::collections::HashMap;
 
 /// Returns all fields that are set, with their keys.
 pub(crate) fn fields(resources: &LinuxResources) -> Vec<(Field, String)> {
@@ -183,7 +184,6 @@ pub(crate) fn oci(resources: &LinuxResources) -> Value {
 pub(crate) fn from_oci(resources: &Value) -> LinuxResources {
     let signed = |value: &Value| value.as_i64().map(|value| OptionalInt64 { value });
     let unsigned = |value: &Value| value.as_u64().map(|value| OptionalUInt64 { value });
-    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let (memory, cpu) = (&resources["memory"], &resources["cpu"]);
     LinuxResources {
         memory: Some(LinuxMemory {
@@ -203,14 +203,24 @@ pub(crate) fn from_oci(resources: &Value) -> LinuxResources {
         pids: resources["pids"]["limit"]
             .as_i64()
             .map(|limit| LinuxPids { limit }),
-        unified: resources["unified"]
-            .as_object()
-            .into_iter()
-            .flatten()
-            .map(|(key, value)| (key.clone(), text(value)))
-            .collect(),
+        unified: text_map(&resources["unified"]),
         ..Default::default()
     }
+}
+
+/// Returns a string; empty if the value is none.
+pub(crate) fn text(value: &Value) -> String {
+    value.as_str().unwrap_or_default().to_owned()
+}
+
+/// Returns the entries of an object of strings; empty if the value is no object.
+pub(crate) fn text_map(object: &Value) -> HashMap<String, String> {
+    object
+        .as_object()
+        .into_iter()
+        .flatten()
+        .map(|(key, value)| (key.clone(), text(value)))
+        .collect()
 }
 
 /// Converts CRI's resources, where 0 and "" are unset.

@@ -4,7 +4,8 @@
 //! [`forward`] handles one connection on any transport. Half-close is preserved in both directions, and nothing is
 //! buffered here. All ports may be dialed: the pod belongs to the client.
 
-use super::pipe::{Input, Output};
+use super::input::Input;
+use super::output::Output;
 use super::process::chunks;
 use super::remote::STREAM_TYPE;
 use super::spdy::{Accept, Stream};

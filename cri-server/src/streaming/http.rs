@@ -4,8 +4,10 @@
 //! without revealing whether a token is unknown, used or expired.
 
 use super::forward::{self, Forward};
+use super::output::Output;
 use super::process;
-use super::remote::{self, Version};
+use super::protocol::{RequestedStreams, Version};
+use super::remote::{self, Remote};
 use super::sessions::Session;
 use super::websocket::{self, Subprotocol, Tunnel, channels};
 use super::{Streaming, Ticket, spdy};
@@ -380,11 +382,11 @@ async fn run_websocket(io: Upgraded, ticket: Ticket, kind: Subprotocol, context:
     let serving = channels::serve(socket, kind, idle, gone.clone(), move |channels| {
         let session: BoxFuture<'static, ()> = match ticket {
             Ticket::Exec(exec) => {
-                let remote = channels.remote(exec.streams, version);
+                let remote = Remote::of_channels(channels, exec.streams, version);
                 Box::pin(process::exec(exec, remote))
             }
             Ticket::Attach(attach) => {
-                let remote = channels.remote(attach.streams, version);
+                let remote = Remote::of_channels(channels, attach.streams, version);
                 Box::pin(process::attach(attach, remote))
             }
             Ticket::Forward(Forward { pod, ports }) => {
@@ -395,8 +397,8 @@ async fn run_websocket(io: Upgraded, ticket: Ticket, kind: Subprotocol, context:
                     (
                         port,
                         input,
-                        channels.output(data),
-                        channels.output(data + 1),
+                        Output::Channel(channels.output(data)),
+                        Output::Channel(channels.output(data + 1)),
                     )
                 });
                 Box::pin(forward::serve_channels(pod, pairs.collect()))
@@ -447,11 +449,11 @@ where
 
 async fn collect(
     mut accept: spdy::Accept,
-    wanted: remote::RequestedStreams,
+    wanted: RequestedStreams,
     version: Version,
     gone: CancellationToken,
     limit: Duration,
-) -> Option<remote::Remote> {
+) -> Option<Remote> {
     match remote::collect(&mut accept, wanted, version, gone, limit).await {
         Ok(remote) => Some(remote),
         Err(error) => {

@@ -12,9 +12,11 @@
 
 mod forward;
 mod http;
+mod input;
 mod outcome;
-mod pipe;
+mod output;
 mod process;
+mod protocol;
 mod remote;
 mod sessions;
 mod spdy;
@@ -24,7 +26,7 @@ mod websocket;
 pub(crate) use forward::Forward;
 pub(crate) use http::serve;
 pub(crate) use process::{Attach, Exec};
-pub(crate) use remote::RequestedStreams;
+pub(crate) use protocol::RequestedStreams;
 pub(crate) use tokens::TooManyPending;
 
 use crate::config::StreamingConfig;

@@ -10,9 +10,10 @@
 //! output goes to the log; a client that falls too far behind gets an error and is disconnected. A disconnecting
 //! client ends the process that it started by exec.
 
+use super::input::Input;
 use super::outcome::Outcome;
-use super::pipe::Input;
-use super::remote::{Remote, RequestedStreams};
+use super::protocol::RequestedStreams;
+use super::remote::Remote;
 use boxlite_portal::{GuestErrorKind, PortalError};
 use boxlite_proto::boxlite::v1::OutputStream;
 use boxlite_runtime::{LiteBox, ProcessControls, ProcessSession, RuntimeError, report};

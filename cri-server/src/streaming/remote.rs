@@ -1,58 +1,14 @@
-//! The client of an exec or attach as a set of streams: [`Remote`]. Created here from SPDY streams, and in
-//! `websocket` from channels.
+//! The client of an exec or attach as a set of streams: [`Remote`], created from SPDY streams or from channels of a
+//! WebSocket.
 
+use super::input::Input;
 use super::outcome::Outcome;
-use super::pipe::{Input, Output};
+use super::output::Output;
+use super::protocol::{RequestedStreams, Version};
 use super::spdy;
+use super::websocket::channels::{self, Channels};
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
-
-/// Streams requested by a call.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct RequestedStreams {
-    pub stdin: bool,
-    pub stdout: bool,
-    pub stderr: bool,
-    pub tty: bool,
-}
-
-/// Version of the remote command protocol.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Version {
-    /// Errors are plain text.
-    V1,
-    /// V1 with corrections.
-    V2,
-    /// Adds resize.
-    V3,
-    /// Adds metav1.Status on the error stream.
-    V4,
-    /// Adds half-close over WebSocket.
-    V5,
-}
-
-impl Version {
-    /// Parses the name of a subprotocol without base64.
-    pub(crate) fn named(name: &str) -> Option<Self> {
-        match name {
-            "channel.k8s.io" => Some(Self::V1),
-            "v2.channel.k8s.io" => Some(Self::V2),
-            "v3.channel.k8s.io" => Some(Self::V3),
-            "v4.channel.k8s.io" => Some(Self::V4),
-            "v5.channel.k8s.io" => Some(Self::V5),
-            _ => None,
-        }
-    }
-
-    /// Returns whether errors are JSON.
-    pub(crate) fn json(self) -> bool {
-        self >= Self::V4
-    }
-
-    fn resizes(self) -> bool {
-        self >= Self::V3
-    }
-}
 
 /// A client with its streams.
 #[derive(Debug)]
@@ -70,6 +26,37 @@ pub(crate) struct Remote {
 }
 
 impl Remote {
+    /// Creates a remote from the channels of a WebSocket. An empty message on the lowest channel signals the connection
+    /// to the client.
+    pub(crate) fn of_channels(
+        channels: &mut Channels,
+        wanted: RequestedStreams,
+        version: Version,
+    ) -> Self {
+        let lowest = match wanted {
+            RequestedStreams { stdout: true, .. } => channels::STDOUT,
+            RequestedStreams { stderr: true, .. } => channels::STDERR,
+            _ => channels::ERROR,
+        };
+        channels.announce(lowest);
+        let output = |channel| Output::Channel(channels.output(channel));
+        let (stdout, stderr) = (
+            wanted.stdout.then(|| output(channels::STDOUT)),
+            wanted.stderr.then(|| output(channels::STDERR)),
+        );
+        let error = output(channels::ERROR);
+        Self {
+            stdin: wanted.stdin.then(|| channels.input(channels::STDIN)),
+            stdout,
+            stderr,
+            error,
+            resize: wanted.tty.then(|| channels.input(channels::RESIZE)),
+            version,
+            gone: channels.gone().clone(),
+            unused: Vec::new(),
+        }
+    }
+
     /// Sends the outcome to the client and ends all its streams, output first: clients treat the end of the error
     /// stream as the end of the session.
     pub(crate) async fn finish(self, outcome: &Outcome) {

@@ -9,11 +9,11 @@
 //! ```
 
 use super::driver::{Change, Message};
+use super::images::image_error;
 use super::{LiteBox, UpdateMetadata, now_ns, teardown};
 use crate::database::ContainerRow;
-use crate::error::{ErrorKind, Result, RuntimeError};
+use crate::error::{Result, RuntimeError};
 use crate::filesystem_layout::{check_id, private_directory, remove_tree};
-use crate::images::{ImageError, ImageErrorKind};
 use crate::shim_controller::{ShimController, TaskCreate, TaskState};
 use crate::types::{ContainerOptions, ContainerSnapshot, ContainerState, ContainerUser, PidMode};
 use boxlite_proto::names;
@@ -537,20 +537,4 @@ fn write_bundle(bundle: &Path, config: &PathBuf, spec: &[u8]) -> Result<()> {
         path: config.clone(),
         source,
     })
-}
-
-pub(super) fn image_error(image: &str, what: &'static str, source: ImageError) -> RuntimeError {
-    let kind = match source.kind() {
-        ImageErrorKind::NotFound => ErrorKind::NotFound,
-        ImageErrorKind::InvalidReference => ErrorKind::InvalidArgument,
-        ImageErrorKind::NoSpace | ImageErrorKind::TooLarge => ErrorKind::ResourceExhausted,
-        ImageErrorKind::Unavailable => ErrorKind::Unavailable,
-        _ => ErrorKind::Internal,
-    };
-    RuntimeError::Image {
-        image: image.to_owned(),
-        operation: what,
-        kind,
-        source: Box::new(source),
-    }
 }

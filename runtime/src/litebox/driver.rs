@@ -11,12 +11,8 @@
 
 mod containers;
 mod emit;
+pub(crate) mod exit;
 mod watchers;
-
-/// Records the end of a container; used by recovery too.
-pub(crate) mod exit {
-    pub(crate) use super::containers::{finish, finish_unknown};
-}
 
 use super::pipeline::{self, GuestReady, ShimRecorder, Start};
 use super::teardown::{self, Exits};

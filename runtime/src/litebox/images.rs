@@ -4,8 +4,8 @@
 //! Mounts nothing: the shim puts the files into the share, and the guest stacks them.
 
 use super::BoxEnv;
-use super::containers::image_error;
-use crate::error::Result;
+use crate::error::{ErrorKind, Result, RuntimeError};
+use crate::images::{ImageError, ImageErrorKind};
 use crate::types::ContainerSnapshot;
 use boxlite_proto::names::{IMAGE_MOUNT, LAYER_OPTION};
 use oci_spec::runtime::Spec;
@@ -84,4 +84,21 @@ pub(super) fn volumes(spec: &Spec) -> Vec<String> {
     images.sort();
     images.dedup();
     images
+}
+
+/// Returns the error of an operation on an image.
+pub(super) fn image_error(image: &str, what: &'static str, source: ImageError) -> RuntimeError {
+    let kind = match source.kind() {
+        ImageErrorKind::NotFound => ErrorKind::NotFound,
+        ImageErrorKind::InvalidReference => ErrorKind::InvalidArgument,
+        ImageErrorKind::NoSpace | ImageErrorKind::TooLarge => ErrorKind::ResourceExhausted,
+        ImageErrorKind::Unavailable => ErrorKind::Unavailable,
+        _ => ErrorKind::Internal,
+    };
+    RuntimeError::Image {
+        image: image.to_owned(),
+        operation: what,
+        kind,
+        source: Box::new(source),
+    }
 }

@@ -2,19 +2,10 @@
 //!
 //! boxlite-cri chooses the kind of a pod, with the probe's result.
 
-use super::{Vmm, krun, qemu};
+use super::{Vmm, VmmCapabilities, krun, qemu};
 use boxlite_proto::error::{BoxliteError, BoxliteResult};
 use boxlite_proto::vmm::VmmKind;
 use std::collections::BTreeMap;
-
-/// Properties of a VMM, known without creating one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct VmmCapabilities {
-    /// Number of device slots, including built-in devices.
-    pub max_devices: usize,
-    /// Number of slots taken by built-in devices.
-    pub base_devices: usize,
-}
 
 type Make = Box<dyn Fn() -> Box<dyn Vmm> + Send + Sync>;
 

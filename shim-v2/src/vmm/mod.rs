@@ -17,7 +17,7 @@ pub mod ready;
 mod step;
 pub mod supervisor;
 
-pub use factory::{VmmCapabilities, VmmFactory};
+pub use factory::VmmFactory;
 pub use ready::{BootError, ReadySocket};
 pub use supervisor::{Supervisor, VmmChild, VmmExit};
 
@@ -25,6 +25,15 @@ use crate::jail::HostFiles;
 use boxlite_proto::error::BoxliteResult;
 use boxlite_proto::vmm::InstanceSpec;
 use std::convert::Infallible;
+
+/// Properties of a VMM, known without creating one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VmmCapabilities {
+    /// Number of device slots, including built-in devices.
+    pub max_devices: usize,
+    /// Number of slots taken by built-in devices.
+    pub base_devices: usize,
+}
 
 /// A virtual machine monitor.
 pub trait Vmm {

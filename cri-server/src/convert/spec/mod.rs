@@ -2,7 +2,7 @@
 //!
 //! Differences: the network, IPC and UTS namespaces are those of the VM, so the spec has none; `process.user` may
 //! have a name that only the guest can resolve (see `user`); `/dev/shm` and devices except disks are the guest's (see
-//! `devices`); the guest's kernel has no AppArmor and SELinux (see `lsm`). Mount sources are host paths, which the
+//! `devices`); the guest's kernel has no AppArmor and SELinux (see `convert::lsm`). Mount sources are host paths, which the
 //! runtime converts to guest paths.
 //!
 //! The spec is written as JSON, the form that the specification defines, and parsed into its type, so that unknown
@@ -11,7 +11,6 @@
 mod capabilities;
 mod devices;
 mod image_volumes;
-pub(crate) mod lsm;
 mod mounts;
 mod process;
 mod propagation;
@@ -20,14 +19,13 @@ mod seccomp;
 #[cfg(test)]
 mod tests;
 mod user;
-pub(crate) mod userns;
 
 pub(crate) use mounts::image_source;
 pub(crate) use process::image_stop_signal;
 pub(crate) use resources::{resources, without_host_cpusets};
 
-use super::ConvertError;
 use super::sandbox::PodMetadata;
+use super::{ConvertError, lsm, userns};
 use boxlite_proto::cri::v1::{ContainerConfig, LinuxContainerSecurityContext, NamespaceMode};
 use boxlite_proto::names;
 use oci_spec::image::ImageConfiguration;
@@ -138,7 +136,7 @@ fn refuse(
     source: &Source<'_>,
     security: &LinuxContainerSecurityContext,
 ) -> Result<(), ConvertError> {
-    namespaces(security.namespace_options.as_ref())?;
+    userns::check_namespaces(security.namespace_options.as_ref())?;
     if security.privileged && !source.sandbox.is_privileged() {
         return Err(ConvertError::invalid(
             "security_context.privileged",
@@ -184,26 +182,6 @@ fn user_namespace(
         ));
     }
     Ok(pods)
-}
-
-/// Validates namespace options. The node's network is reached through the VMM (docs/networking.md); the node's PIDs
-/// and IPC objects are represented by those of the VM (docs/security.md).
-pub(crate) fn namespaces(
-    options: Option<&boxlite_proto::cri::v1::NamespaceOption>,
-) -> Result<(), ConvertError> {
-    let Some(options) = options else {
-        return Ok(());
-    };
-    let node = NamespaceMode::Node as i32;
-    let mapping = userns::mapping(options.userns_options.as_ref())?;
-    if mapping.is_some() && (options.pid == node || options.ipc == node) {
-        return Err(ConvertError::invalid(
-            "namespace_options.userns_options",
-            "POD",
-            "cannot be combined with the node's PID or IPC namespace",
-        ));
-    }
-    Ok(())
 }
 
 /// Returns containerd's annotations and those for the guest.

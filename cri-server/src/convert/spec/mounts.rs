@@ -2,6 +2,7 @@
 //! nesting.
 
 use super::{ConvertError, Source, image_volumes, propagation};
+use crate::layout::{HOSTNAME, HOSTS, RESOLV_CONF};
 use boxlite_proto::cri::v1::{
     IdMapping, ImageSpec, LinuxContainerSecurityContext, Mount, NamespaceMode,
 };
@@ -73,9 +74,9 @@ pub(crate) fn mounts(
     }
     let file_access = if security.readonly_rootfs { "ro" } else { "rw" };
     for (target, name) in [
-        ("/etc/hostname", "hostname"),
-        ("/etc/hosts", "hosts"),
-        ("/etc/resolv.conf", "resolv.conf"),
+        ("/etc/hostname", HOSTNAME),
+        ("/etc/hosts", HOSTS),
+        ("/etc/resolv.conf", RESOLV_CONF),
     ] {
         list.push(json!({
             "destination": target,

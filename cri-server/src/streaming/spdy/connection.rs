@@ -13,7 +13,7 @@
 use super::SpdyError;
 use super::frame::{self, Frame, Reader, Reset};
 use super::headers::{Deflater, Headers};
-use crate::streaming::pipe::{Gone, Input};
+use crate::streaming::input::{Gone, Input};
 use boxlite_sys::sync::Mutex;
 use bytes::Bytes;
 use std::collections::HashMap;

@@ -3,7 +3,7 @@
 use super::frame::{Frame, MAX_CHUNK_BYTES, Reader};
 use super::headers::{Deflater, Headers, Inflater};
 use super::*;
-use crate::streaming::pipe::Output;
+use crate::streaming::output::Output;
 use bytes::Bytes;
 use proptest::prelude::*;
 use std::time::Duration;

@@ -4,8 +4,8 @@
 //! run concurrently, with the same bounds. A channel whose consumer stalls stalls the connection only.
 
 use super::CLOSE_TIMEOUT;
-use crate::streaming::pipe::{Gone, Input, Output};
-use crate::streaming::remote::{Remote, RequestedStreams, Version};
+use crate::streaming::input::{Gone, Input};
+use crate::streaming::protocol::Version;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use boxlite_sys::sync::Mutex;
@@ -38,11 +38,12 @@ const FLUSH_TIMEOUT: Duration = Duration::from_secs(10);
 /// answers a pong with a reset.
 const PONG_INTERVAL: Duration = Duration::from_secs(5);
 
-const STDIN: u8 = 0;
-const STDOUT: u8 = 1;
-const STDERR: u8 = 2;
-const ERROR: u8 = 3;
-const RESIZE: u8 = 4;
+/// Channels of exec and attach.
+pub(crate) const STDIN: u8 = 0;
+pub(crate) const STDOUT: u8 = 1;
+pub(crate) const STDERR: u8 = 2;
+pub(crate) const ERROR: u8 = 3;
+pub(crate) const RESIZE: u8 = 4;
 /// Since version 5: the next byte is the channel to close.
 const CLOSE: u8 = 255;
 
@@ -88,34 +89,23 @@ impl Channels {
     }
 
     /// Returns the writing half of `channel`.
-    pub(crate) fn output(&self, channel: u8) -> Output {
-        Output::Channel(ChannelOutput {
+    pub(crate) fn output(&self, channel: u8) -> ChannelOutput {
+        ChannelOutput {
             channel,
             out: self.out.clone(),
             gone: self.gone.clone(),
-        })
+        }
     }
 
-    /// Returns the channels of a remote command. An empty message on its lowest channel signals the connection to the
-    /// client.
-    pub(crate) fn remote(&mut self, wanted: RequestedStreams, version: Version) -> Remote {
-        let lowest = match wanted {
-            RequestedStreams { stdout: true, .. } => STDOUT,
-            RequestedStreams { stderr: true, .. } => STDERR,
-            _ => ERROR,
-        };
+    /// Sends an empty message, which signals the connection to the client. For use before the first output.
+    pub(crate) fn announce(&self, channel: u8) {
         // The queue is still empty.
-        let _ = self.out.try_send((lowest, Bytes::new()));
-        Remote {
-            stdin: wanted.stdin.then(|| self.input(STDIN)),
-            stdout: wanted.stdout.then(|| self.output(STDOUT)),
-            stderr: wanted.stderr.then(|| self.output(STDERR)),
-            error: self.output(ERROR),
-            resize: wanted.tty.then(|| self.input(RESIZE)),
-            version,
-            gone: self.gone.clone(),
-            unused: Vec::new(),
-        }
+        let _ = self.out.try_send((channel, Bytes::new()));
+    }
+
+    /// Cancelled when the client disconnects.
+    pub(crate) fn gone(&self) -> &CancellationToken {
+        &self.gone
     }
 }
 

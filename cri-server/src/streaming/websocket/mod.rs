@@ -10,7 +10,7 @@ mod tunnel;
 
 pub(crate) use tunnel::Tunnel;
 
-use super::remote::Version;
+use super::protocol::Version;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_tungstenite::WebSocketStream;

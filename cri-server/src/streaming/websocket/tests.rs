@@ -3,7 +3,8 @@
 use super::channels::{decode, encode};
 use super::*;
 use crate::streaming::outcome::Outcome;
-use crate::streaming::remote::RequestedStreams;
+use crate::streaming::protocol::RequestedStreams;
+use crate::streaming::remote::Remote;
 use bytes::Bytes;
 use futures::{SinkExt, StreamExt};
 use proptest::prelude::*;
@@ -69,7 +70,7 @@ async fn close_message_ends_stdin_and_status_is_last() {
         HOUR,
         CancellationToken::new(),
         move |channels| {
-            let mut remote = channels.remote(wanted, Version::V5);
+            let mut remote = Remote::of_channels(channels, wanted, Version::V5);
             async move {
                 let mut input = remote.stdin.take().unwrap();
                 while let Ok(Some(chunk)) = input.next().await {

@@ -2,17 +2,14 @@
 //!
 //! Only rows change here; Task calls and bundles are in `litebox::containers`.
 
+use super::exit::{finish, finish_unknown};
 use super::{Change, Driver};
 use crate::database::ContainerRow;
 use crate::error::{Result, RuntimeError};
-use crate::litebox::now_ns;
 use crate::litebox::teardown::Exits;
 use crate::shim_controller::TaskExit;
 use crate::types::{ContainerSnapshot, ContainerState};
 use boxlite_sys::report::report;
-
-/// Exit code of a container that was killed with its VM: 128 + SIGKILL.
-pub(crate) const KILLED_EXIT_CODE: i32 = 137;
 
 impl Driver {
     /// Registers a container. If one with the same id and name exists, returns its row.
@@ -140,37 +137,5 @@ impl Driver {
             .filter(|row| row.snapshot.state != ContainerState::Exited)
             .map(|row| row.snapshot.id.clone())
             .collect()
-    }
-}
-
-/// Marks a row as exited, with containerd's reasons.
-pub(crate) fn finish(row: &mut ContainerRow, exit: TaskExit, message: &str) {
-    let snapshot = &mut row.snapshot;
-    snapshot.state = ContainerState::Exited;
-    snapshot.exit_code = exit.code;
-    // The guest's clock, clamped by the host's: not before the start, not in the future.
-    let now = now_ns();
-    snapshot.finished_at_ns = match exit.at_ns {
-        at if at > 0 => at.max(snapshot.started_at_ns).min(now),
-        _ => now,
-    };
-    snapshot.message = message.to_owned();
-    snapshot.reason = match exit.code {
-        _ if row.oom => "OOMKilled",
-        0 => "Completed",
-        _ => "Error",
-    }
-    .to_owned();
-}
-
-/// Marks a row as exited with its VM, with an unknown exit code.
-pub(crate) fn finish_unknown(row: &mut ContainerRow, message: &str) {
-    let exit = TaskExit {
-        code: KILLED_EXIT_CODE,
-        at_ns: 0,
-    };
-    finish(row, exit, message);
-    if !row.oom {
-        row.snapshot.reason = "Unknown".to_owned();
     }
 }

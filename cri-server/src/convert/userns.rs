@@ -1,10 +1,10 @@
 //! User namespaces: the ID mapping of a pod, validated by containerd's rules, for the containers' specs.
 //!
 //! The mapping is between a container and its VM: "host IDs" are users of the guest's kernel and have no meaning on
-//! the host. Volumes are additionally mapped by the host, per mount (see `mounts`).
+//! the host. Volumes are additionally mapped by the host, per mount (see `spec::mounts`).
 
 use super::ConvertError;
-use boxlite_proto::cri::v1::{IdMapping, NamespaceMode, UserNamespace};
+use boxlite_proto::cri::v1::{IdMapping, NamespaceMode, NamespaceOption, UserNamespace};
 use serde_json::{Value, json};
 
 const FIELD: &str = "namespace_options.userns_options";
@@ -23,6 +23,24 @@ impl Mapping {
     pub(crate) fn oci(self) -> Value {
         json!([{"containerID": 0, "hostID": self.host_id, "size": self.length}])
     }
+}
+
+/// Validates namespace options. The node's network is reached through the VMM (docs/networking.md); the node's PIDs
+/// and IPC objects are represented by those of the VM (docs/security.md).
+pub(crate) fn check_namespaces(options: Option<&NamespaceOption>) -> Result<(), ConvertError> {
+    let Some(options) = options else {
+        return Ok(());
+    };
+    let node = NamespaceMode::Node as i32;
+    let mapping = mapping(options.userns_options.as_ref())?;
+    if mapping.is_some() && (options.pid == node || options.ipc == node) {
+        return Err(ConvertError::invalid(
+            FIELD,
+            "POD",
+            "cannot be combined with the node's PID or IPC namespace",
+        ));
+    }
+    Ok(())
 }
 
 /// Returns the mapping of a pod; `None` if it shares the VM's user namespace.
