@@ -12,11 +12,14 @@ use boxlite_config::paths::{installed_kernel, prefix};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 /// Configuration file if none is named; it may be missing.
 const DEFAULT_FILE: &str = "/etc/boxlite/config.toml";
 /// EX_CONFIG.
 const EXIT_CONFIG: u8 = 78;
+/// Timeout for blocking calls to return at the end of the process.
+const BLOCKING_SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Kubernetes container runtime (CRI v1) that runs every pod in a virtual machine.
 ///
@@ -202,7 +205,12 @@ fn block_on(work: impl Future<Output = ExitCode>) -> ExitCode {
         .enable_all()
         .build()
     {
-        Ok(runtime) => runtime.block_on(work),
+        Ok(runtime) => {
+            let code = runtime.block_on(work);
+            // Dropping the runtime would wait without a limit for blocking calls, such as one on a stalled host path.
+            runtime.shutdown_timeout(BLOCKING_SHUTDOWN_TIMEOUT);
+            code
+        }
         Err(error) => {
             eprintln!("boxlite-cri: failed to start the async runtime: {error}");
             ExitCode::FAILURE

@@ -9,6 +9,7 @@
 pub(crate) mod tests;
 
 use crate::config::Config;
+use crate::layout::Layout;
 use crate::metrics::{self, Metrics};
 use crate::output::VERSION;
 use crate::server::connection::Connection;
@@ -24,12 +25,13 @@ use boxlite_runtime::images::RegistryOptions;
 use boxlite_runtime::{BoxliteRuntime, RuntimeOptions};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::task::JoinHandle;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 /// Maximum size of a gRPC message in bytes, in both directions; kubelet and crictl set the same.
 const MAX_MESSAGE_BYTES: usize = 16 << 20;
@@ -87,11 +89,12 @@ pub(crate) async fn serve(config: Config) -> ExitCode {
 
 /// Returns the configured files and programs of a VM.
 pub(crate) fn installation(config: &Config) -> Installation {
-    config.paths.installation(config.root.join("cache"))
+    let layout = Layout::new(&config.root, &config.state);
+    config.paths.installation(layout.cache())
 }
 
 async fn run(mut config: Config) -> Result<(), ServeError> {
-    let stop = stop_on_signal()?;
+    let (stop, _signals) = stop_on_signal()?;
     let choice = vmm::choose(&config).await.map_err(ServeError::Vmm)?;
     eprintln!("boxlite-cri {VERSION}: {choice}");
     config.pod = config.pod.for_node(choice.acceleration);
@@ -130,14 +133,9 @@ async fn run(mut config: Config) -> Result<(), ServeError> {
     let served = grpc(&server, listener, stop.clone()).await;
     stop.cancel();
     if let Some(page) = page {
-        let _ = page.await;
+        join("metrics clients", page, config.timeouts.drain).await;
     }
-    if tokio::time::timeout(config.timeouts.drain, streams)
-        .await
-        .is_err()
-    {
-        tracing::warn!("streaming sessions did not end in time");
-    }
+    join("streaming sessions", streams, config.timeouts.drain).await;
     if tokio::time::timeout(config.timeouts.drain, server.wait_for_tasks())
         .await
         .is_err()
@@ -188,12 +186,19 @@ async fn grpc(
     }
 }
 
+/// Waits for `task` at most `limit`, then aborts it.
+async fn join(name: &'static str, task: AbortOnDropHandle<()>, limit: Duration) {
+    if tokio::time::timeout(limit, task).await.is_err() {
+        tracing::warn!("{name} did not end in time");
+    }
+}
+
 async fn metrics_page(
     config: &Config,
     counters: &Arc<Metrics>,
     runtime: &BoxliteRuntime,
     stop: &CancellationToken,
-) -> Result<Option<JoinHandle<()>>, ServeError> {
+) -> Result<Option<AbortOnDropHandle<()>>, ServeError> {
     let Some(address) = config.metrics.listen else {
         return Ok(None);
     };
@@ -201,34 +206,35 @@ async fn metrics_page(
         .await
         .map_err(|source| ServeError::Metrics { address, source })?;
     let page = metrics::http::serve(listener, counters.clone(), runtime.clone(), stop.clone());
-    Ok(Some(tokio::spawn(async move {
+    Ok(Some(AbortOnDropHandle::new(tokio::spawn(async move {
         if let Err(error) = page.await {
             tracing::error!(%error, "metrics server failed");
         }
-    })))
+    }))))
 }
 
 /// Starts the streaming server. Its task ends after `stop`, once its sessions have ended.
 async fn stream_server(
     config: &Config,
     stop: &CancellationToken,
-) -> Result<(JoinHandle<()>, Streaming), ServeError> {
+) -> Result<(AbortOnDropHandle<()>, Streaming), ServeError> {
     let address = (config.streaming.address, config.streaming.port).into();
     let failed = |source| ServeError::Streaming { address, source };
     let listener = TcpListener::bind(address).await.map_err(failed)?;
     let address = listener.local_addr().map_err(failed)?;
     let streaming = Streaming::new(config.streaming, address);
     let serving = streaming::serve(listener, streaming.clone(), stop.clone());
-    Ok((tokio::spawn(serving), streaming))
+    Ok((AbortOnDropHandle::new(tokio::spawn(serving)), streaming))
 }
 
-/// Returns a token that SIGTERM and SIGINT cancel. A second signal ends the process at once.
-fn stop_on_signal() -> Result<CancellationToken, ServeError> {
+/// Returns a token that SIGTERM and SIGINT cancel, and the task that waits for them. A second signal ends the process at
+/// once.
+fn stop_on_signal() -> Result<(CancellationToken, AbortOnDropHandle<()>), ServeError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(ServeError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(ServeError::Signals)?;
     let stop = CancellationToken::new();
     let token = stop.clone();
-    tokio::spawn(async move {
+    let waiting = AbortOnDropHandle::new(tokio::spawn(async move {
         for round in 0..2 {
             tokio::select! {
                 _ = terminate.recv() => {}
@@ -241,6 +247,6 @@ fn stop_on_signal() -> Result<CancellationToken, ServeError> {
             }
         }
         std::process::exit(1);
-    });
-    Ok(stop)
+    }));
+    Ok((stop, waiting))
 }

@@ -13,8 +13,8 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::net::tcp::OwnedReadHalf;
-use tokio::task::JoinHandle;
 use tokio_stream::Stream;
+use tokio_util::task::AbortOnDropHandle;
 use tonic::{Status, Streaming};
 
 /// Timeout of a dial on the loopback; a listener accepts immediately unless its backlog is full.
@@ -44,7 +44,7 @@ pub(crate) async fn open(
     let socket = dial(port).await?;
     let _ = socket.set_nodelay(true);
     let (reader, mut writer) = socket.into_split();
-    let inbound = tokio::spawn(async move {
+    let inbound = AbortOnDropHandle::new(tokio::spawn(async move {
         let mut message = Some(first);
         while let Some(request) = message {
             if !request.data.is_empty() && writer.write_all(&request.data).await.is_err() {
@@ -57,11 +57,11 @@ pub(crate) async fn open(
         }
         // Half-close; the other direction continues.
         let _ = writer.shutdown().await;
-    });
+    }));
     Ok(futures::stream::unfold(
         Some(Outbound {
             reader,
-            inbound: AbortOnDrop(inbound),
+            inbound,
             ended: false,
         }),
         Outbound::next,
@@ -91,18 +91,10 @@ async fn dial(port: u16) -> Result<TcpStream, Status> {
     }
 }
 
-struct AbortOnDrop(JoinHandle<()>);
-
-impl Drop for AbortOnDrop {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
 /// The direction from the socket to the client.
 struct Outbound {
     reader: OwnedReadHalf,
-    inbound: AbortOnDrop,
+    inbound: AbortOnDropHandle<()>,
     /// The end of the socket was sent.
     ended: bool,
 }
@@ -115,7 +107,7 @@ impl Outbound {
         let mut state = state?;
         if state.ended {
             // The client may still be sending; the stream lasts until it ends or disconnects.
-            let _ = (&mut state.inbound.0).await;
+            let _ = (&mut state.inbound).await;
             return None;
         }
         let mut buffer = BytesMut::with_capacity(MAX_CHUNK_BYTES);

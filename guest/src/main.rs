@@ -56,6 +56,8 @@ fn run() -> Result<(), Box<dyn std::error::Error>> {
         // A VM has one or two CPUs and as little as 128 MiB; blocking calls are mounts and directory walks.
         .max_blocking_threads(8)
         .build()?;
-    runtime.block_on(serve::serve(spawner))?;
-    Ok(())
+    let result = runtime.block_on(serve::serve(spawner));
+    // Dropping the runtime would wait for blocking calls; they end with the VM.
+    runtime.shutdown_background();
+    Ok(result?)
 }

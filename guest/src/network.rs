@@ -12,6 +12,7 @@ use netlink_packet_route::route::{RouteMessage, RouteScope};
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use tokio_util::task::AbortOnDropHandle;
 
 /// An error in configuring the network.
 #[derive(Debug, thiserror::Error)]
@@ -46,10 +47,8 @@ pub(crate) async fn configure(
     routes: &[Route],
 ) -> Result<(), NetworkError> {
     let (connection, handle, _) = rtnetlink::new_connection().map_err(NetworkError::Socket)?;
-    let connection = tokio::spawn(connection);
-    let result = apply(&handle, interfaces, routes).await;
-    connection.abort();
-    result
+    let _connection = AbortOnDropHandle::new(tokio::spawn(connection));
+    apply(&handle, interfaces, routes).await
 }
 
 async fn apply(

@@ -16,6 +16,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, BufWriter, ReadBuf};
 use tokio_stream::{Stream, StreamExt};
+use tokio_util::task::AbortOnDropHandle;
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
 use tonic::transport::Server;
 use tonic::transport::server::Connected;
@@ -36,6 +37,9 @@ const MAX_STREAMS: u32 = 512;
 
 /// Delay between the reply to Shutdown and the end of the VM.
 const SHUTDOWN_DELAY: Duration = Duration::from_millis(20);
+
+/// Timeout for the tasks of containers to end before the VM powers off.
+const TASK_SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// Errors that end the agent.
 #[derive(Debug, thiserror::Error)]
@@ -62,10 +66,10 @@ pub(crate) enum ServeError {
 pub(crate) async fn serve(spawner: Spawner) -> Result<(), ServeError> {
     let children = Reaper::subscribe().map_err(ServeError::Signals)?;
     let agent = Arc::new(Agent::new(spawner));
-    let reaping = tokio::spawn({
+    let _reaping = AbortOnDropHandle::new(tokio::spawn({
         let agent = Arc::clone(&agent);
         async move { agent.launcher().reaper.run(children).await }
-    });
+    }));
 
     let launcher = agent.launcher();
     let spawner_gone = launcher.reaper.register(launcher.spawner.pid);
@@ -75,7 +79,7 @@ pub(crate) async fn serve(spawner: Spawner) -> Result<(), ServeError> {
         port: names::GUEST_PORT,
         source,
     })?;
-    let ready = tokio::spawn(report_ready());
+    let _ready = AbortOnDropHandle::new(tokio::spawn(report_ready()));
 
     let server = Server::builder()
         .initial_stream_window_size(names::GUEST_WINDOW_BYTES)
@@ -84,18 +88,21 @@ pub(crate) async fn serve(spawner: Spawner) -> Result<(), ServeError> {
         .max_concurrent_streams(MAX_STREAMS)
         .add_routes(services::routes(&agent))
         .serve_with_incoming(connections(listener));
-    let result = tokio::select! {
+    tokio::select! {
         result = server => result.map_err(ServeError::from),
         () = agent.shut_down() => {
             // Lets the reply leave the VM.
             tokio::time::sleep(SHUTDOWN_DELAY).await;
+            let tasks = &agent.launcher().tasks;
+            tasks.close();
+            // The containers have been deleted, so their tasks are ending.
+            if tokio::time::timeout(TASK_SHUTDOWN_TIMEOUT, tasks.wait()).await.is_err() {
+                tracing::info!(remaining = tasks.len(), "timed out waiting for tasks to end");
+            }
             Ok(())
         }
         _ = spawner_gone => Err(ServeError::SpawnerGone),
-    };
-    ready.abort();
-    reaping.abort();
-    result
+    }
 }
 
 /// Connects once to the host's readiness port and closes the connection. The host accepts one connection and reads

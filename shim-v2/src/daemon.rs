@@ -38,6 +38,8 @@ const CLIENT_CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
 const SERVER_SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
 /// Timeout for all tasks to end.
 const TASK_SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
+/// Timeout for blocking calls to return at the end of the process.
+const BLOCKING_SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
 /// Timeout for the pod's cgroup to become empty.
 const CGROUP_EMPTY_TIMEOUT: Duration = Duration::from_secs(5);
 /// OOM score adjustment, as containerd sets it for its shims.
@@ -73,13 +75,16 @@ impl DaemonError {
 /// A step before `ok` failed.
 pub fn serve(flags: &Flags) -> Result<(), DaemonError> {
     let result = prepare(flags).and_then(|prepared| {
-        tokio::runtime::Builder::new_multi_thread()
+        let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(WORKER_THREADS)
             .enable_all()
             .thread_name("shim")
             .build()
-            .map_err(DaemonError::step("start the runtime"))?
-            .block_on(run(prepared))
+            .map_err(DaemonError::step("start the runtime"))?;
+        let result = runtime.block_on(run(prepared));
+        // Dropping the runtime would wait without a limit for blocking calls, such as one on a stalled volume.
+        runtime.shutdown_timeout(BLOCKING_SHUTDOWN_TIMEOUT);
+        result
     });
     if let Err(error) = &result {
         // Read by `start`. If it is gone, the caller logs the error.

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
+use tokio::task::JoinHandle;
 
 /// Longest wait of a test.
 const TEST_TIMEOUT: Duration = Duration::from_secs(20);
@@ -118,4 +119,44 @@ async fn grpc_answers_grpc_go_authorities_and_ends_in_time() {
     serving.stop().await;
     assert!(begun.elapsed() < drain + Duration::from_secs(2));
     drop(idle);
+}
+
+#[tokio::test]
+async fn metrics_client_that_stalls_does_not_block_the_end() {
+    let fixture = Fixture::new().await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let stop = CancellationToken::new();
+    let page = metrics::http::serve(
+        listener,
+        Arc::new(Metrics::new().unwrap()),
+        fixture.server.runtime.clone(),
+        stop.clone(),
+    );
+    let ended = CancellationToken::new();
+    let guard = ended.clone().drop_guard();
+    let page = AbortOnDropHandle::new(tokio::spawn(async move {
+        let _guard = guard;
+        page.await.unwrap();
+    }));
+    let mut client = tokio::net::TcpStream::connect(address).await.unwrap();
+    client
+        .write_all(b"GET /metrics HTTP/1.1\r\n")
+        .await
+        .unwrap();
+    // A complete call on another connection: the server has accepted the first one.
+    let mut second = tokio::net::TcpStream::connect(address).await.unwrap();
+    let call = b"GET /healthz HTTP/1.0\r\n\r\n";
+    second.write_all(call).await.unwrap();
+    second.read_to_end(&mut Vec::new()).await.unwrap();
+    stop.cancel();
+    let begun = Instant::now();
+    let limit = Duration::from_millis(300);
+    let joined = tokio::time::timeout(TEST_TIMEOUT, join("metrics clients", page, limit));
+    joined.await.unwrap();
+    assert!(begun.elapsed() >= limit, "the client did not stall the end");
+    // The task was aborted rather than left behind.
+    tokio::time::timeout(TEST_TIMEOUT, ended.cancelled())
+        .await
+        .unwrap();
 }

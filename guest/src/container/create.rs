@@ -171,7 +171,7 @@ fn prepare(
         rootfs.mount_image_volumes(&mut spec, owners.as_ref())?;
         if let Some(process) = spec.process() {
             // Other runtimes create a missing working directory, and images rely on it.
-            let _ = crate::storage::rootfs::make_directory(&rootfs.path(), process.cwd());
+            let _ = crate::storage::mount_points::make_directory(&rootfs.path(), process.cwd());
             check_cwd(&rootfs.path(), &spec, process.cwd())?;
         }
         cgroup.create()?;
@@ -338,7 +338,7 @@ fn assemble(
     });
     if crate::storage::follows_host(&prepared.spec) {
         let process = Arc::clone(&init);
-        // Ends within a second of the container; the shutdown of the VM does not wait for it.
+        // Detached: it ends within a second of the container, and the shutdown of the VM does not wait for it.
         tokio::task::spawn_blocking(move || {
             crate::storage::submount_pins::follow(process.pid, || process.exit().is_some());
         });

@@ -22,8 +22,8 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
 use tokio_stream::Stream;
+use tokio_util::task::AbortOnDropHandle;
 use tonic::{Status, Streaming};
 
 /// Capacity of the queues of requests to the thread and of chunks to the host.
@@ -64,6 +64,7 @@ pub(crate) async fn open(
     })?;
     let (work, queue) = mpsc::channel(CHANNEL_CAPACITY);
     let (answers, stream) = mpsc::channel(CHANNEL_CAPACITY);
+    // Not joined: a file system that hangs blocks it until the VM ends.
     std::thread::Builder::new()
         .name(format!("fuse {id}"))
         .spawn(move || {
@@ -72,7 +73,7 @@ pub(crate) async fn open(
             }
         })
         .map_err(|error| status(ErrorKind::Internal, &id, error.to_string()))?;
-    let feeding = tokio::spawn(async move {
+    let feeding = AbortOnDropHandle::new(tokio::spawn(async move {
         let mut frames = Frames::default();
         let mut message = Some(first);
         while let Some(request) = message {
@@ -93,20 +94,12 @@ pub(crate) async fn open(
             }
             message = requests.message().await.ok().flatten();
         }
-    });
-    let state = (stream, AbortOnDrop(feeding));
+    }));
+    let state = (stream, feeding);
     Ok(futures::stream::unfold(state, async |mut state| {
         let data = state.0.recv().await?;
         Some((Ok(FuseResponse { data }), state))
     }))
-}
-
-struct AbortOnDrop(JoinHandle<()>);
-
-impl Drop for AbortOnDrop {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
 }
 
 /// Serves requests until the queue or the host's end is closed. Blocks.

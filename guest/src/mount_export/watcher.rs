@@ -139,6 +139,7 @@ impl MountWatcher {
     async fn clone_tree(&self, found: &FoundMount) -> io::Result<OwnedFd> {
         let (done, result) = tokio::sync::oneshot::channel();
         let (namespace, found) = (Arc::clone(&self.namespace), found.clone());
+        // Not joined: a mount that hangs blocks it beyond the timeout, until the VM ends.
         std::thread::Builder::new()
             .name("clone mount".to_owned())
             .spawn(move || drop(done.send(clone_tree(&namespace, &found))))?;

@@ -12,8 +12,8 @@ use boxlite_proto::boxlite::v1::{
 };
 use std::pin::Pin;
 use std::sync::Arc;
-use tokio::task::JoinHandle;
 use tokio_stream::Stream;
+use tokio_util::task::AbortOnDropHandle;
 use tonic::{Request, Response, Status, Streaming};
 
 /// Implementation of the `Mounts` service.
@@ -29,14 +29,6 @@ impl MountsService {
     }
 }
 
-struct AbortOnDrop(JoinHandle<()>);
-
-impl Drop for AbortOnDrop {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
 #[tonic::async_trait]
 impl Mounts for MountsService {
     type WatchExportsStream =
@@ -49,15 +41,15 @@ impl Mounts for MountsService {
         let exports = Arc::clone(&self.agent.pod.context.exports);
         let reader = exports.reader();
         let mut said = request.into_inner();
-        let hearing = tokio::spawn({
+        let hearing = AbortOnDropHandle::new(tokio::spawn({
             let exports = Arc::clone(&exports);
             async move {
                 while let Ok(Some(message)) = said.message().await {
                     exports.acknowledge(message.generation);
                 }
             }
-        });
-        let state = (exports, reader, AbortOnDrop(hearing), None);
+        }));
+        let state = (exports, reader, hearing, None);
         let stream =
             futures::stream::unfold(state, |(exports, reader, hearing, after)| async move {
                 let list = exports.next(after).await;

@@ -216,6 +216,7 @@ impl Server {
             read_only,
         };
         let fuse = made.device;
+        // Not joined: a stalled device may never answer.
         std::thread::Builder::new()
             .name("block device".to_owned())
             .spawn(move || serve(&fuse, &stopped, file))?;

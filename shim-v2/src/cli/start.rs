@@ -191,6 +191,7 @@ fn config_path(request: &StartRequest, bundle: &Path) -> Result<Option<PathBuf>,
 fn await_ready(mut child: Child) -> Result<(), CliError> {
     let (sender, receiver) = mpsc::channel();
     if let Some(stdout) = child.stdout.take() {
+        // Not joined: it ends with the daemon's end of the pipe, at the latest with this short-lived program.
         std::thread::spawn(move || {
             let mut line = String::new();
             let _ = stdout.take(MAX_READY_LINE_BYTES).read_to_string(&mut line);

@@ -18,13 +18,15 @@ impl PrivateNet {
     /// # Errors
     /// Io with the kernel's error.
     pub fn create() -> Result<Self> {
-        let thread = std::thread::spawn(|| {
-            unshare(CloneFlags::CLONE_NEWNET)?;
-            File::open("/proc/thread-self/ns/net")
+        let made = std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                unshare(CloneFlags::CLONE_NEWNET)?;
+                File::open("/proc/thread-self/ns/net")
+            });
+            thread
+                .join()
+                .unwrap_or_else(|_| Err(std::io::Error::other("thread panicked")))
         });
-        let made = thread
-            .join()
-            .unwrap_or_else(|_| Err(std::io::Error::other("thread panicked")));
         made.map(Self)
             .map_err(ShimError::io("create", "a network namespace"))
     }

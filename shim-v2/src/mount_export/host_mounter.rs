@@ -134,6 +134,7 @@ impl HostMounter {
     ) -> io::Result<T> {
         let (done, result) = tokio::sync::oneshot::channel();
         let mounter = self.clone();
+        // Not joined: a path on a stalled file system may block it beyond the timeout.
         std::thread::Builder::new()
             .name(format!("export {step}"))
             .spawn(move || {

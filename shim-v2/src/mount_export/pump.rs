@@ -16,8 +16,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::task::AbortOnDropHandle;
 
 /// Number of lookups after which the kernel drops unused inodes: each costs the agent a descriptor, and the kernel keeps them
 /// until its own memory is short.
@@ -44,7 +44,7 @@ enum PumpError {
 /// The thread and the task that serve one mount.
 #[derive(Debug)]
 pub(crate) struct Pump {
-    task: JoinHandle<()>,
+    task: AbortOnDropHandle<()>,
     /// Closing it stops the thread.
     stop: PipeWriter,
 }
@@ -71,18 +71,19 @@ impl Pump {
         let device = Arc::clone(&mounted.device);
         let reading = Arc::clone(&device);
         let names = Names::new(Arc::clone(&mounted.mount));
+        // Not joined: the kernel may block its read until the mount is gone.
         std::thread::Builder::new()
             .name(format!("fuse {id}"))
             .spawn(move || read(&reading, &stopped, &requests, names))?;
         // A dedicated connection: a slow reader must not stall other streams.
         let session = session.dedicated();
-        let task = tokio::spawn(async move {
+        let task = AbortOnDropHandle::new(tokio::spawn(async move {
             if let Err(error) = answer(&session, &device, outgoing).await {
                 tracing::warn!(id, error = %boxlite_sys::report::Report(&error), "connection of exported mount broke");
             }
             // If the channel is full, the next list finds this mount dead.
             let _ = died.try_send(id);
-        });
+        }));
         Ok(Self { task, stop })
     }
 
@@ -145,7 +146,8 @@ impl Names {
         }
         self.count = 0;
         let (mount, busy) = (Arc::clone(&self.mount), Arc::clone(&self.busy));
-        // On a separate thread: dropping inodes sends requests that the calling thread must read.
+        // On a separate thread: dropping inodes sends requests that the calling thread must read. Not joined for the same
+        // reason; it ends when the kernel has dropped them or the mount is gone.
         let spawned = std::thread::Builder::new().spawn(move || {
             if let Err(error) = drop_unused_inodes(&mount) {
                 tracing::debug!(%error, "failed to drop unused inodes of exported mount");

@@ -20,6 +20,7 @@ use nix::sched::{CloneFlags, setns};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use tokio_util::task::AbortOnDropHandle;
 
 /// Timeout of all work in the namespace: a handful of netlink round trips.
 const NETLINK_TIMEOUT: Duration = Duration::from_secs(10);
@@ -195,9 +196,8 @@ fn inside<T: Send>(
         runtime.block_on(async {
             let (connection, handle, _) =
                 rtnetlink::new_connection().map_err(system("open netlink"))?;
-            let connection = tokio::spawn(connection);
+            let _connection = AbortOnDropHandle::new(tokio::spawn(connection));
             let result = tokio::time::timeout(NETLINK_TIMEOUT, work(handle)).await;
-            connection.abort();
             result.unwrap_or_else(|_| {
                 Err(NetError::Timeout {
                     path: netns.to_owned(),

@@ -115,6 +115,7 @@ impl Supervisor {
         let hold = Arc::clone(&shared);
         let (console, stderr) = (BoundedLog::default(), BoundedLog::default());
         let logs = [console.clone(), stderr.clone()];
+        // Not joined: it ends with the child, which `exit` reports.
         std::thread::Builder::new()
             .name("vmm-child".to_owned())
             .spawn(move || fork_and_wait(command, &hold, &logs, &started_to, &exit_to))
@@ -173,7 +174,7 @@ fn follow(
     file: Option<File>,
 ) -> std::io::Result<()> {
     let log = log.clone();
-    // Ends when the child, the last writer, has exited.
+    // Not joined: it ends when the child, the last writer, has exited; `wait_end` waits for that.
     std::thread::Builder::new()
         .name(name.to_owned())
         .spawn(move || log.follow(from, file))?;
