@@ -1,12 +1,18 @@
 //! Paths of cri-server's files below the daemon's two directories; all others are in the runtime's FilesystemLayout.
 //!
 //! ```text
+//! root/cache/                    files that VMs derive from the installation
 //! root/cni/<sandbox id>.json     undo record of a pod's network
 //! state/netns/<sandbox id>       the pod's network namespace (a bind mount)
 //! state/pods/<sandbox id>/       resolv.conf, hostname, hosts
 //! ```
 
 use std::path::{Path, PathBuf};
+
+/// Names of a pod's files.
+pub(crate) const HOSTNAME: &str = "hostname";
+pub(crate) const HOSTS: &str = "hosts";
+pub(crate) const RESOLV_CONF: &str = "resolv.conf";
 
 /// Paths of cri-server's files.
 #[derive(Debug, Clone)]
@@ -22,6 +28,11 @@ impl Layout {
             root: root.to_owned(),
             state: state.to_owned(),
         }
+    }
+
+    /// Returns the directory of files that VMs derive from the installation, such as the kernel in another format.
+    pub(crate) fn cache(&self) -> PathBuf {
+        self.root.join("cache")
     }
 
     /// Returns the directory of the CNI records.

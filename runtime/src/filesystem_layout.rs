@@ -52,8 +52,13 @@ impl FilesystemLayout {
         Ok(Self {
             root: root.to_owned(),
             state: state.to_owned(),
-            scratch: root.join("scratch"),
+            scratch: Self::default_scratch_dir(root),
         })
+    }
+
+    /// Returns the directory of the scratch disks unless another one is configured.
+    pub fn default_scratch_dir(root: &Path) -> PathBuf {
+        root.join("scratch")
     }
 
     /// Moves the scratch disks to another directory than `<root>/scratch`.
@@ -165,9 +170,14 @@ impl FilesystemLayout {
         self.vm(box_id).join(names::CONSOLE_LOG)
     }
 
+    /// Returns the directory of a box's container bundles.
+    pub fn containers(&self, box_id: &str) -> PathBuf {
+        self.bundle(box_id).join("c")
+    }
+
     /// Returns the bundle of a container.
     pub fn container_bundle(&self, box_id: &str, container_id: &str) -> PathBuf {
-        self.bundle(box_id).join("c").join(container_id)
+        self.containers(box_id).join(container_id)
     }
 
     /// Returns the OCI spec of a container.

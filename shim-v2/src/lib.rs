@@ -1,8 +1,8 @@
 //! Library of `containerd-shim-boxlite-v2`, separate from the binary so that tests can call it.
 //!
-//! [`vmm`] implements the VMMs, [`jail`] confines them, [`probe`] tests for KVM, and [`machine`] assembles and boots a VM. The
-//! services, the command line and the log writers do not depend on a particular VMM, except that [`sandbox::options`] and
-//! [`containerd`] validate the requested kind. The shim has no image store and no database: callers pass all paths.
+//! [`vmm`] implements the VMMs, [`jail`] confines them, [`probe`] tests for KVM, and [`machine`] assembles and boots a VM.
+//! Outside [`vmm`] two modules distinguish kinds: [`machine`] by the NIC of a pod in the host's network, and [`containerd`] by
+//! the acceleration of the configured kind. The shim has no image store and no database: callers pass all paths.
 
 pub mod blocks;
 pub mod cgroup;

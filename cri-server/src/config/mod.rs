@@ -21,6 +21,7 @@ use boxlite_config::paths::{installed_shim, prefix};
 use boxlite_config::section::{self, Section};
 use boxlite_config::value;
 use boxlite_config::vmm::VmmSettings;
+use boxlite_runtime::filesystem_layout::FilesystemLayout;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -194,7 +195,7 @@ impl Default for Config {
 impl Config {
     /// Returns the directory of the scratch disks.
     pub(crate) fn scratch_dir(&self) -> PathBuf {
-        let default = || self.root.join("scratch");
+        let default = || FilesystemLayout::default_scratch_dir(&self.root);
         self.scratch_dir.clone().unwrap_or_else(default)
     }
 

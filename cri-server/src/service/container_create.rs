@@ -61,7 +61,9 @@ async fn make(
         )));
     }
     let reference = config.image.clone().unwrap_or_default().image;
-    let image = super::image_status::find(server, &reference)
+    let images = server.runtime.images();
+    let image = images
+        .status(&reference)
         .ok_or_else(|| Status::not_found(format!("image {reference:?} not found")))?;
     name_image_volumes(server, &mut config)?;
     let id = new_id();
@@ -88,7 +90,8 @@ async fn make(
     Ok(id)
 }
 
-/// Warns of directories that other pods mount with write access, too. Not awaited: a host path may not answer.
+/// Warns of directories that other pods mount with write access, too. Detached: a host path may not answer, and nothing
+/// waits for the warning.
 fn note_shared_volumes(server: &Server, pod: &str, config: ContainerConfig) {
     let (server, pod) = (server.clone(), pod.to_owned());
     tokio::task::spawn_blocking(move || {
@@ -104,7 +107,7 @@ fn name_image_volumes(server: &Server, config: &mut ContainerConfig) -> Result<(
         let Some(reference) = container::image_volume(mount) else {
             continue;
         };
-        let image = super::image_status::find(server, &reference).ok_or_else(|| {
+        let image = server.runtime.images().status(&reference).ok_or_else(|| {
             Status::not_found(format!(
                 "{IMAGE_VOLUME_FAILED}: image {reference:?} of the mount at {:?} not found",
                 mount.container_path

@@ -3,7 +3,6 @@
 use super::{Server, require};
 use crate::convert::image;
 use boxlite_proto::cri::v1::{ImageStatusRequest, ImageStatusResponse};
-use boxlite_runtime::images::ImageRecord;
 use serde_json::json;
 use std::collections::HashMap;
 use tonic::Status;
@@ -15,7 +14,7 @@ pub(crate) fn status(
 ) -> Result<ImageStatusResponse, Status> {
     let wanted = request.image.unwrap_or_default().image;
     require("image.image", &wanted)?;
-    let Some(record) = find(server, &wanted) else {
+    let Some(record) = server.runtime.images().status(&wanted) else {
         return Ok(ImageStatusResponse::default());
     };
     let mut info = HashMap::new();
@@ -27,9 +26,4 @@ pub(crate) fn status(
         image: Some(image::image(&record)),
         info,
     })
-}
-
-/// Returns the image of a request, by id, tag or digest.
-pub(crate) fn find(server: &Server, wanted: &str) -> Option<ImageRecord> {
-    server.runtime.images().status(wanted)
 }

@@ -55,7 +55,7 @@ use crate::convert::{sandbox::PodMetadata, status};
 use crate::layout::Layout;
 use crate::metrics::Metrics;
 use crate::nri::Nri;
-use crate::streaming::{Streaming, Ticket};
+use crate::streaming::{RequestedStreams, Streaming, Ticket};
 use boxlite_proto::cri::v1::{ContainerConfig, RunPodSandboxRequest};
 use boxlite_runtime::{
     BoxliteRuntime, ContainerSnapshot, ContainerState, ErrorKind, LiteBox, RuntimeError,
@@ -258,6 +258,32 @@ fn require(field: &'static str, value: &str) -> Result<(), Status> {
         return Err(Status::invalid_argument(format!("{field} is missing")));
     }
     Ok(())
+}
+
+/// Returns the requested streams if the combination is valid.
+fn requested_streams(
+    stdin: bool,
+    stdout: bool,
+    stderr: bool,
+    tty: bool,
+) -> Result<RequestedStreams, Status> {
+    if tty && stderr {
+        // A terminal has a single output.
+        return Err(Status::invalid_argument(
+            "tty and stderr cannot both be true",
+        ));
+    }
+    if !stdin && !stdout && !stderr {
+        return Err(Status::invalid_argument(
+            "one of stdin, stdout, and stderr must be set",
+        ));
+    }
+    Ok(RequestedStreams {
+        stdin,
+        stdout,
+        stderr,
+        tty,
+    })
 }
 
 /// Maps NotFound to `None`, and every other error to a status.

@@ -1,7 +1,7 @@
 //! Files that are mounted into every container of a pod: resolv.conf, hostname, hosts.
 
 use crate::convert::sandbox::PodMetadata;
-use crate::layout::Layout;
+use crate::layout::{HOSTNAME, HOSTS, Layout, RESOLV_CONF};
 use boxlite_config::dns;
 use std::collections::HashSet;
 use std::fs::{self, DirBuilder, OpenOptions};
@@ -23,16 +23,16 @@ pub(crate) fn write(layout: &Layout, id: &str, record: &PodMetadata) -> io::Resu
         Some(text) => text.into_bytes(),
         None => dns::node_resolv_conf()?,
     };
-    file(&directory.join("resolv.conf"), &resolv)?;
+    file(&directory.join(RESOLV_CONF), &resolv)?;
     file(
-        &directory.join("hostname"),
+        &directory.join(HOSTNAME),
         format!("{}\n", record.hostname()).as_bytes(),
     )?;
     let hosts = match record.host_network() {
         true => dns::node_file(Path::new(NODE_HOSTS))?,
         false => record.hosts().into_bytes(),
     };
-    file(&directory.join("hosts"), &hosts)
+    file(&directory.join(HOSTS), &hosts)
 }
 
 /// Removes the files; succeeds if they do not exist.

@@ -1,7 +1,7 @@
 //! Attach: validates the request and returns the URL of one session.
 
-use super::Server;
-use crate::streaming::{Attach, RequestedStreams, Ticket};
+use super::{Server, requested_streams};
+use crate::streaming::{Attach, Ticket};
 use boxlite_proto::cri::v1::{AttachRequest, AttachResponse};
 use tonic::Status;
 
@@ -17,30 +17,4 @@ pub(crate) fn attach(server: &Server, request: AttachRequest) -> Result<AttachRe
     });
     let url = server.stream_url(ticket)?;
     Ok(AttachResponse { url })
-}
-
-/// Returns the requested streams if the combination is valid.
-pub(crate) fn requested_streams(
-    stdin: bool,
-    stdout: bool,
-    stderr: bool,
-    tty: bool,
-) -> Result<RequestedStreams, Status> {
-    if tty && stderr {
-        // A terminal has a single output.
-        return Err(Status::invalid_argument(
-            "tty and stderr cannot both be true",
-        ));
-    }
-    if !stdin && !stdout && !stderr {
-        return Err(Status::invalid_argument(
-            "one of stdin, stdout, and stderr must be set",
-        ));
-    }
-    Ok(RequestedStreams {
-        stdin,
-        stdout,
-        stderr,
-        tty,
-    })
 }

@@ -1,6 +1,6 @@
 //! Exec: validates the request and returns the URL of one session.
 
-use super::{Server, stream_attach::requested_streams};
+use super::{Server, requested_streams};
 use crate::streaming::{Exec, Ticket};
 use boxlite_proto::cri::v1::{ExecRequest, ExecResponse};
 use tonic::Status;

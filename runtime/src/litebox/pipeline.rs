@@ -121,12 +121,14 @@ impl<R: ShimRecorder> NotStarted<R> {
 impl<R: ShimRecorder> ImageReady<R> {
     async fn rootfs(mut self) -> Result<RootfsReady<R>> {
         let began = Instant::now();
-        let bundle = self.start.env.layout.bundle(&self.start.options.id);
+        let layout = &self.start.env.layout;
+        let bundle = layout.bundle(&self.start.options.id);
+        let containers = layout.containers(&self.start.options.id);
         let made = self.start.blocking(move || {
             // Remove the leftovers of a crashed start.
             remove_tree(&bundle)?;
             private_directory(&bundle)?;
-            private_directory(&bundle.join("c"))
+            private_directory(&containers)
         });
         match made.await {
             Ok(()) => {

@@ -178,9 +178,12 @@ impl Machine for VmMachine {
         timers.mark("share");
 
         let network = self.attach(bundle, plan, undo).await?;
-        // libkrun uses TSI and needs no NIC.
-        let tsi = plan.options.host_network && plan.options.vmm == VmmKind::Krun;
-        let slirp_nic = plan.options.host_network && plan.options.vmm == VmmKind::Qemu;
+        let host_network = plan.options.host_network;
+        let (tsi, slirp_nic) = match plan.options.vmm {
+            // libkrun uses TSI and needs no NIC.
+            VmmKind::Krun => (host_network, false),
+            VmmKind::Qemu => (false, host_network),
+        };
         timers.mark("net");
 
         let ready =

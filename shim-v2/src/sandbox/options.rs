@@ -5,7 +5,7 @@
 
 use crate::error::{Result, ShimError};
 use boxlite_proto::names::SANDBOX_OPTIONS_TYPE;
-use boxlite_proto::vmm::{SandboxOptions, VmmKind};
+use boxlite_proto::vmm::SandboxOptions;
 use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
 use std::path::PathBuf;
 
@@ -82,11 +82,6 @@ impl Plan {
             return Err(ShimError::Invalid {
                 field: "netns_path",
                 reason: "must be empty for a pod in the host's network".to_owned(),
-            });
-        }
-        if options.host_network && !matches!(options.vmm, VmmKind::Krun | VmmKind::Qemu) {
-            return Err(ShimError::Unsupported {
-                feature: "the host's network on this VMM",
             });
         }
         Ok(Self {
