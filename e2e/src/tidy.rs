@@ -4,8 +4,11 @@
 
 mod crates;
 mod cycles;
+mod handlers;
+mod helpers;
 mod language;
 mod messages;
+mod tasks;
 mod vocabulary;
 
 use std::collections::BTreeSet;
@@ -86,6 +89,14 @@ fn sources() -> Vec<(String, String)> {
         .into_iter()
         .filter(|(path, _)| path.ends_with(".rs"))
         .collect()
+}
+
+/// The code of a file without comments and without its inline tests.
+fn code(text: &str) -> String {
+    let end = text.find("#[cfg(test)]\nmod tests {").unwrap_or(text.len());
+    let lines = text[..end].lines();
+    let code = lines.map(|line| line.split("//").next().unwrap_or_default());
+    code.collect::<Vec<_>>().join("\n")
 }
 
 fn fail(mistakes: &[String]) {
