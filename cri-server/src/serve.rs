@@ -109,6 +109,9 @@ async fn run(mut config: Config) -> Result<(), ServeError> {
         start_limit: config.timeouts.run_pod,
         registry: RegistryOptions {
             certs_dir: config.registry.config_path.clone(),
+            min_bytes_per_second: config.registry.min_bytes_per_second,
+            pull_timeout: config.registry.pull_timeout,
+            max_partial_bytes: config.registry.max_partial_bytes,
             ..RegistryOptions::default()
         },
     };

@@ -38,10 +38,7 @@ impl Config {
                     ("timeout_seconds", seconds(self.cni.timeout)),
                 ]),
             ),
-            (
-                "registry",
-                table([("config_path", path(&self.registry.config_path))]),
-            ),
+            ("registry", self.registry_table()),
             ("nri", self.nri_table()),
             ("metrics", table([("listen", or(listen, "off"))])),
             (
@@ -95,6 +92,19 @@ impl Config {
         ])
     }
 
+    fn registry_table(&self) -> Value {
+        let registry = &self.registry;
+        table([
+            ("config_path", path(&registry.config_path)),
+            (
+                "min_bytes_per_second",
+                number(registry.min_bytes_per_second),
+            ),
+            ("pull_timeout_seconds", seconds(registry.pull_timeout)),
+            ("max_partial_bytes", number(registry.max_partial_bytes)),
+        ])
+    }
+
     fn nri_table(&self) -> Value {
         let nri = &self.nri;
         table([
@@ -129,5 +139,9 @@ fn or(value: Option<String>, default: &str) -> Value {
 }
 
 fn seconds(duration: Duration) -> Value {
-    i64::try_from(duration.as_secs()).unwrap_or(i64::MAX).into()
+    number(duration.as_secs())
+}
+
+fn number(value: u64) -> Value {
+    i64::try_from(value).unwrap_or(i64::MAX).into()
 }

@@ -90,6 +90,12 @@ pub(crate) struct CniConfig {
 pub(crate) struct RegistryConfig {
     /// Mirrors and certificates in containerd's layout `<dir>/<host>/hosts.toml`. Default /etc/boxlite/certs.d.
     pub config_path: PathBuf,
+    /// Lowest rate of a layer download over a minute; 0 accepts any. Default 1024, slower than a modem.
+    pub min_bytes_per_second: u64,
+    /// Timeout of a pull. Default 4 h, the time of 64 GiB at 5 MB/s; the kubelet has none.
+    pub pull_timeout: Duration,
+    /// Size of the partial downloads that are kept for a retry. Default 512 MiB: one large layer.
+    pub max_partial_bytes: u64,
 }
 
 /// Prometheus endpoint.
@@ -163,6 +169,9 @@ impl Default for Config {
             },
             registry: RegistryConfig {
                 config_path: "/etc/boxlite/certs.d".into(),
+                min_bytes_per_second: 1024,
+                pull_timeout: Duration::from_secs(4 * 3600),
+                max_partial_bytes: 512 << 20,
             },
             metrics: MetricsConfig {
                 listen: Some(SocketAddr::from(([127, 0, 0, 1], 9640))),
@@ -268,6 +277,19 @@ impl RegistryConfig {
     fn read(mut section: Section, default: Self, mistakes: &mut Vec<Mistake>) -> Self {
         let registry = Self {
             config_path: section.take("config_path", default.config_path, value::absolute),
+            min_bytes_per_second: section.take(
+                "min_bytes_per_second",
+                default.min_bytes_per_second,
+                |v| value::number(v, 0, i64::MAX),
+            ),
+            pull_timeout: section.take(
+                "pull_timeout_seconds",
+                default.pull_timeout,
+                value::seconds,
+            ),
+            max_partial_bytes: section.take("max_partial_bytes", default.max_partial_bytes, |v| {
+                value::number(v, 0, i64::MAX)
+            }),
         };
         section.finish(mistakes);
         registry

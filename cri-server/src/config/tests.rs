@@ -23,7 +23,7 @@ fn keys(text: &str) -> usize {
 }
 
 /// Number of keys. A new one belongs into default.toml, the dump and [`CHANGED`], too.
-const KEYS: usize = 38;
+const KEYS: usize = 41;
 
 fn printed_default() -> String {
     default_toml(&prefix(), &Paths::default().libkrunfw)
@@ -100,6 +100,9 @@ bin_dirs = ["/k", "/l"]
 timeout_seconds = 7
 [registry]
 config_path = "/m"
+min_bytes_per_second = 13
+pull_timeout_seconds = 14
+max_partial_bytes = 15
 [nri]
 enable = true
 socket_path = "/n"

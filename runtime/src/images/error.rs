@@ -86,6 +86,17 @@ pub enum ImageError {
         subject: String,
         reason: String,
     },
+    /// `host` sent fewer bytes than the configured minimum.
+    #[error("{host} sends {subject} at {rate} bytes per second, the minimum is {minimum}")]
+    TooSlow {
+        host: String,
+        subject: String,
+        rate: u64,
+        minimum: u64,
+    },
+    /// `subject` was not complete in time.
+    #[error("{subject} not complete after {seconds} s")]
+    TimedOut { subject: String, seconds: u64 },
     /// Every configured host failed; `attempts` lists the errors in order.
     #[error("failed to get {subject} from any host: {attempts}")]
     AllHosts {
@@ -186,7 +197,11 @@ impl ImageError {
             Self::InvalidReference { .. } => K::InvalidReference,
             Self::NotFound { .. } => K::NotFound,
             Self::Unauthorized { .. } => K::Unauthorized,
-            Self::Status { .. } | Self::Transport { .. } | Self::Protocol { .. } => K::Unavailable,
+            Self::Status { .. }
+            | Self::Transport { .. }
+            | Self::Protocol { .. }
+            | Self::TooSlow { .. }
+            | Self::TimedOut { .. } => K::Unavailable,
             Self::AllHosts { kind, .. } => *kind,
             Self::Corrupt { .. } => K::Corrupt,
             Self::InvalidImage { .. } | Self::LayerEntry { .. } => K::InvalidImage,

@@ -67,7 +67,7 @@ impl ImageManager {
         let path = dir.to_path_buf();
         let store = blocking(move || Store::open(&path)).await?;
         let inner = Inner {
-            jobs: LayerJobs::new(store.clone()),
+            jobs: LayerJobs::new(store.clone(), &options),
             configs: ConfigCache::new(store.clone()),
             hosts: HostDirectory::new(options.clone()),
             store,

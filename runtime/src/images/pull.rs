@@ -37,7 +37,14 @@ pub(super) async fn pull(
     let reference = Reference::parse(text)?;
     let progress = Progress(progress);
     progress.start(&reference);
-    let outcome = run(inner, &reference, auth, &progress).await;
+    let limit = inner.options.pull_timeout;
+    let outcome = tokio::time::timeout(limit, run(inner, &reference, auth, &progress)).await;
+    let outcome = outcome.unwrap_or_else(|_| {
+        Err(ImageError::TimedOut {
+            subject: "the download".into(),
+            seconds: limit.as_secs(),
+        })
+    });
     outcome.map_err(|e| ImageError::Pull {
         reference: reference.to_string(),
         source: Box::new(e),

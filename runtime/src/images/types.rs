@@ -88,8 +88,13 @@ pub struct RegistryOptions {
     pub certs_dir: PathBuf,
     /// Timeout of a connection attempt, including TLS.
     pub connect_timeout: Duration,
-    /// A response without a new byte for this time counts as broken.
+    /// A response without a new byte for this time counts as broken. Also the window of `min_bytes_per_second`.
     pub stall_timeout: Duration,
+    /// A layer download that is slower than this for `stall_timeout` counts as broken; 0 accepts any rate. The time in which
+    /// the conversion does not accept bytes is not counted.
+    pub min_bytes_per_second: u64,
+    /// Maximum duration of a pull. Its partial downloads are kept for a retry.
+    pub pull_timeout: Duration,
     /// Number of layers of a pull that are downloaded and converted concurrently.
     pub parallel_layers: usize,
     /// Maximum size of an uncompressed layer, in bytes of its tar stream.
@@ -106,6 +111,10 @@ impl Default for RegistryOptions {
             connect_timeout: Duration::from_secs(30),
             // Pull-through caches may be slow to send the first byte.
             stall_timeout: Duration::from_secs(60),
+            // Slower than a modem; a layer of 10 MiB would take three hours.
+            min_bytes_per_second: 1024,
+            // 64 GiB take as long at 5 MB/s.
+            pull_timeout: Duration::from_secs(4 * 3600),
             // containerd's max_concurrent_downloads.
             parallel_layers: 3,
             // Larger than any published machine-learning image.

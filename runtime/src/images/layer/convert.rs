@@ -15,6 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::LayerRequest;
 use super::download::Piece;
 use super::source::Source;
+use super::turn::Turn;
 use crate::images::error::{ImageError, ImageErrorKind, ImageResult};
 use crate::images::manifest::Compression;
 use crate::images::reference::Digest;
@@ -31,6 +32,7 @@ pub(super) struct Task {
     pub request: LayerRequest,
     pub partial: PathBuf,
     pub input: mpsc::Receiver<Piece>,
+    pub turn: Turn,
 }
 
 impl Task {
@@ -38,10 +40,15 @@ impl Task {
     ///
     /// Deletes the partial file, unless the download was interrupted: then it keeps the received bytes.
     pub(super) fn run(self, started: oneshot::Sender<u64>) -> ImageResult<()> {
-        let (mut source, replay) = Source::open(&self.partial, self.request.blob.size, self.input)?;
+        let (mut source, replay) = Source::open(
+            &self.partial,
+            self.request.blob.size,
+            self.input,
+            self.turn.clone(),
+        )?;
         // The job may be gone; then reading from its channel fails.
         let _ = started.send(replay);
-        let outcome = convert(&self.store, &self.request, &mut source);
+        let outcome = convert(&self.store, &self.request, &mut source, &self.turn);
         let cut = outcome.as_ref().err().is_some_and(ImageError::is_transient);
         // Checked last: the pull sets `abandoned` before it deletes the partial file itself.
         let keep = cut && !self.request.abandoned.load(Ordering::SeqCst);
@@ -52,13 +59,18 @@ impl Task {
     }
 }
 
-fn convert(store: &Store, request: &LayerRequest, source: &mut Source) -> ImageResult<()> {
+fn convert(
+    store: &Store,
+    request: &LayerRequest,
+    source: &mut Source,
+    turn: &Turn,
+) -> ImageResult<()> {
     let ingest = store.ingest_dir();
     let file = tempfile::Builder::new()
         .prefix("layer-")
         .tempfile_in(&ingest)
         .map_err(|e| ImageError::io("create a layer in", &ingest, e))?;
-    let written = unpack(request, source, &file, &ingest);
+    let written = unpack(request, source, turn, &file, &ingest);
     if let Some(error) = source.failure() {
         return Err(error);
     }
@@ -101,6 +113,7 @@ fn convert(store: &Store, request: &LayerRequest, source: &mut Source) -> ImageR
 fn unpack(
     request: &LayerRequest,
     source: &mut Source,
+    turn: &Turn,
     file: &tempfile::NamedTempFile,
     scratch: &std::path::Path,
 ) -> ImageResult<Digest> {
@@ -130,6 +143,7 @@ fn unpack(
         hash: Sha256::new(),
         left: request.max_bytes,
         exceeded: false,
+        turn,
     };
     let target = boxlite_erofs::Target {
         file: file.as_file(),
@@ -165,15 +179,18 @@ fn stream_error(what: &str, error: &io::Error) -> ImageError {
 }
 
 /// Reader that hashes and limits the bytes read through it.
-struct Hashing<R> {
+struct Hashing<'a, R> {
     inner: R,
     hash: Sha256,
     left: u64,
     exceeded: bool,
+    turn: &'a Turn,
 }
 
-impl<R: Read> Read for Hashing<R> {
+impl<R: Read> Read for Hashing<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        // Few bytes of the source may unpack to many.
+        self.turn.take();
         let read = self.inner.read(buffer)?;
         if read as u64 > self.left {
             self.exceeded = true;

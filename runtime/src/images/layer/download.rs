@@ -2,11 +2,12 @@
 //!
 //! A broken connection is resumed at the byte where it ended, on the same host or the next one, a bounded number of times.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
+use super::Rate;
 use crate::images::error::{ImageError, ImageResult};
 use crate::images::manifest::Descriptor;
 use crate::images::registry::{BlobStream, Session};
@@ -41,6 +42,7 @@ pub(super) fn channel() -> (mpsc::Sender<Piece>, mpsc::Receiver<Piece>) {
 pub(super) async fn feed(
     session: &Session,
     blob: &Descriptor,
+    rate: Rate,
     have: u64,
     sender: mpsc::Sender<Piece>,
     received: impl Fn(u64) + Send + Sync,
@@ -51,12 +53,17 @@ pub(super) async fn feed(
     while done < blob.size {
         let before = done;
         let outcome = match session.blob(&blob.digest, done, failures as usize).await {
-            Ok(stream) => read(stream, blob, &mut done, &sender, &received).await,
+            Ok(stream) => read(stream, blob, rate, &mut done, &sender, &received).await,
             Err(e) => Err(e),
         };
         let Err(error) = outcome else { continue };
         connections += 1;
-        failures = if done > before { 1 } else { failures + 1 };
+        let slow = matches!(error, ImageError::TooSlow { .. });
+        failures = if done > before && !slow {
+            1
+        } else {
+            failures + 1
+        };
         if !error.is_transient()
             || failures > MAX_CONSECUTIVE_FAILURES
             || connections > MAX_CONNECTIONS
@@ -78,6 +85,7 @@ pub(super) async fn feed(
 async fn read(
     mut stream: BlobStream,
     blob: &Descriptor,
+    rate: Rate,
     done: &mut u64,
     sender: &mpsc::Sender<Piece>,
     received: &(impl Fn(u64) + Sync),
@@ -85,7 +93,20 @@ async fn read(
     let what = || format!("blob {}", blob.digest);
     let size = |got: String| ImageError::corrupt(what(), format!("{} bytes", blob.size), got);
     let cut = |e| ImageError::transport(&stream.host, what(), e);
-    while let Some(mut chunk) = stream.response.chunk().await.map_err(cut)? {
+    let mut meter = Meter::new(rate);
+    loop {
+        let asked = Instant::now();
+        let Some(mut chunk) = stream.response.chunk().await.map_err(cut)? else {
+            break;
+        };
+        if let Some(measured) = meter.slow(asked.elapsed(), chunk.len() as u64) {
+            return Err(ImageError::TooSlow {
+                host: stream.host,
+                subject: what(),
+                rate: measured,
+                minimum: rate.minimum,
+            });
+        }
         if stream.skip > 0 {
             let skipped = (chunk.len() as u64).min(stream.skip);
             stream.skip -= skipped;
@@ -110,4 +131,59 @@ async fn read(
         return Err(size(format!("{done} (from {})", stream.host)));
     }
     Ok(())
+}
+
+/// Measures the rate of a connection over consecutive windows.
+struct Meter {
+    rate: Rate,
+    /// Time spent waiting for the registry, and bytes received, in this window.
+    waited: Duration,
+    bytes: u64,
+}
+
+impl Meter {
+    fn new(rate: Rate) -> Self {
+        Self {
+            rate,
+            waited: Duration::ZERO,
+            bytes: 0,
+        }
+    }
+
+    /// Adds a chunk. Returns the rate in bytes per second if it was below the minimum for a whole window.
+    fn slow(&mut self, waited: Duration, bytes: u64) -> Option<u64> {
+        self.waited += waited;
+        self.bytes += bytes;
+        if self.waited < self.rate.window {
+            return None;
+        }
+        let measured = (self.bytes as f64 / self.waited.as_secs_f64()) as u64;
+        (self.waited, self.bytes) = (Duration::ZERO, 0);
+        (measured < self.rate.minimum).then_some(measured)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn meter_reports_rates_below_minimum_per_window() {
+        let second = Duration::from_secs(1);
+        let mut meter = Meter::new(Rate {
+            minimum: 100,
+            window: 10 * second,
+        });
+        // A burst counts for its window only.
+        assert_eq!(meter.slow(second, 1_000_000), None);
+        assert_eq!(meter.slow(9 * second, 1), None);
+        assert!((0..9).all(|_| meter.slow(second, 99).is_none()));
+        assert_eq!(meter.slow(second, 99), Some(99));
+        assert!((0..10).all(|_| meter.slow(second, 100).is_none()));
+        let mut any = Meter::new(Rate {
+            minimum: 0,
+            window: second,
+        });
+        assert_eq!(any.slow(60 * second, 1), None);
+    }
 }

@@ -8,6 +8,9 @@
 //! registry ──chunks──► channel ──► partial file, sha256 ──► gunzip ──► sha256 ──► tar ──► EROFS ──fsync, rename──► store
 //! ```
 //!
+//! No job holds anything that others need while it waits for bytes: the conversion takes a [`Turn`] only while it has bytes to
+//! process. A pull has a bounded number of jobs, so that an image with many layers does not delay the others.
+//!
 //! A job is a shared future: it runs while any of its callers polls it, and is dropped with the last of them. Then the
 //! channel closes, the thread deletes its EROFS file and ends, and the partial file is kept; the next job for the blob
 //! replays it into a new conversion and requests the rest from the registry.
@@ -15,12 +18,14 @@
 mod convert;
 mod download;
 mod source;
+mod turn;
 
 use boxlite_sys::sync::Mutex;
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use futures::future::{BoxFuture, FutureExt, Shared, WeakShared};
 use tokio::sync::{Semaphore, watch};
@@ -31,10 +36,14 @@ use super::manifest::Descriptor;
 use super::reference::Digest;
 use super::registry::Session;
 use super::store::Store;
-use super::types::{LayerProgress, LayerState};
+use super::types::{LayerProgress, LayerState, RegistryOptions};
+use turn::Turn;
 
-/// Maximum number of concurrent layer jobs: each has a thread, a connection and some MiB of buffers.
-const MAX_JOBS: usize = 8;
+/// Maximum number of concurrent layer jobs: each has a thread, a connection and some MiB of buffers. A job that waits for a
+/// registry occupies its place, so that the number is that of 20 pulls; the lowest rate ends jobs of slow registries.
+const MAX_JOBS: usize = 64;
+/// Maximum number of conversions that use the CPU at the same time.
+const MAX_CONVERTING: usize = 8;
 
 /// Request for a layer.
 #[derive(Debug, Clone)]
@@ -49,11 +58,22 @@ pub(super) struct LayerRequest {
 
 type Job = Shared<BoxFuture<'static, ImageResult<()>>>;
 
+/// Lowest accepted rate of a download.
+#[derive(Debug, Clone, Copy)]
+struct Rate {
+    /// In bytes per second; 0 accepts any rate.
+    minimum: u64,
+    /// Time over which the rate is measured.
+    window: Duration,
+}
+
 /// The layer jobs of a store.
 pub(super) struct LayerJobs {
     store: Arc<Store>,
     jobs: Mutex<HashMap<String, Running>>,
     permits: Arc<Semaphore>,
+    turns: Arc<Semaphore>,
+    rate: Rate,
     /// Tracks the conversion threads, which may outlive their job by one chunk.
     threads: TaskTracker,
 }
@@ -73,11 +93,16 @@ impl Running {
 }
 
 impl LayerJobs {
-    pub(super) fn new(store: Arc<Store>) -> Self {
+    pub(super) fn new(store: Arc<Store>, options: &RegistryOptions) -> Self {
         Self {
             store,
             jobs: Mutex::default(),
             permits: Arc::new(Semaphore::new(MAX_JOBS)),
+            turns: Arc::new(Semaphore::new(MAX_CONVERTING)),
+            rate: Rate {
+                minimum: options.min_bytes_per_second,
+                window: options.stall_timeout,
+            },
             threads: TaskTracker::new(),
         }
     }
@@ -177,6 +202,8 @@ impl LayerJobs {
             partial: self.store.ingest_dir().join(&key),
             all_threads: self.threads.clone(),
             threads: threads.clone(),
+            turns: self.turns.clone(),
+            rate: self.rate,
             progress: sender,
         };
         let permits = self.permits.clone();
@@ -235,6 +262,8 @@ struct LayerJob {
     partial: PathBuf,
     all_threads: TaskTracker,
     threads: TaskTracker,
+    turns: Arc<Semaphore>,
+    rate: Rate,
     progress: watch::Sender<LayerProgress>,
 }
 
@@ -277,6 +306,7 @@ impl LayerJob {
             request: self.request.clone(),
             partial: self.partial.clone(),
             input: receiver,
+            turn: Turn::new(self.turns.clone()),
         };
         let (started, resumed) = tokio::sync::oneshot::channel();
         let running = self.threads.token();
@@ -291,6 +321,7 @@ impl LayerJob {
         let fed = download::feed(
             &self.session,
             &self.request.blob,
+            self.rate,
             resumed,
             sender,
             |received| {

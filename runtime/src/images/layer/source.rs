@@ -13,6 +13,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
 use super::download::Piece;
+use super::turn::Turn;
 use crate::images::error::{ImageError, ImageResult};
 use crate::images::reference::Digest;
 
@@ -26,6 +27,7 @@ pub(super) struct Source {
     /// Remaining bytes of the partial file to replay.
     replay: u64,
     input: mpsc::Receiver<Piece>,
+    turn: Turn,
     chunk: Bytes,
     hash: Sha256,
     bytes: u64,
@@ -46,6 +48,7 @@ impl Source {
         path: &Path,
         size: u64,
         input: mpsc::Receiver<Piece>,
+        turn: Turn,
     ) -> ImageResult<(Self, u64)> {
         let failed = |e| ImageError::io("open", path, e);
         let mut partial = OpenOptions::new()
@@ -67,6 +70,7 @@ impl Source {
             partial,
             replay,
             input,
+            turn,
             chunk: Bytes::new(),
             hash: Sha256::new(),
             bytes: 0,
@@ -126,7 +130,15 @@ impl Source {
 
     /// Waits for the next chunk and appends it to the partial file. Returns false at the end.
     fn next_chunk(&mut self) -> io::Result<bool> {
-        match self.input.blocking_recv() {
+        let piece = match self.input.try_recv() {
+            Ok(piece) => Some(piece),
+            Err(_) => {
+                self.turn.give_up();
+                self.input.blocking_recv()
+            }
+        };
+        self.turn.take();
+        match piece {
             Some(Piece::Data(chunk)) => {
                 if let Err(e) = self.partial.write_all(&chunk) {
                     return Err(self.fail(ImageError::io("write", &self.path.clone(), e)));

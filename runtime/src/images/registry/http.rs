@@ -4,6 +4,7 @@
 //! reach another origin, and a redirect must not downgrade from https to http.
 
 use std::sync::Once;
+use std::time::Duration;
 
 use reqwest::header::{HeaderMap, LOCATION};
 use reqwest::{Client, Response, StatusCode, Url};
@@ -12,6 +13,8 @@ use crate::images::error::{ImageError, ImageResult};
 
 /// Maximum number of redirects of a request. Registries need one or two, to the CDN of their blob store.
 const MAX_REDIRECTS: usize = 5;
+/// Timeout of a response body that is read as a whole (a manifest, config, token or error); usually it has some KiB.
+const BODY_TIMEOUT: Duration = Duration::from_secs(120);
 /// Maximum size of an error body.
 const MAX_ERROR_BODY_BYTES: u64 = 8 << 10;
 /// Maximum length of a registry's message in an error.
@@ -90,6 +93,23 @@ fn is_redirect(status: StatusCode) -> bool {
 
 /// Reads a body of at most `limit` bytes.
 pub(super) async fn body(
+    response: Response,
+    limit: u64,
+    host: &str,
+    what: &str,
+) -> ImageResult<Vec<u8>> {
+    let body = read_body(response, limit, host, what);
+    tokio::time::timeout(BODY_TIMEOUT, body)
+        .await
+        .unwrap_or_else(|_| {
+            Err(ImageError::TimedOut {
+                subject: format!("{what} from {host}"),
+                seconds: BODY_TIMEOUT.as_secs(),
+            })
+        })
+}
+
+async fn read_body(
     mut response: Response,
     limit: u64,
     host: &str,

@@ -438,3 +438,130 @@ async fn partial_downloads_are_bounded_listed_and_reclaimed() {
     home.images.remove("none").await.unwrap();
     assert!(home.files("ingest").is_empty(), "a removal needs space");
 }
+
+/// Pulls that wait for their registries hold nothing that another pull needs.
+#[tokio::test]
+async fn slow_registries_do_not_delay_other_pulls() {
+    let (fast, home) = setup().await;
+    fast.push("r", "v", &[(&layer("fast", 1, 50_000), Pack::Gzip)]);
+    let mut slow = Vec::new();
+    for seed in 0..4 {
+        let registry = Registry::start().await;
+        let layers: Vec<Vec<u8>> = (0..3)
+            .map(|n| layer(&format!("{seed}-{n}"), 10 * seed + n, 50_000))
+            .collect();
+        let packs: Vec<(&[u8], Pack)> = layers
+            .iter()
+            .map(|tar| (tar.as_slice(), Pack::Plain))
+            .collect();
+        let pushed = registry.push("r", "v", &packs);
+        // The config is a blob, too, and arrives in seconds.
+        registry.faults(Faults {
+            drip_ms: 20,
+            ..Faults::default()
+        });
+        let (images, name) = (home.images.clone(), registry.name("r:v"));
+        let pull = tokio::spawn(async move { images.pull(&name, None, None).await });
+        slow.push((registry, pushed, pull));
+    }
+    let started = |(registry, pushed, _): &(Registry, registry::Pushed, _)| {
+        let paths = registry.requests();
+        let requested = |blob: &String| paths.iter().any(|r| r.path.contains(blob.as_str()));
+        pushed.blobs.iter().all(requested)
+    };
+    let all = async {
+        while !slow.iter().all(started) {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    let limit = std::time::Duration::from_secs(60);
+    tokio::time::timeout(limit, all)
+        .await
+        .expect("all twelve layers are requested");
+    tokio::time::timeout(limit, home.pull(&fast.name("r:v")))
+        .await
+        .expect("the fast pull ends")
+        .unwrap();
+    for (_, _, pull) in slow {
+        assert!(!pull.is_finished(), "the slow pulls still run");
+        pull.abort();
+    }
+}
+
+#[tokio::test]
+async fn slow_host_is_left_for_the_next() {
+    let (mirror, upstream, home) = (
+        Registry::start().await,
+        Registry::start().await,
+        Home::new().await,
+    );
+    let tar = layer("a", 1, 50_000);
+    for registry in [&mirror, &upstream] {
+        registry.push("x/r", "1", &[(&tar, Pack::Plain)]);
+    }
+    home.hosts(
+        "reg.example",
+        &format!(
+            "server = 'http://{}'\n[host.'http://{}']\n",
+            upstream.address, mirror.address
+        ),
+    );
+    let Home { dir, images } = home;
+    drop(images);
+    let options = RegistryOptions {
+        stall_timeout: std::time::Duration::from_millis(500),
+        min_bytes_per_second: 10_000,
+        ..options(dir.path())
+    };
+    let images = ImageManager::open(&dir.path().join("images"), options)
+        .await
+        .unwrap();
+    // 200 bytes per second; the config has some hundred bytes.
+    mirror.faults(Faults {
+        drip_ms: 50,
+        ..Faults::default()
+    });
+    images.pull("reg.example/x/r:1", None, None).await.unwrap();
+    let ranges: Vec<Option<u64>> = upstream
+        .take_requests()
+        .into_iter()
+        .map(|r| r.range)
+        .collect();
+    assert!(
+        matches!(ranges.as_slice(), [Some(offset)] if *offset > 0),
+        "resumed where the slow host was left: {ranges:?}"
+    );
+}
+
+#[tokio::test]
+async fn pull_ends_at_its_time_limit() {
+    let (registry, home) = setup().await;
+    registry.push("r", "v", &[(&layer("a", 1, 50_000), Pack::Plain)]);
+    let Home { dir, images } = home;
+    drop(images);
+    let limited = RegistryOptions {
+        min_bytes_per_second: 0,
+        pull_timeout: std::time::Duration::from_secs(3),
+        ..options(dir.path())
+    };
+    let images = ImageManager::open(&dir.path().join("images"), limited)
+        .await
+        .unwrap();
+    registry.faults(Faults {
+        drip_ms: 10,
+        ..Faults::default()
+    });
+    let error = images
+        .pull(&registry.name("r:v"), None, None)
+        .await
+        .unwrap_err();
+    assert_eq!(error.kind(), ImageErrorKind::Unavailable);
+    assert!(
+        error.report().contains("not complete after 3 s"),
+        "{}",
+        error.report()
+    );
+    images.settle().await;
+    let home = Home { dir, images };
+    assert_eq!(home.files("ingest").len(), 1, "kept for a retry");
+}

@@ -31,6 +31,8 @@ pub(crate) struct Faults {
     pub ignore_range: bool,
     /// Delay before each blob's body in milliseconds.
     pub delay_ms: u64,
+    /// Delay after each 10 bytes of a blob's body in milliseconds.
+    pub drip_ms: u64,
     /// `user:password` required by Basic authentication.
     pub basic: Option<String>,
     /// `user:password` required by the token endpoint; requests need its token.
@@ -113,6 +115,11 @@ impl Registry {
     /// Returns and clears the recorded requests.
     pub(crate) fn take_requests(&self) -> Vec<Request> {
         std::mem::take(&mut self.state.lock().unwrap().requests)
+    }
+
+    /// Returns the recorded requests.
+    pub(crate) fn requests(&self) -> Vec<Request> {
+        self.state.lock().unwrap().requests.clone()
     }
 
     /// Returns the offsets of the requests for a blob, and clears the recorded requests.
@@ -272,11 +279,22 @@ async fn serve(mut stream: TcpStream, state: Arc<Mutex<State>>, address: SocketA
         key: header("x-key"),
     };
     let (response, body, delay) = respond(&mut state.lock().unwrap(), &request, address);
+    let drip = match request.path.contains("/blobs/") {
+        true => state.lock().unwrap().faults.drip_ms,
+        false => 0,
+    };
     let _ = stream.write_all(response.as_bytes()).await;
     if delay > 0 {
         tokio::time::sleep(std::time::Duration::from_millis(delay)).await;
     }
-    let _ = stream.write_all(&body).await;
+    for drop in body.chunks(if drip > 0 { 10 } else { usize::MAX }) {
+        if stream.write_all(drop).await.is_err() {
+            return;
+        }
+        if drip > 0 {
+            tokio::time::sleep(std::time::Duration::from_millis(drip)).await;
+        }
+    }
     let _ = stream.shutdown().await;
 }
 
