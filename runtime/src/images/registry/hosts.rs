@@ -28,7 +28,7 @@ const MAX_CONFIG_FILE_BYTES: u64 = 1 << 20;
 pub(super) struct RegistryHost {
     /// Scheme, authority and the path up to and including `/v2`; no trailing slash.
     pub base: Url,
-    /// Host and port, for messages and as the key of its token.
+    /// Host and port, for messages.
     pub name: String,
     /// May turn a tag into a digest.
     pub resolve: bool,
@@ -303,7 +303,7 @@ impl HostDirectory {
 }
 
 /// Returns the host of a domain's registry: the domain itself, except for Docker Hub.
-fn upstream(domain: &str) -> &str {
+pub(super) fn upstream(domain: &str) -> &str {
     if domain == "docker.io" {
         "registry-1.docker.io"
     } else {

@@ -11,6 +11,7 @@
 mod auth;
 mod hosts;
 mod http;
+mod scope;
 
 use boxlite_sys::sync::Mutex;
 use std::collections::HashMap;
@@ -42,7 +43,7 @@ pub(super) struct Session {
     reference: Reference,
     hosts: Vec<RegistryHost>,
     auth: Option<RegistryAuth>,
-    /// Authorization header by host, after a challenge.
+    /// Authorization header by origin (scheme, host, port), after a challenge.
     tokens: Mutex<HashMap<String, HeaderValue>>,
 }
 
@@ -70,7 +71,6 @@ impl Session {
         auth: Option<RegistryAuth>,
     ) -> ImageResult<Self> {
         let hosts = directory.hosts(reference.domain())?;
-        let auth = auth.filter(|a| applies(a, reference.domain()));
         Ok(Self {
             reference: reference.clone(),
             hosts,
@@ -258,9 +258,9 @@ impl Session {
                         scope: &scope,
                     };
                     let token =
-                        auth::answer(&request, answer.response.headers(), self.auth.as_ref())
+                        auth::answer(&request, answer.response.headers(), self.credentials(host))
                             .await?;
-                    self.tokens_lock().insert(host.name.clone(), token);
+                    self.tokens_lock().insert(origin(host), token);
                 }
                 401 | 403 => {
                     let said = http::error_text(answer, &host.name).await;
@@ -310,8 +310,16 @@ impl Session {
     }
 
     fn token(&self, host: &RegistryHost) -> Option<HeaderValue> {
-        let token = self.tokens_lock().get(&host.name).cloned();
-        token.or_else(|| auth::preset(self.auth.as_ref()))
+        let token = self.tokens_lock().get(&origin(host)).cloned();
+        token.or_else(|| auth::preset(self.credentials(host)))
+    }
+
+    /// Returns the credentials if they are for this host.
+    fn credentials(&self, host: &RegistryHost) -> Option<&RegistryAuth> {
+        let domain = self.reference.domain();
+        self.auth
+            .as_ref()
+            .filter(|auth| scope::covers(auth, domain, &host.base))
     }
 
     fn tokens_lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, HeaderValue>> {
@@ -353,19 +361,8 @@ fn blob_stream(
     })
 }
 
-/// Returns true if the credentials are for `domain`.
-fn applies(auth: &RegistryAuth, domain: &str) -> bool {
-    let address = auth.server_address.trim();
-    let address = address
-        .strip_prefix("https://")
-        .or(address.strip_prefix("http://"))
-        .unwrap_or(address);
-    let host = address.split('/').next().unwrap_or(address);
-    match host {
-        "" => true,
-        "docker.io" | "index.docker.io" | "registry-1.docker.io" => domain == "docker.io",
-        host => host == domain,
-    }
+fn origin(host: &RegistryHost) -> String {
+    host.base.origin().ascii_serialization()
 }
 
 /// Returns true if the connection was refused or the name is unknown, which a retry within a second does not change.

@@ -305,6 +305,68 @@ async fn pull_authenticates_by_basic_and_token() {
     }
 }
 
+/// A mirror gets neither the registry's token nor its password, whether or not it asks.
+#[tokio::test]
+async fn mirror_gets_no_credentials_of_the_registry() {
+    let (mirror, upstream, home) = (
+        Registry::start().await,
+        Registry::start().await,
+        Home::new().await,
+    );
+    let tar = layer("a", 1, 5000);
+    for registry in [&mirror, &upstream] {
+        registry.push("x/r", "1", &[(&tar, Pack::Gzip)]);
+    }
+    let domain = upstream.address.to_string();
+    home.hosts(&domain, &format!("[host.'http://{}']\n", mirror.address));
+    let reference = upstream.name("x/r:1");
+    let token = RegistryAuth {
+        registry_token: "tok".into(),
+        ..RegistryAuth::default()
+    };
+    let pair = Some("user:pass".to_owned());
+    for (required, auth) in [
+        (Faults::default(), Some(token.clone())),
+        (
+            Faults {
+                bearer: pair.clone(),
+                ..Faults::default()
+            },
+            Some(token),
+        ),
+        (
+            Faults {
+                basic: pair.clone(),
+                ..Faults::default()
+            },
+            auth("user", "pass"),
+        ),
+        (
+            Faults {
+                bearer: pair,
+                ..Faults::default()
+            },
+            auth("user", "pass"),
+        ),
+    ] {
+        mirror.faults(required.clone());
+        upstream.faults(required.clone());
+        let asks = required.basic.is_some() || required.bearer.is_some();
+        let record = home.images.pull(&reference, auth, None).await.unwrap();
+        let requests = mirror.take_requests();
+        assert!(!requests.is_empty());
+        let secret = requests.iter().find(|r| r.authorization.is_some());
+        assert!(secret.is_none(), "{secret:?}");
+        let used = upstream.take_requests();
+        assert_eq!(
+            used.iter().any(|r| r.authorization.is_some()),
+            asks,
+            "{used:?}"
+        );
+        home.images.remove(&record.id).await.unwrap();
+    }
+}
+
 #[tokio::test]
 async fn redirect_does_not_forward_credentials() {
     let (registry, store, home) = (
