@@ -7,14 +7,14 @@ use std::io::{self, BufRead, BufReader, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use sha2::{Digest as _, Sha256};
 use tokio::sync::{mpsc, oneshot};
 
 use super::LayerRequest;
 use super::download::Piece;
-use super::source::Source;
+use super::source::{Control, Source};
 use super::turn::Turn;
 use crate::images::error::{ImageError, ImageErrorKind, ImageResult};
 use crate::images::manifest::Compression;
@@ -33,6 +33,8 @@ pub(super) struct Task {
     pub partial: PathBuf,
     pub input: mpsc::Receiver<Piece>,
     pub turn: Turn,
+    /// Set when the job is dropped: its last caller is gone.
+    pub cancelled: Arc<AtomicBool>,
 }
 
 impl Task {
@@ -44,11 +46,12 @@ impl Task {
             &self.partial,
             self.request.blob.size,
             self.input,
-            self.turn.clone(),
+            self.turn,
+            self.cancelled,
         )?;
         // The job may be gone; then reading from its channel fails.
         let _ = started.send(replay);
-        let outcome = convert(&self.store, &self.request, &mut source, &self.turn);
+        let outcome = convert(&self.store, &self.request, &mut source);
         let cut = outcome.as_ref().err().is_some_and(ImageError::is_transient);
         // Checked last: the pull sets `abandoned` before it deletes the partial file itself.
         let keep = cut && !self.request.abandoned.load(Ordering::SeqCst);
@@ -59,18 +62,13 @@ impl Task {
     }
 }
 
-fn convert(
-    store: &Store,
-    request: &LayerRequest,
-    source: &mut Source,
-    turn: &Turn,
-) -> ImageResult<()> {
+fn convert(store: &Store, request: &LayerRequest, source: &mut Source) -> ImageResult<()> {
     let ingest = store.ingest_dir();
     let file = tempfile::Builder::new()
         .prefix("layer-")
         .tempfile_in(&ingest)
         .map_err(|e| ImageError::io("create a layer in", &ingest, e))?;
-    let written = unpack(request, source, turn, &file, &ingest);
+    let written = unpack(request, source, &file, &ingest);
     if let Some(error) = source.failure() {
         return Err(error);
     }
@@ -113,10 +111,10 @@ fn convert(
 fn unpack(
     request: &LayerRequest,
     source: &mut Source,
-    turn: &Turn,
     file: &tempfile::NamedTempFile,
     scratch: &std::path::Path,
 ) -> ImageResult<Digest> {
+    let control = source.control();
     let mut input = BufReader::with_capacity(READ_BUFFER_BYTES, source);
     let start = input
         .fill_buf()
@@ -143,13 +141,13 @@ fn unpack(
         hash: Sha256::new(),
         left: request.max_bytes,
         exceeded: false,
-        turn,
+        control: &control,
     };
     let target = boxlite_erofs::Target {
         file: file.as_file(),
         path: file.path(),
         scratch,
-        cancelled: &|| request.abandoned.load(Ordering::SeqCst),
+        cancelled: &|| control.is_cancelled() || request.abandoned.load(Ordering::SeqCst),
     };
     let tree = boxlite_erofs::write_image(&mut plain, &what, target)
         .map_err(ImageError::from)
@@ -184,13 +182,17 @@ struct Hashing<'a, R> {
     hash: Sha256,
     left: u64,
     exceeded: bool,
-    turn: &'a Turn,
+    control: &'a Control,
 }
 
 impl<R: Read> Read for Hashing<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         // Few bytes of the source may unpack to many.
-        self.turn.take();
+        self.control.turn.take();
+        if self.control.is_cancelled() {
+            // `convert` asks the source, which reports the cancellation.
+            return Err(io::Error::other("the conversion was cancelled"));
+        }
         let read = self.inner.read(buffer)?;
         if read as u64 > self.left {
             self.exceeded = true;

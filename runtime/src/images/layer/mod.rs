@@ -12,7 +12,7 @@
 //! process. A pull has a bounded number of jobs, so that an image with many layers does not delay the others.
 //!
 //! A job is a shared future: it runs while any of its callers polls it, and is dropped with the last of them. Then the
-//! channel closes, the thread deletes its EROFS file and ends, and the partial file is kept; the next job for the blob
+//! channel closes and the conversion's flag is set; the thread deletes its EROFS file and ends, and the partial file is kept; the next job for the blob
 //! replays it into a new conversion and requests the rest from the registry.
 
 mod convert;
@@ -24,7 +24,7 @@ use boxlite_sys::sync::Mutex;
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures::future::{BoxFuture, FutureExt, Shared, WeakShared};
@@ -301,12 +301,14 @@ impl LayerJob {
     /// Runs one conversion with as many connections as necessary. Also returns the number of resumed bytes.
     async fn attempt(&self) -> (ImageResult<()>, u64) {
         let (sender, receiver) = download::channel();
+        let cancel = CancelOnDrop::default();
         let task = convert::Task {
             store: self.store.clone(),
             request: self.request.clone(),
             partial: self.partial.clone(),
             input: receiver,
             turn: Turn::new(self.turns.clone()),
+            cancelled: cancel.0.clone(),
         };
         let (started, resumed) = tokio::sync::oneshot::channel();
         let running = self.threads.token();
@@ -351,6 +353,16 @@ impl LayerJob {
     fn report(&self, state: LayerState, received: u64) {
         self.progress
             .send_replace(progress(&self.request, state, received));
+    }
+}
+
+/// Sets its flag when it is dropped: the conversion, which may have all its bytes, then ends within one block.
+#[derive(Default)]
+struct CancelOnDrop(Arc<AtomicBool>);
+
+impl Drop for CancelOnDrop {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
     }
 }
 

@@ -7,6 +7,8 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
@@ -20,6 +22,20 @@ use crate::images::reference::Digest;
 /// Buffer size for reading the rest of a blob.
 const READ_CHUNK_BYTES: usize = 256 << 10;
 
+/// Checks of a conversion between two blocks.
+#[derive(Clone)]
+pub(super) struct Control {
+    pub turn: Turn,
+    cancelled: Arc<AtomicBool>,
+}
+
+impl Control {
+    /// Whether the last caller of the job is gone.
+    pub(super) fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::SeqCst)
+    }
+}
+
 /// Reader of a layer's compressed bytes.
 pub(super) struct Source {
     path: PathBuf,
@@ -27,7 +43,7 @@ pub(super) struct Source {
     /// Remaining bytes of the partial file to replay.
     replay: u64,
     input: mpsc::Receiver<Piece>,
-    turn: Turn,
+    control: Control,
     chunk: Bytes,
     hash: Sha256,
     bytes: u64,
@@ -49,6 +65,7 @@ impl Source {
         size: u64,
         input: mpsc::Receiver<Piece>,
         turn: Turn,
+        cancelled: Arc<AtomicBool>,
     ) -> ImageResult<(Self, u64)> {
         let failed = |e| ImageError::io("open", path, e);
         let mut partial = OpenOptions::new()
@@ -70,13 +87,17 @@ impl Source {
             partial,
             replay,
             input,
-            turn,
+            control: Control { turn, cancelled },
             chunk: Bytes::new(),
             hash: Sha256::new(),
             bytes: 0,
             state: State::Reading,
         };
         Ok((source, replay))
+    }
+
+    pub(super) fn control(&self) -> Control {
+        self.control.clone()
     }
 
     /// Reads the rest of the blob and returns its digest and size.
@@ -128,16 +149,27 @@ impl Source {
         }
     }
 
+    /// Appends the chunks that have arrived to the partial file after a cancellation, for the next pull.
+    fn keep_rest(&mut self) {
+        let mut kept = self.partial.seek(SeekFrom::End(0)).map(drop);
+        while let Ok(Piece::Data(chunk)) = self.input.try_recv() {
+            kept = kept.and_then(|()| self.partial.write_all(&chunk));
+        }
+        if let Err(error) = kept {
+            tracing::debug!(path = %self.path.display(), %error, "failed to keep downloaded bytes");
+        }
+    }
+
     /// Waits for the next chunk and appends it to the partial file. Returns false at the end.
     fn next_chunk(&mut self) -> io::Result<bool> {
         let piece = match self.input.try_recv() {
             Ok(piece) => Some(piece),
             Err(_) => {
-                self.turn.give_up();
+                self.control.turn.give_up();
                 self.input.blocking_recv()
             }
         };
-        self.turn.take();
+        self.control.turn.take();
         match piece {
             Some(Piece::Data(chunk)) => {
                 if let Err(e) = self.partial.write_all(&chunk) {
@@ -165,6 +197,11 @@ impl Read for Source {
         if buffer.is_empty() {
             return Ok(0);
         }
+        if self.control.is_cancelled() {
+            self.keep_rest();
+            return Err(self.fail(ImageError::Cancelled));
+        }
+        self.control.turn.take();
         let read = if self.replay > 0 {
             self.replay(buffer)?
         } else {

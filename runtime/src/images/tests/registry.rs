@@ -287,8 +287,8 @@ async fn serve(mut stream: TcpStream, state: Arc<Mutex<State>>, address: SocketA
     if delay > 0 {
         tokio::time::sleep(std::time::Duration::from_millis(delay)).await;
     }
-    for drop in body.chunks(if drip > 0 { 10 } else { usize::MAX }) {
-        if stream.write_all(drop).await.is_err() {
+    for part in body.chunks(if drip > 0 { 10 } else { usize::MAX }) {
+        if stream.write_all(part).await.is_err() {
             return;
         }
         if drip > 0 {

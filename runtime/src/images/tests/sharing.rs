@@ -168,3 +168,45 @@ async fn remove_during_pull_keeps_shared_layers() {
         home.assert_empty().await;
     }
 }
+
+/// A layer of few bytes that unpacks to many: all bytes have arrived long before the conversion ends.
+#[tokio::test]
+async fn dropped_pull_ends_its_conversion() {
+    const FRAME_BYTES: usize = 64 << 20;
+    const FRAMES: u64 = 512;
+    let (registry, home) = setup().await;
+    let mut header = ::tar::Header::new_gnu();
+    header.set_path("zeros").unwrap();
+    header.set_mode(0o644);
+    header.set_size(FRAMES * FRAME_BYTES as u64);
+    header.set_cksum();
+    let mut bomb = zstd::encode_all(header.as_bytes().as_slice(), 1).unwrap();
+    let zeros = zstd::encode_all(vec![0; FRAME_BYTES].as_slice(), 1).unwrap();
+    for _ in 0..FRAMES {
+        bomb.extend_from_slice(&zeros);
+    }
+    registry.push("r", "v", &[(&bomb, Pack::Plain)]);
+    let (images, name) = (home.images.clone(), registry.name("r:v"));
+    let (sender, mut progress) = tokio::sync::watch::channel(PullProgress::default());
+    let pull = tokio::spawn(async move { images.pull(&name, None, Some(sender)).await });
+    let arrived = progress.wait_for(|p| {
+        let finishing = |l: &LayerProgress| l.state == LayerState::Finishing;
+        p.layers.first().is_some_and(finishing)
+    });
+    let limit = std::time::Duration::from_secs(30);
+    tokio::time::timeout(limit, arrived).await.unwrap().unwrap();
+    pull.abort();
+    assert!(pull.await.unwrap_err().is_cancelled());
+    let began = std::time::Instant::now();
+    home.images.settle().await;
+    assert!(
+        began.elapsed() < std::time::Duration::from_secs(2),
+        "{:?}",
+        began.elapsed()
+    );
+    let left = home.files("ingest");
+    assert!(
+        left.iter().all(|name| name.ends_with(".partial")),
+        "only the download is kept: {left:?}"
+    );
+}
