@@ -9,6 +9,7 @@ use crate::config::{Config, ConfigError, Paths, check_log_filter, default_toml, 
 use crate::output::{Output, VERSION};
 use crate::{check, serve, status};
 use boxlite_config::paths::{installed_kernel, prefix};
+use boxlite_sys::log_line::EscapedWriter;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -223,7 +224,7 @@ fn init_logging(filter: &str) -> Result<(), tracing_subscriber::filter::ParseErr
     let filter = tracing_subscriber::EnvFilter::try_new(filter)?;
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(|| EscapedWriter::new(std::io::stderr()))
         .with_ansi(false)
         .with_target(false)
         .init();

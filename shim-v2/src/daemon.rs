@@ -6,6 +6,7 @@
 
 use crate::connections::Connections;
 use crate::events::{EventTransport, Publisher};
+use crate::logs::shim_log::ShimLog;
 use crate::machine::VmMachine;
 use crate::mount_export::host_mounter::{self, HostMounts};
 use crate::pod::Context;
@@ -106,8 +107,9 @@ struct Prepared {
 /// Prepares the process while it is single-threaded.
 fn prepare(flags: &Flags) -> Result<Prepared, DaemonError> {
     let level = if flags.debug { "debug" } else { "info" };
+    let log = ShimLog::of_stderr().map_err(DaemonError::step("open the log"))?;
     tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
+        .with_writer(log)
         .with_env_filter(tracing_subscriber::EnvFilter::new(format!(
             "warn,boxlite_shim_v2={level}"
         )))

@@ -6,6 +6,7 @@ pub mod descriptors;
 pub mod detached_mount;
 pub mod fuse;
 pub mod idmap;
+pub mod log_line;
 pub mod mount_attributes;
 pub mod mountinfo;
 pub mod process;

@@ -7,6 +7,7 @@
 use super::bootstrap::{self, StartRequest};
 use super::{CliError, write_stdout};
 use crate::containerd::config::PATH_VARIABLE;
+use crate::logs::shim_log::SHIM_LOG;
 use crate::shim_state::{ADDRESS_FILE, write_atomically};
 use containerd_shim::Flags;
 use sha2::{Digest, Sha256};
@@ -19,8 +20,6 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::time::Duration;
 
-/// Name of the daemon's log in the bundle.
-pub const SHIM_LOG: &str = "shim.log";
 /// Name of the configuration in the bundle if containerd sends its content instead of a path.
 const CONFIG_FILE: &str = "shim.toml";
 /// Annotation with a container's sandbox id, set by containerd's CRI plugin and boxlite-cri.

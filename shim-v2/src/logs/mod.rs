@@ -7,13 +7,14 @@
 //! ```
 //!
 //! The guest buffers output until it is acknowledged, and blocks the process when the buffer is full: a stalled or full disk
-//! loses no output and does not delay other containers. [`cri`] implements the CRI format.
+//! loses no output and does not delay other containers. [`cri`] implements the CRI format. [`shim_log`] is the shim's own log.
 
 pub mod cri;
 pub mod file;
 pub mod input;
 pub mod program;
 pub mod pump;
+pub mod shim_log;
 pub mod sink;
 pub mod stamp;
 

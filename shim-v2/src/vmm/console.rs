@@ -1,7 +1,7 @@
 //! [`BoundedLog`]: output of the guest's console or of the vmm child, bounded on disk and in memory.
 //!
 //! A hostile guest may print without end, so the VMMs do not write the file. They write to a pipe, and a thread of the shim
-//! keeps the beginning on disk and the last lines in memory.
+//! keeps the beginning on disk and the last lines in memory. Control characters are escaped on disk and removed in memory.
 
 use boxlite_sys::sync::{Condvar, Mutex};
 use std::collections::VecDeque;
@@ -58,6 +58,20 @@ fn printable(bytes: &[u8]) -> String {
         .to_owned()
 }
 
+/// Escapes control characters and bytes beyond ASCII, which could act on the terminal of a reader of the file.
+fn escaped(bytes: &[u8]) -> Vec<u8> {
+    let mut text = Vec::with_capacity(bytes.len());
+    for &byte in bytes {
+        match byte {
+            b'\n' | b'\t' | b' '..=b'~' => text.push(byte),
+            // Terminals end lines with \r\n.
+            b'\r' => {}
+            _ => text.extend(format!("\\x{byte:02x}").as_bytes()),
+        }
+    }
+    text
+}
+
 #[derive(Default)]
 struct Shared {
     tail: Mutex<Tail>,
@@ -99,9 +113,13 @@ impl BoundedLog {
             };
             let bytes = &buffer[..count];
             self.lock().push(bytes);
-            let kept = usize::try_from(room).unwrap_or(usize::MAX).min(count);
+            if file.is_none() {
+                continue;
+            }
+            let text = escaped(bytes);
+            let kept = usize::try_from(room).unwrap_or(usize::MAX).min(text.len());
             if let Some(out) = &mut file
-                && (kept == 0 || out.write_all(&bytes[..kept]).is_err())
+                && (room == 0 || out.write_all(&text[..kept]).is_err())
             {
                 file = None;
             }

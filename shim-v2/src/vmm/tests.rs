@@ -189,6 +189,8 @@ fn log_keeps_tail_in_memory_and_head_on_disk() {
 
     let kept = std::fs::metadata(&file).expect("it was written").len();
     assert_eq!(kept, 1 << 20, "only the first MiB is kept");
+    let head = std::fs::read_to_string(&file).expect("ASCII");
+    assert!(head.starts_with("\\x1b[31mxxx"), "escaped on disk");
     let tail = log.tail(2);
     assert_eq!(tail[1], "last words");
     assert!(

@@ -1,0 +1,233 @@
+//! [`ShimLog`]: the shim's own log, `shim.log` in the bundle, bounded in size and rate.
+//!
+//! Standard error is that file. Messages may have values of the guest, which is hostile: they are escaped, a flood is cut, and a
+//! full file becomes `shim.log.1`, which replaces the previous one. Container logs are in `pump`; nothing here waits.
+
+use boxlite_sys::log_line::escape_line;
+use boxlite_sys::sync::Mutex;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tracing_subscriber::fmt::MakeWriter;
+
+/// Name of the log in the bundle.
+pub const SHIM_LOG: &str = "shim.log";
+/// Size at which the file is rotated. A pod's life takes some KiB.
+const MAX_FILE_BYTES: u64 = 1 << 20;
+/// Suffix of the previous file.
+const ROTATED_SUFFIX: &str = ".1";
+/// Maximum number of lines at once.
+const BURST_LINES: u32 = 500;
+/// Lines per second after a burst.
+const LINES_PER_SECOND: u32 = 20;
+
+/// The shim's log. Clones share it.
+#[derive(Clone)]
+pub struct ShimLog(Arc<Mutex<State>>);
+
+struct State {
+    file: File,
+    /// The file's path; None if the output is not a file of this name and cannot be rotated.
+    path: Option<PathBuf>,
+    /// Replaces standard error after a rotation, so that a panic's message is in the new file.
+    redirect: fn(&File) -> io::Result<()>,
+    bytes: u64,
+    bucket: Bucket,
+}
+
+impl ShimLog {
+    /// Creates the log for this process' standard error.
+    ///
+    /// # Errors
+    /// Standard error or the bundle cannot be accessed.
+    pub fn of_stderr() -> io::Result<Self> {
+        use std::os::fd::AsFd;
+        let file = File::from(io::stderr().as_fd().try_clone_to_owned()?);
+        let path = std::env::current_dir()?.join(SHIM_LOG);
+        let redirect = |file: &File| nix::unistd::dup2_stderr(file).map_err(io::Error::from);
+        Self::new(file, &path, redirect)
+    }
+
+    fn new(file: File, path: &Path, redirect: fn(&File) -> io::Result<()>) -> io::Result<Self> {
+        let meta = file.metadata()?;
+        let same = std::fs::symlink_metadata(path)
+            .is_ok_and(|named| (named.dev(), named.ino()) == (meta.dev(), meta.ino()));
+        Ok(Self(Arc::new(Mutex::new(State {
+            file,
+            path: same.then(|| path.to_owned()),
+            redirect,
+            bytes: meta.len(),
+            bucket: Bucket::new(Instant::now()),
+        }))))
+    }
+}
+
+impl State {
+    fn event(&mut self, event: &[u8], now: Instant) -> io::Result<()> {
+        let Some(suppressed) = self.bucket.take(now) else {
+            return Ok(());
+        };
+        if suppressed > 0 {
+            self.line(format!(" WARN {suppressed} messages suppressed: too many\n").as_bytes())?;
+        }
+        self.line(&escape_line(event))
+    }
+
+    fn line(&mut self, line: &[u8]) -> io::Result<()> {
+        if self.bytes + line.len() as u64 > MAX_FILE_BYTES {
+            self.rotate()?;
+        }
+        self.bytes += line.len() as u64;
+        self.file.write_all(line)
+    }
+
+    fn rotate(&mut self) -> io::Result<()> {
+        let Some(path) = &self.path else {
+            return Ok(());
+        };
+        let mut previous = path.clone().into_os_string();
+        previous.push(ROTATED_SUFFIX);
+        std::fs::rename(path, previous)?;
+        let file = OpenOptions::new()
+            .append(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(path)?;
+        (self.redirect)(&file)?;
+        (self.file, self.bytes) = (file, 0);
+        Ok(())
+    }
+}
+
+/// Limits the rate of lines.
+struct Bucket {
+    lines: f64,
+    since: Instant,
+    suppressed: u64,
+}
+
+impl Bucket {
+    fn new(now: Instant) -> Self {
+        Self {
+            lines: BURST_LINES.into(),
+            since: now,
+            suppressed: 0,
+        }
+    }
+
+    /// Takes a line; returns the number of lines refused before it, or `None` if it is refused.
+    fn take(&mut self, now: Instant) -> Option<u64> {
+        let elapsed: Duration = now.saturating_duration_since(self.since);
+        self.since = now;
+        let refilled = self.lines + elapsed.as_secs_f64() * f64::from(LINES_PER_SECOND);
+        self.lines = refilled.min(BURST_LINES.into());
+        if self.lines < 1.0 {
+            self.suppressed += 1;
+            return None;
+        }
+        self.lines -= 1.0;
+        Some(std::mem::take(&mut self.suppressed))
+    }
+}
+
+/// Writes one event.
+pub struct EventWriter(ShimLog);
+
+impl Write for EventWriter {
+    fn write(&mut self, event: &[u8]) -> io::Result<usize> {
+        self.0.0.lock().event(event, Instant::now())?;
+        Ok(event.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl<'a> MakeWriter<'a> for ShimLog {
+    type Writer = EventWriter;
+
+    fn make_writer(&'a self) -> EventWriter {
+        EventWriter(self.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn log(dir: &Path) -> (ShimLog, PathBuf) {
+        let path = dir.join(SHIM_LOG);
+        let file = OpenOptions::new()
+            .append(true)
+            .create(true)
+            .open(&path)
+            .expect("a file");
+        let log = ShimLog::new(file, &path, |_| Ok(())).expect("a log");
+        (log, path)
+    }
+
+    #[test]
+    fn flood_is_bounded_on_disk() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (log, _) = log(dir.path());
+        let start = Instant::now();
+        let message = format!("WARN guest said {}\n", "x".repeat(9000));
+        // Below the limit of the rate; 18 MB in all.
+        for n in 0..2000 {
+            let now = start + n * Duration::from_millis(100);
+            let written = log.0.lock().event(message.as_bytes(), now);
+            written.expect("written");
+        }
+        let names: Vec<_> = std::fs::read_dir(dir.path())
+            .expect("a directory")
+            .flatten()
+            .collect();
+        assert_eq!(names.len(), 2, "{names:?}");
+        for entry in names {
+            let bytes = entry.metadata().expect("metadata").len();
+            assert!(bytes <= MAX_FILE_BYTES, "{entry:?}: {bytes}");
+        }
+    }
+
+    #[test]
+    fn flood_is_cut_and_counted() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (log, path) = log(dir.path());
+        let start = Instant::now();
+        for _ in 0..BURST_LINES + 100 {
+            log.0.lock().event(b"WARN x\n", start).expect("written");
+        }
+        let later = start + Duration::from_secs(10);
+        log.0.lock().event(b"WARN later\n", later).expect("written");
+        let text = std::fs::read_to_string(path).expect("the log");
+        assert_eq!(text.lines().count(), BURST_LINES as usize + 2);
+        assert!(
+            text.ends_with(" WARN 100 messages suppressed: too many\nWARN later\n"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn guest_string_forges_no_line() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (log, path) = log(dir.path());
+        let subscriber = tracing_subscriber::fmt()
+            .with_writer(log)
+            .with_ansi(false)
+            .finish();
+        let forged = "bad\n2026-01-01T00:00:00Z ERROR boxlite_shim_v2: forged\u{1b}[2J";
+        tracing::subscriber::with_default(subscriber, || {
+            tracing::warn!(error = %forged, "guest failed: {forged}");
+        });
+        let text = std::fs::read_to_string(path).expect("the log");
+        assert_eq!(text.lines().count(), 1, "{text}");
+        assert!(
+            text.contains("forged") && !text.contains('\u{1b}'),
+            "{text}"
+        );
+    }
+}
