@@ -110,6 +110,11 @@ impl FilesystemLayout {
         self.root.join("runtime.db")
     }
 
+    /// Returns the directory of the copies of the database's rows.
+    pub fn record_copies(&self) -> PathBuf {
+        self.state.join("records")
+    }
+
     /// Returns the file that locks the roots against a second runtime.
     pub fn lock(&self) -> PathBuf {
         self.root.join("runtime.lock")
@@ -153,6 +158,11 @@ impl FilesystemLayout {
     /// Returns the bundle of a box, which is its shim's working directory.
     pub fn bundle(&self, box_id: &str) -> PathBuf {
         self.boxes().join(box_id)
+    }
+
+    /// Returns the file with the address of a box's shim, a convention of containerd.
+    pub fn shim_address(&self, box_id: &str) -> PathBuf {
+        self.bundle(box_id).join("address")
     }
 
     /// Returns the VM's private directory.

@@ -145,6 +145,8 @@ pub struct RuntimeMetricsSnapshot {
     pub total_exec_calls: u64,
     /// Payload through Portals, both ways, of boxes present and gone, in bytes.
     pub total_bytes_transferred: u64,
+    /// Damaged records and files that were found when the runtime was opened.
+    pub quarantined: u64,
 }
 
 impl RuntimeMetrics {
@@ -167,6 +169,7 @@ impl RuntimeMetrics {
             boxes_destroyed: self.boxes_destroyed.load(Ordering::Relaxed),
             total_exec_calls: self.removed_exec_calls.load(Ordering::Relaxed),
             total_bytes_transferred: self.removed_bytes.load(Ordering::Relaxed),
+            quarantined: 0,
         };
         present.fold(start, |mut sum, metrics| {
             sum.total_exec_calls += metrics.exec_count;

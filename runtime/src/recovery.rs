@@ -9,7 +9,8 @@
 //! - Shims keep running, with logs and exit codes, without a runtime. The state that a shim reports for its containers
 //!   therefore overrides the rows.
 //! - A dead shim has taken its VM with it (PDEATHSIG), and a reboot removes everything but the rows.
-//! - `state` may be empty (tmpfs) while `root` is not. Bundles without a row are orphans and are removed.
+//! - `state` may be empty (tmpfs) while `root` is not. Bundles without a row are orphans and are removed, unless their shim
+//!   lives: then the row was lost, with its copy, and the pod is left running.
 //!
 //! Recovery does not wait for guests. Boxes are recovered concurrently, each within the timeouts of ShimController.
 
@@ -29,20 +30,23 @@ use futures::StreamExt;
 use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Boxes recovered concurrently.
 const RECOVERY_CONCURRENCY: usize = 16;
 /// Attempts to connect to a shim whose process lives.
 const MAX_ADOPT_ATTEMPTS: usize = 3;
+/// Timeout to connect to the shim of a bundle without a row.
+const SHIM_CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Determines the state of every box, from which the drivers continue.
+/// Determines the state of every box, from which the drivers continue. Also returns the running boxes without a row.
 ///
 /// # Errors
 /// `Database` only: a box that cannot be recovered becomes NotReady with a reason.
-pub(crate) async fn recover(env: &Arc<BoxEnv>) -> Result<Vec<InitialState>> {
+pub(crate) async fn recover(env: &Arc<BoxEnv>) -> Result<(Vec<InitialState>, Vec<String>)> {
     let rows = env.database.load().await?;
     let known: HashSet<String> = rows.iter().map(|(row, _)| row.options.id.clone()).collect();
-    remove_orphans(env, &known).await;
+    let unmanaged = remove_orphans(env, &known).await;
     let recovering = rows
         .into_iter()
         .map(|(row, containers)| recover_box(env, row, containers));
@@ -50,7 +54,7 @@ pub(crate) async fn recover(env: &Arc<BoxEnv>) -> Result<Vec<InitialState>> {
         .buffer_unordered(RECOVERY_CONCURRENCY)
         .collect()
         .await;
-    Ok(recovered)
+    Ok((recovered, unmanaged))
 }
 
 async fn recover_box(
@@ -273,8 +277,24 @@ fn names_in(directory: &Path) -> Result<Vec<String>> {
     Ok(names.collect())
 }
 
-/// Removes bundles and scratch disks without a row, with their shims.
-async fn remove_orphans(env: &BoxEnv, known: &HashSet<String>) {
+/// Whether a shim serves at the address in the bundle.
+async fn shim_lives(env: &BoxEnv, id: &str) -> bool {
+    let Ok(address) = std::fs::read_to_string(env.layout.shim_address(id)) else {
+        return false;
+    };
+    let Some(path) = address.trim().strip_prefix("unix://") else {
+        return false;
+    };
+    let connected = boxlite_sys::unix_socket::connect(Path::new(path));
+    matches!(
+        tokio::time::timeout(SHIM_CONNECT_TIMEOUT, connected).await,
+        Ok(Ok(_))
+    )
+}
+
+/// Removes bundles and scratch disks without a row, with what their shims have left. Returns those whose shim lives.
+async fn remove_orphans(env: &BoxEnv, known: &HashSet<String>) -> Vec<String> {
+    let mut unmanaged = Vec::new();
     let (boxes, scratch) = (env.layout.boxes(), env.layout.scratch_dir().to_owned());
     let listed = teardown::blocking(move || {
         let disks = names_in(&scratch)?;
@@ -287,10 +307,21 @@ async fn remove_orphans(env: &BoxEnv, known: &HashSet<String>) {
     });
     let names = match listed.await {
         Ok(names) => names,
-        Err(error) => return tracing::warn!(error = report(&error), "failed to list bundles"),
+        Err(error) => {
+            tracing::warn!(error = report(&error), "failed to list bundles");
+            return unmanaged;
+        }
     };
     for id in names {
         if known.contains(&id) || check_id("bundle", &id).is_err() {
+            continue;
+        }
+        if shim_lives(env, &id).await {
+            tracing::error!(
+                id,
+                "a pod runs whose record is lost: leaving it, end it with the shim's action delete"
+            );
+            unmanaged.push(id);
             continue;
         }
         tracing::warn!(id, "removing bundle or scratch disk without a sandbox");
@@ -300,4 +331,5 @@ async fn remove_orphans(env: &BoxEnv, known: &HashSet<String>) {
             tracing::warn!(id, error = report(&error), "failed to remove bundle");
         }
     }
+    unmanaged
 }

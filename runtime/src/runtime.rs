@@ -76,6 +76,8 @@ struct NonSyncState {
     layout: FilesystemLayout,
     init_rootfs: InitRootfs,
     metrics: RuntimeMetrics,
+    /// Boxes whose shim lives and whose record is lost.
+    unmanaged: Vec<String>,
 }
 
 /// Removes boxes from the maps on behalf of their drivers. Weak, so that a driver does not keep its runtime alive.
@@ -125,7 +127,7 @@ impl BoxliteRuntime {
         }
         layout.prepare()?;
         let lock = lock_roots(&layout.lock())?;
-        let database = Database::open(&layout.database())?;
+        let database = Database::open(&layout.database(), &layout.record_copies())?;
         let images = open_images(&layout, options.registry).await?;
         let init_rootfs = InitRootfs::new(options.installation);
         let removals = Arc::new(RemovalSink::default());
@@ -145,7 +147,7 @@ impl BoxliteRuntime {
             removed: removals.clone(),
         });
         let (server, events) = EventServer::start(&layout.events_socket()).await?;
-        let recovered = recovery::recover(&env).await?;
+        let (recovered, unmanaged) = recovery::recover(&env).await?;
         let inner = Arc::new(RuntimeInnerImpl {
             sync_state: RwLock::new(SyncState {
                 boxes: BoxManager::default(),
@@ -155,6 +157,7 @@ impl BoxliteRuntime {
                 layout,
                 init_rootfs,
                 metrics: RuntimeMetrics::default(),
+                unmanaged,
             },
             creating: tokio::sync::Mutex::new(()),
             env: env.clone(),
@@ -309,10 +312,21 @@ impl BoxliteRuntime {
     /// Returns the totals over all present and removed boxes, without waiting.
     pub fn metrics(&self) -> RuntimeMetricsSnapshot {
         let present = self.inner.all();
-        self.inner
+        let mut totals = self
+            .inner
             .non_sync_state
             .metrics
-            .snapshot(present.iter().map(LiteBox::metrics))
+            .snapshot(present.iter().map(LiteBox::metrics));
+        let env = &self.inner.env;
+        let unmanaged = self.inner.non_sync_state.unmanaged.len() as u64;
+        totals.quarantined = env.database.quarantined() + env.images.quarantined() + unmanaged;
+        totals
+    }
+
+    /// Returns the ids of boxes that run without a record: both the database and its copies have lost them. They are left
+    /// alone, with their networks.
+    pub fn unmanaged(&self) -> &[String] {
+        &self.inner.non_sync_state.unmanaged
     }
 
     /// Stops the runtime's tasks, waiting for pending operations for a bounded time, and leaves every box running.

@@ -149,7 +149,9 @@ impl Server {
     /// Removes networks and files of pods that no longer exist. Called at the start, before the first request.
     /// Networks whose plugins fail are retried until this server stops.
     pub(crate) async fn remove_orphans(&self) {
-        let live: HashSet<String> = self.runtime.boxes().into_iter().map(|pod| pod.id).collect();
+        let mut live: HashSet<String> =
+            self.runtime.boxes().into_iter().map(|pod| pod.id).collect();
+        live.extend(self.runtime.unmanaged().iter().cloned());
         let (networks, left) = self.cni.collect(&live).await;
         let files = pod_files::collect(&self.layout, &live);
         if networks + files > 0 {

@@ -7,7 +7,13 @@
 //! Deleting works on a full disk: a reserve file is removed to make room, and a deletion that still cannot be written is
 //! deferred until the next write. A restart before that finds the row again, without a shim.
 //!
+//! A damaged file or row does not stop the daemon, and no running pod is lost with it: [`Copies`] in `state` restore the rows.
+//!
 //! Each call runs on a blocking thread; dropping its future does not cancel the write.
+
+mod copies;
+mod load;
+mod schema;
 
 use crate::box_state::Phase;
 use crate::error::{Result, RuntimeError};
@@ -15,37 +21,40 @@ use crate::metrics::StageTimers;
 use crate::shim_controller::ShimState;
 use crate::types::{BoxOptions, ContainerSnapshot};
 use boxlite_sys::sync::Mutex;
+use copies::Copies;
+use load::to_json;
 use rusqlite::{Connection, params};
 use serde::{Deserialize, Serialize};
 use std::io::Write;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
-
-/// Version of the tables, stored in `PRAGMA user_version`. A newer version is refused.
-const SCHEMA_VERSION: i64 = 1;
-/// Timeout for the file lock. Only one process uses the file; this allows for a sqlite3 shell.
-const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Size of the reserve file, which makes room for deletions on a full disk.
 const RESERVE_BYTES: usize = 1 << 20;
 
-const TABLES: &str = "
-CREATE TABLE boxes (
-    id TEXT PRIMARY KEY,
-    name TEXT NOT NULL UNIQUE,
-    record TEXT NOT NULL,
-    metadata BLOB NOT NULL
-) STRICT;
-CREATE TABLE containers (
-    id TEXT PRIMARY KEY,
-    box_id TEXT NOT NULL REFERENCES boxes(id) ON DELETE CASCADE,
-    record TEXT NOT NULL,
-    metadata BLOB NOT NULL
-) STRICT;
-CREATE INDEX containers_of_box ON containers(box_id);
-";
+/// Kind of a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Box,
+    Container,
+}
+
+impl Kind {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Box => "box",
+            Self::Container => "container",
+        }
+    }
+
+    fn table(self) -> &'static str {
+        match self {
+            Self::Box => "boxes",
+            Self::Container => "containers",
+        }
+    }
+}
 
 /// Row of a box.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -88,6 +97,9 @@ struct Inner {
     reserve: PathBuf,
     /// Deletions that could not be written yet.
     deferred: Vec<Deletion>,
+    copies: Copies,
+    /// Number of records and files that were damaged at the start.
+    quarantined: u64,
 }
 
 /// A row to delete.
@@ -163,66 +175,18 @@ fn cannot_write(error: &rusqlite::Error) -> bool {
 }
 
 impl Database {
-    /// Opens or creates the file (0600). Blocks.
+    /// Opens or creates the file (0600) and the directory of the copies. A damaged file is set aside. Blocks.
     ///
     /// # Errors
     /// `Io`, `Database`, `DatabaseSchema` if a newer version wrote it.
-    pub(crate) fn open(path: &Path) -> Result<Self> {
-        // Created here because SQLite gives its WAL the mode of the database file.
-        let file = std::fs::OpenOptions::new()
-            .append(true)
-            .create(true)
-            .mode(0o600)
-            .open(path)
-            .and_then(|file| file.set_permissions(std::fs::Permissions::from_mode(0o600)));
-        file.map_err(|source| RuntimeError::Io {
-            operation: "open",
-            path: path.to_owned(),
-            source,
-        })?;
-        let wrap = |what| {
-            move |source| RuntimeError::Database {
-                path: path.to_owned(),
-                operation: what,
-                source,
-            }
-        };
-        let mut connection = Connection::open(path).map_err(wrap("open a connection"))?;
-        connection
-            .busy_timeout(BUSY_TIMEOUT)
-            .map_err(wrap("set pragmas"))?;
-        connection
-            .execute_batch(
-                "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA foreign_keys=ON;",
-            )
-            .map_err(wrap("set pragmas"))?;
-        let found: i64 = connection
-            .query_row("PRAGMA user_version", [], |row| row.get(0))
-            .map_err(wrap("read the schema version"))?;
-        match found {
-            SCHEMA_VERSION => {}
-            0 => {
-                let transaction = connection.transaction().map_err(wrap("create tables"))?;
-                transaction
-                    .execute_batch(TABLES)
-                    .map_err(wrap("create tables"))?;
-                transaction
-                    .pragma_update(None, "user_version", SCHEMA_VERSION)
-                    .map_err(wrap("create tables"))?;
-                transaction.commit().map_err(wrap("create tables"))?;
-            }
-            _ => {
-                return Err(RuntimeError::DatabaseSchema {
-                    path: path.to_owned(),
-                    found,
-                    known: SCHEMA_VERSION,
-                });
-            }
-        }
+    pub(crate) fn open(path: &Path, copies: &Path) -> Result<Self> {
+        let (connection, damaged) = schema::open(path)?;
         let mut inner = Inner {
             connection,
             reserve: path.with_extension("reserve"),
             deferred: Vec::new(),
+            copies: Copies::new(copies),
+            quarantined: u64::from(damaged),
         };
         inner.catch_up();
         Ok(Self {
@@ -231,14 +195,26 @@ impl Database {
         })
     }
 
-    async fn run<T: Send + 'static>(
+    /// Returns the number of records and files that were damaged when they were read.
+    pub(crate) fn quarantined(&self) -> u64 {
+        self.inner.lock().quarantined
+    }
+
+    /// Writes a row, then its copy.
+    async fn write(
         &self,
         what: &'static str,
-        query: impl FnOnce(&mut Connection) -> rusqlite::Result<T> + Send + 'static,
-    ) -> Result<T> {
-        self.locked(what, |inner| {
+        kind: Kind,
+        id: String,
+        record: String,
+        metadata: Vec<u8>,
+        query: impl FnOnce(&Connection, &str, &str, &[u8]) -> rusqlite::Result<usize> + Send + 'static,
+    ) -> Result<()> {
+        self.locked(what, move |inner| {
             inner.catch_up();
-            query(&mut inner.connection)
+            query(&inner.connection, &id, &record, &metadata)?;
+            inner.copies.put(kind, &id, &record, &metadata);
+            Ok(())
         })
         .await
     }
@@ -274,14 +250,14 @@ impl Database {
     /// `Database`, also if the id or name exists.
     pub(crate) async fn insert_box(&self, row: BoxRow) -> Result<()> {
         let (id, name, record, metadata) = split_box(row)?;
-        self.run("insert a box", move |connection| {
+        let insert = move |connection: &Connection, id: &str, record: &str, metadata: &[u8]| {
             connection.execute(
                 "INSERT INTO boxes (id, name, record, metadata) VALUES (?1, ?2, ?3, ?4)",
                 params![id, name, record, metadata],
             )
-        })
-        .await
-        .map(drop)
+        };
+        self.write("insert a box", Kind::Box, id, record, metadata, insert)
+            .await
     }
 
     /// Updates a box; its id and name are immutable.
@@ -290,14 +266,14 @@ impl Database {
     /// `Database`.
     pub(crate) async fn update_box(&self, row: BoxRow) -> Result<()> {
         let (id, _, record, metadata) = split_box(row)?;
-        self.run("update a box", move |connection| {
+        let update = |connection: &Connection, id: &str, record: &str, metadata: &[u8]| {
             connection.execute(
                 "UPDATE boxes SET record = ?2, metadata = ?3 WHERE id = ?1",
                 params![id, record, metadata],
             )
-        })
-        .await
-        .map(drop)
+        };
+        self.write("update a box", Kind::Box, id, record, metadata, update)
+            .await
     }
 
     /// Deletes a box with its containers; idempotent.
@@ -305,9 +281,15 @@ impl Database {
     /// # Errors
     /// `Database`.
     pub(crate) async fn delete_box(&self, id: &str) -> Result<()> {
-        let deletion = Deletion::Box(id.to_owned());
-        self.locked("delete a box", |inner| inner.delete(deletion))
-            .await
+        let id = id.to_owned();
+        self.locked("delete a box", move |inner| {
+            for container in containers_of(&inner.connection, &id).unwrap_or_default() {
+                inner.copies.remove(Kind::Container, &container);
+            }
+            inner.copies.remove(Kind::Box, &id);
+            inner.delete(Deletion::Box(id))
+        })
+        .await
     }
 
     /// Inserts or updates a container.
@@ -317,15 +299,13 @@ impl Database {
     pub(crate) async fn put_container(&self, mut row: ContainerRow) -> Result<()> {
         let metadata = std::mem::take(&mut row.snapshot.metadata);
         let record = to_json(&row)?;
-        self.run("write a container", move |connection| {
-            connection.execute(
-                "INSERT INTO containers (id, box_id, record, metadata) VALUES (?1, ?2, ?3, ?4)
-                 ON CONFLICT (id) DO UPDATE SET record = excluded.record, metadata = excluded.metadata",
-                params![row.snapshot.id, row.snapshot.box_id, record, metadata],
-            )
-        })
-        .await
-        .map(drop)
+        let (id, box_id) = (row.snapshot.id, row.snapshot.box_id);
+        let put = move |connection: &Connection, id: &str, record: &str, metadata: &[u8]| {
+            connection.execute(PUT_CONTAINER, params![id, box_id, record, metadata])
+        };
+        let kind = Kind::Container;
+        self.write("write a container", kind, id, record, metadata, put)
+            .await
     }
 
     /// Deletes a container; idempotent.
@@ -333,52 +313,36 @@ impl Database {
     /// # Errors
     /// `Database`.
     pub(crate) async fn delete_container(&self, id: &str) -> Result<()> {
-        let deletion = Deletion::Container(id.to_owned());
-        self.locked("delete a container", |inner| inner.delete(deletion))
-            .await
+        let id = id.to_owned();
+        self.locked("delete a container", move |inner| {
+            inner.copies.remove(Kind::Container, &id);
+            inner.delete(Deletion::Container(id))
+        })
+        .await
     }
 
-    /// Loads all boxes with their containers.
+    /// Loads all boxes with their containers. Unreadable rows are moved to the quarantine; rows that only have a copy are
+    /// restored.
     ///
     /// # Errors
-    /// `Database`; `Internal` if a record is not valid.
+    /// `Database`.
     pub(crate) async fn load(&self) -> Result<Vec<(BoxRow, Vec<ContainerRow>)>> {
-        let (boxes, containers) = self
-            .run("read all boxes", |connection| {
-                let boxes = read_all(connection, "SELECT record, metadata FROM boxes ORDER BY id")?;
-                let containers = read_all(
-                    connection,
-                    "SELECT record, metadata FROM containers ORDER BY id",
-                )?;
-                Ok((boxes, containers))
-            })
-            .await?;
-        let mut containers: Vec<ContainerRow> = containers
-            .into_iter()
-            .map(|(record, metadata)| {
-                let mut row: ContainerRow = from_json(&record)?;
-                row.snapshot.metadata = metadata;
-                Ok(row)
-            })
-            .collect::<Result<_>>()?;
-        boxes
-            .into_iter()
-            .map(|(record, metadata)| {
-                let mut row: BoxRow = from_json(&record)?;
-                row.options.metadata = metadata;
-                let (own, others) = containers
-                    .drain(..)
-                    .partition(|container| container.snapshot.box_id == row.options.id);
-                containers = others;
-                Ok((row, own))
-            })
-            .collect()
+        self.locked("read all boxes", |inner| {
+            inner.catch_up();
+            inner.load()
+        })
+        .await
     }
 }
 
-fn read_all(connection: &Connection, query: &str) -> rusqlite::Result<Vec<(String, Vec<u8>)>> {
-    let mut statement = connection.prepare(query)?;
-    let rows = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?;
+/// Inserts or updates a container.
+const PUT_CONTAINER: &str =
+    "INSERT INTO containers (id, box_id, record, metadata) VALUES (?1, ?2, ?3, ?4)
+     ON CONFLICT (id) DO UPDATE SET record = excluded.record, metadata = excluded.metadata";
+
+fn containers_of(connection: &Connection, box_id: &str) -> rusqlite::Result<Vec<String>> {
+    let mut statement = connection.prepare("SELECT id FROM containers WHERE box_id = ?1")?;
+    let rows = statement.query_map([box_id], |row| row.get(0))?;
     rows.collect()
 }
 
@@ -386,18 +350,6 @@ fn split_box(mut row: BoxRow) -> Result<(String, String, String, Vec<u8>)> {
     let metadata = std::mem::take(&mut row.options.metadata);
     let record = to_json(&row)?;
     Ok((row.options.id, row.options.name, record, metadata))
-}
-
-fn to_json(row: &impl Serialize) -> Result<String> {
-    serde_json::to_string(row).map_err(|error| RuntimeError::Internal {
-        detail: format!("failed to encode a database record: {error}"),
-    })
-}
-
-fn from_json<'a, T: Deserialize<'a>>(text: &'a str) -> Result<T> {
-    serde_json::from_str(text).map_err(|error| RuntimeError::Internal {
-        detail: format!("invalid database record: {error}"),
-    })
 }
 
 #[cfg(test)]

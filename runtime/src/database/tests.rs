@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::types::ContainerState;
+use std::os::unix::fs::PermissionsExt;
 
 pub(crate) fn box_row(id: &str, name: &str) -> BoxRow {
     BoxRow {
@@ -56,6 +57,11 @@ fn container_row(id: &str, box_id: &str) -> ContainerRow {
     }
 }
 
+/// Opens a database with its copies beside it.
+fn open(path: &Path) -> Result<Database> {
+    Database::open(path, &path.with_file_name("copies"))
+}
+
 #[tokio::test]
 async fn load_returns_rows_after_reopen() {
     let directory = tempfile::tempdir().unwrap();
@@ -63,7 +69,7 @@ async fn load_returns_rows_after_reopen() {
     let first = box_row("a", "pod-a");
     let container = container_row("c1", "a");
     {
-        let database = Database::open(&path).unwrap();
+        let database = open(&path).unwrap();
         database.insert_box(first.clone()).await.unwrap();
         database.insert_box(box_row("b", "pod-b")).await.unwrap();
         database.put_container(container.clone()).await.unwrap();
@@ -72,7 +78,7 @@ async fn load_returns_rows_after_reopen() {
             .await
             .unwrap();
     }
-    let database = Database::open(&path).unwrap();
+    let database = open(&path).unwrap();
     let rows = database.load().await.unwrap();
     assert_eq!(rows.len(), 2);
     assert_eq!(rows[0], (first.clone(), vec![container]));
@@ -94,7 +100,7 @@ async fn load_returns_rows_after_reopen() {
 #[tokio::test]
 async fn insert_rejects_duplicate_name_and_missing_box() {
     let directory = tempfile::tempdir().unwrap();
-    let database = Database::open(&directory.path().join("runtime.db")).unwrap();
+    let database = open(&directory.path().join("runtime.db")).unwrap();
     database.insert_box(box_row("a", "pod")).await.unwrap();
     assert!(database.insert_box(box_row("b", "pod")).await.is_err());
     assert_eq!(database.load().await.unwrap().len(), 1);
@@ -110,21 +116,24 @@ async fn insert_rejects_duplicate_name_and_missing_box() {
 async fn open_makes_files_private_and_refuses_newer_schema() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("runtime.db");
-    let database = Database::open(&path).unwrap();
+    let database = open(&path).unwrap();
     database.insert_box(box_row("a", "pod")).await.unwrap();
     for entry in std::fs::read_dir(directory.path()).unwrap() {
         let entry = entry.unwrap();
+        if entry.path().is_dir() {
+            continue;
+        }
         let mode = entry.metadata().unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600, "{:?}", entry.path());
     }
     database
-        .run("test", |connection| {
-            connection.pragma_update(None, "user_version", 99)
+        .locked("test", |inner| {
+            inner.connection.pragma_update(None, "user_version", 99)
         })
         .await
         .unwrap();
     drop(database);
-    let error = Database::open(&path).unwrap_err();
+    let error = open(&path).unwrap_err();
     assert!(
         matches!(error, RuntimeError::DatabaseSchema { found: 99, .. }),
         "{error}"
@@ -136,7 +145,7 @@ async fn open_makes_files_private_and_refuses_newer_schema() {
 async fn delete_works_on_full_disk_and_is_deferred_without_reserve() {
     let disk = crate::fake_shim::SmallDisk::new(8 << 20);
     let path = disk.path().join("runtime.db");
-    let database = Database::open(&path).unwrap();
+    let database = open(&path).unwrap();
     for id in ["a", "b"] {
         database.insert_box(box_row(id, id)).await.unwrap();
         let container = container_row(&format!("c-{id}"), id);
@@ -162,4 +171,135 @@ async fn delete_works_on_full_disk_and_is_deferred_without_reserve() {
     let rows = database.load().await.unwrap();
     assert_eq!(rows.len(), 1, "{rows:?}");
     assert!(path.with_extension("reserve").exists());
+}
+
+/// Runs SQL on a closed database.
+fn sql(path: &Path, statements: &str) {
+    Connection::open(path)
+        .unwrap()
+        .execute_batch(statements)
+        .unwrap();
+}
+
+/// Creates two boxes with a container each, and closes the database.
+async fn two_boxes(path: &Path) -> Vec<(BoxRow, Vec<ContainerRow>)> {
+    let database = open(path).unwrap();
+    for id in ["a", "b"] {
+        database.insert_box(box_row(id, id)).await.unwrap();
+        let container = container_row(&format!("c-{id}"), id);
+        database.put_container(container).await.unwrap();
+    }
+    database.load().await.unwrap()
+}
+
+#[tokio::test]
+async fn damaged_databases_and_rows_are_restored_from_copies() {
+    type Damage = fn(&Path);
+    let cases: [(&str, Damage); 7] = [
+        ("garbage", |path| std::fs::write(path, [7; 9000]).unwrap()),
+        ("empty", |path| std::fs::write(path, "").unwrap()),
+        ("gone", |path| std::fs::remove_file(path).unwrap()),
+        ("a page", |path| {
+            let mut bytes = std::fs::read(path).unwrap();
+            bytes[4096..].fill(0xa5);
+            std::fs::write(path, bytes).unwrap();
+        }),
+        ("a box", |path| {
+            sql(
+                path,
+                "UPDATE boxes SET record = replace(record, 'phase', 'fase') WHERE id = 'a'",
+            );
+        }),
+        ("a container", |path| {
+            sql(path, "UPDATE containers SET record = '' WHERE id = 'c-b'");
+        }),
+        ("all rows", |path| {
+            sql(path, "PRAGMA foreign_keys=ON; DELETE FROM boxes")
+        }),
+    ];
+    for (name, damage) in cases {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("runtime.db");
+        let expected = two_boxes(&path).await;
+        damage(&path);
+        let database = open(&path).unwrap_or_else(|error| panic!("{name}: {error}"));
+        assert_eq!(database.load().await.unwrap(), expected, "{name}");
+        assert!(database.quarantined() > 0, "{name}");
+        drop(database);
+        // Written again, not only remembered.
+        std::fs::remove_dir_all(path.with_file_name("copies")).unwrap();
+        let database = open(&path).unwrap();
+        assert_eq!(database.load().await.unwrap(), expected, "{name}");
+        assert_eq!(database.quarantined(), 0, "{name}");
+    }
+}
+
+#[tokio::test]
+async fn unreadable_row_without_copy_is_quarantined() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("runtime.db");
+    let expected = two_boxes(&path).await;
+    std::fs::remove_dir_all(path.with_file_name("copies")).unwrap();
+    sql(&path, "UPDATE boxes SET record = '{}' WHERE id = 'a'");
+    let database = open(&path).unwrap();
+    assert_eq!(database.load().await.unwrap(), expected[1..]);
+    assert_eq!(database.quarantined(), 1);
+    drop(database);
+    let kept: i64 = Connection::open(&path)
+        .unwrap()
+        .query_row("SELECT count(*) FROM quarantine", [], |row| row.get(0))
+        .unwrap();
+    assert_eq!(kept, 2, "the box and its container");
+}
+
+#[tokio::test]
+async fn deleted_rows_are_not_restored() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("runtime.db");
+    let expected = two_boxes(&path).await;
+    let database = open(&path).unwrap();
+    database.delete_box("a").await.unwrap();
+    database.delete_container("c-b").await.unwrap();
+    drop(database);
+    std::fs::remove_file(&path).unwrap();
+    let rows = open(&path).unwrap().load().await.unwrap();
+    assert_eq!(rows, [(expected[1].0.clone(), Vec::new())]);
+}
+
+/// The tables and a row as version 1 wrote them.
+const VERSION_1: &str = r#"
+CREATE TABLE boxes (id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, record TEXT NOT NULL, metadata BLOB NOT NULL) STRICT;
+CREATE TABLE containers (id TEXT PRIMARY KEY, box_id TEXT NOT NULL REFERENCES boxes(id) ON DELETE CASCADE,
+    record TEXT NOT NULL, metadata BLOB NOT NULL) STRICT;
+CREATE INDEX containers_of_box ON containers(box_id);
+INSERT INTO boxes VALUES ('a', 'pod', '{"options":{"id":"a","name":"pod","metadata":[],"vcpus":1,"memory_mib":256,
+    "scratch_bytes":1024,"hostname":"h","netns":null,"sysctls":{},"cgroup_parent":"","vmm":null,"debug_console":false},
+    "phase":"NotReady","reason":"","created_at_ns":5,"shim":null,"timers":{"stages":[]}}', x'00ff');
+PRAGMA user_version = 1;
+"#;
+
+#[tokio::test]
+async fn open_migrates_version_1() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("runtime.db");
+    sql(&path, VERSION_1);
+    let database = open(&path).unwrap();
+    let rows = database.load().await.unwrap();
+    assert_eq!(rows.len(), 1, "{rows:?}");
+    assert_eq!(rows[0].0.options.metadata, [0, 255]);
+    assert_eq!(database.quarantined(), 0);
+    let version: i64 = database
+        .locked("test", |inner| {
+            inner
+                .connection
+                .query_row("PRAGMA user_version", [], |row| row.get(0))
+        })
+        .await
+        .unwrap();
+    assert_eq!(version, schema::SCHEMA_VERSION);
+    // The migrated tables are complete.
+    database.insert_box(box_row("b", "other")).await.unwrap();
+    drop(database);
+    sql(&path, "UPDATE boxes SET record = '' WHERE id = 'a'");
+    assert_eq!(open(&path).unwrap().load().await.unwrap().len(), 1);
 }

@@ -123,6 +123,11 @@ impl ImageManager {
         blocking(move || inner.jobs.reclaim(inner.options.max_partial_bytes)).await
     }
 
+    /// Returns the number of damaged images and index files that were found when the store was opened.
+    pub fn quarantined(&self) -> u64 {
+        self.inner.store.quarantined()
+    }
+
     /// Returns the disk usage of the store.
     pub async fn fs_info(&self) -> ImageResult<ImageFsInfo> {
         let store = self.inner.store.clone();

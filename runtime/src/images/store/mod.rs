@@ -6,6 +6,7 @@
 //!
 //! ```text
 //! index.json                   images with tags, digests and layers; replaced atomically, 0600
+//! index.backup.json            a copy, for a damaged index; see `rebuild`
 //! blobs/sha256/<hex>           manifests, indexes and configs, unchanged
 //! layers/sha256/<hex>.erofs    one file per layer, by diff ID, 0444
 //! layers/empty.erofs           empty file system, for images without layers
@@ -21,6 +22,7 @@
 //! take their holds again after a restart, before the first removal is served.
 
 mod disk;
+mod rebuild;
 
 pub(super) use disk::{PARTIAL_SUFFIX, delete};
 
@@ -29,6 +31,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs::File;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, MutexGuard};
 
 use serde::{Deserialize, Serialize};
@@ -48,6 +51,8 @@ pub(super) struct Store {
     uses: Mutex<Uses>,
     /// Held while files or the index change; only on blocking threads.
     writer: Mutex<()>,
+    /// Damaged images and index files found by `open`.
+    quarantined: AtomicU64,
     /// Locks the store against other processes.
     _lock: File,
 }
@@ -134,19 +139,18 @@ impl Store {
             images: RwLock::default(),
             uses: Mutex::default(),
             writer: Mutex::default(),
+            quarantined: AtomicU64::new(0),
             _lock: lock,
         };
-        let entries = match disk::read(&store.index_path())? {
-            None => Vec::new(),
-            Some(bytes) => store.parse_index(&bytes)?,
-        };
+        let entries = store.entries()?;
         let mut images = Images::new();
         for entry in entries {
             let id = entry.id.clone();
             match store.load(entry) {
                 Ok(stored) => drop(images.insert(id, Arc::new(stored))),
                 Err(e) => {
-                    tracing::warn!(image = %id, error = %e.report(), "dropping damaged image")
+                    tracing::error!(image = %id, error = %e.report(), "dropping damaged image");
+                    store.quarantined.fetch_add(1, Ordering::Relaxed);
                 }
             }
         }
@@ -154,25 +158,19 @@ impl Store {
         if let Err(e) = store.write_empty_layer() {
             tracing::warn!(error = %e.report(), "failed to write the empty layer");
         }
+        if store.quarantined() > 0
+            && let Err(e) = store.save(&store.snapshot())
+        {
+            tracing::error!(error = %e.report(), "failed to write the repaired index");
+        }
         disk::clean_ingest(&store.ingest_dir())?;
         store.collect()?;
         Ok(Arc::new(store))
     }
 
-    fn parse_index(&self, bytes: &[u8]) -> ImageResult<Vec<IndexEntry>> {
-        let path = self.index_path();
-        let file: IndexFile = serde_json::from_slice(bytes).map_err(|e| ImageError::Config {
-            path: path.clone(),
-            reason: format!("not an image index: {e}"),
-        })?;
-        if file.version != INDEX_VERSION {
-            let reason = format!(
-                "version {} is not supported, expected {INDEX_VERSION}",
-                file.version
-            );
-            return Err(ImageError::Config { path, reason });
-        }
-        Ok(file.images)
+    /// Returns the number of damaged images and index files found by `open`.
+    pub(super) fn quarantined(&self) -> u64 {
+        self.quarantined.load(Ordering::Relaxed)
     }
 
     /// Builds the record of an index entry and checks its files.
@@ -517,11 +515,20 @@ impl Store {
         let path = self.index_path();
         let json = serde_json::to_vec_pretty(&file)
             .map_err(|e| ImageError::io("encode", &path, e.into()))?;
-        disk::write_atomic(&path, &json)
+        disk::write_atomic(&path, &json)?;
+        // Best effort: a removal on a full disk must not fail for its want.
+        if let Err(e) = disk::write_atomic(&self.backup_path(), &json) {
+            tracing::debug!(error = %e.report(), "failed to write the copy of the index");
+        }
+        Ok(())
     }
 
     fn index_path(&self) -> PathBuf {
         self.dir.join("index.json")
+    }
+
+    fn backup_path(&self) -> PathBuf {
+        self.dir.join("index.backup.json")
     }
 
     fn blob_path(&self, digest: &Digest) -> PathBuf {

@@ -269,6 +269,67 @@ async fn open_drops_damaged_images_only() {
 }
 
 #[tokio::test]
+async fn damaged_index_is_rebuilt() {
+    type Damage = fn(&Path);
+    let cases: [(&str, Damage); 4] = [
+        ("empty", |path| std::fs::write(path, "").unwrap()),
+        ("cut", |path| {
+            let bytes = std::fs::read(path).unwrap();
+            std::fs::write(path, &bytes[..100]).unwrap();
+        }),
+        ("garbage", |path| std::fs::write(path, [0xff; 500]).unwrap()),
+        ("gone", |path| std::fs::remove_file(path).unwrap()),
+    ];
+    for (name, damage) in cases {
+        let (registry, mut home) = setup().await;
+        let tar = layer("a", 1, 5000);
+        let pushed = registry.push("r", "v", &[(&tar, Pack::Gzip)]);
+        registry.push("q", "v", &[(&layer("b", 2, 5000), Pack::Gzip)]);
+        home.pull(&registry.name("r:v")).await.unwrap();
+        home.pull(&registry.name("q:v")).await.unwrap();
+        let names = |home: &Home| -> Vec<(String, Vec<String>)> {
+            let images = home.images.list().into_iter();
+            images.map(|image| (image.id, image.repo_tags)).collect()
+        };
+        let expected = names(&home);
+        let index = home.dir.path().join("images/index.json");
+        damage(&index);
+        home = home.reopened().await;
+        assert_eq!(names(&home), expected, "{name}");
+        assert_eq!(home.images.quarantined(), 1, "{name}");
+        home = home.reopened().await;
+        assert_eq!(home.images.quarantined(), 0, "{name}: it is repaired");
+
+        // Without its copy only the names are lost.
+        damage(&index);
+        damage(&index.with_file_name("index.backup.json"));
+        home = home.reopened().await;
+        let nameless: Vec<_> = expected
+            .iter()
+            .map(|(id, _)| (id.clone(), Vec::new()))
+            .collect();
+        assert_eq!(names(&home), nameless, "{name}");
+        registry.take_requests();
+        home.pull(&registry.name("r:v")).await.unwrap();
+        assert!(registry.take_ranges(&pushed.blobs[0]).is_empty(), "{name}");
+        assert!(home.images.status(&registry.name("r:v")).is_some());
+    }
+    // A newer store is not touched.
+    let (registry, home) = setup().await;
+    registry.push("r", "v", &[(&layer("a", 1, 10), Pack::Gzip)]);
+    home.pull(&registry.name("r:v")).await.unwrap();
+    let index = home.dir.path().join("images/index.json");
+    std::fs::write(&index, r#"{"version": 2, "images": {"new": "form"}}"#).unwrap();
+    let Home { dir, images } = home;
+    drop(images);
+    let error = ImageManager::open(&dir.path().join("images"), options(dir.path()))
+        .await
+        .expect_err("another version");
+    assert!(error.report().contains("version 2"), "{}", error.report());
+    assert!(index.exists());
+}
+
+#[tokio::test]
 async fn tags_move_and_held_images_are_kept() {
     let (registry, home) = setup().await;
     let shared = layer("shared", 1, 5000);

@@ -165,7 +165,7 @@ fn recovery_resumes_removal_and_removes_orphans() {
         other.start().await.unwrap();
     });
     std::fs::create_dir(node.at("s/s/orphan")).unwrap();
-    let database = Database::open(&node.at("r/runtime.db")).unwrap();
+    let database = Database::open(&node.at("r/runtime.db"), &node.at("s/records")).unwrap();
     live_and_die(async move {
         // As if the runtime had died right after writing these rows.
         for (mut row, containers) in database.load().await.unwrap() {
@@ -197,6 +197,66 @@ fn recovery_resumes_removal_and_removes_orphans() {
             BoxState::Ready
         );
         assert!(runtime.images().remove(&image_id()).await.unwrap());
+    });
+}
+
+#[test]
+fn running_box_is_adopted_without_database() {
+    let shims = tokio::runtime::Runtime::new().unwrap();
+    let node = std::sync::Arc::new(FakeNode::new());
+    let shim = shims.block_on(node.serve("b1"));
+    let first = node.clone();
+    live_and_die(async move {
+        let (_runtime, litebox) = one_box(&first).await;
+        run_container(&first, &litebox, "c1").await;
+    });
+    let starts = shim.starts();
+    for garbage in [&b"no database"[..], b""] {
+        let second = node.clone();
+        std::fs::write(node.at("r/runtime.db"), garbage).unwrap();
+        live_and_die(async move {
+            let runtime = BoxliteRuntime::open(second.options()).await.unwrap();
+            let litebox = runtime.get_box("b1").unwrap();
+            assert_eq!(litebox.snapshot().state, BoxState::Ready);
+            assert_eq!(state_of(&litebox, "c1"), ContainerState::Running);
+            assert!(runtime.metrics().quarantined > 0);
+            assert!(runtime.unmanaged().is_empty());
+            litebox.stats().await.unwrap();
+        });
+        assert!(shim.alive());
+    }
+    assert_eq!(shim.starts(), starts);
+}
+
+#[test]
+fn running_box_without_any_record_is_left_alone() {
+    let shims = tokio::runtime::Runtime::new().unwrap();
+    let node = std::sync::Arc::new(FakeNode::new());
+    let shim = shims.block_on(node.serve("b1"));
+    let first = node.clone();
+    live_and_die(async move {
+        let (_runtime, litebox) = one_box(&first).await;
+        litebox.start().await.unwrap();
+    });
+    let address = format!("unix://{}", node.at("f/b1").display());
+    std::fs::write(node.at("s/s/b1/address"), address).unwrap();
+    std::fs::remove_file(node.at("r/runtime.db")).unwrap();
+    std::fs::remove_dir_all(node.at("s/records")).unwrap();
+    let second = node.clone();
+    live_and_die(async move {
+        let runtime = BoxliteRuntime::open(second.options()).await.unwrap();
+        assert!(runtime.boxes().is_empty());
+        assert_eq!(runtime.unmanaged(), ["b1"]);
+        assert!(!second.log().contains("delete b1"));
+        assert!(second.at("s/s/b1").exists());
+    });
+    assert!(shim.alive());
+    // Once the shim has ended, the bundle is an orphan.
+    node.kill_shim("b1");
+    live_and_die(async move {
+        let runtime = BoxliteRuntime::open(node.options()).await.unwrap();
+        assert!(runtime.unmanaged().is_empty());
+        assert!(!node.at("s/s/b1").exists());
     });
 }
 
