@@ -13,6 +13,8 @@ use crate::runner::{Case, Context};
 use crate::stream::{Session, Streams, Transport};
 use crate::{ensure, poll, same};
 use k8s_cri::v1::*;
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
 use rand::Rng;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -30,6 +32,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(killed_helpers_are_noticed_and_cleaned_up, 120)
             .not_on(Backend::Krun, "libkrun has no helper processes"),
         case!(pods_removed_during_downtime_are_forgotten, 120),
+        case!(silent_guest_is_stopped_in_time, 120),
     ]
 }
 
@@ -418,4 +421,37 @@ async fn pods_removed_during_downtime_are_forgotten(ctx: Context) -> Result {
     clean
         .restored_by_another_daemon(&node, ctx.patience(10))
         .await
+}
+
+/// A VMM that is stopped answers nothing, as a guest whose agent hangs.
+async fn silent_guest_is_stopped_in_time(ctx: Context) -> Result {
+    let node = node(&ctx, "mute").await?;
+    let limit = Duration::from_secs(10);
+    for (name, containers) in [("mute", 2), ("empty", 0)] {
+        let pod = Pod::run(&node, name).await?;
+        let mut started = Vec::new();
+        for n in 0..containers {
+            let name = format!("c{n}");
+            let command = ["sleep", "1000"];
+            started.push(pod.start(&name, &ctx.images.base, &command).await?);
+        }
+        nix::sys::signal::kill(Pid::from_raw(vmm(&pod)?), Signal::SIGSTOP)?;
+        if let Some(c) = started.first() {
+            let grace = Duration::from_secs(2);
+            let began = Instant::now();
+            let stopped = c.stop(2).await;
+            let took = began.elapsed();
+            ensure!(
+                took >= grace && took < grace + limit,
+                "StopContainer took {took:?}: {stopped:?}"
+            );
+        }
+        let began = Instant::now();
+        pod.stop().await?;
+        let took = began.elapsed();
+        ensure!(took < limit, "StopPodSandbox took {took:?}");
+        println!("{name}: StopPodSandbox took {took:?}");
+        pod.end().await?;
+    }
+    Ok(())
 }

@@ -28,6 +28,9 @@ use std::time::Duration;
 const START_ERROR_EXIT_CODE: i32 = 128;
 /// Timeout for a container's exit after SIGKILL. Generous, since a guest under emulation and load is slow.
 const KILL_TIMEOUT: Duration = Duration::from_secs(30);
+/// Timeout for the guest to accept SIGKILL, so that stopping a container of a silent guest takes less than 10 s beyond the grace
+/// period. Stopping the pod ends such a guest.
+const DELIVERY_TIMEOUT: Duration = Duration::from_secs(8);
 const SIGKILL: i32 = 9;
 /// Maximum number of supplemental groups taken from a guest's answer; the agent sets no more either.
 const MAX_SUPPLEMENTAL_GROUPS: usize = 1024;
@@ -265,14 +268,24 @@ impl LiteBox {
     /// not take back signals.
     ///
     /// # Errors
-    /// `NotFound`, `Deadline` if it survives SIGKILL.
+    /// `NotFound`, `Deadline` if it survives SIGKILL, or if the guest does not answer.
     pub async fn stop_container(&self, id: &str, grace: Duration, signal: i32) -> Result<()> {
         if self.exact(id)?.state != ContainerState::Running {
             return Ok(());
         }
         if !grace.is_zero() {
-            self.signal(id, signal, false).await;
-            if tokio::time::timeout(grace, self.ended(id)).await.is_ok() {
+            // The delivery is part of the grace period: a guest that does not answer must not extend it.
+            let delivered = async {
+                self.signal(id, signal, false).await;
+                std::future::pending::<()>().await;
+            };
+            let ended = async {
+                tokio::select! {
+                    () = self.ended(id) => {}
+                    () = delivered => {}
+                }
+            };
+            if tokio::time::timeout(grace, ended).await.is_ok() {
                 return Ok(());
             }
         }
@@ -280,8 +293,19 @@ impl LiteBox {
     }
 
     async fn kill_and_wait(&self, id: &str) -> Result<()> {
-        self.signal(id, SIGKILL, true).await;
-        tokio::time::timeout(KILL_TIMEOUT, self.ended(id))
+        let ended = self.ended(id);
+        tokio::pin!(ended);
+        let delivered = self.signal(id, SIGKILL, true);
+        tokio::select! {
+            () = &mut ended => return Ok(()),
+            delivered = tokio::time::timeout(DELIVERY_TIMEOUT, delivered) => {
+                delivered.map_err(|_| RuntimeError::Deadline {
+                    detail: format!("the guest did not answer to SIGKILL for container {id:?}"),
+                    limit: DELIVERY_TIMEOUT,
+                })?;
+            }
+        }
+        tokio::time::timeout(KILL_TIMEOUT, ended)
             .await
             .map_err(|_| RuntimeError::Deadline {
                 detail: format!("container {id:?} did not exit after SIGKILL"),

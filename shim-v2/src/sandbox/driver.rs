@@ -23,6 +23,9 @@ use tokio_util::sync::CancellationToken;
 
 /// Timeout for killed containers to exit and drain their output before the VM is shut down.
 const CONTAINER_STOP_TIMEOUT: Duration = Duration::from_secs(4);
+/// Timeout for the guest to answer a ping while its containers are killed. One that does not is ended without a shutdown, so that
+/// stopping it takes less than 10 s.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// Timeout for the guest to answer Guest.Shutdown, in addition to its grace period.
 const SHUTDOWN_CALL_TIMEOUT: Duration = Duration::from_secs(1);
 /// Timeout for container exits to be recorded after the end of the VM.
@@ -336,10 +339,18 @@ impl Driver {
                 containers.kill_all().await;
                 containers.wait_stopped(CONTAINER_STOP_TIMEOUT).await
             };
-            if !matches!(timeout(CONTAINER_STOP_TIMEOUT, stopped).await, Ok(true)) {
+            let guest = session.guest();
+            let (stopped, answer) = tokio::join!(
+                timeout(CONTAINER_STOP_TIMEOUT, stopped),
+                timeout(ANSWER_TIMEOUT, guest.ping(2 * ANSWER_TIMEOUT))
+            );
+            if answer.is_err() {
+                tracing::warn!("the guest does not answer; ending the VM");
+                return;
+            }
+            if !matches!(stopped, Ok(true)) {
                 tracing::warn!("containers survived SIGKILL; shutting down the VM");
             }
-            let guest = session.guest();
             match timeout(grace + SHUTDOWN_CALL_TIMEOUT, guest.shutdown(grace)).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => {
