@@ -24,6 +24,7 @@ use crate::share::host_namespace::HostNamespace;
 use crate::share::mirror::MirrorWatch;
 use crate::shim_state::{STATE_FILE, ShimState, write_atomically};
 use crate::time;
+use crate::vmm::work_dir::WorkDirWatch;
 use crate::vmm::{ReadySocket, Supervisor, VmmChild};
 use async_trait::async_trait;
 use boxlite_config::budget::vmm_mib;
@@ -221,6 +222,7 @@ impl Machine for VmMachine {
         info.push(("vmm".to_owned(), plan.options.vmm.to_string()));
 
         let (watched, killed) = (child.clone(), child.clone());
+        let kill: Arc<dyn Fn() + Send + Sync> = Arc::new(move || killed.kill());
         let mounter = HostMounter::new(self.mounts.clone(), share.directory(), id);
         Ok(Booted {
             mounter: Some(mounter),
@@ -233,7 +235,8 @@ impl Machine for VmMachine {
                 let exit = watched.wait().await;
                 format!("{exit}; {}", last_words(&watched))
             }),
-            kill: Arc::new(move || killed.kill()),
+            work_dir: Some(WorkDirWatch::new(work_dir, kill.clone())),
+            kill,
             host_ports,
             info,
         })

@@ -280,6 +280,9 @@ impl Driver {
         if let Some(watch) = booted.file_server {
             self.context.tasks.spawn(watch.run(guest.ended.clone()));
         }
+        if let Some(watch) = booted.work_dir {
+            self.context.tasks.spawn(watch.run(guest.ended.clone()));
+        }
         if let Some(watch) = booted.mirror {
             let volumes = Arc::clone(self.containers.mirrored());
             let task = watch.run(volumes, guest.ended.clone());

@@ -10,6 +10,7 @@ use crate::pod::Share;
 use crate::pod::undo::Undo;
 use crate::share::file_server::FileServerWatch;
 use crate::share::mirror::MirrorWatch;
+use crate::vmm::work_dir::WorkDirWatch;
 use async_trait::async_trait;
 use boxlite_portal::GuestSession;
 use std::path::Path;
@@ -33,6 +34,8 @@ pub struct Booted {
     pub mounter: Option<HostMounter>,
     /// Keeps the file server below its limit of open files; run by the driver.
     pub file_server: Option<FileServerWatch>,
+    /// Bounds the files of the VMM; run by the driver.
+    pub work_dir: Option<WorkDirWatch>,
     /// Updates the guest's copies of volumes; run by the driver.
     pub mirror: Option<MirrorWatch>,
     /// Facts for SandboxStatus(verbose).

@@ -16,6 +16,7 @@ pub mod qemu;
 pub mod ready;
 mod step;
 pub mod supervisor;
+pub mod work_dir;
 
 pub use factory::VmmFactory;
 pub use ready::{BootError, ReadySocket};
