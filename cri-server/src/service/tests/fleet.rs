@@ -2,6 +2,7 @@
 //! the VM. Tests with pods run in separate network and mount namespaces.
 
 use super::*;
+use boxlite_proto::cri::v1::ContainerMetadata;
 use boxlite_runtime::fake_shim::FakeNode;
 use std::os::unix::fs::PermissionsExt;
 use tokio_util::task::AbortOnDropHandle;
