@@ -623,7 +623,7 @@ async fn pull_ends_at_its_time_limit() {
         "{}",
         error.report()
     );
-    images.settle().await;
+    images.wait_idle().await;
     let home = Home { dir, images };
     assert_eq!(home.files("ingest").len(), 1, "kept for a retry");
 }

@@ -198,7 +198,7 @@ async fn dropped_pull_ends_its_conversion() {
     pull.abort();
     assert!(pull.await.unwrap_err().is_cancelled());
     let began = std::time::Instant::now();
-    home.images.settle().await;
+    home.images.wait_idle().await;
     assert!(
         began.elapsed() < std::time::Duration::from_secs(2),
         "{:?}",
