@@ -58,6 +58,11 @@ fn runtime(registry: &Registry, totals: &RuntimeMetricsSnapshot) -> prometheus::
             "Bytes of payload through the Portals, in both directions",
             totals.total_bytes_transferred,
         ),
+        (
+            "boxlite_quarantined_records_total",
+            "Damaged records and files found at the daemon's start",
+            totals.quarantined,
+        ),
     ] {
         let counter = Counter::new(name, help)?;
         counter.inc_by(value as f64);
