@@ -6,7 +6,7 @@
 use crate::cni::Cni;
 use crate::config::Config;
 use crate::layout::Layout;
-use crate::output::Output;
+use crate::output::{Output, print};
 use crate::vmm;
 use boxlite_proto::vmm::VmmKind;
 use boxlite_runtime::vmm_probe::VmmChoice;
@@ -46,15 +46,15 @@ struct Report {
 /// Runs the checks and prints the report.
 pub(crate) async fn check(config: Config, output: Output) -> ExitCode {
     let report = Report::new(&config).await;
-    match output {
-        Output::Text => print!("{}", report.text()),
-        Output::Json => println!("{:#}", report.json()),
-    }
-    if report.ready() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
+    let text = match output {
+        Output::Text => report.text(),
+        Output::Json => format!("{:#}\n", report.json()),
+    };
+    let code = match report.ready() {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
+    };
+    print(&text, code)
 }
 
 impl Report {
@@ -92,26 +92,26 @@ impl Report {
             Err(error) => format!("no VMM can be chosen: {error}\n"),
         };
         for part in &self.parts {
-            let state = match (&part.problem, self.needs(part), &part.need) {
-                (None, ..) => "found".to_owned(),
-                (Some(problem), Some(true), _) => format!("MISSING ({problem})"),
+            let (state, reason) = match (&part.problem, self.needs(part), &part.need) {
+                (None, ..) => ("found", String::new()),
+                (Some(problem), Some(true), _) => ("MISSING", format!(": {problem}")),
                 (Some(problem), None, Need::Only(kind)) => {
-                    format!("missing ({problem}), needed by {kind}")
+                    ("missing", format!(": {problem}; needed by {kind}"))
                 }
-                (Some(problem), ..) => format!("missing ({problem}), not needed for this VMM"),
+                (Some(problem), ..) => ("missing", format!(": {problem}; not needed for this VMM")),
             };
             let (name, path) = (part.name, part.path.display());
-            let _ = writeln!(text, "{name:<20} {state:<10} {path}");
+            let _ = writeln!(text, "{name:<20} {state:<8} {path}{reason}");
         }
         let _ = match &self.network {
             Ok((name, source)) => writeln!(
                 text,
-                "{:<20} {:<10} {} ({name})",
+                "{:<20} {:<8} {} ({name})",
                 "network",
                 "found",
                 source.display()
             ),
-            Err(error) => writeln!(text, "{:<20} not yet: {error}", "network"),
+            Err(error) => writeln!(text, "{:<20} {:<8} {error}", "network", "not yet"),
         };
         let ready = self.ready();
         let _ = writeln!(text, "pods {} run", if ready { "can" } else { "cannot" });
@@ -218,7 +218,7 @@ mod tests {
         assert!(krun.ready());
         let text = krun.text();
         assert!(
-            text.contains("missing (gone), not needed for this VMM"),
+            text.contains("missing  /x: gone; not needed for this VMM\n"),
             "{text}"
         );
         assert!(text.ends_with("pods can run\n"), "{text}");
@@ -226,7 +226,7 @@ mod tests {
 
         let qemu = report(Ok(VmmKind::Qemu), helper());
         assert!(!qemu.ready());
-        assert!(qemu.text().contains("MISSING (gone)"));
+        assert!(qemu.text().contains("MISSING  /x: gone\n"));
         let always = report(Ok(VmmKind::Krun), Need::Always);
         assert!(!always.ready());
     }
@@ -237,7 +237,10 @@ mod tests {
         assert!(!none.ready());
         let text = none.text();
         assert!(text.contains("no VMM can be chosen: no shim"), "{text}");
-        assert!(text.contains("missing (gone), needed by qemu"), "{text}");
+        assert!(
+            text.contains("missing  /x: gone; needed by qemu\n"),
+            "{text}"
+        );
         assert!(!text.contains("not needed"), "{text}");
         let json = none.json();
         assert_eq!(json["parts"][0]["needed"], Value::Null);

@@ -6,7 +6,7 @@
 mod tests;
 
 use crate::config::{Config, ConfigError, Paths, check_log_filter, default_toml, socket_path};
-use crate::output::{Output, VERSION};
+use crate::output::{Output, VERSION, print};
 use crate::{check, serve, status};
 use boxlite_config::paths::{installed_kernel, prefix};
 use boxlite_sys::log_line::EscapedWriter;
@@ -76,7 +76,7 @@ enum Command {
     Version,
     /// Print a completion script for a shell.
     ///
-    /// For bash: boxlite-cri completions bash > /usr/share/bash-completion/completions/boxlite-cri
+    /// `make install` installs those of bash, zsh and fish. For this shell only: source <(boxlite-cri completions bash)
     Completions {
         /// Shell to complete in.
         shell: clap_complete::Shell,
@@ -154,33 +154,29 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
             with_config(config, |config| block_on(status::status(config, output)))
         }
         Command::Config { command } => run_config(command),
-        Command::Version => {
-            println!("boxlite-cri {VERSION}");
-            ExitCode::SUCCESS
-        }
-        Command::Completions { shell } => {
-            let mut command = Cli::command();
-            clap_complete::generate(shell, &mut command, "boxlite-cri", &mut std::io::stdout());
-            ExitCode::SUCCESS
-        }
+        Command::Version => print(&format!("boxlite-cri {VERSION}\n"), ExitCode::SUCCESS),
+        Command::Completions { shell } => print(&completions(shell), ExitCode::SUCCESS),
     }
 }
 
 fn run_config(command: ConfigCommand) -> ExitCode {
     match command {
         ConfigCommand::Default { prefix: chosen } => {
-            print!("{}", default_file(chosen.as_deref()));
-            ExitCode::SUCCESS
+            print(&default_file(chosen.as_deref()), ExitCode::SUCCESS)
         }
         ConfigCommand::Dump(options) => with_config(options, |config| {
-            print!("{}", config.to_toml());
-            ExitCode::SUCCESS
+            print(&config.to_toml(), ExitCode::SUCCESS)
         }),
         ConfigCommand::Check(options) => with_config(options, |_| {
-            println!("the configuration is valid");
-            ExitCode::SUCCESS
+            print("the configuration is valid\n", ExitCode::SUCCESS)
         }),
     }
+}
+
+fn completions(shell: clap_complete::Shell) -> String {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "boxlite-cri", &mut script);
+    String::from_utf8_lossy(&script).into_owned()
 }
 
 /// Returns the default file. An explicit prefix is an installation to be made: its kernel need not exist yet.

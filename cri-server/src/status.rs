@@ -6,7 +6,7 @@
 mod tests;
 
 use crate::config::Config;
-use crate::output::{Output, VERSION};
+use crate::output::{Output, VERSION, print};
 use boxlite_proto::cri::v1::runtime_service_client::RuntimeServiceClient;
 use boxlite_proto::cri::v1::{
     ContainerState, ListContainersRequest, ListPodSandboxRequest, PodSandboxState, StatusRequest,
@@ -14,6 +14,7 @@ use boxlite_proto::cri::v1::{
 };
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
+use std::io::ErrorKind::{ConnectionRefused, NotConnected, NotFound};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -26,9 +27,23 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Failure to query the daemon.
 #[derive(Debug, thiserror::Error)]
 enum StatusError {
-    /// No process listens on the socket.
-    #[error("failed to connect to {}: is the daemon running?", socket.display())]
+    /// Nothing listens.
+    #[error("no daemon serves {}", socket.display())]
+    NotRunning {
+        socket: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    /// The socket cannot be used, for example by an unprivileged user.
+    #[error("failed to connect to {}", socket.display())]
     Connect {
+        socket: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    /// HTTP/2 could not be set up.
+    #[error("failed to open a channel to {}", socket.display())]
+    Channel {
         socket: PathBuf,
         #[source]
         source: tonic::transport::Error,
@@ -71,11 +86,11 @@ pub(crate) async fn status(config: Config, output: Output) -> ExitCode {
     });
     match answer {
         Ok(state) => {
-            match output {
-                Output::Text => print!("{}", state.text(socket)),
-                Output::Json => println!("{:#}", state.json(socket)),
-            }
-            ExitCode::SUCCESS
+            let text = match output {
+                Output::Text => state.text(socket),
+                Output::Json => format!("{:#}\n", state.json(socket)),
+            };
+            print(&text, ExitCode::SUCCESS)
         }
         Err(error) => {
             eprintln!("boxlite-cri: {}", boxlite_runtime::report(&error));
@@ -85,20 +100,24 @@ pub(crate) async fn status(config: Config, output: Output) -> ExitCode {
 }
 
 async fn connect(socket: &Path) -> Result<RuntimeServiceClient<Channel>, StatusError> {
-    let path = socket.to_owned();
+    let at = socket.to_owned();
+    let stream = match UnixStream::connect(socket).await {
+        Ok(stream) => stream,
+        Err(source) if matches!(source.kind(), NotFound | ConnectionRefused) => {
+            return Err(StatusError::NotRunning { socket: at, source });
+        }
+        Err(source) => return Err(StatusError::Connect { socket: at, source }),
+    };
+    // One connection, which is made already; the connector ignores the address.
+    let mut stream = Some(TokioIo::new(stream));
     let connector = tower::service_fn(move |_: Uri| {
-        let path = path.clone();
-        async move { UnixStream::connect(path).await.map(TokioIo::new) }
+        std::future::ready(stream.take().ok_or(std::io::Error::from(NotConnected)))
     });
-    // The connector ignores the address.
     Endpoint::from_static("http://localhost")
         .connect_with_connector(connector)
         .await
         .map(RuntimeServiceClient::new)
-        .map_err(|source| StatusError::Connect {
-            socket: socket.to_owned(),
-            source,
-        })
+        .map_err(|source| StatusError::Channel { socket: at, source })
 }
 
 impl DaemonState {

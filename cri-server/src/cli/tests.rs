@@ -96,11 +96,11 @@ fn default_file_follows_the_prefix() {
 
 #[test]
 fn completions_offer_the_commands() {
-    let mut script = Vec::new();
-    let shell = clap_complete::Shell::Bash;
-    clap_complete::generate(shell, &mut Cli::command(), "boxlite-cri", &mut script);
-    let script = String::from_utf8(script).unwrap();
-    for command in ["serve", "check", "status", "config", "version"] {
-        assert!(script.contains(command), "{command}");
+    use clap_complete::Shell::{Bash, Fish, Zsh};
+    for shell in [Bash, Zsh, Fish] {
+        let script = completions(shell);
+        for command in ["serve", "check", "status", "config", "version"] {
+            assert!(script.contains(command), "{shell}: {command}");
+        }
     }
 }

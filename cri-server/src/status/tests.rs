@@ -35,6 +35,7 @@ async fn status_without_daemon_fails_and_names_the_socket() {
         ..Config::default()
     };
     let error = DaemonState::ask(&config.listen).await.unwrap_err();
+    assert!(matches!(error, StatusError::NotRunning { .. }), "{error:?}");
     assert!(error.to_string().contains("none.sock"), "{error}");
     let code = status(config, Output::Text).await;
     assert_eq!(code.report(), ExitCode::FAILURE);

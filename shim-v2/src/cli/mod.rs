@@ -134,7 +134,7 @@ fn run(args: &[OsString]) -> Result<(), CliError> {
     }
     if flags.id.is_empty() || flags.namespace.is_empty() {
         return Err(CliError::Arguments {
-            reason: "-id and -namespace are required".to_owned(),
+            reason: "-id and -namespace are required; -help explains the flags".to_owned(),
         });
     }
     match flags.action.as_str() {
