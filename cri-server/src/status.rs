@@ -27,7 +27,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Failure to query the daemon.
 #[derive(Debug, thiserror::Error)]
 enum StatusError {
-    /// Nothing listens.
+    /// No process listens on the socket.
     #[error("no daemon serves {}", socket.display())]
     NotRunning {
         socket: PathBuf,
