@@ -131,7 +131,7 @@ advisories:
 	@e2e/scripts/deny advisories
 
 unit:
-	cargo test --locked --workspace $(ROOT_TESTS)
+	@e2e/scripts/unit $(ROOT_TESTS)
 
 # Fails if the release agent exceeds its size limit.
 agent-size:

@@ -54,8 +54,9 @@ impl Report {
         let failed = count(|o| matches!(o, Outcome::Failed(_)));
         let skipped = count(|o| matches!(o, Outcome::Skipped(_)));
         let seconds: f64 = self.entries.iter().map(|e| e.duration.as_secs_f64()).sum();
+        // The schema requires `errors`, although no case ends with one.
         let mut xml = format!(
-            "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<testsuites>\n<testsuite name=\"{}\" tests=\"{}\" failures=\"{failed}\" skipped=\"{skipped}\" time=\"{seconds:.3}\">\n",
+            "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<testsuites>\n<testsuite name=\"{}\" tests=\"{}\" failures=\"{failed}\" errors=\"0\" skipped=\"{skipped}\" time=\"{seconds:.3}\">\n",
             escape(suite),
             self.entries.len(),
         );
@@ -85,7 +86,7 @@ impl Report {
     }
 }
 
-/// Escapes text for elements and attributes. Control characters that XML cannot represent become U+FFFD.
+/// Escapes text for elements and attributes. Characters that XML cannot represent become U+FFFD.
 fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars() {
@@ -96,7 +97,7 @@ fn escape(text: &str) -> String {
             '"' => escaped.push_str("&quot;"),
             '\n' => escaped.push_str("&#10;"),
             '\t' => escaped.push('\t'),
-            c if c.is_control() => escaped.push('\u{fffd}'),
+            c if c.is_control() || matches!(c, '\u{fffe}' | '\u{ffff}') => escaped.push('\u{fffd}'),
             c => escaped.push(c),
         }
     }
@@ -114,14 +115,14 @@ mod tests {
         report.add(
             "exec::b",
             Duration::from_secs(2),
-            Outcome::Failed("1 < 2 & \"x\"\n\u{1b}[0m".into()),
+            Outcome::Failed("1 < 2 & \"x\"\n\u{1b}[0m\u{ffff}".into()),
         );
         report.add("logs::c", Duration::ZERO, Outcome::Skipped("no KVM".into()));
         let xml = report.xml("qemu");
         for part in [
-            "name=\"qemu\" tests=\"3\" failures=\"1\" skipped=\"1\" time=\"3.500\"",
+            "name=\"qemu\" tests=\"3\" failures=\"1\" errors=\"0\" skipped=\"1\" time=\"3.500\"",
             "<testcase classname=\"exec\" name=\"a\" time=\"1.500\"></testcase>",
-            "<failure message=\"1 &lt; 2 &amp; &quot;x&quot;\">1 &lt; 2 &amp; &quot;x&quot;&#10;\u{fffd}[0m</failure>",
+            "<failure message=\"1 &lt; 2 &amp; &quot;x&quot;\">1 &lt; 2 &amp; &quot;x&quot;&#10;\u{fffd}[0m\u{fffd}</failure>",
             "<skipped message=\"no KVM\"/>",
         ] {
             assert!(xml.contains(part), "{part} not found in {xml}");
