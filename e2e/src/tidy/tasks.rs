@@ -137,8 +137,9 @@ fn threads(code: &str) -> usize {
 #[test]
 fn every_task_has_an_owner() {
     let owned = Regex::new(r"AbortOnDropHandle::new\(\s*tokio::spawn\(").expect("a valid pattern");
-    let spawned = Regex::new(r"tokio::spawn\(|task::spawn\(|spawn_local\(|runtime::Handle")
-        .expect("a valid pattern");
+    let spawned =
+        Regex::new(r"tokio::spawn\(|task::spawn\(|spawn_local\(|Handle::\w+\(\)\s*\.spawn")
+            .expect("a valid pattern");
     let mut mistakes = Vec::new();
     let (mut trackers, mut jobs) = (BTreeSet::new(), BTreeSet::new());
     for (path, code) in programs() {

@@ -303,7 +303,7 @@ impl Store {
             .values()
             .flat_map(|s| s.entry.blobs.iter().map(|b| hex_of(b)))
             .collect();
-        disk::retain(&self.dir.join("blobs/sha256"), |name| blobs.contains(name))?;
+        disk::retain(&self.blobs_dir(), |name| blobs.contains(name))?;
         // The lock is held while files are deleted: a pull looks for its layers after it has taken the lease.
         let uses = self.uses();
         disk::retain(&self.dir.join("layers/sha256"), |name| {
@@ -531,8 +531,12 @@ impl Store {
         self.dir.join("index.backup.json")
     }
 
+    fn blobs_dir(&self) -> PathBuf {
+        self.dir.join("blobs/sha256")
+    }
+
     fn blob_path(&self, digest: &Digest) -> PathBuf {
-        self.dir.join("blobs/sha256").join(digest.hex())
+        self.blobs_dir().join(digest.hex())
     }
 
     fn layer_path(&self, digest: &Digest) -> PathBuf {

@@ -54,7 +54,7 @@ impl Store {
     }
 
     fn blobs(&self) -> ImageResult<Vec<Digest>> {
-        let dir = self.dir.join("blobs/sha256");
+        let dir = self.blobs_dir();
         let entries = std::fs::read_dir(&dir).map_err(|e| ImageError::io("read", &dir, e))?;
         let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
         Ok(names
