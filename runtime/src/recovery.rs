@@ -10,7 +10,7 @@
 //!   therefore overrides the rows.
 //! - A dead shim has taken its VM with it (PDEATHSIG), and a reboot removes everything but the rows.
 //! - `state` may be empty (tmpfs) while `root` is not. Bundles without a row are orphans and are removed, unless their shim
-//!   lives: then the row was lost, with its copy, and the pod is left running.
+//!   lives: then the row was lost, with its copy, and the pod keeps running.
 //!
 //! Recovery does not wait for guests. Boxes are recovered concurrently, each within the timeouts of ShimController.
 
@@ -277,7 +277,7 @@ fn names_in(directory: &Path) -> Result<Vec<String>> {
     Ok(names.collect())
 }
 
-/// Whether a shim serves at the address in the bundle.
+/// Returns true if a shim serves at the address in the bundle.
 async fn shim_lives(env: &BoxEnv, id: &str) -> bool {
     let Ok(address) = std::fs::read_to_string(env.layout.shim_address(id)) else {
         return false;
@@ -292,7 +292,7 @@ async fn shim_lives(env: &BoxEnv, id: &str) -> bool {
     )
 }
 
-/// Removes bundles and scratch disks without a row, with what their shims have left. Returns those whose shim lives.
+/// Removes bundles, scratch disks and leftovers of shims without a row. Returns the ids whose shim lives.
 async fn remove_orphans(env: &BoxEnv, known: &HashSet<String>) -> Vec<String> {
     let mut unmanaged = Vec::new();
     let (boxes, scratch) = (env.layout.boxes(), env.layout.scratch_dir().to_owned());

@@ -323,8 +323,8 @@ impl BoxliteRuntime {
         totals
     }
 
-    /// Returns the ids of boxes that run without a record: both the database and its copies have lost them. They are left
-    /// alone, with their networks.
+    /// Returns the ids of boxes that run without a record: both the database and its copies have lost them. They keep
+    /// running, with their networks.
     pub fn unmanaged(&self) -> &[String] {
         &self.inner.non_sync_state.unmanaged
     }

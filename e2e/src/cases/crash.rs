@@ -450,7 +450,6 @@ async fn silent_guest_is_stopped_in_time(ctx: Context) -> Result {
         pod.stop().await?;
         let took = began.elapsed();
         ensure!(took < limit, "StopPodSandbox took {took:?}");
-        println!("{name}: StopPodSandbox took {took:?}");
         pod.end().await?;
     }
     Ok(())

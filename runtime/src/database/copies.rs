@@ -1,7 +1,7 @@
 //! [`Copies`]: a file below `state` for each row, from which rows of a lost or damaged database are restored.
 //!
 //! Written after the row, deleted before it, so that a crash in between leaves at most a copy too few. Without `state`, after a
-//! reboot, there are no running pods that the copies could save. No errors: the database is what counts.
+//! reboot, there are no running pods that the copies could save. Failures are logged only.
 
 use super::Kind;
 use std::fs::OpenOptions;

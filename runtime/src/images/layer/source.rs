@@ -30,7 +30,7 @@ pub(super) struct Control {
 }
 
 impl Control {
-    /// Whether the last caller of the job is gone.
+    /// Returns true if the last caller of the job is gone.
     pub(super) fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::SeqCst)
     }

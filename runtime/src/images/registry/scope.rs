@@ -9,8 +9,8 @@ use reqwest::Url;
 use super::hosts::upstream;
 use crate::images::types::RegistryAuth;
 
-/// Whether the credentials for a pull from `domain` are for the host with the URL `base`: the same host and port, and the
-/// scheme if the credentials name one.
+/// Returns true if the credentials for a pull from `domain` are for the host with the URL `base`: the same host and port, and
+/// the scheme if the credentials name one.
 pub(super) fn covers(auth: &RegistryAuth, domain: &str, base: &Url) -> bool {
     let address = auth.server_address.trim();
     if address.is_empty() {
@@ -28,7 +28,7 @@ pub(super) fn covers(auth: &RegistryAuth, domain: &str, base: &Url) -> bool {
     scheme.is_none_or(|scheme| scheme.eq_ignore_ascii_case(base.scheme())) && same_host(host, base)
 }
 
-/// Whether `authority` (a host, and a port unless it is the scheme's) is that of `base`.
+/// Returns true if `authority` (a host, and a port unless it is the scheme's) is that of `base`.
 fn same_host(authority: &str, base: &Url) -> bool {
     Url::parse(&format!("{}://{authority}", base.scheme()))
         .is_ok_and(|url| url.origin() == base.origin())

@@ -14,7 +14,7 @@ use crate::images::manifest::{self, Document, Platform};
 use crate::images::reference::Digest;
 
 impl Store {
-    /// Returns the entries of the index, or what can be found of them. Blocks.
+    /// Returns the entries of the index, or as many as can be recovered. Blocks.
     pub(super) fn entries(&self) -> ImageResult<Vec<IndexEntry>> {
         let path = self.index_path();
         let reason = match disk::read(&path)? {
@@ -48,7 +48,7 @@ impl Store {
         Ok(entries.into_values().collect())
     }
 
-    /// Whether the store has no content, so that no index is missing.
+    /// Returns true if the store has no content, so that no index is missing.
     fn is_new(&self) -> ImageResult<bool> {
         Ok(self.blobs()?.is_empty() && !self.backup_path().exists())
     }

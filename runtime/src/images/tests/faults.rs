@@ -591,7 +591,7 @@ async fn slow_host_is_left_for_the_next() {
         .collect();
     assert!(
         matches!(ranges.as_slice(), [Some(offset)] if *offset > 0),
-        "resumed where the slow host was left: {ranges:?}"
+        "resumed at the last byte of the slow host: {ranges:?}"
     );
 }
 
