@@ -35,7 +35,7 @@ fn git(args: &[&str]) -> Option<String> {
     (output.status.success() && !text.is_empty()).then(|| text.to_owned())
 }
 
-/// Commit of a source archive; `None` in a checkout, where the file has a placeholder.
+/// Commit of a source archive; `None` in a checkout, which has a placeholder in the file.
 fn archived() -> Option<String> {
     let file = Path::new(&std::env::var_os("CARGO_MANIFEST_DIR")?).join("COMMIT");
     let text = std::fs::read_to_string(file).ok()?;

@@ -24,7 +24,7 @@ pub(crate) enum Output {
 
 /// Writes a command's output and returns its exit code, `code` if all was written.
 ///
-/// A reader that has enough, such as `head`, closes the pipe; that is no failure. `print!` would panic.
+/// A reader such as `head` closes the pipe early, which counts as success. `print!` would panic.
 pub(crate) fn print(text: &str, code: ExitCode) -> ExitCode {
     write(&mut std::io::stdout(), text, code)
 }

@@ -203,7 +203,7 @@ async fn grpc(
 /// Waits for `task` at most `limit`, then aborts it.
 async fn join(name: &'static str, task: AbortOnDropHandle<()>, limit: Duration) {
     if tokio::time::timeout(limit, task).await.is_err() {
-        tracing::warn!("{name} did not end in time");
+        tracing::warn!(name, "task did not end in time");
     }
 }
 

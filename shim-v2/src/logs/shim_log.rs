@@ -221,7 +221,7 @@ mod tests {
             .finish();
         let forged = "bad\n2026-01-01T00:00:00Z ERROR boxlite_shim_v2: forged\u{1b}[2J";
         tracing::subscriber::with_default(subscriber, || {
-            tracing::warn!(error = %forged, "guest failed: {forged}");
+            tracing::warn!(error = %forged, guest = forged, "guest failed");
         });
         let text = std::fs::read_to_string(path).expect("the log");
         assert_eq!(text.lines().count(), 1, "{text}");

@@ -1,4 +1,4 @@
-//! [`WorkDirWatch`]: bounds the VM's working directory, the one place on the host's file systems where a VMM may create files.
+//! [`WorkDirWatch`]: bounds the VM's working directory, in which a VMM may create files on the host.
 //!
 //! It has sockets and two bounded logs. The directory is below /run, whose space all pods share: a VMM that a guest has taken over
 //! could fill it. One that has written more than [`MAX_BYTES`] or [`MAX_FILES`] is killed.
