@@ -163,7 +163,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nodes_return_what_was_pushed() {
+    fn nodes_return_pushed_values() {
         let directory = tempfile::tempdir().unwrap();
         let mut nodes = Nodes::new(Store::new(directory.path()));
         let mut link = Node::new(FileType::Symlink, 0o777);

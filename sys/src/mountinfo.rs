@@ -90,7 +90,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_is_read() {
+    fn line_fields_are_parsed() {
         let line =
             r"36 35 98:0 /sub /a\040b\134\011c rw,noatime shared:7 master:1 - ext3 /dev/root rw,x";
         let mount = Mount::parse(line).expect("a mount");
@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_none_is_left_out() {
+    fn malformed_lines_are_omitted() {
         let table = "1 0 0:1 / / rw - tmpfs tmpfs rw\nnonsense\n\n2 1 0:2 / /ro ro - proc proc\n\
             x 1 0:2 / /x rw - proc proc rw\n3 1 0:2 / /half";
         let points: Vec<_> = mounts(table).map(|mount| mount.point).collect();

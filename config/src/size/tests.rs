@@ -114,7 +114,7 @@ fn update_beyond_the_vm_is_refused() {
 }
 
 #[test]
-fn cap_lowers_what_admit_rejects() {
+fn cap_lowers_limits_that_admit_rejects() {
     let vm = VmCapacity::new(360, 2, &PodDefaults::default());
     let within = limits(256 << 20, 200_000, 0);
     assert_eq!(vm.cap(&within, None), (within, vec![]));

@@ -187,8 +187,8 @@ fn add_check_and_del_with_real_plugins() {
 
 #[test]
 #[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
-fn a_new_daemon_undoes_and_so_does_one_after_a_reboot() {
-    if !inside("a_new_daemon_undoes_and_so_does_one_after_a_reboot") {
+fn collect_removes_networks_after_restart_and_reboot() {
+    if !inside("collect_removes_networks_after_restart_and_reboot") {
         return;
     }
     run(async {
@@ -215,8 +215,8 @@ fn a_new_daemon_undoes_and_so_does_one_after_a_reboot() {
 
 #[test]
 #[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
-fn leaks_are_collected_and_live_pods_are_not() {
-    if !inside("leaks_are_collected_and_live_pods_are_not") {
+fn collect_removes_leaks_and_keeps_live_pods() {
+    if !inside("collect_removes_leaks_and_keeps_live_pods") {
         return;
     }
     run(async {
@@ -240,8 +240,8 @@ fn leaks_are_collected_and_live_pods_are_not() {
 
 #[test]
 #[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
-fn two_detachings_at_once_both_succeed() {
-    if !inside("two_detachings_at_once_both_succeed") {
+fn concurrent_detaches_both_succeed() {
+    if !inside("concurrent_detaches_both_succeed") {
         return;
     }
     run(async {
@@ -263,8 +263,8 @@ sleep 0.3; rmdir "$(dirname "$0")/running""#,
 
 #[test]
 #[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
-fn an_add_that_was_cut_off_is_given_up_at_the_second_refusal() {
-    if !inside("an_add_that_was_cut_off_is_given_up_at_the_second_refusal") {
+fn interrupted_add_is_abandoned_after_second_failure() {
+    if !inside("interrupted_add_is_abandoned_after_second_failure") {
         return;
     }
     run(async {
@@ -289,8 +289,8 @@ echo '{"cniVersion":"1.0.0","ips":[{"address":"10.9.0.2/24"}]}'"#,
 
 #[test]
 #[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
-fn gc_names_the_attachments_that_are_alive() {
-    if !inside("gc_names_the_attachments_that_are_alive") {
+fn gc_lists_live_attachments() {
+    if !inside("gc_lists_live_attachments") {
         return;
     }
     run(async {
@@ -333,8 +333,8 @@ fn gc_names_the_attachments_that_are_alive() {
 
 #[test]
 #[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
-fn a_plugin_that_refuses_is_quoted_and_everything_undone() {
-    if !inside("a_plugin_that_refuses_is_quoted_and_everything_undone") {
+fn add_error_is_quoted_and_undone() {
+    if !inside("add_error_is_quoted_and_undone") {
         return;
     }
     run(async {
@@ -361,8 +361,8 @@ echo '{"cniVersion":"1.0.0","code":11,"msg":"no port left","details":"all of 4 t
 
 #[test]
 #[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
-fn a_plugin_that_hangs_is_killed_with_its_children() {
-    if !inside("a_plugin_that_hangs_is_killed_with_its_children") {
+fn hanging_plugin_is_killed_with_its_children() {
+    if !inside("hanging_plugin_is_killed_with_its_children") {
         return;
     }
     run(async {
@@ -398,8 +398,8 @@ sleep 1000 & echo $! > "$(dirname "$0")/child"; wait"#,
 
 #[test]
 #[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
-fn a_plugin_without_end_of_output_is_killed() {
-    if !inside("a_plugin_without_end_of_output_is_killed") {
+fn plugin_with_endless_output_is_killed() {
+    if !inside("plugin_with_endless_output_is_killed") {
         return;
     }
     run(async {
@@ -416,8 +416,8 @@ fn a_plugin_without_end_of_output_is_killed() {
 
 #[test]
 #[cfg_attr(not(feature = "root-tests"), ignore = "needs root")]
-fn a_del_that_fails_is_tried_again() {
-    if !inside("a_del_that_fails_is_tried_again") {
+fn del_is_retried_after_a_failure() {
+    if !inside("del_is_retried_after_a_failure") {
         return;
     }
     run(async {
@@ -438,7 +438,7 @@ fn a_del_that_fails_is_tried_again() {
 }
 
 #[test]
-fn readiness_says_why_not_and_sees_changes() {
+fn readiness_reports_reason_and_follows_changes() {
     let node = Node::new(serde_json::json!({}));
     std::fs::remove_file(node.path("net.d/10-test.conflist")).unwrap();
     let reason = |node: &Node| boxlite_runtime::report(&node.cni.ready().unwrap_err());
@@ -486,7 +486,7 @@ fn readiness_says_why_not_and_sees_changes() {
 }
 
 #[test]
-fn runtime_config_has_what_a_plugin_asked_for() {
+fn runtime_config_matches_plugin_capabilities() {
     let text = br#"{"cniVersion":"1.0.0","name":"n","plugins":[
         {"type":"a","capabilities":{"portMappings":true,"bandwidth":true,"ipRanges":true,"dns":true}},
         {"type":"b","capabilities":{"portMappings":false},"mtu":9}]}"#;
@@ -515,7 +515,7 @@ fn runtime_config_has_what_a_plugin_asked_for() {
 }
 
 #[test]
-fn pod_names_cannot_smuggle_arguments() {
+fn pod_name_cannot_inject_arguments() {
     let network = PodNetwork {
         name: "a;K8S_POD_NAMESPACE=kube-system".into(),
         ..pod()
@@ -530,7 +530,7 @@ fn pod_names_cannot_smuggle_arguments() {
 }
 
 #[test]
-fn results_of_all_versions_give_the_pods_addresses() {
+fn result_of_every_version_yields_addresses() {
     let read = |text: &str| {
         let value = result::parse_value(text.as_bytes()).unwrap().unwrap();
         CniResult::from_value(&value)

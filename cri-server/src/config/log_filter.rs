@@ -78,7 +78,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn check_accepts_what_tracing_documents() {
+    fn check_accepts_filters_documented_by_tracing() {
         for filter in [
             "info",
             "boxlite_cri=debug,info",

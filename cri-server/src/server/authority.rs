@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn a_plain_literal_is_changed_and_nothing_else() {
+    fn plain_literal_alone_is_changed() {
         let stream = [
             PREFACE.to_vec(),
             frame(4, 0, &[]),
@@ -300,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn a_huffman_literal_is_changed() {
+    fn huffman_literal_is_changed() {
         // "%2F/" by RFC 7541 appendix B: % 010101, 2 00010, F 1100011, / 011000, padding 1s.
         let bits = "010101000101100011011000";
         let coded: Vec<u8> = bits
@@ -326,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_http2_passes() {
+    fn other_protocols_pass_unchanged() {
         let text = b"GET / HTTP/1.1\r\nHost: a%b\r\n\r\n";
         assert_eq!(pass(&[text]), text);
     }

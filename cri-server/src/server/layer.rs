@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_call_that_outlives_its_deadline_is_told_so() {
+    async fn expired_deadline_answers_deadline_exceeded() {
         let inner = tower::service_fn(|_: Request<Body>| async {
             tokio::time::sleep(Duration::from_millis(200)).await;
             Ok::<_, Infallible>(Response::new(Body::empty()))
@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_panic_is_internal_and_an_error_passes() {
+    async fn panic_is_internal_and_error_passes() {
         assert_eq!(
             code_of(&answered("/runtime.v1.RuntimeService/Panic").await),
             Code::Internal

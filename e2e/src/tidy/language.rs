@@ -177,6 +177,8 @@ fn doc_comments_open_with_a_verb_or_noun() {
 fn names_of_functions_and_tests_have_the_right_length() {
     let function = Regex::new(r"^\s*(?:pub(?:\([^)]*\))? )?(?:async )?fn (\w+)\b").expect("valid");
     let test = Regex::new(r"^\s*#\[(?:tokio::)?test\b").expect("a valid pattern");
+    let coined = Regex::new(r"^(what|who)_|_(what|whatever|told|nobody|whoever)_");
+    let coined = coined.expect("a valid pattern");
     let mut mistakes = Vec::new();
     for (path, text) in super::sources() {
         let mut is_test = false;
@@ -192,6 +194,9 @@ fn names_of_functions_and_tests_have_the_right_length() {
                     at + 1,
                     name.len()
                 ));
+            }
+            if is_test && coined.is_match(name) {
+                mistakes.push(format!("{path}:{}: {name}: name the unit first", at + 1));
             }
             if is_test && name.split('_').count() < MIN_TEST_NAME_WORDS {
                 mistakes.push(format!(

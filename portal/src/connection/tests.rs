@@ -259,7 +259,7 @@ async fn sever_ends_calls_and_retries_at_once() {
 }
 
 #[tokio::test]
-async fn a_wrong_greeting_is_an_error_and_bounded() {
+async fn wrong_greeting_is_an_error_and_bounded() {
     let directory = tempfile::tempdir().unwrap();
     for (name, greeting) in [
         ("a", &b"NO\n"[..]),

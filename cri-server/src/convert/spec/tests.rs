@@ -780,7 +780,7 @@ fn stop_signal_of_the_image() {
 
 proptest! {
     #[test]
-    fn a_later_variable_wins_whatever_its_value(pairs in prop::collection::vec(("[A-C]", "\\PC{0,4}"), 0..8)) {
+    fn later_variable_replaces_earlier_ones(pairs in prop::collection::vec(("[A-C]", "\\PC{0,4}"), 0..8)) {
         let mut config = container();
         config.envs = pairs.iter().map(|(k, v)| KeyValue { key: k.clone(), value: v.clone().into() }).collect();
         let spec = made(&config, json!({})).unwrap();

@@ -369,7 +369,7 @@ async fn window_updates_cause_no_output() {
 }
 
 #[tokio::test]
-async fn streams_that_nobody_accepts_are_bounded() {
+async fn unaccepted_streams_are_bounded() {
     let (mut client, server) = tokio::io::duplex(1 << 20);
     let task = tokio::spawn(serve(
         server,

@@ -90,7 +90,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
 
     #[test]
-    fn readers_see_what_was_written_from_any_offset(steps in steps()) {
+    fn readers_get_written_bytes_from_any_offset(steps in steps()) {
         let mut buffer = Buffer::default();
         let mut model = Model::default();
         let mut readers = [0usize; 3];
