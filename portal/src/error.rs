@@ -30,7 +30,7 @@ pub enum PortalError {
         message: String,
     },
     /// The guest did not answer within the call's deadline.
-    #[error("guest did not answer {call} within {limit:?}")]
+    #[error("the VM did not answer within {limit:?}")]
     Deadline {
         /// Name of the rpc.
         call: &'static str,
@@ -38,7 +38,7 @@ pub enum PortalError {
         limit: Duration,
     },
     /// The connection broke or could not be established.
-    #[error("connection to the guest failed in {call}")]
+    #[error("lost the connection to the VM")]
     Transport {
         /// Name of the rpc.
         call: &'static str,
@@ -47,7 +47,7 @@ pub enum PortalError {
         source: Box<tonic::Status>,
     },
     /// Failed to connect to the unix socket of the VM.
-    #[error("failed to connect to the guest at {path}")]
+    #[error("failed to connect to the VM at {path}")]
     Connect {
         /// The unix socket.
         path: PathBuf,
@@ -56,7 +56,7 @@ pub enum PortalError {
         source: std::io::Error,
     },
     /// The guest violated the protocol.
-    #[error("guest broke the protocol in {call}: {what}")]
+    #[error("invalid answer of the VM: {what}")]
     Protocol {
         /// Name of the rpc.
         call: &'static str,

@@ -29,6 +29,9 @@ pub const GUEST_SCRATCH: &str = "/run/boxlite/scratch";
 pub const VSOCK_SOCKET: &str = "vsock";
 /// Unix socket on which the shim accepts the ready call on both VMMs, in the VM's working directory.
 pub const READY_SOCKET: &str = "vsock_2696";
+/// Maximum bytes of a line in one record of a container's log; a longer one is split. As in containerd and CRI-O.
+pub const MAX_LOG_LINE_BYTES: usize = 16 << 10;
+
 /// Output of the guest's console, in the VM's working directory.
 pub const CONSOLE_LOG: &str = "console.log";
 

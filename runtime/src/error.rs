@@ -14,7 +14,7 @@ pub type Result<T> = std::result::Result<T, RuntimeError>;
 /// Error classes that callers can act on; the names are gRPC's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ErrorKind {
-    /// The box, container or image does not exist.
+    /// The pod sandbox, container or image does not exist.
     NotFound,
     /// The id or name is in use.
     AlreadyExists,
@@ -77,7 +77,7 @@ pub enum RuntimeError {
     /// The state machine denied the request.
     #[error("pod sandbox {id:?} is not available: {denied}")]
     Denied {
-        /// Box id.
+        /// Sandbox id.
         id: String,
         /// Reason.
         denied: crate::box_state::Denied,
@@ -95,7 +95,7 @@ pub enum RuntimeError {
     /// A stage of the start pipeline failed and was undone.
     #[error("failed to start pod sandbox {id:?} in {stage}")]
     Start {
-        /// Box id.
+        /// Sandbox id.
         id: String,
         /// Stage of the pipeline.
         stage: crate::metrics::Stage,
@@ -106,7 +106,7 @@ pub enum RuntimeError {
     /// The VM or its shim has ended.
     #[error("pod sandbox {id:?} is not running: {reason}")]
     BoxGone {
-        /// Box id.
+        /// Sandbox id.
         id: String,
         /// Reason.
         reason: String,
@@ -284,12 +284,16 @@ fn portal_kind(error: &PortalError) -> ErrorKind {
         PortalError::Guest { kind, .. } => match kind {
             GuestErrorKind::NotFound => ErrorKind::NotFound,
             GuestErrorKind::AlreadyExists => ErrorKind::AlreadyExists,
-            GuestErrorKind::InvalidArgument | GuestErrorKind::UserNotFound => {
-                ErrorKind::InvalidArgument
-            }
+            GuestErrorKind::InvalidArgument
+            | GuestErrorKind::UserNotFound
+            | GuestErrorKind::ExecutableNotFound => ErrorKind::InvalidArgument,
             GuestErrorKind::WrongState => ErrorKind::FailedPrecondition,
             GuestErrorKind::Resources => ErrorKind::ResourceExhausted,
-            _ => ErrorKind::Internal,
+            GuestErrorKind::OutputGone
+            | GuestErrorKind::Rootfs
+            | GuestErrorKind::Mount
+            | GuestErrorKind::Internal
+            | GuestErrorKind::Unspecified => ErrorKind::Internal,
         },
     }
 }

@@ -9,6 +9,8 @@ mod box_manager;
 pub mod box_state;
 mod database;
 pub mod error;
+#[cfg(feature = "fake-shim")]
+pub mod error_samples;
 pub mod events;
 #[cfg(any(test, feature = "fake-shim"))]
 pub mod fake_shim;

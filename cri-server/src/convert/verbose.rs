@@ -121,6 +121,11 @@ pub(crate) fn sandbox_config(config: &PodSandboxConfig) -> Value {
     })
 }
 
+/// Returns the limits of a pod in the form of the CRI's ContainerResources; `None` without limits.
+pub(crate) fn pod_resources(limits: Option<&LinuxContainerResources>) -> Option<Value> {
+    limits.map(|limits| json!({"linux": resources(limits)}))
+}
+
 fn resources(limits: &LinuxContainerResources) -> Value {
     json!({
         "cpu_period": limits.cpu_period,

@@ -28,6 +28,8 @@ mod tests;
 mod unsupported;
 mod wire;
 
+#[cfg(test)]
+pub(crate) use plugin::Refusal;
 pub(crate) use session::{Session, SessionError};
 
 use crate::config::NriConfig;

@@ -18,6 +18,28 @@ use tonic::{Code, Status};
 use tower::{Layer, Service};
 use tracing::Instrument;
 
+/// Reasons why a call ends without its handler's answer.
+#[derive(Debug, Clone, Copy, thiserror::Error)]
+pub(crate) enum CallError {
+    /// The client's deadline expired.
+    #[error("the client's deadline has passed")]
+    Deadline,
+    /// A bug of this daemon.
+    #[error("internal error: the handler of the call panicked, see the daemon's log")]
+    Panicked,
+}
+
+impl CallError {
+    /// Returns the gRPC status.
+    pub(crate) fn status(self) -> Status {
+        let code = match self {
+            Self::Deadline => Code::DeadlineExceeded,
+            Self::Panicked => Code::Internal,
+        };
+        Status::new(code, self.to_string())
+    }
+}
+
 /// Creates [`CallService`]s.
 #[derive(Debug, Clone)]
 pub(crate) struct CallLayer {
@@ -89,14 +111,13 @@ where
                 tokio::select! {
                     biased;
                     response = inner.call(request) => response,
-                    () = limit => Ok(Status::deadline_exceeded("the client's deadline has passed").into_http()),
+                    () = limit => Ok(CallError::Deadline.status().into_http()),
                 }
             });
             let response = match call.catch_unwind().await {
                 Ok(Ok(response)) => response,
                 Ok(Err(never)) => match never {},
-                Err(_) => Status::internal("internal error: handler panicked, see the daemon's log")
-                    .into_http(),
+                Err(_) => CallError::Panicked.status().into_http(),
             };
             let code = code_of(&response);
             let elapsed = begun.elapsed();

@@ -1,17 +1,14 @@
 //! CreateContainer: resolves the image, builds the spec, applies plugin adjustments, and creates the container. A
 //! retry joins the call in progress.
 
-use super::{Server, new_id, nri_hooks, require, status_of};
-use crate::convert::container;
+use super::error::{ServiceError, create_status};
+use super::{Server, new_id, nri_hooks, require};
+use crate::convert::{ConvertError, container};
 use boxlite_proto::cri::v1::{ContainerConfig, CreateContainerRequest, CreateContainerResponse};
-use boxlite_proto::names;
 use boxlite_proto::nri::v1alpha1::Event;
-use boxlite_runtime::{BoxState, LiteBox, RuntimeError};
+use boxlite_runtime::{BoxState, LiteBox};
 use std::path::Path;
 use tonic::Status;
-
-/// Prefix of errors of image volumes, by which the kubelet counts them (`ErrImageVolumeMountFailed` of the CRI).
-const IMAGE_VOLUME_FAILED: &str = "ImageVolumeMountFailed";
 
 /// Handles CreateContainer.
 pub(crate) async fn create(
@@ -19,9 +16,7 @@ pub(crate) async fn create(
     request: CreateContainerRequest,
 ) -> Result<CreateContainerResponse, Status> {
     require("pod_sandbox_id", &request.pod_sandbox_id)?;
-    let config = request
-        .config
-        .ok_or_else(|| Status::invalid_argument("config is missing"))?;
+    let config = request.config.ok_or(ConvertError::Missing("config"))?;
     container::validate(&config)?;
     let pod = server.pod(&request.pod_sandbox_id)?;
     let key = format!("{}/{}", pod.id(), container::key(&config));
@@ -44,10 +39,8 @@ async fn make(
 ) -> Result<String, Status> {
     let state = pod.snapshot().state;
     if state != BoxState::Ready {
-        return Err(Status::failed_precondition(format!(
-            "pod sandbox {} is not ready ({state:?})",
-            pod.id()
-        )));
+        let id = pod.id().to_owned();
+        return Err(ServiceError::PodNotReady { id, state }.into());
     }
     let key = container::key(&config);
     if let Some(present) = pod
@@ -55,16 +48,14 @@ async fn make(
         .into_iter()
         .find(|container| container.name == key)
     {
-        return Err(Status::already_exists(format!(
-            "container {key:?} already exists with id {}",
-            present.id
-        )));
+        let id = present.id;
+        return Err(ServiceError::ContainerExists { name: key, id }.into());
     }
     let reference = config.image.clone().unwrap_or_default().image;
     let images = server.runtime.images();
     let image = images
         .status(&reference)
-        .ok_or_else(|| Status::not_found(format!("image {reference:?} not found")))?;
+        .ok_or(ServiceError::ImageNotFound { reference })?;
     name_image_volumes(server, &mut config)?;
     let id = new_id();
     let files = server.layout.pod(pod.id());
@@ -72,11 +63,10 @@ async fn make(
     let options = container::options(&id, pod.id(), &record, config.clone(), &image, &files)?;
     if let Some(directory) = options.log_path.as_deref().and_then(Path::parent) {
         // As containerd does; the log path may have directories that do not exist yet.
-        std::fs::create_dir_all(directory).map_err(|error| {
-            Status::internal(format!(
-                "failed to create log directory {}: {error}",
-                directory.display()
-            ))
+        std::fs::create_dir_all(directory).map_err(|source| ServiceError::LogDirectory {
+            name: key,
+            path: directory.to_owned(),
+            source,
         })?;
     }
     let session = server.session().await;
@@ -102,55 +92,20 @@ fn note_shared_volumes(server: &Server, pod: &str, config: ContainerConfig) {
 
 /// Replaces the reference of each image mount with the image's ID, so that the mounted image is the one that was
 /// resolved, and the status reports it.
-fn name_image_volumes(server: &Server, config: &mut ContainerConfig) -> Result<(), Status> {
+fn name_image_volumes(server: &Server, config: &mut ContainerConfig) -> Result<(), ServiceError> {
     for mount in &mut config.mounts {
         let Some(reference) = container::image_volume(mount) else {
             continue;
         };
         let image = server.runtime.images().status(&reference).ok_or_else(|| {
-            Status::not_found(format!(
-                "{IMAGE_VOLUME_FAILED}: image {reference:?} of the mount at {:?} not found",
-                mount.container_path
-            ))
+            ServiceError::ImageVolumeNotFound {
+                reference,
+                container_path: mount.container_path.clone(),
+            }
         })?;
         if let Some(spec) = &mut mount.image {
             spec.image_ref = image.id;
         }
     }
     Ok(())
-}
-
-/// Returns the status of a failed creation, with the CRI's prefix if an image volume could not be mounted.
-fn create_status(error: RuntimeError) -> Status {
-    let status = status_of(error);
-    if status.message().contains(names::IMAGE_SUB_PATH_STEP) {
-        let message = format!("{IMAGE_VOLUME_FAILED}: {}", status.message());
-        return Status::new(status.code(), message);
-    }
-    status
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn missing_image_sub_path_gets_the_prefix_of_the_cri() {
-        let error = |reason: &str| RuntimeError::BoxGone {
-            id: "p".into(),
-            reason: reason.into(),
-        };
-        let missing = format!(
-            "{} x/y: No such file or directory",
-            names::IMAGE_SUB_PATH_STEP
-        );
-        let status = create_status(error(&missing));
-        assert!(status.message().starts_with("ImageVolumeMountFailed: "));
-        assert!(status.message().contains("x/y"));
-        assert!(
-            !create_status(error("other"))
-                .message()
-                .contains("ImageVolume")
-        );
-    }
 }

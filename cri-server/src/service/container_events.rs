@@ -6,6 +6,7 @@
 //! object that was recovered at the start.
 
 use super::Server;
+use super::error::ServiceError;
 use super::streams::Stream;
 use crate::convert::status;
 use boxlite_proto::cri::v1::ContainerEventResponse;
@@ -28,9 +29,7 @@ async fn next(
     let mut events = events?;
     match events.next().await {
         Ok(event) => Some((Ok(status::event(&event)), Some(events))),
-        Err(end @ EventsEnd::Behind { .. }) => {
-            Some((Err(Status::resource_exhausted(end.to_string())), None))
-        }
+        Err(end @ EventsEnd::Behind { .. }) => Some((Err(ServiceError::Events(end).into()), None)),
         Err(EventsEnd::Closing) => None,
     }
 }

@@ -1,5 +1,6 @@
 //! StartContainer: starts the container unless a plugin rejects it.
 
+use super::error::ServiceError;
 use super::{Server, nri_hooks, require, status_of};
 use boxlite_proto::cri::v1::{StartContainerRequest, StartContainerResponse};
 use boxlite_proto::nri::v1alpha1::Event;
@@ -32,15 +33,16 @@ pub(crate) async fn start(
 async fn start_created(server: &Server, pod: &LiteBox, id: &str) -> Result<(), Status> {
     let container = pod.container(id).map_err(status_of)?;
     if container.state == ContainerState::Running {
-        return Err(Status::already_exists(format!(
-            "container {id} is already running"
-        )));
+        let id = id.to_owned();
+        return Err(ServiceError::ContainerStarted { id }.into());
     }
     if container.state != ContainerState::Created {
-        return Err(Status::failed_precondition(format!(
-            "container {id} is {}, not created",
-            container.state
-        )));
+        return Err(ServiceError::ContainerState {
+            id: id.to_owned(),
+            state: container.state,
+            required: ContainerState::Created,
+        }
+        .into());
     }
     let session = server.session().await;
     nri_hooks::start(server, &session, pod, &container).await?;

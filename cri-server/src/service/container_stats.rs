@@ -1,13 +1,13 @@
 //! ContainerStats, ListContainerStats and StreamContainerStats. Each guest has a deadline; a list omits guests that
 //! miss it, so that they do not delay others.
 
+use super::error::ServiceError;
 use super::{Server, container_list, status_of};
 use crate::convert::{filter, stats, time};
 use boxlite_proto::cri::v1::{
     ContainerStats, ContainerStatsFilter, ContainerStatsRequest, ContainerStatsResponse,
 };
 use boxlite_runtime::{ContainerSnapshot, ContainerState, LiteBox};
-use std::time::Duration;
 use tonic::Status;
 
 /// Handles ContainerStats. As in containerd, a container that does not run is an error, and so is a guest that does not answer.
@@ -19,7 +19,11 @@ pub(crate) async fn stats(
     let limit = server.config.timeouts.stats;
     let answer = tokio::time::timeout(limit, pod.container_stats(&container.id, false))
         .await
-        .map_err(|_| guest_timeout(limit))?
+        .map_err(|_| ServiceError::StatsTimeout {
+            subject: "container",
+            id: container.id.clone(),
+            limit,
+        })?
         .map_err(status_of)?;
     let stats = stats::container(&container, Some(&answer), &scratch(server), time::now_ns());
     Ok(ContainerStatsResponse { stats: Some(stats) })
@@ -54,14 +58,6 @@ pub(crate) async fn of_pod(server: &Server, pod: &LiteBox) -> Vec<ContainerStats
         .into_iter()
         .flatten()
         .collect()
-}
-
-/// Returns the status of a guest timeout.
-pub(crate) fn guest_timeout(limit: Duration) -> Status {
-    Status::deadline_exceeded(format!(
-        "the guest did not answer within {} s",
-        limit.as_secs_f32()
-    ))
 }
 
 async fn one(

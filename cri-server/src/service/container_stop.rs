@@ -3,7 +3,7 @@
 
 use super::{Server, none_if_not_found, nri_hooks, require, status_of};
 use crate::convert::container::ContainerMetadata;
-use crate::convert::signal;
+use crate::convert::{ConvertError, signal};
 use boxlite_proto::cri::v1::{StopContainerRequest, StopContainerResponse};
 use std::time::Duration;
 use tonic::Status;
@@ -25,8 +25,9 @@ pub(crate) async fn stop(
     } else {
         record.stop_signal
     };
-    let number =
-        i32::try_from(number).map_err(|_| Status::internal("stop signal number out of range"))?;
+    let number = i32::try_from(number).map_err(|_| {
+        ConvertError::invalid("stop_signal", number.to_string(), "not a signal number")
+    })?;
     // A negative timeout has no meaning; 0 means "immediately" in the CRI.
     let grace = Duration::from_secs(u64::try_from(request.timeout).unwrap_or(0));
     let task = server.clone();

@@ -1,9 +1,10 @@
 //! UpdateContainerResources: applies new limits to the container's cgroup in the guest, with plugin changes and lowered
 //! to the VM's capacity, and stores the applied ones with the container.
 
+use super::error::ServiceError;
 use super::{Server, capacity, nri_hooks, require, status_of};
 use crate::convert::container::ContainerMetadata;
-use crate::convert::{spec, stats};
+use crate::convert::{ConvertError, spec, stats};
 use boxlite_proto::cri::v1::{
     LinuxContainerResources, UpdateContainerResourcesRequest, UpdateContainerResourcesResponse,
 };
@@ -17,9 +18,7 @@ pub(crate) async fn update(
     request: UpdateContainerResourcesRequest,
 ) -> Result<UpdateContainerResourcesResponse, Status> {
     require("container_id", &request.container_id)?;
-    let requested = request
-        .linux
-        .ok_or_else(|| Status::invalid_argument("linux is missing"))?;
+    let requested = request.linux.ok_or(ConvertError::Missing("linux"))?;
     let (pod, container) = server
         .runtime
         .find_container(&request.container_id)
@@ -63,7 +62,7 @@ async fn reject_limit_below_usage(
     pod: &LiteBox,
     container: &ContainerSnapshot,
     requested: &LinuxContainerResources,
-) -> Result<(), Status> {
+) -> Result<(), ServiceError> {
     let Some(limit) = u64::try_from(requested.memory_limit_in_bytes)
         .ok()
         .filter(|limit| *limit > 0 && container.state == ContainerState::Running)
@@ -82,8 +81,9 @@ async fn reject_limit_below_usage(
     if limit >= usage {
         return Ok(());
     }
-    Err(Status::failed_precondition(format!(
-        "invalid memory_limit_in_bytes {limit}: container {} uses {usage} bytes",
-        container.id
-    )))
+    Err(ServiceError::LimitBelowUsage {
+        id: container.id.clone(),
+        limit,
+        usage,
+    })
 }

@@ -1,6 +1,7 @@
 //! ExecSync: runs a command to completion with bounded output.
 
 use super::{Server, status_of};
+use crate::convert::ConvertError;
 use boxlite_proto::cri::v1::{ExecSyncRequest, ExecSyncResponse};
 use std::time::Duration;
 use tonic::Status;
@@ -15,7 +16,7 @@ pub(crate) async fn exec(
     request: ExecSyncRequest,
 ) -> Result<ExecSyncResponse, Status> {
     if request.cmd.first().is_none_or(String::is_empty) {
-        return Err(Status::invalid_argument("cmd is missing"));
+        return Err(ConvertError::Missing("cmd").into());
     }
     let (pod, container) = server.running_container(&request.container_id)?;
     // Zero and negative values mean "no timeout".

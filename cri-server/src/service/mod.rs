@@ -18,6 +18,7 @@ mod container_stats;
 mod container_status;
 mod container_stop;
 mod container_update;
+mod error;
 mod exec_sync;
 mod image;
 mod image_fs;
@@ -49,9 +50,9 @@ pub(crate) mod tests;
 pub(crate) mod unimplemented;
 mod version;
 
-use crate::cni::{Cni, CniError};
+use crate::cni::Cni;
 use crate::config::Config;
-use crate::convert::{sandbox::PodMetadata, status};
+use crate::convert::{ConvertError, sandbox::PodMetadata, status};
 use crate::layout::Layout;
 use crate::metrics::Metrics;
 use crate::nri::Nri;
@@ -61,6 +62,7 @@ use boxlite_runtime::{
     BoxliteRuntime, ContainerSnapshot, ContainerState, ErrorKind, LiteBox, RuntimeError,
 };
 use boxlite_sys::sync::Mutex;
+use error::ServiceError;
 use rand::RngCore;
 use shared_volumes::SharedVolumes;
 use single_flight::SingleFlight;
@@ -135,10 +137,10 @@ impl Server {
             vmm,
             streaming,
             starting: Mutex::default(),
-            runs: SingleFlight::default(),
-            creates: SingleFlight::default(),
+            runs: SingleFlight::new("pod sandbox"),
+            creates: SingleFlight::new("container"),
             shared_volumes: SharedVolumes::default(),
-            starts: SingleFlight::default(),
+            starts: SingleFlight::new("container"),
             nri: OnceLock::new(),
             pod_cidrs: Mutex::default(),
             tasks: TaskTracker::new(),
@@ -199,9 +201,7 @@ impl Server {
     ) -> Result<T, Status> {
         match self.tasks.spawn(work.in_current_span()).await {
             Ok(done) => done,
-            Err(_) => Err(Status::internal(
-                "internal error: handler panicked, see the daemon's log",
-            )),
+            Err(_) => Err(ServiceError::Panicked.into()),
         }
     }
 
@@ -214,10 +214,8 @@ impl Server {
             .get_box(id)
             .map_err(|error| status::status(&error))?;
         if self.starting.lock().contains(pod.id()) {
-            return Err(Status::not_found(format!(
-                "pod sandbox {} not found: it is still starting",
-                pod.id()
-            )));
+            let id = pod.id().to_owned();
+            return Err(ServiceError::PodStarting { id }.into());
         }
         Ok(pod)
     }
@@ -230,9 +228,8 @@ impl Server {
 
     /// Returns the one-time URL of `ticket`.
     fn stream_url(&self, ticket: Ticket) -> Result<String, Status> {
-        self.streaming
-            .url(ticket)
-            .map_err(|full| Status::resource_exhausted(full.to_string()))
+        let url = self.streaming.url(ticket);
+        url.map_err(|full| ServiceError::Sessions(full).into())
     }
 
     /// Returns a running container and its pod; fails with FAILED_PRECONDITION if it does not run.
@@ -240,10 +237,12 @@ impl Server {
         require("container_id", id)?;
         let (pod, container) = self.runtime.find_container(id).map_err(status_of)?;
         if container.state != ContainerState::Running {
-            return Err(Status::failed_precondition(format!(
-                "container {} is {}, not running",
-                container.id, container.state
-            )));
+            return Err(ServiceError::ContainerState {
+                id: container.id,
+                state: container.state,
+                required: ContainerState::Running,
+            }
+            .into());
         }
         Ok((pod, container))
     }
@@ -255,9 +254,9 @@ impl Server {
 }
 
 /// Returns an error if a required identifier of a request is empty.
-fn require(field: &'static str, value: &str) -> Result<(), Status> {
+fn require(field: &'static str, value: &str) -> Result<(), ConvertError> {
     if value.is_empty() {
-        return Err(Status::invalid_argument(format!("{field} is missing")));
+        return Err(ConvertError::Missing(field));
     }
     Ok(())
 }
@@ -268,17 +267,15 @@ fn requested_streams(
     stdout: bool,
     stderr: bool,
     tty: bool,
-) -> Result<RequestedStreams, Status> {
+) -> Result<RequestedStreams, ConvertError> {
     if tty && stderr {
         // A terminal has a single output.
-        return Err(Status::invalid_argument(
-            "tty and stderr cannot both be true",
-        ));
+        let reason = "tty and stderr cannot both be true";
+        return Err(ConvertError::invalid("stderr", "true", reason));
     }
     if !stdin && !stdout && !stderr {
-        return Err(Status::invalid_argument(
-            "one of stdin, stdout, and stderr must be set",
-        ));
+        let reason = "one of stdin, stdout, and stderr must be set";
+        return Err(ConvertError::invalid("stdin", "false", reason));
     }
     Ok(RequestedStreams {
         stdin,
@@ -300,19 +297,6 @@ fn none_if_not_found<T>(found: Result<T, RuntimeError>) -> Result<Option<T>, Sta
 /// Converts an error of the runtime, for `map_err`.
 fn status_of(error: RuntimeError) -> Status {
     status::status(&error)
-}
-
-/// Returns the status of a network failure.
-fn cni_status(error: &CniError) -> Status {
-    let text = boxlite_runtime::report(error);
-    match error {
-        CniError::Conf(_) => Status::failed_precondition(text),
-        CniError::Plugin {
-            source: crate::cni::PluginError::Timeout(_),
-            ..
-        } => Status::deadline_exceeded(text),
-        _ => Status::internal(text),
-    }
 }
 
 /// Returns 64 hex digits from the system's random generator.

@@ -1,6 +1,7 @@
 //! RuntimeConfig and UpdateRuntimeConfig.
 
 use super::Server;
+use crate::convert::ConvertError;
 use boxlite_proto::cri::v1::{
     CgroupDriver, LinuxRuntimeConfiguration, RuntimeConfigResponse, UpdateRuntimeConfigRequest,
     UpdateRuntimeConfigResponse,
@@ -26,9 +27,7 @@ pub(crate) fn update(
         .runtime_config
         .and_then(|config| config.network_config);
     let Some(network) = network else {
-        return Err(Status::invalid_argument(
-            "runtime_config.network_config is missing",
-        ));
+        return Err(ConvertError::Missing("runtime_config.network_config").into());
     };
     let cidrs: Vec<String> = network
         .pod_cidr
@@ -39,9 +38,7 @@ pub(crate) fn update(
         .collect();
     for cidr in &cidrs {
         if !is_cidr(cidr) {
-            return Err(Status::invalid_argument(format!(
-                "invalid pod_cidr {cidr:?}: not a CIDR"
-            )));
+            return Err(ConvertError::invalid("pod_cidr", cidr, "not a CIDR").into());
         }
     }
     if !cidrs.is_empty() {

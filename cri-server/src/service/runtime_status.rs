@@ -55,6 +55,8 @@ pub(crate) fn status(server: &Server, request: &StatusRequest) -> StatusResponse
             "state": config.state,
             // containerd's name: clients look there for the root file systems.
             "stateDir": config.state,
+            // containerd's name, too.
+            "maxContainerLogLineSize": boxlite_proto::names::MAX_LOG_LINE_BYTES,
             "cniConfDir": config.cni.conf_dir,
             "cniBinDirs": config.cni.bin_dirs,
             "network": network.as_ref().ok().map(|conf| json!({"name": conf.name, "file": conf.source})),

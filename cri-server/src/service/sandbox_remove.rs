@@ -1,5 +1,6 @@
 //! RemovePodSandbox: stops the pod if it runs and removes everything of it. Succeeds if it does not exist.
 
+use super::error::ServiceError;
 use super::{Server, nri_hooks, pod_files, sandbox_stop, status_of};
 use boxlite_proto::cri::v1::{RemovePodSandboxRequest, RemovePodSandboxResponse};
 use tonic::Status;
@@ -20,11 +21,11 @@ pub(crate) async fn remove(
         let session = task.session().await;
         nri_hooks::remove_pod(&task, &session, &pod).await;
         // The box is removed last: until everything else is removed, the pod is listed and Remove can be repeated.
-        pod_files::remove(&task.layout, &id).map_err(|error| {
-            Status::internal(format!(
-                "failed to remove the files of the pod sandbox in {}: {error}",
-                task.layout.pod(&id).display()
-            ))
+        pod_files::remove(&task.layout, &id).map_err(|source| ServiceError::PodFiles {
+            operation: "remove",
+            id: id.clone(),
+            path: task.layout.pod(&id),
+            source,
         })?;
         pod.remove().await.map_err(status_of)?;
         for container in containers {

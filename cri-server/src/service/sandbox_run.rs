@@ -7,8 +7,9 @@
 //!
 //! One task per pod; a retry joins it (see `single_flight`).
 
-use super::{Server, cni_status, new_id, nri_hooks, pod_files, status_of};
-use crate::cni::CniError;
+use super::error::ServiceError;
+use super::{Server, new_id, nri_hooks, pod_files, status_of};
+use crate::convert::ConvertError;
 use crate::convert::sandbox::PodMetadata;
 use boxlite_proto::cri::v1::{RunPodSandboxRequest, RunPodSandboxResponse};
 use boxlite_runtime::LiteBox;
@@ -23,10 +24,11 @@ pub(crate) async fn run(
 ) -> Result<RunPodSandboxResponse, Status> {
     let handler = &request.runtime_handler;
     if !server.config.runtime_handlers.contains(handler) {
-        return Err(Status::invalid_argument(format!(
-            "runtime handler {handler:?} not found; available: {:?}",
+        let reason = format!(
+            "runtime handler not found; available: {:?}",
             server.config.runtime_handlers
-        )));
+        );
+        return Err(ConvertError::invalid("runtime_handler", handler, reason).into());
     }
     let record = PodMetadata::new(request.config.clone().unwrap_or_default(), handler.clone())?;
     let work = || {
@@ -43,23 +45,25 @@ pub(crate) async fn run(
 
 async fn make(server: &Server, record: PodMetadata) -> Result<String, Status> {
     if let Some(present) = server.runtime.find_box_by_name(&record.key()) {
-        return Err(Status::already_exists(format!(
-            "pod sandbox {:?} already exists with id {}",
-            record.key(),
-            present.id()
-        )));
+        return Err(ServiceError::PodExists {
+            name: record.key(),
+            id: present.id().to_owned(),
+        }
+        .into());
     }
     let id = new_id();
     // Checked before an address is allocated: the pod's VM must fit.
     record.box_options(&id, None, &server.config.pod)?;
     let hidden = StartingGuard::new(server, &id);
     let limit_of_time = server.config.timeouts.run_pod;
+    let name = record.key();
     let made = match tokio::time::timeout(limit_of_time, stages(server, &id, record)).await {
         Ok(made) => made,
-        Err(_) => Err(Status::deadline_exceeded(format!(
-            "pod sandbox not ready within {} s (timeouts.run_pod_seconds)",
-            limit_of_time.as_secs()
-        ))),
+        Err(_) => Err(ServiceError::PodTimeout {
+            name,
+            limit: limit_of_time,
+        }
+        .into()),
     };
     // Held from the plugins' decision until the pod is listed: a plugin that registers meanwhile sees it in its
     // snapshot or gets its event.
@@ -90,11 +94,11 @@ async fn stages(server: &Server, id: &str, mut record: PodMetadata) -> Result<Li
         true => None,
         false => Some(attach(server, id, &mut record).await?),
     };
-    pod_files::write(&server.layout, id, &record).map_err(|error| {
-        Status::internal(format!(
-            "failed to write the files of the pod sandbox in {}: {error}",
-            server.layout.pod(id).display()
-        ))
+    pod_files::write(&server.layout, id, &record).map_err(|source| ServiceError::PodFiles {
+        operation: "write",
+        id: id.to_owned(),
+        path: server.layout.pod(id),
+        source,
     })?;
     let options = record.box_options(id, netns, &server.config.pod)?;
     let pod = server
@@ -114,7 +118,7 @@ async fn attach(server: &Server, id: &str, record: &mut PodMetadata) -> Result<P
         .cni
         .attach(&record.network(id, &ranges)?)
         .await
-        .map_err(|error: CniError| cni_status(&error))?;
+        .map_err(ServiceError::network("set up", id))?;
     record.network_ms = milliseconds(begun.elapsed());
     record.set_addresses(&network.addresses());
     Ok(network.netns)
@@ -128,7 +132,7 @@ async fn undo(server: &Server, id: &str) {
         tracing::warn!(
             id,
             error = boxlite_runtime::report(&error),
-            "failed to remove box of failed pod"
+            "failed to remove sandbox of failed pod"
         );
     }
     if let Err(error) = server.cni.detach(id).await {

@@ -1,6 +1,7 @@
 //! PodSandboxStats, ListPodSandboxStats and StreamPodSandboxStats. Each guest has a deadline; a pod whose guest
 //! misses it has no values and does not delay others.
 
+use super::error::ServiceError;
 use super::{Server, container_stats, sandbox_list, status_of};
 use crate::convert::{filter, stats, time};
 use boxlite_proto::cri::v1::{
@@ -23,7 +24,11 @@ pub(crate) async fn stats(
             container_stats::of_pod(server, &pod)
         );
         let answer = asked
-            .map_err(|_| container_stats::guest_timeout(limit))?
+            .map_err(|_| ServiceError::StatsTimeout {
+                subject: "pod sandbox",
+                id: pod.id().to_owned(),
+                limit,
+            })?
             .map_err(status_of)?;
         (Some(answer), containers)
     } else {

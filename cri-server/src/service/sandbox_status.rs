@@ -58,8 +58,14 @@ async fn info(server: &Server, snapshot: &BoxSnapshot) -> HashMap<String, String
         },
         _ => "down".to_owned(),
     };
+    let linux = record
+        .config
+        .as_ref()
+        .and_then(|config| config.linux.as_ref());
     let info = json!({
         "pid": snapshot.shim_pid,
+        "resources": verbose::pod_resources(linux.and_then(|linux| linux.resources.as_ref())),
+        "overhead": verbose::pod_resources(linux.and_then(|linux| linux.overhead.as_ref())),
         "config": record.config.as_ref().map(verbose::sandbox_config),
         "runtimeHandler": record.runtime_handler,
         "network": network,

@@ -1,7 +1,8 @@
 //! StopPodSandbox: notifies plugins, shuts down the VM, then detaches the network. Succeeds if the pod is stopped or
 //! does not exist.
 
-use super::{Server, cni_status, nri_hooks, status_of};
+use super::error::ServiceError;
+use super::{Server, nri_hooks, status_of};
 use boxlite_proto::cri::v1::{StopPodSandboxRequest, StopPodSandboxResponse};
 use boxlite_runtime::LiteBox;
 use tonic::Status;
@@ -26,9 +27,7 @@ pub(crate) async fn tear_down(server: &Server, pod: &LiteBox) -> Result<(), Stat
     server.runs.forget(pod.id());
     nri_hooks::stop_pod(server, pod).await;
     pod.stop().await.map_err(status_of)?;
-    server
-        .cni
-        .detach(pod.id())
-        .await
-        .map_err(|error| cni_status(&error))
+    let detached = server.cni.detach(pod.id()).await;
+    detached.map_err(ServiceError::network("remove", pod.id()))?;
+    Ok(())
 }

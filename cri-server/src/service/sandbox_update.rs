@@ -1,9 +1,10 @@
 //! UpdatePodSandboxResources: applies new limits to all containers of a pod together, lowered to the VM's capacity and
 //! unless a plugin rejects them, and stores the applied ones with the pod.
 
+use super::error::ServiceError;
 use super::{Server, capacity, nri_hooks, status_of};
 use crate::convert::sandbox::PodMetadata;
-use crate::convert::spec;
+use crate::convert::{ConvertError, spec};
 use boxlite_proto::cri::v1::{
     LinuxContainerResources, UpdatePodSandboxResourcesRequest, UpdatePodSandboxResourcesResponse,
 };
@@ -23,16 +24,12 @@ pub(crate) async fn update(
         ..
     } = request;
     if overhead.is_none() && resources.is_none() {
-        return Err(Status::invalid_argument(
-            "resources and overhead are missing",
-        ));
+        return Err(ConvertError::Missing("resources or overhead").into());
     }
     let state = pod.snapshot().state;
     if state != BoxState::Ready {
-        return Err(Status::failed_precondition(format!(
-            "pod sandbox {} is not ready ({state:?})",
-            pod.id()
-        )));
+        let id = pod.id().to_owned();
+        return Err(ServiceError::PodNotReady { id, state }.into());
     }
     let capacity = capacity::of_pod(server, &pod);
     let resources = resources.map(|requested| capacity.cap(pod.id(), requested, None));

@@ -9,6 +9,7 @@
 //! A client whose deadline expired has dropped its future, but the task continues. A retry joins the task or gets the
 //! result that was not delivered yet. An error is not kept: the next caller starts a new task.
 
+use super::error::ServiceError;
 use boxlite_sys::sync::Mutex;
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
@@ -37,12 +38,16 @@ struct State<R> {
 /// Calls in progress by key; two requests are the same if their `R` is equal.
 #[derive(Debug)]
 pub(crate) struct SingleFlight<R> {
+    /// Kind of the object, for errors.
+    subject: &'static str,
     state: Arc<Mutex<State<R>>>,
 }
 
-impl<R> Default for SingleFlight<R> {
-    fn default() -> Self {
+impl<R> SingleFlight<R> {
+    /// Creates one without calls.
+    pub(crate) fn new(subject: &'static str) -> Self {
         Self {
+            subject,
             state: Arc::new(Mutex::new(State {
                 calls: HashMap::new(),
                 next: 0,
@@ -69,9 +74,8 @@ impl<R: PartialEq + Send + 'static> SingleFlight<R> {
             match state.calls.get(&key) {
                 Some(call) if call.request == request => (call.answer.clone(), call.number),
                 Some(_) => {
-                    return Err(Status::already_exists(format!(
-                        "{key:?} is already being created by a different request"
-                    )));
+                    let subject = self.subject;
+                    return Err(ServiceError::InProgress { subject, key }.into());
                 }
                 None => {
                     let number = state.next;
@@ -105,11 +109,7 @@ impl<R: PartialEq + Send + 'static> SingleFlight<R> {
         let task = tasks.spawn(
             async move {
                 let done = std::panic::AssertUnwindSafe(work).catch_unwind().await;
-                let done = done.unwrap_or_else(|_| {
-                    Err(Status::internal(
-                        "internal error: handler panicked, see the daemon's log",
-                    ))
-                });
+                let done = done.unwrap_or_else(|_| Err(ServiceError::Panicked.into()));
                 if done.is_err() {
                     clear(&state, &key, number);
                 }
@@ -117,11 +117,9 @@ impl<R: PartialEq + Send + 'static> SingleFlight<R> {
             }
             .in_current_span(),
         );
-        task.map(|ended| {
-            ended.unwrap_or_else(|_| Err(Status::unavailable("the daemon is shutting down")))
-        })
-        .boxed()
-        .shared()
+        task.map(|ended| ended.unwrap_or_else(|_| Err(ServiceError::ShuttingDown.into())))
+            .boxed()
+            .shared()
     }
 
     /// Drops an undelivered result: the object it names was stopped or removed.
@@ -155,7 +153,7 @@ mod tests {
 
     #[tokio::test]
     async fn join_same_request_shares_one_task() {
-        let single_flight = SingleFlight::default();
+        let single_flight = SingleFlight::new("container");
         let tasks = TaskTracker::new();
         let (gate, runs) = (Arc::new(Notify::new()), Arc::new(AtomicU32::new(0)));
         let work = || {
@@ -192,7 +190,7 @@ mod tests {
 
     #[tokio::test]
     async fn join_failed_call_returns_error_and_keeps_nothing() {
-        let single_flight = SingleFlight::default();
+        let single_flight = SingleFlight::new("container");
         let tasks = TaskTracker::new();
         let failed = single_flight
             .join(&tasks, "k".into(), 1, || async {
@@ -212,7 +210,7 @@ mod tests {
 
     #[tokio::test]
     async fn undelivered_result_is_kept_until_forgotten() {
-        let single_flight = SingleFlight::default();
+        let single_flight = SingleFlight::new("container");
         let tasks = TaskTracker::new();
         let leave = async |single_flight: &SingleFlight<i32>, id: &'static str| {
             let call =

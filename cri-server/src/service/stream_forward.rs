@@ -1,6 +1,7 @@
 //! PortForward: validates the request and returns the URL of one session.
 
 use super::{Server, status_of};
+use crate::convert::ConvertError;
 use crate::streaming::{Forward, Ticket};
 use boxlite_proto::cri::v1::{PortForwardRequest, PortForwardResponse};
 use tonic::Status;
@@ -22,17 +23,14 @@ pub(crate) fn forward(
                 .ok()
                 .filter(|port| *port != 0)
                 .ok_or_else(|| {
-                    Status::invalid_argument(format!(
-                        "invalid port {port}: must be from 1 to 65535"
-                    ))
+                    ConvertError::invalid("port", port.to_string(), "must be from 1 to 65535")
                 })
         })
         .collect::<Result<Vec<_>, _>>()?;
     if ports.len() > MAX_PORTS {
-        return Err(Status::invalid_argument(format!(
-            "too many ports: {} (maximum {MAX_PORTS})",
-            ports.len()
-        )));
+        let count = format!("{} ports", ports.len());
+        let reason = format!("at most {MAX_PORTS} ports");
+        return Err(ConvertError::invalid("port", count, reason).into());
     }
     // Fails if no VM runs.
     pod.portal().map_err(status_of)?;

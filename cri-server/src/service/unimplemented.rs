@@ -1,5 +1,6 @@
 //! Table of unimplemented calls. ARCHITECTURE.md repeats it, and a test compares the two.
 
+use super::error::ServiceError;
 use tonic::Status;
 
 /// Calls, each with its missing prerequisite.
@@ -24,7 +25,5 @@ pub(crate) fn answer(call: &'static str) -> Status {
         .iter()
         .find(|(name, _)| *name == call)
         .map_or("", |(_, what)| what);
-    Status::unimplemented(format!(
-        "{call} is not implemented: it needs {prerequisite}"
-    ))
+    ServiceError::Unimplemented { call, prerequisite }.into()
 }

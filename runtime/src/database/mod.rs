@@ -256,8 +256,15 @@ impl Database {
                 params![id, name, record, metadata],
             )
         };
-        self.write("insert a box", Kind::Box, id, record, metadata, insert)
-            .await
+        self.write(
+            "insert a pod sandbox",
+            Kind::Box,
+            id,
+            record,
+            metadata,
+            insert,
+        )
+        .await
     }
 
     /// Updates a box; its id and name are immutable.
@@ -272,8 +279,15 @@ impl Database {
                 params![id, record, metadata],
             )
         };
-        self.write("update a box", Kind::Box, id, record, metadata, update)
-            .await
+        self.write(
+            "update a pod sandbox",
+            Kind::Box,
+            id,
+            record,
+            metadata,
+            update,
+        )
+        .await
     }
 
     /// Deletes a box with its containers; idempotent.
@@ -282,7 +296,7 @@ impl Database {
     /// `Database`.
     pub(crate) async fn delete_box(&self, id: &str) -> Result<()> {
         let id = id.to_owned();
-        self.locked("delete a box", move |inner| {
+        self.locked("delete a pod sandbox", move |inner| {
             for container in containers_of(&inner.connection, &id).unwrap_or_default() {
                 inner.copies.remove(Kind::Container, &container);
             }

@@ -125,7 +125,7 @@ pub enum ImageError {
         offered: String,
     },
     /// The image is held by `holders`.
-    #[error("image {image} is in use by {}", .holders.join(", "))]
+    #[error("image {image} is in use by containers: {}", .holders.join(", "))]
     InUse { image: String, holders: Vec<String> },
     /// The file system of the image store is full.
     #[error("failed to {operation}: no space left on the file system of {}", .path.display())]

@@ -11,7 +11,7 @@ use super::stamp::STAMP_BYTES;
 use boxlite_proto::boxlite::v1::OutputStream;
 
 /// Maximum bytes of a line in one record; containerd's default (max_container_log_line_size).
-pub const MAX_LINE_BYTES: usize = 16 << 10;
+pub use boxlite_proto::names::MAX_LOG_LINE_BYTES as MAX_LINE_BYTES;
 /// Maximum output whose acknowledgement a held line may delay. Must be smaller than the guest's buffer, or a prompt on one
 /// stream would block the other forever.
 pub const MAX_HELD_BYTES: u64 = 128 << 10;

@@ -6,6 +6,7 @@ use super::{Server, rejected};
 use crate::convert::container::ContainerMetadata;
 use crate::nri::{Session, adjust, messages, resources};
 use crate::service::capacity;
+use crate::service::error::ServiceError;
 use boxlite_proto::cri::v1::{ContainerConfig, LinuxContainerResources};
 use boxlite_proto::nri::v1alpha1::{Container, Event, LinuxResources, PodSandbox};
 use boxlite_runtime::{ContainerOptions, ContainerSnapshot, ContainerState, LiteBox};
@@ -38,8 +39,11 @@ pub(in crate::service) async fn create(
             .create(&pod_message, container.clone(), vcpus(pod), &admit)
             .await
             .map_err(rejected)?;
-        options.spec = adjust::apply(&adjustment, options.spec)
-            .map_err(|error| Status::failed_precondition(format!("NRI: {error}")))?;
+        options.spec =
+            adjust::apply(&adjustment, options.spec).map_err(|error| ServiceError::Adjustment {
+                id: container.id.clone(),
+                reason: error.to_string(),
+            })?;
         apply_required(server, updates).await?;
         if let Some(wanted) = adjustment.linux.and_then(|linux| linux.resources) {
             options.metadata =

@@ -15,6 +15,7 @@ pub(super) use container::{
 };
 pub(super) use pod::{notify_pod, remove_pod, run_pod, stop_pod, update_pod};
 
+use super::error::ServiceError;
 use super::{Inner, Server, status_of};
 use crate::nri::{Nri, Session, SessionError};
 use crate::server::socket::SocketError;
@@ -63,5 +64,5 @@ impl Server {
 
 /// Returns the status of a call that a plugin rejected.
 fn rejected(error: SessionError) -> Status {
-    Status::failed_precondition(boxlite_runtime::report(&error))
+    ServiceError::Plugin(error).into()
 }

@@ -5,6 +5,7 @@ use super::{Server, status_of};
 use crate::convert::container::ContainerMetadata;
 use crate::nri::resources;
 use crate::service::capacity;
+use crate::service::error::ServiceError;
 use boxlite_proto::nri::v1alpha1::{ContainerUpdate, LinuxResources};
 use tonic::Status;
 
@@ -16,10 +17,11 @@ pub(super) async fn apply_required(
     let failed = apply_updates(server, updates).await;
     match failed.first() {
         None => Ok(()),
-        Some(update) => Err(Status::failed_precondition(format!(
-            "failed to apply the update of container {} requested by NRI plugins, see the daemon's log",
-            update.container_id
-        ))),
+        Some(update) => Err(ServiceError::Adjustment {
+            id: update.container_id.clone(),
+            reason: "a required update failed, see the daemon's log".into(),
+        }
+        .into()),
     }
 }
 
@@ -51,8 +53,10 @@ pub(super) async fn apply_updates(
 
 async fn apply_update(server: &Server, id: &str, wanted: &LinuxResources) -> Result<(), Status> {
     let (pod, container) = server.runtime.find_container(id).map_err(status_of)?;
-    resources::check(wanted, vcpus(&pod))
-        .map_err(|error| Status::failed_precondition(error.to_string()))?;
+    resources::check(wanted, vcpus(&pod)).map_err(|error| ServiceError::Adjustment {
+        id: id.to_owned(),
+        reason: error.to_string(),
+    })?;
     let requested = resources::cri(wanted);
     let now = ContainerMetadata::from_bytes(&container.metadata).resources();
     capacity::of_pod(server, &pod).admit(&requested, now.as_ref())?;
