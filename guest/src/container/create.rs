@@ -16,12 +16,13 @@ use crate::execution::{Process, supervise};
 use crate::mount_export::table::{BidirectionalVolume, take_bidirectional};
 use crate::mount_export::watcher::MountWatcher;
 use crate::spawner::wire::{Confinement, CreateRequest, Request};
-use crate::spawner::{Reply, resolve_user};
+use crate::spawner::{Reply, errno_text, resolve_user};
 use crate::storage::mount_points;
 use crate::storage::rootfs::{Owners, Rootfs};
 use crate::system;
 use boxlite_proto::boxlite::v1::{ContainerInitRequest, Exit, PidMode, container_event::Event};
 use boxlite_sys::sync::Mutex;
+use nix::errno::Errno;
 use oci_spec::runtime::Spec;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::io;
@@ -170,9 +171,8 @@ fn prepare(
         mount_points::resolve(&rootfs.path(), &mut spec)?;
         rootfs.mount_image_volumes(&mut spec, owners.as_ref())?;
         if let Some(process) = spec.process() {
-            // Other runtimes create a missing working directory, and images rely on it.
-            let _ = crate::storage::mount_points::make_directory(&rootfs.path(), process.cwd());
-            check_cwd(&rootfs.path(), &spec, process.cwd())?;
+            mount_points::make_working_directory(&rootfs.path(), &spec, process.cwd())
+                .map_err(|error| invalid_working_dir(process.cwd(), &error))?;
         }
         cgroup.create()?;
         if let Some(limits) = &extracted.resources {
@@ -212,11 +212,21 @@ fn prepare(
     }
 }
 
-fn check_cwd(root: &Path, spec: &Spec, cwd: &Path) -> Result<(), ContainerError> {
-    mount_points::check_working_directory(root, spec, cwd).map_err(|_| ContainerError::Invalid {
-        field: "process.cwd",
-        reason: format!("{}: not a directory", cwd.display()),
-    })
+/// Returns the error of a working directory, named as in the CRI.
+fn invalid_working_dir(path: &Path, error: &io::Error) -> ContainerError {
+    let reason = error.raw_os_error().map_or_else(
+        || error.to_string(),
+        |errno| errno_text(Errno::from_raw(errno)),
+    );
+    ContainerError::Invalid {
+        field: "working_dir",
+        reason: format!("{}: {reason}", path.display()),
+    }
+}
+
+fn working_dir(spec: &Spec) -> PathBuf {
+    let process = spec.process().as_ref();
+    process.map_or_else(PathBuf::new, |process| process.cwd().clone())
 }
 
 /// An init process that waits for Start.
@@ -239,6 +249,7 @@ async fn make_process(
         bundle: prepared.rootfs.bundle().to_path_buf(),
         state: PathBuf::from(STATE),
         terminal: request.terminal,
+        working_dir: working_dir(&prepared.spec),
         confinement: prepared.confinement.clone(),
     }));
     let failed = ContainerError::step("failed to set up standard streams");

@@ -36,7 +36,7 @@ pub(crate) fn run(
     let log = reply
         .try_clone()
         .map_err(|error| Failure::step("duplicate a descriptor", error))?;
-    Detail::install(log);
+    Detail::install(log, request.working_dir.clone());
     let failed = |error: libcontainer::error::LibcontainerError| {
         Failure::new(
             FailureKind::Internal,

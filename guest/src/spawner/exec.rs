@@ -117,8 +117,8 @@ fn become_program(
     if entered.is_err() {
         enter_directory(&plan.cwd).map_err(|errno| {
             let message = format!(
-                "chdir to cwd ({:?}) failed: {}",
-                plan.cwd,
+                "invalid working_dir: {}: {}",
+                plan.cwd.display(),
                 errno_text(errno)
             );
             Failure::new(FailureKind::InvalidArgument, message)

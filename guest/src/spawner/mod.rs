@@ -26,6 +26,7 @@ mod user;
 pub(crate) mod wire;
 
 pub(crate) use exec::set_terminal_size;
+pub(crate) use executable::errno_text;
 pub(crate) use user::{ResolvedUser, UserError, resolve as resolve_user};
 
 use crate::descriptor::AsyncDescriptor;

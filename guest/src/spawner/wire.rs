@@ -47,6 +47,8 @@ pub(crate) struct CreateRequest {
     pub state: PathBuf,
     /// True if the process gets a terminal.
     pub terminal: bool,
+    /// Working directory, for the error of its chdir.
+    pub working_dir: PathBuf,
     /// Privileges of the program; unknown to libcontainer.
     pub confinement: Confinement,
 }

@@ -1,5 +1,5 @@
 //! Mount points of a container that are symlinks in its image: [`resolve`], and its working directory:
-//! [`check_working_directory`].
+//! [`make_working_directory`].
 //!
 //! libcontainer fails on a mount point that is a dangling symlink. As in runc, the link is resolved within the root
 //! filesystem and the missing target is created. Nothing runs in the tree yet, so it does not change meanwhile.
@@ -38,21 +38,43 @@ pub(crate) fn resolve(root: &Path, spec: &mut Spec) -> Result<(), StorageError> 
     Ok(())
 }
 
-/// Checks that the working directory of the container is a directory, unless it lies on a mount. Blocks.
+/// Creates the working directory of the container if it is missing, as runc does, and checks that it is a directory. One on a
+/// volume is created in the volume and not checked: the container's chdir does. Blocks.
 ///
 /// # Errors
 /// NotADirectory.
-pub(crate) fn check_working_directory(root: &Path, spec: &Spec, path: &Path) -> io::Result<()> {
-    let mounts = spec.mounts().iter().flatten();
-    let covered: Vec<PathBuf> = mounts.map(|mount| mount.destination().clone()).collect();
+pub(crate) fn make_working_directory(root: &Path, spec: &Spec, path: &Path) -> io::Result<()> {
+    let mounts = || spec.mounts().iter().flatten();
+    let covered: Vec<PathBuf> = mounts().map(|mount| mount.destination().clone()).collect();
     let target = follow(root, path, &covered)?.unwrap_or_else(|| path.to_owned());
-    if covered.iter().any(|mount| target.starts_with(mount)) {
-        return Ok(());
+    let mount = mounts()
+        .filter(|mount| target.starts_with(mount.destination()))
+        .max_by_key(|mount| mount.destination().components().count());
+    let Some(mount) = mount else {
+        // The check reports a failure.
+        let _ = make_directory(root, &target);
+        return match fs::symlink_metadata(below(root, &target)) {
+            Ok(facts) if facts.is_dir() => Ok(()),
+            _ => Err(io::ErrorKind::NotADirectory.into()),
+        };
+    };
+    if is_writable_bind(mount)
+        && let Some(source) = mount.source()
+        && let Ok(rest) = target.strip_prefix(mount.destination())
+    {
+        let _ = make_directory(source, rest);
     }
-    match fs::symlink_metadata(below(root, &target)) {
-        Ok(facts) if facts.is_dir() => Ok(()),
-        _ => Err(io::ErrorKind::NotADirectory.into()),
-    }
+    Ok(())
+}
+
+fn is_writable_bind(mount: &Mount) -> bool {
+    let options = mount.options().as_deref().unwrap_or_default();
+    let has = |names: &[&str]| {
+        options
+            .iter()
+            .any(|option| names.contains(&option.as_str()))
+    };
+    (has(&["bind", "rbind"]) || mount.typ().as_deref() == Some("bind")) && !has(&["ro", "rro"])
 }
 
 /// Returns the absolute target of `path` in the tree; None if no symlink is involved. Stops at mount points in `covered`.
@@ -260,17 +282,18 @@ mod tests {
     }
 
     #[test]
-    fn check_working_directory_accepts_only_directories() {
+    fn make_working_directory_accepts_only_directories() {
         let root = tree();
         let spec: Spec = serde_json::from_value(json!({"ociVersion": "1.0.2", "mounts": [
-            {"destination": "/data", "type": "bind", "source": "/"}]}))
+            {"destination": "/proc", "type": "proc", "source": "proc"}]}))
         .unwrap();
-        let check = |path: &str| check_working_directory(root.path(), &spec, Path::new(path));
-        for path in ["/", "/opt", "/opt/good", "/data", "/data/any"] {
-            assert!(check(path).is_ok(), "{path}");
+        let make = |path: &str| make_working_directory(root.path(), &spec, Path::new(path));
+        for path in ["/", "/opt", "/opt/good", "/proc", "/proc/any", "/made/here"] {
+            assert!(make(path).is_ok(), "{path}");
         }
-        for path in ["/opt/file", "/etc/hosts", "/opt/loop", "/missing"] {
-            assert!(check(path).is_err(), "{path}");
+        assert!(root.path().join("made/here").is_dir());
+        for path in ["/opt/file", "/opt/loop", "/opt/file/below"] {
+            assert!(make(path).is_err(), "{path}");
         }
     }
 
@@ -284,5 +307,20 @@ mod tests {
         assert!(make_directory(root.path(), Path::new("/link/x")).is_err());
         assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0);
         make_directory(root.path(), Path::new("/a/../../b")).unwrap();
+    }
+
+    #[test]
+    fn make_working_directory_creates_it_in_a_writable_volume() {
+        let (root, volume) = (tree(), tempfile::tempdir().unwrap());
+        for (options, created) in [(json!(["rbind"]), true), (json!(["rbind", "ro"]), false)] {
+            let spec: Spec = serde_json::from_value(json!({"ociVersion": "1.0.2", "mounts": [
+                {"destination": "/data", "type": "bind", "source": volume.path(), "options": options}]}))
+            .unwrap();
+            let path = format!("/data/new/{created}");
+            make_working_directory(root.path(), &spec, Path::new(&path)).unwrap();
+            let made = volume.path().join(format!("new/{created}"));
+            assert_eq!(made.exists(), created, "{options}");
+        }
+        assert!(!root.path().join("data").exists());
     }
 }
