@@ -4,6 +4,7 @@
 
 mod crates;
 mod cycles;
+mod differences;
 mod handlers;
 mod helpers;
 mod language;

@@ -17,6 +17,7 @@ pub(crate) mod network;
 mod nri;
 mod observe;
 mod odd_images;
+mod peers;
 mod resources;
 mod security;
 mod sockets;
@@ -77,6 +78,7 @@ pub(crate) fn all() -> Vec<Case> {
         observe::cases(),
         resources::cases(),
         clients::cases(),
+        peers::cases(),
         crash::cases(),
         bad_input::cases(),
         bad_images::cases(),

@@ -5,7 +5,7 @@
 //! the binary ([`outcome`]), so that a test that hangs or panics does not end the others.
 
 mod images;
-mod list;
+pub(crate) mod list;
 mod outcome;
 
 use crate::bail;
