@@ -89,18 +89,18 @@ impl Platform {
         format!("{}/{}", self.os, self.architecture)
     }
 
-    /// As [`Self::takes`], for a config, whose variant may be any.
-    fn takes_any_variant(&self, platform: &RawPlatform) -> bool {
+    /// As [`Self::takes`], for a config: no other image could be chosen instead, so variant and OS features may be any.
+    fn takes_config(&self, platform: &RawPlatform) -> bool {
         let found = Normalized::of(platform);
-        found.os == self.os
-            && found.architecture == self.architecture
-            && platform.os_features.is_empty()
+        found.os == self.os && found.architecture == self.architecture
     }
 
     /// Accepts no variant or the base variant, because a guest's CPU need not support amd64/v3, and no OS features, which
-    /// only Windows has.
+    /// mark entries for particular kernels or runtimes.
     fn takes(&self, platform: &RawPlatform) -> bool {
-        self.takes_any_variant(platform) && Normalized::of(platform).variant.is_empty()
+        self.takes_config(platform)
+            && Normalized::of(platform).variant.is_empty()
+            && platform.os_features.is_empty()
     }
 }
 
@@ -353,7 +353,7 @@ pub(super) fn parse_config(
     let mut value = lenient::parse(bytes).map_err(no_config)?.value;
     let found: RawPlatform = serde_json::from_value(value.clone()).map_err(no_config)?;
     // A missing architecture matches any. containerd pulls such an image, too, but its transfer service does not unpack it.
-    if !found.architecture.is_empty() && !platform.takes_any_variant(&found) {
+    if !found.architecture.is_empty() && !platform.takes_config(&found) {
         return Err(ImageError::NoPlatform {
             subject: what.to_owned(),
             wanted: platform.name(),
