@@ -1,10 +1,10 @@
 //! Memory limits of pods whose host cgroup is exactly as large as the containers' limits, as a kubelet without RuntimeClass
 //! overhead makes it. The guest's limit must act first: a container is OOM-killed, its neighbor and the VM survive. Also the
-//! limit of processes, and memory that the guest frees.
+//! limit of processes, memory that the guest frees, and a full disk of the node below the writable layers.
 
 use crate::context::Backend;
 use crate::failure::Result;
-use crate::pod::{Pod, container_spec, pod_spec};
+use crate::pod::{Container, Pod, container_spec, pod_spec, pull};
 use crate::process::{family, guest_ram, pss};
 use crate::runner::{Case, Context};
 use crate::{case, ensure, poll, same};
@@ -23,6 +23,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(freed_memory_returns_to_the_host, 120)
             .not_on(Backend::Krun, "not yet seen to pass under nested emulation"),
         case!(idle_pod_of_2_gib_costs_little_more, 120),
+        case!(full_disk_of_the_node_fails_fsync_only, 120),
     ]
 }
 
@@ -406,4 +407,46 @@ async fn idle_pod_of_2_gib_costs_little_more(ctx: Context) -> Result {
         );
     }
     Ok(())
+}
+
+/// Writes and syncs a file of `mib` MiB in a container's root; returns the exit code and the errors.
+async fn fill(container: &Container, mib: u32) -> Result<(i32, String)> {
+    let script = format!("dd if=/dev/zero of=/root/big bs=1M count={mib} conv=fsync");
+    let done = container.exec(&["sh", "-c", &script]).await?;
+    let errors = String::from_utf8_lossy(&done.stderr).into_owned();
+    Ok((done.exit_code, errors))
+}
+
+async fn full_disk_of_the_node_fails_fsync_only(ctx: Context) -> Result {
+    let node = ctx.dedicated_node("fulldisk", |_| {}).await?;
+    pull(&node, &ctx.images.base).await?;
+    let scratch = node.dir.join("root/scratch").display().to_string();
+    crate::namespaces::run(
+        "mount",
+        &["-t", "tmpfs", "-o", "size=64m", "tmpfs", &scratch],
+    )?;
+    let pod = Pod::run(&node, "fulldisk").await?;
+    let writer = pod
+        .start("writer", &ctx.images.base, &["sleep", "1000"])
+        .await?;
+    let other = pod
+        .start("other", &ctx.images.base, &["sleep", "1000"])
+        .await?;
+    let (code, errors) = fill(&writer, 150).await?;
+    ensure!(
+        code != 0 && (errors.contains("Input/output error") || errors.contains("No space")),
+        "150 MiB on a disk of 64 MiB: exit code {code}, {errors}"
+    );
+    same!(other.out(&["echo", "alive"]).await?, "alive\n", "output");
+    crate::namespaces::run("mount", &["-o", "remount,size=512m", &scratch])?;
+    for container in [&writer, &other] {
+        let (code, errors) = fill(container, 100).await?;
+        same!(code, 0, "writing after room was made: {errors}");
+    }
+    let new = pod
+        .start("new", &ctx.images.base, &["sleep", "1000"])
+        .await?;
+    same!(fill(&new, 50).await?.0, 0, "writing in a new container");
+    pod.end().await?;
+    crate::namespaces::run("umount", &["-l", &scratch]).map(drop)
 }

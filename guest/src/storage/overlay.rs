@@ -3,8 +3,8 @@
 use super::StorageError;
 use boxlite_sys::detached_mount::attach;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag,
-    fsconfig_set_string, fsmount, fsopen,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount,
+    fsopen,
 };
 use std::io;
 use std::path::{Path, PathBuf};
@@ -35,8 +35,8 @@ fn overlay(lower: &[PathBuf], writable: Option<&Path>, target: &Path) -> io::Res
     if let Some(writable) = writable {
         fsconfig_set_string(&context, "upperdir", writable.join("upper"))?;
         fsconfig_set_string(&context, "workdir", writable.join("work"))?;
-        // The writable layer does not outlive the pod, so a container's fsync does not need to reach the disk.
-        fsconfig_set_flag(&context, "volatile")?;
+        // Not volatile, although the layer does not outlive the pod: fsync is how a program learns that the node's disk is
+        // full, and after one such error a volatile overlay fails every fsync and the kernel mounts no other one.
         attributes = MountAttrFlags::empty();
     }
     fsconfig_create(&context)?;
