@@ -2,7 +2,7 @@
 
 use crate::section::{Mistake, Section};
 use crate::value;
-use boxlite_proto::vmm::Acceleration;
+use boxlite_proto::vmm::{Acceleration, SharedVolumeWriters};
 use std::ops::RangeInclusive;
 
 /// Virtual CPUs of a VM.
@@ -31,6 +31,9 @@ pub struct PodDefaults {
     pub scratch_mib: u32,
     /// Kernel messages in the console log. Default false: they cost boot time.
     pub debug_console: bool,
+    /// What happens when a second pod mounts a host directory with write access. Default warn: most directories that pods
+    /// share are not guarded by file locks, and a rolling update runs two pods on one volume.
+    pub shared_volume_writers: SharedVolumeWriters,
 }
 
 impl Default for PodDefaults {
@@ -41,6 +44,7 @@ impl Default for PodDefaults {
             overhead_mib: 96,
             scratch_mib: 10240,
             debug_console: false,
+            shared_volume_writers: SharedVolumeWriters::Warn,
         }
     }
 }
@@ -76,6 +80,11 @@ impl PodDefaults {
             overhead_mib: section.take("overhead_mib", default.overhead_mib, range(OVERHEAD_MIB)),
             scratch_mib: section.take("scratch_mib", default.scratch_mib, range(SCRATCH_MIB)),
             debug_console: section.take("debug_console", default.debug_console, value::boolean),
+            shared_volume_writers: section.take(
+                "shared_volume_writers",
+                default.shared_volume_writers,
+                value::shared_volume_writers,
+            ),
         };
         section.finish(mistakes);
         pod

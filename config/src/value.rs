@@ -1,6 +1,6 @@
 //! Readers of single configuration values. Each returns the reason for a rejection as text.
 
-use boxlite_proto::vmm::{Acceleration, VmmKind};
+use boxlite_proto::vmm::{Acceleration, SharedVolumeWriters, VmmKind};
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
@@ -23,6 +23,14 @@ pub fn boolean(value: &Value) -> Result<bool, String> {
     value
         .as_bool()
         .ok_or_else(|| "must be true or false".into())
+}
+
+/// `warn` or `refuse`.
+pub fn shared_volume_writers(value: &Value) -> Result<SharedVolumeWriters, String> {
+    [SharedVolumeWriters::Warn, SharedVolumeWriters::Refuse]
+        .into_iter()
+        .find(|policy| value.as_str() == Some(policy.name()))
+        .ok_or_else(|| "must be warn or refuse".into())
 }
 
 /// An integer from `min` to `max`.

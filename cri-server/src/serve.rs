@@ -141,6 +141,7 @@ async fn run(mut config: Config) -> Result<(), ServeError> {
         streaming,
     );
     server.remove_orphans().await;
+    server.restore_shared_volumes();
     server.start_nri().await.map_err(ServeError::Nri)?;
     tracing::info!(socket = %config.listen.display(), pods = runtime.boxes().len(), "serving the CRI");
     notify::ready(&format!("serving, {choice}"));

@@ -47,6 +47,8 @@ pub(crate) struct NodeOptions {
     pub nri_socket: Option<PathBuf>,
     /// Number of vCPUs of a pod without CPU limit; the runtime's default otherwise.
     pub vcpus: Option<u8>,
+    /// `pod.shared_volume_writers` key; the runtime's default otherwise.
+    pub shared_volume_writers: Option<&'static str>,
 }
 
 impl NodeOptions {
@@ -65,6 +67,7 @@ impl NodeOptions {
             run_pod_seconds: 230,
             nri_socket: None,
             vcpus: None,
+            shared_volume_writers: None,
         }
     }
 }
@@ -264,9 +267,13 @@ fn conflist(dir: &Path, subnet: u16, options: &NodeOptions) -> Result<String> {
 
 fn config(dir: &Path, install: &Install, options: &NodeOptions, metrics: &str) -> String {
     let at = dir.display();
-    let pod = options
-        .vcpus
-        .map_or_else(String::new, |vcpus| format!("[pod]\nvcpus = {vcpus}\n\n"));
+    let mut pod = String::from("[pod]\n");
+    if let Some(vcpus) = options.vcpus {
+        pod += &format!("vcpus = {vcpus}\n");
+    }
+    if let Some(policy) = options.shared_volume_writers {
+        pod += &format!("shared_volume_writers = \"{policy}\"\n");
+    }
     let nri = options
         .nri_socket
         .clone()
@@ -306,7 +313,8 @@ socket_path = "{}"
 plugin_path = "{at}/nri/plugins"
 plugin_config_path = "{at}/nri/conf.d"
 
-{pod}[metrics]
+{pod}
+[metrics]
 listen = "{metrics}"
 
 [timeouts]

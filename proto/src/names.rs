@@ -35,6 +35,9 @@ pub const MAX_LOG_LINE_BYTES: usize = 16 << 10;
 /// Output of the guest's console, in the VM's working directory.
 pub const CONSOLE_LOG: &str = "console.log";
 
+/// File in the state directory by which the shims of a node notice directories that several pods write to.
+pub const VOLUME_WRITERS: &str = "volume-writers";
+
 /// Type URL of the `options` Any that boxlite-cri passes to CreateSandbox: JSON of [`crate::vmm::SandboxOptions`].
 pub const SANDBOX_OPTIONS_TYPE: &str = "boxlite.v1.SandboxOptions";
 /// Annotation of a container's OCI spec: its PID namespace, `container`, `pod`, `node` (the VM's) or `target:<container

@@ -136,6 +136,38 @@ pub struct InstanceSpec {
     pub debug_console: bool,
 }
 
+/// Policy for a host directory that a second pod mounts with write access. File locks do not reach beyond a pod.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SharedVolumeWriters {
+    /// The mount succeeds and a warning is logged.
+    #[default]
+    Warn,
+    /// Creating the second pod's container fails.
+    Refuse,
+}
+
+impl SharedVolumeWriters {
+    /// Name in the configuration.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Warn => "warn",
+            Self::Refuse => "refuse",
+        }
+    }
+}
+
+/// How a shim notices that another pod of the node mounts a host directory with write access, too.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeWriters {
+    /// File in which the shims of the node lock one byte per directory.
+    pub registry: PathBuf,
+    /// What happens to the second pod.
+    pub policy: SharedVolumeWriters,
+}
+
 /// Options of a sandbox: the `options` of CreateSandbox, as JSON of type [`crate::names::SANDBOX_OPTIONS_TYPE`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -169,4 +201,7 @@ pub struct SandboxOptions {
     /// True if the pod uses the host network; the request then has no network namespace.
     #[serde(default)]
     pub host_network: bool,
+    /// Detection of directories that several pods write to. `None`: pods are not compared.
+    #[serde(default)]
+    pub volume_writers: Option<VolumeWriters>,
 }

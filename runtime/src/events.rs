@@ -177,6 +177,7 @@ mod tests {
             cgroup_parent: String::new(),
             vmm: None,
             debug_console: false,
+            shared_volume_writers: Default::default(),
         };
         let sandbox = BoxSnapshot {
             id: "b".into(),

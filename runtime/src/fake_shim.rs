@@ -511,6 +511,7 @@ impl FakeNode {
             cgroup_parent: String::new(),
             vmm: None,
             debug_console: false,
+            shared_volume_writers: Default::default(),
         }
     }
 

@@ -135,6 +135,11 @@ impl FilesystemLayout {
         self.state.join("events.ttrpc")
     }
 
+    /// Returns the file by which shims notice directories that several pods write to.
+    pub fn volume_writers(&self) -> PathBuf {
+        self.state.join(names::VOLUME_WRITERS)
+    }
+
     /// Returns the path passed to shims as containerd's address. No process serves it, but shims place sockets next to it.
     pub fn containerd_address(&self) -> PathBuf {
         self.state.join("containerd.sock")

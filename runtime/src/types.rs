@@ -3,7 +3,7 @@
 //! CRI types end at cri-server's `convert`; OCI types (the container's spec) are passed through.
 
 use crate::metrics::StageTimers;
-use boxlite_proto::vmm::{Acceleration, Installation, VmmKind};
+use boxlite_proto::vmm::{Acceleration, Installation, SharedVolumeWriters, VmmKind};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -66,6 +66,9 @@ pub struct BoxOptions {
     pub vmm: Option<VmmKind>,
     /// Write kernel messages to the console log.
     pub debug_console: bool,
+    /// Policy for host directories that another pod mounts with write access, too.
+    #[serde(default)]
+    pub shared_volume_writers: SharedVolumeWriters,
 }
 
 /// Public state of a box; see the diagram in [`crate::box_state`].

@@ -38,6 +38,11 @@ pub enum ShimError {
         required_by: String,
         reason: String,
     },
+    /// Another pod mounts the directory with write access, and the configuration does not allow that.
+    #[error(
+        "volume {path} is writable in pod {other}, too: file locks do not reach beyond a pod, and pod.shared_volume_writers is \"refuse\""
+    )]
+    VolumeInUse { path: PathBuf, other: String },
     /// A failed system call or file operation; `action` is a verb.
     #[error("failed to {action} {path}")]
     Io {
@@ -103,7 +108,7 @@ impl ShimError {
         match self {
             Self::NotFound { .. } => ttrpc::Code::NOT_FOUND,
             Self::AlreadyExists { .. } => ttrpc::Code::ALREADY_EXISTS,
-            Self::WrongState { .. } => ttrpc::Code::FAILED_PRECONDITION,
+            Self::WrongState { .. } | Self::VolumeInUse { .. } => ttrpc::Code::FAILED_PRECONDITION,
             Self::Invalid { .. } | Self::HostPath { .. } => ttrpc::Code::INVALID_ARGUMENT,
             Self::Io { .. } | Self::Boot { .. } => ttrpc::Code::INTERNAL,
             Self::VmGone { .. } | Self::Ending => ttrpc::Code::UNAVAILABLE,

@@ -89,6 +89,10 @@ impl Config {
             ("overhead_mib", i64::from(pod.overhead_mib).into()),
             ("scratch_mib", i64::from(pod.scratch_mib).into()),
             ("debug_console", pod.debug_console.into()),
+            (
+                "shared_volume_writers",
+                pod.shared_volume_writers.name().into(),
+            ),
         ])
     }
 

@@ -23,7 +23,7 @@ fn keys(text: &str) -> usize {
 }
 
 /// Number of keys. A new one belongs into default.toml, the dump and [`CHANGED`], too.
-const KEYS: usize = 41;
+const KEYS: usize = 42;
 
 fn printed_default() -> String {
     default_toml(&prefix(), &Paths::default().libkrunfw)
@@ -94,6 +94,7 @@ memory_mib = 333
 overhead_mib = 90
 scratch_mib = 444
 debug_console = true
+shared_volume_writers = "refuse"
 [cni]
 conf_dir = "/j"
 bin_dirs = ["/k", "/l"]

@@ -255,6 +255,7 @@ impl PodMetadata {
             cgroup_parent: self.cgroup_parent(),
             vmm: None,
             debug_console: defaults.debug_console,
+            shared_volume_writers: defaults.shared_volume_writers,
         })
     }
 

@@ -4,12 +4,15 @@
 
 pub(crate) mod http;
 mod page;
+mod shared_volumes;
 #[cfg(test)]
 mod tests;
 
 use crate::convert::sandbox::PodMetadata;
-use boxlite_runtime::{BoxSnapshot, BoxliteRuntime};
+use boxlite_runtime::{BoxSnapshot, BoxState, BoxliteRuntime};
 use prometheus::{HistogramOpts, HistogramVec, Registry};
+use shared_volumes::SharedVolumes;
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 use tonic::Code;
@@ -45,6 +48,8 @@ pub(crate) struct Metrics {
     registry: Registry,
     rpc: Arc<RpcMetrics>,
     stages: HistogramVec,
+    /// Directories that several pods write to.
+    pub shared_volumes: SharedVolumes,
 }
 
 impl Metrics {
@@ -76,6 +81,7 @@ impl Metrics {
             registry,
             rpc: Arc::new(RpcMetrics { seconds }),
             stages,
+            shared_volumes: SharedVolumes::default(),
         })
     }
 
@@ -104,11 +110,15 @@ impl Metrics {
     /// # Errors
     /// If the encoder fails.
     pub(crate) fn page(&self, runtime: &BoxliteRuntime) -> prometheus::Result<String> {
+        let pods = runtime.boxes();
+        let ready = pods.iter().filter(|pod| pod.state == BoxState::Ready);
+        let ready: HashSet<&str> = ready.map(|pod| pod.id.as_str()).collect();
         page::render(
             &self.registry,
             &runtime.metrics(),
-            &runtime.boxes(),
+            &pods,
             &runtime.containers(),
+            self.shared_volumes.shared(|id| ready.contains(id)),
         )
     }
 }

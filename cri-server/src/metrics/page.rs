@@ -14,6 +14,7 @@ pub(crate) fn render(
     totals: &RuntimeMetricsSnapshot,
     pods: &[BoxSnapshot],
     containers: &[ContainerSnapshot],
+    shared_volumes: usize,
 ) -> prometheus::Result<String> {
     let scrape = Registry::new();
     runtime(&scrape, totals)?;
@@ -31,6 +32,12 @@ pub(crate) fn render(
             .inc();
     }
     scrape.register(Box::new(states))?;
+    let shared = Gauge::new(
+        "boxlite_shared_volume_writers",
+        "Host directories that more than one running pod mounts with write access",
+    )?;
+    shared.set(shared_volumes as f64);
+    scrape.register(Box::new(shared))?;
     let mut families = standing.gather();
     families.extend(scrape.gather());
     TextEncoder::new().encode_to_string(&families)

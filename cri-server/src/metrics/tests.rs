@@ -53,9 +53,10 @@ fn the_page_has_labels_totals_and_stages() {
         boxes_created: 3,
         ..Default::default()
     };
-    let page = page::render(&metrics.registry, &totals, &[pod()], &[]).unwrap();
+    let page = page::render(&metrics.registry, &totals, &[pod()], &[], 2).unwrap();
     for line in [
         "boxlite_boxes_created_total 3",
+        "boxlite_shared_volume_writers 2",
         r#"boxlite_box_cpu_seconds_total{id="ab",namespace="ns",pod="we\"b",uid="u"} 1.5"#,
         r#"boxlite_box_stale{id="ab",namespace="ns",pod="we\"b",uid="u"} 1"#,
         r#"boxlite_start_stage_duration_seconds_sum{stage="cni"} 0.02"#,

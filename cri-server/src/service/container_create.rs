@@ -85,7 +85,7 @@ async fn make(
 fn note_shared_volumes(server: &Server, pod: &str, config: ContainerConfig) {
     let (server, pod) = (server.clone(), pod.to_owned());
     tokio::task::spawn_blocking(move || {
-        let volumes = &server.shared_volumes;
+        let volumes = &server.metrics.shared_volumes;
         volumes.add(&pod, &config, |id| server.pod(id).is_ok());
     });
 }

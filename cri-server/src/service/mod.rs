@@ -39,7 +39,6 @@ mod sandbox_stats;
 mod sandbox_status;
 mod sandbox_stop;
 mod sandbox_update;
-mod shared_volumes;
 mod single_flight;
 mod stream_attach;
 mod stream_exec;
@@ -52,7 +51,7 @@ mod version;
 
 use crate::cni::Cni;
 use crate::config::Config;
-use crate::convert::{ConvertError, sandbox::PodMetadata, status};
+use crate::convert::{ConvertError, container, sandbox::PodMetadata, status};
 use crate::layout::Layout;
 use crate::metrics::Metrics;
 use crate::nri::Nri;
@@ -64,7 +63,6 @@ use boxlite_runtime::{
 use boxlite_sys::sync::Mutex;
 use error::ServiceError;
 use rand::RngCore;
-use shared_volumes::SharedVolumes;
 use single_flight::SingleFlight;
 use std::collections::HashSet;
 use std::future::Future;
@@ -99,7 +97,6 @@ pub(crate) struct Inner {
     starting: Mutex<HashSet<String>>,
     runs: SingleFlight<RunPodSandboxRequest>,
     creates: SingleFlight<ContainerConfig>,
-    shared_volumes: SharedVolumes,
     /// By container id.
     starts: SingleFlight<String>,
     /// Set once at the start; unset means that NRI is disabled.
@@ -139,13 +136,24 @@ impl Server {
             starting: Mutex::default(),
             runs: SingleFlight::new("pod sandbox"),
             creates: SingleFlight::new("container"),
-            shared_volumes: SharedVolumes::default(),
             starts: SingleFlight::new("container"),
             nri: OnceLock::new(),
             pod_cidrs: Mutex::default(),
             tasks: TaskTracker::new(),
             stopping: CancellationToken::new(),
         }))
+    }
+
+    /// Records the volumes of containers of an earlier run. Called at the start; not awaited, since a host path may not answer.
+    pub(crate) fn restore_shared_volumes(&self) {
+        let server = self.clone();
+        tokio::task::spawn_blocking(move || {
+            for snapshot in server.runtime.containers() {
+                let config = container::ContainerMetadata::from_bytes(&snapshot.metadata).config();
+                let volumes = &server.metrics.shared_volumes;
+                volumes.restore(&snapshot.box_id, &config);
+            }
+        });
     }
 
     /// Removes networks and files of pods that no longer exist. Called at the start, before the first request.

@@ -3,8 +3,8 @@
 use super::volumes::{eventually_within, mount, volume_dir};
 use crate::case;
 use crate::context::Backend;
-use crate::failure::Result;
-use crate::pod::{Container, Pod, container_spec};
+use crate::failure::{Failure, Result};
+use crate::pod::{Container, Pod, container_spec, pull};
 use crate::runner::{Case, Context};
 use crate::{ensure, poll, probe, same};
 use k8s_cri::v1::*;
@@ -19,6 +19,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(host_changes_are_seen_within_documented_time, 120),
         case!(sendfile_after_stat_sees_appended_bytes, 60),
         case!(writable_volume_of_two_pods_is_warned_of, 90),
+        case!(second_writer_is_refused_if_configured, 120),
     ]
 }
 
@@ -260,6 +261,18 @@ async fn writable_volume_of_two_pods_is_warned_of(ctx: Context) -> Result {
         Ok(())
     })
     .await?;
+    let shared_now = async || {
+        let page = ctx.node.metrics_page().await?;
+        let mut lines = page
+            .lines()
+            .filter_map(|l| l.strip_prefix("boxlite_shared_volume_writers "));
+        Ok::<_, Failure>(lines.next().unwrap_or("missing").to_owned())
+    };
+    same!(
+        shared_now().await?,
+        "1",
+        "shared directories in the metrics"
+    );
     let text = logged()?;
     let text = &text[start..];
     ensure!(
@@ -272,5 +285,50 @@ async fn writable_volume_of_two_pods_is_warned_of(ctx: Context) -> Result {
     first.out(&["sh", "-c", "echo a > /v/x"]).await?;
     same!(second.out(&["cat", "/v/x"]).await?, "a\n", "content");
     b.end().await?;
+    same!(shared_now().await?, "0", "shared directories after the pod");
     a.end().await
+}
+
+async fn second_writer_is_refused_if_configured(ctx: Context) -> Result {
+    let shared = volume_dir(&ctx, "single")?;
+    let node = ctx
+        .dedicated_node("single", |options| {
+            options.shared_volume_writers = Some("refuse")
+        })
+        .await?;
+    pull(&node, &ctx.images.base).await?;
+    let config = |name: &str, mount: Mount| {
+        let mut config = container_spec(name, &ctx.images.base, &["sleep", "1000"]);
+        config.mounts = vec![mount];
+        config
+    };
+    let a = Pod::run(&node, "single-a").await?;
+    let first = a.start_with(config("c", mount(&shared, "/v"))).await?;
+    a.start_with(config("d", mount(&shared, "/v"))).await?;
+    let b = Pod::run(&node, "single-b").await?;
+    let Err(refusal) = b.start_with(config("w", mount(&shared, "/v"))).await else {
+        crate::bail!("a second pod writes to {}", shared.display())
+    };
+    ensure!(
+        refusal.0.contains(&shared.display().to_string()) && refusal.0.contains(&a.id),
+        "the refusal does not name the volume and the pod: {}",
+        refusal.0
+    );
+    // The shims know of each other without the daemon.
+    node.kill().await?;
+    node.serve().await?;
+    let again = b.start_with(config("x", mount(&shared, "/v"))).await;
+    ensure!(again.is_err(), "allowed after a restart of the daemon");
+    first.out(&["sh", "-c", "echo a > /v/x"]).await?;
+    let reader = b.start_with(config("r", read_only(&shared, "/v"))).await?;
+    same!(
+        reader.out(&["cat", "/v/x"]).await?,
+        "a\n",
+        "read-only mount"
+    );
+    // A stopped pod that still exists does not hold its volumes.
+    a.stop().await?;
+    b.start_with(config("y", mount(&shared, "/v"))).await?;
+    a.remove().await?;
+    b.end().await
 }

@@ -21,6 +21,7 @@ pub(crate) fn box_row(id: &str, name: &str) -> BoxRow {
             cgroup_parent: String::new(),
             vmm: None,
             debug_console: false,
+            shared_volume_writers: Default::default(),
         },
         phase: Phase::Created,
         reason: String::new(),

@@ -17,7 +17,7 @@ use crate::metrics::{Stage, StageTimers};
 use crate::shim_controller::{ShimController, ShimState};
 use crate::types::BoxOptions;
 use boxlite_portal::{Connection, GuestAddress, GuestSession};
-use boxlite_proto::vmm::{SandboxOptions, VmmKind};
+use boxlite_proto::vmm::{SandboxOptions, VmmKind, VolumeWriters};
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -243,6 +243,10 @@ impl<R: ShimRecorder> Start<R> {
             cgroup_parent: options.cgroup_parent.clone(),
             debug_console: options.debug_console,
             host_network: options.host_network,
+            volume_writers: Some(VolumeWriters {
+                registry: self.env.layout.volume_writers(),
+                policy: options.shared_volume_writers,
+            }),
         }
     }
 

@@ -11,6 +11,7 @@ use crate::error::{Result, ShimError};
 use crate::logs::{Sink, Stdio};
 use crate::pod::Guest;
 use crate::pod::undo::Undo;
+use crate::share::Access;
 use crate::share::host_namespace::HostNamespace;
 use boxlite_proto::boxlite::v1::{ContainerInitRequest, Rootfs};
 use boxlite_sys::sync::Mutex;
@@ -129,6 +130,7 @@ impl Containers {
         )
         .await?;
         rootfs.read_only = spec.read_only;
+        self.claim_volumes(&host, &spec, undo).await?;
         for bind in &spec.binds {
             self.layers
                 .bind(&guest.share, &bind.source, &bind.path, bind.mode, undo)
@@ -172,6 +174,27 @@ impl Containers {
             Process::spawn(&self.context, guest, config, sink, pid, None),
             pid,
         ))
+    }
+
+    /// Records the container's write access to directories of the host.
+    async fn claim_volumes(
+        &self,
+        host: &HostNamespace,
+        spec: &GuestSpec,
+        undo: &mut Undo,
+    ) -> Result<()> {
+        for bind in spec.binds.iter().filter(|b| b.mode.access == Access::Full) {
+            let (writers, source) = (Arc::clone(&self.writers), bind.source.clone());
+            let claim = host.run_blocking(move || writers.claim(&source)).await?;
+            if let Some(claim) = claim {
+                let writers = Arc::clone(&self.writers);
+                undo.push_call("write access to a volume", move || {
+                    writers.release(claim);
+                    Ok::<(), std::io::Error>(())
+                });
+            }
+        }
+        Ok(())
     }
 
     /// Exports the container's mounts below its Bidirectional volumes to the host.

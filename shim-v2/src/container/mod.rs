@@ -20,6 +20,7 @@ use crate::mount_export::volumes::ExportVolumes;
 use crate::pod::undo::Undo;
 use crate::pod::{Context, Guest};
 use crate::share::mirror::MirroredVolumes;
+use crate::share::writers::WriterRegistry;
 use boxlite_sys::sync::Mutex;
 use process::Process;
 use std::collections::HashMap;
@@ -111,6 +112,7 @@ pub struct Containers {
     layers: rootfs::SharedBinds,
     export_volumes: Arc<ExportVolumes>,
     mirrored: Arc<MirroredVolumes>,
+    writers: Arc<WriterRegistry>,
     blocks: Blocks,
 }
 
@@ -123,6 +125,7 @@ impl Containers {
             layers: rootfs::SharedBinds::default(),
             export_volumes: Arc::default(),
             mirrored: Arc::default(),
+            writers: Arc::default(),
             blocks: Blocks::default(),
         }
     }
@@ -135,6 +138,11 @@ impl Containers {
     /// Returns the volumes that the guest has copied.
     pub fn mirrored(&self) -> &Arc<MirroredVolumes> {
         &self.mirrored
+    }
+
+    /// Returns the record of the directories that containers write to.
+    pub fn writers(&self) -> &WriterRegistry {
+        &self.writers
     }
 
     fn slots(&self) -> MutexGuard<'_, HashMap<String, Slot>> {

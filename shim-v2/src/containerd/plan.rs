@@ -14,11 +14,12 @@ use crate::error::{Result, ShimError};
 use crate::sandbox::options::{Plan, SandboxOwner};
 use boxlite_config::cgroup;
 use boxlite_config::size::{self, Limits, SizeRequest};
+use boxlite_proto::names;
 use boxlite_proto::shim::shim::PodConfig;
-use boxlite_proto::vmm::{SandboxOptions, VmmKind};
+use boxlite_proto::vmm::{SandboxOptions, VmmKind, VolumeWriters};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use std::collections::{BTreeMap, HashMap};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Annotation that distinguishes a pod's pause container (`sandbox`) from its others (`container`).
 pub const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
@@ -31,6 +32,8 @@ const SANDBOX_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 /// NamespaceMode NODE of the CRI.
 const NODE: i32 = 2;
 const MIB: u64 = 1 << 20;
+/// State directory of the node: the default of boxlite-cri's `state`, so that its pods and containerd's know of each other.
+const STATE: &str = "/run/boxlite";
 /// Longest hostname that the kernel accepts, in bytes.
 const MAX_HOSTNAME_BYTES: usize = 64;
 
@@ -223,6 +226,10 @@ async fn plan(
         installation,
         cgroup_parent: request.cgroup_parent,
         debug_console: overrides.debug_console.unwrap_or(config.pod.debug_console),
+        volume_writers: Some(VolumeWriters {
+            registry: Path::new(STATE).join(names::VOLUME_WRITERS),
+            policy: config.pod.shared_volume_writers,
+        }),
     };
     Ok(Plan {
         options,

@@ -171,6 +171,8 @@ impl Driver {
             None => {
                 self.machine
                     .prepare(&self.context.id, &self.context.bundle, &plan);
+                let writers = plan.options.volume_writers.clone();
+                self.containers.writers().configure(writers);
                 self.publish(|snapshot| {
                     snapshot.phase = Phase::Created;
                     snapshot.created_at_unix_ns = time::unix_ns();
@@ -395,6 +397,8 @@ impl Driver {
             if !self.containers.wait_stopped(CONTAINER_EXIT_TIMEOUT).await {
                 tracing::error!("timed out waiting for container exits");
             }
+            // Its volumes are free for another pod, although the containers still exist.
+            self.containers.writers().clear();
             vm.undo.run().await;
         }
     }

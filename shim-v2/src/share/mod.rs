@@ -14,6 +14,7 @@ pub mod idmap;
 mod long_overlay;
 pub mod mirror;
 pub mod mountinfo;
+pub mod writers;
 
 use beneath::SharePath;
 use boxlite_sys::detached_mount::attach;

@@ -74,6 +74,7 @@ pub(crate) fn options() -> SandboxOptions {
         cgroup_parent: String::new(),
         debug_console: false,
         host_network: false,
+        volume_writers: None,
     }
 }
 

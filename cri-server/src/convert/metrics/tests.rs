@@ -42,6 +42,7 @@ fn sandbox() -> BoxSnapshot {
         cgroup_parent: String::new(),
         vmm: None,
         debug_console: false,
+        shared_volume_writers: Default::default(),
     };
     BoxSnapshot {
         id: "p".into(),

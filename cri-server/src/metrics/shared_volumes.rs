@@ -1,8 +1,8 @@
-//! [`SharedVolumes`]: recognizes host directories that several pods mount with write access, for a warning.
+//! [`SharedVolumes`]: recognizes host directories that several pods mount with write access, for a warning and a metric.
 //!
 //! File locks of a VM do not reach the host, since neither virtiofsd nor libkrun implements FUSE locks, so programs in two
-//! pods that guard their files by locks (databases) would ruin them. Sharing without locks is common and safe, so the mount
-//! is not refused. Kept in memory: pods created before a restart of the daemon are not known.
+//! pods that guard their files by locks (databases) would ruin them. The shims refuse such mounts if the configuration says
+//! so; this record knows only the pods of this daemon. Kept in memory, and filled from the stored containers at the start.
 
 use boxlite_proto::cri::v1::{ContainerConfig, Mount};
 use boxlite_sys::sync::Mutex;
@@ -20,14 +20,8 @@ impl SharedVolumes {
     /// Records the mounts of a new container of `pod` and logs a warning for each directory that `pod` is the second or a
     /// later pod to mount with write access. Pods for which `exists` is false are forgotten. Blocks.
     pub(crate) fn add(&self, pod: &str, config: &ContainerConfig, exists: impl Fn(&str) -> bool) {
-        for mount in config.mounts.iter().filter(|mount| is_writable(mount)) {
-            let Ok(facts) = std::fs::metadata(&mount.host_path) else {
-                continue;
-            };
-            if !facts.is_dir() {
-                continue;
-            }
-            if let Some(other) = self.record((facts.dev(), facts.ino()), pod, &exists) {
+        for (mount, directory) in directories(config) {
+            if let Some(other) = self.record(directory, pod, &exists) {
                 tracing::warn!(
                     volume = mount.host_path,
                     pod,
@@ -36,6 +30,21 @@ impl SharedVolumes {
                 );
             }
         }
+    }
+
+    /// Records the mounts of a container of an earlier run without a warning. Blocks.
+    pub(crate) fn restore(&self, pod: &str, config: &ContainerConfig) {
+        for (_, directory) in directories(config) {
+            self.record(directory, pod, |_| true);
+        }
+    }
+
+    /// Returns the number of directories that more than one of the pods for which `is_live` is true mount.
+    pub(super) fn shared(&self, is_live: impl Fn(&str) -> bool) -> usize {
+        let volumes = self.0.lock();
+        let of_several =
+            |pods: &&BTreeSet<String>| pods.iter().filter(|id| is_live(id)).count() > 1;
+        volumes.values().filter(of_several).count()
     }
 
     /// Returns another pod that has the directory, if `pod` is new to it.
@@ -54,6 +63,16 @@ impl SharedVolumes {
         let other = pods.iter().find(|id| *id != pod).cloned();
         pods.insert(pod.to_owned()).then_some(other).flatten()
     }
+}
+
+/// Returns the mounts of host directories with write access.
+fn directories(config: &ContainerConfig) -> impl Iterator<Item = (&Mount, Directory)> {
+    let writable = config.mounts.iter().filter(|mount| is_writable(mount));
+    writable.filter_map(|mount| {
+        let facts = std::fs::metadata(&mount.host_path).ok()?;
+        let directory = (facts.dev(), facts.ino());
+        facts.is_dir().then_some((mount, directory))
+    })
 }
 
 fn is_writable(mount: &Mount) -> bool {
@@ -83,6 +102,35 @@ mod tests {
             1,
             "pods that are gone are forgotten"
         );
+    }
+
+    #[test]
+    fn shared_counts_directories_of_several_live_pods() {
+        let volumes = SharedVolumes::default();
+        let all = |_: &str| true;
+        for (directory, pod) in [((1, 1), "a"), ((1, 1), "b"), ((1, 2), "a"), ((1, 1), "c")] {
+            volumes.record(directory, pod, all);
+        }
+        assert_eq!(volumes.shared(all), 1);
+        assert_eq!(volumes.shared(|id| id != "a"), 1);
+        assert_eq!(volumes.shared(|id| id == "a"), 0);
+    }
+
+    #[test]
+    fn restore_makes_the_next_pod_the_second() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = ContainerConfig {
+            mounts: vec![Mount {
+                host_path: dir.path().display().to_string(),
+                ..Default::default()
+            }],
+            ..Default::default()
+        };
+        let volumes = SharedVolumes::default();
+        volumes.restore("a", &config);
+        let (_, directory) = directories(&config).next().unwrap();
+        let other = volumes.record(directory, "b", |_| true);
+        assert_eq!(other.as_deref(), Some("a"));
     }
 
     #[test]
