@@ -31,7 +31,7 @@ pub struct PodDefaults {
     pub scratch_mib: u32,
     /// Kernel messages in the console log. Default false: they cost boot time.
     pub debug_console: bool,
-    /// What happens when a second pod mounts a host directory with write access. Default warn: most directories that pods
+    /// Reaction to a second pod that mounts a host directory with write access. Default warn: most directories that pods
     /// share are not guarded by file locks, and a rolling update runs two pods on one volume.
     pub shared_volume_writers: SharedVolumeWriters,
 }

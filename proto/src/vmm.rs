@@ -158,13 +158,13 @@ impl SharedVolumeWriters {
     }
 }
 
-/// How a shim notices that another pod of the node mounts a host directory with write access, too.
+/// Detection of host directories that another pod of the node mounts with write access, too.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VolumeWriters {
     /// File in which the shims of the node lock one byte per directory.
     pub registry: PathBuf,
-    /// What happens to the second pod.
+    /// Reaction to the second pod.
     pub policy: SharedVolumeWriters,
 }
 

@@ -268,7 +268,7 @@ mod tests {
         };
         assert!(!exclusive());
         registry.release(claim);
-        assert!(!exclusive(), "one use is left");
+        assert!(!exclusive(), "one use remains");
         registry.release(claim);
         assert!(exclusive());
     }
