@@ -144,10 +144,16 @@ impl Node {
 
     /// Starts the daemon and waits until it answers.
     pub(crate) async fn serve(&self) -> Result {
+        self.serve_with(|_| {}).await
+    }
+
+    /// Starts the daemon with a changed command and waits until it answers.
+    pub(crate) async fn serve_with(&self, change: impl FnOnce(&mut Command)) -> Result {
         let mut command = Command::new(&self.program);
         command
             .args(["serve", "--config"])
             .arg(self.dir.join("config.toml"));
+        change(&mut command);
         self.service
             .start(command, || async {
                 let mut client = self.cri.runtime();

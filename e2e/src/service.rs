@@ -4,7 +4,7 @@
 //! containerd.
 
 use crate::failure::{During, Failure, Result};
-use crate::{ensure, poll};
+use crate::{bail, ensure, poll};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -72,6 +72,15 @@ impl Service {
         match self.process.lock().await.as_mut() {
             Some(child) => Ok(child.try_wait()?.is_some()),
             None => Ok(false),
+        }
+    }
+
+    /// Returns the pid of the running daemon.
+    pub(crate) async fn pid(&self) -> Result<i32> {
+        let process = self.process.lock().await;
+        match process.as_ref().and_then(Child::id) {
+            Some(pid) => Ok(pid.try_into()?),
+            None => bail!("{} does not run", self.name),
         }
     }
 

@@ -17,6 +17,7 @@ pub(crate) mod network;
 mod nri;
 mod observe;
 mod odd_images;
+mod operator;
 mod peers;
 mod resources;
 mod security;
@@ -76,6 +77,7 @@ pub(crate) fn all() -> Vec<Case> {
         odd_images::cases(),
         trees::cases(),
         observe::cases(),
+        operator::cases(),
         resources::cases(),
         clients::cases(),
         peers::cases(),
