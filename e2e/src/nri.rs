@@ -60,7 +60,7 @@ struct Register {
 #[derive(Clone, PartialEq, Message)]
 struct Synchronize {
     #[prost(message, repeated, tag = "1")]
-    pods: Vec<Object>,
+    pods: Vec<PodObject>,
     #[prost(message, repeated, tag = "2")]
     containers: Vec<Object>,
 }
@@ -76,7 +76,7 @@ struct Configure {
 #[derive(Clone, PartialEq, Message)]
 struct Event {
     #[prost(message, optional, tag = "1")]
-    pod: Option<Object>,
+    pod: Option<PodObject>,
     #[prost(message, optional, tag = "2")]
     container: Option<Object>,
 }
@@ -85,6 +85,41 @@ struct Event {
 struct Object {
     #[prost(string, tag = "1")]
     id: String,
+}
+
+/// Subset of PodSandbox, LinuxPodSandbox and LinuxNamespace.
+#[derive(Clone, PartialEq, Message)]
+struct PodObject {
+    #[prost(string, tag = "1")]
+    id: String,
+    #[prost(message, optional, tag = "8")]
+    linux: Option<LinuxPod>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct LinuxPod {
+    #[prost(message, repeated, tag = "5")]
+    namespaces: Vec<Namespace>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Namespace {
+    #[prost(string, tag = "1")]
+    kind: String,
+    #[prost(string, tag = "2")]
+    path: String,
+}
+
+impl PodObject {
+    /// Returns `<id> <method>`, followed by the path of each network namespace.
+    fn network(&self, method: &str) -> String {
+        let mut text = format!("{} {method}", self.id);
+        let namespaces = self.linux.iter().flat_map(|linux| &linux.namespaces);
+        for namespace in namespaces.filter(|namespace| namespace.kind == "network") {
+            text.push_str(&format!(" {}", namespace.path));
+        }
+        text
+    }
 }
 
 /// CreateContainerResponse.
@@ -195,6 +230,8 @@ type Script<'a> = dyn Fn(&str) -> Reply + Send + Sync + 'a;
 struct Recorded {
     /// `method id`, with the id of the container or otherwise the pod.
     events: Vec<String>,
+    /// Network namespaces of the pods; see [`PodObject::network`].
+    networks: Vec<String>,
     /// Ids of the synchronization, `None` before it.
     present: Option<Vec<String>>,
     /// Content of its configuration file.
@@ -252,6 +289,16 @@ impl Plugin {
             .filter(about)
             .map(method)
             .collect()
+    }
+
+    /// Returns the events of the pod, each followed by the paths of its network namespaces.
+    pub(crate) fn networks(&self, pod: &str) -> Vec<String> {
+        let seen = self.lock();
+        let of_pod = seen.networks.iter().filter_map(|entry| {
+            let entry = entry.strip_prefix(pod)?;
+            entry.strip_prefix(' ').map(str::to_owned)
+        });
+        of_pod.collect()
     }
 
     /// Returns the ids received in the synchronization.
@@ -371,15 +418,24 @@ fn handle(request: &Request, seen: &Mutex<Recorded>, script: &Script<'_>) -> Res
         }
         "Synchronize" => {
             let state = Synchronize::decode(&request.payload[..])?;
-            let all = state.pods.into_iter().chain(state.containers);
-            seen.present = Some(all.map(|object| object.id).collect());
+            let networks = state.pods.iter().map(|pod| pod.network("Synchronize"));
+            seen.networks.extend(networks);
+            let pods = state.pods.into_iter().map(|pod| pod.id);
+            let containers = state.containers.into_iter().map(|object| object.id);
+            seen.present = Some(pods.chain(containers).collect());
             drop(seen);
             Ok(script("Synchronize"))
         }
         method => {
             let event = Event::decode(&request.payload[..])?;
-            let object = event.container.or(event.pod).unwrap_or_default();
-            seen.events.push(format!("{method} {}", object.id));
+            if event.container.is_none() {
+                seen.networks
+                    .extend(event.pod.iter().map(|pod| pod.network(method)));
+            }
+            let pod = event.pod.map(|pod| pod.id);
+            let id = event.container.map(|object| object.id).or(pod);
+            seen.events
+                .push(format!("{method} {}", id.unwrap_or_default()));
             drop(seen);
             Ok(script(method))
         }

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 pub(crate) fn cases() -> Vec<Case> {
     vec![
         case!(events_arrive_in_order_and_adjustments_apply, 60),
+        case!(network_namespace_is_passed_to_plugins, 60),
         case!(refusals_leave_nothing_behind, 90),
         case!(launched_plugins_are_synchronized_and_reaped, 120),
     ]
@@ -128,6 +129,33 @@ async fn events_arrive_in_order_and_adjustments_apply(ctx: Context) -> Result {
         plugin.events(&[&pod.id]),
         ["RunPodSandbox", "StopPodSandbox", "RemovePodSandbox"],
         "events of the pod"
+    );
+    Ok(())
+}
+
+/// Plugins that add interfaces to a pod enter its network namespace by this path.
+async fn network_namespace_is_passed_to_plugins(ctx: Context) -> Result {
+    let first = Plugin::join(&socket(&ctx), "10", "first", |_| Reply::Fine).await?;
+    let pod = Pod::run(&ctx.node, "nri").await?;
+    let late = Plugin::join(&socket(&ctx), "20", "late", |_| Reply::Fine).await?;
+    let started = first.networks(&pod.id);
+    let path = started
+        .first()
+        .and_then(|e| e.strip_prefix("RunPodSandbox "));
+    let Some(path) = path.map(str::to_owned) else {
+        crate::bail!("no network namespace at RunPodSandbox: {started:?}");
+    };
+    ensure!(Path::new(&path).exists(), "{path} does not exist");
+    pod.end().await?;
+    same!(
+        first.networks(&pod.id)[1..],
+        [format!("StopPodSandbox {path}"), "RemovePodSandbox".into()],
+        "the pod's end"
+    );
+    same!(
+        late.networks(&pod.id)[..1],
+        [format!("Synchronize {path}")],
+        "synchronization of a late plugin"
     );
     Ok(())
 }
