@@ -55,7 +55,9 @@ impl Task {
         let cut = outcome.as_ref().err().is_some_and(ImageError::is_transient);
         // Checked last: the pull sets `abandoned` before it deletes the partial file itself.
         let keep = cut && !self.request.abandoned.load(Ordering::SeqCst);
-        if !keep {
+        if keep {
+            source.keep_rest();
+        } else {
             store::delete(&self.partial)?;
         }
         outcome

@@ -149,8 +149,8 @@ impl Source {
         }
     }
 
-    /// Appends the chunks that have arrived to the partial file after a cancellation, for the next pull.
-    fn keep_rest(&mut self) {
+    /// Appends the chunks that have arrived, but were not read, to the partial file for the next pull.
+    pub(super) fn keep_rest(&mut self) {
         let mut kept = self.partial.seek(SeekFrom::End(0)).map(drop);
         while let Ok(Piece::Data(chunk)) = self.input.try_recv() {
             kept = kept.and_then(|()| self.partial.write_all(&chunk));
@@ -198,7 +198,6 @@ impl Read for Source {
             return Ok(0);
         }
         if self.control.is_cancelled() {
-            self.keep_rest();
             return Err(self.fail(ImageError::Cancelled));
         }
         self.control.turn.take();
