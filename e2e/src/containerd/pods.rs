@@ -196,7 +196,7 @@ async fn limits_and_annotations_apply(ctx: Context) -> Result {
     pod.remove().await?;
     for (name, word) in [
         ("io.boxlite.memory-mib", "allowed_annotations"),
-        ("io.boxlite.speed", "not known"),
+        ("io.boxlite.speed", "unknown annotation"),
     ] {
         let mut config = pod_spec(&node, "refused");
         config.annotations.insert(name.into(), "512".into());
