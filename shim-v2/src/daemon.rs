@@ -6,6 +6,7 @@
 
 use crate::connections::Connections;
 use crate::events::{EventTransport, Publisher};
+use crate::flags::Flags;
 use crate::logs::shim_log::ShimLog;
 use crate::machine::VmMachine;
 use crate::mount_export::host_mounter::{self, HostMounts};
@@ -16,7 +17,6 @@ use crate::service::Service;
 use crate::shim_state::ShimState;
 use boxlite_sys::process::ProcessId;
 use boxlite_sys::report::Report;
-use containerd_shim::Flags;
 use containerd_shim_protos::ttrpc;
 use containerd_shim_protos::ttrpc::asynchronous::Server;
 use nix::sys::prctl::set_dumpable;

@@ -13,6 +13,7 @@ pub mod containerd;
 pub mod daemon;
 pub mod error;
 pub mod events;
+pub mod flags;
 pub mod fuse;
 pub mod jail;
 pub mod logs;

@@ -6,8 +6,7 @@
 use boxlite_sys::sync::Mutex;
 use rand::RngCore;
 use std::collections::{HashMap, VecDeque};
-use std::time::Duration;
-use tokio::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Time between the call's response and the connection of the client; the kubelet connects immediately.
 pub(crate) const TOKEN_LIFETIME: Duration = Duration::from_secs(60);
@@ -49,7 +48,10 @@ impl<T> Tokens<T> {
     /// # Errors
     /// Too many tokens are pending.
     pub(crate) fn issue(&self, what: T) -> Result<String, TooManyPending> {
-        let now = Instant::now();
+        self.issue_at(what, Instant::now())
+    }
+
+    fn issue_at(&self, what: T, now: Instant) -> Result<String, TooManyPending> {
         let mut inner = self.inner.lock();
         inner.expire(now);
         if inner.entries.len() >= MAX_TOKENS {
@@ -67,8 +69,12 @@ impl<T> Tokens<T> {
 
     /// Returns the request of `token`, once.
     pub(crate) fn redeem(&self, token: &str) -> Option<T> {
+        self.redeem_at(token, Instant::now())
+    }
+
+    fn redeem_at(&self, token: &str, now: Instant) -> Option<T> {
         let mut inner = self.inner.lock();
-        inner.expire(Instant::now());
+        inner.expire(now);
         inner.entries.remove(token)
     }
 }
@@ -87,27 +93,30 @@ impl<T> Inner<T> {
 mod tests {
     use super::*;
 
-    #[tokio::test(start_paused = true)]
-    async fn token_is_valid_once_until_expiry() {
+    #[test]
+    fn token_is_valid_once_until_expiry() {
         let tokens = Tokens::default();
-        let (a, b) = (tokens.issue(1).unwrap(), tokens.issue(2).unwrap());
+        let begin = Instant::now();
+        let issue = |what| tokens.issue_at(what, begin).expect("room");
+        let (a, b, c) = (issue(1), issue(2), issue(3));
         assert_ne!(a, b);
         assert_eq!(a.len(), 32);
         assert_eq!(tokens.redeem(&a), Some(1));
         assert_eq!(tokens.redeem(&a), None);
         assert_eq!(tokens.redeem("nothing"), None);
-        tokio::time::advance(TOKEN_LIFETIME).await;
-        assert_eq!(tokens.redeem(&b), None);
+        let end = begin + TOKEN_LIFETIME;
+        assert_eq!(tokens.redeem_at(&b, end - Duration::from_nanos(1)), Some(2));
+        assert_eq!(tokens.redeem_at(&c, end), None);
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn tokens_are_bounded_and_expire() {
+    #[test]
+    fn tokens_are_bounded_and_expire() {
         let tokens = Tokens::default();
+        let begin = Instant::now();
         for number in 0..MAX_TOKENS {
-            tokens.issue(number).unwrap();
+            tokens.issue_at(number, begin).expect("room");
         }
         assert_eq!(tokens.issue(0), Err(TooManyPending));
-        tokio::time::advance(TOKEN_LIFETIME).await;
-        assert!(tokens.issue(0).is_ok());
+        assert!(tokens.issue_at(0, begin + TOKEN_LIFETIME).is_ok());
     }
 }

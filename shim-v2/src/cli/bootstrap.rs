@@ -8,12 +8,10 @@
 //! | 1.7–2.2 | the same and MAX_SHIM_VERSION=2 | JSON, version 2 |
 //! | boxlite-cri | the same and MAX_SHIM_VERSION=3 | JSON, version 3 |
 //! | 2.3 | BootstrapParams (protobuf) on standard input | BootstrapResult (protobuf) |
-//!
-//! The crate containerd-shim parses these too, but its parser is private and does not support 1.6.
 
 use super::CliError;
+use crate::flags::Flags;
 use boxlite_proto::shim::shim::RuntimeOptions;
-use containerd_shim::Flags;
 use containerd_shim_protos::TASK_API_VERSION;
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult, LogLevel};
 use containerd_shim_protos::protobuf::Message;
@@ -182,7 +180,7 @@ mod tests {
     use super::*;
 
     fn flags() -> Flags {
-        containerd_shim::parse(&[
+        Flags::parse(&[
             "-namespace",
             "k8s.io",
             "-id",

@@ -5,10 +5,10 @@
 //! exports, and prints the DeleteResponse for containerd.
 
 use super::{CliError, write_stdout};
+use crate::flags::Flags;
 use crate::shim_state::{ADDRESS_FILE, STATE_FILE, ShimState};
 use crate::{cgroup, net, time};
 use boxlite_sys::report::Report;
-use containerd_shim::Flags;
 use containerd_shim_protos::api::DeleteResponse;
 use containerd_shim_protos::protobuf::{Message, MessageField};
 use std::path::{Path, PathBuf};

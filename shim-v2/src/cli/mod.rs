@@ -13,6 +13,7 @@ pub mod delete;
 mod info;
 pub mod start;
 
+use crate::flags::Flags;
 use boxlite_proto::exit::ExitCode;
 use boxlite_sys::report::Report;
 use std::ffi::OsString;
@@ -121,7 +122,7 @@ fn run(args: &[OsString]) -> Result<(), CliError> {
     {
         return write_stdout(HELP.as_bytes());
     }
-    let flags = containerd_shim::parse(args).map_err(|error| CliError::Arguments {
+    let flags = Flags::parse(args).map_err(|error| CliError::Arguments {
         reason: error.to_string(),
     })?;
     if flags.version {

@@ -7,9 +7,9 @@
 use super::bootstrap::{self, StartRequest};
 use super::{CliError, write_stdout};
 use crate::containerd::config::PATH_VARIABLE;
+use crate::flags::Flags;
 use crate::logs::shim_log::SHIM_LOG;
 use crate::shim_state::{ADDRESS_FILE, write_atomically};
-use containerd_shim::Flags;
 use sha2::{Digest, Sha256};
 use std::io::Read;
 use std::os::fd::OwnedFd;
@@ -225,7 +225,7 @@ mod tests {
             dialect: Dialect::Plain,
             options: None,
         };
-        // The value pinned by the crate containerd-shim for the same input.
+        // The value that containerd's shim library pins for the same input.
         assert_eq!(
             socket_path(&request, "default", "123"),
             Path::new(

@@ -74,7 +74,7 @@ mod tests {
     use super::*;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn vm_that_fills_its_directory_is_killed() {
         type Fill = fn(&Path);
         let cases: [(&str, usize, Fill); 4] = [
@@ -99,7 +99,8 @@ mod tests {
                 }
             }),
         ];
-        for (name, expected, fill) in cases {
+        // At the same time, since the clock is real.
+        futures::future::join_all(cases.map(|(name, expected, fill)| async move {
             let dir = tempfile::tempdir().expect("a directory");
             std::os::unix::fs::symlink("/", dir.path().join("link")).expect("linked");
             fill(dir.path());
@@ -116,6 +117,7 @@ mod tests {
             };
             tokio::join!(watch.run(ended.clone()), end);
             assert_eq!(kills.load(Ordering::SeqCst), expected, "{name}");
-        }
+        }))
+        .await;
     }
 }
