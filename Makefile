@@ -1,8 +1,8 @@
 # boxlite-cri: build, demo, tests and measurements. Targets are idempotent and reuse existing results.
 #
-# PROFILE selects the Cargo profile. Demo, tests and bench use `dev` (workspace crates unoptimized for short builds,
-# dependencies optimized because they move the data). For a node: make build PROFILE=release && make install
-# PROFILE=release. The agent is static and stripped, since every VM boots it.
+# PROFILE selects the Cargo profile. Demo, tests and bench use `dev` (unoptimized for short builds, except the dependencies
+# that move data or run in the guest). For a node: make build PROFILE=release && make install PROFILE=release. The agent is
+# static and stripped, since every VM boots it; a release optimizes it for size.
 
 CACHE      ?= $(or $(BOXLITE_CACHE),$(HOME)/.cache/boxlite-cri)
 PREFIX     ?= /usr/local
@@ -15,14 +15,14 @@ BIN        := $(TARGET)/$(OUT)
 export BOXLITE_CACHE := $(CACHE)
 export BOXLITE_GUEST := $(GUEST)
 export BOXLITE_BIN   := $(BIN)
+export PROFILE
 export CARGO_TARGET_DIR := $(TARGET)
 export PATH := $(HOME)/.cargo/bin:$(PATH)
 COMMA := ,
 # Features with the tests that need root. Without them `cargo test` runs what any user can run.
 export ROOT_TESTS := $(if $(filter 0,$(shell id -u)),--features boxlite-erofs/root-tests$(COMMA)boxlite-runtime/root-tests$(COMMA)boxlite-shim-v2/root-tests$(COMMA)boxlite-cri/root-tests)
-PROGRAMS := -p boxlite-cri -p boxlite-shim-v2 -p boxlite-e2e -p boxlite-guest
 # Size limit of the release agent in bytes.
-AGENT_MAX_BYTES := 14500000
+AGENT_MAX_BYTES := 8140000
 
 .PHONY: all tools build demo test test-containerd e2e-qemu e2e-krun conformance conformance-krun conformance-containerd conformance-containerd-suite cluster test-cluster conformance-cluster bench lint deny advisories unit agent-size fmt install clean help
 all: build
@@ -49,12 +49,13 @@ help:
 tools:
 	@e2e/scripts/tools
 
-# One invocation, so that the agent shares compiled dependencies with the programs of the host (.cargo/config.toml).
-build: tools
-	cargo build --locked --profile $(PROFILE) $(PROGRAMS)
-	@e2e/scripts/agent $(BIN)/boxlite-guest $(GUEST)
+build:
+	@e2e/scripts/build
 
-demo: build
+demo: export BOXLITE_STEPS := 5
+demo:
+	@e2e/scripts/build --demo
+	@echo '[5/5] a pod from pull to removal'
 	@$(BIN)/boxlite-e2e demo
 
 # All checks, with one line of counts per suite and a last line "N passed, N failed, N skipped".
@@ -135,8 +136,8 @@ unit:
 
 # Fails if the release agent exceeds its size limit.
 agent-size:
-	cargo build --locked --profile release -p boxlite-guest
-	@e2e/scripts/agent $(TARGET)/release/boxlite-guest $(TARGET)/agent-release/boxlite-guest
+	cargo build --locked --profile agent -p boxlite-guest
+	@e2e/scripts/agent $(TARGET)/agent/boxlite-guest $(TARGET)/agent-release/boxlite-guest
 	@e2e/scripts/check-size $(TARGET)/agent-release/boxlite-guest $(AGENT_MAX_BYTES)
 
 fmt:
