@@ -290,7 +290,7 @@ async fn writable_volume_of_two_pods_is_warned_of(ctx: Context) -> Result {
 }
 
 async fn second_writer_is_refused_if_configured(ctx: Context) -> Result {
-    let shared = volume_dir(&ctx, "single")?;
+    let shared = volume_dir(&ctx, "second-writer")?;
     let node = ctx
         .dedicated_node("single", |options| {
             options.shared_volume_writers = Some("refuse")
