@@ -51,15 +51,16 @@ impl WriterRegistry {
     /// # Errors
     /// With the policy `refuse`: VolumeInUse if another pod has write access, Io if the registry cannot be used.
     pub fn claim(&self, source: &Path) -> Result<Option<WriterClaim>> {
-        let mut state = self.0.lock();
-        let Some(options) = state.options.clone() else {
+        let Some(options) = self.0.lock().options.clone() else {
             return Ok(None);
         };
+        // Without the lock: the path of a stalled volume may not answer, and the driver calls `clear`.
         let facts = std::fs::metadata(source).map_err(ShimError::io("read", source.display()))?;
         if !facts.is_dir() {
             return Ok(None);
         }
         let claim = WriterClaim::of(&facts);
+        let mut state = self.0.lock();
         if let Some(uses) = state.uses.get_mut(&claim) {
             *uses += 1;
             return Ok(Some(claim));
