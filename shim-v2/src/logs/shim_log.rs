@@ -90,7 +90,11 @@ impl State {
         };
         let mut previous = path.clone().into_os_string();
         previous.push(ROTATED_SUFFIX);
-        std::fs::rename(path, previous)?;
+        match std::fs::rename(path, previous) {
+            // A previous rotation has failed behind this step, for example on a full disk.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            renamed => renamed?,
+        }
         let file = OpenOptions::new()
             .append(true)
             .create_new(true)
@@ -191,6 +195,18 @@ mod tests {
             let bytes = entry.metadata().expect("metadata").len();
             assert!(bytes <= MAX_FILE_BYTES, "{entry:?}: {bytes}");
         }
+    }
+
+    #[test]
+    fn rotation_after_a_failed_one_creates_the_file() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (log, path) = log(dir.path());
+        // As a rotation that renamed the file and failed to create the next one.
+        std::fs::rename(&path, dir.path().join("renamed")).expect("renamed");
+        let mut state = log.0.lock();
+        state.bytes = MAX_FILE_BYTES;
+        state.event(b"WARN x\n", Instant::now()).expect("written");
+        assert_eq!(std::fs::read(&path).expect("the log"), b"WARN x\n");
     }
 
     #[test]
