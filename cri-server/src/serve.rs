@@ -93,18 +93,11 @@ pub(crate) fn installation(config: &Config) -> Installation {
     config.paths.installation(layout.cache())
 }
 
-/// Forbids core dumps: they would contain registry credentials and the environment of containers. A handler that the node pipes
-/// core dumps to is bound by the attribute, not by the limit. Best effort, because neither failure can be corrected here.
-fn forbid_core_dumps() {
-    let limited = nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_CORE, 0, 0);
-    let cleared = nix::sys::prctl::set_dumpable(false);
-    if let Err(error) = limited.and(cleared) {
+async fn run(mut config: Config) -> Result<(), ServeError> {
+    // A core dump would contain registry credentials and the environment of containers. A failure does not stop the pods.
+    if let Err(error) = boxlite_sys::core_dumps::forbid() {
         tracing::warn!(%error, "failed to forbid core dumps");
     }
-}
-
-async fn run(mut config: Config) -> Result<(), ServeError> {
-    forbid_core_dumps();
     let (stop, _signals) = stop_on_signal()?;
     let choice = vmm::choose(&config).await.map_err(ServeError::Vmm)?;
     eprintln!("boxlite-cri {VERSION}: {choice}");

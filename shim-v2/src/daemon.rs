@@ -19,8 +19,6 @@ use boxlite_sys::process::ProcessId;
 use boxlite_sys::report::Report;
 use containerd_shim_protos::ttrpc;
 use containerd_shim_protos::ttrpc::asynchronous::Server;
-use nix::sys::prctl::set_dumpable;
-use nix::sys::resource::{Resource, setrlimit};
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
@@ -137,9 +135,8 @@ fn prepare(flags: &Flags) -> Result<Prepared, DaemonError> {
     }
     let mounts = crate::machine::enter_mount_namespace()
         .map_err(DaemonError::step("create a mount namespace"))?;
-    // A core dump would contain the pod's output and input. A handler that the node pipes core dumps to is bound by the second.
-    setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(DaemonError::step("set RLIMIT_CORE"))?;
-    set_dumpable(false).map_err(DaemonError::step("clear the dumpable attribute"))?;
+    // A core dump would contain the pod's output and input.
+    boxlite_sys::core_dumps::forbid().map_err(DaemonError::step("forbid core dumps"))?;
     if let Err(error) = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ) {
         tracing::debug!(%error, "failed to set oom_score_adj");
     }

@@ -2,6 +2,7 @@
 //!
 //! Contains no wire types (those are in `boxlite-proto`), no policy and no knowledge of a VMM.
 
+pub mod core_dumps;
 pub mod descriptors;
 pub mod detached_mount;
 pub mod fuse;

@@ -5,7 +5,7 @@
 
 use super::{JailError, system};
 use caps::{CapSet, Capability, CapsHashSet};
-use nix::sys::prctl::{set_dumpable, set_no_new_privs};
+use nix::sys::prctl::set_no_new_privs;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 /// Limit of open files: libkrun and virtiofsd hold one per inode that the guest has looked up. Equals the kernel's default
@@ -36,15 +36,15 @@ pub fn raise_file_limit() {
     }
 }
 
-/// Forbids core dumps of this process and its children: they would contain the guest's memory.
+/// Forbids core dumps of this process, in which libkrun remains, and its children: they would contain the guest's memory.
 ///
 /// # Errors
 /// The kernel refused.
 pub fn forbid_core_dumps() -> Result<(), JailError> {
-    setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(system("set RLIMIT_CORE"))?;
-    // A handler that the node pipes core dumps to is not bound by the limit. exec resets the attribute, so this protects
-    // libkrun, which remains in this process.
-    set_dumpable(false).map_err(system("clear the dumpable attribute"))
+    boxlite_sys::core_dumps::forbid().map_err(|error| {
+        let errno = nix::Error::from_raw(error.raw_os_error().unwrap_or_default());
+        system("forbid core dumps")(errno)
+    })
 }
 
 /// Keeps the file capabilities for this process and its children, and prevents gaining others.
