@@ -7,10 +7,11 @@ use std::io::{self, BufRead, BufReader, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 
 use sha2::{Digest as _, Sha256};
 use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
 
 use super::LayerRequest;
 use super::download::Piece;
@@ -33,8 +34,8 @@ pub(super) struct Task {
     pub partial: PathBuf,
     pub input: mpsc::Receiver<Piece>,
     pub turn: Turn,
-    /// Set when the job is dropped: its last caller is gone.
-    pub cancelled: Arc<AtomicBool>,
+    /// Cancelled when the job is dropped: its last caller is gone.
+    pub cancelled: CancellationToken,
 }
 
 impl Task {

@@ -12,8 +12,8 @@
 //! process. A pull has a bounded number of jobs, so that an image with many layers does not delay the others.
 //!
 //! A job is a shared future: it runs while any of its callers polls it, and is dropped with the last of them. Then the
-//! channel closes and the conversion's flag is set; the thread deletes its EROFS file and ends, and the partial file is kept; the next job for the blob
-//! replays it into a new conversion and requests the rest from the registry.
+//! channel closes and the conversion is cancelled; the thread deletes its EROFS file and ends, and the partial file is kept.
+//! The next job for the blob replays it into a new conversion and requests the rest from the registry.
 
 mod convert;
 mod download;
@@ -24,11 +24,12 @@ use boxlite_sys::sync::Mutex;
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use futures::future::{BoxFuture, FutureExt, Shared, WeakShared};
 use tokio::sync::{Semaphore, watch};
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::error::{ImageError, ImageErrorKind, ImageResult};
@@ -39,8 +40,8 @@ use super::store::Store;
 use super::types::{LayerProgress, LayerState, RegistryOptions};
 use turn::Turn;
 
-/// Maximum number of concurrent layer jobs: each has a thread, a connection and some MiB of buffers. A job that waits for a
-/// registry occupies its place, so that the number is that of 20 pulls; the lowest rate ends jobs of slow registries.
+/// Maximum number of concurrent layer jobs, as many as 20 pulls have: each has a thread, a connection and some MiB of buffers.
+/// A job that waits for a registry counts; the minimum rate ends jobs of slow registries.
 const MAX_JOBS: usize = 64;
 /// Maximum number of conversions that use the CPU at the same time.
 const MAX_CONVERTING: usize = 8;
@@ -301,14 +302,16 @@ impl LayerJob {
     /// Runs one conversion with as many connections as necessary. Also returns the number of resumed bytes.
     async fn attempt(&self) -> (ImageResult<()>, u64) {
         let (sender, receiver) = download::channel();
-        let cancel = CancelOnDrop::default();
+        let cancelled = CancellationToken::new();
+        // Also ends a conversion that has all its bytes and does not notice the closed channel.
+        let _cancel = cancelled.clone().drop_guard();
         let task = convert::Task {
             store: self.store.clone(),
             request: self.request.clone(),
             partial: self.partial.clone(),
             input: receiver,
             turn: Turn::new(self.turns.clone()),
-            cancelled: cancel.0.clone(),
+            cancelled,
         };
         let (started, resumed) = tokio::sync::oneshot::channel();
         let running = self.threads.token();
@@ -353,16 +356,6 @@ impl LayerJob {
     fn report(&self, state: LayerState, received: u64) {
         self.progress
             .send_replace(progress(&self.request, state, received));
-    }
-}
-
-/// Sets its flag when it is dropped: the conversion, which may have all its bytes, then ends within one block.
-#[derive(Default)]
-struct CancelOnDrop(Arc<AtomicBool>);
-
-impl Drop for CancelOnDrop {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::SeqCst);
     }
 }
 

@@ -7,12 +7,11 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 
 use super::download::Piece;
 use super::turn::Turn;
@@ -26,13 +25,13 @@ const READ_CHUNK_BYTES: usize = 256 << 10;
 #[derive(Clone)]
 pub(super) struct Control {
     pub turn: Turn,
-    cancelled: Arc<AtomicBool>,
+    cancelled: CancellationToken,
 }
 
 impl Control {
     /// Returns true if the last caller of the job is gone.
     pub(super) fn is_cancelled(&self) -> bool {
-        self.cancelled.load(Ordering::SeqCst)
+        self.cancelled.is_cancelled()
     }
 }
 
@@ -65,7 +64,7 @@ impl Source {
         size: u64,
         input: mpsc::Receiver<Piece>,
         turn: Turn,
-        cancelled: Arc<AtomicBool>,
+        cancelled: CancellationToken,
     ) -> ImageResult<(Self, u64)> {
         let failed = |e| ImageError::io("open", path, e);
         let mut partial = OpenOptions::new()
