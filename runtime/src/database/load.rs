@@ -2,10 +2,8 @@
 //! its copy, if there is one, takes its place.
 
 use super::copies::Raw;
-use super::{BoxRow, ContainerRow, Inner, Kind, PUT_CONTAINER};
-use crate::error::{Result, RuntimeError};
+use super::{BoxRow, ContainerRow, Inner, Kind, PUT_CONTAINER, split_container};
 use rusqlite::{Connection, params};
-use serde::Deserialize;
 use std::collections::BTreeMap;
 
 /// A row of a table.
@@ -18,7 +16,7 @@ impl Row for BoxRow {
     const KIND: Kind = Kind::Box;
 
     fn decode(record: &str, metadata: Vec<u8>) -> serde_json::Result<Self> {
-        let mut row = from_json::<Self>(record)?;
+        let mut row: Self = serde_json::from_str(record)?;
         row.options.metadata = metadata;
         Ok(row)
     }
@@ -28,14 +26,10 @@ impl Row for ContainerRow {
     const KIND: Kind = Kind::Container;
 
     fn decode(record: &str, metadata: Vec<u8>) -> serde_json::Result<Self> {
-        let mut row = from_json::<Self>(record)?;
+        let mut row: Self = serde_json::from_str(record)?;
         row.snapshot.metadata = metadata;
         Ok(row)
     }
-}
-
-fn from_json<'a, T: Deserialize<'a>>(text: &'a str) -> serde_json::Result<T> {
-    serde_json::from_str(text)
 }
 
 impl Inner {
@@ -145,24 +139,13 @@ impl Inner {
 }
 
 fn put_container(connection: &Connection, row: &ContainerRow) -> rusqlite::Result<usize> {
-    let mut record = row.clone();
-    let metadata = std::mem::take(&mut record.snapshot.metadata);
-    let (id, box_id) = (&row.snapshot.id, &row.snapshot.box_id);
-    match to_json(&record) {
-        Ok(record) => connection.execute(PUT_CONTAINER, params![id, box_id, record, metadata]),
-        Err(_) => Ok(0),
-    }
+    let (id, box_id, record, metadata) = split_container(row.clone())
+        .map_err(|error| rusqlite::Error::ToSqlConversionFailure(Box::new(error)))?;
+    connection.execute(PUT_CONTAINER, params![id, box_id, record, metadata])
 }
 
 fn warn_of(written: rusqlite::Result<usize>, id: &str) {
     if let Err(error) = written {
         tracing::error!(id, %error, "failed to write a restored record");
     }
-}
-
-/// Encodes a record.
-pub(super) fn to_json(row: &impl serde::Serialize) -> Result<String> {
-    serde_json::to_string(row).map_err(|error| RuntimeError::Internal {
-        detail: format!("failed to encode a database record: {error}"),
-    })
 }

@@ -22,7 +22,6 @@ use crate::shim_controller::ShimState;
 use crate::types::{BoxOptions, ContainerSnapshot};
 use boxlite_sys::sync::Mutex;
 use copies::Copies;
-use load::to_json;
 use rusqlite::{Connection, params};
 use serde::{Deserialize, Serialize};
 use std::io::Write;
@@ -310,10 +309,8 @@ impl Database {
     ///
     /// # Errors
     /// `Database`, also if its box does not exist.
-    pub(crate) async fn put_container(&self, mut row: ContainerRow) -> Result<()> {
-        let metadata = std::mem::take(&mut row.snapshot.metadata);
-        let record = to_json(&row)?;
-        let (id, box_id) = (row.snapshot.id, row.snapshot.box_id);
+    pub(crate) async fn put_container(&self, row: ContainerRow) -> Result<()> {
+        let (id, box_id, record, metadata) = split_container(row)?;
         let put = move |connection: &Connection, id: &str, record: &str, metadata: &[u8]| {
             connection.execute(PUT_CONTAINER, params![id, box_id, record, metadata])
         };
@@ -364,6 +361,18 @@ fn split_box(mut row: BoxRow) -> Result<(String, String, String, Vec<u8>)> {
     let metadata = std::mem::take(&mut row.options.metadata);
     let record = to_json(&row)?;
     Ok((row.options.id, row.options.name, record, metadata))
+}
+
+fn split_container(mut row: ContainerRow) -> Result<(String, String, String, Vec<u8>)> {
+    let metadata = std::mem::take(&mut row.snapshot.metadata);
+    let record = to_json(&row)?;
+    Ok((row.snapshot.id, row.snapshot.box_id, record, metadata))
+}
+
+fn to_json(row: &impl Serialize) -> Result<String> {
+    serde_json::to_string(row).map_err(|error| RuntimeError::Internal {
+        detail: format!("failed to encode a database record: {error}"),
+    })
 }
 
 #[cfg(test)]

@@ -22,8 +22,8 @@ pub(super) fn covers(auth: &RegistryAuth, domain: &str, base: &Url) -> bool {
     };
     let host = rest.split('/').next().unwrap_or(rest);
     let host = match host {
-        "docker.io" | "index.docker.io" => "registry-1.docker.io",
-        host => host,
+        "index.docker.io" => upstream("docker.io"),
+        host => upstream(host),
     };
     scheme.is_none_or(|scheme| scheme.eq_ignore_ascii_case(base.scheme())) && same_host(host, base)
 }
