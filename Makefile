@@ -29,7 +29,7 @@ all: build
 
 help:
 	@echo "make demo                    install dependencies, build, and show a pod in a real VM from pull to removal"
-	@echo "make test                    lints, unit tests, end-to-end tests on QEMU and libkrun (about 45 minutes on two cores)"
+	@echo "make test                    lints, unit tests, end-to-end tests on QEMU and libkrun (about 30 minutes on two cores)"
 	@echo "make e2e-qemu FILTER=logs    end-to-end cases on QEMU whose name contains the filter; e2e-krun for libkrun"
 	@echo "make lint                    cargo fmt, clippy, shellcheck, and cargo-deny (also: make deny) for dependencies"
 	@echo "make advisories              security advisories for dependencies, from the RustSec database on GitHub"

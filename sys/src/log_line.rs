@@ -1,8 +1,8 @@
-//! [`EscapedWriter`]: writes each log event as one line.
+//! [`escape_line`] and [`EscapedWriter`]: each log event as one line.
 //!
 //! Values of a log event may come from a guest, a registry or a client. A newline in one would let its author write a line that
-//! looks like the program's own, and other control characters act on the terminal of the reader. Used by the subscribers of all
-//! programs; no policy about levels and files.
+//! looks like the program's own, and other control characters act on the terminal of the reader. Used by the subscribers of
+//! the daemon and the shim; no policy about levels and files.
 
 use std::io::{self, Write};
 

@@ -1,4 +1,4 @@
-//! [`ServiceError`]: the errors that the verbs find themselves, with their gRPC codes.
+//! [`ServiceError`]: errors that the RPC handlers detect, with their gRPC codes.
 //!
 //! Errors of a request's fields are [`crate::convert::ConvertError`]s, errors of calls are those of the called crate. No other
 //! file of this directory creates a [`Status`] from a code: `tests/errors.rs` checks that, and prints the list of all errors
@@ -17,7 +17,7 @@ use tonic::{Code, Status};
 /// Prefix of errors of image volumes, by which the kubelet counts them (`ErrImageVolumeMountFailed` of the CRI).
 pub(crate) const IMAGE_VOLUME_FAILED: &str = "ImageVolumeMountFailed";
 
-/// An error of a verb.
+/// An error of an RPC handler.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ServiceError {
     /// RunPodSandbox for a name that is in use.
@@ -26,7 +26,7 @@ pub(crate) enum ServiceError {
     /// RunPodSandbox of this pod sandbox has not returned.
     #[error("pod sandbox {id:?} not found: it is still starting")]
     PodStarting { id: String },
-    /// The verb needs a ready pod sandbox.
+    /// The RPC needs a ready pod sandbox.
     #[error("pod sandbox {id:?} is not ready: {}", pod_state(*state))]
     PodNotReady { id: String, state: BoxState },
     /// RunPodSandbox took longer than its configured timeout.
@@ -58,7 +58,7 @@ pub(crate) enum ServiceError {
     /// StartContainer of a running container.
     #[error("container {id:?} is already running")]
     ContainerStarted { id: String },
-    /// The container is in the wrong state for the verb.
+    /// The container is in the wrong state for the RPC.
     #[error("container {id:?} is {state}, not {required}")]
     ContainerState {
         id: String,

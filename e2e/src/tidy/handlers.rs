@@ -10,13 +10,12 @@ const SERVICE: &str = "cri-server/src/service/";
 const DISPATCHERS: [&str; 2] = ["image", "runtime"];
 
 /// Files of the folder that handlers share.
-const SHARED: [&str; 8] = [
+const SHARED: [&str; 7] = [
     "capacity",
     "error",
     "mod",
     "nri_hooks",
     "pod_files",
-    "shared_volumes",
     "single_flight",
     "streams",
 ];

@@ -24,10 +24,10 @@ const TRACKERS: [(&str, &str); 7] = [
     ("cri-server/src/service/mod.rs", "serve::run"),
     ("cri-server/src/streaming/http.rs", "serve::run"),
     ("guest/src/container/launcher.rs", "serve::serve"),
-    // Counts the threads of a pull. Each ends within one chunk of it, and the program waits for blocking threads.
+    // Counts the threads of a pull. Each ends within one chunk of it; the program waits for blocking threads, with a limit.
     (
         "runtime/src/images/layer/mod.rs",
-        "LayerJobs::ended, the end of the program",
+        "LayerJobs::wait_idle, cli::block_on",
     ),
     ("runtime/src/runtime.rs", "BoxliteRuntime::shutdown"),
     ("shim-v2/src/daemon.rs", "daemon::run"),

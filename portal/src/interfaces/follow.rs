@@ -117,8 +117,7 @@ impl OutputFollower {
     ///
     /// # Errors
     /// An error of the guest immediately; `Transport` after [`RECONNECT_TIMEOUT`] without a connection, or once the session
-    /// is severed; `Protocol` on a
-    /// gap or an oversized chunk.
+    /// is severed; `Protocol` on a gap or an oversized chunk.
     pub async fn next(&mut self) -> Result<Option<OutputChunk>, PortalError> {
         let mut broken_since: Option<Instant> = None;
         let mut pause = MIN_RECONNECT_DELAY;

@@ -1,8 +1,8 @@
 //! NRI events of the CRI's RPCs, and the application of the plugins' answers.
 //!
-//! Each RPC holds one [`Session`] from its event until its change is visible, so that a new plugin does not miss it. No session is held
-//! across a long wait. If NRI is disabled or no plugin is registered, nothing is read and nothing waits. The transport and the
-//! merging of answers are in [`crate::nri`].
+//! Each RPC holds one [`Session`] from its event until its change is visible, so that a new plugin does not miss it. No session
+//! is held across a long wait. If NRI is disabled or no plugin is registered, nothing is read and nothing waits. The transport
+//! and the merging of answers are in [`crate::nri`].
 
 mod container;
 mod host;
