@@ -211,8 +211,10 @@ impl Database {
     ) -> Result<()> {
         self.locked(what, move |inner| {
             inner.catch_up();
-            query(&inner.connection, &id, &record, &metadata)?;
-            inner.copies.put(kind, &id, &record, &metadata);
+            // An update of a deleted row changes nothing; its copy would restore the row.
+            if query(&inner.connection, &id, &record, &metadata)? > 0 {
+                inner.copies.put(kind, &id, &record, &metadata);
+            }
             Ok(())
         })
         .await

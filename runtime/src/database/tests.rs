@@ -260,6 +260,7 @@ async fn deleted_rows_are_not_restored() {
     let expected = two_boxes(&path).await;
     let database = open(&path).unwrap();
     database.delete_box("a").await.unwrap();
+    database.update_box(expected[0].0.clone()).await.unwrap();
     database.delete_container("c-b").await.unwrap();
     drop(database);
     std::fs::remove_file(&path).unwrap();
