@@ -110,12 +110,42 @@ impl ShimError {
             Self::AlreadyExists { .. } => ttrpc::Code::ALREADY_EXISTS,
             Self::WrongState { .. } | Self::VolumeInUse { .. } => ttrpc::Code::FAILED_PRECONDITION,
             Self::Invalid { .. } | Self::HostPath { .. } => ttrpc::Code::INVALID_ARGUMENT,
-            Self::Io { .. } | Self::Boot { .. } => ttrpc::Code::INTERNAL,
+            Self::Io { source, .. } if is_full(source) => ttrpc::Code::RESOURCE_EXHAUSTED,
+            Self::Boot { source, .. } => boot_code(source.as_ref()),
+            Self::Io { .. } => ttrpc::Code::INTERNAL,
             Self::VmGone { .. } | Self::Ending => ttrpc::Code::UNAVAILABLE,
             Self::Unsupported { .. } => ttrpc::Code::UNIMPLEMENTED,
             Self::Guest(error) => guest_code(error),
         }
     }
+}
+
+/// Returns true if the disk is full or a quota is exhausted.
+fn is_full(error: &std::io::Error) -> bool {
+    matches!(
+        error.kind(),
+        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded
+    )
+}
+
+/// Returns the code of a failed start: that of an invalid value refused by the guest or of a full disk, otherwise INTERNAL.
+fn boot_code(error: &(dyn std::error::Error + 'static)) -> ttrpc::Code {
+    let mut next = Some(error);
+    while let Some(cause) = next {
+        if let Some(error @ PortalError::Guest { kind, .. }) = cause.downcast_ref()
+            && matches!(
+                kind,
+                GuestErrorKind::InvalidArgument | GuestErrorKind::Resources
+            )
+        {
+            return guest_code(error);
+        }
+        if cause.downcast_ref::<std::io::Error>().is_some_and(is_full) {
+            return ttrpc::Code::RESOURCE_EXHAUSTED;
+        }
+        next = cause.source();
+    }
+    ttrpc::Code::INTERNAL
 }
 
 fn guest_code(error: &PortalError) -> ttrpc::Code {
@@ -145,5 +175,43 @@ fn guest_code(error: &PortalError) -> ttrpc::Code {
 impl From<ShimError> for ttrpc::Error {
     fn from(error: ShimError) -> Self {
         ttrpc::Error::RpcStatus(ttrpc::get_status(error.code(), Report(&error)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn guest(kind: GuestErrorKind) -> PortalError {
+        PortalError::Guest {
+            call: "Guest.Init",
+            kind,
+            subject: String::new(),
+            message: "refused".into(),
+        }
+    }
+
+    #[test]
+    fn full_disk_is_resource_exhausted() {
+        let io = |errno| ShimError::io("create", "/d")(std::io::Error::from_raw_os_error(errno));
+        assert_eq!(io(libc::ENOSPC).code(), ttrpc::Code::RESOURCE_EXHAUSTED);
+        assert_eq!(io(libc::EDQUOT).code(), ttrpc::Code::RESOURCE_EXHAUSTED);
+        assert_eq!(io(libc::EIO).code(), ttrpc::Code::INTERNAL);
+        let full = ShimError::boot("create the scratch disk")(std::io::Error::from_raw_os_error(
+            libc::ENOSPC,
+        ));
+        assert_eq!(full.code(), ttrpc::Code::RESOURCE_EXHAUSTED);
+        let guest = ShimError::from(guest(GuestErrorKind::Resources));
+        assert_eq!(guest.code(), ttrpc::Code::RESOURCE_EXHAUSTED);
+    }
+
+    #[test]
+    fn boot_refused_by_the_guest_has_the_code_of_the_refusal() {
+        let code = |kind| ShimError::boot("initialize the guest")(guest(kind)).code();
+        assert_eq!(
+            code(GuestErrorKind::InvalidArgument),
+            ttrpc::Code::INVALID_ARGUMENT
+        );
+        assert_eq!(code(GuestErrorKind::NotFound), ttrpc::Code::INTERNAL);
     }
 }

@@ -17,8 +17,8 @@ use crate::mount_export::table::{BidirectionalVolume, take_bidirectional};
 use crate::mount_export::watcher::MountWatcher;
 use crate::spawner::wire::{Confinement, CreateRequest, Request};
 use crate::spawner::{Reply, errno_text, resolve_user};
-use crate::storage::mount_points;
 use crate::storage::rootfs::{Owners, Rootfs};
+use crate::storage::{StorageError, mount_points};
 use crate::system;
 use boxlite_proto::boxlite::v1::{ContainerInitRequest, Exit, PidMode, container_event::Event};
 use boxlite_sys::sync::Mutex;
@@ -172,7 +172,7 @@ fn prepare(
         rootfs.mount_image_volumes(&mut spec, owners.as_ref())?;
         if let Some(process) = spec.process() {
             mount_points::make_working_directory(&rootfs.path(), &spec, process.cwd())
-                .map_err(|error| invalid_working_dir(process.cwd(), &error))?;
+                .map_err(|error| working_dir_error(process.cwd(), error))?;
         }
         cgroup.create()?;
         if let Some(limits) = &extracted.resources {
@@ -212,8 +212,11 @@ fn prepare(
     }
 }
 
-/// Returns the error of a working directory, named as in the CRI.
-fn invalid_working_dir(path: &Path, error: &io::Error) -> ContainerError {
+/// Returns the error of a working directory, named as in the CRI unless the disk is full.
+fn working_dir_error(path: &Path, error: io::Error) -> ContainerError {
+    if mount_points::is_full(&error) {
+        return StorageError::path("create working directory", path)(error).into();
+    }
     let reason = error.raw_os_error().map_or_else(
         || error.to_string(),
         |errno| errno_text(Errno::from_raw(errno)),
@@ -268,9 +271,14 @@ async fn make_process(
     let (pid, exit, console) = match result {
         Ok(made) => made,
         Err(error) => {
+            // libcontainer reports only that its process has ended.
+            let out_of_memory = cgroup::stats::oom_kills(cgroup) > 0;
             // All processes created so far are in the cgroup.
             let _ = cgroup.kill();
-            return Err(error);
+            return Err(match out_of_memory {
+                true => ContainerError::OutOfMemory,
+                false => error,
+            });
         }
     };
     let broken = ContainerError::step("failed to set up standard streams");

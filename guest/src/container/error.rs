@@ -43,6 +43,11 @@ pub enum ContainerError {
         #[source]
         source: io::Error,
     },
+    /// The kernel killed the init process for lack of memory while it was set up.
+    #[error(
+        "the init process was OOM-killed before its start: the memory limit of the container or of the pod is too low"
+    )]
+    OutOfMemory,
     /// The pod has not been initialized.
     #[error("the guest is not initialized")]
     NoPod,

@@ -42,7 +42,7 @@ pub(crate) fn resolve(root: &Path, spec: &mut Spec) -> Result<(), StorageError> 
 /// volume is created in the volume and not checked: the container's chdir does. Blocks.
 ///
 /// # Errors
-/// NotADirectory.
+/// NotADirectory, or the cause if the disk is full.
 pub(crate) fn make_working_directory(root: &Path, spec: &Spec, path: &Path) -> io::Result<()> {
     let mounts = || spec.mounts().iter().flatten();
     let covered: Vec<PathBuf> = mounts().map(|mount| mount.destination().clone()).collect();
@@ -51,10 +51,10 @@ pub(crate) fn make_working_directory(root: &Path, spec: &Spec, path: &Path) -> i
         .filter(|mount| target.starts_with(mount.destination()))
         .max_by_key(|mount| mount.destination().components().count());
     let Some(mount) = mount else {
-        // The check reports a failure.
-        let _ = make_directory(root, &target);
-        return match fs::symlink_metadata(below(root, &target)) {
-            Ok(facts) if facts.is_dir() => Ok(()),
+        let made = make_directory(root, &target);
+        return match (fs::symlink_metadata(below(root, &target)), made) {
+            (Ok(facts), _) if facts.is_dir() => Ok(()),
+            (_, Err(error)) if is_full(&error) => Err(error),
             _ => Err(io::ErrorKind::NotADirectory.into()),
         };
     };
@@ -65,6 +65,14 @@ pub(crate) fn make_working_directory(root: &Path, spec: &Spec, path: &Path) -> i
         let _ = make_directory(source, rest);
     }
     Ok(())
+}
+
+/// Returns true if the disk is full or a quota is exhausted.
+pub(crate) fn is_full(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+    )
 }
 
 fn is_writable_bind(mount: &Mount) -> bool {

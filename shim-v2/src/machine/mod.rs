@@ -29,7 +29,7 @@ use crate::vmm::{ReadySocket, Supervisor, VmmChild};
 use async_trait::async_trait;
 use boxlite_config::budget::vmm_mib;
 use boxlite_config::cgroup::{CGROUP_MOUNT, pids_limit};
-use boxlite_portal::{Connection, GuestAddress, GuestSession};
+use boxlite_portal::{Connection, GuestAddress, GuestErrorKind, GuestSession};
 use boxlite_proto::boxlite::v1::GuestInitRequest;
 use boxlite_proto::names;
 use boxlite_proto::vmm::{Disk, InstanceSpec, VmmKind};
@@ -351,8 +351,12 @@ async fn init(
             }
             Ok((response.kernel_release, response.agent_version))
         }
+        // The agent names the invalid value; the console adds nothing.
+        Err(error) if error.guest_kind() == Some(GuestErrorKind::InvalidArgument) => {
+            Err(ShimError::boot("initialize the guest")(error))
+        }
         Err(error) => Err(ShimError::Boot {
-            step: "Guest.Init",
+            step: "initialize the guest",
             source: Arc::new(InitError {
                 source: error,
                 said: last_words(child),
