@@ -136,7 +136,8 @@ impl PortalError {
 
 /// Returns the guest's message, prefixed by the subject unless the message names it or the subject is only a field's name.
 fn refusal(subject: &str, message: &str) -> String {
-    match subject.is_empty() || subject == "process" || message.contains(subject) {
+    let field = subject == "process" || subject.starts_with("process.");
+    match subject.is_empty() || field || message.contains(subject) {
         true => message.to_owned(),
         false => format!("{subject:?}: {message}"),
     }
@@ -179,6 +180,9 @@ mod tests {
         let error = PortalError::from_status("Execution.Exec", status);
         assert_eq!(error.guest_kind(), Some(ErrorKind::ExecutableNotFound));
         assert_eq!(error.to_string(), "\"sh\": no such program");
+        for field in ["process", "process.user"] {
+            assert_eq!(refusal(field, "unable to find user"), "unable to find user");
+        }
     }
 
     #[test]
