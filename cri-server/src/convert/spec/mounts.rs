@@ -242,7 +242,11 @@ fn host_path(mount: &Mount) -> Result<PathBuf, ConvertError> {
         reason,
     };
     if !mount.host_path.starts_with('/') {
-        return Err(fail("must be an absolute path".into()));
+        return Err(ConvertError::invalid(
+            "config.mounts.host_path",
+            &mount.host_path,
+            "must be an absolute path",
+        ));
     }
     // As containerd and CRI-O do: a hostPath volume without a type may name a path that does not exist yet.
     match std::fs::metadata(&mount.host_path) {

@@ -4,6 +4,11 @@ use super::ConvertError;
 use boxlite_proto::cri::v1::LinuxContainerResources;
 use serde_json::{Map, Value, json};
 
+/// Value of a quota or limit that is unlimited.
+const UNLIMITED: i64 = -1;
+/// Minimum CPU time of a period that the kernel accepts as quota, in µs.
+const MIN_CPU_TIME_US: i64 = 1000;
+
 /// Returns the resources without cpusets. CRI's cpusets have the host's CPU and memory node numbers, which do not exist in a
 /// VM: it has separate vCPUs, and their number bounds the pod.
 pub(crate) fn without_host_cpusets(resources: &LinuxContainerResources) -> LinuxContainerResources {
@@ -26,13 +31,16 @@ pub(crate) fn resources(limits: Option<&LinuxContainerResources>) -> Result<Valu
         ("period", limits.cpu_period),
     ] {
         if value != 0 {
-            // A quota of -1 means unlimited; other negative values are invalid.
-            if value < 0 && key != "quota" {
-                return Err(ConvertError::invalid(
-                    "linux.resources.cpu",
-                    format!("{key} {value}"),
-                    "must not be negative",
-                ));
+            let reason = match (key, value) {
+                ("quota", UNLIMITED) => None,
+                ("quota", MIN_CPU_TIME_US..) => None,
+                ("quota", _) => Some(format!("must be -1 or at least {MIN_CPU_TIME_US}")),
+                (_, ..0) => Some("must not be negative".to_owned()),
+                _ => None,
+            };
+            if let Some(reason) = reason {
+                let value = format!("{key} {value}");
+                return Err(ConvertError::invalid("linux.resources.cpu", value, reason));
             }
             cpu.insert(key.into(), json!(value));
         }
@@ -48,6 +56,14 @@ pub(crate) fn resources(limits: Option<&LinuxContainerResources>) -> Result<Valu
         ("swap", limits.memory_swap_limit_in_bytes),
     ] {
         if value != 0 {
+            if value < UNLIMITED {
+                let value = format!("{key} {value}");
+                return Err(ConvertError::invalid(
+                    "linux.resources.memory",
+                    value,
+                    "must not be negative, except for -1",
+                ));
+            }
             memory.insert(key.into(), json!(value));
         }
     }
