@@ -3,7 +3,7 @@
 //! containerd acts on the code: it accepts NotFound for a Delete and FailedPrecondition for a Kill.
 
 use boxlite_portal::{GuestErrorKind, PortalError};
-use boxlite_sys::report::Report;
+use boxlite_sys::report::{Report, chain};
 use containerd_shim_protos::ttrpc;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -130,8 +130,7 @@ fn is_full(error: &std::io::Error) -> bool {
 
 /// Returns the code of a failed start: that of an invalid value refused by the guest or of a full disk, otherwise INTERNAL.
 fn boot_code(error: &(dyn std::error::Error + 'static)) -> ttrpc::Code {
-    let mut next = Some(error);
-    while let Some(cause) = next {
+    for cause in chain(error) {
         if let Some(error @ PortalError::Guest { kind, .. }) = cause.downcast_ref()
             && matches!(
                 kind,
@@ -143,7 +142,6 @@ fn boot_code(error: &(dyn std::error::Error + 'static)) -> ttrpc::Code {
         if cause.downcast_ref::<std::io::Error>().is_some_and(is_full) {
             return ttrpc::Code::RESOURCE_EXHAUSTED;
         }
-        next = cause.source();
     }
     ttrpc::Code::INTERNAL
 }

@@ -1,4 +1,4 @@
-//! [`Report`]: an error and its causes on one line.
+//! [`Report`]: an error and its causes on one line; [`chain`] walks along them.
 
 use std::error::Error;
 use std::fmt;
@@ -13,17 +13,22 @@ impl fmt::Display for Report<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut previous = self.0.to_string();
         f.write_str(&previous)?;
-        let mut next = self.0.source();
-        while let Some(cause) = next {
+        for cause in chain(self.0).skip(1) {
             let text = cause.to_string();
             if !previous.ends_with(&text) {
                 write!(f, ": {text}")?;
                 previous = text;
             }
-            next = cause.source();
         }
         Ok(())
     }
+}
+
+/// Returns the error and its causes, the outermost first.
+pub fn chain<'a>(
+    error: &'a (dyn Error + 'static),
+) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
+    std::iter::successors(Some(error), |&error| error.source())
 }
 
 /// Formats an error with its causes, see [`Report`].

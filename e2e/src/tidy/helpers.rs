@@ -23,7 +23,7 @@ const ONCE: [(&str, &str, &[&str]); 3] = [
     ),
     (
         "a walk along the causes of an error",
-        r"\w+\.source\(\);",
+        r"\w+\.source\(\);|\|&\w+\| \w+\.source\(\)",
         &["sys/src/report.rs"],
     ),
     (

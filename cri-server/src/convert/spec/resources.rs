@@ -92,3 +92,31 @@ pub(crate) fn resources(limits: Option<&LinuxContainerResources>) -> Result<Valu
     }
     Ok(resources)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn negative_limits_and_small_quotas_are_refused_by_field() {
+        for (cpu_quota, memory_limit_in_bytes, field) in [
+            (10, 0, "quota 10"),
+            (-5, 0, "quota -5"),
+            (0, -5, "limit -5"),
+        ] {
+            let limits = LinuxContainerResources {
+                cpu_quota,
+                memory_limit_in_bytes,
+                ..Default::default()
+            };
+            let text = resources(Some(&limits)).unwrap_err().to_string();
+            assert!(text.contains(field), "{text}");
+        }
+        let unlimited = LinuxContainerResources {
+            cpu_quota: -1,
+            memory_limit_in_bytes: -1,
+            ..Default::default()
+        };
+        assert!(resources(Some(&unlimited)).is_ok());
+    }
+}

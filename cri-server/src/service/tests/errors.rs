@@ -235,7 +235,7 @@ fn document() -> String {
     for (title, rows) in tables() {
         let _ = write!(
             text,
-            "\n## {title}\n\n| class | code | text | what to do |\n|---|---|---|---|\n"
+            "\n## {title}\n\n| class | code | text | action |\n|---|---|---|---|\n"
         );
         for row in rows {
             let (code, message) = (row.status.code(), row.status.message());
