@@ -208,12 +208,12 @@ pub(crate) fn from_oci(resources: &Value) -> LinuxResources {
     }
 }
 
-/// Returns a string; empty if the value is none.
+/// Returns the value if it is a string, otherwise an empty one.
 pub(crate) fn text(value: &Value) -> String {
     value.as_str().unwrap_or_default().to_owned()
 }
 
-/// Returns the entries of an object of strings; empty if the value is no object.
+/// Returns the entries of an object of strings, or an empty map for any other value.
 pub(crate) fn text_map(object: &Value) -> HashMap<String, String> {
     object
         .as_object()
