@@ -21,10 +21,10 @@ use crate::recovery;
 use crate::shim_controller::ShimProgram;
 use crate::shim_controller::events::{EventServer, ShimEvent};
 use crate::types::{BoxOptions, BoxSnapshot, BoxState, ContainerSnapshot, RuntimeOptions};
+use boxlite_sys::file_lock::FileLock;
 use boxlite_sys::sync::RwLock;
 use futures::StreamExt;
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, RwLockReadGuard, RwLockWriteGuard, Weak};
@@ -62,7 +62,7 @@ struct RuntimeInnerImpl {
     env: Arc<BoxEnv>,
     events: boxlite_sys::sync::Mutex<Option<EventServer>>,
     /// Held while the runtime is open.
-    _lock: File,
+    _lock: FileLock,
 }
 
 /// State behind the lock.
@@ -373,27 +373,19 @@ fn check_options(options: &BoxOptions) -> Result<()> {
     Ok(())
 }
 
-/// Locks the roots against a second runtime; the kernel releases the lock with the process.
-fn lock_roots(path: &Path) -> Result<File> {
-    let io = |source| RuntimeError::Io {
-        operation: "lock",
-        path: path.to_owned(),
-        source,
-    };
-    let file = File::options()
-        .append(true)
-        .create(true)
-        .open(path)
-        .map_err(io)?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(std::fs::TryLockError::WouldBlock) => Err(RuntimeError::AlreadyExists {
+/// Locks the roots against a second runtime.
+fn lock_roots(path: &Path) -> Result<FileLock> {
+    FileLock::try_acquire(path)
+        .map_err(|source| RuntimeError::Io {
+            operation: "lock",
+            path: path.to_owned(),
+            source,
+        })?
+        .ok_or_else(|| RuntimeError::AlreadyExists {
             subject: "runtime",
             id: path.display().to_string(),
             reason: "another process uses it".into(),
-        }),
-        Err(std::fs::TryLockError::Error(source)) => Err(io(source)),
-    }
+        })
 }
 
 async fn open_images(

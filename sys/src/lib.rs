@@ -5,6 +5,7 @@
 pub mod core_dumps;
 pub mod descriptors;
 pub mod detached_mount;
+pub mod file_lock;
 pub mod fuse;
 pub mod idmap;
 pub mod log_line;

@@ -2,11 +2,13 @@
 //!
 //! All functions block.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
+
+use boxlite_sys::file_lock::FileLock;
 
 use crate::images::error::{ImageError, ImageResult};
 use crate::images::types::ImageFsInfo;
@@ -28,24 +30,14 @@ pub(super) fn private_dir(dir: &Path) -> ImageResult<()> {
 }
 
 /// Acquires the store's lock without waiting.
-pub(super) fn lock(dir: &Path) -> ImageResult<File> {
+pub(super) fn lock(dir: &Path) -> ImageResult<FileLock> {
     let path = dir.join("lock");
-    let failed = |e| ImageError::io("lock", &path, e);
-    let file = OpenOptions::new()
-        .create(true)
-        .write(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(&path)
-        .map_err(failed)?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(fs::TryLockError::WouldBlock) => Err(ImageError::Config {
+    FileLock::try_acquire(&path)
+        .map_err(|e| ImageError::io("lock", &path, e))?
+        .ok_or_else(|| ImageError::Config {
             path,
             reason: "another process uses this image store".into(),
-        }),
-        Err(fs::TryLockError::Error(e)) => Err(failed(e)),
-    }
+        })
 }
 
 /// Returns the file's content, `None` if it does not exist.

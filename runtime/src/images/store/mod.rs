@@ -26,9 +26,9 @@ mod rebuild;
 
 pub(super) use disk::{PARTIAL_SUFFIX, delete};
 
+use boxlite_sys::file_lock::FileLock;
 use boxlite_sys::sync::{Mutex, RwLock};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::fs::File;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -54,7 +54,7 @@ pub(super) struct Store {
     /// Damaged images and index files found by `open`.
     quarantined: AtomicU64,
     /// Locks the store against other processes.
-    _lock: File,
+    _lock: FileLock,
 }
 
 type Images = BTreeMap<String, Arc<Stored>>;
