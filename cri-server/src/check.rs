@@ -57,6 +57,11 @@ pub(crate) async fn check(config: Config, output: Output) -> ExitCode {
     print(&text, code)
 }
 
+/// Runs the checks and returns the report as one JSON object.
+pub(crate) async fn report_json(config: &Config) -> String {
+    format!("{:#}\n", Report::new(config).await.json())
+}
+
 impl Report {
     async fn new(config: &Config) -> Self {
         let vmm = vmm::choose(config).await;

@@ -7,7 +7,7 @@ mod tests;
 
 use crate::config::{Config, ConfigError, Paths, check_log_filter, default_toml, socket_path};
 use crate::output::{Output, VERSION, print};
-use crate::{check, serve, status};
+use crate::{check, serve, status, support_bundle};
 use boxlite_config::paths::{installed_kernel, prefix};
 use boxlite_sys::log_line::EscapedWriter;
 use clap::{Args, CommandFactory, Parser, Subcommand};
@@ -33,6 +33,7 @@ Examples:
   boxlite-cri config default > config.toml   start a configuration file
   boxlite-cri serve --config config.toml     run in the foreground
   boxlite-cri status                         ask the running daemon
+  boxlite-cri support-bundle                 collect the files of a bug report
 
 Exit codes: 0 success, 1 failure, 2 invalid usage, 78 invalid configuration.")]
 pub(crate) struct Cli {
@@ -66,6 +67,17 @@ enum Command {
         /// Format of the report.
         #[arg(long, value_enum, default_value_t)]
         output: Output,
+    },
+    /// Write an archive with the files that a bug report needs.
+    ///
+    /// Has versions, configuration, the reports of check and status, metrics, and the ends of the logs of daemon, shims and
+    /// guest consoles; no container logs, environment variables or credentials. Works without a daemon.
+    SupportBundle {
+        #[command(flatten)]
+        config: ConfigOptions,
+        /// File to write, which must not exist [default: boxlite-support-<seconds since 1970>.tar.gz].
+        #[arg(long, value_name = "FILE")]
+        file: Option<PathBuf>,
     },
     /// Print or validate the configuration.
     Config {
@@ -153,6 +165,9 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
         Command::Status { config, output } => {
             with_config(config, |config| block_on(status::status(config, output)))
         }
+        Command::SupportBundle { config, file } => with_config(config, |config| {
+            block_on(support_bundle::support_bundle(config, file))
+        }),
         Command::Config { command } => run_config(command),
         Command::Version => print(&format!("boxlite-cri {VERSION}\n"), ExitCode::SUCCESS),
         Command::Completions { shell } => print(&completions(shell), ExitCode::SUCCESS),

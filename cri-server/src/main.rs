@@ -1,6 +1,7 @@
 //! `boxlite-cri`: the node's CRI runtime.
 //!
-//! Flow: cli → serve (the daemon), check (this machine), status (the running daemon), config (prints and validates).
+//! Flow: cli → serve (the daemon), check (this machine), status (the running daemon), config (prints and validates),
+//! support-bundle (files for a bug report).
 
 #![forbid(unsafe_code)]
 
@@ -21,6 +22,7 @@ mod server;
 mod service;
 mod status;
 mod streaming;
+mod support_bundle;
 mod vmm;
 
 use clap::Parser;

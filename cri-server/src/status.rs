@@ -78,13 +78,7 @@ struct DaemonState {
 /// Queries the daemon and prints the report.
 pub(crate) async fn status(config: Config, output: Output) -> ExitCode {
     let socket = &config.listen;
-    let answer = tokio::time::timeout(ANSWER_TIMEOUT, DaemonState::ask(socket)).await;
-    let answer = answer.unwrap_or_else(|_| {
-        Err(StatusError::Timeout {
-            socket: socket.clone(),
-        })
-    });
-    match answer {
+    match ask(socket).await {
         Ok(state) => {
             let text = match output {
                 Output::Text => state.text(socket),
@@ -97,6 +91,26 @@ pub(crate) async fn status(config: Config, output: Output) -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Queries the daemon and returns the report as one JSON object.
+///
+/// # Errors
+/// A sentence with its causes if the daemon does not answer.
+pub(crate) async fn report_json(socket: &Path) -> Result<String, String> {
+    match ask(socket).await {
+        Ok(state) => Ok(format!("{:#}\n", state.json(socket))),
+        Err(error) => Err(boxlite_runtime::report(&error)),
+    }
+}
+
+async fn ask(socket: &Path) -> Result<DaemonState, StatusError> {
+    let answer = tokio::time::timeout(ANSWER_TIMEOUT, DaemonState::ask(socket)).await;
+    answer.unwrap_or_else(|_| {
+        Err(StatusError::Timeout {
+            socket: socket.to_owned(),
+        })
+    })
 }
 
 async fn connect(socket: &Path) -> Result<RuntimeServiceClient<Channel>, StatusError> {

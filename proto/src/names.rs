@@ -35,6 +35,12 @@ pub const MAX_LOG_LINE_BYTES: usize = 16 << 10;
 /// Output of the guest's console, in the VM's working directory.
 pub const CONSOLE_LOG: &str = "console.log";
 
+/// The shim's own log, in its bundle.
+pub const SHIM_LOG: &str = "shim.log";
+
+/// The part of the shim's log before the last time it was full.
+pub const OLD_SHIM_LOG: &str = "shim.log.1";
+
 /// File in the state directory by which the shims of a node notice directories that several pods write to.
 pub const VOLUME_WRITERS: &str = "volume-writers";
 

@@ -180,6 +180,16 @@ impl FilesystemLayout {
         self.vm(box_id).join(names::VSOCK_SOCKET)
     }
 
+    /// Returns the shim's log.
+    pub fn shim_log(&self, box_id: &str) -> PathBuf {
+        self.bundle(box_id).join(names::SHIM_LOG)
+    }
+
+    /// Returns the older part of the shim's log.
+    pub fn old_shim_log(&self, box_id: &str) -> PathBuf {
+        self.bundle(box_id).join(names::OLD_SHIM_LOG)
+    }
+
     /// Returns the log of the guest's console.
     pub fn console(&self, box_id: &str) -> PathBuf {
         self.vm(box_id).join(names::CONSOLE_LOG)

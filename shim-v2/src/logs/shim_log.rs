@@ -3,6 +3,7 @@
 //! Standard error is that file. Messages may have values of the guest, which is hostile: they are escaped, a flood is cut, and a
 //! full file becomes `shim.log.1`, which replaces the previous one. Container logs are in `pump`; nothing here waits.
 
+use boxlite_proto::names::{OLD_SHIM_LOG, SHIM_LOG};
 use boxlite_sys::log_line::escape_line;
 use boxlite_sys::sync::Mutex;
 use std::fs::{File, OpenOptions};
@@ -13,12 +14,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tracing_subscriber::fmt::MakeWriter;
 
-/// Name of the log in the bundle.
-pub const SHIM_LOG: &str = "shim.log";
 /// Size at which the file is rotated. A pod's life takes some KiB.
 const MAX_FILE_BYTES: u64 = 1 << 20;
-/// Suffix of the previous file.
-const ROTATED_SUFFIX: &str = ".1";
 /// Maximum number of lines at once.
 const BURST_LINES: u32 = 500;
 /// Lines per second after a burst.
@@ -88,9 +85,7 @@ impl State {
         let Some(path) = &self.path else {
             return Ok(());
         };
-        let mut previous = path.clone().into_os_string();
-        previous.push(ROTATED_SUFFIX);
-        match std::fs::rename(path, previous) {
+        match std::fs::rename(path, path.with_file_name(OLD_SHIM_LOG)) {
             // A previous rotation has failed behind this step, for example on a full disk.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             renamed => renamed?,
