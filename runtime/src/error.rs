@@ -4,6 +4,7 @@
 //! in `#[source]`; [`crate::report()`] prints the whole chain once, for a log line or a status message.
 
 use boxlite_portal::{GuestErrorKind, PortalError};
+use boxlite_sys::storage_full::is_full;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -245,9 +246,7 @@ impl RuntimeError {
                 ErrorKind::Unavailable
             }
             Self::Missing { .. } => ErrorKind::FailedPrecondition,
-            Self::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
-                ErrorKind::ResourceExhausted
-            }
+            Self::Io { source, .. } if is_full(source) => ErrorKind::ResourceExhausted,
             Self::Database { source, .. }
                 if source.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull) =>
             {

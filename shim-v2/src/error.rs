@@ -4,6 +4,7 @@
 
 use boxlite_portal::{GuestErrorKind, PortalError};
 use boxlite_sys::report::{Report, chain};
+use boxlite_sys::storage_full::is_full;
 use containerd_shim_protos::ttrpc;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -118,14 +119,6 @@ impl ShimError {
             Self::Guest(error) => guest_code(error),
         }
     }
-}
-
-/// Returns true if the disk is full or a quota is exhausted.
-fn is_full(error: &std::io::Error) -> bool {
-    matches!(
-        error.kind(),
-        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded
-    )
 }
 
 /// Returns the code of a failed start: that of an invalid value refused by the guest or of a full disk, otherwise INTERNAL.

@@ -13,6 +13,7 @@ pub mod mount_attributes;
 pub mod mountinfo;
 pub mod process;
 pub mod report;
+pub mod storage_full;
 pub mod sync;
 pub mod tcp_table;
 pub mod unix_socket;

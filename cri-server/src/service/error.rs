@@ -10,6 +10,7 @@ use crate::nri::SessionError;
 use crate::streaming::TooManyPending;
 use boxlite_proto::names;
 use boxlite_runtime::{BoxState, ContainerState, EventsEnd, RuntimeError};
+use boxlite_sys::storage_full::is_full;
 use std::path::PathBuf;
 use std::time::Duration;
 use tonic::{Code, Status};
@@ -149,7 +150,7 @@ impl ServiceError {
             Self::PodTimeout { .. } | Self::StatsTimeout { .. } => Code::DeadlineExceeded,
             Self::Network { source, .. } => network_code(source),
             Self::PodFiles { source, .. } | Self::LogDirectory { source, .. }
-                if source.kind() == std::io::ErrorKind::StorageFull =>
+                if is_full(source) =>
             {
                 Code::ResourceExhausted
             }

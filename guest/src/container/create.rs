@@ -21,6 +21,7 @@ use crate::storage::rootfs::{Owners, Rootfs};
 use crate::storage::{StorageError, mount_points};
 use crate::system;
 use boxlite_proto::boxlite::v1::{ContainerInitRequest, Exit, PidMode, container_event::Event};
+use boxlite_sys::storage_full::is_full;
 use boxlite_sys::sync::Mutex;
 use nix::errno::Errno;
 use oci_spec::runtime::Spec;
@@ -214,7 +215,7 @@ fn prepare(
 
 /// Returns the error of a working directory, named as in the CRI unless the disk is full.
 fn working_dir_error(path: &Path, error: io::Error) -> ContainerError {
-    if mount_points::is_full(&error) {
+    if is_full(&error) {
         return StorageError::path("create working directory", path)(error).into();
     }
     let reason = error.raw_os_error().map_or_else(

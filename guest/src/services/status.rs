@@ -8,9 +8,9 @@ use crate::spawner::SpawnError;
 use crate::spawner::wire::FailureKind;
 use crate::status::from_error;
 use crate::storage::StorageError;
-use crate::storage::mount_points::is_full;
 use crate::system::SystemError;
 use boxlite_proto::boxlite::v1::ErrorKind;
+use boxlite_sys::storage_full::is_full;
 use std::io;
 use tonic::Status;
 

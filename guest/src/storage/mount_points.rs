@@ -5,6 +5,7 @@
 //! filesystem and the missing target is created. Nothing runs in the tree yet, so it does not change meanwhile.
 
 use super::StorageError;
+use boxlite_sys::storage_full::is_full;
 use oci_spec::runtime::{Mount, Spec};
 use rustix::fs::{Mode, OFlags, ResolveFlags, mkdirat, openat2};
 use std::fs;
@@ -65,14 +66,6 @@ pub(crate) fn make_working_directory(root: &Path, spec: &Spec, path: &Path) -> i
         let _ = make_directory(source, rest);
     }
     Ok(())
-}
-
-/// Returns true if the disk is full or a quota is exhausted.
-pub(crate) fn is_full(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
-    )
 }
 
 fn is_writable_bind(mount: &Mount) -> bool {

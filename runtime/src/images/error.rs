@@ -6,6 +6,7 @@
 //! Errors are `Clone`, because one failed layer download may affect several callers.
 
 use boxlite_erofs::ErofsError;
+use boxlite_sys::storage_full::is_full;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -237,13 +238,13 @@ impl ImageError {
     /// Wraps an I/O error of the operation `what`, a verb, on `path`; a full disk becomes [`ImageError::NoSpace`].
     pub(super) fn io(what: impl Into<String>, path: &Path, source: io::Error) -> Self {
         let (what, path) = (what.into(), path.to_path_buf());
-        match source.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::NoSpace {
+        match is_full(&source) {
+            true => Self::NoSpace {
                 operation: what,
                 path,
                 source: Arc::new(source),
             },
-            _ => Self::Io {
+            false => Self::Io {
                 operation: what,
                 path,
                 source: Arc::new(source),
