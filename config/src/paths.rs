@@ -7,6 +7,9 @@ use crate::value;
 use boxlite_proto::vmm::Installation;
 use std::path::{Path, PathBuf};
 
+/// State directory of boxlite-cri unless another one is configured. The shim under containerd uses its registry of volumes,
+/// so that the pods of both know of each other.
+pub const DEFAULT_STATE_DIR: &str = "/run/boxlite";
 /// Prefix if the running program is not below a `bin` directory, as in a build tree.
 const DEFAULT_PREFIX: &str = "/usr/local";
 /// Guest kernel of Debian's package libkrunfw5.

@@ -1,6 +1,7 @@
 //! Readers of single configuration values. Each returns the reason for a rejection as text.
 
 use boxlite_proto::vmm::{Acceleration, SharedVolumeWriters, VmmKind};
+use boxlite_sys::unix_socket::MAX_SOCKET_PATH_BYTES;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
@@ -8,8 +9,6 @@ use toml::Value;
 
 /// Longest configurable wait, in seconds: one day.
 const MAX_SECONDS: i64 = 86_400;
-/// Longest path of a unix socket, in bytes (`sun_path` without its NUL).
-const MAX_SOCKET_PATH_BYTES: usize = 107;
 /// Longest name of a runtime handler, in bytes, as in Kubernetes.
 const MAX_HANDLER_BYTES: usize = 253;
 

@@ -6,13 +6,14 @@
 
 use crate::error::{Result, RuntimeError};
 use boxlite_proto::names;
+use boxlite_sys::unix_socket::MAX_SOCKET_PATH_BYTES;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-/// Maximum length of the `state` path: the shim's socket is `<state>/s/<64 hex digits>` and must fit into the 107 bytes
-/// of a `sockaddr_un`.
-pub const MAX_STATE_PATH_BYTES: usize = 40;
+/// Maximum length of the `state` path: the path of the shim's socket, `<state>/s/<64 hex digits>`, must fit into a socket
+/// address.
+pub const MAX_STATE_PATH_BYTES: usize = MAX_SOCKET_PATH_BYTES - "/s/".len() - 64;
 /// Maximum length of a box or container id.
 const MAX_ID_BYTES: usize = 128;
 

@@ -17,7 +17,7 @@ pub(crate) use boxlite_config::section::{ConfigError, Mistake};
 pub(crate) use boxlite_config::value::socket_path;
 pub(crate) use log_filter::check as check_log_filter;
 
-use boxlite_config::paths::{installed_shim, prefix};
+use boxlite_config::paths::{DEFAULT_STATE_DIR, installed_shim, prefix};
 use boxlite_config::section::{self, Section};
 use boxlite_config::value;
 use boxlite_config::vmm::VmmSettings;
@@ -154,9 +154,9 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             root: "/var/lib/boxlite".into(),
-            state: "/run/boxlite".into(),
+            state: DEFAULT_STATE_DIR.into(),
             scratch_dir: None,
-            listen: "/run/boxlite/cri.sock".into(),
+            listen: Path::new(DEFAULT_STATE_DIR).join("cri.sock"),
             log_level: "info".into(),
             vmm: VmmSettings::default(),
             paths: Paths::default(),

@@ -10,6 +10,7 @@ use crate::containerd::config::PATH_VARIABLE;
 use crate::flags::Flags;
 use crate::shim_state::{ADDRESS_FILE, write_atomically};
 use boxlite_proto::names::SHIM_LOG;
+use boxlite_sys::unix_socket::MAX_SOCKET_PATH_BYTES;
 use sha2::{Digest, Sha256};
 use std::io::Read;
 use std::os::fd::OwnedFd;
@@ -28,8 +29,6 @@ pub const SANDBOX_ID_ANNOTATION: &str = "io.kubernetes.cri.sandbox-id";
 const DAEMON_READY_TIMEOUT: Duration = Duration::from_secs(20);
 /// Maximum size of the daemon's readiness line.
 const MAX_READY_LINE_BYTES: u64 = 16 << 10;
-/// Maximum length of a unix socket path (`sun_path` without its NUL).
-const MAX_SOCKET_PATH_BYTES: usize = 107;
 
 /// Runs the action.
 ///

@@ -13,6 +13,7 @@ use super::config::ShimConfig;
 use crate::error::{Result, ShimError};
 use crate::sandbox::options::{Plan, SandboxOwner};
 use boxlite_config::cgroup;
+use boxlite_config::paths::DEFAULT_STATE_DIR;
 use boxlite_config::size::{self, Limits, SizeRequest};
 use boxlite_proto::names;
 use boxlite_proto::shim::shim::PodConfig;
@@ -32,8 +33,6 @@ const SANDBOX_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 /// NamespaceMode NODE of the CRI.
 const NODE: i32 = 2;
 const MIB: u64 = 1 << 20;
-/// State directory of the node: the default of boxlite-cri's `state`, so that its pods and containerd's know of each other.
-const STATE: &str = "/run/boxlite";
 /// Longest hostname that the kernel accepts, in bytes.
 const MAX_HOSTNAME_BYTES: usize = 64;
 
@@ -227,7 +226,7 @@ async fn plan(
         cgroup_parent: request.cgroup_parent,
         debug_console: overrides.debug_console.unwrap_or(config.pod.debug_console),
         volume_writers: Some(VolumeWriters {
-            registry: Path::new(STATE).join(names::VOLUME_WRITERS),
+            registry: Path::new(DEFAULT_STATE_DIR).join(names::VOLUME_WRITERS),
             policy: config.pod.shared_volume_writers,
         }),
     };
