@@ -6,7 +6,7 @@ use crate::fake_shim::SmallDisk;
 
 #[tokio::test]
 async fn pull_resumes_broken_download() {
-    let (registry, home) = setup().await;
+    let (registry, store) = setup().await;
     let tar = layer("a", 1, 300_000);
     let pushed = registry.push("r", "v", &[(&tar, Pack::Gzip)]);
     let size = packed(&tar, Pack::Gzip).len() as u64;
@@ -14,7 +14,7 @@ async fn pull_resumes_broken_download() {
         cut: Some((90_000, 3)),
         ..Faults::default()
     });
-    home.pull(&registry.name("r:v")).await.unwrap();
+    store.pull(&registry.name("r:v")).await.unwrap();
     let ranges = registry.take_ranges(&pushed.blobs[0]);
     assert_eq!(ranges, [None, Some(90_000), Some(180_000), Some(270_000)]);
     assert!(
@@ -22,34 +22,34 @@ async fn pull_resumes_broken_download() {
         "nothing is downloaded twice: {} of {size}",
         registry.sent()
     );
-    assert_eq!(home.files("ingest"), Vec::<String>::new());
+    assert_eq!(store.files("ingest"), Vec::<String>::new());
 }
 
 #[tokio::test]
 async fn pull_restarts_if_server_ignores_ranges() {
-    let (registry, home) = setup().await;
+    let (registry, store) = setup().await;
     registry.push("r", "v", &[(&layer("a", 1, 300_000), Pack::Gzip)]);
     registry.faults(Faults {
         cut: Some((200_000, 1)),
         ignore_range: true,
         ..Faults::default()
     });
-    let record = home.pull(&registry.name("r:v")).await.unwrap();
-    assert_eq!(home.images.layers(&record.id).unwrap().len(), 1);
+    let record = store.pull(&registry.name("r:v")).await.unwrap();
+    assert_eq!(store.images.layers(&record.id).unwrap().len(), 1);
 }
 
 #[tokio::test]
 async fn pull_ends_without_progress() {
-    let (registry, home) = setup().await;
+    let (registry, store) = setup().await;
     registry.push("r", "v", &[(&layer("a", 1, 50_000), Pack::Gzip)]);
     // The manifest and the config arrive; the layer's connections break.
-    home.pull(&registry.name("r:v")).await.unwrap();
+    store.pull(&registry.name("r:v")).await.unwrap();
     registry.push("r", "w", &[(&layer("b", 2, 50_000), Pack::Gzip)]);
     registry.faults(Faults {
         cut: Some((2000, usize::MAX)),
         ..Faults::default()
     });
-    let error = home.pull(&registry.name("r:w")).await;
+    let error = store.pull(&registry.name("r:w")).await;
     // 2,000 bytes per connection count as progress.
     error.unwrap();
     registry.push("r", "x", &[(&layer("c", 3, 50_000), Pack::Gzip)]);
@@ -57,7 +57,7 @@ async fn pull_ends_without_progress() {
         cut: Some((0, usize::MAX)),
         ..Faults::default()
     });
-    let error = home.pull(&registry.name("r:x")).await.unwrap_err();
+    let error = store.pull(&registry.name("r:x")).await.unwrap_err();
     assert_eq!(
         error.kind(),
         ImageErrorKind::Unavailable,
@@ -77,7 +77,7 @@ async fn pull_of_damaged_blob_names_it_and_cleans_up() {
         ("an empty blob", Vec::clear),
     ];
     for (name, spoil) in cases {
-        let (registry, home) = setup().await;
+        let (registry, store) = setup().await;
         let good = layer("good", 1, 5000);
         let pushed = registry.push(
             "r",
@@ -85,23 +85,23 @@ async fn pull_of_damaged_blob_names_it_and_cleans_up() {
             &[(&good, Pack::Gzip), (&layer("bad", 2, 50_000), Pack::Gzip)],
         );
         registry.spoil_blob(&pushed.blobs[1], spoil);
-        let error = home.pull(&registry.name("r:v")).await.unwrap_err();
+        let error = store.pull(&registry.name("r:v")).await.unwrap_err();
         let text = error.report();
         assert_eq!(error.kind(), ImageErrorKind::Corrupt, "{name}: {text}");
         assert!(
             text.contains("r:v") && text.contains(&pushed.blobs[1]),
             "{name}: {text}"
         );
-        home.assert_empty().await;
+        store.assert_empty().await;
         // The next pull succeeds.
         registry.push("r", "w", &[(&good, Pack::Gzip)]);
-        home.pull(&registry.name("r:w")).await.unwrap();
+        store.pull(&registry.name("r:w")).await.unwrap();
     }
 }
 
 #[tokio::test]
 async fn pull_of_invalid_content_is_rejected() {
-    let (registry, home) = setup().await;
+    let (registry, store) = setup().await;
     let tar = layer("a", 1, 50_000);
     let mut gzip = packed(&tar, Pack::Gzip);
     gzip[20_000..20_100].fill(0);
@@ -141,29 +141,29 @@ async fn pull_of_invalid_content_is_rejected() {
         ),
     ] {
         registry.push_with("r", "v", &[(&blob, Pack::Plain)], false, |_| {});
-        let error = home.pull(&registry.name("r:v")).await.unwrap_err();
+        let error = store.pull(&registry.name("r:v")).await.unwrap_err();
         let text = error.report();
         assert_eq!(error.kind(), kind, "{name}: {text}");
         assert!(text.contains(says), "{name}: {text}");
-        home.assert_empty().await;
+        store.assert_empty().await;
     }
     registry.push_with("r", "v", &[(&tar, Pack::Gzip)], false, |c| {
         c["rootfs"]["diff_ids"][0] = format!("sha256:{}", "0".repeat(64)).into();
     });
-    let error = home.pull(&registry.name("r:v")).await.unwrap_err();
+    let error = store.pull(&registry.name("r:v")).await.unwrap_err();
     assert!(error.report().contains("diff ID"), "{}", error.report());
-    home.assert_empty().await;
+    store.assert_empty().await;
 }
 
 #[tokio::test]
 async fn pull_rejects_layer_above_size_limit() {
-    let (registry, home) = setup().await;
-    drop(home.images);
+    let (registry, store) = setup().await;
+    drop(store.images);
     let options = RegistryOptions {
         max_layer_bytes: 1 << 20,
-        ..options(home.dir.path())
+        ..options(store.dir.path())
     };
-    let images = ImageManager::open(&home.dir.path().join("images"), options)
+    let images = ImageManager::open(&store.dir.path().join("images"), options)
         .await
         .unwrap();
     let mut bomb = ::tar::Builder::new(Vec::new());
@@ -185,11 +185,14 @@ async fn pull_rejects_layer_above_size_limit() {
 
 #[tokio::test]
 async fn pull_checks_manifests_and_configs() {
-    let (registry, home) = setup().await;
+    let (registry, store) = setup().await;
     let tar = layer("a", 1, 50);
     let pushed = registry.push("r", "v", &[(&tar, Pack::Gzip)]);
     let missing = format!("{}@sha256:{}", registry.name("r"), "1".repeat(64));
-    let unknown = home.pull(&registry.name("nothing:here")).await.unwrap_err();
+    let unknown = store
+        .pull(&registry.name("nothing:here"))
+        .await
+        .unwrap_err();
     assert_eq!(unknown.kind(), ImageErrorKind::NotFound);
     assert!(
         unknown.report().contains("nothing:here"),
@@ -197,10 +200,10 @@ async fn pull_checks_manifests_and_configs() {
         unknown.report()
     );
     assert_eq!(
-        home.pull(&missing).await.unwrap_err().kind(),
+        store.pull(&missing).await.unwrap_err().kind(),
         ImageErrorKind::NotFound
     );
-    let by_digest = home
+    let by_digest = store
         .pull(&format!("{}:v@{}", registry.name("r"), pushed.manifest))
         .await
         .unwrap();
@@ -214,17 +217,17 @@ async fn pull_checks_manifests_and_configs() {
         "application/json",
         serde_json::json!({ "x": "y".repeat(5 << 20) }),
     );
-    let big = home.pull(&registry.name("r:big")).await.unwrap_err();
+    let big = store.pull(&registry.name("r:big")).await.unwrap_err();
     assert_eq!(big.kind(), ImageErrorKind::TooLarge, "{}", big.report());
     registry.push_with("arm", "v", &[(&tar, Pack::Gzip)], false, |c| {
         c["architecture"] = "arm64".into()
     });
-    let arm = home.pull(&registry.name("arm:v")).await.unwrap_err();
+    let arm = store.pull(&registry.name("arm:v")).await.unwrap_err();
     assert_eq!(arm.kind(), ImageErrorKind::NoPlatform, "{}", arm.report());
     registry.push("r2", "v", &[(&layer("z", 9, 10), Pack::Gzip)]);
     let spoiled = registry.push("r3", "v", &[(&layer("y", 9, 10), Pack::Gzip)]);
     registry.spoil_blob(&spoiled.config, |b| b[0] = b' ');
-    let config = home.pull(&registry.name("r3:v")).await.unwrap_err();
+    let config = store.pull(&registry.name("r3:v")).await.unwrap_err();
     assert_eq!(
         config.kind(),
         ImageErrorKind::Corrupt,
@@ -235,7 +238,7 @@ async fn pull_checks_manifests_and_configs() {
         status: Some(500),
         ..Faults::default()
     });
-    let broken = home
+    let broken = store
         .pull(&registry.name("r2:v"))
         .await
         .unwrap_err()
@@ -249,7 +252,7 @@ async fn pull_checks_manifests_and_configs() {
 #[tokio::test]
 async fn pull_authenticates_by_basic_and_token() {
     for bearer in [false, true] {
-        let (registry, home) = setup().await;
+        let (registry, store) = setup().await;
         registry.push("r", "v", &[(&layer("a", 1, 5000), Pack::Gzip)]);
         let pair = Some("user:pass".to_owned());
         registry.faults(if bearer {
@@ -264,7 +267,7 @@ async fn pull_authenticates_by_basic_and_token() {
             }
         });
         for wrong in [None, auth("user", "other")] {
-            let error = home
+            let error = store
                 .images
                 .pull(&registry.name("r:v"), wrong, None)
                 .await
@@ -287,7 +290,8 @@ async fn pull_authenticates_by_basic_and_token() {
         }
         registry.take_requests();
         assert!(
-            home.images
+            store
+                .images
                 .pull(&registry.name("r:v"), elsewhere, None)
                 .await
                 .is_err()
@@ -298,7 +302,8 @@ async fn pull_authenticates_by_basic_and_token() {
                 .iter()
                 .all(|r| r.authorization.is_none())
         );
-        home.images
+        store
+            .images
             .pull(&registry.name("r:v"), auth("user", "pass"), None)
             .await
             .unwrap();
@@ -308,17 +313,17 @@ async fn pull_authenticates_by_basic_and_token() {
 /// A mirror gets neither the registry's token nor its password, whether or not it asks.
 #[tokio::test]
 async fn mirror_gets_no_credentials_of_the_registry() {
-    let (mirror, upstream, home) = (
+    let (mirror, upstream, store) = (
         Registry::start().await,
         Registry::start().await,
-        Home::new().await,
+        TestStore::new().await,
     );
     let tar = layer("a", 1, 5000);
     for registry in [&mirror, &upstream] {
         registry.push("x/r", "1", &[(&tar, Pack::Gzip)]);
     }
     let domain = upstream.address.to_string();
-    home.hosts(&domain, &format!("[host.'http://{}']\n", mirror.address));
+    store.hosts(&domain, &format!("[host.'http://{}']\n", mirror.address));
     let reference = upstream.name("x/r:1");
     let token = RegistryAuth {
         registry_token: "tok".into(),
@@ -352,7 +357,7 @@ async fn mirror_gets_no_credentials_of_the_registry() {
         mirror.faults(required.clone());
         upstream.faults(required.clone());
         let asks = required.basic.is_some() || required.bearer.is_some();
-        let record = home.images.pull(&reference, auth, None).await.unwrap();
+        let record = store.images.pull(&reference, auth, None).await.unwrap();
         let requests = mirror.take_requests();
         assert!(!requests.is_empty());
         let secret = requests.iter().find(|r| r.authorization.is_some());
@@ -363,30 +368,31 @@ async fn mirror_gets_no_credentials_of_the_registry() {
             asks,
             "{used:?}"
         );
-        home.images.remove(&record.id).await.unwrap();
+        store.images.remove(&record.id).await.unwrap();
     }
 }
 
 #[tokio::test]
 async fn redirect_does_not_forward_credentials() {
-    let (registry, store, home) = (
+    let (registry, other, store) = (
         Registry::start().await,
         Registry::start().await,
-        Home::new().await,
+        TestStore::new().await,
     );
     let tar = layer("a", 1, 5000);
     registry.push("r", "v", &[(&tar, Pack::Gzip)]);
-    store.push("r", "v", &[(&tar, Pack::Gzip)]);
+    other.push("r", "v", &[(&tar, Pack::Gzip)]);
     registry.faults(Faults {
         basic: Some("user:pass".into()),
-        redirect: Some(format!("http://{}", store.address)),
+        redirect: Some(format!("http://{}", other.address)),
         ..Faults::default()
     });
-    home.images
+    store
+        .images
         .pull(&registry.name("r:v"), auth("user", "pass"), None)
         .await
         .unwrap();
-    let there = store.take_requests();
+    let there = other.take_requests();
     assert!(
         there.len() >= 2 && there.iter().all(|r| r.authorization.is_none()),
         "{there:?}"
@@ -476,16 +482,16 @@ async fn remove_works_on_full_disk() {
 
 #[tokio::test]
 async fn partial_downloads_are_bounded_listed_and_reclaimed() {
-    let home = Home::new().await;
-    let ingest = home.dir.path().join("images/ingest");
+    let store = TestStore::new().await;
+    let ingest = store.dir.path().join("images/ingest");
     let write =
         |n: u8| std::fs::write(ingest.join(format!("{n}.partial")), vec![n; 64 << 10]).unwrap();
     (0..4).for_each(write);
-    let info = home.images.fs_info().await.unwrap();
+    let info = store.images.fs_info().await.unwrap();
     assert!(info.used_bytes >= 4 * (64 << 10), "{info:?}");
-    home.images.reclaim_partials().await.unwrap();
-    assert_eq!(home.files("ingest").len(), 4, "below the limit");
-    let Home { dir, images } = home;
+    store.images.reclaim_partials().await.unwrap();
+    assert_eq!(store.files("ingest").len(), 4, "below the limit");
+    let TestStore { dir, images } = store;
     drop(images);
     let options = RegistryOptions {
         max_partial_bytes: 128 << 10,
@@ -495,16 +501,16 @@ async fn partial_downloads_are_bounded_listed_and_reclaimed() {
         .await
         .unwrap();
     images.reclaim_partials().await.unwrap();
-    let home = Home { dir, images };
-    assert_eq!(home.files("ingest").len(), 2, "above the limit");
-    home.images.remove("none").await.unwrap();
-    assert!(home.files("ingest").is_empty(), "a removal needs space");
+    let store = TestStore { dir, images };
+    assert_eq!(store.files("ingest").len(), 2, "above the limit");
+    store.images.remove("none").await.unwrap();
+    assert!(store.files("ingest").is_empty(), "a removal needs space");
 }
 
 /// Pulls that wait for their registries hold nothing that another pull needs.
 #[tokio::test]
 async fn slow_registries_do_not_delay_other_pulls() {
-    let (fast, home) = setup().await;
+    let (fast, store) = setup().await;
     fast.push("r", "v", &[(&layer("fast", 1, 50_000), Pack::Gzip)]);
     let mut slow = Vec::new();
     for seed in 0..4 {
@@ -522,7 +528,7 @@ async fn slow_registries_do_not_delay_other_pulls() {
             drip_ms: 20,
             ..Faults::default()
         });
-        let (images, name) = (home.images.clone(), registry.name("r:v"));
+        let (images, name) = (store.images.clone(), registry.name("r:v"));
         let pull = tokio::spawn(async move { images.pull(&name, None, None).await });
         slow.push((registry, pushed, pull));
     }
@@ -540,7 +546,7 @@ async fn slow_registries_do_not_delay_other_pulls() {
     tokio::time::timeout(limit, all)
         .await
         .expect("all twelve layers are requested");
-    tokio::time::timeout(limit, home.pull(&fast.name("r:v")))
+    tokio::time::timeout(limit, store.pull(&fast.name("r:v")))
         .await
         .expect("the fast pull ends")
         .unwrap();
@@ -552,23 +558,23 @@ async fn slow_registries_do_not_delay_other_pulls() {
 
 #[tokio::test]
 async fn slow_host_is_left_for_the_next() {
-    let (mirror, upstream, home) = (
+    let (mirror, upstream, store) = (
         Registry::start().await,
         Registry::start().await,
-        Home::new().await,
+        TestStore::new().await,
     );
     let tar = layer("a", 1, 50_000);
     for registry in [&mirror, &upstream] {
         registry.push("x/r", "1", &[(&tar, Pack::Plain)]);
     }
-    home.hosts(
+    store.hosts(
         "reg.example",
         &format!(
             "server = 'http://{}'\n[host.'http://{}']\n",
             upstream.address, mirror.address
         ),
     );
-    let Home { dir, images } = home;
+    let TestStore { dir, images } = store;
     drop(images);
     let options = RegistryOptions {
         stall_timeout: std::time::Duration::from_millis(500),
@@ -597,9 +603,9 @@ async fn slow_host_is_left_for_the_next() {
 
 #[tokio::test]
 async fn pull_ends_at_its_time_limit() {
-    let (registry, home) = setup().await;
+    let (registry, store) = setup().await;
     registry.push("r", "v", &[(&layer("a", 1, 50_000), Pack::Plain)]);
-    let Home { dir, images } = home;
+    let TestStore { dir, images } = store;
     drop(images);
     let limited = RegistryOptions {
         min_bytes_per_second: 0,
@@ -624,6 +630,6 @@ async fn pull_ends_at_its_time_limit() {
         error.report()
     );
     images.wait_idle().await;
-    let home = Home { dir, images };
-    assert_eq!(home.files("ingest").len(), 1, "kept for a retry");
+    let store = TestStore { dir, images };
+    assert_eq!(store.files("ingest").len(), 1, "kept for a retry");
 }

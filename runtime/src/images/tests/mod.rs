@@ -32,7 +32,7 @@ fn layer(name: &str, seed: u64, size: usize) -> Vec<u8> {
 }
 
 /// A store in a temporary directory.
-struct Home {
+struct TestStore {
     dir: tempfile::TempDir,
     images: ImageManager,
 }
@@ -44,7 +44,7 @@ fn options(dir: &Path) -> RegistryOptions {
     }
 }
 
-impl Home {
+impl TestStore {
     async fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let images = ImageManager::open(&dir.path().join("images"), options(dir.path()))
@@ -95,8 +95,8 @@ impl Home {
 }
 
 /// Starts a registry and opens an empty store.
-async fn setup() -> (Registry, Home) {
-    (Registry::start().await, Home::new().await)
+async fn setup() -> (Registry, TestStore) {
+    (Registry::start().await, TestStore::new().await)
 }
 
 fn auth(username: &str, password: &str) -> Option<RegistryAuth> {
@@ -109,7 +109,7 @@ fn auth(username: &str, password: &str) -> Option<RegistryAuth> {
 
 #[tokio::test]
 async fn pull_stores_image_and_remove_deletes_it() {
-    let (registry, home) = setup().await;
+    let (registry, store) = setup().await;
     let layers = [
         layer("a", 1, 100_000),
         layer("b", 2, 70_000),
@@ -126,7 +126,7 @@ async fn pull_stores_image_and_remove_deletes_it() {
         });
         let reference = registry.name(&format!("{repository}:v1"));
         let (sender, receiver) = tokio::sync::watch::channel(PullProgress::default());
-        let record = home
+        let record = store
             .images
             .pull(&reference, None, Some(sender))
             .await
@@ -142,7 +142,7 @@ async fn pull_stores_image_and_remove_deletes_it() {
             (config.cmd().clone().unwrap(), record.pinned),
             (vec!["sh".to_owned()], false)
         );
-        let files = home.images.layers(&record.id).unwrap();
+        let files = store.images.layers(&record.id).unwrap();
         assert_eq!(files.len(), 3);
         assert!(
             record.size_bytes > 180_000
@@ -158,12 +158,12 @@ async fn pull_stores_image_and_remove_deletes_it() {
             &record.id[7..20],
         ] {
             assert_eq!(
-                home.images.status(what).map(|r| r.id),
+                store.images.status(what).map(|r| r.id),
                 Some(record.id.clone()),
                 "{what}"
             );
         }
-        assert!(home.images.status("sha256:").is_none() && home.images.status("").is_none());
+        assert!(store.images.status("sha256:").is_none() && store.images.status("").is_none());
         let progress = receiver.borrow().clone();
         assert!(
             progress.done
@@ -173,46 +173,46 @@ async fn pull_stores_image_and_remove_deletes_it() {
                     .all(|l| l.received_bytes == l.total_bytes)
         );
     }
-    let info = home.images.fs_info().await.unwrap();
+    let info = store.images.fs_info().await.unwrap();
     assert!(
         info.used_bytes > 180_000 && info.inodes_used > 8,
         "{info:?}"
     );
     assert_eq!(
-        home.files("layers/sha256").len(),
+        store.files("layers/sha256").len(),
         3,
         "both images have the same layers"
     );
-    for record in home.images.list() {
-        assert!(home.images.remove(&record.id).await.unwrap());
+    for record in store.images.list() {
+        assert!(store.images.remove(&record.id).await.unwrap());
         assert!(
-            !home.images.remove(&record.id).await.unwrap(),
+            !store.images.remove(&record.id).await.unwrap(),
             "removing twice succeeds"
         );
     }
-    home.assert_empty().await;
+    store.assert_empty().await;
 }
 
 #[tokio::test]
 async fn pulled_image_survives_restart_and_is_not_downloaded_again() {
-    let (registry, home) = setup().await;
+    let (registry, store) = setup().await;
     let tar = layer("a", 1, 50_000);
     let pushed = registry.push("r", "v1", &[(&tar, Pack::Gzip), (&tar, Pack::Gzip)]);
     let reference = registry.name("r:v1");
-    let first = home.pull(&reference).await.unwrap();
+    let first = store.pull(&reference).await.unwrap();
     assert_eq!(
-        home.images.layers(&first.id).unwrap().len(),
+        store.images.layers(&first.id).unwrap().len(),
         2,
         "the same layer twice is two layers"
     );
-    let home = home.reopened().await;
-    let again = home.images.status(&reference).unwrap();
+    let store = store.reopened().await;
+    let again = store.images.status(&reference).unwrap();
     assert_eq!(
         (again.id, again.repo_digests, again.size_bytes),
         (first.id, first.repo_digests, first.size_bytes)
     );
     registry.take_requests();
-    home.pull(&reference).await.unwrap();
+    store.pull(&reference).await.unwrap();
     let paths: Vec<String> = registry
         .take_requests()
         .into_iter()
@@ -226,7 +226,7 @@ async fn pulled_image_survives_restart_and_is_not_downloaded_again() {
 
 #[tokio::test]
 async fn open_drops_damaged_images_only() {
-    let (registry, home) = setup().await;
+    let (registry, store) = setup().await;
     let kept = layer("kept", 1, 5000);
     registry.push("kept", "v", &[(&kept, Pack::Gzip)]);
     registry.push(
@@ -234,17 +234,17 @@ async fn open_drops_damaged_images_only() {
         "v",
         &[(&kept, Pack::Gzip), (&layer("lost", 2, 5000), Pack::Gzip)],
     );
-    home.pull(&registry.name("kept:v")).await.unwrap();
-    let lost = home.pull(&registry.name("lost:v")).await.unwrap();
-    std::fs::remove_file(&home.images.layers(&lost.id).unwrap()[1].path).unwrap();
-    std::fs::write(home.dir.path().join("images/ingest/layer-leftover"), b"x").unwrap();
+    store.pull(&registry.name("kept:v")).await.unwrap();
+    let lost = store.pull(&registry.name("lost:v")).await.unwrap();
+    std::fs::remove_file(&store.images.layers(&lost.id).unwrap()[1].path).unwrap();
+    std::fs::write(store.dir.path().join("images/ingest/layer-leftover"), b"x").unwrap();
     std::fs::write(
-        home.dir.path().join("images/layers/sha256/stray.erofs"),
+        store.dir.path().join("images/layers/sha256/stray.erofs"),
         b"x",
     )
     .unwrap();
-    let home = home.reopened().await;
-    let left: Vec<String> = home
+    let store = store.reopened().await;
+    let left: Vec<String> = store
         .images
         .list()
         .into_iter()
@@ -253,15 +253,15 @@ async fn open_drops_damaged_images_only() {
     assert_eq!(left, [registry.name("kept:v")]);
     assert_eq!(
         (
-            home.files("ingest").len(),
-            home.files("layers/sha256").len()
+            store.files("ingest").len(),
+            store.files("layers/sha256").len()
         ),
         (0, 1)
     );
-    home.pull(&registry.name("lost:v")).await.unwrap();
+    store.pull(&registry.name("lost:v")).await.unwrap();
 
     let second =
-        ImageManager::open(&home.dir.path().join("images"), options(home.dir.path())).await;
+        ImageManager::open(&store.dir.path().join("images"), options(store.dir.path())).await;
     assert_eq!(
         second.expect_err("one process at a time").kind(),
         ImageErrorKind::Config
@@ -281,46 +281,46 @@ async fn damaged_index_is_rebuilt() {
         ("gone", |path| std::fs::remove_file(path).unwrap()),
     ];
     for (name, damage) in cases {
-        let (registry, mut home) = setup().await;
+        let (registry, mut store) = setup().await;
         let tar = layer("a", 1, 5000);
         let pushed = registry.push("r", "v", &[(&tar, Pack::Gzip)]);
         registry.push("q", "v", &[(&layer("b", 2, 5000), Pack::Gzip)]);
-        home.pull(&registry.name("r:v")).await.unwrap();
-        home.pull(&registry.name("q:v")).await.unwrap();
-        let names = |home: &Home| -> Vec<(String, Vec<String>)> {
-            let images = home.images.list().into_iter();
+        store.pull(&registry.name("r:v")).await.unwrap();
+        store.pull(&registry.name("q:v")).await.unwrap();
+        let names = |store: &TestStore| -> Vec<(String, Vec<String>)> {
+            let images = store.images.list().into_iter();
             images.map(|image| (image.id, image.repo_tags)).collect()
         };
-        let expected = names(&home);
-        let index = home.dir.path().join("images/index.json");
+        let expected = names(&store);
+        let index = store.dir.path().join("images/index.json");
         damage(&index);
-        home = home.reopened().await;
-        assert_eq!(names(&home), expected, "{name}");
-        assert_eq!(home.images.quarantined(), 1, "{name}");
-        home = home.reopened().await;
-        assert_eq!(home.images.quarantined(), 0, "{name}: it is repaired");
+        store = store.reopened().await;
+        assert_eq!(names(&store), expected, "{name}");
+        assert_eq!(store.images.quarantined(), 1, "{name}");
+        store = store.reopened().await;
+        assert_eq!(store.images.quarantined(), 0, "{name}: it is repaired");
 
         // Without its copy only the names are lost.
         damage(&index);
         damage(&index.with_file_name("index.backup.json"));
-        home = home.reopened().await;
+        store = store.reopened().await;
         let nameless: Vec<_> = expected
             .iter()
             .map(|(id, _)| (id.clone(), Vec::new()))
             .collect();
-        assert_eq!(names(&home), nameless, "{name}");
+        assert_eq!(names(&store), nameless, "{name}");
         registry.take_requests();
-        home.pull(&registry.name("r:v")).await.unwrap();
+        store.pull(&registry.name("r:v")).await.unwrap();
         assert!(registry.take_ranges(&pushed.blobs[0]).is_empty(), "{name}");
-        assert!(home.images.status(&registry.name("r:v")).is_some());
+        assert!(store.images.status(&registry.name("r:v")).is_some());
     }
     // A newer store is not touched.
-    let (registry, home) = setup().await;
+    let (registry, store) = setup().await;
     registry.push("r", "v", &[(&layer("a", 1, 10), Pack::Gzip)]);
-    home.pull(&registry.name("r:v")).await.unwrap();
-    let index = home.dir.path().join("images/index.json");
+    store.pull(&registry.name("r:v")).await.unwrap();
+    let index = store.dir.path().join("images/index.json");
     std::fs::write(&index, r#"{"version": 2, "images": {"new": "form"}}"#).unwrap();
-    let Home { dir, images } = home;
+    let TestStore { dir, images } = store;
     drop(images);
     let error = ImageManager::open(&dir.path().join("images"), options(dir.path()))
         .await
@@ -331,76 +331,77 @@ async fn damaged_index_is_rebuilt() {
 
 #[tokio::test]
 async fn tags_move_and_held_images_are_kept() {
-    let (registry, home) = setup().await;
+    let (registry, store) = setup().await;
     let shared = layer("shared", 1, 5000);
     registry.push(
         "r",
         "latest",
         &[(&shared, Pack::Gzip), (&layer("old", 2, 10), Pack::Gzip)],
     );
-    let old = home.pull(&registry.name("r")).await.unwrap();
+    let old = store.pull(&registry.name("r")).await.unwrap();
     registry.push(
         "r",
         "latest",
         &[(&shared, Pack::Gzip), (&layer("new", 3, 10), Pack::Gzip)],
     );
-    let new = home.pull(&registry.name("r")).await.unwrap();
+    let new = store.pull(&registry.name("r")).await.unwrap();
     assert_ne!(old.id, new.id);
-    let left = home.images.status(&old.id).unwrap();
+    let left = store.images.status(&old.id).unwrap();
     assert_eq!((left.repo_tags.len(), left.repo_digests.len()), (0, 1));
     assert_eq!(
-        home.images.status(&registry.name("r:latest")).unwrap().id,
+        store.images.status(&registry.name("r:latest")).unwrap().id,
         new.id
     );
 
-    home.images.hold(&old.id, "box-1").unwrap();
-    home.images.hold(&old.id, "box-2").unwrap();
-    let error = home.images.remove(&old.id).await.unwrap_err();
+    store.images.hold(&old.id, "box-1").unwrap();
+    store.images.hold(&old.id, "box-2").unwrap();
+    let error = store.images.remove(&old.id).await.unwrap_err();
     assert!(
         matches!(&error, ImageError::InUse { holders, .. } if *holders == ["box-1", "box-2"]),
         "{error}"
     );
     assert!(error.to_string().contains("box-1, box-2"), "{error}");
-    home.images.release(&old.id, "box-1");
-    assert!(home.images.remove(&old.id).await.is_err());
-    home.images.release(&old.id, "box-2");
-    assert!(home.images.remove(&old.id).await.unwrap());
+    store.images.release(&old.id, "box-1");
+    assert!(store.images.remove(&old.id).await.is_err());
+    store.images.release(&old.id, "box-2");
+    assert!(store.images.remove(&old.id).await.unwrap());
     assert_eq!(
-        home.files("layers/sha256").len(),
+        store.files("layers/sha256").len(),
         2,
         "the shared layer is kept"
     );
     assert_eq!(
-        home.images.hold(&old.id, "box-3").unwrap_err().kind(),
+        store.images.hold(&old.id, "box-3").unwrap_err().kind(),
         ImageErrorKind::NotFound
     );
     assert!(
-        home.images
+        store
+            .images
             .remove(&registry.name("r:latest"))
             .await
             .unwrap()
     );
-    home.assert_empty().await;
+    store.assert_empty().await;
 }
 
 #[tokio::test]
 async fn pull_tries_mirrors_before_registry() {
-    let (mirror, upstream, home) = (
+    let (mirror, upstream, store) = (
         Registry::start().await,
         Registry::start().await,
-        Home::new().await,
+        TestStore::new().await,
     );
     let tar = layer("a", 1, 5000);
     mirror.push("x/both", "1", &[(&tar, Pack::Gzip)]);
     upstream.push("x/up", "1", &[(&tar, Pack::Gzip)]);
-    home.hosts(
+    store.hosts(
         "reg.example",
         &format!(
             "server = 'http://{}'\n[host.'http://{}']\n[host.'http://{}'.header]\nx-key = 'k'\n",
             upstream.address, mirror.address, mirror.address
         ),
     );
-    let record = home.pull("reg.example/x/both:1").await.unwrap();
+    let record = store.pull("reg.example/x/both:1").await.unwrap();
     assert_eq!(record.repo_tags, ["reg.example/x/both:1"]);
     assert!(upstream.take_requests().is_empty());
     let asked = mirror.take_requests();
@@ -410,12 +411,12 @@ async fn pull_tries_mirrors_before_registry() {
             .all(|r| r.path.ends_with("?ns=reg.example") && r.key.as_deref() == Some("k")),
         "{asked:?}"
     );
-    home.pull("reg.example/x/up:1").await.unwrap();
+    store.pull("reg.example/x/up:1").await.unwrap();
     assert!(
         upstream.take_requests().iter().all(|r| r.key.is_none()),
         "headers of a mirror are sent to that mirror only"
     );
-    let error = home.pull("reg.example/x/none:1").await.unwrap_err();
+    let error = store.pull("reg.example/x/none:1").await.unwrap_err();
     assert_eq!(error.kind(), ImageErrorKind::NotFound);
     let text = error.report();
     for part in [
@@ -425,7 +426,7 @@ async fn pull_tries_mirrors_before_registry() {
     ] {
         assert!(text.contains(part), "{text}");
     }
-    let gone = home.pull("reg.example/x/both@sha256:1").await.unwrap_err();
+    let gone = store.pull("reg.example/x/both@sha256:1").await.unwrap_err();
     assert_eq!(gone.kind(), ImageErrorKind::InvalidReference);
 }
 
@@ -435,8 +436,8 @@ async fn pull_future_is_send() {
     fn sendable<T: Send>(value: T) -> T {
         value
     }
-    let home = Home::new().await;
-    let images = Arc::new(home.images.clone());
+    let store = TestStore::new().await;
+    let images = Arc::new(store.images.clone());
     let error = tokio::spawn(sendable(async move {
         images.pull("127.0.0.1:1/x", None, None).await
     }))
@@ -447,12 +448,12 @@ async fn pull_future_is_send() {
 
 #[tokio::test]
 async fn overlay_layers_are_distinct_and_never_empty() {
-    let (registry, home) = setup().await;
+    let (registry, store) = setup().await;
     let (a, b) = (layer("x", 1, 10), layer("x", 2, 10));
     let packs = [&a, &b, &a, &b, &b].map(|tar| (tar.as_slice(), Pack::Gzip));
     registry.push("twice", "v", &packs);
-    let twice = home.pull(&registry.name("twice:v")).await.unwrap();
-    let stack: Vec<String> = home
+    let twice = store.pull(&registry.name("twice:v")).await.unwrap();
+    let stack: Vec<String> = store
         .images
         .overlay_layers(&twice.id)
         .unwrap()
@@ -463,12 +464,12 @@ async fn overlay_layers_are_distinct_and_never_empty() {
     assert_eq!(stack, [id(&a), id(&b)], "the topmost repeat counts");
 
     registry.push("none", "v", &[]);
-    let none = home.pull(&registry.name("none:v")).await.unwrap();
-    let empty = home.images.overlay_layers(&none.id).unwrap();
+    let none = store.pull(&registry.name("none:v")).await.unwrap();
+    let empty = store.images.overlay_layers(&none.id).unwrap();
     assert_eq!(empty.len(), 1);
     let magic = &std::fs::read(&empty[0].path).unwrap()[1024..1028];
     assert_eq!(magic, 0xE0F5_E1E2u32.to_le_bytes(), "an EROFS image");
-    let home = home.reopened().await;
-    home.images.remove(&none.id).await.unwrap();
+    let store = store.reopened().await;
+    store.images.remove(&none.id).await.unwrap();
     assert!(empty[0].path.is_file(), "the empty layer is not collected");
 }

@@ -9,7 +9,7 @@ use super::*;
 
 #[tokio::test]
 async fn concurrent_pulls_download_once() {
-    let (registry, home) = setup().await;
+    let (registry, store) = setup().await;
     let shared = layer("shared", 1, 100_000);
     let pushed: Vec<_> = (0..6)
         .map(|n| {
@@ -28,7 +28,10 @@ async fn concurrent_pulls_download_once() {
         ..Faults::default()
     });
     let pulls = (0..12).map(|n| {
-        let (images, reference) = (home.images.clone(), registry.name(&format!("r:v{}", n % 6)));
+        let (images, reference) = (
+            store.images.clone(),
+            registry.name(&format!("r:v{}", n % 6)),
+        );
         async move { images.pull(&reference, None, None).await }
     });
     for outcome in join_all(pulls).await {
@@ -45,12 +48,12 @@ async fn concurrent_pulls_download_once() {
             "{blob}"
         );
     }
-    assert_eq!(home.images.list().len(), 6);
+    assert_eq!(store.images.list().len(), 6);
 }
 
 #[tokio::test]
 async fn dropped_pull_is_resumed_after_restart() {
-    let (registry, home) = setup().await;
+    let (registry, store) = setup().await;
     let tar = layer("a", 1, 3 << 20);
     let pushed = registry.push("r", "v", &[(&tar, Pack::Gzip)]);
     let size = packed(&tar, Pack::Gzip).len() as u64;
@@ -61,7 +64,7 @@ async fn dropped_pull_is_resumed_after_restart() {
     });
     let (sender, mut progress) = tokio::sync::watch::channel(PullProgress::default());
     let reference = registry.name("r:v");
-    let pull = home.images.pull(&reference, None, Some(sender));
+    let pull = store.images.pull(&reference, None, Some(sender));
     let given_up = async {
         while progress
             .borrow_and_update()
@@ -77,13 +80,13 @@ async fn dropped_pull_is_resumed_after_restart() {
         () = given_up => {}
         outcome = pull => panic!("the pull ended first: {outcome:?}"),
     }
-    home.images.wait_idle().await;
-    let left = home.files("ingest");
+    store.images.wait_idle().await;
+    let left = store.files("ingest");
     assert!(left.len() == 1 && left[0].ends_with(".partial"), "{left:?}");
     // A restarted daemon resumes the download.
-    let home = home.reopened().await;
+    let store = store.reopened().await;
     registry.take_requests();
-    home.pull(&registry.name("r:v")).await.unwrap();
+    store.pull(&registry.name("r:v")).await.unwrap();
     let ranges = registry.take_ranges(&pushed.blobs[0]);
     assert_eq!(ranges, [Some(1 << 20)]);
     // Both pulls fetched the config too.
@@ -92,12 +95,12 @@ async fn dropped_pull_is_resumed_after_restart() {
         "nothing is downloaded twice: {} of {size}",
         registry.sent()
     );
-    assert!(home.files("ingest").is_empty());
+    assert!(store.files("ingest").is_empty());
 }
 
 #[tokio::test]
 async fn damaged_partial_download_is_restarted() {
-    let (registry, home) = setup().await;
+    let (registry, store) = setup().await;
     let tar = layer("a", 1, 300_000);
     let pushed = registry.push("r", "v", &[(&tar, Pack::Gzip)]);
     let name = format!(
@@ -105,19 +108,19 @@ async fn damaged_partial_download_is_restarted() {
         &pushed.blobs[0][7..],
         Digest::of(&tar).hex()
     );
-    let partial = home.dir.path().join("images/ingest").join(name);
+    let partial = store.dir.path().join("images/ingest").join(name);
     for damage in [vec![0; 100_000], vec![1; 5 << 20], Vec::new()] {
         std::fs::write(&partial, &damage).unwrap();
-        let record = home.pull(&registry.name("r:v")).await.unwrap();
+        let record = store.pull(&registry.name("r:v")).await.unwrap();
         assert!(!partial.exists());
-        home.images.remove(&record.id).await.unwrap();
+        store.images.remove(&record.id).await.unwrap();
     }
-    home.assert_empty().await;
+    store.assert_empty().await;
 }
 
 #[tokio::test]
 async fn failed_credentials_do_not_affect_other_pull() {
-    let (registry, home) = setup().await;
+    let (registry, store) = setup().await;
     registry.push("r", "v", &[(&layer("a", 1, 50_000), Pack::Gzip)]);
     registry.faults(Faults {
         delay_ms: 100,
@@ -126,8 +129,8 @@ async fn failed_credentials_do_not_affect_other_pull() {
     });
     let reference = registry.name("r:v");
     let (bad, good) = tokio::join!(
-        home.images.pull(&reference, auth("u", "wrong"), None),
-        home.images.pull(&reference, auth("u", "p"), None)
+        store.images.pull(&reference, auth("u", "wrong"), None),
+        store.images.pull(&reference, auth("u", "p"), None)
     );
     assert_eq!(bad.unwrap_err().kind(), ImageErrorKind::Unauthorized);
     good.unwrap();
@@ -135,7 +138,7 @@ async fn failed_credentials_do_not_affect_other_pull() {
 
 #[tokio::test]
 async fn remove_during_pull_keeps_shared_layers() {
-    let (registry, home) = setup().await;
+    let (registry, store) = setup().await;
     let shared = layer("shared", 1, 50_000);
     registry.push("a", "v", &[(&shared, Pack::Gzip)]);
     registry.push(
@@ -148,24 +151,25 @@ async fn remove_during_pull_keeps_shared_layers() {
         ..Faults::default()
     });
     for _ in 0..15 {
-        home.pull(&registry.name("a:v")).await.unwrap();
+        store.pull(&registry.name("a:v")).await.unwrap();
         let (a, b) = (registry.name("a:v"), registry.name("b:v"));
         let remove = async {
             tokio::time::sleep(Duration::from_millis(3)).await;
-            home.images.remove(&a).await
+            store.images.remove(&a).await
         };
-        let (pulled, removed) = tokio::join!(home.pull(&b), remove);
+        let (pulled, removed) = tokio::join!(store.pull(&b), remove);
         removed.unwrap();
         let pulled = pulled.unwrap();
         assert!(
-            home.images
+            store
+                .images
                 .layers(&pulled.id)
                 .unwrap()
                 .iter()
                 .all(|l| l.path.exists())
         );
-        home.images.remove(&pulled.id).await.unwrap();
-        home.assert_empty().await;
+        store.images.remove(&pulled.id).await.unwrap();
+        store.assert_empty().await;
     }
 }
 
@@ -174,7 +178,7 @@ async fn remove_during_pull_keeps_shared_layers() {
 async fn dropped_pull_ends_its_conversion() {
     const FRAME_BYTES: usize = 64 << 20;
     const FRAMES: u64 = 512;
-    let (registry, home) = setup().await;
+    let (registry, store) = setup().await;
     let mut header = ::tar::Header::new_gnu();
     header.set_path("zeros").unwrap();
     header.set_mode(0o644);
@@ -186,7 +190,7 @@ async fn dropped_pull_ends_its_conversion() {
         bomb.extend_from_slice(&zeros);
     }
     registry.push("r", "v", &[(&bomb, Pack::Plain)]);
-    let (images, name) = (home.images.clone(), registry.name("r:v"));
+    let (images, name) = (store.images.clone(), registry.name("r:v"));
     let (sender, mut progress) = tokio::sync::watch::channel(PullProgress::default());
     let pull = tokio::spawn(async move { images.pull(&name, None, Some(sender)).await });
     let arrived = progress.wait_for(|p| {
@@ -198,13 +202,13 @@ async fn dropped_pull_ends_its_conversion() {
     pull.abort();
     assert!(pull.await.unwrap_err().is_cancelled());
     let began = std::time::Instant::now();
-    home.images.wait_idle().await;
+    store.images.wait_idle().await;
     assert!(
         began.elapsed() < std::time::Duration::from_secs(2),
         "{:?}",
         began.elapsed()
     );
-    let left = home.files("ingest");
+    let left = store.files("ingest");
     assert!(
         left.iter().all(|name| name.ends_with(".partial")),
         "only the download is kept: {left:?}"
