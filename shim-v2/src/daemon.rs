@@ -106,7 +106,8 @@ struct Prepared {
 /// Prepares the process while it is single-threaded.
 fn prepare(flags: &Flags) -> Result<Prepared, DaemonError> {
     let level = if flags.debug { "debug" } else { "info" };
-    let log = ShimLog::of_stderr().map_err(DaemonError::step("open the log"))?;
+    let log = ShimLog::of_stderr(&format!("{}/{}", flags.namespace, flags.id))
+        .map_err(DaemonError::step("open the log"))?;
     tracing_subscriber::fmt()
         .with_writer(log)
         .with_env_filter(tracing_subscriber::EnvFilter::new(format!(

@@ -23,6 +23,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(limits_and_annotations_apply, 120),
         case!(host_network_is_reachable, 90),
         case!(limits_change_while_running, 90),
+        case!(second_writer_is_logged_or_refused, 150),
         case!(input_ends_with_the_client, 60),
         case!(terminal_is_resized, 60),
         case!(shim_serves_as_sandboxer, 150)
@@ -268,6 +269,59 @@ async fn limits_change_while_running(ctx: Context) -> Result {
         "the container's limits"
     );
     pod.end().await
+}
+
+/// Tests CloseIO, as `kubectl exec -i` causes it.
+/// Tests `pod.shared_volume_writers` with both values.
+async fn second_writer_is_logged_or_refused(ctx: Context) -> Result {
+    let volume = ctx.scratch.join("ctd-shared");
+    std::fs::create_dir_all(&volume)?;
+    let config = || {
+        let mut config = container_spec("c", super::IMAGE, &["sleep", "600"]);
+        config.mounts = vec![Mount {
+            host_path: volume.display().to_string(),
+            container_path: "/v".into(),
+            ..Default::default()
+        }];
+        config
+    };
+    let name = volume.display().to_string();
+    let shared = node(&ctx.shared)?;
+    let first = Pod::run(&shared, "writer-a").await?;
+    first.start_with(config()).await?;
+    let second = Pod::run(&shared, "writer-b").await?;
+    second.start_with(config()).await?;
+    poll::until("containerd logs the warning", ctx.patience(10), || async {
+        let log = std::fs::read_to_string(ctx.shared.log())?;
+        let warned = |line: &str| line.contains("file locks do not reach") && line.contains(&name);
+        ensure!(log.lines().any(warned), "no warning that names {name}");
+        Ok(())
+    })
+    .await?;
+    second.end().await?;
+    let daemon = ctx
+        .dedicated_daemon("wr", |options| {
+            options.shim = "pod.shared_volume_writers = \"refuse\"".into()
+        })
+        .await?;
+    // The first pod is one of another containerd on this node.
+    let refusing = node(&daemon)?;
+    let third = Pod::run(&refusing, "writer-c").await?;
+    let Err(refusal) = third.start_with(config()).await else {
+        crate::bail!("a second pod writes to {name}")
+    };
+    ensure!(
+        refusal.0.contains(&name) && refusal.0.contains(&first.id),
+        "{}",
+        refusal.0
+    );
+    first.end().await?;
+    let mut config = config();
+    if let Some(metadata) = &mut config.metadata {
+        metadata.name = "again".into();
+    }
+    third.start_with(config).await?;
+    third.end().await
 }
 
 /// Tests CloseIO, as `kubectl exec -i` causes it.

@@ -7,11 +7,13 @@
 //! ```
 //!
 //! The guest buffers output until it is acknowledged, and blocks the process when the buffer is full: a stalled or full disk
-//! loses no output and does not delay other containers. [`cri`] implements the CRI format. [`shim_log`] is the shim's own log.
+//! loses no output and does not delay other containers. [`cri`] implements the CRI format. [`shim_log`] is the shim's own log;
+//! [`manager_log`] copies its warnings to containerd's.
 
 pub mod cri;
 pub mod file;
 pub mod input;
+mod manager_log;
 pub mod program;
 pub mod pump;
 pub mod shim_log;

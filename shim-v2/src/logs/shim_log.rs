@@ -1,8 +1,10 @@
 //! [`ShimLog`]: the shim's own log, `shim.log` in the bundle, bounded in size and rate.
 //!
 //! Standard error is that file. Messages may have values of the guest, which is hostile: they are escaped, a flood is cut, and a
-//! full file becomes `shim.log.1`, which replaces the previous one. Container logs are in `pump`; nothing here waits.
+//! full file becomes `shim.log.1`, which replaces the previous one. Warnings go to containerd's log, too ([`ManagerLog`]).
+//! Container logs are in `pump`; nothing here waits.
 
+use super::manager_log::ManagerLog;
 use boxlite_proto::names::{OLD_SHIM_LOG, SHIM_LOG};
 use boxlite_sys::log_line::escape_line;
 use boxlite_sys::sync::Mutex;
@@ -12,6 +14,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tracing::{Level, Metadata};
 use tracing_subscriber::fmt::MakeWriter;
 
 /// Size at which the file is rotated. A pod's life takes some KiB.
@@ -33,44 +36,56 @@ struct State {
     redirect: fn(&File) -> io::Result<()>,
     bytes: u64,
     bucket: Bucket,
+    manager: ManagerLog,
 }
 
 impl ShimLog {
-    /// Creates the log for this process' standard error.
+    /// Creates the log for this process' standard error. Lines in containerd's log are attributed to `subject`.
     ///
     /// # Errors
     /// Standard error or the bundle cannot be accessed.
-    pub fn of_stderr() -> io::Result<Self> {
+    pub fn of_stderr(subject: &str) -> io::Result<Self> {
         use std::os::fd::AsFd;
         let file = File::from(io::stderr().as_fd().try_clone_to_owned()?);
-        let path = std::env::current_dir()?.join(SHIM_LOG);
+        let bundle = std::env::current_dir()?;
         let redirect = |file: &File| nix::unistd::dup2_stderr(file).map_err(io::Error::from);
-        Self::new(file, &path, redirect)
+        Self::new(file, &bundle, redirect, subject)
     }
 
-    fn new(file: File, path: &Path, redirect: fn(&File) -> io::Result<()>) -> io::Result<Self> {
+    fn new(
+        file: File,
+        bundle: &Path,
+        redirect: fn(&File) -> io::Result<()>,
+        subject: &str,
+    ) -> io::Result<Self> {
         let meta = file.metadata()?;
-        let same = std::fs::symlink_metadata(path)
+        let path = bundle.join(SHIM_LOG);
+        let same = std::fs::symlink_metadata(&path)
             .is_ok_and(|named| (named.dev(), named.ino()) == (meta.dev(), meta.ino()));
         Ok(Self(Arc::new(Mutex::new(State {
             file,
-            path: same.then(|| path.to_owned()),
+            path: same.then_some(path),
             redirect,
             bytes: meta.len(),
             bucket: Bucket::new(Instant::now()),
+            manager: ManagerLog::new(bundle, subject),
         }))))
     }
 }
 
 impl State {
-    fn event(&mut self, event: &[u8], now: Instant) -> io::Result<()> {
+    fn event(&mut self, event: &[u8], for_manager: bool, now: Instant) -> io::Result<()> {
         let Some(suppressed) = self.bucket.take(now) else {
             return Ok(());
         };
         if suppressed > 0 {
             self.line(format!(" WARN {suppressed} messages suppressed: too many\n").as_bytes())?;
         }
-        self.line(&escape_line(event))
+        let line = escape_line(event);
+        if for_manager {
+            self.manager.send(&line);
+        }
+        self.line(&line)
     }
 
     fn line(&mut self, line: &[u8]) -> io::Result<()> {
@@ -133,11 +148,15 @@ impl Bucket {
 }
 
 /// Writes one event.
-pub struct EventWriter(ShimLog);
+pub struct EventWriter {
+    log: ShimLog,
+    for_manager: bool,
+}
 
 impl Write for EventWriter {
     fn write(&mut self, event: &[u8]) -> io::Result<usize> {
-        self.0.0.lock().event(event, Instant::now())?;
+        let mut state = self.log.0.lock();
+        state.event(event, self.for_manager, Instant::now())?;
         Ok(event.len())
     }
 
@@ -150,7 +169,17 @@ impl<'a> MakeWriter<'a> for ShimLog {
     type Writer = EventWriter;
 
     fn make_writer(&'a self) -> EventWriter {
-        EventWriter(self.clone())
+        EventWriter {
+            log: self.clone(),
+            for_manager: false,
+        }
+    }
+
+    fn make_writer_for(&'a self, event: &Metadata<'_>) -> EventWriter {
+        EventWriter {
+            log: self.clone(),
+            for_manager: *event.level() <= Level::WARN,
+        }
     }
 }
 
@@ -165,7 +194,7 @@ mod tests {
             .create(true)
             .open(&path)
             .expect("a file");
-        let log = ShimLog::new(file, &path, |_| Ok(())).expect("a log");
+        let log = ShimLog::new(file, dir, |_| Ok(()), "ns/a").expect("a log");
         (log, path)
     }
 
@@ -178,7 +207,7 @@ mod tests {
         // Below the limit of the rate; 18 MB in all.
         for n in 0..2000 {
             let now = start + n * Duration::from_millis(100);
-            let written = log.0.lock().event(message.as_bytes(), now);
+            let written = log.0.lock().event(message.as_bytes(), false, now);
             written.expect("written");
         }
         let names: Vec<_> = std::fs::read_dir(dir.path())
@@ -200,7 +229,9 @@ mod tests {
         std::fs::rename(&path, dir.path().join("renamed")).expect("renamed");
         let mut state = log.0.lock();
         state.bytes = MAX_FILE_BYTES;
-        state.event(b"WARN x\n", Instant::now()).expect("written");
+        state
+            .event(b"WARN x\n", false, Instant::now())
+            .expect("written");
         assert_eq!(std::fs::read(&path).expect("the log"), b"WARN x\n");
     }
 
@@ -210,10 +241,12 @@ mod tests {
         let (log, path) = log(dir.path());
         let start = Instant::now();
         for _ in 0..BURST_LINES + 100 {
-            log.0.lock().event(b"WARN x\n", start).expect("written");
+            let mut state = log.0.lock();
+            state.event(b"WARN x\n", false, start).expect("written");
         }
         let later = start + Duration::from_secs(10);
-        log.0.lock().event(b"WARN later\n", later).expect("written");
+        let mut state = log.0.lock();
+        state.event(b"WARN later\n", false, later).expect("written");
         let text = std::fs::read_to_string(path).expect("the log");
         assert_eq!(text.lines().count(), BURST_LINES as usize + 2);
         assert!(
@@ -240,5 +273,26 @@ mod tests {
             text.contains("forged") && !text.contains('\u{1b}'),
             "{text}"
         );
+    }
+
+    #[test]
+    fn warnings_go_to_the_manager() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (log, _) = log(dir.path());
+        let fifo = dir.path().join("log");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).expect("a FIFO");
+        let mut options = OpenOptions::new();
+        options.read(true).write(true);
+        let mut reader = options.open(&fifo).expect("the FIFO");
+        let subscriber = tracing_subscriber::fmt().with_writer(log).finish();
+        tracing::subscriber::with_default(subscriber, || {
+            tracing::info!("shim serving");
+            tracing::warn!(volume = "/srv", "volume is writable in another pod");
+        });
+        let mut buffer = [0; 4096];
+        let count = io::Read::read(&mut reader, &mut buffer).expect("lines");
+        let text = String::from_utf8_lossy(&buffer[..count]);
+        assert_eq!(text.lines().count(), 1, "{text}");
+        assert!(text.contains(" ns/a: ") && text.contains("/srv"), "{text}");
     }
 }
