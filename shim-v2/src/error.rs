@@ -142,10 +142,11 @@ fn boot_code(error: &(dyn std::error::Error + 'static)) -> ttrpc::Code {
 fn guest_code(error: &PortalError) -> ttrpc::Code {
     match error {
         PortalError::Guest { kind, .. } => match kind {
-            GuestErrorKind::NotFound | GuestErrorKind::ExecutableNotFound => ttrpc::Code::NOT_FOUND,
+            GuestErrorKind::NotFound => ttrpc::Code::NOT_FOUND,
             GuestErrorKind::AlreadyExists => ttrpc::Code::ALREADY_EXISTS,
             GuestErrorKind::InvalidArgument
             | GuestErrorKind::UserNotFound
+            | GuestErrorKind::ExecutableNotFound
             | GuestErrorKind::Mount => ttrpc::Code::INVALID_ARGUMENT,
             GuestErrorKind::WrongState | GuestErrorKind::OutputGone => {
                 ttrpc::Code::FAILED_PRECONDITION
@@ -194,6 +195,13 @@ mod tests {
         assert_eq!(full.code(), ttrpc::Code::RESOURCE_EXHAUSTED);
         let guest = ShimError::from(guest(GuestErrorKind::Resources));
         assert_eq!(guest.code(), ttrpc::Code::RESOURCE_EXHAUSTED);
+    }
+
+    /// As at an exec, which does not pass through the shim's service under boxlite-cri.
+    #[test]
+    fn missing_program_is_an_invalid_argument() {
+        let error = ShimError::from(guest(GuestErrorKind::ExecutableNotFound));
+        assert_eq!(error.code(), ttrpc::Code::INVALID_ARGUMENT);
     }
 
     #[test]

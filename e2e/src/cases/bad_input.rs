@@ -1,7 +1,7 @@
 //! Invalid input: the error names the object, partial work is undone, and the daemon remains healthy.
 
 use crate::case;
-use crate::client::answer;
+use crate::client::{answer, status_failure};
 use crate::failure::Result;
 use crate::node::{Node, NodeOptions};
 use crate::pod::{Pod, container_spec, pod_spec};
@@ -317,13 +317,13 @@ async fn missing_program_is_reported_by_name(ctx: Context) -> Result {
         Ok(c) => c.start().await,
         Err(failure) => Err(failure),
     };
-    expect_error(&outcome, &["/no/such/program"])?;
-    let c = pod.start("fine", &ctx.images.base, &["true"]).await?;
-    same!(
-        c.exited(ctx.patience(20)).await?.exit_code,
-        0,
-        "the next container"
-    );
+    let invalid = ["InvalidArgument", "/no/such/program"];
+    expect_error(&outcome, &invalid)?;
+    let c = pod
+        .start("fine", &ctx.images.base, &["sleep", "1000"])
+        .await?;
+    let exec = c.exec_raw(&["/no/such/program"], 0).await;
+    expect_error(&exec.map_err(|s| status_failure(&s)), &invalid)?;
     pod.end().await
 }
 
