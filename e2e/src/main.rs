@@ -3,7 +3,7 @@
 //! Accesses the product by its programs, its CRI socket, its configuration file and the file system, and shares no code with
 //! it: the CRI types are those of the crate k8s-cri. The whole program runs in separate namespaces ([`namespaces`]).
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod bench;
 mod cases;
@@ -24,6 +24,8 @@ mod junit;
 mod leak;
 mod lister;
 mod logs;
+#[allow(unsafe_code)]
+mod mapped_file;
 mod namespaces;
 mod node;
 mod nri;
@@ -122,6 +124,24 @@ enum Command {
         /// File to follow.
         file: PathBuf,
     },
+    /// Prints the first byte of a mapped file when it changes. Runs inside a guest.
+    #[command(hide = true)]
+    MapRead {
+        /// File to map.
+        file: PathBuf,
+    },
+    /// Writes to a mapped file. Runs inside a guest.
+    #[command(hide = true)]
+    MapWrite {
+        /// File to map.
+        file: PathBuf,
+    },
+    /// Fails if a file is locked by flock. Runs inside a guest.
+    #[command(hide = true)]
+    TryLock {
+        /// File to lock.
+        file: PathBuf,
+    },
     /// Serves as an NRI plugin on standard input. Launched by a daemon.
     #[command(hide = true)]
     NriPlugin {
@@ -140,6 +160,9 @@ fn main() -> ExitCode {
         Command::Tree { directory } => lister::run(directory).map(|()| ExitCode::SUCCESS),
         Command::Events { directory } => probe::events(directory).map(|()| ExitCode::SUCCESS),
         Command::Splice { file } => probe::splice(file).map(|()| ExitCode::SUCCESS),
+        Command::MapRead { file } => probe::map_read(file).map(|()| ExitCode::SUCCESS),
+        Command::MapWrite { file } => probe::map_write(file).map(|()| ExitCode::SUCCESS),
+        Command::TryLock { file } => probe::try_lock(file).map(|()| ExitCode::SUCCESS),
         Command::NriPlugin { notes } => nri_plugin(notes).map(|()| ExitCode::SUCCESS),
         Command::Test { list: true, .. } => {
             for case in cases::all() {
@@ -184,6 +207,9 @@ fn run(command: Command) -> failure::Result<ExitCode> {
         Command::Tree { .. }
         | Command::Events { .. }
         | Command::Splice { .. }
+        | Command::MapRead { .. }
+        | Command::MapWrite { .. }
+        | Command::TryLock { .. }
         | Command::NriPlugin { .. } => true,
         Command::Containerd { suite, version } => {
             runtime.block_on(containerd::run(&suite, version))?

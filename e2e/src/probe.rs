@@ -1,8 +1,9 @@
-//! This program inside a guest: [`mounts`] puts it there. `boxlite-e2e events <directory>` and `boxlite-e2e splice <file>`
-//! exist because busybox has neither inotify nor sendfile; both run until they are killed.
+//! This program inside a guest: [`mounts`] puts it there. Its commands `events`, `splice`, `map-read`, `map-write` and
+//! `try-lock` exist because Debian's busybox has no such applets. The first three run until they are killed.
 
 use crate::failure::Result;
 use crate::image::busybox::libraries;
+use crate::mapped_file::MappedFile;
 use k8s_cri::v1::Mount;
 use rustix::fs::inotify::{self, CreateFlags, Reader, WatchFlags};
 use std::fs::File;
@@ -11,7 +12,7 @@ use std::mem::MaybeUninit;
 use std::path::Path;
 use std::time::Duration;
 
-/// Interval between looks at the end of a file.
+/// Interval between looks at a file.
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Returns read-only mounts of this program at `target` and of its libraries, for a container of any image.
@@ -54,4 +55,40 @@ pub(crate) fn splice(file: &Path) -> Result {
         while rustix::fs::sendfile(&out, &file, None, 1 << 16)? > 0 {}
         std::thread::sleep(POLL_INTERVAL);
     }
+}
+
+/// Prints the first byte of a mapped file, and again whenever it has changed. Accesses the file only by its mapping.
+pub(crate) fn map_read(file: &Path) -> Result {
+    let (mapped, mut last) = (MappedFile::<1>::open(file)?, None);
+    loop {
+        let byte = mapped.read(0);
+        if last.replace(byte) != Some(byte) {
+            println!("maps {}", char::from(byte));
+        }
+        std::thread::sleep(POLL_INTERVAL);
+    }
+}
+
+/// Writes `s` into a mapped file and calls msync, then `u` and removes the mapping. Each step waits for the file `<file>.<step>`.
+pub(crate) fn map_write(file: &Path) -> Result {
+    let wait = |step: &str| {
+        println!("written: {step}");
+        while !file.with_added_extension(step).exists() {
+            std::thread::sleep(POLL_INTERVAL);
+        }
+    };
+    let mut mapped = MappedFile::<1>::open(file)?;
+    mapped.write(0, b's');
+    wait("sync");
+    mapped.sync()?;
+    mapped.write(0, b'u');
+    wait("unmap");
+    drop(mapped);
+    println!("unmapped");
+    Ok(())
+}
+
+/// Fails if another process holds an flock of the file.
+pub(crate) fn try_lock(file: &Path) -> Result {
+    Ok(File::open(file)?.try_lock().map_err(std::io::Error::from)?)
 }

@@ -8,7 +8,7 @@ use crate::pod::{Container, Pod, container_spec, pull};
 use crate::runner::{Case, Context};
 use crate::{ensure, poll, probe, same};
 use k8s_cri::v1::*;
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,9 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(projected_files_keep_owner_mode_and_content, 60),
         case!(host_changes_are_seen_within_documented_time, 120),
         case!(sendfile_after_stat_sees_appended_bytes, 60),
+        case!(mapping_follows_the_host_after_a_stat, 60),
+        case!(mapped_writes_reach_the_host, 60),
+        case!(events_and_locks_of_the_host_do_not_reach_a_pod, 60),
         case!(writable_volume_of_two_pods_is_warned_of, 90),
         case!(second_writer_is_refused_if_configured, 120),
     ]
@@ -227,6 +230,86 @@ async fn sendfile_after_stat_sees_appended_bytes(ctx: Context) -> Result {
     let mut log = std::fs::File::options().append(true).open(&file)?;
     log.write_all(b"two\n")?;
     seen("one\ntwo\n", cache_time(&ctx) + Duration::from_secs(3)).await?;
+    pod.end().await
+}
+
+async fn mapping_follows_the_host_after_a_stat(ctx: Context) -> Result {
+    let dir = volume_dir(&ctx, "mapped")?;
+    let file = dir.join("file");
+    std::fs::write(&file, "a\n")?;
+    let pod = ctx.shared_pod().await;
+    let reader = start_probe(&ctx, &pod, &["map-read", "/v/file"], mount(&dir, "/v")).await?;
+    let seen = async |expected: &str| {
+        poll::until("the mapped byte", ctx.patience(20), || async {
+            same!(reader.output()?, expected, "mapped bytes");
+            Ok(())
+        })
+        .await
+    };
+    seen("maps a\n").await?;
+    // In place: a mapping of an empty file would raise SIGBUS.
+    std::fs::File::options()
+        .write(true)
+        .open(&file)?
+        .write_at(b"b", 0)?;
+    tokio::time::sleep(cache_time(&ctx)).await;
+    same!(reader.output()?, "maps a\n", "without a call that looks");
+    reader.out(&["stat", "/v/file"]).await?;
+    seen("maps a\nmaps b\n").await?;
+    pod.end().await
+}
+
+async fn mapped_writes_reach_the_host(ctx: Context) -> Result {
+    let dir = volume_dir(&ctx, "map-written")?;
+    let file = dir.join("file");
+    std::fs::write(&file, "a\n")?;
+    let pod = ctx.shared_pod().await;
+    let writer = start_probe(&ctx, &pod, &["map-write", "/v/file"], mount(&dir, "/v")).await?;
+    let printed = async |line: &str| {
+        poll::until(line, ctx.patience(20), || async {
+            ensure!(writer.output()?.ends_with(line), "{}", writer.output()?);
+            Ok(())
+        })
+        .await
+    };
+    for (step, next, expected) in [
+        ("sync", "written: unmap\n", "s\n"),
+        ("unmap", "unmapped\n", "u\n"),
+    ] {
+        printed(&format!("written: {step}\n")).await?;
+        std::fs::write(file.with_added_extension(step), "")?;
+        printed(next).await?;
+        same!(std::fs::read_to_string(&file)?, expected, "after {step}");
+    }
+    pod.end().await
+}
+
+async fn events_and_locks_of_the_host_do_not_reach_a_pod(ctx: Context) -> Result {
+    let dir = volume_dir(&ctx, "unwatched")?;
+    let lock = std::fs::File::create(dir.join("lock"))?;
+    lock.lock()?;
+    let pod = ctx.shared_pod().await;
+    let watcher = start_probe(&ctx, &pod, &["events", "/v"], mount(&dir, "/v")).await?;
+    poll::until("the watcher", ctx.patience(20), || async {
+        same!(watcher.output()?, "watching\n", "output");
+        Ok(())
+    })
+    .await?;
+    std::fs::write(dir.join("host"), "")?;
+    tokio::time::sleep(cache_time(&ctx)).await;
+    // The pod sees the file and gets the lock that the host holds; its own file raises the first event.
+    let script = "cat /v/host && /probe try-lock /v/lock && touch /v/guest";
+    watcher.out(&["sh", "-c", script]).await?;
+    poll::until("the event", ctx.patience(20), || async {
+        same!(
+            watcher.output()?,
+            "watching\nReadFlags(CREATE) guest\n",
+            "events"
+        );
+        Ok(())
+    })
+    .await?;
+    drop(lock);
     pod.end().await
 }
 
