@@ -13,6 +13,9 @@ use std::process::{Command, ExitCode};
 const STAGE: &str = "BOXLITE_E2E_STAGE";
 const SCRATCH: &str = "BOXLITE_E2E_SCRATCH";
 
+/// Directories in /run that the programs under test use by default.
+pub(crate) const RUN_DIRECTORIES: [&str; 3] = ["/run/netns", "/run/boxlite", "/run/containerd"];
+
 /// Role of the current process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Stage {
@@ -103,12 +106,7 @@ fn prepare() -> Result {
         None,
     )?;
     tmpfs(&scratch(), "mode=0755,size=75%")?;
-    for dir in [
-        "/run/netns",
-        "/var/lib/cni",
-        "/run/boxlite",
-        "/run/containerd",
-    ] {
+    for dir in RUN_DIRECTORIES.iter().chain(&["/var/lib/cni"]) {
         std::fs::create_dir_all(dir)?;
         tmpfs(dir.as_ref(), "mode=0755,size=64m")?;
     }

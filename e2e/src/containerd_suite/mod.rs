@@ -128,7 +128,7 @@ impl Programs {
 /// Mounts file systems of the namespaces over the constant paths of the tests, and writes the answer to `runc features`.
 fn prepare(scratch: &Path) -> Result {
     namespaces::tmpfs(Path::new("/run"), "mode=0755,size=256m")?;
-    for dir in ["/run/netns", "/run/boxlite", "/run/containerd"] {
+    for dir in namespaces::RUN_DIRECTORIES {
         std::fs::create_dir(dir).during(dir)?;
     }
     let bin = scratch.join("bin");

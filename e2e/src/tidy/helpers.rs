@@ -15,7 +15,7 @@ const LAYOUTS: [&str; 5] = [
 ];
 
 /// Code by pattern, with the files that may contain it.
-const ONCE: [(&str, &str, &[&str]); 3] = [
+const ONCE: [(&str, &str, &[&str]); 5] = [
     (
         "recovery from a poisoned lock",
         r"PoisonError",
@@ -25,6 +25,16 @@ const ONCE: [(&str, &str, &[&str]); 3] = [
         "a walk along the causes of an error",
         r"\w+\.source\(\);|\|&\w+\| \w+\.source\(\)",
         &["sys/src/report.rs"],
+    ),
+    (
+        "the test for a full disk",
+        "StorageFull",
+        &["sys/src/storage_full.rs"],
+    ),
+    (
+        "the limit of a socket's path",
+        "MAX_SOCKET_PATH_BYTES: usize",
+        &["sys/src/unix_socket.rs"],
     ),
     (
         "ID-mapped mounts",
