@@ -24,7 +24,7 @@ export ROOT_TESTS := $(if $(filter 0,$(shell id -u)),--features boxlite-erofs/ro
 # Size limit of the release agent in bytes.
 AGENT_MAX_BYTES := 8140000
 
-.PHONY: all tools build demo test test-containerd e2e-qemu e2e-krun conformance conformance-krun conformance-containerd conformance-containerd-suite cluster test-cluster conformance-cluster bench lint deny advisories unit agent-size fmt install clean help
+.PHONY: all tools build demo test test-containerd e2e-qemu e2e-krun conformance conformance-krun conformance-containerd conformance-containerd-suite cluster test-cluster conformance-cluster bench lint deny advisories unit agent-size fmt install dist test-dist clean help
 all: build
 
 help:
@@ -44,6 +44,7 @@ help:
 	@echo "make bench                   ratios against a bare boot of the same VMM and kernel"
 	@echo "make build                   build the programs into $(TARGET)"
 	@echo "make install                 install the programs below PREFIX (default /usr/local)"
+	@echo "make dist PROFILE=release    .deb, tarball, SBOM and checksums in $(TARGET)/dist; make test-dist tries them in Debian 12 and 13"
 	@echo "make tools                   Debian packages, the guest kernel, virtiofsd and vhost-device-vsock"
 
 tools:
@@ -145,6 +146,19 @@ fmt:
 
 install:
 	@e2e/scripts/install "$(DESTDIR)" "$(PREFIX)"
+
+# Packages in $(TARGET)/dist. The same commit and programs give the same bytes.
+dist: build
+	@e2e/scripts/dist "$(TARGET)/dist"
+
+# Packs twice and compares; installs, upgrades and purges the .deb in Debian 12 and 13 (VERSION=12 selects one), and compares
+# the file trees.
+test-dist: dist
+	@umask 077 && TZ=Asia/Tokyo e2e/scripts/dist "$(TARGET)/dist-again" >/dev/null
+	@cmp "$(TARGET)/dist/SHA256SUMS" "$(TARGET)/dist-again/SHA256SUMS" && echo 'packed twice: same checksums'
+	@rm -r "$(TARGET)/dist-again"
+	@e2e/scripts/debian-roots $(or $(VERSION),12 13)
+	@$(BIN)/boxlite-e2e packages --dist "$(TARGET)/dist" $(or $(VERSION),12 13)
 
 clean:
 	cargo clean

@@ -29,6 +29,7 @@ mod mapped_file;
 mod namespaces;
 mod node;
 mod nri;
+mod packages;
 mod pod;
 mod poll;
 mod probe;
@@ -105,6 +106,8 @@ enum Command {
         #[command(subcommand)]
         action: cluster::Action,
     },
+    /// Installs, upgrades and purges the .deb in bootstrapped Debian systems.
+    Packages(packages::Options),
     /// Measures pods against a bare boot of the same VMM and kernel.
     Bench,
     /// Prints a directory tree as the running kernel sees it. Runs inside a guest.
@@ -202,6 +205,7 @@ fn run(command: Command) -> failure::Result<ExitCode> {
         Command::Conformance(options) => runtime.block_on(conformance::run(&options))?,
         Command::Cluster { action } => runtime.block_on(cluster::run(&action))?,
         Command::ContainerdSuite(options) => runtime.block_on(containerd_suite::run(&options))?,
+        Command::Packages(options) => packages::run(&options)?,
         Command::Bench => runtime.block_on(bench::run())?,
         // Handled in `main`.
         Command::Tree { .. }

@@ -9,9 +9,9 @@ type Allowed = &'static [(&'static str, &'static [&'static str])];
 
 /// ```text
 /// sys ◄─ portal, erofs, config ◄─ runtime ◄─ cri-server
-///            ▲ proto ▲    ▲────── shim-v2      guest ─► proto, sys      e2e ─► sys
+///            ▲ proto ▲    ▲────── shim-v2      guest ─► proto, sys      dist, e2e ─► sys
 /// ```
-const WORKSPACE: [(&str, Allowed); 10] = [
+const WORKSPACE: [(&str, Allowed); 11] = [
     ("sys", &[]),
     ("proto", &[]),
     ("erofs", &[]),
@@ -52,6 +52,7 @@ const WORKSPACE: [(&str, Allowed); 10] = [
         ],
     ),
     ("guest", &[("boxlite-proto", &[]), ("boxlite-sys", &[])]),
+    ("dist", &[("boxlite-sys", &[])]),
     // Helpers only: the tests have their own view of every wire format.
     ("e2e", &[("boxlite-sys", &[])]),
 ];
