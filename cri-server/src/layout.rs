@@ -7,12 +7,18 @@
 //! state/pods/<sandbox id>/       resolv.conf, hostname, hosts
 //! ```
 
+use boxlite_config::paths::DEFAULT_STATE_DIR;
 use std::path::{Path, PathBuf};
 
 /// Names of a pod's files.
 pub(crate) const HOSTNAME: &str = "hostname";
 pub(crate) const HOSTS: &str = "hosts";
 pub(crate) const RESOLV_CONF: &str = "resolv.conf";
+
+/// Returns the CRI socket unless another one is configured.
+pub(crate) fn default_socket() -> PathBuf {
+    Path::new(DEFAULT_STATE_DIR).join("cri.sock")
+}
 
 /// Paths of cri-server's files.
 #[derive(Debug, Clone)]

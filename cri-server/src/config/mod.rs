@@ -17,6 +17,7 @@ pub(crate) use boxlite_config::section::{ConfigError, Mistake};
 pub(crate) use boxlite_config::value::socket_path;
 pub(crate) use log_filter::check as check_log_filter;
 
+use crate::layout;
 use boxlite_config::paths::{DEFAULT_STATE_DIR, installed_shim, prefix};
 use boxlite_config::section::{self, Section};
 use boxlite_config::value;
@@ -156,7 +157,7 @@ impl Default for Config {
             root: "/var/lib/boxlite".into(),
             state: DEFAULT_STATE_DIR.into(),
             scratch_dir: None,
-            listen: Path::new(DEFAULT_STATE_DIR).join("cri.sock"),
+            listen: layout::default_socket(),
             log_level: "info".into(),
             vmm: VmmSettings::default(),
             paths: Paths::default(),
