@@ -2,7 +2,7 @@
 
 use crate::section::{Mistake, Section};
 use crate::value;
-use boxlite_proto::vmm::{Acceleration, SharedVolumeWriters};
+use boxlite_proto::vmm::{Acceleration, IdRange, SharedVolumeWriters};
 use std::ops::RangeInclusive;
 
 /// Virtual CPUs of a VM.
@@ -34,6 +34,8 @@ pub struct PodDefaults {
     /// Reaction to a second pod that mounts a host directory with write access. Default warn: most directories that pods
     /// share are not guarded by file locks, and a rolling update runs two pods on one volume.
     pub shared_volume_writers: SharedVolumeWriters,
+    /// User ids of the VMs. Default [`IdRange::DEFAULT`]; `None`: VMs run as root.
+    pub vmm_ids: Option<IdRange>,
 }
 
 impl Default for PodDefaults {
@@ -45,6 +47,7 @@ impl Default for PodDefaults {
             scratch_mib: 10240,
             debug_console: false,
             shared_volume_writers: SharedVolumeWriters::Warn,
+            vmm_ids: Some(IdRange::DEFAULT),
         }
     }
 }
@@ -85,6 +88,7 @@ impl PodDefaults {
                 default.shared_volume_writers,
                 value::shared_volume_writers,
             ),
+            vmm_ids: section.take("vmm_ids", default.vmm_ids, value::vmm_ids),
         };
         section.finish(mistakes);
         pod

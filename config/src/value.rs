@@ -1,6 +1,6 @@
 //! Readers of single configuration values. Each returns the reason for a rejection as text.
 
-use boxlite_proto::vmm::{Acceleration, SharedVolumeWriters, VmmKind};
+use boxlite_proto::vmm::{Acceleration, IdRange, SharedVolumeWriters, VmmKind};
 use boxlite_sys::unix_socket::MAX_SOCKET_PATH_BYTES;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Component, Path, PathBuf};
@@ -30,6 +30,26 @@ pub fn shared_volume_writers(value: &Value) -> Result<SharedVolumeWriters, Strin
         .into_iter()
         .find(|policy| value.as_str() == Some(policy.name()))
         .ok_or_else(|| "must be warn or refuse".into())
+}
+
+/// `first:count`, or `none`. User 0 and 4294967295, which is -1 in system calls, are not part of a range.
+pub fn vmm_ids(value: &Value) -> Result<Option<IdRange>, String> {
+    let rule = || "must be none, or first:count of user ids between 1 and 4294967294".to_owned();
+    let text = value.as_str().ok_or_else(rule)?;
+    if text == "none" {
+        return Ok(None);
+    }
+    let (first, count) = text.split_once(':').ok_or_else(rule)?;
+    let number = |text: &str| text.parse::<u32>().map_err(|_| rule());
+    let ids = IdRange {
+        first: number(first)?,
+        count: number(count)?,
+    };
+    let beyond = ids.first.checked_add(ids.count);
+    if ids.first == 0 || ids.count == 0 || beyond.is_none() {
+        return Err(rule());
+    }
+    Ok(Some(ids))
 }
 
 /// An integer from `min` to `max`.

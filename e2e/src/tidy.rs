@@ -35,6 +35,7 @@ const UNSAFE: &[&str] = &[
     "guest/src/spawner/pause.rs",
     "guest/src/storage/loops.rs",
     "guest/src/system.rs",
+    "shim-v2/src/jail/user_namespace.rs",
     "shim-v2/src/net/tap.rs",
     "shim-v2/src/vmm/krun/entrypoint.rs",
     "shim-v2/src/vmm/krun/ffi.rs",

@@ -44,6 +44,9 @@ pub const OLD_SHIM_LOG: &str = "shim.log.1";
 /// File in the state directory by which the shims of a node notice directories that several pods write to.
 pub const VOLUME_WRITERS: &str = "volume-writers";
 
+/// File in the state directory in which the shims of a node lock the user ids of their VMs.
+pub const VMM_USERS: &str = "vmm-users";
+
 /// Type URL of the `options` Any that boxlite-cri passes to CreateSandbox: JSON of [`crate::vmm::SandboxOptions`].
 pub const SANDBOX_OPTIONS_TYPE: &str = "boxlite.v1.SandboxOptions";
 /// Annotation of a container's OCI spec: its PID namespace, `container`, `pod`, `node` (the VM's) or `target:<container

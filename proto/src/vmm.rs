@@ -134,6 +134,37 @@ pub struct InstanceSpec {
     pub host_network: bool,
     /// True to write the guest kernel's messages to the console.
     pub debug_console: bool,
+    /// User and group id of the processes that serve no files (Qemu only). `None`: those of the shim.
+    #[serde(default)]
+    pub user: Option<u32>,
+}
+
+/// A range of user and group ids.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct IdRange {
+    /// First id.
+    pub first: u32,
+    /// Number of ids, at least 1.
+    pub count: u32,
+}
+
+impl IdRange {
+    /// Ids of the VMs by default. systemd's table of ids assigns 1879048192 to 2147352575 to nothing.
+    pub const DEFAULT: Self = Self {
+        first: 1_879_048_192,
+        count: 65_536,
+    };
+}
+
+/// Allocation of an own user and group id to each VM of the node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmmUsers {
+    /// File in which the shims of the node lock one byte per id.
+    pub registry: PathBuf,
+    /// Ids to allocate from.
+    pub ids: IdRange,
 }
 
 /// Policy for a host directory that a second pod mounts with write access. File locks do not reach beyond a pod.
@@ -204,4 +235,7 @@ pub struct SandboxOptions {
     /// Detection of directories that several pods write to. `None`: pods are not compared.
     #[serde(default)]
     pub volume_writers: Option<VolumeWriters>,
+    /// Allocation of the VM's user. `None`: the VM runs as the shim's user.
+    #[serde(default)]
+    pub vmm_users: Option<VmmUsers>,
 }

@@ -178,6 +178,7 @@ mod tests {
             vmm: None,
             debug_console: false,
             shared_volume_writers: Default::default(),
+            vmm_ids: None,
         };
         let sandbox = BoxSnapshot {
             id: "b".into(),

@@ -512,6 +512,7 @@ impl FakeNode {
             vmm: None,
             debug_console: false,
             shared_volume_writers: Default::default(),
+            vmm_ids: None,
         }
     }
 

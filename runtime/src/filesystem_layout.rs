@@ -141,6 +141,11 @@ impl FilesystemLayout {
         self.state.join(names::VOLUME_WRITERS)
     }
 
+    /// Returns the file in which shims lock the user ids of their VMs.
+    pub fn vmm_users(&self) -> PathBuf {
+        self.state.join(names::VMM_USERS)
+    }
+
     /// Returns the path passed to shims as containerd's address. No process serves it, but shims place sockets next to it.
     pub fn containerd_address(&self) -> PathBuf {
         self.state.join("containerd.sock")

@@ -3,7 +3,7 @@
 //! CRI types end at cri-server's `convert`; OCI types (the container's spec) are passed through.
 
 use crate::metrics::StageTimers;
-use boxlite_proto::vmm::{Acceleration, Installation, SharedVolumeWriters, VmmKind};
+use boxlite_proto::vmm::{Acceleration, IdRange, Installation, SharedVolumeWriters, VmmKind};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -69,6 +69,9 @@ pub struct BoxOptions {
     /// Policy for host directories that another pod mounts with write access, too.
     #[serde(default)]
     pub shared_volume_writers: SharedVolumeWriters,
+    /// User ids of the VMs; `None` for the shim's user.
+    #[serde(default)]
+    pub vmm_ids: Option<IdRange>,
 }
 
 /// Public state of a box; see the diagram in [`crate::box_state`].

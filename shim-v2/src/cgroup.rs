@@ -30,6 +30,10 @@ const COPIED_FILES: [&str; 5] = [
     "cpuset.mems",
     "io.weight",
 ];
+/// Maximum number of processes and threads, in both versions, and its value. The shim and a VM have about 100; one thread more
+/// for each block device and exported mount.
+const PIDS_FILE: &str = "pids.max";
+const MAX_PIDS: &str = "4096";
 /// v1 cpuset files that must be set before a directory accepts processes.
 const CPUSET_FILES: [&str; 2] = ["cpuset.cpus", "cpuset.mems"];
 
@@ -147,6 +151,13 @@ fn join_one(
     }
     if let (true, Some(file)) = (parent.beside, hierarchy.memory_file) {
         limit_beside(&hierarchy.mount.join(pod), &dir, file, need);
+    }
+    let pids = dir.join(PIDS_FILE);
+    // Missing in other hierarchies of v1, and on v2 if the controller is not enabled.
+    if pids.exists()
+        && let Err(error) = std::fs::write(&pids, MAX_PIDS)
+    {
+        tracing::warn!(file = %pids.display(), %error, "failed to limit the VM's processes");
     }
     std::fs::write(dir.join("cgroup.procs"), "0")?;
     joined

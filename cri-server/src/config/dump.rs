@@ -93,6 +93,12 @@ impl Config {
                 "shared_volume_writers",
                 pod.shared_volume_writers.name().into(),
             ),
+            (
+                "vmm_ids",
+                pod.vmm_ids.map_or("none".into(), |ids| {
+                    format!("{}:{}", ids.first, ids.count).into()
+                }),
+            ),
         ])
     }
 

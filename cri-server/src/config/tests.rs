@@ -23,7 +23,7 @@ fn keys(text: &str) -> usize {
 }
 
 /// Number of keys. A new one belongs into default.toml, the dump and [`CHANGED`], too.
-const KEYS: usize = 42;
+const KEYS: usize = 43;
 
 fn printed_default() -> String {
     default_toml(&prefix(), &Paths::default().libkrunfw)
@@ -95,6 +95,7 @@ overhead_mib = 90
 scratch_mib = 444
 debug_console = true
 shared_volume_writers = "refuse"
+vmm_ids = "5:6"
 [cni]
 conf_dir = "/j"
 bin_dirs = ["/k", "/l"]

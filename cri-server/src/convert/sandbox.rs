@@ -256,6 +256,7 @@ impl PodMetadata {
             vmm: None,
             debug_console: defaults.debug_console,
             shared_volume_writers: defaults.shared_volume_writers,
+            vmm_ids: defaults.vmm_ids,
         })
     }
 

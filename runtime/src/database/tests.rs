@@ -22,6 +22,7 @@ pub(crate) fn box_row(id: &str, name: &str) -> BoxRow {
             vmm: None,
             debug_console: false,
             shared_volume_writers: Default::default(),
+            vmm_ids: None,
         },
         phase: Phase::Created,
         reason: String::new(),

@@ -17,7 +17,7 @@ use crate::metrics::{Stage, StageTimers};
 use crate::shim_controller::{ShimController, ShimState};
 use crate::types::BoxOptions;
 use boxlite_portal::{Connection, GuestAddress, GuestSession};
-use boxlite_proto::vmm::{SandboxOptions, VmmKind, VolumeWriters};
+use boxlite_proto::vmm::{SandboxOptions, VmmKind, VmmUsers, VolumeWriters};
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -246,6 +246,10 @@ impl<R: ShimRecorder> Start<R> {
             volume_writers: Some(VolumeWriters {
                 registry: self.env.layout.volume_writers(),
                 policy: options.shared_volume_writers,
+            }),
+            vmm_users: options.vmm_ids.map(|ids| VmmUsers {
+                registry: self.env.layout.vmm_users(),
+                ids,
             }),
         }
     }

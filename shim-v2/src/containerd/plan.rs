@@ -17,7 +17,7 @@ use boxlite_config::paths::DEFAULT_STATE_DIR;
 use boxlite_config::size::{self, Limits, SizeRequest};
 use boxlite_proto::names;
 use boxlite_proto::shim::shim::PodConfig;
-use boxlite_proto::vmm::{SandboxOptions, VmmKind, VolumeWriters};
+use boxlite_proto::vmm::{SandboxOptions, VmmKind, VmmUsers, VolumeWriters};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -228,6 +228,10 @@ async fn plan(
         volume_writers: Some(VolumeWriters {
             registry: Path::new(DEFAULT_STATE_DIR).join(names::VOLUME_WRITERS),
             policy: config.pod.shared_volume_writers,
+        }),
+        vmm_users: config.pod.vmm_ids.map(|ids| VmmUsers {
+            registry: Path::new(STATE).join(names::VMM_USERS),
+            ids,
         }),
     };
     Ok(Plan {

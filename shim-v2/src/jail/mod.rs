@@ -4,20 +4,27 @@
 //! the VMM opens its tap. Called once, in a single-threaded process.
 //!
 //! ```text
-//! enter_netns → Vmm::create (sees the host) → close: namespaces → root → pivot_root → capabilities, no_new_privs, seccomp
+//! enter_netns → Vmm::create (sees the host) → close: namespaces → root → pivot_root → user namespace → capabilities,
+//! no_new_privs, Landlock, seccomp
 //! ```
 
 mod host_files;
+mod landlock_rules;
 mod privileges;
 mod root;
 mod seccomp;
+mod user_namespace;
 
-pub use host_files::HostFiles;
-pub use privileges::{drop_all_capabilities, forbid_core_dumps, raise_file_limit};
-pub use seccomp::with_vsock_filter;
+pub use host_files::{HostFiles, ProcFiles};
+pub use landlock_rules::restrict;
+pub use privileges::{
+    become_user, drop_all_capabilities, forbid_core_dumps, limit_resources, raise_file_limit,
+};
+pub use seccomp::{Process, allow_only, with_filter};
 
 use nix::sched::{CloneFlags, setns, unshare};
 use std::path::{Path, PathBuf};
+use user_namespace::UserNamespace;
 
 /// Error while setting up the jail. The VM is not started then.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +47,9 @@ pub enum JailError {
     /// Capabilities could not be changed.
     #[error("failed to reduce capabilities")]
     Capabilities(#[source] caps::errors::CapsError),
+    /// Landlock's rules could not be applied.
+    #[error("failed to apply Landlock's rules")]
+    Landlock(#[source] landlock::RulesetError),
     /// The system call filter could not be installed.
     #[error("failed to install the system call filter")]
     Seccomp(#[source] seccompiler::Error),
@@ -76,9 +86,13 @@ pub fn enter_netns(path: &Path) -> Result<(), JailError> {
 /// # Errors
 /// The failed step. The process is in an undefined state then and must exit.
 pub fn close(files: &HostFiles) -> Result<(), JailError> {
+    let users = UserNamespace::prepare()?;
     let namespaces = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS;
     unshare(namespaces).map_err(system("unshare namespaces"))?;
     root::enter(files)?;
+    users.enter()?;
     privileges::reduce()?;
+    privileges::forbid_tracing()?;
+    landlock_rules::scope()?;
     seccomp::install()
 }

@@ -5,8 +5,10 @@
 
 use super::{JailError, system};
 use caps::{CapSet, Capability, CapsHashSet};
-use nix::sys::prctl::set_no_new_privs;
+use nix::sys::prctl::{set_dumpable, set_no_new_privs, set_pdeathsig};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::Signal;
+use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 
 /// Limit of open files: libkrun and virtiofsd hold one per inode that the guest has looked up. Equals the kernel's default
 /// ceiling (fs.nr_open).
@@ -24,6 +26,34 @@ const FILE_CAPABILITIES: [Capability; 8] = [
     Capability::CAP_SETFCAP,
     Capability::CAP_SETPCAP,
 ];
+
+/// Maximum number of threads of a VM's user. QEMU has at most 64 for disks and one per virtual CPU.
+const MAX_THREADS: u64 = 1024;
+
+/// Limits the size of files that this process and its future children write, and the number of threads of the VM's user. The
+/// latter has no effect on root.
+///
+/// # Errors
+/// The kernel refused.
+pub fn limit_resources(max_file_bytes: u64) -> Result<(), JailError> {
+    for (resource, limit) in [
+        (Resource::RLIMIT_FSIZE, max_file_bytes),
+        (Resource::RLIMIT_NPROC, MAX_THREADS),
+    ] {
+        let (_, hard) = getrlimit(resource).map_err(system("read resource limits"))?;
+        let limit = limit.min(hard);
+        setrlimit(resource, limit, limit).map_err(system("limit resources"))?;
+    }
+    Ok(())
+}
+
+/// Forbids other processes of the same user to trace this one or to read its memory, until an exec.
+///
+/// # Errors
+/// The kernel refused.
+pub(super) fn forbid_tracing() -> Result<(), JailError> {
+    set_dumpable(false).map_err(system("forbid tracing"))
+}
 
 /// Raises the limit of open files as far as permitted.
 pub fn raise_file_limit() {
@@ -53,6 +83,23 @@ pub(super) fn reduce() -> Result<(), JailError> {
     keep(&FILE_CAPABILITIES.into_iter().collect())
 }
 
+/// Makes this single-threaded process and its future children run as user and group `id`, with the supplementary `groups`
+/// and without capabilities. A parent-death signal SIGKILL remains in force; the caller must check afterwards that the parent
+/// has not died meanwhile.
+///
+/// # Errors
+/// The kernel refused.
+pub fn become_user(id: u32, groups: &[Gid]) -> Result<(), JailError> {
+    let (uid, gid) = (Uid::from_raw(id), Gid::from_raw(id));
+    let permitted = caps::read(None, CapSet::Permitted).map_err(JailError::Capabilities)?;
+    drop_bounding(&permitted, &CapsHashSet::new())?;
+    setgroups(groups).map_err(system("set the groups"))?;
+    setresgid(gid, gid, gid).map_err(system("set the group"))?;
+    setresuid(uid, uid, uid).map_err(system("set the user"))?;
+    // The kernel clears it with a change of the user.
+    set_pdeathsig(Signal::SIGKILL).map_err(system("set the parent-death signal"))
+}
+
 /// Drops every capability for this process and its future children.
 ///
 /// # Errors
@@ -63,15 +110,20 @@ pub fn drop_all_capabilities() -> Result<(), JailError> {
 
 fn keep(wanted: &CapsHashSet) -> Result<(), JailError> {
     let permitted = caps::read(None, CapSet::Permitted).map_err(JailError::Capabilities)?;
+    drop_bounding(&permitted, wanted)?;
+    let kept: CapsHashSet = permitted.intersection(wanted).copied().collect();
+    caps::clear(None, CapSet::Ambient).map_err(JailError::Capabilities)?;
+    caps::set(None, CapSet::Effective, &kept).map_err(JailError::Capabilities)?;
+    caps::set(None, CapSet::Permitted, &kept).map_err(JailError::Capabilities)?;
+    caps::set(None, CapSet::Inheritable, &CapsHashSet::new()).map_err(JailError::Capabilities)
+}
+
+fn drop_bounding(permitted: &CapsHashSet, wanted: &CapsHashSet) -> Result<(), JailError> {
     if permitted.contains(&Capability::CAP_SETPCAP) {
         let bounding = caps::read(None, CapSet::Bounding).map_err(JailError::Capabilities)?;
         for capability in bounding.difference(wanted) {
             caps::drop(None, CapSet::Bounding, *capability).map_err(JailError::Capabilities)?;
         }
     }
-    let kept: CapsHashSet = permitted.intersection(wanted).copied().collect();
-    caps::clear(None, CapSet::Ambient).map_err(JailError::Capabilities)?;
-    caps::set(None, CapSet::Effective, &kept).map_err(JailError::Capabilities)?;
-    caps::set(None, CapSet::Permitted, &kept).map_err(JailError::Capabilities)?;
-    caps::set(None, CapSet::Inheritable, &CapsHashSet::new()).map_err(JailError::Capabilities)
+    Ok(())
 }

@@ -3,8 +3,7 @@
 //! The share keeps its propagation: later mounts of the shim appear here because this namespace is a slave of the shim's. All
 //! other paths are plain bind mounts.
 
-use super::HostFiles;
-use super::{JailError, at_path, system};
+use super::{HostFiles, JailError, ProcFiles, at_path, system};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::unistd::{chdir, pivot_root};
 use std::fs;
@@ -16,7 +15,7 @@ const ROOT_DIR: &str = "root";
 /// Mount options of the root's tmpfs: it holds mount points only.
 const ROOT_OPTIONS: &str = "size=1m,mode=755";
 /// Device nodes that programs expect.
-const DEVICES: [&str; 4] = ["/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"];
+pub(super) const DEVICES: [&str; 4] = ["/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"];
 const NONE: Option<&str> = None;
 
 /// Builds the root and enters it. The caller must have its own mount namespace.
@@ -47,12 +46,29 @@ pub(super) fn enter(files: &HostFiles) -> Result<(), JailError> {
     pivot_root(".", ".").map_err(system("change the root"))?;
     umount2(".", MntFlags::MNT_DETACH).map_err(system("unmount the host's root"))?;
 
-    let proc = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC | MsFlags::MS_RDONLY;
-    // Read-only: root could write /proc/sys by file mode alone. Not subset=pid: virtiofsd reads fs.nr_open.
-    mount(Some("proc"), "/proc", Some("proc"), proc, NONE).map_err(system("mount /proc"))?;
+    mount_proc(files.proc)?;
     let sealed = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY | flags;
     mount(NONE, "/", NONE, sealed, NONE).map_err(system("make the root read-only"))?;
     chdir(&files.work_dir).map_err(at_path("enter", &files.work_dir))
+}
+
+fn mount_proc(visible: ProcFiles) -> Result<(), JailError> {
+    /// Holds the descriptors' directory while /proc is removed.
+    const HOLD: &str = "/tmp";
+    const DESCRIPTORS: &str = "/proc/self/fd";
+    // Read-only: root could write /proc/sys by file mode alone. Not subset=pid: virtiofsd reads fs.nr_open.
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC | MsFlags::MS_RDONLY;
+    mount(Some("proc"), "/proc", Some("proc"), flags, NONE).map_err(system("mount /proc"))?;
+    if visible == ProcFiles::All {
+        return Ok(());
+    }
+    let step = "mount the descriptors";
+    let bind = |from: &str, to: &str, flags| mount(Some(from), to, NONE, flags, NONE);
+    bind(DESCRIPTORS, HOLD, MsFlags::MS_BIND).map_err(system(step))?;
+    umount2("/proc", MntFlags::MNT_DETACH).map_err(system("unmount /proc"))?;
+    let path = Path::new(DESCRIPTORS);
+    fs::create_dir_all(path).map_err(at_path("create", path))?;
+    bind(HOLD, DESCRIPTORS, MsFlags::MS_MOVE).map_err(system(step))
 }
 
 fn populate(root: &Path, files: &HostFiles) -> Result<(), JailError> {
@@ -128,10 +144,12 @@ fn bind(root: &Path, path: &Path, access: Access) -> Result<(), JailError> {
     .map_err(at_path("bind", path))?;
     // The share's tmpfs holds mount points only; writable mounts below it keep their flags. Read-only, so that the guest
     // cannot replace a mount point by a link.
-    if access != Access::Full {
-        let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
-        let flags = flags | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-        mount(NONE, &target, NONE, flags, NONE).map_err(at_path("make read-only", path))?;
-    }
-    Ok(())
+    let device = path.starts_with("/dev");
+    let flags = match access {
+        Access::Full if device => MsFlags::MS_NOEXEC,
+        Access::Full => MsFlags::MS_NOEXEC | MsFlags::MS_NODEV,
+        Access::ReadOnly | Access::Tree => MsFlags::MS_RDONLY | MsFlags::MS_NODEV,
+    };
+    let flags = flags | MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_NOSUID;
+    mount(NONE, &target, NONE, flags, NONE).map_err(at_path("restrict the mount of", path))
 }

@@ -1,9 +1,10 @@
 //! System call filters. The jail's filter refuses calls by which a compromised VMM could leave the jail or attack the host's
-//! kernel. [`with_vsock_filter`] adds an allow-list for vhost-device-vsock, which parses the guest's packets and has no filter.
+//! kernel, in every process of the jail. Behind it, processes that parse the guest's data have an allow-list: QEMU and
+//! vhost-device-vsock by [`with_filter`], libkrun's VMM by [`allow_only`]; virtiofsd brings its own.
 //!
-//! The jail's filter applies to the vmm child and, by inheritance, to every thread and helper: libkrun, QEMU, virtiofsd and
-//! vhost-device-vsock. QEMU and virtiofsd add their own filters to it. A refused call fails with EPERM instead of ending the
-//! process, because programs and libraries probe for some of them.
+//! A refused call fails with EPERM instead of ending the process, because programs and libraries probe for some of them.
+
+mod calls;
 
 use super::JailError;
 use nix::libc;
@@ -12,149 +13,6 @@ use seccompiler::{
     SeccompRule,
 };
 use std::collections::BTreeMap;
-
-/// Calls that no VMM or helper needs once it is configured.
-const REFUSED: &[libc::c_long] = &[
-    // Mounts and roots. The jail is complete.
-    libc::SYS_mount,
-    libc::SYS_umount2,
-    libc::SYS_pivot_root,
-    libc::SYS_chroot,
-    libc::SYS_open_tree,
-    libc::SYS_move_mount,
-    libc::SYS_fsopen,
-    libc::SYS_fsconfig,
-    libc::SYS_fsmount,
-    libc::SYS_fspick,
-    libc::SYS_mount_setattr,
-    libc::SYS_swapon,
-    libc::SYS_swapoff,
-    libc::SYS_quotactl,
-    // Files outside of the mount namespace.
-    libc::SYS_open_by_handle_at,
-    libc::SYS_setns,
-    // Other processes.
-    libc::SYS_ptrace,
-    libc::SYS_process_vm_readv,
-    libc::SYS_process_vm_writev,
-    libc::SYS_pidfd_getfd,
-    libc::SYS_kcmp,
-    // The kernel itself.
-    libc::SYS_bpf,
-    libc::SYS_perf_event_open,
-    libc::SYS_userfaultfd,
-    libc::SYS_io_uring_setup,
-    libc::SYS_io_uring_enter,
-    libc::SYS_io_uring_register,
-    libc::SYS_init_module,
-    libc::SYS_finit_module,
-    libc::SYS_delete_module,
-    libc::SYS_kexec_load,
-    libc::SYS_kexec_file_load,
-    libc::SYS_reboot,
-    libc::SYS_syslog,
-    libc::SYS_acct,
-    libc::SYS_iopl,
-    libc::SYS_ioperm,
-    libc::SYS_modify_ldt,
-    libc::SYS_fanotify_init,
-    libc::SYS_add_key,
-    libc::SYS_request_key,
-    libc::SYS_keyctl,
-    libc::SYS_uselib,
-    libc::SYS_vhangup,
-    libc::SYS_sethostname,
-    libc::SYS_setdomainname,
-    libc::SYS_settimeofday,
-    libc::SYS_clock_settime,
-    libc::SYS_adjtimex,
-    libc::SYS_clock_adjtime,
-];
-
-/// Calls of vhost-device-vsock, of its start included. socket, socketpair and openat are allowed by their arguments.
-const VSOCK_ALLOWED: &[libc::c_long] = &[
-    // Start of the program and of its threads.
-    libc::SYS_execve,
-    libc::SYS_clone,
-    libc::SYS_vfork,
-    // The jail's filter answers ENOSYS; EPERM from this one would hide that from the C library.
-    libc::SYS_clone3,
-    libc::SYS_arch_prctl,
-    libc::SYS_set_tid_address,
-    libc::SYS_set_robust_list,
-    libc::SYS_rseq,
-    libc::SYS_prlimit64,
-    libc::SYS_prctl,
-    libc::SYS_access,
-    libc::SYS_newfstatat,
-    libc::SYS_fstat,
-    libc::SYS_statx,
-    libc::SYS_pread64,
-    libc::SYS_readlink,
-    libc::SYS_getrandom,
-    libc::SYS_sched_getaffinity,
-    libc::SYS_uname,
-    libc::SYS_pipe2,
-    libc::SYS_dup,
-    libc::SYS_dup2,
-    libc::SYS_dup3,
-    libc::SYS_fcntl,
-    libc::SYS_wait4,
-    libc::SYS_waitid,
-    libc::SYS_gettid,
-    libc::SYS_getpid,
-    // Memory, threads, signals, time.
-    libc::SYS_brk,
-    libc::SYS_mmap,
-    libc::SYS_munmap,
-    libc::SYS_mremap,
-    libc::SYS_mprotect,
-    libc::SYS_madvise,
-    libc::SYS_futex,
-    libc::SYS_sched_yield,
-    libc::SYS_membarrier,
-    libc::SYS_sigaltstack,
-    libc::SYS_rt_sigaction,
-    libc::SYS_rt_sigprocmask,
-    libc::SYS_rt_sigreturn,
-    libc::SYS_restart_syscall,
-    libc::SYS_tgkill,
-    libc::SYS_clock_gettime,
-    libc::SYS_nanosleep,
-    libc::SYS_clock_nanosleep,
-    libc::SYS_exit,
-    libc::SYS_exit_group,
-    // Work.
-    libc::SYS_read,
-    libc::SYS_readv,
-    libc::SYS_write,
-    libc::SYS_writev,
-    libc::SYS_close,
-    libc::SYS_lseek,
-    libc::SYS_ioctl,
-    libc::SYS_eventfd2,
-    libc::SYS_poll,
-    libc::SYS_ppoll,
-    libc::SYS_epoll_create1,
-    libc::SYS_epoll_ctl,
-    libc::SYS_epoll_wait,
-    libc::SYS_epoll_pwait,
-    libc::SYS_bind,
-    libc::SYS_listen,
-    libc::SYS_accept4,
-    libc::SYS_connect,
-    libc::SYS_shutdown,
-    libc::SYS_getsockopt,
-    libc::SYS_setsockopt,
-    libc::SYS_getsockname,
-    libc::SYS_getpeername,
-    libc::SYS_recvfrom,
-    libc::SYS_recvmsg,
-    libc::SYS_sendto,
-    libc::SYS_sendmsg,
-    libc::SYS_unlink,
-    libc::SYS_unlinkat,
-];
 
 /// Flags of clone(2) and unshare(2) that create namespaces. Threads and CLONE_FS remain allowed: virtiofsd's threads have
 /// their own umask.
@@ -168,34 +26,102 @@ const NAMESPACES: [libc::c_int; 7] = [
     libc::CLONE_NEWCGROUP,
 ];
 
+/// A process with an allow-list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Process {
+    /// vhost-device-vsock.
+    Vsock,
+    /// QEMU. With `internet` it opens the host's sockets for the guest.
+    Qemu { internet: bool },
+    /// libkrun's VMM, which serves files, too. With `internet` as for QEMU.
+    Krun { internet: bool },
+}
+
+impl Process {
+    fn calls(self) -> Vec<&'static [libc::c_long]> {
+        let common = [
+            calls::PROGRAM,
+            calls::DESCRIPTORS,
+            calls::LOOKUP,
+            calls::SOCKETS,
+        ];
+        let mut sets = common.to_vec();
+        match self {
+            Self::Vsock => sets.push(calls::EXEC),
+            Self::Qemu { .. } => sets.extend([calls::EXEC, calls::VMM]),
+            Self::Krun { .. } => sets.extend([calls::VMM, calls::FILE_SERVER]),
+        }
+        sets
+    }
+
+    fn socket_families(self) -> &'static [libc::c_int] {
+        match self {
+            Self::Qemu { internet: true } | Self::Krun { internet: true } => {
+                &[libc::AF_UNIX, libc::AF_INET, libc::AF_INET6]
+            }
+            _ => &[libc::AF_UNIX],
+        }
+    }
+
+    fn filter(self) -> Result<SeccompFilter, seccompiler::BackendError> {
+        let sets = self.calls();
+        let allowed = sets.into_iter().flatten().map(|call| (*call, Vec::new()));
+        let mut rules: BTreeMap<i64, Vec<SeccompRule>> = allowed.collect();
+        let rule = |argument, operation, value: libc::c_int| {
+            let value = u64::from(value.cast_unsigned());
+            let length = SeccompCmpArgLen::Dword;
+            SeccompRule::new(vec![SeccompCondition::new(
+                argument, length, operation, value,
+            )?])
+        };
+        for call in [libc::SYS_socket, libc::SYS_socketpair] {
+            let families = self.socket_families().iter();
+            let families = families.map(|family| rule(0, SeccompCmpOp::Eq, *family));
+            rules.insert(call, families.collect::<Result<_, _>>()?);
+        }
+        if self == Self::Vsock {
+            // Reading only: libraries, /proc and /sys at the start.
+            let access = u64::from(libc::O_ACCMODE.cast_unsigned());
+            let read_only = rule(2, SeccompCmpOp::MaskedEq(access), libc::O_RDONLY)?;
+            rules.insert(libc::SYS_openat, vec![read_only]);
+        }
+        SeccompFilter::new(
+            rules,
+            SeccompAction::Errno(libc::EPERM.cast_unsigned()),
+            SeccompAction::Allow,
+            std::env::consts::ARCH.try_into()?,
+        )
+    }
+}
+
 /// Installs the filter for the calling thread and its future children. no_new_privs must be set.
 ///
 /// # Errors
 /// The kernel refused the filter.
 pub(super) fn install() -> Result<(), JailError> {
-    let filters = [refused(), without_clone3()];
-    for filter in filters {
-        let program = filter
-            .and_then(BpfProgram::try_from)
-            .map_err(seccompiler::Error::Backend)
-            .map_err(JailError::Seccomp)?;
-        seccompiler::apply_filter(&program).map_err(JailError::Seccomp)?;
-    }
-    Ok(())
+    apply(refused())?;
+    apply(without_clone3())
 }
 
-/// Runs `work`, which starts vhost-device-vsock, on a thread with the allow-list; the process it starts inherits it.
+/// Leaves the calling thread and its future children the calls of `process`.
 ///
 /// # Errors
 /// The kernel refused the filter.
-pub fn with_vsock_filter<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T, JailError> {
-    let program = vsock_filter()
-        .and_then(BpfProgram::try_from)
-        .map_err(seccompiler::Error::Backend)
-        .map_err(JailError::Seccomp)?;
+pub fn allow_only(process: Process) -> Result<(), JailError> {
+    apply(process.filter())
+}
+
+/// Runs `work`, which starts `process`, on a thread with its allow-list; the started process inherits it.
+///
+/// # Errors
+/// The kernel refused the filter.
+pub fn with_filter<T: Send>(
+    process: Process,
+    work: impl FnOnce() -> T + Send,
+) -> Result<T, JailError> {
     std::thread::scope(|scope| {
         let filtered = || {
-            seccompiler::apply_filter(&program).map_err(JailError::Seccomp)?;
+            allow_only(process)?;
             Ok(work())
         };
         let thread = scope.spawn(filtered);
@@ -209,36 +135,19 @@ pub fn with_vsock_filter<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T, 
     })
 }
 
-fn vsock_filter() -> Result<SeccompFilter, seccompiler::BackendError> {
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = VSOCK_ALLOWED
-        .iter()
-        .map(|call| (*call, Vec::new()))
-        .collect();
-    let rule = |argument, operation, value: libc::c_int| {
-        let value = u64::from(value.cast_unsigned());
-        let length = SeccompCmpArgLen::Dword;
-        SeccompRule::new(vec![SeccompCondition::new(
-            argument, length, operation, value,
-        )?])
-    };
-    for call in [libc::SYS_socket, libc::SYS_socketpair] {
-        rules.insert(call, vec![rule(0, SeccompCmpOp::Eq, libc::AF_UNIX)?]);
-    }
-    // Reading only: libraries, /proc and /sys at the start.
-    let access = u64::from(libc::O_ACCMODE.cast_unsigned());
-    let read_only = rule(2, SeccompCmpOp::MaskedEq(access), libc::O_RDONLY)?;
-    rules.insert(libc::SYS_openat, vec![read_only]);
-    SeccompFilter::new(
-        rules,
-        SeccompAction::Errno(libc::EPERM.cast_unsigned()),
-        SeccompAction::Allow,
-        std::env::consts::ARCH.try_into()?,
-    )
+fn apply(filter: Result<SeccompFilter, seccompiler::BackendError>) -> Result<(), JailError> {
+    let program = filter
+        .and_then(BpfProgram::try_from)
+        .map_err(seccompiler::Error::Backend)
+        .map_err(JailError::Seccomp)?;
+    seccompiler::apply_filter(&program).map_err(JailError::Seccomp)
 }
 
 fn refused() -> Result<SeccompFilter, seccompiler::BackendError> {
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
-        REFUSED.iter().map(|call| (*call, Vec::new())).collect();
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = calls::REFUSED
+        .iter()
+        .map(|call| (*call, Vec::new()))
+        .collect();
     for call in [libc::SYS_clone, libc::SYS_unshare] {
         let flags = NAMESPACES.iter().map(|flag| {
             let flag = u64::from(flag.cast_unsigned());
@@ -308,37 +217,90 @@ mod tests {
         thread.join().expect("the filtered thread");
     }
 
-    #[test]
-    fn vsock_filter_allows_unix_sockets_and_refuses_the_rest() {
-        let thread = std::thread::spawn(|| {
+    /// Runs `body` on a thread with the jail's filter and the allow-list of `process`.
+    fn confined(process: Process, body: impl FnOnce() + Send + 'static) {
+        let thread = std::thread::spawn(move || {
             set_no_new_privs().expect("no_new_privs");
             install().expect("the jail's filter");
-            let dir = tempfile::tempdir().expect("tempdir");
-            let socket = dir.path().join("vsock");
-            with_vsock_filter(|| {
-                let listener = std::os::unix::net::UnixListener::bind(&socket).expect("bound");
-                let client = std::os::unix::net::UnixStream::connect(&socket);
-                drop((
-                    listener.accept().expect("accepted"),
-                    client.expect("connected"),
-                ));
-                std::fs::read("/proc/self/status").expect("read");
-                let mut program = std::process::Command::new("true");
-                let null = || std::fs::File::open("/dev/null").expect("opened");
-                let program = program.env_clear().stdin(null()).stdout(null());
-                let ended = program.spawn().expect("started").wait();
-                assert!(ended.expect("ended").success());
-                let refused = |result: std::io::Result<()>| {
-                    let error = result.expect_err("refused");
-                    assert_eq!(error.kind(), std::io::ErrorKind::PermissionDenied);
-                };
-                refused(std::net::UdpSocket::bind("127.0.0.1:0").map(drop));
-                refused(std::fs::write(dir.path().join("file"), ""));
-                refused(std::fs::create_dir(dir.path().join("directory")));
-                refused(std::fs::rename(&socket, dir.path().join("other")));
-            })
-            .expect("filtered");
+            with_filter(process, body).expect("filtered");
         });
         thread.join().expect("the filtered thread");
+    }
+
+    fn refused<T: std::fmt::Debug>(result: std::io::Result<T>) {
+        let error = result.expect_err("refused");
+        assert_eq!(error.kind(), std::io::ErrorKind::PermissionDenied);
+    }
+
+    fn run_true() -> std::io::Result<std::process::ExitStatus> {
+        let null = || std::fs::File::open("/dev/null").expect("opened");
+        let mut program = std::process::Command::new("true");
+        program.env_clear().stdin(null()).stdout(null());
+        program.spawn()?.wait()
+    }
+
+    /// Calls that are on no list, and that the jail's filter does not refuse.
+    fn canaries() {
+        use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+        let flags = SockFlag::empty();
+        let netlink = socket(AddressFamily::Netlink, SockType::Raw, flags, None);
+        refused(netlink.map_err(Into::into));
+        refused(nix::unistd::getpgid(None).map_err(Into::into));
+        refused(nix::unistd::getsid(None).map_err(Into::into));
+    }
+
+    #[test]
+    fn vsock_filter_allows_unix_sockets_and_refuses_the_rest() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        confined(Process::Vsock, move || {
+            let socket = dir.path().join("vsock");
+            let listener = std::os::unix::net::UnixListener::bind(&socket).expect("bound");
+            let client = std::os::unix::net::UnixStream::connect(&socket);
+            drop((
+                listener.accept().expect("accepted"),
+                client.expect("connected"),
+            ));
+            std::fs::read("/proc/self/status").expect("read");
+            assert!(run_true().expect("ran").success());
+            refused(std::net::UdpSocket::bind("127.0.0.1:0"));
+            refused(std::fs::write(dir.path().join("file"), ""));
+            refused(std::fs::create_dir(dir.path().join("directory")));
+            refused(std::fs::rename(&socket, dir.path().join("other")));
+            canaries();
+        });
+    }
+
+    #[test]
+    fn qemu_filter_allows_disks_and_refuses_changes_of_files() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        confined(Process::Qemu { internet: false }, move || {
+            let disk = dir.path().join("disk");
+            std::fs::write(&disk, "x").expect("written");
+            assert!(run_true().expect("ran").success());
+            refused(std::net::UdpSocket::bind("127.0.0.1:0"));
+            refused(std::fs::create_dir(dir.path().join("directory")));
+            refused(std::fs::set_permissions(
+                &disk,
+                std::fs::metadata(&disk).expect("stat").permissions(),
+            ));
+            canaries();
+        });
+    }
+
+    #[test]
+    fn krun_filter_allows_changes_of_files_and_refuses_programs() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        confined(Process::Krun { internet: true }, move || {
+            let directory = dir.path().join("directory");
+            std::fs::create_dir(&directory).expect("created");
+            std::fs::write(directory.join("file"), "x").expect("written");
+            std::net::UdpSocket::bind("127.0.0.1:0").expect("bound");
+            let thread = std::thread::spawn(|| std::fs::read("/proc/self/status"));
+            thread.join().expect("a thread").expect("a file");
+            // A command would need more refused calls to report that.
+            let ran = nix::unistd::execv(c"/bin/true", &[c"true"]);
+            refused(ran.map_err(Into::into));
+            canaries();
+        });
     }
 }

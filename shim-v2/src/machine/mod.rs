@@ -9,6 +9,7 @@
 
 mod scratch;
 mod share;
+mod vmm_user;
 
 use crate::cgroup;
 use crate::error::{Result, ShimError};
@@ -43,6 +44,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
+use vmm_user::UserClaim;
 
 /// Number of console and vmm lines in an error.
 const ERROR_LINES: usize = 30;
@@ -84,6 +86,8 @@ pub struct VmMachine {
     cgroup: Mutex<cgroup::Joined>,
     supervisor: Supervisor,
     mounts: Arc<HostMounts>,
+    /// Held as long as the shim lives.
+    user: Mutex<Option<UserClaim>>,
 }
 
 impl VmMachine {
@@ -94,6 +98,7 @@ impl VmMachine {
             record: Mutex::new(record),
             cgroup: Mutex::default(),
             supervisor: Supervisor::default(),
+            user: Mutex::default(),
         }
     }
 
@@ -139,6 +144,22 @@ impl VmMachine {
         let text = serde_json::to_vec_pretty(&network).unwrap_or_default();
         write_atomically(&path, &text).map_err(ShimError::io("write", path.display()))?;
         Ok(network)
+    }
+
+    /// Returns the user of the VM's processes. libkrun serves the share in its own process, for which it needs root.
+    async fn claim_user(&self, id: &str, plan: &Plan) -> Result<Option<u32>> {
+        let users = match (&plan.options.vmm_users, &plan.options.vmm) {
+            (Some(users), VmmKind::Qemu) => users.clone(),
+            _ => return Ok(None),
+        };
+        if let Some(claim) = &*self.user.lock() {
+            return Ok(Some(claim.id()));
+        }
+        let id = id.to_owned();
+        let claim = blocking("claim a user", move || UserClaim::new(&users, &id)).await?;
+        let user = claim.id();
+        *self.user.lock() = Some(claim);
+        Ok(Some(user))
     }
 
     async fn start_child(&self, spec: InstanceSpec, undo: &mut Undo) -> Result<VmmChild> {
@@ -189,7 +210,12 @@ impl Machine for VmMachine {
 
         let ready =
             ReadySocket::bind(&work_dir).map_err(ShimError::boot("listen for the guest"))?;
-        let spec = instance(id, plan, &work_dir, &share, &scratch, &network);
+        let mut spec = instance(id, plan, &work_dir, &share, &scratch, &network);
+        spec.user = self.claim_user(id, plan).await?;
+        if let Some(user) = spec.user {
+            let socket = work_dir.join(names::READY_SOCKET);
+            vmm_user::give(user, &[&socket, &scratch, &work_dir])?;
+        }
         let child = self.start_child(spec, undo).await?;
         self.record_child(bundle, child.pid());
         timers.mark("spawn");
@@ -306,6 +332,7 @@ fn instance(
         netns: plan.netns.clone(),
         host_network: options.host_network,
         debug_console: options.debug_console,
+        user: None,
     }
 }
 

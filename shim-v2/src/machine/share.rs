@@ -111,6 +111,12 @@ impl From<crate::net::NetError> for MachineError {
     }
 }
 
+impl From<super::vmm_user::UserError> for MachineError {
+    fn from(error: super::vmm_user::UserError) -> Self {
+        Self::Other(Arc::new(error))
+    }
+}
+
 impl From<crate::vmm::supervisor::SpawnError> for MachineError {
     fn from(error: crate::vmm::supervisor::SpawnError) -> Self {
         Self::Other(Arc::new(error))

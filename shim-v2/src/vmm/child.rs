@@ -4,18 +4,18 @@
 //! [`boxlite_proto::exit::ExitCode`] and a message on standard error.
 
 use super::VmmFactory;
+use super::parent::require_shim;
 use super::step::{StepExt, invalid};
 use crate::jail;
 use boxlite_proto::error::{BoxliteError, BoxliteResult};
 use boxlite_proto::exit::ExitCode;
 use boxlite_proto::vmm::InstanceSpec;
 use boxlite_sys::report::Report;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
+use nix::sys::stat::{Mode, umask};
 use std::convert::Infallible;
 use std::io::{BufRead, BufReader, Read};
-use std::os::fd::AsFd;
 
 /// Maximum size of a spec in bytes.
 const MAX_SPEC_BYTES: u64 = 1 << 20;
@@ -57,6 +57,8 @@ fn report(error: &(dyn std::error::Error + 'static)) {
 
 fn start(factory: &VmmFactory) -> Result<Infallible, Failure> {
     boxlite_sys::descriptors::close_inherited().step("close inherited descriptors")?;
+    // The VM's own user, without capabilities, reads the derived files and passes through the jail's directories.
+    umask(Mode::from_bits_truncate(0o022));
     // Set before the spec is read: if the shim died earlier, the pipe is closed; if it dies later, the signal arrives.
     set_pdeathsig(Signal::SIGKILL).step("set the parent-death signal")?;
     let spec = read_spec()?;
@@ -75,15 +77,7 @@ fn read_spec() -> BoxliteResult<InstanceSpec> {
     let mut line = String::new();
     let mut reader = BufReader::new(stdin.lock().take(MAX_SPEC_BYTES));
     reader.read_line(&mut line).step("read the instance spec")?;
-    // The shim keeps the pipe open as long as it lives.
-    let mut fds = [PollFd::new(stdin.as_fd(), PollFlags::POLLIN)];
-    poll(&mut fds, PollTimeout::ZERO).step("poll the spec's pipe")?;
-    let closed = fds[0]
-        .revents()
-        .is_some_and(|events| events.contains(PollFlags::POLLHUP));
-    if closed {
-        return Err(std::io::Error::other("the shim has exited")).step("read the instance spec");
-    }
+    require_shim()?;
     serde_json::from_str(&line)
         .map_err(|error| invalid("json", format!("{} bytes", line.len()), error.to_string()))
 }

@@ -12,6 +12,7 @@ pub mod devices;
 mod factory;
 pub mod krun;
 mod krunfw;
+mod parent;
 pub mod qemu;
 pub mod ready;
 mod step;

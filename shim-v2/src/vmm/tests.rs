@@ -64,6 +64,7 @@ pub(super) fn spec(kind: VmmKind) -> InstanceSpec {
         netns: None,
         host_network: false,
         debug_console: false,
+        user: None,
     }
 }
 

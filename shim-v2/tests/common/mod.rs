@@ -75,6 +75,7 @@ pub(crate) fn options() -> SandboxOptions {
         debug_console: false,
         host_network: false,
         volume_writers: None,
+        vmm_users: None,
     }
 }
 

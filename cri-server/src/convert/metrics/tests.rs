@@ -43,6 +43,7 @@ fn sandbox() -> BoxSnapshot {
         vmm: None,
         debug_console: false,
         shared_volume_writers: Default::default(),
+        vmm_ids: None,
     };
     BoxSnapshot {
         id: "p".into(),

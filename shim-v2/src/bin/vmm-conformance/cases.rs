@@ -1,6 +1,6 @@
 //! The cases, in the order of a VM's life. Each starts its own VM and returns a note with its measurements.
 
-use super::harness::{Bench, Error, Result, Running};
+use super::harness::{Bench, Error, Result, Running, USER};
 use boxlite_proto::boxlite::v1::{AttachRequest, ContainerInitRequest, Rootfs};
 use boxlite_proto::vmm::{Disk, VmmKind};
 use boxlite_shim_v2::vmm::BootError;
@@ -251,7 +251,8 @@ async fn jail(kind: VmmKind) -> Result<String> {
         notes.push(check_privileges(process, &kind)?);
         check_descriptors(process, &leak)?;
     }
-    for namespace in ["mnt", "pid", "ipc", "uts"] {
+    check_mounts(&running)?;
+    for namespace in ["mnt", "pid", "ipc", "uts", "user"] {
         let of = |process: &str| fs::read_link(format!("/proc/{process}/ns/{namespace}"));
         check(of(&pid.to_string())? != of("self")?, || {
             format!("it shares our {namespace} namespace")
@@ -298,17 +299,71 @@ fn check_privileges(process: &str, kind: &VmmKind) -> Result<String> {
         })?;
     }
     let limits = fs::read_to_string(format!("/proc/{process}/limits"))?;
-    let core = limits
-        .lines()
-        .find_map(|l| l.strip_prefix("Max core file size"));
-    let core = core.unwrap_or_default().split_ascii_whitespace();
-    check(core.take(2).eq(["0", "0"]), || {
+    let hard_limit = |resource: &str| -> String {
+        let line = limits.lines().find_map(|line| line.strip_prefix(resource));
+        let mut columns = line.unwrap_or_default().split_ascii_whitespace();
+        columns.nth(1).unwrap_or_default().to_owned()
+    };
+    check(hard_limit("Max core file size") == "0", || {
         format!("{name} may dump core")
     })?;
-    let (uid, filters) = (field("Uid:"), field("Seccomp_filters:"));
+    check(
+        serves_files || hard_limit("Max file size") != "unlimited",
+        || format!("{name} may write files of any size"),
+    )?;
+    let ids = [field("Uid:"), field("Gid:")];
+    let expected = if serves_files { 0 } else { USER }.to_string();
+    check(ids.iter().all(|id| *id == expected), || {
+        format!("{name} has user and group {ids:?}, not {expected}")
+    })?;
+    // Two of the jail and an allow-list. The child that only waits for QEMU has no allow-list.
+    let filters = field("Seccomp_filters:");
+    let waits = *kind == VmmKind::Qemu && name.starts_with("containerd-shim");
+    let least = if waits { 2 } else { 3 };
+    check(filters.parse().is_ok_and(|n: u32| n >= least), || {
+        format!("{name} has {filters} system call filters")
+    })?;
     Ok(format!(
-        "{name} uid {uid} caps {held} seccomp 2 ({filters} filters) no_new_privs 1"
+        "{name} uid {expected} caps {held} seccomp 2 ({filters} filters) no_new_privs 1"
     ))
+}
+
+/// Checks that the only writable mounts of the jail are those of the VM, and the only devices the listed ones. A file server
+/// that is led out of the share reaches these.
+fn check_mounts(running: &Running) -> Result<()> {
+    const DEVICES: [&str; 6] = [
+        "/dev/null",
+        "/dev/zero",
+        "/dev/random",
+        "/dev/urandom",
+        "/dev/kvm",
+        "/dev/net/tun",
+    ];
+    let spec = &running.bench.spec;
+    let mut writable: Vec<&Path> = spec.disks.iter().map(|disk| disk.path.as_path()).collect();
+    writable.push(&spec.work_dir);
+    let path = format!("/proc/{}/mountinfo", running.child.pid());
+    let table = fs::read_to_string(path)?;
+    check(table.lines().count() > writable.len(), || table.clone())?;
+    for line in table.lines() {
+        let mut fields = line.split_ascii_whitespace().skip(4);
+        let at = fields.next().unwrap_or_default();
+        let options: Vec<&str> = fields.next().unwrap_or_default().split(',').collect();
+        let is = |option| options.contains(&option);
+        check(is("nosuid"), || format!("not nosuid: {line}"))?;
+        let device = DEVICES.contains(&at);
+        check(is("nodev") || device, || format!("not nodev: {line}"))?;
+        let vm = writable.contains(&Path::new(at));
+        check(is("ro") || device || vm, || format!("writable: {line}"))?;
+        check(is("noexec") || is("ro"), || {
+            format!("written and executed: {line}")
+        })?;
+        let proc = at == "/proc" && spec.kind == VmmKind::Qemu || at == "/proc/self/fd";
+        check(!at.starts_with("/proc") || proc, || {
+            format!("visible: {line}")
+        })?;
+    }
+    Ok(())
 }
 
 /// Checks that a process did not inherit a file of ours.

@@ -2,12 +2,13 @@
 
 use boxlite_portal::{Connection, GuestAddress, GuestSession};
 use boxlite_proto::boxlite::v1::{GuestInitRequest, GuestInitResponse, Interface};
-use boxlite_proto::names::{SCRATCH_SERIAL, SHARE_TAG, VSOCK_SOCKET};
+use boxlite_proto::names::{READY_SOCKET, SCRATCH_SERIAL, SHARE_TAG, VSOCK_SOCKET};
 use boxlite_proto::vmm::{Acceleration, Disk, Installation, InstanceSpec, Nic, VmmKind};
 use boxlite_shim_v2::net::tap;
 use boxlite_shim_v2::vmm::{ReadySocket, Supervisor, VmmChild};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
+use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -22,6 +23,8 @@ const TAP: &str = "tap0";
 const MAC: &str = "02:00:0a:c7:00:02";
 /// Enough for the agent and busybox; the suite may run beside other VMs.
 const MEMORY_MIB: u32 = 256;
+/// User of the VM's processes that serve no files (QEMU only).
+pub(crate) const USER: u32 = 1_879_048_199;
 /// Size of the sparse scratch disk.
 const SCRATCH_BYTES: u64 = 1 << 30;
 
@@ -120,6 +123,8 @@ impl Bench {
     /// Starts the VM without waiting for its agent.
     pub(crate) fn spawn(&self) -> Result<(ReadySocket, VmmChild)> {
         let ready = ReadySocket::bind(&self.spec.work_dir)?;
+        let user = self.spec.user;
+        chown(self.spec.work_dir.join(READY_SOCKET), user, user)?;
         let supervisor = Supervisor::new(binaries()?.join("containerd-shim-boxlite-v2"));
         Ok((ready, supervisor.spawn(&self.spec)?))
     }
@@ -202,6 +207,7 @@ fn spec(kind: &VmmKind, directory: &Path) -> Result<InstanceSpec> {
     let scratch = directory.join("scratch.img");
     std::fs::create_dir(&work_dir)?;
     std::fs::create_dir(&share_dir)?;
+    let user = (*kind == VmmKind::Qemu).then_some(USER);
     let none: Option<&str> = None;
     mount(
         Some("tmpfs"),
@@ -222,6 +228,9 @@ fn spec(kind: &VmmKind, directory: &Path) -> Result<InstanceSpec> {
             scratch.to_str().ok_or("not UTF-8")?,
         ],
     )?;
+    for path in [&work_dir, &scratch] {
+        chown(path, user, user)?;
+    }
     Ok(InstanceSpec {
         id: "conformance".to_owned(),
         kind: kind.clone(),
@@ -245,6 +254,7 @@ fn spec(kind: &VmmKind, directory: &Path) -> Result<InstanceSpec> {
         netns: None,
         host_network: false,
         debug_console: false,
+        user,
     })
 }
 

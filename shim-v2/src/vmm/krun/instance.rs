@@ -1,7 +1,8 @@
 //! Step 8: the jail's files, and entering the VM.
 
 use super::ffi::Context;
-use crate::jail::HostFiles;
+use crate::jail::{self, HostFiles, ProcFiles, Process};
+use crate::vmm::step::StepExt;
 use crate::vmm::{VmmInstance, VmmInstanceImpl};
 use boxlite_proto::error::BoxliteResult;
 use boxlite_proto::vmm::InstanceSpec;
@@ -33,11 +34,17 @@ impl VmmInstanceImpl for KrunInstance {
             optional: Vec::new(),
             read_write,
             share: spec.share_dir.clone(),
+            // Its file server follows names of the guest. The rest of /proc leads to the VMM's memory.
+            proc: ProcFiles::OwnDescriptors,
             work_dir: spec.work_dir.clone(),
         }
     }
 
     fn enter(self: Box<Self>) -> BoxliteResult<Infallible> {
+        let process = Process::Krun {
+            internet: self.spec.host_network,
+        };
+        jail::allow_only(process).step("install the system call filter")?;
         Err(self.context.start_enter())
     }
 }

@@ -4,17 +4,20 @@
 
 use super::context::Context;
 use super::{shares, vsock};
-use crate::jail::{self, HostFiles};
+use crate::jail::{self, HostFiles, ProcFiles, Process};
+use crate::vmm::parent::require_shim;
 use crate::vmm::step::StepExt;
 use crate::vmm::{VmmInstance, VmmInstanceImpl};
 use boxlite_proto::error::BoxliteResult;
 use boxlite_proto::exit::ExitCode;
-use boxlite_proto::vmm::InstanceSpec;
+use boxlite_proto::vmm::{Acceleration, InstanceSpec};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::wait::{WaitStatus, wait};
+use nix::unistd::{Gid, Uid, fchown};
 use std::convert::Infallible;
 use std::fs::{self, File};
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -37,6 +40,9 @@ const SYSTEM_LINKS: [&str; 6] = [
     "/etc/alternatives",
     "/sbin",
 ];
+
+/// The KVM device.
+const KVM: &str = "/dev/kvm";
 
 struct QemuInstance {
     context: Context,
@@ -61,6 +67,7 @@ impl VmmInstanceImpl for QemuInstance {
             optional: SYSTEM_LINKS.map(PathBuf::from).to_vec(),
             read_write: self.context.read_write.clone(),
             share: self.spec.share_dir.clone(),
+            proc: ProcFiles::All,
             work_dir: self.spec.work_dir.clone(),
         }
     }
@@ -69,8 +76,11 @@ impl VmmInstanceImpl for QemuInstance {
         let files = &self.spec.installation;
         let socket = self.context.vsock_socket.as_str();
         let _virtiofsd = self.start_virtiofsd()?;
-        // Only the file server needs any.
+        // Only the file server needs capabilities and files of any owner.
+        self.become_user()?;
         jail::drop_all_capabilities().step("drop capabilities")?;
+        jail::limit_resources(self.max_file_bytes()?).step("limit resources")?;
+        jail::restrict(&self.host_files()).step("restrict file access")?;
         let mut vsock = self.start_vsock()?;
         wait_listening(&mut vsock, socket)?;
         let mut args = self.context.args.clone();
@@ -80,12 +90,49 @@ impl VmmInstanceImpl for QemuInstance {
         }
         let mut command = Command::new(&files.qemu);
         command.args(args).env_clear().stdin(Stdio::null());
-        let mut qemu = command.spawn().step("start QEMU")?;
+        let process = Process::Qemu {
+            internet: self.spec.host_network,
+        };
+        let spawned = jail::with_filter(process, || command.spawn()).step("start QEMU")?;
+        let mut qemu = spawned.step("start QEMU")?;
         watch(&mut qemu)
     }
 }
 
 impl QemuInstance {
+    /// Runs this process, and later QEMU and vhost-device-vsock, as the VM's own user.
+    fn become_user(&self) -> BoxliteResult<()> {
+        let Some(user) = self.spec.user else {
+            return Ok(());
+        };
+        let groups = match self.spec.acceleration {
+            Acceleration::Tcg => Vec::new(),
+            Acceleration::Kvm => match kvm_access()? {
+                KvmAccess::Anyone => Vec::new(),
+                KvmAccess::Group(group) => vec![group],
+                KvmAccess::Root => {
+                    eprintln!("vmm: running as root, since only root may open {KVM}");
+                    return Ok(());
+                }
+            },
+        };
+        // QEMU opens the console by name.
+        let owner = (Some(Uid::from_raw(user)), Some(Gid::from_raw(user)));
+        fchown(std::io::stdout(), owner.0, owner.1).step("change the owner of the console")?;
+        jail::become_user(user, &groups).step("become the VM's user")?;
+        require_shim()
+    }
+
+    /// Returns the size of the largest file that QEMU writes: a disk, or the guest's memory, which is a file, too.
+    fn max_file_bytes(&self) -> BoxliteResult<u64> {
+        let mut max = u64::from(self.spec.memory_mib) << 20;
+        for disk in self.spec.disks.iter().filter(|disk| !disk.read_only) {
+            let meta = fs::metadata(&disk.path).step(format!("stat {}", disk.path.display()))?;
+            max = max.max(meta.len());
+        }
+        Ok(max)
+    }
+
     /// Starts vhost-device-vsock with its own system call filter.
     fn start_vsock(&self) -> BoxliteResult<Child> {
         let program = &self.spec.installation.vhost_device_vsock;
@@ -93,7 +140,7 @@ impl QemuInstance {
         // The filter would not allow to open it for writing.
         let null = open_null()?;
         let start = || start("vhost-device-vsock", program, &args, null);
-        jail::with_vsock_filter(start).step("start vhost-device-vsock")?
+        jail::with_filter(Process::Vsock, start).step("start vhost-device-vsock")?
     }
 
     fn start_virtiofsd(&self) -> BoxliteResult<Child> {
@@ -114,6 +161,29 @@ impl QemuInstance {
         )?;
         inherit(socket, false)?;
         Ok(child)
+    }
+}
+
+/// Users that may open the KVM device.
+#[derive(Debug, PartialEq, Eq)]
+enum KvmAccess {
+    Anyone,
+    Group(Gid),
+    Root,
+}
+
+fn kvm_access() -> BoxliteResult<KvmAccess> {
+    let meta = fs::metadata(KVM).step(format!("stat {KVM}"))?;
+    Ok(access(meta.mode(), meta.gid()))
+}
+
+fn access(mode: u32, group: u32) -> KvmAccess {
+    const OTHERS: u32 = 0o006;
+    const GROUP: u32 = 0o060;
+    match group {
+        _ if mode & OTHERS == OTHERS => KvmAccess::Anyone,
+        1.. if mode & GROUP == GROUP => KvmAccess::Group(Gid::from_raw(group)),
+        _ => KvmAccess::Root,
     }
 }
 
@@ -237,5 +307,19 @@ fn wait_briefly(qemu: &mut Child) -> BoxliteResult<Option<std::process::ExitStat
             return Ok(status);
         }
         std::thread::sleep(POLL_INTERVAL);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kvm_access_follows_mode_and_group() {
+        assert_eq!(access(0o20666, 0), KvmAccess::Anyone);
+        assert_eq!(access(0o20660, 108), KvmAccess::Group(Gid::from_raw(108)));
+        assert_eq!(access(0o20640, 108), KvmAccess::Root);
+        assert_eq!(access(0o20660, 0), KvmAccess::Root, "the group of root");
+        assert_eq!(access(0o20600, 0), KvmAccess::Root);
     }
 }

@@ -7,6 +7,7 @@ use boxlite_proto::names::SHARE_TAG;
 use boxlite_proto::vmm::InstanceSpec;
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::lchown;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
@@ -15,6 +16,11 @@ const SOCKET: &str = "fs";
 
 pub(super) fn configure(context: &mut Context, spec: &InstanceSpec) -> BoxliteResult<()> {
     context.share_socket = Some(listen(&spec.work_dir, SOCKET)?);
+    if let Some(user) = spec.user {
+        // QEMU connects to it.
+        lchown(spec.work_dir.join(SOCKET), Some(user), Some(user))
+            .step("change the owner of virtiofsd's socket")?;
+    }
     context.option("-chardev", format!("socket,id=fs,path={SOCKET}"));
     context.option(
         "-device",
