@@ -24,7 +24,7 @@ export ROOT_TESTS := $(if $(filter 0,$(shell id -u)),--features boxlite-erofs/ro
 # Size limit of the release agent in bytes.
 AGENT_MAX_BYTES := 8140000
 
-.PHONY: all tools build demo test test-containerd e2e-qemu e2e-krun conformance conformance-krun conformance-containerd conformance-containerd-suite cluster test-cluster conformance-cluster bench lint deny advisories unit agent-size fmt install dist test-dist clean help
+.PHONY: all tools build demo test test-containerd e2e-qemu e2e-krun conformance conformance-krun conformance-containerd conformance-containerd-suite cluster test-cluster conformance-cluster bench lint deny advisories unit fuzz agent-size fmt install dist test-dist clean help
 all: build
 
 help:
@@ -34,6 +34,7 @@ help:
 	@echo "make lint                    cargo fmt, clippy, shellcheck, and cargo-deny (also: make deny) for dependencies"
 	@echo "make advisories              security advisories for dependencies, from the RustSec database on GitHub"
 	@echo "make unit                    unit and property tests"
+	@echo "make fuzz                    mutated inputs for every parser of untrusted data (FUZZ_SECONDS=25 for each)"
 	@echo "make conformance             critest, the conformance suite of CRI runtimes (docs/conformance.md)"
 	@echo "make test-containerd         the shim under containerd 1.6 and 2.x"
 	@echo "make conformance-containerd  critest against containerd's CRI plugin with the shim"
@@ -134,6 +135,10 @@ advisories:
 
 unit:
 	@e2e/scripts/unit $(ROOT_TESTS)
+
+# Inputs that fail are printed; BOXLITE_FUZZ_SEED repeats a run.
+fuzz:
+	BOXLITE_FUZZ_SECONDS=$(or $(FUZZ_SECONDS),25) cargo test --locked --workspace --lib --bins -- --nocapture fuzz_
 
 # Fails if the release agent exceeds its size limit.
 agent-size:

@@ -81,4 +81,18 @@ mod tests {
             assert!(frames.cut().is_err(), "{length}");
         }
     }
+
+    #[test]
+    fn fuzz_stream_is_cut_or_rejected() {
+        let seed = [message(40, 1), message(100, 2)].concat();
+        boxlite_fuzz::Fuzz::new("fuse").seed(seed).run(|input| {
+            let mut frames = Frames::default();
+            for part in input.chunks(17) {
+                frames.push(part);
+                while let Ok(Some(message)) = frames.cut() {
+                    assert!((HEADER..=MAX_MESSAGE_BYTES).contains(&message.len()));
+                }
+            }
+        });
+    }
 }

@@ -561,3 +561,23 @@ proptest::proptest! {
         let _ = conf::parse(text.as_bytes(), Path::new("x"));
     }
 }
+
+#[test]
+fn fuzz_results_of_plugins_and_conflists_are_read_or_rejected() {
+    let words = [
+        "null",
+        "\"ips\":",
+        "\"address\":",
+        "\"10.0.0.1/33\"",
+        "\"fe80::1%eth0/64\"",
+        "[",
+        "{",
+    ];
+    boxlite_fuzz::Fuzz::new("cni").words(&words).run(|input| {
+        drop(super::conf::parse(input, Path::new("/x.conflist")));
+        if let Ok(value) = serde_json::from_slice(input) {
+            let result = super::result::CniResult::from_value(&value);
+            assert!(result.addresses().count() <= input.len());
+        }
+    });
+}

@@ -281,4 +281,32 @@ mod tests {
             while let Ok(Some(_)) = assembler.next() {}
         }
     }
+
+    #[test]
+    fn fuzz_stream_of_a_plugin_is_read_or_rejected() {
+        use prost::Message as _;
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
+        let runtime = runtime.build().expect("a runtime");
+        let mut seed = Vec::new();
+        for length in [0, 5, 300] {
+            for (connection, bytes) in runtime.block_on(frames(&message(length))) {
+                seed.extend(connection.to_be_bytes());
+                seed.extend((bytes.len() as u32).to_be_bytes());
+                seed.extend(bytes);
+            }
+        }
+        boxlite_fuzz::Fuzz::new("nri").seed(seed).run(|mut input| {
+            runtime.block_on(async {
+                let mut assembler = Assembler::default();
+                while let Ok(Some((_, bytes))) = read(&mut input).await {
+                    assembler.push(&bytes);
+                    while let Ok(Some(message)) = assembler.next() {
+                        assert!(message.payload.len() <= MAX_MESSAGE_BYTES);
+                        drop(Request::decode(&message.payload[..]));
+                        drop(Response::decode(&message.payload[..]));
+                    }
+                }
+            });
+        });
+    }
 }

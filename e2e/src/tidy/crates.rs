@@ -11,10 +11,12 @@ type Allowed = &'static [(&'static str, &'static [&'static str])];
 /// sys ◄─ portal, erofs, config ◄─ runtime ◄─ cri-server
 ///            ▲ proto ▲    ▲────── shim-v2      guest ─► proto, sys      dist, e2e ─► sys
 /// ```
-const WORKSPACE: [(&str, Allowed); 11] = [
-    ("sys", &[]),
+const WORKSPACE: [(&str, Allowed); 12] = [
+    // Only for the tests of the others.
+    ("fuzz", &[]),
+    ("sys", &[("boxlite-fuzz", &[])]),
     ("proto", &[]),
-    ("erofs", &[]),
+    ("erofs", &[("boxlite-fuzz", &[])]),
     ("portal", &[("boxlite-proto", &[]), ("boxlite-sys", &[])]),
     (
         "config",
@@ -25,6 +27,7 @@ const WORKSPACE: [(&str, Allowed); 11] = [
         &[
             ("boxlite-config", &[]),
             ("boxlite-erofs", &[]),
+            ("boxlite-fuzz", &[]),
             ("boxlite-portal", &[]),
             ("boxlite-proto", &["shim"]),
             ("boxlite-sys", &[]),
@@ -33,6 +36,7 @@ const WORKSPACE: [(&str, Allowed); 11] = [
     (
         "cri-server",
         &[
+            ("boxlite-fuzz", &[]),
             ("boxlite-config", &[]),
             ("boxlite-portal", &[]),
             ("boxlite-proto", &["cri", "nri"]),
@@ -51,7 +55,14 @@ const WORKSPACE: [(&str, Allowed); 11] = [
             ("boxlite-sys", &[]),
         ],
     ),
-    ("guest", &[("boxlite-proto", &[]), ("boxlite-sys", &[])]),
+    (
+        "guest",
+        &[
+            ("boxlite-fuzz", &[]),
+            ("boxlite-proto", &[]),
+            ("boxlite-sys", &[]),
+        ],
+    ),
     ("dist", &[("boxlite-sys", &[])]),
     // Helpers only: the tests have their own view of every wire format.
     ("e2e", &[("boxlite-sys", &[])]),

@@ -2,6 +2,7 @@
 //! `fsck.erofs` and with the kernel.
 
 mod archive;
+mod fuzz;
 mod hostile;
 mod property;
 mod reader;

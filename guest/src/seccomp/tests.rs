@@ -260,3 +260,26 @@ fn install_kernel_enforces_the_filter() {
     assert_eq!(masked.unwrap_err().raw_os_error(), 76);
     assert_ne!(other.map(|errno| errno.raw_os_error()), Some(76));
 }
+
+#[test]
+fn fuzz_profile_is_compiled_or_refused() {
+    let words = [
+        "\"args\":",
+        "\"names\":",
+        "SCMP_ACT_ERRNO",
+        "SCMP_CMP_MASKED_EQ",
+        "18446744073709551615",
+        "-1",
+        "[",
+        "{",
+    ];
+    boxlite_fuzz::Fuzz::new("seccomp")
+        .words(&words)
+        .run(|input| {
+            if let Ok(profile) = serde_json::from_slice::<LinuxSeccomp>(input)
+                && let Ok(filter) = Filter::compile(&profile)
+            {
+                assert!(filter.instructions().len() <= MAX_INSTRUCTIONS);
+            }
+        });
+}

@@ -1,5 +1,6 @@
 //! Tests of the spec, field by field, against the spec of containerd's CRI plugin.
 
+mod fuzz;
 mod kubelet;
 
 use super::process::DEFAULT_PATH;

@@ -403,3 +403,29 @@ async fn unaccepted_streams_are_bounded() {
     assert!(replies <= 64, "{replies} streams without a consumer");
     task.abort();
 }
+
+#[test]
+fn fuzz_frames_are_read_or_rejected_in_bounded_chunks() {
+    let mut seed = Vec::new();
+    for frame in GO_FRAMES {
+        seed.extend(hex::decode(frame).unwrap());
+    }
+    // Data, a ping, a reset and the end of the connection.
+    seed.extend([0, 0, 0, 3, 0, 0, 0, 2, b'h', b'i']);
+    seed.extend([0x80, 3, 0, 6, 0, 0, 0, 4, 0, 0, 0, 1]);
+    seed.extend([0x80, 3, 0, 3, 0, 0, 0, 8, 0, 0, 0, 3, 0, 0, 0, 5]);
+    seed.extend([0x80, 3, 0, 7, 0, 0, 0, 8, 0, 0, 0, 3, 0, 0, 0, 0]);
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .unwrap();
+    boxlite_fuzz::Fuzz::new("spdy").seed(seed).run(|input| {
+        runtime.block_on(async {
+            let mut reader = Reader::new(input);
+            while let Ok(Some(frame)) = reader.next().await {
+                if let Frame::Data { data, .. } = frame {
+                    assert!(data.len() <= MAX_CHUNK_BYTES);
+                }
+            }
+        });
+    });
+}

@@ -189,3 +189,18 @@ async fn ping_flood_without_reads_is_bounded() {
     assert!(received < 1 << 20, "{received} bytes of pongs were queued");
     task.abort();
 }
+
+#[test]
+fn fuzz_messages_of_channels_are_decoded_or_dropped() {
+    let fuzz = boxlite_fuzz::Fuzz::new("channels");
+    fuzz.seed(*b"\x00stdin").seed(*b"0c3RkaW4=").run(|input| {
+        let binary = Message::Binary(Bytes::copy_from_slice(input));
+        if let Some((channel, data)) = decode(binary, false) {
+            assert_eq!((channel, &data[..]), (input[0], &input[1..]));
+        }
+        let text = String::from_utf8_lossy(input).into_owned();
+        if let Some((channel, _)) = decode(Message::Text(text.into()), true) {
+            assert!(channel < 10);
+        }
+    });
+}

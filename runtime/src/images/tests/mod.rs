@@ -1,6 +1,7 @@
 //! Tests of pulls from an in-process registry: success, sharing, and faults.
 
 mod faults;
+mod fuzz;
 mod registry;
 mod sharing;
 

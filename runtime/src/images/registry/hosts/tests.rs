@@ -212,3 +212,26 @@ async fn tls_uses_configured_root_or_skips_verification() {
         }
     }
 }
+
+#[test]
+fn fuzz_hosts_file_is_read_or_rejected() {
+    let words = [
+        "[host.\"",
+        "server = ",
+        "capabilities = []\n",
+        "ca = ",
+        "client = [[",
+        "override_path = true\n",
+        "http://",
+        "[::1",
+    ];
+    boxlite_fuzz::Fuzz::new("hosts").words(&words).run(|input| {
+        let (_dir, hosts) = directory(&[]);
+        let path = hosts.options.certs_dir.join("example.org");
+        std::fs::create_dir(&path).unwrap();
+        std::fs::write(path.join("hosts.toml"), input).unwrap();
+        if let Ok(found) = hosts.hosts("example.org") {
+            assert!(!found.is_empty());
+        }
+    });
+}
