@@ -1,5 +1,7 @@
 //! The Portal against an agent in this process: greeting, reconnects, output over broken connections.
 
+mod hostile;
+
 use super::*;
 use crate::GuestSession;
 use boxlite_proto::boxlite::v1::execution_server::{Execution, ExecutionServer};
