@@ -152,6 +152,12 @@ impl VmMachine {
             (Some(users), VmmKind::Qemu) => users.clone(),
             _ => return Ok(None),
         };
+        if !vmm_user::are_mapped(users.ids) {
+            tracing::warn!(
+                "pod.vmm_ids are not mapped in this user namespace, running the VM as root"
+            );
+            return Ok(None);
+        }
         if let Some(claim) = &*self.user.lock() {
             return Ok(Some(claim.id()));
         }

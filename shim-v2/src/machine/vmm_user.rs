@@ -33,8 +33,9 @@ pub(super) enum UserError {
 #[derive(Debug)]
 pub(super) struct UserClaim {
     id: u32,
+    offset: u32,
     /// Holds the lock.
-    _registry: File,
+    registry: File,
 }
 
 impl UserClaim {
@@ -51,11 +52,12 @@ impl UserClaim {
         let start = start_offset(pod, users.ids.count);
         let offsets = (start..users.ids.count).chain(0..start);
         for offset in offsets {
-            match lock(&registry, offset) {
+            match set_lock(&registry, offset, libc::F_WRLCK) {
                 Ok(()) => {
                     return Ok(Self {
                         id: users.ids.first + offset,
-                        _registry: registry,
+                        offset,
+                        registry,
                     });
                 }
                 Err(Errno::EAGAIN | Errno::EACCES) => {}
@@ -69,6 +71,35 @@ impl UserClaim {
     pub(super) fn id(&self) -> u32 {
         self.id
     }
+}
+
+impl Drop for UserClaim {
+    fn drop(&mut self) {
+        // Not by closing the file alone: a child that has not executed its program yet shares it, and the lock.
+        let _unlocked = set_lock(&self.registry, self.offset, libc::F_UNLCK);
+    }
+}
+
+/// Returns whether this process can give its children the ids, which are not mapped in a user namespace such as that of a
+/// rootless container.
+pub(super) fn are_mapped(ids: IdRange) -> bool {
+    ["/proc/self/uid_map", "/proc/self/gid_map"]
+        .iter()
+        .all(|path| std::fs::read_to_string(path).is_ok_and(|map| covers(&map, ids)))
+}
+
+/// Returns whether one extent of a map has all ids.
+fn covers(map: &str, ids: IdRange) -> bool {
+    let (first, count) = (u64::from(ids.first), u64::from(ids.count));
+    map.lines().any(|line| {
+        let mut numbers = line.split_ascii_whitespace().map(str::parse::<u64>);
+        match (numbers.next(), numbers.nth(1)) {
+            (Some(Ok(start)), Some(Ok(length))) => {
+                start <= first && first + count <= start + length
+            }
+            _ => false,
+        }
+    })
 }
 
 /// Makes `user` the owner of files of its VM, which do not exist for other processes yet. Links are not followed.
@@ -107,10 +138,11 @@ fn start_offset(pod: &str, count: u32) -> u32 {
     number % count.max(1)
 }
 
-/// Locks one byte for the open file rather than for the process, so that pods of one process, as in tests, are apart.
-fn lock(file: &File, offset: u32) -> nix::Result<()> {
+/// Locks or unlocks one byte for the open file rather than for the process, so that pods of one process, as in tests, are
+/// apart.
+fn set_lock(file: &File, offset: u32, kind: libc::c_int) -> nix::Result<()> {
     let range = libc::flock {
-        l_type: libc::F_WRLCK as libc::c_short,
+        l_type: kind as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
         l_start: i64::from(offset),
         l_len: 1,
@@ -144,6 +176,18 @@ mod tests {
         let first = held[0].id();
         drop(held);
         assert_eq!(claim("a").expect("released").id(), first, "by the pod's id");
+    }
+
+    #[test]
+    fn ids_are_covered_by_one_extent_of_the_map() {
+        let ids = |first, count| IdRange { first, count };
+        let host = "         0          0 4294967295\n";
+        assert!(covers(host, IdRange::DEFAULT));
+        assert!(covers(host, ids(u32::MAX - 1, 1)));
+        let container = "0 100000 65536\n100000 300000 10\n";
+        assert!(!covers(container, IdRange::DEFAULT));
+        assert!(covers(container, ids(100_003, 7)) && !covers(container, ids(100_003, 8)));
+        assert!(!covers("", ids(1, 1)));
     }
 
     #[test]
