@@ -32,6 +32,9 @@ pub const READY_SOCKET: &str = "vsock_2696";
 /// Maximum bytes of a line in one record of a container's log; a longer one is split. As in containerd and CRI-O.
 pub const MAX_LOG_LINE_BYTES: usize = 16 << 10;
 
+/// State of a shim that outlives its process, in the bundle. The shim removes it last, if it ends in order.
+pub const SHIM_STATE: &str = "shim.json";
+
 /// Output of the guest's console, in the VM's working directory.
 pub const CONSOLE_LOG: &str = "console.log";
 

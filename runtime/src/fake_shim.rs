@@ -311,6 +311,7 @@ impl shim_async::Task for Served {
         Ok(api::StateResponse {
             status: EnumOrUnknown::new(state),
             exit_status,
+            pid: 7,
             ..Default::default()
         })
     }

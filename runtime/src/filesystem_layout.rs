@@ -176,6 +176,11 @@ impl FilesystemLayout {
         self.bundle(box_id).join("address")
     }
 
+    /// Returns the state file of a box's shim, which exists until the shim has ended in order or was cleaned up after.
+    pub fn shim_state(&self, box_id: &str) -> PathBuf {
+        self.bundle(box_id).join(names::SHIM_STATE)
+    }
+
     /// Returns the VM's private directory.
     pub fn vm(&self, box_id: &str) -> PathBuf {
         self.bundle(box_id).join("vm")

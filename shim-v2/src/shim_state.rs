@@ -9,7 +9,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 /// Name of the state file in the bundle.
-pub const STATE_FILE: &str = "shim.json";
+pub const STATE_FILE: &str = boxlite_proto::names::SHIM_STATE;
 /// Name of the file with the shim's address in the bundle, a convention of containerd.
 pub const ADDRESS_FILE: &str = "address";
 

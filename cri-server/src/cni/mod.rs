@@ -7,7 +7,7 @@
 //!
 //! ```text
 //!  attach:  record on disk → namespace → ADD, ADD, … → result on disk        failure: DEL …, namespace, record, in this order
-//!  detach:  DEL in reverse order → namespace → record                        repeatable; succeeds if already removed
+//!  detach:  DEL in reverse order, end of the VM → namespace → record         repeatable; succeeds if already removed
 //!  collect: detach of attachments without a pod, then GC, GC, … with the remaining ones
 //! ```
 
@@ -169,10 +169,33 @@ impl Cni {
     /// a plugin fails, the others still run, and the record remains so that the next call can retry. A concurrent call waits
     /// for the first: parallel DELs disturb each other (bridge fails on an interface that the other has just removed).
     pub(crate) async fn detach(&self, sandbox: &str) -> Result<(), CniError> {
+        self.detach_while(sandbox, std::future::ready(true)).await
+    }
+
+    /// As [`Cni::detach`], while the pod's VM ends: the plugins do not wait for it. Namespace and record remain until `ended`
+    /// returns, and for the next call if it returns false.
+    pub(crate) async fn detach_while(
+        &self,
+        sandbox: &str,
+        ended: impl Future<Output = bool>,
+    ) -> Result<(), CniError> {
         let gate = self.gate(sandbox);
-        let _alone = gate.lock().await;
+        let deleting = async {
+            let alone = gate.lock().await;
+            (self.delete(sandbox).await, alone)
+        };
+        let (ended, (deleted, _alone)) = tokio::join!(ended, deleting);
+        deleted?;
+        match ended {
+            true => self.forget(sandbox).await,
+            false => Ok(()),
+        }
+    }
+
+    /// Runs DEL of every plugin in reverse order. Returns the first failure, after the others have run.
+    async fn delete(&self, sandbox: &str) -> Result<(), CniError> {
         let Some(record) = CniRecord::load(&self.records, sandbox)? else {
-            return netns::remove(self.namespace(sandbox)).await;
+            return Ok(());
         };
         let mut failure = None;
         for plugin in record.conf.plugins.iter().rev() {
@@ -183,10 +206,7 @@ impl Cni {
                 failure.get_or_insert(error);
             }
         }
-        if let Some(error) = failure {
-            return Err(error);
-        }
-        self.forget(sandbox).await
+        failure.map_or(Ok(()), Err)
     }
 
     fn gate(&self, sandbox: &str) -> Arc<Gate> {
@@ -212,11 +232,14 @@ impl Cni {
         if record.conf.disable_check || !record.conf.at_least(0, 4) {
             return Ok(());
         }
-        for plugin in &record.conf.plugins {
+        // None of them changes anything, so they need not wait for each other.
+        let checks = record.conf.plugins.iter().map(|plugin| {
             let input = attachment::input(&record.conf, plugin, &record.pod, Some(result));
-            self.run("CHECK", &record, &plugin.kind, &input).await?;
-        }
-        Ok(())
+            let record = &record;
+            async move { self.run("CHECK", record, &plugin.kind, &input).await }
+        });
+        let checked = futures::future::join_all(checks).await;
+        checked.into_iter().try_for_each(|check| check.map(drop))
     }
 
     /// Returns the record of a sandbox's network, if it exists.

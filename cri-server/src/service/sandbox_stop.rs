@@ -1,5 +1,5 @@
-//! StopPodSandbox: notifies plugins, shuts down the VM, then detaches the network. Succeeds if the pod is stopped or
-//! does not exist.
+//! StopPodSandbox: notifies plugins, shuts down the VM and detaches the network. Succeeds if the pod is stopped or does not
+//! exist.
 
 use super::error::ServiceError;
 use super::{Server, nri_hooks, status_of};
@@ -26,8 +26,14 @@ pub(crate) async fn stop(
 pub(crate) async fn tear_down(server: &Server, pod: &LiteBox) -> Result<(), Status> {
     server.runs.forget(pod.id());
     nri_hooks::stop_pod(server, pod).await;
-    pod.stop().await.map_err(status_of)?;
-    let detached = server.cni.detach(pod.id()).await;
+    // The CNI plugins take as long as the VM, and neither needs the other to have ended.
+    let mut stopped = Ok(());
+    let ended = async {
+        stopped = pod.stop().await;
+        stopped.is_ok()
+    };
+    let detached = server.cni.detach_while(pod.id(), ended).await;
+    stopped.map_err(status_of)?;
     detached.map_err(ServiceError::network("remove", pod.id()))?;
     Ok(())
 }

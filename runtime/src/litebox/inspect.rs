@@ -146,23 +146,10 @@ impl LiteBox {
     /// Returns the pid of a running container's init process in the guest.
     ///
     /// # Errors
-    /// `NotFound`, `BoxGone`, `Portal`.
+    /// `NotFound`, `BoxGone`, `Shim`.
     pub async fn container_pid(&self, id: &str) -> Result<u32> {
         self.exact(id)?;
-        let listed = match self.portal()?.container().list(Some(id)).await {
-            Ok(listed) => listed,
-            Err(error) => {
-                let action = format!("get the pid of container {id:?}");
-                return Err(self.guest_error(action, error).await);
-            }
-        };
-        let found = listed.into_iter().find(|info| info.container_id == id);
-        found
-            .map(|info| info.pid)
-            .ok_or_else(|| RuntimeError::NotFound {
-                subject: "container",
-                id: id.to_owned(),
-            })
+        self.running()?.shim.task_pid(id).await
     }
 
     /// Returns the counters of one container from the guest, with those of its processes if `processes` is set.

@@ -73,14 +73,19 @@ pub(crate) async fn exits_of(shim: &ShimController, containers: Vec<String>) -> 
 /// # Errors
 /// The reason why the shim could not be stopped.
 pub(crate) async fn end_shim(env: &BoxEnv, id: &str, shim: Option<&ShimController>) -> Result<()> {
-    if let Some(shim) = shim.filter(|shim| shim.alive())
-        && let Err(error) = shim.shutdown().await
-    {
-        tracing::warn!(
-            id,
-            error = report(&error),
-            "failed to shut the shim down, killing it"
-        );
+    let state = env.layout.shim_state(id);
+    if let Some(shim) = shim.filter(|shim| shim.alive()) {
+        let recorded = state.exists();
+        match shim.shutdown().await {
+            // An orderly end removes everything that `delete` would, and the record of it last.
+            Ok(()) if recorded && !state.exists() => return remove_scratch(env, id).await,
+            Ok(()) => {}
+            Err(error) => tracing::warn!(
+                id,
+                error = report(&error),
+                "failed to shut the shim down, killing it"
+            ),
+        }
     }
     clean(env, id).await
 }
@@ -103,6 +108,10 @@ pub(crate) async fn clean(env: &BoxEnv, id: &str) -> Result<()> {
     if bundle.is_dir() {
         env.program.delete(id, &bundle).await?;
     }
+    remove_scratch(env, id).await
+}
+
+async fn remove_scratch(env: &BoxEnv, id: &str) -> Result<()> {
     let scratch = env.layout.scratch(id);
     blocking(move || remove_file(&scratch)).await
 }

@@ -464,16 +464,7 @@ impl ShimController {
     /// # Errors
     /// `Shim` (kind NotFound if the task does not exist), `ShimConnection`, `Deadline`.
     pub async fn task_state(&self, id: &str) -> Result<TaskState> {
-        let request = api::StateRequest {
-            id: id.to_owned(),
-            ..Default::default()
-        };
-        let answer = call(
-            format!("get the state of container {id:?}"),
-            QUICK_CALL_TIMEOUT,
-            |context| self.task.state(context, &request),
-        )
-        .await?;
+        let answer = self.state_of_task(id).await?;
         let exit = task_exit(answer.exit_status, answer.exited_at.as_ref());
         Ok(match answer.status.enum_value_or_default() {
             api::Status::CREATED => TaskState::Created,
@@ -481,6 +472,27 @@ impl ShimController {
             api::Status::STOPPED => TaskState::Stopped(exit),
             api::Status::UNKNOWN => TaskState::Unknown,
         })
+    }
+
+    /// Calls Task.State; returns the pid in the guest. The shim knows it, so no guest is asked.
+    ///
+    /// # Errors
+    /// Those of [`Self::task_state`].
+    pub async fn task_pid(&self, id: &str) -> Result<u32> {
+        Ok(self.state_of_task(id).await?.pid)
+    }
+
+    async fn state_of_task(&self, id: &str) -> Result<api::StateResponse> {
+        let request = api::StateRequest {
+            id: id.to_owned(),
+            ..Default::default()
+        };
+        call(
+            format!("get the state of container {id:?}"),
+            QUICK_CALL_TIMEOUT,
+            |context| self.task.state(context, &request),
+        )
+        .await
     }
 
     /// Calls Task.Wait, which returns when the container has exited. Has no timeout.

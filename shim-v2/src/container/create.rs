@@ -143,19 +143,15 @@ impl Containers {
         self.export_mounts(&host, &spec, undo).await?;
         let mut init = init_request(request, &spec, rootfs, &stdio)?;
         init.block_devices = blocks;
-        let (containers, id, ended) = (
-            guest.session.container(),
-            request.id.clone(),
-            guest.ended.clone(),
-        );
-        // Pushed before the call: a call that fails or breaks off may leave a partially created container.
-        undo.push("container in the guest", move || async move {
-            if ended.is_cancelled() {
-                return Ok(());
+        let pid = match guest.call(guest.session.container().init(init)).await {
+            Ok(pid) => pid,
+            Err(error) => {
+                // A call that fails or breaks off may leave a partially created container. Undone here and not by `undo`, since
+                // the deletion of a created container begins with that in the guest.
+                delete_in_guest(guest, &request.id).await;
+                return Err(error);
             }
-            containers.delete(&id, true).await
-        });
-        let pid = guest.call(guest.session.container().init(init)).await?;
+        };
         for bind in spec.binds.iter().filter(|bind| bind.mirrored) {
             self.mirrored.add(&bind.path);
             let (mirrored, path) = (Arc::clone(&self.mirrored), bind.path.clone());
@@ -242,6 +238,15 @@ impl Containers {
             pid,
             ..Default::default()
         });
+    }
+}
+
+async fn delete_in_guest(guest: &Guest, id: &str) {
+    if guest.ended.is_cancelled() {
+        return;
+    }
+    if let Err(error) = guest.session.container().delete(id, true).await {
+        tracing::warn!(container = id, %error, "failed to delete partially created container in the guest");
     }
 }
 

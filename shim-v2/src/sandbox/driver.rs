@@ -357,7 +357,8 @@ impl Driver {
                 tracing::warn!("containers survived SIGKILL; shutting down the VM");
             }
             match timeout(grace + SHUTDOWN_CALL_TIMEOUT, guest.shutdown(grace)).await {
-                Ok(Ok(())) => {}
+                // Everything is written. The VMM is killed: the guest's own end would only take longer.
+                Ok(Ok(())) => return,
                 Ok(Err(error)) => {
                     tracing::warn!(error = %Report(&error), "failed to shut down the guest");
                 }
