@@ -24,7 +24,7 @@ export ROOT_TESTS := $(if $(filter 0,$(shell id -u)),--features boxlite-erofs/ro
 # Size limit of the release agent in bytes.
 AGENT_MAX_BYTES := 8140000
 
-.PHONY: all tools build demo test test-containerd e2e-qemu e2e-krun conformance conformance-krun conformance-containerd conformance-containerd-suite cluster test-cluster conformance-cluster bench lint deny advisories unit fuzz agent-size fmt install dist test-dist clean help
+.PHONY: all tools build demo test test-containerd e2e-qemu e2e-krun conformance conformance-krun conformance-containerd conformance-containerd-suite cluster test-cluster conformance-cluster bench bench-work bench-peers bench-churn lint deny advisories unit fuzz agent-size fmt install dist test-dist clean help
 all: build
 
 help:
@@ -43,6 +43,9 @@ help:
 	@echo "make conformance-cluster     Kubernetes' own suite on that cluster (FOCUS='regular expression')"
 	@echo "make conformance-containerd-suite  containerd's CRI integration tests"
 	@echo "make bench                   ratios against a bare boot of the same VMM and kernel"
+	@echo "make bench-work              a pod's calls in guest instructions, which neither load nor the machine changes"
+	@echo "make bench-peers             the same pods by runc and gVisor under containerd, interleaved in one run"
+	@echo "make bench-churn             1,000 pods one after another and 100 at once (PODS=, AT_ONCE=), then a comparison"
 	@echo "make build                   build the programs into $(TARGET)"
 	@echo "make install                 install the programs below PREFIX (default /usr/local)"
 	@echo "make dist PROFILE=release    .deb, tarball, SBOM and checksums in $(TARGET)/dist; make test-dist tries them in Debian 12 and 13"
@@ -118,6 +121,18 @@ conformance-containerd-suite: build
 
 bench: build
 	@$(BIN)/boxlite-e2e bench
+
+bench-work: build
+	@$(BIN)/boxlite-e2e bench work
+
+# GVISOR=1 builds gVisor's runsc first, which takes ten minutes and more.
+bench-peers: build
+	@e2e/scripts/containerd 2
+	@$(if $(GVISOR),e2e/scripts/gvisor)
+	@$(BIN)/boxlite-e2e bench peers
+
+bench-churn: build
+	@$(BIN)/boxlite-e2e churn $(if $(PODS),--pods $(PODS)) $(if $(AT_ONCE),--at-once $(AT_ONCE))
 
 lint:
 	cargo fmt --all --check

@@ -108,8 +108,14 @@ enum Command {
     },
     /// Installs, upgrades and purges the .deb in bootstrapped Debian systems.
     Packages(packages::Options),
-    /// Measures pods against a bare boot of the same VMM and kernel.
-    Bench,
+    /// Measures pods.
+    Bench {
+        /// Subject of the measurement.
+        #[arg(value_enum, default_value_t)]
+        subject: bench::Subject,
+    },
+    /// Creates and removes many pods, and compares the node with before.
+    Churn(bench::churn::Options),
     /// Prints a directory tree as the running kernel sees it. Runs inside a guest.
     Tree {
         /// Root of the tree.
@@ -206,7 +212,10 @@ fn run(command: Command) -> failure::Result<ExitCode> {
         Command::Cluster { action } => runtime.block_on(cluster::run(&action))?,
         Command::ContainerdSuite(options) => runtime.block_on(containerd_suite::run(&options))?,
         Command::Packages(options) => packages::run(&options)?,
-        Command::Bench => runtime.block_on(bench::run())?,
+        Command::Bench { subject } => runtime.block_on(bench::run(subject))?,
+        Command::Churn(options) => runtime
+            .block_on(bench::churn::run(&options))
+            .map(|()| true)?,
         // Handled in `main`.
         Command::Tree { .. }
         | Command::Events { .. }

@@ -2,6 +2,14 @@
 //!
 //! Prints medians with the fastest and slowest sample and writes no file. State is in memory (tmpfs).
 
+pub(crate) mod churn;
+pub(crate) mod life;
+mod memory;
+mod peers;
+mod table;
+pub(crate) mod work;
+
+use crate::bail;
 use crate::failure::{During, Failure, Result};
 use crate::image::registry::Registry;
 use crate::image::set::ImageSet;
@@ -9,50 +17,89 @@ use crate::install::Install;
 use crate::namespaces::run as command;
 use crate::node::Node;
 use crate::pod::{Pod, pull};
-use crate::process::{family, pss};
-use crate::{bail, ensure};
 use k8s_cri::v1::*;
 use serde_json::json;
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Stdio;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use table::{Series, ms};
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixListener;
 use tokio::process::Command;
 
+/// Subject of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub(crate) enum Subject {
+    /// Pods against a bare boot of the same VMM and kernel.
+    #[default]
+    Pod,
+    /// A pod's calls in guest instructions.
+    Work,
+    /// Memory of idle pods.
+    Memory,
+    /// The same pods by other runtimes.
+    Peers,
+}
+
 /// Repetitions of measurements that boot a VM.
 const BOOT_SAMPLES: usize = 9;
+/// Time for memory to become stable.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Repetitions of all other measurements.
 const CALL_SAMPLES: usize = 30;
 
-/// Samples in milliseconds.
-struct Series(Vec<f64>);
-
-impl Series {
-    fn new(mut values: Vec<f64>) -> Self {
-        values.sort_by(f64::total_cmp);
-        Self(values)
+/// Measures the subject and prints the results.
+pub(crate) async fn run(subject: Subject) -> Result<bool> {
+    match subject {
+        Subject::Pod => pods().await?,
+        Subject::Work => guest_work().await?,
+        Subject::Memory => idle_memory().await?,
+        Subject::Peers => peers::run().await?,
     }
-
-    fn median(&self) -> f64 {
-        self.0[self.0.len() / 2]
-    }
-
-    fn row(&self, name: &str, unit: f64) {
-        let (first, last) = (self.0[0], self.0[self.0.len() - 1]);
-        let median = self.median();
-        println!(
-            "{name:<44} {median:>9.1} {first:>9.1} {last:>9.1} {:>8.3} {:>4}",
-            median / unit,
-            self.0.len()
-        );
-    }
+    Ok(true)
 }
 
-/// Measures and prints everything.
-pub(crate) async fn run() -> Result<bool> {
+/// Prints a pod's calls with their time and the guest's work.
+async fn guest_work() -> Result {
+    let scratch = crate::namespaces::scratch();
+    let install = work::counting(&scratch, &Install::find()?)?;
+    let registry = Registry::start(&install.registry, &scratch, 5000, false).await?;
+    let images = ImageSet::push(&registry, &install.busybox).await?;
+    let options = crate::context::options("b", "qemu", &registry);
+    let node = Arc::new(Node::start(&scratch, &install, &options).await?);
+    pull(&node, &images.base).await?;
+    life::run(&node, &images.base, true).await?;
+    let costs = life::run(&node, &images.base, true).await?;
+    println!(
+        "{:<36} {:>9} {:>14} {:>14} {:>10}",
+        "", "ms", "instructions", "kernel", "translated"
+    );
+    for (name, cost) in life::CALLS.iter().zip(costs) {
+        let work = cost.work.unwrap_or_default();
+        println!(
+            "{name:<36} {:>9.1} {:>14} {:>14} {:>10}",
+            cost.time.as_secs_f64() * 1000.0,
+            work.instructions,
+            work.kernel,
+            work.translated
+        );
+    }
+    Ok(())
+}
+
+async fn idle_memory() -> Result {
+    let scratch = crate::namespaces::scratch();
+    let install = Install::find()?;
+    let registry = Registry::start(&install.registry, &scratch, 5000, false).await?;
+    let images = ImageSet::push(&registry, &install.busybox).await?;
+    let options = crate::context::options("b", "auto", &registry);
+    let node = Arc::new(Node::start(&scratch, &install, &options).await?);
+    pull(&node, &images.base).await?;
+    memory::print(&node, &images.base).await
+}
+
+async fn pods() -> Result {
     let scratch = crate::namespaces::scratch();
     let install = Install::find()?;
     let registry = Registry::start(&install.registry, &scratch, 5000, false).await?;
@@ -85,10 +132,10 @@ pub(crate) async fn run() -> Result<bool> {
     for _ in 0..BOOT_SAMPLES {
         let start = Instant::now();
         let pod = Pod::run(&node, "cold").await?;
-        cold.push(ms(start));
+        cold.push(ms(start.elapsed()));
         let start = Instant::now();
         pod.end().await?;
-        ends.push(ms(start));
+        ends.push(ms(start.elapsed()));
     }
     let pod = Pod::run(&node, "idle").await?;
     let (starts, execs) = calls(&pod, &images).await?;
@@ -103,13 +150,8 @@ pub(crate) async fn run() -> Result<bool> {
     execs.row("ExecSync true", unit);
     pulls.row("PullImage, one layer", unit);
     Series::new(ends).row("StopPodSandbox + RemovePodSandbox", unit);
-    memory(&pod)?;
     pod.end().await?;
-    Ok(true)
-}
-
-fn ms(since: Instant) -> f64 {
-    since.elapsed().as_secs_f64() * 1000.0
+    memory::print(&node, &images.base).await
 }
 
 async fn vmm_of(pod: &Pod) -> Result<String> {
@@ -158,7 +200,7 @@ async fn pulls(node: &Arc<Node>, images: &ImageSet) -> Result<Series> {
             .await?;
         let start = Instant::now();
         pull(node, &images.base).await?;
-        times.push(ms(start));
+        times.push(ms(start.elapsed()));
     }
     Ok(Series::new(times))
 }
@@ -170,7 +212,7 @@ async fn calls(pod: &Pod, images: &ImageSet) -> Result<(Series, Series)> {
         let container = pod
             .start(&format!("c{i}"), &images.base, &["sleep", "1000"])
             .await?;
-        starts.push(ms(start));
+        starts.push(ms(start.elapsed()));
         container.stop(0).await?;
         container.remove().await?;
     }
@@ -179,7 +221,7 @@ async fn calls(pod: &Pod, images: &ImageSet) -> Result<(Series, Series)> {
     for _ in 0..CALL_SAMPLES {
         let start = Instant::now();
         container.out(&["true"]).await?;
-        execs.push(ms(start));
+        execs.push(ms(start.elapsed()));
     }
     container.stop(0).await?;
     container.remove().await?;
@@ -234,33 +276,9 @@ async fn bare_boot(scratch: &Path, install: &Install, kind: &str, turn: usize) -
         ended = child.wait() => Err(boot_failure(&format!("the vmm child ended: {ended:?}"))),
         () = tokio::time::sleep(Duration::from_secs(60)) => Err(boot_failure("not ready within 60 s")),
     };
-    let elapsed = ms(start);
+    let elapsed = ms(start.elapsed());
     ready?;
     child.start_kill()?;
     child.wait().await?;
     Ok(elapsed)
-}
-
-/// Prints the PSS of an idle pod by process name.
-fn memory(pod: &Pod) -> Result {
-    let (shim, below) = family(&pod.id)?;
-    let mut by_name = BTreeMap::<String, u64>::new();
-    for pid in std::iter::once(shim).chain(below) {
-        let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        *by_name.entry(name.trim().to_owned()).or_default() += pss(pid);
-    }
-    ensure!(
-        by_name.values().sum::<u64>() > 0,
-        "failed to read PSS from /proc"
-    );
-    println!("\nPSS of one idle pod (a guest of 320 MiB):");
-    for (name, kib) in &by_name {
-        println!("{name:<44} {:>9.1} MiB", *kib as f64 / 1024.0);
-    }
-    println!(
-        "{:<44} {:>9.1} MiB",
-        "together",
-        by_name.values().sum::<u64>() as f64 / 1024.0
-    );
-    Ok(())
 }

@@ -1,0 +1,127 @@
+//! Memory of idle pods: proportional set sizes of their processes, by kind of mapping for QEMU, and the host's MemAvailable.
+
+use super::peers::available;
+use crate::failure::{Failure, Result};
+use crate::node::Node;
+use crate::pod::Pod;
+use crate::process::{family, pss};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// Interval of measurements; guests report free memory every two seconds.
+const REPORT_INTERVAL: std::time::Duration = std::time::Duration::from_secs(3);
+/// Idle pods that are measured together.
+const POD_COUNT: usize = 5;
+
+/// Starts pods with one sleeping container each and prints the memory of one, as the mean of all.
+pub(super) async fn print(node: &Arc<Node>, image: &str) -> Result {
+    let before = available()?;
+    let mut pods = Vec::new();
+    for _ in 0..POD_COUNT {
+        let pod = Pod::run(node, "idle").await?;
+        let container = pod.start("c", image, &["sleep", "1000"]).await?;
+        pods.push((pod, container));
+    }
+    // The guests report free memory within some seconds.
+    let mut after = available()?;
+    let settled = crate::poll::until_every(
+        REPORT_INTERVAL,
+        "memory is stable",
+        super::SETTLE_TIMEOUT,
+        || {
+            let last = std::mem::replace(&mut after, available().unwrap_or_default());
+            let now = after;
+            async move {
+                crate::ensure!(now <= last + (1 << 10), "{now} KiB available");
+                Ok(())
+            }
+        },
+    );
+    settled.await?;
+    let mut by_name = BTreeMap::<String, u64>::new();
+    for (pod, _) in &pods {
+        let (shim, below) = family(&pod.id)?;
+        for pid in std::iter::once(shim).chain(below) {
+            let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            *by_name.entry(name.trim().to_owned()).or_default() += pss(pid);
+            if name.starts_with("qemu") {
+                for (kind, kib) in kinds_of_qemu(pid)? {
+                    *by_name.entry(format!("  of it {kind}")).or_default() += kib;
+                }
+            }
+        }
+    }
+    let mib = |kib: u64| kib as f64 / 1024.0 / POD_COUNT as f64;
+    println!("\nPSS of an idle pod with a sleeping container, mean of {POD_COUNT}:");
+    for (name, kib) in &by_name {
+        println!("{name:<44} {:>9.1} MiB", mib(*kib));
+    }
+    let processes = by_name.iter().filter(|(name, _)| !name.starts_with(' '));
+    println!(
+        "{:<44} {:>9.1} MiB",
+        "together",
+        mib(processes.map(|(_, kib)| kib).sum())
+    );
+    println!(
+        "{:<44} {:>9.1} MiB",
+        "MemAvailable",
+        mib(before.saturating_sub(after))
+    );
+    if let Some((_, container)) = pods.first() {
+        let text = container.out(&["cat", "/proc/meminfo"]).await?;
+        let fields = [
+            "MemTotal",
+            "MemFree",
+            "Cached",
+            "Active(file)",
+            "AnonPages",
+            "AnonHugePages",
+            "Shmem",
+            "Mlocked",
+            "Slab",
+            "KernelStack",
+            "PageTables",
+            "Percpu",
+        ];
+        let lines = text.lines().filter_map(|line| {
+            let (name, value) = line.split_once(':')?;
+            let kib: f64 = value.split_whitespace().next()?.parse().ok()?;
+            fields
+                .contains(&name)
+                .then(|| format!("{name} {:.1}", kib / 1024.0))
+        });
+        println!("guest, MiB: {}", lines.collect::<Vec<_>>().join(", "));
+    }
+    for (pod, _) in pods {
+        pod.end().await?;
+    }
+    Ok(())
+}
+
+/// Returns the PSS of QEMU's mappings in KiB: the guest's RAM, translated code, and everything else.
+fn kinds_of_qemu(pid: i32) -> Result<BTreeMap<&'static str, u64>> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps"))?;
+    let mut kinds = BTreeMap::new();
+    let mut kind = "other";
+    for line in text.lines() {
+        let mut words = line.split_whitespace();
+        let first = words
+            .next()
+            .ok_or_else(|| Failure(format!("empty line in smaps of {pid}")))?;
+        match first.strip_suffix(':') {
+            Some("Pss") => {
+                let kib: u64 = words
+                    .next()
+                    .and_then(|n| n.parse().ok())
+                    .unwrap_or_default();
+                *kinds.entry(kind).or_default() += kib;
+            }
+            Some(_) => {}
+            // The head of a mapping: address range, permissions, …, path.
+            None if line.contains("memory-backend-memfd") => kind = "the guest's RAM",
+            None if line.contains(" rwxp ") => kind = "translated code",
+            None => kind = "other",
+        }
+    }
+    Ok(kinds)
+}
