@@ -24,7 +24,7 @@ export ROOT_TESTS := $(if $(filter 0,$(shell id -u)),--features boxlite-erofs/ro
 # Size limit of the release agent in bytes.
 AGENT_MAX_BYTES := 8140000
 
-.PHONY: all tools build demo test test-containerd e2e-qemu e2e-krun conformance conformance-krun conformance-containerd conformance-containerd-suite cluster test-cluster conformance-cluster bench bench-work bench-peers bench-churn lint deny advisories unit fuzz agent-size fmt install dist test-dist clean help
+.PHONY: all tools build demo test test-containerd e2e-qemu e2e-krun conformance conformance-krun conformance-containerd conformance-containerd-suite cluster test-cluster conformance-cluster bench bench-work bench-peers bench-churn lint deny advisories unit fuzz agent-size fmt install dist test-dist image chart chart-update clean help
 all: build
 
 help:
@@ -49,6 +49,7 @@ help:
 	@echo "make build                   build the programs into $(TARGET)"
 	@echo "make install                 install the programs below PREFIX (default /usr/local)"
 	@echo "make dist PROFILE=release    .deb, tarball, SBOM and checksums in $(TARGET)/dist; make test-dist tries them in Debian 12 and 13"
+	@echo "make image PROFILE=release   image of the installer, an OCI layout in $(TARGET)/image; make chart checks charts/boxlite"
 	@echo "make tools                   Debian packages, the guest kernel, virtiofsd and vhost-device-vsock"
 
 tools:
@@ -179,6 +180,18 @@ test-dist: dist
 	@rm -r "$(TARGET)/dist-again"
 	@e2e/scripts/debian-roots $(or $(VERSION),12 13)
 	@$(BIN)/boxlite-e2e packages --dist "$(TARGET)/dist" $(or $(VERSION),12 13)
+
+# The installer's image as an OCI layout in $(TARGET)/image, its digest and SBOM beside it.
+image: build
+	@e2e/scripts/image "$(TARGET)/image"
+
+# The chart: helm lint, golden files and schema. chart-update writes the README and the golden files.
+chart:
+	@e2e/scripts/chart
+
+chart-update: build
+	@$(BIN)/boxlite-dist chart-readme charts/boxlite
+	@e2e/scripts/chart update
 
 clean:
 	cargo clean

@@ -1,14 +1,16 @@
-//! boxlite-dist: packs an installed tree into a .deb, a tarball, an SBOM and a list of checksums.
+//! boxlite-dist: packs an installed tree into a .deb, a tarball, an image, an SBOM and a list of checksums.
 //!
-//! Builds no program and reads no configuration: `e2e/scripts/dist` stages the tree by `make install` and calls this program.
+//! Builds no program and reads no configuration: `e2e/scripts/dist` and `e2e/scripts/image` stage the tree and call it.
 //! The same tree, version and time give the same bytes, whoever packs them and wherever.
 
 #![forbid(unsafe_code)]
 
 mod archive;
+mod chart;
 mod checksums;
 mod deb;
 mod error;
+mod image;
 mod sbom;
 mod tree;
 
@@ -53,6 +55,25 @@ enum Command {
         /// File to write.
         #[arg(long)]
         out: PathBuf,
+    },
+    /// Writes a container image as an OCI layout and prints its digest.
+    Image {
+        /// Root directory of the image.
+        #[arg(long)]
+        root: PathBuf,
+        /// Entry point.
+        #[arg(long)]
+        entrypoint: String,
+        #[command(flatten)]
+        stamp: Stamp,
+        /// Directory to write.
+        #[arg(long)]
+        out: PathBuf,
+    },
+    /// Writes the README of a chart from its template and values.yaml.
+    ChartReadme {
+        /// Directory of the chart.
+        chart: PathBuf,
     },
     /// Writes the SBOM as CycloneDX JSON.
     Sbom {
@@ -129,6 +150,23 @@ fn run(command: Command) -> Result<()> {
         } => {
             let entries = tree::read(&root)?;
             write(&out, &archive::gzip(&entries, &prefix, stamp.epoch)?)
+        }
+        Command::Image {
+            root,
+            entrypoint,
+            stamp,
+            out,
+        } => {
+            let image = image::Image::build(&root, &entrypoint, &stamp.version, stamp.epoch)?;
+            image.write(&out)?;
+            println!("{}", image.digest());
+            Ok(())
+        }
+        Command::ChartReadme { chart } => {
+            let template = read_text(&chart.join("README.md.in"))?;
+            let values = read_text(&chart.join("values.yaml"))?;
+            let readme = chart::readme(&template, &values);
+            write(&chart.join("README.md"), readme.as_bytes())
         }
         Command::Sbom {
             metadata,

@@ -215,7 +215,7 @@ impl Metadata {
 }
 
 /// Returns seconds since 1970 as an RFC 3339 time in UTC.
-fn timestamp(epoch: u64) -> String {
+pub(crate) fn timestamp(epoch: u64) -> String {
     let (days, second) = (epoch / 86_400, epoch % 86_400);
     // Civil date of a day number: years begin in March, so that the leap day is the last of a year.
     let shifted = days + 719_468;

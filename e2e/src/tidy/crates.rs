@@ -9,9 +9,9 @@ type Allowed = &'static [(&'static str, &'static [&'static str])];
 
 /// ```text
 /// sys ◄─ portal, erofs, config ◄─ runtime ◄─ cri-server
-///            ▲ proto ▲    ▲────── shim-v2      guest ─► proto, sys      dist, e2e ─► sys
+///            ▲ proto ▲    ▲────── shim-v2      guest ─► proto, sys      dist, installer, e2e ─► sys
 /// ```
-const WORKSPACE: [(&str, Allowed); 12] = [
+const WORKSPACE: [(&str, Allowed); 13] = [
     // Only for the tests of the others.
     ("fuzz", &[]),
     ("sys", &[("boxlite-fuzz", &[])]),
@@ -64,6 +64,7 @@ const WORKSPACE: [(&str, Allowed); 12] = [
         ],
     ),
     ("dist", &[("boxlite-sys", &[])]),
+    ("installer", &[("boxlite-sys", &[])]),
     // Helpers only: the tests have their own view of every wire format.
     ("e2e", &[("boxlite-sys", &[])]),
 ];

@@ -7,11 +7,12 @@ use regex::Regex;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Crates whose code runs in one of the programs.
-const PROGRAMS: [&str; 8] = [
+const PROGRAMS: [&str; 9] = [
     "config",
     "cri-server",
     "erofs",
     "guest",
+    "installer",
     "portal",
     "runtime",
     "shim-v2",
