@@ -251,6 +251,10 @@ fn host_path(mount: &Mount) -> Result<PathBuf, ConvertError> {
     // As containerd and CRI-O do: a hostPath volume without a type may name a path that does not exist yet.
     match std::fs::metadata(&mount.host_path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            // Creating a directory there would fail with "File exists".
+            if std::fs::symlink_metadata(&mount.host_path).is_ok() {
+                return Err(fail("symbolic link to a path that does not exist".into()));
+            }
             std::fs::create_dir_all(&mount.host_path)
                 .map_err(|error| fail(format!("failed to create directory: {error}")))?;
         }

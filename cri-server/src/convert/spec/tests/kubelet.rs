@@ -72,3 +72,21 @@ fn mount_options_are_applied_or_rejected() {
     let error = made(&config, json!({})).unwrap_err().to_string();
     assert!(error.contains("dirsync"), "{error}");
 }
+
+/// util-linux 2.41 made such sources of the kubelet's bind mounts for subPath.
+#[test]
+fn dangling_source_is_rejected_as_a_link() {
+    let dir = tempfile::tempdir().unwrap();
+    let link = dir.path().join("0");
+    std::os::unix::fs::symlink("/proc/nonexistent/fd", &link).unwrap();
+    let error = refused(Mount {
+        container_path: "/data".into(),
+        host_path: link.display().to_string(),
+        ..Default::default()
+    });
+    let link = link.display().to_string();
+    assert!(
+        error.contains(&link) && error.contains("does not exist") && !error.contains("exists"),
+        "{error}"
+    );
+}
