@@ -21,7 +21,7 @@ pub(crate) const POD_TIMEOUT: Duration = Duration::from_secs(150);
 /// Time for the kubelet's own clean-up of a deleted pod.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Kinds of object that cases create and the clean-up removes, owners first.
-const KINDS: &str = "deployments,jobs,pods,services,secrets";
+const KINDS: &str = "cronjobs,deployments,statefulsets,jobs,pods,services,secrets,persistentvolumeclaims,persistentvolumes";
 
 /// Argument of every case.
 pub(crate) struct ClusterContext {
@@ -201,6 +201,7 @@ impl TestEnv for ClusterContext {
             .run(&["delete", "configmaps", "-l", "e2e=case"])
             .await?;
         self.kubectl.run(&["delete", "events", "--all"]).await?;
+        self.cluster.worker.restore_kubelet().await?;
         let node = &self.cluster.worker.node;
         until("no sandbox remains", SETTLE_TIMEOUT, || {
             self.remove_sandboxes()

@@ -3,13 +3,16 @@
 use super::certificates::Authority;
 use super::kubectl::Kubectl;
 use super::programs::Programs;
-use super::{CLUSTER_IP, NODE_IP, SERVICES};
+use super::{CLUSTER_IP, NODE_IP, SERVICES, until};
 use crate::failure::{During, Result};
 use crate::service::Service;
 use std::path::Path;
+use std::time::Duration;
 use tokio::process::Command;
 
 const API_PORT: u16 = 6443;
+/// Time limit for the API server to create its default objects.
+const USABLE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Running control plane.
 pub(crate) struct ControlPlane {
@@ -42,12 +45,29 @@ impl ControlPlane {
             controller_manager(dir, programs, &authority).await?,
             scheduler(dir, programs, &authority).await?,
         ];
+        usable(&kubectl).await?;
         Ok(Self {
             authority,
             kubectl,
             _services: services,
         })
     }
+}
+
+/// Waits until the objects exist that the API server creates some time after it is ready.
+async fn usable(kubectl: &Kubectl) -> Result {
+    const DEFAULTS: [[&str; 2]; 3] = [
+        ["namespace", "kube-system"],
+        ["service", "kubernetes"],
+        ["priorityclass", "system-node-critical"],
+    ];
+    until("the API server is usable", USABLE_TIMEOUT, || async {
+        for [kind, name] in DEFAULTS {
+            kubectl.run(&["get", kind, name]).await?;
+        }
+        Ok(())
+    })
+    .await
 }
 
 async fn etcd(dir: &Path, programs: &Programs) -> Result<Service> {

@@ -4,6 +4,7 @@
 
 use super::certificates::Authority;
 use super::control_plane::{ControlPlane, url};
+use super::kubectl::Kubectl;
 use super::programs::Programs;
 use super::{DNS_IP, NODE, NODE_IP, healthy};
 use crate::cgroups::CgroupRoot;
@@ -13,7 +14,7 @@ use crate::failure::{Failure, Result};
 use crate::image::registry::Registry;
 use crate::install::Install;
 use crate::namespaces::{run, tmpfs};
-use crate::node::{Node, NodeOptions};
+use crate::node::{Mirror, Node, NodeOptions};
 use crate::service::Service;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -21,8 +22,6 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::process::Command;
 
-/// Root directory of the kubelet, a tmpfs.
-pub(crate) const KUBELET: &str = "/var/lib/kubelet";
 /// Sysctls that a kubelet sets, with its values.
 const SYSCTLS: [(&str, u32); 6] = [
     ("vm/overcommit_memory", 1),
@@ -43,14 +42,23 @@ pub(crate) struct Worker {
     /// The runtime.
     pub node: Arc<Node>,
     kubelet: Service,
+    /// Configuration of the kubelet as it was started first.
+    configuration: Value,
     dir: PathBuf,
     programs: Programs,
     _services: Vec<Service>,
 }
 
+/// Returns the mirrors by which all images come from the loopback registry.
+fn registries(registry: &Registry) -> Vec<Mirror> {
+    ["registry.k8s.io", "docker.io", "127.0.0.1:5000"]
+        .map(|host| (host.to_owned(), format!("http://{}", registry.host), None))
+        .to_vec()
+}
+
 /// Prepares the namespaces for a node: its address, private directories and read-only sysctls of the machine.
 pub(crate) fn prepare(dir: &Path) -> Result {
-    for (dir, size) in [("/run", "512m"), ("/var/log", "2g"), (KUBELET, "8g")] {
+    for (dir, size) in [("/run", "512m"), ("/var/log", "2g")] {
         std::fs::create_dir_all(dir)?;
         tmpfs(Path::new(dir), &format!("mode=0755,size={size}"))?;
         run("mount", &["--make-shared", dir])?;
@@ -94,25 +102,32 @@ impl Worker {
         cgroups: &CgroupRoot,
     ) -> Result<Self> {
         let mut options = NodeOptions::new("n", "auto");
-        options.registries = ["registry.k8s.io", "docker.io", "127.0.0.1:5000"]
-            .map(|host| (host.to_owned(), format!("http://{}", registry.host), None))
-            .to_vec();
+        options.registries = registries(registry);
         let node = Arc::new(Node::start(dir, install, &options).await?);
-        write_kubelet_configuration(dir, &plane.authority, &node, cgroups)?;
-        let services = vec![
+        let configuration = kubelet_configuration(dir, &plane.authority, &node, cgroups)?;
+        let mut worker = Self {
+            node,
+            kubelet: Service::new("kubelet", dir.join("kubelet.log")),
+            configuration,
+            dir: dir.to_owned(),
+            programs: programs.clone(),
+            _services: Vec::new(),
+        };
+        worker.write_configuration(&json!({}))?;
+        worker.start_kubelet().await?;
+        worker.ready(&plane.kubectl).await?;
+        // kube-proxy reads the node's object at its start, and gives up after a few attempts.
+        worker._services = vec![
             proxy(dir, programs, &plane.authority).await?,
             dns(dir, programs, plane).await?,
         ];
-        let worker = Self {
-            node,
-            kubelet: Service::new("kubelet", dir.join("kubelet.log")),
-            dir: dir.to_owned(),
-            programs: programs.clone(),
-            _services: services,
-        };
-        worker.start_kubelet().await?;
+        Ok(worker)
+    }
+
+    /// Waits until the node is Ready as the API server reports it.
+    async fn ready(&self, kubectl: &Kubectl) -> Result {
         let ready = until("the node is Ready", READY_TIMEOUT, || async {
-            let node = plane.kubectl.json(&["get", "node", NODE]).await?;
+            let node = kubectl.json(&["get", "node", NODE]).await?;
             ensure!(
                 super::condition(&node, "Ready") == "True",
                 "{}",
@@ -121,9 +136,33 @@ impl Worker {
             Ok(())
         });
         let log =
-            |failure: Failure| Failure(format!("{failure}\n{}", worker.kubelet.tail(0, LOG_LINES)));
-        ready.await.map_err(log)?;
-        Ok(worker)
+            |failure: Failure| Failure(format!("{failure}\n{}", self.kubelet.tail(0, LOG_LINES)));
+        ready.await.map_err(log)
+    }
+
+    /// Writes the kubelet's configuration with these changes: values of the top level, except feature gates, which are added.
+    fn write_configuration(&self, changes: &Value) -> Result {
+        let mut configuration = self.configuration.clone();
+        for (key, value) in changes.as_object().into_iter().flatten() {
+            match (key.as_str(), value) {
+                ("featureGates", Value::Object(gates)) => {
+                    for (gate, enabled) in gates {
+                        configuration[key][gate] = enabled.clone();
+                    }
+                }
+                _ => configuration[key] = value.clone(),
+            }
+        }
+        let text = serde_json::to_vec_pretty(&configuration)?;
+        std::fs::write(self.dir.join("kubelet.json"), text)?;
+        Ok(())
+    }
+
+    /// Restarts the kubelet with changes to its original configuration, `{}` for none, and waits until it is healthy.
+    pub(crate) async fn restart_kubelet(&self, changes: &Value) -> Result {
+        self.kubelet.kill().await?;
+        self.write_configuration(changes)?;
+        self.start_kubelet().await
     }
 
     /// Starts the kubelet and waits until it is healthy.
@@ -138,7 +177,8 @@ impl Worker {
                 "--kubeconfig={}",
                 self.dir.join("pki/kubelet.kubeconfig").display()
             ))
-            .arg(format!("--root-dir={KUBELET}"))
+            // On the file system of the images and scratch disks, as on most nodes.
+            .arg(format!("--root-dir={}", self.dir.join("kubelet").display()))
             .arg(format!("--cert-dir={}", self.dir.join("serving").display()))
             .args([
                 &format!("--hostname-override={NODE}"),
@@ -152,18 +192,28 @@ impl Worker {
             .await
     }
 
+    /// Restarts the kubelet with its original configuration if a case has changed it.
+    pub(crate) async fn restore_kubelet(&self) -> Result {
+        let text = std::fs::read(self.dir.join("kubelet.json"))?;
+        match serde_json::from_slice::<Value>(&text)? == self.configuration {
+            true => Ok(()),
+            false => self.restart_kubelet(&json!({})).await,
+        }
+    }
+
     /// Returns the kubelet's process.
     pub(crate) fn kubelet(&self) -> &Service {
         &self.kubelet
     }
 }
 
-fn write_kubelet_configuration(
+/// Issues the kubelet's certificates and returns its configuration.
+fn kubelet_configuration(
     dir: &Path,
     authority: &Authority,
     node: &Node,
     cgroups: &CgroupRoot,
-) -> Result {
+) -> Result<Value> {
     let subject = format!("/O=system:nodes/CN=system:node:{NODE}");
     authority.kubeconfig("kubelet", &subject, &url())?;
     let names = format!("DNS:{NODE},IP:{NODE_IP}");
@@ -171,7 +221,7 @@ fn write_kubelet_configuration(
     // Pods with dnsPolicy Default get this file; there is no name server outside.
     let resolv = dir.join("resolv.conf");
     std::fs::write(&resolv, format!("nameserver {NODE_IP}\n"))?;
-    let config: Value = json!({
+    Ok(json!({
         "apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration",
         "containerRuntimeEndpoint": format!("unix://{}", node.socket().display()),
         "runtimeRequestTimeout": "4m",
@@ -189,12 +239,7 @@ fn write_kubelet_configuration(
         "volumePluginDir": dir.join("volume-plugins"),
         "containerLogMaxSize": "10Mi",
         "nodeStatusUpdateFrequency": "5s",
-    });
-    std::fs::write(
-        dir.join("kubelet.json"),
-        serde_json::to_vec_pretty(&config)?,
-    )?;
-    Ok(())
+    }))
 }
 
 async fn proxy(dir: &Path, programs: &Programs, authority: &Authority) -> Result<Service> {

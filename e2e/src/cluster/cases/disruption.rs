@@ -1,5 +1,4 @@
-//! Disturbances of the node: kubelet restarted, runtime killed and upgraded under live pods, a reboot, a drain; and the
-//! kubelet's statistics.
+//! Disturbances of the node: kubelet restarted, runtime killed and upgraded under live pods, a reboot, a drain.
 
 use crate::cluster::NODE;
 use crate::cluster::context::{ClusterContext, POD_TIMEOUT, container, restarts};
@@ -8,7 +7,7 @@ use crate::cluster::until;
 use crate::failure::Result;
 use crate::runner::Case;
 use crate::{case, ensure, process, same};
-use serde_json::{Value, json};
+use serde_json::json;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,71 +15,12 @@ type Context = Arc<ClusterContext>;
 
 pub(super) fn cases() -> Vec<Case<ClusterContext>> {
     vec![
-        case!(stats_summary_agrees_with_the_guest, 300),
         case!(kubelet_restart_keeps_containers, 300),
         case!(killed_runtime_keeps_containers, 300),
         case!(terminated_runtime_keeps_containers, 300),
         case!(drained_node_evicts_and_takes_pods_again, 300),
         case!(rebooted_node_restarts_every_pod, 400),
     ]
-}
-
-/// Difference in memory between two looks at a busy container.
-const MEMORY_SLACK_BYTES: u64 = 16 << 20;
-
-async fn stats_summary_agrees_with_the_guest(ctx: Context) -> Result {
-    let hold = "head -c 40000000 /dev/zero | tail & i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done; sleep infinity";
-    ctx.run_pod(&script(
-        "measured",
-        &format!("dd if=/dev/zero of=/file bs=1M count=20 2>/dev/null; {hold}"),
-    ))
-    .await?;
-    let path = format!("/api/v1/nodes/{NODE}/proxy/stats/summary");
-    until("statistics of the pod", POD_TIMEOUT, || async {
-        let text = ctx.kubectl.run(&["get", "--raw", &path]).await?;
-        let summary: Value = serde_json::from_str(&text)?;
-        let pods = summary["pods"].as_array();
-        let pod = pods
-            .into_iter()
-            .flatten()
-            .find(|p| p["podRef"]["name"] == "measured");
-        let Some(pod) = pod else {
-            crate::bail!("no such pod: {summary}")
-        };
-        let main = &pod["containers"][0];
-        let number = |value: &Value| value.as_u64().unwrap_or_default();
-        let guest = ctx
-            .exec(
-                "measured",
-                "cat /sys/fs/cgroup/memory.current; grep ^usage_usec /sys/fs/cgroup/cpu.stat",
-            )
-            .await?;
-        let current: u64 = guest
-            .lines()
-            .next()
-            .and_then(|l| l.parse().ok())
-            .unwrap_or_default();
-        let usage = number(&main["memory"]["usageBytes"]);
-        ensure!(
-            usage.abs_diff(current) < MEMORY_SLACK_BYTES,
-            "usage {usage}, in the guest {current}: {pod}"
-        );
-        let cpu = number(&main["cpu"]["usageCoreNanoSeconds"]);
-        ensure!(cpu > 10_000_000, "CPU time: {main}");
-        let written = number(&main["rootfs"]["usedBytes"]);
-        ensure!(written >= 20 << 20, "bytes written to the root: {main}");
-        ensure!(
-            number(&pod["network"]["rxBytes"]) > 0,
-            "network: {}",
-            pod["network"]
-        );
-        ensure!(
-            number(&pod["process_stats"]["process_count"]) > 0,
-            "processes: {pod}"
-        );
-        Ok(())
-    })
-    .await
 }
 
 /// Runs pods, disturbs the node and checks that no container was replaced or restarted.

@@ -2,7 +2,9 @@
 
 mod clients;
 mod disruption;
+mod events;
 mod network;
+mod node;
 mod volumes;
 mod workloads;
 
@@ -15,6 +17,8 @@ pub(crate) fn all() -> Vec<Case<ClusterContext>> {
     all.extend(clients::cases());
     all.extend(volumes::cases());
     all.extend(network::cases());
+    all.extend(node::cases());
+    all.extend(events::cases());
     all.extend(disruption::cases());
     all
 }

@@ -1,8 +1,8 @@
-//! Life of pods: limits, probes, hooks, init containers and sidecars, jobs, resize, and honest events.
+//! Life of pods: limits, probes, hooks, init containers and sidecars, jobs, resize.
 
 use crate::cluster::context::{ClusterContext, POD_TIMEOUT, container, memory, phase, restarts};
 use crate::cluster::images::AGNHOST;
-use crate::cluster::pods::{self, IDLE, pod, script};
+use crate::cluster::pods::{self, IDLE, pod};
 use crate::cluster::until;
 use crate::failure::Result;
 use crate::runner::Case;
@@ -22,7 +22,6 @@ pub(super) fn cases() -> Vec<Case<ClusterContext>> {
         case!(grpc_probe_makes_a_pod_ready, 240),
         case!(pre_stop_hook_runs_within_the_grace_period, 240),
         case!(job_with_a_failing_pod_is_retried, 300),
-        case!(missing_image_is_an_event, 120),
         case!(memory_resize_reaches_the_guest, 240),
         case!(resize_beyond_the_node_is_infeasible, 240),
     ]
@@ -227,24 +226,6 @@ async fn job_with_a_failing_pod_is_retried(ctx: Context) -> Result {
     ensure!(
         log.trim_end().ends_with("] second"),
         "log of the job: {log}"
-    );
-    Ok(())
-}
-
-async fn missing_image_is_an_event(ctx: Context) -> Result {
-    let missing = "127.0.0.1:5000/missing:1";
-    let mut object = script("missing", "true");
-    object["spec"]["containers"][0]["image"] = json!(missing);
-    ctx.kubectl.apply(&object).await?;
-    ctx.wait("missing", "waits for its image", |pod| {
-        let reason = &container(pod, "main")["state"]["waiting"]["reason"];
-        reason == "ErrImagePull" || reason == "ImagePullBackOff"
-    })
-    .await?;
-    let text = ctx.kubectl.run(&["describe", "pod", "missing"]).await?;
-    ensure!(
-        text.contains(missing) && text.contains("not found"),
-        "{text}"
     );
     Ok(())
 }

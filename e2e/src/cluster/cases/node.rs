@@ -1,0 +1,125 @@
+//! The kubelet's management of the node's resources: statistics, the limit of processes per pod.
+
+use crate::cluster::NODE;
+use crate::cluster::context::{ClusterContext, POD_TIMEOUT, container};
+use crate::cluster::pods::{self, IDLE, pod, script};
+use crate::cluster::until;
+use crate::failure::Result;
+use crate::runner::Case;
+use crate::{bail, case, ensure, same};
+use serde_json::{Value, json};
+use std::sync::Arc;
+
+type Context = Arc<ClusterContext>;
+
+pub(super) fn cases() -> Vec<Case<ClusterContext>> {
+    vec![
+        case!(stats_summary_agrees_with_the_guest, 300),
+        case!(process_limit_of_pods_reaches_the_guest, 300),
+    ]
+}
+
+/// Difference in memory between two looks at a busy container.
+const MEMORY_SLACK_BYTES: u64 = 16 << 20;
+
+/// With the feature gate the kubelet takes the figures of pods, too, from the runtime instead of the node's cgroups.
+async fn stats_summary_agrees_with_the_guest(ctx: Context) -> Result {
+    let gates = json!({"featureGates": {"PodAndContainerStatsFromCRI": true}});
+    ctx.cluster.worker.restart_kubelet(&gates).await?;
+    let hold = "head -c 40000000 /dev/zero | tail & i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done; sleep infinity";
+    ctx.run_pod(&script(
+        "measured",
+        &format!("dd if=/dev/zero of=/file bs=1M count=20 2>/dev/null; {hold}"),
+    ))
+    .await?;
+    let number = |value: &Value| value.as_u64().unwrap_or_default();
+    let path = format!("/api/v1/nodes/{NODE}/proxy/stats/summary");
+    until("statistics of the pod", POD_TIMEOUT, || async {
+        let text = ctx.kubectl.run(&["get", "--raw", &path]).await?;
+        let summary: Value = serde_json::from_str(&text)?;
+        let pods = summary["pods"].as_array();
+        let pod = pods
+            .into_iter()
+            .flatten()
+            .find(|p| p["podRef"]["name"] == "measured");
+        let Some(pod) = pod else {
+            bail!("no such pod: {summary}")
+        };
+        let main = &pod["containers"][0];
+        let guest = ctx
+            .exec(
+                "measured",
+                "cat /sys/fs/cgroup/memory.current; grep ^usage_usec /sys/fs/cgroup/cpu.stat",
+            )
+            .await?;
+        let current: u64 = guest
+            .lines()
+            .next()
+            .and_then(|l| l.parse().ok())
+            .unwrap_or_default();
+        let usage = number(&main["memory"]["usageBytes"]);
+        ensure!(
+            usage.abs_diff(current) < MEMORY_SLACK_BYTES,
+            "usage {usage}, in the guest {current}: {pod}"
+        );
+        for of in [main, pod] {
+            for field in ["usageBytes", "workingSetBytes", "rssBytes", "pageFaults"] {
+                ensure!(number(&of["memory"][field]) > 0, "{field}: {of}");
+            }
+            let cpu = number(&of["cpu"]["usageCoreNanoSeconds"]);
+            ensure!(cpu > 10_000_000, "CPU time: {of}");
+        }
+        let written = number(&main["rootfs"]["usedBytes"]);
+        ensure!(written >= 20 << 20, "bytes written to the root: {main}");
+        let storage = number(&pod["ephemeral-storage"]["usedBytes"]);
+        ensure!(storage >= written, "storage of the pod: {pod}");
+        ensure!(
+            number(&pod["network"]["rxBytes"]) > 0,
+            "network: {}",
+            pod["network"]
+        );
+        ensure!(
+            number(&pod["process_stats"]["process_count"]) > 0,
+            "processes: {pod}"
+        );
+        Ok(())
+    })
+    .await
+}
+
+/// The kubelet sets podPidsLimit on the pod's cgroup of the node. The pod's processes are in the guest, which enforces it.
+async fn process_limit_of_pods_reaches_the_guest(ctx: Context) -> Result {
+    ctx.cluster
+        .worker
+        .restart_kubelet(&json!({"podPidsLimit": 64}))
+        .await?;
+    let fork = "i=0; while [ $i -lt 200 ]; do sleep 1000 & i=$((i+1)); done; wait";
+    ctx.kubectl
+        .apply(&pod(
+            "forker",
+            &[
+                pods::container("bomb", fork),
+                pods::container("other", IDLE),
+            ],
+        ))
+        .await?;
+    let seen = ctx
+        .wait("forker", "has an ended container", |pod| {
+            container(pod, "bomb")["state"]["terminated"].is_object()
+        })
+        .await?;
+    let log = ctx.kubectl.run(&["logs", "forker", "-c", "bomb"]).await?;
+    ensure!(log.contains("can't fork"), "log: {log}");
+    ensure!(
+        container(&seen, "other")["state"]["running"].is_object(),
+        "{}",
+        seen["status"]
+    );
+    let look = ["exec", "forker", "-c", "other", "--", "echo", "here"];
+    same!(
+        ctx.kubectl.run(&look).await?,
+        "here\n",
+        "exec after the bomb"
+    );
+    Ok(())
+}
