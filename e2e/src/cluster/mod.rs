@@ -142,6 +142,12 @@ impl Cluster {
     }
 }
 
+/// Returns the names of the cluster's cases.
+#[cfg(test)]
+pub(crate) fn case_names() -> Vec<&'static str> {
+    cases::all().iter().map(|case| case.name()).collect()
+}
+
 /// Repeats `look`, which runs kubectl, until it returns a value; see [`poll::until`].
 async fn until<T, F, Fut>(what: &str, limit: Duration, look: F) -> Result<T>
 where

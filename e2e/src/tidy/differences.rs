@@ -1,7 +1,8 @@
-//! The tables of differences in docs: each row names existing tests that hold it.
+//! The tables of differences and of Kubernetes' features in docs: each row names existing tests that hold it.
 //!
-//! A name is an end-to-end case (`module::case`), a test of containerd's suite that `e2e/containerd-suite/tests.txt` runs
-//! (`TestName`), or a unit test of the workspace (`name`). Whether a test covers its row is for the reader to judge.
+//! A name is an end-to-end case (`module::case`) of the suite or of the cluster, a test of containerd's suite that
+//! `e2e/containerd-suite/tests.txt` runs (`TestName`), or a unit test of the workspace (`name`). Whether a test covers its row
+//! is for the reader to judge.
 
 use super::{fail, root, sources};
 use crate::cases;
@@ -9,10 +10,12 @@ use crate::containerd_suite::list::List;
 use std::collections::BTreeSet;
 use std::fs;
 
-/// Documents with a table of differences, and the table's heading.
-const TABLES: [(&str, &str); 2] = [
+/// Documents with such a table, and the table's heading.
+const TABLES: [(&str, &str); 4] = [
     ("docs/conformance.md", "## Differences from containerd"),
     ("docs/volumes.md", "## Differences from runc"),
+    ("docs/kubernetes.md", "## Fields"),
+    ("docs/kubernetes.md", "## Actions"),
 ];
 const SUITE: &str = "e2e/containerd-suite/tests.txt";
 
@@ -29,7 +32,11 @@ impl Known {
         let sources = sources();
         let unit = sources.iter().flat_map(|(_, text)| unit_tests(text));
         Self {
-            cases: cases::all().iter().map(|case| case.name()).collect(),
+            cases: cases::all()
+                .iter()
+                .map(|case| case.name())
+                .chain(crate::cluster::case_names())
+                .collect(),
             suite: List::parse(&suite).expect(SUITE).run,
             unit: unit.collect(),
         }

@@ -6,7 +6,7 @@ mod kubelet;
 use super::process::DEFAULT_PATH;
 use super::*;
 use boxlite_proto::cri::v1::{
-    Capability, ContainerMetadata, Device, IdMapping, ImageSpec, Int64Value, KeyValue,
+    Capability, CdiDevice, ContainerMetadata, Device, IdMapping, ImageSpec, Int64Value, KeyValue,
     LinuxContainerConfig, LinuxContainerResources, LinuxPodSandboxConfig,
     LinuxSandboxSecurityContext, Mount, NamespaceOption, PodSandboxConfig, PodSandboxMetadata,
     SecurityProfile, UserNamespace,
@@ -642,49 +642,40 @@ fn resources_are_converted_to_oci() {
 
 #[test]
 fn unsupported_fields_are_rejected_by_name() {
+    let error = |config: &ContainerConfig| made(config, json!({})).unwrap_err().to_string();
     let mut config = container();
     config.devices = vec![Device {
         host_path: "/srv/disk".into(),
         ..Default::default()
     }];
-    assert!(
-        made(&config, json!({}))
-            .unwrap_err()
-            .to_string()
-            .contains("/srv/disk")
-    );
+    assert!(error(&config).contains("/srv/disk"));
     let mut config = container();
     security(&mut config).seccomp = Some(SecurityProfile {
         profile_type: 2,
         localhost_ref: "p.json".into(),
     });
-    assert!(
-        made(&config, json!({}))
-            .unwrap_err()
-            .to_string()
-            .contains("p.json")
-    );
+    assert!(error(&config).contains("p.json"));
     let mut config = container();
     security(&mut config).apparmor = Some(SecurityProfile {
         profile_type: 2,
         localhost_ref: "k8s-x".into(),
     });
-    let error = made(&config, json!({})).unwrap_err().to_string();
+    let text = error(&config);
     assert!(
-        error.contains("apparmor") && error.contains("k8s-x"),
-        "{error}"
+        text.contains("apparmor") && text.contains("k8s-x"),
+        "{text}"
     );
     let mut config = container();
     security(&mut config).namespace_options = Some(NamespaceOption {
         network: 2,
         ..Default::default()
     });
-    assert!(
-        made(&config, json!({}))
-            .unwrap_err()
-            .to_string()
-            .contains("does not use the host network")
-    );
+    assert!(error(&config).contains("does not use the host network"));
+    let mut config = container();
+    config.cdi_devices = vec![CdiDevice {
+        name: "vendor.com/gpu=1".into(),
+    }];
+    assert!(error(&config).contains("vendor.com/gpu=1"));
 }
 
 #[test]
