@@ -76,7 +76,7 @@ async fn apply(
     }
     let mut indexes = HashMap::new();
     for interface in interfaces {
-        let index = find(&links, &interface.mac)?;
+        let index = find(&links, interface)?;
         set_up(handle, index, interface).await?;
         indexes.insert(interface.name.as_str(), index);
     }
@@ -113,6 +113,9 @@ async fn set_up(handle: &Handle, index: u32, interface: &Interface) -> Result<()
     }
     // An interface can be renamed only while it is down.
     let mut link = LinkUnspec::new_with_index(index).name(name.clone());
+    if !interface.boot_mac.is_empty() {
+        link = link.address(parse_mac(&interface.mac)?);
+    }
     if interface.mtu != 0 {
         link = link.mtu(interface.mtu);
     }
@@ -145,15 +148,22 @@ async fn set_up(handle: &Handle, index: u32, interface: &Interface) -> Result<()
         .map_err(|source| step(format!("set {name} up"), source))
 }
 
-/// Returns the index of the NIC with the MAC address `wanted`.
-fn find(links: &[LinkMessage], wanted: &str) -> Result<u32, NetworkError> {
-    let bytes = parse_mac(wanted)?;
-    let has = |link: &&LinkMessage| {
-        link.attributes
-            .iter()
-            .any(|attribute| matches!(attribute, LinkAttribute::Address(mac) if *mac == bytes))
+/// Returns the index of the interface's NIC, by its MAC address, or by the one it booted with.
+fn find(links: &[LinkMessage], interface: &Interface) -> Result<u32, NetworkError> {
+    let wanted = &interface.mac;
+    let with = |mac: Vec<u8>| {
+        let has = |link: &&LinkMessage| {
+            link.attributes
+                .iter()
+                .any(|attribute| matches!(attribute, LinkAttribute::Address(own) if *own == mac))
+        };
+        links.iter().find(has)
     };
-    match links.iter().find(has) {
+    let mut found = with(parse_mac(wanted)?);
+    if found.is_none() && !interface.boot_mac.is_empty() {
+        found = with(parse_mac(&interface.boot_mac)?);
+    }
+    match found {
         Some(link) => Ok(link.header.index),
         None => {
             let present: Vec<_> = links.iter().filter_map(name_of).collect();

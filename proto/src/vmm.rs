@@ -99,7 +99,7 @@ pub struct Nic {
     pub tap: String,
     /// MAC address in the guest, aa:bb:cc:dd:ee:ff.
     pub mac: String,
-    /// MTU in bytes.
+    /// MTU in bytes; 0 leaves it to the guest.
     pub mtu: u32,
 }
 
@@ -238,4 +238,7 @@ pub struct SandboxOptions {
     /// Allocation of the VM's user. `None`: the VM runs as the shim's user.
     #[serde(default)]
     pub vmm_users: Option<VmmUsers>,
+    /// True to boot a VM that has no pod yet; a second CreateSandbox with false gives it one.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub warm: bool,
 }

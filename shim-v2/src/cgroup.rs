@@ -13,6 +13,8 @@
 //! of the shim. The kubelet sets limits on the pod's cgroup. Only directories created here are removed.
 
 use boxlite_sys::mountinfo::mounts;
+use boxlite_sys::process::family;
+use std::collections::BTreeSet;
 use std::io;
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -44,6 +46,8 @@ pub struct Joined {
     pub made: Vec<PathBuf>,
     /// `cgroup.procs` of the previous cgroup, one per joined hierarchy.
     back: Vec<PathBuf>,
+    /// `cgroup.procs` of the joined cgroup, one per hierarchy.
+    procs: Vec<PathBuf>,
 }
 
 impl Joined {
@@ -56,6 +60,28 @@ impl Joined {
         }
         remove(&self.made, limit);
         self.made.clear();
+    }
+
+    /// Moves a process that started earlier, and its descendants, into the joined cgroups. Repeated until a pass finds no
+    /// further process, since one that is not moved yet may fork.
+    pub fn bring(&self, pid: i32) {
+        let mut moved = BTreeSet::new();
+        loop {
+            let found = family(pid);
+            let new: Vec<i32> = found.difference(&moved).copied().collect();
+            if new.is_empty() {
+                return;
+            }
+            for procs in &self.procs {
+                for pid in &new {
+                    // A process that has exited meanwhile is refused with ESRCH.
+                    if let Err(error) = std::fs::write(procs, pid.to_string()) {
+                        tracing::info!(pid, procs = %procs.display(), %error, "failed to move process into the pod's cgroup");
+                    }
+                }
+            }
+            moved.extend(new);
+        }
     }
 }
 
@@ -159,7 +185,9 @@ fn join_one(
     {
         tracing::warn!(file = %pids.display(), %error, "failed to limit the VM's processes");
     }
-    std::fs::write(dir.join("cgroup.procs"), "0")?;
+    let procs = dir.join("cgroup.procs");
+    std::fs::write(&procs, "0")?;
+    joined.procs.push(procs);
     joined
         .back
         .push(hierarchy.mount.join(&hierarchy.own).join("cgroup.procs"));
@@ -356,6 +384,37 @@ mod tests {
             assert_eq!(read("cpu.weight").as_deref(), copied.then_some("79"));
             assert!(beside.join("cgroup.procs").exists());
         }
+    }
+
+    #[test]
+    fn bring_moves_the_whole_family() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let mut child = std::process::Command::new("sh")
+            .args(["-c", "sleep 60 & echo $!; wait"])
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .expect("sh");
+        let mut line = String::new();
+        let stdout = child.stdout.take().expect("a pipe");
+        io::BufRead::read_line(&mut io::BufReader::new(stdout), &mut line).expect("a pid");
+        let grandchild: i32 = line.trim().parse().expect("a number");
+        let pid = child.id().cast_signed();
+        assert_eq!(family(pid), BTreeSet::from([pid, grandchild]));
+        // A plain file keeps the last write only.
+        let procs = dir.path().join("cgroup.procs");
+        let joined = Joined {
+            procs: vec![procs.clone()],
+            ..Joined::default()
+        };
+        joined.bring(pid);
+        let last = pid.max(grandchild).to_string();
+        assert_eq!(std::fs::read_to_string(procs).expect("written"), last);
+        let killed = nix::sys::signal::kill(
+            nix::unistd::Pid::from_raw(grandchild),
+            nix::sys::signal::Signal::SIGKILL,
+        );
+        killed.expect("killed");
+        child.wait().expect("sh ends with its child");
     }
 
     #[test]

@@ -1,7 +1,9 @@
-//! [`ProcessId`]: identifies a process across reuse of its pid, restarts of the daemon and reboots of the host.
+//! [`ProcessId`]: identifies a process across reuse of its pid, restarts of the daemon and reboots of the host; [`family`]:
+//! its descendants.
 
 use rustix::process::{Pid, PidfdFlags, Signal};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 use std::io;
 use std::time::{Duration, Instant};
 
@@ -68,6 +70,24 @@ impl ProcessId {
         }
         Ok(())
     }
+}
+
+/// Returns a process and its descendants, as far as they exist; a process that forks meanwhile may have others.
+pub fn family(pid: i32) -> BTreeSet<i32> {
+    let mut found = BTreeSet::from([pid]);
+    let mut rest = vec![pid];
+    while let Some(parent) = rest.pop() {
+        let threads = std::fs::read_dir(format!("/proc/{parent}/task"));
+        for thread in threads.into_iter().flatten().flatten() {
+            let children = std::fs::read_to_string(thread.path().join("children"));
+            let children = children.unwrap_or_default();
+            let children = children
+                .split_whitespace()
+                .filter_map(|pid| pid.parse().ok());
+            rest.extend(children.filter(|child| found.insert(*child)));
+        }
+    }
+    found
 }
 
 fn boot_id() -> String {

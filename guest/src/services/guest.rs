@@ -9,9 +9,10 @@ use crate::{network, system};
 use boxlite_proto::boxlite::v1::guest_server::Guest;
 use boxlite_proto::boxlite::v1::{
     DropCachesRequest, DropCachesResponse, ErrorKind, GuestInitRequest, GuestInitResponse,
-    GuestStatsRequest, GuestStatsResponse, HostPortsRequest, HostPortsResponse, PingRequest,
-    PingResponse, PortForwardRequest, PortForwardResponse, SetTimeRequest, SetTimeResponse,
-    ShutdownRequest, ShutdownResponse, UpdatePodRequest, UpdatePodResponse,
+    GuestPrepareRequest, GuestPrepareResponse, GuestStatsRequest, GuestStatsResponse,
+    HostPortsRequest, HostPortsResponse, PingRequest, PingResponse, PortForwardRequest,
+    PortForwardResponse, SetTimeRequest, SetTimeResponse, ShutdownRequest, ShutdownResponse,
+    UpdatePodRequest, UpdatePodResponse,
 };
 use std::pin::Pin;
 use std::sync::Arc;
@@ -82,6 +83,21 @@ fn comparable(request: &GuestInitRequest) -> GuestInitRequest {
 
 #[tonic::async_trait]
 impl Guest for GuestService {
+    async fn prepare(
+        &self,
+        request: Request<GuestPrepareRequest>,
+    ) -> Result<Response<GuestPrepareResponse>, Status> {
+        let request = request.into_inner();
+        // Not while Init does the same.
+        let _alone = self.initialized.lock().await;
+        let mounts = tokio::task::spawn_blocking(move || {
+            pod::mount_share(&request.share_tag)?;
+            pod::mount_scratch(&request.scratch_device)
+        });
+        joined(mounts).await??;
+        Ok(Response::new(GuestPrepareResponse {}))
+    }
+
     async fn init(
         &self,
         request: Request<GuestInitRequest>,

@@ -4,9 +4,9 @@ use super::{LONG_CALL_TIMEOUT, QUICK_CALL_TIMEOUT, unary};
 use crate::error::PortalError;
 use boxlite_proto::boxlite::v1::guest_client::GuestClient;
 use boxlite_proto::boxlite::v1::{
-    DropCachesRequest, GuestInitRequest, GuestInitResponse, GuestStatsRequest, GuestStatsResponse,
-    HostPortsRequest, HostPortsResponse, PingRequest, PingResponse, PortForwardRequest,
-    PortForwardResponse, SetTimeRequest, ShutdownRequest, UpdatePodRequest,
+    DropCachesRequest, GuestInitRequest, GuestInitResponse, GuestPrepareRequest, GuestStatsRequest,
+    GuestStatsResponse, HostPortsRequest, HostPortsResponse, PingRequest, PingResponse,
+    PortForwardRequest, PortForwardResponse, SetTimeRequest, ShutdownRequest, UpdatePodRequest,
 };
 use boxlite_proto::names;
 use bytes::Bytes;
@@ -42,6 +42,20 @@ impl GuestInterface {
             self.client.clone().init(request),
         )
         .await
+    }
+
+    /// Mounts share and scratch disk ahead of [`Self::init`].
+    ///
+    /// # Errors
+    /// Every kind of [`PortalError`]; `Deadline` after [`LONG_CALL_TIMEOUT`].
+    pub async fn prepare(&self, request: GuestPrepareRequest) -> Result<(), PortalError> {
+        unary(
+            "Guest.Prepare",
+            LONG_CALL_TIMEOUT,
+            self.client.clone().prepare(request),
+        )
+        .await
+        .map(drop)
     }
 
     /// Checks that the agent answers within `limit`.

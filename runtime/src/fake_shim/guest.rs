@@ -18,6 +18,12 @@ fn unimplemented<T>() -> Result<T, Status> {
 #[tonic::async_trait]
 impl wire::guest_server::Guest for FakeGuest {
     type PortForwardStream = Unused<wire::PortForwardResponse>;
+    async fn prepare(
+        &self,
+        _: Request<wire::GuestPrepareRequest>,
+    ) -> Result<Response<wire::GuestPrepareResponse>, Status> {
+        unimplemented()
+    }
     async fn init(
         &self,
         _: Request<wire::GuestInitRequest>,

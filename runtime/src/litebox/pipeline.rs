@@ -251,6 +251,7 @@ impl<R: ShimRecorder> Start<R> {
                 registry: self.env.layout.vmm_users(),
                 ids,
             }),
+            warm: false,
         }
     }
 

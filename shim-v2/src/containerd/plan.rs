@@ -230,9 +230,10 @@ async fn plan(
             policy: config.pod.shared_volume_writers,
         }),
         vmm_users: config.pod.vmm_ids.map(|ids| VmmUsers {
-            registry: Path::new(STATE).join(names::VMM_USERS),
+            registry: Path::new(DEFAULT_STATE_DIR).join(names::VMM_USERS),
             ids,
         }),
+        warm: false,
     };
     Ok(Plan {
         options,

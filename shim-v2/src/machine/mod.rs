@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! work dir → scratch disk → share → taps in the pod's netns → ready socket → vmm child → guest calls 2696 → Guest.Init
+//!                                   a tap without interface                       warm VM waits here ┘
 //! ```
 //!
 //! Each step registers its reversal with [`Undo`] before it runs; the driver runs that list after a failure, a stop or the
@@ -17,7 +18,7 @@ use crate::mount_export::host_mounter::{HostMounter, HostMounts};
 use crate::net::host::{BindScope, HostPorts};
 use crate::net::{self, PodNetwork, slirp};
 use crate::pod::undo::Undo;
-use crate::sandbox::machine::{Booted, Machine};
+use crate::sandbox::machine::{Booted, Machine, WarmVm};
 use crate::sandbox::options::Plan;
 use crate::share::PodShare;
 use crate::share::file_server::FileServerWatch;
@@ -31,9 +32,9 @@ use async_trait::async_trait;
 use boxlite_config::budget::vmm_mib;
 use boxlite_config::cgroup::{CGROUP_MOUNT, pids_limit};
 use boxlite_portal::{Connection, GuestAddress, GuestErrorKind, GuestSession};
-use boxlite_proto::boxlite::v1::GuestInitRequest;
+use boxlite_proto::boxlite::v1::{GuestInitRequest, GuestPrepareRequest};
 use boxlite_proto::names;
-use boxlite_proto::vmm::{Disk, InstanceSpec, VmmKind};
+use boxlite_proto::vmm::{Disk, InstanceSpec, Nic, VmmKind};
 use boxlite_sys::process::ProcessId;
 use boxlite_sys::sync::Mutex;
 use nix::mount::{MsFlags, mount};
@@ -88,6 +89,33 @@ pub struct VmMachine {
     mounts: Arc<HostMounts>,
     /// Held as long as the shim lives.
     user: Mutex<Option<UserClaim>>,
+    /// A VM that waits for its pod.
+    warm: Mutex<Option<RunningVm>>,
+}
+
+/// A VM whose agent has reported readiness and that is not initialized.
+struct RunningVm {
+    work_dir: PathBuf,
+    share: PodShare,
+    child: VmmChild,
+    session: GuestSession,
+}
+
+/// Time at which a VM gets its pod.
+enum Claim {
+    /// Before its boot: the NICs are those of the pod's network.
+    AtBoot(PodNetwork),
+    /// Later, with the NIC of a warm VM.
+    Later,
+}
+
+impl Claim {
+    fn nics(&self) -> Vec<Nic> {
+        match self {
+            Self::AtBoot(network) => network.nics(),
+            Self::Later => vec![net::warm_nic()],
+        }
+    }
 }
 
 impl VmMachine {
@@ -99,6 +127,7 @@ impl VmMachine {
             cgroup: Mutex::default(),
             supervisor: Supervisor::default(),
             user: Mutex::default(),
+            warm: Mutex::default(),
         }
     }
 
@@ -135,10 +164,7 @@ impl VmMachine {
         let Some(netns) = plan.netns.clone() else {
             return Ok(PodNetwork::default());
         };
-        let taken = netns.clone();
-        undo.push("taps", move || {
-            blocking("remove the taps", move || net::detach(&taken))
-        });
+        undo_taps(&netns, undo);
         let network = blocking("join the pod's network", move || net::attach(&netns)).await?;
         let path = bundle.join(NETWORK_FILE);
         let text = serde_json::to_vec_pretty(&network).unwrap_or_default();
@@ -168,6 +194,15 @@ impl VmMachine {
         Ok(Some(user))
     }
 
+    /// Creates the tap of a warm VM.
+    async fn prepare_tap(&self, plan: &Plan, undo: &mut Undo) -> Result<()> {
+        let Some(netns) = plan.netns.clone() else {
+            return Ok(());
+        };
+        undo_taps(&netns, undo);
+        blocking("create a tap", move || net::prepare(&netns)).await
+    }
+
     async fn start_child(&self, spec: InstanceSpec, undo: &mut Undo) -> Result<VmmChild> {
         let supervisor = self.supervisor.clone();
         let child = blocking("start the vmm child", move || supervisor.spawn(&spec)).await?;
@@ -181,12 +216,16 @@ impl VmMachine {
         });
         Ok(child)
     }
-}
 
-#[async_trait]
-impl Machine for VmMachine {
-    async fn boot(&self, id: &str, bundle: &Path, plan: &Plan, undo: &mut Undo) -> Result<Booted> {
-        let mut timers = Timers::default();
+    /// Boots a VM up to the agent's report. Also returns the pod's network, or that it comes later for a warm VM.
+    async fn power_on(
+        &self,
+        id: &str,
+        bundle: &Path,
+        plan: &Plan,
+        undo: &mut Undo,
+        timers: &mut Timers,
+    ) -> Result<(RunningVm, Claim)> {
         let work_dir = make_work_dir(bundle, undo)?;
         let scratch = scratch_path(id, bundle, plan);
         self.record().scratch = Some(scratch.clone());
@@ -205,18 +244,18 @@ impl Machine for VmMachine {
         undo.push_call("share", move || taken.destroy());
         timers.mark("share");
 
-        let network = self.attach(bundle, plan, undo).await?;
-        let host_network = plan.options.host_network;
-        let (tsi, slirp_nic) = match plan.options.vmm {
-            // libkrun uses TSI and needs no NIC.
-            VmmKind::Krun => (host_network, false),
-            VmmKind::Qemu => (false, host_network),
+        let claim = match plan.options.warm {
+            true => {
+                self.prepare_tap(plan, undo).await?;
+                Claim::Later
+            }
+            false => Claim::AtBoot(self.attach(bundle, plan, undo).await?),
         };
         timers.mark("net");
 
         let ready =
             ReadySocket::bind(&work_dir).map_err(ShimError::boot("listen for the guest"))?;
-        let mut spec = instance(id, plan, &work_dir, &share, &scratch, &network);
+        let mut spec = instance(id, plan, &work_dir, &share, &scratch, claim.nics());
         spec.user = self.claim_user(id, plan).await?;
         if let Some(user) = spec.user {
             let socket = work_dir.join(names::READY_SOCKET);
@@ -236,8 +275,83 @@ impl Machine for VmMachine {
             &plan.options.vmm,
             socket,
         )));
-        let guest_network = if slirp_nic { slirp::network() } else { network };
-        let versions = init(&session, &child, id, plan, &guest_network).await?;
+        let vm = RunningVm {
+            work_dir,
+            share,
+            child,
+            session,
+        };
+        Ok((vm, claim))
+    }
+
+    /// Takes the warm VM, unless it has died.
+    fn take_warm(&self) -> Option<RunningVm> {
+        let warm = self.warm.lock().take();
+        warm.filter(|vm| vm.child.exited().is_none())
+    }
+}
+
+#[async_trait]
+impl Machine for VmMachine {
+    async fn boot_warm(
+        &self,
+        id: &str,
+        bundle: &Path,
+        plan: &Plan,
+        undo: &mut Undo,
+    ) -> Result<WarmVm> {
+        let mut timers = Timers::default();
+        let (vm, _) = self.power_on(id, bundle, plan, undo, &mut timers).await?;
+        let watched = vm.child.clone();
+        let request = GuestPrepareRequest {
+            share_tag: names::SHARE_TAG.to_owned(),
+            scratch_device: names::SCRATCH_SERIAL.to_owned(),
+        };
+        let guest = vm.session.guest();
+        tokio::select! {
+            prepared = guest.prepare(request) => {
+                prepared.map_err(ShimError::boot("prepare the guest"))?;
+            }
+            reason = exit_of(watched.clone()) => return Err(ShimError::VmGone { reason }),
+        }
+        timers.mark("prepare");
+        let warm = WarmVm {
+            pid: watched.pid().unsigned_abs(),
+            exit: Box::pin(exit_of(watched)),
+            info: timers.0,
+        };
+        *self.warm.lock() = Some(vm);
+        Ok(warm)
+    }
+
+    async fn boot(&self, id: &str, bundle: &Path, plan: &Plan, undo: &mut Undo) -> Result<Booted> {
+        let mut timers = Timers::default();
+        let (vm, claim) = match self.take_warm() {
+            Some(vm) => (vm, Claim::Later),
+            None => self.power_on(id, bundle, plan, undo, &mut timers).await?,
+        };
+        let RunningVm {
+            work_dir,
+            share,
+            child,
+            session,
+        } = vm;
+        let host_network = plan.options.host_network;
+        let (tsi, slirp_nic) = match plan.options.vmm {
+            // libkrun uses TSI and needs no NIC.
+            VmmKind::Krun => (host_network, false),
+            VmmKind::Qemu => (false, host_network),
+        };
+        let (network, boot_mac) = match claim {
+            Claim::AtBoot(_) if slirp_nic => (slirp::network(), ""),
+            Claim::AtBoot(network) => (network, ""),
+            Claim::Later => {
+                let network = self.attach(bundle, plan, undo).await?;
+                timers.mark("net");
+                (one_interface(network)?, net::BOOT_MAC)
+            }
+        };
+        let versions = init(&session, &child, id, plan, &network, boot_mac).await?;
         let host_ports = match &plan.netns {
             _ if slirp_nic => Some(HostPorts::start(&session, BindScope::Host).await?),
             _ if tsi => Some(HostPorts::start(&session, BindScope::Vmm(child.pid())).await?),
@@ -263,10 +377,7 @@ impl Machine for VmMachine {
             pid: child.pid().unsigned_abs(),
             session,
             share: Arc::new(VmShare(share)),
-            exit: Box::pin(async move {
-                let exit = watched.wait().await;
-                format!("{exit}; {}", last_words(&watched))
-            }),
+            exit: Box::pin(exit_of(watched)),
             work_dir: Some(WorkDirWatch::new(work_dir, kill.clone())),
             kill,
             host_ports,
@@ -282,6 +393,9 @@ impl Machine for VmMachine {
             let mut record = self.record();
             record.cgroups.clone_from(&joined.made);
             record.netns.clone_from(&plan.netns);
+        }
+        if let Some(vm) = self.warm.lock().as_ref() {
+            joined.bring(vm.child.pid());
         }
         *self.cgroup.lock() = joined;
         if let Err(error) = self.store(bundle) {
@@ -317,7 +431,7 @@ fn instance(
     work_dir: &Path,
     share: &PodShare,
     scratch: &Path,
-    network: &PodNetwork,
+    nics: Vec<Nic>,
 ) -> InstanceSpec {
     let options = &plan.options;
     InstanceSpec {
@@ -334,7 +448,7 @@ fn instance(
             serial: names::SCRATCH_SERIAL.to_owned(),
             read_only: false,
         }],
-        nics: network.nics(),
+        nics,
         netns: plan.netns.clone(),
         host_network: options.host_network,
         debug_console: options.debug_console,
@@ -342,25 +456,57 @@ fn instance(
     }
 }
 
-/// Calls Guest.Init, aborted by the VM's death. Returns the versions of kernel and agent.
+fn undo_taps(netns: &Path, undo: &mut Undo) {
+    let netns = netns.to_owned();
+    undo.push("taps", move || {
+        blocking("remove the taps", move || net::detach(&netns))
+    });
+}
+
+/// Returns the network if a warm VM can have it.
+fn one_interface(network: PodNetwork) -> Result<PodNetwork> {
+    match network.interfaces.len() {
+        1 => Ok(network),
+        count => Err(ShimError::Boot {
+            step: "give a warm VM to the pod",
+            source: Arc::new(std::io::Error::other(format!(
+                "the pod has {count} interfaces, and the VM has 1 NIC"
+            ))),
+        }),
+    }
+}
+
+/// Waits for the end of the VM and describes it.
+async fn exit_of(child: VmmChild) -> String {
+    let exit = child.wait().await;
+    format!("{exit}; {}", last_words(&child))
+}
+
+/// Calls Guest.Init, aborted by the VM's death. `boot_mac` is empty unless the VM was warm. Returns the versions of kernel and
+/// agent.
 async fn init(
     session: &GuestSession,
     child: &VmmChild,
     id: &str,
     plan: &Plan,
     network: &PodNetwork,
+    boot_mac: &str,
 ) -> Result<(String, String)> {
     let mut entropy = vec![0; ENTROPY_BYTES];
     std::fs::File::open("/dev/urandom")
         .and_then(|mut file| file.read_exact(&mut entropy))
         .map_err(ShimError::io("read", "/dev/urandom"))?;
+    let mut interfaces = network.wire_interfaces();
+    for interface in &mut interfaces {
+        boot_mac.clone_into(&mut interface.boot_mac);
+    }
     let request = GuestInitRequest {
         sandbox_id: id.to_owned(),
         hostname: plan.options.hostname.clone(),
         time_unix_ns: time::unix_ns(),
         share_tag: names::SHARE_TAG.to_owned(),
         scratch_device: names::SCRATCH_SERIAL.to_owned(),
-        interfaces: network.wire_interfaces(),
+        interfaces,
         routes: network.wire_routes(),
         sysctls: plan.options.sysctls.clone().into_iter().collect(),
         entropy: entropy.into(),

@@ -24,6 +24,8 @@ use tokio_util::task::AbortOnDropHandle;
 
 /// Timeout of all work in the namespace: a handful of netlink round trips.
 const NETLINK_TIMEOUT: Duration = Duration::from_secs(10);
+/// MAC of a warm VM's NIC until its pod is known: locally administered, and never on a network, because the tap is down.
+pub const BOOT_MAC: &str = "02:00:00:00:00:01";
 /// Maximum number of interfaces of a pod: each takes a device slot of the VMM.
 const MAX_INTERFACES: usize = 8;
 
@@ -119,6 +121,7 @@ impl PodNetwork {
             mac: from.mac.clone(),
             mtu: from.mtu,
             addresses: from.addresses.clone(),
+            boot_mac: String::new(),
         };
         self.interfaces.iter().map(interface).collect()
     }
@@ -134,6 +137,15 @@ impl PodNetwork {
             ipv6: from.ipv6,
         };
         self.routes.iter().map(route).collect()
+    }
+}
+
+/// Returns the NIC of a warm VM, on the tap that [`prepare`] created. The guest sets the pod's MAC and MTU later.
+pub fn warm_nic() -> Nic {
+    Nic {
+        tap: tap_name(0),
+        mac: BOOT_MAC.to_owned(),
+        mtu: 0,
     }
 }
 
@@ -162,6 +174,20 @@ pub fn attach(netns: &Path) -> Result<PodNetwork, NetError> {
             join::join(&handle, interface, &tap_name(index)).await?;
         }
         Ok(network)
+    })
+}
+
+/// Creates the tap of a warm VM, whose pod is not known yet; [`attach`] joins it with the interface that CNI adds later. Blocks
+/// like that.
+///
+/// # Errors
+/// See [`NetError`].
+pub fn prepare(netns: &Path) -> Result<(), NetError> {
+    inside(netns, async |_| {
+        tap::create(&tap_name(0)).map_err(|source| NetError::System {
+            step: "create tap",
+            source,
+        })
     })
 }
 

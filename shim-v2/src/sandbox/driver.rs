@@ -3,7 +3,7 @@
 //! It handles requests and the end of the VM one at a time. During a start it accepts further starts, which join, and
 //! stops, which cancel the start. Containers have their own tasks; the driver only signals them when the VM has ended.
 
-use super::machine::{Booted, Machine};
+use super::machine::{Booted, Machine, WarmVm};
 use super::options::Plan;
 use super::{Ended, Phase, Snapshot};
 use crate::container::Containers;
@@ -60,9 +60,21 @@ struct Vm {
     undo: Undo,
 }
 
+/// A VM without a pod.
+struct Waiting {
+    exit: BoxFuture<'static, String>,
+    undo: Undo,
+}
+
+/// A finished boot.
+enum Started {
+    Pod(Box<Booted>),
+    Warm(WarmVm),
+}
+
 /// Outcome of a boot.
 enum Outcome {
-    Finished(Box<Result<Booted>>),
+    Finished(Result<Started>),
     Stopped,
     ShutDown(Reply<()>),
 }
@@ -76,6 +88,8 @@ pub struct Driver {
     guest: watch::Sender<Option<Guest>>,
     containers: Arc<Containers>,
     vm: Option<Vm>,
+    /// Set from the boot of a warm VM until a start gives it to the pod.
+    warm: Option<Waiting>,
 }
 
 impl Driver {
@@ -95,14 +109,15 @@ impl Driver {
             guest,
             containers,
             vm: None,
+            warm: None,
         }
     }
 
     /// Handles requests until Shutdown, or until every handle is dropped.
     pub async fn run(mut self) {
         loop {
-            let request = match &mut self.vm {
-                Some(vm) => tokio::select! {
+            let request = match (&mut self.vm, &mut self.warm) {
+                (Some(vm), _) => tokio::select! {
                     request = self.requests.recv() => request,
                     reason = &mut vm.exit => {
                         tracing::warn!(sandbox = %self.context.id, reason, "VM ended unexpectedly");
@@ -110,7 +125,14 @@ impl Driver {
                         continue;
                     }
                 },
-                None => self.requests.recv().await,
+                (None, Some(warm)) => tokio::select! {
+                    request = self.requests.recv() => request,
+                    reason = &mut warm.exit => {
+                        self.warm_ended(reason).await;
+                        continue;
+                    }
+                },
+                (None, None) => self.requests.recv().await,
             };
             match request {
                 Some(Request::Create(plan, reply)) => drop(reply.send(self.create(*plan))),
@@ -164,11 +186,14 @@ impl Driver {
         }
         match known {
             Some(known) if *known == plan => Ok(()),
-            Some(_) => Err(ShimError::AlreadyExists {
-                kind: "sandbox",
-                id: self.context.id.to_string(),
-            }),
-            None => {
+            Some(known) if phase != Phase::Warm || !plan.fits(&known) => {
+                Err(ShimError::AlreadyExists {
+                    kind: "sandbox",
+                    id: self.context.id.to_string(),
+                })
+            }
+            // Without a plan, or with a warm VM, which becomes this pod's.
+            _ => {
                 self.machine
                     .prepare(&self.context.id, &self.context.bundle, &plan);
                 let writers = plan.options.volume_writers.clone();
@@ -190,7 +215,7 @@ impl Driver {
             (snapshot.phase, snapshot.plan.clone())
         };
         let plan = match (phase, plan) {
-            (Phase::Ready, _) => {
+            (Phase::Ready | Phase::Warm, _) => {
                 drop(reply.send(Ok(self.state.borrow().clone())));
                 return None;
             }
@@ -204,10 +229,13 @@ impl Driver {
         let started = Instant::now();
         let mut waiting = vec![reply];
         let mut stops = Vec::new();
-        let mut undo = Undo::default();
+        let mut undo = self
+            .warm
+            .take()
+            .map_or_else(Undo::default, |warm| warm.undo);
         let outcome = self.boot(&plan, &mut undo, &mut waiting, &mut stops).await;
         let (result, shutdown) = match outcome {
-            Outcome::Finished(result) => (*result, None),
+            Outcome::Finished(result) => (result, None),
             Outcome::Stopped => (
                 Err(self.wrong_state("complete the start, which a stop cancelled")),
                 None,
@@ -215,7 +243,8 @@ impl Driver {
             Outcome::ShutDown(reply) => (Err(ShimError::Ending), Some(reply)),
         };
         match result {
-            Ok(booted) => self.ready(booted, undo, started),
+            Ok(Started::Pod(booted)) => self.ready(*booted, undo, started),
+            Ok(Started::Warm(vm)) => self.warm(vm, undo),
             Err(error) => {
                 tracing::warn!(sandbox = %self.context.id, error = %Report(&error), "failed to start sandbox");
                 undo.run().await;
@@ -246,11 +275,23 @@ impl Driver {
     ) -> Outcome {
         let machine = self.machine.clone();
         let context = self.context.clone();
-        let boot = machine.boot(&context.id, &context.bundle, plan, undo);
+        let boot = async {
+            let (id, bundle) = (&context.id, &context.bundle);
+            match plan.options.warm {
+                true => machine
+                    .boot_warm(id, bundle, plan, undo)
+                    .await
+                    .map(Started::Warm),
+                false => machine
+                    .boot(id, bundle, plan, undo)
+                    .await
+                    .map(|booted| Started::Pod(Box::new(booted))),
+            }
+        };
         tokio::pin!(boot);
         loop {
             let request = tokio::select! {
-                result = &mut boot => return Outcome::Finished(Box::new(result)),
+                result = &mut boot => return Outcome::Finished(result),
                 request = self.requests.recv() => request,
             };
             match request {
@@ -263,6 +304,29 @@ impl Driver {
                 Some(Request::Shutdown(reply)) => return Outcome::ShutDown(reply),
                 None => return Outcome::Stopped,
             }
+        }
+    }
+
+    fn warm(&mut self, vm: WarmVm, undo: Undo) {
+        self.warm = Some(Waiting {
+            exit: vm.exit,
+            undo,
+        });
+        self.publish(|snapshot| {
+            snapshot.phase = Phase::Warm;
+            snapshot.pid = vm.pid;
+            snapshot.info = Arc::new(vm.info);
+        });
+    }
+
+    /// Handles the end of a VM that no start has given to its pod yet. If its pod is known, the start boots another one.
+    async fn warm_ended(&mut self, reason: String) {
+        tracing::warn!(sandbox = %self.context.id, reason, "warm VM ended unexpectedly");
+        if let Some(warm) = self.warm.take() {
+            warm.undo.run().await;
+        }
+        if self.state.borrow().phase == Phase::Warm {
+            self.vm_ended(DIED_EXIT_STATUS, reason).await;
         }
     }
 
@@ -326,6 +390,9 @@ impl Driver {
     /// Stops the VM in order: containers with their output, the guest with its disks, the VMM.
     async fn stop(&mut self, grace: Duration) {
         let Some(vm) = &mut self.vm else {
+            if let Some(warm) = self.warm.take() {
+                warm.undo.run().await;
+            }
             if !matches!(self.state.borrow().phase, Phase::Stopped | Phase::None) {
                 self.vm_ended(0, "stopped before it was started".to_owned())
                     .await;

@@ -42,12 +42,31 @@ pub struct Booted {
     pub info: Vec<(String, String)>,
 }
 
+/// A VM that booted without a pod and waits for one. The machine keeps it for the next [`Machine::boot`].
+pub struct WarmVm {
+    /// Pid of the VMM child on the host.
+    pub pid: u32,
+    /// Completes with the reason when the VM ends.
+    pub exit: futures::future::BoxFuture<'static, String>,
+    /// Facts for SandboxStatus(verbose).
+    pub info: Vec<(String, String)>,
+}
+
 /// Boots VMs from plans.
 #[async_trait]
 pub trait Machine: Send + Sync {
-    /// Builds and boots the VM. Each completed step is in `undo` at once, so that the caller can drop the future at any time
+    /// Boots a VM as far as it needs no pod: nothing of a pod is in it, and its network is not connected. Steps and `undo` are
+    /// those of [`Self::boot`], which takes the VM over with the same list.
+    async fn boot_warm(
+        &self,
+        id: &str,
+        bundle: &Path,
+        plan: &Plan,
+        undo: &mut Undo,
+    ) -> Result<WarmVm>;
+    /// Builds and boots the VM, or gives a warm one to the pod. Each completed step is in `undo` at once, so that the caller can drop the future at any time
     /// and undo the steps.
     async fn boot(&self, id: &str, bundle: &Path, plan: &Plan, undo: &mut Undo) -> Result<Booted>;
-    /// Joins the pod's cgroup; called at CreateSandbox.
+    /// Joins the pod's cgroup, with a warm VM if there is one; called at CreateSandbox.
     fn prepare(&self, id: &str, bundle: &Path, plan: &Plan);
 }

@@ -4,9 +4,10 @@
 //!
 //! ```text
 //!  (none) ──create──► Created ──start──► Starting ──guest ready──► Ready
-//!                        ▲                  │  failed or stopped     │ stop, VM died
-//!                        └──────────────────┘                        ▼
-//!                                               Stopping ──────► Stopped (final)
+//!                      ▲   ▲               │  │  failed or stopped   │ stop, VM died
+//!               create │   └───────────────│──┘                      ▼
+//!                      └───── Warm ◄───────┘    Stopping ──────► Stopped (final)
+//!                              no pod yet
 //! ```
 
 pub mod driver;
@@ -36,6 +37,8 @@ pub enum Phase {
     Created,
     /// The VM is being built or is booting.
     Starting,
+    /// A VM without a pod has booted. CreateSandbox gives it one.
+    Warm,
     /// The guest accepts containers.
     Ready,
     /// The VM is being stopped.
@@ -49,9 +52,12 @@ impl Phase {
     pub fn name(self) -> &'static str {
         match self {
             Self::Ready => "SANDBOX_READY",
-            Self::None | Self::Created | Self::Starting | Self::Stopping | Self::Stopped => {
-                "SANDBOX_NOTREADY"
-            }
+            Self::None
+            | Self::Created
+            | Self::Starting
+            | Self::Warm
+            | Self::Stopping
+            | Self::Stopped => "SANDBOX_NOTREADY",
         }
     }
 }

@@ -7,6 +7,7 @@ use crate::error::{Result, ShimError};
 use boxlite_proto::names::SANDBOX_OPTIONS_TYPE;
 use boxlite_proto::vmm::SandboxOptions;
 use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 /// Maximum size of the options.
@@ -47,6 +48,23 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// Returns whether a VM that was booted by the plan `warm` can be this plan's: nothing that a boot decides differs.
+    pub fn fits(&self, warm: &Self) -> bool {
+        let fixed = |plan: &Self| Self {
+            options: SandboxOptions {
+                containers_bytes: 0,
+                hostname: String::new(),
+                sysctls: BTreeMap::new(),
+                cgroup_parent: String::new(),
+                volume_writers: None,
+                warm: false,
+                ..plan.options.clone()
+            },
+            ..plan.clone()
+        };
+        warm.options.warm && !self.options.warm && fixed(self) == fixed(warm)
+    }
+
     /// Parses and validates a request of boxlite-cri.
     ///
     /// # Errors
@@ -78,6 +96,12 @@ impl Plan {
             return Err(invalid("vcpus is 0".to_owned()));
         }
         let netns = netns(request)?;
+        if options.warm && netns.is_none() {
+            return Err(ShimError::Invalid {
+                field: "netns_path",
+                reason: "required for a VM without a pod".to_owned(),
+            });
+        }
         if options.host_network && netns.is_some() {
             return Err(ShimError::Invalid {
                 field: "netns_path",
@@ -107,4 +131,72 @@ pub fn netns(request: &CreateSandboxRequest) -> Result<Option<PathBuf>> {
         });
     }
     Ok(netns)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use boxlite_proto::vmm::{Acceleration, Installation, VmmKind};
+
+    fn plan() -> Plan {
+        let file = || PathBuf::from("/x");
+        Plan {
+            options: SandboxOptions {
+                vmm: VmmKind::Qemu,
+                vcpus: 1,
+                memory_mib: 256,
+                containers_bytes: 7,
+                scratch_bytes: 1 << 30,
+                scratch_dir: None,
+                acceleration: Acceleration::Tcg,
+                hostname: "pod".to_owned(),
+                sysctls: [("a".to_owned(), "b".to_owned())].into(),
+                installation: Installation {
+                    guest: file(),
+                    libkrunfw: file(),
+                    qemu: file(),
+                    virtiofsd: file(),
+                    vhost_device_vsock: file(),
+                    cache: file(),
+                },
+                cgroup_parent: "/pod".to_owned(),
+                debug_console: false,
+                host_network: false,
+                volume_writers: None,
+                warm: false,
+            },
+            netns: Some("/netns/x".into()),
+            owner: SandboxOwner::Boxlite,
+            local_ports: false,
+            host_ipc: false,
+        }
+    }
+
+    #[test]
+    fn fits_compares_everything_that_a_boot_decides() {
+        let mut warm = plan();
+        warm.options.warm = true;
+        warm.options.hostname.clear();
+        warm.options.sysctls.clear();
+        warm.options.cgroup_parent.clear();
+        warm.options.containers_bytes = 0;
+        assert!(plan().fits(&warm));
+        assert!(!warm.fits(&warm), "not a pod's plan");
+        assert!(!plan().fits(&plan()), "not a warm VM's plan");
+        let changes: [fn(&mut Plan); 8] = [
+            |plan| plan.options.vcpus = 2,
+            |plan| plan.options.memory_mib = 257,
+            |plan| plan.options.scratch_bytes += 1,
+            |plan| plan.options.vmm = VmmKind::Krun,
+            |plan| plan.options.installation.guest = "/y".into(),
+            |plan| plan.options.debug_console = true,
+            |plan| plan.options.host_network = true,
+            |plan| plan.netns = Some("/netns/y".into()),
+        ];
+        for (index, change) in changes.into_iter().enumerate() {
+            let mut other = plan();
+            change(&mut other);
+            assert!(!other.fits(&warm), "change {index}");
+        }
+    }
 }

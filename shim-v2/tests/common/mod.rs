@@ -76,6 +76,7 @@ pub(crate) fn options() -> SandboxOptions {
         host_network: false,
         volume_writers: None,
         vmm_users: None,
+        warm: false,
     }
 }
 

@@ -172,6 +172,7 @@ impl Running {
                 mac: MAC.to_owned(),
                 mtu: 1500,
                 addresses: vec![GUEST_ADDRESS.to_owned()],
+                boot_mac: String::new(),
             }],
             entropy: vec![7; 64].into(),
             ..GuestInitRequest::default()

@@ -17,13 +17,14 @@ pub(super) fn configure(context: &mut Context, spec: &InstanceSpec) -> BoxliteRe
             "-netdev",
             format!("tap,id=net{index},fd={}", fd.as_raw_fd()),
         );
-        let mtu = nic.mtu;
+        // With host_mtu the guest cannot raise the MTU later.
+        let mtu = match nic.mtu {
+            0 => String::new(),
+            mtu => format!(",host_mtu={mtu}"),
+        };
         context.option(
             "-device",
-            format!(
-                "virtio-net-device,netdev=net{index},mac={},host_mtu={mtu}",
-                nic.mac
-            ),
+            format!("virtio-net-device,netdev=net{index},mac={}{mtu}", nic.mac),
         );
         context.taps.push(fd);
     }
