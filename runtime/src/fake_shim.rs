@@ -182,6 +182,10 @@ impl sandbox_async::Sandbox for Served {
                 "Kernel panic - not syncing: injected fault",
             ));
         }
+        if *self.0.vm.borrow() {
+            // A warm VM, which is claimed.
+            return Ok(Default::default());
+        }
         let vm = self.0.bundle.join("vm");
         std::fs::create_dir_all(&vm).unwrap();
         let listener = unix_socket::bind(&vm.join("vsock")).unwrap();

@@ -181,6 +181,11 @@ impl FilesystemLayout {
         self.bundle(box_id).join(names::SHIM_STATE)
     }
 
+    /// Returns the file that marks the bundle of a VM without a pod.
+    pub fn warm_marker(&self, box_id: &str) -> PathBuf {
+        self.bundle(box_id).join("warm")
+    }
+
     /// Returns the VM's private directory.
     pub fn vm(&self, box_id: &str) -> PathBuf {
         self.bundle(box_id).join("vm")

@@ -20,6 +20,7 @@ pub mod images;
 pub mod init_rootfs;
 pub mod litebox;
 pub mod metrics;
+pub mod pool;
 mod recovery;
 pub mod runtime;
 pub mod shim_controller;

@@ -17,6 +17,8 @@ pub enum Stage {
     Image,
     /// Bundle and private directories are created.
     Rootfs,
+    /// A warm VM becomes the box's; replaces the stages before `Ready`.
+    Claim,
     /// The shim answers.
     Spawn,
     /// The guest answers.
@@ -29,6 +31,7 @@ impl Stage {
         match self {
             Self::Image => "image",
             Self::Rootfs => "rootfs",
+            Self::Claim => "claim",
             Self::Spawn => "spawn",
             Self::Ready => "ready",
         }

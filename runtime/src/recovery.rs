@@ -10,7 +10,8 @@
 //!   therefore overrides the rows.
 //! - A dead shim has taken its VM with it (PDEATHSIG), and a reboot removes everything but the rows.
 //! - `state` may be empty (tmpfs) while `root` is not. Bundles without a row are orphans and are removed, unless their shim
-//!   lives: then the row was lost, with its copy, and the pod keeps running.
+//!   lives: then the row was lost, with its copy, and the pod keeps running. Bundles with a marker are VMs of the pool
+//!   (`pool`) and are removed, too.
 //!
 //! Recovery does not wait for guests. Boxes are recovered concurrently, each within the timeouts of ShimController.
 
@@ -67,8 +68,10 @@ async fn recover_box(
     let mut containers = hold_images(env, containers);
     let mut running = None;
     match row.phase {
-        Phase::Created | Phase::Removed => {}
-        Phase::Starting => {
+        Phase::Removed => {}
+        // A box that took a warm VM has a bundle before its start.
+        Phase::Created if !env.layout.bundle(&id).is_dir() => {}
+        Phase::Created | Phase::Starting => {
             teardown::clean_or_warn(env, &id).await;
             let bundle = env.layout.bundle(&id);
             if let Err(error) = teardown::blocking(move || remove_tree(&bundle)).await {
@@ -316,7 +319,8 @@ async fn remove_orphans(env: &BoxEnv, known: &HashSet<String>) -> Vec<String> {
         if known.contains(&id) || check_id("bundle", &id).is_err() {
             continue;
         }
-        if shim_lives(env, &id).await {
+        let warm = env.layout.warm_marker(&id).exists();
+        if !warm && shim_lives(env, &id).await {
             tracing::error!(
                 id,
                 "a pod runs whose record is lost: leaving it, end it with the shim's action delete"
@@ -324,7 +328,11 @@ async fn remove_orphans(env: &BoxEnv, known: &HashSet<String>) -> Vec<String> {
             unmanaged.push(id);
             continue;
         }
-        tracing::warn!(id, "removing bundle or scratch disk without a sandbox");
+        if warm {
+            tracing::info!(id, "removing warm VM of an earlier run");
+        } else {
+            tracing::warn!(id, "removing bundle or scratch disk without a sandbox");
+        }
         teardown::clean_or_warn(env, &id).await;
         let bundle = env.layout.bundle(&id);
         if let Err(error) = teardown::blocking(move || remove_tree(&bundle)).await {

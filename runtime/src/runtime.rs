@@ -17,6 +17,7 @@ use crate::litebox::{BoxEnv, LiteBox, RemovalListener, now_ns};
 use crate::metrics::{
     BoxMetrics, BoxMetricsSnapshot, RuntimeMetrics, RuntimeMetricsSnapshot, StageTimers,
 };
+use crate::pool::{self, Pool, PoolNetworks, PoolSettings, PoolStatus};
 use crate::recovery;
 use crate::shim_controller::ShimProgram;
 use crate::shim_controller::events::{EventServer, ShimEvent};
@@ -27,7 +28,7 @@ use futures::StreamExt;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, RwLockReadGuard, RwLockWriteGuard, Weak};
+use std::sync::{Arc, OnceLock, RwLockReadGuard, RwLockWriteGuard, Weak};
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -78,6 +79,8 @@ struct NonSyncState {
     metrics: RuntimeMetrics,
     /// Boxes whose shim lives and whose record is lost.
     unmanaged: Vec<String>,
+    /// Unset if no warm VMs are kept.
+    pool: OnceLock<Arc<Pool>>,
 }
 
 /// Removes boxes from the maps on behalf of their drivers. Weak, so that a driver does not keep its runtime alive.
@@ -144,6 +147,7 @@ impl BoxliteRuntime {
             tasks: TaskTracker::new(),
             closing: closing.clone(),
             events: EventHub::new(closing.clone()),
+            warm: OnceLock::new(),
             removed: removals.clone(),
         });
         let (server, events) = EventServer::start(&layout.events_socket()).await?;
@@ -158,6 +162,7 @@ impl BoxliteRuntime {
                 init_rootfs,
                 metrics: RuntimeMetrics::default(),
                 unmanaged,
+                pool: OnceLock::new(),
             },
             creating: tokio::sync::Mutex::new(()),
             env: env.clone(),
@@ -287,6 +292,35 @@ impl BoxliteRuntime {
             .iter()
             .flat_map(LiteBox::containers)
             .collect()
+    }
+
+    /// Starts to keep warm VMs. Does nothing if they are kept already.
+    pub fn start_pool(&self, settings: PoolSettings, networks: Arc<dyn PoolNetworks>) {
+        let env = &self.inner.env;
+        let pool = Arc::new(Pool::new(settings, networks));
+        if env.warm.set(pool.clone()).is_ok() {
+            let _ = self.inner.non_sync_state.pool.set(pool.clone());
+            env.tasks.spawn(pool::run(env.clone(), pool));
+        }
+    }
+
+    /// Takes a warm VM for a box with these options, whose id and network namespace do not matter. The box must be created with the
+    /// returned id; if it is not, call [`Self::discard_warm`]. `None` if no VM fits.
+    pub fn claim_warm(&self, options: &BoxOptions) -> Option<String> {
+        self.inner.non_sync_state.pool.get()?.claim(options)
+    }
+
+    /// Removes the warm VM of a claim from which no box was started; idempotent.
+    pub async fn discard_warm(&self, id: &str) {
+        if let Some(pool) = self.inner.non_sync_state.pool.get() {
+            pool.discard(&self.inner.env, id).await;
+        }
+    }
+
+    /// Returns the state of the pool, without waiting; `None` if it is off.
+    pub fn pool_status(&self) -> Option<PoolStatus> {
+        let pool = self.inner.non_sync_state.pool.get();
+        pool.map(|pool| pool.status())
     }
 
     /// Subscribes to the events of all boxes and containers; see [`crate::events`].

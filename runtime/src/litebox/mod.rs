@@ -39,7 +39,7 @@ pub use driver::UpdateMetadata;
 pub use sessions::{ProcessControls, ProcessSession};
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
@@ -63,8 +63,18 @@ pub(crate) struct BoxEnv {
     pub closing: CancellationToken,
     /// Receives the events of all drivers.
     pub events: EventHub,
+    /// Warm VMs; unset if none are kept.
+    pub warm: OnceLock<Arc<dyn WarmVms>>,
     /// Notified of each removed box before Remove returns.
     pub removed: Arc<dyn RemovalListener>,
+}
+
+/// Source of VMs that booted before their box was known. The pool implements it.
+pub(crate) trait WarmVms: Send + Sync + std::fmt::Debug {
+    /// Returns the shim of the VM that was claimed for this box, once.
+    fn take(&self, id: &str) -> Option<ShimController>;
+    /// Records whether the box runs in the VM that was taken.
+    fn claimed(&self, succeeded: bool);
 }
 
 /// Observer of box removals. The runtime implements it to drop the box from its maps and to add up its metrics.

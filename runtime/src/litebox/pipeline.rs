@@ -6,13 +6,16 @@
 //!                        fail: nothing      fail: bundle        fail: shim, bundle
 //! ```
 //!
+//! A box with a warm VM ([`super::WarmVms`]) begins with [`claim`], which replaces all stages; if that fails, the VM is removed and
+//! the stages run.
+//!
 //! The box's driver runs it as one task, at most one at a time; it does not use the state machine. The row with phase
 //! Starting is persisted before it begins, and the shim's state as soon as it is known ([`ShimRecorder`]), so recovery
 //! can clean up after a crash at any point. It is canceled through the token `cancel`; the task must not be aborted.
 
-use super::{BoxEnv, Running, teardown};
+use super::{BoxEnv, Running, WarmVms, teardown};
 use crate::error::{Result, RuntimeError};
-use crate::filesystem_layout::{private_directory, remove_tree};
+use crate::filesystem_layout::{private_directory, remove_file, remove_tree};
 use crate::metrics::{Stage, StageTimers};
 use crate::shim_controller::{ShimController, ShimState};
 use crate::types::BoxOptions;
@@ -26,6 +29,9 @@ use tokio_util::sync::CancellationToken;
 
 /// Timeout of the first Ping over the Portal. The guest has answered the shim before.
 const PING_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Timeout of StartSandbox for a warm VM, whose kernel and agent run already. A VM that hangs is replaced by a cold boot.
+const CLAIM_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Persists the state of a new shim for the pipeline.
 pub(crate) trait ShimRecorder: Send + Sync {
@@ -80,6 +86,22 @@ pub(crate) struct GuestReady {
 /// # Errors
 /// `Start` with the failed stage. All stages are undone then; failures to undo are logged.
 pub(crate) async fn run<R: ShimRecorder>(start: Start<R>) -> Result<GuestReady> {
+    if let Some((source, shim)) = start.warm() {
+        let claimed = claim(&start, &shim).await;
+        source.claimed(claimed.is_ok());
+        match claimed {
+            Ok(ready) => return Ok(ready),
+            Err(error) => {
+                tracing::warn!(
+                    id = start.options.id,
+                    error = crate::report(&error),
+                    "failed to claim a warm VM, booting another"
+                );
+                teardown::end_shim_or_warn(&start.env, &start.options.id, Some(&shim)).await;
+                remove_bundle(&start).await;
+            }
+        }
+    }
     let not_started = NotStarted {
         start,
         timers: StageTimers::default(),
@@ -88,6 +110,30 @@ pub(crate) async fn run<R: ShimRecorder>(start: Start<R>) -> Result<GuestReady> 
     let rootfs = image.rootfs().await?;
     let spawned = rootfs.spawn().await?;
     spawned.ready().await
+}
+
+/// Makes a warm VM the box's. The caller removes it after an error.
+async fn claim<R: ShimRecorder>(start: &Start<R>, shim: &ShimController) -> Result<GuestReady> {
+    let began = Instant::now();
+    let mut timers = StageTimers::default();
+    start.recorder.record(shim.state().clone()).await?;
+    // From here on a daemon that dies finds the VM by its row.
+    let marker = start.env.layout.warm_marker(&start.options.id);
+    start.blocking(move || remove_file(&marker)).await?;
+    let bundle = start.env.layout.bundle(&start.options.id);
+    let options = sandbox_options(&start.env, &start.options, &start.vmm);
+    let creating = shim.create_sandbox(&bundle, start.options.netns.as_deref(), &options);
+    start.unless_cancelled(creating).await?;
+    timers.record(Stage::Claim.name(), began.elapsed());
+    let limit = start.env.start_limit.min(CLAIM_TIMEOUT);
+    let session = start.boot(shim, limit, &mut timers).await?;
+    Ok(GuestReady {
+        running: Running {
+            shim: shim.clone(),
+            session,
+        },
+        timers,
+    })
 }
 
 impl<R: ShimRecorder> NotStarted<R> {
@@ -168,7 +214,7 @@ impl<R: ShimRecorder> RootfsReady<R> {
         if let Err(reason) = self.start.recorder.record(shim.state().clone()).await {
             return Err(self.fail(reason).await);
         }
-        let options = self.start.sandbox_options();
+        let options = sandbox_options(&self.start.env, &self.start.options, &self.start.vmm);
         let creating = shim.create_sandbox(&bundle, self.start.options.netns.as_deref(), &options);
         if let Err(reason) = self.start.unless_cancelled(creating).await {
             return Err(self.fail(reason).await);
@@ -191,25 +237,11 @@ impl<R: ShimRecorder> RootfsReady<R> {
 
 impl<R: ShimRecorder> Spawned<R> {
     async fn ready(mut self) -> Result<GuestReady> {
-        let began = Instant::now();
-        let address = GuestAddress::of(
-            &self.start.vmm,
-            self.start.env.layout.vsock(&self.start.options.id),
-        );
-        let session = GuestSession::counted(Connection::lazy(address), self.start.bytes.clone());
-        let booting = async {
-            self.shim.start_sandbox(self.start.env.start_limit).await?;
-            session.guest().ping(PING_TIMEOUT).await?;
-            Ok(())
+        let limit = self.start.env.start_limit;
+        let session = match self.start.boot(&self.shim, limit, &mut self.timers).await {
+            Ok(session) => session,
+            Err(reason) => return Err(self.fail(reason).await),
         };
-        if let Err(reason) = self.start.unless_cancelled(booting).await {
-            return Err(self.fail(reason).await);
-        }
-        self.timers.record(Stage::Ready.name(), began.elapsed());
-        // The shim's stage timers are informational.
-        if let Ok((_, stages)) = self.shim.sandbox_status().await {
-            self.timers.stages.extend(stages);
-        }
         Ok(GuestReady {
             running: Running {
                 shim: self.shim,
@@ -226,33 +258,64 @@ impl<R: ShimRecorder> Spawned<R> {
     }
 }
 
+/// Returns the options of a box for its shim.
+pub(crate) fn sandbox_options(env: &BoxEnv, options: &BoxOptions, vmm: &VmmKind) -> SandboxOptions {
+    SandboxOptions {
+        vmm: vmm.clone(),
+        vcpus: options.vcpus,
+        memory_mib: options.memory_mib,
+        containers_bytes: options.containers_bytes,
+        scratch_bytes: options.scratch_bytes,
+        scratch_dir: Some(env.layout.scratch_dir().to_owned()),
+        acceleration: env.acceleration,
+        hostname: options.hostname.clone(),
+        sysctls: options.sysctls.clone(),
+        installation: env.init_rootfs.installation().clone(),
+        cgroup_parent: options.cgroup_parent.clone(),
+        debug_console: options.debug_console,
+        host_network: options.host_network,
+        volume_writers: Some(VolumeWriters {
+            registry: env.layout.volume_writers(),
+            policy: options.shared_volume_writers,
+        }),
+        vmm_users: options.vmm_ids.map(|ids| VmmUsers {
+            registry: env.layout.vmm_users(),
+            ids,
+        }),
+        warm: false,
+    }
+}
+
 impl<R: ShimRecorder> Start<R> {
-    fn sandbox_options(&self) -> SandboxOptions {
-        let options = &self.options;
-        SandboxOptions {
-            vmm: self.vmm.clone(),
-            vcpus: options.vcpus,
-            memory_mib: options.memory_mib,
-            containers_bytes: options.containers_bytes,
-            scratch_bytes: options.scratch_bytes,
-            scratch_dir: Some(self.env.layout.scratch_dir().to_owned()),
-            acceleration: self.env.acceleration,
-            hostname: options.hostname.clone(),
-            sysctls: options.sysctls.clone(),
-            installation: self.env.init_rootfs.installation().clone(),
-            cgroup_parent: options.cgroup_parent.clone(),
-            debug_console: options.debug_console,
-            host_network: options.host_network,
-            volume_writers: Some(VolumeWriters {
-                registry: self.env.layout.volume_writers(),
-                policy: options.shared_volume_writers,
-            }),
-            vmm_users: options.vmm_ids.map(|ids| VmmUsers {
-                registry: self.env.layout.vmm_users(),
-                ids,
-            }),
-            warm: false,
+    /// Returns the warm VM that was claimed for this box.
+    fn warm(&self) -> Option<(Arc<dyn WarmVms>, ShimController)> {
+        let source = self.env.warm.get()?;
+        let shim = source.take(&self.options.id)?;
+        Some((source.clone(), shim))
+    }
+
+    /// Boots the VM and waits until the guest answers.
+    async fn boot(
+        &self,
+        shim: &ShimController,
+        limit: Duration,
+        timers: &mut StageTimers,
+    ) -> Result<GuestSession> {
+        let began = Instant::now();
+        let address = GuestAddress::of(&self.vmm, self.env.layout.vsock(&self.options.id));
+        let session = GuestSession::counted(Connection::lazy(address), self.bytes.clone());
+        let booting = async {
+            shim.start_sandbox(limit).await?;
+            session.guest().ping(PING_TIMEOUT).await?;
+            Ok(())
+        };
+        self.unless_cancelled(booting).await?;
+        timers.record(Stage::Ready.name(), began.elapsed());
+        // The shim's stage timers are informational.
+        if let Ok((_, stages)) = shim.sandbox_status().await {
+            timers.stages.extend(stages);
         }
+        Ok(session)
     }
 
     async fn unless_cancelled(&self, operation: impl Future<Output = Result<()>>) -> Result<()> {
