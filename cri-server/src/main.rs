@@ -24,6 +24,7 @@ mod status;
 mod streaming;
 mod support_bundle;
 mod vmm;
+mod warm;
 
 use clap::Parser;
 use std::process::ExitCode;

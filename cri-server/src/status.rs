@@ -209,10 +209,32 @@ impl DaemonState {
             "containers",
             format!("{running} running, {created} created, {exited} exited"),
         ));
+        if let Some(pool) = self.pool() {
+            lines.push(("warm VMs", pool));
+        }
         lines
             .into_iter()
             .map(|(name, value)| format!("{name:<14} {value}\n"))
             .collect()
+    }
+
+    /// Describes the pool, unless it is off.
+    fn pool(&self) -> Option<String> {
+        let pool = &self.details["pool"];
+        let number = |key: &str| pool[key].as_u64().unwrap_or(0);
+        let warm = pool["warm"].as_array()?.len();
+        let held = match pool["held"].as_str() {
+            Some(reason) => format!(", not filled: {reason}"),
+            None => String::new(),
+        };
+        Some(format!(
+            "{warm} of {} waiting, {} MiB; pods served {}, missed {}, failed {}{held}",
+            number("size"),
+            number("bytes") >> 20,
+            number("hits"),
+            number("misses"),
+            number("failedClaims"),
+        ))
     }
 
     /// Commit of the daemon, in the same form as [`VERSION`]'s.

@@ -120,6 +120,13 @@ impl Cni {
         self.namespaces.join(sandbox)
     }
 
+    /// Creates the namespace for a later [`Self::attach`] and returns its path. No plugin runs; `detach` removes it.
+    pub(crate) async fn prepare(&self, sandbox: &str) -> Result<PathBuf, CniError> {
+        let path = self.namespace(sandbox);
+        netns::create(path.clone()).await?;
+        Ok(path)
+    }
+
     /// Creates the namespace, brings its loopback up and runs ADD of every plugin. On failure everything is undone.
     /// Dropping the future leaves the record, by which `detach` or `collect` cleans up.
     pub(crate) async fn attach(&self, pod: &PodNetwork) -> Result<CniRecord, CniError> {
@@ -138,7 +145,10 @@ impl Cni {
     }
 
     async fn add_all(&self, record: &mut CniRecord) -> Result<(), CniError> {
-        netns::create(record.netns.clone()).await?;
+        // The namespace of a warm VM exists already.
+        if !netns::is_namespace(&record.netns) {
+            netns::create(record.netns.clone()).await?;
+        }
         let mut previous = None;
         for plugin in &record.conf.plugins {
             let input = attachment::input(&record.conf, plugin, &record.pod, previous.as_ref());

@@ -27,6 +27,7 @@ impl Config {
             ("runtime_handlers", self.runtime_handlers.clone().into()),
             ("paths", self.paths_table()),
             ("pod", self.pod_table()),
+            ("pool", self.pool_table()),
             (
                 "cni",
                 table([
@@ -99,6 +100,18 @@ impl Config {
                     format!("{}:{}", ids.first, ids.count).into()
                 }),
             ),
+        ])
+    }
+
+    fn pool_table(&self) -> Value {
+        let pool = &self.pool;
+        let shapes = pool.shapes.iter().map(|shape| shape.to_string().into());
+        table([
+            ("size", number(pool.size as u64)),
+            ("memory_mib", number(pool.memory_mib)),
+            ("min_available_mib", number(pool.min_available_mib)),
+            ("idle_seconds", seconds(pool.idle)),
+            ("shapes", Value::Array(shapes.collect())),
         ])
     }
 

@@ -8,6 +8,7 @@
 
 mod dump;
 mod log_filter;
+mod pool;
 #[cfg(test)]
 mod tests;
 
@@ -16,6 +17,7 @@ pub(crate) use boxlite_config::pod::PodDefaults;
 pub(crate) use boxlite_config::section::{ConfigError, Mistake};
 pub(crate) use boxlite_config::value::socket_path;
 pub(crate) use log_filter::check as check_log_filter;
+pub(crate) use pool::PoolConfig;
 
 use crate::layout;
 use boxlite_config::paths::{DEFAULT_STATE_DIR, installed_shim, prefix};
@@ -59,6 +61,8 @@ pub(crate) struct Config {
     pub shim: PathBuf,
     /// Defaults of a pod's VM.
     pub pod: PodDefaults,
+    /// Warm VMs.
+    pub pool: PoolConfig,
     /// Network plugins.
     pub cni: CniConfig,
     /// Image registries.
@@ -163,6 +167,7 @@ impl Default for Config {
             paths: Paths::default(),
             shim: installed_shim(&prefix()),
             pod: PodDefaults::default(),
+            pool: PoolConfig::default(),
             cni: CniConfig {
                 conf_dir: "/etc/cni/net.d".into(),
                 bin_dirs: vec!["/opt/cni/bin".into(), "/usr/lib/cni".into()],
@@ -230,6 +235,7 @@ impl Config {
             paths,
             shim,
             pod: PodDefaults::read(top.section("pod"), mistakes),
+            pool: PoolConfig::read(top.section("pool"), mistakes),
             cni: CniConfig::read(top.section("cni"), default.cni, mistakes),
             registry: RegistryConfig::read(top.section("registry"), default.registry, mistakes),
             nri: NriConfig::read(top.section("nri"), default.nri, mistakes),

@@ -23,7 +23,7 @@ fn keys(text: &str) -> usize {
 }
 
 /// Number of keys. A new one belongs into default.toml, the dump and [`CHANGED`], too.
-const KEYS: usize = 43;
+const KEYS: usize = 48;
 
 fn printed_default() -> String {
     default_toml(&prefix(), &Paths::default().libkrunfw)
@@ -96,6 +96,12 @@ scratch_mib = 444
 debug_console = true
 shared_volume_writers = "refuse"
 vmm_ids = "5:6"
+[pool]
+size = 3
+memory_mib = 2222
+min_available_mib = 555
+idle_seconds = 4
+shapes = ["1x512", "64x1"]
 [cni]
 conf_dir = "/j"
 bin_dirs = ["/k", "/l"]
@@ -191,5 +197,28 @@ proptest! {
     fn unknown_keys_are_always_found(key in "[a-z]{12,20}") {
         let found = mistakes(&format!("{key} = 1\n[cni]\n{key} = 2\n"));
         prop_assert_eq!(found.len(), 2);
+    }
+}
+
+#[test]
+fn pool_shapes_are_validated() {
+    for bad in [
+        "0x1",
+        "65x1",
+        "1x0",
+        "1",
+        "1x",
+        "x1",
+        "1x1x1",
+        "1x1Mi",
+        "1x99999999",
+    ] {
+        let found = mistakes(&format!("[pool]\nshapes = [\"2x512\", \"{bad}\"]"));
+        assert_eq!(found.len(), 1, "{bad}");
+        assert!(
+            found[0].to_string().contains("is not a shape"),
+            "{}",
+            found[0]
+        );
     }
 }

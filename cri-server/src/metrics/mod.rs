@@ -4,6 +4,7 @@
 
 pub(crate) mod http;
 mod page;
+mod pool;
 mod shared_volumes;
 #[cfg(test)]
 mod tests;
@@ -119,6 +120,7 @@ impl Metrics {
             &pods,
             &runtime.containers(),
             self.shared_volumes.shared(|id| ready.contains(id)),
+            runtime.pool_status().as_ref(),
         )
     }
 }

@@ -2,6 +2,7 @@
 //! have no lines.
 
 use crate::convert::sandbox::PodMetadata;
+use boxlite_runtime::pool::PoolStatus;
 use boxlite_runtime::{BoxSnapshot, BoxState, ContainerSnapshot, RuntimeMetricsSnapshot};
 use prometheus::{Counter, CounterVec, Gauge, GaugeVec, Opts, Registry, TextEncoder};
 
@@ -15,6 +16,7 @@ pub(crate) fn render(
     pods: &[BoxSnapshot],
     containers: &[ContainerSnapshot],
     shared_volumes: usize,
+    pool: Option<&PoolStatus>,
 ) -> prometheus::Result<String> {
     let scrape = Registry::new();
     runtime(&scrape, totals)?;
@@ -38,6 +40,9 @@ pub(crate) fn render(
     )?;
     shared.set(shared_volumes as f64);
     scrape.register(Box::new(shared))?;
+    if let Some(status) = pool {
+        super::pool::add(&scrape, status)?;
+    }
     let mut families = standing.gather();
     families.extend(scrape.gather());
     TextEncoder::new().encode_to_string(&families)

@@ -5,7 +5,8 @@ use boxlite_proto::cri::v1::{
     RuntimeCondition, RuntimeFeatures, RuntimeHandler, RuntimeHandlerFeatures, RuntimeStatus,
     StatusRequest, StatusResponse,
 };
-use serde_json::json;
+use boxlite_runtime::pool::PoolStatus;
+use serde_json::{Value, json};
 use std::collections::HashMap;
 
 /// Handles Status.
@@ -63,6 +64,7 @@ pub(crate) fn status(server: &Server, request: &StatusRequest) -> StatusResponse
             "podVcpus": config.pod.vcpus,
             "podMemoryMiB": config.pod.memory_mib,
             "podOverheadMiB": config.pod.overhead_mib,
+            "pool": server.runtime.pool_status().as_ref().map(pool),
             "unimplemented": super::unimplemented::TABLE.map(|(call, _)| call),
         });
         info.insert("config".to_owned(), details.to_string());
@@ -77,4 +79,23 @@ pub(crate) fn status(server: &Server, request: &StatusRequest) -> StatusResponse
             ..Default::default()
         }),
     }
+}
+
+fn pool(status: &PoolStatus) -> Value {
+    let counters = &status.counters;
+    let warm = status.warm.iter().map(|(shape, age)| {
+        json!({"vcpus": shape.vcpus, "memoryMiB": shape.memory_mib, "ageSeconds": age.as_secs()})
+    });
+    json!({
+        "size": status.size,
+        "warm": warm.collect::<Vec<_>>(),
+        "filling": status.filling,
+        "bytes": status.bytes,
+        "held": status.held,
+        "hits": counters.hits,
+        "misses": counters.misses,
+        "failedClaims": counters.failed_claims,
+        "fills": counters.fills,
+        "failedFills": counters.failed_fills,
+    })
 }

@@ -1,7 +1,9 @@
 //! RunPodSandbox: network, files, box, start; a failure undoes all of it in reverse order.
 //!
+//! A warm VM, if one fits, is claimed first: its id is the pod's, and its network namespace exists.
+//!
 //! ```text
-//!  checked → network → files → registered → started → plugins notified → answered
+//!  checked → (claimed) → network → files → registered → started → plugins notified → answered
 //!     └────────┴─────────┴─────────┴──────────────┴──────────────┴──▶ undone
 //! ```
 //!
@@ -53,7 +55,8 @@ async fn make(server: &Server, record: PodMetadata) -> Result<String, Status> {
     }
     let id = new_id();
     // Checked before an address is allocated: the pod's VM must fit.
-    record.box_options(&id, None, &server.config.pod)?;
+    let options = record.box_options(&id, None, &server.config.pod)?;
+    let id = server.runtime.claim_warm(&options).unwrap_or(id);
     let hidden = StartingGuard::new(server, &id);
     let limit_of_time = server.config.timeouts.run_pod;
     let name = record.key();
@@ -135,6 +138,7 @@ async fn undo(server: &Server, id: &str) {
             "failed to remove sandbox of failed pod"
         );
     }
+    server.runtime.discard_warm(id).await;
     if let Err(error) = server.cni.detach(id).await {
         tracing::warn!(
             id,
