@@ -72,5 +72,6 @@ fn settings(config: &Config) -> Result<PoolSettings, SizeError> {
         default_shape: shape(None, None)?,
         scratch_bytes: u64::from(config.pod.scratch_mib) * MIB,
         debug_console: config.pod.debug_console,
+        vmm_ids: config.pod.vmm_ids,
     })
 }

@@ -50,6 +50,7 @@ pub(super) fn options(id: &str, shape: Shape, settings: &PoolSettings) -> BoxOpt
         vmm: None,
         debug_console: settings.debug_console,
         shared_volume_writers: Default::default(),
+        vmm_ids: settings.vmm_ids,
     }
 }
 

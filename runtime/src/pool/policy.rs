@@ -10,6 +10,7 @@
 //!
 //! No transition leads back from a claim, so a VM serves at most one pod.
 
+use boxlite_proto::vmm::IdRange;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
@@ -54,6 +55,8 @@ pub struct PoolSettings {
     pub scratch_bytes: u64,
     /// True if the guest's kernel messages go to the console log.
     pub debug_console: bool,
+    /// Users of the VMs; `None` for root.
+    pub vmm_ids: Option<IdRange>,
 }
 
 /// Reason for the removal of a waiting VM.

@@ -58,6 +58,7 @@ impl Fixture {
             default_shape: SHAPE,
             scratch_bytes: options.scratch_bytes,
             debug_console: false,
+            vmm_ids: None,
         };
         runtime.start_pool(settings, networks.clone());
         let fixture = Self {

@@ -163,6 +163,7 @@ mod tests {
                 debug_console: false,
                 host_network: false,
                 volume_writers: None,
+                vmm_users: None,
                 warm: false,
             },
             netns: Some("/netns/x".into()),

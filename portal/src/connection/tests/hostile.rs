@@ -53,7 +53,7 @@ fn attacks() -> Vec<Attack> {
         again,
         reads,
     };
-    let noise: Vec<u8> = (0..4096_u32).map(|n| (n * n >> 3) as u8).collect();
+    let noise: Vec<u8> = (0..4096_u32).map(|n| ((n * n) >> 3) as u8).collect();
     vec![
         attack("noise", Vec::new(), noise, true),
         attack("silence", Vec::new(), Vec::new(), true),

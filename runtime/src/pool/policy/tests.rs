@@ -24,6 +24,7 @@ fn settings() -> PoolSettings {
         default_shape: SMALL,
         scratch_bytes: GIB,
         debug_console: false,
+        vmm_ids: None,
     }
 }
 
