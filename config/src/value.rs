@@ -192,3 +192,31 @@ pub fn local_address(value: &Value) -> Result<IpAddr, String> {
         .filter(|address| !address.is_unspecified() && !address.is_multicast())
         .ok_or_else(|| "must be one of this machine's IP addresses".into())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn vmm_ids_are_a_range_of_ordinary_users() {
+        let read = |text: &str| vmm_ids(&Value::from(text));
+        assert_eq!(read("none"), Ok(None));
+        for (first, count) in [(1, 1), (5, 6), (4_294_967_294, 1)] {
+            let expected = Some(IdRange { first, count });
+            assert_eq!(read(&format!("{first}:{count}")), Ok(expected));
+        }
+        for wrong in [
+            "",
+            "5",
+            "0:5",
+            "5:0",
+            "-1:5",
+            "4294967294:2",
+            "1:x",
+            "1:2:3",
+        ] {
+            assert!(read(wrong).is_err(), "{wrong}");
+        }
+        assert!(vmm_ids(&Value::from(5)).is_err());
+    }
+}
