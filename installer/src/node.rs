@@ -7,7 +7,7 @@ use crate::error::{InstallError, Result};
 use crate::files;
 use crate::host::Host;
 use crate::kube::{Change, Cluster, EventKind, NodeInfo};
-use crate::runtime::{CONTAINERD_CONFIG, CONTAINERD_DROP_INS, NodeRuntime, below};
+use crate::runtime::{CONTAINERD_CONFIG, NodeRuntime, below};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -188,13 +188,12 @@ impl<C: Cluster, H: Host> Installer<'_, C, H> {
         handlers.any(|handler| *handler == self.settings.handler)
     }
 
-    /// Fails unless containerd's configuration includes the drop-in. Other runtimes read their directory by default.
+    /// Fails unless the runtime's configuration imports the directory of the drop-in.
     fn verify(&self, runtime: NodeRuntime) -> Result<()> {
-        if runtime != NodeRuntime::Containerd {
+        let Some(path) = runtime.importer(&self.settings.containerd_config) else {
             return Ok(());
-        }
-        let path = &self.settings.containerd_config;
-        let text = std::fs::read_to_string(below(&self.settings.root, path)).unwrap_or_default();
+        };
+        let text = std::fs::read_to_string(below(&self.settings.root, &path)).unwrap_or_default();
         let invalid = |reason: String| InstallError::Config {
             path: path.clone(),
             reason,
@@ -203,19 +202,19 @@ impl<C: Cluster, H: Host> Installer<'_, C, H> {
             .parse()
             .map_err(|e: toml::de::Error| invalid(e.message().to_owned()))?;
         let imports = config.get("imports").and_then(toml::Value::as_array);
-        let imported = imports
+        let mut imported = imports
             .into_iter()
             .flatten()
             .filter_map(toml::Value::as_str);
-        let expected = Path::new(CONTAINERD_DROP_INS).join("*.toml");
-        if !imported
-            .into_iter()
-            .any(|import| Path::new(import) == expected)
-        {
-            return Err(invalid(format!(
-                "it does not import {0}: add the line imports = [\"{0}\"] at its top",
-                expected.display()
-            )));
+        let expected = runtime.drop_in().with_file_name("*.toml");
+        if !imported.any(|import| Path::new(import) == expected) {
+            let import = expected.display();
+            return Err(invalid(match runtime {
+                NodeRuntime::Containerd => format!(
+                    "it does not import {import}: add the line imports = [\"{import}\"] at its top"
+                ),
+                _ => format!("it does not import {import}, as newer versions do"),
+            }));
         }
         Ok(())
     }

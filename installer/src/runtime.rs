@@ -7,7 +7,7 @@ use crate::error::{InstallError, Result};
 use std::path::{Path, PathBuf};
 
 /// Directory of containerd's drop-ins, which its configuration must import.
-pub(crate) const CONTAINERD_DROP_INS: &str = "/etc/containerd/conf.d";
+const CONTAINERD_DROP_INS: &str = "/etc/containerd/conf.d";
 /// containerd's configuration.
 pub(crate) const CONTAINERD_CONFIG: &str = "/etc/containerd/config.toml";
 /// containerd's key for the CRI plugin's runtimes, from 2.0 on.
@@ -71,6 +71,17 @@ impl NodeRuntime {
         }
     }
 
+    /// Configuration that must import the drop-in's directory; `None` for CRI-O, which always reads it.
+    pub(crate) fn importer(self, containerd_config: &Path) -> Option<PathBuf> {
+        match self {
+            Self::Containerd => Some(containerd_config.to_owned()),
+            // Written by k3s and RKE2 at each start; older versions import no drop-ins.
+            Self::K3s => Some("/var/lib/rancher/k3s/agent/etc/containerd/config.toml".into()),
+            Self::Rke2 => Some("/var/lib/rancher/rke2/agent/etc/containerd/config.toml".into()),
+            Self::Crio => None,
+        }
+    }
+
     /// Text of the drop-in for a handler whose files are below `prefix`.
     pub(crate) fn drop_in_text(self, handler: &str, prefix: &Path) -> String {
         let prefix = prefix.display();
@@ -84,7 +95,7 @@ impl NodeRuntime {
             ),
             Self::Crio => format!(
                 "{header}[crio.runtime.runtimes.{handler}]\nruntime_type = \"vm\"\nruntime_path = \"{shim}\"\n\
-                 runtime_config_path = \"{prefix}/etc/shim.toml\"\nallowed_annotations = [\"io.boxlite.*\"]\n"
+                 runtime_config_path = \"{prefix}/etc/shim.toml\"\n"
             ),
         }
     }
@@ -179,5 +190,7 @@ mod tests {
         let table: toml::Table = text.parse().expect("TOML");
         let handler = &table["crio"]["runtime"]["runtimes"]["boxlite"];
         assert_eq!(handler["runtime_type"].as_str(), Some("vm"));
+        // CRI-O does not start with an annotation that it does not know.
+        assert!(handler.get("allowed_annotations").is_none());
     }
 }

@@ -227,6 +227,20 @@ async fn install_without_import_fails_and_removes_the_drop_in() {
 }
 
 #[tokio::test]
+async fn install_on_k3s_without_drop_ins_fails() {
+    let fake = Fake::new("");
+    let dir = fake.path("var/lib/rancher/k3s/agent/etc/containerd");
+    fs::create_dir_all(&dir).expect("a directory");
+    fs::write(dir.join("config.toml"), "version = 3\n").expect("a file");
+    let error = fake.install().await.expect_err("refused").to_string();
+    assert!(
+        error.contains("k3s/agent/etc/containerd/config-v3.toml.d/*.toml"),
+        "{error}"
+    );
+    assert!(!dir.join("config-v3.toml.d").exists());
+}
+
+#[tokio::test]
 async fn install_demotes_a_node_whose_restart_fails() {
     let mut fake = Fake::new(IMPORTS);
     fake.broken = Some("exit status: 1");
