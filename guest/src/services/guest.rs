@@ -88,13 +88,18 @@ impl Guest for GuestService {
         request: Request<GuestPrepareRequest>,
     ) -> Result<Response<GuestPrepareResponse>, Status> {
         let request = request.into_inner();
+        let known = GuestInitRequest {
+            share_tag: request.share_tag,
+            scratch_device: request.scratch_device,
+            time_unix_ns: request.time_unix_ns,
+            entropy: request.entropy,
+            ..GuestInitRequest::default()
+        };
         // Not while Init does the same.
-        let _alone = self.initialized.lock().await;
-        let mounts = tokio::task::spawn_blocking(move || {
-            pod::mount_share(&request.share_tag)?;
-            pod::mount_scratch(&request.scratch_device)
-        });
-        joined(mounts).await??;
+        let initialized = self.initialized.lock().await;
+        if initialized.is_none() {
+            initialize(&known).await?;
+        }
         Ok(Response::new(GuestPrepareResponse {}))
     }
 

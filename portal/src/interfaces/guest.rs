@@ -44,7 +44,7 @@ impl GuestInterface {
         .await
     }
 
-    /// Mounts share and scratch disk ahead of [`Self::init`].
+    /// Does the part of [`Self::init`] that needs no pod.
     ///
     /// # Errors
     /// Every kind of [`PortalError`]; `Deadline` after [`LONG_CALL_TIMEOUT`].

@@ -306,6 +306,8 @@ impl Machine for VmMachine {
         let request = GuestPrepareRequest {
             share_tag: names::SHARE_TAG.to_owned(),
             scratch_device: names::SCRATCH_SERIAL.to_owned(),
+            time_unix_ns: time::unix_ns(),
+            entropy: entropy()?.into(),
         };
         let guest = vm.session.guest();
         tokio::select! {
@@ -492,10 +494,6 @@ async fn init(
     network: &PodNetwork,
     boot_mac: &str,
 ) -> Result<(String, String)> {
-    let mut entropy = vec![0; ENTROPY_BYTES];
-    std::fs::File::open("/dev/urandom")
-        .and_then(|mut file| file.read_exact(&mut entropy))
-        .map_err(ShimError::io("read", "/dev/urandom"))?;
     let mut interfaces = network.wire_interfaces();
     for interface in &mut interfaces {
         boot_mac.clone_into(&mut interface.boot_mac);
@@ -509,7 +507,7 @@ async fn init(
         interfaces,
         routes: network.wire_routes(),
         sysctls: plan.options.sysctls.clone().into_iter().collect(),
-        entropy: entropy.into(),
+        entropy: entropy()?.into(),
         pids_limit: pids_limit(Path::new(CGROUP_MOUNT), &plan.options.cgroup_parent).unwrap_or(0),
         memory_limit: plan.options.containers_bytes,
         ..Default::default()
@@ -542,6 +540,15 @@ async fn init(
             }),
         }),
     }
+}
+
+/// Returns random bytes of the host for the guest's pool.
+fn entropy() -> Result<Vec<u8>> {
+    let mut entropy = vec![0; ENTROPY_BYTES];
+    std::fs::File::open("/dev/urandom")
+        .and_then(|mut file| file.read_exact(&mut entropy))
+        .map_err(ShimError::io("read", "/dev/urandom"))?;
+    Ok(entropy)
 }
 
 /// A guest that reported readiness and then refused its initialization.
