@@ -1,4 +1,4 @@
-//! `boxlite-cri support-bundle`: one archive with what a bug report needs.
+//! `boxlite-cri support-bundle`: one archive with the files of a bug report.
 //!
 //! Collects versions, the effective configuration, the reports of `check` and `status`, the metrics, the daemon's journal, the
 //! logs of shims and guest consoles, and facts about the machine. Leaves out OCI specs, records and container logs, which hold
@@ -48,7 +48,7 @@ const MACHINE_FILES: [&str; 7] = [
     "/proc/self/cgroup",
 ];
 
-/// Contents of the archive: path and bytes, and what could not be collected.
+/// Contents of the archive: path and bytes, and the errors of the other parts.
 #[derive(Debug, Default)]
 struct Parts {
     files: Vec<(String, Vec<u8>)>,

@@ -1,6 +1,6 @@
 //! [`Image`]: a container image of one layer, as an OCI image layout (image-spec v1): `oci-layout`, `index.json` and blobs.
 //!
-//! The same tree, version and time give the same digest. Pushing is left to tools for OCI layouts.
+//! The same tree, version and time give the same digest. Tools for OCI layouts push it.
 
 use crate::error::{DistError, Result};
 use crate::sbom::timestamp;

@@ -1,7 +1,7 @@
 //! boxlite-dist: packs an installed tree into a .deb, a tarball, an image, an SBOM and a list of checksums.
 //!
 //! Builds no program and reads no configuration: `e2e/scripts/dist` and `e2e/scripts/image` stage the tree and call it.
-//! The same tree, version and time give the same bytes, whoever packs them and wherever.
+//! The same tree, version and time give the same bytes on every machine.
 
 #![forbid(unsafe_code)]
 

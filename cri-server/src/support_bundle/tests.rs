@@ -1,4 +1,4 @@
-//! Tests of the bundle: its contents, what stays out of it, and hostile files among the logs.
+//! Tests of the bundle: its contents, the exclusion of specs, and hostile files among the logs.
 
 use super::*;
 use crate::serve::tests::serve_fixture;

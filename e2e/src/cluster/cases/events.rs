@@ -1,4 +1,4 @@
-//! Honest events: what `kubectl describe` shows of a pod that cannot start names the cause.
+//! Honest events: `kubectl describe` of a pod that cannot start names the cause.
 
 use crate::cluster::context::{ClusterContext, POD_TIMEOUT, container};
 use crate::cluster::pods::{IDLE, script};
