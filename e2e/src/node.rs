@@ -49,6 +49,8 @@ pub(crate) struct NodeOptions {
     pub vcpus: Option<u8>,
     /// `pod.shared_volume_writers` key; the runtime's default otherwise.
     pub shared_volume_writers: Option<&'static str>,
+    /// Lines of the section `[pool]`; none otherwise.
+    pub pool: Option<String>,
 }
 
 impl NodeOptions {
@@ -68,6 +70,7 @@ impl NodeOptions {
             nri_socket: None,
             vcpus: None,
             shared_volume_writers: None,
+            pool: None,
         }
     }
 }
@@ -279,6 +282,9 @@ fn config(dir: &Path, install: &Install, options: &NodeOptions, metrics: &str) -
     }
     if let Some(policy) = options.shared_volume_writers {
         pod += &format!("shared_volume_writers = \"{policy}\"\n");
+    }
+    if let Some(pool) = &options.pool {
+        pod += &format!("\n[pool]\n{pool}\n");
     }
     let nri = options
         .nri_socket

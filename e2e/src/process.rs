@@ -107,3 +107,14 @@ pub(crate) fn guest_ram(pid: i32) -> u64 {
         _ => sum,
     }
 }
+
+/// Returns a value of /proc/meminfo in bytes.
+pub(crate) fn meminfo(key: &str) -> Result<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo")?;
+    let line = text.lines().find_map(|line| line.strip_prefix(key));
+    let kib = line.and_then(|rest| rest.trim_matches([':', ' ', 'k', 'B']).parse::<u64>().ok());
+    match kib {
+        Some(kib) => Ok(kib << 10),
+        None => bail!("/proc/meminfo has no {key}"),
+    }
+}

@@ -17,6 +17,7 @@ use crate::install::Install;
 use crate::namespaces::run as command;
 use crate::node::Node;
 use crate::pod::{Pod, pull};
+use crate::{ensure, poll};
 use k8s_cri::v1::*;
 use serde_json::json;
 use std::path::Path;
@@ -46,6 +47,8 @@ pub(crate) enum Subject {
 const BOOT_SAMPLES: usize = 9;
 /// Time for memory to become stable.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Time limit of the boot of a warm VM.
+const FILL_TIMEOUT: Duration = Duration::from_secs(60);
 /// Repetitions of all other measurements.
 const CALL_SAMPLES: usize = 30;
 
@@ -137,6 +140,7 @@ async fn pods() -> Result {
         pod.end().await?;
         ends.push(ms(start.elapsed()));
     }
+    let warm = warm_starts(&scratch, &install, &registry).await?;
     let pod = Pod::run(&node, "idle").await?;
     let (starts, execs) = calls(&pod, &images).await?;
     let unit = bare.median();
@@ -146,6 +150,7 @@ async fn pods() -> Result {
     );
     bare.row("bare boot: VMM, kernel, agent ready", unit);
     Series::new(cold).row("RunPodSandbox, cold", unit);
+    warm.row("RunPodSandbox, from the pool", unit);
     starts.row("CreateContainer + StartContainer", unit);
     execs.row("ExecSync true", unit);
     pulls.row("PullImage, one layer", unit);
@@ -226,6 +231,31 @@ async fn calls(pod: &Pod, images: &ImageSet) -> Result<(Series, Series)> {
     container.stop(0).await?;
     container.remove().await?;
     Ok((Series::new(starts), Series::new(execs)))
+}
+
+/// Measures RunPodSandbox on a node with a pool, each time with one VM that waits and none that boots.
+async fn warm_starts(scratch: &Path, install: &Install, registry: &Registry) -> Result<Series> {
+    let mut options = crate::context::options("w", "auto", registry);
+    options.pool = Some("size = 1\nidle_seconds = 1".into());
+    let node = Arc::new(Node::start(scratch, install, &options).await?);
+    let mut times = Vec::new();
+    for _ in 0..BOOT_SAMPLES {
+        poll::until("a warm VM waits", FILL_TIMEOUT, || async {
+            let page = node.metrics_page().await?;
+            ensure!(page.contains("boxlite_pool_warm_vms 1"), "none waits");
+            Ok(())
+        })
+        .await?;
+        let start = Instant::now();
+        let pod = Pod::run(&node, "warm").await?;
+        times.push(ms(start.elapsed()));
+        pod.end().await?;
+    }
+    let page = node.metrics_page().await?;
+    let hits = format!("boxlite_pool_claims_total{{result=\"hit\"}} {BOOT_SAMPLES}\n");
+    ensure!(page.contains(&hits), "not all pods came from the pool");
+    node.terminate().await?;
+    Ok(Series::new(times))
 }
 
 /// Measures from the spawn of a vmm child to the agent's call on the ready port: no network, no scratch disk, an empty

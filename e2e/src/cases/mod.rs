@@ -19,6 +19,7 @@ mod observe;
 mod odd_images;
 mod operator;
 mod peers;
+mod pool;
 mod resources;
 mod security;
 mod sockets;
@@ -81,6 +82,7 @@ pub(crate) fn all() -> Vec<Case> {
         resources::cases(),
         clients::cases(),
         peers::cases(),
+        pool::cases(),
         crash::cases(),
         bad_input::cases(),
         bad_images::cases(),
