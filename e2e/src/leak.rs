@@ -155,12 +155,14 @@ fn interfaces() -> Result<Vec<String>> {
 }
 
 /// Returns the product's cgroups on every hierarchy, except a kubelet's cgroups of all pods of a QoS class: it creates them
-/// when it starts.
+/// again when they are missing. Files of a cgroup come with their directory.
 fn cgroups() -> Vec<String> {
+    const MOUNT: &str = "/sys/fs/cgroup";
     const OF_ALL_PODS: [&str; 3] = ["/kubepods", "/kubepods/burstable", "/kubepods/besteffort"];
-    tree("/sys/fs/cgroup".as_ref(), 5)
+    tree(MOUNT.as_ref(), 5)
         .into_iter()
-        .filter(|p| p.contains("boxlite-e2e") && !OF_ALL_PODS.iter().any(|end| p.ends_with(end)))
+        .filter(|p| p.contains("boxlite-e2e") && Path::new(MOUNT).join(p).is_dir())
+        .filter(|p| !OF_ALL_PODS.iter().any(|end| p.ends_with(end)))
         .collect()
 }
 

@@ -19,6 +19,7 @@ type Context = Arc<ClusterContext>;
 pub(super) fn cases() -> Vec<Case<ClusterContext>> {
     vec![
         case!(logs_follow_until_the_container_ends, 240),
+        case!(logs_follow_through_rotation, 300),
         case!(exec_returns_exit_codes_with_and_without_a_terminal, 240),
         case!(copied_files_keep_their_digest, 300),
         case!(port_forward_carries_parallel_requests, 240),
@@ -27,6 +28,8 @@ pub(super) fn cases() -> Vec<Case<ClusterContext>> {
     ]
 }
 
+/// Rotations of the followed log.
+const ROTATIONS: usize = 3;
 /// Size of the copied file in MiB.
 const COPY_MIB: usize = 100;
 /// Parallel requests through one forwarded port.
@@ -51,6 +54,51 @@ async fn logs_follow_until_the_container_ends(ctx: Context) -> Result {
         "line 1999 of the log\nend\n",
         "tail"
     );
+    Ok(())
+}
+
+/// The kubelet rotates the log several times while a client follows it: no line is missing and none is repeated.
+async fn logs_follow_through_rotation(ctx: Context) -> Result {
+    let small = json!({"containerLogMaxSize": "64Ki", "containerLogMaxFiles": 5, "containerLogMonitorInterval": "3s"});
+    ctx.cluster.worker.restart_kubelet(&small).await?;
+    // 50 KiB at a time, until the kubelet has rotated the log three times: it removes rotated files beyond five.
+    let write = "n=0; until [ -e /enough ]; do i=0; while [ $i -lt 1000 ]; do echo line $n of a log that is rotated; \
+        i=$((i+1)); n=$((n+1)); done; sleep 3; done; echo total $n";
+    ctx.run_pod(&script("talker", write)).await?;
+    let follow = ctx
+        .kubectl
+        .command()
+        .args(["logs", "-f", "talker"])
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let reading = tokio::spawn(follow.wait_with_output());
+    let uid = ctx.pod("talker").await?["metadata"]["uid"]
+        .as_str()
+        .unwrap_or_default()
+        .to_owned();
+    let dir = format!("/var/log/pods/{}_talker_{uid}/main", ctx.kubectl.namespace);
+    until("three rotated logs", POD_TIMEOUT, || async {
+        let rotated = std::fs::read_dir(&dir)?
+            .flatten()
+            .filter(|e| e.file_name() != "0.log")
+            .count();
+        ensure!(rotated >= ROTATIONS, "{rotated} rotated logs");
+        Ok(())
+    })
+    .await?;
+    ctx.exec("talker", "touch /enough").await?;
+    let output = tokio::time::timeout(POD_TIMEOUT, reading).await???;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let (lines, total) = text.trim_end().rsplit_once("\ntotal ").unwrap_or_default();
+    let expected: Vec<_> = (0..total.parse::<usize>()?)
+        .map(|n| format!("line {n} of a log that is rotated"))
+        .collect();
+    let differs = lines
+        .lines()
+        .zip(&expected)
+        .find(|(seen, expected)| seen != expected);
+    ensure!(differs.is_none(), "first difference: {differs:?}");
+    same!(lines.lines().count(), expected.len(), "followed lines");
     Ok(())
 }
 

@@ -16,6 +16,7 @@ pub(super) fn cases() -> Vec<Case<ClusterContext>> {
     vec![
         case!(missing_image_is_an_event, 120),
         case!(failed_network_is_an_event, 240),
+        case!(failed_boot_is_an_event, 240),
         case!(too_little_memory_is_an_event, 240),
     ]
 }
@@ -92,6 +93,21 @@ async fn failed_network_is_an_event(ctx: Context) -> Result {
         act,
     )
     .await
+}
+
+/// The agent is a program that ends: the guest's kernel panics.
+async fn failed_boot_is_an_event(ctx: Context) -> Result {
+    let config = ctx.cluster.worker.node.dir.join("config.toml");
+    let broken = ctx.cluster.dir.join("broken-agent");
+    std::fs::copy("/bin/true", &broken)?;
+    let text = std::fs::read_to_string(&config)?;
+    let line = text
+        .lines()
+        .find(|line| line.starts_with("guest = "))
+        .unwrap_or_default();
+    let other = format!("guest = \"{}\"", broken.display());
+    let act = described(&ctx, "unbootable", &["FailedCreatePodSandBox", "console"]);
+    with_change(&ctx, &config, line, &other, act).await
 }
 
 /// A container that cannot even start within its limit.

@@ -1,7 +1,8 @@
-//! The kubelet's management of the node's resources: statistics, the limit of processes per pod.
+//! The kubelet's management of the node's resources: statistics, eviction by ephemeral storage, the limit of processes per
+//! pod.
 
 use crate::cluster::NODE;
-use crate::cluster::context::{ClusterContext, POD_TIMEOUT, container};
+use crate::cluster::context::{ClusterContext, POD_TIMEOUT, container, phase};
 use crate::cluster::pods::{self, IDLE, pod, script};
 use crate::cluster::until;
 use crate::failure::Result;
@@ -15,6 +16,7 @@ type Context = Arc<ClusterContext>;
 pub(super) fn cases() -> Vec<Case<ClusterContext>> {
     vec![
         case!(stats_summary_agrees_with_the_guest, 300),
+        case!(pod_above_its_ephemeral_storage_is_evicted, 400),
         case!(process_limit_of_pods_reaches_the_guest, 300),
     ]
 }
@@ -85,6 +87,49 @@ async fn stats_summary_agrees_with_the_guest(ctx: Context) -> Result {
         Ok(())
     })
     .await
+}
+
+/// Two pods write as much, one of them to its root and the other to an emptyDir: each is evicted for its own limit, and their
+/// neighbor, which wrote less than its limit, is not.
+async fn pod_above_its_ephemeral_storage_is_evicted(ctx: Context) -> Result {
+    // Ends by a signal: a pod whose container exits with 0 has succeeded, evicted or not.
+    let fill = |path: &str, mib: u32| {
+        format!(
+            "dd if=/dev/zero of={path} bs=1M count={mib} 2>/dev/null; sync; exec sleep infinity"
+        )
+    };
+    let limited = |script: &str, limit: &str| {
+        let mut main = pods::container("main", script);
+        main["resources"] = json!({"limits": {"ephemeral-storage": limit}});
+        main
+    };
+    ctx.run_pod(&pod("modest", &[limited(&fill("/file", 20), "200Mi")]))
+        .await?;
+    let mut main = pods::container("main", &fill("/data/file", 60));
+    main["volumeMounts"] = json!([{"name": "data", "mountPath": "/data"}]);
+    let mut object = pod("volume", &[main]);
+    object["spec"]["volumes"] = json!([{"name": "data", "emptyDir": {"sizeLimit": "30Mi"}}]);
+    ctx.kubectl.apply(&object).await?;
+    ctx.kubectl
+        .apply(&pod("root", &[limited(&fill("/file", 60), "30Mi")]))
+        .await?;
+    for (name, reason) in [
+        (
+            "root",
+            "Pod ephemeral local storage usage exceeds the total limit of containers 30Mi",
+        ),
+        ("volume", "exceeds the limit \"30Mi\""),
+    ] {
+        let seen = ctx
+            .wait(name, "was evicted", |pod| phase(pod) == "Failed")
+            .await?;
+        same!(seen["status"]["reason"], "Evicted", "{}", seen["status"]);
+        let message = seen["status"]["message"].as_str().unwrap_or_default();
+        ensure!(message.contains(reason), "message of {name}: {message}");
+    }
+    let seen = ctx.pod("modest").await?;
+    same!(phase(&seen), "Running", "{}", seen["status"]);
+    Ok(())
 }
 
 /// The kubelet sets podPidsLimit on the pod's cgroup of the node. The pod's processes are in the guest, which enforces it.

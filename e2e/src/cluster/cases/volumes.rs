@@ -1,6 +1,8 @@
-//! Volumes as a kubelet makes them: configMap, secret, projected, downwardAPI, emptyDir of both media, subPath, hostPath.
+//! Volumes as a kubelet makes them: configMap, secret, projected, downwardAPI, emptyDir of both media, subPath, hostPath,
+//! persistent volumes.
 
 use crate::cluster::context::{ClusterContext, POD_TIMEOUT, phase};
+use crate::cluster::images::BUSYBOX;
 use crate::cluster::pods::{self, IDLE, pod};
 use crate::cluster::until;
 use crate::failure::Result;
@@ -18,6 +20,9 @@ pub(super) fn cases() -> Vec<Case<ClusterContext>> {
         case!(memory_medium_is_a_tmpfs_with_its_limit, 240),
         case!(sub_path_and_host_path_are_shared_with_the_node, 240),
         case!(fs_group_owns_the_volume, 240),
+        case!(image_volume_and_expanded_sub_path_are_mounted, 240),
+        case!(recursive_read_only_covers_mounts_of_the_node, 240),
+        case!(stateful_set_keeps_name_and_volume, 300),
     ]
 }
 
@@ -174,6 +179,108 @@ async fn fs_group_owns_the_volume(ctx: Context) -> Result {
         lines.get(2),
         Some(&"1000:2000"),
         "owner of a new file: {log}"
+    );
+    Ok(())
+}
+
+/// In a pod with an image volume the kubelet sends `image_sub_path` with every mount.
+async fn image_volume_and_expanded_sub_path_are_mounted(ctx: Context) -> Result {
+    let dir = ctx.cluster.dir.join("expanded");
+    std::fs::create_dir_all(&dir)?;
+    let look = "/image/busybox echo from the image; touch /image/x 2>/dev/null || echo refused; echo pod > /own/file";
+    let mut main = pods::container("main", look);
+    main["env"] =
+        json!([{"name": "POD_NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}]);
+    main["volumeMounts"] = json!([{"name": "image", "mountPath": "/image", "subPath": "bin"},
+        {"name": "host", "mountPath": "/own", "subPathExpr": "of-$(POD_NAME)"}]);
+    let mut object = pod("expanded", &[main]);
+    object["spec"]["volumes"] = json!([{"name": "image", "image": {"reference": BUSYBOX, "pullPolicy": "IfNotPresent"}},
+        {"name": "host", "hostPath": {"path": dir, "type": "Directory"}}]);
+    let done = ctx.finish_pod(&object).await?;
+    same!(phase(&done), "Succeeded", "{}", done["status"]);
+    same!(
+        ctx.logs("expanded").await?,
+        "from the image\nrefused\n",
+        "image volume"
+    );
+    same!(
+        std::fs::read_to_string(dir.join("of-expanded/file"))?,
+        "pod\n",
+        "file on the node"
+    );
+    Ok(())
+}
+
+/// A mount of the node below the volume is read-only with recursiveReadOnly, and keeps its own flags without.
+async fn recursive_read_only_covers_mounts_of_the_node(ctx: Context) -> Result {
+    let dir = ctx.cluster.dir.join("read-only");
+    let below = dir.join("below");
+    std::fs::create_dir_all(&below)?;
+    crate::namespaces::tmpfs(&below, "size=1m")?;
+    let look = "for dir in all all/below top top/below; do touch /$dir/x 2>/dev/null && echo $dir || echo $dir refused; done";
+    let mut main = pods::container("main", look);
+    main["volumeMounts"] = json!([
+        {"name": "host", "mountPath": "/all", "readOnly": true, "recursiveReadOnly": "Enabled"},
+        {"name": "host", "mountPath": "/top", "readOnly": true}]);
+    let mut object = pod("read-only", &[main]);
+    object["spec"]["volumes"] =
+        json!([{"name": "host", "hostPath": {"path": dir, "type": "Directory"}}]);
+    let done = ctx.finish_pod(&object).await;
+    let log = ctx.logs("read-only").await;
+    ctx.kubectl.run(&["delete", "pod", "read-only"]).await?;
+    crate::namespaces::run("umount", &["--lazy", &below.display().to_string()])?;
+    let done = done?;
+    same!(phase(&done), "Succeeded", "{}", done["status"]);
+    let expected = "all refused\nall/below refused\ntop refused\ntop/below\n";
+    same!(log?, expected, "writes to the volume");
+    Ok(())
+}
+
+/// A StatefulSet's pod is replaced: the new one has the same name and finds the data of its claim.
+async fn stateful_set_keeps_name_and_volume(ctx: Context) -> Result {
+    let dir = ctx.cluster.dir.join("local-volume");
+    ctx.kubectl
+        .apply(
+            &json!({"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": "local"},
+            "spec": {"capacity": {"storage": "1Gi"}, "accessModes": ["ReadWriteOnce"], "storageClassName": "manual",
+                "persistentVolumeReclaimPolicy": "Retain", "hostPath": {"path": dir, "type": "DirectoryOrCreate"}}}),
+        )
+        .await?;
+    let mut main = pods::container(
+        "main",
+        "echo started >> /data/starts; trap 'exit 0' TERM; sleep infinity & wait",
+    );
+    main["volumeMounts"] = json!([{"name": "data", "mountPath": "/data"}]);
+    let mut object = pod("unused", &[main]);
+    object["spec"]["restartPolicy"] = json!("Always");
+    ctx.kubectl
+        .apply(
+            &json!({"apiVersion": "apps/v1", "kind": "StatefulSet", "metadata": {"name": "store"},
+            "spec": {"serviceName": "store", "replicas": 1, "selector": {"matchLabels": {"app": "store"}},
+                "template": {"metadata": {"labels": {"app": "store"}}, "spec": object["spec"]},
+                "volumeClaimTemplates": [{"metadata": {"name": "data"}, "spec": {"storageClassName": "manual",
+                    "accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}}}]}}),
+        )
+        .await?;
+    let rollout = ["rollout", "status", "statefulset/store", "--timeout=150s"];
+    ctx.kubectl.run(&rollout).await?;
+    let first = ctx.ready("store-0").await?;
+    ctx.exec("store-0", "echo kept > /data/file").await?;
+    ctx.kubectl.run(&["delete", "pod", "store-0"]).await?;
+    let second = ctx
+        .wait("store-0", "was replaced and is Ready", |pod| {
+            pod["metadata"]["uid"] != first["metadata"]["uid"]
+                && crate::cluster::condition(pod, "Ready") == "True"
+        })
+        .await?;
+    same!(phase(&second), "Running", "{}", second["status"]);
+    let seen = ctx
+        .exec("store-0", "hostname; cat /data/file /data/starts")
+        .await?;
+    same!(
+        seen,
+        "store-0\nkept\nstarted\nstarted\n",
+        "data of the claim"
     );
     Ok(())
 }

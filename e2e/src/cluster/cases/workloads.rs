@@ -2,7 +2,7 @@
 
 use crate::cluster::context::{ClusterContext, POD_TIMEOUT, container, memory, phase, restarts};
 use crate::cluster::images::AGNHOST;
-use crate::cluster::pods::{self, IDLE, pod};
+use crate::cluster::pods::{self, IDLE, pod, script};
 use crate::cluster::until;
 use crate::failure::Result;
 use crate::runner::Case;
@@ -22,11 +22,14 @@ pub(super) fn cases() -> Vec<Case<ClusterContext>> {
         case!(grpc_probe_makes_a_pod_ready, 240),
         case!(pre_stop_hook_runs_within_the_grace_period, 240),
         case!(job_with_a_failing_pod_is_retried, 300),
+        case!(cron_job_runs_at_its_time, 300),
         case!(memory_resize_reaches_the_guest, 240),
-        case!(resize_beyond_the_node_is_infeasible, 240),
+        case!(resize_beyond_the_vm_reports_its_capacity, 240),
     ]
 }
 
+/// Message of the runtime's log for every limit that it lowers.
+const LOWERED: &str = "resize exceeds the VM";
 /// The limit is the cgroup's of the guest, and the pod needs no declared overhead.
 async fn memory_limit_without_runtime_class_starts(ctx: Context) -> Result {
     let mut main = pods::container("main", "cat /sys/fs/cgroup/memory.max; nproc");
@@ -230,6 +233,30 @@ async fn job_with_a_failing_pod_is_retried(ctx: Context) -> Result {
     Ok(())
 }
 
+async fn cron_job_runs_at_its_time(ctx: Context) -> Result {
+    let spec = pod("unused", &[pods::container("main", "date +%s")])["spec"].clone();
+    let template = json!({"spec": {"template": {"spec": spec}}});
+    ctx.kubectl
+        .apply(
+            &json!({"apiVersion": "batch/v1", "kind": "CronJob", "metadata": {"name": "clock"},
+            "spec": {"schedule": "* * * * *", "jobTemplate": template}}),
+        )
+        .await?;
+    until("a completed job", POD_TIMEOUT, || async {
+        let jobs = ctx.kubectl.json(&["get", "jobs"]).await?;
+        let done = |job: &Value| crate::cluster::condition(job, "Complete") == "True";
+        ensure!(
+            jobs["items"]
+                .as_array()
+                .is_some_and(|jobs| jobs.iter().any(done)),
+            "{}",
+            jobs["items"]
+        );
+        Ok(())
+    })
+    .await
+}
+
 async fn memory_resize_reaches_the_guest(ctx: Context) -> Result {
     let mut main = pods::container("main", IDLE);
     main["resources"] = memory("96Mi");
@@ -252,20 +279,47 @@ async fn memory_resize_reaches_the_guest(ctx: Context) -> Result {
     Ok(())
 }
 
-async fn resize_beyond_the_node_is_infeasible(ctx: Context) -> Result {
+/// A VM does not grow: the limits are lowered to its capacity, the status shows the applied ones, and the kubelet considers
+/// the resize done instead of repeating it.
+async fn resize_beyond_the_vm_reports_its_capacity(ctx: Context) -> Result {
     let mut main = pods::container("main", IDLE);
     main["resources"] = memory("64Mi");
     ctx.run_pod(&pod("greedy", &[main])).await?;
-    let patch = json!({"spec": {"containers": [{"name": "main", "resources": memory("900Gi")}]}});
+    let mark = ctx.cluster.worker.node.service().length();
+    let patch = json!({"spec": {"containers": [{"name": "main", "resources": memory("1Gi")}]}});
     resize(&ctx, "greedy", &patch).await?;
-    ctx.wait("greedy", "has an infeasible resize", |pod| {
-        let list = pod["status"]["conditions"].as_array();
-        list.into_iter()
-            .flatten()
-            .any(|c| c["type"] == "PodResizePending" && c["reason"] == "Infeasible")
+    ctx.wait("greedy", "has an applied resize", |pod| {
+        pod["status"]["observedGeneration"] == pod["metadata"]["generation"]
+            && container(pod, "main")["allocatedResources"]["memory"] == "1Gi"
+            && !conditions(pod)
+                .any(|c| c["type"] == "PodResizePending" || c["type"] == "PodResizeInProgress")
     })
     .await?;
+    let limit = ctx.exec("greedy", "cat /sys/fs/cgroup/memory.max").await?;
+    same!(limit.trim(), "67108864", "memory.max in the guest");
+    let seen = ctx.pod("greedy").await?;
+    let applied = &container(&seen, "main")["resources"]["limits"]["memory"];
+    same!(
+        applied,
+        "64Mi",
+        "applied limit in the status: {}",
+        seen["status"]
+    );
+    // One call for the container; a kubelet that was not satisfied would repeat it every second.
+    let asked = |text: &str| text.matches(LOWERED).count();
+    let first = asked(&ctx.cluster.worker.node.service().tail(mark, usize::MAX));
+    ensure!(first > 0, "no limit was lowered");
+    ctx.run_pod(&script("later", IDLE)).await?;
+    same!(
+        asked(&ctx.cluster.worker.node.service().tail(mark, usize::MAX)),
+        first,
+        "calls after a pod's start"
+    );
     Ok(())
+}
+
+fn conditions(pod: &Value) -> impl Iterator<Item = &Value> {
+    pod["status"]["conditions"].as_array().into_iter().flatten()
 }
 
 async fn resize(ctx: &Context, pod: &str, patch: &Value) -> Result {
