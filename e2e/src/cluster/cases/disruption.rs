@@ -16,24 +16,28 @@ type Context = Arc<ClusterContext>;
 pub(super) fn cases() -> Vec<Case<ClusterContext>> {
     vec![
         case!(kubelet_restart_keeps_containers, 300),
-        case!(killed_runtime_keeps_containers, 300),
-        case!(terminated_runtime_keeps_containers, 300),
+        case!(killed_and_upgraded_runtime_keeps_twenty_pods, 900),
         case!(drained_node_evicts_and_takes_pods_again, 300),
         case!(rebooted_node_restarts_every_pod, 400),
     ]
 }
 
+/// Pods under a restarted kubelet.
+const FEW_PODS: usize = 3;
+/// Pods under a killed and upgraded runtime.
+const MANY_PODS: usize = 20;
+
 /// Runs pods, disturbs the node and checks that no container was replaced or restarted.
-async fn survives<F: Future<Output = Result>>(ctx: &Context, disturb: F) -> Result {
+async fn survives<F: Future<Output = Result>>(ctx: &Context, pods: usize, disturb: F) -> Result {
     let counter = "i=0; while :; do echo $i; i=$((i+1)); sleep 1; done";
-    let names = ["first", "second", "third"];
-    for name in names {
+    let names: Vec<_> = (0..pods).map(|i| format!("live-{i}")).collect();
+    for name in &names {
         let mut object = script(name, counter);
         object["spec"]["restartPolicy"] = json!("Always");
         ctx.kubectl.apply(&object).await?;
     }
     let mut ids = Vec::new();
-    for name in names {
+    for name in &names {
         ids.push(container(&ctx.ready(name).await?, "main")["containerID"].clone());
     }
     disturb.await?;
@@ -65,26 +69,19 @@ async fn survives<F: Future<Output = Result>>(ctx: &Context, disturb: F) -> Resu
 
 async fn kubelet_restart_keeps_containers(ctx: Context) -> Result {
     let worker = &ctx.cluster.worker;
-    survives(&ctx, async {
+    survives(&ctx, FEW_PODS, async {
         worker.kubelet().kill().await?;
         worker.start_kubelet().await
     })
     .await
 }
 
-async fn killed_runtime_keeps_containers(ctx: Context) -> Result {
+/// An upgrade: the runtime ends after SIGTERM and its successor takes over the pods. Before, it crashes.
+async fn killed_and_upgraded_runtime_keeps_twenty_pods(ctx: Context) -> Result {
     let node = &ctx.cluster.worker.node;
-    survives(&ctx, async {
+    survives(&ctx, MANY_PODS, async {
         node.kill().await?;
-        node.serve().await
-    })
-    .await
-}
-
-/// An upgrade: the runtime ends after SIGTERM and its successor takes over the pods.
-async fn terminated_runtime_keeps_containers(ctx: Context) -> Result {
-    let node = &ctx.cluster.worker.node;
-    survives(&ctx, async {
+        node.serve().await?;
         node.terminate().await?;
         node.serve().await
     })
