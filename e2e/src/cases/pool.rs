@@ -29,8 +29,8 @@ pub(crate) fn cases() -> Vec<Case> {
 /// Number of VMs in most cases.
 const POOL_SIZE: usize = 2;
 /// Memory that a case takes to cause pressure, and its distance to the limit, which must exceed the noise of the machine.
-const PRESSURE_BYTES: usize = 1536 << 20;
-const DISTANCE_BYTES: usize = 1024 << 20;
+const PRESSURE_BYTES: usize = 1024 << 20;
+const DISTANCE_BYTES: usize = 640 << 20;
 /// Maximum difference between the clocks of a pod and the host.
 const MAX_CLOCK_DIFFERENCE: Duration = Duration::from_secs(2);
 
@@ -48,14 +48,8 @@ async fn metric(node: &Node, name: &str) -> Result<u64> {
     Ok(line.map_or(Ok(0), |value| value.trim().parse())?)
 }
 
-/// Waits until `count` VMs wait and returns their ids.
-async fn waiting(ctx: &Context, node: &Node, count: usize) -> Result<BTreeSet<String>> {
-    poll::until("warm VMs wait", ctx.patience(60), || async {
-        let warm = metric(node, "boxlite_pool_warm_vms").await?;
-        ensure!(warm == count as u64, "{warm} instead of {count}");
-        Ok(())
-    })
-    .await?;
+/// Returns the ids of the bundles of VMs without a pod.
+fn marked(node: &Node) -> Result<BTreeSet<String>> {
     let mut ids = BTreeSet::new();
     for entry in std::fs::read_dir(node.dir.join("state/s"))? {
         let entry = entry?;
@@ -63,8 +57,19 @@ async fn waiting(ctx: &Context, node: &Node, count: usize) -> Result<BTreeSet<St
             ids.insert(entry.file_name().to_string_lossy().into_owned());
         }
     }
-    same!(ids.len(), count, "marked bundles");
     Ok(ids)
+}
+
+/// Waits until `count` VMs wait and no other is being made or removed. Returns their ids.
+async fn waiting(ctx: &Context, node: &Node, count: usize) -> Result<BTreeSet<String>> {
+    poll::until("warm VMs wait", ctx.patience(60), || async {
+        let warm = metric(node, "boxlite_pool_warm_vms").await?;
+        ensure!(warm == count as u64, "{warm} instead of {count}");
+        let ids = marked(node)?;
+        same!(ids.len(), count, "marked bundles");
+        Ok(ids)
+    })
+    .await
 }
 
 fn netns(node: &Node, id: &str) -> PathBuf {
