@@ -72,7 +72,7 @@ pub(crate) fn map_read(file: &Path) -> Result {
 /// Writes `s` into a mapped file and calls msync, then `u` and removes the mapping. Each step waits for the file `<file>.<step>`.
 pub(crate) fn map_write(file: &Path) -> Result {
     let wait = |step: &str| {
-        println!("written: {step}");
+        println!("next: {step}");
         while !file.with_added_extension(step).exists() {
             std::thread::sleep(POLL_INTERVAL);
         }
@@ -81,8 +81,9 @@ pub(crate) fn map_write(file: &Path) -> Result {
     mapped.write(0, b's');
     wait("sync");
     mapped.sync()?;
-    mapped.write(0, b'u');
+    // Written later: the kernel may write a page back before its owner asks for it.
     wait("unmap");
+    mapped.write(0, b'u');
     drop(mapped);
     println!("unmapped");
     Ok(())

@@ -273,10 +273,10 @@ async fn mapped_writes_reach_the_host(ctx: Context) -> Result {
         .await
     };
     for (step, next, expected) in [
-        ("sync", "written: unmap\n", "s\n"),
+        ("sync", "next: unmap\n", "s\n"),
         ("unmap", "unmapped\n", "u\n"),
     ] {
-        printed(&format!("written: {step}\n")).await?;
+        printed(&format!("next: {step}\n")).await?;
         std::fs::write(file.with_added_extension(step), "")?;
         printed(next).await?;
         same!(std::fs::read_to_string(&file)?, expected, "after {step}");
