@@ -24,7 +24,11 @@ export ROOT_TESTS := $(if $(filter 0,$(shell id -u)),--features boxlite-erofs/ro
 # Size limit of the release agent in bytes.
 AGENT_MAX_BYTES := 8140000
 
-.PHONY: all tools build demo test test-containerd e2e-qemu e2e-krun conformance conformance-krun conformance-containerd conformance-containerd-suite cluster test-cluster conformance-cluster bench bench-work bench-peers bench-churn lint deny advisories unit fuzz agent-size fmt install dist test-dist image chart chart-update clean help
+.PHONY: all tools build demo install clean help
+.PHONY: test unit fuzz lint deny advisories fmt agent-size e2e-qemu e2e-krun
+.PHONY: conformance conformance-krun conformance-containerd conformance-containerd-suite test-containerd
+.PHONY: cluster test-cluster conformance-cluster bench bench-work bench-peers bench-churn
+.PHONY: dist test-dist image chart chart-update test-chart
 all: build
 
 help:
@@ -50,6 +54,7 @@ help:
 	@echo "make install                 install the programs below PREFIX (default /usr/local)"
 	@echo "make dist PROFILE=release    .deb, tarball, SBOM and checksums in $(TARGET)/dist; make test-dist tries them in Debian 12 and 13"
 	@echo "make image PROFILE=release   image of the installer, an OCI layout in $(TARGET)/image; make chart checks charts/boxlite"
+	@echo "make test-chart              the chart on a cluster whose node runs a stock containerd"
 	@echo "make tools                   Debian packages, the guest kernel, virtiofsd and vhost-device-vsock"
 
 tools:
@@ -192,6 +197,13 @@ chart:
 chart-update: build
 	@$(BIN)/boxlite-dist chart-readme charts/boxlite
 	@e2e/scripts/chart update
+
+# The chart on a one-node cluster with a stock containerd 2.x and runc: install, pods, upgrade, uninstall, leak check.
+test-chart: image
+	@e2e/scripts/cluster-build >/dev/null
+	@e2e/scripts/containerd 2
+	@e2e/scripts/helm >/dev/null
+	@$(BIN)/boxlite-e2e cluster chart --chart charts/boxlite --image "$(TARGET)/image"
 
 clean:
 	cargo clean

@@ -5,6 +5,7 @@
 
 mod cases;
 mod certificates;
+mod chart;
 mod conformance;
 mod context;
 mod control_plane;
@@ -60,6 +61,8 @@ pub(crate) enum Action {
         #[arg(long, value_name = "DIRECTORY")]
         junit: Option<PathBuf>,
     },
+    /// Tests the Helm chart on a node with a stock containerd.
+    Chart(chart::Options),
     /// Runs Kubernetes' own test suite.
     Conformance(conformance::Options),
 }
@@ -79,6 +82,9 @@ pub(crate) struct Cluster {
 
 /// Brings up the cluster and performs the action. Returns true if it succeeded.
 pub(crate) async fn run(action: &Action) -> Result<bool> {
+    if let Action::Chart(options) = action {
+        return chart::run(options).await;
+    }
     let begun = Instant::now();
     let cluster = Cluster::start(matches!(action, Action::Conformance(_))).await?;
     println!(
@@ -97,6 +103,7 @@ pub(crate) async fn run(action: &Action) -> Result<bool> {
             runner::run(&ctx, &options, cases::all()).await
         }
         Action::Conformance(options) => conformance::run(&cluster, options).await,
+        Action::Chart(_) => Ok(false),
     }
 }
 
