@@ -73,6 +73,10 @@ impl FakeShim {
     fn new(bundle: PathBuf, faults: Arc<Faults>) -> Arc<Self> {
         let process = std::process::Command::new("/bin/sleep")
             .arg("1000")
+            // A process that a failed test left would keep the pipe of the test's output open.
+            .stdin(std::process::Stdio::null())
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
             .spawn()
             .unwrap();
         Arc::new(Self {
@@ -559,6 +563,12 @@ impl FakeNode {
 impl Default for FakeNode {
     fn default() -> Self {
         Self::new()
+    }
+}
+
+impl Drop for FakeShim {
+    fn drop(&mut self) {
+        self.kill_process();
     }
 }
 
