@@ -136,7 +136,7 @@ async fn run(mut config: Config) -> Result<(), ServeError> {
     server.remove_orphans().await;
     server.restore_shared_volumes();
     server.start_nri().await.map_err(ServeError::Nri)?;
-    crate::warm::start(&server, &choice.kind);
+    crate::warm::start(&server);
     tracing::info!(socket = %config.listen.display(), pods = runtime.boxes().len(), "serving the CRI");
     notify::ready(&format!("serving, {choice}"));
     let served = grpc(&server, listener, stop.clone()).await;

@@ -6,7 +6,6 @@ use crate::cni::Cni;
 use crate::config::Config;
 use crate::service::Server;
 use boxlite_config::size::{self, SizeError, SizeRequest};
-use boxlite_proto::vmm::VmmKind;
 use boxlite_runtime::pool::{NetworkError, PoolNetworks, PoolSettings, Shape};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -29,12 +28,9 @@ impl PoolNetworks for Namespaces {
 }
 
 /// Starts the pool if it is configured. Called at the start, after leftovers of an earlier run were removed.
-pub(crate) fn start(server: &Server, vmm: &VmmKind) {
+pub(crate) fn start(server: &Server) {
     if server.config.pool.size == 0 {
         return;
-    }
-    if *vmm == VmmKind::Krun {
-        tracing::warn!("warm VMs (pool.size) have not been tested on libkrun");
     }
     match settings(&server.config) {
         Ok(settings) => {
