@@ -5,6 +5,7 @@
 use crate::budget;
 use crate::cgroup::UNLIMITED_BYTES;
 use crate::pod::{PodDefaults, VCPUS};
+use boxlite_sys::proc_memory;
 
 const MIB: u64 = 1 << 20;
 /// Default period of the CPU quota in µs, as in the kernel and the kubelet.
@@ -109,12 +110,7 @@ pub fn vm_size(request: &SizeRequest, defaults: &PodDefaults) -> Result<VmSize, 
 
 /// Returns the node's memory in MiB; `None` if the kernel does not say.
 pub fn node_mib() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix("MemTotal:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib / 1024)
+    proc_memory::meminfo("MemTotal").map(|bytes| bytes >> 20)
 }
 
 /// Capacity of a running VM, against which updates are checked.

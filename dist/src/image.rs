@@ -3,8 +3,8 @@
 //! The same tree, version and time give the same digest. Tools for OCI layouts push it.
 
 use crate::error::{DistError, Result};
-use crate::sbom::timestamp;
 use crate::{archive, tree};
+use boxlite_sys::calendar::rfc3339;
 use flate2::read::GzDecoder;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -26,7 +26,7 @@ impl Image {
         let mut diff = Sha256::new();
         io::copy(&mut GzDecoder::new(&layer[..]), &mut diff)
             .map_err(|source| DistError::Archive { source })?;
-        let created = timestamp(epoch);
+        let created = rfc3339(epoch);
         let config = json!({
             "architecture": "amd64", "os": "linux", "created": created,
             "config": { "Entrypoint": [entrypoint], "Env": ["PATH=/"], "WorkingDir": "/" },

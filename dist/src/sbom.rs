@@ -5,6 +5,7 @@
 
 use crate::checksums;
 use crate::error::{DistError, Result};
+use boxlite_sys::calendar::rfc3339;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
@@ -149,7 +150,7 @@ impl Metadata {
             "specVersion": "1.5",
             "version": 1,
             "metadata": {
-                "timestamp": timestamp(epoch),
+                "timestamp": rfc3339(epoch),
                 "component": { "type": "application", "name": "boxlite-cri", "version": version },
             },
             "components": components,
@@ -214,29 +215,6 @@ impl Metadata {
     }
 }
 
-/// Returns seconds since 1970 as an RFC 3339 time in UTC.
-pub(crate) fn timestamp(epoch: u64) -> String {
-    let (days, second) = (epoch / 86_400, epoch % 86_400);
-    // Civil date of a day number: years begin in March, so that the leap day is the last of a year.
-    let shifted = days + 719_468;
-    let (era, of_era) = (shifted / 146_097, shifted % 146_097);
-    let year_of_era = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
-    let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let march_month = (5 * of_year + 2) / 153;
-    let day = of_year - (153 * march_month + 2) / 5 + 1;
-    let month = if march_month < 10 {
-        march_month + 3
-    } else {
-        march_month - 9
-    };
-    let year = year_of_era + era * 400 + u64::from(month <= 2);
-    let (hour, minute) = (second / 3_600, second / 60 % 60);
-    format!(
-        "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{:02}Z",
-        second % 60
-    )
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -284,15 +262,6 @@ mod tests {
         let error = metadata.document(&["absent".into()], &[], "1", 0);
         let error = error.expect_err("an error").to_string();
         assert!(error.contains("absent"), "{error}");
-    }
-
-    #[test]
-    fn timestamp_handles_leap_days_and_centuries() {
-        assert_eq!(timestamp(0), "1970-01-01T00:00:00Z");
-        assert_eq!(timestamp(951_782_400), "2000-02-29T00:00:00Z");
-        assert_eq!(timestamp(1_795_814_345), "2026-11-27T21:19:05Z");
-        assert_eq!(timestamp(4_107_542_399), "2100-02-28T23:59:59Z");
-        assert_eq!(timestamp(4_107_542_400), "2100-03-01T00:00:00Z");
     }
 
     #[test]

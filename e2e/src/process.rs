@@ -4,6 +4,7 @@
 
 use crate::bail;
 use crate::failure::Result;
+use boxlite_sys::proc_memory;
 
 /// Returns the pids in this PID namespace whose command line or name contains all of the words.
 pub(crate) fn pids(words: &[&str]) -> Result<Vec<i32>> {
@@ -76,10 +77,7 @@ pub(crate) fn rss(pid: i32) -> u64 {
 
 /// Returns the proportional set size in KiB.
 pub(crate) fn pss(pid: i32) -> u64 {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
-    let line = text.lines().find_map(|l| l.strip_prefix("Pss:"));
-    line.and_then(|l| l.split_whitespace().next()?.parse().ok())
-        .unwrap_or_default()
+    proc_memory::pss(pid).unwrap_or_default() >> 10
 }
 
 /// Returns the resident RAM of the VM in a process, in bytes: QEMU's memfd, or the whole process if it has none.
@@ -105,16 +103,5 @@ pub(crate) fn guest_ram(pid: i32) -> u64 {
     match sum {
         0 => rss(pid) * 4096,
         _ => sum,
-    }
-}
-
-/// Returns a value of /proc/meminfo in bytes.
-pub(crate) fn meminfo(key: &str) -> Result<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo")?;
-    let line = text.lines().find_map(|line| line.strip_prefix(key));
-    let kib = line.and_then(|rest| rest.trim_matches([':', ' ', 'k', 'B']).parse::<u64>().ok());
-    match kib {
-        Some(kib) => Ok(kib << 10),
-        None => bail!("/proc/meminfo has no {key}"),
     }
 }

@@ -3,6 +3,7 @@
 //! Called by `Guest.Init`, `Guest.SetTime` and the statistics; independent of containers.
 
 use boxlite_proto::boxlite::v1::NetworkStats;
+use boxlite_sys::proc_memory;
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_gettime, clock_settime};
 use std::fs;
@@ -156,15 +157,7 @@ fn sysctl_path(name: &str) -> Option<PathBuf> {
 
 /// Returns the memory available to the VM's kernel, in bytes.
 pub(crate) fn memory_total() -> Option<u64> {
-    meminfo("MemTotal:")
-}
-
-/// Returns a value of /proc/meminfo, in bytes.
-pub(crate) fn meminfo(key: &str) -> Option<u64> {
-    let text = fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find(|line| line.starts_with(key))?;
-    let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
-    Some(kib << 10)
+    proc_memory::meminfo("MemTotal")
 }
 
 /// Returns the CPU time used since boot, in ns: user, nice, system, irq, softirq of /proc/stat (ticks of 10 ms).

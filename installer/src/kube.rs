@@ -1,6 +1,7 @@
 //! [`ApiServer`]: the few requests to the API server, as the pod's service account. [`Cluster`] abstracts them for tests.
 
 use crate::error::{FileContext, InstallError, Result};
+use boxlite_sys::calendar::rfc3339;
 use serde_json::{Value, json};
 use std::fs;
 use std::path::Path;
@@ -257,7 +258,7 @@ impl Cluster for ApiServer {
 
 /// Returns an event object. The name is unique by time, as client-go's.
 fn event(node: &NodeInfo, kind: EventKind, message: &str, now: Duration) -> Value {
-    let time = humantime(now.as_secs());
+    let time = rfc3339(now.as_secs());
     let message: String = message.chars().take(MAX_EVENT_CHARS).collect();
     json!({
         "apiVersion": "v1", "kind": "Event",
@@ -268,29 +269,6 @@ fn event(node: &NodeInfo, kind: EventKind, message: &str, now: Duration) -> Valu
         "source": { "component": "boxlite-installer", "host": node.name },
         "firstTimestamp": time, "lastTimestamp": time,
     })
-}
-
-/// Returns seconds since 1970 as an RFC 3339 time in UTC.
-fn humantime(seconds: u64) -> String {
-    let (days, second) = (seconds / 86_400, seconds % 86_400);
-    // Civil date of a day number; years begin in March.
-    let shifted = days + 719_468;
-    let (era, of_era) = (shifted / 146_097, shifted % 146_097);
-    let year_of_era = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
-    let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let march_month = (5 * of_year + 2) / 153;
-    let day = of_year - (153 * march_month + 2) / 5 + 1;
-    let month = if march_month < 10 {
-        march_month + 3
-    } else {
-        march_month - 9
-    };
-    let year = year_of_era + era * 400 + u64::from(month <= 2);
-    let (hour, minute) = (second / 3_600, second / 60 % 60);
-    format!(
-        "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{:02}Z",
-        second % 60
-    )
 }
 
 #[cfg(test)]

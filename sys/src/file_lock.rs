@@ -1,10 +1,10 @@
-//! [`FileLock`]: the lock of a directory against a second process, for the daemon's roots and the image store.
+//! Lock files: [`FileLock`], the lock of a directory against a second process, and [`open_for_ranges`], for locks on single bytes.
 //!
-//! Creates the lock's file and never deletes it. Knows nothing of what the lock protects.
+//! Creates the files and never deletes them. Knows nothing of what a lock protects.
 
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 
 /// An exclusive `flock(2)` on a file. Released on drop, or by the kernel at the end of the process.
@@ -38,6 +38,26 @@ impl Drop for FileLock {
         // Closing the file, which follows, is the fallback.
         let _ = self.0.unlock();
     }
+}
+
+/// Opens or creates a file (0600) of which processes lock ranges with `fcntl(2)`, with its directories (0700).
+///
+/// # Errors
+/// Those of `mkdir(2)` and `open(2)`.
+pub fn open_for_ranges(path: &Path) -> io::Result<File> {
+    if let Some(directory) = path.parent() {
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(directory)?;
+    }
+    File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)
 }
 
 #[cfg(test)]

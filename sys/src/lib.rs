@@ -2,6 +2,7 @@
 //!
 //! Contains no wire types (those are in `boxlite-proto`), no policy and no knowledge of a VMM.
 
+pub mod calendar;
 pub mod core_dumps;
 pub mod descriptors;
 pub mod detached_mount;
@@ -11,6 +12,7 @@ pub mod idmap;
 pub mod log_line;
 pub mod mount_attributes;
 pub mod mountinfo;
+pub mod proc_memory;
 pub mod process;
 pub mod report;
 pub mod storage_full;

@@ -177,15 +177,10 @@ fn machine(kind: &str) -> Result {
         .unwrap_or(": unknown")
         .trim_start_matches([' ', '\t', ':']);
     let cores = cpu.lines().filter(|l| l.starts_with("processor")).count();
-    let memory = std::fs::read_to_string("/proc/meminfo")?;
-    let total = memory
-        .split_whitespace()
-        .nth(1)
-        .and_then(|n| n.parse::<u64>().ok())
-        .unwrap_or_default();
+    let total = boxlite_sys::proc_memory::meminfo("MemTotal").unwrap_or_default();
     println!(
         "machine: {cores} × {model}, {} GiB, Linux {}",
-        total >> 20,
+        total >> 30,
         command("uname", &["-r"])?.trim()
     );
     println!("VMM: {kind}, guests of 1 vCPU; all state on tmpfs\n");

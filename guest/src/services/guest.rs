@@ -14,6 +14,7 @@ use boxlite_proto::boxlite::v1::{
     PortForwardResponse, SetTimeRequest, SetTimeResponse, ShutdownRequest, ShutdownResponse,
     UpdatePodRequest, UpdatePodResponse,
 };
+use boxlite_sys::proc_memory;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -175,7 +176,7 @@ impl Guest for GuestService {
             time_unix_ns: system::unix_time_ns(),
             cpu_usage_ns: system::cpu_usage_ns(),
             memory_total_bytes: system::memory_total().unwrap_or(0),
-            memory_available_bytes: system::meminfo("MemAvailable:").unwrap_or(0),
+            memory_available_bytes: proc_memory::meminfo("MemAvailable").unwrap_or(0),
             networks: system::network_stats(),
             process_count: pod.processes().len() as u32,
             pod: Some(cgroup::stats::read(&pod)),

@@ -11,6 +11,7 @@ use crate::report;
 use crate::shim_controller::ShimController;
 use crate::types::BoxOptions;
 use boxlite_proto::vmm::SandboxOptions;
+use boxlite_sys::proc_memory;
 use boxlite_sys::process::family;
 use rand::RngCore;
 
@@ -117,22 +118,14 @@ fn footprint(shim: &ShimController) -> u64 {
     let Some(process) = &shim.state().process else {
         return 0;
     };
-    let pss = |pid: i32| {
-        let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
-        kib(&text, "Pss:")
-    };
-    let sum: u64 = family(process.pid).into_iter().filter_map(pss).sum();
-    sum << 10
+    family(process.pid)
+        .into_iter()
+        .filter_map(proc_memory::pss)
+        .sum()
 }
 
 /// Returns the memory that the node can give to processes, in bytes.
 pub(super) fn available_bytes() -> u64 {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     // Every kernel since 3.14 reports it.
-    kib(&text, "MemAvailable:").map_or(u64::MAX, |kib| kib << 10)
-}
-
-fn kib(text: &str, key: &str) -> Option<u64> {
-    let value = text.lines().find_map(|line| line.strip_prefix(key))?;
-    value.trim().strip_suffix("kB")?.trim().parse().ok()
+    proc_memory::meminfo("MemAvailable").unwrap_or(u64::MAX)
 }

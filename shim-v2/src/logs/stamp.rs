@@ -1,13 +1,12 @@
 //! Timestamps of CRI log lines: RFC 3339 in UTC with nine fractional digits, [`STAMP_BYTES`] bytes wide, monotonic.
 //!
-//! Implemented here because it runs once per batch of output; the fixed width makes lines sortable as text.
+//! Formatted here because it runs once per batch of output; the fixed width makes lines sortable as text.
 
+use boxlite_sys::calendar::UtcTime;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Length of a timestamp: `2026-01-02T15:04:05.123456789Z`.
 pub const STAMP_BYTES: usize = 30;
-/// Seconds in a day.
-const SECONDS_PER_DAY: u64 = 86_400;
 
 /// A clock whose timestamps never decrease, even if the wall clock does.
 #[derive(Debug, Default)]
@@ -31,15 +30,14 @@ impl Clock {
 pub fn format(unix_ns: u128) -> [u8; STAMP_BYTES] {
     let nanos = unix_ns % 1_000_000_000;
     let seconds = u64::try_from(unix_ns / 1_000_000_000).unwrap_or(u64::MAX);
-    let (year, month, day) = date(seconds / SECONDS_PER_DAY);
-    let time = seconds % SECONDS_PER_DAY;
+    let time = UtcTime::from_seconds(seconds);
     let mut text = *b"0000-00-00T00:00:00.000000000Z";
-    digits(&mut text[0..4], year);
-    digits(&mut text[5..7], month);
-    digits(&mut text[8..10], day);
-    digits(&mut text[11..13], time / 3600);
-    digits(&mut text[14..16], time / 60 % 60);
-    digits(&mut text[17..19], time % 60);
+    digits(&mut text[0..4], time.year);
+    digits(&mut text[5..7], time.month);
+    digits(&mut text[8..10], time.day);
+    digits(&mut text[11..13], time.hour);
+    digits(&mut text[14..16], time.minute);
+    digits(&mut text[17..19], time.second);
     digits(&mut text[20..29], u64::try_from(nanos).unwrap_or(0));
     text
 }
@@ -49,25 +47,6 @@ fn digits(field: &mut [u8], mut number: u64) {
         *digit = b'0' + u8::try_from(number % 10).unwrap_or(0);
         number /= 10;
     }
-}
-
-/// Converts days since the epoch to year, month and day of the Gregorian calendar, counting years from March in eras of 400.
-fn date(days: u64) -> (u64, u64, u64) {
-    let shifted = days + 719_468;
-    let era = shifted / 146_097;
-    let day_of_era = shifted % 146_097;
-    let year_of_era =
-        (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let month_from_march = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
-    let month = if month_from_march < 10 {
-        month_from_march + 3
-    } else {
-        month_from_march - 9
-    };
-    let year = year_of_era + era * 400 + u64::from(month <= 2);
-    (year, month, day)
 }
 
 #[cfg(test)]

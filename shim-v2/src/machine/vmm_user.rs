@@ -7,11 +7,11 @@
 
 use crate::error::{Result, ShimError};
 use boxlite_proto::vmm::{IdRange, VmmUsers};
+use boxlite_sys::file_lock::open_for_ranges;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use sha2::{Digest, Sha256};
-use std::fs::{DirBuilder, File};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 /// No user could be claimed.
@@ -48,7 +48,7 @@ impl UserClaim {
             path: users.registry.clone(),
             source,
         };
-        let registry = open(&users.registry).map_err(failed)?;
+        let registry = open_for_ranges(&users.registry).map_err(failed)?;
         let start = start_offset(pod, users.ids.count);
         let offsets = (start..users.ids.count).chain(0..start);
         for offset in offsets {
@@ -112,22 +112,6 @@ pub(super) fn give(user: u32, paths: &[&Path]) -> Result<()> {
             .map_err(ShimError::io("change the owner of", path.display()))?;
     }
     Ok(())
-}
-
-fn open(path: &Path) -> std::io::Result<File> {
-    if let Some(directory) = path.parent() {
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(directory)?;
-    }
-    File::options()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(path)
 }
 
 fn start_offset(pod: &str, count: u32) -> u32 {

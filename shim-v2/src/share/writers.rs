@@ -9,13 +9,14 @@
 
 use crate::error::{Result, ShimError};
 use boxlite_proto::vmm::{SharedVolumeWriters, VolumeWriters};
+use boxlite_sys::file_lock::open_for_ranges;
 use boxlite_sys::sync::Mutex;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
-use std::fs::{DirBuilder, File, Metadata};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::fs::{File, Metadata};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -121,7 +122,7 @@ impl State {
     ) -> std::io::Result<Option<String>> {
         let file = match &mut self.file {
             Some(file) => file,
-            none => none.insert(open(&options.registry)?),
+            none => none.insert(open_for_ranges(&options.registry)?),
         };
         let mut other = None;
         match claim.set(file, libc::F_WRLCK) {
@@ -186,22 +187,6 @@ impl WriterClaim {
     }
 }
 
-fn open(path: &Path) -> std::io::Result<File> {
-    if let Some(directory) = path.parent() {
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(directory)?;
-    }
-    File::options()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(path)
-}
-
 /// Returns the sandbox id of another shim from its command line, else its pid.
 fn sandbox_of(pid: i32) -> String {
     let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
@@ -239,7 +224,7 @@ mod tests {
         assert_eq!(registry.claim(&volume).expect("not configured"), None);
         registry.configure(options(dir.path(), SharedVolumeWriters::Refuse));
         let claim = registry.claim(&volume).expect("claimed").expect("recorded");
-        let other = open(&dir.path().join("state/registry")).expect("opened");
+        let other = open_for_ranges(&dir.path().join("state/registry")).expect("opened");
         lock_elsewhere(&other, claim).expect("shared");
         assert_eq!(registry.claim(&volume).expect("own use"), Some(claim));
         registry.release(claim);
@@ -262,7 +247,7 @@ mod tests {
         registry.configure(options(dir.path(), SharedVolumeWriters::Warn));
         let claim = registry.claim(&volume).expect("claimed").expect("recorded");
         registry.claim(&volume).expect("claimed").expect("recorded");
-        let other = open(&dir.path().join("state/registry")).expect("opened");
+        let other = open_for_ranges(&dir.path().join("state/registry")).expect("opened");
         let exclusive = || {
             let range = claim.range(libc::F_WRLCK);
             fcntl(&other, FcntlArg::F_OFD_SETLK(&range)).is_ok()
