@@ -5,6 +5,7 @@
 
 use super::life;
 use super::table::{Series, ms};
+use crate::containerd::stock;
 use crate::failure::{During, Failure, Result};
 use crate::image::build::Image;
 use crate::image::registry::Registry;
@@ -16,6 +17,7 @@ use crate::pod::{Pod, pull};
 use crate::process::{pids, pss};
 use crate::service::Service;
 use crate::{bail, ensure};
+use boxlite_sys::proc_memory::meminfo;
 use k8s_cri::v1::{ImageSpec, RemoveImageRequest, VersionRequest};
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -179,12 +181,10 @@ fn all_pss() -> Result<u64> {
 
 /// Returns MemAvailable in KiB.
 pub(super) fn available() -> Result<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo")?;
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"));
-    let number = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
-    number.ok_or_else(|| Failure("MemAvailable not found in /proc/meminfo".to_owned()))
+    match meminfo("MemAvailable") {
+        Some(bytes) => Ok(bytes >> 10),
+        None => bail!("MemAvailable not found in /proc/meminfo"),
+    }
 }
 
 /// Returns the reason why BoxLite's own release is not measured.
@@ -291,7 +291,7 @@ impl Runtime {
     }
 
     fn config(self, dir: &Path, install: &Install, pause: &str) -> String {
-        let (at, cni) = (dir.display(), install.cni.display());
+        let at = dir.display();
         let runtime = match self {
             Self::Runc => "runtime_type = \"io.containerd.runc.v2\"".to_owned(),
             Self::Runsc => format!(
@@ -300,31 +300,15 @@ impl Runtime {
                  TypeUrl = \"io.containerd.runsc.v1.options\"\nConfigPath = \"{at}/runsc.toml\""
             ),
         };
-        format!(
-            r#"version = 3
-root = "{at}/root"
-state = "{at}/state"
-[grpc]
-address = "{at}/c.sock"
-[ttrpc]
+        let tables = format!(
+            r#"[ttrpc]
 address = "{at}/t.sock"
-[plugins."io.containerd.cri.v1.images".pinned_images]
-sandbox = "{pause}"
-[plugins."io.containerd.cri.v1.images".registry]
-config_path = "{at}/certs.d"
-[plugins."io.containerd.nri.v1.nri"]
-disable = true
-[plugins."io.containerd.cri.v1.runtime"]
-restrict_oom_score_adj = true
-[plugins."io.containerd.cri.v1.runtime".cni]
-bin_dirs = ["{cni}"]
-conf_dir = "{at}/cni"
 [plugins."io.containerd.cri.v1.runtime".containerd]
 default_runtime_name = "peer"
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.peer]
-{runtime}
-"#
-        )
+{runtime}"#
+        );
+        stock::configuration(dir, &install.cni, pause, "", &tables)
     }
 }
 

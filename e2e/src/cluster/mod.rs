@@ -11,6 +11,7 @@ mod context;
 mod control_plane;
 mod images;
 mod kubectl;
+mod node_programs;
 mod pods;
 mod programs;
 mod worker;

@@ -2,14 +2,11 @@
 //!
 //! The kubelet has cgroups below a private root and cannot write the machine's kernel and vm sysctls.
 
-use super::certificates::Authority;
-use super::control_plane::{ControlPlane, url};
+use super::control_plane::ControlPlane;
 use super::kubectl::Kubectl;
 use super::programs::Programs;
-use super::{DNS_IP, NODE, NODE_IP, healthy};
+use super::{DNS_IP, NODE_IP, healthy, node_programs};
 use crate::cgroups::CgroupRoot;
-use crate::cluster::until;
-use crate::ensure;
 use crate::failure::{Failure, Result};
 use crate::image::registry::Registry;
 use crate::install::Install;
@@ -104,7 +101,12 @@ impl Worker {
         let mut options = NodeOptions::new("n", "auto");
         options.registries = registries(registry);
         let node = Arc::new(Node::start(dir, install, &options).await?);
-        let configuration = kubelet_configuration(dir, &plane.authority, &node, cgroups)?;
+        let (authority, socket) = (&plane.authority, node.socket());
+        let mut configuration =
+            node_programs::kubelet_configuration(dir, authority, &socket, cgroups)?;
+        configuration["clusterDNS"] = json!([DNS_IP]);
+        configuration["clusterDomain"] = json!("cluster.local");
+        configuration["containerLogMaxSize"] = json!("10Mi");
         let mut worker = Self {
             node,
             kubelet: Service::new("kubelet", dir.join("kubelet.log")),
@@ -118,7 +120,7 @@ impl Worker {
         worker.ready(&plane.kubectl).await?;
         // kube-proxy reads the node's object at its start, and gives up after a few attempts.
         worker._services = vec![
-            proxy(dir, programs, &plane.authority).await?,
+            node_programs::proxy(dir, programs, &plane.authority).await?,
             dns(dir, programs, plane).await?,
         ];
         Ok(worker)
@@ -126,18 +128,11 @@ impl Worker {
 
     /// Waits until the node is Ready as the API server reports it.
     async fn ready(&self, kubectl: &Kubectl) -> Result {
-        let ready = until("the node is Ready", READY_TIMEOUT, || async {
-            let node = kubectl.json(&["get", "node", NODE]).await?;
-            ensure!(
-                super::condition(&node, "Ready") == "True",
-                "{}",
-                node["status"]["conditions"]
-            );
-            Ok(())
-        });
         let log =
             |failure: Failure| Failure(format!("{failure}\n{}", self.kubelet.tail(0, LOG_LINES)));
-        ready.await.map_err(log)
+        node_programs::ready(kubectl, READY_TIMEOUT)
+            .await
+            .map_err(log)
     }
 
     /// Writes the kubelet's configuration with these changes: values of the top level, except feature gates, which are added.
@@ -154,7 +149,7 @@ impl Worker {
             }
         }
         let text = serde_json::to_vec_pretty(&configuration)?;
-        std::fs::write(self.dir.join("kubelet.json"), text)?;
+        std::fs::write(node_programs::kubelet_file(&self.dir), text)?;
         Ok(())
     }
 
@@ -167,34 +162,12 @@ impl Worker {
 
     /// Starts the kubelet and waits until it is healthy.
     pub(crate) async fn start_kubelet(&self) -> Result {
-        let mut command = Command::new(self.programs.program("kubelet"));
-        command
-            .arg(format!(
-                "--config={}",
-                self.dir.join("kubelet.json").display()
-            ))
-            .arg(format!(
-                "--kubeconfig={}",
-                self.dir.join("pki/kubelet.kubeconfig").display()
-            ))
-            // On the file system of the images and scratch disks, as on most nodes.
-            .arg(format!("--root-dir={}", self.dir.join("kubelet").display()))
-            .arg(format!("--cert-dir={}", self.dir.join("serving").display()))
-            .args([
-                &format!("--hostname-override={NODE}"),
-                &format!("--node-ip={NODE_IP}"),
-            ])
-            .arg("--v=2");
-        self.kubelet
-            .start(command, || async {
-                healthy("http://127.0.0.1:10248/healthz").await
-            })
-            .await
+        node_programs::start_kubelet(&self.kubelet, &self.dir, &self.programs).await
     }
 
     /// Restarts the kubelet with its original configuration if a case has changed it.
     pub(crate) async fn restore_kubelet(&self) -> Result {
-        let text = std::fs::read(self.dir.join("kubelet.json"))?;
+        let text = std::fs::read(node_programs::kubelet_file(&self.dir))?;
         match serde_json::from_slice::<Value>(&text)? == self.configuration {
             true => Ok(()),
             false => self.restart_kubelet(&json!({})).await,
@@ -205,63 +178,6 @@ impl Worker {
     pub(crate) fn kubelet(&self) -> &Service {
         &self.kubelet
     }
-}
-
-/// Issues the kubelet's certificates and returns its configuration.
-fn kubelet_configuration(
-    dir: &Path,
-    authority: &Authority,
-    node: &Node,
-    cgroups: &CgroupRoot,
-) -> Result<Value> {
-    let subject = format!("/O=system:nodes/CN=system:node:{NODE}");
-    authority.kubeconfig("kubelet", &subject, &url())?;
-    let names = format!("DNS:{NODE},IP:{NODE_IP}");
-    let serving = authority.issue("kubelet-serving", &format!("/CN={NODE}"), &names)?;
-    // Pods with dnsPolicy Default get this file; there is no name server outside.
-    let resolv = dir.join("resolv.conf");
-    std::fs::write(&resolv, format!("nameserver {NODE_IP}\n"))?;
-    Ok(json!({
-        "apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration",
-        "containerRuntimeEndpoint": format!("unix://{}", node.socket().display()),
-        "runtimeRequestTimeout": "4m",
-        "authentication": {"anonymous": {"enabled": false}, "webhook": {"enabled": true},
-            "x509": {"clientCAFile": authority.at("ca.crt")}},
-        "authorization": {"mode": "Webhook"},
-        "tlsCertFile": serving.certificate, "tlsPrivateKeyFile": serving.key,
-        "clusterDNS": [DNS_IP], "clusterDomain": "cluster.local", "resolvConf": resolv,
-        "cgroupDriver": "cgroupfs", "cgroupRoot": cgroups.name, "cgroupsPerQOS": true,
-        "enforceNodeAllocatable": ["pods"],
-        // cgroup v1, swap and a root without CAP_SYS_RESOURCE are properties of the test machine.
-        "failCgroupV1": false, "failSwapOn": false, "oomScoreAdj": 0,
-        "featureGates": {"KubeletInUserNamespace": true},
-        "evictionHard": {"memory.available": "100Mi", "nodefs.available": "2%", "imagefs.available": "2%"},
-        "volumePluginDir": dir.join("volume-plugins"),
-        "containerLogMaxSize": "10Mi",
-        "nodeStatusUpdateFrequency": "5s",
-    }))
-}
-
-async fn proxy(dir: &Path, programs: &Programs, authority: &Authority) -> Result<Service> {
-    let kubeconfig = authority.kubeconfig("proxy", "/CN=system:kube-proxy", &url())?;
-    let mut command = Command::new(programs.program("kube-proxy"));
-    command
-        .arg(format!("--kubeconfig={}", kubeconfig.display()))
-        .arg(format!("--hostname-override={NODE}"))
-        .args(["--proxy-mode=iptables", "--cluster-cidr=10.88.0.0/16"])
-        // The machine's conntrack table is not the cluster's.
-        .args([
-            "--conntrack-max-per-core=0",
-            "--conntrack-tcp-timeout-established=0",
-        ])
-        .arg("--conntrack-tcp-timeout-close-wait=0");
-    let service = Service::new("kube-proxy", dir.join("proxy.log"));
-    service
-        .start(command, || async {
-            healthy("http://127.0.0.1:10249/healthz").await
-        })
-        .await?;
-    Ok(service)
 }
 
 /// Starts CoreDNS on the node's address and makes it the cluster's DNS service.

@@ -8,6 +8,7 @@ mod events;
 mod faults;
 mod logs;
 mod pods;
+pub(crate) mod stock;
 mod tasks;
 mod vm_options;
 

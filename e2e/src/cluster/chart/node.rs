@@ -4,10 +4,10 @@
 //! ends, as systemd does.
 
 use crate::cgroups::CgroupRoot;
-use crate::cluster::certificates::Authority;
-use crate::cluster::control_plane::{ControlPlane, url};
+use crate::cluster::control_plane::ControlPlane;
+use crate::cluster::node_programs;
 use crate::cluster::programs::Programs;
-use crate::cluster::{NODE, NODE_IP, condition, healthy, until};
+use crate::containerd::stock;
 use crate::ensure;
 use crate::failure::{Failure, Result};
 use crate::image::registry::Registry;
@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::process::Command;
 
-/// Command that makes the loop below start containerd anew.
+/// Command that restarts containerd: the node starts it again whenever it ends.
 pub(super) const RESTART: [&str; 3] = ["pkill", "-x", "containerd"];
 /// Directories of the machine that the installer and the shim write to, replaced by private ones.
 pub(super) const PRIVATE: [&str; 4] = [
@@ -60,19 +60,10 @@ impl StockNode {
         let containerd = containerd(dir, install, registry).await?;
         let node = Self {
             containerd,
-            kubelet: kubelet(dir, programs, &plane.authority, cgroups).await?,
-            _proxy: proxy(dir, programs, &plane.authority).await?,
+            kubelet: kubelet(dir, programs, plane, cgroups).await?,
+            _proxy: node_programs::proxy(dir, programs, &plane.authority).await?,
         };
-        let ready = until("the node is Ready", READY_TIMEOUT, || async {
-            let object = plane.kubectl.json(&["get", "node", NODE]).await?;
-            ensure!(
-                condition(&object, "Ready") == "True",
-                "{}",
-                object["status"]["conditions"]
-            );
-            Ok(())
-        });
-        ready
+        node_programs::ready(&plane.kubectl, READY_TIMEOUT)
             .await
             .map_err(|failure| Failure(format!("{failure}\n{}", node.logs())))?;
         Ok(node)
@@ -137,30 +128,15 @@ async fn containerd(dir: &Path, install: &Install, registry: &Registry) -> Resul
 }
 
 fn config(dir: &Path, cni: &Path) -> String {
-    let (at, cni) = (dir.display(), cni.display());
-    format!(
-        r#"version = 3
-imports = ["/etc/containerd/conf.d/*.toml"]
-root = "{at}/root"
-state = "{at}/state"
-[grpc]
-address = "{at}/c.sock"
-[plugins."io.containerd.cri.v1.images".pinned_images]
-sandbox = "{PAUSE}"
-[plugins."io.containerd.cri.v1.images".registry]
-config_path = "{at}/certs.d"
-[plugins."io.containerd.nri.v1.nri"]
-disable = true
-[plugins."io.containerd.cri.v1.runtime"]
-restrict_oom_score_adj = true
-[plugins."io.containerd.cri.v1.runtime".containerd]
+    stock::configuration(
+        dir,
+        cni,
+        PAUSE,
+        r#"imports = ["/etc/containerd/conf.d/*.toml"]"#,
+        r#"[plugins."io.containerd.cri.v1.runtime".containerd]
 default_runtime_name = "runc"
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
-runtime_type = "io.containerd.runc.v2"
-[plugins."io.containerd.cri.v1.runtime".cni]
-bin_dirs = ["{cni}"]
-conf_dir = "{at}/cni"
-"#
+runtime_type = "io.containerd.runc.v2""#,
     )
 }
 
@@ -176,71 +152,14 @@ fn conflist(dir: &Path) -> String {
 async fn kubelet(
     dir: &Path,
     programs: &Programs,
-    authority: &Authority,
+    plane: &ControlPlane,
     cgroups: &CgroupRoot,
 ) -> Result<Service> {
-    let subject = format!("/O=system:nodes/CN=system:node:{NODE}");
-    let kubeconfig = authority.kubeconfig("kubelet", &subject, &url())?;
-    let names = format!("DNS:{NODE},IP:{NODE_IP}");
-    let serving = authority.issue("kubelet-serving", &format!("/CN={NODE}"), &names)?;
-    let resolv = dir.join("resolv.conf");
-    std::fs::write(&resolv, format!("nameserver {NODE_IP}\n"))?;
-    let config = json!({
-        "apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration",
-        "containerRuntimeEndpoint": format!("unix://{}", socket(dir).display()),
-        "runtimeRequestTimeout": "4m",
-        "authentication": {"anonymous": {"enabled": false}, "webhook": {"enabled": true},
-            "x509": {"clientCAFile": authority.at("ca.crt")}},
-        "authorization": {"mode": "Webhook"},
-        "tlsCertFile": serving.certificate, "tlsPrivateKeyFile": serving.key,
-        "resolvConf": resolv,
-        "cgroupDriver": "cgroupfs", "cgroupRoot": cgroups.name, "cgroupsPerQOS": true,
-        "enforceNodeAllocatable": ["pods"],
-        // cgroup v1, swap and a root without CAP_SYS_RESOURCE are properties of the test machine.
-        "failCgroupV1": false, "failSwapOn": false, "oomScoreAdj": 0,
-        "featureGates": {"KubeletInUserNamespace": true},
-        "evictionHard": {"memory.available": "100Mi", "nodefs.available": "2%", "imagefs.available": "2%"},
-        "volumePluginDir": dir.join("volume-plugins"),
-        "nodeStatusUpdateFrequency": "5s",
-    });
-    let file = dir.join("kubelet.json");
-    std::fs::write(&file, serde_json::to_vec_pretty(&config)?)?;
-    let mut command = Command::new(programs.program("kubelet"));
-    command
-        .arg(format!("--config={}", file.display()))
-        .arg(format!("--kubeconfig={}", kubeconfig.display()))
-        .arg(format!("--root-dir={}", dir.join("kubelet").display()))
-        .arg(format!("--cert-dir={}", dir.join("serving").display()))
-        .arg(format!("--hostname-override={NODE}"))
-        .arg(format!("--node-ip={NODE_IP}"))
-        .arg("--v=2");
+    let configuration =
+        node_programs::kubelet_configuration(dir, &plane.authority, &socket(dir), cgroups)?;
+    let text = serde_json::to_vec_pretty(&configuration)?;
+    std::fs::write(node_programs::kubelet_file(dir), text)?;
     let service = Service::new("kubelet", dir.join("kubelet.log"));
-    service
-        .start(command, || async {
-            healthy("http://127.0.0.1:10248/healthz").await
-        })
-        .await?;
-    Ok(service)
-}
-
-async fn proxy(dir: &Path, programs: &Programs, authority: &Authority) -> Result<Service> {
-    let kubeconfig = authority.kubeconfig("proxy", "/CN=system:kube-proxy", &url())?;
-    let mut command = Command::new(programs.program("kube-proxy"));
-    command
-        .arg(format!("--kubeconfig={}", kubeconfig.display()))
-        .arg(format!("--hostname-override={NODE}"))
-        .args(["--proxy-mode=iptables", "--cluster-cidr=10.88.0.0/16"])
-        // The machine's conntrack table is not the cluster's.
-        .args([
-            "--conntrack-max-per-core=0",
-            "--conntrack-tcp-timeout-established=0",
-        ])
-        .arg("--conntrack-tcp-timeout-close-wait=0");
-    let service = Service::new("kube-proxy", dir.join("proxy.log"));
-    service
-        .start(command, || async {
-            healthy("http://127.0.0.1:10249/healthz").await
-        })
-        .await?;
+    node_programs::start_kubelet(&service, dir, programs).await?;
     Ok(service)
 }
