@@ -108,6 +108,29 @@ pub(crate) fn remove(prefix: &Path) -> Result<()> {
     }
 }
 
+/// Deletes the shims' registries, which are empty files whose bytes they lock, and their directory. Nothing is deleted if the
+/// directory has anything else: boxlite-cri uses it, too.
+pub(crate) fn remove_registries(dir: &Path) -> Result<()> {
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error).file("read", dir),
+    };
+    let mut registries = Vec::new();
+    for entry in entries {
+        let entry = entry.file("read", dir)?;
+        let metadata = entry.metadata().file("read", entry.path())?;
+        if !metadata.is_file() || metadata.len() > 0 {
+            return Ok(());
+        }
+        registries.push(entry.path());
+    }
+    for path in registries {
+        remove_file(&path)?;
+    }
+    fs::remove_dir(dir).file("remove", dir)
+}
+
 /// Writes a drop-in and the directories above it. Returns the former text if it was different, and the created directories.
 pub(crate) fn write_drop_in(path: &Path, text: &str) -> Result<DropIn> {
     let former = match fs::read_to_string(path) {
@@ -222,6 +245,20 @@ mod tests {
             fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).expect("a mode");
         }
         root
+    }
+
+    #[test]
+    fn registries_are_removed_unless_a_daemon_uses_the_directory() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let state = dir.path().join("run/boxlite");
+        remove_registries(&state).expect("nothing to remove");
+        fs::create_dir_all(state.join("s")).expect("a directory");
+        fs::write(state.join("vmm-users"), "").expect("a file");
+        remove_registries(&state).expect("nothing removed");
+        assert!(state.join("vmm-users").exists() && state.join("s").exists());
+        fs::remove_dir(state.join("s")).expect("removed");
+        remove_registries(&state).expect("removed");
+        assert!(!state.exists());
     }
 
     #[test]

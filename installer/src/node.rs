@@ -11,6 +11,9 @@ use crate::runtime::{CONTAINERD_CONFIG, NodeRuntime, below};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+/// State directory of the shims under containerd, which boxlite-cri has, too.
+const STATE_DIR: &str = "/run/boxlite";
+
 /// Settings of an installation.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct Settings {
@@ -134,7 +137,8 @@ impl<C: Cluster, H: Host> Installer<'_, C, H> {
             self.restart(runtime)?;
         }
         self.await_handler(false).await?;
-        files::remove(&self.prefix())
+        files::remove(&self.prefix())?;
+        files::remove_registries(&below(&self.settings.root, STATE_DIR))
     }
 
     async fn node(&self) -> Result<NodeInfo> {
