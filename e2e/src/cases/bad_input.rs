@@ -22,6 +22,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(hanging_cni_plugin_is_killed, 90),
         case!(silent_guest_times_out_with_its_console, 120),
         case!(missing_program_is_reported_by_name, 60),
+        case!(limit_too_low_for_the_init_process_is_named, 60),
         case!(unknown_config_key_is_refused, 30),
     ]
 }
@@ -325,6 +326,24 @@ async fn missing_program_is_reported_by_name(ctx: Context) -> Result {
     let exec = c.exec_raw(&["/no/such/program"], 0).await;
     expect_error(&exec.map_err(|s| status_failure(&s)), &invalid)?;
     pod.end().await
+}
+
+/// Creates a container whose init process the kernel kills before it can wait for Start.
+async fn limit_too_low_for_the_init_process_is_named(ctx: Context) -> Result {
+    let pod = ctx.shared_pod().await;
+    let mut config = container_spec("starved", &ctx.images.base, &["true"]);
+    config.linux.get_or_insert_default().resources = Some(LinuxContainerResources {
+        memory_limit_in_bytes: 64 << 10,
+        ..Default::default()
+    });
+    let outcome = pod.create_with(config).await.map(drop);
+    expect_error(&outcome, &["resourceexhausted", "memory limit", "too low"])?;
+    same!(
+        pod.sh(&ctx.images.base, "echo alive").await?,
+        "alive\n",
+        "a container behind it"
+    );
+    Ok(())
 }
 
 async fn unknown_config_key_is_refused(ctx: Context) -> Result {

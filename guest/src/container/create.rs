@@ -257,6 +257,7 @@ async fn make_process(
         confinement: prepared.confinement.clone(),
     }));
     let failed = ContainerError::step("failed to set up standard streams");
+    let kills_before = cgroup::stats::oom_kills(&Cgroup::pod());
     let (reply, pipes) = if request.terminal {
         (launcher.spawner.request(&create, &[])?, None)
     } else {
@@ -268,12 +269,12 @@ async fn make_process(
             Some(pipes),
         )
     };
-    let result = launcher.receive(&reply).await;
-    let (pid, exit, console) = match result {
+    let (pid, exit, console) = match launcher.receive(&reply).await {
         Ok(made) => made,
         Err(error) => {
-            // libcontainer reports only that its process has ended.
-            let out_of_memory = cgroup::stats::oom_kills(cgroup) > 0;
+            // libcontainer reports only that its process has ended, and has removed the container's cgroup with its
+            // counters. The pod's cgroup counts the kills in all its descendants.
+            let out_of_memory = cgroup::stats::oom_kills(&Cgroup::pod()) > kills_before;
             // All processes created so far are in the cgroup.
             let _ = cgroup.kill();
             return Err(match out_of_memory {
