@@ -24,7 +24,7 @@ export ROOT_TESTS := $(if $(filter 0,$(shell id -u)),--features boxlite-erofs/ro
 # Size limit of the release agent in bytes.
 AGENT_MAX_BYTES := 8140000
 
-.PHONY: all tools build demo install clean help
+.PHONY: all tools kernel build demo install clean help
 .PHONY: test unit fuzz lint deny advisories fmt agent-size e2e-qemu e2e-krun
 .PHONY: conformance conformance-krun conformance-containerd conformance-containerd-suite test-containerd
 .PHONY: cluster test-cluster conformance-cluster bench bench-work bench-peers bench-churn
@@ -55,10 +55,15 @@ help:
 	@echo "make dist PROFILE=release    .deb, tarball, SBOM and checksums in $(TARGET)/dist; make test-dist tries them in Debian 12 and 13"
 	@echo "make image PROFILE=release   image of the installer, an OCI layout in $(TARGET)/image; make chart checks charts/boxlite"
 	@echo "make test-chart              the chart on a cluster whose node runs a stock containerd"
+	@echo "make kernel                  a guest kernel with iptables, IPVS, wireguard, NFS and PSI (docs/guest-kernel.md), 15 minutes"
 	@echo "make tools                   Debian packages, the guest kernel, virtiofsd and vhost-device-vsock"
 
 tools:
 	@e2e/scripts/tools
+
+# A guest kernel with what pods expect of a node's: docs/guest-kernel.md. Optional; prints the path of the library.
+kernel:
+	@e2e/scripts/kernel
 
 build:
 	@e2e/scripts/build

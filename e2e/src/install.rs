@@ -40,6 +40,11 @@ pub(crate) fn cache() -> PathBuf {
 }
 
 impl Install {
+    /// Tells whether guests boot another kernel than that of `make tools`: the one of `make kernel`.
+    pub(crate) fn has_built_kernel(&self) -> bool {
+        std::env::var_os("BOXLITE_LIBKRUNFW").is_some()
+    }
+
     /// Finds all paths. The error lists the missing ones.
     pub(crate) fn find() -> Result<Self> {
         let env = |name: &str| std::env::var_os(name).map(PathBuf::from);
@@ -51,7 +56,7 @@ impl Install {
             daemon: bin.join("boxlite-cri"),
             shim: bin.join("containerd-shim-boxlite-v2"),
             guest: env("BOXLITE_GUEST").unwrap_or_else(|| bin.join("..").join(guest)),
-            libkrunfw: cache.join("lib/libkrunfw.so.5"),
+            libkrunfw: env("BOXLITE_LIBKRUNFW").unwrap_or_else(|| cache.join("lib/libkrunfw.so.5")),
             qemu: "/usr/bin/qemu-system-x86_64".into(),
             virtiofsd: cache.join("tools/bin/virtiofsd"),
             vhost_device_vsock: cache.join("tools/bin/vhost-device-vsock"),

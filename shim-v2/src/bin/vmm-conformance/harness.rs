@@ -69,13 +69,14 @@ fn installation(cache: &Path) -> Result<Installation> {
         PathBuf::from,
     );
     let guest = std::env::var_os("BOXLITE_GUEST").map(PathBuf::from);
+    let kernel = std::env::var_os("BOXLITE_LIBKRUNFW").map(PathBuf::from);
     let found = |path: PathBuf| match path.exists() {
         true => Ok(path),
         false => Err(format!("{} is missing", path.display())),
     };
     Ok(Installation {
         guest: found(guest.unwrap_or(binaries()?.join("boxlite-guest")))?,
-        libkrunfw: found(tools.join("lib/libkrunfw.so.5"))?,
+        libkrunfw: found(kernel.unwrap_or(tools.join("lib/libkrunfw.so.5")))?,
         qemu: "/usr/bin/qemu-system-x86_64".into(),
         virtiofsd: tools.join("tools/bin/virtiofsd"),
         vhost_device_vsock: tools.join("tools/bin/vhost-device-vsock"),
