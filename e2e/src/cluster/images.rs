@@ -1,8 +1,8 @@
 //! Images of the cluster's pods, pushed to the loopback registry: `busybox:1` and `agnhost:1` for the project's cases, and the
 //! images that Kubernetes' test suite names at registry.k8s.io.
 //!
-//! The suite's programs are agnhost from its Go module and Debian's bash, curl, dig, netcat and nginx. docs/conformance.md
-//! lists the required content.
+//! The suite's programs are agnhost and pause from Kubernetes' Go module and Debian's bash, curl, dig, netcat and nginx.
+//! docs/conformance.md lists the required content.
 
 use super::programs::Programs;
 use crate::conformance::images::{nginx, tools};
@@ -46,18 +46,22 @@ pub(crate) async fn push(
     if !suite {
         return Ok(());
     }
-    let (bash, tools, clients) = (bash()?, tools()?, clients(&programs.clients())?);
+    let (shell_layer, tools, clients) = (
+        suite_shell(&programs.suite_shell())?,
+        tools()?,
+        clients(&programs.clients())?,
+    );
     let name = |name: &str| format!("{E2E}/{name}");
     for tag in ["2.66.1", "2.55"] {
-        let layers = [&base, &tools, &bash, &clients, &agnhost];
+        let layers = [&base, &tools, &shell_layer, &clients, &agnhost];
         push.image(&name("agnhost"), tag, &layers, server.clone())
             .await?;
     }
-    let plain = [&base, &tools, &bash];
+    let plain = [&base, &tools, &shell_layer];
     push.image(
         &name("busybox"),
         "1.37.0-2",
-        &[&base, &tools, &bash, &netcat(&programs.clients())?],
+        &[&base, &tools, &shell_layer, &netcat(&programs.clients())?],
         shell.clone(),
     )
     .await?;
@@ -68,12 +72,13 @@ pub(crate) async fn push(
     push.image(
         &name("glibc-dns-testing"),
         "2.1.1",
-        &[&base, &tools, &bash, &clients],
+        &[&base, &tools, &shell_layer, &clients],
         shell.clone(),
     )
     .await?;
-    let pause = json!({"Entrypoint": ["sleep", "infinity"], "User": "65535:65535", "Env": [PATH]});
-    push.image("pause", "3.10.2", &[&base], pause).await?;
+    let config = json!({"Entrypoint": ["/pause"], "User": "65535:65535", "Env": [PATH]});
+    push.image("pause", "3.10.2", &[&pause(&programs.pause())?], config)
+        .await?;
     let user = json!({"Cmd": ["sh"], "Env": [PATH], "User": "1234"});
     push.image(&name("nonroot"), "1.5", &plain, user).await?;
     let nnp = no_new_privileges(&programs.nnp())?;
@@ -87,7 +92,7 @@ pub(crate) async fn push(
         push.image(
             &name("nginx"),
             tag,
-            &[&base, &tools, &bash, &nginx],
+            &[&base, &tools, &shell_layer, &nginx],
             command,
         )
         .await?;
@@ -126,11 +131,26 @@ fn agnhost(program: &Path) -> Result<Layer> {
     tar.finish(Compression::Gzip)
 }
 
-/// Returns bash as `sh`: Debian's ash and dash drop environment variables whose names are not identifiers.
-fn bash() -> Result<Layer> {
+/// Returns bash and the program of e2e/cluster/sh.c as `sh`, which runs busybox's shell or bash.
+fn suite_shell(program: &Path) -> Result<Layer> {
     let mut tar = LayerTar::default();
     with_libraries(&mut tar, Path::new("/bin/bash"), "bin/bash")?;
-    tar.hard_link_of_mode("bin/sh", "bin/bash", 0o755)?;
+    tar.file(
+        "bin/sh",
+        0o755,
+        &std::fs::read(program).during(program.display())?,
+    )?;
+    tar.finish(Compression::Gzip)
+}
+
+/// Returns Kubernetes' pause program, which ends at SIGTERM although it is PID 1.
+fn pause(program: &Path) -> Result<Layer> {
+    let mut tar = LayerTar::default();
+    tar.file(
+        "pause",
+        0o755,
+        &std::fs::read(program).during(program.display())?,
+    )?;
     tar.finish(Compression::Gzip)
 }
 

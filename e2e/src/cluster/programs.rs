@@ -64,6 +64,16 @@ impl Programs {
         self.root.join("nnp")
     }
 
+    /// Returns the path of Kubernetes' pause program, which only its test suite needs.
+    pub(crate) fn pause(&self) -> PathBuf {
+        self.root.join("pause")
+    }
+
+    /// Returns the path of the program of e2e/cluster/sh.c, which only Kubernetes' test suite needs.
+    pub(crate) fn suite_shell(&self) -> PathBuf {
+        self.root.join("sh")
+    }
+
     /// Returns the path of Debian's nginx.
     pub(crate) fn nginx(&self) -> PathBuf {
         self.root.join("nginx/usr/sbin/nginx")
