@@ -1,10 +1,14 @@
-/* A TCG plugin that counts what a guest executes, in the file "guest-instructions" of QEMU's working directory: three
- * numbers of 64 bits: instructions, those of the guest's kernel among them, and translated blocks.
+/* A TCG plugin that counts what a guest executes, in a memfd named "guest-instructions": three numbers of 64 bits:
+ * instructions, those of the guest's kernel among them, and translated blocks.
+ *
+ * It is also a program that executes QEMU (QEMU, a macro) with itself as a plugin. The jail of a VMM has one file for QEMU and
+ * lets it create no others, so one file must be both.
  *
  * The declarations are the part of QEMU's plugin interface (version 1) that is used here; Debian has no header for it. */
-#include <fcntl.h>
+#define _GNU_SOURCE
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -34,7 +38,8 @@ static void translated(plugin_id id, struct qemu_plugin_tb *block)
 
 __attribute__((visibility("default"))) int qemu_plugin_install(plugin_id id, const void *info, int argc, char **argv)
 {
-	int file = open("guest-instructions", O_RDWR | O_CREAT | O_TRUNC, 0600);
+	/* Not closed: it is found among QEMU's descriptors. */
+	int file = memfd_create("guest-instructions", MFD_CLOEXEC);
 
 	(void)info;
 	(void)argc;
@@ -42,9 +47,29 @@ __attribute__((visibility("default"))) int qemu_plugin_install(plugin_id id, con
 	if (file < 0 || ftruncate(file, 4096) != 0)
 		return 1;
 	counters = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
-	close(file);
 	if (counters == MAP_FAILED)
 		return 1;
 	qemu_plugin_register_vcpu_tb_trans_cb(id, translated);
 	return 0;
+}
+
+/* The program interpreter, which a shared object has only if it is also a program. */
+__attribute__((section(".interp"), used)) static const char interpreter[] = "/lib64/ld-linux-x86-64.so.2";
+
+/* Entry point: passes the initial stack, with the arguments, to a function. */
+__asm__(".globl start\n.hidden start\nstart:\n\tmov %rsp, %rdi\n\tand $-16, %rsp\n\tcall execute_qemu\n");
+
+__attribute__((visibility("hidden"), noreturn, used)) void execute_qemu(char **stack)
+{
+	size_t argc = (size_t)stack[0];
+	char *arguments[argc + 3];
+
+	arguments[0] = QEMU;
+	arguments[1] = "-plugin";
+	arguments[2] = stack[1];
+	for (size_t i = 1; i <= argc; i++)
+		arguments[i + 2] = stack[i + 1];
+	execv(QEMU, arguments);
+	perror(QEMU);
+	_exit(1);
 }

@@ -1,22 +1,22 @@
 //! Guest instructions: a number of an operation's cost that neither load nor the machine changes.
 //!
-//! QEMU runs with a plugin (`e2e/bench/count.c`) that counts the guest's instructions in a file of the VM's working
-//! directory. The plugin reaches the VMM's jail as a part of the script that replaces QEMU there. Emulated guests only.
+//! QEMU runs with a plugin (`e2e/bench/count.c`) that counts the guest's instructions in a memfd. The plugin replaces QEMU in
+//! the VMM's jail, and executes it. Emulated guests only.
 
 use crate::failure::{During, Result};
 use crate::install::Install;
 use crate::namespaces::run as command;
-use crate::node::Node;
 use crate::pod::Pod;
-use crate::{ensure, poll};
+use crate::process::family;
+use crate::{bail, ensure, poll};
 use std::fs::File;
-use std::os::unix::fs::{FileExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::time::Duration;
 
 /// Source of the plugin.
 const PLUGIN: &str = include_str!("../../bench/count.c");
-/// File that the plugin creates in the VM's working directory.
+/// Name of the memfd that the plugin creates.
 const COUNTERS: &str = "guest-instructions";
 /// Interval in which an idle guest executes at most [`IDLE_INSTRUCTIONS`]. Long enough for QEMU to get a turn on a busy host.
 const IDLE_INTERVAL: Duration = Duration::from_millis(150);
@@ -27,26 +27,24 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Compiles the plugin and returns an installation whose QEMU counts. Its files are below `scratch`.
 pub(crate) fn counting(scratch: &Path, install: &Install) -> Result<Install> {
-    let (source, plugin) = (scratch.join("count.c"), scratch.join("count.so"));
+    let (source, qemu) = (scratch.join("count.c"), scratch.join("qemu-counting"));
     std::fs::write(&source, PLUGIN)?;
-    let args = ["-shared", "-fPIC", "-O2", "-s", "-o"];
-    let paths = [plugin.display().to_string(), source.display().to_string()];
-    let args: Vec<&str> = args
-        .into_iter()
-        .chain(paths.iter().map(String::as_str))
-        .collect();
+    let program = format!("-DQEMU=\"{}\"", install.qemu.display());
+    let (to, from) = (qemu.display().to_string(), source.display().to_string());
+    // Lazy binding: as a program it has no functions of QEMU.
+    let args = [
+        "-shared",
+        "-fPIC",
+        "-O2",
+        "-s",
+        "-Wl,-z,lazy",
+        "-Wl,-e,start",
+        &program,
+        "-o",
+        &to,
+        &from,
+    ];
     command("cc", &args).during("compile the plugin")?;
-    let qemu = scratch.join("qemu-counting");
-    let head = |length: usize| {
-        format!(
-            "#!/bin/sh\ntail -c +{length:04} \"$0\" > count.so && exec {} -plugin ./count.so \"$@\"\nexit 1\n",
-            install.qemu.display()
-        )
-    };
-    let mut script = head(head(0).len() + 1).into_bytes();
-    script.extend(std::fs::read(&plugin)?);
-    std::fs::write(&qemu, script)?;
-    std::fs::set_permissions(&qemu, std::fs::Permissions::from_mode(0o755))?;
     Ok(Install {
         qemu,
         ..install.clone()
@@ -81,8 +79,16 @@ pub(crate) struct Counters(File);
 impl Counters {
     /// Opens the counters of a pod of a node with a counting QEMU.
     pub(crate) fn open(pod: &Pod) -> Result<Self> {
-        let path = path(&pod.node, &pod.id);
-        Ok(Self(File::open(&path).during(path.display())?))
+        for pid in family(&pod.id)?.1 {
+            for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))? {
+                let path = entry?.path();
+                let target = std::fs::read_link(&path).unwrap_or_default();
+                if target.to_string_lossy().contains(COUNTERS) {
+                    return Ok(Self(File::open(&path).during(path.display())?));
+                }
+            }
+        }
+        bail!("no process of the VM has counters")
     }
 
     /// Reads the counters.
@@ -113,8 +119,4 @@ impl Counters {
         })
         .await
     }
-}
-
-fn path(node: &Node, id: &str) -> PathBuf {
-    node.dir.join("state/s").join(id).join("vm").join(COUNTERS)
 }
