@@ -51,7 +51,8 @@ pub(crate) fn remove(scratch: &Path) -> Result {
     Ok(())
 }
 
-fn name(scratch: &Path) -> String {
+/// Returns the name of the cgroup of the run with this scratch directory.
+pub(crate) fn name(scratch: &Path) -> String {
     let last = scratch.file_name().unwrap_or_default();
     format!("boxlite-e2e-{}", last.to_string_lossy())
 }

@@ -4,8 +4,9 @@
 //! Read-only. Covers this program's namespaces, so other work on the machine does not interfere.
 
 use crate::failure::Result;
+use crate::namespaces::{SCRATCH_PREFIX, scratch};
 use crate::node::Node;
-use crate::{ensure, poll};
+use crate::{cgroups, ensure, poll};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
@@ -25,7 +26,7 @@ impl LeakSnapshot {
         kinds.insert("mounts", mounts()?);
         kinds.insert("network namespaces", names("/run/netns".as_ref()));
         kinds.insert("interfaces", interfaces()?);
-        kinds.insert("cgroups", cgroups());
+        kinds.insert("cgroups", product_cgroups());
         kinds.insert(
             "leases",
             names(&node.leases())
@@ -154,15 +155,22 @@ fn interfaces() -> Result<Vec<String>> {
         .collect())
 }
 
+/// Returns true if the path is that of the cgroup of another run on this machine, or below it.
+fn is_of_another_run(path: &str) -> bool {
+    let of_any = cgroups::name(SCRATCH_PREFIX.as_ref());
+    path.contains(&of_any) && !path.contains(&cgroups::name(&scratch()))
+}
+
 /// Returns the product's cgroups on every hierarchy, except a kubelet's cgroups of all pods of a QoS class: it creates them
 /// again when they are missing. Files of a cgroup come with their directory.
-fn cgroups() -> Vec<String> {
+fn product_cgroups() -> Vec<String> {
     const MOUNT: &str = "/sys/fs/cgroup";
     const OF_ALL_PODS: [&str; 3] = ["/kubepods", "/kubepods/burstable", "/kubepods/besteffort"];
     tree(MOUNT.as_ref(), 5)
         .into_iter()
         .filter(|p| p.contains("boxlite-e2e") && Path::new(MOUNT).join(p).is_dir())
         .filter(|p| !OF_ALL_PODS.iter().any(|end| p.ends_with(end)))
+        .filter(|p| !is_of_another_run(p))
         .collect()
 }
 

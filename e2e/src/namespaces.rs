@@ -38,11 +38,14 @@ impl Stage {
     }
 }
 
+/// Beginning of the name of every scratch directory.
+pub(crate) const SCRATCH_PREFIX: &str = "bx-";
+
 /// Creates the namespaces, runs this command line in them and returns its exit code. Removes the scratch directory.
 pub(crate) fn enter() -> Result<ExitCode> {
     // Short, because unix socket paths are limited to 107 bytes.
     let scratch = tempfile::Builder::new()
-        .prefix("bx-")
+        .prefix(SCRATCH_PREFIX)
         .rand_bytes(4)
         .tempdir_in("/tmp")?;
     let status = Command::new("unshare")

@@ -3,6 +3,7 @@
 //! Contains no wire types (those are in `boxlite-proto`), no policy and no knowledge of a VMM.
 
 pub mod calendar;
+pub mod clock;
 pub mod core_dumps;
 pub mod descriptors;
 pub mod detached_mount;

@@ -14,6 +14,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(version_and_status_are_reported, 20),
         case!(pod_runs_and_is_removed, 60),
         case!(container_states_and_exit_code_are_reported, 60),
+        case!(exit_time_does_not_follow_the_guests_clock, 60),
         case!(lists_honor_filters, 90),
         case!(stop_and_remove_are_idempotent, 60),
         case!(retried_run_joins_the_one_in_flight, 60),
@@ -130,6 +131,32 @@ async fn container_states_and_exit_code_are_reported(ctx: Context) -> Result {
     let again = container.start().await;
     ensure!(again.is_err(), "an exited container can't be started again");
     pod.end().await
+}
+
+/// A container sets the VM's clock back by years. Its exit is after the request to stop it all the same.
+async fn exit_time_does_not_follow_the_guests_clock(ctx: Context) -> Result {
+    let pod = Pod::run(&ctx.node, "clock").await?;
+    let script =
+        "trap 'exit 0' TERM; date -s @1000000000 >/dev/null && echo set; sleep infinity & wait";
+    let mut config = container_spec("c", &ctx.images.base, &["sh", "-c", script]);
+    let linux = config.linux.get_or_insert_default();
+    linux.security_context.get_or_insert_default().capabilities = Some(Capability {
+        add_capabilities: vec!["SYS_TIME".into()],
+        ..Default::default()
+    });
+    let container = pod.create_with(config).await?;
+    container.start().await?;
+    container.printed("set", ctx.patience(20)).await?;
+    let requested = now();
+    container.stop(20).await?;
+    let status = container.status().await?;
+    same!(status.exit_code, 0, "exit code");
+    ensure!(
+        (requested..=now()).contains(&status.finished_at),
+        "finished_at {} is not between the request at {requested} and now",
+        status.finished_at
+    );
+    Ok(())
 }
 
 async fn lists_honor_filters(ctx: Context) -> Result {

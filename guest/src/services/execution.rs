@@ -199,8 +199,10 @@ impl Execution for ExecutionService {
         let process = self
             .process(&request.container_id, &request.exec_id)
             .await?;
+        let exit = process.wait().await;
         Ok(Response::new(WaitResponse {
-            exit: Some(process.wait().await),
+            exit: Some(exit),
+            guest_time_unix_ns: crate::system::unix_time_ns(),
         }))
     }
 

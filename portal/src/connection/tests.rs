@@ -80,6 +80,7 @@ impl Execution for Agent {
                 code,
                 ..Default::default()
             }),
+            ..Default::default()
         }))
     }
 

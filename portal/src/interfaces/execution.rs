@@ -144,7 +144,8 @@ impl ExecutionInterface {
         }
     }
 
-    /// Waits for the exit of a process without a deadline: returns with the process, the connection, or the caller.
+    /// Waits for the exit of a process without a deadline: returns with the process, the connection, or the caller. The time of
+    /// the exit is converted to the host's clock.
     ///
     /// # Errors
     /// Every kind of [`PortalError`].
@@ -156,13 +157,18 @@ impl ExecutionInterface {
         };
         let response = self.client.clone().wait(request).await;
         let response = response.map_err(|status| PortalError::from_status(call, status))?;
-        response
-            .into_inner()
-            .exit
-            .ok_or_else(|| PortalError::Protocol {
-                call,
-                what: "an answer without exit".into(),
-            })
+        let response = response.into_inner();
+        let guest_now = response.guest_time_unix_ns;
+        let mut exit = response.exit.ok_or_else(|| PortalError::Protocol {
+            call,
+            what: "an answer without exit".into(),
+        })?;
+        exit.finished_at_unix_ns = host_time(
+            exit.finished_at_unix_ns,
+            guest_now,
+            boxlite_sys::clock::unix_ns(),
+        );
+        Ok(exit)
     }
 
     /// Signals an exec'd process; with `all` also its descendants. `signal` is the Linux number.
@@ -375,5 +381,36 @@ impl ExecutionInterface {
     /// Returns the same client on a dedicated connection.
     pub(super) fn dedicated(&self) -> Self {
         Self::new(self.connection.dedicated(), self.bytes.clone())
+    }
+}
+
+/// Converts a time of the guest's clock to the host's: that clock is set at boot, drifts, and a privileged container can set it.
+/// What remains is the latency of the answer, so the result is never before the event.
+fn host_time(at_ns: i64, guest_now_ns: i64, host_now_ns: i64) -> i64 {
+    let age = guest_now_ns.saturating_sub(at_ns).max(0);
+    host_now_ns.saturating_sub(age)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::host_time;
+
+    #[test]
+    fn exit_time_of_a_wrong_guest_clock_is_the_hosts() {
+        const HOST_NOW: i64 = 1_800_000_000_000_000_000;
+        for (at, guest_now, age) in [
+            (HOST_NOW - 5_300, HOST_NOW - 5_000, 300),
+            (1_000_000, 1_000_300, 300),
+            (0, 0, 0),
+            // Set back after the exit.
+            (HOST_NOW, 1_000, 0),
+            (i64::MIN, i64::MAX, i64::MAX),
+        ] {
+            assert_eq!(
+                host_time(at, guest_now, HOST_NOW),
+                HOST_NOW - age,
+                "{at} {guest_now}"
+            );
+        }
     }
 }

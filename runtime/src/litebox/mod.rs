@@ -33,6 +33,7 @@ use crate::shim_controller::{ShimController, ShimProgram};
 use crate::types::{BoxOptions, BoxSnapshot, ContainerSnapshot};
 use boxlite_portal::GuestSession;
 use boxlite_proto::vmm::{Acceleration, VmmKind};
+pub(crate) use boxlite_sys::clock::unix_ns as now_ns;
 use boxlite_sys::sync::Mutex;
 use driver::Message;
 pub use driver::UpdateMetadata;
@@ -40,7 +41,7 @@ pub use sessions::{ProcessControls, ProcessSession};
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -356,12 +357,4 @@ fn snapshot_of(
         metrics: metrics.snapshot(),
         options,
     }
-}
-
-/// Returns the wall-clock time in nanoseconds since the epoch.
-pub(crate) fn now_ns() -> i64 {
-    let since = SystemTime::now()
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .unwrap_or_default();
-    i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
 }

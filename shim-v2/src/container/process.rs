@@ -55,7 +55,7 @@ pub enum Phase {
 pub struct Ended {
     /// Exit status, 0–255; 128 + signal number if a signal killed the process.
     pub status: u32,
-    /// Nanoseconds since the epoch, by the guest's clock if the guest reported the exit.
+    /// Nanoseconds since the epoch, by the host's clock.
     pub at_unix_ns: i64,
 }
 

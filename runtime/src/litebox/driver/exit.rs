@@ -13,7 +13,7 @@ pub(crate) fn finish(row: &mut ContainerRow, exit: TaskExit, message: &str) {
     let snapshot = &mut row.snapshot;
     snapshot.state = ContainerState::Exited;
     snapshot.exit_code = exit.code;
-    // The guest's clock, clamped by the host's: not before the start, not in the future.
+    // Derived from the guest's report, so not before the start, not in the future.
     let now = now_ns();
     snapshot.finished_at_ns = match exit.at_ns {
         at if at > 0 => at.max(snapshot.started_at_ns).min(now),
