@@ -5,6 +5,7 @@
 
 #![deny(unsafe_code)]
 
+mod attack;
 mod bench;
 mod cases;
 mod cgroups;
@@ -151,6 +152,15 @@ enum Command {
         /// File to lock.
         file: PathBuf,
     },
+    /// Acts as a hostile guest kernel. Runs inside a guest.
+    #[command(hide = true)]
+    Attack {
+        /// What is attacked.
+        #[arg(value_enum)]
+        aim: attack::Aim,
+        /// Paths of the host that must not be reached, or the number of the first queue.
+        arguments: Vec<String>,
+    },
     /// Serves as an NRI plugin on standard input. Launched by a daemon.
     #[command(hide = true)]
     NriPlugin {
@@ -172,6 +182,9 @@ fn main() -> ExitCode {
         Command::MapRead { file } => probe::map_read(file).map(|()| ExitCode::SUCCESS),
         Command::MapWrite { file } => probe::map_write(file).map(|()| ExitCode::SUCCESS),
         Command::TryLock { file } => probe::try_lock(file).map(|()| ExitCode::SUCCESS),
+        Command::Attack { aim, arguments } => {
+            attack::run(*aim, arguments).map(|()| ExitCode::SUCCESS)
+        }
         Command::NriPlugin { notes } => nri_plugin(notes).map(|()| ExitCode::SUCCESS),
         Command::Test { list: true, .. } => {
             for case in cases::all() {
@@ -223,6 +236,7 @@ fn run(command: Command) -> failure::Result<ExitCode> {
         | Command::MapRead { .. }
         | Command::MapWrite { .. }
         | Command::TryLock { .. }
+        | Command::Attack { .. }
         | Command::NriPlugin { .. } => true,
         Command::Containerd { suite, version } => {
             runtime.block_on(containerd::run(&suite, version))?

@@ -8,6 +8,7 @@ mod cni;
 mod coherence;
 mod crash;
 mod exec;
+mod hostile_guest;
 mod images;
 mod kubelet;
 mod lifecycle;
@@ -73,6 +74,7 @@ pub(crate) fn all() -> Vec<Case> {
         blocks::cases(),
         mount_export::cases(),
         security::cases(),
+        hostile_guest::cases(),
         nri::cases(),
         images::cases(),
         odd_images::cases(),
