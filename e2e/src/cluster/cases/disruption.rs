@@ -8,6 +8,7 @@ use crate::failure::Result;
 use crate::runner::Case;
 use crate::{case, ensure, process, same};
 use serde_json::json;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -176,10 +177,8 @@ async fn rebooted_node_restarts_every_pod(ctx: Context) -> Result {
 /// Removes all that a reboot removes: mounts and files of the state directory, network namespaces and interfaces.
 fn forget(ctx: &Context) -> Result {
     let state = ctx.cluster.worker.node.dir.join("state");
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
-    let points = boxlite_sys::mountinfo::mounts(&mounts).map(|mount| mount.point);
-    let ours = points.filter(|p| p.starts_with(&state) || p.starts_with("/run/netns/"));
-    for point in ours.rev() {
+    // One at a time: an unmount propagates to other mounts of the list.
+    while let Some(point) = last_mount(&[&state, Path::new("/run/netns")])? {
         crate::namespaces::run("umount", &["--lazy", &point.display().to_string()])?;
     }
     for entry in std::fs::read_dir("/run/netns")? {
@@ -187,4 +186,18 @@ fn forget(ctx: &Context) -> Result {
     }
     std::fs::remove_dir_all(&state)?;
     Ok(())
+}
+
+/// Returns the mount point below one of `dirs` that was mounted last.
+fn last_mount(dirs: &[&Path]) -> Result<Option<PathBuf>> {
+    let text = std::fs::read_to_string("/proc/self/mountinfo")?;
+    let points: Vec<_> = boxlite_sys::mountinfo::mounts(&text)
+        .map(|mount| mount.point)
+        .collect();
+    // The node's /run covers earlier mounts below it, which cannot be unmounted.
+    let run = points.iter().rposition(|point| point == "/run");
+    let reachable = points.into_iter().skip(run.map_or(0, |at| at + 1));
+    Ok(reachable
+        .rev()
+        .find(|point| dirs.iter().any(|dir| point.starts_with(dir))))
 }
