@@ -1,13 +1,14 @@
 //! Step 8: the jail's files, and entering the VM.
 
 use super::ffi::Context;
+use super::kvm;
 use crate::jail::{self, HostFiles, ProcFiles, Process};
 use crate::vmm::step::StepExt;
 use crate::vmm::{VmmInstance, VmmInstanceImpl};
 use boxlite_proto::error::BoxliteResult;
 use boxlite_proto::vmm::InstanceSpec;
 use std::convert::Infallible;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 struct KrunInstance {
     context: Context,
@@ -24,7 +25,7 @@ impl VmmInstanceImpl for KrunInstance {
         let (read_only, writable): (Vec<_>, Vec<_>) =
             spec.disks.iter().partition(|disk| disk.read_only);
         let path = |disk: &boxlite_proto::vmm::Disk| disk.path.clone();
-        let mut read_write = vec![PathBuf::from("/dev/kvm")];
+        let mut read_write = vec![PathBuf::from(kvm::DEVICE)];
         if !spec.nics.is_empty() {
             read_write.push(PathBuf::from("/dev/net/tun"));
         }
@@ -44,6 +45,7 @@ impl VmmInstanceImpl for KrunInstance {
         let process = Process::Krun {
             internet: self.spec.host_network,
         };
+        kvm::check(Path::new(kvm::DEVICE))?;
         jail::allow_only(process).step("install the system call filter")?;
         Err(self.context.start_enter())
     }

@@ -7,6 +7,7 @@ mod disks;
 mod entrypoint;
 mod ffi;
 mod instance;
+mod kvm;
 mod network;
 mod resources;
 mod shares;
