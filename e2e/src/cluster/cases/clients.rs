@@ -12,7 +12,9 @@ use sha2::Digest;
 use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Lines};
+use tokio::net::TcpStream;
+use tokio::process::ChildStdout;
 
 type Context = Arc<ClusterContext>;
 
@@ -23,6 +25,7 @@ pub(super) fn cases() -> Vec<Case<ClusterContext>> {
         case!(exec_returns_exit_codes_with_and_without_a_terminal, 240),
         case!(copied_files_keep_their_digest, 300),
         case!(port_forward_carries_parallel_requests, 240),
+        case!(port_forward_half_closes, 240),
         case!(attach_reaches_the_main_process, 240),
         case!(ephemeral_container_sees_its_target, 240),
     ]
@@ -34,6 +37,8 @@ const ROTATIONS: usize = 3;
 const COPY_MIB: usize = 100;
 /// Parallel requests through one forwarded port.
 const REQUESTS: usize = 16;
+/// Bytes of a request that its end completes.
+const HALF_CLOSED_BYTES: usize = 100_000;
 /// Limit for the answer to one request or line.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -186,16 +191,23 @@ async fn copied_files_keep_their_digest(ctx: Context) -> Result {
     Ok(())
 }
 
-async fn port_forward_carries_parallel_requests(ctx: Context) -> Result {
-    let serve = "mkdir /www; head -c 300000 /dev/zero | tr '\\0' x > /www/page; exec httpd -f -p 8080 -h /www";
-    ctx.run_pod(&script("web", serve)).await?;
-    let mut forward = ctx
+/// A running `kubectl port-forward`.
+struct Forward {
+    process: tokio::process::Child,
+    /// Local port.
+    port: u16,
+    /// kubectl writes a line for each connection, and ends if its output is closed.
+    _lines: Lines<BufReader<ChildStdout>>,
+}
+
+async fn forward(ctx: &Context, pod: &str, port: u16) -> Result<Forward> {
+    let mut process = ctx
         .kubectl
         .command()
-        .args(["port-forward", "web", ":8080"])
+        .args(["port-forward", pod, &format!(":{port}")])
         .stdout(Stdio::piped())
         .spawn()?;
-    let stdout = forward
+    let stdout = process
         .stdout
         .take()
         .ok_or_else(|| Failure("no output".into()))?;
@@ -204,23 +216,57 @@ async fn port_forward_carries_parallel_requests(ctx: Context) -> Result {
     let line = tokio::time::timeout(ANSWER_TIMEOUT, lines.next_line())
         .await??
         .unwrap_or_default();
-    let port = line
+    let local = line
         .split("127.0.0.1:")
         .nth(1)
         .and_then(|rest| rest.split(' ').next());
-    let url = format!("http://127.0.0.1:{}/page", port.unwrap_or_default());
+    Ok(Forward {
+        process,
+        port: local.unwrap_or_default().parse().during(&line)?,
+        _lines: lines,
+    })
+}
+
+/// The server answers only after the client has closed its side of the connection.
+async fn port_forward_half_closes(ctx: Context) -> Result {
+    let mut main = pods::container("main", "exec nc -ll -p 9000 -e wc -c");
+    // kubectl gives up after a refused connection.
+    let listens = ["sh", "-c", "netstat -ltn | grep -q :9000"];
+    main["readinessProbe"] =
+        json!({"exec": {"command": listens}, "periodSeconds": 1, "timeoutSeconds": 10});
+    ctx.run_pod(&pod("counter", &[main])).await?;
+    let mut forward = forward(&ctx, "counter", 9000).await?;
+    let mut stream = TcpStream::connect(("127.0.0.1", forward.port)).await?;
+    stream.write_all(&[b'x'; HALF_CLOSED_BYTES]).await?;
+    stream.shutdown().await?;
+    let mut answer = String::new();
+    tokio::time::timeout(ANSWER_TIMEOUT, stream.read_to_string(&mut answer)).await??;
+    same!(
+        answer.trim(),
+        HALF_CLOSED_BYTES.to_string(),
+        "bytes that the server counted"
+    );
+    forward.process.kill().await?;
+    Ok(())
+}
+
+async fn port_forward_carries_parallel_requests(ctx: Context) -> Result {
+    let serve = "mkdir /www; head -c 300000 /dev/zero | tr '\\0' x > /www/page; exec httpd -f -p 8080 -h /www";
+    ctx.run_pod(&script("web", serve)).await?;
+    let mut forward = forward(&ctx, "web", 8080).await?;
+    let url = format!("http://127.0.0.1:{}/page", forward.port);
     let client = reqwest::Client::builder()
         .no_proxy()
         .timeout(ANSWER_TIMEOUT)
         .build()?;
     let requests = (0..REQUESTS).map(|_| async {
-        let answer = client.get(&url).send().await.during(&line)?;
+        let answer = client.get(&url).send().await.during(&url)?;
         Ok::<_, Failure>(answer.bytes().await?.len())
     });
     for length in futures::future::try_join_all(requests).await? {
         same!(length, 300_000, "length of an answer");
     }
-    forward.kill().await?;
+    forward.process.kill().await?;
     Ok(())
 }
 

@@ -4,6 +4,7 @@ use crate::cluster::context::{ClusterContext, POD_TIMEOUT, container};
 use crate::cluster::pods::{IDLE, script};
 use crate::cluster::until;
 use crate::failure::{During, Result};
+use crate::namespaces::run;
 use crate::runner::Case;
 use crate::{case, ensure};
 use serde_json::json;
@@ -17,9 +18,13 @@ pub(super) fn cases() -> Vec<Case<ClusterContext>> {
         case!(missing_image_is_an_event, 120),
         case!(failed_network_is_an_event, 240),
         case!(failed_boot_is_an_event, 240),
+        case!(node_without_kvm_is_an_event, 240),
         case!(too_little_memory_is_an_event, 240),
     ]
 }
+
+/// Device of KVM.
+const KVM: &str = "/dev/kvm";
 
 async fn missing_image_is_an_event(ctx: Context) -> Result {
     let missing = "127.0.0.1:5000/missing:1";
@@ -108,6 +113,21 @@ async fn failed_boot_is_an_event(ctx: Context) -> Result {
     let other = format!("guest = \"{}\"", broken.display());
     let act = described(&ctx, "unbootable", &["FailedCreatePodSandBox", "console"]);
     with_change(&ctx, &config, line, &other, act).await
+}
+
+/// The node's configuration demands libkrun, and its /dev/kvm is missing or another device.
+async fn node_without_kvm_is_an_event(ctx: Context) -> Result {
+    let config = ctx.cluster.worker.node.dir.join("config.toml");
+    let exists = Path::new(KVM).exists();
+    if exists {
+        run("mount", &["--bind", "/dev/null", KVM])?;
+    }
+    let act = described(&ctx, "accelerated", &["FailedCreatePodSandBox", KVM]);
+    let done = with_change(&ctx, &config, "vmm = \"auto\"", "vmm = \"krun\"", act).await;
+    if exists {
+        run("umount", &[KVM])?;
+    }
+    done
 }
 
 /// A container that cannot even start within its limit.

@@ -1,15 +1,19 @@
-//! The kubelet's management of the node's resources: statistics, eviction by ephemeral storage, the limit of processes per
-//! pod.
+//! The kubelet's management of the node's resources: statistics, eviction by ephemeral storage, garbage collection of images,
+//! the limit of processes per pod.
 
 use crate::cluster::NODE;
 use crate::cluster::context::{ClusterContext, POD_TIMEOUT, container, phase};
+use crate::cluster::images::{AGNHOST, BUSYBOX};
 use crate::cluster::pods::{self, IDLE, pod, script};
 use crate::cluster::until;
 use crate::failure::Result;
+use crate::pod::pull;
 use crate::runner::Case;
 use crate::{bail, case, ensure, same};
+use k8s_cri::v1::ListImagesRequest;
 use serde_json::{Value, json};
 use std::sync::Arc;
+use std::time::Duration;
 
 type Context = Arc<ClusterContext>;
 
@@ -17,6 +21,7 @@ pub(super) fn cases() -> Vec<Case<ClusterContext>> {
     vec![
         case!(stats_summary_agrees_with_the_guest, 300),
         case!(pod_above_its_ephemeral_storage_is_evicted, 400),
+        case!(unused_images_are_collected, 600),
         case!(process_limit_of_pods_reaches_the_guest, 300),
     ]
 }
@@ -129,6 +134,38 @@ async fn pod_above_its_ephemeral_storage_is_evicted(ctx: Context) -> Result {
     }
     let seen = ctx.pod("modest").await?;
     same!(phase(&seen), "Running", "{}", seen["status"]);
+    Ok(())
+}
+
+/// The kubelet looks for images to remove when it starts, which none is old enough for, and every five minutes.
+const GC_TIMEOUT: Duration = Duration::from_secs(420);
+
+/// Returns the tags of the runtime's images.
+async fn tags(ctx: &Context) -> Result<Vec<String>> {
+    let mut client = ctx.cluster.worker.node.cri.image();
+    let list = client.list_images(ListImagesRequest::default()).await?;
+    let images = list.into_inner().images;
+    Ok(images.into_iter().flat_map(|i| i.repo_tags).collect())
+}
+
+/// A kubelet above its threshold removes the images that no container uses. The image of a running container remains.
+async fn unused_images_are_collected(ctx: Context) -> Result {
+    pull(&ctx.cluster.worker.node, AGNHOST).await?;
+    ctx.run_pod(&script("user", IDLE)).await?;
+    let thresholds = json!({"imageGCHighThresholdPercent": 1, "imageGCLowThresholdPercent": 0, "imageMinimumGCAge": "1ms"});
+    ctx.cluster.worker.restart_kubelet(&thresholds).await?;
+    until("the unused image is removed", GC_TIMEOUT, || async {
+        let present = tags(&ctx).await?;
+        ensure!(present.iter().all(|tag| tag != AGNHOST), "{present:?}");
+        Ok(())
+    })
+    .await?;
+    let present = tags(&ctx).await?;
+    ensure!(
+        present.iter().any(|tag| tag == BUSYBOX),
+        "images: {present:?}"
+    );
+    same!(ctx.exec("user", "echo here").await?, "here\n", "exec");
     Ok(())
 }
 

@@ -20,6 +20,7 @@ pub(super) fn cases() -> Vec<Case<ClusterContext>> {
         case!(init_containers_and_sidecars_run_in_order, 240),
         case!(probes_restart_and_gate_a_container, 300),
         case!(grpc_probe_makes_a_pod_ready, 240),
+        case!(probes_succeed_beside_busy_pods, 400),
         case!(pre_stop_hook_runs_within_the_grace_period, 240),
         case!(job_with_a_failing_pod_is_retried, 300),
         case!(cron_job_runs_at_its_time, 300),
@@ -30,6 +31,9 @@ pub(super) fn cases() -> Vec<Case<ClusterContext>> {
 
 /// Message of the runtime's log for every limit that it lowers.
 const LOWERED: &str = "resize exceeds the VM";
+/// Exec probes to wait for under load.
+const PROBES: usize = 15;
+
 /// The limit is the cgroup's of the guest, and the pod needs no declared overhead.
 async fn memory_limit_without_runtime_class_starts(ctx: Context) -> Result {
     let mut main = pods::container("main", "cat /sys/fs/cgroup/memory.max; nproc");
@@ -147,6 +151,51 @@ async fn grpc_probe_makes_a_pod_ready(ctx: Context) -> Result {
     let main = json!({"name": "main", "image": AGNHOST, "args": ["grpc-health-checking"],
         "readinessProbe": {"grpc": {"port": 5000}, "periodSeconds": 1, "timeoutSeconds": 10}});
     ctx.run_pod(&pod("grpc", &[main])).await.map(drop)
+}
+
+/// Probes do not fail because the CPUs are busy: those of the node by other pods, that of the VM by a container of the same pod.
+async fn probes_succeed_beside_busy_pods(ctx: Context) -> Result {
+    let burn = "while :; do :; done";
+    for name in ["busy-0", "busy-1"] {
+        ctx.run_pod(&script(name, burn)).await?;
+    }
+    let probe = |mut probe: Value| {
+        probe["periodSeconds"] = json!(2);
+        probe["timeoutSeconds"] = json!(10);
+        probe
+    };
+    // agnhost's server of the gRPC probe also listens on port 8080.
+    let serve = "mkdir -p /www; echo ok > /www/ready; exec httpd -f -p 8090 -h /www";
+    let mut web = pods::container("web", serve);
+    web["startupProbe"] =
+        json!({"tcpSocket": {"port": 8090}, "periodSeconds": 1, "failureThreshold": 60});
+    web["readinessProbe"] = probe(json!({"httpGet": {"path": "/ready", "port": 8090}}));
+    web["livenessProbe"] = probe(json!({"tcpSocket": {"port": 8090}}));
+    let mut counter = pods::container("counter", IDLE);
+    counter["livenessProbe"] =
+        probe(json!({"exec": {"command": ["sh", "-c", "echo probed >> /probes"]}}));
+    let grpc = json!({"name": "grpc", "image": AGNHOST, "args": ["grpc-health-checking"],
+        "startupProbe": {"grpc": {"port": 5000}, "periodSeconds": 1, "timeoutSeconds": 10, "failureThreshold": 60},
+        "livenessProbe": probe(json!({"grpc": {"port": 5000}}))});
+    let burner = pods::container("burner", burn);
+    let mut object = pod("probed", &[web, counter, grpc, burner]);
+    object["spec"]["restartPolicy"] = json!("Always");
+    ctx.run_pod(&object).await?;
+    let look = ["exec", "probed", "-c", "counter", "--", "cat", "/probes"];
+    until("exec probes", POD_TIMEOUT, || async {
+        let count = ctx.kubectl.run(&look).await?.lines().count();
+        ensure!(count >= PROBES, "{count} exec probes");
+        Ok(())
+    })
+    .await?;
+    let seen = ctx.pod("probed").await?;
+    same!(restarts(&seen), 0, "restarts: {}", seen["status"]);
+    let events = ctx.events("probed").await?;
+    for kind in ["Liveness", "Readiness"] {
+        let failed = format!("{kind} probe failed");
+        ensure!(!events.contains(&failed), "{events}");
+    }
+    Ok(())
 }
 
 async fn pre_stop_hook_runs_within_the_grace_period(ctx: Context) -> Result {
