@@ -3,6 +3,7 @@
 //! CRI clients see these texts, so they name the object in CRI's terms (pod sandbox, container, image). Causes are kept
 //! in `#[source]`; [`crate::report()`] prints the whole chain once, for a log line or a status message.
 
+use crate::failpoint::Injected;
 use boxlite_portal::{GuestErrorKind, PortalError};
 use boxlite_sys::storage_full::is_full;
 use std::path::PathBuf;
@@ -226,6 +227,14 @@ pub enum RuntimeError {
         /// Description.
         detail: String,
     },
+}
+
+impl From<Injected> for RuntimeError {
+    fn from(injected: Injected) -> Self {
+        Self::Internal {
+            detail: injected.to_string(),
+        }
+    }
 }
 
 impl RuntimeError {

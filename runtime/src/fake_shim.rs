@@ -299,7 +299,10 @@ impl shim_async::Task for Served {
                 "no such program: /nowhere",
             ));
         }
-        self.0.state(&request.id)?;
+        if self.0.state(&request.id)? != Task::Created {
+            let text = "it was started already";
+            return Err(status(ttrpc::Code::FAILED_PRECONDITION, text));
+        }
         self.0.tasks.send_modify(|tasks| {
             tasks.insert(request.id.clone(), Task::Running);
         });
@@ -381,39 +384,51 @@ type Running = (Arc<FakeShim>, tokio::runtime::Runtime);
 
 /// A node with fake shims: roots, program, one image, and the shims served so far.
 pub struct FakeNode {
-    directory: tempfile::TempDir,
+    directory: PathBuf,
+    /// Deletes the directory; unset for another process's node.
+    _temporary: Option<tempfile::TempDir>,
     pub faults: Arc<Faults>,
     shims: Mutex<BTreeMap<String, Running>>,
 }
 
 impl FakeNode {
     pub fn new() -> Self {
-        let directory = tempfile::tempdir_in("/tmp").unwrap();
-        let at = |name: &str| directory.path().join(name);
+        let temporary = tempfile::tempdir_in("/tmp").unwrap();
+        let mut node = Self::open(temporary.path());
+        node._temporary = Some(temporary);
+        let at = |name: &str| node.at(name);
         for name in ["guest", "fw"] {
             std::fs::write(at(name), "x").unwrap();
             std::fs::set_permissions(at(name), std::fs::Permissions::from_mode(0o755)).unwrap();
         }
-        // `start` prints the address of the socket that `serve` created; both actions append a line to the log.
+        // `start` prints the address of the socket that `serve` created; both actions append a line to the log. `delete` waits
+        // until `attend`, if that runs, has ended the shim.
         let script = "#!/bin/sh\nid=$4\ncase \"$*\" in\n*start) [ -e BASE/fail ] && { echo injected fault >&2; exit 1; }\n\
              echo start $id >> BASE/log; : > BASE/wanted/$id; until [ -S BASE/f/$id ]; do sleep 0.01; done\n\
-             printf 'unix://BASE/f/%s' $id ;;\n*) echo delete $id >> BASE/log ;;\nesac\n";
-        let script = script.replace("BASE", directory.path().to_str().unwrap());
+             printf 'unix://BASE/f/%s' $id ;;\n*) echo delete $id >> BASE/log; [ -e BASE/attended ] || exit 0\n\
+             : > BASE/unwanted/$id; while [ -e BASE/unwanted/$id ]; do sleep 0.01; done ;;\nesac\n";
+        let script = script.replace("BASE", node.directory.to_str().unwrap());
         std::fs::write(at("shim"), script).unwrap();
         std::fs::set_permissions(at("shim"), std::fs::Permissions::from_mode(0o755)).unwrap();
-        std::fs::create_dir(at("f")).unwrap();
-        std::fs::create_dir(at("wanted")).unwrap();
-        let node = Self {
-            directory,
-            faults: Arc::default(),
-            shims: Mutex::default(),
-        };
+        for name in ["f", "wanted", "unwanted"] {
+            std::fs::create_dir(at(name)).unwrap();
+        }
         node.put_image();
         node
     }
 
+    /// Returns the node of another process, which serves its shims.
+    pub fn open(directory: &Path) -> Self {
+        Self {
+            directory: directory.to_owned(),
+            _temporary: None,
+            faults: Arc::default(),
+            shims: Mutex::default(),
+        }
+    }
+
     pub fn at(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
+        self.directory.join(name)
     }
 
     /// Returns the log of the program's actions.
@@ -478,11 +493,23 @@ impl FakeNode {
         shim
     }
 
-    /// Serves a shim for every box that is started, until the future is dropped.
+    /// Serves a shim for every box that is started, and ends it with the box, until the future is dropped.
     pub async fn attend(&self) {
+        std::fs::write(self.at("attended"), "").unwrap();
+        let ids = |name: &str| {
+            let entries = std::fs::read_dir(self.at(name)).unwrap();
+            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        };
         loop {
-            for entry in std::fs::read_dir(self.at("wanted")).unwrap() {
-                let id = entry.unwrap().file_name().into_string().unwrap();
+            for id in ids("unwanted") {
+                if self.shims.lock().unwrap().contains_key(&id) {
+                    self.kill_shim(&id);
+                }
+                for name in ["wanted", "f", "unwanted"] {
+                    let _ = std::fs::remove_file(self.at(name).join(&id));
+                }
+            }
+            for id in ids("wanted") {
                 if !self.shims.lock().unwrap().contains_key(&id) {
                     self.serve(&id).await;
                 }

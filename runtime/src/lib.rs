@@ -12,6 +12,7 @@ pub mod error;
 #[cfg(feature = "fake-shim")]
 pub mod error_samples;
 pub mod events;
+pub mod failpoint;
 #[cfg(any(test, feature = "fake-shim"))]
 pub mod fake_shim;
 pub mod filesystem_layout;
@@ -20,6 +21,7 @@ pub mod images;
 pub mod init_rootfs;
 pub mod litebox;
 pub mod metrics;
+mod panics;
 pub mod pool;
 mod recovery;
 pub mod runtime;

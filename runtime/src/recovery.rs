@@ -18,6 +18,7 @@
 use crate::box_state::Phase;
 use crate::database::{BoxRow, ContainerRow};
 use crate::error::{ErrorKind, Result, RuntimeError};
+use crate::failpoint;
 use crate::filesystem_layout::{check_id, remove_tree};
 use crate::litebox::driver::{InitialState, exit};
 use crate::litebox::{BoxEnv, Running, now_ns, teardown};
@@ -27,8 +28,9 @@ use crate::types::ContainerState;
 use boxlite_portal::{Connection, GuestAddress, GuestSession};
 use boxlite_proto::names::SCRATCH_SUFFIX;
 use boxlite_sys::report::report;
-use futures::StreamExt;
+use futures::{FutureExt, StreamExt};
 use std::collections::HashSet;
+use std::panic::AssertUnwindSafe;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -45,12 +47,13 @@ const SHIM_CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// # Errors
 /// `Database` only: a box that cannot be recovered becomes NotReady with a reason.
 pub(crate) async fn recover(env: &Arc<BoxEnv>) -> Result<(Vec<InitialState>, Vec<String>)> {
+    failpoint::reach("recovery.load").await?;
     let rows = env.database.load().await?;
     let known: HashSet<String> = rows.iter().map(|(row, _)| row.options.id.clone()).collect();
     let unmanaged = remove_orphans(env, &known).await;
     let recovering = rows
         .into_iter()
-        .map(|(row, containers)| recover_box(env, row, containers));
+        .map(|(row, containers)| recover_or_give_up(env, row, containers));
     let recovered: Vec<InitialState> = futures::stream::iter(recovering)
         .buffer_unordered(RECOVERY_CONCURRENCY)
         .collect()
@@ -58,14 +61,45 @@ pub(crate) async fn recover(env: &Arc<BoxEnv>) -> Result<(Vec<InitialState>, Vec
     Ok((recovered, unmanaged))
 }
 
+/// Recovers a box. A panic, which one record may cause at each start, ends this box only: its shim is removed, and the other
+/// boxes are served.
+async fn recover_or_give_up(
+    env: &Arc<BoxEnv>,
+    mut row: BoxRow,
+    mut containers: Vec<ContainerRow>,
+) -> InitialState {
+    hold_images(env, &containers);
+    let recovering = recover_box(env, row.clone(), containers.clone());
+    if let Ok(recovered) = AssertUnwindSafe(recovering).catch_unwind().await {
+        return recovered;
+    }
+    tracing::error!(id = row.options.id, "recovery of a sandbox panicked");
+    row.phase = match row.phase {
+        Phase::Removing | Phase::Removed => row.phase,
+        _ => Phase::NotReady,
+    };
+    row.reason = "its recovery failed, see the daemon's log".to_owned();
+    for container in &mut containers {
+        if container.snapshot.state != ContainerState::Exited {
+            exit::finish_unknown(container, &row.reason);
+        }
+    }
+    InitialState {
+        row,
+        containers,
+        running: None,
+        metrics: Arc::default(),
+        recovered: true,
+    }
+}
+
 async fn recover_box(
     env: &Arc<BoxEnv>,
     mut row: BoxRow,
-    containers: Vec<ContainerRow>,
+    mut containers: Vec<ContainerRow>,
 ) -> InitialState {
     let id = row.options.id.clone();
     let metrics = Arc::new(BoxMetrics::default());
-    let mut containers = hold_images(env, containers);
     let mut running = None;
     match row.phase {
         Phase::Removed => {}
@@ -132,7 +166,11 @@ async fn adopt(env: &BoxEnv, row: &BoxRow, metrics: &BoxMetrics) -> Option<Runni
         {
             return None;
         }
-        match ShimController::adopt(id, state.clone()).await {
+        let adopting = async {
+            failpoint::reach("recovery.adopt").await?;
+            ShimController::adopt(id, state.clone()).await
+        };
+        match adopting.await {
             Ok(shim) => {
                 let address = GuestAddress::of(&state.vmm, env.layout.vsock(id));
                 let session = GuestSession::counted(
@@ -148,8 +186,8 @@ async fn adopt(env: &BoxEnv, row: &BoxRow, metrics: &BoxMetrics) -> Option<Runni
 }
 
 /// Restores the image holds of all containers, which are in memory only.
-fn hold_images(env: &BoxEnv, containers: Vec<ContainerRow>) -> Vec<ContainerRow> {
-    for row in &containers {
+fn hold_images(env: &BoxEnv, containers: &[ContainerRow]) {
+    for row in containers {
         let snapshot = &row.snapshot;
         for image in snapshot.images() {
             if let Err(error) = env.images.hold(image, &snapshot.id) {
@@ -162,7 +200,6 @@ fn hold_images(env: &BoxEnv, containers: Vec<ContainerRow>) -> Vec<ContainerRow>
             }
         }
     }
-    containers
 }
 
 /// Takes over the shim's state of each container.
@@ -175,7 +212,11 @@ async fn recover_containers(
         if !row.complete || row.snapshot.state == ContainerState::Exited {
             continue;
         }
-        match shim.task_state(&row.snapshot.id).await {
+        let querying = async {
+            failpoint::reach("recovery.container").await?;
+            shim.task_state(&row.snapshot.id).await
+        };
+        match querying.await {
             Ok(TaskState::Running) if vm_alive => {
                 if row.snapshot.state != ContainerState::Running {
                     row.snapshot.state = ContainerState::Running;
@@ -335,7 +376,11 @@ async fn remove_orphans(env: &BoxEnv, known: &HashSet<String>) -> Vec<String> {
         }
         teardown::clean_or_warn(env, &id).await;
         let bundle = env.layout.bundle(&id);
-        if let Err(error) = teardown::blocking(move || remove_tree(&bundle)).await {
+        let removing = async {
+            failpoint::reach("recovery.orphan").await?;
+            teardown::blocking(move || remove_tree(&bundle)).await
+        };
+        if let Err(error) = removing.await {
             tracing::warn!(id, error = report(&error), "failed to remove bundle");
         }
     }

@@ -8,6 +8,7 @@ use crate::box_state::Phase;
 use crate::database::{BoxRow, Database};
 use crate::error::{ErrorKind, Result, RuntimeError};
 use crate::events::{EventHub, Events};
+use crate::failpoint;
 use crate::filesystem_layout::{FilesystemLayout, check_id};
 use crate::id_prefix::unique;
 use crate::images::ImageManager;
@@ -17,6 +18,7 @@ use crate::litebox::{BoxEnv, LiteBox, RemovalListener, now_ns};
 use crate::metrics::{
     BoxMetrics, BoxMetricsSnapshot, RuntimeMetrics, RuntimeMetricsSnapshot, StageTimers,
 };
+use crate::panics::caught;
 use crate::pool::{self, Pool, PoolNetworks, PoolSettings, PoolStatus};
 use crate::recovery;
 use crate::shim_controller::ShimProgram;
@@ -229,7 +231,24 @@ impl BoxliteRuntime {
             shim: None,
             timers: StageTimers::default(),
         };
-        self.inner.env.database.insert_box(row.clone()).await?;
+        let database = &self.inner.env.database;
+        let inserting = caught(async {
+            failpoint::reach("pod.insert").await?;
+            database.insert_box(row.clone()).await?;
+            Ok(failpoint::reach("pod.inserted").await?)
+        });
+        if let Err(error) = inserting.await {
+            // A row without a box would keep its name until the next start.
+            if let Err(undo) = database.delete_box(&row.options.id).await {
+                let id = row.options.id;
+                tracing::warn!(
+                    id,
+                    error = crate::report(&undo),
+                    "failed to delete the record of a failed sandbox"
+                );
+            }
+            return Err(error);
+        }
         let initial = InitialState {
             row,
             containers: Vec::new(),

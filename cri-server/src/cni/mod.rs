@@ -28,9 +28,10 @@ pub(crate) use result::CniResult;
 
 use crate::config::CniConfig;
 use crate::layout::Layout;
+use boxlite_runtime::failpoint;
 use boxlite_sys::sync::Mutex;
 use std::collections::{HashMap, HashSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 
 /// Name of the pod's interface inside the namespace; the kubelet and every plugin expect it.
@@ -132,6 +133,7 @@ impl Cni {
     pub(crate) async fn attach(&self, pod: &PodNetwork) -> Result<CniRecord, CniError> {
         let conf = self.ready()?;
         let mut record = CniRecord::new(pod, conf, self.namespace(&pod.sandbox_id));
+        self.point("network.record", &record.netns).await?;
         record.save(&self.records)?;
         match self.add_all(&mut record).await {
             Ok(()) => Ok(record),
@@ -145,10 +147,12 @@ impl Cni {
     }
 
     async fn add_all(&self, record: &mut CniRecord) -> Result<(), CniError> {
+        self.point("network.namespace", &record.netns).await?;
         // The namespace of a warm VM exists already.
         if !netns::is_namespace(&record.netns) {
             netns::create(record.netns.clone()).await?;
         }
+        self.point("network.add", &record.netns).await?;
         let mut previous = None;
         for plugin in &record.conf.plugins {
             let input = attachment::input(&record.conf, plugin, &record.pod, previous.as_ref());
@@ -172,6 +176,7 @@ impl Cni {
             });
         }
         record.result = previous;
+        self.point("network.added", &record.netns).await?;
         record.save(&self.records)
     }
 
@@ -207,6 +212,7 @@ impl Cni {
         let Some(record) = CniRecord::load(&self.records, sandbox)? else {
             return Ok(());
         };
+        self.point("network.del", &record.netns).await?;
         let mut failure = None;
         for plugin in record.conf.plugins.iter().rev() {
             let input =
@@ -306,7 +312,10 @@ impl Cni {
 
     /// Removes namespace and record without running plugins.
     async fn forget(&self, sandbox: &str) -> Result<(), CniError> {
-        netns::remove(self.namespace(sandbox)).await?;
+        let path = self.namespace(sandbox);
+        self.point("network.forget", &path).await?;
+        netns::remove(path.clone()).await?;
+        self.point("network.forgotten", &path).await?;
         CniRecord::remove(&self.records, sandbox)
     }
 
@@ -342,6 +351,17 @@ impl Cni {
                 tracing::warn!(plugin = plugin.kind, error = %boxlite_runtime::report(&error), "CNI GC failed");
             }
         }
+    }
+
+    /// Marks a step for injected faults.
+    async fn point(&self, name: &'static str, path: &Path) -> Result<(), CniError> {
+        failpoint::reach(name)
+            .await
+            .map_err(|injected| CniError::Namespace {
+                path: path.to_owned(),
+                step: name,
+                source: injected.into(),
+            })
     }
 
     async fn run(

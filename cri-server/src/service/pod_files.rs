@@ -3,6 +3,7 @@
 use crate::convert::sandbox::PodMetadata;
 use crate::layout::{HOSTNAME, HOSTS, Layout, RESOLV_CONF};
 use boxlite_config::dns;
+use boxlite_runtime::failpoint;
 use std::collections::HashSet;
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io::{self, Write};
@@ -15,6 +16,7 @@ const NODE_HOSTS: &str = "/etc/hosts";
 /// Writes the files. The directory is private; the files are readable by any user of a container.
 pub(crate) fn write(layout: &Layout, id: &str, record: &PodMetadata) -> io::Result<()> {
     let directory = layout.pod(id);
+    failpoint::hit("pod.files")?;
     DirBuilder::new()
         .recursive(true)
         .mode(0o700)
@@ -32,11 +34,13 @@ pub(crate) fn write(layout: &Layout, id: &str, record: &PodMetadata) -> io::Resu
         true => dns::node_file(Path::new(NODE_HOSTS))?,
         false => record.hosts().into_bytes(),
     };
-    file(&directory.join(HOSTS), &hosts)
+    file(&directory.join(HOSTS), &hosts)?;
+    Ok(failpoint::hit("pod.written")?)
 }
 
 /// Removes the files; succeeds if they do not exist.
 pub(crate) fn remove(layout: &Layout, id: &str) -> io::Result<()> {
+    failpoint::hit("pod.unwrite")?;
     match fs::remove_dir_all(layout.pod(id)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),

@@ -15,6 +15,8 @@ use crate::convert::ConvertError;
 use crate::convert::sandbox::PodMetadata;
 use boxlite_proto::cri::v1::{RunPodSandboxRequest, RunPodSandboxResponse};
 use boxlite_runtime::LiteBox;
+use futures::FutureExt;
+use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use tonic::Status;
@@ -60,8 +62,10 @@ async fn make(server: &Server, record: PodMetadata) -> Result<String, Status> {
     let hidden = StartingGuard::new(server, &id);
     let limit_of_time = server.config.timeouts.run_pod;
     let name = record.key();
-    let made = match tokio::time::timeout(limit_of_time, stages(server, &id, record)).await {
-        Ok(made) => made,
+    // A panic is undone as any failure.
+    let stages = AssertUnwindSafe(stages(server, &id, record)).catch_unwind();
+    let made = match tokio::time::timeout(limit_of_time, stages).await {
+        Ok(made) => made.unwrap_or_else(|_| Err(ServiceError::Panicked.into())),
         Err(_) => Err(ServiceError::PodTimeout {
             name,
             limit: limit_of_time,

@@ -1,6 +1,7 @@
 //! Tests of the services with a real BoxliteRuntime over empty directories; none of them needs a VM.
 
 mod errors;
+mod faults;
 mod fleet;
 mod kubelet;
 mod pods;

@@ -40,8 +40,8 @@ const WORKSPACE: [(&str, Allowed); 13] = [
             ("boxlite-config", &[]),
             ("boxlite-portal", &[]),
             ("boxlite-proto", &["cri", "nri"]),
-            // The feature is for tests: shims without VMs.
-            ("boxlite-runtime", &["fake-shim"]),
+            // The features are for tests: shims without VMs, and injected faults.
+            ("boxlite-runtime", &TEST_FEATURES),
             ("boxlite-sys", &[]),
         ],
     ),
@@ -68,6 +68,9 @@ const WORKSPACE: [(&str, Allowed); 13] = [
     // Helpers only: the tests have their own view of every wire format.
     ("e2e", &[("boxlite-sys", &[])]),
 ];
+
+/// Features of `runtime` that only dev-dependencies may enable: programs must not contain them.
+const TEST_FEATURES: [&str; 2] = ["failpoints", "fake-shim"];
 
 /// External crates that only one crate of the workspace may depend on.
 const EXCLUSIVE: [(&str, &str); 4] = [
@@ -137,6 +140,36 @@ fn crates_depend_only_on_allowed_crates() {
         }
     }
     fail(&mistakes);
+}
+
+#[test]
+fn test_features_are_enabled_only_by_dev_dependencies() {
+    let mut found = 0;
+    for (name, _) in WORKSPACE {
+        let text = fs::read_to_string(root().join(name).join("Cargo.toml")).expect("no manifest");
+        let mut section = "";
+        for line in text.lines() {
+            match line.starts_with('[') {
+                true => section = line,
+                false if line.starts_with("default") => {
+                    assert!(
+                        !TEST_FEATURES.iter().any(|f| line.contains(f)),
+                        "{name}: {line}"
+                    );
+                }
+                false if line.starts_with("boxlite-runtime") => {
+                    let enables = TEST_FEATURES.iter().any(|feature| line.contains(feature));
+                    assert!(
+                        !enables || section == "[dev-dependencies]",
+                        "{name}: {line}"
+                    );
+                    found += usize::from(enables);
+                }
+                false => {}
+            }
+        }
+    }
+    assert!(found > 0, "the rule matches nothing");
 }
 
 #[test]

@@ -17,6 +17,7 @@ mod schema;
 
 use crate::box_state::Phase;
 use crate::error::{Result, RuntimeError};
+use crate::failpoint;
 use crate::metrics::StageTimers;
 use crate::shim_controller::ShimState;
 use crate::types::{BoxOptions, ContainerSnapshot};
@@ -209,10 +210,13 @@ impl Database {
         metadata: Vec<u8>,
         query: impl FnOnce(&Connection, &str, &str, &[u8]) -> rusqlite::Result<usize> + Send + 'static,
     ) -> Result<()> {
+        failpoint::reach("database.write").await?;
         self.locked(what, move |inner| {
             inner.catch_up();
             // An update of a deleted row changes nothing; its copy would restore the row.
-            if query(&inner.connection, &id, &record, &metadata)? > 0 {
+            if query(&inner.connection, &id, &record, &metadata)? > 0
+                && failpoint::hit("database.copy").is_ok()
+            {
                 inner.copies.put(kind, &id, &record, &metadata);
             }
             Ok(())
@@ -297,6 +301,7 @@ impl Database {
     /// `Database`.
     pub(crate) async fn delete_box(&self, id: &str) -> Result<()> {
         let id = id.to_owned();
+        failpoint::reach("database.delete").await?;
         self.locked("delete a pod sandbox", move |inner| {
             for container in containers_of(&inner.connection, &id).unwrap_or_default() {
                 inner.copies.remove(Kind::Container, &container);
@@ -304,7 +309,8 @@ impl Database {
             inner.copies.remove(Kind::Box, &id);
             inner.delete(Deletion::Box(id))
         })
-        .await
+        .await?;
+        Ok(failpoint::reach("database.deleted").await?)
     }
 
     /// Inserts or updates a container.
@@ -327,11 +333,13 @@ impl Database {
     /// `Database`.
     pub(crate) async fn delete_container(&self, id: &str) -> Result<()> {
         let id = id.to_owned();
+        failpoint::reach("database.delete").await?;
         self.locked("delete a container", move |inner| {
             inner.copies.remove(Kind::Container, &id);
             inner.delete(Deletion::Container(id))
         })
-        .await
+        .await?;
+        Ok(failpoint::reach("database.deleted").await?)
     }
 
     /// Loads all boxes with their containers. Unreadable rows are moved to the quarantine; rows that only have a copy are

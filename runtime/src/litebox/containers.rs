@@ -13,7 +13,9 @@ use super::images::image_error;
 use super::{LiteBox, UpdateMetadata, now_ns, teardown};
 use crate::database::ContainerRow;
 use crate::error::{Result, RuntimeError};
+use crate::failpoint;
 use crate::filesystem_layout::{check_id, private_directory, remove_tree};
+use crate::panics::caught;
 use crate::shim_controller::{ShimController, TaskCreate, TaskState};
 use crate::types::{ContainerOptions, ContainerSnapshot, ContainerState, ContainerUser, PidMode};
 use boxlite_proto::names;
@@ -61,41 +63,41 @@ impl LiteBox {
         let mut images = vec![options.image_id.clone()];
         images.extend(super::images::volumes(&options.spec));
         let held = env.hold_images(&images, &options.id)?;
-        let row = new_row(self.id(), &options, &held);
-        let admitted = match self
-            .send(|reply| Message::Admit {
-                row: Box::new(row),
-                reply,
-            })
-            .await
-        {
-            Ok(Ok(admitted)) => admitted,
-            Ok(Err(error)) | Err(error) => {
-                // The hold may belong to a container that existed before.
-                if self.container(&options.id).is_err() {
-                    env.release(&held, &options.id);
+        let created = caught(self.create_held(&options, &held)).await;
+        if created.is_err() {
+            match self.exact(&options.id) {
+                // Registered, and not complete.
+                Ok(container) if container.state == ContainerState::Unknown => {
+                    self.undo_create(&options.id).await;
                 }
-                return Err(error);
+                // The hold belongs to a container that existed before.
+                Ok(_) => {}
+                Err(_) => env.release(&held, &options.id),
             }
-        };
+        }
+        created
+    }
+
+    /// Creates a container whose images are held. The caller undoes a failure.
+    async fn create_held(
+        &self,
+        options: &ContainerOptions,
+        held: &[String],
+    ) -> Result<ContainerSnapshot> {
+        failpoint::reach("container.hold").await?;
+        let row = Box::new(new_row(self.id(), options, held));
+        let admitted = self.send(|reply| Message::Admit { row, reply }).await??;
         if admitted.complete {
             return Ok(admitted.snapshot);
         }
-        match self.make_task(&options, &held[0]).await {
-            Ok(()) => {
-                let user = self.user_of(&options.id).await;
-                self.change(&options.id, |row| {
-                    row.complete = true;
-                    row.snapshot.user = user;
-                    row.snapshot.state = ContainerState::Created;
-                })
-                .await
-            }
-            Err(error) => {
-                self.undo_create(&options.id).await;
-                Err(error)
-            }
-        }
+        self.make_task(options, &held[0]).await?;
+        let user = self.user_of(&options.id).await;
+        self.change(&options.id, |row| {
+            row.complete = true;
+            row.snapshot.user = user;
+            row.snapshot.state = ContainerState::Created;
+        })
+        .await
     }
 
     async fn make_task(&self, options: &ContainerOptions, image_id: &str) -> Result<()> {
@@ -124,6 +126,7 @@ impl LiteBox {
         })?;
         let made = bundle.clone();
         teardown::blocking(move || write_bundle(&made, &config, &spec)).await?;
+        failpoint::reach("container.bundle").await?;
         let create = TaskCreate {
             id: options.id.clone(),
             bundle,
@@ -131,7 +134,9 @@ impl LiteBox {
             log_path: options.log_path.clone(),
             terminal: options.tty,
         };
-        running.shim.create_task(&create).await.map(drop)
+        failpoint::reach("container.create").await?;
+        running.shim.create_task(&create).await?;
+        Ok(failpoint::reach("container.created").await?)
     }
 
     /// Returns the user that a new container runs as. Informational: a failure does not fail the creation.
@@ -221,12 +226,17 @@ impl LiteBox {
         }
         let shim = self.running()?.shim;
         let requested_at = now_ns();
-        let result = shim.start_task(id).await;
+        let result = async {
+            failpoint::reach("container.start").await?;
+            shim.start_task(id).await?;
+            Ok(failpoint::reach("container.started").await?)
+        };
+        let result: Result<()> = result.await;
         if let Err(error) = result
             && !runs_after_all(&shim, id, &error).await
         {
             let message = report(&error);
-            let exited = self.change(id, move |row| {
+            let exited = self.note(id, move |row| {
                 let snapshot = &mut row.snapshot;
                 // The VM may have died meanwhile; then the exit is recorded already.
                 if snapshot.state == ContainerState::Created {
@@ -246,7 +256,7 @@ impl LiteBox {
             }
             return Err(error);
         }
-        self.change(id, move |row| {
+        self.note(id, move |row| {
             let snapshot = &mut row.snapshot;
             if snapshot.state == ContainerState::Created {
                 snapshot.state = ContainerState::Running;
@@ -360,6 +370,7 @@ impl LiteBox {
         if snapshot.state == ContainerState::Running {
             self.kill_and_wait(id).await?;
         }
+        failpoint::reach("container.delete").await?;
         if let Ok(running) = self.running() {
             match running.shim.delete_task(id).await {
                 // The VM died, and the task with it.
@@ -373,6 +384,7 @@ impl LiteBox {
                 result => result?,
             }
         }
+        failpoint::reach("container.deleted").await?;
         self.forget(id).await
     }
 
@@ -380,6 +392,7 @@ impl LiteBox {
     async fn forget(&self, id: &str) -> Result<()> {
         let bundle = self.inner.env.layout.container_bundle(self.id(), id);
         teardown::blocking(move || remove_tree(&bundle)).await?;
+        failpoint::reach("container.unbundle").await?;
         match self
             .send(|reply| Message::Forget {
                 id: id.to_owned(),
@@ -468,6 +481,18 @@ impl LiteBox {
         let change: Change = Box::new(change);
         let id = id.to_owned();
         self.send(|reply| Message::Change { id, change, reply })
+            .await?
+    }
+
+    /// As [`Self::change`], for facts that hold even if they cannot be persisted: the next start learns them from the shim.
+    async fn note(
+        &self,
+        id: &str,
+        change: impl FnOnce(&mut ContainerRow) + Send + 'static,
+    ) -> Result<ContainerSnapshot> {
+        let change: Change = Box::new(change);
+        let id = id.to_owned();
+        self.send(|reply| Message::Note { id, change, reply })
             .await?
     }
 

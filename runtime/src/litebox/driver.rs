@@ -21,11 +21,14 @@ use crate::box_state::{self, BoxPolicy, Denied, Phase, Request, Verdict};
 use crate::database::{BoxRow, ContainerRow};
 use crate::error::{Result, RuntimeError};
 use crate::metrics::BoxMetrics;
+use crate::panics::panicked;
 use crate::shim_controller::ShimState;
 use crate::types::ContainerSnapshot;
 use boxlite_sys::report::report;
 use emit::Emitted;
+use futures::FutureExt;
 use std::collections::{BTreeMap, HashMap};
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{AbortHandle, JoinSet};
@@ -53,6 +56,12 @@ pub(crate) enum Message {
     },
     /// Changes a container; replies with its new state.
     Change {
+        id: String,
+        change: Change,
+        reply: oneshot::Sender<Result<ContainerSnapshot>>,
+    },
+    /// As `Change`, for a fact that holds even if it cannot be persisted.
+    Note {
         id: String,
         change: Change,
         reply: oneshot::Sender<Result<ContainerSnapshot>>,
@@ -214,17 +223,50 @@ impl Driver {
         self.advance();
         loop {
             let event = self.next().await;
-            let outcome = match event {
-                Event::Message(message) => self.on_message(message).await,
-                Event::JobDone(end) => self.on_job_done(end).await,
-                Event::WatchEvent(watched) => self.on_watched(watched).await,
-                Event::Close => Outcome::End,
-            };
-            if outcome == Outcome::End {
-                return;
+            let handled = AssertUnwindSafe(self.handle(event)).catch_unwind().await;
+            match handled {
+                Ok(Outcome::End) => return,
+                Ok(Outcome::Continue) => {}
+                Err(_) => self.on_panic(),
             }
             self.advance();
         }
+    }
+
+    async fn handle(&mut self, event: Event) -> Outcome {
+        match event {
+            Event::Message(message) => self.on_message(message).await,
+            Event::JobDone(end) => self.on_job_done(end).await,
+            Event::WatchEvent(watched) => self.on_watched(watched).await,
+            Event::Close => Outcome::End,
+        }
+    }
+
+    /// Continues after a handler that panicked: the box can still be stopped and removed. Callers get an error instead of waiting
+    /// forever, and a job whose result was lost counts as failed, so that it is not repeated without a request.
+    fn on_panic(&mut self) {
+        tracing::error!(id = self.row.options.id, "handler of a sandbox panicked");
+        if self.job.is_empty() {
+            let failed = [
+                box_state::Event::StartFailed,
+                box_state::Event::StopFailed,
+                box_state::Event::RemoveFailed,
+            ];
+            for event in failed {
+                self.policy.event(event);
+            }
+        }
+        self.row.phase = self.policy.phase();
+        if self.row.phase == Phase::NotReady {
+            let reason = self.row.reason.clone();
+            self.end_in_memory(&reason);
+        }
+        self.publish();
+        self.watch_running();
+        let error = Err(Arc::new(panicked()));
+        answer(&mut self.starters, &error);
+        answer(&mut self.stoppers, &error);
+        answer(&mut self.removers, &error);
     }
 
     /// Waits for the next event. Cancel-safe.
@@ -331,6 +373,10 @@ impl Driver {
             }
             Message::Change { id, change, reply } => {
                 let answer = self.change(&id, change).await;
+                let _ = reply.send(answer);
+            }
+            Message::Note { id, change, reply } => {
+                let answer = self.note(&id, change).await;
                 let _ = reply.send(answer);
             }
             Message::UpdateMetadata {

@@ -29,6 +29,7 @@ use crate::id_prefix::unique;
 use crate::images::ImageManager;
 use crate::init_rootfs::InitRootfs;
 use crate::metrics::{BoxMetrics, BoxMetricsSnapshot, StageTimers};
+use crate::panics::panicked;
 use crate::shim_controller::{ShimController, ShimProgram};
 use crate::types::{BoxOptions, BoxSnapshot, ContainerSnapshot};
 use boxlite_portal::GuestSession;
@@ -293,6 +294,10 @@ impl LiteBox {
         if self.inner.env.closing.is_cancelled() {
             return RuntimeError::ShuttingDown;
         }
+        if !self.inner.messages.is_closed() {
+            // The driver lives and dropped the reply.
+            return panicked();
+        }
         match self.view().phase {
             Phase::Removed => RuntimeError::NotFound {
                 subject: "pod sandbox",
@@ -314,7 +319,12 @@ impl LiteBox {
         self.inner.env.tasks.spawn(async move {
             let _ = done.send(operation.await);
         });
-        answer.await.unwrap_or(Err(RuntimeError::ShuttingDown))
+        answer.await.unwrap_or_else(|_| {
+            Err(match self.inner.env.closing.is_cancelled() {
+                true => RuntimeError::ShuttingDown,
+                false => panicked(),
+            })
+        })
     }
 
     /// Returns the lock that create, start and remove of one container share.

@@ -15,6 +15,7 @@
 
 use super::{BoxEnv, Running, WarmVms, teardown};
 use crate::error::{Result, RuntimeError};
+use crate::failpoint;
 use crate::filesystem_layout::{private_directory, remove_file, remove_tree};
 use crate::metrics::{Stage, StageTimers};
 use crate::shim_controller::{ShimController, ShimState};
@@ -139,11 +140,10 @@ async fn claim<R: ShimRecorder>(start: &Start<R>, shim: &ShimController) -> Resu
 impl<R: ShimRecorder> NotStarted<R> {
     async fn image(mut self) -> Result<ImageReady<R>> {
         let began = Instant::now();
-        let checked = self
-            .start
-            .env
-            .init_rootfs
-            .check(&self.vmm())
+        let reached = failpoint::reach("pod.image").await;
+        let checked = reached
+            .map_err(RuntimeError::from)
+            .and_then(|()| self.start.env.init_rootfs.check(&self.vmm()))
             .and_then(|()| {
                 crate::init_rootfs::check_file("shim", self.start.env.program.path(), true)
             });
@@ -174,6 +174,7 @@ impl<R: ShimRecorder> ImageReady<R> {
             // Remove the leftovers of a crashed start.
             remove_tree(&bundle)?;
             private_directory(&bundle)?;
+            failpoint::hit("pod.bundle")?;
             private_directory(&containers)
         });
         match made.await {
@@ -200,12 +201,13 @@ impl<R: ShimRecorder> RootfsReady<R> {
         let began = Instant::now();
         let id = self.start.options.id.clone();
         let bundle = self.start.env.layout.bundle(&id);
-        let spawning = ShimController::spawn(
-            &self.start.env.program,
-            &id,
-            &bundle,
-            self.start.vmm.clone(),
-        );
+        let spawning = async {
+            failpoint::reach("pod.spawn").await?;
+            let (program, vmm) = (&self.start.env.program, self.start.vmm.clone());
+            let shim = ShimController::spawn(program, &id, &bundle, vmm).await?;
+            failpoint::reach("pod.spawned").await?;
+            Ok::<_, RuntimeError>(shim)
+        };
         // Not canceled while the program runs: it has a timeout, and canceling could miss a shim that is just starting.
         let shim = match spawning.await {
             Ok(shim) => shim,
@@ -215,7 +217,11 @@ impl<R: ShimRecorder> RootfsReady<R> {
             return Err(self.fail(reason).await);
         }
         let options = sandbox_options(&self.start.env, &self.start.options, &self.start.vmm);
-        let creating = shim.create_sandbox(&bundle, self.start.options.netns.as_deref(), &options);
+        let creating = async {
+            failpoint::reach("pod.create").await?;
+            let netns = self.start.options.netns.as_deref();
+            shim.create_sandbox(&bundle, netns, &options).await
+        };
         if let Err(reason) = self.start.unless_cancelled(creating).await {
             return Err(self.fail(reason).await);
         }
@@ -305,9 +311,10 @@ impl<R: ShimRecorder> Start<R> {
         let address = GuestAddress::of(&self.vmm, self.env.layout.vsock(&self.options.id));
         let session = GuestSession::counted(Connection::lazy(address), self.bytes.clone());
         let booting = async {
+            failpoint::reach("pod.boot").await?;
             shim.start_sandbox(limit).await?;
             session.guest().ping(PING_TIMEOUT).await?;
-            Ok(())
+            Ok(failpoint::reach("pod.booted").await?)
         };
         self.unless_cancelled(booting).await?;
         timers.record(Stage::Ready.name(), began.elapsed());

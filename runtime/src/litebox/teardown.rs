@@ -5,6 +5,7 @@
 
 use super::BoxEnv;
 use crate::error::{Result, RuntimeError};
+use crate::failpoint;
 use crate::filesystem_layout::{remove_file, remove_tree};
 use crate::shim_controller::{ShimController, TaskExit};
 use boxlite_sys::report::report;
@@ -32,6 +33,7 @@ pub(crate) async fn stop(
     containers: Vec<String>,
 ) -> Result<Exits> {
     let mut exits = Exits::new();
+    failpoint::reach("pod.stop").await?;
     if let Some(shim) = shim.filter(|shim| shim.alive()) {
         if let Err(error) = shim.stop_sandbox().await {
             // The shim's `delete` kills the VM below.
@@ -74,6 +76,7 @@ pub(crate) async fn exits_of(shim: &ShimController, containers: Vec<String>) -> 
 /// The reason why the shim could not be stopped.
 pub(crate) async fn end_shim(env: &BoxEnv, id: &str, shim: Option<&ShimController>) -> Result<()> {
     let state = env.layout.shim_state(id);
+    failpoint::reach("pod.shutdown").await?;
     if let Some(shim) = shim.filter(|shim| shim.alive()) {
         let recorded = state.exists();
         match shim.shutdown().await {
@@ -105,6 +108,7 @@ pub(crate) async fn end_shim_or_warn(env: &BoxEnv, id: &str, shim: Option<&ShimC
 /// Those of [`crate::shim_controller::ShimProgram::delete`]; `Io` if the scratch disk cannot be removed.
 pub(crate) async fn clean(env: &BoxEnv, id: &str) -> Result<()> {
     let bundle = env.layout.bundle(id);
+    failpoint::reach("pod.clean").await?;
     if bundle.is_dir() {
         env.program.delete(id, &bundle).await?;
     }
@@ -133,6 +137,7 @@ pub(crate) async fn clean_or_warn(env: &BoxEnv, id: &str) {
 /// The reason why something could not be removed.
 pub(crate) async fn remove(env: &BoxEnv, id: &str, shim: Option<&ShimController>) -> Result<()> {
     stop(env, id, shim, Vec::new()).await?;
+    failpoint::reach("pod.unbundle").await?;
     let bundle = env.layout.bundle(id);
     blocking(move || remove_tree(&bundle)).await
 }

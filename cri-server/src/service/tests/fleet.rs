@@ -48,14 +48,34 @@ impl Fleet {
     /// Asserts that nothing remains after everything was removed.
     pub(crate) fn assert_nothing_left(&self) {
         assert!(self.server.runtime.boxes().is_empty(), "a pod remains");
-        assert_eq!(self.node.alive(), 0, "a shim remains");
-        for place in ["s/s", "s/netns", "r/cni"] {
-            let left: Vec<_> = std::fs::read_dir(self.node.at(place))
-                .map(|entries| entries.flatten().map(|entry| entry.path()).collect())
-                .unwrap_or_default();
-            assert!(left.is_empty(), "{place}: {left:?}");
-        }
+        assert_no_leaks(&self.node);
     }
+}
+
+/// Asserts that a node without pods has no shims, files, addresses and mounts of pods.
+pub(crate) fn assert_no_leaks(node: &FakeNode) {
+    assert_eq!(node.alive(), 0, "a shim remains");
+    let places = [
+        "s/s",
+        "s/netns",
+        "s/pods",
+        "s/records",
+        "r/cni",
+        "r/scratch",
+        "leases",
+    ];
+    for place in places {
+        let left: Vec<_> = std::fs::read_dir(node.at(place))
+            .map(|entries| entries.flatten().map(|entry| entry.path()).collect())
+            .unwrap_or_default();
+        assert!(left.is_empty(), "{place}: {left:?}");
+    }
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let own = node.at("");
+    let left = mounts
+        .lines()
+        .find(|line| line.contains(own.to_str().unwrap()));
+    assert_eq!(left, None, "a mount remains");
 }
 
 /// Starts a daemon over the node's directories.
@@ -69,12 +89,15 @@ pub(crate) async fn server(node: &FakeNode) -> Server {
     config.timeouts.stats = std::time::Duration::from_millis(700);
     config.cni.conf_dir = node.at("net.d");
     config.cni.bin_dirs = vec![node.at("bin")];
-    for place in ["net.d", "bin"] {
+    for place in ["net.d", "bin", "leases"] {
         std::fs::create_dir_all(node.at(place)).unwrap();
     }
     let conflist = r#"{"cniVersion":"1.0.0","name":"fake","plugins":[{"type":"fake"}]}"#;
     std::fs::write(node.at("net.d").join("10-fake.conflist"), conflist).unwrap();
-    let plugin = "#!/bin/sh\n[ \"$CNI_COMMAND\" = ADD ] && echo '{\"cniVersion\":\"1.0.0\",\"ips\":[{\"address\":\"10.1.2.3/24\"}]}'\nexit 0\n";
+    // Each address is a file.
+    let plugin = "#!/bin/sh\nlease=BASE/leases/$CNI_CONTAINERID\ncase $CNI_COMMAND in\n\
+         ADD) : > $lease; echo '{\"cniVersion\":\"1.0.0\",\"ips\":[{\"address\":\"10.1.2.3/24\"}]}' ;;\nDEL) rm -f $lease ;;\nesac\n";
+    let plugin = plugin.replace("BASE", node.at("").to_str().unwrap());
     std::fs::write(node.at("bin").join("fake"), plugin).unwrap();
     let mode = std::fs::Permissions::from_mode(0o755);
     std::fs::set_permissions(node.at("bin").join("fake"), mode).unwrap();

@@ -56,6 +56,17 @@ impl Driver {
         Ok(snapshot)
     }
 
+    /// Changes a container's row by a fact; a failure to persist it is only logged.
+    pub(super) async fn note(&mut self, id: &str, change: Change) -> Result<ContainerSnapshot> {
+        let mut row = self.row_of(id)?;
+        change(&mut row);
+        let snapshot = row.snapshot.clone();
+        self.store(row).await;
+        self.publish();
+        self.watch_running();
+        Ok(snapshot)
+    }
+
     fn row_of(&self, id: &str) -> Result<ContainerRow> {
         self.containers
             .get(id)
@@ -118,8 +129,18 @@ impl Driver {
         }
     }
 
+    /// Marks every live container as exited without persisting that: the next start does the same.
+    pub(super) fn end_in_memory(&mut self, reason: &str) {
+        for row in self.containers.values_mut() {
+            if row.snapshot.state != ContainerState::Exited {
+                finish_unknown(row, reason);
+            }
+        }
+    }
+
     /// Stores a row that holds even if it cannot be persisted; then only logs the failure.
     async fn store(&mut self, row: ContainerRow) {
+        self.containers.insert(row.snapshot.id.clone(), row.clone());
         if let Err(error) = self.env.database.put_container(row.clone()).await {
             tracing::error!(
                 id = row.snapshot.id,
@@ -127,7 +148,6 @@ impl Driver {
                 "failed to persist container state"
             );
         }
-        self.containers.insert(row.snapshot.id.clone(), row);
     }
 
     /// Returns the ids of the containers that have not exited.

@@ -1,0 +1,25 @@
+//! [`caught`]: turns a panic of an operation into an error, so that its caller undoes what it did, as after any other failure.
+//!
+//! For operations with steps to undo, and for the tasks that own state. All shared state is changed by single assignments or map
+//! operations (see `boxlite_sys::sync`), so it is consistent after a panic.
+
+use crate::error::{Result, RuntimeError};
+use futures::FutureExt;
+use std::future::Future;
+use std::panic::AssertUnwindSafe;
+
+/// Runs `operation`.
+///
+/// # Errors
+/// Those of `operation`; `Internal` if it panicked.
+pub(crate) async fn caught<T>(operation: impl Future<Output = Result<T>>) -> Result<T> {
+    let outcome = AssertUnwindSafe(operation).catch_unwind().await;
+    outcome.unwrap_or_else(|_| Err(panicked()))
+}
+
+/// Returns the error of an operation that panicked; the panic hook has logged the panic.
+pub(crate) fn panicked() -> RuntimeError {
+    RuntimeError::Internal {
+        detail: "the operation panicked, see the daemon's log".into(),
+    }
+}
