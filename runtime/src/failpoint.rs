@@ -4,8 +4,8 @@
 //! failpoint compiles to nothing. Faults are armed by a call, not by the environment. The crate `fail` was not used: it
 //! reads the environment, its delays block a runtime's threads, and it cannot kill the process.
 //!
-//! The plan is the process's, so a test that arms one runs in a process without other tests. The walks over all failpoints
-//! are in cri-server's `service/tests/faults.rs` (pods, containers, recovery) and in `images/tests/failpoints.rs`.
+//! The plan is the process's, so a test that arms one runs in a process without other tests. The walk over all failpoints is
+//! in cri-server's `service/tests/faults.rs`.
 
 #[cfg(any(test, feature = "failpoints"))]
 pub use armed::*;
@@ -106,20 +106,6 @@ mod armed {
         "recovery.container",
     ];
 
-    /// Failpoints of the image store.
-    pub const IMAGE_POINTS: [&str; 10] = [
-        "image.partial",
-        "image.layer",
-        "image.adopt",
-        "image.adopted",
-        "image.blob",
-        "image.index",
-        "image.saved",
-        "image.remove",
-        "image.collect",
-        "image.removed",
-    ];
-
     /// Fault to inject.
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
     pub enum Action {
@@ -179,10 +165,8 @@ mod armed {
 
     /// Returns the listed point of this name.
     pub fn named(name: &str) -> Option<&'static str> {
-        let all = POD_POINTS.iter().chain(&RECOVERY_POINTS);
-        all.chain(&IMAGE_POINTS)
-            .find(|point| **point == name)
-            .copied()
+        let mut all = POD_POINTS.iter().chain(&RECOVERY_POINTS);
+        all.find(|point| **point == name).copied()
     }
 
     /// Counts a hit; returns the fault to inject.

@@ -468,7 +468,10 @@ impl FakeNode {
             .unwrap();
         let (path, served) = (self.at("f").join(box_id), Served(shim.clone()));
         let serving = own.spawn(async move {
-            let listener = unix_socket::bind(&path).unwrap();
+            // Renamed when it listens: the program waits for the path, and its client connects at once.
+            let unfinished = path.with_extension("new");
+            let listener = unix_socket::bind(&unfinished).unwrap();
+            std::fs::rename(unfinished, path).unwrap();
             let mut server = ttrpc::asynchronous::Server::new()
                 .add_listener(Listener::new(
                     tokio_stream::wrappers::UnixListenerStream::new(listener),

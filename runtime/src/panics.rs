@@ -23,3 +23,19 @@ pub(crate) fn panicked() -> RuntimeError {
         detail: "the operation panicked, see the daemon's log".into(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn caught_panic_is_an_internal_error() {
+        let panicking = async {
+            tokio::task::yield_now().await;
+            panic!("injected")
+        };
+        let error = caught::<()>(panicking).await.unwrap_err();
+        assert!(matches!(error, RuntimeError::Internal { .. }), "{error:?}");
+        assert_eq!(caught(async { Ok(7) }).await.unwrap(), 7);
+    }
+}

@@ -62,7 +62,7 @@ async fn make(server: &Server, record: PodMetadata) -> Result<String, Status> {
     let hidden = StartingGuard::new(server, &id);
     let limit_of_time = server.config.timeouts.run_pod;
     let name = record.key();
-    // A panic is undone as any failure.
+    // A panic is undone like any other failure.
     let stages = AssertUnwindSafe(stages(server, &id, record)).catch_unwind();
     let made = match tokio::time::timeout(limit_of_time, stages).await {
         Ok(made) => made.unwrap_or_else(|_| Err(ServiceError::Panicked.into())),

@@ -1,12 +1,13 @@
 //! Faults by plan: a pod's life, from RunPodSandbox to RemovePodSandbox, with one fault at each hit of each failpoint of pods,
 //! containers, database and recovery: an error, a delay in which the client gives up, a panic, and `kill -9` of the daemon.
-//! Afterwards the calls succeed when they are repeated, and nothing is left: shims, bundles, namespaces, addresses, mounts,
-//! files, records. Where pods are fake (`boxlite_runtime::fake_shim`), the daemon and its restart are real.
+//! Afterwards the calls succeed when they are repeated, and nothing remains: shims, bundles, namespaces, addresses, mounts,
+//! files, records. Shims are fake (`boxlite_runtime::fake_shim`); the daemon, its death and its restart are real.
 
 use super::fleet::{self, assert_no_leaks, create, inside, run, run_pod};
 use super::*;
 use boxlite_runtime::failpoint::{Action, POD_POINTS, Plan, RECOVERY_POINTS, arm, fired, named};
 use boxlite_runtime::fake_shim::{FakeNode, image_id};
+use boxlite_sys::file_lock::FileLock;
 use std::fmt::Write;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
@@ -21,14 +22,14 @@ const DAEMON: [&str; 3] = [
     "BOXLITE_FAULT_POINT",
     "BOXLITE_FAULT_NTH",
 ];
-/// Environment of a process that runs a part of the cases: its number. They wait most of the time.
+/// Environment of a process that runs a part of the cases: its number. There are more than processors, because cases wait.
 const SHARD: &str = "BOXLITE_FAULT_SHARD";
 const SHARDS: usize = 6;
 /// Time after which the client of a delayed call gives up, and the delay.
-const PATIENCE: Duration = Duration::from_millis(20);
-const DELAY: Duration = Duration::from_millis(60);
-/// Timeout of a case; each takes a fraction of a second.
-const CASE_TIMEOUT: Duration = Duration::from_secs(60);
+const CLIENT_TIMEOUT: Duration = Duration::from_millis(20);
+const FAULT_DELAY: Duration = Duration::from_millis(60);
+/// Timeout of a case. Each takes a fraction of a second, and many times that on a loaded machine.
+const CASE_TIMEOUT: Duration = Duration::from_secs(300);
 /// Point and hit at which a daemon is killed that leaves a running pod behind.
 const RUNNING: (&str, u32) = ("container.started", 1);
 
@@ -148,8 +149,14 @@ impl Attended {
     }
 }
 
-/// Opens the node as at the start of the daemon.
+/// Opens the node as at the start of the daemon. Waits for the locks of the daemon before it, because tasks that were aborted are
+/// dropped later than the handles.
 async fn open(node: &FakeNode) -> Server {
+    for lock in ["r/runtime.lock", "r/images/lock"] {
+        while node.at(lock).exists() && FileLock::try_acquire(&node.at(lock)).unwrap().is_none() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
     let server = fleet::server(node).await;
     server.remove_orphans().await;
     server
@@ -168,7 +175,7 @@ async fn pods(server: &Server) -> Vec<PodSandbox> {
     answer.into_inner().items
 }
 
-/// Removes all pods and the image, and asserts that nothing is left, also after another restart.
+/// Removes all pods and the image, and asserts that nothing remains, also after another restart.
 async fn finish(server: Server, node: &FakeNode) -> Result<(), String> {
     for pod in pods(&server).await {
         end_pod(&server, &pod.id, None).await?;
@@ -230,7 +237,7 @@ async fn fault_in_life(plan: Plan) -> Result<(), String> {
         server
     } else {
         let server = open(node).await;
-        let patience = matches!(plan.action, Action::Delay(_)).then_some(PATIENCE);
+        let patience = matches!(plan.action, Action::Delay(_)).then_some(CLIENT_TIMEOUT);
         arm(Some(plan));
         live(&server, node, patience).await?;
         assert!(fired(), "not reached");
@@ -304,7 +311,7 @@ async fn plans() -> Vec<Plan> {
     for (point, count) in hits().await.into_iter().chain(recovery) {
         assert!(count > 0, "{point} is not reached");
         for nth in 1..=count {
-            let once = [Action::Error, Action::Delay(DELAY)];
+            let once = [Action::Error, Action::Delay(FAULT_DELAY)];
             let each = [Action::Panic, Action::Kill];
             let all = once.into_iter().chain(each);
             plans.extend(
@@ -362,6 +369,8 @@ fn every_fault_is_undone_and_every_retry_succeeds() {
     let start = |shard: usize| {
         let mut command = this_test();
         command.env(SHARD, shard.to_string());
+        // Most panics are injected, and resolving a backtrace takes a second.
+        command.env("RUST_BACKTRACE", "0");
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         command.spawn().unwrap()
     };
