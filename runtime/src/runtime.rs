@@ -132,7 +132,7 @@ impl BoxliteRuntime {
         }
         layout.prepare()?;
         let lock = lock_roots(&layout.lock())?;
-        let database = Database::open(&layout.database(), &layout.record_copies())?;
+        let database = Database::open(&layout)?;
         let images = open_images(&layout, options.registry).await?;
         let init_rootfs = InitRootfs::new(options.installation);
         let removals = Arc::new(RemovalSink::default());

@@ -26,6 +26,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(killed_daemon_at_random_moments_of_a_start, 300),
         case!(killed_daemon_during_a_pull_recovers, 120),
         case!(terminated_daemon_keeps_its_pods, 90),
+        case!(pod_whose_records_are_lost_is_adopted, 90),
         case!(killed_shim_is_noticed_and_cleaned_up, 120),
         case!(killed_vmm_is_noticed_and_cleaned_up, 120),
         case!(killed_vmm_ends_calls_into_it, 90),
@@ -237,6 +238,49 @@ async fn terminated_daemon_keeps_its_pods(ctx: Context) -> Result {
     );
     c.out(&["true"]).await?;
     pod.end().await
+}
+
+/// Database and copies of its rows are gone, so that only the bundle has the pod's record.
+async fn pod_whose_records_are_lost_is_adopted(ctx: Context) -> Result {
+    let node = node(&ctx, "lost").await?;
+    let clean = LeakSnapshot::take(&node)?;
+    let pod = Pod::run(&node, "lost").await?;
+    let c = pod.start("c", &ctx.images.base, &["sleep", "1000"]).await?;
+    let before = (pod.status().await?, c.status().await?);
+    let (shim, _) = family(&pod.id)?;
+    node.kill().await?;
+    for part in ["", "-wal", "-shm"] {
+        let path = node.dir.join(format!("root/runtime.db{part}"));
+        if path.exists() {
+            std::fs::remove_file(path)?;
+        }
+    }
+    std::fs::remove_dir_all(node.dir.join("state/records"))?;
+    node.serve().await?;
+    let after = (pod.status().await?, c.status().await?);
+    same!(
+        (after.0.created_at, after.0.network, after.0.metadata),
+        (before.0.created_at, before.0.network, before.0.metadata),
+        "the pod"
+    );
+    same!(
+        (after.1.state(), after.1.started_at, after.1.metadata),
+        (
+            ContainerState::ContainerRunning,
+            before.1.started_at,
+            before.1.metadata
+        ),
+        "its container"
+    );
+    same!(family(&pod.id)?.0, shim, "the shim");
+    c.out(&["true"]).await?;
+    let page = node.metrics_page().await?;
+    let lost = page
+        .lines()
+        .find(|line| line.starts_with("boxlite_quarantined_records_total "));
+    ensure!(lost.is_some_and(|line| !line.ends_with(" 0")), "{lost:?}");
+    pod.end().await?;
+    clean.restored(&node).await.map(drop)
 }
 
 /// Expects NOTREADY and EXITED within 2 s of `since`, and no remains after Stop and Remove.

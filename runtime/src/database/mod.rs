@@ -7,7 +7,8 @@
 //! Deleting works on a full disk: a reserve file is removed to make room, and a deletion that still cannot be written is
 //! deferred until the next write. A restart before that finds the row again, without a shim.
 //!
-//! A damaged file or row does not stop the daemon, and no running pod is lost with it: [`Copies`] in `state` restore the rows.
+//! A damaged file or row does not stop the daemon, and no running pod is lost with it: [`Copies`] in `state` restore the rows,
+//! one in a directory for all rows, another in the bundle of the pod or container.
 //!
 //! Each call runs on a blocking thread; dropping its future does not cancel the write.
 
@@ -18,6 +19,7 @@ mod schema;
 use crate::box_state::Phase;
 use crate::error::{Result, RuntimeError};
 use crate::failpoint;
+use crate::filesystem_layout::FilesystemLayout;
 use crate::metrics::StageTimers;
 use crate::shim_controller::ShimState;
 use crate::types::{BoxOptions, ContainerSnapshot};
@@ -84,11 +86,21 @@ pub(crate) struct ContainerRow {
     pub oom: bool,
 }
 
+/// A row as it is stored, with its bundle, which may not exist.
+#[derive(Debug)]
+struct Stored {
+    kind: Kind,
+    id: String,
+    record: String,
+    metadata: Vec<u8>,
+    bundle: PathBuf,
+}
+
 /// Handle to the database. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(crate) struct Database {
     inner: Arc<Mutex<Inner>>,
-    path: PathBuf,
+    layout: FilesystemLayout,
 }
 
 #[derive(Debug)]
@@ -179,19 +191,20 @@ impl Database {
     ///
     /// # Errors
     /// `Io`, `Database`, `DatabaseSchema` if a newer version wrote it.
-    pub(crate) fn open(path: &Path, copies: &Path) -> Result<Self> {
-        let (connection, damaged) = schema::open(path)?;
+    pub(crate) fn open(layout: &FilesystemLayout) -> Result<Self> {
+        let path = layout.database();
+        let (connection, damaged) = schema::open(&path)?;
         let mut inner = Inner {
             connection,
             reserve: path.with_extension("reserve"),
             deferred: Vec::new(),
-            copies: Copies::new(copies),
+            copies: Copies::new(layout.clone()),
             quarantined: u64::from(damaged),
         };
         inner.catch_up();
         Ok(Self {
             inner: Arc::new(Mutex::new(inner)),
-            path: path.to_owned(),
+            layout: layout.clone(),
         })
     }
 
@@ -204,20 +217,15 @@ impl Database {
     async fn write(
         &self,
         what: &'static str,
-        kind: Kind,
-        id: String,
-        record: String,
-        metadata: Vec<u8>,
-        query: impl FnOnce(&Connection, &str, &str, &[u8]) -> rusqlite::Result<usize> + Send + 'static,
+        row: Stored,
+        query: impl FnOnce(&Connection, &Stored) -> rusqlite::Result<usize> + Send + 'static,
     ) -> Result<()> {
         failpoint::reach("database.write").await?;
         self.locked(what, move |inner| {
             inner.catch_up();
             // An update of a deleted row changes nothing; its copy would restore the row.
-            if query(&inner.connection, &id, &record, &metadata)? > 0
-                && failpoint::hit("database.copy").is_ok()
-            {
-                inner.copies.put(kind, &id, &record, &metadata);
+            if query(&inner.connection, &row)? > 0 && failpoint::hit("database.copy").is_ok() {
+                inner.copies.put(&row);
             }
             Ok(())
         })
@@ -230,7 +238,7 @@ impl Database {
         query: impl FnOnce(&mut Inner) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T> {
         let inner = self.inner.clone();
-        let path = self.path.clone();
+        let path = self.layout.database();
         let joined = tokio::task::spawn_blocking(move || {
             // After a panic under the lock, a transaction was rolled back by its drop.
             let mut inner = inner.lock();
@@ -255,21 +263,14 @@ impl Database {
     /// `Database`, also if the id or name exists.
     pub(crate) async fn insert_box(&self, row: BoxRow) -> Result<()> {
         let (id, name, record, metadata) = split_box(row)?;
-        let insert = move |connection: &Connection, id: &str, record: &str, metadata: &[u8]| {
+        let insert = move |connection: &Connection, row: &Stored| {
             connection.execute(
                 "INSERT INTO boxes (id, name, record, metadata) VALUES (?1, ?2, ?3, ?4)",
-                params![id, name, record, metadata],
+                params![row.id, name, row.record, row.metadata],
             )
         };
-        self.write(
-            "insert a pod sandbox",
-            Kind::Box,
-            id,
-            record,
-            metadata,
-            insert,
-        )
-        .await
+        let row = self.stored_box(id, record, metadata);
+        self.write("insert a pod sandbox", row, insert).await
     }
 
     /// Updates a box; its id and name are immutable.
@@ -278,21 +279,24 @@ impl Database {
     /// `Database`.
     pub(crate) async fn update_box(&self, row: BoxRow) -> Result<()> {
         let (id, _, record, metadata) = split_box(row)?;
-        let update = |connection: &Connection, id: &str, record: &str, metadata: &[u8]| {
+        let update = |connection: &Connection, row: &Stored| {
             connection.execute(
                 "UPDATE boxes SET record = ?2, metadata = ?3 WHERE id = ?1",
-                params![id, record, metadata],
+                params![row.id, row.record, row.metadata],
             )
         };
-        self.write(
-            "update a pod sandbox",
-            Kind::Box,
+        let row = self.stored_box(id, record, metadata);
+        self.write("update a pod sandbox", row, update).await
+    }
+
+    fn stored_box(&self, id: String, record: String, metadata: Vec<u8>) -> Stored {
+        Stored {
+            kind: Kind::Box,
+            bundle: self.layout.bundle(&id),
             id,
             record,
             metadata,
-            update,
-        )
-        .await
+        }
     }
 
     /// Deletes a box with its containers; idempotent.
@@ -304,9 +308,9 @@ impl Database {
         failpoint::reach("database.delete").await?;
         self.locked("delete a pod sandbox", move |inner| {
             for container in containers_of(&inner.connection, &id).unwrap_or_default() {
-                inner.copies.remove(Kind::Container, &container);
+                inner.copies.remove_container(&container);
             }
-            inner.copies.remove(Kind::Box, &id);
+            inner.copies.remove_box(&id);
             inner.delete(Deletion::Box(id))
         })
         .await?;
@@ -319,12 +323,20 @@ impl Database {
     /// `Database`, also if its box does not exist.
     pub(crate) async fn put_container(&self, row: ContainerRow) -> Result<()> {
         let (id, box_id, record, metadata) = split_container(row)?;
-        let put = move |connection: &Connection, id: &str, record: &str, metadata: &[u8]| {
-            connection.execute(PUT_CONTAINER, params![id, box_id, record, metadata])
+        let row = Stored {
+            kind: Kind::Container,
+            bundle: self.layout.container_bundle(&box_id, &id),
+            id,
+            record,
+            metadata,
         };
-        let kind = Kind::Container;
-        self.write("write a container", kind, id, record, metadata, put)
-            .await
+        let put = move |connection: &Connection, row: &Stored| {
+            connection.execute(
+                PUT_CONTAINER,
+                params![row.id, box_id, row.record, row.metadata],
+            )
+        };
+        self.write("write a container", row, put).await
     }
 
     /// Deletes a container; idempotent.
@@ -335,7 +347,7 @@ impl Database {
         let id = id.to_owned();
         failpoint::reach("database.delete").await?;
         self.locked("delete a container", move |inner| {
-            inner.copies.remove(Kind::Container, &id);
+            inner.copies.remove_container(&id);
             inner.delete(Deletion::Container(id))
         })
         .await?;

@@ -59,9 +59,14 @@ fn container_row(id: &str, box_id: &str) -> ContainerRow {
     }
 }
 
-/// Opens a database with its copies beside it.
+/// Opens the database `runtime.db` of a root, whose state is below it.
 fn open(path: &Path) -> Result<Database> {
-    Database::open(path, &path.with_file_name("copies"))
+    Database::open(&layout(path))
+}
+
+fn layout(path: &Path) -> FilesystemLayout {
+    let root = path.parent().unwrap();
+    FilesystemLayout::new(root, &root.join("state")).unwrap()
 }
 
 #[tokio::test]
@@ -229,7 +234,7 @@ async fn damaged_databases_and_rows_are_restored_from_copies() {
         assert!(database.quarantined() > 0, "{name}");
         drop(database);
         // Written again, not only remembered.
-        std::fs::remove_dir_all(path.with_file_name("copies")).unwrap();
+        std::fs::remove_dir_all(layout(&path).record_copies()).unwrap();
         let database = open(&path).unwrap();
         assert_eq!(database.load().await.unwrap(), expected, "{name}");
         assert_eq!(database.quarantined(), 0, "{name}");
@@ -241,7 +246,7 @@ async fn unreadable_row_without_copy_is_quarantined() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("runtime.db");
     let expected = two_boxes(&path).await;
-    std::fs::remove_dir_all(path.with_file_name("copies")).unwrap();
+    std::fs::remove_dir_all(layout(&path).record_copies()).unwrap();
     sql(&path, "UPDATE boxes SET record = '{}' WHERE id = 'a'");
     let database = open(&path).unwrap();
     assert_eq!(database.load().await.unwrap(), expected[1..]);

@@ -3,6 +3,8 @@
 use super::*;
 use crate::box_state::Phase;
 use crate::database::Database;
+use crate::filesystem_layout::FilesystemLayout;
+use std::os::unix::fs::PermissionsExt;
 
 /// Runs `future` in a separate tokio runtime and drops that with all its tasks.
 pub(super) fn live_and_die<T: Send + 'static>(
@@ -165,7 +167,8 @@ fn recovery_resumes_removal_and_removes_orphans() {
         other.start().await.unwrap();
     });
     std::fs::create_dir(node.at("s/s/orphan")).unwrap();
-    let database = Database::open(&node.at("r/runtime.db"), &node.at("s/records")).unwrap();
+    let layout = FilesystemLayout::new(&node.at("r"), &node.at("s")).unwrap();
+    let database = Database::open(&layout).unwrap();
     live_and_die(async move {
         // As if the runtime had died right after writing these rows.
         for (mut row, containers) in database.load().await.unwrap() {
@@ -229,6 +232,51 @@ fn running_box_is_adopted_without_database() {
 }
 
 #[test]
+fn running_box_is_adopted_by_its_bundle_alone() {
+    let shims = tokio::runtime::Runtime::new().unwrap();
+    let node = std::sync::Arc::new(FakeNode::new());
+    let shim = shims.block_on(node.serve("b1"));
+    let first = node.clone();
+    let expected = live_and_die(async move {
+        let runtime = BoxliteRuntime::open(first.options()).await.unwrap();
+        let mut options = first.box_options("b1");
+        options.metadata = b"first line\nsecond".to_vec();
+        let litebox = runtime.create_box(options).await.unwrap();
+        run_container(&first, &litebox, "c1").await;
+        (litebox.snapshot(), litebox.containers())
+    });
+    let starts = shim.starts();
+    for record in ["record", "c/c1/record"] {
+        let path = node.at("s/s/b1").join(record);
+        let mode = std::fs::metadata(path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o7777, 0o600, "{record}");
+    }
+    std::fs::write(node.at("r/runtime.db"), "no database").unwrap();
+    std::fs::remove_dir_all(node.at("s/records")).unwrap();
+    let second = node.clone();
+    live_and_die(async move {
+        let runtime = BoxliteRuntime::open(second.options()).await.unwrap();
+        assert!(runtime.unmanaged().is_empty());
+        let litebox = runtime.get_box("b1").unwrap();
+        let (snapshot, containers) = expected;
+        assert_eq!(litebox.snapshot().state, BoxState::Ready);
+        assert_eq!(litebox.snapshot().options, snapshot.options);
+        assert_eq!(litebox.containers(), containers);
+        assert_eq!(containers[0].state, ContainerState::Running);
+        litebox.stats().await.unwrap();
+        litebox.remove().await.unwrap();
+        assert!(!second.at("s/s/b1").exists());
+    });
+    assert_eq!(shim.starts(), starts);
+    // The files of a removed box restore nothing.
+    live_and_die(async move {
+        std::fs::remove_file(node.at("r/runtime.db")).unwrap();
+        let runtime = BoxliteRuntime::open(node.options()).await.unwrap();
+        assert!(runtime.boxes().is_empty());
+    });
+}
+
+#[test]
 fn running_box_without_any_record_is_left_alone() {
     let shims = tokio::runtime::Runtime::new().unwrap();
     let node = std::sync::Arc::new(FakeNode::new());
@@ -242,6 +290,7 @@ fn running_box_without_any_record_is_left_alone() {
     std::fs::write(node.at("s/s/b1/address"), address).unwrap();
     std::fs::remove_file(node.at("r/runtime.db")).unwrap();
     std::fs::remove_dir_all(node.at("s/records")).unwrap();
+    std::fs::remove_file(node.at("s/s/b1/record")).unwrap();
     let second = node.clone();
     live_and_die(async move {
         let runtime = BoxliteRuntime::open(second.options()).await.unwrap();
