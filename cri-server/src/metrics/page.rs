@@ -72,7 +72,7 @@ fn runtime(registry: &Registry, totals: &RuntimeMetricsSnapshot) -> prometheus::
         ),
         (
             "boxlite_quarantined_records_total",
-            "Damaged records and files found at the daemon's start",
+            "Damaged records, files and layers found since the daemon's start",
             totals.quarantined,
         ),
     ] {

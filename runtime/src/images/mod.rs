@@ -123,7 +123,7 @@ impl ImageManager {
         blocking(move || inner.jobs.reclaim(inner.options.max_partial_bytes)).await
     }
 
-    /// Returns the number of damaged images and index files that were found when the store was opened.
+    /// Returns the number of damaged images, index files and layers that were found since the store was opened.
     pub fn quarantined(&self) -> u64 {
         self.inner.store.quarantined()
     }
@@ -156,6 +156,8 @@ impl ImageManager {
 
     /// Returns the layer files to stack as an overlay, lowest first: without repeats, of which the topmost counts, because
     /// overlayfs refuses to use a lower directory twice; and at least one, which is empty for an image without layers.
+    ///
+    /// The first call for a layer since the start verifies it in the background.
     pub fn overlay_layers(&self, image: &str) -> ImageResult<Vec<LayerFile>> {
         let layers = self.layers(image)?;
         let mut distinct: Vec<LayerFile> = Vec::with_capacity(layers.len());
@@ -168,6 +170,7 @@ impl ImageManager {
         if distinct.is_empty() {
             distinct.push(self.inner.store.empty_layer()?);
         }
+        self.inner.store.verify_later(&distinct);
         Ok(distinct)
     }
 
@@ -182,9 +185,11 @@ impl ImageManager {
         self.inner.store.release(image_id, holder);
     }
 
-    /// Waits until the threads of dropped pulls have stopped using the store; each ends within one chunk or block write.
+    /// Waits until the threads of dropped pulls have stopped using the store; each ends within one chunk or block write. Waits
+    /// for the verification of layers, too.
     pub async fn wait_idle(&self) {
         self.inner.jobs.wait_idle().await;
+        self.inner.store.verified().await;
     }
 }
 

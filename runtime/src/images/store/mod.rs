@@ -9,6 +9,8 @@
 //! index.backup.json            a copy, for a damaged index; see `rebuild`
 //! blobs/sha256/<hex>           manifests, indexes and configs, unchanged
 //! layers/sha256/<hex>.erofs    one file per layer, by diff ID, 0444
+//! layers/checksums/<hex>       their checksums; see `checksums`
+//! layers/damaged.erofs         the last layer that was found damaged
 //! layers/empty.erofs           empty file system, for images without layers
 //! ingest/                      incomplete files; see `layer`
 //! lock                         held while a process has the store open
@@ -21,6 +23,7 @@
 //! Readers use an immutable snapshot; writers are serialized by `writer`. Holds and leases are in memory only: holders
 //! take their holds again after a restart, before the first removal is served.
 
+mod checksums;
 mod disk;
 mod rebuild;
 
@@ -51,8 +54,9 @@ pub(super) struct Store {
     uses: Mutex<Uses>,
     /// Held while files or the index change; only on blocking threads.
     writer: Mutex<()>,
-    /// Damaged images and index files found by `open`.
+    /// Damaged images, index files and layers found since the start.
     quarantined: AtomicU64,
+    checks: Arc<checksums::Checks>,
     /// Locks the store against other processes.
     _lock: FileLock,
 }
@@ -130,7 +134,13 @@ impl Store {
     /// Opens or creates the store. Drops images with missing or damaged files, with a warning, and deletes the leftovers of
     /// a crash; recent partial downloads are kept (see `disk::clean_ingest`). Blocks.
     pub(super) fn open(dir: &Path) -> ImageResult<Arc<Self>> {
-        for sub in ["", "blobs/sha256", "layers/sha256", "ingest"] {
+        for sub in [
+            "",
+            "blobs/sha256",
+            "layers/sha256",
+            "layers/checksums",
+            "ingest",
+        ] {
             disk::private_dir(&dir.join(sub))?;
         }
         let lock = disk::lock(dir)?;
@@ -140,6 +150,7 @@ impl Store {
             uses: Mutex::default(),
             writer: Mutex::default(),
             quarantined: AtomicU64::new(0),
+            checks: Arc::default(),
             _lock: lock,
         };
         let entries = store.entries()?;
@@ -168,7 +179,7 @@ impl Store {
         Ok(Arc::new(store))
     }
 
-    /// Returns the number of damaged images and index files found by `open`.
+    /// Returns the number of damaged images, index files and layers found since the start.
     pub(super) fn quarantined(&self) -> u64 {
         self.quarantined.load(Ordering::Relaxed)
     }
@@ -306,11 +317,12 @@ impl Store {
         disk::retain(&self.blobs_dir(), |name| blobs.contains(name))?;
         // The lock is held while files are deleted: a pull looks for its layers after it has taken the lease.
         let uses = self.uses();
+        let needed =
+            |hex: &str| layers.contains(hex) || uses.leases.contains_key(&format!("sha256:{hex}"));
         disk::retain(&self.dir.join("layers/sha256"), |name| {
-            name.strip_suffix(".erofs").is_some_and(|hex| {
-                layers.contains(hex) || uses.leases.contains_key(&format!("sha256:{hex}"))
-            })
-        })
+            name.strip_suffix(".erofs").is_some_and(needed)
+        })?;
+        disk::retain(&self.checksums_dir(), needed)
     }
 
     /// Deletes those of `layers` that are not needed, after a pull that failed permanently. Blocks.
@@ -325,6 +337,7 @@ impl Store {
                     .any(|s| s.entry.layers.iter().any(|l| l == layer.as_str()));
             if !needed {
                 disk::delete(&self.layer_path(layer))?;
+                self.forget_checksum(layer.as_str())?;
             }
         }
         Ok(())
@@ -411,9 +424,11 @@ impl Store {
     /// not restore a file that the pull has cleaned up.
     pub(super) fn adopt_layer(&self, finished: &Path, diff_id: &Digest) -> ImageResult<()> {
         let path = self.layer_path(diff_id);
+        self.record_checksum(finished, diff_id.as_str());
         {
             let uses = self.uses();
             if !uses.leases.contains_key(diff_id.as_str()) {
+                self.forget_checksum(diff_id.as_str())?;
                 return Err(ImageError::Cancelled);
             }
             std::fs::rename(finished, &path)
@@ -543,6 +558,14 @@ impl Store {
         self.dir
             .join("layers/sha256")
             .join(format!("{}.erofs", digest.hex()))
+    }
+
+    fn checksums_dir(&self) -> PathBuf {
+        self.dir.join("layers/checksums")
+    }
+
+    fn damaged_layer_path(&self) -> PathBuf {
+        self.dir.join("layers/damaged.erofs")
     }
 
     fn snapshot(&self) -> Arc<Images> {

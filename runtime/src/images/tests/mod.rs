@@ -1,5 +1,6 @@
 //! Tests of pulls from an in-process registry: success, sharing, and faults.
 
+mod damage;
 mod faults;
 mod fuzz;
 mod registry;
@@ -79,7 +80,12 @@ impl TestStore {
     async fn assert_empty(&self) {
         self.images.wait_idle().await;
         assert!(self.images.list().is_empty());
-        for sub in ["layers/sha256", "blobs/sha256", "ingest"] {
+        for sub in [
+            "layers/sha256",
+            "layers/checksums",
+            "blobs/sha256",
+            "ingest",
+        ] {
             assert_eq!(self.files(sub), Vec::<String>::new(), "{sub}");
         }
     }
