@@ -4,8 +4,8 @@
 //! failpoint compiles to nothing. Faults are armed by a call, not by the environment. The crate `fail` was not used: it
 //! reads the environment, its delays block a runtime's threads, and it cannot kill the process.
 //!
-//! The plan is the process's, so a test that arms one runs in a process without other tests. The walk over all failpoints is
-//! in cri-server's `service/tests/faults.rs`.
+//! The plan is the process's, so a test that arms one runs in a process without other tests. The walks over all failpoints are
+//! in cri-server's `service/tests/faults.rs` and, for images, in `images/tests/walk.rs`.
 
 #[cfg(any(test, feature = "failpoints"))]
 pub use armed::*;
@@ -106,6 +106,19 @@ mod armed {
         "recovery.container",
     ];
 
+    /// Failpoints of pulls and removals of images.
+    pub const IMAGE_POINTS: [&str; 9] = [
+        "image.download",
+        "image.downloaded",
+        "image.convert",
+        "image.converted",
+        "image.adopted",
+        "image.commit",
+        "image.record",
+        "image.recorded",
+        "image.remove",
+    ];
+
     /// Fault to inject.
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
     pub enum Action {
@@ -165,7 +178,8 @@ mod armed {
 
     /// Returns the listed point of this name.
     pub fn named(name: &str) -> Option<&'static str> {
-        let mut all = POD_POINTS.iter().chain(&RECOVERY_POINTS);
+        let pods = POD_POINTS.iter().chain(&RECOVERY_POINTS);
+        let mut all = pods.chain(&IMAGE_POINTS);
         all.find(|point| **point == name).copied()
     }
 

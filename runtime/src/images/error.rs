@@ -5,6 +5,7 @@
 //!
 //! Errors are `Clone`, because one failed layer download may affect several callers.
 
+use crate::failpoint::Injected;
 use boxlite_erofs::ErofsError;
 use boxlite_sys::storage_full::is_full;
 use std::io;
@@ -280,6 +281,12 @@ impl ImageError {
             subject: what.into(),
             reason: reason.into(),
         }
+    }
+}
+
+impl From<Injected> for ImageError {
+    fn from(injected: Injected) -> Self {
+        Self::io("continue in", Path::new("the image store"), injected.into())
     }
 }
 

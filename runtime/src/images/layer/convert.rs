@@ -17,6 +17,7 @@ use super::LayerRequest;
 use super::download::Piece;
 use super::source::{Control, Source};
 use super::turn::Turn;
+use crate::failpoint;
 use crate::images::error::{ImageError, ImageErrorKind, ImageResult};
 use crate::images::manifest::Compression;
 use crate::images::reference::Digest;
@@ -66,6 +67,7 @@ impl Task {
 }
 
 fn convert(store: &Store, request: &LayerRequest, source: &mut Source) -> ImageResult<()> {
+    failpoint::hit("image.convert")?;
     let ingest = store.ingest_dir();
     let file = tempfile::Builder::new()
         .prefix("layer-")
@@ -106,6 +108,7 @@ fn convert(store: &Store, request: &LayerRequest, source: &mut Source) -> ImageR
         .set_permissions(std::fs::Permissions::from_mode(0o444))
         .map_err(failed)?;
     file.as_file().sync_all().map_err(failed)?;
+    failpoint::hit("image.converted")?;
     // The temporary file's deletion on drop finds nothing after the rename.
     store.adopt_layer(file.path(), &request.diff_id)
 }

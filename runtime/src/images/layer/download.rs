@@ -8,6 +8,7 @@ use bytes::Bytes;
 use tokio::sync::mpsc;
 
 use super::Rate;
+use crate::failpoint;
 use crate::images::error::{ImageError, ImageResult};
 use crate::images::manifest::Descriptor;
 use crate::images::registry::{BlobStream, Session};
@@ -47,6 +48,7 @@ pub(super) async fn feed(
     sender: mpsc::Sender<Piece>,
     received: impl Fn(u64) + Send + Sync,
 ) -> ImageResult<()> {
+    failpoint::reach("image.download").await?;
     let mut done = have;
     let mut failures = 0;
     let mut connections = 0;
@@ -76,6 +78,7 @@ pub(super) async fn feed(
         tracing::debug!(blob = %blob.digest, at = done, error = %error.report(), "resuming blob download");
         tokio::time::sleep((MIN_RETRY_DELAY * 2u32.pow(failures - 1)).min(MAX_RETRY_DELAY)).await;
     }
+    failpoint::reach("image.downloaded").await?;
     // The receiver may be gone after an error of the conversion.
     let _ = sender.send(Piece::End).await;
     Ok(())

@@ -22,6 +22,7 @@ mod turn;
 
 use boxlite_sys::sync::Mutex;
 use std::collections::HashMap;
+use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -214,7 +215,11 @@ impl LayerJobs {
                 .acquire_owned()
                 .await
                 .map_err(|_| ImageError::Cancelled)?;
-            layer_job.run().await
+            // A shared future that panics panics in all of its callers, so that one pull would end the others.
+            let outcome = AssertUnwindSafe(layer_job.run()).catch_unwind().await;
+            outcome.unwrap_or(Err(ImageError::Lost {
+                subject: "the download of a layer",
+            }))
         }
         .boxed()
         .shared();

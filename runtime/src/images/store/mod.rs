@@ -43,6 +43,7 @@ use super::error::{ImageError, ImageResult};
 use super::manifest::{self, Platform};
 use super::reference::{Digest, Reference};
 use super::types::{ImageFsInfo, ImageRecord, LayerFile};
+use crate::failpoint;
 
 /// Version of `index.json`; other versions are refused, so that an older daemon does not destroy a newer store.
 const INDEX_VERSION: u32 = 1;
@@ -231,6 +232,7 @@ impl Store {
         let _writer = self.writer();
         let mut images = Images::clone(&self.snapshot());
         let id = new.config.0.to_string();
+        failpoint::hit("image.commit")?;
         for (digest, bytes) in new.documents.iter().chain([&new.config]) {
             disk::write_atomic(&self.blob_path(digest), bytes)?;
         }
@@ -268,7 +270,9 @@ impl Store {
         }
         let stored = Arc::new(self.load(entry)?);
         images.insert(id, stored.clone());
+        failpoint::hit("image.record")?;
         self.save(&images)?;
+        failpoint::hit("image.recorded")?;
         self.replace(images);
         Ok(stored.record.clone())
     }
@@ -294,6 +298,7 @@ impl Store {
         images.remove(&record.id);
         self.replace(images.clone());
         self.uses().removing.remove(&record.id);
+        failpoint::hit("image.remove")?;
         // The files first: writing the index may need the space that they free. An index that still lists the image is
         // harmless, because `open` drops images without a config.
         self.collect()?;
@@ -434,6 +439,7 @@ impl Store {
             std::fs::rename(finished, &path)
                 .map_err(|e| ImageError::io("rename a layer to", &path, e))?;
         }
+        failpoint::hit("image.adopted")?;
         disk::sync_dir(&self.dir.join("layers/sha256"))
     }
 

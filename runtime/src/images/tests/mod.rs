@@ -5,6 +5,7 @@ mod faults;
 mod fuzz;
 mod registry;
 mod sharing;
+mod walk;
 
 use std::path::Path;
 use std::sync::Arc;
