@@ -27,7 +27,7 @@ AGENT_MAX_BYTES := 8140000
 .PHONY: all tools kernel build demo install clean help
 .PHONY: test unit fuzz lint deny advisories fmt agent-size e2e-qemu e2e-krun
 .PHONY: conformance conformance-krun conformance-containerd conformance-containerd-suite test-containerd
-.PHONY: cluster test-cluster conformance-cluster bench bench-work bench-peers bench-churn
+.PHONY: cluster test-cluster conformance-cluster bench bench-work bench-memory bench-peers bench-churn
 .PHONY: dist test-dist image chart chart-update test-chart
 all: build
 
@@ -48,6 +48,7 @@ help:
 	@echo "make conformance-containerd-suite  containerd's CRI integration tests"
 	@echo "make bench                   ratios against a bare boot of the same VMM and kernel"
 	@echo "make bench-work              a pod's calls in guest instructions, which neither load nor the machine changes"
+	@echo "make bench-memory            memory of idle pods by process and kind (PODS=)"
 	@echo "make bench-peers             the same pods by runc and gVisor under containerd, interleaved in one run"
 	@echo "make bench-churn             1,000 pods one after another and 100 at once (PODS=, AT_ONCE=), then a comparison"
 	@echo "make build                   build the programs into $(TARGET)"
@@ -135,6 +136,10 @@ bench: build
 
 bench-work: build
 	@$(BIN)/boxlite-e2e bench work
+
+# Memory of idle pods; PODS=20 starts that many.
+bench-memory: build
+	@$(BIN)/boxlite-e2e bench memory $(if $(PODS),--pods $(PODS))
 
 # GVISOR=1 builds gVisor's runsc first, which takes ten minutes and more.
 bench-peers: build

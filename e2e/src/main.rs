@@ -114,6 +114,9 @@ enum Command {
         /// Subject of the measurement.
         #[arg(value_enum, default_value_t)]
         subject: bench::Subject,
+        /// Idle pods whose memory is measured.
+        #[arg(long, default_value_t = 5)]
+        pods: usize,
     },
     /// Creates and removes many pods, and compares the node with before.
     Churn(bench::churn::Options),
@@ -225,7 +228,7 @@ fn run(command: Command) -> failure::Result<ExitCode> {
         Command::Cluster { action } => runtime.block_on(cluster::run(&action))?,
         Command::ContainerdSuite(options) => runtime.block_on(containerd_suite::run(&options))?,
         Command::Packages(options) => packages::run(&options)?,
-        Command::Bench { subject } => runtime.block_on(bench::run(subject))?,
+        Command::Bench { subject, pods } => runtime.block_on(bench::run(subject, pods))?,
         Command::Churn(options) => runtime
             .block_on(bench::churn::run(&options))
             .map(|()| true)?,

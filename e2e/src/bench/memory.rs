@@ -10,14 +10,12 @@ use std::sync::Arc;
 
 /// Interval of measurements; guests report free memory every two seconds.
 const REPORT_INTERVAL: std::time::Duration = std::time::Duration::from_secs(3);
-/// Idle pods that are measured together.
-const POD_COUNT: usize = 5;
 
-/// Starts pods with one sleeping container each and prints the memory of one, as the mean of all.
-pub(super) async fn print(node: &Arc<Node>, image: &str) -> Result {
+/// Starts `count` pods with one sleeping container each and prints the memory of one, as the mean of all.
+pub(super) async fn print(node: &Arc<Node>, image: &str, count: usize) -> Result {
     let before = available()?;
     let mut pods = Vec::new();
-    for _ in 0..POD_COUNT {
+    for _ in 0..count {
         let pod = Pod::run(node, "idle").await?;
         let container = pod.start("c", image, &["sleep", "1000"]).await?;
         pods.push((pod, container));
@@ -51,8 +49,8 @@ pub(super) async fn print(node: &Arc<Node>, image: &str) -> Result {
             }
         }
     }
-    let mib = |kib: u64| kib as f64 / 1024.0 / POD_COUNT as f64;
-    println!("\nPSS of an idle pod with a sleeping container, mean of {POD_COUNT}:");
+    let mib = |kib: u64| kib as f64 / 1024.0 / count as f64;
+    println!("\nPSS of an idle pod with a sleeping container, mean of {count}:");
     for (name, kib) in &by_name {
         println!("{name:<44} {:>9.1} MiB", mib(*kib));
     }

@@ -52,12 +52,12 @@ const FILL_TIMEOUT: Duration = Duration::from_secs(60);
 /// Repetitions of all other measurements.
 const CALL_SAMPLES: usize = 30;
 
-/// Measures the subject and prints the results.
-pub(crate) async fn run(subject: Subject) -> Result<bool> {
+/// Measures the subject and prints the results. `idle` pods are started for their memory.
+pub(crate) async fn run(subject: Subject, idle: usize) -> Result<bool> {
     match subject {
-        Subject::Pod => pods().await?,
+        Subject::Pod => pods(idle).await?,
         Subject::Work => guest_work().await?,
-        Subject::Memory => idle_memory().await?,
+        Subject::Memory => idle_memory(idle).await?,
         Subject::Peers => peers::run().await?,
     }
     Ok(true)
@@ -91,7 +91,7 @@ async fn guest_work() -> Result {
     Ok(())
 }
 
-async fn idle_memory() -> Result {
+async fn idle_memory(idle: usize) -> Result {
     let scratch = crate::namespaces::scratch();
     let install = Install::find()?;
     let registry = Registry::start(&install.registry, &scratch, 5000, false).await?;
@@ -99,10 +99,10 @@ async fn idle_memory() -> Result {
     let options = crate::context::options("b", "auto", &registry);
     let node = Arc::new(Node::start(&scratch, &install, &options).await?);
     pull(&node, &images.base).await?;
-    memory::print(&node, &images.base).await
+    memory::print(&node, &images.base, idle).await
 }
 
-async fn pods() -> Result {
+async fn pods(idle: usize) -> Result {
     let scratch = crate::namespaces::scratch();
     let install = Install::find()?;
     let registry = Registry::start(&install.registry, &scratch, 5000, false).await?;
@@ -156,7 +156,7 @@ async fn pods() -> Result {
     pulls.row("PullImage, one layer", unit);
     Series::new(ends).row("StopPodSandbox + RemovePodSandbox", unit);
     pod.end().await?;
-    memory::print(&node, &images.base).await
+    memory::print(&node, &images.base, idle).await
 }
 
 async fn vmm_of(pod: &Pod) -> Result<String> {
