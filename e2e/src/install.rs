@@ -57,7 +57,7 @@ impl Install {
             shim: bin.join("containerd-shim-boxlite-v2"),
             guest: env("BOXLITE_GUEST").unwrap_or_else(|| bin.join("..").join(guest)),
             libkrunfw: env("BOXLITE_LIBKRUNFW").unwrap_or_else(|| cache.join("lib/libkrunfw.so.5")),
-            qemu: "/usr/bin/qemu-system-x86_64".into(),
+            qemu: env("BOXLITE_QEMU").unwrap_or_else(|| "/usr/bin/qemu-system-x86_64".into()),
             virtiofsd: cache.join("tools/bin/virtiofsd"),
             vhost_device_vsock: cache.join("tools/bin/vhost-device-vsock"),
             cni: "/usr/lib/cni".into(),

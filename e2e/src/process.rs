@@ -5,6 +5,8 @@
 use crate::bail;
 use crate::failure::Result;
 use boxlite_sys::proc_memory;
+use nix::unistd::{SysconfVar, sysconf};
+use std::time::Duration;
 
 /// Returns the pids in this PID namespace whose command line or name contains all of the words.
 pub(crate) fn pids(words: &[&str]) -> Result<Vec<i32>> {
@@ -78,6 +80,23 @@ pub(crate) fn rss(pid: i32) -> u64 {
 /// Returns the proportional set size in KiB.
 pub(crate) fn pss(pid: i32) -> u64 {
     proc_memory::pss(pid).unwrap_or_default() >> 10
+}
+
+/// Returns the CPU time of a process in user and kernel mode.
+pub(crate) fn cpu_time(pid: i32) -> Result<Duration> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let ticks = sysconf(SysconfVar::CLK_TCK)?.unwrap_or(100);
+    // After the name in parentheses: state is the third field, utime and stime are the 14th and 15th.
+    let fields = stat.rsplit_once(") ").map(|(_, rest)| rest.split(' '));
+    let used = fields.map(|fields| {
+        fields
+            .skip(11)
+            .take(2)
+            .filter_map(|n| n.parse::<i64>().ok())
+            .sum::<i64>()
+    });
+    let seconds = used.unwrap_or_default() as f64 / ticks as f64;
+    Ok(Duration::from_secs_f64(seconds))
 }
 
 /// Returns the resident RAM of the VM in a process, in bytes: QEMU's memfd, or the whole process if it has none.

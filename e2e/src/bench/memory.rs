@@ -1,15 +1,19 @@
-//! Memory of idle pods: proportional set sizes of their processes, by kind of mapping for QEMU, and the host's MemAvailable.
+//! Memory of idle pods: proportional set sizes of their processes, by kind of mapping for QEMU, and the host's MemAvailable;
+//! and the CPU time of QEMU, the cost of a setting that saves memory.
 
 use super::peers::available;
 use crate::failure::{Failure, Result};
 use crate::node::Node;
-use crate::pod::Pod;
-use crate::process::{family, pss};
+use crate::pod::{Container, Pod};
+use crate::process::{cpu_time, family, pss};
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Interval of measurements; guests report free memory every two seconds.
-const REPORT_INTERVAL: std::time::Duration = std::time::Duration::from_secs(3);
+const REPORT_INTERVAL: Duration = Duration::from_secs(3);
+/// Name under which QEMU's CPU time is printed.
+const CPU_TIME: &str = "CPU time of QEMU until then";
 
 /// Starts `count` pods with one sleeping container each and prints the memory of one, as the mean of all.
 pub(super) async fn print(node: &Arc<Node>, image: &str, count: usize) -> Result {
@@ -20,51 +24,40 @@ pub(super) async fn print(node: &Arc<Node>, image: &str, count: usize) -> Result
         let container = pod.start("c", image, &["sleep", "1000"]).await?;
         pods.push((pod, container));
     }
-    // The guests report free memory within some seconds.
-    let mut after = available()?;
+    // The guests report free memory within some seconds. MemAvailable would never be stable on a machine with other load.
+    let mut usage = Usage::of(&pods)?;
     let settled = crate::poll::until_every(
         REPORT_INTERVAL,
         "memory is stable",
         super::SETTLE_TIMEOUT,
         || {
-            let last = std::mem::replace(&mut after, available().unwrap_or_default());
-            let now = after;
+            let last = usage.total();
+            let now = Usage::of(&pods);
+            let stable = now.map(|now| {
+                usage = now;
+                usage.total() + (1 << 10) >= last
+            });
             async move {
-                crate::ensure!(now <= last + (1 << 10), "{now} KiB available");
+                crate::ensure!(stable?, "{last} KiB and falling");
                 Ok(())
             }
         },
     );
     settled.await?;
-    let mut by_name = BTreeMap::<String, u64>::new();
-    for (pod, _) in &pods {
-        let (shim, below) = family(&pod.id)?;
-        for pid in std::iter::once(shim).chain(below) {
-            let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-            *by_name.entry(name.trim().to_owned()).or_default() += pss(pid);
-            if name.starts_with("qemu") {
-                for (kind, kib) in kinds_of_qemu(pid)? {
-                    *by_name.entry(format!("  of it {kind}")).or_default() += kib;
-                }
-            }
-        }
-    }
+    let after = available()?;
     let mib = |kib: u64| kib as f64 / 1024.0 / count as f64;
     println!("\nPSS of an idle pod with a sleeping container, mean of {count}:");
-    for (name, kib) in &by_name {
+    for (name, kib) in &usage.by_name {
         println!("{name:<44} {:>9.1} MiB", mib(*kib));
     }
-    let processes = by_name.iter().filter(|(name, _)| !name.starts_with(' '));
-    println!(
-        "{:<44} {:>9.1} MiB",
-        "together",
-        mib(processes.map(|(_, kib)| kib).sum())
-    );
+    println!("{:<44} {:>9.1} MiB", "together", mib(usage.total()));
     println!(
         "{:<44} {:>9.1} MiB",
         "MemAvailable",
         mib(before.saturating_sub(after))
     );
+    let cpu_time = usage.cpu_time.as_secs_f64() / count as f64;
+    println!("{CPU_TIME:<44} {cpu_time:>9.2} s");
     if let Some((_, container)) = pods.first() {
         let text = container.out(&["cat", "/proc/meminfo"]).await?;
         let fields = [
@@ -94,6 +87,45 @@ pub(super) async fn print(node: &Arc<Node>, image: &str, count: usize) -> Result
         pod.end().await?;
     }
     Ok(())
+}
+
+/// Memory of all pods' processes and CPU time of their VMMs.
+struct Usage {
+    /// PSS in KiB by name of the process; kinds of QEMU's mappings begin with a space.
+    by_name: BTreeMap<String, u64>,
+    cpu_time: Duration,
+}
+
+impl Usage {
+    fn of(pods: &[(Pod, Container)]) -> Result<Self> {
+        let mut usage = Self {
+            by_name: BTreeMap::new(),
+            cpu_time: Duration::ZERO,
+        };
+        for (pod, _) in pods {
+            let (shim, below) = family(&pod.id)?;
+            for pid in std::iter::once(shim).chain(below) {
+                let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+                *usage.by_name.entry(name.trim().to_owned()).or_default() += pss(pid);
+                if name.starts_with("qemu") {
+                    usage.cpu_time += cpu_time(pid)?;
+                    for (kind, kib) in kinds_of_qemu(pid)? {
+                        *usage.by_name.entry(format!("  of it {kind}")).or_default() += kib;
+                    }
+                }
+            }
+        }
+        Ok(usage)
+    }
+
+    /// Returns the PSS of all processes in KiB.
+    fn total(&self) -> u64 {
+        let processes = self
+            .by_name
+            .iter()
+            .filter(|(name, _)| !name.starts_with(' '));
+        processes.map(|(_, kib)| kib).sum()
+    }
 }
 
 /// Returns the PSS of QEMU's mappings in KiB: the guest's RAM, translated code, and everything else.
