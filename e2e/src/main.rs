@@ -17,6 +17,7 @@ mod containerd_suite;
 mod context;
 mod demo;
 mod disk;
+mod event_stream;
 mod ext4;
 mod failure;
 mod image;

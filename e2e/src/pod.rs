@@ -109,11 +109,20 @@ impl Pod {
 
     /// Calls RunPodSandbox.
     pub(crate) async fn run_with(node: &Arc<Node>, config: PodSandboxConfig) -> Result<Self> {
+        Self::run_by(node, config, "").await
+    }
+
+    /// Calls RunPodSandbox with a runtime handler.
+    pub(crate) async fn run_by(
+        node: &Arc<Node>,
+        config: PodSandboxConfig,
+        handler: &str,
+    ) -> Result<Self> {
         // The kubelet creates log directories before each call.
         std::fs::create_dir_all(&config.log_directory)?;
         let request = RunPodSandboxRequest {
             config: Some(config.clone()),
-            runtime_handler: String::new(),
+            runtime_handler: handler.to_owned(),
         };
         let id = answer(
             "RunPodSandbox",
@@ -215,6 +224,16 @@ impl Pod {
     /// Returns the pod's first address.
     pub(crate) async fn ip(&self) -> Result<String> {
         Ok(self.status().await?.network.unwrap_or_default().ip)
+    }
+
+    /// Calls PortForward and returns the URL.
+    pub(crate) async fn forward_url(&self) -> Result<String> {
+        let request = PortForwardRequest {
+            pod_sandbox_id: self.id.clone(),
+            port: vec![],
+        };
+        let mut runtime = self.node.cri.runtime();
+        Ok(answer("PortForward", runtime.port_forward(request).await)?.url)
     }
 
     /// Calls StopPodSandbox.
@@ -443,6 +462,19 @@ impl Container {
             stderr: streams.stderr,
         };
         Ok(answer("Exec", self.pod.node.cri.runtime().exec(request).await)?.url)
+    }
+
+    /// Calls Attach and returns the URL.
+    pub(crate) async fn attach_url(&self, streams: Streams) -> Result<String> {
+        let request = AttachRequest {
+            container_id: self.id.clone(),
+            tty: streams.tty,
+            stdin: streams.stdin,
+            stdout: true,
+            stderr: streams.stderr,
+        };
+        let mut runtime = self.pod.node.cri.runtime();
+        Ok(answer("Attach", runtime.attach(request).await)?.url)
     }
 
     /// Returns the path of the log file.

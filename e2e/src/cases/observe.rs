@@ -2,12 +2,12 @@
 
 use crate::case;
 use crate::client::{answer, status_failure, within};
+use crate::event_stream;
 use crate::failure::Result;
 use crate::pod::{Container, LONG_TIMEOUT, Pod, container_spec, pod_spec, pull};
 use crate::process::{family, rss};
 use crate::runner::{Case, Context};
 use crate::{ensure, poll, same};
-use futures::StreamExt;
 use k8s_cri::v1::*;
 use nix::sys::signal::{Signal as Kill, kill};
 use nix::unistd::Pid;
@@ -25,53 +25,11 @@ pub(crate) fn cases() -> Vec<Case> {
     ]
 }
 
-async fn follow(pod_node: &crate::node::Node) -> Result<tonic::Streaming<ContainerEventResponse>> {
-    let mut client = pod_node.cri.runtime();
-    answer(
-        "GetContainerEvents",
-        client.get_container_events(GetEventsRequest {}).await,
-    )
-}
-
-/// Reads until the `wanted` events (id and kind) have arrived in this order; other events may come between them.
-async fn wait_for_events(
-    stream: &mut tonic::Streaming<ContainerEventResponse>,
-    wanted: &[(&str, ContainerEventType)],
-    limit: Duration,
-) -> Result<Vec<ContainerEventResponse>> {
-    let mut seen = Vec::new();
-    let mut rest = wanted.iter().peekable();
-    let reading = async {
-        while let Some((id, kind)) = rest.peek() {
-            let Some(event) = stream.next().await else {
-                crate::bail!("the stream ended")
-            };
-            let event = event.map_err(|s| status_failure(&s))?;
-            if event.container_id == *id && event.container_event_type() == *kind {
-                rest.next();
-            }
-            seen.push(event);
-        }
-        Ok(())
-    };
-    match tokio::time::timeout(limit, reading).await {
-        Ok(done) => done?,
-        Err(_) => crate::bail!(
-            "missing events: {:?}; received: {:?}",
-            rest.collect::<Vec<_>>(),
-            seen.iter()
-                .map(|e| (&e.container_id, e.container_event_type()))
-                .collect::<Vec<_>>()
-        ),
-    }
-    Ok(seen)
-}
-
 async fn events_of_a_pod_arrive_in_order(ctx: Context) -> Result {
     use ContainerEventType::*;
-    let mut stream = follow(&ctx.node).await?;
+    let mut stream = event_stream::follow(&ctx.node).await?;
     // A subscriber that does not read must not delay the others.
-    let _idle = follow(&ctx.node).await?;
+    let _idle = event_stream::follow(&ctx.node).await?;
     let pod = Pod::run(&ctx.node, "events").await?;
     let c = pod
         .start("c", &ctx.images.base, &["sh", "-c", "exit 5"])
@@ -89,7 +47,7 @@ async fn events_of_a_pod_arrive_in_order(ctx: Context) -> Result {
         (pod.id.as_str(), ContainerStoppedEvent),
         (pod.id.as_str(), ContainerDeletedEvent),
     ];
-    let seen = wait_for_events(&mut stream, &wanted, ctx.patience(10)).await?;
+    let seen = event_stream::wait_for(&mut stream, &wanted, ctx.patience(10)).await?;
     let stopped = seen
         .iter()
         .find(|e| e.container_id == c.id && e.container_event_type() == ContainerStoppedEvent);
@@ -118,9 +76,9 @@ async fn events_continue_after_a_daemon_restart(ctx: Context) -> Result {
     std::fs::write(go.join("now"), "")?;
     c.printed("bye", ctx.patience(20)).await?;
     node.serve().await?;
-    let mut stream = follow(&node).await?;
+    let mut stream = event_stream::follow(&node).await?;
     let wanted = [(c.id.as_str(), ContainerStoppedEvent)];
-    let seen = wait_for_events(&mut stream, &wanted, ctx.patience(10)).await?;
+    let seen = event_stream::wait_for(&mut stream, &wanted, ctx.patience(10)).await?;
     let code = seen
         .last()
         .and_then(|e| e.containers_statuses.first())

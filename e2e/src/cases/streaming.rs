@@ -2,12 +2,11 @@
 //! terminals, many readers, clients that disconnect or stall, single-use URLs, and ports inside the VM.
 
 use crate::case;
-use crate::client::answer;
 use crate::context::Backend;
 use crate::failure::{During, Result};
 use crate::pod::{Container, Pod, container_spec};
 use crate::runner::{Case, Context};
-use crate::stream::{self, Session, Streams, Transport, spdy, websocket};
+use crate::stream::{self, Session, Streams, Transport, forward, spdy};
 use crate::{ensure, poll, same};
 use k8s_cri::v1::*;
 use rand::RngCore;
@@ -52,29 +51,6 @@ pub(crate) fn cases() -> Vec<Case> {
 
 async fn run(c: &Container, argv: &[&str], streams: Streams, over: Transport) -> Result<Session> {
     Session::open(&c.exec_url(argv, streams).await?, over, streams).await
-}
-
-async fn attach_url(c: &Container, streams: Streams) -> Result<String> {
-    let request = AttachRequest {
-        container_id: c.id.clone(),
-        tty: streams.tty,
-        stdin: streams.stdin,
-        stdout: true,
-        stderr: streams.stderr,
-    };
-    Ok(answer("Attach", c.pod.node.cri.runtime().attach(request).await)?.url)
-}
-
-async fn forward_url(pod: &Pod) -> Result<String> {
-    let request = PortForwardRequest {
-        pod_sandbox_id: pod.id.clone(),
-        port: vec![],
-    };
-    Ok(answer(
-        "PortForward",
-        pod.node.cri.runtime().port_forward(request).await,
-    )?
-    .url)
 }
 
 /// Runs a pod with one container that sleeps.
@@ -222,9 +198,9 @@ async fn answerer(ctx: &Context, pod: &Pod, once: bool) -> Result<Container> {
 async fn attach_serves_several_clients(ctx: Context) -> Result {
     let pod = ctx.shared_pod().await;
     let c = answerer(&ctx, &pod, false).await?;
-    let mut reader = Session::open(&attach_url(&c, PLAIN).await?, BOTH[0], PLAIN).await?;
+    let mut reader = Session::open(&c.attach_url(PLAIN).await?, BOTH[0], PLAIN).await?;
     // Output is the only sign that a reader is attached, so some is produced until it arrives.
-    let mut typist = Session::open(&attach_url(&c, TYPING).await?, BOTH[0], TYPING).await?;
+    let mut typist = Session::open(&c.attach_url(TYPING).await?, BOTH[0], TYPING).await?;
     loop {
         typist.send("stdin", b"probe\n").await?;
         let heard = reader.until("stdout", "got probe\n");
@@ -235,7 +211,7 @@ async fn attach_serves_several_clients(ctx: Context) -> Result {
     }
     drop(typist);
     for over in BOTH {
-        let mut session = Session::open(&attach_url(&c, TYPING).await?, over, TYPING).await?;
+        let mut session = Session::open(&c.attach_url(TYPING).await?, over, TYPING).await?;
         let line = format!("{over:?}");
         // The answer to the first line arrives: input does not overtake the attach.
         session
@@ -250,7 +226,7 @@ async fn attach_serves_several_clients(ctx: Context) -> Result {
         // Disconnecting, with or without half-close, does not end the container's input.
         session.close("stdin").await?;
     }
-    let mut session = Session::open(&attach_url(&c, TYPING).await?, BOTH[0], TYPING).await?;
+    let mut session = Session::open(&c.attach_url(TYPING).await?, BOTH[0], TYPING).await?;
     session.send("stdin", b"again\n").await?;
     session.until("stdout", "got again\n").await?;
     // The sessions end with the container.
@@ -263,7 +239,7 @@ async fn attach_serves_several_clients(ctx: Context) -> Result {
 async fn attach_with_stdin_once_ends_the_input(ctx: Context) -> Result {
     let pod = ctx.shared_pod().await;
     let c = answerer(&ctx, &pod, true).await?;
-    let mut session = Session::open(&attach_url(&c, TYPING).await?, BOTH[0], TYPING).await?;
+    let mut session = Session::open(&c.attach_url(TYPING).await?, BOTH[0], TYPING).await?;
     session.send("stdin", b"one\n").await?;
     session.until("stdout", "got one\n").await?;
     // The client disconnects without a half-close.
@@ -284,12 +260,12 @@ async fn attach_slow_reader_does_not_block_others(ctx: Context) -> Result {
     let c = pod.start_with(spec).await?;
     // One attached client never reads.
     let (socket, _) =
-        stream::upgrade_spdy(&attach_url(&c, PLAIN).await?, "v4.channel.k8s.io").await?;
+        stream::upgrade_spdy(&c.attach_url(PLAIN).await?, "v4.channel.k8s.io").await?;
     let mut deaf = spdy::Client::never_reading(socket);
     for name in ["error", "stdout", "stderr"] {
         deaf.open(&[("streamtype", name)]).await?;
     }
-    let mut session = Session::open(&attach_url(&c, TYPING).await?, BOTH[0], TYPING).await?;
+    let mut session = Session::open(&c.attach_url(TYPING).await?, BOTH[0], TYPING).await?;
     session.send("stdin", b"go\n").await?;
     // The other client receives everything, and so does the log.
     let seen = session.until("stdout", "done\n").await?;
@@ -392,49 +368,6 @@ async fn urls_are_single_use_and_bad_requests_refused(ctx: Context) -> Result {
     pod.end().await
 }
 
-/// Connects a port-forward client: SPDY, or SPDY through a WebSocket.
-async fn forwarder(pod: &Pod, over: Transport) -> Result<spdy::Client> {
-    let url = forward_url(pod).await?;
-    Ok(match over {
-        Transport::Spdy => {
-            let (socket, protocol) = stream::upgrade_spdy(&url, "portforward.k8s.io").await?;
-            same!(protocol, "portforward.k8s.io", "negotiated");
-            spdy::Client::new(socket)
-        }
-        Transport::WebSocket => {
-            let tunnel = websocket::tunnel(&url, "SPDY/3.1+portforward.k8s.io").await?;
-            spdy::Client::new(tunnel)
-        }
-    })
-}
-
-/// Returns the data and error streams of one forwarded connection.
-async fn dial(
-    client: &mut spdy::Client,
-    port: &str,
-    id: &str,
-) -> Result<(spdy::Stream, spdy::Stream)> {
-    let headers = |kind| [("streamtype", kind), ("port", port), ("requestid", id)];
-    let error = client.open(&headers("error")).await?;
-    client.send(error.id, b"", true).await?;
-    Ok((client.open(&headers("data")).await?, error))
-}
-
-async fn rest(stream: &mut spdy::Stream) -> Result<Vec<u8>> {
-    let mut read = Vec::new();
-    loop {
-        match tokio::time::timeout(stream::MESSAGE_TIMEOUT, stream.incoming.recv()).await {
-            Ok(Some(bytes)) => read.extend_from_slice(&bytes),
-            Ok(None) => return Ok(read),
-            Err(_) => crate::bail!(
-                "nothing more within {:?} after {} bytes",
-                stream::MESSAGE_TIMEOUT,
-                read.len()
-            ),
-        }
-    }
-}
-
 /// Runs a pod with echo servers on two ports.
 async fn echoes(ctx: &Context) -> Result<Pod> {
     let pod = ctx.shared_pod().await;
@@ -455,31 +388,31 @@ async fn echoes(ctx: &Context) -> Result<Pod> {
 async fn port_forward_connects_to_several_ports(ctx: Context) -> Result {
     let pod = echoes(&ctx).await?;
     for over in BOTH {
-        let mut client = forwarder(&pod, over).await?;
+        let mut client = forward::connect(&pod.forward_url().await?, over).await?;
         // Several connections to two ports at once, and one to a port without a listener.
-        let (mut refused, mut error) = dial(&mut client, "8099", "nobody").await?;
+        let (mut refused, mut error) = forward::dial(&mut client, "8099", "nobody").await?;
         let mut connections = Vec::new();
         for number in 0..6 {
             let port = ["8080", "8081"][number % 2];
-            let (data, error) = dial(&mut client, port, &number.to_string()).await?;
+            let (data, error) = forward::dial(&mut client, port, &number.to_string()).await?;
             connections.push((data, error, random(20_000 + number)));
         }
         for (data, _, bytes) in &connections {
             client.send(data.id, bytes, false).await?;
         }
-        let said = String::from_utf8_lossy(&rest(&mut error).await?).into_owned();
+        let said = String::from_utf8_lossy(&forward::rest(&mut error).await?).into_owned();
         ensure!(
             said.contains("8099") && said.contains("connection refused"),
             "{over:?}: {said:?}"
         );
         ensure!(
-            rest(&mut refused).await?.is_empty(),
+            forward::rest(&mut refused).await?.is_empty(),
             "data from a port without a listener"
         );
         for (data, error, bytes) in &mut connections {
             // The half-close reaches the server, whose own half-close follows its last byte.
             client.send(data.id, b"", true).await?;
-            let echoed = rest(data).await?;
+            let echoed = forward::rest(data).await?;
             ensure!(
                 echoed == *bytes,
                 "{over:?}: {} of {} bytes",
@@ -487,7 +420,7 @@ async fn port_forward_connects_to_several_ports(ctx: Context) -> Result {
                 bytes.len()
             );
             ensure!(
-                rest(error).await?.is_empty(),
+                forward::rest(error).await?.is_empty(),
                 "an error of a connection that went well"
             );
         }
@@ -502,8 +435,8 @@ async fn port_forward_transfers_every_byte(ctx: Context) -> Result {
         Err(_) if ctx.backend == Backend::Krun => KRUN_FORWARD_MIB,
         Err(_) => FORWARD_MIB,
     };
-    let mut client = forwarder(&pod, Transport::Spdy).await?;
-    let (mut data, mut error) = dial(&mut client, "8080", "1").await?;
+    let mut client = forward::connect(&pod.forward_url().await?, Transport::Spdy).await?;
+    let (mut data, mut error) = forward::dial(&mut client, "8080", "1").await?;
     let id = data.id;
     let begun = std::time::Instant::now();
     let sending = async {
@@ -534,7 +467,7 @@ async fn port_forward_transfers_every_byte(ctx: Context) -> Result {
     let (sent, (received, length)) = tokio::try_join!(sending, receiving)?;
     same!(length, mib << 20, "bytes");
     ensure!(sent == received, "the bytes differ");
-    ensure!(rest(&mut error).await?.is_empty(), "an error");
+    ensure!(forward::rest(&mut error).await?.is_empty(), "an error");
     let seconds = begun.elapsed().as_secs_f64();
     println!("      {mib} MiB through a forwarded port and back in {seconds:.1} s");
     drop(client);

@@ -1,9 +1,10 @@
 //! Streaming client like kubectl and the kubelet: exec and attach sessions over SPDY/3.1 and WebSocket, and port-forward
 //! over SPDY, plain or tunneled.
 //!
-//! Implements SPDY itself (`spdy`) and WebSocket with tungstenite (`websocket`), and shares no code with the product.
+//! Implements SPDY itself (`spdy`), WebSocket with tungstenite (`websocket`) and port-forward (`forward`), and shares no code with the product.
 //! `cases/streaming.rs` makes the assertions.
 
+pub(crate) mod forward;
 pub(crate) mod spdy;
 pub(crate) mod websocket;
 
