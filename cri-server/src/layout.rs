@@ -3,6 +3,7 @@
 //! ```text
 //! root/cache/                    files that VMs derive from the installation
 //! root/cni/<sandbox id>.json     undo record of a pod's network
+//! root/host-pods.pb              pods that the node's containerd runs
 //! state/netns/<sandbox id>       the pod's network namespace (a bind mount)
 //! state/pods/<sandbox id>/       resolv.conf, hostname, hosts
 //! ```
@@ -44,6 +45,11 @@ impl Layout {
     /// Returns the directory of the CNI records.
     pub(crate) fn cni_records(&self) -> PathBuf {
         self.root.join("cni")
+    }
+
+    /// Returns the table of host pods.
+    pub(crate) fn host_pods(&self) -> PathBuf {
+        self.root.join("host-pods.pb")
     }
 
     /// Returns the directory of the network namespaces.

@@ -10,6 +10,7 @@ mod cli;
 mod cni;
 mod config;
 mod convert;
+mod host_pods;
 #[cfg(test)]
 mod inner_run;
 mod layout;

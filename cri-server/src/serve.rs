@@ -9,6 +9,7 @@
 pub(crate) mod tests;
 
 use crate::config::Config;
+use crate::host_pods::Router;
 use crate::layout::Layout;
 use crate::metrics::{self, Metrics};
 use crate::output::VERSION;
@@ -164,10 +165,14 @@ async fn grpc(
     listener: UnixListener,
     stop: CancellationToken,
 ) -> Result<(), ServeError> {
-    let runtime_service = RuntimeServiceServer::new(server.clone())
+    let layout = Layout::new(&server.config.root, &server.config.state);
+    let table = layout.host_pods();
+    let router = Router::new(server.clone(), &server.config.host_pods, table);
+    router.start().await;
+    let runtime_service = RuntimeServiceServer::new(router.clone())
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
-    let image_service = ImageServiceServer::new(server.clone())
+    let image_service = ImageServiceServer::new(router)
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
     let connections =

@@ -28,6 +28,7 @@ impl Config {
             ("paths", self.paths_table()),
             ("pod", self.pod_table()),
             ("pool", self.pool_table()),
+            ("host_pods", self.host_pods_table()),
             (
                 "cni",
                 table([
@@ -112,6 +113,17 @@ impl Config {
             ("min_available_mib", number(pool.min_available_mib)),
             ("idle_seconds", seconds(pool.idle)),
             ("shapes", Value::Array(shapes.collect())),
+        ])
+    }
+
+    fn host_pods_table(&self) -> Value {
+        let host_pods = &self.host_pods;
+        let endpoint = host_pods.endpoint.as_ref();
+        let endpoint = endpoint.map(|socket| format!("unix://{}", socket.display()));
+        table([
+            ("endpoint", or(endpoint, "off")),
+            ("handlers", host_pods.handlers.clone().into()),
+            ("namespaces", host_pods.namespaces.clone().into()),
         ])
     }
 

@@ -7,6 +7,7 @@
 //! Flow: cli → `Config::load` → serve, check.
 
 mod dump;
+mod host_pods;
 mod log_filter;
 mod pool;
 #[cfg(test)]
@@ -16,6 +17,7 @@ pub(crate) use boxlite_config::paths::Paths;
 pub(crate) use boxlite_config::pod::PodDefaults;
 pub(crate) use boxlite_config::section::{ConfigError, Mistake};
 pub(crate) use boxlite_config::value::socket_path;
+pub(crate) use host_pods::HostPodsConfig;
 pub(crate) use log_filter::check as check_log_filter;
 pub(crate) use pool::PoolConfig;
 
@@ -73,7 +75,9 @@ pub(crate) struct Config {
     pub streaming: StreamingConfig,
     /// NRI plugins.
     pub nri: NriConfig,
-    /// Accepted RuntimeClass handlers. Default "" (no RuntimeClass) and "boxlite".
+    /// Pods that the node's containerd runs.
+    pub host_pods: HostPodsConfig,
+    /// RuntimeClass handlers of pods in VMs. Default "" (no RuntimeClass) and "boxlite".
     pub runtime_handlers: Vec<String>,
     /// Timeouts.
     pub timeouts: Timeouts,
@@ -197,6 +201,7 @@ impl Default for Config {
                 request_timeout: Duration::from_secs(2),
                 disable_connections: false,
             },
+            host_pods: HostPodsConfig::default(),
             runtime_handlers: vec![String::new(), "boxlite".into()],
             timeouts: Timeouts {
                 run_pod: Duration::from_secs(230),
@@ -236,6 +241,7 @@ impl Config {
             shim,
             pod: PodDefaults::read(top.section("pod"), mistakes),
             pool: PoolConfig::read(top.section("pool"), mistakes),
+            host_pods: HostPodsConfig::read(top.section("host_pods"), mistakes),
             cni: CniConfig::read(top.section("cni"), default.cni, mistakes),
             registry: RegistryConfig::read(top.section("registry"), default.registry, mistakes),
             nri: NriConfig::read(top.section("nri"), default.nri, mistakes),
@@ -257,6 +263,8 @@ impl Config {
             ),
         };
         top.finish(mistakes);
+        let host_pods = &config.host_pods;
+        mistakes.extend(host_pods.conflicts(&config.runtime_handlers, &config.listen));
         if config.root == config.state {
             mistakes.push(Mistake {
                 key: "state".into(),

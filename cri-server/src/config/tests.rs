@@ -23,7 +23,7 @@ fn keys(text: &str) -> usize {
 }
 
 /// Number of keys. A new one belongs into default.toml, the dump and [`CHANGED`], too.
-const KEYS: usize = 48;
+const KEYS: usize = 51;
 
 fn printed_default() -> String {
     default_toml(&prefix(), &Paths::default().libkrunfw)
@@ -102,6 +102,10 @@ memory_mib = 2222
 min_available_mib = 555
 idle_seconds = 4
 shapes = ["1x512", "64x1"]
+[host_pods]
+endpoint = "unix:///t"
+handlers = ["runc"]
+namespaces = ["kube-system", "n"]
 [cni]
 conf_dir = "/j"
 bin_dirs = ["/k", "/l"]
@@ -220,5 +224,30 @@ fn pool_shapes_are_validated() {
             "{}",
             found[0]
         );
+    }
+}
+
+#[test]
+fn host_pods_mistakes_name_their_keys() {
+    let found = mistakes(
+        "listen = \"/c\"\n[host_pods]\nendpoint = \"unix:///c\"\nhandlers = [\"runc\", \"boxlite\", \"\"]\nnamespaces = []\n",
+    );
+    let mut printed: Vec<String> = found.iter().map(ToString::to_string).collect();
+    printed.sort();
+    assert_eq!(
+        printed,
+        [
+            "host_pods.endpoint = \"/c\": must differ from listen",
+            "host_pods.handlers = \"\": must not be in runtime_handlers, too",
+            "host_pods.handlers = \"boxlite\": must not be in runtime_handlers, too",
+        ]
+    );
+    for bad in ["", "Kube", "a/b", "*"] {
+        let found = mistakes(&format!("[host_pods]\nnamespaces = [\"{bad}\"]"));
+        assert_eq!(found[0].key, "host_pods.namespaces", "{bad}");
+    }
+    for bad in ["", "containerd.sock", "tcp://127.0.0.1:1"] {
+        let found = mistakes(&format!("[host_pods]\nendpoint = \"{bad}\""));
+        assert_eq!(found[0].key, "host_pods.endpoint", "{bad}");
     }
 }

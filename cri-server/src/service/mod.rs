@@ -10,7 +10,7 @@
 mod capacity;
 mod container_create;
 mod container_events;
-mod container_list;
+pub(crate) mod container_list;
 mod container_log;
 mod container_remove;
 mod container_start;
@@ -31,7 +31,7 @@ mod pod_files;
 mod runtime;
 mod runtime_config;
 mod runtime_status;
-mod sandbox_list;
+pub(crate) mod sandbox_list;
 mod sandbox_metrics;
 mod sandbox_remove;
 mod sandbox_run;
@@ -43,7 +43,7 @@ mod single_flight;
 mod stream_attach;
 mod stream_exec;
 mod stream_forward;
-mod streams;
+pub(crate) mod streams;
 #[cfg(test)]
 pub(crate) mod tests;
 pub(crate) mod unimplemented;
@@ -203,7 +203,7 @@ impl Server {
     }
 
     /// Runs `work` to completion even if the caller's future is dropped.
-    async fn run_detached<T: Send + 'static>(
+    pub(crate) async fn run_detached<T: Send + 'static>(
         &self,
         work: impl Future<Output = Result<T, Status>> + Send + 'static,
     ) -> Result<T, Status> {

@@ -5,6 +5,7 @@
 
 use crate::cni::{CniError, ConfError, PluginError};
 use crate::convert::{ConvertError, image};
+use crate::host_pods::HostPodsError;
 use crate::nri::SessionError;
 use crate::nri::collect::CollectError;
 use crate::server::layer::CallError;
@@ -207,6 +208,18 @@ fn images() -> Vec<Sample<ImageError>> {
     }
 }
 
+fn host_pods() -> Vec<Sample<HostPodsError>> {
+    let endpoint = || "/run/containerd/containerd.sock".into();
+    error_samples! { HostPodsError,
+        Unreachable = HostPodsError::Unreachable { endpoint: endpoint(), reason: "Connection refused".into() } =>
+            "start containerd; the containers of its pods keep running";
+        Timeout = HostPodsError::Timeout { endpoint: endpoint(), limit: EXAMPLE_TIMEOUT } => "see containerd's log";
+        AmbiguousId = HostPodsError::AmbiguousId { subject: "pod sandbox", prefix: "3f".into(), count: 2 } => "use a longer prefix";
+        Image = HostPodsError::Image { reference: "registry.example/web:1".into(), reason: "status 401".into() } =>
+            "none: the kubelet pulls the image again, with credentials";
+    }
+}
+
 fn network_status(source: CniError) -> Status {
     ServiceError::network("set up", "3f1c")(source).into()
 }
@@ -227,6 +240,7 @@ fn tables() -> Vec<(&'static str, Vec<Row>)> {
             rows(plugins(), |error| ServiceError::Plugin(error).into()),
         ),
         ("Images", rows(images(), |error| image::status(&error))),
+        ("Host pods", rows(host_pods(), Status::from)),
     ]
 }
 
