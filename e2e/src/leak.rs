@@ -156,7 +156,7 @@ fn interfaces() -> Result<Vec<String>> {
 }
 
 /// Returns true if the path is that of the cgroup of another run on this machine, or below it.
-fn is_of_another_run(path: &str) -> bool {
+pub(crate) fn is_of_another_run(path: &str) -> bool {
     let of_any = cgroups::name(SCRATCH_PREFIX.as_ref());
     path.contains(&of_any) && !path.contains(&cgroups::name(&scratch()))
 }

@@ -51,6 +51,8 @@ pub(crate) struct NodeOptions {
     pub shared_volume_writers: Option<&'static str>,
     /// Lines of the section `[pool]`; none otherwise.
     pub pool: Option<String>,
+    /// Lines of the section `[host_pods]`; none otherwise.
+    pub host_pods: Option<String>,
 }
 
 impl NodeOptions {
@@ -71,6 +73,7 @@ impl NodeOptions {
             vcpus: None,
             shared_volume_writers: None,
             pool: None,
+            host_pods: None,
         }
     }
 }
@@ -285,6 +288,9 @@ fn config(dir: &Path, install: &Install, options: &NodeOptions, metrics: &str) -
     }
     if let Some(pool) = &options.pool {
         pod += &format!("\n[pool]\n{pool}\n");
+    }
+    if let Some(host_pods) = &options.host_pods {
+        pod += &format!("\n[host_pods]\n{host_pods}\n");
     }
     let nri = options
         .nri_socket

@@ -6,6 +6,7 @@
 mod daemon;
 mod events;
 mod faults;
+mod host_pods;
 mod logs;
 mod pods;
 pub(crate) mod stock;
@@ -19,6 +20,7 @@ use crate::image::build::Image;
 use crate::image::busybox;
 use crate::image::layer::{Compression, LayerTar};
 use crate::install::Install;
+use crate::leak::is_of_another_run;
 use crate::runner::{self, TestEnv};
 use crate::service::Service;
 use crate::{ensure, poll};
@@ -109,6 +111,7 @@ async fn run_version(suite: &crate::SuiteOptions, version: Version) -> Result<bo
         logs::cases(),
         pods::cases(),
         faults::cases(),
+        host_pods::cases(),
     ];
     let text = ctx.shared.version_text().await?;
     let title = format!("containerd-{text} {}", backend.vmm());
@@ -173,13 +176,9 @@ fn traces() -> Result<BTreeSet<String>> {
     }
     let mut cgroups = Vec::new();
     below("/sys/fs/cgroup".as_ref(), 4, &mut cgroups);
-    let ours = |path: &&PathBuf| path.display().to_string().contains("boxlite-");
-    found.extend(
-        cgroups
-            .iter()
-            .filter(ours)
-            .map(|path| format!("cgroup {}", path.display())),
-    );
+    let cgroups = cgroups.iter().map(|path| path.display().to_string());
+    let ours = |path: &String| path.contains("boxlite-") && !is_of_another_run(path);
+    found.extend(cgroups.filter(ours).map(|path| format!("cgroup {path}")));
     Ok(found)
 }
 

@@ -2,7 +2,14 @@
 //!
 //! Tables of the runtimes are the caller's.
 
+use crate::ensure;
+use crate::failure::Result;
+use crate::install;
+use crate::node::Node;
+use crate::service::Service;
+use k8s_cri::v1::VersionRequest;
 use std::path::Path;
+use tokio::process::Command;
 
 /// Returns the configuration of a containerd with all files below `dir`: images from `dir/certs.d`, networks from `dir/cni`, the
 /// pause image, no NRI. `top` are further keys of the top level, `runtimes` further tables.
@@ -35,4 +42,36 @@ conf_dir = "{at}/cni"
 {runtimes}
 "#
     )
+}
+
+/// Returns the configuration of a containerd whose only runtime is runc.
+pub(crate) fn with_runc(dir: &Path, cni: &Path, pause: &str) -> String {
+    let top = format!("[ttrpc]\naddress = \"{}/t.sock\"", dir.display());
+    let runc = r#"[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
+runtime_type = "io.containerd.runc.v2""#;
+    configuration(dir, cni, pause, "", &format!("{top}\n{runc}"))
+}
+
+/// Starts the containerd of this configuration file and waits until its CRI plugin answers.
+pub(crate) async fn serve(containerd: &Service, config: &Path) -> Result {
+    let bin = install::cache().join("containerd-2/usr/bin");
+    ensure!(
+        bin.join("containerd").exists(),
+        "{} not found: run e2e/scripts/containerd 2",
+        bin.display()
+    );
+    let path = std::env::var("PATH").unwrap_or_default();
+    let mut command = Command::new(bin.join("containerd"));
+    command
+        .arg("--config")
+        .arg(config)
+        .env("PATH", format!("{}:{path}", bin.display()));
+    let node = Node::foreign(config.parent().unwrap_or(config))?;
+    containerd
+        .start(command, || async {
+            let mut runtime = node.cri.runtime();
+            runtime.version(VersionRequest::default()).await?;
+            Ok(())
+        })
+        .await
 }
