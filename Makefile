@@ -28,7 +28,7 @@ AGENT_MAX_BYTES := 8140000
 .PHONY: test unit fuzz lint deny advisories fmt agent-size e2e-qemu e2e-krun
 .PHONY: conformance conformance-krun conformance-containerd conformance-containerd-suite test-containerd
 .PHONY: cluster test-cluster conformance-cluster bench bench-work bench-memory bench-peers bench-churn
-.PHONY: dist test-dist image chart chart-update test-chart
+.PHONY: dist test-dist image chart chart-update test-chart test-host-pods
 all: build
 
 help:
@@ -56,6 +56,7 @@ help:
 	@echo "make dist PROFILE=release    .deb, tarball, SBOM and checksums in $(TARGET)/dist; make test-dist tries them in Debian 12 and 13"
 	@echo "make image PROFILE=release   image of the installer, an OCI layout in $(TARGET)/image; make chart checks charts/boxlite"
 	@echo "make test-chart              the chart on a cluster whose node runs a stock containerd"
+	@echo "make test-host-pods          a cluster whose kube-proxy runs in a stock containerd, and all else in VMs"
 	@echo "make kernel                  a guest kernel with iptables, IPVS, wireguard, NFS and PSI (docs/guest-kernel.md), 15 minutes"
 	@echo "make tools                   Debian packages, the guest kernel, virtiofsd and vhost-device-vsock"
 
@@ -214,6 +215,12 @@ test-chart: image
 	@e2e/scripts/containerd 2
 	@e2e/scripts/helm >/dev/null
 	@$(BIN)/boxlite-e2e cluster chart --chart charts/boxlite --image "$(TARGET)/image"
+
+# boxlite-cri with host pods on a one-node cluster: kube-proxy and a static pod in a stock containerd, CoreDNS and pods in VMs.
+test-host-pods: build
+	@e2e/scripts/cluster-build >/dev/null
+	@e2e/scripts/containerd 2
+	@$(BIN)/boxlite-e2e cluster host-pods
 
 clean:
 	cargo clean

@@ -1,5 +1,5 @@
 //! A one-node Kubernetes cluster with boxlite-cri as its only runtime: `make cluster`, `make test-cluster` and
-//! `make conformance-cluster`.
+//! `make conformance-cluster`. [`chart`] and [`host_pods`] have other nodes.
 //!
 //! All components are processes in this program's namespaces. The programs come from e2e/scripts/cluster-build.
 
@@ -9,6 +9,7 @@ mod chart;
 mod conformance;
 mod context;
 mod control_plane;
+mod host_pods;
 mod images;
 mod kubectl;
 mod node_programs;
@@ -64,6 +65,8 @@ pub(crate) enum Action {
     },
     /// Tests the Helm chart on a node with a stock containerd.
     Chart(chart::Options),
+    /// Tests a node that runs its system components in containerd.
+    HostPods,
     /// Runs Kubernetes' own test suite.
     Conformance(conformance::Options),
 }
@@ -83,8 +86,10 @@ pub(crate) struct Cluster {
 
 /// Brings up the cluster and performs the action. Returns true if it succeeded.
 pub(crate) async fn run(action: &Action) -> Result<bool> {
-    if let Action::Chart(options) = action {
-        return chart::run(options).await;
+    match action {
+        Action::Chart(options) => return chart::run(options).await,
+        Action::HostPods => return host_pods::run().await,
+        _ => {}
     }
     let begun = Instant::now();
     let cluster = Cluster::start(matches!(action, Action::Conformance(_))).await?;
@@ -104,7 +109,7 @@ pub(crate) async fn run(action: &Action) -> Result<bool> {
             runner::run(&ctx, &options, cases::all()).await
         }
         Action::Conformance(options) => conformance::run(&cluster, options).await,
-        Action::Chart(_) => Ok(false),
+        Action::Chart(_) | Action::HostPods => Ok(false),
     }
 }
 
@@ -120,7 +125,8 @@ impl Cluster {
             .await
             .during("failed to push the images")?;
         let plane = ControlPlane::start(&dir, &programs).await?;
-        let worker = Worker::start(&dir, &install, &programs, &plane, &registry, &cgroups).await?;
+        let worker =
+            Worker::start(&dir, &install, &programs, &plane, &registry, &cgroups, None).await?;
         Ok(Self {
             dir,
             programs,

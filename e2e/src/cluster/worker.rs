@@ -1,4 +1,5 @@
-//! [`Worker`]: the cluster's node: boxlite-cri, kubelet, kube-proxy and CoreDNS as processes, and its address on a bridge.
+//! [`Worker`]: the cluster's node: boxlite-cri, kubelet, kube-proxy and CoreDNS as processes, and its address on a bridge. With
+//! host pods, the latter two are pods.
 //!
 //! The kubelet has cgroups below a private root and cannot write the machine's kernel and vm sysctls.
 
@@ -44,6 +45,14 @@ pub(crate) struct Worker {
     dir: PathBuf,
     programs: Programs,
     _services: Vec<Service>,
+}
+
+/// A node whose system components are pods.
+pub(crate) struct HostPods {
+    /// Socket of the containerd that runs host pods.
+    pub endpoint: PathBuf,
+    /// Directory of the kubelet's static pods.
+    pub manifests: PathBuf,
 }
 
 /// Returns the mirrors by which all images come from the loopback registry.
@@ -97,8 +106,15 @@ impl Worker {
         plane: &ControlPlane,
         registry: &Registry,
         cgroups: &CgroupRoot,
+        host_pods: Option<&HostPods>,
     ) -> Result<Self> {
         let mut options = NodeOptions::new("n", "auto");
+        options.host_pods = host_pods.map(|host_pods| {
+            format!(
+                "endpoint = \"unix://{}\"\nhandlers = [\"runc\"]\nnamespaces = [\"kube-system\"]",
+                host_pods.endpoint.display()
+            )
+        });
         options.registries = registries(registry);
         let node = Arc::new(Node::start(dir, install, &options).await?);
         let (authority, socket) = (&plane.authority, node.socket());
@@ -107,6 +123,9 @@ impl Worker {
         configuration["clusterDNS"] = json!([DNS_IP]);
         configuration["clusterDomain"] = json!("cluster.local");
         configuration["containerLogMaxSize"] = json!("10Mi");
+        if let Some(host_pods) = host_pods {
+            configuration["staticPodPath"] = json!(host_pods.manifests);
+        }
         let mut worker = Self {
             node,
             kubelet: Service::new("kubelet", dir.join("kubelet.log")),
@@ -118,6 +137,9 @@ impl Worker {
         worker.write_configuration(&json!({}))?;
         worker.start_kubelet().await?;
         worker.ready(&plane.kubectl).await?;
+        if host_pods.is_some() {
+            return Ok(worker);
+        }
         // kube-proxy reads the node's object at its start, and gives up after a few attempts.
         worker._services = vec![
             node_programs::proxy(dir, programs, &plane.authority).await?,
