@@ -25,7 +25,7 @@ export ROOT_TESTS := $(if $(filter 0,$(shell id -u)),--features boxlite-erofs/ro
 AGENT_MAX_BYTES := 8140000
 
 .PHONY: all tools kernel build demo install clean help
-.PHONY: test unit fuzz lint deny advisories fmt agent-size e2e-qemu e2e-krun
+.PHONY: test unit fuzz kills lint deny advisories fmt agent-size e2e-qemu e2e-krun
 .PHONY: conformance conformance-krun conformance-containerd conformance-containerd-suite test-containerd
 .PHONY: cluster test-cluster conformance-cluster bench bench-work bench-memory bench-peers bench-churn
 .PHONY: dist test-dist image chart chart-update test-chart test-host-pods
@@ -38,6 +38,7 @@ help:
 	@echo "make lint                    cargo fmt, clippy, shellcheck, and cargo-deny (also: make deny) for dependencies"
 	@echo "make advisories              security advisories for dependencies, from the RustSec database on GitHub"
 	@echo "make unit                    unit and property tests"
+	@echo "make kills KILLS=1000        kill -9 of the daemon at random moments of a pod's start, 3 s each; leaks fail it"
 	@echo "make fuzz                    mutated inputs for every parser of untrusted data (FUZZ_SECONDS=25 for each)"
 	@echo "make conformance             critest, the conformance suite of CRI runtimes (docs/conformance.md)"
 	@echo "make test-containerd         the shim under containerd 1.6 and 2.x"
@@ -86,6 +87,10 @@ e2e-qemu: build
 
 e2e-krun: build
 	@e2e/kvmhost/run -- $(BIN)/boxlite-e2e test --backend krun --junit $(TARGET)/junit $(if $(FILTER),--filter $(FILTER))
+
+# Opt-in: kills the daemon KILLS times at random moments of a pod's start, and looks for leaks after each.
+kills: build
+	@BOXLITE_E2E_KILLS=$(or $(KILLS),1000) $(BIN)/boxlite-e2e test --backend qemu --filter killed_daemon_at_random
 
 # critest on QEMU, three times. For one run of some specs: make conformance CRITEST="--transport spdy --focus Networking"
 conformance: build

@@ -138,6 +138,11 @@ impl TestContext {
     }
 }
 
+/// Returns the number of daemon kills that `make kills` asks for; see docs/development.md.
+pub(crate) fn kills() -> Option<usize> {
+    std::env::var("BOXLITE_E2E_KILLS").ok()?.parse().ok()
+}
+
 /// Returns the options of a node of this backend. Under emulation iptables takes longer than the pod itself and does the
 /// same for every VMM, so only the host port case enables it there.
 fn node_options(name: &str, backend: Backend, registry: &Registry) -> NodeOptions {

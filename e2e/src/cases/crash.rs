@@ -2,7 +2,7 @@
 //! leaves nothing after removal. Each case has a dedicated node.
 
 use crate::case;
-use crate::context::Backend;
+use crate::context::{Backend, kills};
 use crate::failure::Result;
 use crate::leak::LeakSnapshot;
 use crate::logs;
@@ -19,11 +19,17 @@ use rand::Rng;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+/// Time limit of each turn of `make kills`; a turn takes about 3 s on an idle machine.
+const SECONDS_PER_KILL: u64 = 30;
+
 pub(crate) fn cases() -> Vec<Case> {
     vec![
         case!(killed_daemon_loses_no_log_lines, 120),
         case!(exits_during_downtime_are_reported, 120),
-        case!(killed_daemon_at_random_moments_of_a_start, 300),
+        case!(
+            killed_daemon_at_random_moments_of_a_start,
+            300.max(SECONDS_PER_KILL * kills().unwrap_or(0) as u64)
+        ),
         case!(killed_daemon_during_a_pull_recovers, 120),
         case!(terminated_daemon_keeps_its_pods, 90),
         case!(pod_whose_records_are_lost_is_adopted, 90),
@@ -137,7 +143,7 @@ async fn killed_daemon_at_random_moments_of_a_start(ctx: Context) -> Result {
     let clean = LeakSnapshot::take(&node)?;
     // Roughly the duration of run, create, start and exec on this backend.
     let span = ctx.patience(3).as_millis() as u64;
-    for turn in 0..ctx.rounds(10, 4) {
+    for turn in 0..kills().unwrap_or_else(|| ctx.rounds(10, 4)) {
         let config = pod_spec(&node, &format!("r{turn}"));
         let work = tokio::spawn({
             let (node, config, image) = (node.clone(), config.clone(), ctx.images.base.clone());
