@@ -27,7 +27,7 @@ AGENT_MAX_BYTES := 8140000
 .PHONY: all tools kernel build demo install clean help
 .PHONY: test unit fuzz kills lint deny advisories fmt agent-size e2e-qemu e2e-krun
 .PHONY: conformance conformance-krun conformance-containerd conformance-containerd-suite test-containerd
-.PHONY: cluster test-cluster conformance-cluster bench bench-work bench-memory bench-peers bench-churn
+.PHONY: cluster test-cluster conformance-cluster bench-cluster bench bench-work bench-memory bench-peers bench-churn
 .PHONY: dist test-dist image chart chart-update test-chart test-host-pods
 all: build
 
@@ -46,6 +46,7 @@ help:
 	@echo "make cluster                 a Kubernetes cluster on this runtime, with a shell that has KUBECONFIG"
 	@echo "make test-cluster            the project's cases on that cluster (FILTER=clients::)"
 	@echo "make conformance-cluster     Kubernetes' own suite on that cluster (FOCUS='regular expression')"
+	@echo "make bench-cluster           Deployments on it, beside containerd 2.x with runc under the same kubelet"
 	@echo "make conformance-containerd-suite  containerd's CRI integration tests"
 	@echo "make bench                   ratios against a bare boot of the same VMM and kernel"
 	@echo "make bench-work              a pod's calls in guest instructions, which neither load nor the machine changes"
@@ -124,6 +125,12 @@ cluster: build
 test-cluster: build
 	@e2e/scripts/cluster-build >/dev/null
 	@$(BIN)/boxlite-e2e cluster test --junit $(TARGET)/junit $(if $(FILTER),--filter $(FILTER))
+
+# Time until the pods of a Deployment are Ready, on boxlite-cri and on containerd 2.x with runc.
+bench-cluster: build
+	@e2e/scripts/cluster-build >/dev/null
+	@e2e/scripts/containerd 2
+	@$(BIN)/boxlite-e2e cluster bench
 
 # Kubernetes' own suite, by default the specs of a NodeConformance run: FOCUS and SKIP are regular expressions, PROCS is the
 # number of parallel processes.

@@ -6,7 +6,7 @@ pub(crate) mod churn;
 pub(crate) mod life;
 mod memory;
 mod peers;
-mod table;
+pub(crate) mod table;
 pub(crate) mod work;
 
 use crate::bail;

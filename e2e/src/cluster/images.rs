@@ -19,6 +19,9 @@ pub(crate) const BUSYBOX: &str = "127.0.0.1:5000/busybox:1";
 /// Image with Kubernetes' test servers.
 pub(crate) const AGNHOST: &str = "127.0.0.1:5000/agnhost:1";
 
+/// Image of the bench's pause containers, which sleep.
+pub(crate) const PAUSE: &str = "127.0.0.1:5000/pause:1";
+
 /// Repository prefix of the suite's images.
 const E2E: &str = "e2e-test-images";
 /// PATH in every image.
@@ -98,6 +101,14 @@ pub(crate) async fn push(
         .await?;
     }
     Ok(())
+}
+
+/// Builds and pushes [`PAUSE`].
+pub(crate) async fn push_pause(registry: &Registry, busybox_path: &Path) -> Result {
+    let base = busybox::layer(busybox_path, Compression::Gzip)?;
+    let config = json!({"Entrypoint": ["sleep", "infinity"], "Env": [PATH]});
+    let push = Push { registry };
+    push.image("pause", "1", &[&base], config).await
 }
 
 /// Returns agnhost with its certificate, users and upload directory.

@@ -1,8 +1,9 @@
-//! A one-node Kubernetes cluster with boxlite-cri as its only runtime: `make cluster`, `make test-cluster` and
-//! `make conformance-cluster`. [`chart`] and [`host_pods`] have other nodes.
+//! A one-node Kubernetes cluster with boxlite-cri as its only runtime: `make cluster`, `make test-cluster`,
+//! `make bench-cluster` and `make conformance-cluster`. [`chart`] and [`host_pods`] have other nodes.
 //!
 //! All components are processes in this program's namespaces. The programs come from e2e/scripts/cluster-build.
 
+mod bench;
 mod cases;
 mod certificates;
 mod chart;
@@ -63,6 +64,8 @@ pub(crate) enum Action {
         #[arg(long, value_name = "DIRECTORY")]
         junit: Option<PathBuf>,
     },
+    /// Measures Deployments on boxlite-cri and on containerd with runc.
+    Bench,
     /// Tests the Helm chart on a node with a stock containerd.
     Chart(chart::Options),
     /// Tests a node that runs its system components in containerd.
@@ -81,7 +84,8 @@ pub(crate) struct Cluster {
     pub plane: ControlPlane,
     /// Runtime, kubelet and the other processes of the node.
     pub worker: Worker,
-    _registry: Registry,
+    /// Registry of all images.
+    pub registry: Registry,
 }
 
 /// Brings up the cluster and performs the action. Returns true if it succeeded.
@@ -108,6 +112,7 @@ pub(crate) async fn run(action: &Action) -> Result<bool> {
             let ctx = Arc::new(context::ClusterContext::build(cluster).await?);
             runner::run(&ctx, &options, cases::all()).await
         }
+        Action::Bench => bench::run(&cluster).await,
         Action::Conformance(options) => conformance::run(&cluster, options).await,
         Action::Chart(_) | Action::HostPods => Ok(false),
     }
@@ -132,7 +137,7 @@ impl Cluster {
             programs,
             plane,
             worker,
-            _registry: registry,
+            registry,
         })
     }
 

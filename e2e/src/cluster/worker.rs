@@ -56,7 +56,7 @@ pub(crate) struct HostPods {
 }
 
 /// Returns the mirrors by which all images come from the loopback registry.
-fn registries(registry: &Registry) -> Vec<Mirror> {
+pub(super) fn registries(registry: &Registry) -> Vec<Mirror> {
     ["registry.k8s.io", "docker.io", "127.0.0.1:5000"]
         .map(|host| (host.to_owned(), format!("http://{}", registry.host), None))
         .to_vec()
@@ -149,7 +149,7 @@ impl Worker {
     }
 
     /// Waits until the node is Ready as the API server reports it.
-    async fn ready(&self, kubectl: &Kubectl) -> Result {
+    pub(super) async fn ready(&self, kubectl: &Kubectl) -> Result {
         let log =
             |failure: Failure| Failure(format!("{failure}\n{}", self.kubelet.tail(0, LOG_LINES)));
         node_programs::ready(kubectl, READY_TIMEOUT)
