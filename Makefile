@@ -51,7 +51,7 @@ help:
 	@echo "make bench                   ratios against a bare boot of the same VMM and kernel"
 	@echo "make bench-work              a pod's calls in guest instructions, which neither load nor the machine changes"
 	@echo "make bench-memory            memory of idle pods by process and kind (PODS=)"
-	@echo "make bench-peers             the same pods by runc and gVisor under containerd, interleaved in one run"
+	@echo "make bench-peers             the same pods by runc and gVisor under containerd, interleaved in one run (PODS=)"
 	@echo "make bench-churn             1,000 pods one after another and 100 at once (PODS=, AT_ONCE=), then a comparison"
 	@echo "make build                   build the programs into $(TARGET)"
 	@echo "make install                 install the programs below PREFIX (default /usr/local)"
@@ -158,7 +158,7 @@ bench-memory: build
 bench-peers: build
 	@e2e/scripts/containerd 2
 	@$(if $(GVISOR),e2e/scripts/gvisor)
-	@$(BIN)/boxlite-e2e bench peers
+	@$(BIN)/boxlite-e2e bench peers $(if $(PODS),--pods $(PODS))
 
 bench-churn: build
 	@$(BIN)/boxlite-e2e churn $(if $(PODS),--pods $(PODS)) $(if $(AT_ONCE),--at-once $(AT_ONCE))

@@ -115,9 +115,9 @@ enum Command {
         /// Subject of the measurement.
         #[arg(value_enum, default_value_t)]
         subject: bench::Subject,
-        /// Idle pods whose memory is measured.
-        #[arg(long, default_value_t = 5)]
-        pods: usize,
+        /// Idle pods whose memory is measured (default 5), or pods of each peer (default 10).
+        #[arg(long)]
+        pods: Option<usize>,
     },
     /// Creates and removes many pods, and compares the node with before.
     Churn(bench::churn::Options),

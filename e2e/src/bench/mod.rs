@@ -45,6 +45,10 @@ pub(crate) enum Subject {
 
 /// Repetitions of measurements that boot a VM.
 const BOOT_SAMPLES: usize = 9;
+/// Idle pods whose memory is measured.
+const IDLE_PODS: usize = 5;
+/// Pods of each peer, one after another and at once.
+const PEER_PODS: usize = 10;
 /// Time for memory to become stable.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Time limit of the boot of a warm VM.
@@ -52,13 +56,13 @@ const FILL_TIMEOUT: Duration = Duration::from_secs(60);
 /// Repetitions of all other measurements.
 const CALL_SAMPLES: usize = 30;
 
-/// Measures the subject and prints the results. `idle` pods are started for their memory.
-pub(crate) async fn run(subject: Subject, idle: usize) -> Result<bool> {
+/// Measures the subject and prints the results. `count` replaces the number of idle pods or of each peer's pods.
+pub(crate) async fn run(subject: Subject, count: Option<usize>) -> Result<bool> {
     match subject {
-        Subject::Pod => pods(idle).await?,
+        Subject::Pod => pods(count.unwrap_or(IDLE_PODS)).await?,
         Subject::Work => guest_work().await?,
-        Subject::Memory => idle_memory(idle).await?,
-        Subject::Peers => peers::run().await?,
+        Subject::Memory => idle_memory(count.unwrap_or(IDLE_PODS)).await?,
+        Subject::Peers => peers::run(count.unwrap_or(PEER_PODS)).await?,
     }
     Ok(true)
 }

@@ -24,10 +24,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-/// Pods of each peer, one after another.
-const SAMPLE_COUNT: usize = 10;
-/// Pods of each peer that are started at once.
-const AT_ONCE: usize = 10;
 /// Name and tag of the pause image of containerd.
 const PAUSE: (&str, &str) = ("pause", "1");
 
@@ -46,8 +42,8 @@ struct Samples {
     pulls: Vec<f64>,
 }
 
-/// Measures all peers that can run and prints the tables.
-pub(crate) async fn run() -> Result {
+/// Measures all peers that can run with `count` pods each, one after another and at once, and prints the tables.
+pub(crate) async fn run(count: usize) -> Result {
     let scratch = crate::namespaces::scratch();
     let install = Install::find()?;
     let registry = Registry::start(&install.registry, &scratch, 5000, false).await?;
@@ -85,7 +81,7 @@ pub(crate) async fn run() -> Result {
             .await
             .during(format!("{}: first pod", peer.name))?;
     }
-    for round in 0..SAMPLE_COUNT {
+    for round in 0..count {
         for turn in 0..peers.len() {
             // Rotated, so that no peer always follows the same one.
             let at = (round + turn) % peers.len();
@@ -94,9 +90,11 @@ pub(crate) async fn run() -> Result {
                 .during(&peers[at].name)?;
         }
     }
-    print(&peers, &samples);
+    print(&peers, &samples, count);
     for peer in &peers {
-        at_once(peer, &images.base).await.during(&peer.name)?;
+        at_once(peer, &images.base, count)
+            .await
+            .during(&peer.name)?;
     }
     Ok(())
 }
@@ -121,9 +119,9 @@ async fn measure(peer: &Peer, image: &str, samples: &mut Samples) -> Result {
 }
 
 /// Prints median, 99th percentile and the ratio to the first other peer.
-fn print(peers: &[Peer], samples: &[Samples]) {
+fn print(peers: &[Peer], samples: &[Samples], count: usize) {
     let name = |peer: &Peer| peer.name.clone();
-    println!("\nms: median / p99 of {SAMPLE_COUNT}; ratio of boxlite-cri's median to the peer's");
+    println!("\nms: median / p99 of {count}; ratio of boxlite-cri's median to the peer's");
     print!("{:<36}", "");
     for peer in peers {
         print!(" {:>28}", name(peer));
@@ -150,10 +148,10 @@ fn print(peers: &[Peer], samples: &[Samples]) {
 }
 
 /// Starts pods with one container each at once; prints the time to all running and the memory of each idle pod.
-async fn at_once(peer: &Peer, image: &str) -> Result {
+async fn at_once(peer: &Peer, image: &str, count: usize) -> Result {
     let (before, free) = (all_pss()?, available()?);
     let start = Instant::now();
-    let starting = (0..AT_ONCE).map(|_| async {
+    let starting = (0..count).map(|_| async {
         let pod = Pod::run(&peer.node, "idle").await?;
         pod.start("c", image, &["sleep", "1000"]).await?;
         Ok::<_, Failure>(pod)
@@ -161,9 +159,9 @@ async fn at_once(peer: &Peer, image: &str) -> Result {
     let pods = futures::future::join_all(starting).await;
     let took = start.elapsed();
     let (held, used) = (all_pss()?.saturating_sub(before), available()?);
-    let mib = |kib: u64| kib as f64 / 1024.0 / AT_ONCE as f64;
+    let mib = |kib: u64| kib as f64 / 1024.0 / count as f64;
     println!(
-        "{}: {AT_ONCE} pods at once: {:.1} s; of each idle pod: PSS {:.1} MiB, MemAvailable {:.1} MiB",
+        "{}: {count} pods at once: {:.1} s; of each idle pod: PSS {:.1} MiB, MemAvailable {:.1} MiB",
         peer.name,
         took.as_secs_f64(),
         mib(held),
