@@ -98,3 +98,40 @@ pub(super) fn create(spec: &InstanceSpec) -> BoxliteResult<Context> {
     );
     Ok(context)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use boxlite_proto::vmm::{Installation, VmmKind};
+
+    /// Returns the value of `-accel`.
+    fn accel(vcpus: u8, acceleration: Acceleration) -> String {
+        let directory = tempfile::tempdir().expect("directory");
+        let file = directory.path().join("program");
+        fs::write(&file, "").expect("program");
+        let spec = InstanceSpec {
+            vcpus,
+            acceleration,
+            installation: Installation {
+                guest: file.clone(),
+                libkrunfw: file.clone(),
+                qemu: file.clone(),
+                virtiofsd: file.clone(),
+                vhost_device_vsock: file,
+                cache: directory.path().join("cache"),
+            },
+            ..crate::vmm::tests::spec(VmmKind::Qemu)
+        };
+        let args = create(&spec).expect("created").args;
+        let index = args.iter().position(|arg| arg == "-accel");
+        args[index.expect("-accel") + 1].clone()
+    }
+
+    /// QEMU's default is up to 1 GiB, which every pod would fill.
+    #[test]
+    fn create_bounds_the_translated_code() {
+        assert_eq!(accel(1, Acceleration::Tcg), "tcg,tb-size=32");
+        assert_eq!(accel(2, Acceleration::Tcg), "tcg,thread=single,tb-size=32");
+        assert_eq!(accel(2, Acceleration::Kvm), "kvm");
+    }
+}
