@@ -159,7 +159,7 @@ enum Command {
     /// Acts as a hostile guest kernel. Runs inside a guest.
     #[command(hide = true)]
     Attack {
-        /// What is attacked.
+        /// Target of the attack.
         #[arg(value_enum)]
         aim: attack::Aim,
         /// Paths of the host that must not be reached, or the number of the first queue.

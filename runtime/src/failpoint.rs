@@ -15,7 +15,7 @@ pub use disarmed::*;
 /// Programs: failpoints do nothing.
 #[cfg(not(any(test, feature = "failpoints")))]
 mod disarmed {
-    /// Error of a fault; there are none.
+    /// Error of a fault, which has no value.
     #[derive(Debug)]
     pub enum Injected {}
 

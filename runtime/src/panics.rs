@@ -1,4 +1,4 @@
-//! [`caught`]: turns a panic of an operation into an error, so that its caller undoes what it did, as after any other failure.
+//! [`caught`]: turns a panic of an operation into an error, so that its caller undoes its steps, as after any other failure.
 //!
 //! For operations with steps to undo, and for the tasks that own state. All shared state is changed by single assignments or map
 //! operations (see `boxlite_sys::sync`), so it is consistent after a panic.

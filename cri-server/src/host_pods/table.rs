@@ -253,7 +253,7 @@ impl HostPodTable {
         self.save(&entries);
     }
 
-    /// Replaces the file. A failure is no reason to fail a call: the table in memory is complete.
+    /// Replaces the file. A failure fails no call: the table in memory is complete.
     fn save(&self, entries: &Entries) {
         let stored = Stored {
             pods: entries.pods.values().cloned().collect(),

@@ -61,7 +61,7 @@ const ANSWER_PAGES: usize = 4;
 pub(super) const ANSWER_BYTES: usize = ANSWER_PAGES * PAGE;
 
 /// Time in which a device answers.
-const PATIENCE: Duration = Duration::from_secs(2);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A buffer as the device sees it.
 #[derive(Clone, Copy)]
@@ -225,7 +225,7 @@ impl Device {
         // Flags: no interrupt, since the kernel does not expect one.
         self.memory.write_u32(available, u32::from(index) << 16 | 1);
         self.notify(REQUESTS);
-        let until = Instant::now() + PATIENCE;
+        let until = Instant::now() + ANSWER_TIMEOUT;
         while Instant::now() < until {
             fence(Ordering::SeqCst);
             if (self.memory.read_u32(used) >> 16) as u16 == self.available {

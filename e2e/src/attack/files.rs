@@ -27,7 +27,7 @@ pub(super) fn run(session: &mut Session, targets: &[String]) {
     create(session, top);
 }
 
-/// Looks up a path in one request and reads what it leads to.
+/// Looks up a path in one request, and reads the file there.
 fn try_path(session: &mut Session, path: &str) -> Option<Found> {
     let found = match session.lookup(ROOT, path.as_bytes()) {
         Ok(found) if found.node != 0 => found,

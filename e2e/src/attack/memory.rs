@@ -17,7 +17,7 @@ const FRAME_NUMBER: u64 = (1 << 55) - 1;
 
 /// Keeps all pages of this process in memory.
 pub(super) fn lock() -> Result {
-    // SAFETY: changes where pages are, not what is in them.
+    // SAFETY: pages move, and their contents remain.
     let locked = unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE) };
     ensure!(locked == 0, "mlockall: {}", io::Error::last_os_error());
     Ok(())

@@ -19,7 +19,7 @@ use std::io::Write;
 /// Name of everything that is created, for a search on the host.
 pub(crate) const MARK: &str = "boxlite-attack";
 
-/// What is attacked.
+/// Target of the attack.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Aim {
     /// Files outside of the share, by valid requests with names that lead there.
@@ -57,7 +57,7 @@ pub(crate) fn run(aim: Aim, arguments: &[String]) -> Result {
 
 fn say(line: &serde_json::Value) {
     println!("{line}");
-    // Without a reader nothing is left to be done.
+    // A failed write has no reader who could be told.
     let _ = std::io::stdout().flush();
 }
 

@@ -12,9 +12,9 @@ const HOLE: u64 = 0xd000_0000;
 const NOWHERE: u64 = u64::MAX - 4095;
 
 /// Time between a line and its attempt.
-const PAUSE: Duration = Duration::from_millis(300);
+const PAUSE_BEFORE_ATTEMPT: Duration = Duration::from_millis(300);
 
-/// What is given to the device.
+/// Input of the device.
 enum Attempt {
     /// A chain of one descriptor: address, length, flags, next. Address 0 is the request.
     Chain(u64, u32, u16, u16),
@@ -73,7 +73,7 @@ pub(super) fn run(session: &mut Session, first: usize) {
     for (number, (name, attempt)) in ATTEMPTS.iter().enumerate().skip(first) {
         say(&json!({"queue": name, "number": number}));
         // The line reaches the host before the VM can end.
-        std::thread::sleep(PAUSE);
+        std::thread::sleep(PAUSE_BEFORE_ATTEMPT);
         make(&mut session.device, attempt);
         if let Err(failure) = session.restart() {
             say(&json!({"queue": name, "restart": failure.0}));
@@ -99,7 +99,7 @@ fn make(device: &mut Device, attempt: &Attempt) {
             device.submit(&[chain(request, 64, 0, 0)], skip);
         }
         Attempt::Doorbell(queue) => device.notify(queue),
-        // A device that refuses to start has done what it should.
+        // A refusal is the right answer.
         Attempt::Size(entries) => drop(device.start_with(entries, |address| address)),
         Attempt::Rings(change) => drop(device.start_with(u32::from(ENTRIES), change)),
     }

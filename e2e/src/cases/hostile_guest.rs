@@ -75,7 +75,7 @@ async fn invalid_queues_stay_in_their_vm(ctx: Context) -> Result {
     Ok(())
 }
 
-/// Runs an attack in a pod of its own to its end, or to the end of the VM. Returns its output once the pod is removed.
+/// Runs an attack in a dedicated pod to its end, or to the end of the VM. Returns its output once the pod is removed.
 async fn attack(ctx: &Context, aim: &str, targets: &[&str]) -> Result<String> {
     let neighbor = ctx.shared_pod().await;
     let beside = neighbor

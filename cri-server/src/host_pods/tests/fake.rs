@@ -1,4 +1,4 @@
-//! A CRI server that stands in for containerd: it answers the calls of these tests from memory, with ids as containerd's.
+//! A CRI server in place of containerd: it answers the calls of these tests from memory, with ids as containerd's.
 
 use boxlite_proto::cri::v1::*;
 use boxlite_sys::sync::Mutex;

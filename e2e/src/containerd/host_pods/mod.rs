@@ -31,7 +31,7 @@ pub(crate) fn cases() -> Vec<Case> {
 struct HostPodsNode {
     node: Arc<Node>,
     containerd: Service,
-    /// containerd without boxlite-cri, to see what it has itself.
+    /// containerd without boxlite-cri, for a look at its own objects.
     theirs: Node,
     /// Host of the registry, with the images base:1, more:1, and the pause image of containerd.
     registry: Registry,

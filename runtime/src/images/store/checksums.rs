@@ -6,7 +6,7 @@
 //! A layer that has changed or cannot be read is set aside as `layers/damaged.erofs`, of which there is one; its images are
 //! dropped from the index, so that the next pull fetches it again. Containers that use it keep it.
 //!
-//! The checksum is a CRC-32, because disks and power cuts damage layers; whoever can write the store on purpose is root. A layer
+//! The checksum is a CRC-32, against damage by disks and power cuts; only root can write the store on purpose. A layer
 //! of an earlier version has none and gets one at its first use. fs-verity would verify each read, but ext4 and XFS need it
 //! enabled when they are made, and overlayfs and tmpfs lack it.
 
@@ -173,7 +173,7 @@ impl Store {
     }
 }
 
-/// Compares a layer with its record, or writes that if there is none.
+/// Compares a layer with its record, or writes a missing record.
 fn verify(layer: &LayerFile, directory: &Path, store: &Weak<Store>) {
     let began = Instant::now();
     // A removed layer needs no verification.
