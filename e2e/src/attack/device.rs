@@ -5,6 +5,7 @@
 use super::memory::{Mapping, PAGE};
 use crate::ensure;
 use crate::failure::{During, Result};
+use std::collections::HashSet;
 use std::fs;
 use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
@@ -89,10 +90,14 @@ impl Device {
     /// Finds the devices: on libkrun there is one besides the share's.
     pub(super) fn all() -> Result<Vec<Self>> {
         let table = fs::read_to_string("/proc/iomem")?;
-        let mut found = Vec::new();
+        let (mut found, mut seen) = (Vec::new(), HashSet::new());
         for line in table.lines().filter(|line| line.contains("virtio-mmio")) {
             let start = line.trim().split('-').next().unwrap_or_default();
             let start = u64::from_str_radix(start, 16).during(line)?;
+            // A device and its driver both have a line.
+            if !seen.insert(start) {
+                continue;
+            }
             let (registers, offset) = Mapping::registers(start, REGISTER_BYTES)?;
             if registers.read_u32(offset + MAGIC_VALUE) != MAGIC
                 || registers.read_u32(offset + DEVICE_ID) != FILE_SYSTEM

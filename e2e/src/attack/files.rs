@@ -136,15 +136,7 @@ fn create(session: &mut Session, top: u64) {
             format!("{up}{MARK}"),
             format!("{up}tmp/{MARK}"),
         ] {
-            // Flags, mode, umask, padding.
-            let mut body = words(&[(libc::O_RDWR | libc::O_CREAT) as u32, 0o666, 0, 0]);
-            body.extend(text(name.as_bytes()));
-            report(
-                place,
-                "create",
-                &name,
-                session.call(operation::CREATE, node, &body),
-            );
+            report(place, "create", &name, session.create(node, &name));
             let link = format!("{name}-link");
             let body = [text(link.as_bytes()), text(b"/")].concat();
             report(

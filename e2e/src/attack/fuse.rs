@@ -117,6 +117,14 @@ impl Session {
         })
     }
 
+    /// Creates a file.
+    pub(super) fn create(&mut self, parent: u64, name: &str) -> Answer<Vec<u8>> {
+        // Flags, mode, umask, padding.
+        let mut body = words(&[(libc::O_RDWR | libc::O_CREAT) as u32, 0o666, 0, 0]);
+        body.extend(text(name.as_bytes()));
+        self.call(operation::CREATE, parent, &body)
+    }
+
     /// Returns the target of a link.
     pub(super) fn readlink(&mut self, node: u64) -> Answer<Vec<u8>> {
         self.call(operation::READLINK, node, &[])

@@ -15,9 +15,13 @@ use device::Device;
 use fuse::{Answer, ROOT, Session};
 use serde_json::json;
 use std::io::Write;
+use std::time::Duration;
 
 /// Name of everything that is created, for a search on the host.
 pub(crate) const MARK: &str = "boxlite-attack";
+
+/// Time between a line and its attempt: the line reaches the host before the VM can end.
+const PAUSE_BEFORE_ATTEMPT: Duration = Duration::from_millis(300);
 
 /// Target of the attack.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -37,8 +41,8 @@ pub(crate) fn run(aim: Aim, arguments: &[String]) -> Result {
     memory::lock()?;
     for device in Device::all()? {
         let mut session = Session::open(device)?;
-        if session.lookup(ROOT, b".").err() == Some(libc::ENOSYS) {
-            // libkrun's other device, which has no files.
+        if session.create(ROOT, MARK).err() == Some(libc::ENOSYS) {
+            // libkrun's other devices, which have no files.
             continue;
         }
         say(&json!({"stage": "taken"}));

@@ -2,17 +2,13 @@
 
 use super::device::{Descriptor, Device, ENTRIES, INDIRECT, NEXT, REQUESTS, WRITABLE};
 use super::fuse::Session;
-use super::say;
+use super::{PAUSE_BEFORE_ATTEMPT, say};
 use serde_json::json;
-use std::time::Duration;
 
 /// Address between the guest's memory and its end, where devices are.
 const HOLE: u64 = 0xd000_0000;
 /// Address without memory.
 const NOWHERE: u64 = u64::MAX - 4095;
-
-/// Time between a line and its attempt.
-const PAUSE_BEFORE_ATTEMPT: Duration = Duration::from_millis(300);
 
 /// Input of the device.
 enum Attempt {

@@ -1,7 +1,7 @@
 //! Requests with random operations and lengths.
 
 use super::fuse::{ROOT, SILENT, Session, operation, words};
-use super::{report, say};
+use super::{PAUSE_BEFORE_ATTEMPT, report, say};
 use crate::failure::Result;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -17,7 +17,7 @@ const RANDOM_REQUESTS: usize = 150;
 pub(super) fn run(session: &mut Session) -> Result {
     let mut random = StdRng::seed_from_u64(1);
     let mut silent = 0;
-    for _ in 0..RANDOM_REQUESTS {
+    for number in 0..RANDOM_REQUESTS {
         let operation = random.random_range(0..operation::END);
         // FORGET, INTERRUPT and BATCH_FORGET have no answer.
         if matches!(operation, 2 | 36 | 42) {
@@ -36,6 +36,9 @@ pub(super) fn run(session: &mut Session) -> Result {
             _ => (40 + body.len()) as u32,
         };
         say(&json!({"operation": operation, "length": length, "node": node, "bytes": body.len()}));
+        if number == 0 {
+            std::thread::sleep(PAUSE_BEFORE_ATTEMPT);
+        }
         if session.call_with(length, operation, node, &body).err() == Some(SILENT) {
             silent += 1;
             session.restart()?;
