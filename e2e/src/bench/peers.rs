@@ -18,7 +18,7 @@ use crate::process::{pids, pss};
 use crate::service::Service;
 use crate::{bail, ensure};
 use boxlite_sys::proc_memory::meminfo;
-use k8s_cri::v1::{ImageSpec, RemoveImageRequest, VersionRequest};
+use k8s_cri::v1::{ImageSpec, RemoveImageRequest};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -212,14 +212,7 @@ impl Runtime {
 
     /// Starts a containerd with this runtime as its default.
     async fn start(self, scratch: &Path, install: &Install, registry: &Registry) -> Result<Peer> {
-        let programs = install::cache().join("containerd-2/usr/bin");
-        ensure!(
-            programs.join("containerd").exists(),
-            "containerd 2 not found in {}: run `make test-containerd` once",
-            programs.display()
-        );
         let gvisor = install::cache().join("gvisor");
-        let mut path = vec![programs.clone()];
         match self {
             Self::Runc => ensure!(on_path("runc"), "runc not found in PATH"),
             Self::Runsc => {
@@ -228,7 +221,6 @@ impl Runtime {
                     "runsc not found in {}: run e2e/scripts/gvisor",
                     gvisor.display()
                 );
-                path.push(gvisor.clone());
             }
         }
         let dir = scratch.join(match self {
@@ -244,23 +236,12 @@ impl Runtime {
         std::fs::write(dir.join("runsc.toml"), runsc_config(&gvisor))?;
         let config = dir.join("config.toml");
         std::fs::write(&config, self.config(&dir, install, &pause))?;
-        path.extend(std::env::split_paths(
-            &std::env::var_os("PATH").unwrap_or_default(),
-        ));
-        let path = std::env::join_paths(path).map_err(|error| Failure(error.to_string()))?;
-        let mut daemon = tokio::process::Command::new(programs.join("containerd"));
-        daemon.arg("--config").arg(&config).env("PATH", path);
         let service = Service::new("containerd", dir.join("containerd.log"));
-        let node = Node::foreign(&dir)?;
-        service
-            .start(daemon, || async {
-                node.cri
-                    .runtime()
-                    .version(VersionRequest::default())
-                    .await?;
-                Ok(())
-            })
-            .await?;
+        let others: &[&Path] = match self {
+            Self::Runc => &[],
+            Self::Runsc => &[&gvisor],
+        };
+        let node = stock::serve(&service, &config, others).await?;
         let node = Arc::new(node);
         // A runtime that cannot run is found out now, not in the middle of the measurement.
         match Pod::run(&node, "trial").await {

@@ -8,15 +8,14 @@ use super::{Cluster, until};
 use crate::bench::table::{Series, ms};
 use crate::containerd::stock;
 use crate::ensure;
-use crate::failure::{Failure, Result};
-use crate::install::{self, Install};
+use crate::failure::Result;
+use crate::install::Install;
 use crate::node::{Node, write_mirrors};
 use crate::service::Service;
 use k8s_cri::v1::VersionRequest;
 use serde_json::{Value, json};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
-use tokio::process::Command;
 
 /// Replicas of a Deployment, and the number of rounds that measure it.
 const SIZES: [(usize, usize); 3] = [(1, 3), (5, 3), (20, 1)];
@@ -122,12 +121,6 @@ async fn deploy(cluster: &Cluster, replicas: usize) -> Result<Duration> {
 
 /// Starts a containerd 2.x with runc.
 async fn containerd(cluster: &Cluster, install: &Install) -> Result<(Node, Service)> {
-    let programs = install::cache().join("containerd-2/usr/bin");
-    ensure!(
-        programs.join("containerd").exists(),
-        "{} not found: run e2e/scripts/containerd 2",
-        programs.display()
-    );
     let dir = cluster.dir.join("rc");
     std::fs::create_dir_all(dir.join("cni"))?;
     std::fs::write(dir.join("cni/10-bench.conflist"), conflist(&dir))?;
@@ -139,24 +132,8 @@ runtime_type = "io.containerd.runc.v2""#;
     let config = dir.join("config.toml");
     let text = stock::configuration(&dir, &install.cni, PAUSE, "", tables);
     std::fs::write(&config, text)?;
-    let mut path: Vec<PathBuf> = vec![programs.clone()];
-    path.extend(std::env::split_paths(
-        &std::env::var_os("PATH").unwrap_or_default(),
-    ));
-    let path = std::env::join_paths(path).map_err(|error| Failure(error.to_string()))?;
-    let mut daemon = Command::new(programs.join("containerd"));
-    daemon.arg("--config").arg(&config).env("PATH", path);
     let service = Service::new("containerd", dir.join("containerd.log"));
-    let node = Node::foreign(&dir)?;
-    service
-        .start(daemon, || async {
-            node.cri
-                .runtime()
-                .version(VersionRequest::default())
-                .await?;
-            Ok(())
-        })
-        .await?;
+    let node = stock::serve(&service, &config, &[]).await?;
     Ok((node, service))
 }
 

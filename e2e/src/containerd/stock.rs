@@ -52,20 +52,21 @@ runtime_type = "io.containerd.runc.v2""#;
     configuration(dir, cni, pause, "", &format!("{top}\n{runc}"))
 }
 
-/// Starts the containerd of this configuration file and waits until its CRI plugin answers.
-pub(crate) async fn serve(containerd: &Service, config: &Path) -> Result {
+/// Starts the containerd of this configuration file and waits until its CRI plugin answers. It finds programs in its own directory,
+/// in `others`, and in this program's PATH. Returns its node.
+pub(crate) async fn serve(containerd: &Service, config: &Path, others: &[&Path]) -> Result<Node> {
     let bin = install::cache().join("containerd-2/usr/bin");
     ensure!(
         bin.join("containerd").exists(),
         "{} not found: run e2e/scripts/containerd 2",
         bin.display()
     );
-    let path = std::env::var("PATH").unwrap_or_default();
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let own = std::iter::once(bin.as_path()).chain(others.iter().copied());
+    let path = own.map(Path::to_owned).chain(std::env::split_paths(&path));
+    let path = std::env::join_paths(path)?;
     let mut command = Command::new(bin.join("containerd"));
-    command
-        .arg("--config")
-        .arg(config)
-        .env("PATH", format!("{}:{path}", bin.display()));
+    command.arg("--config").arg(config).env("PATH", path);
     let node = Node::foreign(config.parent().unwrap_or(config))?;
     containerd
         .start(command, || async {
@@ -73,5 +74,6 @@ pub(crate) async fn serve(containerd: &Service, config: &Path) -> Result {
             runtime.version(VersionRequest::default()).await?;
             Ok(())
         })
-        .await
+        .await?;
+    Ok(node)
 }

@@ -213,7 +213,7 @@ impl HostPodsTest {
         self.serves().await.during("a new pod without containerd")?;
         let node = self.plane.kubectl.json(&["get", "node", NODE]).await?;
         same!(condition(&node, "Ready"), "True", "condition of the node");
-        stock::serve(&self.containerd, &self.config).await?;
+        stock::serve(&self.containerd, &self.config, &[]).await?;
         self.pod_of(&system, "kube-proxy").await?;
         let after = container(&system, &pod).await?;
         same!(after["containerID"], before["containerID"], "container");
@@ -310,7 +310,7 @@ async fn containerd(dir: &Path, install: &Install) -> Result<(Service, PathBuf)>
     let conflist = serde_json::json!({"cniVersion": "1.0.0", "name": "host", "plugins": [{"type": "loopback"}]});
     std::fs::write(dir.join("cni/10-host.conflist"), conflist.to_string())?;
     let service = Service::new("containerd", dir.join("containerd.log"));
-    stock::serve(&service, &config).await?;
+    stock::serve(&service, &config, &[]).await?;
     Ok((service, config))
 }
 

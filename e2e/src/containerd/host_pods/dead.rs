@@ -36,7 +36,7 @@ pub(super) async fn dead_containerd_hides_only_its_pods(ctx: Context) -> Result 
     is_unknown(node, &vm, &in_vm, &host, &on_host)
         .await
         .during("after a restart of the daemon")?;
-    stock::serve(&host_pods.containerd, &host_pods.config).await?;
+    stock::serve(&host_pods.containerd, &host_pods.config, &[]).await?;
     // runc's container outlived containerd.
     poll::until("containerd is reachable", ctx.patience(20), || async {
         on_host.out(&["true"]).await

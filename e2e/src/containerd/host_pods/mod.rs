@@ -65,7 +65,7 @@ impl HostPodsNode {
             dir.join("c.sock").display()
         ));
         let containerd = Service::new("containerd", dir.join("containerd.log"));
-        stock::serve(&containerd, &config).await?;
+        stock::serve(&containerd, &config, &[]).await?;
         let node = Arc::new(Node::start(&ctx.scratch, &ctx.install, &options).await?);
         Ok(Self {
             node,
