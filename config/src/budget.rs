@@ -11,9 +11,9 @@ use boxlite_proto::vmm::{Acceleration, VmmKind};
 /// Part of the containers' memory that the guest's kernel needs in addition: page structures (1/64), hash tables, watermarks.
 /// Measured: a VM of 1088 MiB has 19 MiB less for use than its size lets one of 96 MiB expect.
 const CONTAINERS_PER_KERNEL: u64 = 32;
-/// Size of QEMU's buffer of translated code, in MiB. QEMU fills it before it translates again, so its size is the memory of every
-/// pod that has booted. docs/performance.md compares sizes. QEMU's default is an eighth of the host's memory, at most 1 GiB.
-pub const TCG_BUFFER_MIB: u64 = 32;
+/// Size of QEMU's buffer of translated code, in MiB: with 32 the calls of a pod take several times as long (docs/performance.md).
+/// QEMU's default is an eighth of the host's memory, at most 1 GiB.
+pub const TCG_BUFFER_MIB: u64 = 128;
 /// QEMU without guest memory and translated code, virtiofsd, vhost-device-vsock and the shim, in MiB.
 const QEMU_MIB: u64 = 128;
 /// libkrun without guest memory, and the shim, in MiB.

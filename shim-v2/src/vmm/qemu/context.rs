@@ -130,8 +130,8 @@ mod tests {
     /// QEMU's default is up to 1 GiB, which every pod would fill.
     #[test]
     fn create_bounds_the_translated_code() {
-        assert_eq!(accel(1, Acceleration::Tcg), "tcg,tb-size=32");
-        assert_eq!(accel(2, Acceleration::Tcg), "tcg,thread=single,tb-size=32");
+        assert_eq!(accel(1, Acceleration::Tcg), "tcg,tb-size=128");
+        assert_eq!(accel(2, Acceleration::Tcg), "tcg,thread=single,tb-size=128");
         assert_eq!(accel(2, Acceleration::Kvm), "kvm");
     }
 }
