@@ -19,7 +19,7 @@ mod schema;
 use crate::box_state::Phase;
 use crate::error::{Result, RuntimeError};
 use crate::failpoint;
-use crate::filesystem_layout::FilesystemLayout;
+use crate::filesystem_layout::{FilesystemLayout, remove_tree};
 use crate::metrics::StageTimers;
 use crate::shim_controller::ShimState;
 use crate::types::{BoxOptions, ContainerSnapshot};
@@ -352,6 +352,16 @@ impl Database {
         })
         .await?;
         Ok(failpoint::reach("database.deleted").await?)
+    }
+
+    /// Removes the bundle of a box or container whose row remains, with the copies in it; idempotent. No copy is written
+    /// meanwhile: a new file in a directory that is being removed makes that fail.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub(crate) async fn remove_bundle(&self, bundle: PathBuf) -> Result<()> {
+        self.locked("remove a bundle", move |_| Ok(remove_tree(&bundle)))
+            .await?
     }
 
     /// Loads all boxes with their containers. Unreadable rows are moved to the quarantine; rows that only have a copy are

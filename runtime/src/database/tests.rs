@@ -311,3 +311,29 @@ async fn open_migrates_version_1() {
     sql(&path, "UPDATE boxes SET record = '' WHERE id = 'a'");
     assert_eq!(open(&path).unwrap().load().await.unwrap().len(), 1);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bundle_is_removed_while_its_record_changes() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("runtime.db");
+    let database = open(&path).unwrap();
+    database.insert_box(box_row("a", "a")).await.unwrap();
+    let bundle = layout(&path).bundle("a");
+    for _ in 0..20 {
+        std::fs::create_dir_all(bundle.join("c")).unwrap();
+        let writer = database.clone();
+        let writing = tokio::spawn(async move {
+            loop {
+                writer.update_box(box_row("a", "a")).await.unwrap();
+            }
+        });
+        let record = bundle.join("record");
+        while !record.exists() {
+            tokio::task::yield_now().await;
+        }
+        let removed = database.remove_bundle(bundle.clone()).await;
+        writing.abort();
+        removed.unwrap();
+        assert!(!bundle.exists());
+    }
+}

@@ -14,7 +14,7 @@ use super::{LiteBox, UpdateMetadata, now_ns, teardown};
 use crate::database::ContainerRow;
 use crate::error::{Result, RuntimeError};
 use crate::failpoint;
-use crate::filesystem_layout::{check_id, private_directory, remove_tree};
+use crate::filesystem_layout::{check_id, private_directory};
 use crate::panics::caught;
 use crate::shim_controller::{ShimController, TaskCreate, TaskState};
 use crate::types::{ContainerOptions, ContainerSnapshot, ContainerState, ContainerUser, PidMode};
@@ -390,8 +390,9 @@ impl LiteBox {
 
     /// Removes the bundle, then the row; the driver releases the images.
     async fn forget(&self, id: &str) -> Result<()> {
-        let bundle = self.inner.env.layout.container_bundle(self.id(), id);
-        teardown::blocking(move || remove_tree(&bundle)).await?;
+        let env = &self.inner.env;
+        let bundle = env.layout.container_bundle(self.id(), id);
+        env.database.remove_bundle(bundle).await?;
         failpoint::reach("container.unbundle").await?;
         match self
             .send(|reply| Message::Forget {

@@ -6,7 +6,7 @@
 use super::BoxEnv;
 use crate::error::{Result, RuntimeError};
 use crate::failpoint;
-use crate::filesystem_layout::{remove_file, remove_tree};
+use crate::filesystem_layout::remove_file;
 use crate::shim_controller::{ShimController, TaskExit};
 use boxlite_sys::report::report;
 use futures::StreamExt;
@@ -138,8 +138,7 @@ pub(crate) async fn clean_or_warn(env: &BoxEnv, id: &str) {
 pub(crate) async fn remove(env: &BoxEnv, id: &str, shim: Option<&ShimController>) -> Result<()> {
     stop(env, id, shim, Vec::new()).await?;
     failpoint::reach("pod.unbundle").await?;
-    let bundle = env.layout.bundle(id);
-    blocking(move || remove_tree(&bundle)).await
+    env.database.remove_bundle(env.layout.bundle(id)).await
 }
 
 /// Runs blocking file operations on a blocking thread. They run to completion even if the future is dropped.
