@@ -4,8 +4,9 @@
 //! reads it.
 
 use boxlite_sys::process::ProcessId;
+use boxlite_sys::replace_file::replace;
 use serde::{Deserialize, Serialize};
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
 /// Name of the state file in the bundle.
@@ -71,24 +72,14 @@ impl ShimState {
     }
 }
 
-/// Writes a file with mode 0600 atomically, by a temporary file and a rename.
+/// Writes a file of a bundle with mode 0600 atomically, by a temporary file beside it.
 ///
 /// # Errors
 /// The directory cannot be written.
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    use std::os::unix::fs::OpenOptionsExt;
-    let mut name = path.as_os_str().to_owned();
-    name.push(".new");
-    let temporary = PathBuf::from(name);
-    let mut file = std::fs::OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&temporary)?;
-    file.write_all(bytes)?;
-    drop(file);
-    std::fs::rename(&temporary, path)
+    let mut draft = path.as_os_str().to_owned();
+    draft.push(".new");
+    replace(path, Path::new(&draft), bytes)
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ pub mod mount_attributes;
 pub mod mountinfo;
 pub mod proc_memory;
 pub mod process;
+pub mod replace_file;
 pub mod report;
 pub mod storage_full;
 pub mod sync;

@@ -6,12 +6,12 @@ use super::CniError;
 use super::attachment::PodNetwork;
 use super::conf::NetworkConf;
 use super::result::CniResult;
+use boxlite_sys::replace_file::replace_synced;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use std::fs::{self, DirBuilder, OpenOptions};
-use std::io::Write;
+use std::fs::{self, DirBuilder};
 use std::net::IpAddr;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 /// Extension of a record that is being written.
@@ -65,16 +65,7 @@ impl CniRecord {
             .map_err(std::io::Error::other)
             .map_err(fail("encode"))?;
         let draft = path.with_extension(DRAFT);
-        let mut out = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&draft)
-            .map_err(fail("create"))?;
-        out.write_all(&text).map_err(fail("write"))?;
-        out.sync_all().map_err(fail("write"))?;
-        fs::rename(&draft, &path).map_err(fail("rename"))
+        replace_synced(&path, &draft, &text).map_err(fail("write"))
     }
 
     /// Reads the record of `sandbox`. A record that cannot be decoded (the machine crashed during a write) is an error.

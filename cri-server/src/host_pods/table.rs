@@ -7,13 +7,13 @@
 use boxlite_proto::cri::v1::{
     Container, ContainerState, PodSandbox, PodSandboxMetadata, PodSandboxState,
 };
+use boxlite_sys::replace_file::replace_synced;
 use boxlite_sys::sync::Mutex;
 use prost::Message;
 use std::collections::{BTreeMap, HashSet};
-use std::fs::{self, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::io;
+use std::path::PathBuf;
 
 /// Rule of pods that were not started by this daemon, for the log.
 const ADOPTED: &str = "it was in the container runtime's list";
@@ -260,7 +260,8 @@ impl HostPodTable {
             containers: entries.containers.values().cloned().collect(),
             cgroup_driver: entries.cgroup_driver,
         };
-        if let Err(error) = replace(&self.path, &stored.encode_to_vec()) {
+        let draft = self.path.with_extension("tmp");
+        if let Err(error) = replace_synced(&self.path, &draft, &stored.encode_to_vec()) {
             tracing::warn!(path = %self.path.display(), %error, "failed to save the table of host pods");
         }
     }
@@ -282,20 +283,6 @@ fn matching<T>(entries: &BTreeMap<String, T>, prefix: &str) -> Vec<String> {
     from.take_while(|id| id.starts_with(prefix))
         .cloned()
         .collect()
-}
-
-/// Writes a file (0600) by rename, so that a crash leaves the old or the new version.
-fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let draft = path.with_extension("tmp");
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&draft)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    fs::rename(&draft, path)
 }
 
 #[cfg(test)]

@@ -7,9 +7,9 @@
 
 use super::{Kind, Stored};
 use crate::filesystem_layout::FilesystemLayout;
-use std::fs::OpenOptions;
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use boxlite_sys::replace_file::replace;
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 /// Name of an unfinished copy.
@@ -44,11 +44,12 @@ impl Copies {
 
     /// Writes the copies: the record's line, then the metadata.
     pub(super) fn put(&self, row: &Stored) {
+        let copy = [row.record.as_bytes(), b"\n", &row.metadata].concat();
         let unfinished = self.0.record_copies().join(UNFINISHED);
-        let mut written = replace(&unfinished, &self.path(row.kind, &row.id), row);
+        let mut written = replace(&self.path(row.kind, &row.id), &unfinished, &copy);
         if row.bundle.is_dir() {
             let [name, unfinished] = IN_BUNDLE.map(|name| row.bundle.join(name));
-            written = written.and(replace(&unfinished, &name, row));
+            written = written.and(replace(&name, &unfinished, &copy));
         }
         if let Err(error) = written {
             tracing::debug!(id = row.id, %error, "failed to write the copy of a record");
@@ -101,11 +102,6 @@ fn read(id: String, path: &Path) -> Option<Raw> {
     Some((id, record, bytes[end + 1..].to_vec()))
 }
 
-fn replace(unfinished: &Path, path: &Path, row: &Stored) -> io::Result<()> {
-    write(unfinished, &[row.record.as_bytes(), b"\n", &row.metadata])?;
-    std::fs::rename(unfinished, path)
-}
-
 fn delete(id: &str, path: &Path) {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -113,14 +109,4 @@ fn delete(id: &str, path: &Path) {
         }
         _ => {}
     }
-}
-
-fn write(path: &Path, parts: &[&[u8]]) -> io::Result<()> {
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(path)?;
-    parts.iter().try_for_each(|part| file.write_all(part))
 }
