@@ -474,15 +474,13 @@ impl LiteBox {
             })
     }
 
+    /// Changes the row of a container, persisted before it is published.
     async fn change(
         &self,
         id: &str,
         change: impl FnOnce(&mut ContainerRow) + Send + 'static,
     ) -> Result<ContainerSnapshot> {
-        let change: Change = Box::new(change);
-        let id = id.to_owned();
-        self.send(|reply| Message::Change { id, change, reply })
-            .await?
+        self.send_change(id, Box::new(change), false).await
     }
 
     /// As [`Self::change`], for facts that hold even if they cannot be persisted: the next start learns them from the shim.
@@ -491,10 +489,18 @@ impl LiteBox {
         id: &str,
         change: impl FnOnce(&mut ContainerRow) + Send + 'static,
     ) -> Result<ContainerSnapshot> {
-        let change: Change = Box::new(change);
+        self.send_change(id, Box::new(change), true).await
+    }
+
+    async fn send_change(&self, id: &str, change: Change, fact: bool) -> Result<ContainerSnapshot> {
         let id = id.to_owned();
-        self.send(|reply| Message::Note { id, change, reply })
-            .await?
+        self.send(|reply| Message::Change {
+            id,
+            change,
+            fact,
+            reply,
+        })
+        .await?
     }
 
     /// Records an OOM event of a shim.

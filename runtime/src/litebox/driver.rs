@@ -58,12 +58,8 @@ pub(crate) enum Message {
     Change {
         id: String,
         change: Change,
-        reply: oneshot::Sender<Result<ContainerSnapshot>>,
-    },
-    /// As `Change`, for a fact that holds even if it cannot be persisted.
-    Note {
-        id: String,
-        change: Change,
+        /// True if the change is a fact, which holds even if it cannot be persisted.
+        fact: bool,
         reply: oneshot::Sender<Result<ContainerSnapshot>>,
     },
     /// Changes the caller's data of the box.
@@ -371,12 +367,13 @@ impl Driver {
                 let answer = self.admit(*row).await;
                 let _ = reply.send(answer);
             }
-            Message::Change { id, change, reply } => {
-                let answer = self.change(&id, change).await;
-                let _ = reply.send(answer);
-            }
-            Message::Note { id, change, reply } => {
-                let answer = self.note(&id, change).await;
+            Message::Change {
+                id,
+                change,
+                fact,
+                reply,
+            } => {
+                let answer = self.change(&id, change, fact).await;
                 let _ = reply.send(answer);
             }
             Message::UpdateMetadata {

@@ -44,24 +44,22 @@ impl Driver {
         Ok(row)
     }
 
-    /// Changes a container's row; persists before it publishes.
-    pub(super) async fn change(&mut self, id: &str, change: Change) -> Result<ContainerSnapshot> {
-        let mut row = self.row_of(id)?;
-        change(&mut row);
-        self.env.database.put_container(row.clone()).await?;
-        let snapshot = row.snapshot.clone();
-        self.containers.insert(id.to_owned(), row);
-        self.publish();
-        self.watch_running();
-        Ok(snapshot)
-    }
-
-    /// Changes a container's row by a fact; a failure to persist it is only logged.
-    pub(super) async fn note(&mut self, id: &str, change: Change) -> Result<ContainerSnapshot> {
+    /// Changes a container's row; persists before it publishes. If a fact cannot be persisted, that is only logged.
+    pub(super) async fn change(
+        &mut self,
+        id: &str,
+        change: Change,
+        fact: bool,
+    ) -> Result<ContainerSnapshot> {
         let mut row = self.row_of(id)?;
         change(&mut row);
         let snapshot = row.snapshot.clone();
-        self.store(row).await;
+        if fact {
+            self.store(row).await;
+        } else {
+            self.env.database.put_container(row.clone()).await?;
+            self.containers.insert(id.to_owned(), row);
+        }
         self.publish();
         self.watch_running();
         Ok(snapshot)
