@@ -19,6 +19,9 @@ const QEMU_MIB: u64 = 128;
 /// libkrun without guest memory, and the shim, in MiB.
 const KRUN_MIB: u64 = 128;
 
+/// passt, in MiB: its tables of flows and its buffers have a fixed size.
+pub const PASST_MIB: u64 = 24;
+
 /// Returns the memory that the guest's kernel and agent need beside `pod_mib` for containers.
 pub fn guest_mib(pod_mib: u64, defaults: &PodDefaults) -> u64 {
     u64::from(defaults.overhead_mib) + pod_mib / CONTAINERS_PER_KERNEL

@@ -4,6 +4,7 @@
 //! section, value   read a TOML table and report every mistake in it
 //! paths            programs and files of the installation: [paths]
 //! pod              defaults of a pod's VM: [pod]
+//! network          network of pods without CNI: [network]
 //! vmm              choice of VMM and acceleration: vmm, acceleration
 //! budget           memory of guest, containers and host processes
 //! vmm_probe        VMM for a probe's answer, and the file that keeps it
@@ -19,6 +20,7 @@
 pub mod budget;
 pub mod cgroup;
 pub mod dns;
+pub mod network;
 pub mod paths;
 pub mod pod;
 pub mod section;

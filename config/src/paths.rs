@@ -14,6 +14,8 @@ pub const DEFAULT_STATE_DIR: &str = "/run/boxlite";
 const DEFAULT_PREFIX: &str = "/usr/local";
 /// Guest kernel of Debian's package libkrunfw5.
 const DEBIAN_KERNEL: &str = "/usr/lib/x86_64-linux-gnu/libkrunfw.so.5";
+/// passt of the distribution.
+const SYSTEM_PASST: &str = "/usr/bin/passt";
 
 /// Programs and files that a VM needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,6 +30,8 @@ pub struct Paths {
     pub virtiofsd: PathBuf,
     /// vsock device for QEMU. Default beside the agent.
     pub vhost_device_vsock: PathBuf,
+    /// Network of pods without CNI. Default beside the agent; the distribution's if that file is absent.
+    pub passt: PathBuf,
 }
 
 impl Default for Paths {
@@ -66,6 +70,7 @@ impl Paths {
     pub fn below(prefix: &Path) -> Self {
         let programs = prefix.join("libexec/boxlite");
         let kernel = installed_kernel(prefix);
+        let passt = programs.join("passt");
         Self {
             guest: programs.join("boxlite-guest"),
             libkrunfw: if kernel.exists() {
@@ -76,6 +81,11 @@ impl Paths {
             qemu: "/usr/bin/qemu-system-x86_64".into(),
             virtiofsd: programs.join("virtiofsd"),
             vhost_device_vsock: programs.join("vhost-device-vsock"),
+            passt: if passt.exists() {
+                passt
+            } else {
+                SYSTEM_PASST.into()
+            },
         }
     }
 
@@ -92,6 +102,7 @@ impl Paths {
                 default.vhost_device_vsock,
                 value::absolute,
             ),
+            passt: section.take("passt", default.passt, value::absolute),
         }
     }
 
@@ -103,6 +114,7 @@ impl Paths {
             qemu,
             virtiofsd,
             vhost_device_vsock,
+            passt,
         } = self.clone();
         Installation {
             guest,
@@ -110,6 +122,7 @@ impl Paths {
             qemu,
             virtiofsd,
             vhost_device_vsock,
+            passt,
             cache,
         }
     }

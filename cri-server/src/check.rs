@@ -4,7 +4,7 @@
 //! Exit code: 0 if pods can run, 1 if something they need is missing.
 
 use crate::cni::Cni;
-use crate::config::Config;
+use crate::config::{Config, WithoutCni};
 use crate::layout::Layout;
 use crate::output::{Output, print};
 use crate::vmm;
@@ -161,14 +161,18 @@ fn parts(config: &Config) -> Vec<Part> {
         need: need.clone(),
         problem: problem(path, program),
     };
-    vec![
+    let mut parts = vec![
         part("shim", &config.shim, &Need::Always, true),
         part("guest agent", &paths.guest, &Need::Always, true),
         part("guest kernel", &paths.libkrunfw, &Need::Always, false),
         part("qemu", &paths.qemu, &qemu, true),
         part("virtiofsd", &paths.virtiofsd, &qemu, true),
         part("vhost-device-vsock", &paths.vhost_device_vsock, &qemu, true),
-    ]
+    ];
+    if config.network.without_cni == WithoutCni::Passt {
+        parts.push(part("passt", &paths.passt, &Need::Always, true));
+    }
+    parts
 }
 
 /// Returns the reason why a file cannot be used; `None` if it can.

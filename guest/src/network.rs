@@ -2,8 +2,11 @@
 //!
 //! The NIC is found by its MAC address. The tap behind it replaces the plugin's interface on the host, so the
 //! addresses already belong to the pod: no DHCP and no duplicate address detection (the host's own copy would
-//! respond). Called once by `Guest.Init`.
+//! respond). A NIC without CNI gets its IPv4 configuration by DHCP, and the kernel configures IPv6 by router
+//! advertisements. Called once by `Guest.Init`.
 
+use crate::dhcp::{self, DhcpError, Lease};
+use crate::resolv_conf;
 use boxlite_proto::boxlite::v1::{Interface, Route};
 use futures::TryStreamExt;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags};
@@ -30,6 +33,12 @@ pub enum NetworkError {
     /// No NIC has that MAC address.
     #[error("NIC with MAC address {mac} not found; present: {present}")]
     NoCard { mac: String, present: String },
+    /// The NIC got no address.
+    #[error(transparent)]
+    Dhcp(#[from] DhcpError),
+    /// The name servers could not be written.
+    #[error("failed to write the pod's resolv.conf")]
+    ResolvConf(#[source] std::io::Error),
     /// The kernel rejected a step.
     #[error("failed to {step}")]
     Step {
@@ -78,6 +87,10 @@ async fn apply(
     for interface in interfaces {
         let index = find(&links, interface)?;
         set_up(handle, index, interface).await?;
+        if interface.dhcp {
+            let lease = dhcp::lease(&interface.name, parse_mac(&interface.mac)?).await?;
+            take(handle, index, &interface.name, &lease).await?;
+        }
         indexes.insert(interface.name.as_str(), index);
     }
     for route in routes {
@@ -114,7 +127,7 @@ async fn set_up(handle: &Handle, index: u32, interface: &Interface) -> Result<()
     // An interface can be renamed only while it is down.
     let mut link = LinkUnspec::new_with_index(index).name(name.clone());
     if !interface.boot_mac.is_empty() {
-        link = link.address(parse_mac(&interface.mac)?);
+        link = link.address(parse_mac(&interface.mac)?.to_vec());
     }
     if interface.mtu != 0 {
         link = link.mtu(interface.mtu);
@@ -148,6 +161,30 @@ async fn set_up(handle: &Handle, index: u32, interface: &Interface) -> Result<()
         .map_err(|source| step(format!("set {name} up"), source))
 }
 
+/// Configures a NIC by a lease.
+async fn take(handle: &Handle, index: u32, name: &str, lease: &Lease) -> Result<(), NetworkError> {
+    let (address, prefix) = (lease.address, lease.prefix);
+    let request = handle.address().add(index, address.into(), prefix);
+    let added = request.replace().execute().await;
+    added.map_err(|source| step(format!("add address {address}/{prefix} to {name}"), source))?;
+    if lease.mtu != 0 {
+        let link = LinkUnspec::new_with_index(index).mtu(lease.mtu).build();
+        let set = handle.link().set(link).execute().await;
+        set.map_err(|source| step(format!("set the MTU of {name} to {}", lease.mtu), source))?;
+    }
+    if let Some(gateway) = lease.gateway {
+        let route = Route {
+            gateway: gateway.to_string(),
+            interface: name.to_owned(),
+            ..Route::default()
+        };
+        let message = route_message(&route, &HashMap::from([(name, index)]))?;
+        let added = handle.route().add(message).replace().execute().await;
+        added.map_err(|source| step(format!("add default route via {gateway}"), source))?;
+    }
+    resolv_conf::write(&lease.name_servers).map_err(NetworkError::ResolvConf)
+}
+
 /// Returns the index of the interface's NIC, by its MAC address, or by the one it booted with.
 fn find(links: &[LinkMessage], interface: &Interface) -> Result<u32, NetworkError> {
     let wanted = &interface.mac;
@@ -159,9 +196,9 @@ fn find(links: &[LinkMessage], interface: &Interface) -> Result<u32, NetworkErro
         };
         links.iter().find(has)
     };
-    let mut found = with(parse_mac(wanted)?);
+    let mut found = with(parse_mac(wanted)?.to_vec());
     if found.is_none() && !interface.boot_mac.is_empty() {
-        found = with(parse_mac(&interface.boot_mac)?);
+        found = with(parse_mac(&interface.boot_mac)?.to_vec());
     }
     match found {
         Some(link) => Ok(link.header.index),
@@ -184,13 +221,13 @@ fn name_of(link: &LinkMessage) -> Option<&str> {
         })
 }
 
-fn parse_mac(text: &str) -> Result<Vec<u8>, NetworkError> {
+fn parse_mac(text: &str) -> Result<[u8; 6], NetworkError> {
     let bytes: Option<Vec<u8>> = text
         .split(':')
         .map(|part| u8::from_str_radix(part, 16).ok())
         .collect();
     bytes
-        .filter(|bytes| bytes.len() == 6)
+        .and_then(|bytes| bytes.try_into().ok())
         .ok_or_else(|| invalid("MAC", text, "expected aa:bb:cc:dd:ee:ff"))
 }
 

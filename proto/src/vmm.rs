@@ -75,6 +75,9 @@ pub struct Installation {
     pub virtiofsd: PathBuf,
     /// `vhost-device-vsock` (Qemu only).
     pub vhost_device_vsock: PathBuf,
+    /// `passt`, for a VM without CNI.
+    #[serde(default)]
+    pub passt: PathBuf,
     /// Directory of files derived once from these: the agent's EROFS image and the kernel's ELF wrapper.
     pub cache: PathBuf,
 }
@@ -132,9 +135,12 @@ pub struct InstanceSpec {
     /// True if the guest uses the host's network: TSI (Krun) or a slirp NIC (Qemu). Without netns and nics.
     #[serde(default)]
     pub host_network: bool,
+    /// True for a NIC that passt serves, in the network namespace of the shim. Without netns and nics.
+    #[serde(default)]
+    pub passt: bool,
     /// True to write the guest kernel's messages to the console.
     pub debug_console: bool,
-    /// User and group id of the processes that serve no files (Qemu only). `None`: those of the shim.
+    /// User and group id of the processes that serve no files: QEMU and its helpers, passt. `None`: those of the shim.
     #[serde(default)]
     pub user: Option<u32>,
 }
@@ -232,6 +238,9 @@ pub struct SandboxOptions {
     /// True if the pod uses the host network; the request then has no network namespace.
     #[serde(default)]
     pub host_network: bool,
+    /// True if passt serves the pod's NIC; the request then has no network namespace.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub passt: bool,
     /// Detection of directories that several pods write to. `None`: pods are not compared.
     #[serde(default)]
     pub volume_writers: Option<VolumeWriters>,

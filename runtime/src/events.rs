@@ -173,6 +173,7 @@ mod tests {
             hostname: String::new(),
             netns: None,
             host_network: false,
+            passt: false,
             sysctls: Default::default(),
             cgroup_parent: String::new(),
             vmm: None,

@@ -87,6 +87,7 @@ mod tests {
             qemu: directory.path().join("qemu"),
             virtiofsd: file("virtiofsd", 0o755),
             vhost_device_vsock: file("vsock", 0o755),
+            passt: directory.path().join("passt"),
             cache: directory.path().join("cache"),
         };
         let error = InitRootfs::new(installation.clone())

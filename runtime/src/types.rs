@@ -58,6 +58,9 @@ pub struct BoxOptions {
     /// Use the host's network instead.
     #[serde(default)]
     pub host_network: bool,
+    /// Give the VM a NIC that passt serves; without network namespace.
+    #[serde(default)]
+    pub passt: bool,
     /// Sysctls by dotted name.
     pub sysctls: BTreeMap<String, String>,
     /// Cgroup of shim and VMM; empty for boxlite-cri's cgroup.

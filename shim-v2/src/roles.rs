@@ -1,5 +1,5 @@
-//! Internal roles of this binary, selected by the first argument: `vmm`, `probe`, `probe-guest`, `log-program` and
-//! `user-namespace`.
+//! Internal roles of this binary, selected by the first argument: `vmm`, `probe`, `probe-guest`, `log-program`, `passt`
+//! and `user-namespace`.
 //!
 //! The shim itself or boxlite-cri starts the binary in these roles. The command line of the shim protocol is in [`crate::cli`].
 
@@ -10,6 +10,7 @@ use std::process::ExitCode;
 pub fn run(args: &[OsString]) -> Option<ExitCode> {
     match args.first()?.to_str()? {
         "vmm" => Some(crate::vmm::child::run()),
+        crate::vmm::passt::ROLE => Some(crate::vmm::passt::run(&args[1..])),
         crate::share::idmap::ROLE => Some(crate::share::idmap::hold()),
         "probe" => Some(crate::probe::run()),
         "probe-guest" => Some(crate::probe::run_guest()),

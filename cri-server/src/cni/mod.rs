@@ -73,6 +73,19 @@ pub(crate) enum CniError {
     },
 }
 
+impl CniError {
+    /// Returns whether there is no configuration at all, rather than an invalid one.
+    pub(crate) fn is_unconfigured(&self) -> bool {
+        match self {
+            Self::Conf(ConfError::Missing(_)) => true,
+            Self::Conf(ConfError::Directory { source, .. }) => {
+                source.kind() == std::io::ErrorKind::NotFound
+            }
+            _ => false,
+        }
+    }
+}
+
 /// Runs plugins. Cheap to clone: the state is on disk, and memory holds only the operations in progress.
 #[derive(Debug, Clone)]
 pub(crate) struct Cni {

@@ -40,6 +40,10 @@ impl Config {
                     ("timeout_seconds", seconds(self.cni.timeout)),
                 ]),
             ),
+            (
+                "network",
+                table([("without_cni", self.network.without_cni.name().into())]),
+            ),
             ("registry", self.registry_table()),
             ("nri", self.nri_table()),
             ("metrics", table([("listen", or(listen, "off"))])),
@@ -76,6 +80,7 @@ impl Config {
             ("qemu", path(&paths.qemu)),
             ("virtiofsd", path(&paths.virtiofsd)),
             ("vhost_device_vsock", path(&paths.vhost_device_vsock)),
+            ("passt", path(&paths.passt)),
         ])
     }
 

@@ -13,6 +13,7 @@ mod pool;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use boxlite_config::network::{NetworkSettings, WithoutCni};
 pub(crate) use boxlite_config::paths::Paths;
 pub(crate) use boxlite_config::pod::PodDefaults;
 pub(crate) use boxlite_config::section::{ConfigError, Mistake};
@@ -31,7 +32,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// The commented default file; `@PREFIX@` is the installation prefix and `@KERNEL@` the guest kernel.
+/// The commented default file; `@PREFIX@` is the installation prefix, `@KERNEL@` the guest kernel, and `@PASST@` passt.
 const DEFAULT_TOML: &str = include_str!("default.toml");
 
 /// Returns the commented default file for an installation below `prefix`, with this guest kernel.
@@ -39,6 +40,7 @@ pub(crate) fn default_toml(prefix: &Path, kernel: &Path) -> String {
     DEFAULT_TOML
         .replace("@PREFIX@", &prefix.display().to_string())
         .replace("@KERNEL@", &kernel.display().to_string())
+        .replace("@PASST@", &Paths::below(prefix).passt.display().to_string())
 }
 
 /// Everything an operator may set.
@@ -67,6 +69,8 @@ pub(crate) struct Config {
     pub pool: PoolConfig,
     /// Network plugins.
     pub cni: CniConfig,
+    /// Network of pods without plugins.
+    pub network: NetworkSettings,
     /// Image registries.
     pub registry: RegistryConfig,
     /// Prometheus endpoint.
@@ -177,6 +181,7 @@ impl Default for Config {
                 bin_dirs: vec!["/opt/cni/bin".into(), "/usr/lib/cni".into()],
                 timeout: Duration::from_secs(60),
             },
+            network: NetworkSettings::default(),
             registry: RegistryConfig {
                 config_path: "/etc/boxlite/certs.d".into(),
                 min_bytes_per_second: 1024,
@@ -243,6 +248,7 @@ impl Config {
             pool: PoolConfig::read(top.section("pool"), mistakes),
             host_pods: HostPodsConfig::read(top.section("host_pods"), mistakes),
             cni: CniConfig::read(top.section("cni"), default.cni, mistakes),
+            network: NetworkSettings::read(top.section("network"), mistakes),
             registry: RegistryConfig::read(top.section("registry"), default.registry, mistakes),
             nri: NriConfig::read(top.section("nri"), default.nri, mistakes),
             metrics: MetricsConfig::read(top.section("metrics"), default.metrics, mistakes),

@@ -23,7 +23,7 @@ fn keys(text: &str) -> usize {
 }
 
 /// Number of keys. A new one belongs into default.toml, the dump and [`CHANGED`], too.
-const KEYS: usize = 51;
+const KEYS: usize = 53;
 
 fn printed_default() -> String {
     default_toml(&prefix(), &Paths::default().libkrunfw)
@@ -88,6 +88,9 @@ libkrunfw = "/f"
 qemu = "/g"
 virtiofsd = "/h"
 vhost_device_vsock = "/i"
+passt = "/j"
+[network]
+without_cni = "passt"
 [pod]
 vcpus = 3
 memory_mib = 333

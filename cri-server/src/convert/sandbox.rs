@@ -40,6 +40,9 @@ pub(crate) struct PodMetadata {
     /// Duration of the CNI calls, in ms.
     #[prost(uint64, tag = "4")]
     pub network_ms: u64,
+    /// True if passt serves the pod's network instead of CNI.
+    #[prost(bool, tag = "5")]
+    pub passt: bool,
 }
 
 impl PodMetadata {
@@ -249,6 +252,7 @@ impl PodMetadata {
             hostname: self.hostname(),
             netns,
             host_network: self.host_network(),
+            passt: self.passt,
             sysctls: linux
                 .map(|linux| linux.sysctls.clone().into_iter().collect())
                 .unwrap_or_default(),

@@ -50,7 +50,7 @@ pub(crate) mod unimplemented;
 mod version;
 
 use crate::cni::Cni;
-use crate::config::Config;
+use crate::config::{Config, WithoutCni};
 use crate::convert::{ConvertError, container, sandbox::PodMetadata, status};
 use crate::layout::Layout;
 use crate::metrics::Metrics;
@@ -116,6 +116,12 @@ impl std::ops::Deref for Server {
 }
 
 impl Server {
+    /// Returns whether passt serves the network of a pod now: no plugin is configured, and the operator chose it.
+    fn has_passt(&self) -> bool {
+        self.config.network.without_cni == WithoutCni::Passt
+            && self.cni.ready().is_err_and(|error| error.is_unconfigured())
+    }
+
     /// `vmm` describes the selected VMM and the reason.
     pub(crate) fn new(
         runtime: BoxliteRuntime,

@@ -22,10 +22,14 @@ pub(crate) fn write(layout: &Layout, id: &str, record: &PodMetadata) -> io::Resu
         .mode(0o700)
         .create(&directory)?;
     let resolv = match record.resolv_conf() {
-        Some(text) => text.into_bytes(),
-        None => dns::node_resolv_conf()?,
+        Some(text) => Some(text.into_bytes()),
+        // The agent has one by DHCP.
+        None if record.passt => None,
+        None => Some(dns::node_resolv_conf()?),
     };
-    file(&directory.join(RESOLV_CONF), &resolv)?;
+    if let Some(resolv) = resolv {
+        file(&directory.join(RESOLV_CONF), &resolv)?;
+    }
     file(
         &directory.join(HOSTNAME),
         format!("{}\n", record.hostname()).as_bytes(),

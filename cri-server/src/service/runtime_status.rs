@@ -19,6 +19,11 @@ pub(crate) fn status(server: &Server, request: &StatusRequest) -> StatusResponse
             ..Default::default()
         },
         match &network {
+            Err(_) if server.has_passt() => RuntimeCondition {
+                r#type: "NetworkReady".into(),
+                status: true,
+                ..Default::default()
+            },
             Ok(_) => RuntimeCondition {
                 r#type: "NetworkReady".into(),
                 status: true,
@@ -60,6 +65,7 @@ pub(crate) fn status(server: &Server, request: &StatusRequest) -> StatusResponse
             "maxContainerLogLineSize": boxlite_proto::names::MAX_LOG_LINE_BYTES,
             "cniConfDir": config.cni.conf_dir,
             "cniBinDirs": config.cni.bin_dirs,
+            "networkWithoutCni": config.network.without_cni.name(),
             "network": network.as_ref().ok().map(|conf| json!({"name": conf.name, "file": conf.source})),
             "podVcpus": config.pod.vcpus,
             "podMemoryMiB": config.pod.memory_mib,

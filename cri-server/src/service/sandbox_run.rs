@@ -47,7 +47,7 @@ pub(crate) async fn run(
     Ok(RunPodSandboxResponse { pod_sandbox_id })
 }
 
-async fn make(server: &Server, record: PodMetadata) -> Result<String, Status> {
+async fn make(server: &Server, mut record: PodMetadata) -> Result<String, Status> {
     if let Some(present) = server.runtime.find_box_by_name(&record.key()) {
         return Err(ServiceError::PodExists {
             name: record.key(),
@@ -56,6 +56,7 @@ async fn make(server: &Server, record: PodMetadata) -> Result<String, Status> {
         .into());
     }
     let id = new_id();
+    record.passt = !record.host_network() && server.has_passt();
     // Checked before an address is allocated: the pod's VM must fit.
     let options = record.box_options(&id, None, &server.config.pod)?;
     let id = server.runtime.claim_warm(&options).unwrap_or(id);
@@ -96,7 +97,7 @@ async fn make(server: &Server, record: PodMetadata) -> Result<String, Status> {
 }
 
 async fn stages(server: &Server, id: &str, mut record: PodMetadata) -> Result<LiteBox, Status> {
-    let netns = match record.host_network() {
+    let netns = match record.host_network() || record.passt {
         // As in containerd, no plugin is called, and the kubelet knows the node's addresses.
         true => None,
         false => Some(attach(server, id, &mut record).await?),

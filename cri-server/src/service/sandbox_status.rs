@@ -45,6 +45,7 @@ async fn info(server: &Server, snapshot: &BoxSnapshot) -> HashMap<String, String
         .collect();
     let network = match snapshot.state {
         BoxState::Ready if record.host_network() => "host network".to_owned(),
+        BoxState::Ready if record.passt => "passt".to_owned(),
         BoxState::Ready => match server.cni.check(&snapshot.id).await {
             Ok(()) => "passed CNI CHECK".to_owned(),
             Err(error) => {

@@ -42,7 +42,7 @@ const DETACHED_JOBS: [&str; 3] = [
 ];
 
 /// Number of threads that a file starts and does not join, and the event that ends them.
-const THREADS: [(&str, usize, &str); 8] = [
+const THREADS: [(&str, usize, &str); 9] = [
     (
         "guest/src/mount_export/server.rs",
         1,
@@ -69,6 +69,11 @@ const THREADS: [(&str, usize, &str); 8] = [
         "shim-v2/src/mount_export/pump.rs",
         2,
         "Pump::stop and the end of the mount",
+    ),
+    (
+        "shim-v2/src/vmm/krun/instance.rs",
+        1,
+        "the end of passt or of the VM",
     ),
     (
         "shim-v2/src/vmm/supervisor.rs",

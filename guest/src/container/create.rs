@@ -15,6 +15,7 @@ use crate::execution::stdio::{AgentEnds, Pipes, terminal_ends};
 use crate::execution::{Process, supervise};
 use crate::mount_export::table::{BidirectionalVolume, take_bidirectional};
 use crate::mount_export::watcher::MountWatcher;
+use crate::resolv_conf;
 use crate::spawner::wire::{Confinement, CreateRequest, Request};
 use crate::spawner::{Reply, errno_text, resolve_user};
 use crate::storage::rootfs::{Owners, Rootfs};
@@ -167,6 +168,7 @@ fn prepare(
             user: &user,
             mqueue: Path::new("/proc/sys/fs/mqueue").exists(),
         };
+        resolv_conf::mount(&mut spec, tree.read_only);
         crate::storage::prefault_submounts(&spec);
         let extracted = spec::adapt(&mut spec, &facts)?;
         mount_points::resolve(&rootfs.path(), &mut spec)?;

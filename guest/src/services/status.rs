@@ -113,7 +113,10 @@ impl From<NetworkError> for Status {
         let kind = match &error {
             NetworkError::Invalid { .. } => ErrorKind::InvalidArgument,
             NetworkError::NoCard { .. } => ErrorKind::NotFound,
-            NetworkError::Socket(_) | NetworkError::Step { .. } => ErrorKind::Internal,
+            NetworkError::Socket(_)
+            | NetworkError::Dhcp(_)
+            | NetworkError::ResolvConf(_)
+            | NetworkError::Step { .. } => ErrorKind::Internal,
         };
         from_error(kind, "network", &error)
     }

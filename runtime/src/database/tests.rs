@@ -17,6 +17,7 @@ pub(crate) fn box_row(id: &str, name: &str) -> BoxRow {
             hostname: "h".into(),
             netns: None,
             host_network: false,
+            passt: false,
             sysctls: Default::default(),
             cgroup_parent: String::new(),
             vmm: None,

@@ -280,6 +280,7 @@ pub(crate) fn sandbox_options(env: &BoxEnv, options: &BoxOptions, vmm: &VmmKind)
         cgroup_parent: options.cgroup_parent.clone(),
         debug_console: options.debug_console,
         host_network: options.host_network,
+        passt: options.passt,
         volume_writers: Some(VolumeWriters {
             registry: env.layout.volume_writers(),
             policy: options.shared_volume_writers,

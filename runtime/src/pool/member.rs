@@ -46,6 +46,7 @@ pub(super) fn options(id: &str, shape: Shape, settings: &PoolSettings) -> BoxOpt
         hostname: String::new(),
         netns: None,
         host_network: false,
+        passt: false,
         sysctls: Default::default(),
         cgroup_parent: String::new(),
         vmm: None,

@@ -76,6 +76,7 @@ impl Pool {
         let mut policy = self.policy.lock();
         let settings = policy.settings();
         let possible = !options.host_network
+            && !options.passt
             && options.vmm.is_none()
             && options.scratch_bytes == settings.scratch_bytes
             && options.debug_console == settings.debug_console;

@@ -102,6 +102,9 @@ async fn claimed_vm_is_the_boxs() {
     large.memory_mib = SHAPE.memory_mib;
     large.host_network = true;
     assert_eq!(fixture.runtime.claim_warm(&large), None);
+    large.host_network = false;
+    large.passt = true;
+    assert_eq!(fixture.runtime.claim_warm(&large), None);
     let id = fixture.claim();
     assert!(fixture.bundle(&id).join("warm").exists());
     let options = fixture.node.box_options(&id);

@@ -7,6 +7,7 @@
 use super::annotations;
 use crate::error::{Result, ShimError};
 use crate::probe;
+use boxlite_config::network::NetworkSettings;
 use boxlite_config::paths::Paths;
 use boxlite_config::pod::PodDefaults;
 use boxlite_config::section::{self, ConfigError, Mistake, Section};
@@ -41,6 +42,8 @@ pub struct ShimConfig {
     pub cache: PathBuf,
     /// Defaults of a pod's VM.
     pub pod: PodDefaults,
+    /// Network of a pod that has none of its own.
+    pub network: NetworkSettings,
 }
 
 impl Default for ShimConfig {
@@ -51,6 +54,7 @@ impl Default for ShimConfig {
             paths: Paths::default(),
             cache: DEFAULT_CACHE.into(),
             pod: PodDefaults::default(),
+            network: NetworkSettings::default(),
         }
     }
 }
@@ -106,6 +110,7 @@ impl ShimConfig {
             paths,
             cache,
             pod: PodDefaults::read(top.section("pod"), mistakes),
+            network: NetworkSettings::read(top.section("network"), mistakes),
         };
         top.finish(mistakes);
         config

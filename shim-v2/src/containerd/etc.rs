@@ -16,11 +16,12 @@ const NODE_HOSTS: &str = "/etc/hosts";
 /// Names of the files in the bundle and below `/etc` of a container.
 const NAMES: [&str; 3] = ["hostname", "hosts", "resolv.conf"];
 
-/// Writes the files of a pod into its sandbox's bundle.
+/// Writes the files of a pod into its sandbox's bundle. The agent has the resolv.conf of a pod with passt, unless the pod names
+/// servers.
 ///
 /// # Errors
 /// Io if the bundle cannot be written.
-pub fn write(bundle: &Path, pod: &PodConfig, hostname: &str) -> Result<()> {
+pub fn write(bundle: &Path, pod: &PodConfig, hostname: &str, passt: bool) -> Result<()> {
     let dir = bundle.join(DIR);
     std::fs::DirBuilder::new()
         .recursive(true)
@@ -29,12 +30,17 @@ pub fn write(bundle: &Path, pod: &PodConfig, hostname: &str) -> Result<()> {
         .map_err(ShimError::io("create", dir.display()))?;
     let config = &pod.dns_config;
     let resolv = match dns::resolv_conf(&config.servers, &config.searches, &config.options) {
-        Some(text) => text.into_bytes(),
-        None => dns::node_resolv_conf().map_err(ShimError::io("read", "/etc/resolv.conf"))?,
+        Some(text) => Some(text.into_bytes()),
+        None if passt => None,
+        None => Some(dns::node_resolv_conf().map_err(ShimError::io("read", "/etc/resolv.conf"))?),
     };
     let hosts = dns::node_file(Path::new(NODE_HOSTS)).map_err(ShimError::io("read", NODE_HOSTS))?;
-    let contents = [format!("{hostname}\n").into_bytes(), hosts, resolv];
+    let hostname = format!("{hostname}\n").into_bytes();
+    let contents = [Some(hostname), Some(hosts), resolv];
     for (name, content) in NAMES.iter().zip(contents) {
+        let Some(content) = content else {
+            continue;
+        };
         let path = dir.join(name);
         write_atomically(&path, &content)
             .and_then(|()| std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)))
@@ -52,10 +58,8 @@ pub fn mount(bundle: &Path, spec: &mut Spec) {
     let mut mounts = spec.mounts().clone().unwrap_or_default();
     for name in NAMES {
         let destination = Path::new("/etc").join(name);
-        if mounts
-            .iter()
-            .any(|mount| mount.destination() == &destination)
-        {
+        let own = |mount: &Mount| mount.destination() == &destination;
+        if mounts.iter().any(own) || !dir.join(name).exists() {
             continue;
         }
         let mut mount = Mount::default();
@@ -91,7 +95,7 @@ mod tests {
         pod.dns_config.mut_or_insert_default().servers = vec!["10.0.0.10".to_owned()];
         pod.dns_config.mut_or_insert_default().searches =
             vec!["svc.local".to_owned(), "local".to_owned()];
-        write(dir.path(), &pod, "web").expect("written");
+        write(dir.path(), &pod, "web", true).expect("written");
         let resolv = std::fs::read_to_string(dir.path().join("etc/resolv.conf")).expect("there");
         assert_eq!(resolv, "search svc.local local\nnameserver 10.0.0.10\n");
         mount(dir.path(), &mut spec);
@@ -105,5 +109,17 @@ mod tests {
             mounts[0].source().as_deref(),
             Some(Path::new("/kubelet/hosts"))
         );
+    }
+
+    #[test]
+    fn pod_with_passt_has_no_resolv_conf_of_the_node() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        write(dir.path(), &PodConfig::new(), "web", true).expect("written");
+        let mut spec = Spec::default();
+        spec.set_mounts(None);
+        mount(dir.path(), &mut spec);
+        let mounts = spec.mounts().clone().expect("some");
+        let seen: Vec<_> = mounts.iter().map(Mount::destination).collect();
+        assert_eq!(seen, [Path::new("/etc/hostname"), Path::new("/etc/hosts")]);
     }
 }

@@ -13,6 +13,7 @@ use super::config::ShimConfig;
 use crate::error::{Result, ShimError};
 use crate::sandbox::options::{Plan, SandboxOwner};
 use boxlite_config::cgroup;
+use boxlite_config::network::WithoutCni;
 use boxlite_config::paths::DEFAULT_STATE_DIR;
 use boxlite_config::size::{self, Limits, SizeRequest};
 use boxlite_proto::names;
@@ -90,7 +91,13 @@ fn has(spec: &Spec, kind: LinuxNamespaceType) -> bool {
     all.any(|namespace| namespace.typ() == kind)
 }
 
-/// Returns the plan for a first task without a preceding CreateSandbox. Without `netns` the pod is in the host's network.
+/// Returns whether passt serves the network of a first task. A namespace that the spec names has what it was given.
+pub fn has_passt(spec: &Spec, config: &ShimConfig) -> bool {
+    config.network.without_cni == WithoutCni::Passt && network(spec) == Network::Private
+}
+
+/// Returns the plan for a first task without a preceding CreateSandbox. Without `netns` the pod is in the host's network, or
+/// has passt.
 ///
 /// # Errors
 /// Invalid, naming the field.
@@ -101,7 +108,8 @@ pub async fn of_task(
     config: &ShimConfig,
 ) -> Result<Plan> {
     let mut plan = plan(id, request_of_spec(spec), netns, SandboxOwner::Task, config).await?;
-    plan.options.host_network = plan.netns.is_none();
+    plan.options.passt = plan.netns.is_none() && has_passt(spec, config);
+    plan.options.host_network = plan.netns.is_none() && !plan.options.passt;
     // containerd's CRI plugin forwards ports; `ctr run` does not.
     plan.local_ports = is_pause(spec) && plan.netns.is_some();
     plan.host_ipc = !has(spec, LinuxNamespaceType::Ipc);
@@ -140,6 +148,8 @@ pub async fn of_pod(
     };
     let mut plan = plan(id, request, netns, SandboxOwner::Sandboxer, config).await?;
     plan.options.host_network = host_network;
+    plan.options.passt =
+        config.network.without_cni == WithoutCni::Passt && plan.netns.is_none() && !host_network;
     plan.local_ports = plan.netns.is_some();
     plan.host_ipc = namespaces.ipc == NODE;
     Ok(plan)
@@ -221,6 +231,7 @@ async fn plan(
         vmm,
         hostname: hostname(&request.hostname, id),
         host_network: false,
+        passt: false,
         sysctls: request.sysctls,
         installation,
         cgroup_parent: request.cgroup_parent,

@@ -18,7 +18,8 @@ mod user_namespace;
 pub use host_files::{HostFiles, ProcFiles};
 pub use landlock_rules::restrict;
 pub use privileges::{
-    become_user, drop_all_capabilities, forbid_core_dumps, limit_resources, raise_file_limit,
+    become_user, drop_all_capabilities, forbid_core_dumps, forbid_new_privileges, limit_files,
+    limit_resources, raise_file_limit,
 };
 pub use seccomp::{Process, allow_only, with_filter};
 

@@ -66,6 +66,16 @@ pub fn raise_file_limit() {
     }
 }
 
+/// Limits the number of open files of this process and its future children.
+///
+/// # Errors
+/// The kernel refused.
+pub fn limit_files(max: u64) -> Result<(), JailError> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(system("read resource limits"))?;
+    let limit = max.min(hard);
+    setrlimit(Resource::RLIMIT_NOFILE, limit, limit).map_err(system("limit open files"))
+}
+
 /// Forbids core dumps of this process, in which libkrun remains, and its children: they would contain the guest's memory.
 ///
 /// # Errors
@@ -77,9 +87,17 @@ pub fn forbid_core_dumps() -> Result<(), JailError> {
     })
 }
 
+/// Forbids this process and its future children to gain privileges by starting a program.
+///
+/// # Errors
+/// The kernel refused.
+pub fn forbid_new_privileges() -> Result<(), JailError> {
+    set_no_new_privs().map_err(system("set no_new_privs"))
+}
+
 /// Keeps the file capabilities for this process and its children, and prevents gaining others.
 pub(super) fn reduce() -> Result<(), JailError> {
-    set_no_new_privs().map_err(system("set no_new_privs"))?;
+    forbid_new_privileges()?;
     keep(&FILE_CAPABILITIES.into_iter().collect())
 }
 

@@ -16,7 +16,7 @@ use crate::cgroup;
 use crate::error::{Result, ShimError};
 use crate::mount_export::host_mounter::{HostMounter, HostMounts};
 use crate::net::host::{BindScope, HostPorts};
-use crate::net::{self, PodNetwork, slirp};
+use crate::net::{self, PodNetwork, passt, slirp};
 use crate::pod::undo::Undo;
 use crate::sandbox::machine::{Booted, Machine, WarmVm};
 use crate::sandbox::options::Plan;
@@ -29,7 +29,7 @@ use crate::time;
 use crate::vmm::work_dir::WorkDirWatch;
 use crate::vmm::{ReadySocket, Supervisor, VmmChild};
 use async_trait::async_trait;
-use boxlite_config::budget::vmm_mib;
+use boxlite_config::budget::{PASST_MIB, vmm_mib};
 use boxlite_config::cgroup::{CGROUP_MOUNT, pids_limit};
 use boxlite_portal::{Connection, GuestAddress, GuestErrorKind, GuestSession};
 use boxlite_proto::boxlite::v1::{GuestInitRequest, GuestPrepareRequest};
@@ -172,10 +172,12 @@ impl VmMachine {
         Ok(network)
     }
 
-    /// Returns the user of the VM's processes. libkrun serves the share in its own process, for which it needs root.
+    /// Returns the user of the VM's processes that serve no files. libkrun serves the share in its own process, for which it
+    /// needs root.
     async fn claim_user(&self, id: &str, plan: &Plan) -> Result<Option<u32>> {
-        let users = match (&plan.options.vmm_users, &plan.options.vmm) {
-            (Some(users), VmmKind::Qemu) => users.clone(),
+        let needed = plan.options.vmm == VmmKind::Qemu || plan.options.passt;
+        let users = match &plan.options.vmm_users {
+            Some(users) if needed => users.clone(),
             _ => return Ok(None),
         };
         if !vmm_user::are_mapped(users.ids) {
@@ -257,7 +259,7 @@ impl VmMachine {
             ReadySocket::bind(&work_dir).map_err(ShimError::boot("listen for the guest"))?;
         let mut spec = instance(id, plan, &work_dir, &share, &scratch, claim.nics());
         spec.user = self.claim_user(id, plan).await?;
-        if let Some(user) = spec.user {
+        if let Some(user) = spec.user.filter(|_| spec.kind == VmmKind::Qemu) {
             let socket = work_dir.join(names::READY_SOCKET);
             vmm_user::give(user, &[&socket, &scratch, &work_dir])?;
         }
@@ -389,7 +391,9 @@ impl Machine for VmMachine {
 
     fn prepare(&self, id: &str, bundle: &Path, plan: &Plan) {
         let options = &plan.options;
-        let need = u64::from(options.memory_mib) + vmm_mib(&options.vmm, options.acceleration);
+        let passt_mib = if options.passt { PASST_MIB } else { 0 };
+        let need =
+            u64::from(options.memory_mib) + vmm_mib(&options.vmm, options.acceleration) + passt_mib;
         let joined = cgroup::join(&options.cgroup_parent, id, need << 20);
         {
             let mut record = self.record();
@@ -453,6 +457,7 @@ fn instance(
         nics,
         netns: plan.netns.clone(),
         host_network: options.host_network,
+        passt: options.passt,
         debug_console: options.debug_console,
         user: None,
     }
@@ -497,6 +502,9 @@ async fn init(
     let mut interfaces = network.wire_interfaces();
     for interface in &mut interfaces {
         boot_mac.clone_into(&mut interface.boot_mac);
+    }
+    if plan.options.passt {
+        interfaces.push(passt::interface());
     }
     let request = GuestInitRequest {
         sandbox_id: id.to_owned(),

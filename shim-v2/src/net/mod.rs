@@ -11,6 +11,7 @@ mod describe;
 pub mod host;
 mod join;
 mod listening;
+pub mod passt;
 pub mod slirp;
 pub mod tap;
 
@@ -121,7 +122,7 @@ impl PodNetwork {
             mac: from.mac.clone(),
             mtu: from.mtu,
             addresses: from.addresses.clone(),
-            boot_mac: String::new(),
+            ..Default::default()
         };
         self.interfaces.iter().map(interface).collect()
     }

@@ -108,6 +108,12 @@ impl Plan {
                 reason: "must be empty for a pod in the host's network".to_owned(),
             });
         }
+        if options.passt && (netns.is_some() || options.host_network) {
+            return Err(ShimError::Invalid {
+                field: "netns_path",
+                reason: "a pod with passt has no other network".to_owned(),
+            });
+        }
         Ok(Self {
             options,
             netns,
@@ -157,11 +163,13 @@ mod tests {
                     qemu: file(),
                     virtiofsd: file(),
                     vhost_device_vsock: file(),
+                    passt: file(),
                     cache: file(),
                 },
                 cgroup_parent: "/pod".to_owned(),
                 debug_console: false,
                 host_network: false,
+                passt: false,
                 volume_writers: None,
                 vmm_users: None,
                 warm: false,
@@ -184,7 +192,7 @@ mod tests {
         assert!(plan().fits(&warm));
         assert!(!warm.fits(&warm), "not a pod's plan");
         assert!(!plan().fits(&plan()), "not a warm VM's plan");
-        let changes: [fn(&mut Plan); 8] = [
+        let changes: [fn(&mut Plan); 9] = [
             |plan| plan.options.vcpus = 2,
             |plan| plan.options.memory_mib = 257,
             |plan| plan.options.scratch_bytes += 1,
@@ -192,6 +200,7 @@ mod tests {
             |plan| plan.options.installation.guest = "/y".into(),
             |plan| plan.options.debug_console = true,
             |plan| plan.options.host_network = true,
+            |plan| plan.options.passt = true,
             |plan| plan.netns = Some("/netns/y".into()),
         ];
         for (index, change) in changes.into_iter().enumerate() {

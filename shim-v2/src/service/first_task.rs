@@ -72,7 +72,10 @@ impl Service {
         let spec = spec::load(Path::new(&request.bundle))?;
         if owner.is_none() {
             let config = ShimConfig::find()?;
-            let netns = self.first.network(&spec)?;
+            let netns = match plan::has_passt(&spec, &config) {
+                true => None,
+                false => self.first.network(&spec)?,
+            };
             let plan = plan::of_task(&context.id, &spec, netns, &config).await?;
             self.sandbox.create(plan).await?;
         }

@@ -215,7 +215,7 @@ impl Service {
                 let id = &self.sandbox.context().id;
                 let plan = plan::of_pod(id, &pod, options::netns(request)?, &config).await?;
                 let bundle = &self.sandbox.context().bundle;
-                etc::write(bundle, &pod, &plan.options.hostname)?;
+                etc::write(bundle, &pod, &plan.options.hostname, plan.options.passt)?;
                 Ok(plan)
             }
             _ => Plan::from_request(request),

@@ -59,8 +59,8 @@ pub fn check(spec: &InstanceSpec, capabilities: &VmmCapabilities) -> BoxliteResu
 }
 
 fn check_slots(spec: &InstanceSpec, capabilities: &VmmCapabilities) -> BoxliteResult<()> {
-    let slirp_nics = usize::from(spec.host_network);
-    let requested = capabilities.base_devices + spec.disks.len() + spec.nics.len() + slirp_nics;
+    let user_nics = usize::from(spec.host_network) + usize::from(spec.passt);
+    let requested = capabilities.base_devices + spec.disks.len() + spec.nics.len() + user_nics;
     if requested <= capabilities.max_devices {
         return Ok(());
     }

@@ -13,6 +13,7 @@ mod factory;
 pub mod krun;
 mod krunfw;
 mod parent;
+pub mod passt;
 pub mod qemu;
 pub mod ready;
 mod step;

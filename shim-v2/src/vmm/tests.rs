@@ -55,6 +55,7 @@ pub(super) fn spec(kind: VmmKind) -> InstanceSpec {
             qemu: PathBuf::from("/nowhere/qemu"),
             virtiofsd: PathBuf::from("/nowhere/virtiofsd"),
             vhost_device_vsock: PathBuf::from("/nowhere/vsock"),
+            passt: PathBuf::from("/nowhere/passt"),
             cache: PathBuf::from("/nowhere/cache"),
         },
         work_dir: PathBuf::from("/run/vm"),
@@ -63,6 +64,7 @@ pub(super) fn spec(kind: VmmKind) -> InstanceSpec {
         nics: Vec::new(),
         netns: None,
         host_network: false,
+        passt: false,
         debug_console: false,
         user: None,
     }

@@ -55,6 +55,7 @@ pub(crate) fn installation() -> Installation {
         qemu: "/usr/bin/qemu-system-x86_64".into(),
         virtiofsd: cache.join("tools/bin/virtiofsd"),
         vhost_device_vsock: cache.join("tools/bin/vhost-device-vsock"),
+        passt: cache.join("tools/bin/passt"),
         cache: cache.join("derived"),
     }
 }
@@ -74,6 +75,7 @@ pub(crate) fn options() -> SandboxOptions {
         cgroup_parent: String::new(),
         debug_console: false,
         host_network: false,
+        passt: false,
         volume_writers: None,
         vmm_users: None,
         warm: false,

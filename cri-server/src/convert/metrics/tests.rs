@@ -38,6 +38,7 @@ fn sandbox() -> BoxSnapshot {
         hostname: String::new(),
         netns: None,
         host_network: false,
+        passt: false,
         sysctls: BTreeMap::new(),
         cgroup_parent: String::new(),
         vmm: None,

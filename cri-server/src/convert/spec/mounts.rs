@@ -78,6 +78,9 @@ pub(crate) fn mounts(
         ("/etc/hosts", HOSTS),
         ("/etc/resolv.conf", RESOLV_CONF),
     ] {
+        if name == RESOLV_CONF && source.sandbox.passt && source.sandbox.resolv_conf().is_none() {
+            continue;
+        }
         list.push(json!({
             "destination": target,
             "type": "bind",

@@ -80,6 +80,7 @@ fn installation(cache: &Path) -> Result<Installation> {
         qemu: "/usr/bin/qemu-system-x86_64".into(),
         virtiofsd: tools.join("tools/bin/virtiofsd"),
         vhost_device_vsock: tools.join("tools/bin/vhost-device-vsock"),
+        passt: tools.join("tools/bin/passt"),
         cache: cache.to_owned(),
     })
 }
@@ -173,7 +174,7 @@ impl Running {
                 mac: MAC.to_owned(),
                 mtu: 1500,
                 addresses: vec![GUEST_ADDRESS.to_owned()],
-                boot_mac: String::new(),
+                ..Default::default()
             }],
             entropy: vec![7; 64].into(),
             ..GuestInitRequest::default()
@@ -255,6 +256,7 @@ fn spec(kind: &VmmKind, directory: &Path) -> Result<InstanceSpec> {
         }],
         netns: None,
         host_network: false,
+        passt: false,
         debug_console: false,
         user,
     })

@@ -117,3 +117,30 @@ async fn limit_of_an_exbibyte_is_no_limit() {
     let defaults = config().pod;
     assert_eq!(plan.options.memory_mib, defaults.memory_mib + 160);
 }
+
+#[tokio::test]
+async fn passt_serves_private_networks_if_configured() {
+    let text = "vmm = 'qemu'\nacceleration = 'tcg'\n[network]\nwithout_cni = 'passt'";
+    let passt = ShimConfig::parse(text, Path::new("/x")).expect("valid");
+    let with = |namespaces: serde_json::Value| {
+        spec(json!({"ociVersion": "1.0.2", "linux": {"namespaces": namespaces}}))
+    };
+    let private = with(json!([{"type": "network"}]));
+    assert!(has_passt(&private, &passt) && !has_passt(&private, &config()));
+    let plan = of_task("abc", &private, None, &passt)
+        .await
+        .expect("a plan");
+    assert!(plan.options.passt && !plan.options.host_network);
+    let host = of_task("abc", &with(json!([])), None, &passt).await;
+    let host = host.expect("a plan").options;
+    assert!(host.host_network && !host.passt);
+    let named = with(json!([{"type": "network", "path": "/run/netns/x"}]));
+    assert!(!has_passt(&named, &passt));
+
+    let pod = PodConfig::new();
+    let plan = of_pod("abc", &pod, None, &passt).await.expect("a plan");
+    assert!(plan.options.passt && !plan.options.host_network);
+    let netns = Some("/run/netns/x".into());
+    let plan = of_pod("abc", &pod, netns, &passt).await.expect("a plan");
+    assert!(!plan.options.passt);
+}

@@ -5,6 +5,7 @@
 use super::super::step::invalid;
 use boxlite_proto::error::{BoxliteError, BoxliteResult};
 use std::ffi::CString;
+use std::os::fd::{IntoRawFd, OwnedFd};
 use std::ptr;
 
 /// A libkrun configuration context, consumed by entering.
@@ -150,6 +151,22 @@ impl Context {
         let code =
             unsafe { krun::krun_add_net_tap(self.0, tap.as_ptr(), mac.as_ptr(), features, 0) };
         answer("krun_add_net_tap", code)
+    }
+
+    /// Adds a NIC whose frames pass through a connected stream socket, each after its length.
+    pub(super) fn add_net_stream(
+        &self,
+        socket: OwnedFd,
+        mac: &[u8; 6],
+        features: u32,
+    ) -> BoxliteResult<()> {
+        let socket = socket.into_raw_fd();
+        // SAFETY: a null path means the descriptor, whose owner is libkrun from here on; `mac` has the six bytes that are read
+        // and copied.
+        let code = unsafe {
+            krun::krun_add_net_unixstream(self.0, ptr::null(), socket, mac.as_ptr(), features, 0)
+        };
+        answer("krun_add_net_unixstream", code)
     }
 
     /// Connects a vsock port to a unix socket. If `listen`, the host connects, otherwise the guest.

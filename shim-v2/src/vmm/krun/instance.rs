@@ -3,20 +3,43 @@
 use super::ffi::Context;
 use super::kvm;
 use crate::jail::{self, HostFiles, ProcFiles, Process};
+use crate::vmm::passt;
 use crate::vmm::step::StepExt;
 use crate::vmm::{VmmInstance, VmmInstanceImpl};
 use boxlite_proto::error::BoxliteResult;
+use boxlite_proto::exit::ExitCode;
 use boxlite_proto::vmm::InstanceSpec;
 use std::convert::Infallible;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 struct KrunInstance {
     context: Context,
     spec: InstanceSpec,
+    /// Shows the end of passt.
+    passt: Option<OwnedFd>,
 }
 
-pub(super) fn create(context: Context, spec: InstanceSpec) -> VmmInstance {
-    VmmInstance::new(KrunInstance { context, spec })
+pub(super) fn create(context: Context, spec: InstanceSpec, passt: Option<OwnedFd>) -> VmmInstance {
+    VmmInstance::new(KrunInstance {
+        context,
+        spec,
+        passt,
+    })
+}
+
+/// Ends the VM with passt: libkrun would go on without a network.
+fn watch_passt(socket: OwnedFd) -> BoxliteResult<()> {
+    let watch = move || {
+        match passt::wait_closed(&socket) {
+            Ok(()) => eprintln!("vmm: passt exited"),
+            Err(error) => eprintln!("vmm: failed to watch passt: {error}"),
+        }
+        std::process::exit(ExitCode::VmmStart as i32)
+    };
+    // Not joined: it ends with passt, or with this process.
+    let thread = std::thread::Builder::new().name("passt-watch".to_owned());
+    thread.spawn(watch).map(drop).step("start a thread")
 }
 
 impl VmmInstanceImpl for KrunInstance {
@@ -47,6 +70,9 @@ impl VmmInstanceImpl for KrunInstance {
         };
         kvm::check(Path::new(kvm::DEVICE))?;
         jail::allow_only(process).step("install the system call filter")?;
+        if let Some(socket) = self.passt {
+            watch_passt(socket)?;
+        }
         Err(self.context.start_enter())
     }
 }

@@ -35,8 +35,8 @@ impl Vmm for KrunVmm {
         entrypoint::configure(&context, &spec)?;
         shares::configure(&context, &spec)?;
         disks::configure(&context, &spec)?;
-        network::configure(&context, &spec)?;
+        let passt = network::configure(&context, &spec)?;
         vsock::configure(&context, &spec)?;
-        Ok(instance::create(context, spec))
+        Ok(instance::create(context, spec, passt))
     }
 }

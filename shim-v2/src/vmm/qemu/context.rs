@@ -24,8 +24,8 @@ pub(super) struct Context {
     pub(super) share_socket: Option<UnixListener>,
     /// Name of the socket on which vhost-device-vsock listens.
     pub(super) vsock_socket: String,
-    /// Taps inherited by QEMU under their descriptor numbers.
-    pub(super) taps: Vec<OwnedFd>,
+    /// Taps, and the socket of passt, inherited by QEMU under their descriptor numbers.
+    pub(super) nics: Vec<OwnedFd>,
     /// Directory of derived files.
     pub(super) cache: PathBuf,
 }
@@ -117,7 +117,8 @@ mod tests {
                 libkrunfw: file.clone(),
                 qemu: file.clone(),
                 virtiofsd: file.clone(),
-                vhost_device_vsock: file,
+                vhost_device_vsock: file.clone(),
+                passt: file,
                 cache: directory.path().join("cache"),
             },
             ..crate::vmm::tests::spec(VmmKind::Qemu)

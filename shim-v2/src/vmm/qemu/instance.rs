@@ -85,8 +85,8 @@ impl VmmInstanceImpl for QemuInstance {
         wait_listening(&mut vsock, socket)?;
         let mut args = self.context.args.clone();
         args.extend(["-append".to_owned(), self.context.kernel_words.join(" ")]);
-        for tap in &self.context.taps {
-            inherit(tap, true)?;
+        for nic in &self.context.nics {
+            inherit(nic, true)?;
         }
         let mut command = Command::new(&files.qemu);
         command.args(args).env_clear().stdin(Stdio::null());

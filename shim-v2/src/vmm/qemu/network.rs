@@ -1,9 +1,11 @@
-//! Step 6: NICs on existing taps in this process's network namespace; a slirp NIC for a pod in the host's network.
+//! Step 6: NICs on existing taps in this process's network namespace; a slirp NIC for a pod in the host's network; a
+//! NIC that passt serves for a pod without CNI.
 
 use super::context::Context;
 use crate::net::slirp::{GATEWAY, MAC, NAME_SERVER, SUBNET};
-use crate::net::tap;
+use crate::net::{self, tap};
 use crate::vmm::devices::parse_mac;
+use crate::vmm::passt;
 use crate::vmm::step::StepExt;
 use boxlite_proto::error::BoxliteResult;
 use boxlite_proto::vmm::InstanceSpec;
@@ -26,7 +28,22 @@ pub(super) fn configure(context: &mut Context, spec: &InstanceSpec) -> BoxliteRe
             "-device",
             format!("virtio-net-device,netdev=net{index},mac={}{mtu}", nic.mac),
         );
-        context.taps.push(fd);
+        context.nics.push(fd);
+    }
+    if spec.passt {
+        let socket = passt::start(spec)?;
+        context.option(
+            "-netdev",
+            format!(
+                "stream,id=passt,addr.type=fd,addr.str={}",
+                socket.as_raw_fd()
+            ),
+        );
+        context.option(
+            "-device",
+            format!("virtio-net-device,netdev=passt,mac={}", net::passt::MAC),
+        );
+        context.nics.push(socket);
     }
     if spec.host_network {
         // QEMU's own stack on the host's sockets. The shim binds ports (`net::host`), so nothing is forwarded here.
