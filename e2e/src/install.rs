@@ -24,6 +24,8 @@ pub(crate) struct Install {
     pub virtiofsd: PathBuf,
     /// Serves vsock to QEMU.
     pub vhost_device_vsock: PathBuf,
+    /// Serves the network of pods without CNI.
+    pub passt: PathBuf,
     /// Debian's CNI plugins.
     pub cni: PathBuf,
     /// Debian's busybox, the only host program in the images' layers.
@@ -60,6 +62,7 @@ impl Install {
             qemu: env("BOXLITE_QEMU").unwrap_or_else(|| "/usr/bin/qemu-system-x86_64".into()),
             virtiofsd: cache.join("tools/bin/virtiofsd"),
             vhost_device_vsock: cache.join("tools/bin/vhost-device-vsock"),
+            passt: cache.join("tools/bin/passt"),
             cni: "/usr/lib/cni".into(),
             busybox: "/bin/busybox".into(),
             registry: "/usr/bin/docker-registry".into(),
@@ -72,6 +75,7 @@ impl Install {
             &install.qemu,
             &install.virtiofsd,
             &install.vhost_device_vsock,
+            &install.passt,
             &install.cni,
             &install.busybox,
             &install.registry,

@@ -112,11 +112,12 @@ impl LeakSnapshot {
 
 /// Returns the product's processes in this PID namespace by name, including zombies.
 fn processes() -> Result<Vec<String>> {
-    const OURS: [&str; 6] = [
+    const OURS: [&str; 7] = [
         "containerd-shim",
         "qemu-system",
         "virtiofsd",
         "vhost-device",
+        "passt",
         "boxlite-cri",
         "vmm",
     ];

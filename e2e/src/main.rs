@@ -41,6 +41,7 @@ mod service;
 mod stream;
 #[cfg(test)]
 mod tidy;
+mod uplink;
 
 use clap::{Args, Parser, Subcommand};
 use namespaces::Stage;

@@ -53,6 +53,10 @@ pub(crate) struct NodeOptions {
     pub pool: Option<String>,
     /// Lines of the section `[host_pods]`; none otherwise.
     pub host_pods: Option<String>,
+    /// `network.without_cni` key; the runtime's default otherwise.
+    pub without_cni: Option<&'static str>,
+    /// Replacement for the installed passt.
+    pub passt: Option<PathBuf>,
 }
 
 impl NodeOptions {
@@ -74,6 +78,8 @@ impl NodeOptions {
             shared_volume_writers: None,
             pool: None,
             host_pods: None,
+            without_cni: None,
+            passt: None,
         }
     }
 }
@@ -292,6 +298,9 @@ fn config(dir: &Path, install: &Install, options: &NodeOptions, metrics: &str) -
     if let Some(host_pods) = &options.host_pods {
         pod += &format!("\n[host_pods]\n{host_pods}\n");
     }
+    if let Some(network) = options.without_cni {
+        pod += &format!("\n[network]\nwithout_cni = \"{network}\"\n");
+    }
     let nri = options
         .nri_socket
         .clone()
@@ -316,6 +325,7 @@ libkrunfw = "{}"
 qemu = "{}"
 virtiofsd = "{}"
 vhost_device_vsock = "{}"
+passt = "{}"
 
 [cni]
 conf_dir = "{at}/cni"
@@ -345,6 +355,7 @@ run_pod_seconds = {}
         install.qemu.display(),
         install.virtiofsd.display(),
         install.vhost_device_vsock.display(),
+        options.passt.as_ref().unwrap_or(&install.passt).display(),
         bins.join(", "),
         options.cni_timeout,
         nri.display(),

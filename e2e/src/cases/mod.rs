@@ -19,6 +19,7 @@ mod nri;
 mod observe;
 mod odd_images;
 mod operator;
+mod passt;
 mod peers;
 mod pool;
 mod resources;
@@ -67,6 +68,7 @@ pub(crate) fn all() -> Vec<Case> {
         logs::cases(),
         network::cases(),
         cni::cases(),
+        passt::cases(),
         spec::cases(),
         volumes::cases(),
         sockets::cases(),

@@ -320,7 +320,7 @@ pub(crate) fn run_args<'a>(flags: &[&'a str], id: &'a str, argv: &[&'a str]) -> 
 fn shim_config(dir: &Path, install: &Install, options: &Options) -> String {
     format!(
         "vmm = \"{}\"\n{}\n[paths]\nguest = \"{}\"\nlibkrunfw = \"{}\"\nqemu = \"{}\"\nvirtiofsd = \"{}\"\n\
-         vhost_device_vsock = \"{}\"\ncache = \"{}\"\n",
+         vhost_device_vsock = \"{}\"\npasst = \"{}\"\ncache = \"{}\"\n",
         options.vmm,
         options.shim,
         install.guest.display(),
@@ -328,6 +328,7 @@ fn shim_config(dir: &Path, install: &Install, options: &Options) -> String {
         install.qemu.display(),
         install.virtiofsd.display(),
         install.vhost_device_vsock.display(),
+        install.passt.display(),
         dir.parent().unwrap_or(dir).join("shim-cache").display(),
     )
 }

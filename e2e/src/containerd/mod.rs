@@ -8,6 +8,7 @@ mod events;
 mod faults;
 mod host_pods;
 mod logs;
+mod passt;
 mod pods;
 pub(crate) mod stock;
 mod tasks;
@@ -106,6 +107,7 @@ async fn run_version(suite: &crate::SuiteOptions, version: Version) -> Result<bo
     });
     let cases = [
         tasks::cases(),
+        passt::cases(),
         vm_options::cases(),
         events::cases(),
         logs::cases(),
@@ -160,6 +162,7 @@ fn traces() -> Result<BTreeSet<String>> {
         "qemu-system",
         "virtiofsd",
         "vhost-device-vsock",
+        "passt",
     ] {
         found.extend(
             crate::process::pids(&[name])?
