@@ -1,7 +1,7 @@
 //! [`NetworkSettings`]: network of pods without CNI, the `[network]` section.
 
 use crate::section::{Mistake, Section};
-use crate::value;
+use toml::Value;
 
 /// Network of a pod that no CNI plugin serves.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -22,6 +22,13 @@ impl WithoutCni {
             Self::Passt => "passt",
         }
     }
+
+    fn read(value: &Value) -> Result<Self, String> {
+        [Self::None, Self::Passt]
+            .into_iter()
+            .find(|network| value.as_str() == Some(network.name()))
+            .ok_or_else(|| "must be none or passt".into())
+    }
 }
 
 /// Network of pods without CNI.
@@ -36,7 +43,7 @@ impl NetworkSettings {
     pub fn read(mut section: Section, mistakes: &mut Vec<Mistake>) -> Self {
         let default = Self::default();
         let settings = Self {
-            without_cni: section.take("without_cni", default.without_cni, value::without_cni),
+            without_cni: section.take("without_cni", default.without_cni, WithoutCni::read),
         };
         section.finish(mistakes);
         settings

@@ -1,6 +1,5 @@
 //! Readers of single configuration values. Each returns the reason for a rejection as text.
 
-use crate::network::WithoutCni;
 use boxlite_proto::vmm::{Acceleration, IdRange, SharedVolumeWriters, VmmKind};
 use boxlite_sys::unix_socket::MAX_SOCKET_PATH_BYTES;
 use std::net::{IpAddr, SocketAddr};
@@ -31,14 +30,6 @@ pub fn shared_volume_writers(value: &Value) -> Result<SharedVolumeWriters, Strin
         .into_iter()
         .find(|policy| value.as_str() == Some(policy.name()))
         .ok_or_else(|| "must be warn or refuse".into())
-}
-
-/// `none` or `passt`.
-pub fn without_cni(value: &Value) -> Result<WithoutCni, String> {
-    [WithoutCni::None, WithoutCni::Passt]
-        .into_iter()
-        .find(|network| value.as_str() == Some(network.name()))
-        .ok_or_else(|| "must be none or passt".into())
 }
 
 /// `first:count`, or `none`. User 0 and 4294967295, which is -1 in system calls, are not part of a range.

@@ -1,4 +1,4 @@
-//! `ctr run` without a network of its own, on passt.
+//! `ctr run` without a network, on passt.
 
 use super::tasks::succeeded;
 use super::{Case, Context};

@@ -42,7 +42,7 @@ pub enum DhcpError {
     },
     /// No usable answer came.
     #[error(
-        "no answer to DHCP {message} on {interface}: the node has no IPv4 route, or passt failed"
+        "DHCP {message} on {interface} is not answered: passt has ended, or the node has no IPv4 route"
     )]
     NoAnswer {
         message: &'static str,
@@ -115,7 +115,7 @@ async fn ask(
     Ok(None)
 }
 
-/// Waits for the answer to a DISCOVER, or to a REQUEST: a late offer is none.
+/// Waits for the answer to a DISCOVER, or to a REQUEST: a late offer is ignored.
 async fn receive(socket: &UdpSocket, exchange: &Exchange, requested: bool) -> io::Result<Answer> {
     let mut bytes = [0; MAX_ANSWER_BYTES];
     loop {

@@ -91,7 +91,7 @@ fn has(spec: &Spec, kind: LinuxNamespaceType) -> bool {
     all.any(|namespace| namespace.typ() == kind)
 }
 
-/// Returns whether passt serves the network of a first task. A namespace that the spec names has what it was given.
+/// Returns whether passt serves the network of a first task. A namespace named by the spec is left as it is.
 pub fn has_passt(spec: &Spec, config: &ShimConfig) -> bool {
     config.network.without_cni == WithoutCni::Passt && network(spec) == Network::Private
 }

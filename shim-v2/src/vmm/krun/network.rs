@@ -11,7 +11,7 @@ use boxlite_proto::vmm::InstanceSpec;
 use std::os::fd::OwnedFd;
 
 /// virtio-net features that leave checksums and TCP segmentation to the far end in both directions (CSUM, GUEST_CSUM,
-/// GUEST_TSO4, GUEST_TSO6, HOST_TSO4, HOST_TSO6). passt ends the guest's connections, whatever the size of their segments.
+/// GUEST_TSO4, GUEST_TSO6, HOST_TSO4, HOST_TSO6). passt terminates the guest's connections and accepts segments of any size.
 const OFFLOADS: u32 = 1 | 1 << 1 | 1 << 7 | 1 << 8 | 1 << 11 | 1 << 12;
 
 /// Adds the NICs. Returns a descriptor that shows the end of passt, if the VM has it.
