@@ -12,6 +12,7 @@ pub mod error;
 pub mod interfaces;
 pub mod session;
 mod severable;
+pub mod stats_limits;
 
 pub use connection::{Connection, GuestAddress};
 pub use error::{GuestErrorKind, PortalError};

@@ -1,4 +1,4 @@
-//! Conversion of a guest's cgroup counters to the CRI's stats. The guest is untrusted: values are passed through, and
+//! Conversion of a guest's cgroup counters to the CRI's stats. The runtime has bounded the values by the VM's size;
 //! sums and products saturate.
 
 use super::container::ContainerMetadata;

@@ -167,6 +167,7 @@ pub(crate) fn launch(env: Arc<BoxEnv>, initial: InitialState) -> LiteBox {
         messages: messages.clone(),
         view: viewer,
         metrics: initial.metrics.clone(),
+        cpu_times: Default::default(),
         operations: Default::default(),
     };
     let mut driver = Driver {

@@ -6,8 +6,11 @@ use super::{LiteBox, now_ns, teardown};
 use crate::error::{Result, RuntimeError};
 use crate::types::ContainerState;
 use boxlite_portal::interfaces::execution::MAX_EXEC_OUTPUT_BYTES;
+use boxlite_portal::stats_limits::StatsLimits;
 use boxlite_portal::{ExecOutput, PortalError};
-use boxlite_proto::boxlite::v1::{ContainerStatsResponse, ExecRequest, GuestStatsResponse};
+use boxlite_proto::boxlite::v1::{
+    CgroupStats, ContainerStatsResponse, ExecRequest, GuestStatsResponse,
+};
 use oci_spec::runtime::Spec;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -152,7 +155,8 @@ impl LiteBox {
         self.running()?.shim.task_pid(id).await
     }
 
-    /// Returns the counters of one container from the guest, with those of its processes if `processes` is set.
+    /// Returns the counters of one container from the guest, within those of a VM of its size, with those of its processes if
+    /// `processes` is set.
     ///
     /// # Errors
     /// `NotFound`, `BoxGone`, `Portal`.
@@ -164,12 +168,37 @@ impl LiteBox {
         self.exact(id)?;
         let container = self.portal()?.container();
         let stats = container.stats(id, processes, STATS_TIMEOUT).await;
-        stats.map_err(RuntimeError::guest(format!(
+        let mut stats = stats.map_err(RuntimeError::guest(format!(
             "get the statistics of container {id:?}"
-        )))
+        )))?;
+        self.stats_limits().apply_to_container(&mut stats);
+        self.keep_cpu_times(id, stats.cgroup.as_mut());
+        Ok(stats)
     }
 
-    /// Returns the counters of the VM from the guest, and copies them into the box's metrics.
+    /// Returns the bounds of the counters that the guest may report.
+    fn stats_limits(&self) -> StatsLimits {
+        let options = &self.inner.options;
+        let age_ns = now_ns().saturating_sub(self.inner.created_at_ns);
+        let age_usec = u64::try_from(age_ns / 1000).unwrap_or(0);
+        StatsLimits {
+            memory_bytes: u64::from(options.memory_mib) << 20,
+            disk_bytes: options.scratch_bytes,
+            cpu_usec: age_usec.saturating_mul(u64::from(options.vcpus)),
+        }
+    }
+
+    /// Replaces CPU times that are lower than those reported before.
+    fn keep_cpu_times(&self, id: &str, stats: Option<&mut CgroupStats>) {
+        let containers = &self.view().containers;
+        let known = |id: &str| id == self.id() || containers.contains_key(id);
+        self.inner.cpu_times.retain(known);
+        if let Some(stats) = stats {
+            self.inner.cpu_times.apply(id, stats);
+        }
+    }
+
+    /// Returns the counters of the VM from the guest, within those of a VM of its size, and copies them into the box's metrics.
     ///
     /// # Errors
     /// `BoxGone`, `Portal`.
@@ -184,7 +213,9 @@ impl LiteBox {
             Err(error) => Err(error),
         };
         metrics.stale.store(sampled.is_err(), Ordering::Relaxed);
-        let stats = sampled?;
+        let mut stats = sampled?;
+        self.stats_limits().apply_to_guest(&mut stats);
+        self.keep_cpu_times(self.id(), stats.pod.as_mut());
         let used = stats
             .memory_total_bytes
             .saturating_sub(stats.memory_available_bytes);

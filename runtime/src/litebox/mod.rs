@@ -33,6 +33,7 @@ use crate::panics::panicked;
 use crate::shim_controller::{ShimController, ShimProgram};
 use crate::types::{BoxOptions, BoxSnapshot, ContainerSnapshot};
 use boxlite_portal::GuestSession;
+use boxlite_portal::stats_limits::HighestCpuTimes;
 use boxlite_proto::vmm::{Acceleration, VmmKind};
 pub(crate) use boxlite_sys::clock::unix_ns as now_ns;
 use boxlite_sys::sync::Mutex;
@@ -121,6 +122,8 @@ struct Inner {
     messages: mpsc::Sender<Message>,
     view: watch::Receiver<Arc<BoxView>>,
     metrics: Arc<BoxMetrics>,
+    /// CPU times that the guest reported, by container; those of the pod by the box's id.
+    cpu_times: HighestCpuTimes,
     /// One lock per container that is being created, started or removed; these operations exclude each other.
     operations: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
 }

@@ -3,6 +3,7 @@
 //! A field-by-field copy; both sides use the kernel's names. Values are limited to those that a VM of its size can have, since
 //! a hostile guest may report any.
 
+use boxlite_portal::stats_limits::StatsLimits;
 use boxlite_proto::boxlite::v1::{CgroupStats, NetworkStats};
 use containerd_shim_protos::cgroups_v2::metrics::{
     CPUStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, NetworkStat, PidsStat,
@@ -13,15 +14,6 @@ use containerd_shim_protos::protobuf::{Message, MessageField};
 /// Type URL of the message, without a host as in containerd's typeurl.
 pub const METRICS_TYPE: &str = "io.containerd.cgroups.v2.Metrics";
 
-/// Upper limits of the values that a VM can reach.
-#[derive(Debug, Clone, Copy)]
-pub struct Limits {
-    /// Memory of the VM.
-    pub memory_bytes: u64,
-    /// CPU time of all vCPUs since the VM was created.
-    pub cpu_usec: u64,
-}
-
 /// Encodes the counters, limited by `limits`, as an Any.
 ///
 /// # Errors
@@ -29,39 +21,15 @@ pub struct Limits {
 pub fn any(
     stats: &CgroupStats,
     networks: &[NetworkStats],
-    limits: Limits,
+    limits: StatsLimits,
 ) -> Result<Any, containerd_shim_protos::protobuf::Error> {
+    let mut stats = stats.clone();
+    limits.apply(&mut stats);
     Ok(Any {
         type_url: METRICS_TYPE.to_owned(),
-        value: metrics(&limited(stats, limits), networks).write_to_bytes()?,
+        value: metrics(&stats, networks).write_to_bytes()?,
         ..Default::default()
     })
-}
-
-/// Returns a copy of `stats` whose memory and CPU usage are possible for the VM. The configured limits are not changed.
-fn limited(stats: &CgroupStats, limits: Limits) -> CgroupStats {
-    let mut stats = stats.clone();
-    for value in [
-        &mut stats.memory_current,
-        &mut stats.memory_peak,
-        &mut stats.memory_swap_current,
-    ] {
-        *value = limits.memory_bytes.min(*value);
-    }
-    for (name, value) in &mut stats.memory_stat {
-        // pgfault, pgmajfault and similar fields count events.
-        if !name.starts_with("pg") && !name.starts_with("workingset_") {
-            *value = limits.memory_bytes.min(*value);
-        }
-    }
-    for value in [
-        &mut stats.cpu_usage_usec,
-        &mut stats.cpu_user_usec,
-        &mut stats.cpu_system_usec,
-    ] {
-        *value = limits.cpu_usec.min(*value);
-    }
-    stats
 }
 
 fn metrics(stats: &CgroupStats, networks: &[NetworkStats]) -> Metrics {
@@ -150,34 +118,5 @@ fn network(stats: &NetworkStats) -> NetworkStat {
         tx_errors: stats.tx_errors,
         tx_dropped: stats.tx_dropped,
         ..Default::default()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn limited_clamps_usage_to_the_vm_and_keeps_limits() {
-        let mut stats = CgroupStats {
-            memory_current: u64::MAX,
-            memory_peak: 5,
-            memory_max: u64::MAX,
-            cpu_usage_usec: u64::MAX,
-            cpu_user_usec: 7,
-            ..Default::default()
-        };
-        stats.memory_stat.insert("anon".to_owned(), u64::MAX);
-        stats.memory_stat.insert("pgfault".to_owned(), 1 << 40);
-        let limits = Limits {
-            memory_bytes: 1 << 30,
-            cpu_usec: 1000,
-        };
-        let clamped = limited(&stats, limits);
-        assert_eq!((clamped.memory_current, clamped.memory_peak), (1 << 30, 5));
-        assert_eq!(clamped.memory_max, u64::MAX);
-        assert_eq!((clamped.cpu_usage_usec, clamped.cpu_user_usec), (1000, 7));
-        assert_eq!(clamped.memory_stat["anon"], 1 << 30);
-        assert_eq!(clamped.memory_stat["pgfault"], 1 << 40);
     }
 }

@@ -9,6 +9,7 @@ use crate::sandbox::Snapshot;
 use crate::sandbox::options::{self, Plan};
 use crate::time;
 use async_trait::async_trait;
+use boxlite_portal::stats_limits::StatsLimits;
 use boxlite_proto::shim::shim::PodConfig;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
@@ -188,13 +189,14 @@ impl Service {
     }
 
     /// Returns the limits of the counters that the guest may report.
-    pub(super) fn stats_limits(&self) -> stats::Limits {
+    pub(super) fn stats_limits(&self) -> StatsLimits {
         let snapshot = self.sandbox.snapshot();
         let options = snapshot.plan.as_ref().map(|plan| &plan.options);
         let age_ns = time::unix_ns().saturating_sub(snapshot.created_at_unix_ns);
         let age_usec = u64::try_from(age_ns / 1000).unwrap_or(0);
-        stats::Limits {
+        StatsLimits {
             memory_bytes: options.map_or(0, |options| u64::from(options.memory_mib) << 20),
+            disk_bytes: options.map_or(0, |options| options.scratch_bytes),
             cpu_usec: options.map_or(0, |options| {
                 age_usec.saturating_mul(u64::from(options.vcpus))
             }),
