@@ -6,11 +6,16 @@ use super::Cluster;
 use crate::bail;
 use crate::conformance::run_suite;
 use crate::failure::{During, Result};
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use tokio::process::Command;
 
 /// Specs that the suite itself excludes from a NodeConformance run.
 const SKIP: &str = r"\[Slow\]|\[Serial\]|\[Disruptive\]|\[Flaky\]|Alpha|\[Feature:";
+
+/// Bytes kept of each component's log.
+const MAX_LOG_BYTES: u64 = 32 << 20;
 
 /// Options of `boxlite-e2e cluster conformance`.
 #[derive(Debug, Clone, clap::Args)]
@@ -27,7 +32,7 @@ pub(crate) struct Options {
     /// Limit of the whole run, as Go writes durations.
     #[arg(long, default_value = "3h")]
     timeout: String,
-    /// Directory for the suite's output, its report and the logs of runtime and kubelet.
+    /// Directory for the suite's output, its report and the logs of all components.
     #[arg(long)]
     out: PathBuf,
 }
@@ -68,15 +73,11 @@ pub(crate) async fn run(cluster: &Cluster, options: &Options) -> Result<bool> {
         .arg(format!("--kubectl-path={}", kubectl.program.display()))
         .env("KUBECONFIG", &kubectl.kubeconfig);
     let ended = run_suite("ginkgo", &mut command, &output, &report).await;
-    for name in ["n/daemon.log", "kubelet.log"] {
-        let from = cluster.dir.join(name);
-        let to = options
-            .out
-            .join(Path::new(name).file_name().unwrap_or_default());
-        std::fs::copy(&from, &to).during(from.display())?;
-    }
-    ended?;
-    let counts = Counts::read(&std::fs::read_to_string(&report)?);
+    keep_logs(&cluster.dir, &options.out)?;
+    let counts = match std::fs::read_to_string(&report) {
+        Ok(text) => Counts::read(&text),
+        Err(error) => return ended.and(Err(error.into())),
+    };
     for name in &counts.failures {
         println!("FAIL  {name}");
     }
@@ -86,7 +87,28 @@ pub(crate) async fn run(cluster: &Cluster, options: &Options) -> Result<bool> {
         counts.failures.len(),
         counts.skipped
     );
+    ended?;
     Ok(counts.failures.is_empty() && counts.passed > 0)
+}
+
+/// Copies the end of each component's log, of which the cluster's directory has one each, and of the runtime's.
+fn keep_logs(dir: &Path, out: &Path) -> Result {
+    let mut logs = vec![dir.join("n/daemon.log")];
+    for entry in std::fs::read_dir(dir)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "log") {
+            logs.push(path);
+        }
+    }
+    for log in logs {
+        let mut file = File::open(&log).during(log.display())?;
+        let length = file.metadata()?.len();
+        file.seek(SeekFrom::Start(length.saturating_sub(MAX_LOG_BYTES)))?;
+        let target = out.join(log.file_name().unwrap_or_default());
+        let mut copy = File::create(&target).during(target.display())?;
+        std::io::copy(&mut file.take(MAX_LOG_BYTES), &mut copy).during(target.display())?;
+    }
+    Ok(())
 }
 
 /// Counts of a JUnit report of ginkgo.
@@ -121,7 +143,27 @@ impl Counts {
 
 #[cfg(test)]
 mod tests {
-    use super::Counts;
+    use super::{Counts, MAX_LOG_BYTES, keep_logs};
+    use crate::failure::Result;
+    use std::io::{Seek, SeekFrom, Write};
+
+    #[test]
+    fn logs_of_all_components_are_kept_up_to_the_limit() -> Result {
+        let [cluster, out] = [tempfile::tempdir()?, tempfile::tempdir()?];
+        std::fs::create_dir(cluster.path().join("n"))?;
+        std::fs::write(cluster.path().join("n/daemon.log"), "runtime")?;
+        std::fs::write(cluster.path().join("kubelet.json"), "no log")?;
+        let mut long = std::fs::File::create(cluster.path().join("apiserver.log"))?;
+        long.seek(SeekFrom::Start(MAX_LOG_BYTES))?;
+        long.write_all(b"end")?;
+        keep_logs(cluster.path(), out.path())?;
+        assert_eq!(std::fs::read(out.path().join("daemon.log"))?, b"runtime");
+        assert!(!out.path().join("kubelet.json").exists());
+        let kept = std::fs::read(out.path().join("apiserver.log"))?;
+        assert_eq!(u64::try_from(kept.len())?, MAX_LOG_BYTES);
+        assert!(kept.ends_with(b"end"));
+        Ok(())
+    }
 
     #[test]
     fn report_with_every_status_is_counted() {

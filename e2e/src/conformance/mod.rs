@@ -16,9 +16,13 @@ use crate::install::{self, Install};
 use crate::{bail, ensure};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use target::Target;
-use tokio::process::Command;
+use tokio::process::{Child, Command};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Time limit for an interrupted suite to clean up and write its report.
+const INTERRUPTION_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Transport of critest's streaming calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -114,8 +118,11 @@ pub(crate) async fn run(options: &Options) -> Result<bool> {
 
 /// Runs a test suite with its output in a file. Its exit code does not count: failed tests are in the report.
 ///
+/// The suite has a process group of its own. SIGINT and SIGTERM of this program reach it once, as the SIGINT after which ginkgo
+/// writes its report.
+///
 /// # Errors
-/// If the suite writes no report.
+/// If the suite writes no report, or after a signal.
 pub(crate) async fn run_suite(
     name: &str,
     command: &mut Command,
@@ -124,20 +131,39 @@ pub(crate) async fn run_suite(
 ) -> Result {
     println!("output in {}", output.display());
     let log = std::fs::File::create(output).during(output.display())?;
-    let status = command
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut suite = command
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log)
+        .process_group(0)
         .kill_on_drop(true)
-        .status()
-        .await
+        .spawn()
         .during(name)?;
+    let status = tokio::select! {
+        status = suite.wait() => status.during(name)?,
+        _ = interrupt.recv() => return interrupted(name, &mut suite).await,
+        _ = terminate.recv() => return interrupted(name, &mut suite).await,
+    };
     ensure!(
         report.exists(),
         "{name} ended with {status} and without a report, see {}",
         output.display()
     );
     Ok(())
+}
+
+/// Interrupts a suite and waits until it has ended with its report.
+async fn interrupted(name: &str, suite: &mut Child) -> Result {
+    if let Some(pid) = suite.id() {
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(pid)?);
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT)?;
+    }
+    match tokio::time::timeout(INTERRUPTION_TIMEOUT, suite.wait()).await {
+        Ok(_) => bail!("{name} interrupted"),
+        Err(_) => bail!("{name} interrupted, and did not end within {INTERRUPTION_TIMEOUT:?}"),
+    }
 }
 
 impl Programs {
