@@ -154,11 +154,12 @@ pub(crate) async fn run_suite(
     Ok(())
 }
 
-/// Interrupts a suite and waits until it has ended with its report.
+/// Interrupts a suite's process group and waits until ginkgo has written the report: it relies on the terminal to interrupt the
+/// processes that run the specs.
 async fn interrupted(name: &str, suite: &mut Child) -> Result {
     if let Some(pid) = suite.id() {
         let pid = nix::unistd::Pid::from_raw(i32::try_from(pid)?);
-        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT)?;
+        nix::sys::signal::killpg(pid, nix::sys::signal::Signal::SIGINT)?;
     }
     match tokio::time::timeout(INTERRUPTION_TIMEOUT, suite.wait()).await {
         Ok(_) => bail!("{name} interrupted"),
