@@ -1,13 +1,13 @@
 //! The VM's cgroup on the host, for the shim and the VMM, on cgroup v1 and v2.
 //!
 //! ```text
-//! <QoS class>/<pod>/boxlite-<id>   if the pod's memory limit holds the VM with its processes
-//! <QoS class>/boxlite-<id>         otherwise, with a separate memory limit: the pod's would kill the VM
+//! <QoS class>/<pod>/boxlite-<id>   if the pod's limits of memory and CPU hold the VM with its processes
+//! <QoS class>/boxlite-<id>         otherwise, with separate limits: the pod's would kill the VM, or keep it from booting
 //! ```
 //!
-//! A pod whose RuntimeClass declares no overhead has a limit for its containers alone. The second form keeps the VM within the
-//! node's allocatable memory and the QoS class. On v1 it concerns the memory hierarchy only; on v2, which has one hierarchy, the
-//! pod's CPU settings are copied.
+//! A pod whose RuntimeClass declares no overhead has limits for its containers alone. The second form keeps the VM within the
+//! node's allocatable memory and the QoS class. On v1 it is chosen for the hierarchies of memory and CPU separately; on v2, which
+//! has one hierarchy, the pod's other CPU settings are copied.
 //!
 //! Best effort: if the host refuses (read-only mounts, missing privileges) the reason is logged and the pod runs in the cgroup
 //! of the shim. The kubelet sets limits on the pod's cgroup. Only directories created here are removed.
@@ -24,14 +24,24 @@ const REMOVE_POLL_INTERVAL: Duration = Duration::from_millis(20);
 /// Memory limit on v2 and v1.
 const V2_MEMORY_FILE: &str = "memory.max";
 const V1_MEMORY_FILE: &str = "memory.limit_in_bytes";
-/// Settings copied from the pod's cgroup to one beside it, on v2.
-const COPIED_FILES: [&str; 5] = [
+/// Settings copied from the pod's cgroup to one beside it: on v2, and on v1 in the hierarchy of the CPU.
+const V2_COPIED_FILES: [&str; 5] = [
     "cpu.weight",
     "cpu.max",
     "cpuset.cpus",
     "cpuset.mems",
     "io.weight",
 ];
+const V1_COPIED_FILES: [&str; 2] = ["cpu.shares", "cpu.cfs_period_us"];
+/// Quota and period in one file on v2, and the two files of v1.
+const V2_CPU_FILE: &str = "cpu.max";
+const V1_QUOTA_FILE: &str = "cpu.cfs_quota_us";
+const V1_PERIOD_FILE: &str = "cpu.cfs_period_us";
+/// Smallest CPU limit that holds a VM, in thousandths of a CPU. Below it a VM takes minutes to boot and to answer, since the
+/// guest's kernel and agent and the VMM count to the limit.
+const MIN_MILLICPUS: u64 = 250;
+/// CPU limit of a VM beside a pod with a smaller one. Such a VM has one vCPU.
+const MILLICPUS_BESIDE: u64 = 1000;
 /// Maximum number of processes and threads, in both versions, and its value. The shim and a VM have about 100; one thread more
 /// for each block device and exported mount.
 const PIDS_FILE: &str = "pids.max";
@@ -93,17 +103,80 @@ struct Hierarchy {
     cpuset: bool,
     /// File with the memory limit; `None` if this hierarchy does not account memory.
     memory_file: Option<&'static str>,
+    /// Version of the CPU limit's files; `None` if this hierarchy does not schedule CPUs.
+    cpu: Option<CpuFiles>,
+}
+
+/// Files with a CPU limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum CpuFiles {
+    V1,
+    V2,
+}
+
+impl CpuFiles {
+    /// Returns quota and period of a cgroup in µs; `None` without a limit.
+    fn read(self, dir: &Path) -> Option<(u64, u64)> {
+        let read = |file| std::fs::read_to_string(dir.join(file)).ok();
+        let (quota, period) = match self {
+            Self::V2 => {
+                let text = read(V2_CPU_FILE)?;
+                let (quota, period) = text.trim().split_once(' ')?;
+                (quota.to_owned(), period.to_owned())
+            }
+            Self::V1 => (read(V1_QUOTA_FILE)?, read(V1_PERIOD_FILE)?),
+        };
+        // Without a limit the quota is "max" or -1.
+        Some((quota.trim().parse().ok()?, period.trim().parse().ok()?))
+    }
+
+    /// Returns true if the CPU limit of the pod is too small for a VM.
+    fn is_too_small(self, pod: &Path) -> bool {
+        self.read(pod)
+            .is_some_and(|(quota, period)| quota * 1000 < period * MIN_MILLICPUS)
+    }
+
+    /// Returns the files and values that a cgroup beside the pod's gets.
+    fn beside(self, pod: &Path) -> Vec<(&'static str, String)> {
+        let (copied, file): (&[&'static str], _) = match self {
+            Self::V1 => (&V1_COPIED_FILES, V1_QUOTA_FILE),
+            Self::V2 => (&V2_COPIED_FILES, V2_CPU_FILE),
+        };
+        let mut settings: Vec<_> = copied
+            .iter()
+            .filter_map(|&file| {
+                let value = std::fs::read_to_string(pod.join(file)).ok()?;
+                (!value.trim().is_empty()).then_some((file, value.trim().to_owned()))
+            })
+            .collect();
+        if let Some((_, period)) = self.read(pod)
+            && self.is_too_small(pod)
+        {
+            let quota = period * MILLICPUS_BESIDE / 1000;
+            settings.retain(|(copied, _)| *copied != file);
+            settings.push(match self {
+                Self::V1 => (file, quota.to_string()),
+                Self::V2 => (file, format!("{quota} {period}")),
+            });
+        }
+        settings
+    }
 }
 
 impl Hierarchy {
-    /// Returns the cgroup to create the VM's in: the pod's, or the one above it if the pod's limit is below `need` bytes.
+    /// Returns the cgroup to create the VM's in: the pod's, or the one above it if the pod's memory limit is below `need` bytes
+    /// or its CPU limit too small.
     fn parent(&self, pod: &Path, need: u64) -> Parent {
         let limit = self.memory_file.and_then(|file| {
             let text = std::fs::read_to_string(self.mount.join(pod).join(file)).ok()?;
             text.trim().parse::<u64>().ok()
         });
-        match (limit, pod.parent()) {
-            (Some(limit), Some(above)) if limit < need => Parent {
+        let too_small = limit.is_some_and(|limit| limit < need)
+            || self
+                .cpu
+                .is_some_and(|cpu| cpu.is_too_small(&self.mount.join(pod)));
+        match pod.parent() {
+            Some(above) if too_small => Parent {
                 path: above.to_owned(),
                 beside: true,
             },
@@ -115,16 +188,29 @@ impl Hierarchy {
     }
 }
 
+impl Hierarchy {
+    /// Sets the limits of a cgroup beside the pod's.
+    fn limit_beside(&self, pod: &Path, dir: &Path, need: u64) {
+        let memory = self.memory_file.map(|file| (file, need.to_string()));
+        let cpu = self.cpu.map(|cpu| cpu.beside(pod)).unwrap_or_default();
+        for (file, value) in memory.into_iter().chain(cpu) {
+            if let Err(error) = std::fs::write(dir.join(file), value) {
+                tracing::warn!(dir = %dir.display(), file, %error, "failed to set up the VM's cgroup");
+            }
+        }
+    }
+}
+
 /// Cgroup in which the VM's is created.
 #[derive(Debug, PartialEq, Eq)]
 struct Parent {
     path: PathBuf,
-    /// The VM's cgroup is beside the pod's and gets a separate limit.
+    /// The VM's cgroup is beside the pod's and gets separate limits.
     beside: bool,
 }
 
 /// Moves this process and its future children into `boxlite-<first 12 of id>` of every hierarchy: below `parent`, the pod's
-/// cgroup, or beside it if its memory limit is below `need` bytes. An empty parent changes nothing.
+/// cgroup, or beside it if its memory limit is below `need` bytes or its CPU limit too small. An empty parent changes nothing.
 pub fn join(parent: &str, id: &str, need: u64) -> Joined {
     let mut joined = Joined::default();
     if parent.is_empty() {
@@ -175,8 +261,8 @@ fn join_one(
             }
         }
     }
-    if let (true, Some(file)) = (parent.beside, hierarchy.memory_file) {
-        limit_beside(&hierarchy.mount.join(pod), &dir, file, need);
+    if parent.beside {
+        hierarchy.limit_beside(&hierarchy.mount.join(pod), &dir, need);
     }
     let pids = dir.join(PIDS_FILE);
     // Missing in other hierarchies of v1, and on v2 if the controller is not enabled.
@@ -192,23 +278,6 @@ fn join_one(
         .back
         .push(hierarchy.mount.join(&hierarchy.own).join("cgroup.procs"));
     Ok(())
-}
-
-/// Limits the memory of a cgroup beside the pod's, and on v2 copies the pod's CPU settings.
-fn limit_beside(pod: &Path, dir: &Path, memory_file: &str, need: u64) {
-    let mut settings = vec![(memory_file, need.to_string())];
-    if memory_file == V2_MEMORY_FILE {
-        let copied = COPIED_FILES.into_iter().filter_map(|file| {
-            let value = std::fs::read_to_string(pod.join(file)).ok()?;
-            (!value.trim().is_empty()).then_some((file, value))
-        });
-        settings.extend(copied);
-    }
-    for (file, value) in settings {
-        if let Err(error) = std::fs::write(dir.join(file), value.trim()) {
-            tracing::warn!(dir = %dir.display(), file, %error, "failed to set up the VM's cgroup");
-        }
-    }
 }
 
 /// Pairs cgroup mounts (mountinfo) with this process's cgroups (/proc/self/cgroup).
@@ -238,13 +307,19 @@ fn hierarchies(mountinfo: &str, own: &str) -> Vec<Hierarchy> {
         let path = Path::new(path)
             .strip_prefix(mount.root)
             .unwrap_or(Path::new(""));
+        let has = |controller| options.split(',').any(|option| option == controller);
         found.push(Hierarchy {
             mount: mount.point,
             own: path.strip_prefix("/").unwrap_or(path).to_owned(),
-            cpuset: options.split(',').any(|option| option == "cpuset"),
+            cpuset: has("cpuset"),
             memory_file: match kind {
                 "cgroup2" => Some(V2_MEMORY_FILE),
-                _ if options.split(',').any(|option| option == "memory") => Some(V1_MEMORY_FILE),
+                _ if has("memory") => Some(V1_MEMORY_FILE),
+                _ => None,
+            },
+            cpu: match kind {
+                "cgroup2" => Some(CpuFiles::V2),
+                _ if has("cpu") => Some(CpuFiles::V1),
                 _ => None,
             },
         });
@@ -328,6 +403,7 @@ mod tests {
             own: PathBuf::new(),
             cpuset: false,
             memory_file: None,
+            cpu: None,
         };
         std::fs::create_dir(&hierarchy.mount).expect("mkdir");
         let mut joined = Joined::default();
@@ -346,6 +422,7 @@ mod tests {
             own: PathBuf::new(),
             cpuset: false,
             memory_file,
+            cpu: memory_file.and_then(|file| (file == V2_MEMORY_FILE).then_some(CpuFiles::V2)),
         };
         (hierarchy, pod)
     }
@@ -376,14 +453,55 @@ mod tests {
             let (hierarchy, pod) = hierarchy(dir.path(), Some(file));
             std::fs::write(pod.join(file), "639\n").expect("write");
             std::fs::write(pod.join("cpu.weight"), "79\n").expect("write");
+            std::fs::write(pod.join(V2_CPU_FILE), "300000 100000\n").expect("write");
             let joined = join_pod(&hierarchy, 640);
             let beside = dir.path().join("kubepods/burstable/boxlite-x");
             assert_eq!(joined.made, [beside.as_path()]);
             let read = |file| std::fs::read_to_string(beside.join(file)).ok();
             assert_eq!(read(file).as_deref(), Some("640"));
             assert_eq!(read("cpu.weight").as_deref(), copied.then_some("79"));
+            assert_eq!(
+                read(V2_CPU_FILE).as_deref(),
+                copied.then_some("300000 100000")
+            );
             assert!(beside.join("cgroup.procs").exists());
         }
+    }
+
+    #[test]
+    fn join_one_with_small_v1_quota_is_beside_the_pod() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (mut hierarchy, pod) = hierarchy(dir.path(), None);
+        hierarchy.cpu = Some(CpuFiles::V1);
+        let set = |file, value| std::fs::write(pod.join(file), value).expect("write");
+        set(V1_PERIOD_FILE, "100000\n");
+        set("cpu.shares", "10\n");
+        for quota in ["-1\n", "25000\n"] {
+            set(V1_QUOTA_FILE, quota);
+            assert_eq!(join_pod(&hierarchy, 0).made, [pod.join("boxlite-x")]);
+            std::fs::remove_dir_all(pod.join("boxlite-x")).expect("remove");
+        }
+        set(V1_QUOTA_FILE, "24999\n");
+        let beside = dir.path().join("kubepods/burstable/boxlite-x");
+        assert_eq!(join_pod(&hierarchy, 0).made, [beside.as_path()]);
+        let read = |file| std::fs::read_to_string(beside.join(file)).expect("read");
+        assert_eq!(read(V1_QUOTA_FILE), "100000");
+        assert_eq!(read("cpu.shares"), "10");
+    }
+
+    #[test]
+    fn join_one_with_small_v2_quota_is_beside_the_pod() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (hierarchy, pod) = hierarchy(dir.path(), Some(V2_MEMORY_FILE));
+        std::fs::write(pod.join(V2_MEMORY_FILE), "max\n").expect("write");
+        std::fs::write(pod.join(V2_CPU_FILE), "max 100000\n").expect("write");
+        assert_eq!(join_pod(&hierarchy, 640).made, [pod.join("boxlite-x")]);
+        std::fs::write(pod.join(V2_CPU_FILE), "1000 50000\n").expect("write");
+        let beside = dir.path().join("kubepods/burstable/boxlite-x");
+        assert_eq!(join_pod(&hierarchy, 640).made, [beside.as_path()]);
+        let read = |file| std::fs::read_to_string(beside.join(file)).expect("read");
+        assert_eq!(read(V2_CPU_FILE), "50000 50000");
+        assert_eq!(read(V2_MEMORY_FILE), "640");
     }
 
     #[test]

@@ -1,6 +1,6 @@
-//! Memory limits of pods whose host cgroup is exactly as large as the containers' limits, as a kubelet without RuntimeClass
-//! overhead makes it. The guest's limit must act first: a container is OOM-killed, its neighbor and the VM survive. Also the
-//! limit of processes, memory that the guest frees, and a full disk of the node below the writable layers.
+//! Limits of pods whose host cgroup is exactly as large as the containers' limits, as a kubelet without RuntimeClass overhead
+//! makes it. The guest's limit must act first: a container is OOM-killed, its neighbor and the VM survive. Also the limit of
+//! processes, memory that the guest frees, and a full disk of the node below the writable layers.
 
 use crate::context::Backend;
 use crate::failure::Result;
@@ -20,6 +20,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(limit_of_1_gib_acts_in_the_guest, 180),
         case!(pod_without_limit_has_2_gib, 90),
         case!(process_limit_acts_in_the_guest, 90),
+        case!(small_cpu_limit_acts_in_the_guest, 60),
         case!(freed_memory_returns_to_the_host, 120)
             .not_on(Backend::Krun, "not yet seen to pass under nested emulation"),
         case!(idle_pod_of_2_gib_costs_little_more, 120),
@@ -46,7 +47,7 @@ const RETURN_SECONDS: u64 = 30;
 
 /// Cgroup of a QoS class with one pod, removed at the end.
 struct HostCgroup {
-    /// Directory of the class in the hierarchy that accounts memory.
+    /// Directory of the class in the hierarchy of the limited resource.
     class: PathBuf,
     /// Name of the pod's cgroup, as a kubelet passes it.
     name: String,
@@ -83,9 +84,8 @@ impl HostCgroup {
         Ok(cgroup)
     }
 
-    /// Expects every process of the VM in the cgroup `name` beside the pod's, with a limit above the pod's.
-    fn expect_vm_in(&self, name: &str, pod: &Pod) -> Result {
-        let dir = self.class.join(name);
+    /// Expects every process of the VM in the cgroup `name` beside the pod's in the hierarchy of `controller`.
+    fn expect_vm_in(&self, name: &str, controller: &str, pod: &Pod) -> Result {
         let end = format!(
             "/{}/{name}",
             self.class.file_name().unwrap_or_default().display()
@@ -98,20 +98,20 @@ impl HostCgroup {
                 false => line
                     .split(':')
                     .nth(1)
-                    .is_some_and(|names| names.split(',').any(|name| name == "memory")),
+                    .is_some_and(|names| names.split(',').any(|name| name == controller)),
             });
             ensure!(
                 line.is_some_and(|line| line.ends_with(&end)),
                 "process {pid}: {text}"
             );
         }
-        let file = memory_file();
-        let read = |dir: &Path| -> Result<i64> {
-            Ok(std::fs::read_to_string(dir.join(file))?.trim().parse()?)
-        };
-        let (vm, pod) = (read(&dir)?, read(&self.class.join("podx"))?);
-        ensure!(vm > pod + (128 << 20), "limits: VM {vm}, pod {pod}");
         Ok(())
+    }
+
+    /// Returns the content of a file of the cgroup `name` beside the pod's, or of the pod's, `podx`.
+    fn read(&self, name: &str, file: &str) -> Result<String> {
+        let text = std::fs::read_to_string(self.class.join(name).join(file))?;
+        Ok(text.trim().to_owned())
     }
 
     /// Returns the names of the cgroups beside the pod's.
@@ -188,7 +188,13 @@ async fn limit_acts_in_the_guest(ctx: Context, mib: i64) -> Result {
         beside.len() == 1 && beside[0].starts_with("boxlite-"),
         "cgroups beside the pod's: {beside:?}"
     );
-    host.expect_vm_in(&beside[0], &pod)?;
+    host.expect_vm_in(&beside[0], "memory", &pod)?;
+    let read = |name: &str| -> Result<i64> { Ok(host.read(name, memory_file())?.parse()?) };
+    let (of_vm, of_pod) = (read(&beside[0])?, read("podx")?);
+    ensure!(
+        of_vm > of_pod + (128 << 20),
+        "limits: VM {of_vm}, pod {of_pod}"
+    );
     // As with a kubelet, the containers' limits add up to the pod's.
     let mut calm = container_spec("calm", &ctx.images.base, &["sleep", "1000"]);
     calm.linux.get_or_insert_default().resources = limit(NEIGHBOR_MIB);
@@ -283,6 +289,41 @@ async fn process_limit_acts_in_the_guest(ctx: Context) -> Result {
     );
     same!(neighbor.out(&["echo", "alive"]).await?, "alive\n", "the VM");
     pod.end().await
+}
+
+/// A VM boots in its usual time although the pod's CPU limit is that of its containers, a tenth of a CPU.
+async fn small_cpu_limit_acts_in_the_guest(ctx: Context) -> Result {
+    let (file, limit, of_vm) = match cgroup_v2() {
+        true => ("cpu.max", "10000 100000", "100000 100000"),
+        false => ("cpu.cfs_quota_us", "10000", "100000"),
+    };
+    let host = HostCgroup::create("cpu", "cpu", file, limit)?;
+    let resources = Some(LinuxContainerResources {
+        cpu_shares: 102,
+        cpu_quota: 10_000,
+        cpu_period: 100_000,
+        ..Default::default()
+    });
+    let mut config = pod_spec(&ctx.node, "cpu");
+    let linux = config.linux.get_or_insert_default();
+    linux.cgroup_parent.clone_from(&host.name);
+    linux.resources.clone_from(&resources);
+    let pod = Pod::run_with(&ctx.node, config).await?;
+    let beside = host.beside()?;
+    ensure!(
+        beside.len() == 1 && beside[0].starts_with("boxlite-"),
+        "cgroups beside the pod's: {beside:?}"
+    );
+    host.expect_vm_in(&beside[0], "cpu", &pod)?;
+    same!(host.read(&beside[0], file)?, of_vm, "limit of the VM");
+    let mut spec = container_spec("limited", &ctx.images.base, &["sleep", "1000"]);
+    spec.linux.get_or_insert_default().resources = resources;
+    let limited = pod.start_with(spec).await?;
+    let text = limited.out(&["cat", "/sys/fs/cgroup/cpu.max"]).await?;
+    same!(text, "10000 100000\n", "limit of the container");
+    pod.end().await?;
+    same!(host.beside()?, Vec::<String>::new(), "cgroups left beside");
+    Ok(())
 }
 
 /// A pod that touched 1 GiB and freed it occupies little of the host's memory again.
