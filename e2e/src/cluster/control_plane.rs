@@ -71,7 +71,7 @@ async fn usable(kubectl: &Kubectl) -> Result {
 }
 
 async fn etcd(dir: &Path, programs: &Programs) -> Result<Service> {
-    let mut command = Command::new(programs.etcd());
+    let mut command = Command::new(programs.program("etcd"));
     command
         .arg("--data-dir")
         .arg(dir.join("etcd"))

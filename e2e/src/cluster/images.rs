@@ -1,7 +1,8 @@
 //! Images of the cluster's pods, pushed to the loopback registry: `busybox:1` and `agnhost:1` for the project's cases, and the
 //! images that Kubernetes' test suite names at registry.k8s.io.
 //!
-//! The suite's programs are agnhost and pause from Kubernetes' Go module and Debian's bash, curl, dig, netcat and nginx.
+//! The suite's programs are agnhost, pause, etcd and sample-apiserver from Go modules and Debian's bash, curl, dig, netcat and
+//! nginx.
 //! docs/conformance.md lists the required content.
 
 use super::programs::Programs;
@@ -60,6 +61,7 @@ pub(crate) async fn push(
         push.image(&name("agnhost"), tag, &layers, server.clone())
             .await?;
     }
+    push_servers(&push, programs, &[&base, &agnhost]).await?;
     let plain = [&base, &tools, &shell_layer];
     push.image(
         &name("busybox"),
@@ -80,8 +82,13 @@ pub(crate) async fn push(
     )
     .await?;
     let config = json!({"Entrypoint": ["/pause"], "User": "65535:65535", "Env": [PATH]});
-    push.image("pause", "3.10.2", &[&pause(&programs.pause())?], config)
-        .await?;
+    push.image(
+        "pause",
+        "3.10.2",
+        &[&program_layer(&programs.pause(), "pause")?],
+        config,
+    )
+    .await?;
     let user = json!({"Cmd": ["sh"], "Env": [PATH], "User": "1234"});
     push.image(&name("nonroot"), "1.5", &plain, user).await?;
     let nnp = no_new_privileges(&programs.nnp())?;
@@ -99,6 +106,27 @@ pub(crate) async fn push(
             command,
         )
         .await?;
+    }
+    Ok(())
+}
+
+/// Builds and pushes the images of the suite's other servers. Two of them are agnhost with files that specs read.
+async fn push_servers(push: &Push<'_>, programs: &Programs, agnhost: &[&Layer]) -> Result {
+    for name in ["kitten", "nautilus"] {
+        let files = picture(name)?;
+        let layers = [agnhost, &[&files]].concat();
+        let config = json!({"Entrypoint": ["/agnhost"], "Cmd": ["test-webserver"], "Env": [PATH]});
+        let repository = format!("{E2E}/{name}");
+        push.image(&repository, "1.8", &layers, config).await?;
+    }
+    let sample = format!("{E2E}/sample-apiserver");
+    for (program, repository, tag, target) in [
+        ("etcd", "etcd", "3.7.0-0", "usr/local/bin/etcd"),
+        ("sample-apiserver", &sample, "1.29.2", "sample-apiserver"),
+    ] {
+        let layer = program_layer(&programs.program(program), target)?;
+        let config = json!({"Entrypoint": [format!("/{target}")], "Env": [PATH]});
+        push.image(repository, tag, &[&layer], config).await?;
     }
     Ok(())
 }
@@ -142,23 +170,35 @@ fn agnhost(program: &Path) -> Result<Layer> {
     tar.finish(Compression::Gzip)
 }
 
-/// Returns bash and the program of e2e/cluster/sh.c as `sh`, which runs busybox's shell or bash.
-fn suite_shell(program: &Path) -> Result<Layer> {
+/// Returns the files by which specs recognize the images `kitten` and `nautilus`.
+fn picture(name: &str) -> Result<Layer> {
+    let data = serde_json::to_vec(&json!({"image": format!("{name}.jpg")}))?;
     let mut tar = LayerTar::default();
-    with_libraries(&mut tar, Path::new("/bin/bash"), "bin/bash")?;
+    tar.file("data.json", 0o644, &data)?.file(
+        "etc/os-release",
+        0o644,
+        b"NAME=\"Alpine Linux\"\n",
+    )?;
+    tar.finish(Compression::Gzip)
+}
+
+/// Returns a static program at a path.
+fn program_layer(program: &Path, target: &str) -> Result<Layer> {
+    let mut tar = LayerTar::default();
     tar.file(
-        "bin/sh",
+        target,
         0o755,
         &std::fs::read(program).during(program.display())?,
     )?;
     tar.finish(Compression::Gzip)
 }
 
-/// Returns Kubernetes' pause program, which ends at SIGTERM although it is PID 1.
-fn pause(program: &Path) -> Result<Layer> {
+/// Returns bash and the program of e2e/cluster/sh.c as `sh`, which runs busybox's shell or bash.
+fn suite_shell(program: &Path) -> Result<Layer> {
     let mut tar = LayerTar::default();
+    with_libraries(&mut tar, Path::new("/bin/bash"), "bin/bash")?;
     tar.file(
-        "pause",
+        "bin/sh",
         0o755,
         &std::fs::read(program).during(program.display())?,
     )?;
@@ -172,12 +212,14 @@ fn netcat(clients: &Path) -> Result<Layer> {
     tar.finish(Compression::Gzip)
 }
 
-/// Returns dig, curl and netcat.
+/// Returns dig, curl, getent and netcat.
 fn clients(clients: &Path) -> Result<Layer> {
     let mut tar = LayerTar::default();
     add_unpacked(&mut tar, clients, "bin/nc.openbsd", "bin/nc")?;
     add_unpacked(&mut tar, clients, "usr/bin/dig", "usr/bin/dig")?;
-    with_libraries(&mut tar, Path::new("/usr/bin/curl"), "usr/bin/curl")?;
+    for program in ["usr/bin/curl", "usr/bin/getent"] {
+        with_libraries(&mut tar, &Path::new("/").join(program), program)?;
+    }
     tar.finish(Compression::Gzip)
 }
 

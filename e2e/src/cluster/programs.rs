@@ -26,9 +26,9 @@ impl Programs {
             "kubectl",
             "agnhost",
             "coredns",
+            "etcd",
         ];
-        let paths = needed.map(|name| programs.program(name));
-        for path in paths.iter().chain([&programs.etcd()]) {
+        for path in needed.map(|name| programs.program(name)) {
             if !path.exists() {
                 bail!(
                     "{} not found: run e2e/scripts/cluster-build",
@@ -47,11 +47,6 @@ impl Programs {
     /// Returns the path of a Go program.
     pub(crate) fn program(&self, name: &str) -> PathBuf {
         self.bin().join(name)
-    }
-
-    /// Returns the path of Debian's etcd.
-    pub(crate) fn etcd(&self) -> PathBuf {
-        self.root.join("etcd/usr/bin/etcd")
     }
 
     /// Returns the root of the unpacked network clients of the test images.
