@@ -116,10 +116,20 @@ impl TestContext {
         name: &str,
         change: impl FnOnce(&mut NodeOptions),
     ) -> Result<Arc<Node>> {
+        self.node_of(&self.install, name, change).await
+    }
+
+    /// As [`Self::dedicated_node`], with another installation.
+    pub(crate) async fn node_of(
+        &self,
+        install: &Install,
+        name: &str,
+        change: impl FnOnce(&mut NodeOptions),
+    ) -> Result<Arc<Node>> {
         let mut options = node_options(name, self.backend, &self.registry);
         change(&mut options);
         Ok(Arc::new(
-            Node::start(&self.scratch, &self.install, &options).await?,
+            Node::start(&self.scratch, install, &options).await?,
         ))
     }
 

@@ -1,9 +1,10 @@
 //! A pod's life as a kubelet drives it, call by call, each measured: time, and the guest's work if it is counted.
 
 use super::work::{Counters, Work};
-use crate::failure::Result;
+use crate::failure::{During, Result};
 use crate::node::Node;
 use crate::pod::Pod;
+use crate::same;
 use k8s_cri::v1::{ContainerStatusRequest, PodSandboxStatusRequest};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -27,6 +28,9 @@ pub(crate) const CALLS: [&str; 15] = [
     "RemovePodSandbox",
 ];
 
+/// The recorded numbers: a line for each of [`CALLS`] with the instructions and the name.
+const RECORDED: &str = include_str!("../../bench/instructions");
+
 /// Cost of one call.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Cost {
@@ -34,6 +38,22 @@ pub(crate) struct Cost {
     pub time: Duration,
     /// The guest's work until it is idle again; `None` if it is not counted.
     pub work: Option<Work>,
+}
+
+/// Returns the recorded instructions in the order of [`CALLS`].
+pub(crate) fn recorded() -> Result<Vec<u64>> {
+    let lines = RECORDED.lines().filter(|line| !line.starts_with('#'));
+    let mut numbers = Vec::new();
+    for (call, line) in CALLS.iter().zip(lines) {
+        let number = line.strip_suffix(call).unwrap_or_default().trim();
+        numbers.push(
+            number
+                .parse()
+                .during(format!("recorded {line:?}, {call}"))?,
+        );
+    }
+    same!(numbers.len(), CALLS.len(), "recorded calls");
+    Ok(numbers)
 }
 
 /// Measures calls of one pod.

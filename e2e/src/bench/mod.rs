@@ -79,13 +79,13 @@ async fn guest_work() -> Result {
     life::run(&node, &images.base, true).await?;
     let costs = life::run(&node, &images.base, true).await?;
     println!(
-        "{:<36} {:>9} {:>14} {:>14} {:>10}",
-        "", "ms", "instructions", "kernel", "translated"
+        "{:<36} {:>9} {:>14} {:>14} {:>14} {:>10}",
+        "", "ms", "instructions", "recorded", "kernel", "translated"
     );
-    for (name, cost) in life::CALLS.iter().zip(costs) {
+    for ((name, cost), recorded) in life::CALLS.iter().zip(costs).zip(life::recorded()?) {
         let work = cost.work.unwrap_or_default();
         println!(
-            "{name:<36} {:>9.1} {:>14} {:>14} {:>10}",
+            "{name:<36} {:>9.1} {:>14} {recorded:>14} {:>14} {:>10}",
             cost.time.as_secs_f64() * 1000.0,
             work.instructions,
             work.kernel,

@@ -1,7 +1,7 @@
 //! Guest instructions: a number of an operation's cost that neither load nor the machine changes.
 //!
 //! QEMU runs with a plugin (`e2e/bench/count.c`) that counts the guest's instructions in a memfd. The plugin replaces QEMU in
-//! the VMM's jail, and executes it. Emulated guests only.
+//! the VMM's jail, and executes it. Emulated guests only. `e2e/bench/instructions` has the numbers that `cases::work` compares with.
 
 use crate::failure::{During, Result};
 use crate::install::Install;

@@ -29,6 +29,7 @@ mod spec;
 mod streaming;
 mod trees;
 mod volumes;
+mod work;
 
 use crate::failure::Result;
 use crate::pod::container_spec;
@@ -87,6 +88,7 @@ pub(crate) fn all() -> Vec<Case> {
         clients::cases(),
         peers::cases(),
         pool::cases(),
+        work::cases(),
         crash::cases(),
         bad_input::cases(),
         bad_images::cases(),
