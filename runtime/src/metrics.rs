@@ -82,7 +82,7 @@ pub struct BoxMetrics {
     pub network_bytes_received: AtomicU64,
     /// Payload through the Portal, both ways, in bytes.
     pub bytes_transferred: Arc<AtomicU64>,
-    /// Time of the last sample in ns since the epoch; 0 if there is none.
+    /// Time of the last sample in ns since the epoch; 0 before it.
     pub sampled_at_ns: AtomicI64,
     /// True if the last sampling failed.
     pub stale: AtomicBool,

@@ -1,6 +1,6 @@
 //! Lock files: [`FileLock`], the lock of a directory against a second process, and [`open_for_ranges`], for locks on single bytes.
 //!
-//! Creates the files and never deletes them. Knows nothing of what a lock protects.
+//! Creates the files and never deletes them. The meaning of a lock is its user's.
 
 use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
 use std::io;
@@ -79,7 +79,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("lock");
         let first = FileLock::try_acquire(&path).unwrap().unwrap();
-        // What a child has between fork and exec: the same open file description.
+        // A child has the same open file description between fork and exec.
         let _inherited = first.0.try_clone().unwrap();
         drop(first);
         assert!(FileLock::try_acquire(&path).unwrap().is_some());

@@ -1,6 +1,6 @@
 //! [`replace`] and [`replace_synced`]: files of which a crash leaves the old or the new version.
 //!
-//! Knows nothing of what the file holds, and does not create its directory.
+//! Does not create the directory and does not look at the content.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -60,7 +60,7 @@ mod tests {
         replace(&path, &draft, b"old").unwrap();
         let mode = fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o7777, 0o600);
-        // What stands in the way of the rename.
+        // A directory with an entry keeps the rename from succeeding.
         let occupied = directory.path().join("occupied");
         fs::create_dir_all(occupied.join("by")).unwrap();
         for replace in [replace, replace_synced] {

@@ -163,7 +163,7 @@ async fn claimed_vms_become_ordinary_pods(ctx: Context) -> Result {
     Ok(())
 }
 
-/// Checks what a claim sets, and returns three random values of the guest.
+/// Checks the settings of a claim, and returns three random values of the guest.
 async fn check_pod(ctx: &Context, pod: &Pod) -> Result<Vec<String>> {
     let node = &pod.node;
     ensure!(

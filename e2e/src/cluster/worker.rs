@@ -40,7 +40,7 @@ pub(crate) struct Worker {
     /// The runtime.
     pub node: Arc<Node>,
     kubelet: Service,
-    /// Configuration of the kubelet as it was started first.
+    /// Configuration with which the kubelet was started first.
     configuration: Value,
     dir: PathBuf,
     programs: Programs,

@@ -118,7 +118,7 @@ pub(crate) async fn run(options: &Options) -> Result<bool> {
 
 /// Runs a test suite with its output in a file. Its exit code does not count: failed tests are in the report.
 ///
-/// The suite has a process group of its own. SIGINT and SIGTERM of this program reach it once, as the SIGINT after which ginkgo
+/// The suite has a separate process group. SIGINT and SIGTERM of this program reach it once, as the SIGINT after which ginkgo
 /// writes its report.
 ///
 /// # Errors

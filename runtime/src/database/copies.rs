@@ -17,7 +17,7 @@ const UNFINISHED: &str = "new";
 /// Name of a copy in a bundle, and of an unfinished one.
 const IN_BUNDLE: [&str; 2] = ["record", "record.new"];
 
-/// A row as it is stored: id, record and metadata.
+/// A stored row: id, record and metadata.
 pub(super) type Raw = (String, String, Vec<u8>);
 
 /// The copies of all rows.

@@ -86,7 +86,7 @@ pub(crate) struct ContainerRow {
     pub oom: bool,
 }
 
-/// A row as it is stored, with its bundle, which may not exist.
+/// A stored row with its bundle, which may not exist.
 #[derive(Debug)]
 struct Stored {
     kind: Kind,

@@ -42,7 +42,7 @@ pub struct ShimConfig {
     pub cache: PathBuf,
     /// Defaults of a pod's VM.
     pub pod: PodDefaults,
-    /// Network of a pod that has none of its own.
+    /// Network of a pod without a network namespace.
     pub network: NetworkSettings,
 }
 

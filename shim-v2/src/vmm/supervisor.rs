@@ -1,6 +1,6 @@
 //! [`Supervisor`] starts the vmm child; [`VmmChild`] is the shim's handle on it: wait, kill, last output.
 //!
-//! The child is this binary in the role `vmm`, PID 1 of its own PID namespace, so everything the VMM started dies with it. Its
+//! The child is this binary in the role `vmm`, PID 1 of a separate PID namespace, so everything the VMM started dies with it. Its
 //! parent-death signal is SIGKILL. That signal fires when the *thread* that forked it ends, so a dedicated thread per child
 //! forks and waits.
 //!

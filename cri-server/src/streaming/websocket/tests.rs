@@ -164,7 +164,7 @@ async fn ping_flood_without_reads_is_bounded() {
         .await;
     });
     let (mut reader, mut writer) = tokio::io::split(client);
-    // A masked ping with the maximum payload; a mask of zeros leaves it as it is.
+    // A masked ping with the maximum payload; a mask of zeros does not change it.
     let mut ping = vec![0x89, 0x80 | 125, 0, 0, 0, 0];
     ping.extend([7; 125]);
     let flood = ping.repeat(1000);

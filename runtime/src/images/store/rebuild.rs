@@ -72,7 +72,7 @@ impl Store {
             if Digest::of(&bytes) != digest {
                 continue;
             }
-            // Configs and indexes are blobs, too, and are no manifests.
+            // Configs and indexes are blobs, too, but not manifests.
             let Ok(Document::Manifest(document)) =
                 manifest::parse("a blob", None, &bytes, Platform::host())
             else {
