@@ -1,11 +1,12 @@
 //! [`StatsLimits`]: bounds of the counters that a guest of known size can have. A hostile guest reports any; shim and runtime
 //! apply the bounds before they pass the counters on.
 //!
-//! Limits that the guest was configured with, and counters of events, are not bounded.
+//! Limits that the guest was configured with, and counters of events and transferred bytes, are not bounded.
 
 use boxlite_proto::boxlite::v1::{
     CgroupStats, ContainerStatsResponse, GuestStatsResponse, Pressure,
 };
+use boxlite_sys::clock::unix_ns;
 use boxlite_sys::sync::Mutex;
 use std::collections::HashMap;
 
@@ -15,6 +16,9 @@ const MAX_MEMORY_KINDS: usize = 256;
 const MAX_DEVICES: usize = 64;
 /// Maximum length of an interface's name, by the kernel.
 const MAX_INTERFACE_BYTES: usize = 15;
+
+/// Added to the age of a VM: a warm one used its CPUs before its pod was created, and the host's clock may be set back.
+const AGE_ALLOWANCE_USEC: u64 = 10 * 60 * 1_000_000;
 
 /// Upper bounds of the values that a VM can reach.
 #[derive(Debug, Clone, Copy)]
@@ -28,6 +32,19 @@ pub struct StatsLimits {
 }
 
 impl StatsLimits {
+    /// Returns the bounds of a VM of this size that was created at `created_at_ns` since the epoch.
+    pub fn of(memory_mib: u32, disk_bytes: u64, vcpus: u8, created_at_ns: i64) -> Self {
+        let age_ns = unix_ns().saturating_sub(created_at_ns).max(0);
+        let age_usec = u64::try_from(age_ns / 1000).unwrap_or(0);
+        Self {
+            memory_bytes: u64::from(memory_mib) << 20,
+            disk_bytes,
+            cpu_usec: age_usec
+                .saturating_add(AGE_ALLOWANCE_USEC)
+                .saturating_mul(u64::from(vcpus)),
+        }
+    }
+
     /// Bounds the counters of a cgroup.
     pub fn apply(&self, stats: &mut CgroupStats) {
         for value in [
@@ -207,6 +224,19 @@ mod tests {
         assert_eq!(stats.networks.len(), MAX_DEVICES);
         assert_eq!(stats.networks[0].interface, "eth0");
         assert_eq!(stats.scratch.expect("no disk").available_bytes, 0);
+    }
+
+    #[test]
+    fn of_allows_for_a_warm_vm_and_a_clock_set_back() {
+        let hour_ns = 3_600_000_000_000;
+        for (created_at_ns, least) in [
+            (unix_ns(), 600),
+            (unix_ns() + hour_ns, 600),
+            (unix_ns() - hour_ns, 4200),
+        ] {
+            let seconds = StatsLimits::of(1, 1, 2, created_at_ns).cpu_usec / 2_000_000;
+            assert!((least..least + 60).contains(&seconds), "{seconds}");
+        }
     }
 
     #[test]

@@ -179,13 +179,12 @@ impl LiteBox {
     /// Returns the bounds of the counters that the guest may report.
     fn stats_limits(&self) -> StatsLimits {
         let options = &self.inner.options;
-        let age_ns = now_ns().saturating_sub(self.inner.created_at_ns);
-        let age_usec = u64::try_from(age_ns / 1000).unwrap_or(0);
-        StatsLimits {
-            memory_bytes: u64::from(options.memory_mib) << 20,
-            disk_bytes: options.scratch_bytes,
-            cpu_usec: age_usec.saturating_mul(u64::from(options.vcpus)),
-        }
+        StatsLimits::of(
+            options.memory_mib,
+            options.scratch_bytes,
+            options.vcpus,
+            self.inner.created_at_ns,
+        )
     }
 
     /// Replaces CPU times that are lower than those reported before.
@@ -228,9 +227,10 @@ impl LiteBox {
             sent = sent.saturating_add(network.tx_bytes);
             received = received.saturating_add(network.rx_bytes);
         }
-        metrics
-            .cpu_time_ms
-            .store(stats.cpu_usage_ns / 1_000_000, Ordering::Relaxed);
+        // A counter: a value below an earlier one is replaced by that.
+        let cpu_ms = stats.cpu_usage_ns / 1_000_000;
+        let before_ms = metrics.cpu_time_ms.fetch_max(cpu_ms, Ordering::Relaxed);
+        stats.cpu_usage_ns = stats.cpu_usage_ns.max(before_ms.saturating_mul(1_000_000));
         metrics.memory_usage_bytes.store(used, Ordering::Relaxed);
         metrics.network_bytes_sent.store(sent, Ordering::Relaxed);
         metrics

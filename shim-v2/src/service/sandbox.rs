@@ -191,16 +191,11 @@ impl Service {
     /// Returns the limits of the counters that the guest may report.
     pub(super) fn stats_limits(&self) -> StatsLimits {
         let snapshot = self.sandbox.snapshot();
-        let options = snapshot.plan.as_ref().map(|plan| &plan.options);
-        let age_ns = time::unix_ns().saturating_sub(snapshot.created_at_unix_ns);
-        let age_usec = u64::try_from(age_ns / 1000).unwrap_or(0);
-        StatsLimits {
-            memory_bytes: options.map_or(0, |options| u64::from(options.memory_mib) << 20),
-            disk_bytes: options.map_or(0, |options| options.scratch_bytes),
-            cpu_usec: options.map_or(0, |options| {
-                age_usec.saturating_mul(u64::from(options.vcpus))
-            }),
-        }
+        let (memory_mib, disk_bytes, vcpus) = snapshot.plan.as_ref().map_or((0, 0, 0), |plan| {
+            let options = &plan.options;
+            (options.memory_mib, options.scratch_bytes, options.vcpus)
+        });
+        StatsLimits::of(memory_mib, disk_bytes, vcpus, snapshot.created_at_unix_ns)
     }
 
     /// Builds the plan of a CreateSandbox from boxlite-cri or containerd.
