@@ -89,7 +89,7 @@ async fn apply(
         set_up(handle, index, interface).await?;
         if interface.dhcp {
             let lease = dhcp::lease(&interface.name, parse_mac(&interface.mac)?).await?;
-            take(handle, index, &interface.name, &lease).await?;
+            apply_lease(handle, index, &interface.name, &lease).await?;
         }
         indexes.insert(interface.name.as_str(), index);
     }
@@ -162,7 +162,12 @@ async fn set_up(handle: &Handle, index: u32, interface: &Interface) -> Result<()
 }
 
 /// Configures a NIC by a lease.
-async fn take(handle: &Handle, index: u32, name: &str, lease: &Lease) -> Result<(), NetworkError> {
+async fn apply_lease(
+    handle: &Handle,
+    index: u32,
+    name: &str,
+    lease: &Lease,
+) -> Result<(), NetworkError> {
     let (address, prefix) = (lease.address, lease.prefix);
     let request = handle.address().add(index, address.into(), prefix);
     let added = request.replace().execute().await;

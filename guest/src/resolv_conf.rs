@@ -13,8 +13,11 @@ const PATH: &str = "/run/boxlite/resolv.conf";
 /// The file in a container.
 const TARGET: &str = "/etc/resolv.conf";
 
-/// Writes the file.
+/// Writes the file, unless there are no servers.
 pub(crate) fn write(servers: &[Ipv4Addr]) -> io::Result<()> {
+    if servers.is_empty() {
+        return Ok(());
+    }
     std::fs::write(PATH, text(servers))
 }
 

@@ -32,7 +32,7 @@ const V2_COPIED_FILES: [&str; 5] = [
     "cpuset.mems",
     "io.weight",
 ];
-const V1_COPIED_FILES: [&str; 2] = ["cpu.shares", "cpu.cfs_period_us"];
+const V1_COPIED_FILES: [&str; 3] = ["cpu.shares", V1_PERIOD_FILE, V1_QUOTA_FILE];
 /// Quota and period in one file on v2, and the two files of v1.
 const V2_CPU_FILE: &str = "cpu.max";
 const V1_QUOTA_FILE: &str = "cpu.cfs_quota_us";
@@ -40,7 +40,7 @@ const V1_PERIOD_FILE: &str = "cpu.cfs_period_us";
 /// Smallest CPU limit that holds a VM, in thousandths of a CPU. Below it a VM takes minutes to boot and to answer, since the
 /// guest's kernel and agent and the VMM count to the limit.
 const MIN_MILLICPUS: u64 = 250;
-/// CPU limit of a VM beside a pod with a smaller one. Such a VM has one vCPU.
+/// CPU limit of a VM beside a pod with a smaller one. Such a VM has one vCPU unless an annotation gives it more.
 const MILLICPUS_BESIDE: u64 = 1000;
 /// Maximum number of processes and threads, in both versions, and its value. The shim and a VM have about 100; one thread more
 /// for each block device and exported mount.
@@ -186,9 +186,7 @@ impl Hierarchy {
             },
         }
     }
-}
 
-impl Hierarchy {
     /// Sets the limits of a cgroup beside the pod's.
     fn limit_beside(&self, pod: &Path, dir: &Path, need: u64) {
         let memory = self.memory_file.map(|file| (file, need.to_string()));

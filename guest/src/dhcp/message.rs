@@ -28,7 +28,7 @@ const OPTION_MTU: u8 = 26;
 const OPTION_REQUESTED: u8 = 50;
 const OPTION_KIND: u8 = 53;
 const OPTION_SERVER: u8 = 54;
-const OPTION_WANTED: u8 = 55;
+const OPTION_PARAMETER_LIST: u8 = 55;
 const OPTION_END: u8 = 255;
 
 /// Maximum number of name servers, that of the C library's resolver.
@@ -56,7 +56,7 @@ pub(crate) struct Lease {
     pub name_servers: Vec<Ipv4Addr>,
     /// 0 if the server names none.
     pub mtu: u32,
-    /// The server, in its own words.
+    /// Server identifier (option 54).
     pub server: Ipv4Addr,
 }
 
@@ -101,7 +101,7 @@ impl Exchange {
             }
         }
         let wanted = [OPTION_MASK, OPTION_ROUTER, OPTION_NAME_SERVERS, OPTION_MTU];
-        option(OPTION_WANTED, &wanted);
+        option(OPTION_PARAMETER_LIST, &wanted);
         message.push(OPTION_END);
         message
     }

@@ -330,6 +330,7 @@ async fn bundle_is_removed_while_its_record_changes() {
         });
         let record = bundle.join("record");
         while !record.exists() {
+            assert!(!writing.is_finished(), "the writer failed");
             tokio::task::yield_now().await;
         }
         let removed = database.remove_bundle(bundle.clone()).await;

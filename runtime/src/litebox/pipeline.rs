@@ -346,7 +346,7 @@ impl<R: ShimRecorder> Start<R> {
 
 async fn remove_bundle<R>(start: &Start<R>) {
     let bundle = start.env.layout.bundle(&start.options.id);
-    if let Err(error) = teardown::blocking(move || remove_tree(&bundle)).await {
+    if let Err(error) = start.env.database.remove_bundle(bundle).await {
         tracing::warn!(
             id = start.options.id,
             error = crate::report(&error),

@@ -75,11 +75,17 @@ fn check_version(program: &Path) -> BoxliteResult<()> {
             step: format!("use passt {}", program.display()),
             source: format!(
                 "it refuses {LOOPBACK_OPTION}, without which guests reach the node's loopback: passt 2025_05_03 or newer is \
-                 needed"
+                 needed; it printed {:?}",
+                last_line(&output.stderr)
             )
             .into(),
         }),
     }
+}
+
+fn last_line(output: &[u8]) -> String {
+    let text = String::from_utf8_lossy(output);
+    text.trim().lines().last().unwrap_or_default().to_owned()
 }
 
 /// Waits until passt has closed its end of `socket`.
@@ -108,19 +114,25 @@ pub fn run(arguments: &[OsString]) -> std::process::ExitCode {
     }
 }
 
+fn missing(what: &str) -> BoxliteError {
+    BoxliteError::Step {
+        step: "start passt".to_owned(),
+        source: format!("the role has no valid {what}").into(),
+    }
+}
+
 fn become_passt(arguments: &[OsString]) -> BoxliteResult<Infallible> {
     let [user, program, rest @ ..] = arguments else {
-        return Err(BoxliteError::Step {
-            step: "start passt".to_owned(),
-            source: "missing arguments".into(),
-        });
+        return Err(missing("arguments"));
     };
     // The VM's user may not be able to reach it by name.
     let opened = File::open(program).step(format!("open {}", Path::new(program).display()))?;
     jail::limit_files(MAX_OPEN_FILES).step("limit open files")?;
     // passt writes no files.
     jail::limit_resources(0).step("limit resources")?;
-    if let Some(id) = user.to_str().and_then(|text| text.parse().ok()) {
+    if user != NO_USER {
+        let id = user.to_str().and_then(|text| text.parse().ok());
+        let id = id.ok_or_else(|| missing(&format!("user {user:?}")))?;
         jail::become_user(id, &[]).step("become the VM's user")?;
         jail::drop_all_capabilities().step("drop capabilities")?;
     }
