@@ -30,7 +30,7 @@ impl<E: std::error::Error + 'static> From<E> for Failure {
 
 /// Adds a description of the operation to an error.
 pub(crate) trait During<T> {
-    /// Returns the error behind `what` and a colon.
+    /// Prefixes the error with the operation.
     fn during(self, what: impl std::fmt::Display) -> Result<T>;
 }
 

@@ -26,16 +26,33 @@ const RESOLV_CONF: &str = "/etc/resolv.conf";
 /// Size of the served file.
 const FILE_BYTES: usize = 4 << 20;
 
-/// The network. Removed by [`Uplink::close`].
+/// The network. Removed by [`Uplink::close`], which reports failures, or on drop.
 pub(crate) struct Uplink {
     /// SHA-256 of the served file in hex.
     pub sha256: String,
-    _servers: JoinSet<()>,
+    servers: JoinSet<()>,
+    /// Removes the network of an unfinished case.
+    removal: Removal,
+}
+
+/// Removes the network on drop and ignores failures.
+struct Removal {
+    needed: bool,
+}
+
+impl Drop for Removal {
+    fn drop(&mut self) {
+        if self.needed {
+            let _ = umount(RESOLV_CONF);
+            let _ = run("ip", &["link", "del", DEVICE]);
+        }
+    }
 }
 
 impl Uplink {
     /// Creates the network and starts the servers.
     pub(crate) fn open() -> Result<Self> {
+        let removal = Removal { needed: true };
         let (web, dns) = std::thread::spawn(outside)
             .join()
             .map_err(|_| crate::failure::Failure("the network's thread panicked".to_owned()))??;
@@ -50,12 +67,15 @@ impl Uplink {
         servers.spawn(serve_name(tokio::net::UdpSocket::from_std(dns)?));
         Ok(Self {
             sha256,
-            _servers: servers,
+            servers,
+            removal,
         })
     }
 
     /// Removes the network.
-    pub(crate) fn close(self) -> Result {
+    pub(crate) fn close(mut self) -> Result {
+        self.removal.needed = false;
+        self.servers.abort_all();
         umount(RESOLV_CONF)?;
         run("ip", &["link", "del", DEVICE]).map(drop)
     }

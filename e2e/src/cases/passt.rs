@@ -25,9 +25,8 @@ const TO_NODE_LOOPBACK: &str = "echo 1 > /proc/sys/net/ipv4/conf/eth0/route_loca
 
 async fn passt_gives_a_pod_outgoing_connections(ctx: Context) -> Result {
     let uplink = Uplink::open()?;
-    let done = outgoing(&ctx, &uplink).await;
-    uplink.close()?;
-    done
+    outgoing(&ctx, &uplink).await?;
+    uplink.close()
 }
 
 async fn outgoing(ctx: &Context, uplink: &Uplink) -> Result {
@@ -71,19 +70,20 @@ async fn outgoing(ctx: &Context, uplink: &Uplink) -> Result {
 
     // The node's address answers, its loopback does not.
     let listener = tokio::net::TcpListener::bind("0.0.0.0:8096").await?;
-    let dial = async |address: &str| {
-        let script = format!("nc -w 1 {address} 8096 < /dev/null");
+    let dial = async |address: &str, seconds: u32| {
+        let script = format!("nc -w {seconds} {address} 8096 < /dev/null");
         tokio::select! {
+            biased;
             accepted = listener.accept() => Ok(accepted.is_ok()),
             dialed = sh(&script) => dialed.map(|_| false),
         }
     };
-    ensure!(dial(NODE).await?, "the node's address is unreachable");
-    ensure!(!dial("198.18.254.2").await?, "the gateway is the node");
+    ensure!(dial(NODE, 10).await?, "the node's address is unreachable");
+    ensure!(!dial("198.18.254.2", 1).await?, "the gateway is the node");
     let routed = String::from_utf8_lossy(&sh(TO_NODE_LOOPBACK).await?.stdout).into_owned();
     same!(routed, "routed\n", "the route of the loopback");
     ensure!(
-        !dial("127.0.0.1").await?,
+        !dial("127.0.0.1", 1).await?,
         "the node's loopback is reachable"
     );
 

@@ -14,9 +14,8 @@ pub(crate) fn cases() -> Vec<Case> {
 
 async fn passt_serves_a_task_without_network(ctx: Context) -> Result {
     let uplink = Uplink::open()?;
-    let done = download(&ctx, &uplink).await;
-    uplink.close()?;
-    done
+    download(&ctx, &uplink).await?;
+    uplink.close()
 }
 
 async fn download(ctx: &Context, uplink: &Uplink) -> Result {
