@@ -60,7 +60,7 @@ help:
 	@echo "make test-chart              the chart on a cluster whose node runs a stock containerd"
 	@echo "make test-host-pods          a cluster whose kube-proxy runs in a stock containerd, and all else in VMs"
 	@echo "make kernel                  a guest kernel with iptables, IPVS, wireguard, NFS and PSI (docs/guest-kernel.md), 15 minutes"
-	@echo "make tools                   Debian packages, the guest kernel, virtiofsd and vhost-device-vsock"
+	@echo "make tools                   Debian packages, the guest kernel, virtiofsd, vhost-device-vsock and passt"
 
 tools:
 	@e2e/scripts/tools
