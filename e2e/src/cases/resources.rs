@@ -126,6 +126,16 @@ impl HostCgroup {
         }
         Ok(names)
     }
+
+    /// Returns the name of the VM's cgroup, the only one beside the pod's.
+    fn vm_beside(&self) -> Result<String> {
+        let beside = self.beside()?;
+        ensure!(
+            beside.len() == 1 && beside[0].starts_with("boxlite-"),
+            "cgroups beside the pod's: {beside:?}"
+        );
+        Ok(beside[0].clone())
+    }
 }
 
 fn cgroup_v2() -> bool {
@@ -183,14 +193,10 @@ async fn limit_acts_in_the_guest(ctx: Context, mib: i64) -> Result {
         ..Default::default()
     });
     let pod = Pod::run_with(&ctx.node, config).await?;
-    let beside = host.beside()?;
-    ensure!(
-        beside.len() == 1 && beside[0].starts_with("boxlite-"),
-        "cgroups beside the pod's: {beside:?}"
-    );
-    host.expect_vm_in(&beside[0], "memory", &pod)?;
+    let beside = host.vm_beside()?;
+    host.expect_vm_in(&beside, "memory", &pod)?;
     let read = |name: &str| -> Result<i64> { Ok(host.read(name, memory_file())?.parse()?) };
-    let (of_vm, of_pod) = (read(&beside[0])?, read("podx")?);
+    let (of_vm, of_pod) = (read(&beside)?, read("podx")?);
     ensure!(
         of_vm > of_pod + (128 << 20),
         "limits: VM {of_vm}, pod {of_pod}"
@@ -309,13 +315,9 @@ async fn small_cpu_limit_acts_in_the_guest(ctx: Context) -> Result {
     linux.cgroup_parent.clone_from(&host.name);
     linux.resources.clone_from(&resources);
     let pod = Pod::run_with(&ctx.node, config).await?;
-    let beside = host.beside()?;
-    ensure!(
-        beside.len() == 1 && beside[0].starts_with("boxlite-"),
-        "cgroups beside the pod's: {beside:?}"
-    );
-    host.expect_vm_in(&beside[0], "cpu", &pod)?;
-    same!(host.read(&beside[0], file)?, of_vm, "limit of the VM");
+    let beside = host.vm_beside()?;
+    host.expect_vm_in(&beside, "cpu", &pod)?;
+    same!(host.read(&beside, file)?, of_vm, "limit of the VM");
     let mut spec = container_spec("limited", &ctx.images.base, &["sleep", "1000"]);
     spec.linux.get_or_insert_default().resources = resources;
     let limited = pod.start_with(spec).await?;

@@ -91,7 +91,7 @@ fn has(spec: &Spec, kind: LinuxNamespaceType) -> bool {
     all.any(|namespace| namespace.typ() == kind)
 }
 
-/// Returns whether passt serves the network of a first task. A namespace named by the spec is left as it is.
+/// Returns true if passt serves the network of a first task. It never serves a namespace that the spec names.
 pub fn has_passt(spec: &Spec, config: &ShimConfig) -> bool {
     config.network.without_cni == WithoutCni::Passt && network(spec) == Network::Private
 }

@@ -8,14 +8,13 @@
 //! start → this binary in the role ROLE → user, limits, no_new_privs → passt
 //! ```
 
-use super::step::{StepExt, require};
+use super::step::{StepExt, inherit, require};
 use crate::jail;
 use crate::net::passt::{LOOPBACK_OPTION, args};
 use boxlite_proto::error::{BoxliteError, BoxliteResult};
 use boxlite_proto::exit::ExitCode;
 use boxlite_proto::vmm::InstanceSpec;
 use boxlite_sys::report::Report;
-use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
 use std::convert::Infallible;
@@ -46,7 +45,7 @@ pub(super) fn start(spec: &InstanceSpec) -> BoxliteResult<OwnedFd> {
     check_version(program)?;
     let step = "start passt";
     let (ours, theirs) = UnixStream::pair().step(step)?;
-    fcntl(&theirs, FcntlArg::F_SETFD(FdFlag::empty())).step(step)?;
+    inherit(&theirs, true)?;
     let user = spec.user.map_or(NO_USER.to_owned(), |id| id.to_string());
     // Not waited for here: this process is PID 1 of the VM's namespace.
     let spawned = Command::new("/proc/self/exe")

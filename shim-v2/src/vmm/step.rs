@@ -1,6 +1,8 @@
-//! Helpers that convert failures of VMM code to [`BoxliteError`].
+//! Helpers of VMM code whose failures are a [`BoxliteError`] with the step.
 
 use boxlite_proto::error::{BoxliteError, BoxliteResult};
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use std::os::fd::AsFd;
 use std::path::Path;
 
 /// Adds the failed step to an error.
@@ -19,6 +21,18 @@ where
             source: source.into(),
         })
     }
+}
+
+/// Sets whether later children inherit a descriptor. The calling process has one thread.
+pub(crate) fn inherit(fd: impl AsFd, yes: bool) -> BoxliteResult<()> {
+    let flags = if yes {
+        FdFlag::empty()
+    } else {
+        FdFlag::FD_CLOEXEC
+    };
+    fcntl(fd, FcntlArg::F_SETFD(flags))
+        .map(drop)
+        .step("mark a descriptor for inheritance")
 }
 
 /// Checks that a file of the installation exists.

@@ -6,17 +6,16 @@ use super::context::Context;
 use super::{shares, vsock};
 use crate::jail::{self, HostFiles, ProcFiles, Process};
 use crate::vmm::parent::require_shim;
-use crate::vmm::step::StepExt;
+use crate::vmm::step::{StepExt, inherit};
 use crate::vmm::{VmmInstance, VmmInstanceImpl};
 use boxlite_proto::error::BoxliteResult;
 use boxlite_proto::exit::ExitCode;
 use boxlite_proto::vmm::{Acceleration, InstanceSpec};
-use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::wait::{WaitStatus, wait};
 use nix::unistd::{Gid, Uid, fchown};
 use std::convert::Infallible;
 use std::fs::{self, File};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -198,18 +197,6 @@ fn start(name: &str, program: &Path, args: &[String], null: File) -> BoxliteResu
     let output = null.try_clone().step("open /dev/null")?;
     command.args(args).env_clear().stdin(null).stdout(output);
     command.spawn().step(format!("start {name}"))
-}
-
-/// Sets whether later children inherit a descriptor. This process has one thread.
-fn inherit(fd: impl AsFd, yes: bool) -> BoxliteResult<()> {
-    let flags = if yes {
-        FdFlag::empty()
-    } else {
-        FdFlag::FD_CLOEXEC
-    };
-    fcntl(fd, FcntlArg::F_SETFD(flags))
-        .map(drop)
-        .step("mark a descriptor for inheritance")
 }
 
 /// Waits until `child` listens on `socket`, a name in the working directory: QEMU connects once and does not retry.
