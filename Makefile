@@ -27,7 +27,7 @@ AGENT_MAX_BYTES := 8140000
 .PHONY: all tools kernel build demo install clean help
 .PHONY: test unit fuzz kills lint deny advisories fmt agent-size e2e-qemu e2e-krun
 .PHONY: conformance conformance-krun conformance-containerd conformance-containerd-suite test-containerd
-.PHONY: cluster test-cluster conformance-cluster bench-cluster bench bench-work bench-memory bench-peers bench-churn
+.PHONY: cluster test-cluster conformance-cluster bench-cluster bench bench-work bench-memory bench-peers bench-churn bench-density
 .PHONY: dist test-dist image chart chart-update test-chart test-host-pods
 all: build
 
@@ -53,6 +53,7 @@ help:
 	@echo "make bench-memory            memory of idle pods by process and kind (PODS=)"
 	@echo "make bench-peers             the same pods by runc and gVisor under containerd, interleaved in one run (PODS=)"
 	@echo "make bench-churn             1,000 pods one after another and 100 at once (PODS=, AT_ONCE=), then a comparison"
+	@echo "make bench-density           idle pods up to 100 (PODS=, MEMORY= MiB each): memory, lists, statistics, scrapes"
 	@echo "make build                   build the programs into $(TARGET)"
 	@echo "make install                 install the programs below PREFIX (default /usr/local)"
 	@echo "make dist PROFILE=release    .deb, tarball, SBOM and checksums in $(TARGET)/dist; make test-dist tries them in Debian 12 and 13"
@@ -162,6 +163,9 @@ bench-peers: build
 
 bench-churn: build
 	@$(BIN)/boxlite-e2e churn $(if $(PODS),--pods $(PODS)) $(if $(AT_ONCE),--at-once $(AT_ONCE))
+
+bench-density: build
+	@$(BIN)/boxlite-e2e density $(if $(PODS),--pods $(PODS)) $(if $(MEMORY),--memory $(MEMORY))
 
 lint:
 	cargo fmt --all --check

@@ -122,6 +122,8 @@ enum Command {
     },
     /// Creates and removes many pods, and compares the node with before.
     Churn(bench::churn::Options),
+    /// Measures idle pods in growing numbers: memory, and the times of lists, statistics and scrapes.
+    Density(bench::density::Options),
     /// Prints a directory tree as the running kernel sees it. Runs inside a guest.
     Tree {
         /// Root of the tree.
@@ -233,6 +235,9 @@ fn run(command: Command) -> failure::Result<ExitCode> {
         Command::Bench { subject, pods } => runtime.block_on(bench::run(subject, pods))?,
         Command::Churn(options) => runtime
             .block_on(bench::churn::run(&options))
+            .map(|()| true)?,
+        Command::Density(options) => runtime
+            .block_on(bench::density::run(&options))
             .map(|()| true)?,
         // Handled in `main`.
         Command::Tree { .. }

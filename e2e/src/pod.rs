@@ -16,8 +16,11 @@ use std::time::Duration;
 
 static SERIAL: AtomicU32 = AtomicU32::new(1);
 
-/// Deadline of calls that may boot a VM; a kubelet's is 4 minutes.
+/// Deadline of calls that may start processes in a slow guest.
 pub(crate) const LONG_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// Deadline of RunPodSandbox, as a kubelet's.
+const RUN_TIMEOUT: Duration = Duration::from_secs(240);
 
 /// Hostname of the shared pod (see [`crate::context::TestContext::shared_pod`]).
 pub(crate) const SHARED_POD: &str = "common";
@@ -128,7 +131,7 @@ impl Pod {
             "RunPodSandbox",
             node.cri
                 .runtime()
-                .run_pod_sandbox(within(LONG_TIMEOUT, request))
+                .run_pod_sandbox(within(RUN_TIMEOUT, request))
                 .await,
         )?
         .pod_sandbox_id;

@@ -3,6 +3,7 @@
 //! Prints medians with the fastest and slowest sample and writes no file. State is in memory (tmpfs).
 
 pub(crate) mod churn;
+pub(crate) mod density;
 pub(crate) mod life;
 mod memory;
 mod peers;
