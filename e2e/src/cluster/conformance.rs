@@ -73,7 +73,7 @@ pub(crate) async fn run(cluster: &Cluster, options: &Options) -> Result<bool> {
         .arg(format!("--kubectl-path={}", kubectl.program.display()))
         .env("KUBECONFIG", &kubectl.kubeconfig);
     let ended = run_suite("ginkgo", &mut command, &output, &report).await;
-    keep_logs(&cluster.dir, &options.out)?;
+    let kept = keep_logs(&cluster.dir, &options.out);
     let counts = match std::fs::read_to_string(&report) {
         Ok(text) => Counts::read(&text),
         Err(error) => return ended.and(Err(error.into())),
@@ -87,7 +87,7 @@ pub(crate) async fn run(cluster: &Cluster, options: &Options) -> Result<bool> {
         counts.failures.len(),
         counts.skipped
     );
-    ended?;
+    ended.and(kept)?;
     Ok(counts.failures.is_empty() && counts.passed > 0)
 }
 

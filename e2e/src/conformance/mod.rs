@@ -14,12 +14,15 @@ use crate::failure::{During, Result};
 use crate::image::registry::Registry;
 use crate::install::{self, Install};
 use crate::{bail, ensure};
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 use target::Target;
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::timeout;
 
 /// Time limit for an interrupted suite to clean up and write its report.
 const INTERRUPTION_TIMEOUT: Duration = Duration::from_secs(60);
@@ -155,16 +158,18 @@ pub(crate) async fn run_suite(
 }
 
 /// Interrupts a suite's process group and waits until ginkgo has written the report: it relies on the terminal to interrupt the
-/// processes that run the specs.
+/// processes that run the specs. Kills the group if that takes too long.
 async fn interrupted(name: &str, suite: &mut Child) -> Result {
-    if let Some(pid) = suite.id() {
-        let pid = nix::unistd::Pid::from_raw(i32::try_from(pid)?);
-        nix::sys::signal::killpg(pid, nix::sys::signal::Signal::SIGINT)?;
+    let Some(pid) = suite.id() else {
+        bail!("{name} interrupted at its end");
+    };
+    let group = Pid::from_raw(i32::try_from(pid)?);
+    killpg(group, Signal::SIGINT)?;
+    if timeout(INTERRUPTION_TIMEOUT, suite.wait()).await.is_ok() {
+        bail!("{name} interrupted");
     }
-    match tokio::time::timeout(INTERRUPTION_TIMEOUT, suite.wait()).await {
-        Ok(_) => bail!("{name} interrupted"),
-        Err(_) => bail!("{name} interrupted, and did not end within {INTERRUPTION_TIMEOUT:?}"),
-    }
+    killpg(group, Signal::SIGKILL)?;
+    bail!("{name} interrupted, and killed after {INTERRUPTION_TIMEOUT:?}")
 }
 
 impl Programs {
