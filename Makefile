@@ -27,7 +27,7 @@ AGENT_MAX_BYTES := 8140000
 .PHONY: all tools kernel build demo install clean help
 .PHONY: test unit fuzz kills lint deny advisories fmt agent-size e2e-qemu e2e-krun
 .PHONY: conformance conformance-krun conformance-containerd conformance-containerd-suite test-containerd
-.PHONY: cluster test-cluster conformance-cluster bench-cluster bench bench-work bench-memory bench-peers bench-churn bench-density
+.PHONY: cluster test-cluster test-agents conformance-cluster bench-cluster bench bench-work bench-memory bench-peers bench-churn bench-density
 .PHONY: dist test-dist image chart chart-update test-chart test-host-pods
 all: build
 
@@ -45,6 +45,7 @@ help:
 	@echo "make conformance-containerd  critest against containerd's CRI plugin with the shim"
 	@echo "make cluster                 a Kubernetes cluster on this runtime, with a shell that has KUBECONFIG"
 	@echo "make test-cluster            the project's cases on that cluster (FILTER=clients::)"
+	@echo "make test-agents             agent-sandbox on that cluster, and the time of a claim from its pool, from ours and without"
 	@echo "make conformance-cluster     Kubernetes' own suite on that cluster (FOCUS='regular expression')"
 	@echo "make bench-cluster           Deployments on it, beside containerd 2.x with runc under the same kubelet"
 	@echo "make conformance-containerd-suite  containerd's CRI integration tests"
@@ -126,6 +127,11 @@ cluster: build
 test-cluster: build
 	@e2e/scripts/cluster-build >/dev/null
 	@$(BIN)/boxlite-e2e cluster test --junit $(TARGET)/junit $(if $(FILTER),--filter $(FILTER))
+
+# The controller of agent-sandbox; its first build takes some minutes.
+test-agents: build
+	@e2e/scripts/cluster-build agents >/dev/null
+	@$(BIN)/boxlite-e2e cluster agents $(if $(CLAIMS),--claims $(CLAIMS))
 
 # Time until the pods of a Deployment are Ready, on boxlite-cri and on containerd 2.x with runc.
 bench-cluster: build

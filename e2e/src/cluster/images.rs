@@ -139,6 +139,20 @@ pub(crate) async fn push_pause(registry: &Registry, busybox_path: &Path) -> Resu
     push.image("pause", "1", &[&base], config).await
 }
 
+/// Builds and pushes an image with one static program, its entry point. Returns the image's name.
+pub(crate) async fn push_program(registry: &Registry, program: &Path) -> Result<String> {
+    let name = program
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned();
+    let layer = program_layer(program, &name)?;
+    let config = json!({"Entrypoint": [format!("/{name}")], "Env": [PATH]});
+    let push = Push { registry };
+    push.image(&name, "1", &[&layer], config).await?;
+    Ok(format!("{}/{name}:1", registry.host))
+}
+
 /// Returns agnhost with its certificate, users and upload directory.
 fn agnhost(program: &Path) -> Result<Layer> {
     let mut tar = LayerTar::default();

@@ -1,8 +1,9 @@
 //! A one-node Kubernetes cluster with boxlite-cri as its only runtime: `make cluster`, `make test-cluster`,
-//! `make bench-cluster` and `make conformance-cluster`. [`chart`] and [`host_pods`] have other nodes.
+//! `make bench-cluster`, `make test-agents` and `make conformance-cluster`. [`chart`] and [`host_pods`] have other nodes.
 //!
 //! All components are processes in this program's namespaces. The programs come from e2e/scripts/cluster-build.
 
+mod agents;
 mod bench;
 mod cases;
 mod certificates;
@@ -29,7 +30,7 @@ use serde_json::Value;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use worker::Worker;
+use worker::{Setup, Worker};
 
 /// Name of the node.
 const NODE: &str = "node";
@@ -66,6 +67,8 @@ pub(crate) enum Action {
     },
     /// Measures Deployments on boxlite-cri and on containerd with runc.
     Bench,
+    /// Runs agent-sandbox and measures its claims.
+    Agents(agents::Options),
     /// Tests the Helm chart on a node with a stock containerd.
     Chart(chart::Options),
     /// Tests a node that runs its system components in containerd.
@@ -96,7 +99,11 @@ pub(crate) async fn run(action: &Action) -> Result<bool> {
         _ => {}
     }
     let begun = Instant::now();
-    let cluster = Cluster::start(matches!(action, Action::Conformance(_))).await?;
+    let setup = Setup {
+        pool: matches!(action, Action::Agents(_)).then_some(agents::POOL),
+        ..Setup::default()
+    };
+    let cluster = Cluster::start(matches!(action, Action::Conformance(_)), &setup).await?;
     println!(
         "cluster: node Ready after {:.0} s",
         begun.elapsed().as_secs_f64()
@@ -113,13 +120,14 @@ pub(crate) async fn run(action: &Action) -> Result<bool> {
             runner::run(&ctx, &options, cases::all()).await
         }
         Action::Bench => bench::run(&cluster).await,
+        Action::Agents(options) => agents::run(&cluster, options).await,
         Action::Conformance(options) => conformance::run(&cluster, options).await,
         Action::Chart(_) | Action::HostPods => Ok(false),
     }
 }
 
 impl Cluster {
-    async fn start(suite: bool) -> Result<Self> {
+    async fn start(suite: bool, setup: &Setup<'_>) -> Result<Self> {
         let dir = crate::namespaces::scratch();
         let install = Install::find()?;
         let programs = Programs::find()?;
@@ -130,8 +138,10 @@ impl Cluster {
             .await
             .during("failed to push the images")?;
         let plane = ControlPlane::start(&dir, &programs).await?;
-        let worker =
-            Worker::start(&dir, &install, &programs, &plane, &registry, &cgroups, None).await?;
+        let worker = Worker::start(
+            &dir, &install, &programs, &plane, &registry, &cgroups, setup,
+        )
+        .await?;
         Ok(Self {
             dir,
             programs,

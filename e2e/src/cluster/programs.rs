@@ -69,6 +69,11 @@ impl Programs {
         self.root.join("sh")
     }
 
+    /// Returns the directory of agent-sandbox's manifests, which only `make test-agents` needs.
+    pub(crate) fn agents(&self) -> PathBuf {
+        self.root.join("agents")
+    }
+
     /// Returns the path of Debian's nginx.
     pub(crate) fn nginx(&self) -> PathBuf {
         self.root.join("nginx/usr/sbin/nginx")

@@ -47,6 +47,15 @@ pub(crate) struct Worker {
     _services: Vec<Service>,
 }
 
+/// Settings of a node besides the usual ones.
+#[derive(Default)]
+pub(crate) struct Setup<'a> {
+    /// Runs the system components as pods.
+    pub host_pods: Option<&'a HostPods>,
+    /// Lines of boxlite-cri's section `[pool]`.
+    pub pool: Option<&'a str>,
+}
+
 /// A node whose system components are pods.
 pub(crate) struct HostPods {
     /// Socket of the containerd that runs host pods.
@@ -106,9 +115,11 @@ impl Worker {
         plane: &ControlPlane,
         registry: &Registry,
         cgroups: &CgroupRoot,
-        host_pods: Option<&HostPods>,
+        setup: &Setup<'_>,
     ) -> Result<Self> {
+        let host_pods = setup.host_pods;
         let mut options = NodeOptions::new("n", "auto");
+        options.pool = setup.pool.map(str::to_owned);
         options.host_pods = host_pods.map(|host_pods| {
             format!(
                 "endpoint = \"unix://{}\"\nhandlers = [\"runc\"]\nnamespaces = [\"kube-system\"]",

@@ -10,7 +10,7 @@ mod objects;
 use super::control_plane::ControlPlane;
 use super::kubectl::Kubectl;
 use super::programs::Programs;
-use super::worker::{HostPods, Worker};
+use super::worker::{HostPods, Setup, Worker};
 use super::{NODE, condition, until, worker};
 use crate::cgroups::CgroupRoot;
 use crate::containerd::stock;
@@ -87,7 +87,10 @@ impl HostPodsTest {
             &plane,
             &registry,
             &cgroups,
-            Some(&host_pods),
+            &Setup {
+                host_pods: Some(&host_pods),
+                ..Setup::default()
+            },
         )
         .await?;
         Ok(Self {
