@@ -45,6 +45,7 @@ mod uplink;
 
 use clap::{Args, Parser, Subcommand};
 use namespaces::Stage;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -159,6 +160,14 @@ enum Command {
         /// File to lock.
         file: PathBuf,
     },
+    /// Prints a page fetched from a given source address. Runs inside a guest.
+    #[command(hide = true)]
+    GetFrom {
+        /// Address to bind, IPv4 or IPv4-mapped.
+        source: IpAddr,
+        /// Address of the server, of the same family.
+        target: SocketAddr,
+    },
     /// Acts as a hostile guest kernel. Runs inside a guest.
     #[command(hide = true)]
     Attack {
@@ -189,6 +198,9 @@ fn main() -> ExitCode {
         Command::MapRead { file } => probe::map_read(file).map(|()| ExitCode::SUCCESS),
         Command::MapWrite { file } => probe::map_write(file).map(|()| ExitCode::SUCCESS),
         Command::TryLock { file } => probe::try_lock(file).map(|()| ExitCode::SUCCESS),
+        Command::GetFrom { source, target } => {
+            probe::get_from(*source, *target).map(|()| ExitCode::SUCCESS)
+        }
         Command::Attack { aim, arguments } => {
             attack::run(*aim, arguments).map(|()| ExitCode::SUCCESS)
         }
@@ -246,6 +258,7 @@ fn run(command: Command) -> failure::Result<ExitCode> {
         | Command::MapRead { .. }
         | Command::MapWrite { .. }
         | Command::TryLock { .. }
+        | Command::GetFrom { .. }
         | Command::Attack { .. }
         | Command::NriPlugin { .. } => true,
         Command::Containerd { suite, version } => {

@@ -1,14 +1,16 @@
-//! This program inside a guest: [`mounts`] puts it there. Its commands `events`, `splice`, `map-read`, `map-write` and
-//! `try-lock` exist because Debian's busybox has no such applets. The first three run until they are killed.
+//! This program inside a guest: [`mounts`] puts it there. Its commands `events`, `splice`, `map-read`, `map-write`,
+//! `try-lock` and `get-from` exist because Debian's busybox has no such applets. The first three run until they are killed.
 
 use crate::failure::Result;
 use crate::image::busybox::libraries;
 use crate::mapped_file::MappedFile;
 use k8s_cri::v1::Mount;
 use rustix::fs::inotify::{self, CreateFlags, Reader, WatchFlags};
+use rustix::net::{AddressFamily, SocketType};
 use std::fs::File;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::mem::MaybeUninit;
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::path::Path;
 use std::time::Duration;
 
@@ -92,4 +94,23 @@ pub(crate) fn map_write(file: &Path) -> Result {
 /// Fails if another process holds an flock of the file.
 pub(crate) fn try_lock(file: &Path) -> Result {
     Ok(File::open(file)?.try_lock().map_err(std::io::Error::from)?)
+}
+
+/// Connects from `source` with any port, and prints the peer's address and the response to a GET request.
+pub(crate) fn get_from(source: IpAddr, target: SocketAddr) -> Result {
+    let family = if source.is_ipv4() {
+        AddressFamily::INET
+    } else {
+        AddressFamily::INET6
+    };
+    let socket = rustix::net::socket(family, SocketType::STREAM, None)?;
+    rustix::net::bind(&socket, &SocketAddr::new(source, 0))?;
+    rustix::net::connect(&socket, &target)?;
+    let mut stream = TcpStream::from(socket);
+    println!("{}", stream.peer_addr()?);
+    stream.write_all(b"GET /index.html HTTP/1.0\r\n\r\n")?;
+    let mut response = String::new();
+    stream.read_to_string(&mut response)?;
+    println!("{response}");
+    Ok(())
 }

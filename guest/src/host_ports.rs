@@ -3,17 +3,20 @@
 //! The host reports its listening TCP ports; the agent listens on the same ports on the loopback and forwards each
 //! connection to the host through the slirp NIC. In turn the agent reports the ports the pod's processes listen on,
 //! and the host forwards connections to them with `Guest.PortForward`. For TCP, `localhost` is therefore the node's,
-//! and a port in use on one side is in use on both.
+//! and a port in use on one side is in use on both. A port of the node that has no listener (a hostPort) is reached, too,
+//! and the node's addresses can be bound by clients ([`addresses`]).
 //!
 //! If the guest's sockets already are the host's (TSI), nothing is forwarded: the agent listens on an address that
 //! receives no connections, so that the pod's socket table shows the host's ports ([`plain`]).
 //!
 //! Called by `Guest.HostPorts`; everything ends when that stream is dropped.
 
+mod addresses;
 mod plain;
 
 use crate::status::status;
 use boxlite_proto::boxlite::v1::{ErrorKind, HostPortsRequest, HostPortsResponse, ListeningPort};
+use boxlite_sys::report::Report;
 use boxlite_sys::tcp_table::listening_sockets;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr};
@@ -58,9 +61,10 @@ pub(crate) async fn open(
         requests,
         looks,
         listeners: PortListeners::new(mode),
+        addresses: Vec::new(),
         sent: None,
     };
-    exchange.listeners.set(&first.ports).await;
+    exchange.take(&first).await;
     Ok(futures::stream::unfold(Some(exchange), Exchange::step))
 }
 
@@ -90,6 +94,8 @@ struct Exchange {
     requests: Streaming<HostPortsRequest>,
     looks: Interval,
     listeners: PortListeners,
+    /// The node's addresses; empty if the pod is not in the host's network.
+    addresses: Vec<Ipv4Addr>,
     /// The list last sent.
     sent: Option<Vec<ListeningPort>>,
 }
@@ -106,12 +112,30 @@ impl Exchange {
         }
     }
 
+    async fn take(&mut self, request: &HostPortsRequest) {
+        let parsed = request.addresses.iter().map(|text| text.parse());
+        // An address of another family cannot be used here.
+        let addresses: Vec<Ipv4Addr> = parsed.filter_map(Result::ok).collect();
+        if addresses != self.addresses {
+            let gateway = match self.listeners.mode {
+                ListenerMode::Forwarded(gateway) => Some(gateway),
+                ListenerMode::Visible(_) => None,
+            };
+            if let Err(error) = addresses::apply(&addresses, gateway) {
+                let error = Report(&error);
+                tracing::warn!(%error, "failed to make the node's addresses available");
+            }
+            self.addresses = addresses;
+        }
+        self.listeners.set(&request.ports).await;
+    }
+
     /// Returns the next reply, or `None` after the host has closed its side.
     async fn next(&mut self) -> Result<Option<HostPortsResponse>, Status> {
         loop {
             tokio::select! {
                 request = self.requests.message() => match request? {
-                    Some(request) => self.listeners.set(&request.ports).await,
+                    Some(request) => self.take(&request).await,
                     None => return Ok(None),
                 },
                 _ = self.looks.tick() => {

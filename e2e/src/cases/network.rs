@@ -5,7 +5,8 @@ use crate::case;
 use crate::context::Backend;
 use crate::failure::{During, Result};
 use crate::namespaces::run;
-use crate::pod::{Pod, pod_spec};
+use crate::pod::{Pod, container_spec, pod_spec};
+use crate::probe;
 use crate::runner::{Case, Context};
 use crate::{ensure, poll, same};
 use k8s_cri::v1::*;
@@ -23,6 +24,10 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(dns_hostname_and_hosts_are_written, 60),
         case!(bulk_transfer_is_complete, 120),
         case!(host_network_pod_shares_the_host_ports, 90),
+        case!(host_network_pod_reaches_host_ports, 90).not_on(
+            Backend::Krun,
+            "takes a minute under nested emulation; TSI reaches hostPorts without the agent",
+        ),
     ]
 }
 
@@ -211,10 +216,8 @@ async fn dns_hostname_and_hosts_are_written(ctx: Context) -> Result {
     pod.end().await
 }
 
-/// Runs a pod in the host network: it reaches the host's loopback and other addresses, and the host reaches its ports.
-async fn host_network_pod_shares_the_host_ports(ctx: Context) -> Result {
-    const PORT: u16 = 12003;
-    let mut config = pod_spec(&ctx.node, "hostnet");
+/// Puts a pod in the host network.
+fn host_network(mut config: PodSandboxConfig) -> PodSandboxConfig {
     config.linux.get_or_insert_default().security_context = Some(LinuxSandboxSecurityContext {
         namespace_options: Some(NamespaceOption {
             network: NamespaceMode::Node.into(),
@@ -222,7 +225,13 @@ async fn host_network_pod_shares_the_host_ports(ctx: Context) -> Result {
         }),
         ..Default::default()
     });
-    let pod = Pod::run_with(&ctx.node, config).await?;
+    config
+}
+
+/// Runs a pod in the host network: it reaches the host's loopback and other addresses, and the host reaches its ports.
+async fn host_network_pod_shares_the_host_ports(ctx: Context) -> Result {
+    const PORT: u16 = 12003;
+    let pod = Pod::run_with(&ctx.node, host_network(pod_spec(&ctx.node, "hostnet"))).await?;
     same!(pod.ip().await?, "", "address of a host network pod");
     // The registry on the host's loopback, as the first action of the first container.
     let image = &ctx.images.base;
@@ -280,6 +289,80 @@ async fn host_network_pod_shares_the_host_ports(ctx: Context) -> Result {
         "the port answers after the pod is gone"
     );
     free().await
+}
+
+/// A pod in the host network binds an address of the node and reaches a hostPort on the node's loopback, which has no listener.
+async fn host_network_pod_reaches_host_ports(ctx: Context) -> Result {
+    const ADDRESS: &str = "192.0.2.8";
+    const PORT: u16 = 8082;
+    let node = ctx
+        .dedicated_node("hostnetport", |o| o.iptables = true)
+        .await?;
+    crate::pod::pull(&node, &ctx.images.base).await?;
+    let mut config = pod_spec(&node, "server");
+    config.port_mappings = vec![PortMapping {
+        protocol: Protocol::Tcp.into(),
+        container_port: 80,
+        host_port: PORT.into(),
+        host_ip: Ipv4Addr::LOCALHOST.to_string(),
+    }];
+    let server = Pod::run_with(&node, config).await?;
+    server.start("web", &ctx.images.base, &HTTPD).await?;
+    served(&format!("127.0.0.1:{PORT}"), ctx.patience(10)).await?;
+
+    run(
+        "ip",
+        &["addr", "add", &format!("{ADDRESS}/32"), "dev", "lo"],
+    )?;
+    let client = Pod::run_with(&node, host_network(pod_spec(&node, "client"))).await;
+    let checked = match &client {
+        Ok(client) => reaches_host_port(&ctx, client, ADDRESS, PORT).await,
+        Err(_) => Ok(()),
+    };
+    run(
+        "ip",
+        &["addr", "del", &format!("{ADDRESS}/32"), "dev", "lo"],
+    )?;
+    checked?;
+    client?.end().await?;
+    server.end().await
+}
+
+async fn reaches_host_port(ctx: &Context, client: &Pod, address: &str, port: u16) -> Result {
+    let mut config = container_spec("client", &ctx.images.base, &["sleep", "1000"]);
+    config.mounts = probe::mounts("/probe")?;
+    let container = client.start_with(config).await?;
+    for (source, target) in [
+        ("0.0.0.0".to_owned(), format!("127.0.0.1:{port}")),
+        (address.to_owned(), format!("127.0.0.1:{port}")),
+        (
+            format!("::ffff:{address}"),
+            format!("[::ffff:127.0.0.1]:{port}"),
+        ),
+    ] {
+        let text = container
+            .out(&["/probe", "get-from", &source, &target])
+            .await?;
+        ensure!(
+            text.starts_with(&format!("{target}\n")) && text.contains("hello from the pod"),
+            "from {source}: {text:?}"
+        );
+    }
+    // Neither an address that the node lacks nor a port that nothing serves.
+    for (source, target, refusal) in [
+        ("192.0.2.9", "127.0.0.1:80", "os error 99"),
+        (address, "127.0.0.1:9", "os error 111"),
+    ] {
+        let answer = container
+            .exec(&["/probe", "get-from", source, target])
+            .await?;
+        let text = String::from_utf8_lossy(&answer.stderr);
+        ensure!(
+            answer.exit_code != 0 && text.contains(refusal),
+            "from {source} to {target}: {answer:?}"
+        );
+    }
+    Ok(())
 }
 
 /// Lines of a part of the file, and parts: 28 MB. Numbering all lines would take longer than sending them.

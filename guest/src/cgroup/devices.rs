@@ -6,6 +6,9 @@
 //! whole requested access (or, to deny, any part of it) decides.
 
 use super::error::CgroupError;
+use super::instruction::{
+    ANSWER, CONTEXT, COPY, EXIT, IF_EQUAL, Instruction, LOAD, MOVE, instruction,
+};
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType};
 
 /// Rules that every container has, as in runc: mknod of any device, and the use of these.
@@ -30,17 +33,6 @@ const MAKE: i32 = 1;
 const READ: i32 = 2;
 const WRITE: i32 = 4;
 const ALL: i32 = MAKE | READ | WRITE;
-
-/// An instruction of the kernel's BPF machine, as in `struct bpf_insn`.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Instruction {
-    code: u8,
-    /// Destination in the lower half, source in the upper half.
-    registers: u8,
-    offset: i16,
-    value: i32,
-}
 
 /// A rule in numbers; `None` matches any.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -142,32 +134,16 @@ fn from_oci(rule: &LinuxDeviceCgroup) -> Result<Rule, CgroupError> {
     })
 }
 
-/// Opcodes: load a word; move, and, shift right; jump if (not) equal; return.
-const LOAD: u8 = 0x61;
-const MOVE: u8 = 0xb7;
-const COPY: u8 = 0xbf;
+/// Opcodes: and, shift right; jump if not equal.
 const AND: u8 = 0x54;
 const SHIFT: u8 = 0x74;
 const UNLESS_EQUAL: u8 = 0x55;
-const IF_EQUAL: u8 = 0x15;
-const EXIT: u8 = 0x95;
-/// Registers: the return value, the context, and values read from it.
-const ANSWER: u8 = 0;
-const CONTEXT: u8 = 1;
+/// Registers of values read from the context.
 const KIND: u8 = 2;
 const ACCESS: u8 = 3;
 const MAJOR: u8 = 4;
 const MINOR: u8 = 5;
 const SCRATCH: u8 = 6;
-
-fn instruction(code: u8, to: u8, from: u8, offset: i16, value: i32) -> Instruction {
-    Instruction {
-        code,
-        registers: from << 4 | to,
-        offset,
-        value,
-    }
-}
 
 fn assemble(rules: &[Rule]) -> Vec<Instruction> {
     let set = |code, to, value| instruction(code, to, 0, 0, value);

@@ -9,20 +9,27 @@
 //!
 //! A container's cgroup enables no controllers for its children, so the kernel's "no internal processes" rule does
 //! not apply and the container sees its limits in its own `/sys/fs/cgroup`. [`resources`] and [`stats`] convert
-//! values of the files; [`processes`] inspects processes; [`devices`] compiles device rules to a BPF program.
+//! values of the files; [`processes`] inspects processes; [`devices`] compiles device rules to a BPF program,
+//! [`sockets`] the node's addresses of a pod in the host's network.
 
 mod bpf;
 mod devices;
 pub(crate) mod error;
+mod instruction;
 pub(crate) mod pod;
 pub(crate) mod processes;
 pub(crate) mod resources;
+pub(crate) mod sockets;
 pub(crate) mod stats;
+
+pub(crate) use bpf::Hook;
+pub(crate) use instruction::Instruction;
 
 use error::CgroupError;
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceCgroup};
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 /// Mount point of cgroup v2.
@@ -99,10 +106,22 @@ impl Cgroup {
         own: &[LinuxDevice],
     ) -> Result<(), CgroupError> {
         match devices::program(rules, own)? {
-            Some(program) => bpf::attach(&self.path, &program)
+            Some(program) => bpf::attach(&self.path, Hook::Device, &program, None)
+                .map(drop)
                 .map_err(|source| self.directory_error("limit devices of", source)),
             None => Ok(()),
         }
+    }
+
+    /// Attaches a program for the sockets of its processes, in place of `replaced`. Returns the program.
+    pub(crate) fn attach_to_sockets(
+        &self,
+        hook: Hook,
+        program: &[Instruction],
+        replaced: Option<&OwnedFd>,
+    ) -> Result<OwnedFd, CgroupError> {
+        bpf::attach(&self.path, hook, program, replaced)
+            .map_err(|source| self.directory_error("attach a program to sockets of", source))
     }
 
     /// Reads one of its files; `None` if the kernel or the controller does not provide it.

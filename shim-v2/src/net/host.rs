@@ -1,9 +1,10 @@
 //! [`HostPorts`]: forwards the TCP ports of a pod's processes from outside the VM, in one of three scopes ([`BindScope`]).
 //!
 //! For a pod in the host's network without TSI (Qemu), ports are bound in the host's network namespace, which is this process's,
-//! and the guest receives the list of ports that the host listens on. With TSI (Krun) the guest receives that list too, for
-//! display, and nothing is bound here because libkrun does it. Under containerd, ports are bound on the loopback of the pod's
-//! namespace, where its CRI plugin connects for port-forward; traffic to the pod's address does not pass through it.
+//! and the guest receives the list of ports that the host listens on, and the host's addresses, which its clients can bind.
+//! With TSI (Krun) the guest receives both, too, the ports for display, and nothing is bound here because libkrun does it.
+//! Under containerd, ports are bound on the loopback of the pod's namespace, where its CRI plugin connects for port-forward;
+//! traffic to the pod's address does not pass through it.
 //!
 //! Outgoing connections leave through the VM's slirp NIC ([`super::slirp`]) or by TSI. The guest's half is the agent's
 //! `host_ports`; bytes travel over `Guest.PortForward`.
@@ -11,7 +12,7 @@
 //! The guest is hostile. Like any process in the host's network it can take free ports of the host, up to [`MAX_PORTS`], but
 //! no port that is in use.
 
-use super::listening::{host_ports, sockets_of};
+use super::listening::{host_addresses, host_ports, sockets_of};
 use super::slirp;
 use crate::error::{Result, ShimError};
 use boxlite_portal::{GuestSession, PortalError};
@@ -72,6 +73,18 @@ impl BindScope {
         Ok(Self::Pod(Arc::new(opened)))
     }
 
+    /// Returns the request by which the guest receives the host's ports, without our own, and addresses.
+    fn request(&self, own: &Listeners) -> HostPortsRequest {
+        HostPortsRequest {
+            ports: self.reported(own),
+            gateway: self.gateway(),
+            addresses: match self {
+                Self::Host | Self::Vmm(_) => host_addresses(),
+                Self::Pod(_) => Vec::new(),
+            },
+        }
+    }
+
     /// Returns the ports reported to the guest, without our own.
     fn reported(&self, own: &Listeners) -> Vec<u32> {
         match self {
@@ -125,7 +138,8 @@ pub struct HostPorts {
     connections: Arc<Semaphore>,
     outgoing: mpsc::Sender<HostPortsRequest>,
     answers: Streaming<HostPortsResponse>,
-    reported: Vec<u32>,
+    /// Last request sent.
+    reported: HostPortsRequest,
     /// Ports that could not be bound, logged once each.
     refused: BTreeSet<u16>,
 }
@@ -205,10 +219,9 @@ impl HostPorts {
                 _ = polls.tick() => {
                     // A port that was in use may be free by now.
                     self.listen().await;
-                    let ports = self.scope.reported(&self.listeners);
-                    if ports != self.reported {
-                        self.reported.clone_from(&ports);
-                        let request = HostPortsRequest { ports, gateway: String::new() };
+                    let request = self.scope.request(&self.listeners);
+                    if request != self.reported {
+                        self.reported.clone_from(&request);
                         if self.outgoing.send(request).await.is_err() {
                             return Ok(());
                         }
@@ -277,7 +290,7 @@ type Listeners = HashMap<u16, (bool, AbortHandle)>;
 type Opened = (
     mpsc::Sender<HostPortsRequest>,
     Streaming<HostPortsResponse>,
-    Vec<u32>,
+    HostPortsRequest,
 );
 
 async fn open(
@@ -286,18 +299,14 @@ async fn open(
     own: &Listeners,
 ) -> std::result::Result<Opened, PortalError> {
     let (outgoing, requests) = mpsc::channel(CHANNEL_CAPACITY);
-    let ports = scope.reported(own);
-    let first = HostPortsRequest {
-        ports: ports.clone(),
-        gateway: scope.gateway(),
-    };
+    let first = scope.request(own);
     // The channel is empty, so this succeeds.
-    drop(outgoing.send(first).await);
+    drop(outgoing.send(first.clone()).await);
     let answers = session
         .guest()
         .host_ports(ReceiverStream::new(requests))
         .await?;
-    Ok((outgoing, answers, ports))
+    Ok((outgoing, answers, first))
 }
 
 /// Binds IPv6 and IPv4 at once if the host has IPv6.

@@ -1,12 +1,29 @@
-//! Listening TCP ports of the host and the sockets that own them, read from /proc.
+//! Listening TCP ports of the host and the sockets that own them, read from /proc, and the host's addresses.
 //!
 //! [`super::host`] decides which of them a guest sees.
 
 use boxlite_sys::tcp_table::listening_sockets;
+use nix::ifaddrs::getifaddrs;
 use std::collections::{BTreeSet, HashSet};
 
 /// Maximum number of ports reported to a guest; the agent accepts no more.
 const MAX_REPORTED: usize = 1024;
+/// Maximum number of addresses reported to a guest; the agent uses no more.
+const MAX_ADDRESSES: usize = 256;
+
+/// Returns the IPv4 addresses of this process's network namespace, its loopback's included. Empty if they cannot be read.
+pub(crate) fn host_addresses() -> Vec<String> {
+    let found: BTreeSet<_> = getifaddrs()
+        .into_iter()
+        .flatten()
+        .filter_map(|interface| Some(interface.address?.as_sockaddr_in()?.ip()))
+        .collect();
+    found
+        .into_iter()
+        .take(MAX_ADDRESSES)
+        .map(|address| address.to_string())
+        .collect()
+}
 
 /// Returns the listening ports of this process's network namespace, except those for which `ours` (port, inode) is true.
 pub(crate) fn host_ports(ours: impl Fn(u16, u64) -> bool) -> Vec<u32> {
