@@ -96,7 +96,7 @@ pub(crate) fn try_lock(file: &Path) -> Result {
     Ok(File::open(file)?.try_lock().map_err(std::io::Error::from)?)
 }
 
-/// Connects from `source` with any port, and prints the peer's address and the response to a GET request.
+/// Connects from `source` with any port, and prints the peer's address, the socket's own and the response to a GET request.
 pub(crate) fn get_from(source: IpAddr, target: SocketAddr) -> Result {
     let family = if source.is_ipv4() {
         AddressFamily::INET
@@ -107,7 +107,7 @@ pub(crate) fn get_from(source: IpAddr, target: SocketAddr) -> Result {
     rustix::net::bind(&socket, &SocketAddr::new(source, 0))?;
     rustix::net::connect(&socket, &target)?;
     let mut stream = TcpStream::from(socket);
-    println!("{}", stream.peer_addr()?);
+    println!("{} {}", stream.peer_addr()?, stream.local_addr()?);
     stream.write_all(b"GET /index.html HTTP/1.0\r\n\r\n")?;
     let mut response = String::new();
     stream.read_to_string(&mut response)?;

@@ -26,7 +26,8 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(host_network_pod_shares_the_host_ports, 90),
         case!(host_network_pod_reaches_host_ports, 90).not_on(
             Backend::Krun,
-            "takes a minute under nested emulation; TSI reaches hostPorts without the agent",
+            "takes a minute under nested emulation; TSI reaches hostPorts without the agent, and \
+             host_network_pod_shares_the_host_ports binds the node's address",
         ),
     ]
 }
@@ -246,9 +247,9 @@ async fn host_network_pod_shares_the_host_ports(ctx: Context) -> Result {
         let (mut stream, _) = listener.accept().await?;
         stream.write_all(b"from the host\n").await
     });
-    let text = pod.sh(image, "nc 192.0.2.7 8098 < /dev/null").await;
+    let checked = uses_host_address(&pod, image).await;
     run("ip", &["addr", "del", "192.0.2.7/32", "dev", "lo"])?;
-    same!(text?, "from the host\n", "an address of the host");
+    checked?;
     caller.await??;
 
     let port = PORT.to_string();
@@ -289,6 +290,25 @@ async fn host_network_pod_shares_the_host_ports(ctx: Context) -> Result {
         "the port answers after the pod is gone"
     );
     free().await
+}
+
+/// A client reaches the node's address 192.0.2.7, and can bind it before it connects to another.
+async fn uses_host_address(pod: &Pod, image: &str) -> Result {
+    let mut config = container_spec("client", image, &["sleep", "1000"]);
+    config.mounts = probe::mounts("/probe")?;
+    let client = pod.start_with(config).await?;
+    let text = client
+        .out(&["sh", "-c", "nc 192.0.2.7 8098 < /dev/null"])
+        .await?;
+    same!(text, "from the host\n", "an address of the host");
+    let text = client
+        .out(&["/probe", "get-from", "192.0.2.7", "127.0.0.1:5000"])
+        .await?;
+    ensure!(
+        text.starts_with("127.0.0.1:5000 ") && text.contains("\nHTTP/"),
+        "from 192.0.2.7: {text:?}"
+    );
+    client.stop(0).await
 }
 
 /// A pod in the host network binds an address of the node and reaches a hostPort on the node's loopback, which has no listener.
@@ -344,7 +364,7 @@ async fn reaches_host_port(ctx: &Context, client: &Pod, address: &str, port: u16
             .out(&["/probe", "get-from", &source, &target])
             .await?;
         ensure!(
-            text.starts_with(&format!("{target}\n")) && text.contains("hello from the pod"),
+            text.starts_with(&format!("{target} ")) && text.contains("hello from the pod"),
             "from {source}: {text:?}"
         );
     }
