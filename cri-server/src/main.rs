@@ -23,6 +23,7 @@ mod server;
 mod service;
 mod status;
 mod streaming;
+mod subject;
 mod support_bundle;
 mod vmm;
 mod warm;

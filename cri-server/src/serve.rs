@@ -24,6 +24,7 @@ use boxlite_proto::cri::v1::runtime_service_server::RuntimeServiceServer;
 use boxlite_proto::vmm::Installation;
 use boxlite_runtime::images::RegistryOptions;
 use boxlite_runtime::{BoxliteRuntime, RuntimeOptions};
+use boxlite_telemetry::Telemetry;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -36,6 +37,8 @@ use tokio_util::task::AbortOnDropHandle;
 
 /// Maximum size of a gRPC message in bytes, in both directions; kubelet and crictl set the same.
 const MAX_MESSAGE_BYTES: usize = 16 << 20;
+/// Timeout for exporting the last spans.
+const TRACE_FLUSH_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Errors that prevent or end the service.
 #[derive(Debug, thiserror::Error)]
@@ -88,6 +91,20 @@ pub(crate) async fn serve(config: Config) -> ExitCode {
     }
 }
 
+/// Starts the exporter of traces. The daemon runs without traces if that fails.
+fn start_traces() -> Option<Telemetry> {
+    match Telemetry::start("boxlite-cri", env!("CARGO_PKG_VERSION")) {
+        Ok(telemetry) => telemetry,
+        Err(error) => {
+            tracing::warn!(
+                error = boxlite_runtime::report(&error),
+                "failed to start the exporter of traces"
+            );
+            None
+        }
+    }
+}
+
 /// Returns the configured files and programs of a VM.
 pub(crate) fn installation(config: &Config) -> Installation {
     let layout = Layout::new(&config.root, &config.state);
@@ -99,6 +116,7 @@ async fn run(mut config: Config) -> Result<(), ServeError> {
     if let Err(error) = boxlite_sys::core_dumps::forbid() {
         tracing::warn!(%error, "failed to forbid core dumps");
     }
+    let telemetry = start_traces();
     let (stop, _signals) = stop_on_signal()?;
     let choice = vmm::choose(&config).await.map_err(ServeError::Vmm)?;
     eprintln!("boxlite-cri {VERSION}: {choice}");
@@ -155,6 +173,9 @@ async fn run(mut config: Config) -> Result<(), ServeError> {
     server.stop_nri().await;
     runtime.shutdown().await;
     let _ = std::fs::remove_file(&config.listen);
+    if let Some(telemetry) = telemetry {
+        telemetry.shutdown(TRACE_FLUSH_TIMEOUT).await;
+    }
     tracing::info!("daemon stopped; pods keep running");
     served
 }

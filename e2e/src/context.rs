@@ -119,6 +119,13 @@ impl TestContext {
         self.node_of(&self.install, name, change).await
     }
 
+    /// Writes the configuration of another node, whose daemon the case starts.
+    pub(crate) fn unstarted_node(&self, name: &str) -> Result<Arc<Node>> {
+        let options = node_options(name, self.backend, &self.registry);
+        let node = Node::prepare(&self.scratch, &self.install, &options)?;
+        Ok(Arc::new(node))
+    }
+
     /// As [`Self::dedicated_node`], with another installation.
     pub(crate) async fn node_of(
         &self,

@@ -11,6 +11,7 @@ mod cases;
 mod cgroups;
 mod client;
 mod cluster;
+mod collector;
 mod conformance;
 mod containerd;
 mod containerd_suite;

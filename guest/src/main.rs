@@ -24,6 +24,7 @@ mod serve;
 mod services;
 mod spawner;
 mod status;
+mod steps;
 mod storage;
 mod system;
 
@@ -37,6 +38,7 @@ fn main() -> ExitCode {
         );
         return ExitCode::from(64);
     }
+    steps::agent_started();
     boot::power::off_on_panic();
     if let Err(error) = run() {
         boot::console::print_error("agent", &*error);

@@ -112,7 +112,10 @@ async fn report_ready() {
     for attempt in 1..=READY_ATTEMPTS {
         let call = VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, names::READY_PORT));
         match tokio::time::timeout(READY_TIMEOUT, call).await {
-            Ok(Ok(_)) => return,
+            Ok(Ok(_)) => {
+                crate::steps::agent_ready();
+                return;
+            }
             Ok(Err(error)) if attempt == READY_ATTEMPTS => {
                 tracing::warn!(%error, "failed to report readiness to the host")
             }

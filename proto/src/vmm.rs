@@ -205,10 +205,25 @@ pub struct VolumeWriters {
     pub policy: SharedVolumeWriters,
 }
 
+/// Names of a pod in Kubernetes, for logs and traces.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodName {
+    /// Namespace.
+    pub namespace: String,
+    /// Name.
+    pub name: String,
+    /// UID; empty if it is not known.
+    #[serde(default)]
+    pub uid: String,
+}
+
 /// Options of a sandbox: the `options` of CreateSandbox, as JSON of type [`crate::names::SANDBOX_OPTIONS_TYPE`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SandboxOptions {
+    /// Names of the pod; `None` without one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pod: Option<PodName>,
     /// Chooses the VMM.
     pub vmm: VmmKind,
     /// Virtual CPUs.

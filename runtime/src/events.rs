@@ -163,6 +163,7 @@ mod tests {
 
     fn event(id: usize) -> BoxEvent {
         let options = BoxOptions {
+            pod: None,
             id: "b".into(),
             name: "b".into(),
             metadata: Vec::new(),

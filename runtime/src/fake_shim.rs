@@ -537,6 +537,7 @@ impl FakeNode {
 
     pub fn box_options(&self, id: &str) -> BoxOptions {
         BoxOptions {
+            pod: None,
             id: id.into(),
             name: format!("name-{id}"),
             metadata: b"m".to_vec(),

@@ -3,7 +3,9 @@
 //! CRI types end at cri-server's `convert`; OCI types (the container's spec) are passed through.
 
 use crate::metrics::StageTimers;
-use boxlite_proto::vmm::{Acceleration, IdRange, Installation, SharedVolumeWriters, VmmKind};
+use boxlite_proto::vmm::{
+    Acceleration, IdRange, Installation, PodName, SharedVolumeWriters, VmmKind,
+};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -42,6 +44,9 @@ pub struct BoxOptions {
     pub name: String,
     /// The caller's opaque data (0600 on disk).
     pub metadata: Vec<u8>,
+    /// Names of the pod, for logs; `None` for a box that is not a pod.
+    #[serde(default)]
+    pub pod: Option<PodName>,
     /// Virtual CPUs, at least 1.
     pub vcpus: u8,
     /// Guest memory in MiB, the agent's overhead included.

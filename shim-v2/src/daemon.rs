@@ -15,15 +15,17 @@ use crate::sandbox::Sandbox;
 use crate::sandbox::options::SandboxOwner;
 use crate::service::Service;
 use crate::shim_state::ShimState;
+use boxlite_proto::vmm::PodName;
 use boxlite_sys::process::ProcessId;
 use boxlite_sys::report::Report;
+use boxlite_telemetry::Telemetry;
 use containerd_shim_protos::ttrpc;
 use containerd_shim_protos::ttrpc::asynchronous::Server;
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -42,6 +44,8 @@ const TASK_SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 const BLOCKING_SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
 /// Timeout for the pod's cgroup to become empty.
 const CGROUP_EMPTY_TIMEOUT: Duration = Duration::from_secs(5);
+/// Timeout for exporting the last spans. The daemon waits for this process to exit.
+const TRACE_FLUSH_TIMEOUT: Duration = Duration::from_millis(500);
 /// OOM score adjustment, as containerd sets it for its shims.
 const OOM_SCORE_ADJ: &str = "-998";
 
@@ -95,6 +99,7 @@ pub fn serve(flags: &Flags) -> Result<(), DaemonError> {
 
 struct Prepared {
     listener: UnixListener,
+    pod: Arc<OnceLock<PodName>>,
     bundle: PathBuf,
     id: String,
     namespace: String,
@@ -106,8 +111,12 @@ struct Prepared {
 /// Prepares the process while it is single-threaded.
 fn prepare(flags: &Flags) -> Result<Prepared, DaemonError> {
     let level = if flags.debug { "debug" } else { "info" };
-    let log = ShimLog::of_stderr(&format!("{}/{}", flags.namespace, flags.id))
-        .map_err(DaemonError::step("open the log"))?;
+    let pod = Arc::default();
+    let log = ShimLog::of_stderr(
+        &format!("{}/{}", flags.namespace, flags.id),
+        Arc::clone(&pod),
+    )
+    .map_err(DaemonError::step("open the log"))?;
     tracing_subscriber::fmt()
         .with_writer(log)
         .with_env_filter(tracing_subscriber::EnvFilter::new(format!(
@@ -144,6 +153,7 @@ fn prepare(flags: &Flags) -> Result<Prepared, DaemonError> {
     let bundle = std::env::current_dir().map_err(DaemonError::step("find the bundle"))?;
     Ok(Prepared {
         listener,
+        pod,
         bundle,
         id: flags.id.clone(),
         namespace: flags.namespace.clone(),
@@ -167,6 +177,7 @@ fn abort_on_panic() {
 }
 
 async fn run(prepared: Prepared) -> Result<(), DaemonError> {
+    let telemetry = start_traces();
     let tasks = TaskTracker::new();
     let exit = CancellationToken::new();
     let published = CancellationToken::new();
@@ -176,6 +187,7 @@ async fn run(prepared: Prepared) -> Result<(), DaemonError> {
     let context = Context {
         id: prepared.id.as_str().into(),
         bundle: Arc::new(prepared.bundle.clone()),
+        pod: prepared.pod,
         publisher,
         tasks: tasks.clone(),
         host_pid: Arc::default(),
@@ -234,9 +246,23 @@ async fn run(prepared: Prepared) -> Result<(), DaemonError> {
         );
     }
     machine.leave_cgroup(CGROUP_EMPTY_TIMEOUT);
+    if let Some(telemetry) = telemetry {
+        telemetry.shutdown(TRACE_FLUSH_TIMEOUT).await;
+    }
     ShimState::remove(&prepared.bundle);
     tracing::info!(id = prepared.id, "shim exiting");
     Ok(())
+}
+
+/// Starts the exporter of traces. The pod runs without traces if that fails.
+fn start_traces() -> Option<Telemetry> {
+    match Telemetry::start("containerd-shim-boxlite-v2", env!("CARGO_PKG_VERSION")) {
+        Ok(telemetry) => telemetry,
+        Err(error) => {
+            tracing::warn!(error = %Report(&error), "failed to start the exporter of traces");
+            None
+        }
+    }
 }
 
 /// Ignores signals that would end the process. The tasks end with the daemon.

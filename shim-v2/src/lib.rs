@@ -28,4 +28,5 @@ pub mod service;
 pub mod share;
 pub mod shim_state;
 pub mod time;
+pub mod trace;
 pub mod vmm;

@@ -14,6 +14,7 @@ use boxlite_proto::cri::v1::{
     LinuxContainerResources, NamespaceMode, PodSandboxConfig, PodSandboxMetadata, Protocol,
     UserNamespace,
 };
+use boxlite_proto::vmm::PodName;
 use boxlite_runtime::BoxOptions;
 use prost::Message;
 use std::net::IpAddr;
@@ -149,6 +150,16 @@ impl PodMetadata {
         key(&self.metadata())
     }
 
+    /// Returns the pod's names for logs and traces.
+    pub(crate) fn pod_name(&self) -> PodName {
+        let metadata = self.metadata();
+        PodName {
+            namespace: metadata.namespace,
+            name: metadata.name,
+            uid: metadata.uid,
+        }
+    }
+
     /// Returns the hostname of the pod: from the config, the node's with host networking, or derived from the pod's name.
     pub(crate) fn hostname(&self) -> String {
         let wanted = self
@@ -245,6 +256,7 @@ impl PodMetadata {
             id: id.to_owned(),
             name: self.key(),
             metadata: self.encoded(),
+            pod: Some(self.pod_name()),
             vcpus: size.vcpus,
             memory_mib: size.memory_mib,
             containers_bytes: size.containers_bytes,

@@ -6,6 +6,7 @@
 //! environments).
 
 use crate::metrics::RpcMetrics;
+use boxlite_telemetry::{Span, TraceContext, WithTrace};
 use futures::FutureExt;
 use std::convert::Infallible;
 use std::panic::AssertUnwindSafe;
@@ -17,6 +18,7 @@ use tonic::codegen::http::{HeaderMap, Request, Response};
 use tonic::{Code, Status};
 use tower::{Layer, Service};
 use tracing::Instrument;
+use tracing::field::Empty;
 
 /// Reasons why a call ends without its handler's answer.
 #[derive(Debug, Clone, Copy, thiserror::Error)]
@@ -95,7 +97,9 @@ where
             .next()
             .unwrap_or_default()
             .to_owned();
-        let span = tracing::info_span!("cri", method);
+        // Of the highest level, so that warnings have it at every level of the log.
+        let span = tracing::error_span!("cri", method, namespace = Empty, pod = Empty);
+        let trace = CallTrace::begin(&method, request.headers());
         let metrics = self.metrics.clone();
         // Created before tonic's timer, which starts when this returns, so that this one expires first.
         let limit = deadline(request.headers()).map(tokio::time::sleep);
@@ -114,12 +118,14 @@ where
                     () = limit => Ok(CallError::Deadline.status().into_http()),
                 }
             });
-            let response = match call.catch_unwind().await {
+            let call = call.catch_unwind().in_trace(trace.span.context());
+            let response = match call.await {
                 Ok(Ok(response)) => response,
                 Ok(Err(never)) => match never {},
                 Err(_) => CallError::Panicked.status().into_http(),
             };
             let code = code_of(&response);
+            trace.answered(code);
             let elapsed = begun.elapsed();
             metrics.observe(&method, code, elapsed);
             log(&method, code, &response, elapsed.as_secs_f64() * 1e3);
@@ -127,6 +133,52 @@ where
         }
         .instrument(span)
         .boxed()
+    }
+}
+
+/// Calls that are traced: those that change a pod. Reads come every second.
+const TRACED_METHODS: [&str; 8] = [
+    "RunPodSandbox",
+    "StopPodSandbox",
+    "RemovePodSandbox",
+    "CreateContainer",
+    "StartContainer",
+    "StopContainer",
+    "RemoveContainer",
+    "PullImage",
+];
+
+/// The span of a call. It fails if it is dropped without an answer, because the client is gone.
+struct CallTrace {
+    span: Span,
+    answered: bool,
+}
+
+impl CallTrace {
+    fn begin(method: &str, headers: &HeaderMap) -> Self {
+        let traced = TRACED_METHODS.into_iter().find(|name| *name == method);
+        let header = |name| headers.get(name)?.to_str().ok();
+        let span = traced.map(|name| Span::server(name, &TraceContext::extract(header)));
+        Self {
+            span: span.unwrap_or_default(),
+            answered: false,
+        }
+    }
+
+    /// Ends the span. It gets the code of an error only, since the message may quote the request.
+    fn answered(mut self, code: Code) {
+        self.answered = true;
+        if code != Code::Ok {
+            self.span.fail(format_args!("{code:?}"));
+        }
+    }
+}
+
+impl Drop for CallTrace {
+    fn drop(&mut self) {
+        if !self.answered {
+            self.span.fail(format_args!("{:?}", Code::Cancelled));
+        }
     }
 }
 

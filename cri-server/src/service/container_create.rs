@@ -7,6 +7,7 @@ use crate::convert::{ConvertError, container};
 use boxlite_proto::cri::v1::{ContainerConfig, CreateContainerRequest, CreateContainerResponse};
 use boxlite_proto::nri::v1alpha1::Event;
 use boxlite_runtime::{BoxState, LiteBox};
+use boxlite_telemetry::span::set_current;
 use std::path::Path;
 use tonic::Status;
 
@@ -19,6 +20,9 @@ pub(crate) async fn create(
     let config = request.config.ok_or(ConvertError::Missing("config"))?;
     container::validate(&config)?;
     let pod = server.pod(&request.pod_sandbox_id)?;
+    if let Some(metadata) = &config.metadata {
+        set_current("k8s.container.name", &metadata.name);
+    }
     let key = format!("{}/{}", pod.id(), container::key(&config));
     let work = || {
         let server = server.clone();

@@ -13,8 +13,7 @@ pub(crate) async fn remove(
     request: RemoveContainerRequest,
 ) -> Result<RemoveContainerResponse, Status> {
     require("container_id", &request.container_id)?;
-    let Some((pod, container)) =
-        none_if_not_found(server.runtime.find_container(&request.container_id))?
+    let Some((pod, container)) = none_if_not_found(server.find_container(&request.container_id))?
     else {
         return Ok(RemoveContainerResponse {});
     };

@@ -15,7 +15,6 @@ pub(crate) async fn start(
 ) -> Result<StartContainerResponse, Status> {
     require("container_id", &request.container_id)?;
     let (pod, container) = server
-        .runtime
         .find_container(&request.container_id)
         .map_err(status_of)?;
     let id = container.id;

@@ -15,7 +15,6 @@ pub(crate) async fn status(
 ) -> Result<ContainerStatusResponse, Status> {
     require("container_id", &request.container_id)?;
     let (pod, container) = server
-        .runtime
         .find_container(&request.container_id)
         .map_err(status_of)?;
     Ok(ContainerStatusResponse {

@@ -14,8 +14,7 @@ pub(crate) async fn stop(
     request: StopContainerRequest,
 ) -> Result<StopContainerResponse, Status> {
     require("container_id", &request.container_id)?;
-    let Some((pod, container)) =
-        none_if_not_found(server.runtime.find_container(&request.container_id))?
+    let Some((pod, container)) = none_if_not_found(server.find_container(&request.container_id))?
     else {
         return Ok(StopContainerResponse {});
     };

@@ -20,7 +20,6 @@ pub(crate) async fn update(
     require("container_id", &request.container_id)?;
     let requested = request.linux.ok_or(ConvertError::Missing("linux"))?;
     let (pod, container) = server
-        .runtime
         .find_container(&request.container_id)
         .map_err(status_of)?;
     let now = ContainerMetadata::from_bytes(&container.metadata).resources();

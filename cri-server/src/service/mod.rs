@@ -56,11 +56,14 @@ use crate::layout::Layout;
 use crate::metrics::Metrics;
 use crate::nri::Nri;
 use crate::streaming::{RequestedStreams, Streaming, Ticket};
+use crate::subject;
 use boxlite_proto::cri::v1::{ContainerConfig, RunPodSandboxRequest};
 use boxlite_runtime::{
     BoxliteRuntime, ContainerSnapshot, ContainerState, ErrorKind, LiteBox, RuntimeError,
 };
 use boxlite_sys::sync::Mutex;
+use boxlite_telemetry::WithTrace;
+use boxlite_telemetry::span::set_current;
 use error::ServiceError;
 use rand::RngCore;
 use single_flight::SingleFlight;
@@ -213,7 +216,11 @@ impl Server {
         &self,
         work: impl Future<Output = Result<T, Status>> + Send + 'static,
     ) -> Result<T, Status> {
-        match self.tasks.spawn(work.in_current_span()).await {
+        match self
+            .tasks
+            .spawn(work.in_current_span().in_current_trace())
+            .await
+        {
             Ok(done) => done,
             Err(_) => Err(ServiceError::Panicked.into()),
         }
@@ -231,13 +238,26 @@ impl Server {
             let id = pod.id().to_owned();
             return Err(ServiceError::PodStarting { id }.into());
         }
+        subject::note(&pod);
         Ok(pod)
     }
 
     /// Returns the pod of a request, or `None` if it does not exist: for the idempotent RPCs.
     fn pod_if_any(&self, id: &str) -> Result<Option<LiteBox>, Status> {
         require("pod_sandbox_id", id)?;
-        none_if_not_found(self.runtime.get_box(id))
+        let pod = none_if_not_found(self.runtime.get_box(id))?;
+        if let Some(pod) = &pod {
+            subject::note(pod);
+        }
+        Ok(pod)
+    }
+
+    /// Returns the container of a request, by id or unique prefix, and its pod.
+    fn find_container(&self, id: &str) -> Result<(LiteBox, ContainerSnapshot), RuntimeError> {
+        let (pod, container) = self.runtime.find_container(id)?;
+        subject::note(&pod);
+        set_current("container.id", &container.id);
+        Ok((pod, container))
     }
 
     /// Returns the one-time URL of `ticket`.
@@ -249,7 +269,7 @@ impl Server {
     /// Returns a running container and its pod; fails with FAILED_PRECONDITION if it does not run.
     fn running_container(&self, id: &str) -> Result<(LiteBox, ContainerSnapshot), Status> {
         require("container_id", id)?;
-        let (pod, container) = self.runtime.find_container(id).map_err(status_of)?;
+        let (pod, container) = self.find_container(id).map_err(status_of)?;
         if container.state != ContainerState::Running {
             return Err(ServiceError::ContainerState {
                 id: container.id,

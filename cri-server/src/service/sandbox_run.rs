@@ -13,8 +13,10 @@ use super::error::ServiceError;
 use super::{Server, new_id, nri_hooks, pod_files, status_of};
 use crate::convert::ConvertError;
 use crate::convert::sandbox::PodMetadata;
+use crate::subject;
 use boxlite_proto::cri::v1::{RunPodSandboxRequest, RunPodSandboxResponse};
 use boxlite_runtime::LiteBox;
+use boxlite_telemetry::{Kind, traced};
 use futures::FutureExt;
 use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
@@ -35,6 +37,7 @@ pub(crate) async fn run(
         return Err(ConvertError::invalid("runtime_handler", handler, reason).into());
     }
     let record = PodMetadata::new(request.config.clone().unwrap_or_default(), handler.clone())?;
+    subject::note_names(&record.pod_name());
     let work = || {
         let server = server.clone();
         let record = record.clone();
@@ -122,9 +125,8 @@ async fn stages(server: &Server, id: &str, mut record: PodMetadata) -> Result<Li
 async fn attach(server: &Server, id: &str, record: &mut PodMetadata) -> Result<PathBuf, Status> {
     let ranges = server.pod_cidrs.lock().clone();
     let begun = Instant::now();
-    let network = server
-        .cni
-        .attach(&record.network(id, &ranges)?)
+    let network = record.network(id, &ranges)?;
+    let network = traced("network", Kind::Internal, server.cni.attach(&network))
         .await
         .map_err(ServiceError::network("set up", id))?;
     record.network_ms = milliseconds(begun.elapsed());

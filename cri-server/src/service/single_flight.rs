@@ -11,6 +11,7 @@
 
 use super::error::ServiceError;
 use boxlite_sys::sync::Mutex;
+use boxlite_telemetry::WithTrace;
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
 use std::collections::HashMap;
@@ -115,7 +116,8 @@ impl<R: PartialEq + Send + 'static> SingleFlight<R> {
                 }
                 done
             }
-            .in_current_span(),
+            .in_current_span()
+            .in_current_trace(),
         );
         task.map(|ended| ended.unwrap_or_else(|_| Err(ServiceError::ShuttingDown.into())))
             .boxed()

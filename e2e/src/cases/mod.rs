@@ -27,6 +27,7 @@ mod security;
 mod sockets;
 mod spec;
 mod streaming;
+mod traces;
 mod trees;
 mod volumes;
 mod work;
@@ -83,6 +84,7 @@ pub(crate) fn all() -> Vec<Case> {
         odd_images::cases(),
         trees::cases(),
         observe::cases(),
+        traces::cases(),
         operator::cases(),
         resources::cases(),
         clients::cases(),

@@ -11,11 +11,12 @@ type Allowed = &'static [(&'static str, &'static [&'static str])];
 /// sys ◄─ portal, erofs, config ◄─ runtime ◄─ cri-server
 ///            ▲ proto ▲    ▲────── shim-v2      guest ─► proto, sys      dist, installer, e2e ─► sys
 /// ```
-const WORKSPACE: [(&str, Allowed); 13] = [
+const WORKSPACE: [(&str, Allowed); 14] = [
     // Only for the tests of the others.
     ("fuzz", &[]),
     ("sys", &[("boxlite-fuzz", &[])]),
     ("proto", &[]),
+    ("telemetry", &[]),
     ("erofs", &[("boxlite-fuzz", &[])]),
     ("portal", &[("boxlite-proto", &[]), ("boxlite-sys", &[])]),
     (
@@ -31,6 +32,7 @@ const WORKSPACE: [(&str, Allowed); 13] = [
             ("boxlite-portal", &[]),
             ("boxlite-proto", &["shim"]),
             ("boxlite-sys", &[]),
+            ("boxlite-telemetry", &[]),
         ],
     ),
     (
@@ -43,6 +45,7 @@ const WORKSPACE: [(&str, Allowed); 13] = [
             // The features are for tests: shims without VMs, and injected faults.
             ("boxlite-runtime", &TEST_FEATURES),
             ("boxlite-sys", &[]),
+            ("boxlite-telemetry", &[]),
         ],
     ),
     (
@@ -53,6 +56,7 @@ const WORKSPACE: [(&str, Allowed); 13] = [
             ("boxlite-portal", &[]),
             ("boxlite-proto", &["shim"]),
             ("boxlite-sys", &[]),
+            ("boxlite-telemetry", &[]),
         ],
     ),
     (
@@ -73,11 +77,14 @@ const WORKSPACE: [(&str, Allowed); 13] = [
 const TEST_FEATURES: [&str; 2] = ["failpoints", "fake-shim"];
 
 /// External crates that only one crate of the workspace may depend on.
-const EXCLUSIVE: [(&str, &str); 4] = [
+const EXCLUSIVE: [(&str, &str); 7] = [
     ("libkrun", "shim-v2"),
     ("libcontainer", "guest"),
     ("k8s-cri", "e2e"),
     ("rusqlite", "runtime"),
+    ("opentelemetry", "telemetry"),
+    ("opentelemetry_sdk", "telemetry"),
+    ("opentelemetry-otlp", "telemetry"),
 ];
 
 /// Crates that must not be reachable from a crate of the workspace, directly or through others.

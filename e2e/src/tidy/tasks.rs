@@ -7,7 +7,7 @@ use regex::Regex;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Crates whose code runs in one of the programs.
-const PROGRAMS: [&str; 9] = [
+const PROGRAMS: [&str; 10] = [
     "config",
     "cri-server",
     "erofs",
@@ -17,6 +17,7 @@ const PROGRAMS: [&str; 9] = [
     "runtime",
     "shim-v2",
     "sys",
+    "telemetry",
 ];
 
 /// Files that create a task tracker, and who waits for it with a limit.

@@ -18,10 +18,13 @@ use crate::mount_export::watcher::MountWatcher;
 use crate::resolv_conf;
 use crate::spawner::wire::{Confinement, CreateRequest, Request};
 use crate::spawner::{Reply, errno_text, resolve_user};
+use crate::steps::Steps;
 use crate::storage::rootfs::{Owners, Rootfs};
 use crate::storage::{StorageError, mount_points};
 use crate::system;
-use boxlite_proto::boxlite::v1::{ContainerInitRequest, Exit, PidMode, container_event::Event};
+use boxlite_proto::boxlite::v1::{
+    ContainerInitRequest, Exit, PidMode, StepKind, container_event::Event,
+};
 use boxlite_sys::storage_full::is_full;
 use boxlite_sys::sync::Mutex;
 use nix::errno::Errno;
@@ -32,6 +35,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::time::Instant;
 
 /// Directory of libcontainer's state.
 const STATE: &str = "/run/boxlite/oci";
@@ -42,6 +46,7 @@ pub(crate) async fn create(
     target: Option<Arc<Container>>,
     request: ContainerInitRequest,
 ) -> Result<Arc<Container>, ContainerError> {
+    let begun = Instant::now();
     let parsed = spec::parse(&request.spec_json)?;
     let user_namespace = match userns::requested_mapping(&parsed)? {
         Some(map) => Some(context.user_namespace(map).await?),
@@ -50,6 +55,7 @@ pub(crate) async fn create(
     let pid_namespace = pid_namespace(&context, target, &request, user_namespace.as_ref()).await?;
     let cgroup = Cgroup::pod().child(&request.container_id);
     let request = Arc::new(request);
+    let preparing = Instant::now();
     let prepared = blocking({
         let (context, request, cgroup) =
             (Arc::clone(&context), Arc::clone(&request), cgroup.clone());
@@ -60,9 +66,19 @@ pub(crate) async fn create(
         move || prepare(&context, &request, parsed, joined, &cgroup)
     })
     .await?;
+    let prepared_at = Instant::now();
     let result = make_process(&context.launcher, &request, &cgroup, &prepared).await;
     match result {
-        Ok(made) => Ok(assemble(&context, &request, cgroup, prepared, made)),
+        Ok(made) => {
+            let now = Instant::now();
+            let mut creation = Steps::default();
+            creation.add(StepKind::Create, begun, now);
+            creation.add(StepKind::Rootfs, preparing, prepared_at);
+            creation.add(StepKind::Process, prepared_at, now);
+            Ok(assemble(
+                &context, &request, cgroup, prepared, made, creation,
+            ))
+        }
         Err(error) => {
             let removed = blocking(move || {
                 remove_state(&context.layers, &cgroup, &prepared.rootfs, &prepared.state);
@@ -316,6 +332,7 @@ fn assemble(
     cgroup: Cgroup,
     prepared: Prepared,
     made: LaunchedProcess,
+    creation: Steps,
 ) -> Arc<Container> {
     let AgentEnds {
         input,
@@ -344,6 +361,7 @@ fn assemble(
         pidfd: made.pidfd,
         rootfs: prepared.rootfs,
         user_namespace: prepared.user_namespace,
+        creation,
         base,
         state: prepared.state,
         reply: tokio::sync::Mutex::new(Some(made.reply)),

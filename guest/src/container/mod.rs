@@ -29,6 +29,7 @@ use crate::cgroup::Cgroup;
 use crate::execution::Process;
 use crate::spawner::wire::ProcessPlan;
 use crate::spawner::{Reply, SpawnError};
+use crate::steps::Steps;
 use crate::storage::rootfs::Rootfs;
 use crate::storage::usage::UsageCache;
 use boxlite_proto::boxlite::v1::{
@@ -67,6 +68,8 @@ pub(crate) struct Container {
     rootfs: Rootfs,
     /// The user namespace, if it is not the VM's.
     user_namespace: Option<UserNamespace>,
+    /// Times of its creation.
+    pub creation: Steps,
     /// Defaults of an exec.
     base: ProcessPlan,
     /// Directory of libcontainer's state.

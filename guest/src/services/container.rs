@@ -4,6 +4,7 @@ use crate::agent::Agent;
 use crate::cgroup::{processes, resources, stats};
 use crate::container::error::ContainerError;
 use crate::status::joined;
+use crate::steps::Steps;
 use crate::system;
 use boxlite_proto::boxlite::v1::container_server::Container;
 use boxlite_proto::boxlite::v1::{
@@ -12,10 +13,11 @@ use boxlite_proto::boxlite::v1::{
     ContainerListRequest, ContainerListResponse, ContainerPauseRequest, ContainerPauseResponse,
     ContainerPidsRequest, ContainerPidsResponse, ContainerResumeRequest, ContainerResumeResponse,
     ContainerStartRequest, ContainerStartResponse, ContainerStatsRequest, ContainerStatsResponse,
-    ContainerUpdateRequest, ContainerUpdateResponse,
+    ContainerUpdateRequest, ContainerUpdateResponse, StepKind,
 };
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Instant;
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status};
 
@@ -45,9 +47,15 @@ impl Container for ContainerService {
         if !self.agent.is_initialized() {
             return Err(ContainerError::NoPod.into());
         }
-        let container = self.agent.pod.init(request.into_inner()).await?;
+        let request = request.into_inner();
+        let trace = request.trace;
+        let container = self.agent.pod.init(request).await?;
         Ok(Response::new(ContainerInitResponse {
             pid: container.init.pid.unsigned_abs(),
+            steps: match trace {
+                true => container.creation.report(),
+                false => Vec::new(),
+            },
         }))
     }
 
@@ -55,10 +63,17 @@ impl Container for ContainerService {
         &self,
         request: Request<ContainerStartRequest>,
     ) -> Result<Response<ContainerStartResponse>, Status> {
-        let container = self.find(&request.into_inner().container_id).await?;
+        let request = request.into_inner();
+        let container = self.find(&request.container_id).await?;
+        let mut steps = Steps::default();
+        let begun = Instant::now();
         container.start().await?;
+        if request.trace {
+            steps.add(StepKind::Start, begun, Instant::now());
+        }
         Ok(Response::new(ContainerStartResponse {
             pid: container.init.pid.unsigned_abs(),
+            steps: steps.report(),
         }))
     }
 

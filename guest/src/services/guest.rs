@@ -4,7 +4,8 @@ use crate::agent::Agent;
 use crate::cgroup::{self, Cgroup};
 use crate::container::error::ContainerError;
 use crate::status::{joined, status};
-use crate::storage::pod;
+use crate::steps::Steps;
+use crate::storage::{StorageError, pod};
 use crate::{network, system};
 use boxlite_proto::boxlite::v1::guest_server::Guest;
 use boxlite_proto::boxlite::v1::{
@@ -12,12 +13,12 @@ use boxlite_proto::boxlite::v1::{
     GuestPrepareRequest, GuestPrepareResponse, GuestStatsRequest, GuestStatsResponse,
     HostPortsRequest, HostPortsResponse, PingRequest, PingResponse, PortForwardRequest,
     PortForwardResponse, SetTimeRequest, SetTimeResponse, ShutdownRequest, ShutdownResponse,
-    UpdatePodRequest, UpdatePodResponse,
+    StepKind, UpdatePodRequest, UpdatePodResponse,
 };
 use boxlite_sys::proc_memory;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -44,7 +45,9 @@ impl GuestService {
 }
 
 /// Sets up the pod. The order matters: later steps depend on earlier ones.
-async fn initialize(request: &GuestInitRequest) -> Result<(), Status> {
+async fn initialize(request: &GuestInitRequest) -> Result<Steps, Status> {
+    let mut steps = Steps::default();
+    let begun = Instant::now();
     if request.time_unix_ns != 0 {
         system::set_time(request.time_unix_ns)?;
     }
@@ -58,19 +61,25 @@ async fn initialize(request: &GuestInitRequest) -> Result<(), Status> {
         request.shm_size,
     );
     let mounts = tokio::task::spawn_blocking(move || {
+        let begun = Instant::now();
         pod::mount_share(&share)?;
         pod::mount_scratch(&scratch)?;
-        pod::resize_shm(shm)
+        pod::resize_shm(shm)?;
+        Ok::<_, StorageError>((begun, Instant::now()))
     });
     cgroup::pod::limit_processes(request.pids_limit).map_err(ContainerError::from)?;
     crate::cgroup::pod::limit_memory(request.memory_limit);
+    let configuring = Instant::now();
     network::configure(&request.interfaces, &request.routes).await?;
-    joined(mounts).await??;
+    steps.add(StepKind::Network, configuring, Instant::now());
+    let (mounting, mounted) = joined(mounts).await??;
+    steps.add(StepKind::Storage, mounting, mounted);
     // Last, because some name an interface.
     for (name, value) in &request.sysctls {
         system::set_sysctl(name, value)?;
     }
-    Ok(())
+    steps.add(StepKind::Init, begun, Instant::now());
+    Ok(steps)
 }
 
 /// Returns the fields that must be equal in a repeated Init.
@@ -78,6 +87,7 @@ fn comparable(request: &GuestInitRequest) -> GuestInitRequest {
     GuestInitRequest {
         time_unix_ns: 0,
         entropy: Default::default(),
+        trace: false,
         ..request.clone()
     }
 }
@@ -110,9 +120,10 @@ impl Guest for GuestService {
     ) -> Result<Response<GuestInitResponse>, Status> {
         let request = request.into_inner();
         let mut initialized = self.initialized.lock().await;
+        let mut steps = Steps::default();
         match initialized.as_ref() {
             None => {
-                initialize(&request).await?;
+                steps = initialize(&request).await?;
                 self.agent.set_initialized();
                 *initialized = Some(comparable(&request));
             }
@@ -133,6 +144,10 @@ impl Guest for GuestService {
             kernel_release,
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
             devices: pod::devices(),
+            steps: match request.trace {
+                true => steps.report_with_boot(),
+                false => Vec::new(),
+            },
         }))
     }
 

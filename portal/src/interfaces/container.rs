@@ -7,9 +7,9 @@ use crate::error::PortalError;
 use boxlite_proto::boxlite::v1::container_client::ContainerClient;
 use boxlite_proto::boxlite::v1::{
     ContainerDeleteRequest, ContainerEvent, ContainerEventsRequest, ContainerInfo,
-    ContainerInitRequest, ContainerKillRequest, ContainerListRequest, ContainerPauseRequest,
-    ContainerPidsRequest, ContainerResumeRequest, ContainerStartRequest, ContainerStatsRequest,
-    ContainerStatsResponse, ContainerUpdateRequest,
+    ContainerInitRequest, ContainerInitResponse, ContainerKillRequest, ContainerListRequest,
+    ContainerPauseRequest, ContainerPidsRequest, ContainerResumeRequest, ContainerStartRequest,
+    ContainerStartResponse, ContainerStatsRequest, ContainerStatsResponse, ContainerUpdateRequest,
 };
 use boxlite_proto::names;
 use bytes::Bytes;
@@ -31,35 +31,41 @@ impl ContainerInterface {
         Self { client }
     }
 
-    /// Assembles the root file system and creates the container. Returns the guest pid of its init.
+    /// Assembles the root file system and creates the container. Returns the guest pid of its init, and the agent's steps.
     ///
     /// # Errors
     /// Every kind of [`PortalError`]; `Deadline` after [`LONG_CALL_TIMEOUT`].
-    pub async fn init(&self, request: ContainerInitRequest) -> Result<u32, PortalError> {
-        let response = unary(
+    pub async fn init(
+        &self,
+        request: ContainerInitRequest,
+    ) -> Result<ContainerInitResponse, PortalError> {
+        unary(
             "Container.Init",
             LONG_CALL_TIMEOUT,
             self.client.clone().init(request),
         )
-        .await?;
-        Ok(response.pid)
+        .await
     }
 
-    /// Starts the created container. Returns its pid.
+    /// Starts the created container. Returns its pid, and the agent's steps if `trace` is set.
     ///
     /// # Errors
     /// Every kind of [`PortalError`].
-    pub async fn start(&self, container_id: &str) -> Result<u32, PortalError> {
+    pub async fn start(
+        &self,
+        container_id: &str,
+        trace: bool,
+    ) -> Result<ContainerStartResponse, PortalError> {
         let request = ContainerStartRequest {
             container_id: container_id.to_owned(),
+            trace,
         };
-        let response = unary(
+        unary(
             "Container.Start",
             LONG_CALL_TIMEOUT,
             self.client.clone().start(request),
         )
-        .await?;
-        Ok(response.pid)
+        .await
     }
 
     /// Signals the init process, or every process with `all`. `signal` is the Linux number.

@@ -7,6 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 pub(crate) fn box_row(id: &str, name: &str) -> BoxRow {
     BoxRow {
         options: BoxOptions {
+            pod: None,
             id: id.into(),
             name: name.into(),
             metadata: vec![0, 255, 7],

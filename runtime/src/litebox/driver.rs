@@ -23,16 +23,19 @@ use crate::error::{Result, RuntimeError};
 use crate::metrics::BoxMetrics;
 use crate::panics::panicked;
 use crate::shim_controller::ShimState;
-use crate::types::ContainerSnapshot;
+use crate::types::{BoxOptions, ContainerSnapshot};
 use boxlite_sys::report::report;
+use boxlite_telemetry::{TraceContext, WithTrace};
 use emit::Emitted;
 use futures::FutureExt;
 use std::collections::{BTreeMap, HashMap};
+use std::future::Future;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
+use tracing::{Instrument, Span};
 use watchers::WatchEvent;
 
 /// Capacity of a driver's message channel; further senders wait.
@@ -47,8 +50,12 @@ pub type UpdateMetadata = Box<dyn FnOnce(&[u8]) -> Vec<u8> + Send>;
 
 /// Messages from handles and from the start pipeline.
 pub(crate) enum Message {
-    /// Starts, stops or removes the box.
-    Request { request: Request, reply: Reply },
+    /// Starts, stops or removes the box. The job belongs to the trace of the caller that began it.
+    Request {
+        request: Request,
+        reply: Reply,
+        trace: TraceContext,
+    },
     /// Registers a container if the policy admits it; replies with the row registered under that id.
     Admit {
         row: Box<ContainerRow>,
@@ -130,6 +137,8 @@ struct Driver {
     self_sender: mpsc::WeakSender<Message>,
     /// Holds at most one task.
     job: JoinSet<JobResult>,
+    /// Trace of the next job.
+    trace: TraceContext,
     /// Cancels the current pipeline.
     cancel: CancellationToken,
     starters: Vec<Reply>,
@@ -180,6 +189,7 @@ pub(crate) fn launch(env: Arc<BoxEnv>, initial: InitialState) -> LiteBox {
         messages: receiver,
         self_sender: messages.downgrade(),
         job: JoinSet::new(),
+        trace: TraceContext::default(),
         cancel: CancellationToken::new(),
         starters: Vec::new(),
         stoppers: Vec::new(),
@@ -193,9 +203,20 @@ pub(crate) fn launch(env: Arc<BoxEnv>, initial: InitialState) -> LiteBox {
         let view = driver.view.borrow().clone();
         driver.emit_recovered(&view);
     }
-    env.tasks.spawn(driver.run());
+    let span = pod_span(&driver.row.options);
+    env.tasks.spawn(driver.run().instrument(span));
     LiteBox {
         inner: Arc::new(inner),
+    }
+}
+
+/// Returns the span of a box's log lines. Of the highest level, so that warnings have it at every level of the log.
+fn pod_span(options: &BoxOptions) -> Span {
+    match &options.pod {
+        Some(pod) => {
+            tracing::error_span!(parent: None, "pod", namespace = pod.namespace, pod = pod.name)
+        }
+        None => Span::none(),
     }
 }
 
@@ -312,13 +333,13 @@ impl Driver {
             Phase::Stopping => {
                 let (env, id, shim) = self.job_context();
                 let containers = self.live_containers();
-                self.job.spawn(async move {
+                self.spawn(async move {
                     JobResult::Stop(teardown::stop(&env, &id, shim.as_ref(), containers).await)
                 });
             }
             Phase::Removing => {
                 let (env, id, shim) = self.job_context();
-                self.job.spawn(async move {
+                self.spawn(async move {
                     JobResult::Remove(teardown::remove(&env, &id, shim.as_ref()).await)
                 });
             }
@@ -326,7 +347,7 @@ impl Driver {
                 let (env, id, shim) = self.job_context();
                 self.row.shim = None;
                 self.running = None;
-                self.job.spawn(async move {
+                self.spawn(async move {
                     JobResult::Cleanup(teardown::end_shim(&env, &id, shim.as_ref()).await)
                 });
             }
@@ -357,13 +378,22 @@ impl Driver {
                 driver: self.self_sender.clone(),
             },
         };
-        self.job
-            .spawn(async move { JobResult::Start(pipeline::run(start).await) });
+        self.spawn(async move { JobResult::Start(pipeline::run(start).await) });
+    }
+
+    /// Starts a job, whose log lines have the pod's names.
+    fn spawn(&mut self, job: impl Future<Output = JobResult> + Send + 'static) {
+        let trace = std::mem::take(&mut self.trace);
+        self.job.spawn(job.in_trace(trace).in_current_span());
     }
 
     async fn on_message(&mut self, message: Message) -> Outcome {
         match message {
-            Message::Request { request, reply } => self.on_request(request, reply).await,
+            Message::Request {
+                request,
+                reply,
+                trace,
+            } => self.on_request(request, reply, trace).await,
             Message::Admit { row, reply } => {
                 let answer = self.admit(*row).await;
                 let _ = reply.send(answer);
@@ -398,7 +428,7 @@ impl Driver {
         Outcome::Continue
     }
 
-    async fn on_request(&mut self, request: Request, reply: Reply) {
+    async fn on_request(&mut self, request: Request, reply: Reply, trace: TraceContext) {
         let before = self.policy.clone();
         let verdict = match self.policy.request(request) {
             Ok(verdict) => verdict,
@@ -412,6 +442,7 @@ impl Driver {
             return;
         }
         if verdict == Verdict::Begin {
+            self.trace = trace;
             if request != Request::Start {
                 self.cancel.cancel();
             }

@@ -34,9 +34,10 @@ use crate::shim_controller::{ShimController, ShimProgram};
 use crate::types::{BoxOptions, BoxSnapshot, ContainerSnapshot};
 use boxlite_portal::GuestSession;
 use boxlite_portal::stats_limits::HighestCpuTimes;
-use boxlite_proto::vmm::{Acceleration, VmmKind};
+use boxlite_proto::vmm::{Acceleration, PodName, VmmKind};
 pub(crate) use boxlite_sys::clock::unix_ns as now_ns;
 use boxlite_sys::sync::Mutex;
+use boxlite_telemetry::{TraceContext, WithTrace};
 use driver::Message;
 pub use driver::UpdateMetadata;
 pub use sessions::{ProcessControls, ProcessSession};
@@ -47,6 +48,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tracing::Instrument;
 
 /// State shared by all boxes of a runtime.
 #[derive(Debug)]
@@ -145,6 +147,11 @@ impl LiteBox {
     /// Returns the name.
     pub fn name(&self) -> &str {
         &self.inner.options.name
+    }
+
+    /// Returns the names of the pod, if they are known.
+    pub fn pod(&self) -> Option<&PodName> {
+        self.inner.options.pod.as_ref()
     }
 
     /// Starts the box, or joins a start in progress; returns at once if the box is ready. Dropping the future does not
@@ -277,7 +284,11 @@ impl LiteBox {
 
     async fn request(&self, request: Request) -> Result<()> {
         let answer = self
-            .send(|reply| Message::Request { request, reply })
+            .send(|reply| Message::Request {
+                request,
+                reply,
+                trace: TraceContext::current(),
+            })
             .await?;
         answer.map_err(RuntimeError::Shared)
     }
@@ -319,9 +330,13 @@ impl LiteBox {
         operation: impl Future<Output = Result<T>> + Send + 'static,
     ) -> Result<T> {
         let (done, answer) = oneshot::channel();
-        self.inner.env.tasks.spawn(async move {
+        let task = async move {
             let _ = done.send(operation.await);
-        });
+        };
+        self.inner
+            .env
+            .tasks
+            .spawn(task.in_current_span().in_current_trace());
         answer.await.unwrap_or_else(|_| {
             Err(match self.inner.env.closing.is_cancelled() {
                 true => RuntimeError::ShuttingDown,
@@ -354,6 +369,7 @@ fn snapshot_of(
         .as_ref()
         .and_then(|running| running.shim.state().process.as_ref());
     let options = BoxOptions {
+        pod: None,
         metadata: view.metadata.to_vec(),
         ..options.clone()
     };

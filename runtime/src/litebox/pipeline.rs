@@ -22,6 +22,7 @@ use crate::shim_controller::{ShimController, ShimState};
 use crate::types::BoxOptions;
 use boxlite_portal::{Connection, GuestAddress, GuestSession};
 use boxlite_proto::vmm::{SandboxOptions, VmmKind, VmmUsers, VolumeWriters};
+use boxlite_telemetry::{Kind, traced};
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -88,7 +89,7 @@ pub(crate) struct GuestReady {
 /// `Start` with the failed stage. All stages are undone then; failures to undo are logged.
 pub(crate) async fn run<R: ShimRecorder>(start: Start<R>) -> Result<GuestReady> {
     if let Some((source, shim)) = start.warm() {
-        let claimed = claim(&start, &shim).await;
+        let claimed = traced("claim", Kind::Internal, claim(&start, &shim)).await;
         source.claimed(claimed.is_ok());
         match claimed {
             Ok(ready) => return Ok(ready),
@@ -109,8 +110,8 @@ pub(crate) async fn run<R: ShimRecorder>(start: Start<R>) -> Result<GuestReady> 
     };
     let image = not_started.image().await?;
     let rootfs = image.rootfs().await?;
-    let spawned = rootfs.spawn().await?;
-    spawned.ready().await
+    let spawned = traced("spawn", Kind::Internal, rootfs.spawn()).await?;
+    traced("ready", Kind::Internal, spawned.ready()).await
 }
 
 /// Makes a warm VM the box's. The caller removes it after an error.
@@ -267,6 +268,7 @@ impl<R: ShimRecorder> Spawned<R> {
 /// Returns the options of a box for its shim.
 pub(crate) fn sandbox_options(env: &BoxEnv, options: &BoxOptions, vmm: &VmmKind) -> SandboxOptions {
     SandboxOptions {
+        pod: options.pod.clone(),
         vmm: vmm.clone(),
         vcpus: options.vcpus,
         memory_mib: options.memory_mib,

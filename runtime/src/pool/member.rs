@@ -36,6 +36,7 @@ pub(super) fn new_id() -> String {
 /// Returns the options of a VM without a pod.
 pub(super) fn options(id: &str, shape: Shape, settings: &PoolSettings) -> BoxOptions {
     BoxOptions {
+        pod: None,
         id: id.to_owned(),
         name: String::new(),
         metadata: Vec::new(),
@@ -83,6 +84,7 @@ pub(super) async fn make(
     let shim = ShimController::spawn(&env.program, id, &bundle, env.vmm.clone()).await?;
     let booting = async {
         let options = SandboxOptions {
+            pod: None,
             warm: true,
             ..pipeline::sandbox_options(env, options, &env.vmm)
         };

@@ -20,6 +20,7 @@ use boxlite_proto::shim::shim as shim_log;
 use boxlite_proto::shim::shim_ttrpc::ShimLogClient;
 use boxlite_proto::vmm::{SandboxOptions, VmmKind};
 use boxlite_sys::unix_socket;
+use boxlite_telemetry::{Kind, Span, traced};
 use containerd_shim_protos::api;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
@@ -124,7 +125,8 @@ impl ShimController {
         bundle: &Path,
         vmm: VmmKind,
     ) -> Result<Self> {
-        let address = program.start(box_id, bundle).await?;
+        let starting = program.start(box_id, bundle);
+        let address = traced("start shim", Kind::Internal, starting).await?;
         let mut controller = Self::connect(
             box_id,
             ShimState {
@@ -229,7 +231,8 @@ impl ShimController {
             options: Some(json_any(names::SANDBOX_OPTIONS_TYPE, options)?).into(),
             ..Default::default()
         };
-        call(
+        traced_call(
+            "Sandbox/CreateSandbox",
             format!("create the VM of pod sandbox {:?}", self.box_id),
             GUEST_CALL_TIMEOUT,
             |context| self.sandbox.create_sandbox(context, &request),
@@ -248,7 +251,8 @@ impl ShimController {
             sandbox_id: self.box_id.clone(),
             ..Default::default()
         };
-        call(
+        traced_call(
+            "Sandbox/StartSandbox",
             format!("boot the VM of pod sandbox {:?}", self.box_id),
             limit,
             |context| self.sandbox.start_sandbox(context, &request),
@@ -318,7 +322,8 @@ impl ShimController {
             timeout_secs: u32::try_from(STOP_GRACE.as_secs()).unwrap_or(u32::MAX),
             ..Default::default()
         };
-        let answer = call(
+        let answer = traced_call(
+            "Sandbox/StopSandbox",
             format!("stop the VM of pod sandbox {:?}", self.box_id),
             STOP_TIMEOUT,
             |context| self.sandbox.stop_sandbox(context, &request),
@@ -394,7 +399,8 @@ impl ShimController {
             stdout: stdout.unwrap_or_default(),
             ..Default::default()
         };
-        let answer = call(
+        let answer = traced_call(
+            "Task/Create",
             format!("create container {:?}", create.id),
             TASK_CALL_TIMEOUT,
             |context| self.task.create(context, &request),
@@ -412,7 +418,8 @@ impl ShimController {
             id: id.to_owned(),
             ..Default::default()
         };
-        let answer = call(
+        let answer = traced_call(
+            "Task/Start",
             format!("start container {id:?}"),
             TASK_CALL_TIMEOUT,
             |context| self.task.start(context, &request),
@@ -565,6 +572,27 @@ where
         Ok(Err(error)) => Err(wrap(action, Some(limit), error)),
         Err(_) => Err(deadline(&action, limit)),
     }
+}
+
+/// As [`call`], in a span whose position is sent with the request.
+async fn traced_call<T, F>(
+    rpc: &'static str,
+    action: String,
+    limit: Duration,
+    invoke: impl FnOnce(Context) -> F,
+) -> Result<T>
+where
+    F: Future<Output = ttrpc::Result<T>>,
+{
+    let span = Span::child(rpc, Kind::Client);
+    let headers = span.context().headers();
+    let called = call(action, limit, |mut context| {
+        for (name, value) in headers {
+            context.add(name.to_owned(), value);
+        }
+        invoke(context)
+    });
+    span.run(called).await
 }
 
 fn deadline(action: &str, limit: Duration) -> RuntimeError {

@@ -13,6 +13,7 @@ use crate::pod::Guest;
 use crate::pod::undo::Undo;
 use crate::share::Access;
 use crate::share::host_namespace::HostNamespace;
+use crate::trace::GuestCall;
 use boxlite_proto::boxlite::v1::{ContainerInitRequest, Rootfs};
 use boxlite_sys::sync::Mutex;
 use containerd_shim_protos::api::CreateTaskRequest;
@@ -143,9 +144,15 @@ impl Containers {
         self.export_mounts(&host, &spec, undo).await?;
         let mut init = init_request(request, &spec, rootfs, &stdio)?;
         init.block_devices = blocks;
+        let call = GuestCall::begin("Container/Init");
+        init.trace = call.traced();
         let pid = match guest.call(guest.session.container().init(init)).await {
-            Ok(pid) => pid,
+            Ok(response) => {
+                call.answered(&response.steps);
+                response.pid
+            }
             Err(error) => {
+                call.failed();
                 // A call that fails or breaks off may leave a partially created container. Undone here and not by `undo`, since
                 // the deletion of a created container begins with that in the guest.
                 delete_in_guest(guest, &request.id).await;
@@ -271,5 +278,6 @@ fn init_request(
         // The end of a FIFO is CloseIO, which is final for every client that may attach.
         stdin_once: spec.stdin_once || !stdio.stdin.is_empty(),
         block_devices: Vec::new(),
+        trace: false,
     })
 }

@@ -13,9 +13,11 @@ use crate::logs::input::Input;
 use crate::logs::{LogPump, Sink, Stdio};
 use crate::pod::{Context, Guest};
 use crate::time;
+use crate::trace::GuestCall;
 use boxlite_portal::PortalError;
 use boxlite_proto::boxlite::v1::{ExecRequest, Exit};
 use boxlite_sys::report::Report;
+use boxlite_telemetry::{TraceContext, WithTrace};
 use containerd_shim_protos::events::task::{
     TaskDelete, TaskExecStarted, TaskExit, TaskOOM, TaskPaused, TaskResumed, TaskStart,
 };
@@ -97,7 +99,7 @@ impl ProcessConfig {
 type Reply<T> = oneshot::Sender<Result<T>>;
 
 enum Request {
-    Start(Reply<u32>),
+    Start(Reply<u32>, TraceContext),
     Kill {
         signal: u32,
         all: bool,
@@ -185,7 +187,8 @@ impl Process {
     /// # Errors
     /// WrongState unless the phase is Created, or the guest's error.
     pub async fn start(&self) -> Result<u32> {
-        self.ask(Request::Start).await
+        let trace = TraceContext::current();
+        self.ask(|reply| Request::Start(reply, trace)).await
     }
 
     /// Sends a Linux signal, to the whole process tree with `all`.
@@ -348,8 +351,8 @@ impl Task {
     async fn serve(&mut self, request: Request) {
         // A request is carried out even if its caller no longer waits for the reply.
         match request {
-            Request::Start(reply) => {
-                let started = self.start().await;
+            Request::Start(reply, trace) => {
+                let started = self.start().in_trace(trace).await;
                 if started.is_err() && matches!(self.sink, Some(Sink::Fifos { .. })) {
                     // The client reads the FIFOs to EOF before it handles the failure.
                     self.sink = None;
@@ -384,8 +387,19 @@ impl Task {
         let config = self.config.clone();
         let pid = match &self.exec_json {
             None => {
-                self.call(session.container().start(&config.container))
-                    .await?
+                let call = GuestCall::begin("Container/Start");
+                let containers = session.container();
+                let starting = containers.start(&config.container, call.traced());
+                match self.call(starting).await {
+                    Ok(response) => {
+                        call.answered(&response.steps);
+                        response.pid
+                    }
+                    Err(error) => {
+                        call.failed();
+                        return Err(error);
+                    }
+                }
             }
             Some(json) => {
                 let request = ExecRequest {

@@ -18,7 +18,7 @@ use boxlite_config::paths::DEFAULT_STATE_DIR;
 use boxlite_config::size::{self, Limits, SizeRequest};
 use boxlite_proto::names;
 use boxlite_proto::shim::shim::PodConfig;
-use boxlite_proto::vmm::{SandboxOptions, VmmKind, VmmUsers, VolumeWriters};
+use boxlite_proto::vmm::{PodName, SandboxOptions, VmmKind, VmmUsers, VolumeWriters};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -31,6 +31,10 @@ pub const TYPE_SANDBOX: &str = "sandbox";
 const SANDBOX_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
 const SANDBOX_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
 const SANDBOX_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
+/// Names of the pod, set on each of its containers by containerd's CRI plugin.
+const SANDBOX_NAME: &str = "io.kubernetes.cri.sandbox-name";
+const SANDBOX_NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
+const SANDBOX_UID: &str = "io.kubernetes.cri.sandbox-uid";
 /// NamespaceMode NODE of the CRI.
 const NODE: i32 = 2;
 const MIB: u64 = 1 << 20;
@@ -40,6 +44,7 @@ const MAX_HOSTNAME_BYTES: usize = 64;
 /// A pod's requirements, independent of the message they came in.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct PodRequest {
+    pod: Option<PodName>,
     hostname: String,
     annotations: HashMap<String, String>,
     sysctls: BTreeMap<String, String>,
@@ -135,7 +140,13 @@ pub async fn of_pod(
         });
     }
     let resources = &pod.linux.resources;
+    let metadata = &pod.metadata;
     let request = PodRequest {
+        pod: metadata.as_ref().map(|metadata| PodName {
+            namespace: metadata.namespace.clone(),
+            name: metadata.name.clone(),
+            uid: metadata.uid.clone(),
+        }),
         hostname: pod.hostname.clone(),
         annotations: pod.annotations.clone(),
         sysctls: pod.linux.sysctls.clone().into_iter().collect(),
@@ -169,7 +180,13 @@ fn request_of_spec(spec: &Spec) -> PodRequest {
         .and_then(|memory| memory.limit());
     let cgroup = linux.cgroups_path().clone().unwrap_or_default();
     let period = cpu.period().and_then(|period| i64::try_from(period).ok());
+    let text = |name: &str| annotations.get(name).cloned();
     PodRequest {
+        pod: text(SANDBOX_NAME).map(|name| PodName {
+            namespace: text(SANDBOX_NAMESPACE).unwrap_or_default(),
+            name,
+            uid: text(SANDBOX_UID).unwrap_or_default(),
+        }),
         hostname: spec.hostname().clone().unwrap_or_default(),
         sysctls: linux
             .sysctl()
@@ -222,6 +239,7 @@ async fn plan(
         installation.libkrunfw = kernel;
     }
     let options = SandboxOptions {
+        pod: request.pod,
         vcpus: size.vcpus,
         memory_mib: size.memory_mib,
         containers_bytes: size.containers_bytes,

@@ -6,13 +6,14 @@
 
 use super::manager_log::ManagerLog;
 use boxlite_proto::names::{OLD_SHIM_LOG, SHIM_LOG};
+use boxlite_proto::vmm::PodName;
 use boxlite_sys::log_line::escape_line;
 use boxlite_sys::sync::Mutex;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use tracing::{Level, Metadata};
 use tracing_subscriber::fmt::MakeWriter;
@@ -37,19 +38,22 @@ struct State {
     bytes: u64,
     bucket: Bucket,
     manager: ManagerLog,
+    /// Names that each line ends with, once they are known.
+    pod: Arc<OnceLock<PodName>>,
 }
 
 impl ShimLog {
-    /// Creates the log for this process' standard error. Lines in containerd's log are attributed to `subject`.
+    /// Creates the log for this process' standard error. Lines in containerd's log are attributed to `subject`. All lines end
+    /// with the names in `pod`.
     ///
     /// # Errors
     /// Standard error or the bundle cannot be accessed.
-    pub fn of_stderr(subject: &str) -> io::Result<Self> {
+    pub fn of_stderr(subject: &str, pod: Arc<OnceLock<PodName>>) -> io::Result<Self> {
         use std::os::fd::AsFd;
         let file = File::from(io::stderr().as_fd().try_clone_to_owned()?);
         let bundle = std::env::current_dir()?;
         let redirect = |file: &File| nix::unistd::dup2_stderr(file).map_err(io::Error::from);
-        Self::new(file, &bundle, redirect, subject)
+        Self::new(file, &bundle, redirect, subject, pod)
     }
 
     fn new(
@@ -57,6 +61,7 @@ impl ShimLog {
         bundle: &Path,
         redirect: fn(&File) -> io::Result<()>,
         subject: &str,
+        pod: Arc<OnceLock<PodName>>,
     ) -> io::Result<Self> {
         let meta = file.metadata()?;
         let path = bundle.join(SHIM_LOG);
@@ -69,6 +74,7 @@ impl ShimLog {
             bytes: meta.len(),
             bucket: Bucket::new(Instant::now()),
             manager: ManagerLog::new(bundle, subject),
+            pod,
         }))))
     }
 }
@@ -81,7 +87,12 @@ impl State {
         if suppressed > 0 {
             self.line(format!(" WARN {suppressed} messages suppressed: too many\n").as_bytes())?;
         }
-        let line = escape_line(event);
+        let mut line = escape_line(event);
+        if let Some(pod) = self.pod.get() {
+            line.pop();
+            let names = format!(" namespace={:?} pod={:?}\n", pod.namespace, pod.name);
+            line.extend_from_slice(names.as_bytes());
+        }
         if for_manager {
             self.manager.send(&line);
         }
@@ -194,7 +205,7 @@ mod tests {
             .create(true)
             .open(&path)
             .expect("a file");
-        let log = ShimLog::new(file, dir, |_| Ok(()), "ns/a").expect("a log");
+        let log = ShimLog::new(file, dir, |_| Ok(()), "ns/a", Arc::default()).expect("a log");
         (log, path)
     }
 
@@ -272,6 +283,27 @@ mod tests {
         assert!(
             text.contains("forged") && !text.contains('\u{1b}'),
             "{text}"
+        );
+    }
+
+    #[test]
+    fn lines_end_with_the_names_of_the_pod() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (log, path) = log(dir.path());
+        let event = |text: &[u8]| log.0.lock().event(text, false, Instant::now());
+        event(b"INFO shim serving\n").expect("written");
+        let pod = log.0.lock().pod.clone();
+        let names = PodName {
+            namespace: "default".to_owned(),
+            name: "web\nforged".to_owned(),
+            uid: String::new(),
+        };
+        pod.set(names).expect("not set before");
+        event(b"INFO sandbox state changed phase=Ready\n").expect("written");
+        assert_eq!(
+            std::fs::read_to_string(path).expect("the log"),
+            "INFO shim serving\n\
+             INFO sandbox state changed phase=Ready namespace=\"default\" pod=\"web\\nforged\"\n"
         );
     }
 

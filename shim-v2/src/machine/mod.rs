@@ -26,6 +26,7 @@ use crate::share::host_namespace::HostNamespace;
 use crate::share::mirror::MirrorWatch;
 use crate::shim_state::{STATE_FILE, ShimState, write_atomically};
 use crate::time;
+use crate::trace::GuestCall;
 use crate::vmm::work_dir::WorkDirWatch;
 use crate::vmm::{ReadySocket, Supervisor, VmmChild};
 use async_trait::async_trait;
@@ -37,6 +38,7 @@ use boxlite_proto::names;
 use boxlite_proto::vmm::{Disk, InstanceSpec, Nic, VmmKind};
 use boxlite_sys::process::ProcessId;
 use boxlite_sys::sync::Mutex;
+use boxlite_telemetry::{Span, TraceContext};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use share::{VmShare, blocking};
@@ -44,7 +46,7 @@ use std::io::Read;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, MutexGuard};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 use vmm_user::UserClaim;
 
 /// Number of console and vmm lines in an error.
@@ -322,7 +324,7 @@ impl Machine for VmMachine {
         let warm = WarmVm {
             pid: watched.pid().unsigned_abs(),
             exit: Box::pin(exit_of(watched)),
-            info: timers.0,
+            info: timers.info,
         };
         *self.warm.lock() = Some(vm);
         Ok(warm)
@@ -355,7 +357,13 @@ impl Machine for VmMachine {
                 (one_interface(network)?, net::BOOT_MAC)
             }
         };
-        let versions = init(&session, &child, id, plan, &network, boot_mac).await?;
+        let boot = InitCall {
+            session: &session,
+            child: &child,
+            boot_mac,
+            began: timers.began,
+        };
+        let versions = boot.init(id, plan, &network).await?;
         let host_ports = match &plan.netns {
             _ if slirp_nic => Some(HostPorts::start(&session, BindScope::Host).await?),
             _ if tsi => Some(HostPorts::start(&session, BindScope::Vmm(child.pid())).await?),
@@ -366,7 +374,7 @@ impl Machine for VmMachine {
             _ => None,
         };
         timers.mark("init");
-        let mut info = timers.0;
+        let mut info = timers.info;
         info.push(("kernel".to_owned(), versions.0));
         info.push(("agent".to_owned(), versions.1));
         info.push(("vmm".to_owned(), plan.options.vmm.to_string()));
@@ -411,22 +419,33 @@ impl Machine for VmMachine {
 }
 
 /// Durations in milliseconds for SandboxStatus: `shim.<stage>_ms`; the runtime recognizes stages by the suffix.
-struct TimersInner(Instant);
+/// Each stage is also a span of the current trace.
+struct Timers {
+    info: Vec<(String, String)>,
+    began: SystemTime,
+    stage: Instant,
+    stage_began: SystemTime,
+}
 
-#[derive(Default)]
-struct Timers(Vec<(String, String)>, TimersInner);
-
-impl Default for TimersInner {
+impl Default for Timers {
     fn default() -> Self {
-        Self(Instant::now())
+        let now = SystemTime::now();
+        Self {
+            info: Vec::new(),
+            began: now,
+            stage: Instant::now(),
+            stage_began: now,
+        }
     }
 }
 
 impl Timers {
-    fn mark(&mut self, stage: &str) {
-        let took = self.1.0.elapsed();
-        self.1.0 = Instant::now();
-        self.0
+    fn mark(&mut self, stage: &'static str) {
+        let took = self.stage.elapsed();
+        let now = SystemTime::now();
+        Span::record(&TraceContext::current(), stage, self.stage_began, now);
+        (self.stage, self.stage_began) = (Instant::now(), now);
+        self.info
             .push((format!("shim.{stage}_ms"), took.as_millis().to_string()));
     }
 }
@@ -489,64 +508,78 @@ async fn exit_of(child: VmmChild) -> String {
     format!("{exit}; {}", last_words(&child))
 }
 
-/// Calls Guest.Init, aborted by the VM's death. `boot_mac` is empty unless the VM was warm. Returns the versions of kernel and
-/// agent.
-async fn init(
-    session: &GuestSession,
-    child: &VmmChild,
-    id: &str,
-    plan: &Plan,
-    network: &PodNetwork,
-    boot_mac: &str,
-) -> Result<(String, String)> {
-    let mut interfaces = network.wire_interfaces();
-    for interface in &mut interfaces {
-        boot_mac.clone_into(&mut interface.boot_mac);
-    }
-    if plan.options.passt {
-        interfaces.push(passt::interface());
-    }
-    let request = GuestInitRequest {
-        sandbox_id: id.to_owned(),
-        hostname: plan.options.hostname.clone(),
-        time_unix_ns: time::unix_ns(),
-        share_tag: names::SHARE_TAG.to_owned(),
-        scratch_device: names::SCRATCH_SERIAL.to_owned(),
-        interfaces,
-        routes: network.wire_routes(),
-        sysctls: plan.options.sysctls.clone().into_iter().collect(),
-        entropy: entropy()?.into(),
-        pids_limit: pids_limit(Path::new(CGROUP_MOUNT), &plan.options.cgroup_parent).unwrap_or(0),
-        memory_limit: plan.options.containers_bytes,
-        ..Default::default()
-    };
-    let guest = session.guest();
-    let response = tokio::select! {
-        response = guest.init(request) => response,
-        exit = child.wait() => return Err(ShimError::VmGone {
-            reason: format!("{exit} during Guest.Init; {}", last_words(child)),
-        }),
-    };
-    match response {
-        Ok(response) => {
-            // A second time on the warm connection: the first value was late by the connection setup to a guest that had just
-            // booted, and exit times are taken from this clock.
-            if let Err(error) = guest.set_time(time::unix_ns()).await {
-                tracing::warn!(id, error = %error, "failed to set the guest's clock again");
+/// The call that initializes a booted guest.
+struct InitCall<'a> {
+    session: &'a GuestSession,
+    child: &'a VmmChild,
+    /// Empty unless the VM was warm.
+    boot_mac: &'a str,
+    /// Begin of the boot.
+    began: SystemTime,
+}
+
+impl InitCall<'_> {
+    /// Calls Guest.Init, aborted by the VM's death. Returns the versions of kernel and agent.
+    async fn init(&self, id: &str, plan: &Plan, network: &PodNetwork) -> Result<(String, String)> {
+        let child = self.child;
+        let mut interfaces = network.wire_interfaces();
+        for interface in &mut interfaces {
+            self.boot_mac.clone_into(&mut interface.boot_mac);
+        }
+        if plan.options.passt {
+            interfaces.push(passt::interface());
+        }
+        let call = GuestCall::begin("Guest/Init");
+        let request = GuestInitRequest {
+            sandbox_id: id.to_owned(),
+            hostname: plan.options.hostname.clone(),
+            time_unix_ns: time::unix_ns(),
+            share_tag: names::SHARE_TAG.to_owned(),
+            scratch_device: names::SCRATCH_SERIAL.to_owned(),
+            interfaces,
+            routes: network.wire_routes(),
+            sysctls: plan.options.sysctls.clone().into_iter().collect(),
+            entropy: entropy()?.into(),
+            pids_limit: pids_limit(Path::new(CGROUP_MOUNT), &plan.options.cgroup_parent)
+                .unwrap_or(0),
+            memory_limit: plan.options.containers_bytes,
+            trace: call.traced(),
+            ..Default::default()
+        };
+        let guest = self.session.guest();
+        let response = tokio::select! {
+            response = guest.init(request) => response,
+            exit = child.wait() => {
+                call.failed();
+                let reason = format!("{exit} during Guest.Init; {}", last_words(child));
+                return Err(ShimError::VmGone { reason });
             }
-            Ok((response.kernel_release, response.agent_version))
+        };
+        match response {
+            Ok(response) => {
+                call.answered_after_boot(&response.steps, self.began);
+                // A second time on the warm connection: the first value was late by the connection setup to a guest that had
+                // just booted, and exit times are taken from this clock.
+                if let Err(error) = guest.set_time(time::unix_ns()).await {
+                    tracing::warn!(id, error = %error, "failed to set the guest's clock again");
+                }
+                Ok((response.kernel_release, response.agent_version))
+            }
+            Err(error) => {
+                call.failed();
+                // The agent names the invalid value; the console adds nothing.
+                if error.guest_kind() == Some(GuestErrorKind::InvalidArgument) {
+                    return Err(ShimError::boot("initialize the guest")(error));
+                }
+                Err(ShimError::Boot {
+                    step: "initialize the guest",
+                    source: Arc::new(InitError {
+                        source: error,
+                        said: last_words(child),
+                    }),
+                })
+            }
         }
-        // The agent names the invalid value; the console adds nothing.
-        Err(error) if error.guest_kind() == Some(GuestErrorKind::InvalidArgument) => {
-            Err(ShimError::boot("initialize the guest")(error))
-        }
-        Err(error) => Err(ShimError::Boot {
-            step: "initialize the guest",
-            source: Arc::new(InitError {
-                source: error,
-                said: last_words(child),
-            }),
-        }),
     }
 }
 

@@ -10,9 +10,10 @@ pub use guest::Guest;
 pub use share::Share;
 
 use crate::events::Publisher;
+use boxlite_proto::vmm::PodName;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 use tokio_util::task::TaskTracker;
 
 /// Facts and handles that every part of the shim holds.
@@ -22,6 +23,8 @@ pub struct Context {
     pub id: Arc<str>,
     /// The sandbox's bundle.
     pub bundle: Arc<PathBuf>,
+    /// Names of the pod, once they are known.
+    pub pod: Arc<OnceLock<PodName>>,
     /// Events.
     pub publisher: Publisher,
     /// Owner of every task.

@@ -13,6 +13,7 @@ use crate::pod::undo::Undo;
 use crate::pod::{Context, Guest};
 use crate::time;
 use boxlite_sys::report::Report;
+use boxlite_telemetry::{TraceContext, WithTrace};
 use futures::future::BoxFuture;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -44,8 +45,8 @@ pub type Reply<T> = oneshot::Sender<Result<T>>;
 pub enum Request {
     /// Sets the plan of the pod.
     Create(Box<Plan>, Reply<()>),
-    /// Boots the VM, or joins a boot in progress.
-    Start(Reply<Snapshot>),
+    /// Boots the VM, or joins a boot in progress. The boot belongs to the trace of the first caller.
+    Start(Reply<Snapshot>, TraceContext),
     /// Stops the VM; the duration is the guest's grace period.
     Stop(Duration, Reply<()>),
     /// Stops the VM and ends the driver.
@@ -136,8 +137,8 @@ impl Driver {
             };
             match request {
                 Some(Request::Create(plan, reply)) => drop(reply.send(self.create(*plan))),
-                Some(Request::Start(reply)) => {
-                    if let Some(reply) = self.start(reply).await {
+                Some(Request::Start(reply, trace)) => {
+                    if let Some(reply) = self.start(reply, trace).await {
                         self.shutdown(Some(reply)).await;
                         return;
                     }
@@ -194,6 +195,10 @@ impl Driver {
             }
             // Without a plan, or with a warm VM, which becomes this pod's.
             _ => {
+                if let Some(pod) = &plan.options.pod {
+                    // A second plan is that of the same pod, after a failed start.
+                    let _ = self.context.pod.set(pod.clone());
+                }
                 self.machine
                     .prepare(&self.context.id, &self.context.bundle, &plan);
                 let writers = plan.options.volume_writers.clone();
@@ -209,7 +214,7 @@ impl Driver {
     }
 
     /// Boots the VM. Returns the reply channel of a Shutdown that arrived during the boot.
-    async fn start(&mut self, reply: Reply<Snapshot>) -> Option<Reply<()>> {
+    async fn start(&mut self, reply: Reply<Snapshot>, trace: TraceContext) -> Option<Reply<()>> {
         let (phase, plan) = {
             let snapshot = self.state.borrow();
             (snapshot.phase, snapshot.plan.clone())
@@ -233,7 +238,8 @@ impl Driver {
             .warm
             .take()
             .map_or_else(Undo::default, |warm| warm.undo);
-        let outcome = self.boot(&plan, &mut undo, &mut waiting, &mut stops).await;
+        let booting = self.boot(&plan, &mut undo, &mut waiting, &mut stops);
+        let outcome = booting.in_trace(trace).await;
         let (result, shutdown) = match outcome {
             Outcome::Finished(result) => (result, None),
             Outcome::Stopped => (
@@ -295,7 +301,7 @@ impl Driver {
                 request = self.requests.recv() => request,
             };
             match request {
-                Some(Request::Start(reply)) => waiting.push(reply),
+                Some(Request::Start(reply, _)) => waiting.push(reply),
                 Some(Request::Create(plan, reply)) => drop(reply.send(self.create(*plan))),
                 Some(Request::Stop(_, reply)) => {
                     stops.push(reply);

@@ -18,6 +18,7 @@ pub mod options;
 use crate::container::Containers;
 use crate::error::{Result, ShimError};
 use crate::pod::{Context, Guest};
+use boxlite_telemetry::TraceContext;
 use driver::Request;
 use machine::Machine;
 use options::Plan;
@@ -193,7 +194,8 @@ impl Sandbox {
     /// # Errors
     /// The failed step. The completed steps have been undone and another start may follow.
     pub async fn start(&self) -> Result<Snapshot> {
-        self.request(Request::Start).await
+        let trace = TraceContext::current();
+        self.request(|reply| Request::Start(reply, trace)).await
     }
 
     /// Stops the VM: containers first, then the guest with `grace` to shut down, then by force. Succeeds if the VM has ended.

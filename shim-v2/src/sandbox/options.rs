@@ -52,6 +52,7 @@ impl Plan {
     pub fn fits(&self, warm: &Self) -> bool {
         let fixed = |plan: &Self| Self {
             options: SandboxOptions {
+                pod: None,
                 containers_bytes: 0,
                 hostname: String::new(),
                 sysctls: BTreeMap::new(),
@@ -148,6 +149,7 @@ mod tests {
         let file = || PathBuf::from("/x");
         Plan {
             options: SandboxOptions {
+                pod: None,
                 vmm: VmmKind::Qemu,
                 vcpus: 1,
                 memory_mib: 256,

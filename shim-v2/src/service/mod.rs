@@ -13,6 +13,7 @@ mod task;
 
 use crate::error::{Result, ShimError};
 use crate::sandbox::Sandbox;
+use boxlite_telemetry::WithTrace;
 use containerd_shim_protos::sandbox_async::create_sandbox;
 use containerd_shim_protos::shim_async::create_task;
 use containerd_shim_protos::ttrpc;
@@ -65,7 +66,13 @@ impl Service {
         &self,
         job: impl Future<Output = Result<T>> + Send + 'static,
     ) -> ttrpc::Result<T> {
-        match self.sandbox.context().tasks.spawn(job).await {
+        match self
+            .sandbox
+            .context()
+            .tasks
+            .spawn(job.in_current_trace())
+            .await
+        {
             Ok(result) => result.map_err(ttrpc::Error::from),
             // A join error means a panic, which aborts the shim.
             Err(_) => Err(ShimError::Ending.into()),

@@ -8,6 +8,7 @@ use crate::error::ShimError;
 use crate::sandbox::Snapshot;
 use crate::sandbox::options::{self, Plan};
 use crate::time;
+use crate::trace;
 use async_trait::async_trait;
 use boxlite_portal::stats_limits::StatsLimits;
 use boxlite_proto::shim::shim::PodConfig;
@@ -35,24 +36,29 @@ const GUEST_CALL_TIMEOUT: Duration = Duration::from_secs(10);
 impl SandboxService for Service {
     async fn create_sandbox(
         &self,
-        _: &TtrpcContext,
+        context: &TtrpcContext,
         request: CreateSandboxRequest,
     ) -> ttrpc::Result<CreateSandboxResponse> {
         self.check_sandbox(&request.sandbox_id)?;
-        let plan = self.plan(&request).await?;
-        let sandbox = self.sandbox.clone();
-        self.detached(async move { sandbox.create(plan).await })
-            .await?;
+        let call = async {
+            let plan = self.plan(&request).await?;
+            let sandbox = self.sandbox.clone();
+            self.detached(async move { sandbox.create(plan).await })
+                .await
+        };
+        let span = trace::server(context, "Sandbox/CreateSandbox", self.sandbox.context());
+        span.run(call).await?;
         Ok(CreateSandboxResponse::default())
     }
 
     async fn start_sandbox(
         &self,
-        _: &TtrpcContext,
+        context: &TtrpcContext,
         request: StartSandboxRequest,
     ) -> ttrpc::Result<StartSandboxResponse> {
         self.check_sandbox(&request.sandbox_id)?;
-        let snapshot = self.sandbox.start().await?;
+        let span = trace::server(context, "Sandbox/StartSandbox", self.sandbox.context());
+        let snapshot = span.run(self.sandbox.start()).await?;
         Ok(StartSandboxResponse {
             pid: snapshot.pid,
             created_at: created_at(&snapshot),
@@ -80,12 +86,13 @@ impl SandboxService for Service {
 
     async fn stop_sandbox(
         &self,
-        _: &TtrpcContext,
+        context: &TtrpcContext,
         request: StopSandboxRequest,
     ) -> ttrpc::Result<StopSandboxResponse> {
         self.check_sandbox(&request.sandbox_id)?;
         let grace = Duration::from_secs(u64::from(request.timeout_secs));
-        self.sandbox.stop(grace).await?;
+        let span = trace::server(context, "Sandbox/StopSandbox", self.sandbox.context());
+        span.run(self.sandbox.stop(grace)).await?;
         Ok(StopSandboxResponse::default())
     }
 

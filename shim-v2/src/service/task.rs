@@ -9,6 +9,7 @@ use crate::error::ShimError;
 use crate::logs::{Sink, Stdio};
 use crate::sandbox::options::SandboxOwner;
 use crate::time;
+use crate::trace;
 use async_trait::async_trait;
 use containerd_shim_protos::api::{
     CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse,
@@ -44,12 +45,14 @@ impl Service {
 impl Task for Service {
     async fn create(
         &self,
-        _: &TtrpcContext,
+        context: &TtrpcContext,
         request: CreateTaskRequest,
     ) -> ttrpc::Result<CreateTaskResponse> {
         let service = self.clone();
-        let pid = self
-            .detached(async move {
+        let span = trace::server(context, "Task/Create", self.sandbox.context());
+        span.set("container.id", &request.id);
+        let pid = span
+            .run(self.detached(async move {
                 if let Some(pid) = service.first_task(&request).await? {
                     return Ok(pid);
                 }
@@ -58,7 +61,7 @@ impl Task for Service {
                 let mut spec = spec::load(Path::new(&request.bundle))?;
                 etc::mount(&sandbox.context().bundle, &mut spec);
                 sandbox.containers().create(&guest, &request, spec).await
-            })
+            }))
             .await?;
         Ok(CreateTaskResponse {
             pid,
@@ -66,14 +69,21 @@ impl Task for Service {
         })
     }
 
-    async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
+    async fn start(
+        &self,
+        context: &TtrpcContext,
+        request: StartRequest,
+    ) -> ttrpc::Result<StartResponse> {
         if let Some(pause) = self.pause_task(&request.id, &request.exec_id) {
             return Ok(StartResponse {
                 pid: pause.start()?,
                 ..Default::default()
             });
         }
-        let pid = self.process(&request.id, &request.exec_id)?.start().await?;
+        let process = self.process(&request.id, &request.exec_id)?;
+        let span = trace::server(context, "Task/Start", self.sandbox.context());
+        span.set("container.id", &request.id);
+        let pid = span.run(process.start()).await?;
         Ok(StartResponse {
             pid,
             ..Default::default()

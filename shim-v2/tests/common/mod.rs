@@ -62,6 +62,7 @@ pub(crate) fn installation() -> Installation {
 
 pub(crate) fn options() -> SandboxOptions {
     SandboxOptions {
+        pod: None,
         vmm: VmmKind::Qemu,
         vcpus: 1,
         memory_mib: 256,

@@ -28,6 +28,7 @@ fn sandbox() -> BoxSnapshot {
         ..Default::default()
     };
     let options = BoxOptions {
+        pod: None,
         id: "p".into(),
         name: "p".into(),
         metadata: record.encoded(),

@@ -194,7 +194,7 @@ async fn run_container(running: &Running, directory: &str, args: &[&str]) -> Res
         .await
         .map_err(|error| with_console(&error))?;
     containers
-        .start(id)
+        .start(id, false)
         .await
         .map_err(|error| with_console(&error))?;
     let request = AttachRequest {

@@ -18,6 +18,7 @@ async fn pause_container_has_the_pods_limits_in_annotations() {
     let spec = spec(json!({
         "ociVersion": "1.0.2", "hostname": "web",
         "annotations": {
+            SANDBOX_NAME: "web-0", SANDBOX_NAMESPACE: "shop", SANDBOX_UID: "u1",
             CONTAINER_TYPE: "sandbox", SANDBOX_MEMORY: "134217728", SANDBOX_QUOTA: "150000", SANDBOX_PERIOD: "100000",
         },
         "linux": {
@@ -34,6 +35,15 @@ async fn pause_container_has_the_pods_limits_in_annotations() {
         .expect("a plan");
     let options = plan.options;
     assert_eq!((options.vcpus, options.memory_mib), (2, 128 + 100));
+    let names = options.pod.expect("names");
+    assert_eq!(
+        (
+            names.namespace.as_str(),
+            names.name.as_str(),
+            names.uid.as_str()
+        ),
+        ("shop", "web-0", "u1")
+    );
     assert_eq!(options.hostname, "web");
     assert_eq!(options.cgroup_parent, "/no-such-kubepods/pod1");
     assert_eq!(options.sysctls.len(), 1);
@@ -76,6 +86,7 @@ async fn spec_without_network_namespace_uses_the_hosts() {
 async fn pod_config_sets_size_cgroup_and_network() {
     let mut pod = PodConfig::new();
     pod.hostname = "web".to_owned();
+    pod.metadata.mut_or_insert_default().name = "web-1".to_owned();
     let linux = pod.linux.mut_or_insert_default();
     linux.cgroup_parent = "kubepods-podX.slice".to_owned();
     linux
