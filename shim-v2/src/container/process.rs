@@ -25,7 +25,7 @@ use containerd_shim_protos::protobuf::MessageField;
 use futures::future::BoxFuture;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
 
 /// Capacity of the task's request channel.
@@ -34,6 +34,9 @@ const REQUEST_CHANNEL_CAPACITY: usize = 32;
 const WAIT_RETRY_DELAY: Duration = Duration::from_millis(200);
 /// Time without progress after which draining a process's output stops; a child may hold the pipe open forever.
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+/// Minimum interval between two TaskOOM events of a container. A guest may report OOM kills without end; one event says as much
+/// to the receivers as many.
+const MIN_OOM_INTERVAL: Duration = Duration::from_secs(1);
 /// Exit status of a process that died with its VM: 128 + SIGKILL.
 const KILLED_EXIT_STATUS: u32 = 137;
 /// Exit status if the real one is unknown; containerd's UnknownExitStatus.
@@ -160,7 +163,7 @@ impl Process {
             pump: None,
             input: None,
             exec_json,
-            oom_published: false,
+            oom: OomLimit::default(),
             close_input: false,
             end: None,
         };
@@ -296,6 +299,26 @@ impl Process {
     }
 }
 
+/// Limits the rate of a container's TaskOOM events.
+#[derive(Debug, Default)]
+struct OomLimit {
+    /// Time of the last event.
+    published: Option<Instant>,
+}
+
+impl OomLimit {
+    /// Returns whether an event may be published now, and then counts it as published.
+    fn allows(&mut self, now: Instant) -> bool {
+        let due = self
+            .published
+            .is_none_or(|last| now.saturating_duration_since(last) >= MIN_OOM_INTERVAL);
+        if due {
+            self.published = Some(now);
+        }
+        due
+    }
+}
+
 struct Task {
     context: Context,
     guest: Guest,
@@ -307,8 +330,7 @@ struct Task {
     pump: Option<LogPump>,
     input: Option<Input>,
     exec_json: Option<Vec<u8>>,
-    /// TaskOOM was published.
-    oom_published: bool,
+    oom: OomLimit,
     /// CloseIO arrived before Start.
     close_input: bool,
     /// Completes after the exit and the end of output.
@@ -616,7 +638,7 @@ impl Task {
     fn ended(&mut self, ended: Ended, oom: bool) {
         let pid = self.state.borrow().pid;
         // An OOM kill is reported by the event stream and by the exit. TaskOOM precedes TaskExit in both cases.
-        if oom && !self.oom_published {
+        if oom && self.oom.published.is_none() {
             self.oom();
         }
         // Published before the state changes, so that a waiter on the state finds the event queued.
@@ -639,7 +661,9 @@ impl Task {
         if !self.config.exec.is_empty() || self.state.borrow().phase == Phase::Stopped {
             return;
         }
-        self.oom_published = true;
+        if !self.oom.allows(Instant::now()) {
+            return;
+        }
         self.context.publisher.publish(&TaskOOM {
             container_id: self.config.container.clone(),
             ..Default::default()
@@ -714,4 +738,17 @@ fn exit_info(exit: &Exit) -> (Ended, bool) {
         at_unix_ns: exit.finished_at_unix_ns,
     };
     (ended, exit.oom_killed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn oom_limit_allows_one_event_per_interval() {
+        let (mut limit, start) = (OomLimit::default(), Instant::now());
+        let step = MIN_OOM_INTERVAL / 100;
+        let allowed = (0..=200).filter(|n| limit.allows(start + step * *n));
+        assert_eq!(allowed.collect::<Vec<_>>(), [0, 100, 200]);
+    }
 }
