@@ -233,7 +233,7 @@ impl ShimController {
         };
         traced_call(
             "Sandbox/CreateSandbox",
-            format!("create the VM of pod sandbox {:?}", self.box_id),
+            "create the VM".to_owned(),
             GUEST_CALL_TIMEOUT,
             |context| self.sandbox.create_sandbox(context, &request),
         )
@@ -253,7 +253,7 @@ impl ShimController {
         };
         traced_call(
             "Sandbox/StartSandbox",
-            format!("boot the VM of pod sandbox {:?}", self.box_id),
+            "boot the VM".to_owned(),
             limit,
             |context| self.sandbox.start_sandbox(context, &request),
         )

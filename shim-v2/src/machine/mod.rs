@@ -27,6 +27,7 @@ use crate::share::mirror::MirrorWatch;
 use crate::shim_state::{STATE_FILE, ShimState, write_atomically};
 use crate::time;
 use crate::trace::GuestCall;
+use crate::vmm::ready::last_output;
 use crate::vmm::work_dir::WorkDirWatch;
 use crate::vmm::{ReadySocket, Supervisor, VmmChild};
 use async_trait::async_trait;
@@ -49,8 +50,6 @@ use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 use vmm_user::UserClaim;
 
-/// Number of console and vmm lines in an error.
-const ERROR_LINES: usize = 30;
 /// File name of the scratch disk.
 const SCRATCH_FILE: &str = "scratch.img";
 /// File name of the pod's network description in the bundle.
@@ -505,7 +504,7 @@ fn one_interface(network: PodNetwork) -> Result<PodNetwork> {
 /// Waits for the end of the VM and describes it.
 async fn exit_of(child: VmmChild) -> String {
     let exit = child.wait().await;
-    format!("{exit}; {}", last_words(&child))
+    format!("{exit}; {}", last_output(&child))
 }
 
 /// The call that initializes a booted guest.
@@ -551,7 +550,7 @@ impl InitCall<'_> {
             response = guest.init(request) => response,
             exit = child.wait() => {
                 call.failed();
-                let reason = format!("{exit} during Guest.Init; {}", last_words(child));
+                let reason = format!("{exit} during Guest.Init; {}", last_output(child));
                 return Err(ShimError::VmGone { reason });
             }
         };
@@ -575,7 +574,7 @@ impl InitCall<'_> {
                     step: "initialize the guest",
                     source: Arc::new(InitError {
                         source: error,
-                        said: last_words(child),
+                        said: last_output(child),
                     }),
                 })
             }
@@ -599,18 +598,6 @@ struct InitError {
     said: String,
     #[source]
     source: boxlite_portal::PortalError,
-}
-
-fn last_words(child: &VmmChild) -> String {
-    let part = |name: &str, lines: Vec<String>| match lines.is_empty() {
-        true => format!("{name}: nothing"),
-        false => format!("{name}: {}", lines.join(" | ")),
-    };
-    format!(
-        "{}; {}",
-        part("vmm", child.stderr_tail(ERROR_LINES)),
-        part("last console lines", child.console_tail(ERROR_LINES))
-    )
 }
 
 /// Returns the path of the scratch disk: in the configured directory, or below the bundle's `work`, which containerd keeps on

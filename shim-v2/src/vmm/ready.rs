@@ -32,15 +32,24 @@ pub enum BootError {
     },
 }
 
+/// Returns the last lines of the guest's console and of the vmm child's standard error for an error's text.
 fn output(console: &[String], stderr: &[String]) -> String {
-    let part = |name: &str, lines: &[String]| match lines.is_empty() {
-        true => format!("{name}: nothing"),
-        false => format!("{name}: {}", lines.join(" | ")),
-    };
-    format!(
-        "{}; {}",
-        part("vmm", stderr),
-        part("last console lines", console)
+    let parts = [("vmm", stderr), ("last console lines", console)];
+    let parts = parts.into_iter().filter(|(_, lines)| !lines.is_empty());
+    let parts: Vec<_> = parts
+        .map(|(name, lines)| format!("{name}: {}", lines.join(" | ")))
+        .collect();
+    match parts.is_empty() {
+        true => "no output".to_owned(),
+        false => parts.join("; "),
+    }
+}
+
+/// Returns the last output of a VM and its vmm child for an error's text.
+pub(crate) fn last_output(child: &VmmChild) -> String {
+    output(
+        &child.console_tail(ERROR_LINES),
+        &child.stderr_tail(ERROR_LINES),
     )
 }
 
@@ -93,5 +102,21 @@ impl ReadySocket {
                 stderr: child.stderr_tail(ERROR_LINES),
             }),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn output_names_only_parts_with_lines() {
+        let lines = |text: &str| text.split(' ').map(str::to_owned).collect::<Vec<_>>();
+        assert_eq!(output(&[], &[]), "no output");
+        assert_eq!(output(&lines("a b"), &[]), "last console lines: a | b");
+        assert_eq!(
+            output(&lines("a"), &lines("x y")),
+            "vmm: x | y; last console lines: a"
+        );
     }
 }
