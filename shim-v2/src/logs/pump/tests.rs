@@ -93,6 +93,8 @@ struct Disk {
     /// One entry per write: number of bytes written, 0 for ENOSPC.
     script: Mutex<VecDeque<usize>>,
     full: std::sync::atomic::AtomicBool,
+    /// Size of the largest write.
+    largest_write: std::sync::atomic::AtomicUsize,
 }
 
 struct DiskFile {
@@ -102,6 +104,9 @@ struct DiskFile {
 
 impl LogFile for DiskFile {
     fn append(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.disk
+            .largest_write
+            .fetch_max(bytes.len(), Ordering::Relaxed);
         let next = self.disk.script.lock().expect("unpoisoned").pop_front();
         let count = match next {
             _ if self.disk.full.load(Ordering::Relaxed) => 0,
@@ -276,6 +281,25 @@ async fn full_disk_blocks_guest_until_rotation() {
     for file in setup.disk.files.lock().expect("unpoisoned").iter() {
         parse(file);
     }
+}
+
+/// Empty lines grow most when they are formatted; a reopen writes the whole queue.
+#[tokio::test]
+async fn flood_of_empty_lines_is_written_in_small_parts() {
+    let lines = vec![b'\n'; 32 << 10];
+    let chunks = vec![(OutputStream::Stdout, lines); 8];
+    let setup = setup(chunks, vec![], vec![]);
+    reopen(&setup.pump).await;
+    assert!(
+        setup
+            .pump
+            .watch_drained()
+            .within(Duration::from_secs(10))
+            .await
+    );
+    check(&setup);
+    let largest = setup.disk.largest_write.load(Ordering::Relaxed);
+    assert!((1 << 20..4 << 20).contains(&largest), "{largest} bytes");
 }
 
 #[tokio::test]

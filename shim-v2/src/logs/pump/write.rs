@@ -1,7 +1,7 @@
 //! [`Writer`]: the task of a pump that formats and writes output.
 //!
-//! It handles one batch at a time: it formats the queued chunks into one buffer, writes the buffer on a blocking thread, and
-//! then releases the offset for acknowledgement. A stalled disk blocks only this task.
+//! It handles one batch at a time: it formats the queued chunks into one buffer, writes the buffer on a blocking thread whenever
+//! it is large, and then releases the offset for acknowledgement. A stalled disk blocks only this task.
 
 use super::super::cri::Formatter;
 use super::super::program::Program;
@@ -19,6 +19,8 @@ use tokio_util::sync::CancellationToken;
 
 /// Size of a batch, large enough that the cost of a write is dominated by the copy.
 const BATCH_BYTES: usize = 1 << 20;
+/// Size from which formatted records are written. A record of CRI format is up to 41 times as large as its line.
+const FLUSH_BYTES: usize = 1 << 20;
 /// Initial delay after a failed write; doubled up to [`MAX_RETRY_DELAY`].
 const MIN_RETRY_DELAY: Duration = Duration::from_millis(50);
 /// Maximum delay between write attempts, and so the delay until a disk with free space again is used.
@@ -143,6 +145,7 @@ impl Writer {
                 clock,
             } => {
                 let stamp = clock.stamp();
+                let mut written = true;
                 for QueuedChunk { chunk, .. } in batch.iter() {
                     formatter.push(
                         chunk.stream,
@@ -151,13 +154,20 @@ impl Writer {
                         &stamp,
                         &mut file.buffer,
                     );
+                    if written && file.buffer.len() >= FLUSH_BYTES {
+                        written = file
+                            .flush(&mut self.commands, &self.progress, &self.give_up)
+                            .await;
+                    }
                 }
                 if last {
                     formatter.finish(&stamp, &mut file.buffer);
                 }
                 written_offset = Some(formatter.written_offset());
-                file.flush(&mut self.commands, &self.progress, &self.give_up)
-                    .await
+                written
+                    && file
+                        .flush(&mut self.commands, &self.progress, &self.give_up)
+                        .await
             }
             Output::Raw(file) => {
                 for QueuedChunk { chunk, .. } in batch.iter() {
