@@ -24,7 +24,7 @@ use oci_spec::runtime::Spec;
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Exit code of a container whose start failed, as in containerd.
 const START_ERROR_EXIT_CODE: i32 = 128;
@@ -286,7 +286,7 @@ impl LiteBox {
         if !grace.is_zero() {
             // The delivery is part of the grace period: a guest that does not answer must not extend it.
             let delivered = async {
-                self.signal(id, signal, false).await;
+                let _logged = self.signal(id, signal, false).await;
                 std::future::pending::<()>().await;
             };
             let ended = async {
@@ -303,40 +303,49 @@ impl LiteBox {
     }
 
     async fn kill_and_wait(&self, id: &str) -> Result<()> {
+        let began = Instant::now();
         let ended = self.ended(id);
         tokio::pin!(ended);
         let delivered = self.signal(id, SIGKILL, true);
-        tokio::select! {
+        let delivered = tokio::select! {
             () = &mut ended => return Ok(()),
             delivered = tokio::time::timeout(DELIVERY_TIMEOUT, delivered) => {
                 delivered.map_err(|_| RuntimeError::Deadline {
                     detail: format!("the guest did not answer to SIGKILL for container {id:?}"),
                     limit: DELIVERY_TIMEOUT,
-                })?;
+                })?
             }
+        };
+        // A guest that refuses to signal is treated as one that does not answer: only an exit of another cause can follow.
+        let limit = match &delivered {
+            Ok(()) => KILL_TIMEOUT,
+            Err(_) => DELIVERY_TIMEOUT.saturating_sub(began.elapsed()),
+        };
+        if tokio::time::timeout(limit, ended).await.is_ok() {
+            return Ok(());
         }
-        tokio::time::timeout(KILL_TIMEOUT, ended)
-            .await
-            .map_err(|_| RuntimeError::Deadline {
-                detail: format!("container {id:?} did not exit after SIGKILL"),
-                limit: KILL_TIMEOUT,
-            })
+        delivered?;
+        Err(RuntimeError::Deadline {
+            detail: format!("container {id:?} did not exit after SIGKILL"),
+            limit,
+        })
     }
 
-    /// Sends a signal. A failure is only logged, because the wait that follows detects a container that keeps running.
-    async fn signal(&self, id: &str, signal: i32, all: bool) {
+    /// Sends a signal. A failure is logged, because the wait that follows detects a container that keeps running.
+    async fn signal(&self, id: &str, signal: i32, all: bool) -> Result<()> {
         let result = match self.running() {
             Ok(running) => running.shim.kill_task(id, signal, all).await,
             Err(error) => Err(error),
         };
-        if let Err(error) = result {
+        if let Err(error) = &result {
             tracing::debug!(
                 id,
                 signal,
-                error = report(&error),
+                error = report(error),
                 "failed to deliver signal"
             );
         }
+        result
     }
 
     /// Waits until the container is not running or is removed.
