@@ -16,6 +16,8 @@ pub(crate) struct Install {
     pub shim: PathBuf,
     /// Guest agent.
     pub guest: PathBuf,
+    /// Agent that attacks its host, beside the other one. Built by `make build` only.
+    pub hostile_agent: PathBuf,
     /// Library with the guest kernel.
     pub libkrunfw: PathBuf,
     /// QEMU.
@@ -58,6 +60,7 @@ impl Install {
             daemon: bin.join("boxlite-cri"),
             shim: bin.join("containerd-shim-boxlite-v2"),
             guest: env("BOXLITE_GUEST").unwrap_or_else(|| bin.join("..").join(guest)),
+            hostile_agent: PathBuf::new(),
             libkrunfw: env("BOXLITE_LIBKRUNFW").unwrap_or_else(|| cache.join("lib/libkrunfw.so.5")),
             qemu: env("BOXLITE_QEMU").unwrap_or_else(|| "/usr/bin/qemu-system-x86_64".into()),
             virtiofsd: cache.join("tools/bin/virtiofsd"),
@@ -84,8 +87,10 @@ impl Install {
                 bail!("{} not found: run `make build`", path.display());
             }
         }
+        let guest = install.guest.canonicalize()?;
         Ok(Self {
-            guest: install.guest.canonicalize()?,
+            hostile_agent: guest.with_file_name("boxlite-hostile-agent"),
+            guest,
             ..install
         })
     }

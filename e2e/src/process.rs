@@ -31,17 +31,21 @@ pub(crate) fn pids(words: &[&str]) -> Result<Vec<i32>> {
     Ok(found)
 }
 
+fn parent(pid: i32) -> Option<i32> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()
+}
+
+/// Returns the pids of the shims that name `word`, without the processes of the same program that they started.
+pub(crate) fn shims(word: &str) -> Result<Vec<i32>> {
+    let all = pids(&["containerd-shim", word])?;
+    let is_first = |&pid: &i32| parent(pid).is_none_or(|parent| !all.contains(&parent));
+    Ok(all.iter().copied().filter(is_first).collect())
+}
+
 /// Returns the pids of a pod's shim and its descendants.
 pub(crate) fn family(id: &str) -> Result<(i32, Vec<i32>)> {
-    let shims = pids(&["containerd-shim", id])?;
-    let parent = |pid: i32| -> Option<i32> {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()
-    };
-    let Some(&shim) = shims
-        .iter()
-        .find(|&&p| parent(p).is_none_or(|pp| !shims.contains(&pp)))
-    else {
+    let Some(&shim) = shims(id)?.first() else {
         bail!("no shim process names the pod {}", id)
     };
     let mut below = vec![shim];
@@ -75,6 +79,14 @@ pub(crate) fn rss(pid: i32) -> u64 {
         .nth(1)
         .and_then(|n| n.parse().ok())
         .unwrap_or_default()
+}
+
+/// Returns the largest resident memory that a process has had, in bytes; 0 if it has ended.
+pub(crate) fn peak(pid: i32) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+    kib.unwrap_or_default() << 10
 }
 
 /// Returns the proportional set size in KiB.

@@ -8,6 +8,7 @@ mod cni;
 mod coherence;
 mod crash;
 mod exec;
+mod hostile_agent;
 mod hostile_guest;
 mod images;
 mod kubelet;
@@ -79,6 +80,7 @@ pub(crate) fn all() -> Vec<Case> {
         mount_export::cases(),
         security::cases(),
         hostile_guest::cases(),
+        hostile_agent::cases(),
         nri::cases(),
         images::cases(),
         odd_images::cases(),

@@ -71,6 +71,8 @@ const WORKSPACE: [(&str, Allowed); 14] = [
     ("installer", &[("boxlite-sys", &[])]),
     // Helpers only: the tests have their own view of every wire format.
     ("e2e", &[("boxlite-sys", &[])]),
+    // Its services are those of the guest protocol.
+    ("e2e/hostile-agent", &[("boxlite-proto", &[])]),
 ];
 
 /// Features of `runtime` that only dev-dependencies may enable: programs must not contain them.
