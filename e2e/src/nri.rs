@@ -20,6 +20,8 @@ use tokio::net::UnixStream;
 /// Connection id of the plugin service in the multiplexer.
 const PLUGIN: u32 = 1;
 const RUNTIME: u32 = 2;
+/// Bytes that are no frame: a length beyond every limit.
+pub(crate) const NOISE: [u8; 64] = [0xff; 64];
 /// Time limit for registration and synchronization.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -220,6 +222,10 @@ pub(crate) enum Reply {
     Refuse(&'static str),
     /// Never answer.
     Hang,
+    /// Answer with bytes that are no message.
+    Noise,
+    /// Send half an answer and disconnect.
+    Vanish,
     /// Adjust the container.
     Adjust(Adjust),
 }
@@ -389,6 +395,15 @@ async fn serve(mut stream: UnixStream, seen: &Mutex<Recorded>, script: &Script<'
         let reply = handle(&request, seen, script)?;
         let response = match reply {
             Reply::Hang => continue,
+            Reply::Noise => {
+                stream.write_all(&NOISE).await?;
+                continue;
+            }
+            Reply::Vanish => {
+                let answer = frame(PLUGIN, id, 2, &Response::default().encode_to_vec())?;
+                stream.write_all(&answer[..answer.len() / 2]).await?;
+                return Ok(());
+            }
             Reply::Fine => Response::default(),
             Reply::Refuse(words) => Response {
                 status: Some(Status {
@@ -454,6 +469,12 @@ async fn send(
     kind: u8,
     payload: &[u8],
 ) -> Result {
+    let bytes = frame(connection, id, kind, payload)?;
+    Ok(stream.write_all(&bytes).await?)
+}
+
+/// Returns a frame of the multiplexer with one ttrpc message.
+fn frame(connection: u32, id: u32, kind: u8, payload: &[u8]) -> Result<Vec<u8>> {
     let length = u32::try_from(payload.len())?;
     let mut bytes = Vec::new();
     bytes.extend(connection.to_be_bytes());
@@ -462,6 +483,5 @@ async fn send(
     bytes.extend(id.to_be_bytes());
     bytes.extend([kind, 0]);
     bytes.extend(payload);
-    stream.write_all(&bytes).await?;
-    Ok(())
+    Ok(bytes)
 }

@@ -1,10 +1,10 @@
 //! NRI plugins: order and content of events, refusals, adjustments, hanging plugins, and plugins launched by the daemon.
 
 use crate::case;
-use crate::failure::{Failure, Result};
+use crate::failure::{During, Failure, Result};
 use crate::nri::{
-    Adjust, Hook, Hooks, Linux, Memory, Mount, Number, Pair, Plugin, Reply, Resources, Rlimit,
-    install,
+    Adjust, Hook, Hooks, Linux, Memory, Mount, NOISE, Number, Pair, Plugin, Reply, Resources,
+    Rlimit, install,
 };
 use crate::pod::{Pod, pull};
 use crate::process::kill;
@@ -13,12 +13,20 @@ use crate::{ensure, poll, same};
 use k8s_cri::v1::PodSandboxFilter;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+
+/// Maximum size of a message of NRI.
+const MAX_MESSAGE_BYTES: usize = 4 << 20;
+/// Time in which a plugin has to register, by default.
+const REGISTRATION_TIMEOUT: Duration = Duration::from_secs(5);
 
 pub(crate) fn cases() -> Vec<Case> {
     vec![
         case!(events_arrive_in_order_and_adjustments_apply, 60),
         case!(network_namespace_is_passed_to_plugins, 60),
         case!(refusals_leave_nothing_behind, 90),
+        case!(hostile_plugins_are_disconnected, 60),
         case!(launched_plugins_are_synchronized_and_reaped, 120),
     ]
 }
@@ -223,6 +231,57 @@ async fn refusals_leave_nothing_behind(ctx: Context) -> Result {
         0,
         "exit code"
     );
+    pod.end().await
+}
+
+/// Fails unless the daemon closes the connection in time.
+async fn closed(mut stream: UnixStream, limit: Duration) -> Result {
+    let mut received = Vec::new();
+    let read = tokio::time::timeout(limit, stream.read_to_end(&mut received)).await;
+    // A reset, if the daemon has not read everything.
+    drop(read.during("the connection is closed")?);
+    Ok(())
+}
+
+async fn hostile_plugins_are_disconnected(ctx: Context) -> Result {
+    let socket = socket(&ctx);
+    let silent = UnixStream::connect(&socket).await?;
+    let mut noise = UnixStream::connect(&socket).await?;
+    noise.write_all(&NOISE).await?;
+    let pod = Pod::run(&ctx.node, "nri").await?;
+    let huge = Adjust {
+        env: vec![Pair {
+            key: "HUGE".into(),
+            value: "x".repeat(MAX_MESSAGE_BYTES),
+        }],
+        ..Default::default()
+    };
+    let replies = [
+        ("noise", Reply::Noise),
+        ("vanish", Reply::Vanish),
+        ("huge", Reply::Adjust(huge)),
+    ];
+    for (name, reply) in replies {
+        let plugin = Plugin::join(&socket, "10", name, move |event| match event {
+            "CreateContainer" => reply.clone(),
+            _ => Reply::Fine,
+        })
+        .await?;
+        let begun = Instant::now();
+        let argv = ["sh", "-c", "echo env=$HUGE"];
+        let container = pod.start(name, &ctx.images.base, &argv).await;
+        let container = container.during(name)?;
+        let took = begun.elapsed();
+        ensure!(took < ctx.patience(10), "{name}: {took:?}");
+        container.printed("env=", ctx.patience(20)).await?;
+        same!(
+            plugin.events(&[&container.id]),
+            ["CreateContainer"],
+            "{name}: events of a disconnected plugin"
+        );
+    }
+    closed(noise, ctx.patience(5)).await?;
+    closed(silent, REGISTRATION_TIMEOUT + ctx.patience(5)).await?;
     pod.end().await
 }
 
