@@ -7,6 +7,7 @@ mod clients;
 mod cni;
 mod coherence;
 mod crash;
+mod damage;
 mod exec;
 mod hostile_agent;
 mod hostile_guest;
@@ -83,6 +84,7 @@ pub(crate) fn all() -> Vec<Case> {
         hostile_agent::cases(),
         nri::cases(),
         images::cases(),
+        damage::cases(),
         odd_images::cases(),
         trees::cases(),
         observe::cases(),
