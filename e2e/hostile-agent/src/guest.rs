@@ -1,7 +1,7 @@
 //! The `Guest` service: sets nothing up and claims that it did.
 
 use crate::attack::{Attack, Containers};
-use crate::container::impossible;
+use crate::container::{impossible, steps};
 use boxlite_proto::boxlite::v1::guest_server::Guest;
 use boxlite_proto::boxlite::v1::*;
 use futures::StreamExt;
@@ -33,6 +33,7 @@ impl Guest for GuestService {
             kernel_release: "6.12\nlevel=error msg=\"forged line\"\u{1b}[2J".to_owned(),
             agent_version: "../../../etc/passwd".to_owned(),
             devices: vec!["x".repeat(DEVICES); DEVICES],
+            steps: steps(),
         }))
     }
 
