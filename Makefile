@@ -223,7 +223,7 @@ test-dist: dist
 image: build
 	@e2e/scripts/image "$(TARGET)/image"
 
-# The chart: helm lint, golden files and schema. chart-update writes the README and the golden files.
+# The chart: helm lint, golden files, schema and alerts. chart-update writes the README and the golden files.
 chart:
 	@e2e/scripts/chart
 

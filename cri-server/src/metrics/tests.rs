@@ -2,9 +2,12 @@
 
 use super::*;
 use boxlite_proto::cri::v1::{PodSandboxConfig, PodSandboxMetadata};
+use boxlite_runtime::pool::{PoolCounters, PoolStatus, Removal, Shape};
 use boxlite_runtime::{
-    BoxMetricsSnapshot, BoxOptions, BoxState, RuntimeMetricsSnapshot, StageTimers,
+    BoxMetricsSnapshot, BoxOptions, BoxState, ContainerSnapshot, ContainerState,
+    RuntimeMetricsSnapshot, StageTimers,
 };
+use std::collections::{BTreeMap, BTreeSet};
 
 fn pod() -> BoxSnapshot {
     let config = PodSandboxConfig {
@@ -70,18 +73,12 @@ fn the_page_has_labels_totals_and_stages() {
     }
 }
 
-#[test]
-fn the_page_has_the_pool_only_if_it_is_on() {
-    use boxlite_runtime::pool::{PoolCounters, PoolStatus, Removal, Shape};
-    let metrics = Metrics::new().unwrap();
-    let totals = RuntimeMetricsSnapshot::default();
-    let page = |pool| page::render(&metrics.registry, &totals, &[], &[], 0, pool).unwrap();
-    assert!(!page(None).contains("boxlite_pool"));
+fn pool() -> PoolStatus {
     let shape = Shape {
         vcpus: 1,
         memory_mib: 256,
     };
-    let status = PoolStatus {
+    PoolStatus {
         size: 3,
         warm: vec![(shape, Duration::from_secs(9)), (shape, Duration::ZERO)],
         filling: true,
@@ -96,8 +93,16 @@ fn the_page_has_the_pool_only_if_it_is_on() {
             failed_fills: 4,
             removals: [(Removal::Pressure, 6)].into(),
         },
-    };
-    let page = page(Some(&status));
+    }
+}
+
+#[test]
+fn the_page_has_the_pool_only_if_it_is_on() {
+    let metrics = Metrics::new().unwrap();
+    let totals = RuntimeMetricsSnapshot::default();
+    let page = |pool| page::render(&metrics.registry, &totals, &[], &[], 0, pool).unwrap();
+    assert!(!page(None).contains("boxlite_pool"));
+    let page = page(Some(&pool()));
     for line in [
         "boxlite_pool_size 3",
         "boxlite_pool_warm_vms 2",
@@ -117,4 +122,112 @@ fn the_page_has_the_pool_only_if_it_is_on() {
             "{line} is not in\n{page}"
         );
     }
+}
+
+/// Returns a page with every metric.
+fn whole_page() -> String {
+    let metrics = Metrics::new().unwrap();
+    metrics.started(&pod());
+    metrics.rpc().observe("Version", Code::Ok, Duration::ZERO);
+    let container = ContainerSnapshot {
+        id: "c".into(),
+        box_id: "ab".into(),
+        name: "c".into(),
+        image_id: "i".into(),
+        image_volumes: Vec::new(),
+        state: ContainerState::Running,
+        created_at_ns: 1,
+        started_at_ns: 2,
+        finished_at_ns: 0,
+        exit_code: 0,
+        reason: String::new(),
+        message: String::new(),
+        metadata: Vec::new(),
+        log_path: None,
+        tty: false,
+        stdin: false,
+        stdin_once: false,
+        user: None,
+    };
+    page::render(
+        &metrics.registry,
+        &RuntimeMetricsSnapshot::default(),
+        &[pod()],
+        &[container],
+        0,
+        Some(&pool()),
+    )
+    .unwrap()
+}
+
+/// Returns the names of labels of a selector or sample.
+fn label_names(labels: &str) -> BTreeSet<String> {
+    let names = labels.split(',').filter_map(|label| {
+        let (name, _) = label.split_once('=')?;
+        Some(name.trim_end_matches('!').trim().to_owned())
+    });
+    names.collect()
+}
+
+#[test]
+fn dashboard_and_rules_name_exported_metrics() {
+    let page = whole_page();
+    let mut exported: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
+    for line in page.lines() {
+        if let Some(family) = line.strip_prefix("# TYPE ") {
+            // Texts name a histogram without the suffixes of its samples.
+            let name = family.split(' ').next().unwrap_or_default();
+            exported.entry(name).or_default();
+        }
+        if line.starts_with('#') {
+            continue;
+        }
+        let name = line.split(['{', ' ']).next().unwrap_or_default();
+        let labels = line.split(['{', '}']).nth(1).unwrap_or_default();
+        exported.insert(name, label_names(labels));
+    }
+    for file in ["dashboard.json", "rules.yaml"] {
+        let path = format!(
+            "{}/../charts/boxlite/files/{file}",
+            env!("CARGO_MANIFEST_DIR")
+        );
+        let text = std::fs::read_to_string(path).unwrap();
+        let mut selectors = 0;
+        for (at, _) in text.match_indices("boxlite_") {
+            let rest = &text[at..];
+            let is_end = |c: char| !c.is_ascii_alphanumeric() && c != '_';
+            let (name, rest) = rest.split_at(rest.find(is_end).unwrap_or(rest.len()));
+            let Some(labels) = exported.get(name) else {
+                panic!("{file} has {name}, which the daemon does not export");
+            };
+            let Some((selector, _)) = rest.strip_prefix('{').and_then(|r| r.split_once('}')) else {
+                continue;
+            };
+            selectors += 1;
+            for label in label_names(selector) {
+                let of_target = ["job", "instance"].contains(&label.as_str());
+                assert!(
+                    of_target || labels.contains(&label),
+                    "{file}: {name} has no label {label}"
+                );
+            }
+        }
+        assert!(selectors > 5, "{file} has {selectors} selectors");
+    }
+}
+
+#[test]
+fn documentation_has_every_exported_metric() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/metrics.md");
+    let documentation = std::fs::read_to_string(path).unwrap();
+    let page = whole_page();
+    let families = page.lines().filter_map(|line| line.strip_prefix("# TYPE "));
+    let mut count = 0;
+    for family in families {
+        let name = family.split(' ').next().unwrap_or_default();
+        let row = format!("| `{name}`");
+        assert!(documentation.contains(&row), "docs/metrics.md lacks {name}");
+        count += 1;
+    }
+    assert!(count > 20, "{count} families");
 }
