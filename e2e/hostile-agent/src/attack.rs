@@ -15,7 +15,7 @@ pub(crate) enum Attack {
     Events,
     /// Exits at once, with impossible values, and goes on as if it had not.
     Exits,
-    /// Output of the container, as fast as the host reads it.
+    /// Empty lines as output of the container, as fast as the host reads them.
     Logs,
     /// Long lists of exported mounts with paths that lead out of the volume.
     Mounts,
@@ -27,7 +27,7 @@ pub(crate) enum Attack {
     Stats,
     /// Errors with long texts in answer to each call.
     Errors,
-    /// Answers no call.
+    /// Answers no call but List, for which CreateContainer waits.
     Hang,
     /// None.
     Obey,
@@ -59,6 +59,8 @@ pub(crate) struct Container {
     pub attack: Attack,
     /// Third word of its command: an id that is not this pod's.
     pub foreign: String,
+    /// Fourth word of its command: number of lines in its output.
+    pub lines: u64,
     /// Its volume at [`VOLUME`], as a path below the share.
     pub volume: String,
     /// True after Start.
@@ -80,6 +82,7 @@ impl Container {
             id: id.to_owned(),
             attack: Attack::named(word(1)),
             foreign: word(2).to_owned(),
+            lines: word(3).parse().unwrap_or(0),
             volume: volume.unwrap_or_default().trim_matches('/').to_owned(),
             started: false,
             killed: false,

@@ -14,8 +14,6 @@ const MAX_TRAILER_BYTES: i64 = 64;
 pub(crate) enum Boot {
     /// Never reports readiness.
     Silent,
-    /// Reports readiness and accepts connections, but sends nothing.
-    Mute,
     /// Reports readiness and sends noise on each connection without end.
     Noise,
     /// Reports readiness and opens each HTTP/2 connection correctly, then sends pings without end.
@@ -29,7 +27,6 @@ impl Boot {
     pub(crate) fn of_this_program() -> Self {
         match trailer().as_deref() {
             Some("silent") => Self::Silent,
-            Some("mute") => Self::Mute,
             Some("noise") => Self::Noise,
             Some("pings") => Self::Pings,
             _ => Self::Serve,

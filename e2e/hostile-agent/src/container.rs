@@ -195,7 +195,10 @@ impl Container for ContainerService {
         &self,
         request: Request<ContainerListRequest>,
     ) -> Result<Response<ContainerListResponse>, Status> {
-        self.obstruct(&request.into_inner().container_id).await?;
+        let id = request.into_inner().container_id;
+        if self.0.attack(&id) != Attack::Hang {
+            self.obstruct(&id).await?;
+        }
         let info = |container_id| ContainerInfo {
             container_id,
             state: ContainerState::Running.into(),

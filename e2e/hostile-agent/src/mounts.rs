@@ -28,21 +28,26 @@ impl Mounts for MountsService {
         &self,
         _: Request<Streaming<WatchExportsRequest>>,
     ) -> Result<Response<Self::WatchExportsStream>, Status> {
-        let lists = stream::unfold((Arc::clone(&self.0), 0_u64), |(containers, n)| async move {
+        let state = (Arc::clone(&self.0), 0_u64, false);
+        let lists = stream::unfold(state, |(containers, n, mut trapped)| async move {
             let attacker = containers
                 .wait(|c| {
-                    c.started && (c.attack == Attack::Mounts || c.attack == Attack::Fuse && n == 0)
+                    c.started
+                        && (c.attack == Attack::Mounts || c.attack == Attack::Fuse && !trapped)
                 })
                 .await;
             let mounts = match attacker.attack {
-                Attack::Fuse => vec![trap(&attacker)],
+                Attack::Fuse => {
+                    trapped = true;
+                    vec![trap(&attacker)]
+                }
                 _ => (0..ENTRIES).map(|e| escape(&attacker, n + e)).collect(),
             };
             let list = WatchExportsResponse {
                 generation: n.wrapping_mul(0x9e37_79b9_7f4a_7c15),
                 mounts,
             };
-            Some((Ok(list), (containers, n + 1)))
+            Some((Ok(list), (containers, n + 1, trapped)))
         });
         Ok(Response::new(lists.boxed()))
     }

@@ -75,7 +75,7 @@ async fn attack(boot: Boot, mut stream: VsockStream) {
     let (once, again): (&[u8], Vec<u8>) = match boot {
         Boot::Noise => (&[], noise),
         Boot::Pings => (SETTINGS, PING.repeat(4096)),
-        Boot::Silent | Boot::Mute | Boot::Serve => return std::future::pending().await,
+        Boot::Silent | Boot::Serve => return std::future::pending().await,
     };
     let mut sent = stream.write_all(once).await;
     // Nothing is read: answers of the host pile up at its end.
