@@ -25,7 +25,7 @@ export ROOT_TESTS := $(if $(filter 0,$(shell id -u)),--features boxlite-erofs/ro
 AGENT_MAX_BYTES := 8140000
 
 .PHONY: all tools kernel build demo install clean help
-.PHONY: test unit fuzz kills lint deny advisories fmt agent-size e2e-qemu e2e-krun
+.PHONY: test unit fuzz kills test-collectors lint deny advisories fmt agent-size e2e-qemu e2e-krun
 .PHONY: conformance conformance-krun conformance-containerd conformance-containerd-suite test-containerd
 .PHONY: cluster test-cluster test-agents conformance-cluster bench-cluster bench bench-work bench-memory bench-peers bench-churn bench-density
 .PHONY: dist test-dist image chart chart-update test-chart test-host-pods
@@ -39,6 +39,7 @@ help:
 	@echo "make advisories              security advisories for dependencies, from the RustSec database on GitHub"
 	@echo "make unit                    unit and property tests"
 	@echo "make kills KILLS=1000        kill -9 of the daemon at random moments of a pod's start, 3 s each; leaks fail it"
+	@echo "make test-collectors         traces through the OpenTelemetry Collector, the dashboard's queries in Prometheus"
 	@echo "make fuzz                    mutated inputs for every parser of untrusted data (FUZZ_SECONDS=25 for each)"
 	@echo "make conformance             critest, the conformance suite of CRI runtimes (docs/conformance.md)"
 	@echo "make test-containerd         the shim under containerd 1.6 and 2.x"
@@ -94,6 +95,15 @@ e2e-krun: build
 # Opt-in: kills the daemon KILLS times at random moments of a pod's start, and looks for leaks after each.
 kills: build
 	@BOXLITE_E2E_KILLS=$(or $(KILLS),1000) $(BIN)/boxlite-e2e test --backend qemu --filter killed_daemon_at_random
+
+# Opt-in: the trace of a pod's start through the OpenTelemetry Collector, which prints it to $(CACHE)/otelcol/otelcol.log, and the
+# queries of the chart's dashboard and alerts in Prometheus.
+test-collectors: export BOXLITE_E2E_OTELCOL = $(CACHE)/otelcol/otelcol
+test-collectors: export BOXLITE_E2E_PROMETHEUS = $(CACHE)/prometheus
+test-collectors: build
+	@e2e/scripts/otelcol >/dev/null
+	@e2e/scripts/promtool >/dev/null
+	@$(BIN)/boxlite-e2e test --backend qemu --filter collectors::
 
 # critest on QEMU, three times. For one run of some specs: make conformance CRITEST="--transport spdy --focus Networking"
 conformance: build

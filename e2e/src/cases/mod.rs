@@ -6,6 +6,7 @@ mod blocks;
 mod clients;
 mod cni;
 mod coherence;
+mod collectors;
 mod crash;
 mod damage;
 mod exec;
@@ -89,6 +90,7 @@ pub(crate) fn all() -> Vec<Case> {
         trees::cases(),
         observe::cases(),
         traces::cases(),
+        collectors::cases(),
         operator::cases(),
         resources::cases(),
         clients::cases(),

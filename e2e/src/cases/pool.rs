@@ -44,7 +44,7 @@ async fn node(ctx: &Context, name: &str, pool: &str) -> Result<Arc<Node>> {
 }
 
 /// Returns the value of a line of the metrics page; 0 without one.
-async fn metric(node: &Node, name: &str) -> Result<u64> {
+pub(super) async fn metric(node: &Node, name: &str) -> Result<u64> {
     let page = node.metrics_page().await?;
     let line = page.lines().find_map(|line| line.strip_prefix(name));
     Ok(line.map_or(Ok(0), |value| value.trim().parse())?)
@@ -63,7 +63,7 @@ fn marked(node: &Node) -> Result<BTreeSet<String>> {
 }
 
 /// Waits until `count` VMs wait and no other is being made or removed. Returns their ids.
-async fn waiting(ctx: &Context, node: &Node, count: usize) -> Result<BTreeSet<String>> {
+pub(super) async fn waiting(ctx: &Context, node: &Node, count: usize) -> Result<BTreeSet<String>> {
     poll::until("warm VMs wait", ctx.patience(60), || async {
         let warm = metric(node, "boxlite_pool_warm_vms").await?;
         ensure!(warm == count as u64, "{warm} instead of {count}");

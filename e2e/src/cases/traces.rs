@@ -70,10 +70,15 @@ boxlite-cri: StartContainer (server)
         boxlite-guest: guest container start
 ";
 
-/// Starts a node that exports traces.
-async fn serve(node: &Node, endpoint: &str, variables: &[(&str, &str)]) -> Result {
+/// Starts a node that exports traces within [`EXPORT_DELAY`].
+pub(super) async fn serve(node: &Node, endpoint: &str) -> Result {
+    serve_with(node, endpoint, &[]).await
+}
+
+async fn serve_with(node: &Node, endpoint: &str, variables: &[(&str, &str)]) -> Result {
     let start = node.serve_with(|command| {
         command.env("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint);
+        command.envs([EXPORT_DELAY]);
         command.envs(variables.iter().copied());
     });
     start.await
@@ -90,31 +95,37 @@ fn traced<T>(message: T) -> Result<tonic::Request<T>> {
 async fn pod_start_is_one_trace_of_all_processes(ctx: Context) -> Result {
     let collector = Collector::start()?;
     let node = ctx.unstarted_node("traces")?;
-    serve(&node, &collector.endpoint, &[EXPORT_DELAY]).await?;
+    serve(&node, &collector.endpoint).await?;
     pull(&node, &ctx.images.base).await?;
     let begin = nanoseconds(SystemTime::now())?;
     let pod = start_pod(&node, &ctx.images.base).await?;
     let end = nanoseconds(SystemTime::now())?;
 
-    let id = hex::decode(TRACE)?;
-    let spans = poll::until("the trace is complete", ctx.patience(20), || async {
-        let spans = collector.spans(&id);
-        let tree = format!("\n{}", tree(&spans, SPAN, 0));
-        ensure!(tree == TREE, "{tree}");
-        Ok(spans)
-    })
-    .await?;
+    let spans = whole_trace(&ctx, &collector).await?;
     check_times(&spans, (begin, end))?;
     check_attributes(&spans, &pod)?;
 
     // These calls come without a parent: each begins a trace.
     pod.end().await?;
-    same!(collector.spans(&id).len(), spans.len(), "spans at the end");
+    let at_end = collector.spans(&hex::decode(TRACE)?).len();
+    same!(at_end, spans.len(), "spans at the end");
     node.terminate().await
 }
 
+/// Returns the spans of the kubelet's trace when they form [`TREE`].
+pub(super) async fn whole_trace(ctx: &Context, collector: &Collector) -> Result<Vec<ExportedSpan>> {
+    let id = hex::decode(TRACE)?;
+    poll::until("the trace is complete", ctx.patience(20), || async {
+        let spans = collector.spans(&id);
+        let tree = format!("\n{}", tree(&spans, SPAN, 0));
+        ensure!(tree == TREE, "{tree}");
+        Ok(spans)
+    })
+    .await
+}
+
 /// Starts a pod with a container, all by one span of a kubelet.
-async fn start_pod(node: &Arc<Node>, image: &str) -> Result<Pod> {
+pub(super) async fn start_pod(node: &Arc<Node>, image: &str) -> Result<Pod> {
     let config = pod_spec(node, "traced");
     std::fs::create_dir_all(&config.log_directory)?;
     let mut runtime = node.cri.runtime();
@@ -205,7 +216,7 @@ fn check_times(spans: &[ExportedSpan], whole: (u64, u64)) -> Result {
 }
 
 /// Checks the names of processes and of the pod, and that the trace has nothing of the container's configuration.
-fn check_attributes(spans: &[ExportedSpan], pod: &Pod) -> Result {
+pub(super) fn check_attributes(spans: &[ExportedSpan], pod: &Pod) -> Result {
     let services: BTreeMap<&str, &str> = spans
         .iter()
         .map(|exported| (exported.tracer.as_str(), exported.service.as_str()))
@@ -242,12 +253,8 @@ async fn silent_collector_delays_no_call(ctx: Context) -> Result {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let endpoint = format!("http://{}", listener.local_addr()?);
     let node = ctx.unstarted_node("tsilent")?;
-    let variables = [
-        EXPORT_DELAY,
-        ENDLESS_EXPORT,
-        ("OTEL_BSP_MAX_QUEUE_SIZE", "4"),
-    ];
-    serve(&node, &endpoint, &variables).await?;
+    let variables = [ENDLESS_EXPORT, ("OTEL_BSP_MAX_QUEUE_SIZE", "4")];
+    serve_with(&node, &endpoint, &variables).await?;
     pull(&node, &ctx.images.base).await?;
     let pod = Pod::run(&node, "silent").await?;
     same!(
@@ -265,7 +272,7 @@ async fn silent_collector_delays_no_call(ctx: Context) -> Result {
 
     // Without a listener an export fails at once.
     drop((listener, connections));
-    serve(&node, &endpoint, &variables).await?;
+    serve_with(&node, &endpoint, &variables).await?;
     pull(&node, &ctx.images.base).await?;
     poll::until("the failed export is logged", ctx.patience(10), || async {
         let log = node.log_tail(20);
