@@ -37,8 +37,6 @@ use tokio_util::task::AbortOnDropHandle;
 
 /// Maximum size of a gRPC message in bytes, in both directions; kubelet and crictl set the same.
 const MAX_MESSAGE_BYTES: usize = 16 << 20;
-/// Timeout for exporting the last spans.
-const TRACE_FLUSH_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Errors that prevent or end the service.
 #[derive(Debug, thiserror::Error)]
@@ -91,20 +89,6 @@ pub(crate) async fn serve(config: Config) -> ExitCode {
     }
 }
 
-/// Starts the exporter of traces. The daemon runs without traces if that fails.
-fn start_traces() -> Option<Telemetry> {
-    match Telemetry::start("boxlite-cri", env!("CARGO_PKG_VERSION")) {
-        Ok(telemetry) => telemetry,
-        Err(error) => {
-            tracing::warn!(
-                error = boxlite_runtime::report(&error),
-                "failed to start the exporter of traces"
-            );
-            None
-        }
-    }
-}
-
 /// Returns the configured files and programs of a VM.
 pub(crate) fn installation(config: &Config) -> Installation {
     let layout = Layout::new(&config.root, &config.state);
@@ -116,7 +100,7 @@ async fn run(mut config: Config) -> Result<(), ServeError> {
     if let Err(error) = boxlite_sys::core_dumps::forbid() {
         tracing::warn!(%error, "failed to forbid core dumps");
     }
-    let telemetry = start_traces();
+    let telemetry = Telemetry::start("boxlite-cri", env!("CARGO_PKG_VERSION"));
     let (stop, _signals) = stop_on_signal()?;
     let choice = vmm::choose(&config).await.map_err(ServeError::Vmm)?;
     eprintln!("boxlite-cri {VERSION}: {choice}");
@@ -174,7 +158,7 @@ async fn run(mut config: Config) -> Result<(), ServeError> {
     runtime.shutdown().await;
     let _ = std::fs::remove_file(&config.listen);
     if let Some(telemetry) = telemetry {
-        telemetry.shutdown(TRACE_FLUSH_TIMEOUT).await;
+        telemetry.shutdown().await;
     }
     tracing::info!("daemon stopped; pods keep running");
     served

@@ -7,7 +7,7 @@ use boxlite_runtime::LiteBox;
 use boxlite_telemetry::span::set_current;
 
 /// Adds the names of `pod` to the current call.
-pub(crate) fn note_names(pod: &PodName) {
+pub(crate) fn record_pod_name(pod: &PodName) {
     let call = tracing::Span::current();
     call.record("namespace", &pod.namespace);
     call.record("pod", &pod.name);
@@ -17,8 +17,8 @@ pub(crate) fn note_names(pod: &PodName) {
 }
 
 /// Adds the names of a box's pod to the current call, if they are known.
-pub(crate) fn note(pod: &LiteBox) {
+pub(crate) fn record_pod(pod: &LiteBox) {
     if let Some(pod) = pod.pod() {
-        note_names(pod);
+        record_pod_name(pod);
     }
 }

@@ -64,7 +64,7 @@ pub(crate) async fn open(
         addresses: Vec::new(),
         sent: None,
     };
-    exchange.take(&first).await;
+    exchange.apply_request(&first).await;
     Ok(futures::stream::unfold(Some(exchange), Exchange::step))
 }
 
@@ -112,7 +112,7 @@ impl Exchange {
         }
     }
 
-    async fn take(&mut self, request: &HostPortsRequest) {
+    async fn apply_request(&mut self, request: &HostPortsRequest) {
         let parsed = request.addresses.iter().map(|text| text.parse());
         // An address of another family cannot be used here.
         let addresses: Vec<Ipv4Addr> = parsed.filter_map(Result::ok).collect();
@@ -135,7 +135,7 @@ impl Exchange {
         loop {
             tokio::select! {
                 request = self.requests.message() => match request? {
-                    Some(request) => self.take(&request).await,
+                    Some(request) => self.apply_request(&request).await,
                     None => return Ok(None),
                 },
                 _ = self.looks.tick() => {

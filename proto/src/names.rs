@@ -112,6 +112,8 @@ pub const ERROR_METADATA: &str = "boxlite-error-bin";
 
 /// Maximum gRPC message size of the guest protocol on both sides, in bytes.
 pub const MAX_GUEST_MESSAGE_BYTES: usize = 4 << 20;
+/// Maximum number of addresses of the host in a message to the guest.
+pub const MAX_HOST_ADDRESSES: usize = 256;
 /// Maximum `data` of an output or input chunk, in bytes.
 pub const MAX_CHUNK_BYTES: usize = 32 << 10;
 /// HTTP/2 stream and connection window towards the guest, in bytes. libkrun's vsock bridge loses bytes on a short write,

@@ -44,8 +44,6 @@ const TASK_SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 const BLOCKING_SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(2);
 /// Timeout for the pod's cgroup to become empty.
 const CGROUP_EMPTY_TIMEOUT: Duration = Duration::from_secs(5);
-/// Timeout for exporting the last spans. The daemon waits for this process to exit.
-const TRACE_FLUSH_TIMEOUT: Duration = Duration::from_millis(500);
 /// OOM score adjustment, as containerd sets it for its shims.
 const OOM_SCORE_ADJ: &str = "-998";
 
@@ -177,7 +175,7 @@ fn abort_on_panic() {
 }
 
 async fn run(prepared: Prepared) -> Result<(), DaemonError> {
-    let telemetry = start_traces();
+    let telemetry = Telemetry::start("containerd-shim-boxlite-v2", env!("CARGO_PKG_VERSION"));
     let tasks = TaskTracker::new();
     let exit = CancellationToken::new();
     let published = CancellationToken::new();
@@ -247,22 +245,11 @@ async fn run(prepared: Prepared) -> Result<(), DaemonError> {
     }
     machine.leave_cgroup(CGROUP_EMPTY_TIMEOUT);
     if let Some(telemetry) = telemetry {
-        telemetry.shutdown(TRACE_FLUSH_TIMEOUT).await;
+        telemetry.shutdown().await;
     }
     ShimState::remove(&prepared.bundle);
     tracing::info!(id = prepared.id, "shim exiting");
     Ok(())
-}
-
-/// Starts the exporter of traces. The pod runs without traces if that fails.
-fn start_traces() -> Option<Telemetry> {
-    match Telemetry::start("containerd-shim-boxlite-v2", env!("CARGO_PKG_VERSION")) {
-        Ok(telemetry) => telemetry,
-        Err(error) => {
-            tracing::warn!(error = %Report(&error), "failed to start the exporter of traces");
-            None
-        }
-    }
 }
 
 /// Ignores signals that would end the process. The tasks end with the daemon.

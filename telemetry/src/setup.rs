@@ -3,6 +3,7 @@
 //! Spans go into a bounded queue, which a thread empties in batches. A full queue drops spans, and a collector that does not
 //! answer delays only that thread.
 
+use boxlite_sys::report::Report;
 use opentelemetry::KeyValue;
 use opentelemetry::trace::TracerProvider;
 use opentelemetry_otlp::{ExporterBuildError, SpanExporter};
@@ -31,6 +32,8 @@ const PROTOCOL_VARIABLES: [&str; 2] = [
     "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL",
     "OTEL_EXPORTER_OTLP_PROTOCOL",
 ];
+/// Time limit for exporting the last spans. A daemon waits for its shims to exit.
+const FLUSH_TIMEOUT: Duration = Duration::from_millis(500);
 /// The supported protocol.
 const PROTOCOL: &str = "grpc";
 
@@ -67,11 +70,20 @@ pub struct Telemetry {
 
 impl Telemetry {
     /// Starts the exporter if the environment asks for it. `service` is the service's name unless `OTEL_SERVICE_NAME` or
-    /// `OTEL_RESOURCE_ATTRIBUTES` has one. Must be called in an async runtime, which the connection uses.
-    ///
-    /// # Errors
-    /// The configuration is invalid, or an exporter is running already.
-    pub fn start(
+    /// `OTEL_RESOURCE_ATTRIBUTES` has one. Must be called in an async runtime, which the connection uses. A failure is logged: the
+    /// process runs without traces then.
+    pub fn start(service: &'static str, version: &'static str) -> Option<Self> {
+        match Self::try_start(service, version) {
+            Ok(telemetry) => telemetry,
+            Err(error) => {
+                let error = Report(&error);
+                tracing::warn!(%error, "failed to start the exporter of traces");
+                None
+            }
+        }
+    }
+
+    fn try_start(
         service: &'static str,
         version: &'static str,
     ) -> Result<Option<Self>, TelemetryError> {
@@ -118,8 +130,12 @@ impl Telemetry {
         Self { provider }
     }
 
-    /// Exports the queued spans, at most for `limit`, and stops.
-    pub async fn shutdown(self, limit: Duration) {
+    /// Exports the queued spans, at most for [`FLUSH_TIMEOUT`], and stops.
+    pub async fn shutdown(self) {
+        self.shutdown_within(FLUSH_TIMEOUT).await;
+    }
+
+    pub(crate) async fn shutdown_within(self, limit: Duration) {
         let stop = move || self.provider.shutdown_with_timeout(limit);
         match tokio::task::spawn_blocking(stop).await {
             Ok(Ok(())) => {}
@@ -304,7 +320,7 @@ mod tests {
         calls.recv_timeout(STEP_TIMEOUT).expect("an export begins");
         spans(&telemetry, 20 * QUEUE_CAPACITY);
         drop(release);
-        telemetry.shutdown(STEP_TIMEOUT).await;
+        telemetry.shutdown_within(STEP_TIMEOUT).await;
         // The batch in progress and a full queue.
         let exported = exported.load(Ordering::Relaxed);
         assert!(exported > QUEUE_CAPACITY, "{exported}");
@@ -342,7 +358,7 @@ mod tests {
         let connected = connected.await.expect("no panic");
         connected.expect("the exporter connects");
         let begun = Instant::now();
-        telemetry.shutdown(limit).await;
+        telemetry.shutdown_within(limit).await;
         begun.elapsed()
     }
 

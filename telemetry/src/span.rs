@@ -267,7 +267,7 @@ mod tests {
         let orphan = traced("orphan", Kind::Internal, async { Ok::<_, ()>(()) });
         orphan.await.expect("a success");
         drop(call);
-        telemetry.shutdown(Duration::from_secs(20)).await;
+        telemetry.shutdown_within(Duration::from_secs(20)).await;
         let kept = kept.0.lock().expect("no panic");
         let ended: Vec<_> = kept
             .iter()

@@ -238,7 +238,7 @@ impl Server {
             let id = pod.id().to_owned();
             return Err(ServiceError::PodStarting { id }.into());
         }
-        subject::note(&pod);
+        subject::record_pod(&pod);
         Ok(pod)
     }
 
@@ -247,7 +247,7 @@ impl Server {
         require("pod_sandbox_id", id)?;
         let pod = none_if_not_found(self.runtime.get_box(id))?;
         if let Some(pod) = &pod {
-            subject::note(pod);
+            subject::record_pod(pod);
         }
         Ok(pod)
     }
@@ -255,7 +255,7 @@ impl Server {
     /// Returns the container of a request, by id or unique prefix, and its pod.
     fn find_container(&self, id: &str) -> Result<(LiteBox, ContainerSnapshot), RuntimeError> {
         let (pod, container) = self.runtime.find_container(id)?;
-        subject::note(&pod);
+        subject::record_pod(&pod);
         set_current("container.id", &container.id);
         Ok((pod, container))
     }

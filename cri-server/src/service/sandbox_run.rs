@@ -37,7 +37,7 @@ pub(crate) async fn run(
         return Err(ConvertError::invalid("runtime_handler", handler, reason).into());
     }
     let record = PodMetadata::new(request.config.clone().unwrap_or_default(), handler.clone())?;
-    subject::note_names(&record.pod_name());
+    subject::record_pod_name(&record.pod_name());
     let work = || {
         let server = server.clone();
         let record = record.clone();

@@ -8,15 +8,16 @@ use std::fs;
 type Allowed = &'static [(&'static str, &'static [&'static str])];
 
 /// ```text
-/// sys ◄─ portal, erofs, config ◄─ runtime ◄─ cri-server
+/// sys ◄─ portal, erofs, config, telemetry ◄─ runtime ◄─ cri-server
 ///            ▲ proto ▲    ▲────── shim-v2      guest ─► proto, sys      dist, installer, e2e ─► sys
+/// e2e/hostile-agent ─► proto
 /// ```
 const WORKSPACE: [(&str, Allowed); 15] = [
     // Only for the tests of the others.
     ("fuzz", &[]),
     ("sys", &[("boxlite-fuzz", &[])]),
     ("proto", &[]),
-    ("telemetry", &[]),
+    ("telemetry", &[("boxlite-sys", &[])]),
     ("erofs", &[("boxlite-fuzz", &[])]),
     ("portal", &[("boxlite-proto", &[]), ("boxlite-sys", &[])]),
     (

@@ -5,13 +5,11 @@
 use crate::cgroup::error::CgroupError;
 use crate::cgroup::sockets::{self, Family};
 use crate::cgroup::{Cgroup, Hook, Instruction};
+use boxlite_proto::names::MAX_HOST_ADDRESSES;
 use boxlite_sys::sync::Mutex;
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
-
-/// Maximum number of addresses; the node's further ones cannot be bound.
-const MAX_ADDRESSES: usize = 256;
 
 /// Attached programs.
 static ATTACHED: Mutex<BTreeMap<Hook, OwnedFd>> = Mutex::new(BTreeMap::new());
@@ -22,7 +20,7 @@ static ATTACHED: Mutex<BTreeMap<Hook, OwnedFd>> = Mutex::new(BTreeMap::new());
 /// The kernel refused a program; those attached before remain.
 pub(super) fn apply(addresses: &[Ipv4Addr], gateway: Option<Ipv4Addr>) -> Result<(), CgroupError> {
     let bindable = addresses.iter().filter(|address| !address.is_loopback());
-    let bindable: Vec<_> = bindable.copied().take(MAX_ADDRESSES).collect();
+    let bindable: Vec<_> = bindable.copied().take(MAX_HOST_ADDRESSES).collect();
     let mut attached = ATTACHED.lock();
     let mut put = |hook, program: Vec<Instruction>| -> Result<(), CgroupError> {
         let replaced = attached.get(&hook);

@@ -369,7 +369,6 @@ fn snapshot_of(
         .as_ref()
         .and_then(|running| running.shim.state().process.as_ref());
     let options = BoxOptions {
-        pod: None,
         metadata: view.metadata.to_vec(),
         ..options.clone()
     };

@@ -152,7 +152,7 @@ impl Containers {
                 response.pid
             }
             Err(error) => {
-                call.failed();
+                drop(call);
                 // A call that fails or breaks off may leave a partially created container. Undone here and not by `undo`, since
                 // the deletion of a created container begins with that in the guest.
                 delete_in_guest(guest, &request.id).await;

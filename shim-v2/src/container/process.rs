@@ -412,16 +412,9 @@ impl Task {
                 let call = GuestCall::begin("Container/Start");
                 let containers = session.container();
                 let starting = containers.start(&config.container, call.traced());
-                match self.call(starting).await {
-                    Ok(response) => {
-                        call.answered(&response.steps);
-                        response.pid
-                    }
-                    Err(error) => {
-                        call.failed();
-                        return Err(error);
-                    }
-                }
+                let response = self.call(starting).await?;
+                call.answered(&response.steps);
+                response.pid
             }
             Some(json) => {
                 let request = ExecRequest {

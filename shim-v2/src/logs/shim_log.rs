@@ -38,12 +38,12 @@ struct State {
     bytes: u64,
     bucket: Bucket,
     manager: ManagerLog,
-    /// Names that each line ends with, once they are known.
+    /// Names that each event ends with, once they are known.
     pod: Arc<OnceLock<PodName>>,
 }
 
 impl ShimLog {
-    /// Creates the log for this process' standard error. Lines in containerd's log are attributed to `subject`. All lines end
+    /// Creates the log for this process' standard error. Lines in containerd's log are attributed to `subject`. Events end
     /// with the names in `pod`.
     ///
     /// # Errors
@@ -287,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_end_with_the_names_of_the_pod() {
+    fn events_end_with_the_names_of_the_pod() {
         let dir = tempfile::tempdir().expect("tempdir");
         let (log, path) = log(dir.path());
         let event = |text: &[u8]| log.0.lock().event(text, false, Instant::now());

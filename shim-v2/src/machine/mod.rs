@@ -549,7 +549,6 @@ impl InitCall<'_> {
         let response = tokio::select! {
             response = guest.init(request) => response,
             exit = child.wait() => {
-                call.failed();
                 let reason = format!("{exit} during Guest.Init; {}", last_output(child));
                 return Err(ShimError::VmGone { reason });
             }
@@ -565,7 +564,6 @@ impl InitCall<'_> {
                 Ok((response.kernel_release, response.agent_version))
             }
             Err(error) => {
-                call.failed();
                 // The agent names the invalid value; the console adds nothing.
                 if error.guest_kind() == Some(GuestErrorKind::InvalidArgument) {
                     return Err(ShimError::boot("initialize the guest")(error));

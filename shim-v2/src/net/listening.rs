@@ -2,14 +2,13 @@
 //!
 //! [`super::host`] decides which of them a guest sees.
 
+use boxlite_proto::names::MAX_HOST_ADDRESSES;
 use boxlite_sys::tcp_table::listening_sockets;
 use nix::ifaddrs::getifaddrs;
 use std::collections::{BTreeSet, HashSet};
 
 /// Maximum number of ports reported to a guest; the agent accepts no more.
 const MAX_REPORTED: usize = 1024;
-/// Maximum number of addresses reported to a guest; the agent uses no more.
-const MAX_ADDRESSES: usize = 256;
 
 /// Returns the IPv4 addresses of this process's network namespace, its loopback's included. Empty if they cannot be read.
 pub(crate) fn host_addresses() -> Vec<String> {
@@ -20,7 +19,7 @@ pub(crate) fn host_addresses() -> Vec<String> {
         .collect();
     found
         .into_iter()
-        .take(MAX_ADDRESSES)
+        .take(MAX_HOST_ADDRESSES)
         .map(|address| address.to_string())
         .collect()
 }

@@ -148,7 +148,6 @@ impl Store {
                 return;
             }
         }
-        self.quarantined.fetch_add(1, Ordering::Relaxed);
         let mut images = Images::clone(&self.snapshot());
         let mut dropped = Vec::new();
         images.retain(|id, stored| {
@@ -170,6 +169,8 @@ impl Store {
             );
         }
         self.replace(images);
+        // Last: whoever sees the count finds the images dropped.
+        self.quarantined.fetch_add(1, Ordering::Relaxed);
     }
 }
 
