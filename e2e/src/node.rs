@@ -244,6 +244,15 @@ impl Node {
         );
         Ok(answer.text().await?)
     }
+
+    /// Returns the value of a metric, given by its name and labels as the page writes them; 0 without one.
+    pub(crate) async fn metric(&self, name: &str) -> Result<u64> {
+        let page = self.metrics_page().await?;
+        let mut values = page
+            .lines()
+            .filter_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        Ok(values.next().map_or(Ok(0), str::parse)?)
+    }
 }
 
 /// Writes one `hosts.toml` per mirror below `dir`, in containerd's layout.

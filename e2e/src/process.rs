@@ -64,6 +64,15 @@ pub(crate) fn family(id: &str) -> Result<(i32, Vec<i32>)> {
     }
 }
 
+/// Returns the pid of a pod's VMM: of the processes below the shim the one with the most memory.
+pub(crate) fn vmm(id: &str) -> Result<i32> {
+    let (_, below) = family(id)?;
+    match below.into_iter().max_by_key(|&pid| rss(pid)) {
+        Some(vmm) => Ok(vmm),
+        None => bail!("pod {} has no VMM", id),
+    }
+}
+
 /// Sends SIGKILL.
 pub(crate) fn kill(pid: i32) -> Result {
     Ok(nix::sys::signal::kill(

@@ -2,25 +2,21 @@
 //!
 //! Opt-in: `make test-collectors` unpacks it and names it by [`DIRECTORY_VARIABLE`].
 
-use crate::failure::{During, Result};
-use crate::{bail, poll};
+use crate::bail;
+use crate::failure::Result;
+use crate::service::{Service, free_address};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
-use std::time::Duration;
-use tokio::net::TcpListener;
-use tokio::process::{Child, Command};
+use tokio::process::Command;
 
 /// Variable with the directory of the unpacked package.
 const DIRECTORY_VARIABLE: &str = "BOXLITE_E2E_PROMETHEUS";
-/// Time limit for the start.
-const START_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A running Prometheus; killed when dropped. Its data remain in the directory `data` of the package.
 pub(crate) struct Prometheus {
     url: String,
     client: reqwest::Client,
-    _process: Child,
+    service: Service,
 }
 
 /// Returns the directory of the package, if the environment has one.
@@ -36,7 +32,7 @@ impl Prometheus {
         target: &str,
         rules: &Path,
     ) -> Result<Self> {
-        let free = TcpListener::bind("127.0.0.1:0").await?.local_addr()?;
+        let free = free_address().await?;
         let config = dir.join("prometheus.yml");
         let data = package.join("data");
         let _ = std::fs::remove_dir_all(&data);
@@ -50,29 +46,23 @@ impl Prometheus {
                 rules.display()
             ),
         )?;
-        let log = std::fs::File::create(dir.join("prometheus.log"))?;
-        let process = Command::new(package.join("usr/bin/prometheus"))
+        let mut command = Command::new(package.join("usr/bin/prometheus"));
+        command
             .arg(format!("--config.file={}", config.display()))
             .arg(format!("--storage.tsdb.path={}", data.display()))
-            .arg(format!("--web.listen-address={free}"))
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .kill_on_drop(true)
-            .spawn()
-            .during("Prometheus")?;
+            .arg(format!("--web.listen-address={free}"));
         let prometheus = Self {
             url: format!("http://{free}/api/v1/"),
             client: reqwest::Client::builder().no_proxy().build()?,
-            _process: process,
+            service: Service::new("Prometheus", dir.join("prometheus.log")),
         };
-        poll::until("Prometheus scrapes", START_TIMEOUT, || async {
+        let scrapes = || async {
             match prometheus.has_data("up == 1").await? {
                 true => Ok(()),
                 false => bail!("no target is up"),
             }
-        })
-        .await?;
+        };
+        prometheus.service.start(command, scrapes).await?;
         Ok(prometheus)
     }
 

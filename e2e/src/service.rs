@@ -5,9 +5,11 @@
 
 use crate::failure::{During, Failure, Result};
 use crate::{bail, ensure, poll};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
+use tokio::net::TcpListener;
 use tokio::process::{Child, Command};
 use tokio::sync::Mutex;
 
@@ -23,6 +25,11 @@ pub(crate) struct Service {
     name: &'static str,
     log: PathBuf,
     process: Mutex<Option<Child>>,
+}
+
+/// Returns an address of the loopback with a port that nothing listens on.
+pub(crate) async fn free_address() -> Result<SocketAddr> {
+    Ok(TcpListener::bind("127.0.0.1:0").await?.local_addr()?)
 }
 
 impl Service {

@@ -29,8 +29,8 @@ pub(crate) enum Attack {
     Errors,
     /// Answers no call but List, for which CreateContainer waits.
     Hang,
-    /// None.
-    Obey,
+    /// No attack.
+    None,
 }
 
 impl Attack {
@@ -45,7 +45,7 @@ impl Attack {
             "stats" => Self::Stats,
             "errors" => Self::Errors,
             "hang" => Self::Hang,
-            _ => Self::Obey,
+            _ => Self::None,
         }
     }
 }
@@ -127,11 +127,11 @@ impl Containers {
         self.0.borrow().keys().cloned().collect()
     }
 
-    /// Returns the attack of a container, `Obey` if it does not exist.
+    /// Returns the attack of a container, `None` if it does not exist.
     pub(crate) fn attack(&self, id: &str) -> Attack {
         let all = self.0.borrow();
         all.get(id)
-            .map_or(Attack::Obey, |container| container.attack)
+            .map_or(Attack::None, |container| container.attack)
     }
 
     /// Waits until a container matches, and returns a copy.

@@ -19,20 +19,20 @@ const ENTRIES: u32 = 2000;
 /// Steps in the answers that may have some for a trace.
 const STEPS: i32 = 10_000;
 
-/// Asked how often, so that statistics decrease.
-static ASKED: AtomicU64 = AtomicU64::new(0);
+/// Number of Stats calls; the statistics decrease with it.
+static STATS_CALLS: AtomicU64 = AtomicU64::new(0);
 
 pub(crate) struct ContainerService(pub(crate) Arc<Containers>);
 
 impl ContainerService {
     /// Fails or hangs, as the container's attack demands.
-    async fn obstruct(&self, id: &str) -> Result<(), Status> {
-        obstruct(self.0.attack(id)).await
+    async fn fail_or_hang(&self, id: &str) -> Result<(), Status> {
+        fail_or_hang(self.0.attack(id)).await
     }
 }
 
 /// Fails or hangs, as the attack demands.
-pub(crate) async fn obstruct(attack: Attack) -> Result<(), Status> {
+pub(crate) async fn fail_or_hang(attack: Attack) -> Result<(), Status> {
     match attack {
         Attack::Errors => Err(Status::new(
             Code::Internal,
@@ -122,7 +122,7 @@ impl Container for ContainerService {
         request: Request<ContainerKillRequest>,
     ) -> Result<Response<ContainerKillResponse>, Status> {
         let id = request.into_inner().container_id;
-        self.obstruct(&id).await?;
+        self.fail_or_hang(&id).await?;
         self.0.change(&id, |container| container.killed = true);
         Ok(Response::new(ContainerKillResponse {}))
     }
@@ -132,7 +132,7 @@ impl Container for ContainerService {
         request: Request<ContainerDeleteRequest>,
     ) -> Result<Response<ContainerDeleteResponse>, Status> {
         let id = request.into_inner().container_id;
-        self.obstruct(&id).await?;
+        self.fail_or_hang(&id).await?;
         self.0.remove(&id);
         Ok(Response::new(ContainerDeleteResponse {}))
     }
@@ -141,7 +141,8 @@ impl Container for ContainerService {
         &self,
         request: Request<ContainerUpdateRequest>,
     ) -> Result<Response<ContainerUpdateResponse>, Status> {
-        self.obstruct(&request.into_inner().container_id).await?;
+        self.fail_or_hang(&request.into_inner().container_id)
+            .await?;
         Ok(Response::new(ContainerUpdateResponse {}))
     }
 
@@ -149,7 +150,8 @@ impl Container for ContainerService {
         &self,
         request: Request<ContainerPauseRequest>,
     ) -> Result<Response<ContainerPauseResponse>, Status> {
-        self.obstruct(&request.into_inner().container_id).await?;
+        self.fail_or_hang(&request.into_inner().container_id)
+            .await?;
         Ok(Response::new(ContainerPauseResponse {}))
     }
 
@@ -157,7 +159,8 @@ impl Container for ContainerService {
         &self,
         request: Request<ContainerResumeRequest>,
     ) -> Result<Response<ContainerResumeResponse>, Status> {
-        self.obstruct(&request.into_inner().container_id).await?;
+        self.fail_or_hang(&request.into_inner().container_id)
+            .await?;
         Ok(Response::new(ContainerResumeResponse {}))
     }
 
@@ -165,8 +168,9 @@ impl Container for ContainerService {
         &self,
         request: Request<ContainerStatsRequest>,
     ) -> Result<Response<ContainerStatsResponse>, Status> {
-        self.obstruct(&request.into_inner().container_id).await?;
-        let lie = u64::MAX >> (8 * ASKED.fetch_add(1, Ordering::Relaxed)).min(63);
+        self.fail_or_hang(&request.into_inner().container_id)
+            .await?;
+        let lie = u64::MAX >> (8 * STATS_CALLS.fetch_add(1, Ordering::Relaxed)).min(63);
         Ok(Response::new(ContainerStatsResponse {
             time_unix_ns: i64::MAX,
             cgroup: Some(impossible(lie)),
@@ -185,7 +189,8 @@ impl Container for ContainerService {
         &self,
         request: Request<ContainerPidsRequest>,
     ) -> Result<Response<ContainerPidsResponse>, Status> {
-        self.obstruct(&request.into_inner().container_id).await?;
+        self.fail_or_hang(&request.into_inner().container_id)
+            .await?;
         Ok(Response::new(ContainerPidsResponse {
             pids: (0..ENTRIES).collect(),
         }))
@@ -197,7 +202,7 @@ impl Container for ContainerService {
     ) -> Result<Response<ContainerListResponse>, Status> {
         let id = request.into_inner().container_id;
         if self.0.attack(&id) != Attack::Hang {
-            self.obstruct(&id).await?;
+            self.fail_or_hang(&id).await?;
         }
         let info = |container_id| ContainerInfo {
             container_id,

@@ -1,7 +1,7 @@
 //! The `Execution` service: processes that do not exist, and their output.
 
 use crate::attack::{Attack, Containers};
-use crate::container::{PID, impossible_exit, obstruct};
+use crate::container::{PID, fail_or_hang, impossible_exit};
 use boxlite_proto::boxlite::v1::execution_server::Execution;
 use boxlite_proto::boxlite::v1::*;
 use boxlite_proto::names::MAX_CHUNK_BYTES;
@@ -20,13 +20,13 @@ pub(crate) struct ExecutionService(pub(crate) Arc<Containers>);
 impl Execution for ExecutionService {
     async fn exec(&self, request: Request<ExecRequest>) -> Result<Response<ExecResponse>, Status> {
         let attack = self.0.attack(&request.into_inner().container_id);
-        obstruct(attack).await?;
+        fail_or_hang(attack).await?;
         Ok(Response::new(ExecResponse { pid: PID }))
     }
 
     type AttachStream = BoxStream<'static, Result<AttachChunk, Status>>;
 
-    /// Much output, or none, until the container is killed.
+    /// Streams output if the attack has any, and ends when the container is killed.
     async fn attach(
         &self,
         request: Request<AttachRequest>,
@@ -88,7 +88,7 @@ impl Execution for ExecutionService {
 
     async fn kill(&self, request: Request<KillRequest>) -> Result<Response<KillResponse>, Status> {
         let request = request.into_inner();
-        obstruct(self.0.attack(&request.container_id)).await?;
+        fail_or_hang(self.0.attack(&request.container_id)).await?;
         if request.exec_id.is_empty() {
             self.0.change(&request.container_id, |c| c.killed = true);
         }
@@ -106,7 +106,7 @@ impl Execution for ExecutionService {
         &self,
         request: Request<ExecDeleteRequest>,
     ) -> Result<Response<ExecDeleteResponse>, Status> {
-        obstruct(self.0.attack(&request.into_inner().container_id)).await?;
+        fail_or_hang(self.0.attack(&request.into_inner().container_id)).await?;
         Ok(Response::new(ExecDeleteResponse {}))
     }
 }

@@ -9,8 +9,10 @@ use futures::stream::{self, BoxStream};
 use std::sync::Arc;
 use tonic::{Request, Response, Status, Streaming};
 
-/// Number and length of the device names in the answer to Init: a megabyte.
+/// Number of device names in the answer to Init, a megabyte in all.
 const DEVICES: usize = 1000;
+/// Length of each, in bytes.
+const DEVICE_NAME_BYTES: usize = 1000;
 /// Networks in the statistics.
 const NETWORKS: u32 = 2000;
 
@@ -32,7 +34,7 @@ impl Guest for GuestService {
         Ok(Response::new(GuestInitResponse {
             kernel_release: "6.12\nlevel=error msg=\"forged line\"\u{1b}[2J".to_owned(),
             agent_version: "../../../etc/passwd".to_owned(),
-            devices: vec!["x".repeat(DEVICES); DEVICES],
+            devices: vec!["x".repeat(DEVICE_NAME_BYTES); DEVICES],
             steps: steps(),
         }))
     }
@@ -44,7 +46,7 @@ impl Guest for GuestService {
         }))
     }
 
-    /// Answers, and stays.
+    /// Answers without shutting down.
     async fn shutdown(
         &self,
         _: Request<ShutdownRequest>,

@@ -10,10 +10,10 @@ use std::sync::Arc;
 use tonic::{Request, Response, Status, Streaming};
 
 /// Number of mounts in a list of the flood.
-const ENTRIES: u64 = 20_000;
+const MOUNTS: u64 = 20_000;
 /// Name of the exported mount that hangs, below the volume.
-const TRAP: &str = "trap";
-/// Ranges of a FUSE request: its id.
+const HANGING: &str = "hanging";
+/// Byte range of a FUSE request's id.
 const UNIQUE: std::ops::Range<usize> = 8..16;
 /// Size of a FUSE request's header, in bytes.
 const HEADER_BYTES: usize = 40;
@@ -29,25 +29,25 @@ impl Mounts for MountsService {
         _: Request<Streaming<WatchExportsRequest>>,
     ) -> Result<Response<Self::WatchExportsStream>, Status> {
         let state = (Arc::clone(&self.0), 0_u64, false);
-        let lists = stream::unfold(state, |(containers, n, mut trapped)| async move {
+        let lists = stream::unfold(state, |(containers, n, mut exported)| async move {
             let attacker = containers
                 .wait(|c| {
                     c.started
-                        && (c.attack == Attack::Mounts || c.attack == Attack::Fuse && !trapped)
+                        && (c.attack == Attack::Mounts || c.attack == Attack::Fuse && !exported)
                 })
                 .await;
             let mounts = match attacker.attack {
                 Attack::Fuse => {
-                    trapped = true;
-                    vec![trap(&attacker)]
+                    exported = true;
+                    vec![hanging_mount(&attacker)]
                 }
-                _ => (0..ENTRIES).map(|e| escape(&attacker, n + e)).collect(),
+                _ => (0..MOUNTS).map(|e| escape(&attacker, n + e)).collect(),
             };
             let list = WatchExportsResponse {
                 generation: n.wrapping_mul(0x9e37_79b9_7f4a_7c15),
                 mounts,
             };
-            Some((Ok(list), (containers, n + 1, trapped)))
+            Some((Ok(list), (containers, n + 1, exported)))
         });
         Ok(Response::new(lists.boxed()))
     }
@@ -85,12 +85,12 @@ impl Mounts for MountsService {
 }
 
 /// Returns the mount that hangs.
-fn trap(attacker: &Container) -> ExportedMount {
+fn hanging_mount(attacker: &Container) -> ExportedMount {
     ExportedMount {
         id: u64::MAX,
         container_id: attacker.id.clone(),
         volume: attacker.volume.clone(),
-        path: TRAP.to_owned(),
+        path: HANGING.to_owned(),
         read_only: false,
     }
 }

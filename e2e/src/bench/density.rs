@@ -3,21 +3,22 @@
 //!
 //! Prints figures and fails only if a call fails; goals are in docs/performance.md.
 
+use super::memory;
 use super::peers::available;
 use super::table::{Series, ms};
 use crate::client::answer;
-use crate::failure::{During, Failure, Result};
+use crate::failure::{During, Result};
 use crate::image::registry::Registry;
 use crate::image::set::ImageSet;
 use crate::install::Install;
 use crate::node::Node;
 use crate::pod::{Pod, pod_spec, pull};
-use crate::process::{family, pss, rss};
+use crate::process::{family, pss, vmm};
 use k8s_cri::v1::{LinuxContainerResources, ListContainerStatsRequest, ListPodSandboxStatsRequest};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// Numbers of pods at which figures are taken, as far as the run has so many.
 const STEPS: [usize; 3] = [1, 10, 50];
@@ -27,8 +28,6 @@ const CALLS: usize = 100;
 const STOPPED: usize = 10;
 /// Memory limit of a pod unless another is chosen, so that 100 of them fit into 24 GiB on QEMU.
 const MEMORY_MIB: i64 = 64;
-/// Time for the guests to report their free memory.
-const SETTLE_TIME: Duration = Duration::from_secs(6);
 
 /// Options of a run.
 #[derive(Debug, Clone, clap::Args)]
@@ -65,12 +64,12 @@ pub(crate) async fn run(options: &Options) -> Result {
             begun.elapsed().as_secs_f64()
         );
         pods.extend(new);
-        tokio::time::sleep(SETTLE_TIME).await;
-        memory(&pods, before)?;
+        print_memory(&pods, before).await?;
         calls(&node).await?;
     }
-    let vmms = pods.iter().take(STOPPED).map(vmm);
+    let vmms = pods.iter().take(STOPPED).map(|pod| vmm(&pod.id));
     let vmms = vmms.collect::<Result<Vec<_>>>()?;
+    let vmms: Vec<_> = vmms.into_iter().map(Pid::from_raw).collect();
     println!("\n{} VMs stopped:", vmms.len());
     for &pid in &vmms {
         kill(pid, Signal::SIGSTOP)?;
@@ -103,22 +102,18 @@ async fn start(node: &Arc<Node>, image: &str, memory_mib: i64) -> Result<Pod> {
     Ok(pod)
 }
 
-/// Returns the VMM of a pod: of its processes the one with the most memory.
-fn vmm(pod: &Pod) -> Result<Pid> {
-    let (_, below) = family(&pod.id)?;
-    let largest = below.into_iter().max_by_key(|&pid| rss(pid));
-    let pid = largest.ok_or_else(|| Failure(format!("pod {} has no VM", pod.id)))?;
-    Ok(Pid::from_raw(pid))
-}
-
 /// Prints the memory of one pod, as the mean of all.
-fn memory(pods: &[Pod], available_before: u64) -> Result {
+async fn print_memory(pods: &[Pod], available_before: u64) -> Result {
+    let all = || -> Result<u64> {
+        let mut sum = 0;
+        for pod in pods {
+            let (shim, below) = family(&pod.id)?;
+            sum += std::iter::once(shim).chain(below).map(pss).sum::<u64>();
+        }
+        Ok(sum)
+    };
+    let sum = memory::settled(all).await?;
     let taken = available_before.saturating_sub(available()?);
-    let mut sum = 0;
-    for pod in pods {
-        let (shim, below) = family(&pod.id)?;
-        sum += std::iter::once(shim).chain(below).map(pss).sum::<u64>();
-    }
     let mib = |kib: u64| kib as f64 / 1024.0 / pods.len() as f64;
     println!(
         "a pod: PSS {:.1} MiB, MemAvailable {:.1} MiB",

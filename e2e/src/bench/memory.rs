@@ -6,6 +6,7 @@ use crate::failure::{Failure, Result};
 use crate::node::Node;
 use crate::pod::{Container, Pod};
 use crate::process::{cpu_time, family, pss};
+use crate::{ensure, poll};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,26 +25,8 @@ pub(super) async fn print(node: &Arc<Node>, image: &str, count: usize) -> Result
         let container = pod.start("c", image, &["sleep", "1000"]).await?;
         pods.push((pod, container));
     }
-    // The guests report free memory within some seconds. MemAvailable would never be stable on a machine with other load.
-    let mut usage = Usage::of(&pods)?;
-    let settled = crate::poll::until_every(
-        REPORT_INTERVAL,
-        "memory is stable",
-        super::SETTLE_TIMEOUT,
-        || {
-            let last = usage.total();
-            let now = Usage::of(&pods);
-            let stable = now.map(|now| {
-                usage = now;
-                usage.total() + (1 << 10) >= last
-            });
-            async move {
-                crate::ensure!(stable?, "{last} KiB and falling");
-                Ok(())
-            }
-        },
-    );
-    settled.await?;
+    settled(|| Ok(Usage::of(&pods)?.total())).await?;
+    let usage = Usage::of(&pods)?;
     let after = available()?;
     let mib = |kib: u64| kib as f64 / 1024.0 / count as f64;
     println!("\nPSS of an idle pod with a sleeping container, mean of {count}:");
@@ -87,6 +70,30 @@ pub(super) async fn print(node: &Arc<Node>, image: &str, count: usize) -> Result
         pod.end().await?;
     }
     Ok(())
+}
+
+/// Waits until an amount of memory in KiB no longer falls, and returns it. Guests report free memory within some seconds.
+/// MemAvailable would never be stable on a machine with other load.
+pub(super) async fn settled(amount: impl Fn() -> Result<u64>) -> Result<u64> {
+    let mut last = amount()?;
+    poll::until_every(
+        REPORT_INTERVAL,
+        "memory is stable",
+        super::SETTLE_TIMEOUT,
+        || {
+            let before = last;
+            let now = amount();
+            if let Ok(now) = now {
+                last = now;
+            }
+            async move {
+                let now = now?;
+                ensure!(now + (1 << 10) >= before, "{before} KiB and falling");
+                Ok(now)
+            }
+        },
+    )
+    .await
 }
 
 /// Memory of all pods' processes and CPU time of their VMMs.

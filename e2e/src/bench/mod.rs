@@ -241,8 +241,8 @@ async fn warm_starts(scratch: &Path, install: &Install, registry: &Registry) -> 
     let mut times = Vec::new();
     for _ in 0..BOOT_SAMPLES {
         poll::until("a warm VM waits", FILL_TIMEOUT, || async {
-            let page = node.metrics_page().await?;
-            ensure!(page.contains("boxlite_pool_warm_vms 1"), "none waits");
+            let waiting = node.metric("boxlite_pool_warm_vms").await?;
+            ensure!(waiting == 1, "{waiting} wait");
             Ok(())
         })
         .await?;
@@ -251,9 +251,13 @@ async fn warm_starts(scratch: &Path, install: &Install, registry: &Registry) -> 
         times.push(ms(start.elapsed()));
         pod.end().await?;
     }
-    let page = node.metrics_page().await?;
-    let hits = format!("boxlite_pool_claims_total{{result=\"hit\"}} {BOOT_SAMPLES}\n");
-    ensure!(page.contains(&hits), "not all pods came from the pool");
+    let hits = node
+        .metric("boxlite_pool_claims_total{result=\"hit\"}")
+        .await?;
+    ensure!(
+        hits == BOOT_SAMPLES as u64,
+        "{hits} pods came from the pool"
+    );
     node.terminate().await?;
     Ok(Series::new(times))
 }

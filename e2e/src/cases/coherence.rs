@@ -3,7 +3,7 @@
 use super::volumes::{eventually_within, mount, volume_dir};
 use crate::case;
 use crate::context::Backend;
-use crate::failure::{Failure, Result};
+use crate::failure::Result;
 use crate::pod::{Container, Pod, container_spec, pull};
 use crate::runner::{Case, Context};
 use crate::{ensure, poll, probe, same};
@@ -344,18 +344,8 @@ async fn writable_volume_of_two_pods_is_warned_of(ctx: Context) -> Result {
         Ok(())
     })
     .await?;
-    let shared_now = async || {
-        let page = ctx.node.metrics_page().await?;
-        let mut lines = page
-            .lines()
-            .filter_map(|l| l.strip_prefix("boxlite_shared_volume_writers "));
-        Ok::<_, Failure>(lines.next().unwrap_or("missing").to_owned())
-    };
-    same!(
-        shared_now().await?,
-        "1",
-        "shared directories in the metrics"
-    );
+    let shared_now = async || ctx.node.metric("boxlite_shared_volume_writers").await;
+    same!(shared_now().await?, 1, "shared directories in the metrics");
     let text = logged()?;
     let text = &text[start..];
     ensure!(
@@ -368,7 +358,7 @@ async fn writable_volume_of_two_pods_is_warned_of(ctx: Context) -> Result {
     first.out(&["sh", "-c", "echo a > /v/x"]).await?;
     same!(second.out(&["cat", "/v/x"]).await?, "a\n", "content");
     b.end().await?;
-    same!(shared_now().await?, "0", "shared directories after the pod");
+    same!(shared_now().await?, 0, "shared directories after the pod");
     a.end().await
 }
 

@@ -1,7 +1,7 @@
 //! Opt-in cases with programs that take minutes to build or fetch: the OpenTelemetry Collector, and Prometheus with the queries of
 //! the chart's dashboard and alerts. `make test-collectors` runs them.
 
-use super::pool::{metric, waiting};
+use super::pool::waiting;
 use super::traces::{check_attributes, serve, start_pod, whole_trace};
 use crate::client::{answer, within};
 use crate::collector::Collector;
@@ -123,7 +123,9 @@ async fn lose_warm_vm(ctx: &Context, node: &Node) -> Result {
         let _ = kill(pid);
     }
     poll::until("the dead VM is removed", ctx.patience(30), || async {
-        let removed = metric(node, "boxlite_pool_removals_total{reason=\"died\"}").await?;
+        let removed = node
+            .metric("boxlite_pool_removals_total{reason=\"died\"}")
+            .await?;
         same!(removed, 1, "removals");
         Ok(())
     })

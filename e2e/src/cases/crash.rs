@@ -8,7 +8,7 @@ use crate::leak::LeakSnapshot;
 use crate::logs;
 use crate::node::Node;
 use crate::pod::{Pod, pod_spec, pull};
-use crate::process::{family, kill, rss};
+use crate::process::{family, kill, vmm};
 use crate::runner::{Case, Context};
 use crate::stream::{Session, Streams, Transport};
 use crate::{ensure, poll, same};
@@ -280,11 +280,8 @@ async fn pod_whose_records_are_lost_is_adopted(ctx: Context) -> Result {
     );
     same!(family(&pod.id)?.0, shim, "the shim");
     c.out(&["true"]).await?;
-    let page = node.metrics_page().await?;
-    let lost = page
-        .lines()
-        .find(|line| line.starts_with("boxlite_quarantined_records_total "));
-    ensure!(lost.is_some_and(|line| !line.ends_with(" 0")), "{lost:?}");
+    let lost = node.metric("boxlite_quarantined_records_total").await?;
+    ensure!(lost > 0, "no lost record is counted");
     pod.end().await?;
     clean.restored(&node).await.map(drop)
 }
@@ -349,21 +346,12 @@ async fn killed_vmm_is_noticed_and_cleaned_up(ctx: Context) -> Result {
     for _ in 0..ctx.rounds(2, 1) {
         let pod = Pod::run(&node, "vmm").await?;
         let c = pod.start("c", &ctx.images.base, &["sleep", "1000"]).await?;
-        let vm = vmm(&pod)?;
+        let vm = vmm(&pod.id)?;
         let since = Instant::now();
         kill(vm)?;
         expect_noticed(&pod, &c, since, &clean, &ctx).await?;
     }
     Ok(())
-}
-
-/// Returns the process of the VM: the largest below the shim.
-fn vmm(pod: &Pod) -> Result<i32> {
-    let (_, below) = family(&pod.id)?;
-    match below.iter().copied().max_by_key(|&pid| rss(pid)) {
-        Some(vmm) => Ok(vmm),
-        None => crate::bail!("the shim has no VMM child"),
-    }
 }
 
 /// ExecSync and Exec that wait for a command end with the VM, and later calls fail at once.
@@ -392,7 +380,7 @@ async fn killed_vmm_ends_calls_into_it(ctx: Context) -> Result {
     let late = c.exec_url(&["true"], streams).await?;
 
     let limit = Duration::from_secs(2);
-    kill(vmm(&pod)?)?;
+    kill(vmm(&pod.id)?)?;
     let ended = async { tokio::join!(&mut waiting, session.status()) };
     let Ok((waiting, session)) = tokio::time::timeout(limit, ended).await else {
         crate::bail!("ExecSync or Exec did not end within {limit:?} of the VM's death")
@@ -485,7 +473,7 @@ async fn silent_guest_is_stopped_in_time(ctx: Context) -> Result {
             let command = ["sleep", "1000"];
             started.push(pod.start(&name, &ctx.images.base, &command).await?);
         }
-        nix::sys::signal::kill(Pid::from_raw(vmm(&pod)?), Signal::SIGSTOP)?;
+        nix::sys::signal::kill(Pid::from_raw(vmm(&pod.id)?), Signal::SIGSTOP)?;
         if let Some(c) = started.first() {
             let grace = Duration::from_secs(2);
             let began = Instant::now();

@@ -47,10 +47,8 @@ async fn damaged_layer_is_reported_and_fetched_again(ctx: Context) -> Result {
     // The first container is not delayed by the verification, which may end before or after its creation.
     drop(pod.create("first", &ctx.images.base, &["true"]).await);
     poll::until("the damage is reported", ctx.patience(10), || async {
-        let page = node.metrics_page().await?;
-        let line = page.lines().find(|line| line.starts_with(QUARANTINED));
-        let line = line.unwrap_or_default();
-        ensure!(line == format!("{QUARANTINED} 1"), "{line}");
+        let damaged = node.metric(QUARANTINED).await?;
+        ensure!(damaged == 1, "{damaged} damaged layers");
         Ok(())
     })
     .await?;

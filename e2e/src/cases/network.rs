@@ -247,7 +247,7 @@ async fn host_network_pod_shares_the_host_ports(ctx: Context) -> Result {
         let (mut stream, _) = listener.accept().await?;
         stream.write_all(b"from the host\n").await
     });
-    let checked = uses_host_address(&pod, image).await;
+    let checked = uses_host_address(&ctx, &pod).await;
     run("ip", &["addr", "del", "192.0.2.7/32", "dev", "lo"])?;
     checked?;
     caller.await??;
@@ -293,17 +293,20 @@ async fn host_network_pod_shares_the_host_ports(ctx: Context) -> Result {
 }
 
 /// A client reaches the node's address 192.0.2.7, and can bind it before it connects to another.
-async fn uses_host_address(pod: &Pod, image: &str) -> Result {
-    let mut config = container_spec("client", image, &["sleep", "1000"]);
+async fn uses_host_address(ctx: &Context, pod: &Pod) -> Result {
+    let mut config = container_spec("client", &ctx.images.base, &["sleep", "1000"]);
     config.mounts = probe::mounts("/probe")?;
     let client = pod.start_with(config).await?;
     let text = client
         .out(&["sh", "-c", "nc 192.0.2.7 8098 < /dev/null"])
         .await?;
     same!(text, "from the host\n", "an address of the host");
-    let text = client
-        .out(&["/probe", "get-from", "192.0.2.7", "127.0.0.1:5000"])
-        .await?;
+    // The shim reports new addresses within a second.
+    let argv = ["/probe", "get-from", "192.0.2.7", "127.0.0.1:5000"];
+    let text = poll::until("the address can be bound", ctx.patience(10), || {
+        client.out(&argv)
+    })
+    .await?;
     ensure!(
         text.starts_with("127.0.0.1:5000 ") && text.contains("\nHTTP/"),
         "from 192.0.2.7: {text:?}"

@@ -43,13 +43,6 @@ async fn node(ctx: &Context, name: &str, pool: &str) -> Result<Arc<Node>> {
     Ok(node)
 }
 
-/// Returns the value of a line of the metrics page; 0 without one.
-pub(super) async fn metric(node: &Node, name: &str) -> Result<u64> {
-    let page = node.metrics_page().await?;
-    let line = page.lines().find_map(|line| line.strip_prefix(name));
-    Ok(line.map_or(Ok(0), |value| value.trim().parse())?)
-}
-
 /// Returns the ids of the bundles of VMs without a pod.
 fn marked(node: &Node) -> Result<BTreeSet<String>> {
     let mut ids = BTreeSet::new();
@@ -65,7 +58,7 @@ fn marked(node: &Node) -> Result<BTreeSet<String>> {
 /// Waits until `count` VMs wait and no other is being made or removed. Returns their ids.
 pub(super) async fn waiting(ctx: &Context, node: &Node, count: usize) -> Result<BTreeSet<String>> {
     poll::until("warm VMs wait", ctx.patience(60), || async {
-        let warm = metric(node, "boxlite_pool_warm_vms").await?;
+        let warm = node.metric("boxlite_pool_warm_vms").await?;
         ensure!(warm == count as u64, "{warm} instead of {count}");
         let ids = marked(node)?;
         same!(ids.len(), count, "marked bundles");
@@ -125,7 +118,8 @@ async fn claimed_vms_become_ordinary_pods(ctx: Context) -> Result {
     let taken: BTreeSet<String> = pods.iter().map(|pod| pod.id.clone()).collect();
     same!(taken, first, "ids of the pods and of the VMs that waited");
     same!(
-        metric(&node, "boxlite_pool_claims_total{result=\"hit\"}").await?,
+        node.metric("boxlite_pool_claims_total{result=\"hit\"}")
+            .await?,
         2,
         "hits"
     );
@@ -236,7 +230,8 @@ async fn killed_daemon_and_vms_leave_no_warm_vm(ctx: Context) -> Result {
     }
     poll::until("the dead VM is removed", ctx.patience(30), || async {
         same!(
-            metric(&node, "boxlite_pool_removals_total{reason=\"died\"}").await?,
+            node.metric("boxlite_pool_removals_total{reason=\"died\"}")
+                .await?,
             1,
             "removals"
         );
@@ -304,7 +299,8 @@ async fn warm_vms_are_removed_under_memory_pressure(ctx: Context) -> Result {
     let memory = vec![1u8; usize::try_from(distance / 5 * 8)?];
     waiting(&ctx, &node, 0).await?;
     same!(
-        metric(&node, "boxlite_pool_removals_total{reason=\"pressure\"}").await?,
+        node.metric("boxlite_pool_removals_total{reason=\"pressure\"}")
+            .await?,
         1,
         "removals"
     );
@@ -357,7 +353,8 @@ async fn pods_that_no_warm_vm_fits_boot_cold(ctx: Context) -> Result {
     ensure!(!waits.contains(&small.id), "a VM of another size");
     small.end().await?;
     same!(
-        metric(&node, "boxlite_pool_claims_total{result=\"miss\"}").await?,
+        node.metric("boxlite_pool_claims_total{result=\"miss\"}")
+            .await?,
         1,
         "misses"
     );
@@ -367,7 +364,8 @@ async fn pods_that_no_warm_vm_fits_boot_cold(ctx: Context) -> Result {
     let pod = Pod::run(&node, "two").await?;
     ensure!(waits.contains(&pod.id), "not claimed: {}", pod.id);
     same!(
-        metric(&node, "boxlite_pool_claims_total{result=\"failed\"}").await?,
+        node.metric("boxlite_pool_claims_total{result=\"failed\"}")
+            .await?,
         1,
         "failed claims"
     );

@@ -8,10 +8,10 @@ use crate::node::Node;
 use crate::pod::{LONG_TIMEOUT, Pod, container_spec, pod_spec, pull};
 use crate::runner::{Case, Context};
 use crate::{bail, ensure, poll, same};
+use boxlite_sys::clock::unix_ns;
 use k8s_cri::v1::*;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::net::TcpListener;
 
 pub(crate) fn cases() -> Vec<Case> {
@@ -97,9 +97,9 @@ async fn pod_start_is_one_trace_of_all_processes(ctx: Context) -> Result {
     let node = ctx.unstarted_node("traces")?;
     serve(&node, &collector.endpoint).await?;
     pull(&node, &ctx.images.base).await?;
-    let begin = nanoseconds(SystemTime::now())?;
+    let begin = u64::try_from(unix_ns())?;
     let pod = start_pod(&node, &ctx.images.base).await?;
-    let end = nanoseconds(SystemTime::now())?;
+    let end = u64::try_from(unix_ns())?;
 
     let spans = whole_trace(&ctx, &collector).await?;
     check_times(&spans, (begin, end))?;
@@ -107,9 +107,11 @@ async fn pod_start_is_one_trace_of_all_processes(ctx: Context) -> Result {
 
     // These calls come without a parent: each begins a trace.
     pod.end().await?;
+    // Exports the last spans.
+    node.terminate().await?;
     let at_end = collector.spans(&hex::decode(TRACE)?).len();
     same!(at_end, spans.len(), "spans at the end");
-    node.terminate().await
+    Ok(())
 }
 
 /// Returns the spans of the kubelet's trace when they form [`TREE`].
@@ -169,10 +171,6 @@ fn tree(spans: &[ExportedSpan], parent: &str, depth: usize) -> String {
         format!("{indent}{label}\n{}", tree(spans, id, depth + 1))
     });
     lines.collect()
-}
-
-fn nanoseconds(time: SystemTime) -> Result<u64> {
-    Ok(u64::try_from(time.duration_since(UNIX_EPOCH)?.as_nanos())?)
 }
 
 /// Checks that each span is within its parent, and those of the kubelet's calls within `whole`.
@@ -263,9 +261,10 @@ async fn silent_collector_delays_no_call(ctx: Context) -> Result {
         "a container"
     );
     let mut connections = Vec::new();
-    for process in ["the daemon", "the shim"] {
+    // Of the daemon and of the shim.
+    for connection in ["first", "second"] {
         let accepted = tokio::time::timeout(ctx.patience(10), listener.accept()).await;
-        connections.push(accepted.during(format!("a connection of {process}"))??);
+        connections.push(accepted.during(format!("the {connection} connection"))??);
     }
     pod.end().await?;
     node.terminate().await?;

@@ -24,11 +24,11 @@ const SYSTEM: &str = "agent-sandbox-system";
 const CORE: &str = "agents.x-k8s.io/v1alpha1";
 const EXTENSIONS: &str = "extensions.agents.x-k8s.io/v1alpha1";
 /// Pods that wait in the controller's pool.
-const WAITING: usize = 1;
+const POOL_REPLICAS: usize = 1;
 /// Time limit of each step.
 const STEP_TIMEOUT: Duration = Duration::from_secs(240);
 /// Time limit of `kubectl wait`.
-const WAIT: &str = "--timeout=200s";
+const KUBECTL_WAIT_TIMEOUT: &str = "--timeout=200s";
 
 /// Options of a run.
 #[derive(Debug, Clone, clap::Args)]
@@ -126,7 +126,7 @@ impl Agents<'_> {
         }
         let controller = "statefulset/agent-sandbox-controller";
         system
-            .run(&["rollout", "status", controller, WAIT])
+            .run(&["rollout", "status", controller, KUBECTL_WAIT_TIMEOUT])
             .await
             .map(drop)
     }
@@ -164,7 +164,7 @@ impl Agents<'_> {
             self.kubectl.apply(&object).await?;
         }
         let pool = json!({"apiVersion": EXTENSIONS, "kind": "SandboxWarmPool", "metadata": {"name": "pods"},
-            "spec": {"replicas": WAITING, "sandboxTemplateRef": {"name": "pods"}}});
+            "spec": {"replicas": POOL_REPLICAS, "sandboxTemplateRef": {"name": "pods"}}});
         self.kubectl.apply(&pool).await
     }
 
@@ -222,7 +222,7 @@ impl Agents<'_> {
                 .await?;
             same!(
                 pool["status"]["readyReplicas"],
-                WAITING,
+                POOL_REPLICAS,
                 "{}",
                 pool["status"]
             );
@@ -230,13 +230,18 @@ impl Agents<'_> {
             let pods = pods["items"].as_array().into_iter().flatten();
             let waiting = pods.filter(|pod| owner(pod) == "SandboxWarmPool");
             let names: Vec<_> = waiting.map(name).collect();
-            same!(names.len(), WAITING, "{names:?}");
+            same!(names.len(), POOL_REPLICAS, "{names:?}");
             Ok(names)
         })
         .await?;
         until("a VM waits in the pool", STEP_TIMEOUT, || async {
-            let page = self.cluster.worker.node.metrics_page().await?;
-            ensure!(page.contains("boxlite_pool_warm_vms 1\n"), "none waits");
+            let waiting = self
+                .cluster
+                .worker
+                .node
+                .metric("boxlite_pool_warm_vms")
+                .await?;
+            ensure!(waiting == 1, "{waiting} wait");
             Ok(())
         })
         .await?;
@@ -245,10 +250,9 @@ impl Agents<'_> {
 
     /// Returns how many pods got a VM of the pool.
     async fn hits(&self) -> Result<u64> {
-        const HITS: &str = "boxlite_pool_claims_total{result=\"hit\"} ";
-        let page = self.cluster.worker.node.metrics_page().await?;
-        let line = page.lines().find_map(|line| line.strip_prefix(HITS));
-        Ok(line.unwrap_or("0").parse()?)
+        let node = &self.cluster.worker.node;
+        node.metric("boxlite_pool_claims_total{result=\"hit\"}")
+            .await
     }
 
     /// Returns the name of a claim's pod.
@@ -260,7 +264,12 @@ impl Agents<'_> {
 
     async fn ready(&self, object: &str) -> Result {
         self.kubectl
-            .run(&["wait", "--for=condition=Ready", object, WAIT])
+            .run(&[
+                "wait",
+                "--for=condition=Ready",
+                object,
+                KUBECTL_WAIT_TIMEOUT,
+            ])
             .await
             .map(drop)
     }
@@ -269,7 +278,12 @@ impl Agents<'_> {
     async fn remove(&self, object: &str, pod: &str) -> Result {
         self.kubectl.run(&["delete", object]).await?;
         self.kubectl
-            .run(&["wait", "--for=delete", &format!("pod/{pod}"), WAIT])
+            .run(&[
+                "wait",
+                "--for=delete",
+                &format!("pod/{pod}"),
+                KUBECTL_WAIT_TIMEOUT,
+            ])
             .await
             .map(drop)
     }
