@@ -46,7 +46,7 @@ help:
 	@echo "make conformance-containerd  critest against containerd's CRI plugin with the shim"
 	@echo "make cluster                 a Kubernetes cluster on this runtime, with a shell that has KUBECONFIG"
 	@echo "make test-cluster            the project's cases on that cluster (FILTER=clients::)"
-	@echo "make test-agents             agent-sandbox on that cluster, and the time of a claim from its pool, from ours and without"
+	@echo "make test-agents             agent-sandbox on that cluster, and the time of its claims with each pool and without (CLAIMS=)"
 	@echo "make conformance-cluster     Kubernetes' own suite on that cluster (FOCUS='regular expression')"
 	@echo "make bench-cluster           Deployments on it, beside containerd 2.x with runc under the same kubelet"
 	@echo "make conformance-containerd-suite  containerd's CRI integration tests"
