@@ -2,6 +2,7 @@
 //!
 //! Contains no wire types (those are in `boxlite-proto`), no policy and no knowledge of a VMM.
 
+pub mod ask;
 pub mod calendar;
 pub mod clock;
 pub mod core_dumps;

@@ -24,6 +24,7 @@ use crate::metrics::BoxMetrics;
 use crate::panics::panicked;
 use crate::shim_controller::ShimState;
 use crate::types::{BoxOptions, ContainerSnapshot};
+use boxlite_sys::ask::ask;
 use boxlite_sys::report::report;
 use boxlite_telemetry::{TraceContext, WithTrace};
 use emit::Emitted;
@@ -682,16 +683,11 @@ struct DriverRecorder {
 
 impl ShimRecorder for DriverRecorder {
     async fn record(&self, state: ShimState) -> Result<()> {
-        let (reply, answer) = oneshot::channel();
-        let message = Message::Spawned { state, reply };
-        let sent = match self.driver.upgrade() {
-            Some(driver) => driver.send(message).await.is_ok(),
-            None => false,
+        let answer = match self.driver.upgrade() {
+            Some(driver) => ask(&driver, |reply| Message::Spawned { state, reply }).await,
+            None => None,
         };
-        match sent {
-            true => answer.await.unwrap_or(Err(RuntimeError::ShuttingDown)),
-            false => Err(RuntimeError::ShuttingDown),
-        }
+        answer.unwrap_or(Err(RuntimeError::ShuttingDown))
     }
 }
 

@@ -35,6 +35,7 @@ use crate::types::{BoxOptions, BoxSnapshot, ContainerSnapshot};
 use boxlite_portal::GuestSession;
 use boxlite_portal::stats_limits::HighestCpuTimes;
 use boxlite_proto::vmm::{Acceleration, PodName, VmmKind};
+use boxlite_sys::ask::ask;
 pub(crate) use boxlite_sys::clock::unix_ns as now_ns;
 use boxlite_sys::sync::Mutex;
 use boxlite_telemetry::{TraceContext, WithTrace};
@@ -295,13 +296,8 @@ impl LiteBox {
 
     /// Sends a message and waits for its reply. The driver replies to every message unless it returns first.
     async fn send<T>(&self, message: impl FnOnce(oneshot::Sender<T>) -> Message) -> Result<T> {
-        let (reply, answer) = oneshot::channel();
-        self.inner
-            .messages
-            .send(message(reply))
-            .await
-            .map_err(|_| self.driver_gone())?;
-        answer.await.map_err(|_| self.driver_gone())
+        let answer = ask(&self.inner.messages, message).await;
+        answer.ok_or_else(|| self.driver_gone())
     }
 
     fn driver_gone(&self) -> RuntimeError {

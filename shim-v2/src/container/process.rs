@@ -16,6 +16,7 @@ use crate::time;
 use crate::trace::GuestCall;
 use boxlite_portal::PortalError;
 use boxlite_proto::boxlite::v1::{ExecRequest, Exit};
+use boxlite_sys::ask::ask;
 use boxlite_sys::report::Report;
 use boxlite_telemetry::{TraceContext, WithTrace};
 use containerd_shim_protos::events::task::{
@@ -251,10 +252,8 @@ impl Process {
 
     /// Ends the task and its log writer. Does nothing after the task has ended.
     pub async fn close(&self) {
-        let (reply, answer) = oneshot::channel();
-        if self.requests.send(Request::Close(reply)).await.is_ok() {
-            let _ = answer.await;
-        }
+        // None means that the task has ended.
+        let _: Option<()> = ask(&self.requests, Request::Close).await;
     }
 
     /// Waits for the exit. Cancel safe.
@@ -286,16 +285,11 @@ impl Process {
     }
 
     async fn ask<T>(&self, request: impl FnOnce(Reply<T>) -> Request) -> Result<T> {
-        let (reply, answer) = oneshot::channel();
-        let gone = || ShimError::NotFound {
+        let answer = ask(&self.requests, request).await;
+        answer.ok_or_else(|| ShimError::NotFound {
             kind: "process",
             id: self.config.id().to_owned(),
-        };
-        self.requests
-            .send(request(reply))
-            .await
-            .map_err(|_| gone())?;
-        answer.await.map_err(|_| gone())?
+        })?
     }
 }
 

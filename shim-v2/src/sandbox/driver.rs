@@ -480,9 +480,10 @@ impl Driver {
     async fn shutdown(&mut self, reply: Option<Reply<()>>) {
         self.stop(Duration::ZERO).await;
         self.containers.close_all().await;
-        self.requests.close();
+        // Before the channel is closed, from which on no answer is awaited.
         if let Some(reply) = reply {
             drop(reply.send(Ok(())));
         }
+        self.requests.close();
     }
 }

@@ -18,6 +18,7 @@ pub mod options;
 use crate::container::Containers;
 use crate::error::{Result, ShimError};
 use crate::pod::{Context, Guest};
+use boxlite_sys::ask::ask;
 use boxlite_telemetry::TraceContext;
 use driver::Request;
 use machine::Machine;
@@ -231,11 +232,7 @@ impl Sandbox {
         &self,
         request: impl FnOnce(oneshot::Sender<Result<T>>) -> Request,
     ) -> Result<T> {
-        let (reply, answer) = oneshot::channel();
-        self.requests
-            .send(request(reply))
-            .await
-            .map_err(|_| ShimError::Ending)?;
-        answer.await.map_err(|_| ShimError::Ending)?
+        let answer = ask(&self.requests, request).await;
+        answer.ok_or(ShimError::Ending)?
     }
 }
