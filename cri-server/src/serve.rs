@@ -24,7 +24,7 @@ use boxlite_proto::cri::v1::runtime_service_server::RuntimeServiceServer;
 use boxlite_proto::vmm::Installation;
 use boxlite_runtime::images::RegistryOptions;
 use boxlite_runtime::{BoxliteRuntime, RuntimeOptions};
-use boxlite_telemetry::Telemetry;
+use boxlite_telemetry::{ServiceName, Telemetry};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -100,7 +100,10 @@ async fn run(mut config: Config) -> Result<(), ServeError> {
     if let Err(error) = boxlite_sys::core_dumps::forbid() {
         tracing::warn!(%error, "failed to forbid core dumps");
     }
-    let telemetry = Telemetry::start("boxlite-cri", env!("CARGO_PKG_VERSION"));
+    let telemetry = Telemetry::start(
+        ServiceName::Default("boxlite-cri"),
+        env!("CARGO_PKG_VERSION"),
+    );
     let (stop, _signals) = stop_on_signal()?;
     let choice = vmm::choose(&config).await.map_err(ServeError::Vmm)?;
     eprintln!("boxlite-cri {VERSION}: {choice}");

@@ -63,12 +63,18 @@ impl Collector {
 
     /// Returns the spans of a trace so far.
     pub(crate) fn spans(&self, trace_id: &[u8]) -> Vec<ExportedSpan> {
+        let mut spans = self.all_spans();
+        spans.retain(|exported| exported.span.trace_id == trace_id);
+        spans
+    }
+
+    /// Returns all spans so far.
+    pub(crate) fn all_spans(&self) -> Vec<ExportedSpan> {
         let mut spans = Vec::new();
         for process in self.received.0.lock().iter() {
             let resource = process.resource.clone().unwrap_or_default();
             for scope in &process.scope_spans {
-                let own = scope.spans.iter().filter(|span| span.trace_id == trace_id);
-                spans.extend(own.map(|span| ExportedSpan {
+                spans.extend(scope.spans.iter().map(|span| ExportedSpan {
                     service: text(&resource.attributes, "service.name").to_owned(),
                     tracer: scope.scope.clone().unwrap_or_default().name,
                     span: span.clone(),

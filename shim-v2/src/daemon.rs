@@ -18,7 +18,7 @@ use crate::shim_state::ShimState;
 use boxlite_proto::vmm::PodName;
 use boxlite_sys::process::ProcessId;
 use boxlite_sys::report::Report;
-use boxlite_telemetry::Telemetry;
+use boxlite_telemetry::{ServiceName, Telemetry};
 use containerd_shim_protos::ttrpc;
 use containerd_shim_protos::ttrpc::asynchronous::Server;
 use std::io::Write;
@@ -175,7 +175,10 @@ fn abort_on_panic() {
 }
 
 async fn run(prepared: Prepared) -> Result<(), DaemonError> {
-    let telemetry = Telemetry::start("containerd-shim-boxlite-v2", env!("CARGO_PKG_VERSION"));
+    let telemetry = Telemetry::start(
+        ServiceName::Fixed("containerd-shim-boxlite-v2"),
+        env!("CARGO_PKG_VERSION"),
+    );
     let tasks = TaskTracker::new();
     let exit = CancellationToken::new();
     let published = CancellationToken::new();

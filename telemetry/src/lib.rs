@@ -13,5 +13,5 @@ pub mod setup;
 pub mod span;
 
 pub use context::{InContext, TraceContext, WithTrace};
-pub use setup::Telemetry;
+pub use setup::{ServiceName, Telemetry};
 pub use span::{Kind, Span, traced};

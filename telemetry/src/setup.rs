@@ -62,6 +62,23 @@ pub enum TelemetryError {
     Running,
 }
 
+/// Name of a process in its traces.
+#[derive(Debug, Clone, Copy)]
+pub enum ServiceName {
+    /// Name unless `OTEL_SERVICE_NAME` or `OTEL_RESOURCE_ATTRIBUTES` has one.
+    Default(&'static str),
+    /// Name of a process whose environment is its parent's, and so are the names in it: containerd, for one, sets its own.
+    Fixed(&'static str),
+}
+
+impl ServiceName {
+    fn text(self) -> &'static str {
+        match self {
+            Self::Default(name) | Self::Fixed(name) => name,
+        }
+    }
+}
+
 /// The running exporter.
 #[derive(Debug)]
 pub struct Telemetry {
@@ -69,10 +86,9 @@ pub struct Telemetry {
 }
 
 impl Telemetry {
-    /// Starts the exporter if the environment asks for it. `service` is the service's name unless `OTEL_SERVICE_NAME` or
-    /// `OTEL_RESOURCE_ATTRIBUTES` has one. Must be called in an async runtime, which the connection uses. A failure is logged: the
-    /// process runs without traces then.
-    pub fn start(service: &'static str, version: &'static str) -> Option<Self> {
+    /// Starts the exporter if the environment asks for it. Must be called in an async runtime, which the connection uses. A failure
+    /// is logged: the process runs without traces then.
+    pub fn start(service: ServiceName, version: &'static str) -> Option<Self> {
         match Self::try_start(service, version) {
             Ok(telemetry) => telemetry,
             Err(error) => {
@@ -84,7 +100,7 @@ impl Telemetry {
     }
 
     fn try_start(
-        service: &'static str,
+        service: ServiceName,
         version: &'static str,
     ) -> Result<Option<Self>, TelemetryError> {
         if !requested(|name| std::env::var(name).ok()) {
@@ -97,12 +113,12 @@ impl Telemetry {
 
     pub(crate) fn with_exporter(
         exporter: impl Exporter + 'static,
-        service: &'static str,
+        service: ServiceName,
         version: &'static str,
     ) -> Result<Self, TelemetryError> {
         let telemetry = Self::unregistered(exporter, service, version);
         let tracers = Tracers {
-            own: telemetry.provider.tracer(service),
+            own: telemetry.provider.tracer(service.text()),
             guest: telemetry.provider.tracer("boxlite-guest"),
         };
         match TRACERS.set(tracers) {
@@ -113,7 +129,7 @@ impl Telemetry {
 
     fn unregistered(
         exporter: impl Exporter + 'static,
-        service: &'static str,
+        service: ServiceName,
         version: &'static str,
     ) -> Self {
         let mut batches = BatchConfigBuilder::default();
@@ -171,15 +187,19 @@ fn check_protocol(variable: impl Fn(&str) -> Option<String>) -> Result<(), Telem
     }
 }
 
-fn resource(service: &'static str, version: &'static str) -> Resource {
-    let name = opentelemetry::Key::from_static_str("service.name");
-    let named = std::env::var("OTEL_SERVICE_NAME").is_ok_and(|name| !name.is_empty())
-        || EnvResourceDetector::new().detect().get(&name).is_some();
+fn resource(service: ServiceName, version: &'static str) -> Resource {
     let resource = Resource::builder().with_attribute(KeyValue::new("service.version", version));
-    match named {
-        true => resource.build(),
-        false => resource.with_service_name(service).build(),
+    match service {
+        ServiceName::Default(_) if is_named() => resource.build(),
+        _ => resource.with_service_name(service.text()).build(),
     }
+}
+
+/// Returns whether the environment has the service's name.
+fn is_named() -> bool {
+    let name = opentelemetry::Key::from_static_str("service.name");
+    std::env::var("OTEL_SERVICE_NAME").is_ok_and(|name| !name.is_empty())
+        || EnvResourceDetector::new().detect().get(&name).is_some()
 }
 
 /// An exporter that logs when a collector fails and when it works again. The SDK is built without its own log.
@@ -315,7 +335,7 @@ mod tests {
             called,
             released: std::sync::Mutex::new(released),
         };
-        let telemetry = Telemetry::unregistered(exporter, "test", "0");
+        let telemetry = Telemetry::unregistered(exporter, ServiceName::Fixed("test"), "0");
         spans(&telemetry, QUEUE_CAPACITY);
         calls.recv_timeout(STEP_TIMEOUT).expect("an export begins");
         spans(&telemetry, 20 * QUEUE_CAPACITY);
@@ -352,7 +372,8 @@ mod tests {
             .with_timeout(10 * STEP_TIMEOUT)
             .build()
             .expect("an exporter");
-        let telemetry = Telemetry::unregistered(Reporting::new(exporter), "test", "0");
+        let telemetry =
+            Telemetry::unregistered(Reporting::new(exporter), ServiceName::Fixed("test"), "0");
         spans(&telemetry, 2 * QUEUE_CAPACITY);
         let connected = tokio::task::spawn_blocking(move || connections.recv_timeout(STEP_TIMEOUT));
         let connected = connected.await.expect("no panic");

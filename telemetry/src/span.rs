@@ -222,7 +222,7 @@ impl Span {
 mod tests {
     use super::*;
     use crate::context::WithTrace;
-    use crate::setup::Telemetry;
+    use crate::setup::{ServiceName, Telemetry};
     use opentelemetry_sdk::error::OTelSdkResult;
     use opentelemetry_sdk::trace::{SpanData, SpanExporter};
     use std::sync::{Arc, Mutex};
@@ -248,7 +248,8 @@ mod tests {
                 .is_none()
         );
         let kept = Kept::default();
-        let telemetry = Telemetry::with_exporter(kept.clone(), "test", "0").expect("the first");
+        let telemetry = Telemetry::with_exporter(kept.clone(), ServiceName::Fixed("test"), "0")
+            .expect("the first");
         let call = Span::server("call", &TraceContext::default());
         let succeeded = traced("ok", Kind::Internal, async { Ok::<_, ()>(()) });
         succeeded.in_trace(call.context()).await.expect("a success");

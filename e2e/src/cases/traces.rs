@@ -6,6 +6,7 @@ use crate::collector::{Collector, ExportedSpan};
 use crate::failure::{During, Result};
 use crate::node::Node;
 use crate::pod::{LONG_TIMEOUT, Pod, container_spec, pod_spec, pull};
+use crate::process::family;
 use crate::runner::{Case, Context};
 use crate::{bail, ensure, poll, same};
 use boxlite_sys::clock::unix_ns;
@@ -19,6 +20,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(pod_start_is_one_trace_of_all_processes, 90),
         case!(silent_collector_delays_no_call, 90),
         case!(log_lines_have_the_names_of_the_pod, 30),
+        case!(no_exporter_runs_without_an_endpoint, 30),
     ]
 }
 
@@ -104,6 +106,7 @@ async fn pod_start_is_one_trace_of_all_processes(ctx: Context) -> Result {
     let spans = whole_trace(&ctx, &collector).await?;
     check_times(&spans, (begin, end))?;
     check_attributes(&spans, &pod)?;
+    same!(exporters(&pod).await?, 2, "exporters of daemon and shim");
 
     // These calls come without a parent: each begins a trace.
     pod.end().await?;
@@ -283,6 +286,25 @@ async fn silent_collector_delays_no_call(ctx: Context) -> Result {
     })
     .await?;
     node.terminate().await
+}
+
+/// Returns the number of the daemon's and the shim's threads that export traces.
+async fn exporters(pod: &Pod) -> Result<usize> {
+    let mut count = 0;
+    for process in [pod.node.service().pid().await?, family(&pod.id)?.0] {
+        for thread in std::fs::read_dir(format!("/proc/{process}/task"))? {
+            // A thread may have ended.
+            let name = std::fs::read_to_string(thread?.path().join("comm")).unwrap_or_default();
+            count += usize::from(name.starts_with("OpenTelemetry"));
+        }
+    }
+    Ok(count)
+}
+
+async fn no_exporter_runs_without_an_endpoint(ctx: Context) -> Result {
+    let pod = ctx.shared_pod().await;
+    same!(exporters(&pod).await?, 0, "exporters");
+    Ok(())
 }
 
 async fn log_lines_have_the_names_of_the_pod(ctx: Context) -> Result {

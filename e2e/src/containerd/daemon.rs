@@ -80,6 +80,8 @@ pub(crate) struct Options {
     pub shim: String,
     /// Registry mirrors of the CRI plugin.
     pub registries: Vec<Mirror>,
+    /// Additional variables of containerd, which its shims inherit.
+    pub environment: Vec<(&'static str, String)>,
 }
 
 impl Options {
@@ -93,6 +95,7 @@ impl Options {
             snapshotter: "overlayfs",
             shim: String::new(),
             registries: Vec::new(),
+            environment: Vec::new(),
         }
     }
 }
@@ -103,6 +106,7 @@ pub(crate) struct Containerd {
     pub dir: PathBuf,
     bin: Mutex<PathBuf>,
     path: String,
+    environment: Vec<(&'static str, String)>,
     service: Service,
 }
 
@@ -139,6 +143,7 @@ impl Containerd {
                 std::env::var("PATH").unwrap_or_default()
             ),
             bin: Mutex::new(bin),
+            environment: options.environment,
             service: Service::new("containerd", dir.join("containerd.log")),
             dir,
         };
@@ -154,7 +159,8 @@ impl Containerd {
             .arg("--config")
             .arg(self.dir.join(format!("config-{}.toml", version.name())))
             .env("PATH", format!("{}:{}", bin.display(), self.path))
-            .env("BOXLITE_SHIM_CONFIG", self.dir.join("shim.toml"));
+            .env("BOXLITE_SHIM_CONFIG", self.dir.join("shim.toml"))
+            .envs(self.environment.iter().map(|(name, value)| (name, value)));
         *self.bin.lock().await = bin;
         self.service
             .start(command, || async { self.ok(&["version"]).await.map(drop) })

@@ -1,7 +1,7 @@
 //! `boxlite-e2e containerd`: the shim under a stock containerd, without boxlite-cri.
 //!
 //! Runs every version in this program's namespaces: [`daemon`] starts and kills it, [`tasks`], [`vm_options`],
-//! [`events`] and [`logs`] use `ctr`, [`pods`] uses CRI, [`faults`] kills processes. A leak check follows every case.
+//! [`events`] and [`logs`] use `ctr`, [`pods`] and [`traces`] use CRI, [`faults`] kills processes. A leak check follows every case.
 
 mod daemon;
 mod events;
@@ -12,6 +12,7 @@ mod passt;
 mod pods;
 pub(crate) mod stock;
 mod tasks;
+mod traces;
 mod vm_options;
 
 use crate::context::Backend;
@@ -112,6 +113,7 @@ async fn run_version(suite: &crate::SuiteOptions, version: Version) -> Result<bo
         events::cases(),
         logs::cases(),
         pods::cases(),
+        traces::cases(),
         faults::cases(),
         host_pods::cases(),
     ];
